@@ -1,0 +1,136 @@
+"""The `rlhf3d` command.
+
+Invariant: exit codes are 0 done, 1 the run failed, 2 the user's configuration or arguments; a user's mistake
+ends in one screen of plain text, never in a traceback. Imports nothing heavy before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="rlhf3d",
+    help="PPO for language models with 3D-parallel training, vLLM rollouts and in-memory resharding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets as parquet files of prompts.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is told on stderr with exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        if not _raised_by_us(error):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether this package raised the error itself, and not a library below it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; `rlhf3d config` lists the keys.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train: check the configuration and this machine, then run the loop."""
+    from rlhf3d.config.load import ConfigError, load_config
+    from rlhf3d.preflight import preflight
+
+    loaded = load_config(config, overrides or [], files=False)
+    if problems := preflight(loaded):
+        raise ConfigError(problems, f"This machine cannot run {config} as it stands")
+    from rlhf3d.trainer.run import run_training
+
+    raise typer.Exit(run_training(loaded))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML file to resolve; without it, all keys.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List every configuration key with default and meaning, or print a CONFIG as a run would see it."""
+    import yaml
+
+    from rlhf3d.config.derived import derive, summary_lines
+    from rlhf3d.config.docs import field_docs
+    from rlhf3d.config.load import config_to_yaml, load_config
+
+    if config is None:
+        for item in field_docs():
+            default = yaml.safe_dump(item.default, default_flow_style=True).removesuffix("...\n").strip()
+            typer.echo(f"{item.name} = {default}  ({item.kind})\n    {item.doc}")
+        return
+    loaded = load_config(config, overrides or [], files=False)
+    typer.echo(config_to_yaml(loaded), nl=False)
+    for line in summary_lines(loaded, derive(loaded)):
+        typer.echo(f"# {line}")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="arithmetic (generated), gsm8k …")],
+    source: Annotated[str | None, typer.Option(help="Folder or file of the data set, or hub.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default data/NAME.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of generated data.")] = None,
+    train_size: Annotated[int | None, typer.Option(help="Training rows to generate.")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Held-out rows to generate.")] = None,
+    difficulty: Annotated[str | None, typer.Option(help="Difficulty of generated data.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text appended to every question.")] = None,
+) -> None:
+    """Write a data set as train.parquet and test.parquet."""
+    from rlhf3d.data.prepare import prepare
+
+    options: dict[str, Any] = {
+        "seed": seed,
+        "train_size": train_size,
+        "test_size": test_size,
+        "difficulty": difficulty,
+        "suffix": suffix,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    for written in prepare(name, source, output or Path("data") / name, **given):
+        typer.echo(
+            f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}"
+        )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show platform, versions, patches and memory, and what is missing with the command that mends it."""
+    from rlhf3d.doctor import diagnose, render, to_json
+
+    diagnosis = diagnose()
+    typer.echo(to_json(diagnosis) if as_json else render(diagnosis))
+    raise typer.Exit(0 if diagnosis.healthy else 1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")]) -> None:
+    """Write a run's report: curves, phases, samples before and after."""
+    from rlhf3d.observability.report import make_report
+
+    typer.echo(make_report(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What ties the fields of a `Config` together: ranges, names, divisibility, files.
+
+Invariant: each problem is a sentence with key, value, arithmetic and fix. Only `check_files` reads the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.config.derived import actor_batching, critic_batching, derive
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import check_layout, load_spec
+
+ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo")
+GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
+KL_TYPES = ("k1", "abs", "k2", "k3", "low_var_kl")
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+DTYPES = ("bfloat16", "float32")
+ONE_OF: dict[str, tuple[str, ...]] = {
+    "model.dtype": DTYPES,
+    "rollout.dtype": DTYPES,
+    "data.overlong_prompts": ("error", "filter", "truncate_left"),
+    "actor.optim.lr_decay_style": ("constant", "linear", "cosine"),
+    "critic.optim.lr_decay_style": ("constant", "linear", "cosine"),
+    "actor.policy_loss": ("vanilla", "gspo", "cispo", "pg"),
+    "actor.kl_loss_type": KL_TYPES,
+    "actor.loss_agg_mode": LOSS_AGG_MODES,
+    "critic.loss_agg_mode": LOSS_AGG_MODES,
+    "algorithm.adv_estimator": ADV_ESTIMATORS,
+    "algorithm.kl_penalty": KL_TYPES,
+    "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "reward.method": ("flexible", "strict"),
+    "cluster.platform": ("auto", "cpu", "cuda"),
+}
+AT_LEAST_1 = (
+    "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp data.train_batch_size "
+    "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
+    "actor.ppo_micro_batch_size_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
+    "critic.ppo_micro_batch_size_per_gpu critic.ppo_epochs rollout.n rollout.engines "
+    "rollout.tensor_parallel_size rollout.max_num_seqs rollout.threads algorithm.kl_ctrl.horizon "
+    "reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
+    "cluster.gpus_per_node cluster.threads_per_rank"
+).split()
+ABOVE_0 = (
+    "actor.optim.lr actor.optim.eps critic.optim.lr critic.optim.eps actor.clip_ratio actor.clip_ratio_low "
+    "actor.clip_ratio_high critic.cliprange_value rollout.temperature rollout.kv_cache_gib "
+    "rollout.gpu_memory_utilization rollout.canary_max_abs_diff algorithm.kl_ctrl.target_kl reward.timeout_s "
+    "validation.temperature trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
+).split()
+NOT_NEGATIVE = (
+    "actor.optim.min_lr actor.optim.lr_warmup_steps actor.optim.weight_decay actor.optim.clip_grad "
+    "critic.optim.min_lr critic.optim.lr_warmup_steps critic.optim.weight_decay critic.optim.clip_grad "
+    "actor.entropy_coeff actor.kl_loss_coef rollout.canary_steps "
+    "rollout.canary_every algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
+    "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.critic_warmup"
+).split()
+AT_MOST_1 = (
+    "rollout.gpu_memory_utilization algorithm.gamma algorithm.lam reward.max_error_rate actor.clip_ratio_low"
+).split()
+
+
+def check(config: Config) -> list[str]:
+    """Everything that is wrong between the fields, one sentence each with the arithmetic and the fix."""
+    problems = _check_values(config) + _check_sampling(config) + _check_schedule(config)
+    sizes = [value_of(config, name) for name in AT_LEAST_1]
+    if any(size is not None and size < 1 for size in sizes):
+        return problems  # reported above; the arithmetic below divides by them
+    problems += _check_layout(config) + _check_batching(config, "actor", *actor_batching(config))
+    if config.needs_critic and critic_batching(config) != actor_batching(config):
+        problems += _check_batching(config, "critic", *critic_batching(config))
+    return problems
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value under a dotted name."""
+    return reduce(getattr, name.split("."), config)
+
+
+def _check_values(config: Config) -> list[str]:
+    ranges: tuple[tuple[list[str], str, Callable[[float], bool]], ...] = (
+        (AT_LEAST_1, "at least 1", lambda x: x >= 1),
+        (ABOVE_0, "above 0", lambda x: x > 0),
+        (NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
+        (AT_MOST_1, "at most 1", lambda x: x <= 1),
+    )
+    problems = [
+        f"{name} = {value}: must be {wanted}"
+        for names, wanted, holds in ranges
+        for name in names
+        if (value := value_of(config, name)) is not None and not holds(value)
+    ]
+    problems += [
+        f"{name} = {value_of(config, name)!r}: must be one of {', '.join(allowed)}"
+        for name, allowed in ONE_OF.items()
+        if value_of(config, name) not in allowed
+    ]
+    for role in ("actor", "critic"):
+        optim = value_of(config, f"{role}.optim")
+        if not all(0 <= beta < 1 for beta in optim.betas):
+            problems.append(f"{role}.optim.betas = {list(optim.betas)}: each must be in [0, 1)")
+        if optim.min_lr > optim.lr:
+            problems.append(f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}")
+    if config.actor.clip_ratio_c <= 1:
+        problems.append(f"actor.clip_ratio_c = {config.actor.clip_ratio_c}: must be above 1")
+    if not config.model.path:
+        problems.append("model.path is not set: give a folder with config.json, safetensors and tokenizer")
+    if not config.data.train_files:
+        problems.append("data.train_files is empty: give at least one parquet file of prompts")
+    return problems
+
+
+def _check_batching(config: Config, role: str, mini: int, micro: int, epochs: int) -> list[str]:
+    batch, n, layout = config.data.train_batch_size, config.rollout.n, config.actor.layout
+    mini_key, micro_key = f"{role}.ppo_mini_batch_size", f"{role}.ppo_micro_batch_size_per_gpu"
+    problems = []
+    if batch % mini:
+        problems.append(
+            f"data.train_batch_size = {batch} prompts do not divide by {mini_key} = {mini}: "
+            f"{batch} % {mini} = {batch % mini}"
+        )
+    if mini * n % layout.dp:
+        problems.append(
+            f"{mini_key} = {mini} prompts x rollout.n = {n} = {mini * n} sequences do not divide over "
+            f"actor.layout.dp = {layout.dp} ranks: {mini * n} % {layout.dp} = {mini * n % layout.dp}"
+        )
+        return problems
+    per_rank = mini * n // layout.dp
+    if per_rank % micro:
+        problems.append(
+            f"{mini_key} = {mini} x rollout.n = {n} / actor.layout.dp = {layout.dp} = {per_rank} sequences "
+            f"a rank do not divide by {micro_key} = {micro}: {per_rank} % {micro} = {per_rank % micro}"
+        )
+    elif (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
+        problems.append(
+            f"{micro_key} = {micro} makes {per_rank // micro} micro-batches a rank; interleaving "
+            f"(actor.layout.vpp = {layout.vpp}) needs a multiple of actor.layout.pp = {layout.pp}"
+        )
+    return problems
+
+
+def _check_layout(config: Config) -> list[str]:
+    layout, cluster = config.actor.layout, config.cluster
+    problems = []
+    if (layout.vpp or 1) > 1 and layout.pp == 1:
+        problems.append(f"actor.layout.vpp = {layout.vpp}: needs actor.layout.pp above 1; set vpp=null")
+    if layout.sequence_parallel and layout.tp == 1:
+        problems.append("actor.layout.sequence_parallel = true: needs actor.layout.tp above 1")
+    gpus = cluster.num_nodes * cluster.gpus_per_node
+    ranks = layout.tp * layout.pp * layout.dp
+    if cluster.platform == "cuda" and ranks > gpus:
+        problems.append(
+            f"actor.layout: tp {layout.tp} x pp {layout.pp} x dp {layout.dp} = {ranks} ranks, more than "
+            f"cluster.num_nodes {cluster.num_nodes} x gpus_per_node {cluster.gpus_per_node} = {gpus} GPUs"
+        )
+    engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
+    if cluster.platform == "cuda" and engine_ranks > gpus:
+        problems.append(
+            f"rollout.engines {config.rollout.engines} x rollout.tensor_parallel_size "
+            f"{config.rollout.tensor_parallel_size} = {engine_ranks} GPUs, more than {gpus}"
+        )
+    return problems
+
+
+def _check_sampling(config: Config) -> list[str]:
+    rollout, estimator = config.rollout, config.algorithm.adv_estimator
+    problems = []
+    if rollout.top_p != 1.0:
+        problems.append(f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)")
+    if rollout.top_k != -1:
+        problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
+    if estimator in GROUP_ESTIMATORS and rollout.n == 1:
+        problems.append(
+            f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more"
+        )
+    if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
+        problems.append(
+            f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)"
+        )
+    return problems
+
+
+def _check_schedule(config: Config) -> list[str]:
+    total, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
+    problems = []
+    for role in ("actor", "critic") if config.needs_critic else ("actor",):
+        steps = value_of(config, f"{role}.optim.lr_warmup_steps")
+        if total is not None and steps > total:
+            problems.append(
+                f"{role}.optim.lr_warmup_steps = {steps}: longer than trainer.total_training_steps = {total}"
+            )
+    if warmup and not config.needs_critic:
+        problems.append(
+            f"trainer.critic_warmup = {warmup}: algorithm.adv_estimator = {config.algorithm.adv_estimator} "
+            "has no critic; set 0"
+        )
+    if total is not None and warmup >= total:
+        problems.append(f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor")
+    return problems
+
+
+def check_files(config: Config) -> list[str]:
+    """What the disk lacks of what is named: model (and its fit to the layout), data, reward function."""
+    problems = _check_model_folder(config)
+    for key in ("train_files", "val_files"):
+        problems += [
+            f"data.{key}: no file {name}; `rlhf3d data prepare --help` shows how to write it"
+            for name in value_of(config, f"data.{key}")
+            if not Path(name).is_file()
+        ]
+    path = config.custom_reward_function.path
+    if path is not None and not Path(path).is_file():
+        problems.append(f"custom_reward_function.path = {path}: no such Python file")
+    return problems
+
+
+def _check_model_folder(config: Config) -> list[str]:
+    try:
+        spec = load_spec(config.model.path)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    if prompt + response > spec.max_position:
+        problems.append(
+            f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} "
+            f"tokens, more than the model's window of {spec.max_position}"
+        )
+    try:
+        check_layout(spec, derive(config).layout)
+    except ValueError as error:
+        problems.append(f"actor.{error}")
+    ranks = config.rollout.tensor_parallel_size
+    if spec.num_heads % ranks:
+        problems.append(
+            f"rollout.tensor_parallel_size = {ranks}: {spec.num_heads} attention heads % {ranks} = "
+            f"{spec.num_heads % ranks}"
+        )
+    return problems

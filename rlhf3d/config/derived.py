@@ -1,0 +1,162 @@
+"""The numbers that follow from a `Config`.
+
+Invariant: every count that the loop, the engines and the printed summary use is computed here, once. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf3d.config.schema import Config
+from rlhf3d.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How one model's update of a step is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
+
+    mini_batch_size: int
+    """Prompts an optimizer step."""
+    mini_batches: int
+    """Mini-batches an epoch."""
+    sequences_per_mini_batch: int
+    """Sequences an optimizer step, over all data-parallel ranks."""
+    sequences_per_rank: int
+    """Sequences an optimizer step on one data-parallel rank."""
+    micro_batch_size: int
+    """Sequences a forward/backward pass on one data-parallel rank."""
+    micro_batches_per_rank: int
+    """Passes of one data-parallel rank an optimizer step (gradient accumulation)."""
+    epochs: int
+    """Passes over the batch a training step."""
+    optimizer_steps_per_step: int
+    """Optimizer steps a training step."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The numbers of a run that follow from its configuration."""
+
+    layout: ParallelLayout
+    """Training ranks of actor, critic and reference."""
+    world_size: int
+    """Training ranks."""
+    engine_ranks: int
+    """vLLM ranks: engines x tensor_parallel_size."""
+    sequences_per_step: int
+    """Completions a training step."""
+    max_sequence_length: int
+    """Longest prompt + completion, tokens; the engines' max_model_len."""
+    actor: UpdatePlan
+    """The policy's update."""
+    critic: UpdatePlan | None
+    """The critic's update; None where the estimator needs no values."""
+    total_steps: int | None
+    """Training steps of the run; None while the number of training rows is not known."""
+
+
+def derive(config: Config, train_rows: int | None = None) -> Derived:
+    """The numbers of a checked configuration; `train_rows` (prompts an epoch) for a run in epochs.
+
+    An epoch's last rows that do not fill a batch are not trained on; ValueError when not one batch fills.
+    """
+    layout = config.actor.layout
+    total = config.trainer.total_training_steps
+    if total is None and train_rows is not None:
+        total = config.trainer.total_epochs * (train_rows // config.data.train_batch_size)
+    if total == 0:
+        raise ValueError(
+            f"data.train_files hold {train_rows} usable prompts, fewer than data.train_batch_size = "
+            f"{config.data.train_batch_size}: lower it or add prompts"
+        )
+    return Derived(
+        layout=ParallelLayout(tp=layout.tp, pp=layout.pp, dp=layout.dp, vpp=layout.vpp or 1),
+        world_size=layout.tp * layout.pp * layout.dp,
+        engine_ranks=config.rollout.engines * config.rollout.tensor_parallel_size,
+        sequences_per_step=config.data.train_batch_size * config.rollout.n,
+        max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
+        actor=_update_plan(config, *actor_batching(config)),
+        critic=_update_plan(config, *critic_batching(config)) if config.needs_critic else None,
+        total_steps=total,
+    )
+
+
+def actor_batching(config: Config) -> tuple[int, int, int]:
+    """(mini-batch prompts, micro-batch sequences, epochs) of the actor."""
+    actor = config.actor
+    return actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu, actor.ppo_epochs
+
+
+def critic_batching(config: Config) -> tuple[int, int, int]:
+    """(mini-batch prompts, micro-batch sequences, epochs) of the critic: the actor's unless given."""
+    critic = config.critic
+    given = (critic.ppo_mini_batch_size, critic.ppo_micro_batch_size_per_gpu, critic.ppo_epochs)
+    mini, micro, epochs = (
+        of_actor if value is None else value
+        for value, of_actor in zip(given, actor_batching(config), strict=True)
+    )
+    return mini, micro, epochs
+
+
+def _update_plan(config: Config, mini: int, micro: int, epochs: int) -> UpdatePlan:
+    sequences = mini * config.rollout.n
+    per_rank = sequences // config.actor.layout.dp
+    mini_batches = config.data.train_batch_size // mini
+    return UpdatePlan(
+        mini_batch_size=mini,
+        mini_batches=mini_batches,
+        sequences_per_mini_batch=sequences,
+        sequences_per_rank=per_rank,
+        micro_batch_size=micro,
+        micro_batches_per_rank=per_rank // micro,
+        epochs=epochs,
+        optimizer_steps_per_step=mini_batches * epochs,
+    )
+
+
+def summary_lines(config: Config, derived: Derived) -> list[str]:
+    """The run in a few lines of plain text, for the screen at start and for the log."""
+    roles = ["actor", *["critic"] * config.needs_critic, *["reference"] * config.needs_reference]
+    layout, rollout, data, trainer = config.actor.layout, config.rollout, config.data, config.trainer
+    extras = [
+        name
+        for name in ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "recompute")
+        if getattr(layout, name)
+    ]
+    validation = [
+        *["before the first step"] * trainer.val_before_train,
+        *[f"every {trainer.test_freq} steps"] * (trainer.test_freq > 0),
+        "after the last",
+    ]
+    run = (
+        f"{derived.total_steps} steps"
+        if derived.total_steps
+        else f"{trainer.total_epochs} epoch(s) of the data"
+    )
+    lines = [
+        f"model      {config.model.path} in {config.model.dtype}: {', '.join(roles)}",
+        f"layout     {derived.layout} = {derived.world_size} ranks" + "".join(f", {name}" for name in extras),
+        f"rollout    {rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {rollout.dtype}, "
+        f"temperature {rollout.temperature:g}",
+        f"step       {data.train_batch_size} prompts x {rollout.n} completions = "
+        f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
+        f"{data.max_response_length} tokens",
+        f"actor      {_plan_line(derived.actor, config.actor.optim.lr)}",
+    ]
+    if derived.critic is not None:
+        lines.append(f"critic     {_plan_line(derived.critic, config.critic.optim.lr)}")
+    return [
+        *lines,
+        f"algorithm  {config.algorithm.adv_estimator}, {config.actor.policy_loss} policy loss, "
+        f"{config.actor.loss_agg_mode}",
+        f"validate   {', '.join(validation) if data.val_files else 'never (data.val_files is empty)'}",
+        f"run        {run}, seed {trainer.seed}, written to {trainer.output_dir}",
+    ]
+
+
+def _plan_line(plan: UpdatePlan, lr: float) -> str:
+    return (
+        f"{plan.epochs} epoch(s) x {plan.mini_batches} mini-batch(es) of {plan.sequences_per_mini_batch} "
+        f"sequences = {plan.optimizer_steps_per_step} optimizer step(s); a rank: "
+        f"{plan.micro_batches_per_rank} micro-batches of {plan.micro_batch_size}; lr {lr:g}"
+    )

@@ -1,0 +1,321 @@
+"""What a run is told: one frozen dataclass per section, each field with its meaning and unit.
+
+Invariant: every number a run uses is a field here or derived from one in `derived.py`; defaults are the
+values a user would choose. Loading, overrides and checks live in `load.py`; this file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How one model is cut over processes: tp x pp x dp ranks."""
+
+    tp: int = 1
+    """Tensor-parallel size: must divide attention heads, KV heads and vocabulary."""
+    pp: int = 1
+    """Pipeline-parallel size: must divide the number of layers."""
+    dp: int = 1
+    """Data-parallel size: replicas that each take a share of every mini-batch."""
+    vpp: int | None = None
+    """Virtual pipeline stages a rank (interleaved 1F1B); null for plain 1F1B."""
+    sequence_parallel: bool = False
+    """Shard norms and dropout along the sequence over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state and master weights over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Overlap gradient reduce-scatter with the backward pass."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass (full, uniform)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a warm-up schedule that advances once a training step."""
+
+    lr: float = 1.0e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: str = "constant"
+    """constant, linear or cosine."""
+    lr_warmup_steps: int = 0
+    """Training steps of linear warm-up from 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on matrices."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decay rates."""
+    eps: float = 1.0e-8
+    """Adam's denominator offset."""
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained model that actor, critic and reference start from."""
+
+    path: str = ""
+    """HF folder: config.json, safetensors (one file or sharded with an index), tokenizer."""
+    dtype: str = "bfloat16"
+    """Compute dtype of the training ranks: bfloat16 (fp32 master weights) or float32."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts with checkable answers, in parquet."""
+
+    train_files: tuple[str, ...] = ()
+    """Parquet files of training prompts."""
+    val_files: tuple[str, ...] = ()
+    """Parquet files of held-out prompts."""
+    train_batch_size: int = 64
+    """Prompts a training step (completions = this x rollout.n)."""
+    max_prompt_length: int = 512
+    """Longest prompt, tokens, chat template included."""
+    max_response_length: int = 512
+    """Longest completion, tokens."""
+    overlong_prompts: str = "error"
+    """error, filter (counted and reported) or truncate_left, for prompts over max_prompt_length."""
+    shuffle: bool = True
+    """Draw training prompts in an order seeded by trainer.seed and the epoch."""
+    val_max_samples: int = -1
+    """Validate on the first so many held-out rows; -1 for all."""
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """The policy and its update."""
+
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Layout of the training ranks; the colocated critic and reference share it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the policy."""
+    ppo_mini_batch_size: int = 64
+    """Prompts (times rollout.n sequences) an optimizer step, over all data-parallel ranks."""
+    ppo_micro_batch_size_per_gpu: int = 4
+    """Sequences a forward/backward pass on one data-parallel rank; never changes the mathematics."""
+    ppo_epochs: int = 1
+    """Passes over each batch."""
+    policy_loss: str = "vanilla"
+    """Registered policy loss: vanilla (clipped PPO)."""
+    clip_ratio: float = 0.2
+    """PPO clip range; default of clip_ratio_low and clip_ratio_high."""
+    clip_ratio_low: float | None = None
+    """Lower clip range; null for clip_ratio."""
+    clip_ratio_high: float | None = None
+    """Upper clip range; null for clip_ratio."""
+    clip_ratio_c: float = 3.0
+    """Dual-clip bound for negative advantages."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    use_kl_loss: bool = False
+    """Add KL(policy, reference) to the loss (GRPO)."""
+    kl_loss_coef: float = 0.001
+    """Weight of that KL."""
+    kl_loss_type: str = "low_var_kl"
+    """KL estimator: k1, abs, k2, k3 or low_var_kl."""
+    loss_agg_mode: str = "token-mean"
+    """token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value model and its update; placed only when the advantage estimator needs values."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0e-5))
+    """Optimizer of the critic."""
+    ppo_mini_batch_size: int | None = None
+    """As actor.ppo_mini_batch_size; null for the same."""
+    ppo_micro_batch_size_per_gpu: int | None = None
+    """As actor.ppo_micro_batch_size_per_gpu; null for the same."""
+    ppo_epochs: int | None = None
+    """As actor.ppo_epochs; null for the same."""
+    cliprange_value: float = 0.5
+    """Value clip range around the old values."""
+    loss_agg_mode: str = "token-mean"
+    """Aggregation of the value loss."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    n: int = 1
+    """Completions a prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; divides the logits in training as well."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off (anything else is refused in training)."""
+    top_k: int = -1
+    """Top-k sampling; -1 is off (anything else is refused in training)."""
+    engines: int = 1
+    """vLLM engines that share the prompts."""
+    tensor_parallel_size: int = 1
+    """vLLM ranks an engine."""
+    dtype: str = "bfloat16"
+    """Weight dtype of the engines."""
+    max_num_seqs: int = 64
+    """Sequences an engine decodes at once."""
+    kv_cache_gib: float = 1.0
+    """KV cache an engine on CPU, GiB."""
+    gpu_memory_utilization: float = 0.5
+    """Share of GPU memory an engine may use."""
+    threads: int | None = None
+    """CPU threads an engine rank; null for all cores over all engine ranks (trainers sleep meanwhile)."""
+    enforce_eager: bool = True
+    """Skip torch.compile and CUDA graphs."""
+    canary_steps: int = 3
+    """Verify engine log-probs against Megatron's after the sync of the first so many steps (and at every resume)."""
+    canary_every: int = 0
+    """And then after every so many steps; 0 for never."""
+    canary_max_abs_diff: float | None = None
+    """Largest mean |log-prob difference| the canary accepts; null for 0.1 in bfloat16 and 1e-3 in float32."""
+
+
+@dataclass(frozen=True)
+class KLCtrlConfig:
+    """Controller of the KL coefficient in the reward."""
+
+    type: str = "fixed"
+    """fixed or adaptive."""
+    kl_coef: float = 0.001
+    """(Initial) coefficient."""
+    target_kl: float = 0.1
+    """Target of the adaptive controller."""
+    horizon: int = 10000
+    """Horizon of the adaptive controller, sequences."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """From rewards to advantages."""
+
+    adv_estimator: str = "gae"
+    """Registered advantage estimator: gae (with critic), grpo, rloo, reinforce_plus_plus, ..."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 1.0
+    """GAE lambda."""
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide group advantages by the group's std (False: Dr.GRPO)."""
+    use_kl_in_reward: bool = False
+    """Subtract kl_coef x KL(policy, reference) from each token's reward."""
+    kl_penalty: str = "k1"
+    """KL estimator in the reward: k1, abs, k2, k3 or low_var_kl."""
+    kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
+    """Controller of that coefficient."""
+
+
+@dataclass(frozen=True)
+class CustomRewardConfig:
+    """A user's own reward function."""
+
+    path: str | None = None
+    """Python file; null for the scorer of each row's data_source."""
+    name: str = "compute_score"
+    """Function in it: fn(data_source, solution_str, ground_truth, extra_info=None, **kwargs)."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra keyword arguments."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Scoring of completions."""
+
+    method: str = "flexible"
+    """gsm8k answer extraction: flexible (last number) or strict (last `#### number`)."""
+    workers: int = 1
+    """Scoring processes."""
+    timeout_s: float = 10.0
+    """Deadline of one scoring call."""
+    max_error_rate: float = 0.05
+    """Share of completions that may end as error or timeout before the run stops."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out accuracy."""
+
+    greedy: bool = True
+    """Validate with greedy decoding, one completion a prompt."""
+    sampled_n: int = 0
+    """Also validate with so many samples a prompt at `temperature`; 0 for none."""
+    temperature: float = 1.0
+    """Temperature of the sampled validation."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop."""
+
+    total_training_steps: int | None = None
+    """Steps of the run; null for total_epochs over the data."""
+    total_epochs: int = 1
+    """Passes over the training data when total_training_steps is null."""
+    seed: int = 0
+    """Seeds data order, sampling and initialisation."""
+    output_dir: str = "runs/default"
+    """Where everything the run writes goes."""
+    val_before_train: bool = True
+    """Validate once before the first step."""
+    test_freq: int = 10
+    """Validate every so many steps (and after the last); 0 for never between."""
+    save_freq: int = 0
+    """Save a checkpoint every so many steps (and after the last); 0 for only the last."""
+    save_at_end: bool = True
+    """Save a checkpoint after the last step."""
+    critic_warmup: int = 0
+    """Steps that update the critic only."""
+    max_wall_clock_s: float | None = None
+    """Stop after the step that passes this many seconds; null for no limit."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the ranks run."""
+
+    platform: str = "auto"
+    """auto, cpu or cuda."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; null starts one for this run."""
+    num_nodes: int = 1
+    """Nodes the layout is spread over."""
+    gpus_per_node: int = 8
+    """GPUs of each node (ignored on CPU)."""
+    threads_per_rank: int | None = None
+    """CPU threads a training rank; null for cores over ranks, at least 1."""
+    startup_timeout_s: float = 300.0
+    """Deadline for all workers to come up."""
+    phase_timeout_s: float = 1800.0
+    """Deadline of any one phase of a step."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    custom_reward_function: CustomRewardConfig = field(default_factory=CustomRewardConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def needs_critic(self) -> bool:
+        """Values are needed by GAE only."""
+        return self.algorithm.adv_estimator == "gae"
+
+    @property
+    def needs_reference(self) -> bool:
+        """The reference model is placed only where a KL term uses it."""
+        return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward

@@ -1,0 +1,73 @@
+"""What this machine has: cores, memory, shared memory, disk, GPUs.
+
+Invariant: only reads; numbers are GiB unless named otherwise, limits of the container included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GIB = 1 << 30
+_CGROUP_FILES = (  # (limit, used) of version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One host as a run would find it now."""
+
+    cores: int
+    """CPU cores this process may use."""
+    memory_gib: float
+    memory_available_gib: float
+    shared_memory_gib: float
+    """Free space of the shared-memory file system; 0 where there is none."""
+    disk_gib: float
+    """Free space where the run writes."""
+    gpus: tuple[tuple[str, float], ...]
+    """(name, memory GiB) of each GPU torch sees."""
+    compiler: str | None
+    """Path of a C++ compiler."""
+
+
+def read_machine(output: str | Path = ".") -> Machine:
+    """Look at this host; `output` is the folder, existing or not, whose disk is asked."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    for limit_file, used_file in _CGROUP_FILES:
+        limit = Path(limit_file).read_text().strip() if Path(limit_file).is_file() else "max"
+        if limit != "max":
+            total = min(total, int(limit))
+            available = min(available, int(limit) - int(Path(used_file).read_text()))
+    folder = Path(output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return Machine(
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=total / GIB,
+        memory_available_gib=available / GIB,
+        shared_memory_gib=shutil.disk_usage(_SHARED_MEMORY).free / GIB if _SHARED_MEMORY.is_dir() else 0.0,
+        disk_gib=shutil.disk_usage(folder).free / GIB,
+        gpus=_gpus(),
+        compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
+    )
+
+
+def _gpus() -> tuple[tuple[str, float], ...]:
+    if importlib.util.find_spec("torch") is None:
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return tuple((gpu.name, gpu.total_memory / GIB) for gpu in found)

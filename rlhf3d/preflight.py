@@ -1,0 +1,150 @@
+"""Whether this machine can run a configuration: what is needed beside what was found.
+
+Invariant: only reads, and lists every shortage at once. Memory counts weights, gradients, optimizer
+and engines; activations come on top, so passing is necessary and not sufficient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rlhf3d.config.checks import check_files
+from rlhf3d.config.derived import Derived, derive
+from rlhf3d.config.schema import Config
+from rlhf3d.machine import GIB, Machine, read_machine
+from rlhf3d.models.spec import ModelSpec, load_spec
+
+CPU_RANK_GIB = 0.4
+"""Host memory of a training process before its shards (measured, torch and Megatron loaded)."""
+CPU_ENGINE_GIB = 2.0
+"""Host memory of a vLLM process on CPU with a small model (measured)."""
+CUDA_PROCESS_GIB = 4.0
+"""Host memory of a process that uses CUDA: driver, NCCL and pinned buffers (rule of thumb)."""
+SHARED_MEMORY_GIB = 0.5
+"""Ray's object store (256 MiB) and the rings of gloo, NCCL and vLLM for a small run."""
+CUDA_SHARED_MEMORY_GIB = 1.0
+"""Shared memory of each CUDA process on a host, for NCCL and vLLM (rule of thumb)."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of the model states of one run, GiB."""
+
+    per_rank_gib: float
+    """Weights, gradients and optimizer of every role on one training rank."""
+    weights_gib: float
+    """One whole copy of the weights in the engines' dtype."""
+    checkpoint_gib: float
+    """One checkpoint of all trained roles with optimizer state."""
+
+
+def preflight(config: Config) -> list[str]:
+    """Every reason why `config` cannot run here, each with what is needed and what was found."""
+    derived = derive(config)
+    machine = read_machine(config.trainer.output_dir)
+    problems = check_files(config)
+    try:
+        footprint = model_footprint(config, derived, load_spec(config.model.path))
+    except ValueError:  # reported by check_files; what does not depend on the model is still compared
+        footprint = Footprint(0.0, 0.0, 0.0)
+    cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
+    compare = _compare_cuda if cuda else _compare_cpu
+    if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
+        problems += compare(config, derived, machine, footprint)
+    return problems + _compare_disk(config, machine, footprint)
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Parameters of the decoder with its LM head."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = (
+        spec.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv) * spec.qkv_bias + 2 * spec.head_dim * spec.qk_norm
+    )
+    layer = attention + 3 * spec.hidden_size * spec.ffn_size + 2 * spec.hidden_size
+    embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
+    return spec.num_layers * layer + embeddings + spec.hidden_size
+
+
+def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footprint:
+    """Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4.
+
+    The distributed optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1,
+    arXiv 1910.02054).
+    """
+    layout = derived.layout
+    trained = 1 + config.needs_critic
+    parameters = count_parameters(spec)
+    weights = 2 if config.model.dtype == "bfloat16" else 4
+    optimizer = 12 if config.model.dtype == "bfloat16" else 8
+    sharded = layout.dp if config.actor.layout.distributed_optimizer else 1
+    bytes_a_parameter = trained * (weights + 4 + optimizer / sharded) + config.needs_reference * weights
+    return Footprint(
+        per_rank_gib=parameters / (layout.tp * layout.pp) * bytes_a_parameter / GIB,
+        weights_gib=parameters * (2 if config.rollout.dtype == "bfloat16" else 4) / GIB,
+        checkpoint_gib=trained * parameters * (weights + optimizer) / GIB,
+    )
+
+
+def _compare_cuda(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
+    nodes, rollout = config.cluster.num_nodes, config.rollout
+    local = math.ceil(max(derived.world_size, derived.engine_ranks) / nodes)
+    problems = []
+    if len(machine.gpus) < local:
+        problems.append(
+            f"cluster.platform = {config.cluster.platform}: needs {local} GPUs on each of {nodes} node(s) "
+            f"for {derived.layout} and {derived.engine_ranks} engine rank(s), found {len(machine.gpus)}; "
+            "run it where they are, or use a smaller layout"
+        )
+    if machine.gpus:
+        smallest = min(memory for _, memory in machine.gpus)
+        engine = rollout.gpu_memory_utilization * smallest
+        if footprint.per_rank_gib + engine > smallest:
+            problems.append(
+                f"GPU memory: model states of {footprint.per_rank_gib:.1f} GiB a rank + "
+                f"rollout.gpu_memory_utilization {rollout.gpu_memory_utilization:g} x {smallest:.1f} = "
+                f"{engine:.1f} GiB, found {smallest:.1f} GiB; "
+                f"raise actor.layout.tp, pp or dp, or lower the utilization"
+            )
+    processes = local + math.ceil(derived.engine_ranks / nodes)
+    problems += _compare_memory(machine, processes * CUDA_PROCESS_GIB + 2 * footprint.weights_gib)
+    return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + footprint.weights_gib)
+
+
+def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
+    training = derived.world_size * (CPU_RANK_GIB + footprint.per_rank_gib)
+    # vLLM's CPU kernels keep a packed copy beside the weights.
+    engine = CPU_ENGINE_GIB * config.rollout.tensor_parallel_size + 2 * footprint.weights_gib
+    engines = config.rollout.engines * (engine + config.rollout.kv_cache_gib)
+    problems = _compare_memory(machine, training + engines)
+    return problems + _compare_shared_memory(machine, SHARED_MEMORY_GIB + footprint.weights_gib)
+
+
+def _compare_memory(machine: Machine, needed_gib: float) -> list[str]:
+    if needed_gib <= machine.memory_available_gib:
+        return []
+    return [
+        f"host memory: needs about {needed_gib:.1f} GiB, found {machine.memory_available_gib:.1f} GiB "
+        f"available of {machine.memory_gib:.1f}; close other programs, or use a smaller model or fewer ranks"
+    ]
+
+
+def _compare_shared_memory(machine: Machine, needed_gib: float) -> list[str]:
+    if needed_gib <= machine.shared_memory_gib:
+        return []
+    return [
+        f"/dev/shm: needs about {needed_gib:.1f} GiB, found {machine.shared_memory_gib:.1f} GiB free; "
+        f"in a container start it with --shm-size={math.ceil(needed_gib)}g"
+    ]
+
+
+def _compare_disk(config: Config, machine: Machine, footprint: Footprint) -> list[str]:
+    """Room for one checkpoint, and for a second while it replaces the first."""
+    trainer = config.trainer
+    kept = 2 if trainer.save_freq else int(trainer.save_at_end)
+    if kept * footprint.checkpoint_gib <= machine.disk_gib:
+        return []
+    return [
+        f"disk: {kept} checkpoint(s) of {footprint.checkpoint_gib:.1f} GiB at trainer.output_dir = "
+        f"{trainer.output_dir}, found {machine.disk_gib:.1f} GiB free; write elsewhere"
+    ]

@@ -1,0 +1,164 @@
+"""The checks between fields: each refusal shows its arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf3d.config import checks
+from rlhf3d.config.checks import check, check_files, value_of
+from rlhf3d.config.docs import field_docs
+from rlhf3d.config.load import build, merge, parse_override
+from rlhf3d.config.schema import Config
+
+GOOD = (
+    "model.path=m",
+    "data.train_files=t.parquet",
+    "data.train_batch_size=16",
+    "actor.ppo_mini_batch_size=16",
+)
+
+
+def make(*overrides: str) -> Config:
+    raw: dict = {}
+    for override in (*GOOD, *overrides):
+        merge(raw, parse_override(override))
+    mistakes: list[str] = []
+    config = build(Config(), raw, "", mistakes)
+    assert not mistakes
+    return config
+
+
+def test_good_configuration_passes() -> None:
+    assert check(make()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.train_batch_size=10"],
+            "data.train_batch_size = 10 prompts do not divide by actor.ppo_mini_batch_size = 16: "
+            "10 % 16 = 10",
+        ),
+        (
+            ["actor.layout.dp=3"],
+            "actor.ppo_mini_batch_size = 16 prompts x rollout.n = 1 = 16 sequences do not divide over "
+            "actor.layout.dp = 3 ranks: 16 % 3 = 1",
+        ),
+        (
+            ["actor.layout.dp=2", "actor.ppo_micro_batch_size_per_gpu=3"],
+            "actor.ppo_mini_batch_size = 16 x rollout.n = 1 / actor.layout.dp = 2 = 8 sequences a rank "
+            "do not divide by actor.ppo_micro_batch_size_per_gpu = 3: 8 % 3 = 2",
+        ),
+        (
+            ["critic.ppo_mini_batch_size=12"],
+            "data.train_batch_size = 16 prompts do not divide by critic.ppo_mini_batch_size = 12: "
+            "16 % 12 = 4",
+        ),
+        (
+            ["actor.layout={pp: 4, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=8"],
+            "actor.ppo_micro_batch_size_per_gpu = 8 makes 2 micro-batches a rank; interleaving "
+            "(actor.layout.vpp = 2) needs a multiple of actor.layout.pp = 4",
+        ),
+        (["actor.layout.vpp=2"], "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null"),
+        (
+            ["actor.layout.sequence_parallel=true"],
+            "actor.layout.sequence_parallel = true: needs actor.layout.tp above 1",
+        ),
+        (["rollout.top_p=0.9"], "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)"),
+        (["rollout.top_k=50"], "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)"),
+        (
+            ["algorithm.adv_estimator=grpo"],
+            "rollout.n = 1: algorithm.adv_estimator = grpo compares completions; set 2 or more",
+        ),
+        (["rollout.n=0"], "rollout.n = 0: must be at least 1"),
+        (["actor.optim.lr=0"], "actor.optim.lr = 0.0: must be above 0"),
+        (["algorithm.lam=1.5"], "algorithm.lam = 1.5: must be at most 1"),
+        (["algorithm.gamma=-0.5"], "algorithm.gamma = -0.5: must be 0 or more"),
+        (["model.dtype=fp8"], "model.dtype = 'fp8': must be one of bfloat16, float32"),
+        (["actor.optim.betas=[0.9, 1.0]"], "actor.optim.betas = [0.9, 1.0]: each must be in [0, 1)"),
+        (["actor.optim.min_lr=1"], "actor.optim.min_lr = 1.0: above actor.optim.lr = 1e-06"),
+        (["data.val_max_samples=0"], "data.val_max_samples = 0: must be 1 or more, or -1 (all)"),
+        (
+            ["trainer.total_training_steps=5", "trainer.critic_warmup=5"],
+            "trainer.critic_warmup = 5: leaves no step of 5 to train the actor",
+        ),
+        (
+            ["trainer.total_training_steps=5", "actor.optim.lr_warmup_steps=6"],
+            "actor.optim.lr_warmup_steps = 6: longer than trainer.total_training_steps = 5",
+        ),
+        (
+            ["cluster={platform: cuda, gpus_per_node: 4}", "actor.layout={tp: 4, dp: 2}"],
+            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks, more than "
+            "cluster.num_nodes 1 x gpus_per_node 4 = 4 GPUs",
+        ),
+    ],
+)
+def test_refusals(overrides: list[str], message: str) -> None:
+    assert check(make(*overrides)) == [message]
+
+
+def test_critic_fields_do_not_matter_without_critic() -> None:
+    grpo = ("algorithm.adv_estimator=grpo", "rollout.n=2")
+    assert check(make(*grpo, "critic.ppo_mini_batch_size=3")) == []
+    assert "has no critic" in check(make(*grpo, "trainer.critic_warmup=1"))[0]
+
+
+def test_every_number_has_a_range() -> None:
+    """A key that is added to the schema is not forgotten here."""
+    ranged = {*checks.AT_LEAST_1, *checks.ABOVE_0, *checks.NOT_NEGATIVE, *checks.AT_MOST_1}
+    checked_elsewhere = {"actor.clip_ratio_c", "data.val_max_samples", "rollout.top_p", "rollout.top_k"}
+    numbers = {doc.name for doc in field_docs() if doc.kind.split(" ")[0] in ("int", "float")}
+    assert numbers - ranged == checked_elsewhere
+    assert ranged <= numbers
+    assert all(value_of(Config(), name) in allowed for name, allowed in checks.ONE_OF.items())
+
+
+def test_names_are_those_that_are_registered() -> None:
+    from rlhf3d.algorithms import advantages, aggregation, kl, losses
+
+    remax = {"remax"}  # needs a greedy completion of each prompt, which the loop does not make
+    assert set(advantages.ADVANTAGES.names()) - remax == set(checks.ADV_ESTIMATORS)
+    assert set(losses.POLICY_LOSSES.names()) == set(checks.ONE_OF["actor.policy_loss"])
+    assert set(kl.KL_KINDS) == set(checks.KL_TYPES)
+    assert set(aggregation.AGGREGATION_MODES) == set(checks.LOSS_AGG_MODES)
+
+
+def write_model(folder: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = {
+        "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 36, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 48, "vocab_size": 96, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_files(tmp_path: Path) -> None:
+    model, data = write_model(tmp_path / "m"), tmp_path / "t.parquet"
+    data.touch()
+    present = (f"model.path={model}", f"data.train_files={data}")
+    assert check_files(make(*present)) == []
+    assert "no file gone.parquet" in check_files(make(*present, "data.val_files=gone.parquet"))[0]
+    assert "no such Python file" in check_files(make(*present, "custom_reward_function.path=gone.py"))[0]
+    assert check_files(make(*present, "model.path=gone"))[0].startswith("model.path: no folder 'gone'")
+
+
+def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
+    data = tmp_path / "t.parquet"
+    data.touch()
+    present = (f"model.path={write_model(tmp_path / 'm')}", f"data.train_files={data}")
+    assert "9 % tp 2 = 1" in check_files(make(*present, "actor.layout.tp=2"))[0]
+    assert "6 % pp 4 = 2" in check_files(make(*present, "actor.layout.pp=4"))[0]
+    assert check_files(make(*present, "rollout.tensor_parallel_size=2")) == [
+        "rollout.tensor_parallel_size = 2: 9 attention heads % 2 = 1"
+    ]
+    assert (
+        "512 + data.max_response_length 600 = 1112 tokens, more than the model's window of 1024"
+        in (check_files(make(*present, "data.max_response_length=600"))[0])
+    )

@@ -1,0 +1,71 @@
+"""The counts of a run, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rlhf3d.config.derived import derive, summary_lines
+from rlhf3d.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    LayoutConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+
+CONFIG = Config(
+    data=DataConfig(train_batch_size=48, max_prompt_length=100, max_response_length=28),
+    actor=ActorConfig(
+        layout=LayoutConfig(tp=3, pp=2, dp=4, vpp=2),
+        ppo_mini_batch_size=16,
+        ppo_micro_batch_size_per_gpu=2,
+        ppo_epochs=2,
+    ),
+    critic=CriticConfig(ppo_mini_batch_size=48, ppo_micro_batch_size_per_gpu=5),
+    rollout=RolloutConfig(n=5, engines=3, tensor_parallel_size=2),
+)
+
+
+def test_counts_by_hand() -> None:
+    derived = derive(CONFIG)
+    assert (derived.world_size, derived.engine_ranks) == (24, 6)
+    assert (derived.layout.tp, derived.layout.vpp) == (3, 2)
+    assert derived.sequences_per_step == 240
+    assert derived.max_sequence_length == 128
+    actor = derived.actor
+    assert (actor.mini_batches, actor.sequences_per_mini_batch, actor.sequences_per_rank) == (3, 80, 20)
+    assert (actor.micro_batches_per_rank, actor.optimizer_steps_per_step) == (10, 6)
+    assert derived.critic is not None
+    assert (derived.critic.mini_batches, derived.critic.micro_batches_per_rank) == (1, 12)
+    assert derived.critic.optimizer_steps_per_step == 2, "epochs are the actor's where none are given"
+
+
+def test_no_critic_without_values() -> None:
+    assert derive(replace(CONFIG, algorithm=AlgorithmConfig(adv_estimator="grpo"))).critic is None
+
+
+def test_total_steps() -> None:
+    assert derive(CONFIG).total_steps is None
+    epochs = replace(CONFIG, trainer=TrainerConfig(total_epochs=3))
+    assert derive(epochs, train_rows=100).total_steps == 6, "an epoch is 100 // 48 batches"
+    steps = replace(CONFIG, trainer=TrainerConfig(total_training_steps=7))
+    assert derive(steps, train_rows=100).total_steps == 7
+    with pytest.raises(ValueError, match=r"hold 47 usable prompts, fewer than data.train_batch_size = 48"):
+        derive(CONFIG, train_rows=47)
+
+
+def test_summary_shows_the_counts() -> None:
+    text = "\n".join(summary_lines(CONFIG, derive(CONFIG)))
+    for piece in (
+        "TP3×PP2×DP4×VPP2 = 24 ranks",
+        "48 prompts x 5 completions = 240 sequences",
+        "3 mini-batch(es) of 80 sequences = 6 optimizer step(s)",
+        "10 micro-batches of 2",
+        "never (data.val_files is empty)",
+    ):
+        assert piece in text
