@@ -1,0 +1,211 @@
+"""From token rewards to advantages and returns: a registry of estimators.
+
+Invariant: only response tokens count. Rewards and values outside the mask are never read, outputs are 0
+there, and an empty response takes no part in its group's statistics.
+
+Shapes: N sequences of a step, R response tokens. A user's own estimator:
+
+    @register_advantage("mine")
+    def mine(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlhf3d.algorithms.masked import masked_whiten, zero_outside
+from rlhf3d.algorithms.registry import Registry
+
+
+@dataclass(frozen=True)
+class AdvantageInputs:
+    """What an estimator may use; rows are sequences, in any order."""
+
+    token_level_rewards: Tensor
+    """[N, R] reward of each token, KL penalty included."""
+    response_mask: Tensor
+    """[N, R] 1 for tokens the policy wrote; holes (tool output) are allowed."""
+    group_ids: Tensor
+    """[N] integers, equal for completions of the same prompt."""
+    values: Tensor | None = None
+    """[N, R] the critic's value before each token."""
+    greedy_scores: Tensor | None = None
+    """[N] score of the greedy completion of each row's prompt."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 1.0
+    """GAE lambda."""
+    norm_by_std: bool = True
+    """GRPO divides by the group's standard deviation (False: Dr.GRPO)."""
+
+
+Estimator = Callable[[AdvantageInputs], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class AdvantageSpec:
+    """A registered estimator and the inputs it cannot do without."""
+
+    fn: Estimator
+    needs_values: bool
+    needs_greedy_baseline: bool
+
+
+ADVANTAGES: Registry[AdvantageSpec] = Registry("algorithm.adv_estimator")
+
+
+def register_advantage(
+    name: str, *, needs_values: bool = False, needs_greedy_baseline: bool = False
+) -> Callable[[Estimator], Estimator]:
+    """Decorator: make a function available as `algorithm.adv_estimator=name`."""
+
+    def add(fn: Estimator) -> Estimator:
+        ADVANTAGES.add(name, AdvantageSpec(fn, needs_values, needs_greedy_baseline))
+        return fn
+
+    return add
+
+
+def needs_values(name: str) -> bool:
+    """Whether estimator `name` needs a critic; ValueError for an unknown name."""
+    return ADVANTAGES[name].needs_values
+
+
+def needs_greedy_baseline(name: str) -> bool:
+    """Whether estimator `name` needs one greedy completion a prompt; ValueError for an unknown name."""
+    return ADVANTAGES[name].needs_greedy_baseline
+
+
+def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each [N, R] and 0 outside the mask, by estimator `name`.
+
+    ValueError for an unknown name, or when values or greedy scores it needs are missing.
+    """
+    spec = ADVANTAGES[name]
+    mask, values = inputs.response_mask, inputs.values
+    assert inputs.group_ids.shape == mask.shape[:1], f"group_ids {tuple(inputs.group_ids.shape)}"
+    if spec.needs_values and values is None:
+        raise ValueError(f"algorithm.adv_estimator={name} needs values: place a critic")
+    if spec.needs_greedy_baseline and inputs.greedy_scores is None:
+        raise ValueError(f"algorithm.adv_estimator={name} needs the scores of greedy completions")
+    clean = replace(
+        inputs,
+        token_level_rewards=zero_outside(inputs.token_level_rewards, mask),
+        values=None if values is None else zero_outside(values, mask),
+    )
+    advantages, returns = spec.fn(clean)
+    return zero_outside(advantages, mask), zero_outside(returns, mask)
+
+
+@register_advantage("gae", needs_values=True)
+def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438): δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t + γλA_{t+1}.
+
+    Masked tokens are skipped: "t+1" is the next response token. Returns are A + V before A is whitened.
+    """
+    rewards, values, mask = inputs.token_level_rewards, inputs.values, inputs.response_mask.bool()
+    assert values is not None
+    next_value = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(next_value)
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + inputs.gamma * next_value - values[:, t]
+        running = torch.where(mask[:, t], delta + inputs.gamma * inputs.lam * running, running)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        columns.append(running)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return masked_whiten(advantages, mask), advantages + values
+
+
+@register_advantage("grpo")
+def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """(s - mean) / (std + 1e-6) within the group (arXiv 2402.03300), std with ddof 1.
+
+    A group of one has mean 0 and std 1. Without `norm_by_std`: s - mean, Dr.GRPO (arXiv 2503.20783).
+    """
+    scores, counted = _outcomes(inputs)
+    centred, size = _centred(scores, counted, inputs.group_ids)
+    if inputs.norm_by_std:
+        variance = _group_sum(counted * centred.square(), inputs.group_ids) / (size - 1).clamp(min=1)
+        centred = centred / (torch.where(size > 1, variance.sqrt(), 1.0) + 1e-6)
+    return _on_every_token(centred, inputs)
+
+
+@register_advantage("rloo")
+def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """s minus the mean of the group's other scores (arXiv 2402.14740); a group of one keeps s."""
+    scores, counted = _outcomes(inputs)
+    centred, size = _centred(scores, counted, inputs.group_ids)
+    return _on_every_token(centred * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs)
+
+
+@register_advantage("reinforce_plus_plus")
+def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262); masked tokens are skipped."""
+    rewards, mask = inputs.token_level_rewards, inputs.response_mask.bool()
+    running = torch.zeros_like(rewards[:, 0])
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(mask[:, t], rewards[:, t] + inputs.gamma * running, running)
+        columns.append(running)
+    returns = torch.stack(columns[::-1], dim=1)
+    return masked_whiten(returns, mask), returns
+
+
+@register_advantage("reinforce_plus_plus_baseline")
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """s minus its group's mean, on every token, whitened over the batch (arXiv 2501.03262)."""
+    scores, counted = _outcomes(inputs)
+    centred, _ = _centred(scores, counted, inputs.group_ids)
+    advantages = masked_whiten(_on_every_token(centred, inputs)[0], inputs.response_mask)
+    return advantages, advantages
+
+
+@register_advantage("remax", needs_greedy_baseline=True)
+def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """Reward-to-go minus the score of the prompt's greedy completion (arXiv 2310.10505), undiscounted."""
+    assert inputs.greedy_scores is not None
+    returns = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1)
+    return returns - inputs.greedy_scores.to(returns.dtype)[:, None], returns
+
+
+@register_advantage("opo")
+def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a group of one keeps s."""
+    scores, counted = _outcomes(inputs)
+    lengths = inputs.response_mask.bool().sum(-1).double()
+    weighted = _group_sum(scores * lengths, inputs.group_ids)
+    baseline = weighted / _group_sum(lengths, inputs.group_ids).clamp(min=1)
+    size = _group_sum(counted, inputs.group_ids)
+    return _on_every_token(scores - torch.where(size > 1, baseline, 0.0), inputs)
+
+
+def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """Scores [N] and 1 for each non-empty response [N]; float64, so equal scores centre to exactly 0."""
+    counted = inputs.response_mask.bool().any(-1).double()
+    return inputs.token_level_rewards.double().sum(-1), counted
+
+
+def _group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
+    """For each row, the sum of `x` [N] over its group."""
+    ids, index = torch.unique(group_ids, return_inverse=True)
+    return x.new_zeros(len(ids)).index_add(0, index, x)[index]
+
+
+def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Score minus group mean [N] (mean 0 for a group of one) and group size [N], over non-empty responses."""
+    size = _group_sum(counted, group_ids)
+    mean = _group_sum(scores, group_ids) / size.clamp(min=1)
+    return scores - torch.where(size > 1, mean, 0.0), size
+
+
+def _on_every_token(advantage: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """One number a sequence [N] spread over its tokens, as advantages and as returns [N, R]."""
+    rewards = inputs.token_level_rewards
+    tokens = advantage.to(rewards.dtype)[:, None].expand_as(rewards)
+    tokens = zero_outside(tokens, inputs.response_mask)
+    return tokens, tokens

@@ -1,0 +1,57 @@
+"""From per-token losses to the scalar that is back-propagated.
+
+Invariant: the divisors are counts of the whole mini-batch over all data-parallel ranks, passed in as data;
+so the results of any split into micro-batches and ranks add up to the loss of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf3d.algorithms.masked import masked_mean, masked_sum
+from rlhf3d.algorithms.registry import unknown_name
+
+AGGREGATION_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+@dataclass(frozen=True)
+class LossNorm:
+    """Counts of one global mini-batch; ValueError unless all are positive."""
+
+    tokens: float
+    """Response tokens."""
+    sequences: float
+    """Sequences with at least one response token."""
+    max_response_tokens: int
+    """data.max_response_length, the constant divisor of seq-mean-token-sum-norm."""
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.sequences, self.max_response_tokens) <= 0:
+            raise ValueError(f"a mini-batch without response tokens has no loss: {self}")
+
+
+def loss_norm(response_mask: Tensor, max_response_tokens: int) -> LossNorm:
+    """Counts of the mini-batch with `response_mask` [B, R], which must be the global one."""
+    mask = response_mask.bool()
+    return LossNorm(float(mask.sum()), float(mask.any(-1).sum()), max_response_tokens)
+
+
+def aggregate(per_token: Tensor, response_mask: Tensor, mode: str, norm: LossNorm) -> Tensor:
+    """The share [] of the global loss owed to these rows, [b, R] of the mini-batch that `norm` counts.
+
+    token-mean divides the sum by tokens, seq-mean-token-sum by sequences; seq-mean-token-mean averages over
+    sequences their token means; seq-mean-token-sum-norm divides the sum by sequences and max_response_tokens
+    (Dr.GRPO, arXiv 2503.20783; verl leaves out the sequences there). Back-propagate every share and sum the
+    gradients over micro-batches and data-parallel ranks. ValueError for another mode.
+    """
+    if mode == "token-mean":
+        return masked_sum(per_token, response_mask) / norm.tokens
+    if mode == "seq-mean-token-sum":
+        return masked_sum(per_token, response_mask) / norm.sequences
+    if mode == "seq-mean-token-mean":
+        return masked_mean(per_token, response_mask, dim=-1).sum() / norm.sequences
+    if mode == "seq-mean-token-sum-norm":
+        return masked_sum(per_token, response_mask) / (norm.sequences * norm.max_response_tokens)
+    raise unknown_name("loss_agg_mode", mode, AGGREGATION_MODES)

@@ -1,0 +1,121 @@
+"""KL divergence to the reference: per-token estimators and the controllers of its coefficient.
+
+Invariant: an estimate depends on the two log-probabilities of the sampled token only; a controller's
+coefficient changes only in `update`, called after the coefficient was used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlhf3d.algorithms.masked import zero_outside
+from rlhf3d.algorithms.registry import unknown_name
+
+KL_KINDS = ("k1", "abs", "k2", "k3", "low_var_kl")
+LOG_RATIO_CLAMP = 20.0
+K3_CLAMP = 10.0
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+    """Estimate KL(policy, reference), nats, from log-probabilities of tokens the policy sampled.
+
+    k1 is the log-ratio l = logp - ref_logp, abs |l|, k2 l²/2, k3 (low_var_kl) exp(-l) - 1 + l with l clamped
+    to ±20 and the estimate to ±10 (http://joschu.net/blog/kl-approx.html; clamps as in verl). A clamped token
+    passes no gradient. With `mask` the estimate is 0 outside it. ValueError for another kind.
+    """
+    log_ratio = logp - ref_logp
+    if mask is not None:
+        log_ratio = zero_outside(log_ratio, mask)
+    if kind == "k1":
+        return log_ratio
+    if kind == "abs":
+        return log_ratio.abs()
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind in ("k3", "low_var_kl"):
+        negative = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        return (negative.expm1() - negative).clamp(-K3_CLAMP, K3_CLAMP)
+    raise unknown_name("KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS)
+
+
+class KLController(Protocol):
+    """The KL coefficient `value` and how it follows the measured KL."""
+
+    value: float
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Take in the mean KL (nats a token) of a step of `n_steps` sequences."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; ValueError when it is of another controller type."""
+
+
+class FixedKLController:
+    """A constant coefficient: configuration, so a checkpoint keeps nothing of it."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Leave the coefficient as it is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"type": "fixed"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_type(state, "fixed")
+
+
+class AdaptiveKLController:
+    """value *= 1 + clip(kl / target - 1, ±0.2) * n_steps / horizon (Ziegler et al., arXiv 1909.08593)."""
+
+    def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
+        if target_kl <= 0 or horizon <= 0:
+            raise ValueError(
+                f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive"
+            )
+        self.value = kl_coef
+        self.target_kl = target_kl
+        self.horizon = horizon
+
+    def update(self, current_kl: float, n_steps: int) -> None:
+        """Move the coefficient; ValueError when the KL is not finite or `value` could turn negative."""
+        if not math.isfinite(current_kl):
+            raise ValueError(f"the measured KL is {current_kl}: the policy's log-probabilities are broken")
+        if 0.2 * n_steps >= self.horizon:
+            raise ValueError(
+                f"algorithm.kl_ctrl.horizon={self.horizon} is too short for steps of {n_steps} sequences: "
+                f"set it above {n_steps // 5}"
+            )
+        error = min(max(current_kl / self.target_kl - 1.0, -0.2), 0.2)
+        self.value *= 1.0 + error * n_steps / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"type": "adaptive", "value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_type(state, "adaptive")
+        self.value = float(state["value"])
+
+
+def make_kl_controller(type: str, kl_coef: float, target_kl: float, horizon: int) -> KLController:
+    """The controller `algorithm.kl_ctrl` asks for, `horizon` in sequences; ValueError for another type."""
+    if type == "fixed":
+        return FixedKLController(kl_coef)
+    if type == "adaptive":
+        return AdaptiveKLController(kl_coef, target_kl, horizon)
+    raise unknown_name("algorithm.kl_ctrl.type", type, ("fixed", "adaptive"))
+
+
+def _check_type(state: dict[str, Any], expected: str) -> None:
+    if state.get("type") != expected:
+        raise ValueError(
+            f"algorithm.kl_ctrl.type={expected}, but the checkpoint holds {state.get('type')!r}: "
+            "resume with that type or start a new run"
+        )

@@ -1,0 +1,173 @@
+"""Per-token policy and value losses; the policy losses form a registry.
+
+Invariant: a loss is a [b, R] tensor of one micro-batch, never reduced here: `aggregation` reduces it with
+global counts, so the mathematics does not depend on how a mini-batch is cut. A user's own loss:
+
+    @register_policy_loss("mine")
+    def mine(logprobs, old_logprobs, advantages, response_mask, settings) -> PolicyLossTerms: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf3d.algorithms.kl import LOG_RATIO_CLAMP
+from rlhf3d.algorithms.masked import masked_mean, zero_outside
+from rlhf3d.algorithms.registry import Registry
+
+
+@dataclass(frozen=True)
+class PolicyLossSettings:
+    """The clip ranges of `actor`; ValueError for values that cannot be meant."""
+
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below at 1 - this."""
+    clip_ratio_high: float = 0.2
+    """The ratio is clipped above at 1 + this."""
+    clip_ratio_c: float = 3.0
+    """Dual clip: for A < 0 the loss is at most -A times this."""
+
+    def __post_init__(self) -> None:
+        for key in ("clip_ratio_low", "clip_ratio_high"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"actor.{key}={getattr(self, key)} must not be negative")
+        if self.clip_ratio_c <= 1:
+            raise ValueError(f"actor.clip_ratio_c={self.clip_ratio_c} must be above 1 (3 is usual)")
+
+
+@dataclass(frozen=True)
+class PolicyLossTerms:
+    """A policy loss of one micro-batch, still per token."""
+
+    loss: Tensor
+    """[b, R], with gradient."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Name to [b, R]; summed over tokens and divided by the global token count by the caller."""
+
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, PolicyLossSettings], PolicyLossTerms]
+POLICY_LOSSES: Registry[PolicyLoss] = Registry("actor.policy_loss")
+
+
+def register_policy_loss(name: str) -> Callable[[PolicyLoss], PolicyLoss]:
+    """Decorator: make a function available as `actor.policy_loss=name`."""
+
+    def add(fn: PolicyLoss) -> PolicyLoss:
+        POLICY_LOSSES.add(name, fn)
+        return fn
+
+    return add
+
+
+def compute_policy_loss(
+    name: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    settings: PolicyLossSettings,
+) -> PolicyLossTerms:
+    """Policy loss `name` on [b, R] tensors, 0 and without gradient outside the mask; metrics detached.
+
+    The function sees inputs that are 0 outside the mask. ValueError for an unknown name.
+    """
+    new, old, weights = (zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages))
+    terms = POLICY_LOSSES[name](new, old, weights, response_mask, settings)
+    metrics = {key: zero_outside(value.detach(), response_mask) for key, value in terms.metrics.items()}
+    return PolicyLossTerms(zero_outside(terms.loss, response_mask), metrics)
+
+
+@register_policy_loss("vanilla")
+def vanilla(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    settings: PolicyLossSettings,
+) -> PolicyLossTerms:
+    """PPO: max(-A r, -A clip(r)) (arXiv 1707.06347), at most -A c where A < 0 (dual clip, 1912.09729)."""
+    log_ratio = _log_ratio(logprobs, old_logprobs)
+    return _clipped(log_ratio, advantages, settings, bounded=True)
+
+
+@register_policy_loss("gspo")
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    settings: PolicyLossSettings,
+) -> PolicyLossTerms:
+    """Sequence ratio, the geometric mean of the token ratios (GSPO-token, arXiv 2507.18071), clipped as PPO.
+
+    Each token carries its sequence's ratio and its own gradient; meant for seq-mean-token-mean.
+    """
+    mean = masked_mean((logprobs - old_logprobs).detach(), response_mask, dim=-1)
+    log_ratio = mean.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)[:, None] + logprobs - logprobs.detach()
+    return _clipped(log_ratio, advantages, settings, bounded=False)
+
+
+@register_policy_loss("cispo")
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    settings: PolicyLossSettings,
+) -> PolicyLossTerms:
+    """-sg(clip(r)) A log π (arXiv 2506.13585): the clip bounds the weight, no token loses its gradient."""
+    log_ratio = _log_ratio(logprobs, old_logprobs).detach()
+    ratio = log_ratio.exp()
+    weight = ratio.clamp(1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high)
+    metrics = {"pg_clipfrac": (weight != ratio).to(ratio.dtype), "ppo_kl": -log_ratio}
+    return PolicyLossTerms(-weight * advantages * logprobs, metrics)
+
+
+@register_policy_loss("pg")
+def pg(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    settings: PolicyLossSettings,
+) -> PolicyLossTerms:
+    """Plain policy gradient -A log π: no ratio, no clip; right only for one on-policy update a batch."""
+    return PolicyLossTerms(-advantages * logprobs, {"ppo_kl": -_log_ratio(logprobs, old_logprobs)})
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """Per-token ½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²) and 1 where the clip decided.
+
+    All [b, R]; both results are 0 outside the mask and the second is detached (arXiv 1707.06347's code).
+    """
+    values, old_values, returns = (zero_outside(x, response_mask) for x in (values, old_values, returns))
+    clipped = torch.maximum(torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value)
+    plain, bounded = (values - returns).square(), (clipped - returns).square()
+    return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(values.dtype)
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    return (logprobs - old_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, settings: PolicyLossSettings, bounded: bool
+) -> PolicyLossTerms:
+    """max(-A r, -A clip(r)) per token, with the dual-clip bound where `bounded`."""
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high)
+    loss = torch.maximum(plain, clipped)
+    metrics = {"pg_clipfrac": (clipped > plain).to(ratio.dtype), "ppo_kl": -log_ratio}
+    if bounded:
+        bound = -advantages * settings.clip_ratio_c
+        over = (advantages < 0) & (loss > bound)
+        metrics["pg_clipfrac_lower"] = over.to(ratio.dtype)
+        loss = torch.where(over, bound, loss)
+    return PolicyLossTerms(loss, metrics)

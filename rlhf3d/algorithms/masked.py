@@ -1,0 +1,43 @@
+"""Sums, means, variances and whitening over the masked-in elements of a tensor.
+
+Invariant: what lies outside the mask, NaN and infinity included, changes no value and no gradient.
+Masks are bool or 0/1 float, of the shape of the data.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with 0 outside `mask`; no gradient flows there."""
+    assert x.shape == mask.shape, f"data {tuple(x.shape)} and mask {tuple(mask.shape)} differ"
+    return x.masked_fill(~mask.bool(), 0)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `x` inside `mask`, over everything or along `dim`."""
+    kept = zero_outside(x, mask)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `x` inside `mask`, over everything or along `dim`; 0 where the mask is empty."""
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
+    return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Bessel-corrected variance of `x` inside `mask`; ValueError with fewer than two elements there."""
+    count = int(mask.bool().sum())
+    if count < 2:
+        raise ValueError(
+            f"the batch has {count} response token(s), a variance needs two: "
+            "raise data.train_batch_size or data.max_response_length"
+        )
+    return masked_sum((x - masked_mean(x, mask)).square(), mask) / (count - 1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the whole batch inside `mask`, 0 outside; errors as `masked_var`."""
+    return zero_outside((x - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt(), mask)

@@ -1,0 +1,44 @@
+"""Where a completion's score sits among its tokens, and the KL penalty on them.
+
+Invariant: a score is on the last response token or nowhere; nothing is written outside the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf3d.algorithms.kl import kl_estimate
+from rlhf3d.algorithms.masked import masked_mean, zero_outside
+
+
+def token_level_rewards(scores: Tensor, response_mask: Tensor) -> Tensor:
+    """Token rewards [N, R] with `scores` [N] on each row's last response token, 0 elsewhere.
+
+    An empty response has no token to carry its score, so it carries none. ValueError when the score of a
+    non-empty response is not finite.
+    """
+    assert scores.is_floating_point() and scores.shape == response_mask.shape[:1], f"{tuple(scores.shape)}"
+    mask = response_mask.bool()
+    rows = mask.any(-1)
+    bad = (rows & ~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"the scores of completions {bad} are not finite: rewards must be numbers")
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).amax(-1)
+    rewards = scores.new_zeros(mask.shape)
+    rewards[rows, last[rows]] = scores[rows]
+    return rewards
+
+
+def apply_kl_penalty(
+    token_rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, coef: float, kind: str
+) -> tuple[Tensor, float]:
+    """(token rewards - coef x KL per token [N, R], mean KL, nats a token).
+
+    The mean, which the adaptive controller follows, is over non-empty sequences of their token means (as in
+    verl), 0 without any.
+    """
+    kl = kl_estimate(logp, ref_logp, kind, mask)
+    mean_kl = masked_mean(masked_mean(kl, mask, dim=-1), mask.bool().any(-1))
+    return zero_outside(token_rewards - coef * kl, mask), float(mean_kl)

@@ -1,0 +1,79 @@
+"""The rows of one step: named tensor columns that share their first dimension.
+
+Invariant: every column has the same number of rows, and row i of all columns speaks of the same completion.
+Sequences are right-padded: prompt tokens then response tokens from position 0; response-aligned columns are [N, R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Columns of N rows.
+
+    Always present: input_ids [N, S], prompt_lengths [N], response_lengths [N], response_mask [N, R].
+    Added by the phases: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages, returns [N, R].
+    """
+
+    columns: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = {name: tensor.shape[0] for name, tensor in self.columns.items()}
+        assert len(set(rows.values())) == 1, f"columns of different row counts: {rows}"
+
+    def __len__(self) -> int:
+        return int(next(iter(self.columns.values())).shape[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The given rows, in the given order."""
+        index = torch.as_tensor(list(rows), dtype=torch.long)
+        return Batch({name: tensor[index] for name, tensor in self.columns.items()})
+
+    def only(self, names: Iterable[str]) -> Batch:
+        """The named columns; what a phase does not need is not sent."""
+        return Batch({name: self.columns[name] for name in names})
+
+    def with_columns(self, **columns: Tensor) -> Batch:
+        """A batch with these columns added or replaced."""
+        return Batch({**self.columns, **columns})
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and response."""
+        return (self["prompt_lengths"] + self["response_lengths"]).tolist()
+
+
+def from_sequences(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, **per_token: Sequence
+) -> Batch:
+    """Pad token lists into a batch; each `per_token` is N lists of floats aligned with the responses."""
+    totals = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    width = max(max((len(r) for r in responses), default=0), 1)
+    input_ids = torch.full((len(totals), max(totals)), pad_id, dtype=torch.long)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[i, : totals[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
+    response_lengths = torch.tensor([len(r) for r in responses])
+    columns = {
+        "input_ids": input_ids,
+        "prompt_lengths": torch.tensor([len(p) for p in prompts]),
+        "response_lengths": response_lengths,
+        "response_mask": (torch.arange(width)[None, :] < response_lengths[:, None]).float(),
+    }
+    for name, rows in per_token.items():
+        column = torch.zeros(len(totals), width)
+        for i, row in enumerate(rows):
+            assert len(row) == len(responses[i]), f"{name}[{i}]: {len(row)} values, {len(responses[i])} tokens"
+            column[i, : len(row)] = torch.tensor(row, dtype=torch.float32)
+        columns[name] = column
+    return Batch(columns)
