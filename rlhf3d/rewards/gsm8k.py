@@ -1,0 +1,66 @@
+"""gsm8k's rule: the number a completion ends with, compared with the ground truth as a number.
+
+Invariant: linear time and no exception for any completion, however long or strange; numbers are compared
+as canonical text, so neither rounding nor Python's limit on digits can interfere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+
+METHODS = ("strict", "flexible")
+
+# ASCII digits only. A comma belongs to a number where it groups thousands, so "2, 3" and "2,3" end in 3;
+# a minus is a sign only where it cannot be a subtraction or a range ("16-3", "pages 10-12").
+_LAST_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\].%])[-\u2212]\$?)?"
+    r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_HASHED_NUMBER = re.compile(
+    r"####\s*\$?(?P<sign>[-\u2212])?\$?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Score of one completion."""
+
+    score: float
+    """1.0 where the answer is right, else 0.0."""
+    answer: str | None
+    """The completion's answer in canonical form (see `canonical`); null where none was found."""
+
+
+def canonical(sign: str | None, number: str) -> str:
+    """The number as text without commas and padding zeros: ("-", "1,012.50") is -1012.5, "-0" is 0."""
+    whole, _, fraction = number.replace(",", "").partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    text = f"{whole}.{fraction}" if fraction else whole
+    return f"-{text}" if sign and text != "0" else text
+
+
+def extract_answer(text: str, method: str = "flexible") -> str | None:
+    """The answer in `text`: its last `#### number` (strict) or its last number (flexible).
+
+    Currency signs, thousands separators, a trailing full stop or percent sign are no part of the number.
+    Returns the canonical form, or null where there is none; ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"reward.method: no {method!r}; choose one of {', '.join(METHODS)}")
+    pattern = _HASHED_NUMBER if method == "strict" else _LAST_NUMBER
+    last = deque(pattern.finditer(text), maxlen=1)
+    return canonical(last[0]["sign"], last[0]["number"]) if last else None
+
+
+def compute_score(solution_str: str, ground_truth: str, method: str = "flexible") -> ScoreResult:
+    """1.0 where the answer of `solution_str` equals `ground_truth` as a number, else 0.0.
+
+    Raises ValueError where the ground truth holds no number or the method is unknown.
+    """
+    truth = extract_answer(ground_truth, "flexible")
+    if truth is None:
+        raise ValueError(f"reward_model.ground_truth: no number in {ground_truth!r}; mend the row")
+    answer = extract_answer(solution_str, method)
+    return ScoreResult(float(answer == truth), answer)

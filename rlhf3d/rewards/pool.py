@@ -1,0 +1,239 @@
+"""Scoring in child processes that are killed at their deadline.
+
+Invariant: a batch always ends, with one score for each item, in order, whatever the reward function does:
+a process that hangs, crashes or exits costs its own item only, and is replaced. Signals and threads could
+not promise that, for code that never returns to the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+from rlhf3d.rewards.scoring import (
+    Outcome,
+    RewardError,
+    RewardFunction,
+    Score,
+    ScoreItem,
+    check_outcomes,
+    to_score,
+)
+
+_ORPHAN_GRACE_S = 2.0
+_CHILD = "import sys; from rlhf3d.rewards.pool import serve; serve(int(sys.argv[1]))"
+
+
+class ScoringPool:
+    """`workers` processes that call `fn`, each call having `timeout_s` seconds.
+
+    `fn` must pickle (a module's function, `BuiltinReward` or `load_custom_reward(...)`), or ValueError.
+    Loading it has a deadline of its own, `startup_timeout_s`. `score_batch` gives up with RewardError as
+    soon as more than `max_error_rate` of a batch's items have failed.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        timeout_s: float,
+        fn: RewardFunction,
+        max_error_rate: float = 1.0,
+        startup_timeout_s: float = 120.0,
+    ) -> None:
+        if workers < 1 or timeout_s <= 0:
+            raise ValueError(f"reward.workers={workers} must be >= 1 and reward.timeout_s={timeout_s} > 0")
+        try:
+            self._pickled_fn = pickle.dumps(fn)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"the reward function cannot be sent to another process: {error}") from error
+        self._timeout_s = timeout_s
+        self._max_error_rate = max_error_rate
+        self._startup_timeout_s = startup_timeout_s
+        self._workers = [self._start() for _ in range(workers)]
+
+    def __enter__(self) -> ScoringPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the processes; the pool cannot be used again."""
+        while self._workers:
+            self._workers.pop().kill()
+
+    def score_batch(self, items: Sequence[ScoreItem]) -> list[Score]:
+        """The score of each item, in order."""
+        assert self._workers, "the pool is closed"
+        scores: dict[int, Score] = {}
+        todo = deque(range(len(items)))
+        try:
+            while len(scores) < len(items):
+                for index, score in self._advance(items, todo):
+                    scores[index] = score
+                    if score.failed:
+                        check_outcomes(list(scores.values()), self._max_error_rate, total=len(items))
+        except BaseException:
+            self.close()  # a process still at work would answer into the next batch
+            raise
+        return [scores[index] for index in range(len(items))]
+
+    def _advance(self, items: Sequence[ScoreItem], todo: deque[int]) -> list[tuple[int, Score]]:
+        """Hand out work, wait for the next event, and return what ended with it."""
+        for number, worker in enumerate(self._workers):
+            if worker.ready and worker.job is None and todo:
+                if worker.send(items[todo[0]], self._timeout_s):
+                    worker.job = todo.popleft()
+                else:
+                    worker.kill()
+                    self._workers[number] = self._start()
+        awaited = [worker for worker in self._workers if worker.job is not None or not worker.ready]
+        patience_s = min(worker.deadline for worker in awaited) - time.monotonic()
+        events = set(wait([worker.connection for worker in awaited], max(0.0, patience_s)))
+        ended = []
+        for number, worker in enumerate(self._workers):
+            if worker.connection in events:
+                score = self._receive(number)
+            elif worker in awaited and time.monotonic() >= worker.deadline:
+                score = self._expire(number)
+            else:
+                continue
+            if worker.job is not None:
+                assert score is not None
+                ended.append((worker.job, _name(score, worker.job, items[worker.job])))
+                worker.job = None
+        return ended
+
+    def _receive(self, number: int) -> Score | None:
+        """What a process sent: its score, or (null) that it is ready."""
+        worker = self._workers[number]
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            code = worker.kill(grace_s=1.0)
+            text = f"the scoring process ended with exit code {code} (os._exit, a crash, or out of memory)"
+            if not worker.ready:
+                raise RewardError(f"{text} while it loaded the reward function") from None
+            self._workers[number] = self._start()
+            return Score(0.0, Outcome.ERROR, message=text)
+        if worker.ready:
+            assert isinstance(message, Score)
+            return message
+        if message is not None:
+            raise RewardError(f"a scoring process could not load the reward function:\n{message}")
+        worker.ready = True
+        return None
+
+    def _expire(self, number: int) -> Score:
+        if not self._workers[number].ready:
+            raise RewardError(f"the reward function did not load within {self._startup_timeout_s} s")
+        self._workers[number].kill()
+        self._workers[number] = self._start()
+        return Score(0.0, Outcome.TIMEOUT, message=f"no score within reward.timeout_s={self._timeout_s}")
+
+    def _start(self) -> _Worker:
+        return _Worker(self._pickled_fn, self._timeout_s, time.monotonic() + self._startup_timeout_s)
+
+
+class _Worker:
+    """One scoring process as the parent sees it: starting until `ready`, busy while it has a `job`."""
+
+    def __init__(self, pickled_fn: bytes, timeout_s: float, deadline: float) -> None:
+        self.connection, child_end = Pipe()
+        # Not multiprocessing.Process: its children import the parent's main module again, and with it
+        # whatever that imports (torch, ray). A session of its own, so that the parent can kill what the
+        # function starts, and Ctrl-C reaches only the parent.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(child_end.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[child_end.fileno()],
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        child_end.close()
+        self.connection.send((pickled_fn, timeout_s))
+        self.ready = False
+        self.job: int | None = None
+        self.deadline = deadline
+
+    def send(self, item: ScoreItem, timeout_s: float) -> bool:
+        """Give the process an item; False where it has died since its last one."""
+        try:
+            self.connection.send(item)
+        except OSError:
+            return False
+        self.deadline = time.monotonic() + timeout_s
+        return True
+
+    def kill(self, grace_s: float = 0.0) -> int:
+        """End the process, unless it ends by itself within `grace_s`, and all it started; its exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self.connection.close()
+        return self._process.wait()
+
+
+def serve(file_descriptor: int) -> None:
+    """Life of a scoring process: load the function, say so, then score items until the parent is gone."""
+    connection: Connection[Any, Any] = Connection(file_descriptor)
+    pickled_fn, timeout_s = connection.recv()
+    try:
+        fn: RewardFunction = pickle.loads(pickled_fn)
+    except Exception:
+        connection.send(traceback.format_exc())
+        return
+    connection.send(None)
+    while True:
+        try:
+            item = connection.recv()
+            # Should the parent die meanwhile, the kernel ends even a call that never returns.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
+            score = _call(fn, item)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            connection.send(score)
+        except (EOFError, OSError):
+            return
+
+
+def _call(fn: RewardFunction, item: ScoreItem) -> Score:
+    try:
+        score = to_score(
+            fn(
+                data_source=item.data_source,
+                solution_str=item.solution_str,
+                ground_truth=item.ground_truth,
+                extra_info=item.extra_info,
+            )
+        )
+        pickle.dumps(score.extra)
+    except (Exception, SystemExit):
+        return Score(0.0, Outcome.ERROR, message=traceback.format_exc())
+    return score
+
+
+def _name(score: Score, index: int, item: ScoreItem) -> Score:
+    """A failure's message with the sample in front."""
+    if not score.failed:
+        return score
+    sample = (
+        f"sample {index} of the batch (data_source {item.data_source}, index {item.extra_info.get('index')}, "
+        f"ground truth {str(item.ground_truth)[:80]!r}), whose text ends {item.solution_str[-100:]!r}"
+    )
+    return Score(score.value, score.outcome, score.extra, f"{sample}\n{score.message}")

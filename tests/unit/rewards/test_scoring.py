@@ -1,0 +1,121 @@
+"""Registry, custom reward functions, and the threshold of failures."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf3d.rewards.scoring import (
+    BuiltinReward,
+    Outcome,
+    RewardError,
+    Score,
+    check_data_sources,
+    check_outcomes,
+    load_custom_reward,
+    to_score,
+)
+
+SAMPLE: dict[str, Any] = {
+    "data_source": "mine",
+    "solution_str": "abc",
+    "ground_truth": "3",
+    "extra_info": None,
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my_reward.py"
+    path.write_text(text)
+    return path
+
+
+def test_builtin_reward_scores_by_data_source() -> None:
+    reward = BuiltinReward("strict")
+    right = reward(data_source="openai/gsm8k", solution_str="#### 4", ground_truth="4")
+    assert right == Score(1.0, Outcome.SCORED, {"answer": "4"})
+    lost = reward(data_source="rlhf3d/arithmetic", solution_str="it is 4", ground_truth="4")
+    assert lost == Score(0.0, Outcome.UNPARSABLE, {"answer": None})
+
+
+def test_unknown_data_source_is_named_with_the_known_ones() -> None:
+    check_data_sources(["openai/gsm8k", "rlhf3d/arithmetic"])
+    with pytest.raises(ValueError, match=r"'mine'.*openai/gsm8k.*custom_reward_function"):
+        check_data_sources(["openai/gsm8k", "mine"])
+
+
+def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):\n"
+        "    return {'score': scale * len(solution_str), 'seen': data_source + ground_truth}\n",
+    )
+    reward = load_custom_reward(path, kwargs={"scale": 0.5})
+    assert to_score(reward(**SAMPLE)) == Score(1.5, Outcome.SCORED, {"seen": "mine3"})
+    assert to_score(pickle.loads(pickle.dumps(reward))(**SAMPLE)).value == 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("def compute_scores(**kw): return 0", "compute_score", "did you mean 'compute_scores'"),
+        ("compute_score = 3", "compute_score", "is a int, not callable"),
+        ("async def compute_score(**kw): return 0", "compute_score", "is async"),
+        ("def compute_score(text): return 0", "compute_score", "must take .*solution_str"),
+        ("import no_such_module", "compute_score", "does not import: ModuleNotFoundError"),
+        ("def f(:", "compute_score", "does not import: SyntaxError"),
+        ("X = 1", "compute_score", "it defines no function"),
+    ],
+)
+def test_custom_reward_mistakes(tmp_path: Path, text: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_custom_reward(write(tmp_path, text), name)
+
+
+def test_missing_file_and_unknown_kwargs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"custom_reward_function\.path: no such file"):
+        load_custom_reward(tmp_path / "nothing.py")
+    path = write(
+        tmp_path, "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 0"
+    )
+    with pytest.raises(ValueError, match=r"custom_reward_function.kwargs.*'scale'"):
+        load_custom_reward(path, kwargs={"scale": 2})
+
+
+@pytest.mark.parametrize("result", [1, True, 1.0])
+def test_numbers_become_scores(result: Any) -> None:
+    assert to_score(result) == Score(1.0, Outcome.SCORED)
+
+
+@pytest.mark.parametrize(
+    "result", [None, "1.0", float("nan"), float("inf"), [1.0], {"score": None}, {"value": 1}]
+)
+def test_anything_else_is_an_error_not_a_zero(result: Any) -> None:
+    with pytest.raises(ValueError, match="the reward function returned"):
+        to_score(result)
+
+
+def test_failures_up_to_the_rate_pass_and_beyond_it_stop_the_run() -> None:
+    fine = [Score(1.0, Outcome.SCORED)] * 17 + [Score(0.0, Outcome.UNPARSABLE)] * 1
+    first = Score(0.0, Outcome.ERROR, message="sample 18 ...\nZeroDivisionError")
+    check_outcomes([*fine, first, fine[0]], 0.05)
+    with pytest.raises(RewardError) as caught:
+        check_outcomes([*fine, first, Score(0.0, Outcome.TIMEOUT, message="late")], 0.05)
+    text = str(caught.value)
+    assert "2 of 20" in text and "17 scored, 1 unparsable, 1 timeout, 1 error" in text
+    assert "sample 18" in text and "ZeroDivisionError" in text and "late" not in text
+    assert "reward.max_error_rate=0.05 allows 1" in text
+
+
+def test_the_message_fits_a_screen() -> None:
+    long = (
+        "sample 0\n" + "\n".join(f"line {i} " + "x" * 1000 for i in range(1000)) + "\nRecursionError: the end"
+    )
+    with pytest.raises(RewardError) as caught:
+        check_outcomes([Score(0.0, Outcome.ERROR, message=long)], 0.0)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 250
+    assert "sample 0" in str(caught.value) and "RecursionError: the end" in str(caught.value)

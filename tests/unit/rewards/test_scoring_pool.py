@@ -1,0 +1,201 @@
+"""The scoring pool with functions that hang, crash, exit and misbehave: real processes throughout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import (
+    BuiltinReward,
+    Outcome,
+    RewardError,
+    ScoreItem,
+    load_custom_reward,
+)
+
+UNRULY = """
+import multiprocessing, os, re, subprocess, sys, time
+
+def child():
+    pass
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "sleep":
+        time.sleep(1000)
+    if solution_str == "regex":  # never returns to the interpreter: no signal handler or thread can run
+        re.match("(a+)+$", "a" * 60 + "b")
+    if solution_str == "raise":
+        raise KeyError("the reason")
+    if solution_str == "exit":
+        os._exit(7)
+    if solution_str == "sys.exit":
+        sys.exit(3)
+    if solution_str == "segfault":
+        os.kill(os.getpid(), 11)
+    if solution_str == "recursion":
+        return compute_score(data_source, solution_str, ground_truth)
+    if solution_str == "text":
+        return "1.0"
+    if solution_str == "unpicklable":
+        return {"score": 1.0, "why": lambda: 0}
+    if solution_str == "grandchild":
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        open(extra_info["pid_file"], "w").write(f"{process.pid}\\n")
+        time.sleep(1000)
+    if solution_str == "process":
+        process = multiprocessing.Process(target=child)
+        process.start()
+        process.join()
+        return float(process.exitcode == 0)
+    if solution_str == "modules":
+        return {"score": 0.0, "heavy": [m for m in ("torch", "ray", "vllm", "pyarrow") if m in sys.modules]}
+    return {"score": float(solution_str), "pid": os.getpid()}
+"""
+
+
+@pytest.fixture
+def unruly(tmp_path: Path) -> Path:
+    path = tmp_path / "unruly.py"
+    path.write_text(UNRULY)
+    return path
+
+
+def items(*texts: str, **extra_info: object) -> list[ScoreItem]:
+    return [ScoreItem("mine", text, "1", {"index": 40 + i, **extra_info}) for i, text in enumerate(texts)]
+
+
+def gone(pid: int, within_s: float = 5.0) -> bool:
+    """Whether the process ends in time (a zombie has ended)."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_order_is_kept_over_workers_and_processes_are_reused() -> None:
+    batch = [ScoreItem("rlhf3d/arithmetic", f"it is {i}", str(i - i % 2)) for i in range(200)]
+    with ScoringPool(2, 10.0, BuiltinReward()) as pool:
+        scores = pool.score_batch(batch)
+        assert [s.value for s in scores] == [1.0, 0.0] * 100
+        assert [s.extra["answer"] for s in scores] == [str(i) for i in range(200)]
+        assert pool.score_batch([]) == []
+        assert pool.score_batch(batch[:1])[0].value == 1.0
+
+
+def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: Path) -> None:
+    with ScoringPool(1, 0.5, load_custom_reward(unruly)) as pool:
+        pool.score_batch(items("1"))
+        start = time.monotonic()
+        scores = pool.score_batch(items("1", "sleep", "2", "regex", "3"))
+        assert time.monotonic() - start < 30.0
+        assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored", "timeout", "scored"]
+        assert [s.value for s in scores] == [1.0, 0.0, 2.0, 0.0, 3.0]
+        assert scores[3].message is not None
+        assert "sample 3" in scores[3].message and "reward.timeout_s=0.5" in scores[3].message
+
+
+def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unruly: Path) -> None:
+    texts = ["raise", "1", "exit", "2", "sys.exit", "segfault", "recursion", "text", "unpicklable", "3"]
+    with ScoringPool(2, 20.0, load_custom_reward(unruly)) as pool:
+        scores = pool.score_batch(items(*texts))
+    messages = {text: score.message or "" for text, score in zip(texts, scores, strict=True)}
+    assert [s.value for s in scores if s.outcome is Outcome.SCORED] == [1.0, 2.0, 3.0]
+    assert sum(s.outcome is Outcome.ERROR for s in scores) == 7
+    assert "sample 0" in messages["raise"] and "index 40" in messages["raise"]
+    assert "KeyError: 'the reason'" in messages["raise"] and "unruly.py" in messages["raise"]
+    assert "exit code 7" in messages["exit"] and "exit code -11" in messages["segfault"]
+    assert "SystemExit" in messages["sys.exit"] and "RecursionError" in messages["recursion"]
+    assert "'1.0', not a finite number" in messages["text"] and "pickle" in messages["unpicklable"]
+
+
+def test_a_batch_is_given_up_as_soon_as_too_many_have_failed(unruly: Path) -> None:
+    start = time.monotonic()
+    message = r"2 of 100 completions .*reward\.max_error_rate=0\.01 allows 1"
+    pool = ScoringPool(1, 1.0, load_custom_reward(unruly), max_error_rate=0.01)
+    with pytest.raises(RewardError, match=message):
+        pool.score_batch(items(*["sleep"] * 100))
+    with pytest.raises(AssertionError, match="the pool is closed"):
+        pool.score_batch(items("1"))
+    assert time.monotonic() - start < 30.0
+
+
+def test_what_a_killed_call_started_dies_with_it(unruly: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    with ScoringPool(1, 2.0, load_custom_reward(unruly)) as pool:
+        (score,) = pool.score_batch(items("grandchild", pid_file=str(pid_file)))
+        assert score.outcome is Outcome.TIMEOUT
+        assert gone(int(pid_file.read_text()))
+
+
+def test_functions_may_start_processes_and_scorers_load_nothing_heavy(unruly: Path) -> None:
+    with ScoringPool(1, 60.0, load_custom_reward(unruly)) as pool:
+        process, modules = pool.score_batch(items("process", "modules"))
+    assert process.value == 1.0
+    assert modules.extra["heavy"] == []
+
+
+def test_a_worker_that_died_between_batches_is_replaced(unruly: Path) -> None:
+    with ScoringPool(1, 10.0, load_custom_reward(unruly)) as pool:
+        pid = pool.score_batch(items("1"))[0].extra["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert gone(pid)
+        (score,) = pool.score_batch(items("2"))
+        assert score.value == 2.0 and score.extra["pid"] != pid
+
+
+def test_a_function_that_cannot_be_loaded_stops_at_once(unruly: Path) -> None:
+    reward = load_custom_reward(unruly)
+    unruly.write_text("import time; time.sleep(1000)")
+    late = pytest.raises(RewardError, match=r"did not load within 2\.0 s")
+    with ScoringPool(1, 1.0, reward, startup_timeout_s=2.0) as pool, late:
+        pool.score_batch(items("1"))
+    unruly.write_text("1 / 0")
+    with ScoringPool(1, 1.0, reward) as pool, pytest.raises(RewardError, match="ZeroDivisionError"):
+        pool.score_batch(items("1"))
+    with pytest.raises(ValueError, match="cannot be sent to another process"):
+        ScoringPool(1, 1.0, lambda **sample: 1.0)
+
+
+def test_close_and_refused_sizes(unruly: Path) -> None:
+    pool = ScoringPool(1, 10.0, load_custom_reward(unruly))
+    pid = pool.score_batch(items("1"))[0].extra["pid"]
+    pool.close()
+    assert gone(pid)
+    with pytest.raises(ValueError, match=r"reward\.workers=0"):
+        ScoringPool(0, 1.0, BuiltinReward())
+
+
+@pytest.mark.parametrize("text", ["1", "regex"])
+def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
+    """Idle or in a call that holds the interpreter: no scorer survives the driver's SIGKILL."""
+    driver = (
+        "from rlhf3d.rewards.pool import ScoringPool\n"
+        "from rlhf3d.rewards.scoring import ScoreItem, load_custom_reward\n"
+        f"pool = ScoringPool(1, 3.0, load_custom_reward({str(unruly)!r}))\n"
+        "print(int(pool.score_batch([ScoreItem('', '1', '')])[0].extra['pid']), flush=True)\n"
+        f"pool.score_batch([ScoreItem('', {text!r}, '')])\n"
+        "input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        time.sleep(0.5)
+    finally:
+        parent.kill()
+        parent.communicate()
+    assert gone(pid, within_s=10.0)
