@@ -1,0 +1,64 @@
+"""Process groups of one training rank: torch.distributed, Megatron's groups, Megatron's random states.
+
+Invariant: after `initialize_megatron` Megatron's coordinates of this rank are those of `ParallelLayout`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import megatron_patches
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.platform import Platform
+
+
+def initialize_megatron(
+    layout: ParallelLayout,
+    rank: int,
+    seed: int,
+    platform: Platform,
+    timeout_s: float,
+    *,
+    master_addr: str = "127.0.0.1",
+    master_port: int,
+) -> None:
+    """Join the world of `layout.world_size` ranks that meet at `master_addr:master_port`.
+
+    `timeout_s` bounds the rendezvous and every collective. Raises torch's DistError when the world does not
+    assemble, PatchError when Megatron cannot be patched.
+    """
+    megatron_patches.apply(platform.kind)
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    timeout = timedelta(seconds=timeout_s)
+    torch.distributed.init_process_group(
+        platform.dist_backend,
+        init_method=f"tcp://{master_addr}:{master_port}",
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    ours = RankCoords(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+    )
+    assert ours == layout.coords(rank), f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_megatron() -> None:
+    """Leave the world; a later `initialize_megatron` in this process starts afresh."""
+    import torch
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

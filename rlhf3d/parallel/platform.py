@@ -1,0 +1,174 @@
+"""The one seam between CPU and CUDA: devices, back ends, layer specs and fused kernels of a platform.
+
+Invariant: no other module asks which device it runs on; it asks its `Platform`. Imports torch and Megatron
+only inside methods, so that the command line can build one without them. Objects are frozen and picklable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import megatron_patches
+
+if TYPE_CHECKING:
+    import torch
+
+_GIB = 1 << 30
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Platform(ABC):
+    """What differs between CPU and CUDA, behind one interface."""
+
+    reason: str
+    """Why this platform was chosen, for people."""
+
+    kind: ClassVar[str]
+    """cpu or cuda."""
+    dist_backend: ClassVar[str]
+    """torch.distributed back end: gloo or nccl."""
+    resource: ClassVar[str]
+    """Ray resource that one training rank occupies."""
+
+    @property
+    def ray_resources(self) -> dict[str, float]:
+        """Ray resources of one training rank, as in a placement group bundle."""
+        return {self.resource: 1.0}
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """Device of the rank with this number on its node."""
+
+    def prepare_worker(self, local_rank: int, threads: int) -> None:
+        """First call in a worker, before Megatron is imported: environment, threads, device, patches."""
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+        self._bind_device(local_rank)
+        megatron_patches.apply(self.kind)
+
+    @abstractmethod
+    def _bind_device(self, local_rank: int) -> None:
+        """Make the rank's device current in this process."""
+
+    @abstractmethod
+    def layer_spec(self, qk_layernorm: bool) -> Any:
+        """Megatron `ModuleSpec` of one dense decoder layer (RMSNorm)."""
+
+    @abstractmethod
+    def transformer_config_overrides(self) -> dict[str, Any]:
+        """Fields of Megatron's `TransformerConfig` that depend on the platform: which fused kernels exist."""
+
+    @abstractmethod
+    def memory_gib(self) -> float:
+        """Memory, GiB: on CPU of the host (all ranks share it), on CUDA of one GPU."""
+
+
+@dataclass(frozen=True)
+class CPUPlatform(Platform):
+    """Processes with gloo; Megatron's local layers with torch's own attention."""
+
+    kind = "cpu"
+    dist_backend = "gloo"
+    resource = "CPU"
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def _bind_device(self, local_rank: int) -> None:
+        """A CPU rank has nothing to bind: its cores come from the thread count."""
+
+    def layer_spec(self, qk_layernorm: bool) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        from rlhf3d.parallel.attention import SDPACoreAttention
+
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+        spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+        return spec
+
+    def transformer_config_overrides(self) -> dict[str, Any]:
+        return _fusions(False) | {"gradient_accumulation_fusion": False}
+
+    def memory_gib(self) -> float:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        for path in map(Path, _CGROUP_LIMITS):
+            if path.is_file() and path.read_text().strip().isdigit():  # "max" is no limit
+                limits.append(int(path.read_text()))
+        return min(limits) / _GIB
+
+
+@dataclass(frozen=True)
+class CUDAPlatform(Platform):
+    """GPUs with NCCL; Transformer Engine's layers."""
+
+    kind = "cuda"
+    dist_backend = "nccl"
+    resource = "GPU"
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        # Ray shows a worker only its own GPU, which then has index 0.
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+    def _bind_device(self, local_rank: int) -> None:
+        # One queue keeps the launch order that Megatron's overlap of tensor-parallel communication counts on.
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        import torch
+
+        torch.cuda.set_device(self.device(local_rank))
+
+    def layer_spec(self, qk_layernorm: bool) -> Any:
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise ValueError(
+                "cluster.platform=cuda needs Transformer Engine, which is not installed: "
+                "pip install 'transformer-engine[pytorch]', or set cluster.platform=cpu"
+            )
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+
+    def transformer_config_overrides(self) -> dict[str, Any]:
+        # Fusing gradient accumulation needs a kernel that only an Apex built from source has.
+        has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        return _fusions(True) | {"gradient_accumulation_fusion": has_apex_kernel}
+
+    def memory_gib(self) -> float:
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory) / _GIB
+
+
+def _fusions(enabled: bool) -> dict[str, Any]:
+    """Megatron's kernel fusions: compiled or CUDA code that CPU ranks have not."""
+    names = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion")
+    return dict.fromkeys(names, enabled)
+
+
+def choose_platform(requested: str) -> Platform:
+    """The platform for `cluster.platform`: auto, cpu or cuda. ValueError when it cannot be had here."""
+    if requested == "cpu":
+        return CPUPlatform(reason="cluster.platform=cpu")
+    if requested not in ("auto", "cuda"):
+        raise ValueError(f"cluster.platform={requested!r} is not one of auto, cpu, cuda")
+    import torch
+
+    if torch.cuda.is_available():
+        found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        return CUDAPlatform(reason=f"cluster.platform={requested}, found {found}")
+    built = "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+    if requested == "cuda":
+        raise ValueError(
+            f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is"
+        )
+    return CPUPlatform(reason=f"cluster.platform=auto, {built}")

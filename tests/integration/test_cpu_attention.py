@@ -1,0 +1,109 @@
+"""The CPU core attention equals upstream's, alone for each packed sequence, in every supported layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.megatron_cases import SEQUENCE, VOCAB, build_model, forward, join, tokens
+from support.ranks import run_ranks
+
+import megatron_patches
+from rlhf3d.parallel.layout import ParallelLayout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched() -> None:
+    """Megatron imported once, before ranks are forked."""
+    megatron_patches.apply("cpu")
+    import megatron.core.models.gpt  # noqa: F401
+
+
+def largest_difference_to_upstream(rank: int, port: int) -> dict[str, float]:
+    """Same weights and tokens through our attention and through DotProductAttention: loss and gradients."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    layout = ParallelLayout()
+    join(rank, port, layout)
+    ours, theirs = build_model(layout), build_model(layout)
+    for layer in theirs.decoder.layers:
+        attention = layer.self_attention
+        attention.core_attention = DotProductAttention(
+            theirs.config,
+            layer.layer_number,
+            AttnMaskType.causal,
+            "self",
+            pg_collection=attention.pg_collection,
+        )
+    losses = [forward(model, tokens(0)) for model in (ours, theirs)]
+    for loss in losses:
+        loss.mean().backward()
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return {
+        "loss": (losses[0] - losses[1]).abs().max().item(),
+        "grad": max((a.grad - b.grad).abs().max().item() for a, b in pairs),
+        "signal": max(p.grad.abs().max().item() for p in ours.parameters()),
+    }
+
+
+def packed_and_separate(rank: int, port: int) -> float:
+    """Largest difference of logits between three packed sequences and the same ones run alone."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    layout = ParallelLayout()
+    join(rank, port, layout)
+    model = build_model(layout)
+    lengths = [5, 1, 10]
+    assert sum(lengths) == SEQUENCE
+    ids = torch.randint(0, VOCAB, (1, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ends = torch.tensor([0, 5, 6, 16], dtype=torch.int32)
+    packing = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=10, max_seqlen_kv=10)
+    with torch.no_grad():
+        packed = model(ids, positions, None, packed_seq_params=packing)[0]
+        alone = [
+            model(part, torch.arange(part.shape[1])[None], None)[0] for part in ids.split(lengths, dim=1)
+        ]
+    return (packed - torch.cat(alone)).abs().max().item()
+
+
+def refusals(rank: int, port: int) -> list[str]:
+    """Messages for what is not computed."""
+    layout = ParallelLayout()
+    join(rank, port, layout)
+    messages = []
+    for setting in ({"attention_dropout": 0.1}, {"context_parallel_size": 2}):
+        with pytest.raises(ValueError) as raised:
+            build_with(layout, setting)
+        messages.append(str(raised.value))
+    return messages
+
+
+def build_with(layout: ParallelLayout, setting: dict[str, Any]) -> None:
+    """Our attention with one field of the configuration changed."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from rlhf3d.parallel.attention import SDPACoreAttention
+
+    config = build_model(layout).config
+    for name, value in setting.items():
+        setattr(config, name, value)
+    SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def test_equals_upstream() -> None:
+    (difference,) = run_ranks(1, largest_difference_to_upstream)
+    assert difference["signal"] > 1e-2
+    assert difference["loss"] < 1e-5 and difference["grad"] < 1e-5
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    assert run_ranks(1, packed_and_separate)[0] < 1e-5
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    (messages,) = run_ranks(1, refusals)
+    assert "attention_dropout=0.1: set it to 0" in messages[0]
+    assert "context_parallel_size=2" in messages[1]

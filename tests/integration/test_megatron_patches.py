@@ -1,0 +1,155 @@
+"""Every patch is needed (upstream fails or is wrong without it) and works (the library is right with it)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.megatron_cases import CASES, train
+from support.ranks import run_ranks
+
+import megatron_patches
+from rlhf3d.parallel.layout import ParallelLayout
+
+ROOT = Path(__file__).parents[2]
+
+FAILURES = {
+    "device": "Torch not compiled with CUDA|no NVIDIA driver|No CUDA GPUs",
+    "rng_tracker": "Torch not compiled with CUDA|no NVIDIA driver|No CUDA GPUs",
+    "norm_sequence_parallel": "sequence parallel not supported by torch LayerNorm",
+    "distopt_state": r"assert len\(steps\) == 1",
+    "moe_router_gemm": "name 'te_general_gemm' is not defined",
+    "moe_split_sizes": "TypeError: all_to_all_single",
+}
+"""What upstream raises without the patch; the other patches cure wrong results."""
+
+
+@pytest.fixture(scope="module")
+def without() -> dict[str, dict[str, Any]]:
+    """Outcome of every case with every patch but its own, from a fresh interpreter."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "support.megatron_cases"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def patched() -> None:
+    """Megatron imported once here, with all patches, for the ranks forked from this process."""
+    megatron_patches.apply("cpu")
+    import megatron.core.models.gpt
+    import megatron.core.optimizer  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def one_process(patched: None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of two steps on one rank."""
+    steps: list[tuple[float, float]] = run_ranks(1, train, ParallelLayout(), 2)[0]
+    return steps
+
+
+def with_patch(name: str) -> Any:
+    """Result of the last rank of a case, all patches applied."""
+    return run_ranks(CASES[name].world_size, CASES[name].run)[-1]
+
+
+def test_every_patch_has_a_case() -> None:
+    assert list(CASES) == [patch.name for patch in megatron_patches.PATCHES]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_upstream_fails_without(name: str, without: dict[str, dict[str, Any]]) -> None:
+    assert re.search(FAILURES[name], without[name].get("error", "")), without[name]
+
+
+def test_upstream_sends_freed_memory_without_isend_alias(without: dict[str, dict[str, Any]]) -> None:
+    assert without["isend_alias"]["value"] != 1.0
+
+
+def test_upstream_counts_one_step_a_parameter_without_distopt_step(
+    without: dict[str, dict[str, Any]],
+) -> None:
+    (count,) = without["distopt_step"]["value"]
+    assert count > 3.0
+
+
+def test_upstream_leaves_a_process_behind_without_checkpoint_queue(
+    without: dict[str, dict[str, Any]],
+) -> None:
+    assert without["checkpoint_queue"]["value"]["left"] > 0
+
+
+def test_upstream_forks_writers_without_checkpoint_writer(without: dict[str, dict[str, Any]]) -> None:
+    assert without["checkpoint_writer"]["value"]["forked"] > 0
+
+
+@pytest.mark.usefixtures("patched")
+def test_all_are_applied_once() -> None:
+    assert {row.status for row in megatron_patches.table()} == {"applied"}
+    finders = list(sys.meta_path)
+    megatron_patches.apply("cpu")
+    assert sys.meta_path == finders
+
+
+@pytest.mark.usefixtures("patched")
+def test_device(one_process: list[tuple[float, float]]) -> None:
+    assert with_patch("device") == pytest.approx(one_process[0][0], abs=1e-6)
+
+
+@pytest.mark.usefixtures("patched")
+def test_rng_tracker() -> None:
+    result = with_patch("rng_tracker")
+    assert result["first"] != result["second"] and result["again"] == result["first"]
+    assert not result["default_moved"] and not result["logged"]
+
+
+@pytest.mark.usefixtures("patched")
+def test_norm_sequence_parallel(one_process: list[tuple[float, float]]) -> None:
+    for ours, theirs in zip(with_patch("norm_sequence_parallel"), one_process, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+@pytest.mark.usefixtures("patched")
+def test_isend_alias() -> None:
+    assert with_patch("isend_alias") == 1.0
+
+
+@pytest.mark.usefixtures("patched")
+def test_distopt_state() -> None:
+    assert with_patch("distopt_state") == 0.0
+
+
+@pytest.mark.usefixtures("patched")
+def test_distopt_step() -> None:
+    assert with_patch("distopt_step") == [3.0]
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("name", ["checkpoint_queue", "checkpoint_writer"])
+def test_save_starts_no_process(name: str) -> None:
+    result = with_patch(name)
+    assert (result["forked"], result["left"]) == (0, 0) and result["files"] > 0
+
+
+@pytest.mark.usefixtures("patched")
+def test_experts_on_two_ranks_equal_one() -> None:
+    assert with_patch("moe_split_sizes") == pytest.approx(with_patch("moe_router_gemm"), abs=1e-6)
+
+
+def test_cuda_gets_only_what_is_wrong_there_too(without: dict[str, dict[str, Any]]) -> None:
+    """Device code is left alone; without Apex and Transformer Engine, torch's Adam needs its patches."""
+    result = without["apply_cuda"]["value"]
+    status = result["status"]
+    assert not result["rewritten"]
+    assert status["device"] == status["rng_tracker"] == "not needed: CPU only"
+    assert status["distopt_state"] == status["distopt_step"] == status["moe_router_gemm"] == "applied"

@@ -1,0 +1,96 @@
+"""Tiny random models as real Hugging Face folders (config, safetensors, tokenizer with chat template).
+
+Invariant: the same arguments write the same weights, and every weight is random (norms and biases too), so
+that a swapped or forgotten tensor changes the logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
+    """Bytes as tokens: specials, newline, printable ASCII, other bytes, fillers: every id decodes."""
+    assert vocab >= 100, f"{vocab} ids cannot hold the specials and printable ASCII"
+    ascii_tokens = ["Ċ", "Ġ", *(chr(c) for c in range(33, 127))]  # byte-level names of newline, space, ! to ~
+    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_tokens))
+    fillers = [f"<{i}>" for i in range(vocab)]
+    tokens = [*SPECIAL_TOKENS, *ascii_tokens, *others, *fillers][:vocab]
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unk|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_tiny_model(
+    folder: Path | str,
+    family: str = "llama",
+    tie: bool = True,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    hidden: int = 64,
+    ffn: int = 128,
+    vocab: int = 128,
+    seed: int = 0,
+    llama3_rope: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a llama, qwen2 or qwen3 and return its folder. vLLM on CPU wants hidden / heads of 32 or more."""
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
+        },
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tie,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
+        "pad_token_id": SPECIAL_TOKENS.index("<|pad|>"),
+    }
+    config = AutoConfig.for_model(family, **shape)
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            mean = 1.0 if "norm" in name else 0.0
+            weight.copy_(mean + 0.1 * torch.randn(weight.shape, generator=generator))
+    folder = Path(folder)
+    model.to(dtype).save_pretrained(folder)
+    make_tiny_tokenizer(vocab).save_pretrained(folder)
+    return folder

@@ -1,0 +1,64 @@
+"""Rank coordinates, collectors and layer ranges of ParallelLayout."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+
+SIZES = st.integers(1, 4)
+LAYOUTS = st.builds(ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3))
+
+
+def test_tensor_ranks_are_neighbours_then_data_then_pipeline() -> None:
+    layout = ParallelLayout(tp=2, pp=2, dp=2)
+    order = [(c.pp, c.dp, c.tp) for c in map(layout.coords, range(8))]
+    assert order == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1)]
+
+
+@settings(deadline=None)
+@given(LAYOUTS)
+def test_rank_inverts_coords_and_every_place_is_taken_once(layout: ParallelLayout) -> None:
+    coords = [layout.coords(rank) for rank in range(layout.world_size)]
+    assert len(set(coords)) == layout.world_size == layout.tp * layout.pp * layout.dp
+    assert [layout.rank(c.tp, c.pp, c.dp) for c in coords] == list(range(layout.world_size))
+
+
+@pytest.mark.parametrize("rank", [-1, 8])
+def test_rank_outside_the_world_is_refused(rank: int) -> None:
+    with pytest.raises(AssertionError, match="world of 8"):
+        ParallelLayout(tp=2, pp=2, dp=2).coords(rank)
+
+
+@settings(deadline=None)
+@given(LAYOUTS)
+def test_one_collector_a_data_rank_on_the_last_stage(layout: ParallelLayout) -> None:
+    places = [layout.coords(rank) for rank in layout.collectors()]
+    assert places == [RankCoords(tp=0, pp=layout.pp - 1, dp=d) for d in range(layout.dp)]
+
+
+@settings(deadline=None)
+@given(LAYOUTS, st.integers(1, 3))
+def test_layers_are_partitioned_over_stages(layout: ParallelLayout, per_chunk: int) -> None:
+    total = layout.pp * layout.vpp * per_chunk
+    held = [list(layout.layers(total, p, chunk)) for chunk in range(layout.vpp) for p in range(layout.pp)]
+    # Chunk by chunk, rank by rank: the order of the forward pass.
+    assert [layer for stage in held for layer in stage] == list(range(total))
+
+
+def test_interleaved_stages() -> None:
+    layout = ParallelLayout(pp=2, vpp=2)
+    assert [list(layout.layers(8, 0, chunk)) for chunk in (0, 1)] == [[0, 1], [4, 5]]
+    assert [list(layout.layers(8, 1, chunk)) for chunk in (0, 1)] == [[2, 3], [6, 7]]
+
+
+def test_layers_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(AssertionError, match="7 layers do not divide into 2 x 1"):
+        ParallelLayout(pp=2).layers(7, 0)
+
+
+def test_text() -> None:
+    assert str(ParallelLayout(2, 3, 4)) == "TP2×PP3×DP4"
+    assert str(ParallelLayout(2, 3, 4, vpp=2)) == "TP2×PP3×DP4×VPP2"

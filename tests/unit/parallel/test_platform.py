@@ -1,0 +1,85 @@
+"""Choice of platform, and what can be asked of one without torch."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf3d.parallel import platform
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, choose_platform
+
+
+def test_importing_and_choosing_cpu_loads_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys; from rlhf3d.parallel.platform import choose_platform as c; p = c('cpu');"
+        "p.memory_gib(), p.ray_resources, p.transformer_config_overrides();"
+        "assert not {'torch', 'megatron', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(platform.__file__).parents[2], timeout=60
+    )
+
+
+def test_auto_falls_back_to_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    chosen = choose_platform("auto")
+    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == ("cpu", "gloo", {"CPU": 1.0})
+    assert "cluster.platform=auto" in chosen.reason and "torch" in chosen.reason
+
+
+def test_cuda_without_a_gpu_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"cluster\.platform=cuda, but .* set cluster\.platform=cpu"):
+        choose_platform("cuda")
+
+
+def test_unknown_platform_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.platform='tpu' is not one of auto, cpu, cuda"):
+        choose_platform("tpu")
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_gpu_is_chosen_where_there_is_one(requested: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H100")
+    chosen = choose_platform(requested)
+    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == ("cuda", "nccl", {"GPU": 1.0})
+    assert chosen.reason.endswith("found 8 x H100")
+
+
+def test_cuda_device_index_within_what_the_worker_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert str(CUDAPlatform("test").device(5)) == "cuda:5"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # as Ray shows it
+    assert str(CUDAPlatform("test").device(5)) == "cuda:0"
+
+
+def test_cpu_turns_every_fusion_off_and_cuda_the_same_ones_on() -> None:
+    cpu, cuda = (p("test").transformer_config_overrides() for p in (CPUPlatform, CUDAPlatform))
+    assert cpu.keys() == cuda.keys() and not any(cpu.values())
+    assert cuda["bias_activation_fusion"] and cuda["apply_rope_fusion"]
+
+
+def test_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = CPUPlatform("test").memory_gib()
+    limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
+    limit.write_text(f"{1 << 29}\n")
+    unlimited.write_text("max\n")
+    monkeypatch.setattr(platform, "_CGROUP_LIMITS", (str(unlimited), str(limit), str(tmp_path / "absent")))
+    assert CPUPlatform("test").memory_gib() == 0.5 < whole
+
+
+def test_cuda_layers_need_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"cluster\.platform=cuda needs Transformer Engine"):
+        CUDAPlatform("test").layer_spec(qk_layernorm=False)
+
+
+def test_platforms_travel_to_workers() -> None:
+    for chosen in (CPUPlatform("why"), CUDAPlatform("why")):
+        assert pickle.loads(pickle.dumps(chosen)) == chosen
