@@ -1,0 +1,94 @@
+"""The run as a picture: reward, held-out accuracy, length, KL and entropy, seconds a phase, over steps.
+
+Invariant: drawn from the rows alone, whatever they lack; a panel without data says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.observability.metrics import phase_seconds, validation_accuracy
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was measured and finite."""
+    points = [(row["step"], float(row[name])) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_curves(rows: Rows, path: Path) -> None:
+    """Write the picture as PNG."""
+    # The object interface needs no display and leaves pyplot's global state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 3)
+    _lines(
+        figure.add_subplot(grid[0, 0]),
+        rows,
+        "reward",
+        {"critic/score/mean": "score", "critic/rewards/mean": "with KL"},
+    )
+    _accuracy(figure.add_subplot(grid[0, 1]), rows)
+    _lines(figure.add_subplot(grid[0, 2]), rows, "response length, tokens", {"response_length/mean": "mean"})
+    kl = {"actor/ppo_kl": "KL to the sampling policy", "actor/kl_loss": "KL to the reference"}
+    _lines(
+        figure.add_subplot(grid[1, 0]), rows, "KL and entropy, nats a token", kl, {"actor/entropy": "entropy"}
+    )
+    _phases(figure.add_subplot(grid[1, 1:]), rows)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _lines(
+    axes: Any, rows: Rows, title: str, labels: Mapping[str, str], right: Mapping[str, str] | None = None
+) -> None:
+    """Plot metrics by name; those in `right` are dashed, with their own scale on the right."""
+    for name, label in labels.items():
+        steps, values = series(rows, name)
+        if steps:
+            axes.plot(steps, values, marker=".", label=label)
+    for name, label in (right or {}).items():
+        steps, values = series(rows, name)
+        if steps:
+            other = axes.twinx()
+            other.set_ylabel(label)
+            other.plot(steps, values, "k--")
+            axes.plot([], [], "k--", label=f"{label} (right)")
+    _finish(axes, title)
+
+
+def _accuracy(axes: Any, rows: Rows) -> None:
+    points = [(row["step"], validation_accuracy(row)) for row in rows]
+    for key in dict.fromkeys(key for _, found in points for key in found):
+        measured = [(step, 100 * found[key]) for step, found in points if key in found]
+        axes.plot(*zip(*measured, strict=True), marker="o", label=" ".join(key))
+    _finish(axes, "held-out accuracy, %")
+
+
+def _phases(axes: Any, rows: Rows) -> None:
+    steps = [row["step"] for row in rows]
+    seconds = [phase_seconds(row) for row in rows]
+    floor = [0.0] * len(rows)
+    for phase in dict.fromkeys(name for found in seconds for name in found):
+        heights = [found.get(phase, 0.0) for found in seconds]
+        axes.bar(steps, heights, bottom=floor, width=0.9, label=phase)
+        floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    _finish(axes, "seconds a phase", legend_outside=True)
+
+
+def _finish(axes: Any, title: str, legend_outside: bool = False) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if not axes.get_legend_handles_labels()[0]:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
+    elif legend_outside:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+    else:
+        axes.legend(fontsize="small")

@@ -1,0 +1,168 @@
+"""What a run measures: seconds a phase, and one row of metrics a step in `metrics.jsonl` and TensorBoard.
+
+Invariant: `metrics.jsonl` holds one strict JSON object a step, steps strictly rising, each on disk before the
+next step begins; a value that is not finite is written as null and named under `nonfinite`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+TIMING = "timing_s/"
+STEP_TIME = "timing_s/step"
+
+
+class PhaseTimer:
+    """Wall-clock seconds of each phase of a step; a phase entered twice adds up."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._running: str | None = None
+        self._began = clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the body's seconds as `timing_s/<name>`. Phases follow one another; they do not nest."""
+        assert self._running is None, f"phase {name!r} begins inside {self._running!r}"
+        assert name != "step", "timing_s/step is the whole step, not a phase"
+        self._running = name
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._running = None
+            key = TIMING + name
+            self._seconds[key] = self._seconds.get(key, 0.0) + self._clock() - began
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by `timing_s/<phase>` since the last `pop`, plus all of that time as `timing_s/step`."""
+        now = self._clock()
+        seconds = {**self._seconds, STEP_TIME: now - self._began}
+        self._seconds, self._began = {}, now
+        return seconds
+
+
+class MetricsWriter:
+    """Appends a step's metrics to `metrics.jsonl` and to TensorBoard under `output_dir`.
+
+    `resume_step` is the last step the resumed checkpoint holds: later rows, and a line torn by a kill, are
+    dropped so that the file reads as one unbroken run. A new run leaves it None and wants a folder
+    without rows (ValueError).
+    """
+
+    def __init__(
+        self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True
+    ) -> None:
+        path = Path(output_dir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step = -1
+        if path.exists():
+            self._last_step = _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard:
+            # Imported here: it pulls in torch, which reading a run's metrics does not need.
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(path.parent / TENSORBOARD_DIR), purge_step=purge)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write all metrics of one step: numbers, numpy scalars or one-element tensors, by name."""
+        assert step > self._last_step, f"step {step} written after step {self._last_step}"
+        assert "step" not in metrics, "the step is its own argument"
+        self._last_step = step
+        values = {name: _number(value) for name, value in metrics.items()}
+        nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
+        row: dict[str, Any] = {"step": step, **values, **dict.fromkeys(nonfinite)}
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Rows of a run's `metrics.jsonl`, in order; a last line still being written is left out.
+
+    Raises ValueError when the folder has no such file or a line before the last is not JSON.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir} holds no {METRICS_FILE}, so it is not the folder of a run: "
+            "give the trainer.output_dir of a run that finished at least one step"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}): restore or delete it") from error
+    return rows
+
+
+def validation_accuracy(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Held-out accuracies by (data source, measure), from `val-core/<source>/acc/<measure>`, in [0, 1]."""
+    found = {}
+    for name, value in metrics.items():
+        source, separator, measure = name.removeprefix("val-core/").rpartition("/acc/")
+        if name.startswith("val-core/") and separator and value is not None:
+            found[source, measure] = float(value)
+    return found
+
+
+def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by phase name, from `timing_s/<phase>`; the whole step is not among them."""
+    return {
+        name.removeprefix(TIMING): float(value)
+        for name, value in metrics.items()
+        if name.startswith(TIMING) and name != STEP_TIME and value is not None
+    }
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _truncate(path: Path, resume_step: int | None) -> int:
+    """Keep the rows up to `resume_step` (replacing the file in one rename); returns the last step kept."""
+    rows = read_metrics(path.parent)
+    if resume_step is None and rows:
+        raise ValueError(
+            f"trainer.output_dir={path.parent} already holds {len(rows)} steps of another run: "
+            "resume that run, or choose another folder"
+        )
+    kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return int(kept[-1]["step"]) if kept else -1

@@ -1,0 +1,183 @@
+"""What a run came to: `curves.png` and `report.md` beside its metrics.
+
+Invariant: every number is read from the run's own files, held-out gains carry their standard error, and a run
+that stopped half-way gets the report of what it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlhf3d.observability.curves import draw_curves, series
+from rlhf3d.observability.metrics import STEP_TIME, phase_seconds, read_metrics, validation_accuracy
+from rlhf3d.observability.samples import before_after, printable
+
+CURVES_FILE = "curves.png"
+REPORT_FILE = "report.md"
+
+_TABLE_ROWS = 20
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def make_report(run_dir: str | Path) -> Path:
+    """Write `curves.png` and `report.md` into the run's folder; returns the latter.
+
+    Raises ValueError for a folder without metrics or before the first finished step.
+    """
+    rows = _rows(run_dir)
+    folder = Path(run_dir)
+    draw_curves(rows, folder / CURVES_FILE)
+    minutes = sum(series(rows, STEP_TIME)[1]) / 60
+    sections = [
+        f"# Run report: {folder.resolve().name}",
+        f"Steps {rows[0]['step']} to {rows[-1]['step']}, {minutes:.1f} min.",
+        f"![curves]({CURVES_FILE})",
+        "## Held-out accuracy",
+        _gains(rows),
+        "## Learning curve",
+        _learning_table(rows),
+        "## Seconds a phase",
+        _phase_table(rows),
+        "## The same held-out prompts, before and after",
+        _sample_table(folder),
+    ]
+    path = folder / REPORT_FILE
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def learning_table(run_dir: str | Path) -> str:
+    """Markdown table: step, reward, response length, held-out accuracies, seconds a phase.
+
+    A row stands where the run validated (else at every twentieth or so of the run) and at the end; reward,
+    length and seconds are means over the steps since the row above, accuracies those of the row's own step.
+    """
+    return _learning_table(_rows(run_dir))
+
+
+def binomial_standard_error(accuracy: float, prompts: float) -> float:
+    """sqrt(p(1-p)/n): for answers sampled several times a prompt an upper bound, as n counts prompts."""
+    return math.sqrt(accuracy * (1.0 - accuracy) / prompts)
+
+
+def _rows(run_dir: str | Path) -> list[dict[str, Any]]:
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise ValueError(f"{run_dir} has no finished step yet: report it after the first")
+    return rows
+
+
+def _gains(rows: Rows) -> str:
+    points = [(row, validation_accuracy(row)) for row in rows]
+    keys = list(dict.fromkeys(key for _, found in points for key in found))
+    if not keys:
+        return "The run has not validated."
+    body = []
+    for source, measure in keys:
+        measured = [(row, found[source, measure]) for row, found in points if (source, measure) in found]
+        (first, start), (last, end) = measured[0], measured[-1]
+        prompts = last.get(f"val-aux/{source}/num_prompts")
+        cells = [source, measure, f"{prompts:.0f}" if prompts else "not recorded"]
+        cells += [f"{_percent(start, prompts)} (step {first['step']})", "–", "–"]
+        if len(measured) > 1:
+            cells[-2] = f"{_percent(end, prompts)} (step {last['step']})"
+            cells[-1] = f"{100 * (end - start):+.1f}"
+            if prompts:
+                error = math.hypot(*(binomial_standard_error(p, prompts) for p in (start, end)))
+                cells[-1] += f" ± {100 * error:.1f}"
+        body.append(cells)
+    note = (
+        "± is one binomial standard error over prompts; that of the gain takes start and end as independent, "
+        "so it is on the safe side when both answer the same prompts."
+    )
+    return _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body) + "\n\n" + note
+
+
+def _learning_table(rows: Rows) -> str:
+    phases = list(dict.fromkeys(name for row in rows for name in phase_seconds(row)))
+    keys = list(dict.fromkeys(key for row in rows for key in validation_accuracy(row)))
+    heading = [
+        "step",
+        "reward",
+        "length, tokens",
+        *(f"{s} {m}" for s, m in keys),
+        *(f"{p}, s" for p in phases),
+    ]
+    body = []
+    for span in _spans(rows):
+        last = span[-1]
+        accuracy = validation_accuracy(last)
+        seconds = [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
+        means = [_mean(span, "critic/score/mean", ".3f"), _mean(span, "response_length/mean", ".0f")]
+        measured = [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in keys]
+        body.append([str(last["step"]), *means, *measured, *seconds])
+    return _table(heading, body)
+
+
+def _spans(rows: Rows) -> list[Rows]:
+    """Cut the rows so that each span ends where the learning table has a row."""
+    validated = [i for i, row in enumerate(rows) if validation_accuracy(row)]
+    stride = math.ceil(len(rows) / _TABLE_ROWS)
+    ends = validated if len(validated) > 2 else [*validated, *range(0, len(rows), stride)]
+    cuts = [0, *(end + 1 for end in sorted({*ends, len(rows) - 1}))]
+    return [rows[start:stop] for start, stop in pairwise(cuts)]
+
+
+def _phase_table(rows: Rows) -> str:
+    totals: dict[str, float] = {}
+    for row in rows:
+        for phase, seconds in phase_seconds(row).items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
+    everything = sum(totals.values())
+    if not everything:
+        return "The run has no timings."
+    body = []
+    for phase, total in sorted(totals.items(), key=lambda item: -item[1]):
+        times = series(rows, f"timing_s/{phase}")[1]
+        body.append(
+            [phase, f"{fmean(times):.1f}", str(len(times)), f"{total:.0f}", f"{total / everything:.0%}"]
+        )
+    return _table(["phase", "mean, s", "times", "total, s", "share"], body)
+
+
+def _sample_table(folder: Path) -> str:
+    before, after = before_after(folder)
+    if not before:
+        return "The run has not written held-out answers twice."
+    body = [
+        [
+            _cell(old.prompt),
+            _cell(old.ground_truth),
+            *(f"[{s.score:g}] {_cell(s.response)}" for s in (old, new)),
+        ]
+        for old, new in zip(before, after, strict=True)
+    ]
+    note = "The first prompts of the held-out set, not chosen by result; [score] in front of the answer."
+    return _table(["prompt", "answer", "before", "after"], body) + "\n\n" + note
+
+
+def _mean(rows: Rows, name: str, spec: str) -> str:
+    values = series(rows, name)[1]
+    return f"{fmean(values):{spec}}" if values else "–"
+
+
+def _percent(accuracy: float, prompts: float | None) -> str:
+    if not prompts:
+        return f"{accuracy:.1%}"
+    return f"{100 * accuracy:.1f} ± {100 * binomial_standard_error(accuracy, prompts):.1f} %"
+
+
+def _cell(text: str) -> str:
+    """Model text inside a markdown table: one line, nothing that reads as a cell border or HTML."""
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,97 @@
+"""What the model wrote: generations of a step in `samples/`, one JSON object a completion.
+
+Invariant: a file is complete when it has its name (written beside, then renamed), and reads back equal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+SAMPLES_DIR = "samples"
+
+Kind = Literal["train", "greedy", "sampled"]
+"""Completions of the training step, or of greedy or sampled validation."""
+
+_PREFIX: dict[Kind, str] = {"train": "", "greedy": "greedy_", "sampled": "sampled_"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion and how it was scored."""
+
+    prompt: str
+    response: str
+    ground_truth: str
+    score: float
+    outcome: str
+    """scored, unparsable, timeout or error."""
+    length: int
+    """Response tokens."""
+    finish_reason: str
+    """stop or length."""
+    policy_version: int
+    """Policy that wrote every token of it."""
+
+
+def samples_path(output_dir: str | Path, step: int, kind: Kind = "train") -> Path:
+    """`samples/step_N.jsonl`; validation's files carry `greedy_` or `sampled_` in front."""
+    return Path(output_dir) / SAMPLES_DIR / f"{_PREFIX[kind]}step_{step}.jsonl"
+
+
+def write_samples(output_dir: str | Path, step: int, samples: Iterable[Sample], kind: Kind = "train") -> Path:
+    """Write (or replace, after a resume) one step's completions; returns the file."""
+    path = samples_path(output_dir, step, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    os.replace(partial, path)
+    return path
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Completions of one file, in the order written."""
+    # Split on newlines alone: completions may hold other characters that str.splitlines() breaks at.
+    return [Sample(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:
+    """Steps that have a file of this kind, ascending."""
+    names = (path.name for path in (Path(output_dir) / SAMPLES_DIR).glob("*.jsonl"))
+    matches = (re.fullmatch(rf"{_PREFIX[kind]}step_(\d+)\.jsonl", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], list[Sample]]:
+    """First and last held-out answers to the same prompts: the first `limit` prompts, not chosen by score.
+
+    Greedy answers where the run wrote them, else sampled ones; empty lists before the second validation.
+    """
+    kinds: tuple[Kind, Kind] = ("greedy", "sampled")
+    for kind in kinds:
+        steps = sample_steps(output_dir, kind)
+        if len(steps) >= 2:
+            first, last = (_first_answers(samples_path(output_dir, steps[end], kind)) for end in (0, -1))
+            prompts = [prompt for prompt in first if prompt in last][:limit]
+            return [first[prompt] for prompt in prompts], [last[prompt] for prompt in prompts]
+    return [], []
+
+
+def printable(text: str, limit: int = 400) -> str:
+    """`text` in one line for people: control characters and line breaks become spaces, cut at `limit`."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _first_answers(path: Path) -> dict[str, Sample]:
+    """The first answer to each prompt of a file."""
+    answers: dict[str, Sample] = {}
+    for sample in read_samples(path):
+        answers.setdefault(sample.prompt, sample)
+    return answers
