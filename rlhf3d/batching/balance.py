@@ -64,9 +64,7 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]], mult
     `multiple_of` rounds that width up (tensor-parallel size under sequence parallelism).
     """
     positions = sum(
-        len(batch) * -(-max(lengths[row] for row in batch) // multiple_of) * multiple_of
-        for batch in batches
-        if batch
+        len(batch) * -(-max(lengths[row] for row in batch) // multiple_of) * multiple_of for batch in batches if batch
     )
     tokens = sum(lengths[row] for batch in batches for row in batch)
     return 1.0 - tokens / positions if positions else 0.0

@@ -60,9 +60,7 @@ def split_forward(batch: Batch, micro_batch_size: int, layout: ParallelLayout) -
     ]
 
 
-def split_update(
-    batch: Batch, plan: UpdatePlan, layout: ParallelLayout, max_response_tokens: int
-) -> list[UpdateShare]:
+def split_update(batch: Batch, plan: UpdatePlan, layout: ParallelLayout, max_response_tokens: int) -> list[UpdateShare]:
     """Shares of an update, by data-parallel rank; mini-batches are runs of consecutive rows, so groups stay whole."""
     lengths = batch.lengths()
     rows_of: list[list[int]] = [[] for _ in range(layout.dp)]
@@ -76,6 +74,4 @@ def split_update(
             shard_lengths = [lengths[r] for r in rows_of[dp]]
             micro = _cut(shard_lengths, range(first, len(rows_of[dp])), plan.micro_batch_size, layout)
             minis_of[dp].append(MiniBatch(micro, norm))
-    return [
-        UpdateShare(rows, minis * plan.epochs) for rows, minis in zip(rows_of, minis_of, strict=True)
-    ]
+    return [UpdateShare(rows, minis * plan.epochs) for rows, minis in zip(rows_of, minis_of, strict=True)]

@@ -18,7 +18,7 @@ ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
 KL_TYPES = ("k1", "abs", "k2", "k3", "low_var_kl")
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 ONE_OF: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "rollout.dtype": DTYPES,
@@ -172,13 +172,9 @@ def _check_sampling(config: Config) -> list[str]:
     if rollout.top_k != -1:
         problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:
-        problems.append(
-            f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more"
-        )
+        problems.append(f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more")
     if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
-        problems.append(
-            f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)"
-        )
+        problems.append(f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)")
     return problems
 
 

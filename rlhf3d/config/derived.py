@@ -5,7 +5,7 @@ Invariant: every count that the loop, the engines and the printed summary use is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel.layout import ParallelLayout
@@ -92,8 +92,7 @@ def critic_batching(config: Config) -> tuple[int, int, int]:
     critic = config.critic
     given = (critic.ppo_mini_batch_size, critic.ppo_micro_batch_size_per_gpu, critic.ppo_epochs)
     mini, micro, epochs = (
-        of_actor if value is None else value
-        for value, of_actor in zip(given, actor_batching(config), strict=True)
+        of_actor if value is None else value for value, of_actor in zip(given, actor_batching(config), strict=True)
     )
     return mini, micro, epochs
 
@@ -128,11 +127,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         *[f"every {trainer.test_freq} steps"] * (trainer.test_freq > 0),
         "after the last",
     ]
-    run = (
-        f"{derived.total_steps} steps"
-        if derived.total_steps
-        else f"{trainer.total_epochs} epoch(s) of the data"
-    )
+    run = f"{derived.total_steps} steps" if derived.total_steps else f"{trainer.total_epochs} epoch(s) of the data"
     lines = [
         f"model      {config.model.path} in {config.model.dtype}: {', '.join(roles)}",
         f"layout     {derived.layout} = {derived.world_size} ranks" + "".join(f", {name}" for name in extras),
@@ -160,3 +155,10 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
         f"sequences = {plan.optimizer_steps_per_step} optimizer step(s); a rank: "
         f"{plan.micro_batches_per_rank} micro-batches of {plan.micro_batch_size}; lr {lr:g}"
     )
+
+
+def resolve_dtypes(config: Config, fast_dtype: str) -> Config:
+    """The configuration with every `auto` dtype replaced by the platform's fastest."""
+    model = replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
+    rollout = replace(config.rollout, dtype=fast_dtype) if config.rollout.dtype == "auto" else config.rollout
+    return replace(config, model=model, rollout=rollout)

@@ -62,11 +62,7 @@ def describe(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
     if origin is tuple:
-        return (
-            f"list of {describe(args[0])}"
-            if args[-1] is Ellipsis
-            else f"list of {len(args)} {describe(args[0])}"
-        )
+        return f"list of {describe(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {describe(args[0])}"
     if origin is dict:
         return "mapping"
     return "null" if kind is type(None) else str(kind.__name__)

@@ -96,9 +96,7 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = yaml.load(value, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})"
-        ) from error
+        raise ValueError(f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})") from error
     for name in reversed(key.strip().split(".")):
         parsed = {name: parsed}
     return parsed

@@ -60,8 +60,8 @@ class ModelConfig:
 
     path: str = ""
     """HF folder: config.json, safetensors (one file or sharded with an index), tokenizer."""
-    dtype: str = "bfloat16"
-    """Compute dtype of the training ranks: bfloat16 (fp32 master weights) or float32."""
+    dtype: str = "auto"
+    """Compute dtype of the training ranks: bfloat16 (fp32 master weights), float32, or auto: the platform's fastest."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class RolloutConfig:
     """vLLM engines that share the prompts."""
     tensor_parallel_size: int = 1
     """vLLM ranks an engine."""
-    dtype: str = "bfloat16"
-    """Weight dtype of the engines."""
+    dtype: str = "auto"
+    """Weight dtype of the engines: bfloat16, float32, or auto: the platform's fastest."""
     max_num_seqs: int = 64
     """Sequences an engine decodes at once."""
     kv_cache_gib: float = 1.0

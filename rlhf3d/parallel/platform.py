@@ -66,6 +66,11 @@ class Platform(ABC):
     def transformer_config_overrides(self) -> dict[str, Any]:
         """Fields of Megatron's `TransformerConfig` that depend on the platform: which fused kernels exist."""
 
+    @property
+    @abstractmethod
+    def fast_dtype(self) -> str:
+        """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it natively."""
+
     @abstractmethod
     def memory_gib(self) -> float:
         """Memory, GiB: on CPU of the host (all ranks share it), on CUDA of one GPU."""
@@ -98,6 +103,13 @@ class CPUPlatform(Platform):
 
     def transformer_config_overrides(self) -> dict[str, Any]:
         return _fusions(False) | {"gradient_accumulation_fusion": False}
+
+    @property
+    def fast_dtype(self) -> str:
+        # Emulated bfloat16 is several times slower than float32; AMX and AVX512-BF16 are the other way round.
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+        return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
 
     def memory_gib(self) -> float:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -142,6 +154,10 @@ class CUDAPlatform(Platform):
         # Fusing gradient accumulation needs a kernel that only an Apex built from source has.
         has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         return _fusions(True) | {"gradient_accumulation_fusion": has_apex_kernel}
+
+    @property
+    def fast_dtype(self) -> str:
+        return "bfloat16"
 
     def memory_gib(self) -> float:
         import torch

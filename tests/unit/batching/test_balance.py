@@ -62,7 +62,9 @@ def test_split_refuses_unequal_counts(parts: int) -> None:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_micro_batches_place_every_row_once(lengths: list[int], size: int, sort: bool, random: Random) -> None:
+def test_micro_batches_place_every_row_once(
+    lengths: list[int], size: int, sort: bool, random: Random
+) -> None:
     rows = list(range(len(lengths)))
     random.shuffle(rows)
     batches = micro_batches(lengths, rows, size, sort=sort)

@@ -1,0 +1,104 @@
+"""Log-probabilities and entropy from hidden states, without the [tokens, vocabulary] matrix.
+
+Invariant: at most `CHUNK_ELEMENTS` logits of a rank exist at once, in the forward pass and in the backward pass,
+where they are computed again; the result equals log_softmax over the full vocabulary, whatever the split over ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each distribution, both [T] in fp32.
+
+    `hidden` [T, h]; `weight` [V/tp, h] is this rank's rows `vocab_start…` of the output matrix; `labels` [T] are
+    global token ids. The gradient with respect to `hidden` is this rank's share: summing it over the group is the
+    caller's (Megatron's `copy_to_tensor_model_parallel_region` does).
+    """
+    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, group)
+
+
+def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
+    size = max(1, CHUNK_ELEMENTS // vocab)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _local_labels(labels: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Row-local label index, and which labels this rank owns."""
+    local = labels - vocab_start
+    owned = (local >= 0) & (local < vocab)
+    return local.clamp(0, vocab - 1), owned
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inverse_temperature: float,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        hidden = hidden.to(weight.dtype)
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        parallel = group is not None and group.size() > 1
+        logprobs, entropy, log_z = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        for start, stop in _chunks(tokens, vocab):
+            logits = (hidden[start:stop] @ weight.t()).float().mul_(inverse_temperature)
+            peak = logits.amax(dim=-1)
+            if parallel:
+                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            local, owned = _local_labels(labels[start:stop], vocab_start, vocab)
+            target = logits.gather(-1, local[:, None])[:, 0] * owned
+            exp = (logits - peak[:, None]).exp_()
+            sums = torch.stack([exp.sum(-1), exp.mul_(logits).sum(-1), target])
+            if parallel:
+                dist.all_reduce(sums, group=group)
+            log_z[start:stop] = peak + sums[0].log()
+            entropy[start:stop] = log_z[start:stop] - sums[1] / sums[0]
+            logprobs[start:stop] = sums[2] - log_z[start:stop]
+        ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
+        ctx.inverse_temperature, ctx.vocab_start = inverse_temperature, vocab_start
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        hidden, weight, labels, log_z, entropy = ctx.saved_tensors
+        vocab = weight.shape[0]
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start, stop in _chunks(hidden.shape[0], vocab):
+            part = hidden[start:stop]
+            log_p = (part @ weight.t()).float().mul_(ctx.inverse_temperature).sub_(log_z[start:stop, None])
+            p = log_p.exp()
+            grad = torch.zeros_like(p)
+            if grad_logprobs is not None:
+                g = grad_logprobs[start:stop]
+                local, owned = _local_labels(labels[start:stop], ctx.vocab_start, vocab)
+                grad.addcmul_(p, g[:, None], value=-1)
+                grad.scatter_add_(-1, local[:, None], (g * owned)[:, None])
+            if grad_entropy is not None:
+                surprise = log_p.add_(entropy[start:stop, None])
+                grad.addcmul_(p * surprise, grad_entropy[start:stop, None], value=-1)
+            grad = grad.mul_(ctx.inverse_temperature).to(weight.dtype)
+            grad_hidden[start:stop] = grad @ weight
+            grad_weight += grad.t() @ part
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -1,0 +1,264 @@
+"""One model on one rank: forward passes, the update, and its weights, through Megatron's schedules.
+
+Invariant: every number that leaves here (log-probs, values, loss, grad-norm, updated weights) is the same for
+every layout, to fp32 round-off: losses arrive as shares of a global normaliser and gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.dispatch import MiniBatch
+from rlhf3d.config.schema import LayoutConfig, OptimConfig
+from rlhf3d.engine.dtypes import DTYPES
+from rlhf3d.engine.logprobs import vocab_parallel_logprobs
+from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
+from rlhf3d.models.megatron import (
+    HEADS,
+    Role,
+    build_chunks,
+    export_pieces,
+    load_hf_weights,
+    transformer_config,
+)
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import Box
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import Platform
+
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What all models of a rank share."""
+
+    spec: ModelSpec
+    layout: ParallelLayout
+    layout_config: LayoutConfig
+    rank: int
+    platform: Platform
+    dtype: str
+    device: torch.device
+    temperature: float
+    total_steps: int
+
+
+class MegatronEngine:
+    """A policy or value model on this rank; trainable when it has an optimizer config."""
+
+    def __init__(self, context: EngineContext, role: Role, folder: str, optim: OptimConfig | None) -> None:
+        from megatron.core import parallel_state
+
+        self.context = context
+        self.role: Role = role
+        self.coords = context.layout.coords(context.rank)
+        self.is_last_stage = self.coords.pp == context.layout.pp - 1
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        layout = context.layout_config
+        self.config = transformer_config(
+            context.spec,
+            context.layout,
+            context.dtype,
+            context.platform,
+            sequence_parallel=layout.sequence_parallel,
+            recompute=layout.recompute and optim is not None,
+        )
+        place = (context.spec, context.layout, self.coords)
+        self.chunks = build_chunks(*place, role, self.config, context.platform, context.device)
+        load_hf_weights(self.chunks, folder, *place, role)
+        self.models: list[torch.nn.Module] = [self._wrap(chunk) for chunk in self.chunks]
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if optim is not None:
+            self._make_trainable(optim)
+        else:
+            for model in self.models:
+                model.requires_grad_(False)
+
+    def _wrap(self, chunk: torch.nn.Module) -> torch.nn.Module:
+        from megatron.core.transformer.module import Float16Module
+
+        return Float16Module(self.config, chunk) if self.context.dtype != "float32" else chunk
+
+    def _make_trainable(self, optim: OptimConfig) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        layout = self.context.layout_config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            average_in_collective=False,
+        )
+        self.models = [
+            DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
+            for i, model in enumerate(self.models)
+        ]
+        # Shares of the loss are already normalised: no division by tokens, micro-batches or replicas.
+        self.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(
+            models, None, **kwargs
+        )
+        if layout.overlap_grad_reduce:
+            no_sync = [model.no_sync for model in self.models]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                clip_grad=optim.clip_grad,
+                bf16=self.context.dtype == "bfloat16",
+                params_dtype=DTYPES[self.context.dtype],
+                use_distributed_optimizer=layout.distributed_optimizer,
+            ),
+            self.models,
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=optim.lr_warmup_steps,
+            lr_decay_steps=max(self.context.total_steps, optim.lr_warmup_steps + 1),
+            lr_decay_style=optim.lr_decay_style,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, micro_batches: Sequence[Sequence[int]]) -> dict[str, Tensor] | None:
+        """Response-aligned outputs [N, R] of the batch's rows: logprobs and entropy, or values.
+
+        Every row must stand in exactly one micro-batch. None on ranks that are not on the last pipeline stage.
+        """
+        for model in self.models:
+            model.eval()
+
+        def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            columns = self._outputs(micro, output)
+            data = {name: micro.scatter(value).cpu() for name, value in columns.items()}
+            return output.new_zeros(()), torch.zeros((), dtype=torch.int, device=output.device), data
+
+        results = self._run(batch, micro_batches, keep, forward_only=True)
+        if not self.is_last_stage:
+            return None
+        names = list(results[0])
+        merged = {name: torch.zeros_like(batch["response_mask"]) for name in names}
+        for rows, result in zip(micro_batches, results, strict=True):
+            for name in names:
+                merged[name][list(rows), : result[name].shape[1]] = result[name]
+        return merged
+
+    def update(self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective) -> UpdateResult:
+        """One optimizer step a mini-batch. Raises RuntimeError when the loss or the gradient is not finite."""
+        assert self.optimizer is not None, "this model is not trainable"
+        for model in self.models:
+            model.train()
+        self.scheduler.step(increment=1)
+        totals: dict[str, float] = {}
+        grad_norms = []
+        for mini in mini_batches:
+            shares, grad_norm = self._optimizer_step(batch, mini, objective)
+            for name, value in shares.items():
+                totals[name] = totals.get(name, 0.0) + value / len(mini_batches)
+            grad_norms.append(grad_norm)
+        return UpdateResult(totals, sum(grad_norms) / len(grad_norms), self.optimizer.param_groups[0]["lr"])
+
+    def _optimizer_step(self, batch: Batch, mini: MiniBatch, objective: Objective) -> tuple[dict[str, float], float]:
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            columns = {name: micro.scatter(value) for name, value in self._outputs(micro, output).items()}
+            share, metrics = objective(micro, *columns.values(), mini.norm)
+            return share, torch.zeros((), dtype=torch.int, device=share.device), metrics
+
+        results = self._run(batch, mini.micro_batches, loss, forward_only=False)
+        shares: dict[str, float] = {}
+        for result in results if self.is_last_stage else ():
+            for name, value in result.items():
+                shares[name] = shares.get(name, 0.0) + float(value)
+        _, grad_norm, _ = self.optimizer.step()
+        bad = [name for name, value in shares.items() if not math.isfinite(value)]
+        if bad or not math.isfinite(float(grad_norm)):
+            raise RuntimeError(
+                f"{self.role} update: gradient norm {float(grad_norm)}, non-finite terms: {bad or 'none on this rank'}; "
+                "lower the learning rate, or look at the samples of this step"
+            )
+        return shares, float(grad_norm)
+
+    def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
+        """(HF tensor, box in it, view of the local weight) of all that this rank is the one to export."""
+        context = self.context
+        return export_pieces(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
+
+    def _outputs(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
+        """Per-response-token outputs [T] of the last stage, in fp32."""
+        states = micro.gather(output)
+        if self.role == "value":
+            return {"values": states.float()}
+        weight = self.chunks[-1].head_weight()
+        logprobs, entropy = vocab_parallel_logprobs(
+            states,
+            weight,
+            micro.labels,
+            temperature=self.context.temperature,
+            vocab_start=self.coords.tp * weight.shape[0],
+            group=self.tp_group,
+        )
+        return {"logprobs": logprobs, "entropy": entropy}
+
+    def _run(
+        self,
+        batch: Batch,
+        micro_batches: Sequence[Sequence[int]],
+        finish: Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, Any]],
+        forward_only: bool,
+    ) -> list[Any]:
+        """Drive Megatron's schedule over the micro-batches; the `finish` data of each, on the last stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        multiple = self.context.layout.tp if self.context.layout_config.sequence_parallel else 1
+
+        def stream() -> Iterator[MicroBatch]:
+            for rows in micro_batches:
+                yield make_microbatch(batch, rows, self.context.device, multiple)
+
+        def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+            micro = next(iterator)
+            output = model(micro.input_ids, micro.position_ids, None)
+            return output, partial(finish, micro)
+
+        first = make_microbatch(batch, micro_batches[0], self.context.device, multiple)
+        result: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[stream() for _ in self.models] if len(self.models) > 1 else stream(),
+            model=self.models if len(self.models) > 1 else self.models[0],
+            num_microbatches=len(micro_batches),
+            seq_length=first.input_ids.shape[1],
+            micro_batch_size=first.input_ids.shape[0],
+            forward_only=forward_only,
+        )
+        return result

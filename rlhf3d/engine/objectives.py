@@ -1,0 +1,69 @@
+"""What a micro-batch contributes to the actor's and the critic's loss.
+
+Invariant: normalisers are the global mini-batch's (`LossNorm`), so the contributions of any split into micro-batches
+and data-parallel ranks add up to the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf3d.algorithms.aggregation import LossNorm, aggregate
+from rlhf3d.algorithms.kl import kl_estimate
+from rlhf3d.algorithms.losses import PolicyLossSettings, compute_policy_loss, value_loss
+from rlhf3d.engine.microbatch import MicroBatch
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Policy loss - entropy bonus + KL to the reference."""
+
+    loss_name: str
+    settings: PolicyLossSettings
+    loss_agg_mode: str
+    entropy_coeff: float = 0.0
+    kl_loss_coef: float = 0.0
+    kl_loss_type: str = "low_var_kl"
+
+    def __call__(
+        self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, norm: LossNorm
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss share (a scalar with gradient) and metric shares; `logprobs`, `entropy` [b, r]."""
+        rows, mask = batch.rows, batch.rows["response_mask"]
+        terms = compute_policy_loss(
+            self.loss_name, logprobs, rows["old_logprobs"], rows["advantages"], mask, self.settings
+        )
+        loss = pg_loss = aggregate(terms.loss, mask, self.loss_agg_mode, norm)
+        mean = {name: aggregate(value, mask, "token-mean", norm) for name, value in terms.metrics.items()}
+        mean["pg_loss"] = pg_loss
+        mean["entropy"] = aggregate(entropy, mask, "token-mean", norm)
+        if self.entropy_coeff:
+            loss = loss - self.entropy_coeff * aggregate(entropy, mask, self.loss_agg_mode, norm)
+        if self.kl_loss_coef:
+            kl = kl_estimate(logprobs, rows["ref_logprobs"], self.kl_loss_type, mask)
+            kl_loss = aggregate(kl, mask, self.loss_agg_mode, norm)
+            loss = loss + self.kl_loss_coef * kl_loss
+            mean["kl_loss"] = kl_loss
+        return loss, {f"actor/{name}": value.detach() for name, value in {**mean, "loss": loss}.items()}
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """Clipped squared error to the returns."""
+
+    cliprange_value: float
+    loss_agg_mode: str
+
+    def __call__(self, batch: MicroBatch, values: Tensor, norm: LossNorm) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss share (a scalar with gradient) and metric shares; `values` [b, r]."""
+        rows, mask = batch.rows, batch.rows["response_mask"]
+        per_token, clipped = value_loss(values, rows["values"], rows["returns"], mask, self.cliprange_value)
+        loss = aggregate(per_token, mask, self.loss_agg_mode, norm)
+        mean = {
+            "vf_loss": loss,
+            "vf_clipfrac": aggregate(clipped, mask, "token-mean", norm),
+            "vpred_mean": aggregate(values, mask, "token-mean", norm),
+        }
+        return loss, {f"critic/{name}": value.detach() for name, value in mean.items()}

@@ -1,0 +1,44 @@
+"""What one architecture family declares: the config values it needs and the names of its weights.
+
+Invariant: a family is data only; everything computed from it lives in `spec.py` and `weights.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in features]."""
+
+    embedding: str
+    final_norm: str
+    lm_head: str
+    value_head: str
+    input_norm: str
+    post_attention_norm: str
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    gate: str
+    up: str
+    down: str
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: pre-norm RMSNorm decoder, rotary positions, SwiGLU, grouped-query attention."""
+
+    model_type: str
+    names: WeightNames
+    required: Mapping[str, object]
+    """config.json keys that, where present, must have this value: anything else is another architecture."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (the output projection has none)."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key."""

@@ -1,0 +1,270 @@
+"""Megatron models from a `ModelSpec`: a policy that ends in hidden states, a critic that ends in values.
+
+Invariant: every parameter of a chunk is in the weight table, under the same name and with the same shape;
+weights come from there alone (Megatron initialises nothing). Imports Megatron, so patch it first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from rlhf3d.models.hf_io import HFReader
+from rlhf3d.models.spec import ModelSpec, check_layout
+from rlhf3d.models.weights import (
+    VALUE_HEAD,
+    Box,
+    Head,
+    LocalParam,
+    SpecStyle,
+    box_slices,
+    check_hf_tensors,
+    local_params,
+)
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.platform import Platform
+
+Role = Literal["policy", "value"]
+HEADS: dict[Role, Head] = {"policy": "lm", "value": "value"}
+
+_POSTPROCESS = ["self", "hidden_states", "input_ids", "position_ids", "labels"]
+_found = list(inspect.signature(GPTModel._postprocess).parameters)[: len(_POSTPROCESS)]
+assert _found == _POSTPROCESS, (
+    f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
+)
+
+
+def transformer_config(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    dtype: str,
+    platform: Platform,
+    sequence_parallel: bool = False,
+    recompute: bool = False,
+) -> TransformerConfig:
+    """Megatron's configuration of the model; `dtype` is `bfloat16` or `float32`.
+
+    Raises ValueError if the layout does not fit the model.
+    """
+    check_layout(spec, layout)
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"model.dtype: {dtype!r} is not supported; use bfloat16 or float32")
+    torch_dtype = getattr(torch, dtype)
+    interleaved = layout.vpp > 1
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        bf16=dtype == "bfloat16",
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
+        sequence_parallel=sequence_parallel and layout.tp > 1,  # one tensor rank already holds the sequence
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
+        deallocate_pipeline_outputs=True,
+        # With two stages both neighbours are one rank, and batched sends of interleaved chunks get mixed up.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        **platform.transformer_config_overrides(),
+    )
+
+
+class PolicyModel(GPTModel):
+    """Decoder whose last stage returns the hidden states [b, s, h] that the vocabulary head is applied to.
+
+    The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist at once.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor ranks.
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_states, group=tp_group).transpose(0, 1)
+        # Transposed first: where its gradient is not contiguous, upstream's backward all-reduces a copy and
+        # loses it.
+        return copy_to_tensor_model_parallel_region(
+            hidden_states.transpose(0, 1).contiguous(), group=tp_group
+        )
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the vocabulary head, [vocab/tp, h]; only on the last stage."""
+        assert self.post_process, "the vocabulary head is on the last pipeline stage"
+        own = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if own is None else own
+
+
+class ValueModel(GPTModel):
+    """Decoder whose last stage returns fp32 values [b, s]; its head starts at zero, whole on each rank."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if self.post_process:
+            del self.output_layer
+            self.value_head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+            torch.nn.init.zeros_(self.value_head.weight)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        # Every tensor rank computes the same values, so each already has the whole gradient: sum nothing.
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        values = torch.nn.functional.linear(hidden_states.float(), self.value_head.weight.float())
+        return values.squeeze(-1).transpose(0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Megatron's own, without the steps for an output layer, which a critic has not."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+def build_chunks(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    coords: RankCoords,
+    role: Role,
+    config: TransformerConfig,
+    platform: Platform,
+    device: torch.device,
+) -> list[GPTModel]:
+    """The model chunks (one, or `layout.vpp`) of this rank on `device`, their weights uninitialised.
+
+    Needs Megatron's process groups.
+    """
+    model_class = PolicyModel if role == "policy" else ValueModel
+    chunks = []
+    for chunk in range(layout.vpp):
+        model = model_class(
+            config,
+            platform.layer_spec(qk_layernorm=spec.qk_norm),
+            vocab_size=spec.vocab_size,
+            max_sequence_length=spec.max_position,
+            pre_process=coords.pp == 0 and chunk == 0,
+            post_process=coords.pp == layout.pp - 1 and chunk == layout.vpp - 1,
+            share_embeddings_and_output_weights=role == "policy" and spec.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            vp_stage=chunk if layout.vpp > 1 else None,
+        )
+        _scale_rope(model, spec)
+        layers = layout.layers(spec.num_layers, coords.pp, chunk)
+        built = [layer.layer_number - 1 for layer in model.decoder.layers]
+        assert built == list(layers), f"Megatron built layers {built}, the layout says {list(layers)}"
+        chunks.append(model.to(device))
+    # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank > 0 would
+    # be taken for replicas and left out of the gradient norm.
+    for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
+        if entry.tp_dim is not None and not hasattr(param, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(param, True, entry.tp_dim, 1)
+    return chunks
+
+
+def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
+    """Llama-3 scaling with the model's own numbers (GPTModel's own flag fixes all but the factor)."""
+    if spec.rope_scaling is not None:
+        rotary, scaling = model.rotary_pos_emb, spec.rope_scaling
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position,
+        )
+
+
+def bound_params(
+    chunks: list[GPTModel], spec: ModelSpec, layout: ParallelLayout, coords: RankCoords, head: Head
+) -> Iterator[tuple[int, LocalParam, torch.nn.Parameter]]:
+    """Each table entry of this rank with its chunk number and the parameter it describes."""
+    for i, chunk in enumerate(chunks):
+        params = dict(chunk.named_parameters())
+        table = local_params(spec, layout, coords, i, head, spec_style(chunk))
+        different = {entry.name for entry in table} ^ set(params)
+        assert not different, f"weight table and model chunk {i} differ in {sorted(different)}"
+        for entry in table:
+            param = params[entry.name]
+            assert tuple(param.shape) == entry.shape, (
+                f"{entry.name}: {tuple(param.shape)}, table {entry.shape}"
+            )
+            yield i, entry, param
+
+
+def spec_style(chunk: GPTModel) -> SpecStyle:
+    """Which layer spec a chunk was built from, told by where its norm weights are."""
+    return (
+        "te" if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters()) else "local"
+    )
+
+
+@torch.no_grad()
+def load_hf_weights(
+    chunks: list[GPTModel],
+    folder: Path | str,
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    coords: RankCoords,
+    role: Role = "policy",
+) -> None:
+    """Fill every local parameter from the folder's safetensors, reading only this rank's blocks.
+
+    A value head that the folder lacks is zero. Raises ValueError naming model.path for missing or misshapen
+    tensors, and for tensors that the model would leave unused.
+    """
+    with HFReader(folder) as reader:
+        in_file = {name: reader.shape(name) for name in reader.names()}
+        check_hf_tensors(in_file, spec, HEADS[role], folder)
+        for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
+            for piece in entry.pieces:
+                if piece.hf_name in in_file:
+                    param[box_slices(piece.local_box)].copy_(reader.read(piece.hf_name, piece.hf_box))
+                else:
+                    assert entry.name == VALUE_HEAD, f"{piece.hf_name} is missing"
+                    param.zero_()
+
+
+def export_pieces(
+    chunks: list[GPTModel], spec: ModelSpec, layout: ParallelLayout, coords: RankCoords, head: Head
+) -> Iterator[tuple[str, Box, torch.Tensor]]:
+    """(HF tensor, box in it, view of the local weight) for all that this rank is the one to export."""
+    for _, entry, param in bound_params(chunks, spec, layout, coords, head):
+        if entry.primary:
+            for piece in entry.pieces:
+                yield piece.hf_name, piece.hf_box, param.detach()[box_slices(piece.local_box)]

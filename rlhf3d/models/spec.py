@@ -1,0 +1,192 @@
+"""The shape of a model, read from a Hugging Face folder and checked against a layout.
+
+Invariant: a `ModelSpec` describes only what the trainer computes exactly; a folder that asks for anything
+else is refused here, with the key, the value and the fix. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.models import llama, qwen2, qwen3
+from rlhf3d.models.family import Family
+from rlhf3d.parallel.layout import ParallelLayout
+
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency-dependent stretching of rotary positions."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything the weight table and the Megatron configuration need to know about a decoder."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    rms_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    max_position: int = 2048
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+def load_spec(folder: Path | str) -> ModelSpec:
+    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors.
+
+    Raises ValueError that names model.path for a folder this trainer cannot load faithfully.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model.path: no folder {str(folder)!r}; give a local Hugging Face folder "
+            f"(for a hub name: `hf download NAME --local-dir FOLDER`)"
+        )
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"model.path: {folder} has no config.json; give the folder with config and weights")
+    try:
+        config = json.loads(config_file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model.path: {config_file} is not JSON ({error}); download it again") from error
+    _require_safetensors(folder)
+    return parse_config(config, str(folder))
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"model.path: {folder} holds weights only as pickles ({pickles[0]}), which can run code; "
+            f"convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise ValueError(f"model.path: {folder} has no *.safetensors; download the weights beside config.json")
+
+
+def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
+    """`config.json` -> ModelSpec; `source` is the folder named in errors."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise ValueError(
+            f"model.path: {source} has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    for key, wanted in family.required.items():
+        if config.get(key, wanted) != wanted:
+            raise ValueError(
+                f"model.path: {source} has {key}={config[key]!r}; {model_type} is supported with "
+                f"{key}={wanted!r} only: choose a model published so"
+            )
+    if "quantization_config" in config:
+        raise ValueError(
+            f"model.path: {source} is quantised (quantization_config); give the original weights"
+        )
+    absent = [key for key in _NEEDED if config.get(key) is None]
+    if absent:
+        raise ValueError(f"model.path: {source}/config.json lacks {', '.join(absent)}; download it again")
+    heads = config["num_attention_heads"]
+    return ModelSpec(
+        family=family.model_type,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        rms_eps=config["rms_norm_eps"],
+        max_position=config["max_position_embeddings"],
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        **_parse_rope(config, source),
+    )
+
+
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+
+
+def _parse_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """rope_theta and rope_scaling: in transformers 5 both are under rope_parameters, in 4 they are apart."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        raise ValueError(f"model.path: {source} has partial_rotary_factor={partial}; only 1.0 is supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    if kind != "llama3":
+        raise ValueError(
+            f"model.path: {source} has rope type {kind!r}; supported are default and llama3 "
+            f"(where the stretching is optional, remove it from config.json for the model's native context)"
+        )
+    scaling = Llama3RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position=int(rope["original_max_position_embeddings"]),
+    )
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
+    """Raise ValueError with every size of `spec` that `layout` does not divide and the nearest legal ones."""
+    tp_sizes = {
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "intermediate_size": spec.ffn_size,
+        "vocab_size": spec.vocab_size,
+    }
+    stages = layout.pp * layout.vpp
+    tp = layout.tp
+    wrong = [f"{name} {size} % tp {tp} = {size % tp}" for name, size in tp_sizes.items() if size % tp]
+    fixes = [_nearest("tp", gcd(*tp_sizes.values()), tp)] if wrong else []
+    if spec.num_layers % stages:
+        product = f"pp {layout.pp}" if layout.vpp == 1 else f"(pp {layout.pp} x vpp {layout.vpp})"
+        wrong.append(f"num_hidden_layers {spec.num_layers} % {product} = {spec.num_layers % stages}")
+        fixes.append(_nearest("pp" if layout.vpp == 1 else "pp x vpp", spec.num_layers, stages))
+    if layout.vpp > 1 and layout.pp == 1:
+        wrong.append(f"vpp {layout.vpp} with pp 1: virtual stages interleave over pipeline ranks")
+        fixes.append("vpp null, or pp 2 or more")
+    if wrong:
+        raise ValueError(
+            f"layout: {layout} does not fit this model: {'; '.join(wrong)}. Nearest legal: {'; '.join(fixes)}"
+        )
+
+
+def _nearest(name: str, total: int, value: int) -> str:
+    """The divisors of `total` next below and next above `value`."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below = [d for d in divisors if d < value][-1:]
+    above = [d for d in divisors if d > value][:1]
+    return f"{name} {' or '.join(str(d) for d in below + above)}"

@@ -1,0 +1,70 @@
+"""Ray for one run: started here or joined by address, and gone when the run ends.
+
+Invariant: when `ray_cluster` exits, however it exits, no process that the run started is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from rlhf3d.config.schema import ClusterConfig
+
+OBJECT_STORE_BYTES = 256 << 20
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
+    """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM ends it as Ctrl-C does."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    if config.ray_address is None:
+        ray.init(
+            num_cpus=local_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Iterator[PlacementGroup]:
+    """A placement group of one bundle a rank. Raises ValueError when the cluster cannot hold it."""
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if not group.wait(timeout_s):
+            raise ValueError(
+                f"actor.layout needs {len(bundles)} bundles of {bundles[0]}, but after {timeout_s:.0f} s the Ray "
+                f"cluster offers {ray.cluster_resources()}; make the layout smaller or add nodes"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def free_port() -> int:
+    """A port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

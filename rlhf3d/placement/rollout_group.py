@@ -1,0 +1,80 @@
+"""The vLLM engines as the driver sees them: requests in, completions out, in the same order.
+
+Invariant: all engines serve the same `policy_version`; none serves before it was synced and published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf3d.config.schema import Config
+from rlhf3d.placement.resources import Placement
+from rlhf3d.placement.waiting import gather
+from rlhf3d.resharding.staging import StagingPlan
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.rollout.vllm_engine import VLLMEngine
+
+
+class RolloutGroup:
+    """Handles of the engines."""
+
+    def __init__(
+        self, config: Config, placement: Placement, reserved: PlacementGroup, arguments: dict[str, Any]
+    ) -> None:
+        """Start the engines; `arguments` are VLLMEngine's."""
+        self.timeout_s = config.cluster.phase_timeout_s
+        self.startup_timeout_s = config.cluster.startup_timeout_s
+        self.engines = [
+            ray.remote(VLLMEngine)
+            .options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}},
+                **placement.engine_options,
+            )
+            .remote(**arguments)
+            for bundle in placement.engine_bundles
+        ]
+
+    def wait_ready(self) -> None:
+        """Return when every engine is up."""
+        calls = {f"engine {i}": engine.__ray_ready__.remote() for i, engine in enumerate(self.engines)}
+        gather("start vLLM", calls, self.startup_timeout_s)
+
+    def _on_all(self, phase: str, method: str, *args: object) -> list:
+        calls = {f"engine {i}": getattr(e, method).remote(*args) for i, e in enumerate(self.engines)}
+        return gather(phase, calls, self.timeout_s)
+
+    def generate(self, phase: str, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """One completion a request; requests are dealt to the engines in turn."""
+        count = len(self.engines)
+        calls = {
+            f"engine {i}": engine.generate.remote(list(requests[i::count]), sampling)
+            for i, engine in enumerate(self.engines)
+            if requests[i::count]
+        }
+        completions: list[Completion | None] = [None] * len(requests)
+        for i, part in enumerate(gather(phase, calls, self.timeout_s)):
+            completions[i::count] = part
+        assert all(c is not None for c in completions), "an engine dropped a request"
+        return [c for c in completions if c is not None]
+
+    def update_weights(self, plan: StagingPlan, path: str, policy_version: int) -> list[SyncReport]:
+        """Load the staged weights into every engine; they serve only after `publish`."""
+        return self._on_all("sync_weights", "update_weights", plan, path, policy_version)
+
+    def score(self, sequences: list[list[int]], temperature: float) -> list[list[list[float]]]:
+        """Per engine, log-probs of each sequence's tokens after the first, under the loaded weights."""
+        return self._on_all("sync_weights (canary)", "score", sequences, temperature)
+
+    def publish(self, policy_version: int) -> None:
+        """Let the engines serve these weights."""
+        self._on_all("sync_weights", "publish", policy_version)
+
+    def close(self) -> None:
+        """End the engines and the processes they started."""
+        self._on_all("stop vLLM", "close")

@@ -1,0 +1,100 @@
+"""The training ranks as the driver sees them: whole batches in, whole batches out.
+
+Invariant: all ranks of a data-parallel replica get the same rows and micro-batches; what comes back is in the batch's
+own row order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+
+from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.dispatch import split_forward, split_update
+from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.config.schema import Config
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.placement.resources import Placement
+from rlhf3d.placement.waiting import gather
+from rlhf3d.placement.worker import TrainWorker, WorkerSetup
+
+FORWARD_COLUMNS = ("input_ids", "prompt_lengths", "response_lengths", "response_mask")
+
+
+class TrainGroup:
+    """Handles of the ranks of actor, critic and reference."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: ParallelLayout,
+        placement: Placement,
+        reserved: PlacementGroup,
+        total_steps: int,
+    ) -> None:
+        self.layout = layout
+        self.timeout_s = config.cluster.phase_timeout_s
+        self.micro_batch_size = config.actor.ppo_micro_batch_size_per_gpu
+        self.temperature = config.rollout.temperature
+        self.max_response_tokens = config.data.max_response_length
+        threads = config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // layout.world_size)
+        self.workers = [
+            ray.remote(TrainWorker)
+            .options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, rank),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                **placement.train_options,
+            )
+            .remote(WorkerSetup(config, layout, rank, total_steps, config.trainer.output_dir))
+            for rank in range(layout.world_size)
+        ]
+        startup_s = config.cluster.startup_timeout_s
+        address, port = gather("start", {"rank 0": self.workers[0].rendezvous.remote()}, startup_s)[0]
+        calls = {self._name(r): w.build.remote(address, port, threads) for r, w in enumerate(self.workers)}
+        gather("load models", calls, startup_s)
+
+    def _name(self, rank: int) -> str:
+        at = self.layout.coords(rank)
+        return f"rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp})"
+
+    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
+        """The same call on every rank; results by rank."""
+        calls = {self._name(r): getattr(w, method).remote(*args) for r, w in enumerate(self.workers)}
+        return gather(phase, calls, self.timeout_s)
+
+    def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One argument list a data-parallel rank; results of the last stages, by data-parallel rank."""
+        shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
+        calls = {
+            self._name(rank): getattr(worker, method).remote(*shared[self.layout.coords(rank).dp])
+            for rank, worker in enumerate(self.workers)
+        }
+        results = gather(phase, calls, self.timeout_s)
+        return [results[rank] for rank in self.layout.collectors()]
+
+    def forward(self, phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
+        """Response-aligned outputs [N, R] of `role` for all rows: logprobs and entropy, or values."""
+        batch = batch.only(FORWARD_COLUMNS)
+        shares = split_forward(batch, self.micro_batch_size, self.layout)
+        args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
+        results = self._dispatch(phase, "forward", args)
+        merged = {name: torch.zeros_like(batch["response_mask"]) for name in results[0]}
+        for share, result in zip(shares, results, strict=True):
+            for name, value in result.items():
+                merged[name][share.rows] = value
+        return merged
+
+    def update(self, role: str, batch: Batch, plan: UpdatePlan) -> dict[str, float]:
+        """Update `role` (actor or critic) over the batch; global metrics."""
+        shares = split_update(batch, plan, self.layout, self.max_response_tokens)
+        args = [(batch.select(share.rows), share.mini_batches) for share in shares]
+        results = self._dispatch(f"update_{role}", f"update_{role}", args)
+        metrics = {name: sum(r.shares[name] for r in results) for name in results[0].shares}
+        return {**metrics, f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}

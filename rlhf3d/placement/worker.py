@@ -1,0 +1,142 @@
+"""One training rank: a process that holds its shard of actor, critic and reference.
+
+Invariant: all ranks of a group get the same calls in the same order; a rank acts on its own shard only.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from rlhf3d.config.schema import Config
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.placement.cluster import free_port
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf3d.batching.batch import Batch
+    from rlhf3d.batching.dispatch import MiniBatch
+    from rlhf3d.engine.megatron_engine import MegatronEngine
+    from rlhf3d.engine.microbatch import UpdateResult
+    from rlhf3d.resharding.staging import StagingPlan
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a rank is told at its start."""
+
+    config: Config
+    layout: ParallelLayout
+    rank: int
+    total_steps: int
+    output_dir: str
+
+
+class TrainWorker:
+    """Ray actor of one rank."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        from rlhf3d.observability.logs import setup_logging
+        from rlhf3d.parallel.platform import choose_platform
+
+        self.setup = setup
+        setup_logging(Path(setup.output_dir), f"rank_{setup.rank}")
+        self.platform = choose_platform(setup.config.cluster.platform)
+        self.engines: dict[str, MegatronEngine] = {}
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address at which the ranks meet; asked of rank 0."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def build(self, address: str, port: int, threads: int) -> None:
+        """Join the process groups, then load every model this run needs."""
+        self.platform.prepare_worker(self._local_rank(), threads)
+        from rlhf3d.parallel.megatron_init import initialize_megatron
+
+        config = self.setup.config
+        initialize_megatron(
+            self.setup.layout,
+            self.setup.rank,
+            seed=config.trainer.seed,
+            platform=self.platform,
+            master_addr=address,
+            master_port=port,
+            timeout_s=config.cluster.phase_timeout_s,
+        )
+        self._load_models()
+
+    def _local_rank(self) -> int:
+        # Ray shows a worker only its own GPU.
+        return 0
+
+    def _load_models(self) -> None:
+        from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
+        from rlhf3d.models.spec import load_spec
+
+        config = self.setup.config
+        folder = config.model.path
+        context = EngineContext(
+            spec=load_spec(folder),
+            layout=self.setup.layout,
+            layout_config=config.actor.layout,
+            rank=self.setup.rank,
+            platform=self.platform,
+            dtype=config.model.dtype,
+            device=self.platform.device(self._local_rank()),
+            temperature=config.rollout.temperature,
+            total_steps=self.setup.total_steps,
+        )
+        self.engines["actor"] = MegatronEngine(context, "policy", folder, config.actor.optim)
+        if config.needs_critic:
+            self.engines["critic"] = MegatronEngine(context, "value", folder, config.critic.optim)
+        if config.needs_reference:
+            self.engines["ref"] = MegatronEngine(context, "policy", folder, None)
+        logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
+
+    def forward(self, role: str, batch: Batch, micro_batches: list[list[int]]) -> dict[str, Tensor] | None:
+        """Outputs of `role` for the rows of this data-parallel rank; see MegatronEngine.forward."""
+        return self.engines[role].forward(batch, micro_batches)
+
+    def update_actor(self, batch: Batch, mini_batches: list[MiniBatch]) -> UpdateResult:
+        """PPO epochs over this data-parallel rank's shard."""
+        from rlhf3d.algorithms.losses import PolicyLossSettings
+        from rlhf3d.engine.objectives import PolicyObjective
+
+        actor = self.setup.config.actor
+        low = actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
+        high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
+        objective = PolicyObjective(
+            loss_name=actor.policy_loss,
+            settings=PolicyLossSettings(low, high, actor.clip_ratio_c),
+            loss_agg_mode=actor.loss_agg_mode,
+            entropy_coeff=actor.entropy_coeff,
+            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+            kl_loss_type=actor.kl_loss_type,
+        )
+        return self.engines["actor"].update(batch, mini_batches, objective)
+
+    def update_critic(self, batch: Batch, mini_batches: list[MiniBatch]) -> UpdateResult:
+        """Value regression over this data-parallel rank's shard."""
+        from rlhf3d.engine.objectives import ValueObjective
+
+        critic = self.setup.config.critic
+        return self.engines["critic"].update(
+            batch, mini_batches, ValueObjective(critic.cliprange_value, critic.loss_agg_mode)
+        )
+
+    def stage_weights(self, plan: StagingPlan, path: str, policy_version: int) -> int:
+        """Write this rank's share of the actor's weights into the staging area; bytes written."""
+        from rlhf3d.resharding.send import stage_weights
+
+        return stage_weights(self.engines["actor"], plan, path, policy_version)
+
+    def save(self, folder: str) -> None:
+        """Write this rank's share of a sharded checkpoint of every trainable model."""
+        from rlhf3d.checkpoints.sharded import save_engines
+
+        save_engines(folder, {name: engine for name, engine in self.engines.items() if name != "ref"})

@@ -1,0 +1,108 @@
+"""What the loop knows of a rollout engine: token ids in, token ids and log-probabilities out.
+
+Invariant: every completion names the policy version that wrote all of its tokens. Pure: no vLLM, no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlhf3d.resharding.staging import StagingPlan
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How all requests of one call are sampled."""
+
+    temperature: float = 1.0
+    """Divides the logits before the softmax; ignored when greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    top_k: int = -1
+    """Top-k sampling; -1 is off."""
+    max_tokens: int = 512
+    """Longest completion, tokens, the stop token included."""
+    greedy: bool = False
+    """Take the most likely token; its log-probabilities are those at temperature 1."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion besides the end-of-sequence tokens of the model folder."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token")
+        if not self.greedy and self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: must be above 0; for the most likely token set greedy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """Seeds this completion alone: it does not depend on what else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, the stop token included."""
+    logprobs: tuple[float, ...]
+    """log p(token | prompt, earlier tokens) under the sampling distribution, as many as tokens."""
+    finish_reason: FinishReason
+    """stop: a stop token ended it; length: max_tokens did."""
+    policy_version: int
+    """Version of the weights that wrote every token."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One weight update of one engine."""
+
+    policy_version: int
+    num_slices: int
+    num_bytes: int
+    """Bytes of weights in the staging area."""
+    verify_s: float
+    """Seconds to check versions and fingerprints."""
+    load_s: float
+    """Seconds to load them into the engine."""
+
+
+class RolloutEngine(Protocol):
+    """One engine. `update_weights` loads, `publish` makes it serve: between the two, `score` can check it."""
+
+    @property
+    def policy_version(self) -> int | None:
+        """The version being served; None until the first `publish` and while an update is under way."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """Sample one completion a request, in order. Raises RuntimeError when nothing is published."""
+
+    def update_weights(self, plan: StagingPlan, path: str | Path, policy_version: int) -> SyncReport:
+        """Verify the staging area and load it. Raises StagingError, with nothing loaded, when it does not verify."""
+
+    def publish(self, policy_version: int) -> None:
+        """Serve what was loaded. Raises RuntimeError unless `policy_version` is what was loaded last."""
+
+    def score(self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
+        """log p(token t | tokens before t) at `temperature` for t = 1, 2, ... of each sequence."""
+
+    def close(self) -> None:
+        """Free the engine and its processes."""
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """A 63-bit seed of one completion: the same in every run, process and Python version."""
+    key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

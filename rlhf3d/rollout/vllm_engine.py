@@ -1,0 +1,196 @@
+"""vLLM behind the rollout interface: one engine, in this process (tensor-parallel ranks beyond one are its children).
+
+Invariant: an engine serves only weights that were verified, loaded and published in this process; from the start of
+an update until `publish` it refuses to generate. It starts from dummy weights, so nothing else could be served.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf3d.resharding.staging import StagingArea, StagingPlan
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+
+WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.StagedWeightsWorker"
+
+
+class VLLMEngine:
+    """A `RolloutEngine`. One a process: vLLM reads its settings from the environment, which this sets."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        tensor_parallel_size: int = 1,
+        max_model_len: int = 1024,
+        max_num_seqs: int = 64,
+        kv_cache_gib: float = 1.0,
+        threads: int = 1,
+        enforce_eager: bool = True,
+        seed: int = 0,
+        platform_kind: str = "cpu",
+        gpu_memory_utilization: float = 0.5,
+    ) -> None:
+        """`model_path` gives architecture and end-of-sequence tokens; its weights are not read.
+
+        `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
+        `gpu_memory_utilization` CUDA only.
+        """
+        assert platform_kind in ("cpu", "cuda"), platform_kind
+        on_cpu = platform_kind == "cpu"
+        os.environ.update(_environment(on_cpu, enforce_eager, threads))
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
+        torch.set_num_threads(threads)
+        from torch._dynamo import config as dynamo
+        from vllm import LLM, SamplingParams
+
+        dynamo.disable = dynamo.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # read at its import
+
+        memory: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+            if on_cpu
+            else {"gpu_memory_utilization": gpu_memory_utilization}
+        )
+        self._params = SamplingParams
+        self._max_model_len = max_model_len
+        self._loaded_version: int | None = None
+        self._policy_version: int | None = None
+        self._llm = LLM(
+            str(model_path),
+            dtype=dtype,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
+            seed=seed,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls=WORKER_EXTENSION,
+            **memory,
+        )
+
+    @property
+    def policy_version(self) -> int | None:
+        """The version being served, if any."""
+        return self._policy_version
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """See `RolloutEngine.generate`. Raises ValueError for a request that cannot fit max_model_len."""
+        version = self._policy_version
+        if version is None:
+            raise RuntimeError("this engine serves no policy yet: update_weights, then publish, come before generate")
+        for request in requests:
+            if len(request.prompt_ids) + sampling.max_tokens > self._max_model_len:
+                raise ValueError(
+                    f"a prompt of {len(request.prompt_ids)} tokens and max_tokens={sampling.max_tokens} do not fit "
+                    f"max_model_len={self._max_model_len}"
+                )
+        common = {
+            "temperature": 0.0 if sampling.greedy else sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "logprobs": 0,
+        }
+        outputs = self._run(
+            [request.prompt_ids for request in requests],
+            [self._params(seed=request.seed, detokenize=False, **common) for request in requests],
+        )
+        return [_completion(output.outputs[0], version) for output in outputs]
+
+    def update_weights(self, plan: StagingPlan, path: str | Path, policy_version: int) -> SyncReport:
+        """See `RolloutEngine.update_weights`."""
+        self._policy_version = self._loaded_version = None
+        start = time.perf_counter()
+        area = StagingArea.open(plan, path)
+        try:
+            area.verify(policy_version)
+        finally:
+            area.close()
+        verified = time.perf_counter()
+        self._llm.collective_rpc("load_staged_weights", args=(plan, str(path)))
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: are requests running?")
+        self._loaded_version = policy_version
+        return SyncReport(
+            policy_version=policy_version,
+            num_slices=len(plan.slices),
+            num_bytes=plan.weight_bytes,
+            verify_s=verified - start,
+            load_s=time.perf_counter() - verified,
+        )
+
+    def publish(self, policy_version: int) -> None:
+        """See `RolloutEngine.publish`."""
+        if policy_version != self._loaded_version:
+            raise RuntimeError(f"cannot publish policy {policy_version}: loaded is {self._loaded_version}")
+        self._policy_version = policy_version
+
+    def score(self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
+        """See `RolloutEngine.score`; each sequence has 2 to max_model_len - 1 tokens."""
+        if self._loaded_version is None:
+            raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
+        for sequence in token_ids:
+            if not 2 <= len(sequence) < self._max_model_len:
+                raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {self._max_model_len - 1} are possible")
+        params = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._llm.collective_rpc("set_logit_scale", args=(1.0 / temperature,))
+        try:
+            outputs = self._run(token_ids, [params] * len(token_ids))
+        finally:
+            self._llm.collective_rpc("set_logit_scale", args=(1.0,))
+        return [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
+            for output, sequence in zip(outputs, token_ids, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Shut vLLM down and stop its processes; a second call does nothing."""
+        if self._llm is not None:
+            self._policy_version = self._loaded_version = None
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs: list[Any] = self._llm.generate(inputs, list(params), use_tqdm=False)
+        assert len(outputs) == len(prompts), f"vLLM answered {len(outputs)} of {len(prompts)} requests"
+        return outputs
+
+
+def _completion(output: Any, policy_version: int) -> Completion:
+    tokens = tuple(output.token_ids)
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens")
+    logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
+    return Completion(tokens, logprobs, output.finish_reason, policy_version)
+
+
+def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if on_cpu:
+        # "auto" would reserve a core and bind every engine of this host to the same ones.
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if on_cpu and enforce_eager:
+        # vLLM's log-prob ranks, which nobody reads, would otherwise be compiled at the first request: seconds, and a
+        # C++ compiler on the user's machine.
+        settings["TORCH_COMPILE_DISABLE"] = "1"
+    return settings

@@ -1,0 +1,263 @@
+"""The loop: PPO and its relatives as a readable list of phases.
+
+Invariant: the driver holds the rows of one step and nothing that grows with the model; every completion trained on
+was written by the policy version that is being trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf3d.algorithms.advantages import AdvantageInputs, compute_advantages
+from rlhf3d.algorithms.kl import make_kl_controller
+from rlhf3d.algorithms.rewards import apply_kl_penalty, token_level_rewards
+from rlhf3d.batching.batch import Batch
+from rlhf3d.checkpoints.writer import CheckpointWriter
+from rlhf3d.config.derived import Derived
+from rlhf3d.config.schema import Config
+from rlhf3d.data.loader import Prompt, PromptDataset, PromptLoader
+from rlhf3d.observability.console import Console
+from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
+from rlhf3d.observability.samples import Kind, write_samples
+from rlhf3d.placement.rollout_group import RolloutGroup
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import Score, check_outcomes
+from rlhf3d.rollout.api import SamplingSettings
+from rlhf3d.trainer.experience import Experience, group_ids, make_experience, make_requests
+from rlhf3d.trainer.metrics import length_metrics, score_metrics, throughput_metrics, training_metrics
+from rlhf3d.trainer.sync import WeightSync
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; built by `run.py`, used by the loop."""
+
+    config: Config
+    derived: Derived
+    total_steps: int
+    tokenizer: Any
+    train: TrainGroup
+    rollout: RolloutGroup
+    sync: WeightSync
+    scoring: ScoringPool
+    loader: PromptLoader
+    val: PromptDataset
+    console: Console
+    metrics: MetricsWriter
+    checkpoints: CheckpointWriter
+
+
+class PPOTrainer:
+    """Runs the loop over its parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.timer = PhaseTimer()
+        kl = parts.config.algorithm.kl_ctrl
+        self.kl_controller = make_kl_controller(kl.type, kl.kl_coef, kl.target_kl, kl.horizon)
+        self.started = time.monotonic()
+        self.step = 0
+        self.last_checkpoint: Path | None = None
+
+    def fit(self) -> None:
+        """Train to the last step, validating and saving on their frequencies."""
+        trainer = self.config.trainer
+        if trainer.val_before_train:
+            self._record(0, self.validate(0))
+        while self.step < self.parts.total_steps:
+            self.step += 1
+            metrics = self.train_step(self.step)
+            last = self.step == self.parts.total_steps or self._out_of_time()
+            if last or (trainer.test_freq and self.step % trainer.test_freq == 0):
+                metrics |= self.validate(self.step)
+            if (last and trainer.save_at_end) or (trainer.save_freq and self.step % trainer.save_freq == 0):
+                self.save_checkpoint(self.step)
+            self._record(self.step, metrics)
+            if last:
+                return
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One step of the algorithm; its metrics."""
+        metrics = self.sync_weights()
+        experience = self.generate(step)
+        scores = self.score(experience)
+        batch = experience.batch(self.parts.tokenizer.pad_token_id or 0)
+        batch = self.old_logprobs(batch)
+        batch = self.ref_logprobs(batch)
+        batch = self.values(batch)
+        batch, kl_metrics = self.advantages(batch, experience, scores)
+        metrics |= kl_metrics
+        metrics |= self.update_critic(batch)
+        metrics |= self.update_actor(batch, step)
+        write_samples(self.config.trainer.output_dir, step, experience.samples(scores))
+        n = self.config.rollout.n
+        return {
+            **metrics,
+            **score_metrics(scores, n),
+            **length_metrics(experience.completions, batch["prompt_lengths"]),
+            **training_metrics(batch),
+            "perf/total_num_tokens": float(sum(batch.lengths())),
+            "perf/response_tokens": float(batch["response_lengths"].sum()),
+        }
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with self.timer.phase(name), self.parts.console.phase(name):
+            yield
+
+    def sync_weights(self) -> dict[str, float]:
+        """Give the engines the newest weights, when they lack them."""
+        if not self.parts.sync.needed:
+            return {}
+        with self._phase("sync_weights"):
+            return self.parts.sync.run()
+
+    def generate(self, step: int) -> Experience:
+        """Sample `rollout.n` completions for each of the step's prompts."""
+        rollout, trainer = self.config.rollout, self.config.trainer
+        with self._phase("generate"):
+            prompts = self.parts.loader.next_batch()
+            sampling = SamplingSettings(
+                rollout.temperature,
+                rollout.top_p,
+                rollout.top_k,
+                self.config.data.max_response_length,
+                greedy=False,
+            )
+            requests = make_requests(prompts, rollout.n, trainer.seed, step)
+            completions = self.parts.rollout.generate("generate", requests, sampling)
+            stale = {c.policy_version for c in completions} - {self.parts.sync.trained_version}
+            assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
+            return make_experience(prompts, completions, self.parts.tokenizer)
+
+    def score(self, experience: Experience) -> list[Score]:
+        """Score every completion; too many errors stop the run."""
+        with self._phase("score"):
+            scores = self.parts.scoring.score_batch(experience.score_items())
+            check_outcomes(scores, self.config.reward.max_error_rate)
+            return scores
+
+    def old_logprobs(self, batch: Batch) -> Batch:
+        """The actor's log-probs before its update."""
+        with self._phase("old_logprobs"):
+            return batch.with_columns(old_logprobs=self.parts.train.forward("old_logprobs", "actor", batch)["logprobs"])
+
+    def ref_logprobs(self, batch: Batch) -> Batch:
+        """The reference's log-probs, where a KL term uses them."""
+        if not self.config.needs_reference:
+            return batch
+        with self._phase("ref_logprobs"):
+            return batch.with_columns(ref_logprobs=self.parts.train.forward("ref_logprobs", "ref", batch)["logprobs"])
+
+    def values(self, batch: Batch) -> Batch:
+        """The critic's values, where the advantage estimator uses them."""
+        if not self.config.needs_critic:
+            return batch
+        with self._phase("values"):
+            return batch.with_columns(values=self.parts.train.forward("values", "critic", batch)["values"])
+
+    def advantages(
+        self, batch: Batch, experience: Experience, scores: Sequence[Score]
+    ) -> tuple[Batch, dict[str, float]]:
+        """Token rewards, KL penalty, advantages and returns."""
+        algorithm, metrics = self.config.algorithm, {}
+        with self._phase("advantages"):
+            mask = batch["response_mask"]
+            rewards = token_level_rewards(torch.tensor([s.value for s in scores]), mask)
+            if algorithm.use_kl_in_reward:
+                coef = self.kl_controller.value
+                rewards, mean_kl = apply_kl_penalty(
+                    rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, coef, algorithm.kl_penalty
+                )
+                self.kl_controller.update(mean_kl, len(batch))
+                metrics = {"critic/kl": mean_kl, "critic/kl_coef": coef}
+            advantages, returns = compute_advantages(
+                algorithm.adv_estimator,
+                AdvantageInputs(
+                    token_level_rewards=rewards,
+                    response_mask=mask,
+                    group_ids=group_ids(experience, self.config.rollout.n),
+                    values=batch["values"] if "values" in batch else None,
+                    gamma=algorithm.gamma,
+                    lam=algorithm.lam,
+                    norm_by_std=algorithm.norm_adv_by_std_in_grpo,
+                ),
+            )
+            batch = batch.with_columns(token_level_rewards=rewards, advantages=advantages, returns=returns)
+            return batch, metrics
+
+    def update_critic(self, batch: Batch) -> dict[str, float]:
+        """Regress the critic on the returns."""
+        plan = self.parts.derived.critic
+        if plan is None:
+            return {}
+        with self._phase("update_critic"):
+            return self.parts.train.update("critic", batch, plan)
+
+    def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
+        """PPO epochs on the actor, once the critic is warm."""
+        if step <= self.config.trainer.critic_warmup:
+            return {}
+        with self._phase("update_actor"):
+            metrics = self.parts.train.update("actor", batch, self.parts.derived.actor)
+            self.parts.sync.weights_changed()
+            return metrics
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Held-out accuracy of the newest weights, greedy and sampled as the config asks."""
+        settings, tokens = self.config.validation, self.config.data.max_response_length
+        metrics = self.sync_weights()
+        with self._phase("validate"):
+            if settings.greedy:
+                greedy = SamplingSettings(1.0, 1.0, -1, tokens, greedy=True)
+                metrics |= self._accuracy(step, "greedy", greedy, n=1)
+            if settings.sampled_n:
+                sampled = SamplingSettings(settings.temperature, 1.0, -1, tokens, greedy=False)
+                metrics |= self._accuracy(step, "sampled", sampled, settings.sampled_n)
+        self.parts.console.validation(f"step {step}", metrics)
+        return metrics
+
+    def _accuracy(self, step: int, kind: Kind, sampling: SamplingSettings, n: int) -> dict[str, float]:
+        """Mean score by data source, as `val-core/<source>/acc/<kind>`."""
+        prompts: list[Prompt] = list(self.parts.val)
+        # A fixed step number: the same seeds at every validation, so that points differ by the policy alone.
+        requests = make_requests(prompts, n, self.config.trainer.seed, step=0)
+        completions = self.parts.rollout.generate("validate", requests, sampling)
+        experience = make_experience(prompts, completions, self.parts.tokenizer)
+        scores = self.parts.scoring.score_batch(experience.score_items())
+        check_outcomes(scores, self.config.reward.max_error_rate)
+        write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
+        by_source: dict[str, list[float]] = {}
+        for prompt, score in zip(experience.prompts, scores, strict=True):
+            by_source.setdefault(prompt.data_source, []).append(score.value)
+        return {f"val-core/{source}/acc/{kind}": sum(values) / len(values) for source, values in by_source.items()}
+
+    def save_checkpoint(self, step: int) -> None:
+        """Everything a resume needs, and the actor as an HF folder."""
+        with self._phase("save_checkpoint"):
+            state = {
+                "loader": self.parts.loader.state_dict(),
+                "kl_controller": self.kl_controller.state_dict(),
+            }
+            self.last_checkpoint = self.parts.checkpoints.save(step, self.parts.train, self.parts.sync, state)
+
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        metrics |= self.timer.pop()
+        if step:
+            ranks = self.parts.train.layout.world_size
+            metrics |= throughput_metrics(metrics, ranks)
+            self.parts.console.step(metrics, step, self.parts.total_steps)
+        self.parts.metrics.write(step, metrics)
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.trainer.max_wall_clock_s
+        return limit is not None and time.monotonic() - self.started > limit

@@ -1,0 +1,131 @@
+"""One run from its config to its report: build the parts, run the loop, leave nothing behind.
+
+Invariant: whatever ends the run (the last step, an error, Ctrl-C), every process and shared file it made is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from rlhf3d.checkpoints.writer import CheckpointWriter
+from rlhf3d.config.derived import derive, resolve_dtypes, summary_lines
+from rlhf3d.config.load import config_to_yaml
+from rlhf3d.config.schema import Config
+from rlhf3d.data.loader import PromptDataset, PromptLoader
+from rlhf3d.models.spec import load_spec
+from rlhf3d.observability.console import Console
+from rlhf3d.observability.logs import quiet_libraries, setup_logging
+from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.report import make_report
+from rlhf3d.observability.samples import before_after
+from rlhf3d.parallel.platform import choose_platform
+from rlhf3d.placement.cluster import ray_cluster, reserve
+from rlhf3d.placement.resources import place
+from rlhf3d.placement.rollout_group import RolloutGroup
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import BuiltinReward, RewardFunction, check_data_sources, load_custom_reward
+from rlhf3d.trainer.ppo import Parts, PPOTrainer
+from rlhf3d.trainer.sync import WeightSync
+
+CANARY_PROMPTS = 4
+
+
+def run_training(config: Config) -> int:
+    """Run the whole job; 0 when it is done. Errors are raised; the command line turns them into exit codes."""
+    quiet_libraries()
+    platform = choose_platform(config.cluster.platform)
+    config = resolve_dtypes(config, platform.fast_dtype)
+    output = Path(config.trainer.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    train_data = _dataset(config, tokenizer, "train_files")
+    val_data = _dataset(config, tokenizer, "val_files")
+    loader = PromptLoader(train_data, config.data.train_batch_size, config.trainer.seed, config.data.shuffle)
+    reward = _reward_function(config, {*train_data.data_sources, *val_data.data_sources})
+    derived = derive(config, len(train_data))
+    total_steps, layout = derived.total_steps, derived.layout
+    assert total_steps is not None
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(config_to_yaml(config))
+    setup_logging(output, "driver")
+
+    spec = load_spec(config.model.path)
+    with ExitStack() as stack:
+        console = stack.enter_context(Console())
+        metrics = stack.enter_context(MetricsWriter(output))
+        console.header([*summary_lines(config, derived), f"platform {platform.kind}: {platform.reason}"], total_steps)
+        scoring = stack.enter_context(
+            ScoringPool(config.reward.workers, config.reward.timeout_s, reward, config.reward.max_error_rate)
+        )
+        placement = place(platform, layout.world_size, config.rollout.engines, config.rollout.tensor_parallel_size)
+        local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
+        stack.enter_context(ray_cluster(config.cluster, local_cpus))
+        reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
+        with console.phase("start"):
+            rollout = RolloutGroup(config, placement, reserved, _engine_arguments(config, platform.kind))
+            stack.callback(rollout.close)
+            train = TrainGroup(config, layout, placement, reserved, total_steps)
+            rollout.wait_ready()
+        canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
+        sync = stack.enter_context(closing(WeightSync(config, spec, train, rollout, canary)))
+        trainer = PPOTrainer(
+            Parts(
+                config=config,
+                derived=derived,
+                total_steps=total_steps,
+                tokenizer=tokenizer,
+                train=train,
+                rollout=rollout,
+                sync=sync,
+                scoring=scoring,
+                loader=loader,
+                val=val_data,
+                console=console,
+                metrics=metrics,
+                checkpoints=CheckpointWriter(config),
+            )
+        )
+        trainer.fit()
+        report = make_report(output)
+        console.samples(*before_after(output))
+        console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {trainer.last_checkpoint}"])
+    return 0
+
+
+def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
+    data = config.data
+    limit = data.val_max_samples if key == "val_files" else -1
+    return PromptDataset(
+        getattr(data, key), tokenizer, data.max_prompt_length, data.overlong_prompts, limit, key=f"data.{key}"
+    )
+
+
+def _reward_function(config: Config, data_sources: set[str]) -> RewardFunction:
+    custom = config.custom_reward_function
+    if custom.path is not None:
+        return load_custom_reward(custom.path, custom.name, custom.kwargs)
+    check_data_sources(sorted(data_sources))
+    return BuiltinReward(config.reward.method)
+
+
+def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
+    rollout = config.rollout
+    ranks = rollout.engines * rollout.tensor_parallel_size
+    return {
+        "model_path": os.path.abspath(config.model.path),
+        "dtype": rollout.dtype,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "max_model_len": config.data.max_prompt_length + config.data.max_response_length,
+        "max_num_seqs": rollout.max_num_seqs,
+        "kv_cache_gib": rollout.kv_cache_gib,
+        "threads": rollout.threads or max(1, (os.cpu_count() or 1) // ranks),
+        "enforce_eager": rollout.enforce_eager,
+        "seed": config.trainer.seed,
+        "platform_kind": platform_kind,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+    }

@@ -1,0 +1,87 @@
+"""Reading blocks of safetensors and writing complete folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf3d.models.hf_io import INDEX_NAME, HFReader, write_hf_folder
+
+TENSORS = {
+    "a": torch.arange(24.0).reshape(4, 6),
+    "b": torch.arange(5.0),
+    "c": torch.full((3, 3), 2.0),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+    (folder / "chat_template.jinja").write_text("hello")
+    (folder / "merges.txt").write_text("a b")
+    (folder / INDEX_NAME).write_text("stale")
+    (folder / "pytorch_model.bin").touch()
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes", [2**20, 100], ids=["one-file", "sharded"])
+def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: int) -> None:
+    folder = tmp_path / "out" / "model"
+    write_hf_folder(folder, TENSORS.items(), source, max_shard_gib=shard_bytes / 2**30)
+    sharded = (folder / INDEX_NAME).is_file()
+    assert sharded == (shard_bytes == 100)
+    with HFReader(folder) as reader:
+        assert sorted(reader.names()) == ["a", "b", "c"] and reader.shape("a") == (4, 6)
+        for name, tensor in TENSORS.items():
+            assert torch.equal(reader.read(name, tuple((0, n) for n in tensor.shape)), tensor)
+        assert torch.equal(reader.read("a", ((1, 3), (2, 5))), TENSORS["a"][1:3, 2:5])
+        assert torch.equal(reader.read("b", ((4, 5),)), TENSORS["b"][4:5])
+    weights = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"}
+    assert weights == (
+        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+        if sharded
+        else {"model.safetensors"}
+    )
+    others = {file.name for file in folder.iterdir()} - weights - {INDEX_NAME}
+    assert others == {"config.json", "chat_template.jinja", "merges.txt"}
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_config_records_the_written_dtype(tmp_path: Path, source: Path) -> None:
+    write_hf_folder(tmp_path / "m", ((n, t.bfloat16()) for n, t in TENSORS.items()), source)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "m" / "model.safetensors")["a"].dtype == torch.bfloat16
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, source: Path) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", TENSORS["a"]
+        raise RuntimeError("rank lost")
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RuntimeError, match="rank lost"):
+        write_hf_folder(tmp_path / "out" / "model", broken(), source)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_refuses_to_overwrite(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match="exists; remove it"):
+        write_hf_folder(source, TENSORS.items(), source)
+
+
+def test_names_the_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"model\.path: cannot read .*model\.safetensors"):
+        HFReader(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(ValueError, match=r"model\.path: cannot read .*model-2\.safetensors"):
+        HFReader(tmp_path).shape("a")

@@ -1,0 +1,146 @@
+"""The weight table: pieces tile tensors and parameters exactly once, and copying along them loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf3d.models.spec import ModelSpec, check_layout
+from rlhf3d.models.weights import (
+    Head,
+    LocalParam,
+    SpecStyle,
+    box_slices,
+    check_hf_tensors,
+    hf_tensors,
+    local_params,
+)
+from rlhf3d.parallel.layout import ParallelLayout
+
+HEADS: list[Head] = ["lm", "value", "none"]
+STYLES: list[SpecStyle] = ["local", "te"]
+
+
+@st.composite
+def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
+    """Small legal combinations, QK-norm, QKV biases and head sizes that are not hidden / heads included."""
+    tp, pp, dp = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    vpp = draw(st.integers(1, 2)) if pp > 1 else 1
+    kv_heads = tp * draw(st.integers(1, 2))
+    family = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+    spec = ModelSpec(
+        family=family,
+        num_layers=pp * vpp * draw(st.integers(1, 2)),
+        hidden_size=draw(st.integers(1, 5)),
+        num_heads=kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 3)),
+        ffn_size=tp * draw(st.integers(1, 4)),
+        vocab_size=tp * draw(st.integers(1, 4)),
+        tie_embeddings=draw(st.booleans()),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    return spec, ParallelLayout(tp=tp, pp=pp, dp=dp, vpp=vpp)
+
+
+def all_params(
+    spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle = "local"
+) -> Iterator[tuple[int, int, LocalParam]]:
+    for rank in range(layout.world_size):
+        for chunk in range(layout.vpp):
+            for param in local_params(spec, layout, layout.coords(rank), chunk, head, style):
+                yield rank, chunk, param
+
+
+@settings(deadline=None)
+@given(specs_and_layouts(), st.sampled_from(HEADS), st.sampled_from(STYLES))
+def test_pieces_tile_tensors_and_parameters_exactly_once(
+    case: tuple[ModelSpec, ParallelLayout], head: Head, style: SpecStyle
+) -> None:
+    spec, layout = case
+    check_layout(spec, layout)
+    covered: dict[str, np.ndarray] = {
+        name: np.zeros(shape, int) for name, shape in hf_tensors(spec, head).items()
+    }
+    for _, _, param in all_params(spec, layout, head, style):
+        local: np.ndarray = np.zeros(param.shape, int)
+        for piece in param.pieces:
+            assert [b - a for a, b in piece.hf_box] == [b - a for a, b in piece.local_box]
+            local[box_slices(piece.local_box)] += 1
+            covered[piece.hf_name][box_slices(piece.hf_box)] += int(param.primary)
+        assert (local == 1).all(), param.name
+    for name, counts in covered.items():
+        assert (counts == 1).all(), name
+
+
+@settings(deadline=None)
+@given(specs_and_layouts(), st.sampled_from(HEADS))
+def test_loading_then_exporting_returns_every_tensor(
+    case: tuple[ModelSpec, ParallelLayout], head: Head
+) -> None:
+    spec, layout = case
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.random(shape) for name, shape in hf_tensors(spec, head).items()}
+    exported = {name: np.full(shape, np.nan) for name, shape in hf_tensors(spec, head).items()}
+    replicas: dict[tuple[int, int, int, str], np.ndarray] = {}
+    for rank, chunk, param in all_params(spec, layout, head):
+        local = np.empty(param.shape)
+        for piece in param.pieces:
+            local[box_slices(piece.local_box)] = tensors[piece.hf_name][box_slices(piece.hf_box)]
+        coords = layout.coords(rank)
+        replica = replicas.setdefault((coords.tp, coords.pp, chunk, param.name), local)
+        assert np.array_equal(replica, local), "data-parallel replicas hold the same weights"
+        if param.primary:
+            for piece in param.pieces:
+                exported[piece.hf_name][box_slices(piece.hf_box)] = local[box_slices(piece.local_box)]
+    for name, tensor in tensors.items():
+        assert np.array_equal(exported[name], tensor), name
+
+
+SMALL = ModelSpec("llama", 2, 4, num_heads=4, num_kv_heads=2, head_dim=1, ffn_size=6, vocab_size=8)
+
+
+def test_fused_rows_by_hand() -> None:
+    """Two KV groups on two ranks: rank 1 has query heads 2 and 3, KV head 1, half of gate and up."""
+    layout = ParallelLayout(tp=2)
+    params = {p.name: p for p in local_params(SMALL, layout, layout.coords(1))}
+    qkv = params["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert qkv.shape == (4, 4)
+    assert [(p.hf_name.split(".")[-2], p.hf_box[0], p.local_box[0]) for p in qkv.pieces] == [
+        ("q_proj", (2, 4), (0, 2)),
+        ("k_proj", (1, 2), (2, 3)),
+        ("v_proj", (1, 2), (3, 4)),
+    ]
+    fc1 = params["decoder.layers.1.mlp.linear_fc1.weight"]
+    assert [(p.hf_name, p.hf_box[0], p.local_box[0]) for p in fc1.pieces] == [
+        ("model.layers.1.mlp.gate_proj.weight", (3, 6), (0, 3)),
+        ("model.layers.1.mlp.up_proj.weight", (3, 6), (3, 6)),
+    ]
+    fc2 = params["decoder.layers.0.mlp.linear_fc2.weight"]
+    assert fc2.pieces[0].hf_box == ((0, 4), (3, 6)) and fc2.tp_dim == 1
+
+
+def test_tied_embeddings_are_copied_to_the_last_stage_and_exported_once() -> None:
+    tied = ModelSpec(**{**vars(SMALL), "tie_embeddings": True})
+    one, two = ParallelLayout(), ParallelLayout(pp=2)
+    assert "output_layer.weight" not in {p.name for p in local_params(tied, one, one.coords(0))}
+    (copy,) = [p for p in local_params(tied, two, two.coords(1)) if p.name == "output_layer.weight"]
+    assert copy.pieces[0].hf_name == "model.embed_tokens.weight" and not copy.primary
+    assert "lm_head.weight" not in hf_tensors(tied, "lm")
+
+
+def test_check_hf_tensors_names_what_does_not_fit() -> None:
+    shapes = hf_tensors(SMALL, "lm")
+    check_hf_tensors(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (1,)}, SMALL, "lm", "F")
+    check_hf_tensors(shapes, SMALL, "value", "F")  # no score.weight yet, and a vocabulary head to ignore
+    with pytest.raises(ValueError, match=r"model\.path: F lacks lm_head\.weight"):
+        check_hf_tensors(hf_tensors(SMALL, "none"), SMALL, "lm", "F")
+    with pytest.raises(ValueError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        check_hf_tensors(shapes | {"model.layers.0.self_attn.q_proj.bias": (4,)}, SMALL, "lm", "F")
+    with pytest.raises(ValueError, match=r"wrong shapes: model\.norm\.weight \(5,\) for \(4,\)"):
+        check_hf_tensors(shapes | {"model.norm.weight": (5,)}, SMALL, "lm", "F")
