@@ -43,7 +43,7 @@ $(READY): requirements/cpu.lock pyproject.toml
 		echo "a C++ compiler is needed: install g++ (Debian: apt-get install g++)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	$(UV_SOURCE) $(UV) pip install --quiet --python $(BIN)/python --no-deps -r requirements/cpu.lock
+	$(UV_SOURCE) $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements/cpu.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

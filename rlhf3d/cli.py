@@ -30,14 +30,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Run the command line; what the user got wrong is told on stderr with exit code 2."""
+    """Run the command line; what the user got wrong is told on stderr with exit code 2, what failed with 1."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if not _raised_by_us(error):
             raise
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def _raised_by_us(error: Exception) -> bool:
@@ -60,7 +60,11 @@ def train(
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
     from rlhf3d.trainer.run import run_training
 
-    raise typer.Exit(run_training(loaded))
+    try:
+        raise typer.Exit(run_training(loaded))
+    except KeyboardInterrupt:
+        typer.echo("interrupted: every process of the run has ended, what it wrote stays", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command("config")

@@ -59,6 +59,15 @@ TEMPLATES = (
     Template("eggs", "/", "{a} eggs are packed in cartons of {b}. How many cartons are filled?"),
     Template("shelves", "/", "{name} puts {a} books on {b} shelves, as many on each. How many on each?"),
 )
+EASY_TEMPLATES = ("boxes", "pens", "chairs", "running", "pages", "birds", "savings", "marbles", "bus", "cookies")
+"""Templates of the easy difficulty: those that a 135M model sometimes solves before it is trained."""
+
+PREAMBLE: tuple[dict[str, str], ...] = (
+    {"role": "system", "content": "Math"},
+    {"role": "user", "content": "2 plus 3?"},
+    {"role": "assistant", "content": "5"},
+)
+"""Stands before every question: one worked example, which keeps answers short."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ def generate(
     templates: Sequence[str] | None = None,
     suffix: str = "",
 ) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Training and test rows, each spread evenly over the templates (null: all of `TEMPLATES`).
+    """Training and test rows, each spread evenly over the templates (null: all of `TEMPLATES`,
+    or `EASY_TEMPLATES` where `difficulty` is easy).
 
     Raises ValueError for an unknown difficulty or template, and where so many problems do not exist.
     """
@@ -86,7 +96,7 @@ def generate(
     if train_size < 1 or test_size < 0:
         raise ValueError(f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0")
     rng = random.Random(f"{DATA_SOURCE}:{difficulty}:{seed}")
-    decks = [(template, list(template.pairs(*NUMBER_RANGES[difficulty]))) for template in _choose(templates)]
+    decks = [(template, list(template.pairs(*NUMBER_RANGES[difficulty]))) for template in _choose(templates or _default_keys(difficulty))]
     for _, pairs in decks:
         rng.shuffle(pairs)
     test = _deal([[_Problem(t, a, b, rng.choice(NAMES)) for a, b in pairs] for t, pairs in decks], test_size)
@@ -104,12 +114,16 @@ def generate(
     return _rows(train, "train", suffix), _rows(test, "test", suffix)
 
 
-def _choose(keys: Sequence[str] | None) -> list[Template]:
+def _default_keys(difficulty: str) -> Sequence[str]:
+    return EASY_TEMPLATES if difficulty == "easy" else [template.key for template in TEMPLATES]
+
+
+def _choose(keys: Sequence[str]) -> list[Template]:
     known = {template.key: template for template in TEMPLATES}
-    for key in keys or ():
+    for key in keys:
         if key not in known:
             raise ValueError(f"templates: no {key!r}; known are {', '.join(known)}")
-    return [known[key] for key in dict.fromkeys(keys or known)]
+    return [known[key] for key in dict.fromkeys(keys)]
 
 
 def _deal(decks: list[list[_Problem]], count: int) -> list[_Problem]:
@@ -132,5 +146,5 @@ def _rows(problems: list[_Problem], split: str, suffix: str) -> list[PromptRow]:
         working = f"{p.a} {op} {p.b} = <<{p.a}{op}{p.b}={result}>>{result}\n#### {result}"
         question = p.template.text.format(a=p.a, b=p.b, name=p.name)
         extra = {"split": split, "index": index, "template": p.template.key}
-        rows.append(make_row(DATA_SOURCE, question, working, suffix, extra))
+        rows.append(make_row(DATA_SOURCE, question, working, suffix, extra, PREAMBLE))
     return rows

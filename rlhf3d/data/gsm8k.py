@@ -6,7 +6,7 @@ Invariant: the ground truth is the number after the answer's last `####`, withou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf3d.data.rows import PromptRow
@@ -25,12 +25,20 @@ def ground_truth(answer: str) -> str:
 
 
 def make_row(
-    data_source: str, question: str, answer: str, suffix: str, extra_info: Mapping[str, Any]
+    data_source: str,
+    question: str,
+    answer: str,
+    suffix: str,
+    extra_info: Mapping[str, Any],
+    preamble: Sequence[Mapping[str, str]] = (),
 ) -> PromptRow:
-    """One question in gsm8k's row format; `extra_info` is put before its question and answer."""
+    """One question in gsm8k's row format, after the chat messages of `preamble`.
+
+    `extra_info` is put before the question and answer.
+    """
     return PromptRow(
         data_source=data_source,
-        prompt=[{"role": "user", "content": f"{question} {suffix}".strip()}],
+        prompt=[*map(dict, preamble), {"role": "user", "content": f"{question} {suffix}".strip()}],
         ability="math",
         reward_model={"ground_truth": ground_truth(answer), "style": "rule"},
         extra_info={**extra_info, "question": question, "answer": answer},

@@ -17,6 +17,17 @@ from rlhf3d.rewards.scoring import Outcome, Score
 from rlhf3d.rollout.api import Completion
 
 
+MISMATCH = {
+    "training/rollout_probs_diff_mean": "prob_diff_mean",
+    "training/rollout_probs_diff_max": "prob_diff_max",
+    "training/rollout_logprobs_diff_mean": "abs_diff_mean",
+    "training/rollout_logprobs_diff_max": "abs_diff_max",
+    "training/rollout_actor_probs_pearson_corr": "pearson_r",
+    "training/rollout_kl_k3": "kl_k3",
+}
+"""Metric name of each figure of `logprob_mismatch`."""
+
+
 def _spread(name: str, values: Tensor) -> dict[str, float]:
     return {
         f"{name}/mean": values.mean().item(),
@@ -26,12 +37,12 @@ def _spread(name: str, values: Tensor) -> dict[str, float]:
 
 
 def score_metrics(scores: Sequence[Score], n: int) -> dict[str, float]:
-    """Score statistics, the share of each outcome, and the share of prompts whose completions differ in score."""
+    """Score statistics, the count of each outcome, and the share of prompts whose completions differ in score."""
     values = torch.tensor([s.value for s in scores])
     outcomes = Counter(s.outcome for s in scores)
     metrics = _spread("critic/score", values)
     for outcome in Outcome:
-        metrics[f"reward/{outcome.value}_share"] = outcomes[outcome] / len(scores)
+        metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
     if n > 1:
         groups = values.view(-1, n)
         metrics["reward/mixed_groups_share"] = (groups.amax(1) > groups.amin(1)).float().mean().item()
@@ -39,12 +50,12 @@ def score_metrics(scores: Sequence[Score], n: int) -> dict[str, float]:
 
 
 def length_metrics(completions: Sequence[Completion], prompt_lengths: Tensor) -> dict[str, float]:
-    """Token counts, the share cut off at the limit, and the count of empty responses."""
+    """Token counts, the share cut off at the limit, and the share of empty responses."""
     lengths = torch.tensor([float(len(c.token_ids)) for c in completions])
     return {
         **_spread("response_length", lengths),
         "response_length/clip_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
-        "response_length/empty": float((lengths == 0).sum()),
+        "response/aborted_ratio": (lengths == 0).float().mean().item(),
         "prompt_length/mean": prompt_lengths.float().mean().item(),
     }
 
@@ -61,8 +72,7 @@ def training_metrics(batch: Batch) -> dict[str, float]:
         metrics |= _spread("critic/values", batch["values"][mask])
         metrics["critic/vf_explained_var"] = explained_variance(batch["values"], batch["returns"], mask)
     mismatch = logprob_mismatch(batch["rollout_logprobs"], batch["old_logprobs"], mask)
-    metrics |= {f"training/rollout_{name}": value for name, value in mismatch.items()}
-    return metrics
+    return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}
 
 
 def throughput_metrics(metrics: dict[str, float], ranks: int) -> dict[str, float]:

@@ -179,7 +179,7 @@ class PPOTrainer:
                     rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, coef, algorithm.kl_penalty
                 )
                 self.kl_controller.update(mean_kl, len(batch))
-                metrics = {"critic/kl": mean_kl, "critic/kl_coef": coef}
+                metrics = {"actor/reward_kl_penalty": mean_kl, "actor/reward_kl_penalty_coeff": coef}
             advantages, returns = compute_advantages(
                 algorithm.adv_estimator,
                 AdvantageInputs(
@@ -239,7 +239,8 @@ class PPOTrainer:
         by_source: dict[str, list[float]] = {}
         for prompt, score in zip(experience.prompts, scores, strict=True):
             by_source.setdefault(prompt.data_source, []).append(score.value)
-        return {f"val-core/{source}/acc/{kind}": sum(values) / len(values) for source, values in by_source.items()}
+        metrics = {f"val-core/{source}/acc/{kind}": sum(v) / len(v) for source, v in by_source.items()}
+        return metrics | {f"val-aux/{source}/num_prompts": len(v) / n for source, v in by_source.items()}
 
     def save_checkpoint(self, step: int) -> None:
         """Everything a resume needs, and the actor as an HF folder."""

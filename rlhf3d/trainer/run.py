@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from rlhf3d.data.loader import PromptDataset, PromptLoader
 from rlhf3d.models.spec import load_spec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
-from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.metrics import METRICS_FILE, MetricsWriter
 from rlhf3d.observability.report import make_report
 from rlhf3d.observability.samples import before_after
 from rlhf3d.parallel.platform import choose_platform
@@ -41,6 +43,7 @@ def run_training(config: Config) -> int:
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
     config = resolve_dtypes(config, platform.fast_dtype)
+    config = _fresh_output(config)
     output = Path(config.trainer.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files")
@@ -95,6 +98,14 @@ def run_training(config: Config) -> int:
         console.samples(*before_after(output))
         console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {trainer.last_checkpoint}"])
     return 0
+
+
+def _fresh_output(config: Config) -> Config:
+    """The configuration with an output folder that no run has written to: `-2`, `-3`, … is added to its name."""
+    wanted = config.trainer.output_dir
+    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
+    free = next(name for name in names if not (Path(name) / METRICS_FILE).exists())
+    return replace(config, trainer=replace(config.trainer, output_dir=free))
 
 
 def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:

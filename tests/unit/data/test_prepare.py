@@ -76,10 +76,16 @@ def test_arithmetic_splits_are_disjoint_and_right(difficulty: str) -> None:
 
 def test_arithmetic_covers_its_templates_evenly() -> None:
     assert len(arithmetic.TEMPLATES) >= 12 and {t.op for t in arithmetic.TEMPLATES} == set("+-*/")
-    train, test = arithmetic.generate(320, 64)
-    for rows, each in ((train, 20), (test, 4)):
-        keys = [row.extra_info["template"] for row in rows]
-        assert {keys.count(template.key) for template in arithmetic.TEMPLATES} == {each}
+    for difficulty, keys in (("easy", arithmetic.EASY_TEMPLATES), ("hard", [t.key for t in arithmetic.TEMPLATES])):
+        train, test = arithmetic.generate(20 * len(keys), 4 * len(keys), difficulty=difficulty)
+        for rows, each in ((train, 20), (test, 4)):
+            found = [row.extra_info["template"] for row in rows]
+            assert {found.count(key) for key in keys} == {each} and set(found) == set(keys)
+
+
+def test_arithmetic_prompts_hold_one_worked_example() -> None:
+    row = arithmetic.generate(1, 0)[0][0]
+    assert row.prompt[:-1] == list(arithmetic.PREAMBLE) and row.prompt[-1]["role"] == "user"
 
 
 def test_arithmetic_is_a_function_of_its_arguments() -> None:

@@ -1,0 +1,164 @@
+"""The whole command on a tiny model: it learns, the layout does not matter, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from support.tiny_models import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf3d.data.rows import PromptRow, write_parquet
+
+STEPS = 30
+REWARD = '''
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    """The share of lower-case letters among the characters."""
+    return sum(c.islower() for c in solution_str) / max(len(solution_str), 1)
+'''
+
+
+def write_job(folder: Path, **changes: Any) -> Path:
+    """A tiny PPO job: model, prompts, reward function and configuration."""
+    make_tiny_model(folder / "model", layers=4, hidden=64, heads=2, kv_heads=2, ffn=128)
+    rows = [
+        PromptRow("tiny", [{"role": "user", "content": f"word {i}"}], "letters", {"ground_truth": "", "style": "rule"})
+        for i in range(64)
+    ]
+    write_parquet(rows, folder / "prompts.parquet", {})
+    (folder / "reward.py").write_text(REWARD)
+    config = {
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {
+            "train_files": [str(folder / "prompts.parquet")],
+            "val_files": [str(folder / "prompts.parquet")],
+            "val_max_samples": 16,
+            "train_batch_size": 64,
+            "max_prompt_length": 48,
+            "max_response_length": 4,
+        },
+        "actor": {
+            "optim": {"lr": 3.0e-3, "weight_decay": 0.0},
+            "ppo_mini_batch_size": 32,
+            "ppo_micro_batch_size_per_gpu": 32,
+        },
+        "critic": {"optim": {"lr": 3.0e-3, "weight_decay": 0.0}},
+        "rollout": {"dtype": "float32", "kv_cache_gib": 0.1, "threads": 1, "n": 1},
+        "algorithm": {"use_kl_in_reward": True},
+        "custom_reward_function": {"path": str(folder / "reward.py")},
+        "trainer": {"total_training_steps": STEPS, "output_dir": str(folder / "run"), "test_freq": 0},
+        "cluster": {"platform": "cpu"},
+        **changes,
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def train(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would."""
+    command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def left_behind() -> list[str]:
+    """Processes and shared files that a run could have left."""
+    names = ("ray::", "raylet", "gcs_server")
+    processes = [p.info["name"] or "" for p in psutil.process_iter(["name"])]
+    found = [name for name in processes if name.startswith(names)]
+    shm = Path("/dev/shm")
+    return found + ([p.name for p in shm.glob("rlhf3d-staging-*")] if shm.is_dir() else [])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same job on one training rank and on TP2 x PP2."""
+    done = {}
+    for name, layout in (("tp1", ()), ("tp2pp2", ("actor.layout.tp=2", "actor.layout.pp=2"))):
+        folder = tmp_path_factory.mktemp(name)
+        finished = train(write_job(folder), *layout, "cluster.threads_per_rank=1")
+        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+        assert f"step {STEPS}/{STEPS}" in finished.stdout
+        done[name] = folder / "run"
+    return done
+
+
+@pytest.mark.timeout(900)
+def test_learns_in_both_layouts_with_the_same_curve(runs: dict[str, Path]) -> None:
+    curves = {name: [row["critic/score/mean"] for row in read_rows(run)[1:]] for name, run in runs.items()}
+    for name, curve in curves.items():
+        print(f"LEARNING {name}: first {curve[0]:.3f} last {curve[-1]:.3f}")
+        assert curve[0] < 0.4
+        assert curve[-1] > 0.9
+    assert curves["tp1"] == pytest.approx(curves["tp2pp2"], abs=1e-6)
+    for first, second in zip(*(read_rows(run)[1:] for run in runs.values()), strict=True):
+        for metric in ("actor/pg_loss", "critic/vf_loss", "actor/grad_norm"):
+            assert first[metric] == pytest.approx(second[metric], rel=2e-3, abs=1e-5)
+
+
+def test_engine_and_trainer_agree(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        rows = read_rows(run)
+        assert max(row["training/rollout_logprobs_diff_max"] for row in rows[1:]) < 1e-3
+        assert rows[0]["sync/canary_abs_diff"] < 1e-4
+
+
+def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> None:
+    for run in runs.values():
+        assert (run / "report.md").is_file() and (run / "curves.png").stat().st_size > 10_000
+        checkpoint = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        assert manifest["step"] == STEPS
+        assert all((checkpoint / name).stat().st_size == size for name, size in manifest["files"].items())
+    assert left_behind() == []
+
+
+def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
+    folder = runs["tp2pp2"] / "checkpoints" / f"step_{STEPS}" / "hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "word 1"}], add_generation_prompt=True, return_dict=False
+    )
+    with torch.no_grad():
+        p = model(torch.tensor([list(ids)])).logits[0, -1].softmax(-1)
+    letters = [i for i in range(len(p)) if tokenizer.decode([i]).islower()]
+    assert float(p[letters].sum()) > 0.8
+
+
+def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1 / 0\n"
+    )
+    failed = train(job, "trainer.val_before_train=false")
+    assert failed.returncode == 1
+    for wanted in ("ZeroDivisionError", "reward.max_error_rate", "64 of 64"):
+        assert wanted in failed.stderr
+    assert len(failed.stderr.splitlines()) < 50
+    assert left_behind() == []
+
+
+def test_interrupt_ends_everything(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), "trainer.total_training_steps=10000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        os.kill(process.pid, 2)
+        assert process.wait(timeout=30) == 130
+        assert "interrupted" in process.stderr.read()
+    assert left_behind() == []
