@@ -113,9 +113,7 @@ def data_prepare(
     }
     given = {key: value for key, value in options.items() if value is not None}
     for written in prepare(name, source, output or Path("data") / name, **given):
-        typer.echo(
-            f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}"
-        )
+        typer.echo(f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}")
 
 
 @app.command()

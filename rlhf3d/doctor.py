@@ -106,9 +106,7 @@ def check_machine(machine: Machine) -> list[Finding]:
     compiler_fix = "install g++ (Debian: apt-get install g++)"
     shm, disk = machine.shared_memory_gib, machine.disk_gib
     return [
-        _finding(
-            "python", "3.11", python, python.startswith("3.11."), "install Python 3.11, then make setup"
-        ),
+        _finding("python", "3.11", python, python.startswith("3.11."), "install Python 3.11, then make setup"),
         _finding("C++ compiler", "any", machine.compiler or "none", bool(machine.compiler), compiler_fix),
         _finding("CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps", False),
         _finding("memory", "8 GiB", memory, machine.memory_available_gib >= 8, "close other programs", False),
@@ -161,9 +159,7 @@ def render(diagnosis: Diagnosis) -> str:
         if not finding.ok
     }
     lines += ["", "all is well" if diagnosis.healthy else "a run is not possible yet"]
-    return "\n".join(
-        lines + [f"  {'run' if required else 'optional'}: {fix}" for fix, required in fixes.items()]
-    )
+    return "\n".join(lines + [f"  {'run' if required else 'optional'}: {fix}" for fix, required in fixes.items()])
 
 
 def _line(finding: Finding, width: int) -> str:

@@ -58,9 +58,7 @@ def preflight(config: Config) -> list[str]:
 def count_parameters(spec: ModelSpec) -> int:
     """Parameters of the decoder with its LM head."""
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    attention = (
-        spec.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv) * spec.qkv_bias + 2 * spec.head_dim * spec.qk_norm
-    )
+    attention = spec.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv) * spec.qkv_bias + 2 * spec.head_dim * spec.qk_norm
     layer = attention + 3 * spec.hidden_size * spec.ffn_size + 2 * spec.hidden_size
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
     return spec.num_layers * layer + embeddings + spec.hidden_size

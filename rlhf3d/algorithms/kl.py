@@ -77,9 +77,7 @@ class AdaptiveKLController:
 
     def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
         if target_kl <= 0 or horizon <= 0:
-            raise ValueError(
-                f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive"
-            )
+            raise ValueError(f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive")
         self.value = kl_coef
         self.target_kl = target_kl
         self.horizon = horizon

@@ -156,9 +156,7 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
-def _clipped(
-    log_ratio: Tensor, advantages: Tensor, settings: PolicyLossSettings, bounded: bool
-) -> PolicyLossTerms:
+def _clipped(log_ratio: Tensor, advantages: Tensor, settings: PolicyLossSettings, bounded: bool) -> PolicyLossTerms:
     """max(-A r, -A clip(r)) per token, with the dual-clip bound where `bounded`."""
     ratio = log_ratio.exp()
     plain = -advantages * ratio

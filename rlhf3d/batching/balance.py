@@ -38,7 +38,7 @@ def micro_batches(
     multiple_of: int = 1,
     sort: bool = True,
 ) -> list[list[int]]:
-    """Cut `rows` (indices into `lengths`) into as few micro-batches of at most `micro_batch_size` as `multiple_of` allows.
+    """Cut `rows` (indices into `lengths`) into the fewest micro-batches of at most `micro_batch_size` rows.
 
     With `sort` rows of like length share a micro-batch, longest first, so that one too big for memory fails
     at once; without it they stay in order. `multiple_of` must divide the number of micro-batches (interleaved

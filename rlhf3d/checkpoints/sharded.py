@@ -1,6 +1,6 @@
 """A rank's share of a checkpoint: model, optimizer and schedule through megatron-core's sharded format.
 
-Invariant: what is written does not depend on the layout that wrote it (`fully_reshardable`), so another layout can load it.
+Invariant: what is written does not depend on the layout that wrote it (`fully_reshardable`): any layout can load it.
 """
 
 from __future__ import annotations

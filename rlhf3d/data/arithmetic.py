@@ -96,7 +96,10 @@ def generate(
     if train_size < 1 or test_size < 0:
         raise ValueError(f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0")
     rng = random.Random(f"{DATA_SOURCE}:{difficulty}:{seed}")
-    decks = [(template, list(template.pairs(*NUMBER_RANGES[difficulty]))) for template in _choose(templates or _default_keys(difficulty))]
+    decks = [
+        (template, list(template.pairs(*NUMBER_RANGES[difficulty])))
+        for template in _choose(templates or _default_keys(difficulty))
+    ]
     for _, pairs in decks:
         rng.shuffle(pairs)
     test = _deal([[_Problem(t, a, b, rng.choice(NAMES)) for a, b in pairs] for t, pairs in decks], test_size)

@@ -73,9 +73,7 @@ class PromptDataset(Sequence[Prompt]):
         skipped = set(too_long) if overlong == "filter" else set()
         self.dropped = len(skipped)
         self._prompts = [
-            _prompt(row, tokenised[i][-max_prompt_length:], i)
-            for i, (_, row) in enumerate(rows)
-            if i not in skipped
+            _prompt(row, tokenised[i][-max_prompt_length:], i) for i, (_, row) in enumerate(rows) if i not in skipped
         ]
         if not self._prompts:
             raise ValueError(

@@ -175,9 +175,7 @@ def _read_examples(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON ({error}); each line must be one object") from error
         if not isinstance(example, dict):
-            raise ValueError(
-                f"{path}:{number}: each line must be one JSON object, not a {type(example).__name__}"
-            )
+            raise ValueError(f"{path}:{number}: each line must be one JSON object, not a {type(example).__name__}")
         examples.append(example)
     return examples
 

@@ -103,9 +103,7 @@ def _open(path: str | Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{path}: not a parquet file ({error}); `rlhf3d data prepare` writes them"
-        ) from error
+        raise ValueError(f"{path}: not a parquet file ({error}); `rlhf3d data prepare` writes them") from error
 
 
 def _row(record: dict[str, Any], where: str) -> PromptRow:

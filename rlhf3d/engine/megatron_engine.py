@@ -1,7 +1,7 @@
 """One model on one rank: forward passes, the update, and its weights, through Megatron's schedules.
 
-Invariant: every number that leaves here (log-probs, values, loss, grad-norm, updated weights) is the same for
-every layout, to fp32 round-off: losses arrive as shares of a global normaliser and gradients are summed, never averaged.
+Invariant: every number that leaves here (log-probs, values, loss, grad-norm, updated weights) is the same for every
+layout, to fp32 round-off: losses arrive as shares of a global normaliser, gradients are summed and never averaged.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class MegatronEngine:
         bad = [name for name, value in shares.items() if not math.isfinite(value)]
         if bad or not math.isfinite(float(grad_norm)):
             raise RuntimeError(
-                f"{self.role} update: gradient norm {float(grad_norm)}, non-finite terms: {bad or 'none on this rank'}; "
+                f"{self.role} update: gradient norm {float(grad_norm)}, non-finite terms: {bad or 'none here'}; "
                 "lower the learning rate, or look at the samples of this step"
             )
         return shares, float(grad_norm)

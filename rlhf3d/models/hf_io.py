@@ -101,9 +101,7 @@ def write_hf_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
-) -> set[torch.dtype]:
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> set[torch.dtype]:
     """Write the shards (one file without index if they fit in one) and return the dtypes written."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}

@@ -41,9 +41,7 @@ HEADS: dict[Role, Head] = {"policy": "lm", "value": "value"}
 
 _POSTPROCESS = ["self", "hidden_states", "input_ids", "position_ids", "labels"]
 _found = list(inspect.signature(GPTModel._postprocess).parameters)[: len(_POSTPROCESS)]
-assert _found == _POSTPROCESS, (
-    f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
-)
+assert _found == _POSTPROCESS, f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
 
 
 def transformer_config(
@@ -117,9 +115,7 @@ class PolicyModel(GPTModel):
             return gather_from_sequence_parallel_region(hidden_states, group=tp_group).transpose(0, 1)
         # Transposed first: where its gradient is not contiguous, upstream's backward all-reduces a copy and
         # loses it.
-        return copy_to_tensor_model_parallel_region(
-            hidden_states.transpose(0, 1).contiguous(), group=tp_group
-        )
+        return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1).contiguous(), group=tp_group)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the vocabulary head, [vocab/tp, h]; only on the last stage."""
@@ -221,17 +217,13 @@ def bound_params(
         assert not different, f"weight table and model chunk {i} differ in {sorted(different)}"
         for entry in table:
             param = params[entry.name]
-            assert tuple(param.shape) == entry.shape, (
-                f"{entry.name}: {tuple(param.shape)}, table {entry.shape}"
-            )
+            assert tuple(param.shape) == entry.shape, f"{entry.name}: {tuple(param.shape)}, table {entry.shape}"
             yield i, entry, param
 
 
 def spec_style(chunk: GPTModel) -> SpecStyle:
     """Which layer spec a chunk was built from, told by where its norm weights are."""
-    return (
-        "te" if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters()) else "local"
-    )
+    return "te" if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters()) else "local"
 
 
 @torch.no_grad()

@@ -99,9 +99,7 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
                 f"{key}={wanted!r} only: choose a model published so"
             )
     if "quantization_config" in config:
-        raise ValueError(
-            f"model.path: {source} is quantised (quantization_config); give the original weights"
-        )
+        raise ValueError(f"model.path: {source} is quantised (quantization_config); give the original weights")
     absent = [key for key in _NEEDED if config.get(key) is None]
     if absent:
         raise ValueError(f"model.path: {source}/config.json lacks {', '.join(absent)}; download it again")

@@ -73,9 +73,7 @@ def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def check_hf_tensors(
-    found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str
-) -> None:
+def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str) -> None:
     """Raise ValueError naming model.path unless the folder's tensors (name -> shape) are the model's.
 
     The value head may be absent (it then starts at zero); the other role's head and a written-out tied head
@@ -89,9 +87,7 @@ def check_hf_tensors(
         "holds tensors that the model does not use:": sorted(
             n for n in unused if not n.endswith("rotary_emb.inv_freq")
         ),
-        "has wrong shapes:": [
-            f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s
-        ],
+        "has wrong shapes:": [f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s],
     }
     for problem, tensors in problems.items():
         if tensors:
@@ -147,9 +143,7 @@ def local_params(
     for local, layer in enumerate(layers):
         params += table.layer(f"decoder.layers.{local}.", layer, spec_style)
     if last:
-        params.append(
-            table.replicated("decoder.final_layernorm.weight", names.final_norm, (spec.hidden_size,))
-        )
+        params.append(table.replicated("decoder.final_layernorm.weight", names.final_norm, (spec.hidden_size,)))
         if head == "value":
             params.append(table.replicated(VALUE_HEAD, names.value_head, (1, spec.hidden_size)))
         # On a single stage the tied head is the embedding parameter itself.
@@ -198,20 +192,14 @@ class _RankTable:
         if spec.qk_norm:
             assert names.query_norm and names.key_norm
             head = (spec.head_dim,)
-            params.append(
-                self.replicated(prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head)
-            )
-            params.append(
-                self.replicated(prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head)
-            )
+            params.append(self.replicated(prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head))
+            params.append(self.replicated(prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head))
         return params
 
     def replicated(self, name: str, hf_name: str, shape: tuple[int, ...]) -> LocalParam:
         """The whole tensor on every tensor-parallel rank."""
         box = full_box(shape)
-        return LocalParam(
-            name, shape, (Piece(hf_name, box, box),), self.coords.dp == 0 and self.coords.tp == 0
-        )
+        return LocalParam(name, shape, (Piece(hf_name, box, box),), self.coords.dp == 0 and self.coords.tp == 0)
 
     def rows(self, name: str, hf_names: list[str], size: int, exported: bool = True) -> LocalParam:
         """This rank's share of the rows of each of `hf_names` ([size, hidden] each), stacked."""

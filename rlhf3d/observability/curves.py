@@ -38,9 +38,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     _accuracy(figure.add_subplot(grid[0, 1]), rows)
     _lines(figure.add_subplot(grid[0, 2]), rows, "response length, tokens", {"response_length/mean": "mean"})
     kl = {"actor/ppo_kl": "KL to the sampling policy", "actor/kl_loss": "KL to the reference"}
-    _lines(
-        figure.add_subplot(grid[1, 0]), rows, "KL and entropy, nats a token", kl, {"actor/entropy": "entropy"}
-    )
+    _lines(figure.add_subplot(grid[1, 0]), rows, "KL and entropy, nats a token", kl, {"actor/entropy": "entropy"})
     _phases(figure.add_subplot(grid[1, 1:]), rows)
     figure.savefig(path, dpi=110, format="png")
 

@@ -60,9 +60,7 @@ class MetricsWriter:
     without rows (ValueError).
     """
 
-    def __init__(
-        self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True
-    ) -> None:
+    def __init__(self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True) -> None:
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step = -1

@@ -140,9 +140,7 @@ def _phase_table(rows: Rows) -> str:
     body = []
     for phase, total in sorted(totals.items(), key=lambda item: -item[1]):
         times = series(rows, f"timing_s/{phase}")[1]
-        body.append(
-            [phase, f"{fmean(times):.1f}", str(len(times)), f"{total:.0f}", f"{total / everything:.0%}"]
-        )
+        body.append([phase, f"{fmean(times):.1f}", str(len(times)), f"{total:.0f}", f"{total / everything:.0%}"])
     return _table(["phase", "mean, s", "times", "total, s", "share"], body)
 
 

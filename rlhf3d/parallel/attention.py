@@ -36,9 +36,7 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(
-                f"attention_dropout={dropout}: set it to 0, policy ratios need repeatable log-probs"
-            )
+            raise ValueError(f"attention_dropout={dropout}: set it to 0, policy ratios need repeatable log-probs")
         if config.context_parallel_size != 1:
             raise ValueError(f"context_parallel_size={config.context_parallel_size}: CPU ranks support 1")
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):

@@ -69,7 +69,7 @@ class Platform(ABC):
     @property
     @abstractmethod
     def fast_dtype(self) -> str:
-        """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it natively."""
+        """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it."""
 
     @abstractmethod
     def memory_gib(self) -> float:
@@ -184,7 +184,5 @@ def choose_platform(requested: str) -> Platform:
         return CUDAPlatform(reason=f"cluster.platform={requested}, found {found}")
     built = "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
     if requested == "cuda":
-        raise ValueError(
-            f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is"
-        )
+        raise ValueError(f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is")
     return CPUPlatform(reason=f"cluster.platform=auto, {built}")

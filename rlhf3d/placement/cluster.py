@@ -26,7 +26,6 @@ def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
     """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM ends it as Ctrl-C does."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     if config.ray_address is None:
         ray.init(
             num_cpus=local_cpus,
@@ -37,6 +36,8 @@ def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
         )
     else:
         ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    # After ray.init, which sets a handler of its own that exits without unwinding.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:

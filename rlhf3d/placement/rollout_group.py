@@ -76,5 +76,5 @@ class RolloutGroup:
         self._on_all("sync_weights", "publish", policy_version)
 
     def close(self) -> None:
-        """End the engines and the processes they started."""
+        """Let the engines end their own processes; a failed run's are ended by Ray."""
         self._on_all("stop vLLM", "close")

@@ -1,6 +1,6 @@
 """Waiting on other processes.
 
-Invariant: every wait has a deadline, and its error names the phase, who was waited for, and the first failure's traceback.
+Invariant: every wait has a deadline; its error names the phase, who was waited for, and the first failure's traceback.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 GRACE_S = 2.0
 
@@ -33,7 +33,7 @@ def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> lis
         name = pending.pop(ready[0])
         try:
             results[name] = ray.get(ready[0])
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             raise _first_failure(phase, {name: error}, pending) from None
     return [results[name] for name in calls]
 
@@ -44,7 +44,7 @@ def _first_failure(phase: str, errors: dict[str, Exception], pending: dict[ray.O
     for ref in ready:
         try:
             ray.get(ref)
-        except (RayTaskError, RayActorError) as other:
+        except RayError as other:
             errors[pending[ref]] = other
     name, error = min(errors.items(), key=lambda item: _is_echo(item[1]))
     others = sorted(set(errors) - {name})

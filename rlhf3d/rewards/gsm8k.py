@@ -18,9 +18,7 @@ _LAST_NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].%])[-\u2212]\$?)?"
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
-_HASHED_NUMBER = re.compile(
-    r"####\s*\$?(?P<sign>[-\u2212])?\$?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
-)
+_HASHED_NUMBER = re.compile(r"####\s*\$?(?P<sign>[-\u2212])?\$?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,7 @@ class RewardError(RuntimeError):
 class RewardFunction(Protocol):
     """What scores one completion: returns a number, a dict with `score`, or a `Score`."""
 
-    def __call__(
-        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
-    ) -> Any:
+    def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
         """Score of `solution_str`."""
 
 
@@ -121,9 +119,7 @@ class CustomReward:
         self._recipe = (path, name, kwargs)
         self._function = function
 
-    def __call__(
-        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
-    ) -> Any:
+    def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
         return self._function(
             data_source=data_source,
             solution_str=solution_str,
@@ -158,9 +154,7 @@ def load_custom_reward(
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"custom_reward_function.name: {name!r} in {file} is async; make it plain")
     try:
-        inspect.signature(function).bind(
-            data_source="", solution_str="", ground_truth="", extra_info=None, **kwargs
-        )
+        inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info=None, **kwargs)
     except TypeError as error:
         raise ValueError(
             f"custom_reward_function: {name!r} in {file} must take (data_source, solution_str, ground_truth, "

@@ -16,7 +16,6 @@ from rlhf3d.batching.batch import Batch
 from rlhf3d.rewards.scoring import Outcome, Score
 from rlhf3d.rollout.api import Completion
 
-
 MISMATCH = {
     "training/rollout_probs_diff_mean": "prob_diff_mean",
     "training/rollout_probs_diff_max": "prob_diff_max",

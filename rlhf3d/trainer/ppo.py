@@ -186,7 +186,7 @@ class PPOTrainer:
                     token_level_rewards=rewards,
                     response_mask=mask,
                     group_ids=group_ids(experience, self.config.rollout.n),
-                    values=batch["values"] if "values" in batch else None,
+                    values=batch.columns.get("values"),
                     gamma=algorithm.gamma,
                     lam=algorithm.lam,
                     norm_by_std=algorithm.norm_adv_by_std_in_grpo,

@@ -71,7 +71,6 @@ def run_training(config: Config) -> int:
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
         with console.phase("start"):
             rollout = RolloutGroup(config, placement, reserved, _engine_arguments(config, platform.kind))
-            stack.callback(rollout.close)
             train = TrainGroup(config, layout, placement, reserved, total_steps)
             rollout.wait_ready()
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
@@ -94,6 +93,7 @@ def run_training(config: Config) -> int:
             )
         )
         trainer.fit()
+        rollout.close()
         report = make_report(output)
         console.samples(*before_after(output))
         console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {trainer.last_checkpoint}"])

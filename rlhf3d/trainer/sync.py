@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -118,4 +119,6 @@ class WeightSync:
     def close(self) -> None:
         """Free the staging area."""
         self.area.unlink()
-        self.area.close()
+        # The frames of an error may still hold views; the mapping then goes with the process.
+        with suppress(BufferError):
+            self.area.close()

@@ -63,9 +63,7 @@ def packed_and_separate(rank: int, port: int) -> float:
     packing = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=10, max_seqlen_kv=10)
     with torch.no_grad():
         packed = model(ids, positions, None, packed_seq_params=packing)[0]
-        alone = [
-            model(part, torch.arange(part.shape[1])[None], None)[0] for part in ids.split(lengths, dim=1)
-        ]
+        alone = [model(part, torch.arange(part.shape[1])[None], None)[0] for part in ids.split(lengths, dim=1)]
     return (packed - torch.cat(alone)).abs().max().item()
 
 

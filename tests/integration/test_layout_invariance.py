@@ -129,9 +129,7 @@ def ppo_update(rank: int, port: int, case: Case, folder: Path) -> dict:
     plan = UpdatePlan(SEQUENCES // 2, 2, SEQUENCES // 2, SEQUENCES // 2 // case.dp, 0, 0, 1, 2)
     plan = UpdatePlan(**{**plan.__dict__, "micro_batch_size": case.micro_batch_size})
     objectives = {
-        "policy": PolicyObjective(
-            "vanilla", PolicyLossSettings(0.2, 0.3, 3.0), "token-mean", 0.01, 0.1, "low_var_kl"
-        ),
+        "policy": PolicyObjective("vanilla", PolicyLossSettings(0.2, 0.3, 3.0), "token-mean", 0.01, 0.1, "low_var_kl"),
         "value": ValueObjective(0.2, "seq-mean-token-mean"),
     }
     result: dict = {}
@@ -202,9 +200,7 @@ def references(folders: dict[int, Path]) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_update_in_every_layout(
-    case: Case, folders: dict[int, Path], references: dict[int, dict]
-) -> None:
+def test_same_update_in_every_layout(case: Case, folders: dict[int, Path], references: dict[int, dict]) -> None:
     layout = ParallelLayout(case.tp, case.pp, case.dp)
     results = run_ranks(layout.world_size, ppo_update, case, folders[case.heads])
     for role in ("policy", "value"):
@@ -216,9 +212,7 @@ def test_same_update_in_every_layout(
             float((full_tensor(ours["weights"][n]) - full_tensor(theirs["weights"][n])).abs().max())
             for n in theirs["weights"]
         )
-        print(
-            f"LAYOUT {case} {role}: metrics {worst_loss:.1e} grad-norm {worst_norm:.1e} weights {worst_weight:.1e}"
-        )
+        print(f"LAYOUT {case} {role}: metrics {worst_loss:.1e} grad-norm {worst_norm:.1e} weights {worst_weight:.1e}")
         assert worst_loss < 2e-6
         assert worst_norm < 2e-6
         assert worst_weight < 1e-5

@@ -35,9 +35,7 @@ def without() -> dict[str, dict[str, Any]]:
     """Outcome of every case with every patch but its own, from a fresh interpreter."""
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "support.megatron_cases"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return outcomes

@@ -97,9 +97,7 @@ def logits_rank(
 
     chunks = start_rank(rank, port, folder, layout, "policy", sequence_parallel)
 
-    def report(
-        model: Any, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def report(model: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         logits = gather_from_tensor_model_parallel_region(hidden @ model.head_weight().T)
         return logits.sum(), torch.tensor(1), {"logits": logits}
 
@@ -131,9 +129,7 @@ def test_tp2_pp2_matches_transformers(name: str, folders: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(tp=2), ParallelLayout(tp=2, pp=2, vpp=2)], ids=str)
-def test_sequence_parallel_and_interleaved_match_transformers(
-    layout: ParallelLayout, folders: dict[str, Path]
-) -> None:
+def test_sequence_parallel_and_interleaved_match_transformers(layout: ParallelLayout, folders: dict[str, Path]) -> None:
     folder = folders["llama-tied"]
     assert max_difference("llama-tied", folder, layout, (2, 96), sequence_parallel=True) <= 1e-5
 

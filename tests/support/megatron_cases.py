@@ -38,9 +38,7 @@ def join(rank: int, port: int, layout: ParallelLayout) -> None:
     initialize_megatron(layout, rank, 7, CPUPlatform("test"), timeout_s=60, master_port=port)
 
 
-def build_model(
-    layout: ParallelLayout, *, sequence_parallel: bool = False, experts: int = 0, **config: Any
-) -> Any:
+def build_model(layout: ParallelLayout, *, sequence_parallel: bool = False, experts: int = 0, **config: Any) -> Any:
     """A two-layer GPT whose weights depend on their names only: every tensor-parallel size starts alike."""
     import torch
     from megatron.core import parallel_state
@@ -87,9 +85,7 @@ def set_weights(model: Any, layout: ParallelLayout) -> None:
         full = torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0)
         if dim >= 0:
             halves = full.chunk(2) if "linear_fc1" in name else (full,)
-            full = torch.cat(
-                [half.chunk(layout.tp, dim)[tp_rank] for half in halves], 0 if len(halves) == 2 else dim
-            )
+            full = torch.cat([half.chunk(layout.tp, dim)[tp_rank] for half in halves], 0 if len(halves) == 2 else dim)
         parameter.data.copy_(full)
 
 
@@ -143,9 +139,7 @@ class Trainer:
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
         state = {"model": self.model.sharded_state_dict(metadata=CHECKPOINT_METADATA)}
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            state, is_loading, metadata=CHECKPOINT_METADATA
-        )
+        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading, metadata=CHECKPOINT_METADATA)
         return state
 
     def save(self, folder: str) -> None:
@@ -162,9 +156,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def train(
-    rank: int, port: int, layout: ParallelLayout, steps: int, **model_kwargs: Any
-) -> list[tuple[float, float]]:
+def train(rank: int, port: int, layout: ParallelLayout, steps: int, **model_kwargs: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     join(rank, port, layout)
     trainer = Trainer(layout, **model_kwargs)
@@ -258,9 +250,7 @@ def distopt_step(rank: int, port: int) -> list[float]:
     trainer.step(1)
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
     trainer.step(2)
-    return sorted(
-        {state["step"].item() for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()}
-    )
+    return sorted({state["step"].item() for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()})
 
 
 def _processes_of_a_save(rank: int, port: int) -> dict[str, int]:
@@ -288,18 +278,14 @@ def _experts(rank: int, port: int, expert_parallel: int) -> float:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=expert_parallel
     )
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
-    )
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = build_model(ParallelLayout(), experts=4, expert_model_parallel_size=expert_parallel)
     for expert in (m for m in model.modules() if type(m).__name__ == "SequentialMLP"):
         for index, mlp in enumerate(expert.local_experts):  # weights by global expert number
             scale = 1.0 + index + rank * len(expert.local_experts)
             for number, weight in enumerate(mlp.parameters()):
-                torch.nn.init.normal_(
-                    weight, std=0.05 * scale, generator=torch.Generator().manual_seed(number)
-                )
+                torch.nn.init.normal_(weight, std=0.05 * scale, generator=torch.Generator().manual_seed(number))
     loss = forward(model, tokens(0)).mean()
     loss.backward()
     return float(loss.detach())

@@ -33,9 +33,7 @@ def make_tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_tokens))
     fillers = [f"<{i}>" for i in range(vocab)]
     tokens = [*SPECIAL_TOKENS, *ascii_tokens, *others, *fillers][:vocab]
-    backend = Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>")
-    )
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))

@@ -21,9 +21,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def rlhf3d(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlhf3d.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_help_is_quick() -> None:
@@ -33,9 +31,7 @@ def test_help_is_quick() -> None:
         before = os.times()
         assert rlhf3d("--help").returncode == 0
         after = os.times()
-        seconds.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(seconds) < 1.0
 
 

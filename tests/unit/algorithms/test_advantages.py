@@ -163,9 +163,7 @@ def test_nothing_outside_the_mask_counts(name: str) -> None:
         token_level_rewards=inputs.token_level_rewards.masked_fill(outside, math.nan),
         values=inputs.values.masked_fill(outside, math.inf),
     )
-    for clean_out, dirty_out in zip(
-        compute_advantages(name, inputs), compute_advantages(name, dirty), strict=True
-    ):
+    for clean_out, dirty_out in zip(compute_advantages(name, inputs), compute_advantages(name, dirty), strict=True):
         assert torch.equal(clean_out, dirty_out)
         assert clean_out[outside].abs().max() == 0
 
@@ -183,9 +181,7 @@ def test_order_of_rows_does_not_matter(name: str) -> None:
         values=inputs.values[order],
         greedy_scores=inputs.greedy_scores[order],
     )
-    for straight, other in zip(
-        compute_advantages(name, inputs), compute_advantages(name, shuffled), strict=True
-    ):
+    for straight, other in zip(compute_advantages(name, inputs), compute_advantages(name, shuffled), strict=True):
         assert torch.allclose(straight[order], other, atol=1e-5)
 
 
@@ -203,9 +199,7 @@ def test_registry() -> None:
     assert [name for name in BUILT_IN if needs_values(name)] == ["gae"]
     assert [name for name in BUILT_IN if needs_greedy_baseline(name)] == ["remax"]
     inputs = outcome_inputs([1.0, 0.0], [0, 0], [1, 1])
-    with pytest.raises(
-        ValueError, match=r"adv_estimator: unknown 'grop'; did you mean 'grpo'\? known: gae, grpo"
-    ):
+    with pytest.raises(ValueError, match=r"adv_estimator: unknown 'grop'; did you mean 'grpo'\? known: gae, grpo"):
         compute_advantages("grop", inputs)
     with pytest.raises(ValueError, match="needs values"):
         compute_advantages("gae", inputs)

@@ -62,9 +62,7 @@ def test_split_refuses_unequal_counts(parts: int) -> None:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_micro_batches_place_every_row_once(
-    lengths: list[int], size: int, sort: bool, random: Random
-) -> None:
+def test_micro_batches_place_every_row_once(lengths: list[int], size: int, sort: bool, random: Random) -> None:
     rows = list(range(len(lengths)))
     random.shuffle(rows)
     batches = micro_batches(lengths, rows, size, sort=sort)
@@ -94,9 +92,7 @@ def test_sorting_never_pads_more(case: tuple[list[int], int]) -> None:
     lengths, size = case
     rows = range(len(lengths))
     sorted_share = padding_share(lengths, micro_batches(lengths, rows, size))
-    assert (
-        0.0 <= sorted_share <= padding_share(lengths, micro_batches(lengths, rows, size, sort=False)) + 1e-12
-    )
+    assert 0.0 <= sorted_share <= padding_share(lengths, micro_batches(lengths, rows, size, sort=False)) + 1e-12
 
 
 def test_micro_batches_by_hand() -> None:

@@ -28,9 +28,7 @@ def plan(mini: int, micro: int, epochs: int = 1) -> UpdatePlan:
     )
 
 
-@pytest.mark.parametrize(
-    "layout", [ParallelLayout(), ParallelLayout(pp=2, dp=2), ParallelLayout(pp=2, dp=2, vpp=2)]
-)
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(pp=2, dp=2), ParallelLayout(pp=2, dp=2, vpp=2)])
 def test_forward_places_every_row_once(layout: ParallelLayout) -> None:
     shares = split_forward(batch_of([5, 1, 3, 2, 9, 7, 4, 8]), micro_batch_size=3, layout=layout)
     assert sorted(row for share in shares for row in share.rows) == list(range(8))

@@ -40,8 +40,7 @@ def test_good_configuration_passes() -> None:
     [
         (
             ["data.train_batch_size=10"],
-            "data.train_batch_size = 10 prompts do not divide by actor.ppo_mini_batch_size = 16: "
-            "10 % 16 = 10",
+            "data.train_batch_size = 10 prompts do not divide by actor.ppo_mini_batch_size = 16: 10 % 16 = 10",
         ),
         (
             ["actor.layout.dp=3"],
@@ -55,8 +54,7 @@ def test_good_configuration_passes() -> None:
         ),
         (
             ["critic.ppo_mini_batch_size=12"],
-            "data.train_batch_size = 16 prompts do not divide by critic.ppo_mini_batch_size = 12: "
-            "16 % 12 = 4",
+            "data.train_batch_size = 16 prompts do not divide by critic.ppo_mini_batch_size = 12: 16 % 12 = 4",
         ),
         (
             ["actor.layout={pp: 4, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=8"],
@@ -92,8 +90,7 @@ def test_good_configuration_passes() -> None:
         ),
         (
             ["cluster={platform: cuda, gpus_per_node: 4}", "actor.layout={tp: 4, dp: 2}"],
-            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks, more than "
-            "cluster.num_nodes 1 x gpus_per_node 4 = 4 GPUs",
+            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks, more than cluster.num_nodes 1 x gpus_per_node 4 = 4 GPUs",
         ),
     ],
 )

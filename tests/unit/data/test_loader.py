@@ -30,9 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write(path: Path, contents: list[str], role: str = "user") -> Path:
     rows = [
-        PromptRow(
-            "mine", [{"role": role, "content": text}], "math", {"ground_truth": str(i)}, {"index": 10 + i}
-        )
+        PromptRow("mine", [{"role": role, "content": text}], "math", {"ground_truth": str(i)}, {"index": 10 + i})
         for i, text in enumerate(contents)
     ]
     write_parquet(rows, path, {})

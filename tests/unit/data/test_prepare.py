@@ -46,9 +46,7 @@ def test_gsm8k_row_is_verls() -> None:
     assert make_map_fn("test")(EXAMPLES[2], 0).reward_model["ground_truth"] == "-5"
 
 
-@pytest.mark.parametrize(
-    "example", [{"question": "?", "answer": "12"}, {"question": "?"}, {"answer": "#### 1"}]
-)
+@pytest.mark.parametrize("example", [{"question": "?", "answer": "12"}, {"question": "?"}, {"answer": "#### 1"}])
 def test_gsm8k_refuses_unusable_examples(example: dict[str, str]) -> None:
     with pytest.raises(ValueError):
         make_map_fn("train")(example, 0)
@@ -69,9 +67,7 @@ def test_arithmetic_splits_are_disjoint_and_right(difficulty: str) -> None:
         numbers = [int(n) for n in re.findall(r"\d+", question(row))]
         assert numbers == [int(a), int(b)]
         assert low <= int(b) <= high and (op == "/" or low <= int(a) <= high)
-        assert (
-            compute_score(row.extra_info["answer"], row.reward_model["ground_truth"], "strict").score == 1.0
-        )
+        assert compute_score(row.extra_info["answer"], row.reward_model["ground_truth"], "strict").score == 1.0
 
 
 def test_arithmetic_covers_its_templates_evenly() -> None:

@@ -16,9 +16,7 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, 
 
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 50])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, temperature: float
-) -> None:
+def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, temperature: float) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)

@@ -90,9 +90,7 @@ def test_cached_code_is_used_again_and_follows_the_source(
     (entry,) = (tmp_path / "cache" / "rlhf3d" / "megatron_patches").iterdir()
     compiled: list[str] = []
     original = device.retarget
-    monkeypatch.setattr(
-        device, "retarget", lambda source, path: compiled.append(path) or original(source, path)
-    )
+    monkeypatch.setattr(device, "retarget", lambda source, path: compiled.append(path) or original(source, path))
     assert load(sample_module).device_type == "cpu" and not compiled
     entry.write_bytes(b"damaged")
     assert load(sample_module).device_type == "cpu" and len(compiled) == 1

@@ -45,9 +45,7 @@ def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: in
         assert torch.equal(reader.read("b", ((4, 5),)), TENSORS["b"][4:5])
     weights = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"}
     assert weights == (
-        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-        if sharded
-        else {"model.safetensors"}
+        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} if sharded else {"model.safetensors"}
     )
     others = {file.name for file in folder.iterdir()} - weights - {INDEX_NAME}
     assert others == {"config.json", "chat_template.jinja", "merges.txt"}

@@ -64,9 +64,7 @@ def test_pieces_tile_tensors_and_parameters_exactly_once(
 ) -> None:
     spec, layout = case
     check_layout(spec, layout)
-    covered: dict[str, np.ndarray] = {
-        name: np.zeros(shape, int) for name, shape in hf_tensors(spec, head).items()
-    }
+    covered: dict[str, np.ndarray] = {name: np.zeros(shape, int) for name, shape in hf_tensors(spec, head).items()}
     for _, _, param in all_params(spec, layout, head, style):
         local: np.ndarray = np.zeros(param.shape, int)
         for piece in param.pieces:
@@ -80,9 +78,7 @@ def test_pieces_tile_tensors_and_parameters_exactly_once(
 
 @settings(deadline=None)
 @given(specs_and_layouts(), st.sampled_from(HEADS))
-def test_loading_then_exporting_returns_every_tensor(
-    case: tuple[ModelSpec, ParallelLayout], head: Head
-) -> None:
+def test_loading_then_exporting_returns_every_tensor(case: tuple[ModelSpec, ParallelLayout], head: Head) -> None:
     spec, layout = case
     rng = np.random.default_rng(0)
     tensors = {name: rng.random(shape) for name, shape in hf_tensors(spec, head).items()}

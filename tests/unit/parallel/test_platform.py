@@ -19,9 +19,7 @@ def test_importing_and_choosing_cpu_loads_neither_torch_nor_megatron() -> None:
         "p.memory_gib(), p.ray_resources, p.transformer_config_overrides();"
         "assert not {'torch', 'megatron', 'ray'} & set(sys.modules)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=Path(platform.__file__).parents[2], timeout=60
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(platform.__file__).parents[2], timeout=60)
 
 
 def test_auto_falls_back_to_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

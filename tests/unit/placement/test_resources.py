@@ -23,9 +23,7 @@ def test_cuda_engines_share_the_trainers_gpus() -> None:
     assert placement.train_options["num_gpus"] + placement.engine_options["num_gpus"] == 1
 
 
-@pytest.mark.parametrize(
-    ("engines", "ranks", "key"), [(4, 2, "tensor_parallel_size"), (9, 1, "rollout.engines")]
-)
+@pytest.mark.parametrize(("engines", "ranks", "key"), [(4, 2, "tensor_parallel_size"), (9, 1, "rollout.engines")])
 def test_cuda_refuses_what_it_cannot_place(engines: int, ranks: int, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         place(CUDA, world_size=8, engines=engines, engine_ranks=ranks)

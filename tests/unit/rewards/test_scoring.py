@@ -78,9 +78,7 @@ def test_custom_reward_mistakes(tmp_path: Path, text: str, name: str, message: s
 def test_missing_file_and_unknown_kwargs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"custom_reward_function\.path: no such file"):
         load_custom_reward(tmp_path / "nothing.py")
-    path = write(
-        tmp_path, "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 0"
-    )
+    path = write(tmp_path, "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 0")
     with pytest.raises(ValueError, match=r"custom_reward_function.kwargs.*'scale'"):
         load_custom_reward(path, kwargs={"scale": 2})
 
@@ -90,9 +88,7 @@ def test_numbers_become_scores(result: Any) -> None:
     assert to_score(result) == Score(1.0, Outcome.SCORED)
 
 
-@pytest.mark.parametrize(
-    "result", [None, "1.0", float("nan"), float("inf"), [1.0], {"score": None}, {"value": 1}]
-)
+@pytest.mark.parametrize("result", [None, "1.0", float("nan"), float("inf"), [1.0], {"score": None}, {"value": 1}])
 def test_anything_else_is_an_error_not_a_zero(result: Any) -> None:
     with pytest.raises(ValueError, match="the reward function returned"):
         to_score(result)
@@ -111,9 +107,7 @@ def test_failures_up_to_the_rate_pass_and_beyond_it_stop_the_run() -> None:
 
 
 def test_the_message_fits_a_screen() -> None:
-    long = (
-        "sample 0\n" + "\n".join(f"line {i} " + "x" * 1000 for i in range(1000)) + "\nRecursionError: the end"
-    )
+    long = "sample 0\n" + "\n".join(f"line {i} " + "x" * 1000 for i in range(1000)) + "\nRecursionError: the end"
     with pytest.raises(RewardError) as caught:
         check_outcomes([Score(0.0, Outcome.ERROR, message=long)], 0.0)
     lines = str(caught.value).splitlines()

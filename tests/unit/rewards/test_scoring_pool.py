@@ -188,9 +188,7 @@ def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
         f"pool.score_batch([ScoreItem('', {text!r}, '')])\n"
         "input()\n"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())

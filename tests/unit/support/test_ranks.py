@@ -56,9 +56,7 @@ def test_results_larger_than_a_pipe() -> None:
 
 def test_first_failure_is_raised_and_nobody_survives(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(
-        RankError, match=r"(?s)rank 1 of 2 failed first.*second_rank_raises.*ValueError: boom"
-    ):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 failed first.*second_rank_raises.*ValueError: boom"):
         run_ranks(2, second_rank_raises, tmp_path)
     assert time.monotonic() - start < 20
     assert not any(alive(int((tmp_path / rank).read_text())) for rank in "01")

@@ -1,0 +1,66 @@
+"""Waiting on Ray actors: deadlines, and whose traceback is shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.placement.cluster import ray_cluster, reserve
+from rlhf3d.placement.waiting import WorkerFailure, gather
+
+
+class Worker:
+    """An actor that answers, fails, hangs or dies."""
+
+    def answer(self, value: int) -> int:
+        return value
+
+    def fail(self) -> None:
+        raise KeyError("the cause")
+
+    def lose_peer(self) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    def hang(self) -> None:
+        time.sleep(3600)
+
+    def die(self) -> None:
+        os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list]:
+    with ray_cluster(ClusterConfig(), local_cpus=3):
+        yield [ray.remote(Worker).options(num_cpus=1, max_restarts=0).remote() for _ in range(3)]
+
+
+def test_results_keep_their_order(workers: list) -> None:
+    calls = {f"rank {i}": worker.answer.remote(i) for i, worker in enumerate(workers)}
+    assert gather("phase", calls, 60) == [0, 1, 2]
+
+
+def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
+    calls = {"rank 0": workers[0].lose_peer.remote(), "rank 1": workers[1].fail.remote()}
+    with pytest.raises(WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*KeyError: 'the cause'.*rank 0"):
+        gather("update_actor", calls, 60)
+
+
+def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
+    with pytest.raises(ValueError, match=r"actor\.layout needs 9 bundles"), reserve([{"CPU": 1.0}] * 9, timeout_s=2):
+        pass
+
+
+def test_deadline_names_who_was_waited_for(workers: list) -> None:
+    calls = {"rank 0": workers[0].answer.remote(1), "rank 1": workers[1].hang.remote()}
+    with pytest.raises(WorkerFailure, match="generate: no answer within 2 s from rank 1;"):
+        gather("generate", calls, 2)
+
+
+def test_a_dead_process_is_named(workers: list) -> None:
+    with pytest.raises(WorkerFailure, match=r"(?s)values failed on rank 2:.*died"):
+        gather("values", {"rank 2": workers[2].die.remote()}, 60)

@@ -1,0 +1,44 @@
+"""From prompts and completions to the batch that is trained on."""
+
+from __future__ import annotations
+
+from support.tiny_models import make_tiny_tokenizer
+
+from rlhf3d.data.loader import Prompt
+from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rollout.api import Completion
+from rlhf3d.trainer.experience import group_ids, make_experience, make_requests
+
+
+def prompt(index: int, ids: tuple[int, ...]) -> Prompt:
+    return Prompt(ids, "test", str(index), {}, index, f"question {index}")
+
+
+PROMPTS = [prompt(7, (4, 5)), prompt(9, (6, 7, 8))]
+
+
+def test_requests_have_their_own_repeatable_seeds() -> None:
+    requests = make_requests(PROMPTS, n=3, seed=1, step=2)
+    assert [r.prompt_ids for r in requests] == [(4, 5)] * 3 + [(6, 7, 8)] * 3
+    assert len({r.seed for r in requests}) == 6
+    assert requests == make_requests(PROMPTS, n=3, seed=1, step=2)
+    assert {r.seed for r in requests}.isdisjoint(r.seed for r in make_requests(PROMPTS, n=3, seed=1, step=3))
+
+
+def test_batch_holds_the_tokens_the_engine_wrote() -> None:
+    tokenizer = make_tiny_tokenizer()
+    words = [tokenizer.encode(text) for text in ("ab", "c", "de", "fgh")]
+    end = tokenizer.eos_token_id
+    completions = [Completion((*w, end), tuple(-0.5 for _ in (*w, end)), "stop", 3) for w in words]
+    experience = make_experience(PROMPTS, completions, tokenizer)
+    assert experience.texts == ["ab", "c", "de", "fgh"]
+    assert group_ids(experience, 2).tolist() == [0, 0, 1, 1]
+    batch = experience.batch(pad_id=0)
+    assert batch["prompt_lengths"].tolist() == [2, 2, 3, 3]
+    assert batch["response_lengths"].tolist() == [3, 2, 3, 4]
+    assert batch["input_ids"][1, :4].tolist() == [4, 5, *words[1], end]
+    assert batch["rollout_logprobs"][1].tolist() == [-0.5, -0.5, 0, 0]
+    items = experience.score_items()
+    assert [(i.solution_str, i.ground_truth) for i in items][1:3] == [("c", "7"), ("de", "9")]
+    sample = experience.samples([Score(1.0, Outcome.SCORED)] * 4)[2]
+    assert (sample.prompt, sample.response, sample.length, sample.policy_version) == ("question 9", "de", 3, 3)
