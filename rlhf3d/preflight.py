@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 
 from rlhf3d.config.checks import check_files
-from rlhf3d.config.derived import Derived, derive
+from rlhf3d.config.derived import Derived, derive, resolve_dtypes
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
 from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 CPU_RANK_GIB = 0.4
 """Host memory of a training process before its shards (measured, torch and Megatron loaded)."""
@@ -41,14 +42,16 @@ class Footprint:
 
 def preflight(config: Config) -> list[str]:
     """Every reason why `config` cannot run here, each with what is needed and what was found."""
-    derived = derive(config)
     machine = read_machine(config.trainer.output_dir)
+    cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
+    platform = CUDAPlatform(reason="preflight") if cuda else CPUPlatform(reason="preflight")
+    config = resolve_dtypes(config, platform.fast_dtype)
+    derived = derive(config)
     problems = check_files(config)
     try:
         footprint = model_footprint(config, derived, load_spec(config.model.path))
     except ValueError:  # reported by check_files; what does not depend on the model is still compared
         footprint = Footprint(0.0, 0.0, 0.0)
-    cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
     compare = _compare_cuda if cuda else _compare_cpu
     if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
         problems += compare(config, derived, machine, footprint)
@@ -65,10 +68,10 @@ def count_parameters(spec: ModelSpec) -> int:
 
 
 def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footprint:
-    """Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4.
+    """Model states of a configuration whose dtypes are resolved.
 
-    The distributed optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1,
-    arXiv 1910.02054).
+    Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4. The distributed
+    optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
     """
     layout = derived.layout
     trained = 1 + config.needs_critic

@@ -58,6 +58,4 @@ def _is_echo(error: Exception) -> bool:
 
 
 def _traceback(error: Exception) -> str:
-    if isinstance(error, RayTaskError):
-        return str(error.traceback_str)
-    return f"the process died: {error}"
+    return str(error) if isinstance(error, RayTaskError) else f"the process died: {error}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf3d import preflight as module
-from rlhf3d.config.derived import derive
+from rlhf3d.config.derived import derive, resolve_dtypes
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
@@ -71,6 +71,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
 
 def test_footprint_by_hand() -> None:
     config = Config(actor=replace(Config().actor, layout=replace(Config().actor.layout, tp=2, pp=2, dp=2)))
+    config = resolve_dtypes(config, "bfloat16")
     footprint = model_footprint(config, derive(config), QWEN_7B)
     # actor and critic: weights 2 + gradients 4 + (Adam 8 + master 4) / 2 = 12 bytes each; no reference
     assert footprint.per_rank_gib == pytest.approx(7_615_616_512 / 4 * 24 / GIB)

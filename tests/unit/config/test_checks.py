@@ -76,7 +76,7 @@ def test_good_configuration_passes() -> None:
         (["actor.optim.lr=0"], "actor.optim.lr = 0.0: must be above 0"),
         (["algorithm.lam=1.5"], "algorithm.lam = 1.5: must be at most 1"),
         (["algorithm.gamma=-0.5"], "algorithm.gamma = -0.5: must be 0 or more"),
-        (["model.dtype=fp8"], "model.dtype = 'fp8': must be one of bfloat16, float32"),
+        (["model.dtype=fp8"], "model.dtype = 'fp8': must be one of auto, bfloat16, float32"),
         (["actor.optim.betas=[0.9, 1.0]"], "actor.optim.betas = [0.9, 1.0]: each must be in [0, 1)"),
         (["actor.optim.min_lr=1"], "actor.optim.min_lr = 1.0: above actor.optim.lr = 1e-06"),
         (["data.val_max_samples=0"], "data.val_max_samples = 0: must be 1 or more, or -1 (all)"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rlhf3d.config.derived import resolve_dtypes
+from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, choose_platform
 
@@ -81,3 +84,12 @@ def test_cuda_layers_need_transformer_engine(monkeypatch: pytest.MonkeyPatch) ->
 def test_platforms_travel_to_workers() -> None:
     for chosen in (CPUPlatform("why"), CUDAPlatform("why")):
         assert pickle.loads(pickle.dumps(chosen)) == chosen
+
+
+def test_auto_dtype_follows_the_hardware() -> None:
+    config = resolve_dtypes(Config(), CUDAPlatform(reason="test").fast_dtype)
+    assert config.model.dtype == config.rollout.dtype == "bfloat16"
+    assert CPUPlatform(reason="test").fast_dtype in ("bfloat16", "float32")
+    explicit = replace(Config(), model=replace(Config().model, dtype="bfloat16"))
+    resolved = resolve_dtypes(explicit, "float32")
+    assert (resolved.model.dtype, resolved.rollout.dtype) == ("bfloat16", "float32")
