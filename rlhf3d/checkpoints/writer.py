@@ -15,7 +15,7 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.hf_io import write_hf_folder
 from rlhf3d.placement.train_group import TrainGroup
-from rlhf3d.trainer.sync import WeightSync
+from rlhf3d.resharding.sync import WeightSync
 
 FORMAT_VERSION = 1
 

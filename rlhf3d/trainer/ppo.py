@@ -28,12 +28,12 @@ from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
 from rlhf3d.observability.samples import Kind, write_samples
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
 from rlhf3d.rollout.api import SamplingSettings
 from rlhf3d.trainer.experience import Experience, group_ids, make_experience, make_requests
 from rlhf3d.trainer.metrics import length_metrics, score_metrics, throughput_metrics, training_metrics
-from rlhf3d.trainer.sync import WeightSync
 
 
 @dataclass(frozen=True)

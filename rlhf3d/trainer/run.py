@@ -30,10 +30,10 @@ from rlhf3d.placement.cluster import ray_cluster, reserve
 from rlhf3d.placement.resources import place
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import BuiltinReward, RewardFunction, check_data_sources, load_custom_reward
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
-from rlhf3d.trainer.sync import WeightSync
 
 CANARY_PROMPTS = 4
 
