@@ -73,7 +73,7 @@ test: lint unit integration ## all checks
 unit: setup ## tests that take seconds
 	$(BIN)/python -m pytest -q tests/unit
 
-integration: setup ## tests on real Megatron, vLLM and Ray
+integration: setup model ## tests on real Megatron, vLLM and Ray
 	$(BIN)/python -m pytest -q tests/integration
 
 lint: setup ## style and types
