@@ -21,19 +21,21 @@ METADATA = {
 }
 
 
-def _state(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
-    """The sharded state dict of one trainable model."""
+def _state(engine: MegatronEngine, loading: bool, optimizer: bool = True) -> dict[str, Any]:
+    """The sharded state dict of one trainable model, with or without what only training needs."""
     chunks = engine.chunks
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     state: dict[str, Any] = {
         name: model.sharded_state_dict(metadata=METADATA) for name, model in zip(names, engine.models, strict=True)
     }
+    if not optimizer:
+        return state
     state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=METADATA)
     state["scheduler"] = engine.scheduler.state_dict()
     return state
 
 
-def save_engines(folder: str, engines: dict[str, MegatronEngine]) -> None:
+def save_engines(folder: str, engines: dict[str, MegatronEngine], optimizer: bool) -> None:
     """Write each engine to `folder/<role>`; called on all ranks at once. The folder must be on shared storage."""
     from megatron.core import dist_checkpointing
 
@@ -42,7 +44,7 @@ def save_engines(folder: str, engines: dict[str, MegatronEngine]) -> None:
         if dist.get_rank() == 0:
             path.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_state(engine, loading=False), str(path), content_metadata=METADATA)
+        dist_checkpointing.save(_state(engine, False, optimizer), str(path), content_metadata=METADATA)
         dist.barrier()
 
 
@@ -51,7 +53,7 @@ def load_engines(folder: str, engines: dict[str, MegatronEngine]) -> None:
     from megatron.core import dist_checkpointing
 
     for role, engine in engines.items():
-        state = dist_checkpointing.load(_state(engine, loading=True), str(Path(folder) / role))
+        state = dist_checkpointing.load(_state(engine, True), str(Path(folder) / role))
         for i, model in enumerate(engine.models):
             model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{i}"])
             engine.optimizer.load_state_dict(state["optimizer"])

@@ -268,6 +268,8 @@ class TrainerConfig:
     """Save a checkpoint every so many steps (and after the last); 0 for only the last."""
     save_at_end: bool = True
     """Save a checkpoint after the last step."""
+    save_optimizer: bool = True
+    """Put optimizer state and schedule into checkpoints; gathering them takes several times their memory for a moment."""
     critic_warmup: int = 0
     """Steps that update the critic only."""
     max_wall_clock_s: float | None = None

@@ -139,4 +139,5 @@ class TrainWorker:
         """Write this rank's share of a sharded checkpoint of every trainable model."""
         from rlhf3d.checkpoints.sharded import save_engines
 
-        save_engines(folder, {name: engine for name, engine in self.engines.items() if name != "ref"})
+        engines = {name: engine for name, engine in self.engines.items() if name != "ref"}
+        save_engines(folder, engines, optimizer=self.setup.config.trainer.save_optimizer)

@@ -79,9 +79,11 @@ class PPOTrainer:
             last = self.step == self.parts.total_steps or self._out_of_time()
             if last or (trainer.test_freq and self.step % trainer.test_freq == 0):
                 metrics |= self.validate(self.step)
-            if (last and trainer.save_at_end) or (trainer.save_freq and self.step % trainer.save_freq == 0):
-                self.save_checkpoint(self.step)
-            self._record(self.step, metrics)
+            try:
+                if (last and trainer.save_at_end) or (trainer.save_freq and self.step % trainer.save_freq == 0):
+                    self.save_checkpoint(self.step)
+            finally:  # a failed save must not take the step's figures with it
+                self._record(self.step, metrics)
             if last:
                 return
 
