@@ -269,7 +269,7 @@ class TrainerConfig:
     save_at_end: bool = True
     """Save a checkpoint after the last step."""
     save_optimizer: bool = True
-    """Put optimizer state and schedule into checkpoints; gathering them takes several times their memory for a moment."""
+    """Put optimizer state and schedule into checkpoints; gathering it takes a multiple of its memory for a while."""
     critic_warmup: int = 0
     """Steps that update the critic only."""
     max_wall_clock_s: float | None = None
