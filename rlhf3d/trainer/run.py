@@ -95,7 +95,9 @@ def run_training(config: Config) -> int:
         trainer.fit()
         rollout.close()
         report = make_report(output)
-        console.samples(*before_after(output))
+        before, after = before_after(output)
+        if before:
+            console.samples(before, after)
         console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {trainer.last_checkpoint}"])
     return 0
 
