@@ -21,7 +21,7 @@ METADATA = {
 }
 
 
-def _state(engine: MegatronEngine, loading: bool, optimizer: bool = True) -> dict[str, Any]:
+def _state(engine: MegatronEngine, optimizer: bool) -> dict[str, Any]:
     """The sharded state dict of one trainable model, with or without what only training needs."""
     chunks = engine.chunks
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
@@ -30,7 +30,7 @@ def _state(engine: MegatronEngine, loading: bool, optimizer: bool = True) -> dic
     }
     if not optimizer:
         return state
-    state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=METADATA)
+    state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=False, metadata=METADATA)
     state["scheduler"] = engine.scheduler.state_dict()
     return state
 
@@ -44,17 +44,5 @@ def save_engines(folder: str, engines: dict[str, MegatronEngine], optimizer: boo
         if dist.get_rank() == 0:
             path.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_state(engine, False, optimizer), str(path), content_metadata=METADATA)
+        dist_checkpointing.save(_state(engine, optimizer), str(path), content_metadata=METADATA)
         dist.barrier()
-
-
-def load_engines(folder: str, engines: dict[str, MegatronEngine]) -> None:
-    """Read each engine from `folder/<role>`, whatever layout wrote it; called on all ranks at once."""
-    from megatron.core import dist_checkpointing
-
-    for role, engine in engines.items():
-        state = dist_checkpointing.load(_state(engine, True), str(Path(folder) / role))
-        for i, model in enumerate(engine.models):
-            model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{i}"])
-            engine.optimizer.load_state_dict(state["optimizer"])
-        engine.scheduler.load_state_dict(state["scheduler"])
