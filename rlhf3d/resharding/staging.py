@@ -28,8 +28,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-Box: TypeAlias = tuple[tuple[int, int], ...]
-"""(start, stop) per dimension of a canonical tensor."""
+from rlhf3d.models.weights import Box, full_box
+
 Slice: TypeAlias = tuple[str, Box]
 """A tensor's name and the box of it that one sender writes."""
 
@@ -95,11 +95,6 @@ def plan_staging(
         staged[name] = StagedTensor(tuple(shape), dtype, offset)
         offset = _align(offset + staged[name].num_bytes)
     return StagingPlan(staged, tuple(slices), offset)
-
-
-def full_box(shape: Sequence[int]) -> Box:
-    """The box of a whole tensor."""
-    return tuple((0, n) for n in shape)
 
 
 def staging_path(plan: StagingPlan, name: str) -> Path:

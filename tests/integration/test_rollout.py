@@ -17,7 +17,8 @@ import torch
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from rlhf3d.resharding.staging import StagingArea, StagingError, full_box, plan_staging
+from rlhf3d.models.weights import full_box
+from rlhf3d.resharding.staging import StagingArea, StagingError, plan_staging
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
