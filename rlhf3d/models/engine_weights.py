@@ -1,0 +1,175 @@
+"""vLLM's side of the weight table: Hugging Face tensor <-> vLLM parameter of one tensor-parallel rank.
+
+Invariant: each parameter has vLLM's own name, shape and order of rows, so that a copy along its pieces is all that
+loading takes; the pieces tile every row of it that belongs to a token, head, neuron or expert exactly once, and what
+they leave out (the padding of the vocabulary) is zero. Names are derived from the family's Hugging Face names.
+Checked against the live models of vLLM 0.32 in tests/integration/test_weight_writer.py. Pure: no torch, no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf3d.models.family import WeightNames
+from rlhf3d.models.spec import FAMILIES, ModelSpec
+from rlhf3d.models.weights import LocalParam, Piece, full_box
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share them out."""
+
+
+def engine_params(spec: ModelSpec, tp_size: int, tp_rank: int, expert_parallel: bool = False) -> list[LocalParam]:
+    """vLLM's parameters of one tensor-parallel rank, in vLLM's names, in forward order.
+
+    A tied head has no entry: it is the embedding's storage. `primary` is False for copies of what rank 0 holds. Where
+    ranks outnumber key-value heads, a fused QKV is primary on every rank, its query rows being nobody else's, although
+    its key and value rows are on tp_size / num_kv_heads ranks in a row.
+
+    Raises ValueError as `check_engine_layout` does.
+    """
+    check_engine_layout(spec, tp_size, expert_parallel)
+    assert 0 <= tp_rank < tp_size, f"rank {tp_rank} of {tp_size}"
+    table = _RankTable(spec, tp_size, tp_rank, expert_parallel)
+    names = table.names
+    params = [table.vocabulary(names.embedding)]
+    for layer in range(spec.num_layers):
+        params += table.layer(layer)
+    params.append(table.replicated(names.final_norm, (spec.hidden_size,)))
+    if not spec.tie_embeddings:
+        params.append(table.vocabulary(names.lm_head))
+    return params
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of vLLM's embedding and head over all ranks."""
+    return -(-vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+
+
+def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = False) -> None:
+    """Raise ValueError naming rollout.tensor_parallel_size unless vLLM can cut the model over `tp_size` ranks."""
+    assert tp_size >= 1, tp_size
+    wrong = _misfits(spec, tp_size, expert_parallel)
+    if wrong:
+        legal = [n for n in range(1, spec.num_heads + 1) if not _misfits(spec, n, expert_parallel)]
+        nearest = [n for n in legal if n < tp_size][-1:] + [n for n in legal if n > tp_size][:1]
+        raise ValueError(
+            f"rollout.tensor_parallel_size {tp_size} does not fit this model: {'; '.join(wrong)}. "
+            f"Nearest legal: {' or '.join(str(n) for n in nearest)}"
+        )
+
+
+def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
+    """What `tp` ranks do not share out evenly, with the arithmetic."""
+    vocab = padded_vocab_size(spec.vocab_size)
+    sizes = {
+        "num_attention_heads": spec.num_heads,
+        f"vocab_size {spec.vocab_size} padded to": vocab,
+        "intermediate_size": spec.ffn_size,
+    }
+    wrong = [f"{name} {size} % {tp} = {size % tp}" for name, size in sizes.items() if size % tp]
+    kv_heads = spec.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        wrong.append(
+            f"num_key_value_heads {kv_heads} % {tp} = {kv_heads % tp} and {tp} % {kv_heads} = {tp % kv_heads} "
+            f"(heads are shared out or each copied to as many ranks)"
+        )
+    return wrong
+
+
+def _fused(hf_name: str, module: str) -> str:
+    """The parameter of vLLM's fused `module` that stands in the place of `hf_name`."""
+    parent, _, leaf = hf_name.rsplit(".", 2)
+    return f"{parent}.{module}.{leaf}"
+
+
+def _bias(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + "bias"
+
+
+@dataclass(frozen=True)
+class _RankTable:
+    """Builds the parameters of one rank."""
+
+    spec: ModelSpec
+    tp: int
+    rank: int
+    expert_parallel: bool
+
+    @property
+    def names(self) -> WeightNames:
+        return FAMILIES[self.spec.family].names
+
+    def layer(self, layer: int) -> list[LocalParam]:
+        """One decoder layer."""
+        spec, names = self.spec, self.names
+        hidden, head = (spec.hidden_size,), (spec.head_dim,)
+
+        def hf(template: str) -> str:
+            return template.format(layer=layer)
+
+        params = [self.replicated(hf(names.input_norm), hidden)]
+        projections = [hf(names.query), hf(names.key), hf(names.value)]
+        params.append(self.qkv(projections, bias=False))
+        if spec.qkv_bias:
+            params.append(self.qkv([_bias(name) for name in projections], bias=True))
+        if spec.qk_norm:
+            assert names.query_norm and names.key_norm
+            params += [self.replicated(hf(names.query_norm), head), self.replicated(hf(names.key_norm), head)]
+        params.append(self.columns(hf(names.attention_output), spec.num_heads * spec.head_dim))
+        params.append(self.replicated(hf(names.post_attention_norm), hidden))
+        params.append(self.gate_up(hf(names.gate), hf(names.up)))
+        params.append(self.columns(hf(names.down), spec.ffn_size))
+        return params
+
+    def replicated(self, name: str, shape: tuple[int, ...]) -> LocalParam:
+        """The whole tensor on every rank."""
+        box = full_box(shape)
+        return LocalParam(name, shape, (Piece(name, box, box),), primary=self.rank == 0)
+
+    def vocabulary(self, name: str) -> LocalParam:
+        """This rank's rows of the padded vocabulary; ranks that hold only padding have no piece."""
+        spec = self.spec
+        rows = padded_vocab_size(spec.vocab_size) // self.tp
+        start = min(self.rank * rows, spec.vocab_size)
+        stop = min(start + rows, spec.vocab_size)
+        columns = (0, spec.hidden_size)
+        pieces = (Piece(name, ((start, stop), columns), ((0, stop - start), columns)),) if stop > start else ()
+        return LocalParam(name, (rows, spec.hidden_size), pieces, primary=True, tp_dim=0)
+
+    def qkv(self, projections: Sequence[str], bias: bool) -> LocalParam:
+        """This rank's query heads, then its key heads, then its value heads.
+
+        With fewer key-value heads than ranks, each head is on tp / num_kv_heads ranks in a row.
+        """
+        spec, query = self.spec, projections[0]
+        kv_heads = max(1, spec.num_kv_heads // self.tp)
+        kv_start = self.rank * spec.num_kv_heads // self.tp
+        query_heads = spec.num_heads // self.tp
+        blocks = ((self.rank * query_heads, query_heads), (kv_start, kv_heads), (kv_start, kv_heads))
+        rest = () if bias else (spec.hidden_size,)
+        pieces, row = [], 0
+        for hf_name, (first, heads) in zip(projections, blocks, strict=True):
+            start, count = first * spec.head_dim, heads * spec.head_dim
+            hf_box = ((start, start + count), *full_box(rest))
+            pieces.append(Piece(hf_name, hf_box, ((row, row + count), *full_box(rest))))
+            row += count
+        return LocalParam(_fused(query, "qkv_proj"), (row, *rest), tuple(pieces), primary=True, tp_dim=0)
+
+    def gate_up(self, gate: str, up: str) -> LocalParam:
+        """This rank's rows of gate, then those of up."""
+        share, columns = self.spec.ffn_size // self.tp, (0, self.spec.hidden_size)
+        start = self.rank * share
+        pieces = tuple(
+            Piece(hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns))
+            for i, hf_name in enumerate((gate, up))
+        )
+        shape = (2 * share, self.spec.hidden_size)
+        return LocalParam(_fused(gate, "gate_up_proj"), shape, pieces, primary=True, tp_dim=0)
+
+    def columns(self, name: str, size: int) -> LocalParam:
+        """This rank's share of the columns of a [hidden, size] tensor."""
+        share, rows = size // self.tp, (0, self.spec.hidden_size)
+        start = self.rank * share
+        piece = Piece(name, (rows, (start, start + share)), (rows, (0, share)))
+        return LocalParam(name, (self.spec.hidden_size, share), (piece,), primary=True, tp_dim=1)
