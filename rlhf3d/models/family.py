@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in features]."""
+    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in features].
+
+    In a mixture of experts `gate`, `up` and `down` are those of expert `{expert}`.
+    """
 
     embedding: str
     final_norm: str
@@ -28,6 +31,19 @@ class WeightNames:
     down: str
     query_norm: str | None = None
     key_norm: str | None = None
+    router: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertKeys:
+    """config.json keys of a mixture of experts (softmax router, every layer sparse, no shared expert)."""
+
+    num_experts: tuple[str, ...]
+    """Alternative keys: generations of transformers name it differently."""
+    experts_per_token: str
+    ffn_size: str
+    norm_topk_prob: str | None
+    """Whether the chosen experts' probabilities are scaled to sum to 1; None where they always are."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,12 @@ class Family:
     model_type: str
     names: WeightNames
     required: Mapping[str, object]
-    """config.json keys that, where present, must have this value: anything else is another architecture."""
+    """config.json keys that, where given, must have this value: anything else is another architecture."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (the output projection has none)."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key."""
+    experts: ExpertKeys | None = None
+    """Where config.json describes the experts; None for a dense model."""
+    default_rope_theta: float = 10000.0
+    """Base of the rotary positions where config.json gives none."""

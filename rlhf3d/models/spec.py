@@ -12,11 +12,13 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.models import llama, qwen2, qwen3
-from rlhf3d.models.family import Family
+from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
+from rlhf3d.models.family import ExpertKeys, Family
 from rlhf3d.parallel.layout import ParallelLayout
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, mixtral, qwen2, qwen3, qwen3_moe)
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class ModelSpec:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+    """Experts of every layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    moe_ffn_size: int = 0
+    """Intermediate size of one expert (`ffn_size` is then unused)."""
+    norm_topk_prob: bool = False
+    """Scale the chosen experts' softmax probabilities to sum to 1."""
 
 
 def load_spec(folder: Path | str) -> ModelSpec:
@@ -93,7 +102,7 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
             f"model.path: {source} has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
     for key, wanted in family.required.items():
-        if config.get(key, wanted) != wanted:
+        if config.get(key) not in (None, wanted):
             raise ValueError(
                 f"model.path: {source} has {key}={config[key]!r}; {model_type} is supported with "
                 f"{key}={wanted!r} only: choose a model published so"
@@ -118,7 +127,8 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        **_parse_rope(config, source),
+        **_parse_rope(config, source, family.default_rope_theta),
+        **(_parse_experts(config, source, family.experts) if family.experts else {}),
     )
 
 
@@ -133,10 +143,36 @@ _NEEDED = (
 )
 
 
-def _parse_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
+def _parse_experts(config: dict[str, Any], source: str, keys: ExpertKeys) -> dict[str, Any]:
+    counts = [config[key] for key in keys.num_experts if config.get(key) is not None]
+    absent = [] if counts else [keys.num_experts[0]]
+    absent += [key for key in (keys.experts_per_token, keys.ffn_size) if config.get(key) is None]
+    if absent:
+        raise ValueError(f"model.path: {source}/config.json lacks {', '.join(absent)}; download it again")
+    chosen = config[keys.experts_per_token]
+    normalised = keys.norm_topk_prob is None or bool(config.get(keys.norm_topk_prob, False))
+    if not 1 <= chosen <= counts[0]:
+        raise ValueError(
+            f"model.path: {source} has {keys.experts_per_token}={chosen} of {counts[0]} experts; "
+            f"it must be 1 to {counts[0]}: download config.json again"
+        )
+    if chosen == 1 and normalised:
+        raise ValueError(
+            f"model.path: {source} has {keys.experts_per_token}=1 with probabilities scaled to sum to 1: the router "
+            f"then has no effect on them and cannot be trained; choose a model with two or more experts a token"
+        )
+    return {
+        "num_experts": counts[0],
+        "experts_per_token": chosen,
+        "moe_ffn_size": config[keys.ffn_size],
+        "norm_topk_prob": normalised,
+    }
+
+
+def _parse_rope(config: dict[str, Any], source: str, default_theta: float) -> dict[str, Any]:
     """rope_theta and rope_scaling: in transformers 5 both are under rope_parameters, in 4 they are apart."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", config.get("rope_theta", default_theta))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise ValueError(f"model.path: {source} has partial_rotary_factor={partial}; only 1.0 is supported")
@@ -157,29 +193,82 @@ def _parse_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
+def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:
+    """Rows of Megatron's embedding and vocabulary head: the vocabulary rounded up to a multiple of tp."""
+    return -(-spec.vocab_size // layout.tp) * layout.tp
+
+
 def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
     """Raise ValueError with every size of `spec` that `layout` does not divide and the nearest legal ones."""
-    tp_sizes = {
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.ffn_size,
-        "vocab_size": spec.vocab_size,
-    }
-    stages = layout.pp * layout.vpp
-    tp = layout.tp
-    wrong = [f"{name} {size} % tp {tp} = {size % tp}" for name, size in tp_sizes.items() if size % tp]
-    fixes = [_nearest("tp", gcd(*tp_sizes.values()), tp)] if wrong else []
-    if spec.num_layers % stages:
-        product = f"pp {layout.pp}" if layout.vpp == 1 else f"(pp {layout.pp} x vpp {layout.vpp})"
-        wrong.append(f"num_hidden_layers {spec.num_layers} % {product} = {spec.num_layers % stages}")
-        fixes.append(_nearest("pp" if layout.vpp == 1 else "pp x vpp", spec.num_layers, stages))
-    if layout.vpp > 1 and layout.pp == 1:
-        wrong.append(f"vpp {layout.vpp} with pp 1: virtual stages interleave over pipeline ranks")
-        fixes.append("vpp null, or pp 2 or more")
-    if wrong:
+    problems = _tensor_problems(spec, layout) + _pipeline_problems(spec, layout) + _expert_problems(spec, layout)
+    if problems:
+        wrong, fixes = zip(*problems, strict=True)
         raise ValueError(
-            f"layout: {layout} does not fit this model: {'; '.join(wrong)}. Nearest legal: {'; '.join(fixes)}"
+            f"layout: {layout} does not fit this model: {'; '.join(wrong)}. "
+            f"Nearest legal: {'; '.join(dict.fromkeys(fixes))}"
         )
+
+
+Problem = tuple[str, str]
+"""What is wrong, with the arithmetic, and the nearest legal choice."""
+
+
+def _tensor_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
+    sizes = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
+    if not spec.num_experts:  # an expert is whole on its rank
+        sizes["intermediate_size"] = spec.ffn_size
+    fix = _nearest("tp", gcd(*sizes.values()), layout.tp)
+    return [
+        (f"{name} {size} % tp {layout.tp} = {size % layout.tp}", fix)
+        for name, size in sizes.items()
+        if size % layout.tp
+    ]
+
+
+def _pipeline_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
+    problems = []
+    stages = layout.pp * layout.vpp
+    if layout.first_stage_layers is not None or layout.last_stage_layers is not None:
+        if layout.stage_layers(spec.num_layers) is None:
+            problems.append(_uneven_problem(spec, layout))
+    elif spec.num_layers % stages:
+        product = f"pp {layout.pp}" if layout.vpp == 1 else f"(pp {layout.pp} x vpp {layout.vpp})"
+        problems.append(
+            (
+                f"num_hidden_layers {spec.num_layers} % {product} = {spec.num_layers % stages}",
+                _nearest("pp" if layout.vpp == 1 else "pp x vpp", spec.num_layers, stages),
+            )
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        problems.append(
+            (
+                f"vpp {layout.vpp} with pp 1: virtual stages interleave over pipeline ranks",
+                "vpp null, or pp 2 or more",
+            )
+        )
+    return problems
+
+
+def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
+    first, last = layout.first_stage_layers, layout.last_stage_layers
+    others = layout.pp - (first is not None) - (last is not None)
+    given = " - ".join(f"{name} {n}" for name, n in (("first", first), ("last", last)) if n is not None)
+    left = spec.num_layers - (first or 0) - (last or 0)
+    whole = "" if layout.vpp == 1 else f", each stage a multiple of vpp {layout.vpp}"
+    return (
+        f"num_hidden_layers {spec.num_layers} - {given} = {left} layers for the other {others} of pp {layout.pp}",
+        f"first_stage_layers and last_stage_layers that leave all other stages the same number of layers, "
+        f"1 or more{whole}",
+    )
+
+
+def _expert_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
+    ep, ranks = layout.ep, layout.tp * layout.dp
+    if ep > 1 and not spec.num_experts:
+        return [(f"ep {ep}, but the model is dense: it has no experts to share out", "ep 1")]
+    sizes = {f"num_experts {spec.num_experts}": spec.num_experts, f"(tp {layout.tp} x dp {layout.dp})": ranks}
+    fix = _nearest("ep", gcd(*sizes.values()), ep)
+    return [(f"{label} % ep {ep} = {size % ep}", fix) for label, size in sizes.items() if size % ep]
 
 
 def _nearest(name: str, total: int, value: int) -> str:

@@ -1,8 +1,9 @@
 """The one weight table: Hugging Face tensor <-> Megatron parameter, as pairs of equal index boxes.
 
 Invariant: for any layout, the pieces of primary parameters over all ranks tile every Hugging Face tensor
-exactly once, and the pieces of each parameter tile that parameter exactly once. Loading, export and the
-reshard plan are all read off this table; no other file knows a parameter name. Pure: no torch.
+exactly once, and the pieces of each parameter tile that parameter exactly once, but for the rows that pad the
+vocabulary. Loading, export and the reshard plan are all read off this table; no other file knows a parameter
+name. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf3d.models.family import WeightNames
-from rlhf3d.models.spec import FAMILIES, ModelSpec
+from rlhf3d.models.spec import FAMILIES, ModelSpec, padded_vocab_size
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
 
 Box = tuple[tuple[int, int], ...]
@@ -21,7 +22,8 @@ Box = tuple[tuple[int, int], ...]
 Head = Literal["lm", "value", "none"]
 """What follows the trunk: vocabulary head, value head [1, hidden], or nothing."""
 SpecStyle = Literal["local", "te"]
-"""Megatron layer spec: its own layers, or Transformer Engine's (norms fused into the next linear layer)."""
+"""Megatron layer spec: its own layers, or Transformer Engine's (norms fused into the next linear layer, experts
+multiplied as one group)."""
 
 VALUE_HEAD = "value_head.weight"
 
@@ -43,10 +45,13 @@ class LocalParam:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     primary: bool
-    """Whether this rank's copy is the one to export: False for data-parallel replicas, for tensor-parallel
-    replicas (norms, value head) off tensor rank 0, and for the last stage's copy of tied embeddings."""
+    """Whether this rank's copy is the one to export: False for data-parallel replicas (of experts: those of
+    expert-data-parallel rank 1 and up), for tensor-parallel replicas (norms, router, value head) off tensor rank 0,
+    and for the last stage's copy of tied embeddings."""
     tp_dim: int | None = None
     """Dimension that the tensor-parallel ranks share out; None where each holds the whole."""
+    expert: bool = False
+    """A weight of one expert: whole on one rank of each expert-parallel group."""
 
 
 def full_box(shape: tuple[int, ...]) -> Box:
@@ -65,6 +70,11 @@ def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
         tensors |= {name.format(layer=layer): shape for name, shape in _layer_tensors(spec, names)}
+        for expert in range(spec.num_experts):
+            tensors |= {
+                name.format(layer=layer, expert=expert): shape
+                for name, shape in _mlp_tensors(spec.moe_ffn_size, spec.hidden_size, names)
+            }
     tensors[names.final_norm] = (spec.hidden_size,)
     if head == "lm" and not spec.tie_embeddings:
         tensors[names.lm_head] = (spec.vocab_size, spec.hidden_size)
@@ -111,9 +121,17 @@ def _layer_tensors(spec: ModelSpec, names: WeightNames) -> Iterator[tuple[str, t
         yield names.key_norm, (spec.head_dim,)
     yield names.attention_output, (hidden, q_rows)
     yield names.post_attention_norm, (hidden,)
-    yield names.gate, (spec.ffn_size, hidden)
-    yield names.up, (spec.ffn_size, hidden)
-    yield names.down, (hidden, spec.ffn_size)
+    if spec.num_experts:
+        assert names.router, f"{spec.family} has experts but no name for their router"
+        yield names.router, (spec.num_experts, hidden)
+    else:
+        yield from _mlp_tensors(spec.ffn_size, hidden, names)
+
+
+def _mlp_tensors(ffn: int, hidden: int, names: WeightNames) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield names.gate, (ffn, hidden)
+    yield names.up, (ffn, hidden)
+    yield names.down, (hidden, ffn)
 
 
 def _bias(weight_name: str) -> str:
@@ -132,14 +150,14 @@ def local_params(
 
     `layout` must have passed `check_layout`.
     """
-    table = _RankTable(spec, layout.tp, coords)
+    table = _RankTable(spec, layout, coords)
     layers = layout.layers(spec.num_layers, coords.pp, chunk)
     names = table.names
     first = coords.pp == 0 and chunk == 0
     last = coords.pp == layout.pp - 1 and chunk == layout.vpp - 1
     params: list[LocalParam] = []
     if first:
-        params.append(table.rows("embedding.word_embeddings.weight", [names.embedding], spec.vocab_size))
+        params.append(table.vocabulary("embedding.word_embeddings.weight", names.embedding))
     for local, layer in enumerate(layers):
         params += table.layer(f"decoder.layers.{local}.", layer, spec_style)
     if last:
@@ -150,7 +168,7 @@ def local_params(
         if head == "lm" and not (spec.tie_embeddings and first):
             tied = spec.tie_embeddings
             source = names.embedding if tied else names.lm_head
-            params.append(table.rows("output_layer.weight", [source], spec.vocab_size, exported=not tied))
+            params.append(table.vocabulary("output_layer.weight", source, exported=not tied))
     return params
 
 
@@ -159,18 +177,24 @@ class _RankTable:
     """Builds the parameters of one rank."""
 
     spec: ModelSpec
-    tp: int
+    layout: ParallelLayout
     coords: RankCoords
 
     @property
     def names(self) -> WeightNames:
         return FAMILIES[self.spec.family].names
 
+    @property
+    def tp(self) -> int:
+        return self.layout.tp
+
     def layer(self, prefix: str, layer: int, style: SpecStyle) -> list[LocalParam]:
         """One decoder layer: `prefix` is its local name, `layer` its global number."""
         spec, names = self.spec, self.names
         hidden = (spec.hidden_size,)
         qkv_norm, mlp_norm = _NORM_NAMES[style]
+        if spec.num_experts:
+            mlp_norm = "pre_mlp_layernorm.weight"  # the router reads it too, so nothing fuses it
 
         def hf(template: str) -> str:
             return template.format(layer=layer)
@@ -184,9 +208,12 @@ class _RankTable:
                 spec.num_heads * spec.head_dim,
             ),
             self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden),
-            self.rows(prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size),
-            self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size),
         ]
+        if spec.num_experts:
+            params += self.experts(prefix + "mlp.", layer, style)
+        else:
+            params.append(self.rows(prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size))
+            params.append(self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size))
         if spec.qkv_bias:
             params.append(self.qkv(prefix + "self_attention.linear_qkv.bias", layer, bias=True))
         if spec.qk_norm:
@@ -201,7 +228,38 @@ class _RankTable:
         box = full_box(shape)
         return LocalParam(name, shape, (Piece(hf_name, box, box),), self.coords.dp == 0 and self.coords.tp == 0)
 
-    def rows(self, name: str, hf_names: list[str], size: int, exported: bool = True) -> LocalParam:
+    def experts(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
+        """The router, and each expert of this rank: gate and up stacked, and down."""
+        spec, names = self.spec, self.names
+        assert names.router
+        router = (spec.num_experts, spec.hidden_size)
+        yield self.replicated(prefix + "router.weight", names.router.format(layer=layer), router)
+        share = spec.num_experts // self.layout.ep
+        primary = self.layout.expert_replica(self.coords) == 0
+        rows, whole = (0, spec.moe_ffn_size), (0, spec.hidden_size)
+        for local in range(share):
+            at = {"layer": layer, "expert": self.coords.ep * share + local}
+            gate, up, down = (template.format(**at) for template in (names.gate, names.up, names.down))
+            stacked = ((spec.moe_ffn_size, 2 * spec.moe_ffn_size), whole)
+            fc1 = Piece(gate, (rows, whole), (rows, whole)), Piece(up, (rows, whole), stacked)
+            fc2 = (Piece(down, (whole, rows), (whole, rows)),)
+            for name, pieces, shape in (
+                ("linear_fc1", fc1, (2 * spec.moe_ffn_size, spec.hidden_size)),
+                ("linear_fc2", fc2, (spec.hidden_size, spec.moe_ffn_size)),
+            ):
+                full_name = prefix + _EXPERT_NAMES[style].format(expert=local, linear=name)
+                yield LocalParam(full_name, shape, pieces, primary, expert=True)
+
+    def vocabulary(self, name: str, hf_name: str, exported: bool = True) -> LocalParam:
+        """This rank's share of the rows of a [vocabulary, hidden] tensor; its last rows may be padding."""
+        share, columns = padded_vocab_size(self.spec, self.layout) // self.tp, (0, self.spec.hidden_size)
+        start = self.coords.tp * share
+        real = min(share, self.spec.vocab_size - start)
+        pieces = (Piece(hf_name, ((start, start + real), columns), ((0, real), columns)),) if real > 0 else ()
+        shape = (share, self.spec.hidden_size)
+        return LocalParam(name, shape, pieces, exported and self.coords.dp == 0, tp_dim=0)
+
+    def rows(self, name: str, hf_names: list[str], size: int) -> LocalParam:
         """This rank's share of the rows of each of `hf_names` ([size, hidden] each), stacked."""
         share, columns = size // self.tp, (0, self.spec.hidden_size)
         start = self.coords.tp * share
@@ -210,7 +268,7 @@ class _RankTable:
             for i, hf_name in enumerate(hf_names)
         )
         shape = (len(hf_names) * share, self.spec.hidden_size)
-        return LocalParam(name, shape, pieces, exported and self.coords.dp == 0, tp_dim=0)
+        return LocalParam(name, shape, pieces, self.coords.dp == 0, tp_dim=0)
 
     def columns(self, name: str, hf_name: str, size: int) -> LocalParam:
         """This rank's share of the columns of a [hidden, size] tensor."""
@@ -240,4 +298,8 @@ class _RankTable:
 _NORM_NAMES: dict[SpecStyle, tuple[str, str]] = {
     "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
+}
+_EXPERT_NAMES: dict[SpecStyle, str] = {
+    "local": "experts.local_experts.{expert}.{linear}.weight",
+    "te": "experts.{linear}.weight{expert}",
 }

@@ -1,6 +1,7 @@
-"""Which rank holds what: tensor, pipeline and data coordinates of every rank of one model.
+"""Which rank holds what: tensor, pipeline, data and expert coordinates of every rank of one model.
 
-Invariant: this file alone knows Megatron's rank order (tensor fastest, then data, then pipeline).
+Invariant: this file alone knows Megatron's rank order (tensor fastest, then data, then pipeline; within a stage
+expert-parallel groups are runs of consecutive ranks).
 Pure: no torch, no process group.
 """
 
@@ -16,16 +17,25 @@ class RankCoords:
     tp: int
     pp: int
     dp: int
+    ep: int = 0
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """A tp x pp x dp grid of ranks; `vpp` model chunks a pipeline rank (1: plain 1F1B)."""
+    """A tp x pp x dp grid of ranks; `vpp` model chunks a pipeline rank (1: plain 1F1B).
+
+    The tp x dp ranks of a stage also form groups of `ep` that share out the experts of a mixture of experts, each
+    expert whole on one rank of the group. `first_stage_layers` and `last_stage_layers` (of all chunks together) make
+    the pipeline uneven; the other stages share the remaining layers equally.
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     vpp: int = 1
+    ep: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -35,11 +45,16 @@ class ParallelLayout:
     def coords(self, rank: int) -> RankCoords:
         """Coordinates of `rank` in Megatron's order `tp-cp-ep-dp-pp`."""
         assert 0 <= rank < self.world_size, f"rank {rank} outside a world of {self.world_size}"
-        return RankCoords(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp))
+        pp, place = divmod(rank, self.tp * self.dp)
+        return RankCoords(tp=place % self.tp, pp=pp, dp=place // self.tp, ep=place % self.ep)
 
     def rank(self, tp: int, pp: int, dp: int) -> int:
         """Inverse of `coords`."""
         return tp + self.tp * (dp + self.dp * pp)
+
+    def expert_replica(self, coords: RankCoords) -> int:
+        """Which copy of its experts the rank at `coords` holds, 0 … tp x dp / ep - 1: its expert-data-parallel rank."""
+        return (coords.tp + self.tp * coords.dp) // self.ep
 
     def collectors(self) -> list[int]:
         """For each data-parallel rank, the rank whose outputs the driver reads: last stage, tensor rank 0."""
@@ -47,11 +62,25 @@ class ParallelLayout:
 
     def layers(self, num_layers: int, pp_rank: int, chunk: int = 0) -> range:
         """Global layer numbers of model chunk `chunk` on pipeline rank `pp_rank` (chunks interleave over ranks)."""
-        per_chunk, rest = divmod(num_layers, self.pp * self.vpp)
-        assert rest == 0, f"{num_layers} layers do not divide into {self.pp} x {self.vpp} stages"
-        start = (chunk * self.pp + pp_rank) * per_chunk
-        return range(start, start + per_chunk)
+        sizes = self.stage_layers(num_layers)
+        assert sizes is not None, f"{num_layers} layers do not divide into {self} stages"
+        per_chunk = [size // self.vpp for size in sizes]
+        start = chunk * sum(per_chunk) + sum(per_chunk[:pp_rank])
+        return range(start, start + per_chunk[pp_rank])
+
+    def stage_layers(self, num_layers: int) -> list[int] | None:
+        """Layers of each pipeline rank, all its chunks together; None where they do not divide."""
+        first, last = self.first_stage_layers, self.last_stage_layers
+        middle_stages = self.pp - (first is not None) - (last is not None)
+        middle_layers = num_layers - (first or 0) - (last or 0)
+        if middle_stages < 0 or (middle_layers if middle_stages == 0 else middle_layers % middle_stages):
+            return None
+        middle = [middle_layers // middle_stages] * middle_stages if middle_stages else []
+        sizes = [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+        return sizes if all(size > 0 and size % self.vpp == 0 for size in sizes) else None
 
     def __str__(self) -> str:
-        text = f"TP{self.tp}×PP{self.pp}×DP{self.dp}"
-        return f"{text}×VPP{self.vpp}" if self.vpp > 1 else text
+        uneven = {"first": self.first_stage_layers, "last": self.last_stage_layers}
+        given = ", ".join(f"{name} {layers}" for name, layers in uneven.items() if layers is not None)
+        text = f"TP{self.tp}×PP{self.pp}{f'({given})' if given else ''}×DP{self.dp}"
+        return text + "".join(f"×{name}{n}" for name, n in (("VPP", self.vpp), ("EP", self.ep)) if n > 1)

@@ -43,14 +43,19 @@ def initialize_megatron(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,  # each expert whole on one rank: what the weight table says
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     ours = RankCoords(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
     )
     assert ours == layout.coords(rank), f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
+    replica = parallel_state.get_expert_data_parallel_rank()
+    assert replica == layout.expert_replica(ours), f"rank {rank}: Megatron says expert replica {replica}"
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -82,7 +82,7 @@ def test_families(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are llama, mixtral, qwen2, qwen3, qwen3_moe"),
         ({"attention_bias": True}, r"attention_bias=True; llama is supported with attention_bias=False only"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"model_type": "qwen2", "use_sliding_window": True}, r"use_sliding_window=True"),
@@ -129,7 +129,7 @@ def test_check_layout_lists_every_violation_with_the_nearest_legal_sizes(tmp_pat
         "num_key_value_heads 3 % tp 2 = 1; num_hidden_layers 30 % pp 4 = 2. "
         "Nearest legal: tp 1 or 3; pp 3 or 5"
     )
-    with pytest.raises(ValueError, match=r"intermediate_size 1536 % tp 5 = 1; vocab_size 49152 % tp 5 = 2"):
+    with pytest.raises(ValueError, match=r"key_value_heads 3 % tp 5 = 3; intermediate_size 1536 % tp 5 = 1\. "):
         check_layout(spec, ParallelLayout(tp=5))
     with pytest.raises(ValueError, match=r"30 % \(pp 2 x vpp 2\) = 2\. Nearest legal: pp x vpp 3 or 5"):
         check_layout(spec, ParallelLayout(pp=2, vpp=2))

@@ -32,6 +32,13 @@ def test_rank_outside_the_world_is_refused(rank: int) -> None:
         ParallelLayout(tp=2, pp=2, dp=2).coords(rank)
 
 
+def test_expert_groups_are_runs_of_ranks_within_a_stage() -> None:
+    layout = ParallelLayout(tp=2, pp=2, dp=4, ep=4)
+    coords = [layout.coords(rank) for rank in range(16)]
+    assert [c.ep for c in coords] == [0, 1, 2, 3] * 4
+    assert [layout.expert_replica(c) for c in coords] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+
+
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_one_collector_a_data_rank_on_the_last_stage(layout: ParallelLayout) -> None:
@@ -54,11 +61,37 @@ def test_interleaved_stages() -> None:
     assert [list(layout.layers(8, 1, chunk)) for chunk in (0, 1)] == [[2, 3], [6, 7]]
 
 
+def test_uneven_stages() -> None:
+    layout = ParallelLayout(pp=4, first_stage_layers=1, last_stage_layers=3)
+    assert layout.stage_layers(8) == [1, 2, 2, 3]
+    assert [list(layout.layers(8, p)) for p in range(4)] == [[0], [1, 2], [3, 4], [5, 6, 7]]
+    assert ParallelLayout(pp=2, last_stage_layers=2).stage_layers(5) == [3, 2]
+    interleaved = ParallelLayout(pp=2, vpp=2, first_stage_layers=2)
+    assert [list(interleaved.layers(6, p, c)) for c in (0, 1) for p in (0, 1)] == [[0], [1, 2], [3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(pp=3, first_stage_layers=1),
+        ParallelLayout(pp=2, first_stage_layers=6),
+        ParallelLayout(pp=2, first_stage_layers=2, last_stage_layers=2),
+        ParallelLayout(first_stage_layers=3, last_stage_layers=3),
+        ParallelLayout(pp=2, vpp=2, first_stage_layers=3),
+    ],
+    ids=str,
+)
+def test_uneven_stages_that_do_not_add_up(layout: ParallelLayout) -> None:
+    assert layout.stage_layers(6) is None
+
+
 def test_layers_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(AssertionError, match="7 layers do not divide into 2 x 1"):
+    with pytest.raises(AssertionError, match="7 layers do not divide into TP1×PP2×DP1 stages"):
         ParallelLayout(pp=2).layers(7, 0)
 
 
 def test_text() -> None:
     assert str(ParallelLayout(2, 3, 4)) == "TP2×PP3×DP4"
     assert str(ParallelLayout(2, 3, 4, vpp=2)) == "TP2×PP3×DP4×VPP2"
+    assert str(ParallelLayout(2, 3, 4, ep=8)) == "TP2×PP3×DP4×EP8"
+    assert str(ParallelLayout(2, 3, 4, first_stage_layers=1, last_stage_layers=2)) == "TP2×PP3(first 1, last 2)×DP4"
