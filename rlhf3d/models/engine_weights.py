@@ -41,7 +41,7 @@ def engine_params(spec: ModelSpec, tp_size: int, tp_rank: int, expert_parallel: 
     return params
 
 
-def padded_vocab_size(vocab_size: int) -> int:
+def engine_vocab_size(vocab_size: int) -> int:
     """Rows of vLLM's embedding and head over all ranks."""
     return -(-vocab_size // VOCAB_PADDING) * VOCAB_PADDING
 
@@ -49,6 +49,8 @@ def padded_vocab_size(vocab_size: int) -> int:
 def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = False) -> None:
     """Raise ValueError naming rollout.tensor_parallel_size unless vLLM can cut the model over `tp_size` ranks."""
     assert tp_size >= 1, tp_size
+    if expert_parallel and not spec.num_experts:
+        raise ValueError("rollout.expert_parallel true: the model is dense and has no experts to share out; set false")
     wrong = _misfits(spec, tp_size, expert_parallel)
     if wrong:
         legal = [n for n in range(1, spec.num_heads + 1) if not _misfits(spec, n, expert_parallel)]
@@ -61,12 +63,14 @@ def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = F
 
 def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
     """What `tp` ranks do not share out evenly, with the arithmetic."""
-    vocab = padded_vocab_size(spec.vocab_size)
-    sizes = {
-        "num_attention_heads": spec.num_heads,
-        f"vocab_size {spec.vocab_size} padded to": vocab,
-        "intermediate_size": spec.ffn_size,
-    }
+    vocab = engine_vocab_size(spec.vocab_size)
+    sizes = {"num_attention_heads": spec.num_heads, f"vocab_size {spec.vocab_size} padded to": vocab}
+    if not spec.num_experts:
+        sizes["intermediate_size"] = spec.ffn_size
+    elif expert_parallel:
+        sizes["num_experts"] = spec.num_experts
+    else:
+        sizes["intermediate_size of an expert"] = spec.moe_ffn_size
     wrong = [f"{name} {size} % {tp} = {size % tp}" for name, size in sizes.items() if size % tp]
     kv_heads = spec.num_kv_heads
     if kv_heads % tp and tp % kv_heads:
@@ -118,9 +122,11 @@ class _RankTable:
             params += [self.replicated(hf(names.query_norm), head), self.replicated(hf(names.key_norm), head)]
         params.append(self.columns(hf(names.attention_output), spec.num_heads * spec.head_dim))
         params.append(self.replicated(hf(names.post_attention_norm), hidden))
-        params.append(self.gate_up(hf(names.gate), hf(names.up)))
-        params.append(self.columns(hf(names.down), spec.ffn_size))
-        return params
+        if not spec.num_experts:
+            return [*params, self.gate_up(hf(names.gate), hf(names.up)), self.columns(hf(names.down), spec.ffn_size)]
+        assert names.router, f"{spec.family} has experts but no name for their router"
+        params.append(self.replicated(hf(names.router), (spec.num_experts, spec.hidden_size)))
+        return [*params, *self.experts(layer)]
 
     def replicated(self, name: str, shape: tuple[int, ...]) -> LocalParam:
         """The whole tensor on every rank."""
@@ -130,7 +136,7 @@ class _RankTable:
     def vocabulary(self, name: str) -> LocalParam:
         """This rank's rows of the padded vocabulary; ranks that hold only padding have no piece."""
         spec = self.spec
-        rows = padded_vocab_size(spec.vocab_size) // self.tp
+        rows = engine_vocab_size(spec.vocab_size) // self.tp
         start = min(self.rank * rows, spec.vocab_size)
         stop = min(start + rows, spec.vocab_size)
         columns = (0, spec.hidden_size)
@@ -166,6 +172,37 @@ class _RankTable:
         )
         shape = (2 * share, self.spec.hidden_size)
         return LocalParam(_fused(gate, "gate_up_proj"), shape, pieces, primary=True, tp_dim=0)
+
+    def experts(self, layer: int) -> list[LocalParam]:
+        """w13 [experts, gate then up rows, hidden] and w2 [experts, hidden, columns] of one layer.
+
+        Every rank holds a share of each expert, or (`expert_parallel`) whole experts in a row: rank r of n those from
+        r * experts / n. A piece's `hf_box` has two dimensions and its `local_box` the expert's slot in front of them.
+        """
+        names, hidden = self.names, self.spec.hidden_size
+        count, share = self.spec.num_experts, self.spec.moe_ffn_size
+        if self.expert_parallel:
+            count //= self.tp
+        else:
+            share //= self.tp
+        first, start = (self.rank * count, 0) if self.expert_parallel else (0, self.rank * share)
+        cut, whole = (start, start + share), (0, hidden)
+        gate_up, down = [], []
+        for slot in range(count):
+            gate, up, down_name = (
+                template.format(layer=layer, expert=first + slot) for template in (names.gate, names.up, names.down)
+            )
+            expert = (slot, slot + 1)
+            gate_up.append(Piece(gate, (cut, whole), (expert, (0, share), whole)))
+            gate_up.append(Piece(up, (cut, whole), (expert, (share, 2 * share), whole)))
+            down.append(Piece(down_name, (whole, cut), (expert, whole, (0, share))))
+        prefix = names.gate.split("{expert}")[0].format(layer=layer) + "routed_experts."
+        shapes = {"w13_weight": (count, 2 * share, hidden), "w2_weight": (count, hidden, share)}
+        cut_dims = (0, 0) if self.expert_parallel else (1, 2)
+        return [
+            LocalParam(prefix + name, shape, tuple(pieces), primary=True, tp_dim=dim)
+            for (name, shape), pieces, dim in zip(shapes.items(), (gate_up, down), cut_dims, strict=True)
+        ]
 
     def columns(self, name: str, size: int) -> LocalParam:
         """This rank's share of the columns of a [hidden, size] tensor."""
