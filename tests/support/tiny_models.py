@@ -59,9 +59,15 @@ def make_tiny_model(
     vocab: int = 128,
     seed: int = 0,
     llama3_rope: bool = False,
+    experts: int = 4,
+    experts_per_token: int = 2,
+    norm_topk_prob: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a llama, qwen2 or qwen3 and return its folder. vLLM on CPU wants hidden / heads of 32 or more."""
+    """Write a llama, qwen2, qwen3, mixtral or qwen3_moe and return its folder; in the last two each expert has `ffn`.
+
+    vLLM on CPU wants hidden / heads of 32 or more.
+    """
     shape = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -81,6 +87,12 @@ def make_tiny_model(
         "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
         "pad_token_id": SPECIAL_TOKENS.index("<|pad|>"),
     }
+    if family == "mixtral":
+        assert norm_topk_prob, "Mixtral always scales the chosen probabilities to sum to 1"
+        shape |= {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
+    if family == "qwen3_moe":
+        shape |= {"num_experts": experts, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob}
+        shape |= {"moe_intermediate_size": ffn, "intermediate_size": 2 * ffn}
     config = AutoConfig.for_model(family, **shape)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
