@@ -1,0 +1,46 @@
+"""Arithmetic of index boxes.
+
+Invariant: a box is (start, stop) per dimension with start < stop; functions return boxes inside their arguments.
+Pure: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from rlhf3d.models.weights import Box, Piece
+
+
+def volume(box: Box) -> int:
+    """Number of elements."""
+    return math.prod(stop - start for start, stop in box)
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The block that lies in both boxes, if any."""
+    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def locate(piece: Piece, hf_box: Box) -> Box:
+    """Where a sub-box of `piece.hf_box` lies in the local parameter.
+
+    The local box may have leading dimensions of size one that the Hugging Face tensor lacks (an expert's number).
+    """
+    lead = len(piece.local_box) - len(piece.hf_box)
+    inner = zip(piece.local_box[lead:], piece.hf_box, hf_box, strict=True)
+    return piece.local_box[:lead] + tuple((own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner)
+
+
+def split_rows(box: Box, parts: int) -> list[Box]:
+    """`box` cut along its first dimension into at most `parts` boxes of nearly equal size."""
+    (start, stop), *rest = box
+    parts = min(parts, stop - start)
+    cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    return [((a, b), *rest) for a, b in pairwise(cuts)]
+
+
+def show(box: Box) -> str:
+    """`[0:64, 0:576]`."""
+    return f"[{', '.join(f'{start}:{stop}' for start, stop in box)}]"

@@ -1,0 +1,149 @@
+"""How a destination's bytes are cut into buckets, and what each sender puts where in them.
+
+Invariant: a bucket holds whole rows of parameters in the engine's own order, at most the budget; a parameter that fits
+the budget is whole in one bucket, so that its receiver can use it where it lies. Sender and receiver derive the same
+buckets and the same copies from the plan. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf3d.models.weights import Box, LocalParam
+from rlhf3d.resharding.boxes import intersect
+from rlhf3d.resharding.plan import ReshardPlan
+
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one parameter in a bucket."""
+
+    param: int
+    rows: tuple[int, int]
+    shape: tuple[int, ...]
+    """Of these rows."""
+    offset: int
+    """Bytes from the start of the bucket."""
+    whole: bool
+    """Whether these are all rows of the parameter, padding included."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One portion of a sync."""
+
+    segments: tuple[Segment, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One block on its way: from a sender's parameter into a segment."""
+
+    sender: int
+    row: int
+    """Number among the copies of this sender to this destination: its place in the table of fingerprints."""
+    src_chunk: int
+    src_param: str
+    src_box: Box
+    offset: int
+    shape: tuple[int, ...]
+    """Offset and shape of the segment."""
+    box: Box
+    """Place in the segment."""
+    tensor: str
+    hf_box: Box
+
+
+def plan_buckets(table: Sequence[LocalParam], itemsize: int, budget_bytes: int) -> tuple[Bucket, ...]:
+    """Buckets of at most `budget_bytes` for the parameters of one engine rank, `itemsize` bytes an element.
+
+    Raises ValueError when not one row of a parameter fits.
+    """
+    buckets: list[Bucket] = []
+    segments: list[Segment] = []
+    used = 0
+    for number, param in enumerate(table):
+        row_bytes = math.prod(param.shape[1:]) * itemsize
+        if row_bytes > budget_bytes:
+            raise ValueError(
+                f"rollout.sync_bucket_mib: a bucket of {budget_bytes} bytes cannot hold one row of {param.name} "
+                f"({row_bytes} bytes); raise it"
+            )
+        start, stop = 0, real_rows(param)
+        while start < stop:
+            room = max(0, budget_bytes - used) // row_bytes
+            fits_alone = (stop - start) * row_bytes <= budget_bytes
+            if segments and (room == 0 or (fits_alone and room < stop - start)):
+                buckets.append(Bucket(tuple(segments), used))
+                segments, used = [], 0
+                continue
+            end = min(stop, start + room)
+            whole = (start, end) == (0, param.shape[0])
+            segments.append(Segment(number, (start, end), (end - start, *param.shape[1:]), used, whole))
+            used = _align(used + (end - start) * row_bytes)
+            start = end
+    if segments:
+        buckets.append(Bucket(tuple(segments), used))
+    return tuple(buckets)
+
+
+def real_rows(param: LocalParam) -> int:
+    """Rows up to the last that is not padding."""
+    return max((piece.local_box[0][1] for piece in param.pieces), default=0)
+
+
+def copies_to(plan: ReshardPlan, dst: int, sender: int, buckets: Sequence[Bucket]) -> list[list[Copy]]:
+    """By bucket: what `sender` copies to destination `dst`."""
+    numbers = {param.name: i for i, param in enumerate(plan.engine_tables[plan.destinations[dst].index])}
+    segments: dict[int, list[tuple[int, Segment]]] = {}
+    for number, bucket in enumerate(buckets):
+        for segment in bucket.segments:
+            segments.setdefault(segment.param, []).append((number, segment))
+    found: list[list[Copy]] = [[] for _ in buckets]
+    row = 0
+    for op in plan.ops_from(sender, dst):
+        for number, segment in segments[numbers[op.dst_param]]:
+            placed = _place(op.dst_box, segment)
+            if placed is None:
+                continue
+            inside, dst_part = placed
+            found[number].append(
+                Copy(
+                    sender, row, op.src_chunk, op.src_param, _same_part(op.src_box, op.dst_box, dst_part),
+                    segment.offset, segment.shape, inside,
+                    op.tensor, _same_part(op.box, op.dst_box, dst_part),
+                )
+            )  # fmt: skip
+            row += 1
+    return found
+
+
+def _place(dst_box: Box, segment: Segment) -> tuple[Box, Box] | None:
+    """(box in the segment, box in the parameter) of the part of `dst_box` that lies in the segment."""
+    window = (segment.rows, *((0, size) for size in segment.shape[1:]))
+    common = intersect(dst_box, window)
+    if common is None:
+        return None
+    first = segment.rows[0]
+    (a, b), *rest = common
+    return ((a - first, b - first), *rest), common
+
+
+def _same_part(box: Box, dst_box: Box, part: Box) -> Box:
+    """The part of `box` that corresponds to `part` of the equally large `dst_box`.
+
+    Where the two have different numbers of dimensions the leading ones, of size one, are skipped.
+    """
+    dims = min(len(box), len(dst_box))
+    lead = box[: len(box) - dims]
+    inner = zip(box[len(box) - dims :], dst_box[-dims:], part[-dims:], strict=True)
+    return lead + tuple((own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner)
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

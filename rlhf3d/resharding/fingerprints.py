@@ -1,0 +1,71 @@
+"""Fingerprints of blocks: cheap, and tied to where in the tensor each element belongs.
+
+Invariant: a block's fingerprint depends on the block's bits and its place in the Hugging Face tensor alone, not on
+the memory it lies in; any one changed word changes it, as does any exchange of rows or columns (with a chance of about
+2^-63 of being missed).
+
+The fingerprint of W (as a matrix of 8-byte words) is the sum over i, j of row(i) column(j) W[i, j] modulo 2^64, with
+odd pseudo-random weights: multiplying by an odd number is a bijection, so a single change cannot cancel. Sums do not
+care for order, so blocks of a tensor may be summed wherever they are: fingerprints of blocks add up to the tensor's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from rlhf3d.models.weights import Box
+
+WORD_BYTES = 8
+
+
+def fingerprint(block: torch.Tensor, box: Box) -> int:
+    """Fingerprint of `block`, which is the part `box` of its tensor (1-D or 2-D), on any device."""
+    block = block.reshape(box_shape(box))
+    if len(box) == 1:
+        block, box = block.unsqueeze(0), ((0, 1), *box)
+    (row_start, row_stop), (start, stop) = box
+    size = block.element_size()
+    if start * size % WORD_BYTES or stop * size % WORD_BYTES:
+        words, stream = block.contiguous().view(_INTEGERS[size]).to(torch.int64), 2
+    else:
+        words, stream = _as_words(block), 1
+        start, stop = start * size // WORD_BYTES, stop * size // WORD_BYTES
+    columns = _odd_weights(stream, stop, block.device)[start:stop]
+    rows = _odd_weights(0, row_stop, block.device)[row_start:row_stop]
+    # Integer matrix products exist on CPU only.
+    sums = words.mv(columns) if words.device.type == "cpu" else (words * columns).sum(1)
+    return int((sums * rows).sum())
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Shape of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def _as_words(block: torch.Tensor) -> torch.Tensor:
+    """The block as int64 [rows, words]; a copy only where its memory does not allow a view."""
+    per_word = WORD_BYTES // block.element_size()
+    aligned = block.stride(1) == 1 and block.stride(0) % per_word == 0 and block.data_ptr() % WORD_BYTES == 0
+    if not aligned or block.storage_offset() % per_word:
+        block = block.clone(memory_format=torch.contiguous_format)
+    return block.view(torch.int64)
+
+
+@cache
+def _cached_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
+    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al. 2014) over positions of `stream`."""
+    x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)).to(device)
+
+
+def _odd_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
+    """At least `count` weights; counts are rounded up so that few arrays are kept."""
+    return _cached_weights(stream, 1 << max(10, (count - 1).bit_length()), device)

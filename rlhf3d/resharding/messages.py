@@ -1,0 +1,100 @@
+"""Weights between processes that share no memory: one message a (sender, receiver, bucket), gloo or NCCL.
+
+Invariant: a message holds the blocks of its bucket and their (policy version, fingerprint), as the sender computed
+them; messages of a pair arrive in the order of buckets; each wait has a deadline that names who is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf3d.resharding.boxes import volume
+from rlhf3d.resharding.buckets import Copy
+from rlhf3d.resharding.fingerprints import box_shape
+from rlhf3d.resharding.ring import SyncError
+
+_ALIGN = 16
+Post = tuple[torch.Tensor, int]
+"""A message and the rank it goes to or comes from."""
+
+
+class Group:
+    """Processes that send each other messages, apart from the process's default group."""
+
+    def __init__(
+        self, backend: str, rank: int, names: Sequence[str], address: str, port: int, timeout_s: float
+    ) -> None:
+        """Meet the others at `address:port`, where rank 0 listens. `names` of all ranks are for messages."""
+        self.names, self._backend = tuple(names), backend
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(address, port, len(names), is_master=rank == 0, timeout=timeout)
+        self._store = store
+        if backend == "gloo":
+            self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
+        else:
+            self._group = dist.ProcessGroupNCCL(store, rank, len(names))
+
+    def exchange(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
+        """Start to send and to receive (tensor, peer); the works in that order.
+
+        Messages must stay as they are until `finish`. NCCL takes both directions in one group: one after the other,
+        two processes that send to each other would each wait for the other to receive.
+        """
+        if self._backend != "nccl" or not (sends and receives):
+            return self._start(sends, receives)
+        device = sends[0][0].device
+        self._group._start_coalescing(device)
+        count = len(self._start(sends, receives))
+        work = self._group._end_coalescing(device)
+        return [work] * count
+
+    def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
+        started = [self._group.send([message], peer, 0) for message, peer in sends]
+        return started + [self._group.recv([message], peer, 0) for message, peer in receives]
+
+    def finish(self, work: Any, peer: int, what: str, deadline: float) -> None:
+        """Wait for a started message. Raises SyncError that names the peer."""
+        left_s = deadline - time.monotonic()
+        try:
+            done = left_s > 0 and work.wait(timedelta(seconds=left_s))
+        except RuntimeError as error:
+            raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
+        if not done:
+            raise SyncError(
+                f"sync_weights: {what} {self.names[peer]} did not end in time; raise rollout.sync_timeout_s if the "
+                "weights are really that large, or look into logs/"
+            )
+
+
+@dataclass(frozen=True)
+class MessageLayout:
+    """Where the blocks of one bucket lie in a message, after the table [copies, 2]."""
+
+    copies: tuple[Copy, ...]
+    offsets: tuple[int, ...]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, copies: Sequence[Copy], item_bytes: int) -> MessageLayout:
+        """The layout for these copies."""
+        offset, offsets = 16 * len(copies), []
+        for copy in copies:
+            offsets.append(offset)
+            offset += -(-volume(copy.box) * item_bytes // _ALIGN) * _ALIGN
+        return cls(tuple(copies), tuple(offsets), offset)
+
+    def table(self, message: torch.Tensor) -> torch.Tensor:
+        """(policy version, fingerprint) of each copy, int64 [copies, 2]."""
+        return message[: 16 * len(self.copies)].view(torch.int64).view(-1, 2)
+
+    def block(self, message: torch.Tensor, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """The block of copy `number`, in the shape it has in its segment."""
+        box, start = self.copies[number].box, self.offsets[number]
+        return message[start : start + volume(box) * dtype.itemsize].view(dtype).view(box_shape(box))

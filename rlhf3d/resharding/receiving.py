@@ -1,0 +1,168 @@
+"""The receiving side of a sync: verified rows of parameters, bucket by bucket.
+
+Invariant: nothing is handed on before it was proven: every copy of its bucket arrived, for the wanted policy version,
+with the fingerprint that its sender computed; a copy that did not is refused with tensor, block and sender.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rlhf3d.models.weights import LocalParam
+from rlhf3d.resharding.boxes import show
+from rlhf3d.resharding.buckets import Bucket, Copy, Segment, real_rows
+from rlhf3d.resharding.fingerprints import fingerprint
+from rlhf3d.resharding.messages import Group, MessageLayout
+from rlhf3d.resharding.ring import Ring, SyncError
+from rlhf3d.resharding.sending import view_in
+from rlhf3d.resharding.setup import SyncSetup
+
+Arrival = tuple[Copy, int, int]
+"""A copy with the policy version and fingerprint that its sender recorded."""
+
+
+class Inbox(Protocol):
+    """Where buckets come from; `number` counts the buckets of a sync."""
+
+    def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
+        """The bucket's memory and what came into it."""
+
+    def done(self, number: int, sync: int) -> None:
+        """The bucket's memory may be overwritten."""
+
+
+class RingInbox:
+    """Buckets in shared memory."""
+
+    def __init__(self, setup: SyncSetup, dst: int, reader: int = 0) -> None:
+        """`reader` is this process's place among the destination's engines."""
+        self.ring, self.reader = Ring.open(setup.ring_shape(dst)), reader
+        self.copies = [setup.copies(dst, sender) for sender in setup.plan.senders_to(dst)]
+        self.rounds = len(setup.buckets(dst))
+
+    def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
+        counted = sync * self.rounds + number
+        self.ring.wait_filled(counted, deadline)
+        arrivals = [
+            (copy, *self.ring.recorded(position, copy.row))
+            for position, copies in enumerate(self.copies)
+            for copy in copies[number]
+        ]
+        return self.ring.slot(counted), arrivals
+
+    def done(self, number: int, sync: int) -> None:
+        self.ring.take(self.reader, sync * self.rounds + number)
+
+    def close(self) -> None:
+        """Unmap the shared memory."""
+        self.ring.close()
+
+
+class MessageInbox:
+    """Buckets put together from messages."""
+
+    def __init__(self, setup: SyncSetup, dst: int, group: Group) -> None:
+        self.group, self.dtype = group, getattr(torch, setup.dtype)
+        self.senders = setup.plan.senders_to(dst)
+        self.layouts = [
+            [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)] for sender in self.senders
+        ]
+        longest = [max(layout.num_bytes for layout in layouts) for layouts in self.layouts]
+        self.messages = [torch.empty(size, dtype=torch.uint8) for size in longest]
+        self.slot = torch.empty(max(bucket.num_bytes for bucket in setup.buckets(dst)), dtype=torch.uint8)
+
+    def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
+        layouts = [layouts[number] for layouts in self.layouts]
+        parts = [whole[: layout.num_bytes] for whole, layout in zip(self.messages, layouts, strict=True)]
+        works = self.group.exchange([], list(zip(parts, self.senders, strict=True)))
+        arrivals: list[Arrival] = []
+        for work, sender, layout, message in zip(works, self.senders, layouts, parts, strict=True):
+            self.group.finish(work, sender, "a message from", deadline)
+            for i, (copy, row) in enumerate(zip(layout.copies, layout.table(message).tolist(), strict=True)):
+                view_in(self.slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
+                arrivals.append((copy, row[0], row[1]))
+        return self.slot, arrivals
+
+    def done(self, number: int, sync: int) -> None:
+        """Messages own their memory."""
+
+    def close(self) -> None:
+        """Nothing is mapped."""
+
+
+@dataclass
+class ReceiveTimes:
+    """Where the seconds of one sync went."""
+
+    wait_s: float = 0.0
+    """Until the senders had filled the buckets."""
+    verify_s: float = 0.0
+    """Fingerprints."""
+    received_bytes: int = 0
+
+
+class WeightReceiver:
+    """One reader of a stream."""
+
+    def __init__(self, setup: SyncSetup, dst: int, inbox: Inbox) -> None:
+        self.setup, self.inbox = setup, inbox
+        self.dtype: torch.dtype = getattr(torch, setup.dtype)
+        self.table: Sequence[LocalParam] = setup.table(dst)
+        self.buckets: Sequence[Bucket] = setup.buckets(dst)
+        self.times = ReceiveTimes()
+
+    def stream(self, policy_version: int, sync: int) -> Iterator[tuple[Segment, torch.Tensor]]:
+        """Verified segments in order; a tensor is valid until the next is asked for.
+
+        Raises SyncError for anything missing, late, old or changed.
+        """
+        deadline = time.monotonic() + self.setup.timeout_s
+        self.times = ReceiveTimes()
+        for number, bucket in enumerate(self.buckets):
+            start = time.perf_counter()
+            slot, arrivals = self.inbox.wait(number, sync, deadline)
+            waited = time.perf_counter()
+            self.times.wait_s += waited - start
+            for copy, version, checksum in arrivals:
+                self._check(slot, copy, version, checksum, policy_version)
+            self.times.verify_s += time.perf_counter() - waited
+            self.times.received_bytes += bucket.num_bytes
+            for segment in bucket.segments:
+                yield segment, self._view(slot, segment)
+            self.inbox.done(number, sync)
+
+    def stream_params(self, policy_version: int, sync: int) -> Iterator[tuple[LocalParam, torch.Tensor]]:
+        """Verified whole parameters in order, padding zero; a tensor is valid until the next is asked for."""
+        partial: torch.Tensor | None = None
+        for segment, rows in self.stream(policy_version, sync):
+            param = self.table[segment.param]
+            if segment.whole:
+                yield param, rows
+                continue
+            if partial is None:
+                partial = torch.zeros(param.shape, dtype=self.dtype)
+            partial[slice(*segment.rows)].copy_(rows)
+            if segment.rows[1] == real_rows(param):
+                yield param, partial
+                partial = None
+        for param in self.table:
+            if not real_rows(param):  # a rank whose share of the vocabulary is all padding
+                yield param, torch.zeros(param.shape, dtype=self.dtype)
+
+    def _check(self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int) -> None:
+        where = f"{copy.tensor}{show(copy.hf_box)} from training rank {copy.sender}"
+        if version != wanted:
+            was = "was never sent" if version < 0 else f"is of policy version {version}"
+            raise SyncError(f"sync_weights: {where} {was}; wanted policy version {wanted}")
+        if fingerprint(view_in(slot, copy, self.dtype), copy.hf_box) != checksum:
+            raise SyncError(f"sync_weights: {where} differs from what was sent for policy version {version}")
+
+    def _view(self, slot: torch.Tensor, segment: Segment) -> torch.Tensor:
+        size = math.prod(segment.shape) * self.dtype.itemsize
+        return slot[segment.offset : segment.offset + size].view(self.dtype).view(segment.shape)

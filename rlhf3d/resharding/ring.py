@@ -1,0 +1,167 @@
+"""Shared memory between the ranks that send to a destination and the engines that read it.
+
+Invariant: a slot is overwritten only when every reader has taken what was in it, and read only when every sender has
+filled it; each wait has a deadline that names who is waited for. The file is unlinked as soon as all have opened it,
+so that its memory goes with its processes, however they end.
+
+File: digest, padded | filled [senders] | taken [readers] | fingerprint table [senders, rows, 2] | slots. Counters are
+numbers of buckets since the ring was made. The table holds (policy version, fingerprint) of each copy of a sync.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingShape
+
+_NEVER = -1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
+_SETTLING_S = 60.0
+
+
+class SyncError(RuntimeError):
+    """A weight sync did not deliver what the plan promises; the message names tensor or process."""
+
+
+class Ring:
+    """One process's mapping of the file."""
+
+    def __init__(self, shape: RingShape, path: Path, fd: int) -> None:
+        self.shape, self.path, self._fd = shape, path, fd
+        self._mmap = mmap.mmap(fd, shape.total_bytes)
+        # Through numpy, the mapping counts its views and refuses to close under them.
+        self._bytes = torch.from_numpy(np.frombuffer(self._mmap, dtype=np.uint8))
+        senders, readers = len(shape.senders), len(shape.readers)
+        self._digest = self._numbers(0, 1)
+        self._filled = self._numbers(RING_HEADER_BYTES, senders)
+        self._taken = self._numbers(RING_HEADER_BYTES + 8 * senders, readers)
+        self._table = self._numbers(shape.table_offset, 2 * senders * shape.rows).view(senders, shape.rows, 2)
+
+    @classmethod
+    def create(cls, shape: RingShape) -> Ring:
+        """Make the file, all its memory reserved. Raises OSError that says how much memory it needs."""
+        _remove_abandoned()
+        path = shape.path()
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            os.posix_fallocate(fd, 0, shape.total_bytes)
+            ring = cls(shape, path, fd)
+        except OSError as error:
+            os.close(fd)
+            os.unlink(path)
+            raise OSError(
+                error.errno,
+                f"{path} needs {shape.total_bytes / 2**20:.0f} MiB of shared memory ({error.strerror}): free or "
+                "enlarge it (docker run --shm-size), or lower rollout.sync_bucket_mib",
+            ) from error
+        ring._digest.fill_(shape.digest)
+        ring._filled.zero_()
+        ring._taken.zero_()
+        ring._table.fill_(_NEVER)
+        return ring
+
+    @classmethod
+    def open(cls, shape: RingShape) -> Ring:
+        """Map the file that another process made. Raises SyncError when it was made for another plan."""
+        path = shape.path()
+        fd = os.open(path, os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.fstat(fd).st_size != shape.total_bytes:
+            os.close(fd)
+            raise SyncError(f"{path} was made for another plan: its size differs")
+        ring = cls(shape, path, fd)
+        if int(ring._digest) != shape.digest:
+            raise SyncError(f"{path} was made for another plan: its digest differs")
+        return ring
+
+    def slot(self, number: int) -> torch.Tensor:
+        """Memory of bucket `number` (counted since the ring was made), uint8 [slot_bytes]."""
+        start = self.shape.slots_offset + number % SLOTS * self.shape.slot_stride
+        return self._bytes[start : start + self.shape.slot_bytes]
+
+    def wait_free(self, number: int, deadline: float) -> None:
+        """Wait until every reader has taken what was in the slot of bucket `number`."""
+        self._wait(lambda: int(self._taken.min()) > number - SLOTS, "read", number - SLOTS, deadline)
+
+    def fill(self, sender: int, number: int) -> None:
+        """`sender` has put its part into bucket `number`."""
+        self._filled[sender] = number + 1
+
+    def wait_filled(self, number: int, deadline: float) -> None:
+        """Wait until every sender has filled bucket `number`."""
+        self._wait(lambda: int(self._filled.min()) > number, "filled", number, deadline)
+
+    def record(self, sender: int, row: int, policy_version: int, checksum: int) -> None:
+        """Write down what copy `row` of `sender` is."""
+        self._table[sender, row] = torch.tensor([policy_version, checksum])
+
+    def recorded(self, sender: int, row: int) -> tuple[int, int]:
+        """(policy version, fingerprint) of copy `row` of `sender`; version -1 when it was never sent."""
+        version, checksum = self._table[sender, row].tolist()
+        return version, checksum
+
+    def take(self, reader: int, number: int) -> None:
+        """`reader` is done with bucket `number`."""
+        self._taken[reader] = number + 1
+
+    def unlink(self) -> None:
+        """Remove the file's name; its memory is freed when the last process has closed it."""
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Unmap. Raises BufferError while a view is alive, which would otherwise become a dangling pointer."""
+        if self._mmap.closed:
+            return
+        self._bytes = self._digest = self._filled = self._taken = self._table = torch.empty(0)
+        self._mmap.close()
+        os.close(self._fd)
+
+    def _numbers(self, offset: int, count: int) -> torch.Tensor:
+        return self._bytes[offset : offset + 8 * count].view(torch.int64)
+
+    def _wait(self, done: Callable[[], bool], what: str, number: int, deadline: float) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not done():
+            if time.monotonic() > deadline:
+                counts, names = (
+                    (self._filled, self.shape.senders) if what == "filled" else (self._taken, self.shape.readers)
+                )
+                late = [name for name, count in zip(names, counts.tolist(), strict=True) if count <= number]
+                raise SyncError(
+                    f"sync_weights: bucket {number} was not {what} in time by {', '.join(late)}; raise "
+                    "rollout.sync_timeout_s if the weights are really that large, or look into logs/"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _remove_abandoned() -> None:
+    """Remove files that killed runs left: every process that has a ring open holds the shared lock.
+
+    Files younger than a minute may be another process's that has not taken its lock yet.
+    """
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for path in folder.glob(f"{FILE_PREFIX}*"):
+            try:
+                if time.time() - path.stat().st_mtime < _SETTLING_S:
+                    continue
+                fd = os.open(path, os.O_RDWR)
+            except (FileNotFoundError, PermissionError):
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(fd)

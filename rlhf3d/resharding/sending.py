@@ -1,0 +1,218 @@
+"""The training side of a sync: each rank copies its blocks into the buckets of every destination it sends to.
+
+Invariant: a rank sends exactly the copies of the plan, cast to the receiver's dtype, each with the policy version and
+the fingerprint of what it sent; no tensor is gathered anywhere.
+
+A destination on the sender's own device is reached through shared memory. One elsewhere gets messages: on devices of
+its own it receives them itself, beside other training ranks the rank that owns its shared memory passes them on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf3d.models.weights import box_slices
+from rlhf3d.resharding.boxes import volume
+from rlhf3d.resharding.buckets import Copy
+from rlhf3d.resharding.fingerprints import fingerprint
+from rlhf3d.resharding.messages import Group, MessageLayout
+from rlhf3d.resharding.ring import Ring
+from rlhf3d.resharding.setup import SyncSetup
+
+Params = Mapping[tuple[int, str], torch.Tensor]
+"""(model chunk, parameter name) -> local weights."""
+Block = Callable[[Copy], tuple[torch.Tensor, int]]
+"""The block of a copy in the receiver's dtype, and its fingerprint."""
+
+
+@dataclass(frozen=True)
+class SendReport:
+    """What one rank did in one sync."""
+
+    sent_bytes: int
+    """Written for all destinations."""
+    send_s: float
+    """Seconds in all, waiting for readers included."""
+
+
+class WeightSender:
+    """One training rank's end of a stream."""
+
+    def __init__(self, setup: SyncSetup, rank: int, params: Params, group: Group | None = None) -> None:
+        """Make the shared memory this rank owns; `open` comes when all ranks have done so.
+
+        `params` are read anew at each sync. `group` is needed where messages are.
+        """
+        self.setup, self.rank, self.params, self.group = setup, rank, params, group
+        self.dtype: torch.dtype = getattr(torch, setup.dtype)
+        self._rings: dict[int, Ring] = {}
+        self._near: list[_RingOutbox] = []
+        self._far: list[_MessageOutbox] = []
+        self._relays: list[_Relay] = []
+        self._shared = [d.number for d in setup.plan.destinations if d.device is not None]
+        for dst in self._shared:
+            if setup.owner(dst) == rank:
+                self._rings[dst] = Ring.create(setup.ring_shape(dst))
+
+    def open(self) -> None:
+        """Open what others own, and get ready to send."""
+        setup, rank = self.setup, self.rank
+        for place in setup.plan.destinations:
+            dst, senders = place.number, setup.plan.senders_to(place.number)
+            owner = None if place.device is None else setup.owner(dst)
+            if rank in senders and setup.is_near(rank, dst):
+                ring = self._rings.get(dst) or self._rings.setdefault(dst, Ring.open(setup.ring_shape(dst)))
+                self._near.append(_RingOutbox(ring, senders.index(rank), setup.copies(dst, rank), self.dtype))
+            elif rank in senders:
+                peer = setup.plan.shards.world_size + dst if owner is None else owner
+                self._far.append(_MessageOutbox(setup, dst, rank, peer, self.dtype))
+            if rank == owner:
+                far = [sender for sender in senders if not setup.is_near(sender, dst)]
+                self._relays += [
+                    _Relay(setup, dst, sender, senders.index(sender), self._rings[dst], self.dtype) for sender in far
+                ]
+        assert self.group or not (self._far or self._relays), "messages need a group"
+
+    def seal(self) -> None:
+        """Remove the names of this rank's shared memory: every process has opened it."""
+        for dst in self._shared:
+            if self.setup.owner(dst) == self.rank:
+                self._rings[dst].unlink()
+
+    @torch.no_grad()
+    def send(self, policy_version: int, sync: int) -> SendReport:
+        """Send this rank's blocks for `policy_version`; `sync` counts the syncs of this stream from 0."""
+        start = time.monotonic()
+        deadline = start + self.setup.timeout_s
+        block = self._blocks()
+        rounds = [near.rounds for near in self._near] + [far.rounds for far in self._far]
+        rounds += [relay.rounds for relay in self._relays]
+        unfinished: list[list[tuple[Any, int]]] = []
+        for number in range(max(rounds, default=0)):
+            for near in self._near:
+                near.send(number, sync, policy_version, block, deadline)
+            if self.group is None:
+                continue
+            if len(unfinished) == 2:  # message buffers are used in turn
+                self._finish(unfinished.pop(0), deadline)
+            sends = [(far.fill(number, policy_version, block), far.peer) for far in self._far if number < far.rounds]
+            relays = [relay for relay in self._relays if number < relay.rounds]
+            receives = [(relay.buffer(number), relay.sender) for relay in relays]
+            started = self.group.exchange(sends, receives)
+            unfinished.append([(w, peer) for w, (_, peer) in zip(started[: len(sends)], sends, strict=True)])
+            for work, relay in zip(started[len(sends) :], relays, strict=True):
+                self.group.finish(work, relay.sender, "a message from", deadline)
+                relay.forward(number, sync, deadline)
+        for works in unfinished:
+            self._finish(works, deadline)
+        sent = sum(near.num_bytes for near in self._near) + sum(far.num_bytes for far in self._far)
+        return SendReport(sent, time.monotonic() - start)
+
+    def close(self) -> None:
+        """Give up the shared memory."""
+        self.seal()
+        self._near, self._relays = [], []
+        for ring in self._rings.values():
+            ring.close()
+
+    def _finish(self, works: list[tuple[Any, int]], deadline: float) -> None:
+        assert self.group is not None
+        for work, peer in works:
+            self.group.finish(work, peer, "a message to", deadline)
+
+    def _blocks(self) -> Block:
+        """Blocks of this sync; a fingerprint is computed once however many destinations the block has."""
+        known: dict[tuple[Any, ...], int] = {}
+
+        def block(copy: Copy) -> tuple[torch.Tensor, int]:
+            tensor = self.params[copy.src_chunk, copy.src_param][box_slices(copy.src_box)].to(self.dtype)
+            key = (copy.src_chunk, copy.src_param, copy.src_box)
+            if key not in known:
+                known[key] = fingerprint(tensor, copy.hf_box)
+            return tensor, known[key]
+
+        return block
+
+
+def _bytes_of(copies: list[list[Copy]], dtype: torch.dtype) -> int:
+    return sum(volume(copy.box) for bucket in copies for copy in bucket) * dtype.itemsize
+
+
+class _RingOutbox:
+    """Writes into the shared memory of one destination."""
+
+    def __init__(self, ring: Ring, position: int, copies: list[list[Copy]], dtype: torch.dtype) -> None:
+        self.ring, self.position, self.copies, self.dtype = ring, position, copies, dtype
+        self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
+
+    def send(self, number: int, sync: int, version: int, block: Block, deadline: float) -> None:
+        if number >= self.rounds:
+            return
+        counted = sync * self.rounds + number
+        self.ring.wait_free(counted, deadline)
+        slot = self.ring.slot(counted)
+        for copy in self.copies[number]:
+            tensor, checksum = block(copy)
+            view_in(slot, copy, self.dtype).copy_(tensor)
+            self.ring.record(self.position, copy.row, version, checksum)
+        self.ring.fill(self.position, counted)
+
+
+class _MessageOutbox:
+    """Writes messages to one destination."""
+
+    def __init__(self, setup: SyncSetup, dst: int, rank: int, peer: int, dtype: torch.dtype) -> None:
+        copies = setup.copies(dst, rank)
+        self.peer, self.dtype = peer, dtype
+        self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
+        self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
+        size = max(layout.num_bytes for layout in self.layouts)
+        self.buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+
+    def fill(self, number: int, version: int, block: Block) -> torch.Tensor:
+        layout = self.layouts[number]
+        message = self.buffers[number % 2][: layout.num_bytes]
+        for i, copy in enumerate(layout.copies):
+            tensor, checksum = block(copy)
+            layout.block(message, i, self.dtype).copy_(tensor)
+            layout.table(message)[i] = torch.tensor([version, checksum])
+        return message
+
+
+class _Relay:
+    """Passes one far sender's messages on into the shared memory of a destination."""
+
+    def __init__(self, setup: SyncSetup, dst: int, sender: int, position: int, ring: Ring, dtype: torch.dtype) -> None:
+        copies = setup.copies(dst, sender)
+        self.sender, self.position, self.ring, self.dtype = sender, position, ring, dtype
+        self.rounds = len(copies)
+        self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
+        self._buffer = torch.empty(max(layout.num_bytes for layout in self.layouts), dtype=torch.uint8)
+
+    def buffer(self, number: int) -> torch.Tensor:
+        return self._buffer[: self.layouts[number].num_bytes]
+
+    def forward(self, number: int, sync: int, deadline: float) -> None:
+        layout, message = self.layouts[number], self.buffer(number)
+        counted = sync * self.rounds + number
+        self.ring.wait_free(counted, deadline)
+        slot = self.ring.slot(counted)
+        for i, (copy, (version, checksum)) in enumerate(
+            zip(layout.copies, layout.table(message).tolist(), strict=True)
+        ):
+            view_in(slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
+            self.ring.record(self.position, copy.row, version, checksum)
+        self.ring.fill(self.position, counted)
+
+
+def view_in(slot: torch.Tensor, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
+    """The place of a copy in its bucket."""
+    size = math.prod(copy.shape) * dtype.itemsize
+    segment = slot[copy.offset : copy.offset + size].view(dtype).view(copy.shape)
+    return segment[box_slices(copy.box)]

@@ -1,0 +1,185 @@
+"""What all processes of a weight sync agree on, and what each derives from it.
+
+Invariant: plan, buckets, copies and shared-memory layout are functions of a `SyncSetup` alone, so that processes that
+were given the same one need not tell each other anything more; the digest of what they derived proves it. Pure: no
+torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import LocalParam, SpecStyle
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.resharding.buckets import Bucket, Copy, copies_to, plan_buckets
+from rlhf3d.resharding.plan import ReshardPlan
+from rlhf3d.resharding.sites import Sites
+from rlhf3d.resharding.tables import plan_export, plan_sync
+
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+FILE_PREFIX = "rlhf3d-weights-"
+SLOTS = 2
+"""Buckets in shared memory: one is filled while the other is read."""
+RING_HEADER_BYTES = 64
+
+
+@dataclass(frozen=True)
+class RingShape:
+    """Everything that fixes the file's layout; the same in every process."""
+
+    name: str
+    senders: tuple[str, ...]
+    """Names of the senders, for messages."""
+    readers: tuple[str, ...]
+    rows: int
+    """Copies of the busiest sender in one sync."""
+    slot_bytes: int
+    digest: int
+    """Of the plan: a process with another plan is refused."""
+
+    @property
+    def table_offset(self) -> int:
+        """Bytes before the fingerprint table."""
+        return _aligned(RING_HEADER_BYTES + 8 * (len(self.senders) + len(self.readers)))
+
+    @property
+    def slots_offset(self) -> int:
+        """Bytes before the first slot."""
+        return _aligned(self.table_offset + 16 * len(self.senders) * self.rows)
+
+    @property
+    def slot_stride(self) -> int:
+        """Bytes from one slot to the next."""
+        return _aligned(self.slot_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file."""
+        return self.slots_offset + SLOTS * self.slot_stride
+
+    def path(self) -> Path:
+        """In /dev/shm where that exists and has room, else in the temporary folder; the same once the file is there."""
+        shm, temporary = Path("/dev/shm"), Path(tempfile.gettempdir())
+        for folder in (shm, temporary):
+            if (folder / f"{FILE_PREFIX}{self.name}").exists():
+                return folder / f"{FILE_PREFIX}{self.name}"
+        has_room = shm.is_dir() and os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize > self.total_bytes
+        return (shm if has_room else temporary) / f"{FILE_PREFIX}{self.name}"
+
+
+@dataclass(frozen=True)
+class SyncSetup:
+    """One stream of weights: from the policy's training ranks to vLLM engines, or to one reader of whole tensors."""
+
+    name: str
+    """Of this stream, unique on each host."""
+    spec: ModelSpec
+    layout: ParallelLayout
+    style: SpecStyle
+    sites: Sites
+    dtype: str
+    """In which the bytes travel: the receiver's."""
+    bucket_bytes: int
+    timeout_s: float
+    """Deadline of one sync."""
+    target: Literal["engines", "export"] = "engines"
+    engines: int = 1
+    tensor_parallel_size: int = 1
+    expert_parallel: bool = False
+    colocated: bool = True
+    """Whether engines share devices with training ranks; else they have devices of their own."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes an element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def plan(self) -> ReshardPlan:
+        """The plan; computed once a process. Raises ValueError as `plan_sync` does."""
+        return _plan(self)
+
+    def table(self, dst: int) -> tuple[LocalParam, ...]:
+        """The parameters of a destination."""
+        return self.plan.engine_tables[self.plan.destinations[dst].index]
+
+    def buckets(self, dst: int) -> tuple[Bucket, ...]:
+        """The buckets of a destination."""
+        return _buckets(self, self.plan.destinations[dst].index)
+
+    def copies(self, dst: int, sender: int) -> list[list[Copy]]:
+        """By bucket, what a sender copies to a destination."""
+        return _copies(self, dst, sender)
+
+    def ring_shape(self, dst: int) -> RingShape:
+        """Shared memory of a colocated destination."""
+        senders = self.plan.senders_to(dst)
+        place = self.plan.destinations[dst]
+        readers = [f"engine {engine} rank {place.index}" for engine in place.engines]
+        return RingShape(
+            name=f"{self.name}-{dst}",
+            senders=tuple(f"training rank {rank}" for rank in senders),
+            readers=tuple(readers) if self.target == "engines" else ("the driver",),
+            rows=max(sum(map(len, self.copies(dst, sender))) for sender in senders),
+            slot_bytes=max(bucket.num_bytes for bucket in self.buckets(dst)),
+            digest=_digest(self),
+        )
+
+    def destination_of(self, engine: int, index: int) -> int:
+        """Where an engine's tensor-parallel rank reads."""
+        return next(d.number for d in self.plan.destinations if engine in d.engines and d.index == index)
+
+    def owner(self, dst: int) -> int:
+        """The training rank that makes a colocated destination's shared memory: the first on its device."""
+        device = self.plan.destinations[dst].device
+        assert device is not None, "a destination without a device has no shared memory"
+        return min(self.plan.sites.ranks_on(device))
+
+    def is_near(self, rank: int, dst: int) -> bool:
+        """Whether a training rank can reach a destination's shared memory: it is on the same device."""
+        return self.plan.sites.device_of_rank[rank] == self.plan.destinations[dst].device
+
+
+@cache
+def _plan(setup: SyncSetup) -> ReshardPlan:
+    if setup.target == "export":
+        return plan_export(setup.spec, setup.layout, setup.sites, setup.style)
+    return plan_sync(
+        setup.spec,
+        setup.layout,
+        setup.sites,
+        setup.engines,
+        setup.tensor_parallel_size,
+        colocated=setup.colocated,
+        expert_parallel=setup.expert_parallel,
+        style=setup.style,
+    )
+
+
+@cache
+def _buckets(setup: SyncSetup, index: int) -> tuple[Bucket, ...]:
+    return plan_buckets(setup.plan.engine_tables[index], setup.item_bytes, setup.bucket_bytes)
+
+
+@cache
+def _copies(setup: SyncSetup, dst: int, sender: int) -> list[list[Copy]]:
+    return copies_to(setup.plan, dst, sender, setup.buckets(dst))
+
+
+@cache
+def _digest(setup: SyncSetup) -> int:
+    """63 bits that identify what was derived, not only what it was derived from."""
+    plan = setup.plan
+    text = repr((setup, plan.destinations, plan.shares, [_buckets(setup, i) for i in range(len(plan.engine_tables))]))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 64) * 64

@@ -1,0 +1,111 @@
+"""Where training ranks and engine ranks are, and which engine rank goes on which device.
+
+Invariant: the assignment keeps each engine's ranks on one node (or on whole neighbouring nodes where an engine is
+larger than a node), fills no device beyond its slots, and leaves the fewest bytes to move. Pure: numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import networkx
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The devices that hold training ranks, and their nodes.
+
+    A device is what shares memory with a rank at no cost: a GPU, or on CPU the whole host.
+    """
+
+    device_of_rank: tuple[int, ...]
+    """Device of each training rank."""
+    node_of_device: tuple[int, ...]
+    """Node of each device."""
+    slots: int | None = 1
+    """Engine ranks a device can take; None for any number."""
+
+    @classmethod
+    def gpus(cls, world_size: int, per_node: int) -> Sites:
+        """One training rank a GPU, `per_node` GPUs a node."""
+        ranks = range(world_size)
+        return cls(tuple(ranks), tuple(rank // per_node for rank in ranks))
+
+    @classmethod
+    def hosts(cls, host_of_rank: Sequence[int]) -> Sites:
+        """CPU ranks: each host is one device with room for any number of engine ranks."""
+        return cls(tuple(host_of_rank), tuple(range(max(host_of_rank) + 1)), slots=None)
+
+    def ranks_on(self, device: int) -> list[int]:
+        """Training ranks of a device."""
+        return [rank for rank, own in enumerate(self.device_of_rank) if own == device]
+
+    def node_of_rank(self, rank: int) -> int:
+        """Node of a training rank."""
+        return self.node_of_device[self.device_of_rank[rank]]
+
+
+def assign_engines(
+    sites: Sites, engines: int, engine_tp: int, overlap: Callable[[int, int], int]
+) -> list[tuple[int, ...]]:
+    """For each engine, the device of each of its tensor-parallel ranks.
+
+    `overlap(device, index)` is what a device already holds of what tensor-parallel rank `index` needs, bytes; the
+    sum over all engine ranks is maximised (a minimum-cost flow on each group of nodes).
+    Raises ValueError when the devices have not room for the engines.
+    """
+    groups = _node_groups(sites, engine_tp)
+    share, extra = divmod(engines, len(groups))
+    solved: dict[tuple[int, tuple[tuple[int, ...], ...]], list[int]] = {}
+    placed: list[tuple[int, ...]] = []
+    for number, devices in enumerate(groups):
+        count = share + (number < extra)
+        if sites.slots is not None and count * engine_tp > sites.slots * len(devices):
+            raise ValueError(
+                f"rollout.engines = {engines} x rollout.tensor_parallel_size = {engine_tp}: {count} engines = "
+                f"{count * engine_tp} ranks for {len(devices)} devices that train; lower one of them, or set "
+                "rollout.placement = disaggregated"
+            )
+        if count:
+            weights = tuple(tuple(overlap(device, index) for index in range(engine_tp)) for device in devices)
+            if (count, weights) not in solved:
+                solved[count, weights] = _solve(weights, count, sites.slots)
+            taken = [devices[position] for position in solved[count, weights]]
+            # `taken` lists the devices of index 0, then those of index 1, …: an engine takes one of each.
+            placed += [tuple(taken[engine::count]) for engine in range(count)]
+    return placed
+
+
+def _node_groups(sites: Sites, engine_tp: int) -> list[list[int]]:
+    """Devices by node; by several neighbouring nodes where one has not room for an engine."""
+    nodes: dict[int, list[int]] = {}
+    for device, node in enumerate(sites.node_of_device):
+        nodes.setdefault(node, []).append(device)
+    per_group = 1
+    if sites.slots is not None:
+        per_group = -(-engine_tp // (sites.slots * min(map(len, nodes.values()))))
+    ordered = [nodes[node] for node in sorted(nodes)]
+    starts = range(0, len(ordered), per_group)
+    groups = [[device for node in ordered[start : start + per_group] for device in node] for start in starts]
+    return groups if len(ordered) % per_group == 0 or len(groups) == 1 else groups[:-1]
+
+
+def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int | None) -> list[int]:
+    """Positions of devices for `count` ranks of index 0, then of index 1, …, with the greatest sum of weights."""
+    indices = range(len(weights[0]))
+    graph = networkx.DiGraph()
+    graph.add_node("source", demand=-count * len(indices))
+    for index in indices:
+        graph.add_node(("index", index), demand=count)
+    for position, row in enumerate(weights):
+        graph.add_edge("source", position, capacity=len(indices) * count if slots is None else slots, weight=0)
+        for index in indices:
+            graph.add_edge(position, ("index", index), weight=-row[index])
+    flow = networkx.min_cost_flow(graph)
+    return [
+        position
+        for index in indices
+        for position in range(len(weights))
+        for _ in range(flow[position].get(("index", index), 0))
+    ]

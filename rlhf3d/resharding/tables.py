@@ -1,0 +1,65 @@
+"""The weight tables that a plan is made from: training shards of a layout, engines, or whole tensors.
+
+Invariant: everything a plan knows about a model comes through here from the tables of `rlhf3d.models`. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rlhf3d.models.engine_weights import engine_params
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import LocalParam, Piece, SpecStyle, full_box, hf_tensors, local_params
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.resharding.plan import ReshardPlan, TrainingShards, build_plan
+from rlhf3d.resharding.sites import Sites
+
+
+def training_shards(spec: ModelSpec, layout: ParallelLayout, style: SpecStyle = "local") -> TrainingShards:
+    """The policy's distinct shards under `layout`, which must have passed `check_layout`."""
+    holders: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for rank in range(layout.world_size):
+        at = layout.coords(rank)
+        holders[at.pp, at.tp, at.ep].append(rank)
+    tables = tuple(
+        tuple(
+            tuple(local_params(spec, layout, layout.coords(ranks[0]), chunk, "lm", style))
+            for chunk in range(layout.vpp)
+        )
+        for ranks in holders.values()
+    )
+    return TrainingShards(tables, tuple(map(tuple, holders.values())))
+
+
+def engine_tables(spec: ModelSpec, tensor_parallel_size: int, expert_parallel: bool = False) -> list[list[LocalParam]]:
+    """vLLM's parameters by tensor-parallel rank. Raises ValueError as `check_engine_layout` does."""
+    return [engine_params(spec, tensor_parallel_size, rank, expert_parallel) for rank in range(tensor_parallel_size)]
+
+
+def whole_tensors(spec: ModelSpec) -> list[LocalParam]:
+    """Every Hugging Face tensor as a parameter of its own: what an export takes."""
+    return [
+        LocalParam(name, shape, (Piece(name, full_box(shape), full_box(shape)),), primary=True)
+        for name, shape in hf_tensors(spec, "lm").items()
+    ]
+
+
+def plan_sync(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    sites: Sites,
+    engines: int,
+    tensor_parallel_size: int,
+    *,
+    colocated: bool = True,
+    expert_parallel: bool = False,
+    style: SpecStyle = "local",
+) -> ReshardPlan:
+    """The plan from the policy under `layout` to `engines` vLLM engines. Raises ValueError as its parts do."""
+    tables = engine_tables(spec, tensor_parallel_size, expert_parallel)
+    return build_plan(training_shards(spec, layout, style), tables, sites, engines, colocated)
+
+
+def plan_export(spec: ModelSpec, layout: ParallelLayout, sites: Sites, style: SpecStyle = "local") -> ReshardPlan:
+    """The plan from the policy under `layout` to one reader of whole tensors, beside the first training rank."""
+    return build_plan(training_shards(spec, layout, style), [whole_tensors(spec)], sites, engines=1, colocated=True)
