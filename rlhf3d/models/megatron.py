@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from rlhf3d.models.hf_io import HFReader
-from rlhf3d.models.spec import ModelSpec, check_layout
+from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
 from rlhf3d.models.weights import (
     VALUE_HEAD,
     Box,
@@ -56,7 +56,10 @@ def transformer_config(
 
     Raises ValueError if the layout does not fit the model.
     """
-    check_layout(spec, layout)
+    check_layout(spec, layout, sequence_parallel)
+    stages = layout.stage_layers(spec.num_layers)
+    assert stages is not None
+    uneven = len(set(stages)) > 1
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"model.dtype: {dtype!r} is not supported; use bfloat16 or float32")
     torch_dtype = getattr(torch, dtype)
@@ -86,7 +89,12 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
         sequence_parallel=sequence_parallel and layout.tp > 1,  # one tensor rank already holds the sequence
+        num_layers_in_first_pipeline_stage=stages[0] if uneven else None,
+        # Of two stages Megatron derives the last itself; given both it divides by zero where they interleave.
+        num_layers_in_last_pipeline_stage=stages[-1] if uneven and layout.pp > 2 else None,
         variable_seq_lengths=layout.pp > 1,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
         deallocate_pipeline_outputs=True,
         # With two stages both neighbours are one rank, and batched sends of interleaved chunks get mixed up.
@@ -96,8 +104,24 @@ def transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **_expert_config(spec),
         **platform.transformer_config_overrides(),
     )
+
+
+def _expert_config(spec: ModelSpec) -> dict[str, Any]:
+    """Routing as transformers computes it: softmax over all experts in fp32, the best k, no token dropped."""
+    if not spec.num_experts:
+        return {}
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_ffn_hidden_size": spec.moe_ffn_size,
+        "moe_router_topk": spec.experts_per_token,
+        # A softmax over the chosen logits is the softmax over all, scaled to sum to 1.
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
 
 
 class PolicyModel(GPTModel):
@@ -118,7 +142,7 @@ class PolicyModel(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1).contiguous(), group=tp_group)
 
     def head_weight(self) -> torch.Tensor:
-        """This rank's rows of the vocabulary head, [vocab/tp, h]; only on the last stage."""
+        """This rank's rows of the vocabulary head, [padded vocab/tp, h]; only on the last stage."""
         assert self.post_process, "the vocabulary head is on the last pipeline stage"
         own = self.output_layer.weight
         return self.embedding.word_embeddings.weight if own is None else own
@@ -170,8 +194,8 @@ def build_chunks(
     for chunk in range(layout.vpp):
         model = model_class(
             config,
-            platform.layer_spec(qk_layernorm=spec.qk_norm),
-            vocab_size=spec.vocab_size,
+            platform.layer_spec(spec.qk_norm, spec.num_experts),
+            vocab_size=padded_vocab_size(spec, layout),
             max_sequence_length=spec.max_position,
             pre_process=coords.pp == 0 and chunk == 0,
             post_process=coords.pp == layout.pp - 1 and chunk == layout.vpp - 1,
@@ -188,8 +212,11 @@ def build_chunks(
     # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank > 0 would
     # be taken for replicas and left out of the gradient norm.
     for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
-        if entry.tp_dim is not None and not hasattr(param, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(param, True, entry.tp_dim, 1)
+        if (entry.tp_dim is not None or entry.expert) and not hasattr(param, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(param, True, entry.tp_dim or 0, 1)
+        if entry.expert:
+            # With ep 1 Megatron takes experts for dense weights and never sums their gradients over tensor ranks.
+            param.allreduce = False
     return chunks
 
 
@@ -237,19 +264,19 @@ def load_hf_weights(
 ) -> None:
     """Fill every local parameter from the folder's safetensors, reading only this rank's blocks.
 
-    A value head that the folder lacks is zero. Raises ValueError naming model.path for missing or misshapen
-    tensors, and for tensors that the model would leave unused.
+    Vocabulary padding and a value head that the folder lacks are zero. Raises ValueError naming model.path for missing
+    or misshapen tensors, and for tensors that the model would leave unused.
     """
     with HFReader(folder) as reader:
         in_file = {name: reader.shape(name) for name in reader.names()}
         check_hf_tensors(in_file, spec, HEADS[role], folder)
         for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
+            param.zero_()
             for piece in entry.pieces:
                 if piece.hf_name in in_file:
                     param[box_slices(piece.local_box)].copy_(reader.read(piece.hf_name, piece.hf_box))
                 else:
                     assert entry.name == VALUE_HEAD, f"{piece.hf_name} is missing"
-                    param.zero_()
 
 
 def export_pieces(

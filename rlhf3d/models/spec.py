@@ -198,9 +198,16 @@ def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:
     return -(-spec.vocab_size // layout.tp) * layout.tp
 
 
-def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
+def check_layout(spec: ModelSpec, layout: ParallelLayout, sequence_parallel: bool = True) -> None:
     """Raise ValueError with every size of `spec` that `layout` does not divide and the nearest legal ones."""
     problems = _tensor_problems(spec, layout) + _pipeline_problems(spec, layout) + _expert_problems(spec, layout)
+    if spec.num_experts and layout.tp > 1 and not sequence_parallel:
+        problems.append(
+            (
+                f"tp {layout.tp} without sequence_parallel: every tensor rank would send all tokens to the experts",
+                "sequence_parallel true, or tp 1",
+            )
+        )
     if problems:
         wrong, fixes = zip(*problems, strict=True)
         raise ValueError(

@@ -59,8 +59,8 @@ class Platform(ABC):
         """Make the rank's device current in this process."""
 
     @abstractmethod
-    def layer_spec(self, qk_layernorm: bool) -> Any:
-        """Megatron `ModuleSpec` of one dense decoder layer (RMSNorm)."""
+    def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
+        """Megatron `ModuleSpec` of one decoder layer (RMSNorm), dense or with `num_experts` experts."""
 
     @abstractmethod
     def transformer_config_overrides(self) -> dict[str, Any]:
@@ -92,12 +92,14 @@ class CPUPlatform(Platform):
     def _bind_device(self, local_rank: int) -> None:
         """A CPU rank has nothing to bind: its cores come from the thread count."""
 
-    def layer_spec(self, qk_layernorm: bool) -> Any:
+    def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
         from rlhf3d.parallel.attention import SDPACoreAttention
 
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts or None, normalization="RMSNorm", qk_layernorm=qk_layernorm
+        )
         spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         return spec
 
@@ -140,7 +142,7 @@ class CUDAPlatform(Platform):
 
         torch.cuda.set_device(self.device(local_rank))
 
-    def layer_spec(self, qk_layernorm: bool) -> Any:
+    def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
         if importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "cluster.platform=cuda needs Transformer Engine, which is not installed: "
@@ -148,7 +150,9 @@ class CUDAPlatform(Platform):
             )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts or None, moe_grouped_gemm=num_experts > 0, qk_layernorm=qk_layernorm
+        )
 
     def transformer_config_overrides(self) -> dict[str, Any]:
         # Fusing gradient accumulation needs a kernel that only an Apex built from source has.

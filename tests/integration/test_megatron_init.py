@@ -35,12 +35,21 @@ def coordinates(rank: int, port: int, layout: ParallelLayout) -> tuple[int, ...]
         mpu.get_tensor_model_parallel_rank(),
         mpu.get_pipeline_model_parallel_rank(),
         mpu.get_data_parallel_rank(),
+        mpu.get_expert_model_parallel_rank(),
     )
     return *own, int(total)
 
 
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(2, 2, 2), ParallelLayout(3, 2, 1), ParallelLayout(1, 2, 2, vpp=2)], ids=str
+    "layout",
+    [
+        ParallelLayout(2, 2, 2),
+        ParallelLayout(3, 2, 1),
+        ParallelLayout(1, 2, 2, vpp=2),
+        ParallelLayout(2, 2, 2, ep=2),
+        ParallelLayout(2, 1, 4, ep=4),
+    ],
+    ids=str,
 )
 def test_ranks_are_where_the_layout_says(layout: ParallelLayout) -> None:
     for rank, (*own, total) in enumerate(run_ranks(layout.world_size, coordinates, layout)):

@@ -30,12 +30,17 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2-untied": {"family": "qwen2", "tie": False},
     "qwen3-tied": {"family": "qwen3", "tie": True},
 }
+MOE_CASES: dict[str, dict[str, Any]] = {
+    "mixtral": {"family": "mixtral", "tie": False, "layers": 2},
+    "qwen3_moe": {"family": "qwen3_moe", "tie": True, "layers": 2, "ffn": 48, "experts": 8, "experts_per_token": 3},
+    "qwen3_moe-unscaled": {"family": "qwen3_moe", "tie": False, "layers": 2, "norm_topk_prob": False},
+}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_model(root / name, **case) for name, case in CASES.items()}
+    return {name: make_tiny_model(root / name, **case) for name, case in (CASES | MOE_CASES).items()}
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,30 +95,35 @@ def run_forward(chunks: list[Any], tokens: torch.Tensor, loss: Any, forward_only
 
 
 def logits_rank(
-    rank: int, port: int, folder: Path, layout: ParallelLayout, sequence_parallel: bool, tokens: torch.Tensor
+    rank: int, port: int, folder: Path, layout: ParallelLayout, sequence_parallel: bool, tokens: list[torch.Tensor]
 ) -> torch.Tensor | None:
-    """Full logits [b, s, vocab] on the last stage's tensor rank 0."""
+    """Full logits [b, s, vocab] of this data-parallel rank's tokens, on the last stage's tensor rank 0."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     chunks = start_rank(rank, port, folder, layout, "policy", sequence_parallel)
+    coords = layout.coords(rank)
 
     def report(model: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         logits = gather_from_tensor_model_parallel_region(hidden @ model.head_weight().T)
         return logits.sum(), torch.tensor(1), {"logits": logits}
 
     with torch.no_grad():
-        reports = run_forward(chunks, tokens, report)
-    coords = layout.coords(rank)
-    return reports[0]["logits"] if coords.pp == layout.pp - 1 and coords.tp == 0 else None
+        reports = run_forward(chunks, tokens[coords.dp], report)
+    if coords.pp != layout.pp - 1 or coords.tp != 0:
+        return None
+    vocab = load_spec(folder).vocab_size
+    assert not reports[0]["logits"][..., vocab:].any(), "padded rows of the vocabulary are not zero"
+    return reports[0]["logits"][..., :vocab]
 
 
 def max_difference(
     name: str, folder: Path, layout: ParallelLayout, shape: tuple[int, int], sequence_parallel: bool = False
 ) -> float:
-    tokens = random_tokens(folder, shape)
+    rows, width = shape  # data-parallel ranks have sequences of different lengths
+    tokens = [random_tokens(folder, (rows, width + 8 * dp)) for dp in range(layout.dp)]
     results = run_ranks(layout.world_size, logits_rank, folder, layout, sequence_parallel, tokens)
-    logits = results[layout.collectors()[0]]
-    difference = float((logits - hf_logits(folder, tokens)).abs().max())
+    logits = [results[rank] for rank in layout.collectors()]
+    difference = max(float((a - hf_logits(folder, t)).abs().max()) for a, t in zip(logits, tokens, strict=True))
     print(f"\n{name} {layout}{' SP' if sequence_parallel else ''}: max|Δlogit| {difference:.2e}")
     return difference
 
@@ -139,17 +149,59 @@ def test_tp3_pp2_of_nine_heads_matches_transformers(tmp_path: Path) -> None:
     assert max_difference("llama 9 heads", folder, ParallelLayout(tp=3, pp=2), (2, 96)) <= 1e-5
 
 
+@pytest.mark.parametrize("name", MOE_CASES)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SINGLE,
+        ParallelLayout(dp=2, ep=2),
+        ParallelLayout(tp=2),
+        ParallelLayout(tp=2, ep=2),
+        ParallelLayout(pp=2, dp=2, ep=2),
+    ],
+    ids=str,
+)
+def test_experts_match_transformers(name: str, layout: ParallelLayout, folders: dict[str, Path]) -> None:
+    assert max_difference(name, folders[name], layout, (2, 32), sequence_parallel=layout.tp > 1) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(pp=2, first_stage_layers=3),
+        ParallelLayout(pp=3, first_stage_layers=2, last_stage_layers=2),
+        ParallelLayout(pp=2, vpp=2, last_stage_layers=2),
+    ],
+    ids=str,
+)
+def test_uneven_stages_match_transformers(layout: ParallelLayout, tmp_path: Path) -> None:
+    layers = 6 if layout.vpp == 2 else 5
+    folder = make_tiny_model(tmp_path / "m", layers=layers)
+    assert max_difference(f"llama {layers} layers", folder, layout, (2, 32)) <= 1e-5
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_padded_vocabulary_matches_transformers(tie: bool, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m", tie=tie, vocab=101, layers=2)
+    assert max_difference(f"llama 101 tokens tie={tie}", folder, ParallelLayout(tp=2, pp=2), (2, 32)) <= 1e-5
+
+
 def export_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> list[Any]:
     """(HF name, box, weights) of what this rank exports."""
     from rlhf3d.models.megatron import export_pieces
 
-    chunks = start_rank(rank, port, folder, layout, "policy")
+    chunks = start_rank(rank, port, folder, layout, "policy", sequence_parallel=layout.tp > 1)
     pieces = export_pieces(chunks, load_spec(folder), layout, layout.coords(rank), "lm")
     return [(name, box, tensor.clone()) for name, box, tensor in pieces]
 
 
-def test_export_of_all_ranks_is_the_loaded_file(folders: dict[str, Path]) -> None:
-    folder, layout = folders["qwen2-tied"], ParallelLayout(tp=2, pp=2, vpp=2)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("qwen2-tied", ParallelLayout(tp=2, pp=2, vpp=2)), ("mixtral", ParallelLayout(tp=2, pp=2, dp=2, ep=2))],
+    ids=str,
+)
+def test_export_of_all_ranks_is_the_loaded_file(name: str, layout: ParallelLayout, folders: dict[str, Path]) -> None:
+    folder = folders[name]
     loaded = load_file(folder / "model.safetensors")
     exported = {name: torch.full_like(tensor, math.nan) for name, tensor in loaded.items()}
     for pieces in run_ranks(layout.world_size, export_rank, folder, layout):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.models.spec import Llama3RopeScaling, ModelSpec, check_layout, load_spec
+from rlhf3d.models.spec import Llama3RopeScaling, ModelSpec, check_layout, load_spec, padded_vocab_size
 from rlhf3d.parallel.layout import ParallelLayout
 
 LLAMA: dict[str, Any] = {
@@ -79,9 +79,46 @@ def test_families(tmp_path: Path) -> None:
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
 
 
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+QWEN3_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def test_mixtures_of_experts(tmp_path: Path) -> None:
+    mixtral = load_spec(write(tmp_path, **MIXTRAL))
+    assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.moe_ffn_size) == (8, 2, 1536)
+    assert mixtral.norm_topk_prob and not mixtral.qk_norm and mixtral.rope_theta == 1e6
+    for renamed in ({}, {"num_experts": None, "num_local_experts": 128}):  # as published; as transformers 5 writes
+        qwen = load_spec(write(tmp_path, **QWEN3_MOE | renamed))
+        assert (qwen.num_experts, qwen.experts_per_token, qwen.moe_ffn_size) == (128, 8, 768)
+        assert qwen.norm_topk_prob and qwen.qk_norm
+    assert not load_spec(write(tmp_path, **QWEN3_MOE | {"norm_topk_prob": None})).norm_topk_prob
+    assert load_spec(write(tmp_path)).num_experts == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (MIXTRAL | {"sliding_window": 4096}, r"sliding_window=4096; mixtral is supported with sliding_window=None"),
+        (MIXTRAL | {"num_local_experts": None}, r"lacks num_local_experts;"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, r"num_experts_per_tok=9 of 8 experts"),
+        (MIXTRAL | {"num_experts_per_tok": 1}, r"num_experts_per_tok=1 with probabilities scaled to sum to 1"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, r"decoder_sparse_step=2"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        (QWEN3_MOE | {"shared_expert_intermediate_size": 64}, r"shared_expert_intermediate_size=64"),
+        (QWEN3_MOE | {"moe_intermediate_size": None}, r"lacks moe_intermediate_size;"),
         ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are llama, mixtral, qwen2, qwen3, qwen3_moe"),
         ({"attention_bias": True}, r"attention_bias=True; llama is supported with attention_bias=False only"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
@@ -135,3 +172,28 @@ def test_check_layout_lists_every_violation_with_the_nearest_legal_sizes(tmp_pat
         check_layout(spec, ParallelLayout(pp=2, vpp=2))
     with pytest.raises(ValueError, match=r"vpp 2 with pp 1"):
         check_layout(spec, ParallelLayout(vpp=2))
+    check_layout(spec, ParallelLayout(pp=4, first_stage_layers=6, last_stage_layers=8))
+    with pytest.raises(
+        ValueError,
+        match=r"30 - first 6 - last 9 = 15 layers for the other 2 of pp 4\. .*leave all other stages the same",
+    ):
+        check_layout(spec, ParallelLayout(pp=4, first_stage_layers=6, last_stage_layers=9))
+
+
+def test_check_layout_of_experts(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, **MIXTRAL))
+    check_layout(spec, ParallelLayout(tp=3, dp=8, ep=8))
+    with pytest.raises(ValueError, match=r"num_experts 8 % ep 3 = 2\. Nearest legal: ep 1$"):
+        check_layout(spec, ParallelLayout(tp=3, ep=3))
+    with pytest.raises(ValueError, match=r"\(tp 3 x dp 4\) % ep 8 = 4\. Nearest legal: ep 4$"):
+        check_layout(spec, ParallelLayout(tp=3, dp=4, ep=8))
+    with pytest.raises(ValueError, match=r"tp 3 without sequence_parallel"):
+        check_layout(spec, ParallelLayout(tp=3), sequence_parallel=False)
+    with pytest.raises(ValueError, match=r"ep 2, but the model is dense"):
+        check_layout(load_spec(write(tmp_path)), ParallelLayout(dp=2, ep=2))
+
+
+def test_vocabulary_is_padded_to_a_multiple_of_tp(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, vocab_size=100))
+    check_layout(spec, ParallelLayout(tp=3))
+    assert [padded_vocab_size(spec, ParallelLayout(tp=tp)) for tp in (1, 3)] == [100, 102]
