@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
+_MASKED = torch.finfo(torch.float32).min  # of padded columns: probability 0, and finite, so that 0 times it is 0
 
 
 def vocab_parallel_logprobs(
@@ -22,15 +23,18 @@ def vocab_parallel_logprobs(
     *,
     temperature: float = 1.0,
     vocab_start: int = 0,
+    vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy of each distribution, both [T] in fp32.
 
-    `hidden` [T, h]; `weight` [V/tp, h] is this rank's rows `vocab_start…` of the output matrix; `labels` [T] are
-    global token ids. The gradient with respect to `hidden` is this rank's share: summing it over the group is the
-    caller's (Megatron's `copy_to_tensor_model_parallel_region` does).
+    `hidden` [T, h]; `weight` [V/tp, h] is this rank's rows `vocab_start…` of the output matrix (those from global
+    number `vocab_size` on are padding and take no part); `labels` [T] are global token ids. The gradient with respect
+    to `hidden` is this rank's share: summing it over the group is the caller's (Megatron's
+    `copy_to_tensor_model_parallel_region` does).
     """
-    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, group)
+    real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
+    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, real, group)
 
 
 def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
@@ -54,6 +58,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         labels: Tensor,
         inverse_temperature: float,
         vocab_start: int,
+        real: int,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         hidden = hidden.to(weight.dtype)
@@ -62,6 +67,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         logprobs, entropy, log_z = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
         for start, stop in _chunks(tokens, vocab):
             logits = (hidden[start:stop] @ weight.t()).float().mul_(inverse_temperature)
+            logits[:, real:] = _MASKED
             peak = logits.amax(dim=-1)
             if parallel:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -75,7 +81,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             entropy[start:stop] = log_z[start:stop] - sums[1] / sums[0]
             logprobs[start:stop] = sums[2] - log_z[start:stop]
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
-        ctx.inverse_temperature, ctx.vocab_start = inverse_temperature, vocab_start
+        ctx.inverse_temperature, ctx.vocab_start, ctx.real = inverse_temperature, vocab_start, real
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -88,6 +94,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for start, stop in _chunks(hidden.shape[0], vocab):
             part = hidden[start:stop]
             log_p = (part @ weight.t()).float().mul_(ctx.inverse_temperature).sub_(log_z[start:stop, None])
+            log_p[:, ctx.real :] = _MASKED
             p = log_p.exp()
             grad = torch.zeros_like(p)
             if grad_logprobs is not None:
@@ -101,4 +108,4 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad = grad.mul_(ctx.inverse_temperature).to(weight.dtype)
             grad_hidden[start:stop] = grad @ weight
             grad_weight += grad.t() @ part
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None

@@ -226,6 +226,7 @@ class MegatronEngine:
             micro.labels,
             temperature=self.context.temperature,
             vocab_start=self.coords.tp * weight.shape[0],
+            vocab_size=self.context.spec.vocab_size,
             group=self.tp_group,
         )
         return {"logprobs": logprobs, "entropy": entropy}

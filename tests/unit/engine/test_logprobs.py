@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.ranks import run_ranks
 
 from rlhf3d.engine import logprobs as module
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
@@ -36,6 +38,22 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk_elements: i
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [6, 11])
+def test_padded_rows_take_no_part(vocab: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, requires_grad=True)
+    padded = torch.randn(11, 5, requires_grad=True)
+    labels = torch.randint(0, vocab, (7,))
+    ours = vocab_parallel_logprobs(hidden, padded, labels + 100, vocab_start=100, vocab_size=100 + vocab)
+    theirs = reference(hidden, padded[:vocab], labels, 1.0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(o[0].sum() + 0.3 * o[1].sum(), (hidden, padded)) for o in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not grads[0][1][vocab:].any()
+
+
 def test_only_logprobs_used() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 4, requires_grad=True)
@@ -52,3 +70,31 @@ def test_no_tokens() -> None:
     assert logprobs.shape == entropy.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
     assert weight.grad is not None and weight.grad.abs().sum() == 0
+
+
+def padded_share(rank: int, port: int, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list:
+    """Log-probs, entropy and gradients on the rank that holds rows 2 rank and 2 rank + 1 of a padded weight."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+    padded = torch.cat([weight, torch.full((3, 4), 7.0)])[2 * rank : 2 * rank + 2].requires_grad_()
+    states = hidden.clone().requires_grad_()
+    logprobs, entropy = vocab_parallel_logprobs(
+        states, padded, labels, vocab_start=2 * rank, vocab_size=5, group=dist.group.WORLD
+    )
+    (logprobs.sum() + 0.3 * entropy.sum()).backward()
+    return [logprobs.detach(), entropy.detach(), states.grad, padded.grad]
+
+
+def test_five_rows_over_four_ranks() -> None:
+    """The third rank has one real row, the fourth none."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    theirs = reference(hidden, weight, labels, 1.0)
+    grads = torch.autograd.grad(theirs[0].sum() + 0.3 * theirs[1].sum(), (hidden, weight))
+    ranks = run_ranks(4, padded_share, hidden.detach(), weight.detach(), labels)
+    for logprobs, entropy, _, _ in ranks:
+        torch.testing.assert_close(logprobs, theirs[0])
+        torch.testing.assert_close(entropy, theirs[1])
+    torch.testing.assert_close(sum(rank[2] for rank in ranks), grads[0])
+    torch.testing.assert_close(torch.cat([rank[3] for rank in ranks])[:5], grads[1])
+    assert not any(rank[3][max(0, 5 - 2 * i) :].any() for i, rank in enumerate(ranks))
