@@ -36,7 +36,8 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
 AT_LEAST_1 = (
-    "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp data.train_batch_size "
+    "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp actor.layout.ep "
+    "actor.layout.first_stage_layers actor.layout.last_stage_layers data.train_batch_size "
     "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_epochs rollout.n rollout.engines "
@@ -225,7 +226,7 @@ def _check_model_folder(config: Config) -> list[str]:
             f"tokens, more than the model's window of {spec.max_position}"
         )
     try:
-        check_layout(spec, derive(config).layout)
+        check_layout(spec, derive(config).layout, config.actor.layout.sequence_parallel)
     except ValueError as error:
         problems.append(f"actor.{error}")
     ranks = config.rollout.tensor_parallel_size

@@ -70,7 +70,15 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"{config.data.train_batch_size}: lower it or add prompts"
         )
     return Derived(
-        layout=ParallelLayout(tp=layout.tp, pp=layout.pp, dp=layout.dp, vpp=layout.vpp or 1),
+        layout=ParallelLayout(
+            tp=layout.tp,
+            pp=layout.pp,
+            dp=layout.dp,
+            vpp=layout.vpp or 1,
+            ep=layout.ep,
+            first_stage_layers=layout.first_stage_layers,
+            last_stage_layers=layout.last_stage_layers,
+        ),
         world_size=layout.tp * layout.pp * layout.dp,
         engine_ranks=config.rollout.engines * config.rollout.tensor_parallel_size,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,

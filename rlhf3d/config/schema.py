@@ -15,9 +15,9 @@ class LayoutConfig:
     """How one model is cut over processes: tp x pp x dp ranks."""
 
     tp: int = 1
-    """Tensor-parallel size: must divide attention heads, KV heads and vocabulary."""
+    """Tensor-parallel size: must divide attention heads and KV heads."""
     pp: int = 1
-    """Pipeline-parallel size: must divide the number of layers."""
+    """Pipeline-parallel size: must divide the number of layers, but see first_stage_layers and last_stage_layers."""
     dp: int = 1
     """Data-parallel size: replicas that each take a share of every mini-batch."""
     vpp: int | None = None
@@ -30,6 +30,12 @@ class LayoutConfig:
     """Overlap gradient reduce-scatter with the backward pass."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass (full, uniform)."""
+    ep: int = 1
+    """Expert-parallel size: ranks that share out the experts; must divide tp x dp and the number of experts."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage; null for an equal share."""
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline stage; null for an equal share."""
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,9 @@ def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
     present = (f"model.path={write_model(tmp_path / 'm')}", f"data.train_files={data}")
     assert "9 % tp 2 = 1" in check_files(make(*present, "actor.layout.tp=2"))[0]
     assert "6 % pp 4 = 2" in check_files(make(*present, "actor.layout.pp=4"))[0]
+    assert "ep 2, but the model is dense" in check_files(make(*present, "actor.layout={dp: 2, ep: 2}"))[0]
+    uneven = "actor.layout={pp: 4, first_stage_layers: 1}"
+    assert "6 - first 1 = 5 layers for the other 3 of pp 4" in check_files(make(*present, uneven))[0]
     assert check_files(make(*present, "rollout.tensor_parallel_size=2")) == [
         "rollout.tensor_parallel_size = 2: 9 attention heads % 2 = 1"
     ]

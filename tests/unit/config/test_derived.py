@@ -17,6 +17,7 @@ from rlhf3d.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlhf3d.parallel.layout import ParallelLayout
 
 CONFIG = Config(
     data=DataConfig(train_batch_size=48, max_prompt_length=100, max_response_length=28),
@@ -29,6 +30,13 @@ CONFIG = Config(
     critic=CriticConfig(ppo_mini_batch_size=48, ppo_micro_batch_size_per_gpu=5),
     rollout=RolloutConfig(n=5, engines=3, tensor_parallel_size=2),
 )
+
+
+def test_layout_is_passed_on_whole() -> None:
+    layout = LayoutConfig(tp=2, pp=3, dp=4, vpp=2, ep=8, first_stage_layers=2, last_stage_layers=4)
+    derived = derive(replace(CONFIG, actor=replace(CONFIG.actor, layout=layout)))
+    assert derived.layout == ParallelLayout(2, 3, 4, 2, 8, 2, 4)
+    assert derived.world_size == derived.layout.world_size == 24
 
 
 def test_counts_by_hand() -> None:
