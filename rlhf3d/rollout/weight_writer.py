@@ -1,0 +1,177 @@
+"""Puts new weights into a live vLLM model, in vLLM's own layout: no checkpoint loader, no second copy of the model.
+
+Invariant: after `finish`, every layer computes with what was written since the last one, and nothing of the source
+stays referenced. Most parameters are live storage, and rows are copied into them. vLLM's CPU kernels instead compute
+with packed copies that no write to a parameter reaches: linear layers (whose plain weight is gone), vocabulary heads
+(whose weight may be the embedding's) and experts; those are packed again, by vLLM's own code. `_is_packed` alone
+tells one kind from the other, by looking at the layer. A layout that is neither plain nor known is refused by name.
+Read against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from rlhf3d.models.weights import LocalParam
+
+PLAIN_MOE_BACKENDS = (UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.BATCHED_TRITON)
+"""CUDA expert kernels that compute with [experts, rows, columns] as it was created; others shuffle it in place."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter lives: attribute `leaf` of `layer`."""
+
+    layer: Any
+    leaf: str
+    packed: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self.layer, self.leaf).data
+        return tensor
+
+
+class WeightWriter:
+    """Puts parameters, given whole or in row ranges, into a live vLLM model, packed kernels included.
+
+    One update: for every parameter, `in_place` and copies into it, or `load_packed`; then `finish`. The order of
+    parameters does not matter. The model must not run in between.
+    """
+
+    def __init__(self, model: torch.nn.Module, params: Sequence[LocalParam], dtype: torch.dtype) -> None:
+        """`params` as `engine_params` tells them for this rank; `dtype` is that of the tensors to come.
+
+        Raises RuntimeError naming the parameter whose name, shape or dtype is not the model's, or whose layer keeps
+        it in a layout this class does not know.
+        """
+        self._model = model
+        self._dtype = dtype
+        self._shapes = {param.name: param.shape for param in params}
+        _check_names(model, self._shapes)
+        self._slots = {param.name: _slot(model, param, dtype) for param in params}
+        self._half_experts: dict[RoutedExperts, tuple[str, torch.Tensor]] = {}
+        for param in params:
+            slot = self._slots[param.name]
+            if isinstance(slot.layer, VocabParallelEmbedding):
+                real_rows = max((piece.local_box[0][1] for piece in param.pieces), default=0)
+                slot.tensor[real_rows:].zero_()
+                if not isinstance(slot.layer, ParallelLMHead):
+                    vars(slot.layer).pop("cpu_linear", None)  # a packed copy that nothing multiplies by
+
+    def in_place(self, name: str) -> torch.Tensor | None:
+        """The live storage of a parameter, of its shape, to `copy_` rows into (a bias may be float32: it casts).
+
+        None where a kernel computes with a packed copy alone: `load_packed` then takes the whole tensor.
+        """
+        slot = self._slots[name]
+        return None if slot.packed else slot.tensor
+
+    def load_packed(self, name: str, whole: torch.Tensor) -> None:
+        """Give a packed layer its whole new weight, contiguous, and pack it; `whole` may change afterwards.
+
+        Raises RuntimeError when vLLM did not pack it as at its start: this engine is then unusable.
+        """
+        slot = self._slots[name]
+        assert slot.packed, f"{name} is not packed: write to in_place"
+        assert whole.shape == self._shapes[name] and whole.dtype == self._dtype and whole.is_contiguous(), name
+        if isinstance(slot.layer, RoutedExperts):
+            self._load_experts(name, whole)
+        else:
+            _pack(slot.layer, whole)
+        if slot.tensor.data_ptr() == whole.data_ptr():
+            raise RuntimeError(f"{name}: vLLM kept the plain weight where it kept a packed copy at its start")
+
+    def finish(self) -> None:
+        """Pack what depends on several parameters: heads, tied or not, from the weights now in place.
+
+        Raises RuntimeError when a layer got half of its weights.
+        """
+        if self._half_experts:
+            name, _ = next(iter(self._half_experts.values()))
+            raise RuntimeError(
+                f"{name} came alone: the layer's experts are packed when both of their weights are there"
+            )
+        for layer in self._model.modules():
+            if isinstance(layer, ParallelLMHead):
+                _pack(layer, layer.weight)
+
+    def _load_experts(self, name: str, whole: torch.Tensor) -> None:
+        """Pack a layer's experts when both of their weights are here; the first one waits as a copy."""
+        layer = self._slots[name].layer
+        first, waiting = self._half_experts.pop(layer, (name, whole))
+        if first == name:
+            self._half_experts[layer] = name, whole.clone()
+            return
+        for one, weight in ((first, waiting), (name, whole)):
+            setattr(layer, self._slots[one].leaf, torch.nn.Parameter(weight, requires_grad=False))
+        # The quant method's own update would skip this, and leave plain weights where packed ones are read.
+        layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _pack(layer: Any, weight: torch.Tensor) -> None:
+    """Let vLLM pack `weight` for a linear layer or head; on CUDA there is nothing to pack."""
+    vars(layer).pop("cpu_linear", None)  # frees the old packed copy before the new one is made
+    layer.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=False)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
+    found = {name for name, _ in model.named_parameters()}
+    problems = [
+        f"{problem} {', '.join(sorted(names)[:5])} ({len(names)} in all)"
+        for problem, names in (("lacks", found - set(wanted)), ("has besides", set(wanted) - found))
+        if names
+    ]
+    if problems:
+        raise RuntimeError(f"vLLM's {type(model).__name__} differs: the weight table {' and '.join(problems)}")
+
+
+def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slot:
+    parent, _, leaf = param.name.rpartition(".")
+    layer: Any = model.get_submodule(parent)
+    live = getattr(layer, leaf)
+    # vLLM records parameters (but no biases, which are never packed) before the kernels change them.
+    recorded = get_layerwise_info(layer).restore_metadata[0].get(leaf, live)
+    if tuple(recorded.shape) != param.shape:
+        raise RuntimeError(f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the table")
+    if recorded.dtype != dtype and leaf != "bias":
+        raise RuntimeError(f"{param.name} is {recorded.dtype} in vLLM; the weights to come are {dtype}")
+    packed = _is_packed(layer, live, param.name)
+    if not packed and tuple(live.shape) != param.shape:
+        raise RuntimeError(f"{param.name}: vLLM keeps it as {tuple(live.shape)}, which is no plain {param.shape}")
+    return _Slot(layer, leaf, packed)
+
+
+def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
+    """Whether kernels compute with a packed copy only. Raises RuntimeError for a layout this file does not know."""
+    method: Any = getattr(layer, "quant_method", None)
+    if type(method) is UnquantizedFusedMoEMethod:
+        backend = method.unquantized_backend
+        if backend == UnquantizedMoeBackend.CPU and not method.moe_kernel.fused_experts._use_zentorch:
+            return True
+        if backend in PLAIN_MOE_BACKENDS and live.device.type == "cuda" and live.is_contiguous():
+            return False
+        raise RuntimeError(
+            f"{name}: vLLM's {backend.value} kernels keep experts in a layout of their own, which cannot be written "
+            f"to; start the engine with moe_backend='triton'"
+        )
+    if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        raise RuntimeError(
+            f"{name}: weights of {type(method).__name__} cannot be written to; only unquantised ones can"
+        )
+    return live.numel() == 0
