@@ -35,11 +35,18 @@ class Case:
     overlap: bool = False
     recompute: bool = False
     micro_batch_size: int = 2
-    heads: int = 4
+    ep: int = 1
+    model: str = "heads4"
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(self.tp, self.pp, self.dp, self.vpp or 1, self.ep)
 
     def __str__(self) -> str:
         flags = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", f"mbs{self.micro_batch_size}"]
         flags += [f"vpp{self.vpp}"] if self.vpp else []
+        flags += [f"ep{self.ep}"] if self.ep > 1 else []
+        flags += [self.model] if self.model != "heads4" else []
         names = ("sp", "overlap", "recompute")
         return "-".join(
             flags + [n for n in names if getattr(self, n)] + ([] if self.distributed_optimizer else ["ddp"])
@@ -62,8 +69,12 @@ CASES = [
     Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1),
     Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
-    Case(tp=3, pp=2, heads=9),
-    Case(tp=1, pp=1, heads=9),
+    Case(tp=3, pp=2, model="heads9"),
+    Case(tp=1, pp=1, model="heads9"),
+    Case(dp=2, ep=2, model="experts"),
+    Case(tp=2, sp=True, model="experts"),
+    Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts"),
+    Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute=True, model="experts"),
 ]
 
 
@@ -100,7 +111,7 @@ def ppo_update(rank: int, port: int, case: Case, folder: Path) -> dict:
     from rlhf3d.parallel.platform import choose_platform
 
     torch.set_num_threads(1)
-    layout = ParallelLayout(case.tp, case.pp, case.dp, case.vpp or 1)
+    layout = case.layout
     platform = choose_platform("cpu")
     initialize_megatron(
         layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
@@ -154,8 +165,7 @@ def ppo_update(rank: int, port: int, case: Case, folder: Path) -> dict:
 
 def assemble(case: Case, results: list[dict], role: str) -> dict:
     """What the driver would see: outputs by row, metrics summed, weights by HF name."""
-    layout = ParallelLayout(case.tp, case.pp, case.dp, case.vpp or 1)
-    last = [results[rank][role] for rank in layout.collectors()]
+    last = [results[rank][role] for rank in case.layout.collectors()]
     merged: dict = {"grad_norm": last[0]["grad_norm"], "outputs": {}, "after": {}, "weights": {}}
     for key in ("outputs", "after"):
         for part in last:
@@ -179,32 +189,32 @@ def full_tensor(pieces: list) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """A tied model with 4 heads, and one with SmolLM2's 9 heads and 3 KV heads."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied model with 4 heads, one with SmolLM2's 9 heads and 3 KV heads, and a mixture of experts."""
     root = tmp_path_factory.mktemp("models")
     return {
-        4: make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=8),
-        9: make_tiny_model(root / "h9", heads=9, kv_heads=3, hidden=72, ffn=96, vocab=120, layers=4),
+        "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=8),
+        "heads9": make_tiny_model(root / "h9", heads=9, kv_heads=3, hidden=72, ffn=96, vocab=120, layers=4),
+        "experts": make_tiny_model(root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False),
     }
 
 
 @pytest.fixture(scope="module")
-def references(folders: dict[int, Path]) -> dict[int, dict]:
+def references(folders: dict[str, Path]) -> dict[str, dict]:
     """One process, whole mini-batches at once."""
     case = Case(micro_batch_size=SEQUENCES // 2)
     return {
-        heads: {role: assemble(case, results, role) for role in ("policy", "value")}
-        for heads, folder in folders.items()
+        model: {role: assemble(case, results, role) for role in ("policy", "value")}
+        for model, folder in folders.items()
         for results in [run_ranks(1, ppo_update, case, folder)]
     }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_update_in_every_layout(case: Case, folders: dict[int, Path], references: dict[int, dict]) -> None:
-    layout = ParallelLayout(case.tp, case.pp, case.dp)
-    results = run_ranks(layout.world_size, ppo_update, case, folders[case.heads])
+def test_same_update_in_every_layout(case: Case, folders: dict[str, Path], references: dict[str, dict]) -> None:
+    results = run_ranks(case.layout.world_size, ppo_update, case, folders[case.model])
     for role in ("policy", "value"):
-        ours, theirs = assemble(case, results, role), references[case.heads][role]
+        ours, theirs = assemble(case, results, role), references[case.model][role]
         worst_loss = max(abs(ours["metrics"][n] - theirs["metrics"][n]) for n in theirs["metrics"])
         worst_norm = abs(ours["grad_norm"] - theirs["grad_norm"]) / theirs["grad_norm"]
         assert ours["weights"].keys() == theirs["weights"].keys()
@@ -221,7 +231,7 @@ def test_same_update_in_every_layout(case: Case, folders: dict[int, Path], refer
                 torch.testing.assert_close(ours[key][name], value, rtol=0, atol=2e-5)
 
 
-def test_the_update_moves_the_weights(folders: dict[int, Path], references: dict[int, dict]) -> None:
+def test_the_update_moves_the_weights(folders: dict[str, Path], references: dict[str, dict]) -> None:
     for role in ("policy", "value"):
-        before, after = references[4][role]["outputs"], references[4][role]["after"]
+        before, after = references["heads4"][role]["outputs"], references["heads4"][role]["after"]
         assert all(float((before[name] - after[name]).abs().max()) > 1e-3 for name in before)
