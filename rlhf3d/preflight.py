@@ -108,8 +108,8 @@ def _compare_cuda(config: Config, derived: Derived, machine: Machine, footprint:
                 f"raise actor.layout.tp, pp or dp, or lower the utilization"
             )
     processes = local + math.ceil(derived.engine_ranks / nodes)
-    problems += _compare_memory(machine, processes * CUDA_PROCESS_GIB + 2 * footprint.weights_gib)
-    return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + footprint.weights_gib)
+    problems += _compare_memory(machine, processes * CUDA_PROCESS_GIB + _sync_gib(config))
+    return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + _sync_gib(config))
 
 
 def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
@@ -118,7 +118,12 @@ def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: 
     engine = CPU_ENGINE_GIB * config.rollout.tensor_parallel_size + 2 * footprint.weights_gib
     engines = config.rollout.engines * (engine + config.rollout.kv_cache_gib)
     problems = _compare_memory(machine, training + engines)
-    return problems + _compare_shared_memory(machine, SHARED_MEMORY_GIB + footprint.weights_gib)
+    return problems + _compare_shared_memory(machine, SHARED_MEMORY_GIB + _sync_gib(config))
+
+
+def _sync_gib(config: Config) -> float:
+    """Shared memory of weight syncs and exports: two buckets for each tensor-parallel rank of vLLM and the reader."""
+    return 2 * (config.rollout.tensor_parallel_size + 1) * config.rollout.sync_bucket_mib / 1024
 
 
 def _compare_memory(machine: Machine, needed_gib: float) -> list[str]:

@@ -33,7 +33,7 @@ class CheckpointWriter:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         train.call_all("save_checkpoint", "save", str(partial.resolve()))
-        write_hf_folder(partial / "hf", sync.staged_tensors(), Path(self.config.model.path))
+        write_hf_folder(partial / "hf", sync.export_tensors(), Path(self.config.model.path))
         (partial / "driver.json").write_text(json.dumps({"step": step, **state}, indent=1))
         (partial / "config.yaml").write_text(config_to_yaml(self.config))
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": _sizes(partial)}

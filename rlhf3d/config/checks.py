@@ -32,6 +32,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "algorithm.adv_estimator": ADV_ESTIMATORS,
     "algorithm.kl_penalty": KL_TYPES,
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "rollout.placement": ("colocated", "disaggregated"),
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
@@ -41,15 +42,16 @@ AT_LEAST_1 = (
     "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_epochs rollout.n rollout.engines "
-    "rollout.tensor_parallel_size rollout.max_num_seqs rollout.threads algorithm.kl_ctrl.horizon "
-    "reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
+    "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
+    "algorithm.kl_ctrl.horizon reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
 ).split()
 ABOVE_0 = (
     "actor.optim.lr actor.optim.eps critic.optim.lr critic.optim.eps actor.clip_ratio actor.clip_ratio_low "
     "actor.clip_ratio_high critic.cliprange_value rollout.temperature rollout.kv_cache_gib "
-    "rollout.gpu_memory_utilization rollout.canary_max_abs_diff algorithm.kl_ctrl.target_kl reward.timeout_s "
-    "validation.temperature trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
+    "rollout.gpu_memory_utilization rollout.sync_timeout_s rollout.canary_max_abs_diff "
+    "algorithm.kl_ctrl.target_kl reward.timeout_s validation.temperature "
+    "trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
 ).split()
 NOT_NEGATIVE = (
     "actor.optim.min_lr actor.optim.lr_warmup_steps actor.optim.weight_decay actor.optim.clip_grad "

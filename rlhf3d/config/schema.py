@@ -162,6 +162,10 @@ class RolloutConfig:
     """vLLM engines that share the prompts."""
     tensor_parallel_size: int = 1
     """vLLM ranks an engine."""
+    expert_parallel: bool = False
+    """Give each vLLM rank whole experts instead of a share of every expert."""
+    placement: str = "colocated"
+    """colocated: engines on the devices that train; disaggregated: on devices of their own."""
     dtype: str = "auto"
     """Weight dtype of the engines: bfloat16, float32, or auto: the platform's fastest."""
     max_num_seqs: int = 64
@@ -174,6 +178,10 @@ class RolloutConfig:
     """CPU threads an engine rank; null for all cores over all engine ranks (trainers sleep meanwhile)."""
     enforce_eager: bool = True
     """Skip torch.compile and CUDA graphs."""
+    sync_bucket_mib: int = 64
+    """Weights travel in buckets of at most so many MiB: two per engine rank are the only extra memory of a sync."""
+    sync_timeout_s: float = 300.0
+    """Deadline of one weight sync."""
     canary_steps: int = 3
     """Verify engine log-probs against Megatron's after the sync of the first so many steps (and at every resume)."""
     canary_every: int = 0

@@ -24,6 +24,7 @@ from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
 from rlhf3d.models.megatron import (
     HEADS,
     Role,
+    bound_params,
     build_chunks,
     export_pieces,
     load_hf_weights,
@@ -213,6 +214,12 @@ class MegatronEngine:
         """(HF tensor, box in it, view of the local weight) of all that this rank is the one to export."""
         context = self.context
         return export_pieces(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
+
+    def params(self) -> dict[tuple[int, str], torch.nn.Parameter]:
+        """(model chunk, name in the weight table) -> local weights."""
+        context = self.context
+        bound = bound_params(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
+        return {(chunk, entry.name): param for chunk, entry, param in bound}
 
     def _outputs(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
         """Per-response-token outputs [T] of the last stage, in fp32."""

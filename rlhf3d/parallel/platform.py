@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import megatron_patches
 
 if TYPE_CHECKING:
     import torch
+
+    from rlhf3d.models.weights import SpecStyle
+    from rlhf3d.resharding.sites import Sites
 
 _GIB = 1 << 30
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -31,8 +35,10 @@ class Platform(ABC):
 
     kind: ClassVar[str]
     """cpu or cuda."""
-    dist_backend: ClassVar[str]
-    """torch.distributed back end: gloo or nccl."""
+    dist_backend: ClassVar[Literal["gloo", "nccl"]]
+    """torch.distributed back end."""
+    spec_style: ClassVar[SpecStyle]
+    """Whose parameter names `layer_spec` gives rise to."""
     resource: ClassVar[str]
     """Ray resource that one training rank occupies."""
 
@@ -40,6 +46,10 @@ class Platform(ABC):
     def ray_resources(self) -> dict[str, float]:
         """Ray resources of one training rank, as in a placement group bundle."""
         return {self.resource: 1.0}
+
+    @abstractmethod
+    def sites(self, node_of_rank: Sequence[int]) -> Sites:
+        """What counts as one device to a weight sync, for training ranks on these nodes (numbered from 0)."""
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
@@ -82,7 +92,13 @@ class CPUPlatform(Platform):
 
     kind = "cpu"
     dist_backend = "gloo"
+    spec_style = "local"
     resource = "CPU"
+
+    def sites(self, node_of_rank: Sequence[int]) -> Sites:
+        from rlhf3d.resharding.sites import Sites
+
+        return Sites.hosts(node_of_rank)
 
     def device(self, local_rank: int) -> torch.device:
         import torch
@@ -127,7 +143,13 @@ class CUDAPlatform(Platform):
 
     kind = "cuda"
     dist_backend = "nccl"
+    spec_style = "te"
     resource = "GPU"
+
+    def sites(self, node_of_rank: Sequence[int]) -> Sites:
+        from rlhf3d.resharding.sites import Sites
+
+        return Sites(tuple(range(len(node_of_rank))), tuple(node_of_rank))
 
     def device(self, local_rank: int) -> torch.device:
         import torch

@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf3d.config.schema import Config
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
-from rlhf3d.resharding.staging import StagingPlan
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
 
@@ -45,9 +45,11 @@ class RolloutGroup:
         calls = {f"engine {i}": engine.__ray_ready__.remote() for i, engine in enumerate(self.engines)}
         gather("start vLLM", calls, self.startup_timeout_s)
 
+    def _start_all(self, method: str, *args: object) -> dict[str, ray.ObjectRef]:
+        return {f"engine {i}": getattr(engine, method).remote(*args) for i, engine in enumerate(self.engines)}
+
     def _on_all(self, phase: str, method: str, *args: object) -> list:
-        calls = {f"engine {i}": getattr(e, method).remote(*args) for i, e in enumerate(self.engines)}
-        return gather(phase, calls, self.timeout_s)
+        return gather(phase, self._start_all(method, *args), self.timeout_s)
 
     def generate(self, phase: str, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion a request; requests are dealt to the engines in turn."""
@@ -63,13 +65,21 @@ class RolloutGroup:
         assert all(c is not None for c in completions), "an engine dropped a request"
         return [c for c in completions if c is not None]
 
-    def update_weights(self, plan: StagingPlan, path: str, policy_version: int) -> list[SyncReport]:
-        """Load the staged weights into every engine; they serve only after `publish`."""
-        return self._on_all("sync_weights", "update_weights", plan, path, policy_version)
+    def start_open_weights(self, setup: SyncSetup, meeting: tuple[str, int] | None) -> dict[str, ray.ObjectRef]:
+        """Start to open every engine's end of the weight stream."""
+        return {f"engine {i}": engine.open_weights.remote(setup, i, meeting) for i, engine in enumerate(self.engines)}
+
+    def start_update_weights(self, policy_version: int, sync: int) -> dict[str, ray.ObjectRef]:
+        """Start to load a sync into every engine (SyncReport each); they serve only after `publish`."""
+        return self._start_all("update_weights", policy_version, sync)
 
     def score(self, sequences: list[list[int]], temperature: float) -> list[list[list[float]]]:
         """Per engine, log-probs of each sequence's tokens after the first, under the loaded weights."""
         return self._on_all("sync_weights (canary)", "score", sequences, temperature)
+
+    def cached_tokens(self) -> list[int]:
+        """Per engine, see `RolloutEngine.cached_tokens`."""
+        return self._on_all("sync_weights (canary)", "cached_tokens")
 
     def publish(self, policy_version: int) -> None:
         """Let the engines serve these weights."""

@@ -64,10 +64,18 @@ class TrainGroup:
         at = self.layout.coords(rank)
         return f"rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp})"
 
+    def start_all(self, method: str, *args: Any) -> dict[str, ray.ObjectRef]:
+        """Start the same call on every rank, by name."""
+        return {self._name(r): getattr(w, method).remote(*args) for r, w in enumerate(self.workers)}
+
     def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
         """The same call on every rank; results by rank."""
-        calls = {self._name(r): getattr(w, method).remote(*args) for r, w in enumerate(self.workers)}
-        return gather(phase, calls, self.timeout_s)
+        return gather(phase, self.start_all(method, *args), self.timeout_s)
+
+    def meeting_place(self) -> tuple[str, int]:
+        """Address and free port of rank 0's host."""
+        address, port = gather("start", {self._name(0): self.workers[0].rendezvous.remote()}, self.timeout_s)[0]
+        return address, port
 
     def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
         """One argument list a data-parallel rank; results of the last stages, by data-parallel rank."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rlhf3d.batching.dispatch import MiniBatch
     from rlhf3d.engine.megatron_engine import MegatronEngine
     from rlhf3d.engine.microbatch import UpdateResult
-    from rlhf3d.resharding.staging import StagingPlan
+    from rlhf3d.resharding.sending import SendReport, WeightSender
+    from rlhf3d.resharding.setup import SyncSetup
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class TrainWorker:
         setup_logging(Path(setup.output_dir), f"rank_{setup.rank}")
         self.platform = choose_platform(setup.config.cluster.platform)
         self.engines: dict[str, MegatronEngine] = {}
+        self.streams: dict[str, WeightSender] = {}
+
+    def node(self) -> str:
+        """Ray's id of the node this rank is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def rendezvous(self) -> tuple[str, int]:
         """Address at which the ranks meet; asked of rank 0."""
@@ -129,11 +135,30 @@ class TrainWorker:
             batch, mini_batches, ValueObjective(critic.cliprange_value, critic.loss_agg_mode)
         )
 
-    def stage_weights(self, plan: StagingPlan, path: str, policy_version: int) -> int:
-        """Write this rank's share of the actor's weights into the staging area; bytes written."""
-        from rlhf3d.resharding.send import stage_weights
+    def create_stream(self, setup: SyncSetup) -> None:
+        """Make what this rank owns of a weight stream."""
+        from rlhf3d.resharding.sending import WeightSender
 
-        return stage_weights(self.engines["actor"], plan, path, policy_version)
+        self.streams[setup.name] = WeightSender(setup, self.setup.rank, self.engines["actor"].params())
+
+    def open_stream(self, name: str, meeting: tuple[str, int] | None) -> None:
+        """Open what others own; `meeting` is where the senders of messages meet, if there are any."""
+        from rlhf3d.resharding.messages import Group
+
+        stream = self.streams[name]
+        group = None
+        if meeting is not None:
+            setup = stream.setup
+            group = Group(setup.backend, self.setup.rank, setup.message_ranks, *meeting, setup.timeout_s)
+        stream.open(group)
+
+    def seal_stream(self, name: str) -> None:
+        """Every process has opened the stream."""
+        self.streams[name].seal()
+
+    def send_weights(self, name: str, policy_version: int, sync: int) -> SendReport:
+        """Send this rank's share of the actor's weights."""
+        return self.streams[name].send(policy_version, sync)
 
     def save(self, folder: str) -> None:
         """Write this rank's share of a sharded checkpoint of every trainable model."""

@@ -79,7 +79,7 @@ def plan_buckets(table: Sequence[LocalParam], itemsize: int, budget_bytes: int) 
             room = max(0, budget_bytes - used) // row_bytes
             fits_alone = (stop - start) * row_bytes <= budget_bytes
             if segments and (room == 0 or (fits_alone and room < stop - start)):
-                buckets.append(Bucket(tuple(segments), used))
+                buckets.append(Bucket(tuple(segments), min(used, budget_bytes)))
                 segments, used = [], 0
                 continue
             end = min(stop, start + room)
@@ -88,7 +88,7 @@ def plan_buckets(table: Sequence[LocalParam], itemsize: int, budget_bytes: int) 
             used = _align(used + (end - start) * row_bytes)
             start = end
     if segments:
-        buckets.append(Bucket(tuple(segments), used))
+        buckets.append(Bucket(tuple(segments), min(used, budget_bytes)))
     return tuple(buckets)
 
 

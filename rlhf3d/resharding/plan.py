@@ -238,21 +238,21 @@ def build_plan(
     return ReshardPlan(shards, sites, tables, destinations, bundles, shares)
 
 
-def _sources(shards: TrainingShards) -> dict[str, dict[Box, list[tuple[Source, int]]]]:
-    """Tensor -> block -> where it lies, with the number of the piece it came from."""
-    found: dict[str, dict[Box, list[tuple[Source, int]]]] = defaultdict(lambda: defaultdict(list))
+def _sources(shards: TrainingShards) -> dict[str, dict[Box, list[Source]]]:
+    """Tensor -> block -> where it lies."""
+    found: dict[str, dict[Box, list[Source]]] = defaultdict(lambda: defaultdict(list))
     for shard, chunks in enumerate(shards.tables):
         for chunk, params in enumerate(chunks):
             for param in params:
-                for number, piece in enumerate(param.pieces):
+                for piece in param.pieces:
                     source = Source(shard, chunk, param.name, piece.local_box)
-                    found[piece.hf_name][piece.hf_box].append((source, number))
+                    found[piece.hf_name][piece.hf_box].append(source)
     return found
 
 
 def _bundles(
     table: Sequence[LocalParam],
-    sources: Mapping[str, Mapping[Box, list[tuple[Source, int]]]],
+    sources: Mapping[str, Mapping[Box, list[Source]]],
     shards: TrainingShards,
 ) -> tuple[Bundle, ...]:
     cells: dict[tuple[int, ...], list[Cell]] = defaultdict(list)
@@ -264,7 +264,7 @@ def _bundles(
                 if common is None:
                     continue
                 covered += volume(common)
-                inner = tuple(_within(source, held, common) for source, _ in places)
+                inner = tuple(_within(source, held, common) for source in places)
                 cell = Cell(piece.hf_name, common, number, locate(piece, common), inner)
                 cells[tuple(sorted({source.shard for source in inner}))].append(cell)
             assert covered == volume(piece.hf_box), (
@@ -312,12 +312,10 @@ def _share_out(
     destinations: Sequence[Destination], bundles: Sequence[Sequence[Bundle]], sites: Sites
 ) -> tuple[tuple[tuple[Share, ...], ...], ...]:
     """Choose the senders of every bundle to every destination, so that those of a pool send equally much."""
-    pools: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     demand: dict[tuple[int, ...], int] = defaultdict(int)
     for place in destinations:
         for number, bundle in enumerate(bundles[place.index]):
             pool = _pool(bundle.holders, place, sites)
-            pools.setdefault((place.index, number), []).append(pool)
             demand[(place.index, number, *pool)] += 1
     taken: dict[tuple[int, ...], int] = defaultdict(int)
     shares = []

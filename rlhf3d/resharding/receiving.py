@@ -37,6 +37,19 @@ class Inbox(Protocol):
         """The bucket's memory may be overwritten."""
 
 
+class Writer(Protocol):
+    """What takes the weights; see `rlhf3d.rollout.weight_writer.WeightWriter`."""
+
+    def in_place(self, name: str) -> torch.Tensor | None:
+        """Live storage of a parameter, or None where it must be given whole."""
+
+    def load_packed(self, name: str, whole: torch.Tensor) -> None:
+        """Take a whole parameter, whose memory may change afterwards."""
+
+    def finish(self) -> None:
+        """All parameters were given."""
+
+
 class RingInbox:
     """Buckets in shared memory."""
 
@@ -67,15 +80,17 @@ class RingInbox:
 class MessageInbox:
     """Buckets put together from messages."""
 
-    def __init__(self, setup: SyncSetup, dst: int, group: Group) -> None:
+    def __init__(self, setup: SyncSetup, dst: int, group: Group, device: torch.device) -> None:
         self.group, self.dtype = group, getattr(torch, setup.dtype)
         self.senders = setup.plan.senders_to(dst)
         self.layouts = [
             [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)] for sender in self.senders
         ]
         longest = [max(layout.num_bytes for layout in layouts) for layouts in self.layouts]
-        self.messages = [torch.empty(size, dtype=torch.uint8) for size in longest]
-        self.slot = torch.empty(max(bucket.num_bytes for bucket in setup.buckets(dst)), dtype=torch.uint8)
+        self.messages = [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
+        self.slot = torch.empty(
+            max(bucket.num_bytes for bucket in setup.buckets(dst)), dtype=torch.uint8, device=device
+        )
 
     def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
         layouts = [layouts[number] for layouts in self.layouts]
@@ -137,6 +152,23 @@ class WeightReceiver:
                 yield segment, self._view(slot, segment)
             self.inbox.done(number, sync)
 
+    def load(self, writer: Writer, policy_version: int, sync: int) -> None:
+        """Put a sync's weights into a live model as they come."""
+        whole: torch.Tensor | None = None
+        for segment, rows in self.stream(policy_version, sync):
+            param = self.table[segment.param]
+            live = writer.in_place(param.name)
+            if live is not None:
+                live[slice(*segment.rows)].copy_(rows)
+            elif segment.whole:
+                writer.load_packed(param.name, rows)
+            else:
+                whole = self._assemble(whole, segment, rows)
+                if segment.rows[1] == real_rows(param):
+                    writer.load_packed(param.name, whole)
+                    whole = None
+        writer.finish()
+
     def stream_params(self, policy_version: int, sync: int) -> Iterator[tuple[LocalParam, torch.Tensor]]:
         """Verified whole parameters in order, padding zero; a tensor is valid until the next is asked for."""
         partial: torch.Tensor | None = None
@@ -145,15 +177,20 @@ class WeightReceiver:
             if segment.whole:
                 yield param, rows
                 continue
-            if partial is None:
-                partial = torch.zeros(param.shape, dtype=self.dtype)
-            partial[slice(*segment.rows)].copy_(rows)
+            partial = self._assemble(partial, segment, rows)
             if segment.rows[1] == real_rows(param):
                 yield param, partial
                 partial = None
         for param in self.table:
             if not real_rows(param):  # a rank whose share of the vocabulary is all padding
                 yield param, torch.zeros(param.shape, dtype=self.dtype)
+
+    def _assemble(self, whole: torch.Tensor | None, segment: Segment, rows: torch.Tensor) -> torch.Tensor:
+        """A parameter that comes in several buckets, padding zero."""
+        if whole is None:
+            whole = torch.zeros(self.table[segment.param].shape, dtype=self.dtype, device=rows.device)
+        whole[slice(*segment.rows)].copy_(rows)
+        return whole
 
     def _check(self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int) -> None:
         where = f"{copy.tensor}{show(copy.hf_box)} from training rank {copy.sender}"

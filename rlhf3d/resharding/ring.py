@@ -4,6 +4,8 @@ Invariant: a slot is overwritten only when every reader has taken what was in it
 filled it; each wait has a deadline that names who is waited for. The file is unlinked as soon as all have opened it,
 so that its memory goes with its processes, however they end.
 
+On GPUs the slots are device memory that processes on one GPU share by CUDA IPC, and the rest stays in the file.
+
 File: digest, padded | filled [senders] | taken [readers] | fingerprint table [senders, rows, 2] | slots. Counters are
 numbers of buckets since the ring was made. The table holds (policy version, fingerprint) of each copy of a sync.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
 from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingShape
 
@@ -45,6 +49,7 @@ class Ring:
         self._filled = self._numbers(RING_HEADER_BYTES, senders)
         self._taken = self._numbers(RING_HEADER_BYTES + 8 * senders, readers)
         self._table = self._numbers(shape.table_offset, 2 * senders * shape.rows).view(senders, shape.rows, 2)
+        self._slots = self._bytes[shape.slots_offset :]
 
     @classmethod
     def create(cls, shape: RingShape) -> Ring:
@@ -64,6 +69,8 @@ class Ring:
                 f"{path} needs {shape.total_bytes / 2**20:.0f} MiB of shared memory ({error.strerror}): free or "
                 "enlarge it (docker run --shm-size), or lower rollout.sync_bucket_mib",
             ) from error
+        if shape.on_gpu:
+            ring._slots = _share_gpu_memory(SLOTS * shape.slot_stride, ring._slots)
         ring._digest.fill_(shape.digest)
         ring._filled.zero_()
         ring._taken.zero_()
@@ -81,13 +88,16 @@ class Ring:
             raise SyncError(f"{path} was made for another plan: its size differs")
         ring = cls(shape, path, fd)
         if int(ring._digest) != shape.digest:
+            ring.close()
             raise SyncError(f"{path} was made for another plan: its digest differs")
+        if shape.on_gpu:
+            ring._slots = _open_gpu_memory(ring._slots)
         return ring
 
     def slot(self, number: int) -> torch.Tensor:
         """Memory of bucket `number` (counted since the ring was made), uint8 [slot_bytes]."""
-        start = self.shape.slots_offset + number % SLOTS * self.shape.slot_stride
-        return self._bytes[start : start + self.shape.slot_bytes]
+        start = number % SLOTS * self.shape.slot_stride
+        return self._slots[start : start + self.shape.slot_bytes]
 
     def wait_free(self, number: int, deadline: float) -> None:
         """Wait until every reader has taken what was in the slot of bucket `number`."""
@@ -95,6 +105,7 @@ class Ring:
 
     def fill(self, sender: int, number: int) -> None:
         """`sender` has put its part into bucket `number`."""
+        self._finish_copies()
         self._filled[sender] = number + 1
 
     def wait_filled(self, number: int, deadline: float) -> None:
@@ -112,6 +123,7 @@ class Ring:
 
     def take(self, reader: int, number: int) -> None:
         """`reader` is done with bucket `number`."""
+        self._finish_copies()
         self._taken[reader] = number + 1
 
     def unlink(self) -> None:
@@ -122,9 +134,14 @@ class Ring:
         """Unmap. Raises BufferError while a view is alive, which would otherwise become a dangling pointer."""
         if self._mmap.closed:
             return
-        self._bytes = self._digest = self._filled = self._taken = self._table = torch.empty(0)
+        self._slots = self._bytes = self._digest = self._filled = self._taken = self._table = torch.empty(0)
         self._mmap.close()
         os.close(self._fd)
+
+    def _finish_copies(self) -> None:
+        """On a GPU copies are only queued; another process may not be told before they have run."""
+        if self.shape.on_gpu:
+            torch.cuda.current_stream().synchronize()
 
     def _numbers(self, offset: int, count: int) -> torch.Tensor:
         return self._bytes[offset : offset + 8 * count].view(torch.int64)
@@ -143,6 +160,24 @@ class Ring:
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _share_gpu_memory(num_bytes: int, handle: torch.Tensor) -> torch.Tensor:
+    """Memory on the current GPU; its pickled IPC handle is written to `handle`."""
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    pickled = pickle.dumps(reduce_tensor(memory))
+    assert len(pickled) + 8 <= handle.numel(), f"an IPC handle of {len(pickled)} bytes"
+    handle[:8].view(torch.int64).fill_(len(pickled))
+    handle[8 : 8 + len(pickled)] = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
+    return memory
+
+
+def _open_gpu_memory(handle: torch.Tensor) -> torch.Tensor:
+    """The memory that another process on this GPU shared."""
+    size = int(handle[:8].view(torch.int64))
+    rebuild, arguments = pickle.loads(handle[8 : 8 + size].numpy().tobytes())
+    memory: torch.Tensor = rebuild(*arguments)
+    return memory
 
 
 def _remove_abandoned() -> None:

@@ -44,13 +44,16 @@ class SendReport:
 class WeightSender:
     """One training rank's end of a stream."""
 
-    def __init__(self, setup: SyncSetup, rank: int, params: Params, group: Group | None = None) -> None:
+    def __init__(self, setup: SyncSetup, rank: int, params: Params) -> None:
         """Make the shared memory this rank owns; `open` comes when all ranks have done so.
 
-        `params` are read anew at each sync. `group` is needed where messages are.
+        `params` are read anew at each sync.
         """
-        self.setup, self.rank, self.params, self.group = setup, rank, params, group
+        self.setup, self.rank, self.params = setup, rank, params
+        self.group: Group | None = None
         self.dtype: torch.dtype = getattr(torch, setup.dtype)
+        # gloo sends from host memory.
+        self._device = next(iter(params.values())).device if setup.backend == "nccl" else torch.device("cpu")
         self._rings: dict[int, Ring] = {}
         self._near: list[_RingOutbox] = []
         self._far: list[_MessageOutbox] = []
@@ -60,9 +63,10 @@ class WeightSender:
             if setup.owner(dst) == rank:
                 self._rings[dst] = Ring.create(setup.ring_shape(dst))
 
-    def open(self) -> None:
-        """Open what others own, and get ready to send."""
+    def open(self, group: Group | None = None) -> None:
+        """Open what others own, and get ready to send; `group` carries the messages, where there are any."""
         setup, rank = self.setup, self.rank
+        self.group = group
         for place in setup.plan.destinations:
             dst, senders = place.number, setup.plan.senders_to(place.number)
             owner = None if place.device is None else setup.owner(dst)
@@ -71,11 +75,11 @@ class WeightSender:
                 self._near.append(_RingOutbox(ring, senders.index(rank), setup.copies(dst, rank), self.dtype))
             elif rank in senders:
                 peer = setup.plan.shards.world_size + dst if owner is None else owner
-                self._far.append(_MessageOutbox(setup, dst, rank, peer, self.dtype))
+                self._far.append(_MessageOutbox(setup, dst, rank, peer, self.dtype, self._device))
             if rank == owner:
                 far = [sender for sender in senders if not setup.is_near(sender, dst)]
                 self._relays += [
-                    _Relay(setup, dst, sender, senders.index(sender), self._rings[dst], self.dtype) for sender in far
+                    _Relay(setup, dst, sender, senders.index(sender), self._rings[dst], self._device) for sender in far
                 ]
         assert self.group or not (self._far or self._relays), "messages need a group"
 
@@ -167,13 +171,15 @@ class _RingOutbox:
 class _MessageOutbox:
     """Writes messages to one destination."""
 
-    def __init__(self, setup: SyncSetup, dst: int, rank: int, peer: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, setup: SyncSetup, dst: int, rank: int, peer: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         copies = setup.copies(dst, rank)
         self.peer, self.dtype = peer, dtype
         self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
         self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
         size = max(layout.num_bytes for layout in self.layouts)
-        self.buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def fill(self, number: int, version: int, block: Block) -> torch.Tensor:
         layout = self.layouts[number]
@@ -188,12 +194,16 @@ class _MessageOutbox:
 class _Relay:
     """Passes one far sender's messages on into the shared memory of a destination."""
 
-    def __init__(self, setup: SyncSetup, dst: int, sender: int, position: int, ring: Ring, dtype: torch.dtype) -> None:
+    def __init__(
+        self, setup: SyncSetup, dst: int, sender: int, position: int, ring: Ring, device: torch.device
+    ) -> None:
         copies = setup.copies(dst, sender)
-        self.sender, self.position, self.ring, self.dtype = sender, position, ring, dtype
+        self.sender, self.position, self.ring = sender, position, ring
+        self.dtype: torch.dtype = getattr(torch, setup.dtype)
         self.rounds = len(copies)
-        self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
-        self._buffer = torch.empty(max(layout.num_bytes for layout in self.layouts), dtype=torch.uint8)
+        self.layouts = [MessageLayout.of(some, setup.item_bytes) for some in copies]
+        size = max(layout.num_bytes for layout in self.layouts)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
 
     def buffer(self, number: int) -> torch.Tensor:
         return self._buffer[: self.layouts[number].num_bytes]

@@ -28,6 +28,8 @@ FILE_PREFIX = "rlhf3d-weights-"
 SLOTS = 2
 """Buckets in shared memory: one is filled while the other is read."""
 RING_HEADER_BYTES = 64
+IPC_HANDLE_BYTES = 4096
+"""Room for a pickled CUDA IPC handle."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class RingShape:
     rows: int
     """Copies of the busiest sender in one sync."""
     slot_bytes: int
+    on_gpu: bool
+    """Whether the slots are in the memory of a GPU, shared by CUDA IPC; the rest is in the file."""
     digest: int
     """Of the plan: a process with another plan is refused."""
 
@@ -62,7 +66,7 @@ class RingShape:
     @property
     def total_bytes(self) -> int:
         """Size of the file."""
-        return self.slots_offset + SLOTS * self.slot_stride
+        return self.slots_offset + (IPC_HANDLE_BYTES if self.on_gpu else SLOTS * self.slot_stride)
 
     def path(self) -> Path:
         """In /dev/shm where that exists and has room, else in the temporary folder; the same once the file is there."""
@@ -95,6 +99,8 @@ class SyncSetup:
     expert_parallel: bool = False
     colocated: bool = True
     """Whether engines share devices with training ranks; else they have devices of their own."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """What carries messages; with nccl, buckets and messages are in GPU memory."""
 
     @property
     def item_bytes(self) -> int:
@@ -129,6 +135,7 @@ class SyncSetup:
             readers=tuple(readers) if self.target == "engines" else ("the driver",),
             rows=max(sum(map(len, self.copies(dst, sender))) for sender in senders),
             slot_bytes=max(bucket.num_bytes for bucket in self.buckets(dst)),
+            on_gpu=self.backend == "nccl" and self.target == "engines",
             digest=_digest(self),
         )
 
@@ -141,6 +148,20 @@ class SyncSetup:
         device = self.plan.destinations[dst].device
         assert device is not None, "a destination without a device has no shared memory"
         return min(self.plan.sites.ranks_on(device))
+
+    @property
+    def needs_messages(self) -> bool:
+        """Whether any rank sends to a destination whose shared memory it cannot reach."""
+        return any(
+            not self.is_near(r, d.number) for d in self.plan.destinations for r in self.plan.senders_to(d.number)
+        )
+
+    @property
+    def message_ranks(self) -> tuple[str, ...]:
+        """The processes that send and receive messages, by rank: training ranks, then engine ranks that are apart."""
+        names = [f"training rank {rank}" for rank in range(self.layout.world_size)]
+        apart = [d for d in self.plan.destinations if d.device is None]
+        return (*names, *(f"engine {d.engines[0]} rank {d.index}" for d in apart))
 
     def is_near(self, rank: int, dst: int) -> bool:
         """Whether a training rank can reach a destination's shared memory: it is on the same device."""

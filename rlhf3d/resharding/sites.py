@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import networkx
 
@@ -56,17 +57,10 @@ def assign_engines(
     Raises ValueError when the devices have not room for the engines.
     """
     groups = _node_groups(sites, engine_tp)
-    share, extra = divmod(engines, len(groups))
+    counts = _spread(sites, groups, engines, engine_tp)
     solved: dict[tuple[int, tuple[tuple[int, ...], ...]], list[int]] = {}
     placed: list[tuple[int, ...]] = []
-    for number, devices in enumerate(groups):
-        count = share + (number < extra)
-        if sites.slots is not None and count * engine_tp > sites.slots * len(devices):
-            raise ValueError(
-                f"rollout.engines = {engines} x rollout.tensor_parallel_size = {engine_tp}: {count} engines = "
-                f"{count * engine_tp} ranks for {len(devices)} devices that train; lower one of them, or set "
-                "rollout.placement = disaggregated"
-            )
+    for devices, count in zip(groups, counts, strict=True):
         if count:
             weights = tuple(tuple(overlap(device, index) for index in range(engine_tp)) for device in devices)
             if (count, weights) not in solved:
@@ -78,17 +72,35 @@ def assign_engines(
 
 
 def _node_groups(sites: Sites, engine_tp: int) -> list[list[int]]:
-    """Devices by node; by several neighbouring nodes where one has not room for an engine."""
+    """Devices by node; of several neighbouring nodes where one has not room for an engine."""
     nodes: dict[int, list[int]] = {}
     for device, node in enumerate(sites.node_of_device):
         nodes.setdefault(node, []).append(device)
-    per_group = 1
-    if sites.slots is not None:
-        per_group = -(-engine_tp // (sites.slots * min(map(len, nodes.values()))))
-    ordered = [nodes[node] for node in sorted(nodes)]
-    starts = range(0, len(ordered), per_group)
-    groups = [[device for node in ordered[start : start + per_group] for device in node] for start in starts]
-    return groups if len(ordered) % per_group == 0 or len(groups) == 1 else groups[:-1]
+    groups: list[list[int]] = [[]]
+    for node in sorted(nodes):
+        if _room(sites, groups[-1], engine_tp):
+            groups.append([])
+        groups[-1] += nodes[node]
+    return groups
+
+
+def _room(sites: Sites, devices: Sequence[int], engine_tp: int) -> int | float:
+    """How many engines fit on these devices."""
+    return inf if sites.slots is None and devices else (sites.slots or 0) * len(devices) // engine_tp
+
+
+def _spread(sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_tp: int) -> list[int]:
+    """Engines of each group, as equal as their room allows. Raises ValueError where there are too many."""
+    rooms, counts = [_room(sites, devices, engine_tp) for devices in groups], [0] * len(groups)
+    if engines > sum(rooms):
+        raise ValueError(
+            f"rollout.engines = {engines} x rollout.tensor_parallel_size = {engine_tp}: the "
+            f"{len(sites.node_of_device)} devices that train have room for {sum(rooms)} engines; lower one of them, "
+            "or set rollout.placement = disaggregated"
+        )
+    for _ in range(engines):
+        counts[min((n for n, room in enumerate(rooms) if counts[n] < room), key=counts.__getitem__)] += 1
+    return counts
 
 
 def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int | None) -> list[int]:

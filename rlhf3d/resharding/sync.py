@@ -1,26 +1,28 @@
-"""From trained weights to serving engines: stage, load, check, publish.
+"""From trained weights to serving engines: send, load, check, publish; and whole tensors for an export.
 
 Invariant: an engine serves a `policy_version` only after its weights arrived whole and, on canary steps, after its
-log-probs agreed with Megatron's on the same tokens.
+log-probs agreed with Megatron's on the same tokens and its prefix cache was seen to be empty.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing
 
+import ray
 from torch import Tensor
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import Config
-from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import hf_tensors
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
-from rlhf3d.resharding.send import planned_slices
-from rlhf3d.resharding.staging import StagingArea, plan_staging, staging_path
+from rlhf3d.placement.waiting import gather
+from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
+from rlhf3d.resharding.setup import SyncSetup
 
 CANARY_LIMIT = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -36,21 +38,24 @@ class WeightSync:
         self,
         config: Config,
         spec: ModelSpec,
+        platform: Platform,
         train: TrainGroup,
         rollout: RolloutGroup,
         canary: Sequence[Sequence[int]],
     ) -> None:
-        """`canary`: a few token sequences that both sides score."""
+        """Open the stream between all processes. `canary`: a few token sequences that both sides score."""
         self.config = config.rollout
         self.train, self.rollout = train, rollout
         self.canary = [list(tokens) for tokens in canary]
-        slices = planned_slices(spec, train.layout)
-        self.plan = plan_staging(hf_tensors(spec, "lm"), DTYPES[self.config.dtype], slices)
-        self.path = staging_path(self.plan, f"{os.getpid()}")
-        self.area = StagingArea.create(self.plan, self.path)
+        self.nodes = train.call_all("open weight stream", "node")
+        self.setup = sync_setup(config, spec, train.layout, platform, f"{os.getpid()}", self.nodes)
+        self.export_dtype = config.model.dtype
+        self._exporter: WeightReceiver | None = None
+        self._open_files = ExitStack()
+        self._open(self.setup, rollout)
         self.trained_version = 0
         self.served_version: int | None = None
-        self.syncs = 0
+        self.syncs = self.exports = 0
         limit = self.config.canary_max_abs_diff
         both_fp32 = config.model.dtype == self.config.dtype == "float32"
         self.limit = CANARY_LIMIT["float32" if both_fp32 else "bfloat16"] if limit is None else limit
@@ -67,30 +72,67 @@ class WeightSync:
     def run(self) -> dict[str, float]:
         """Sync; metrics of it. Raises CanaryError or WorkerFailure, and then nothing serves the new version."""
         version = self.trained_version
-        staged = self._stage()
-        reports = self.rollout.update_weights(self.plan, str(self.path), version)
+        sends = self.train.start_all("send_weights", self.setup.name, version, self.syncs)
+        loads = self.rollout.start_update_weights(version, self.syncs)
+        results = gather("sync_weights", {**sends, **loads}, self.train.timeout_s)
+        sent, loaded = results[: len(sends)], results[len(sends) :]
         metrics = {
-            "sync/staged_bytes": float(sum(staged)),
-            "sync/verify_s": max(report.verify_s for report in reports),
-            "sync/load_s": max(report.load_s for report in reports),
+            "sync/sent_bytes": float(sum(report.sent_bytes for report in sent)),
+            "sync/send_s": max(report.send_s for report in sent),
+            "sync/wait_s": max(report.wait_s for report in loaded),
+            "sync/verify_s": max(report.verify_s for report in loaded),
+            "sync/load_s": max(report.load_s for report in loaded),
         }
         every = self.config.canary_every
         if self.syncs < self.config.canary_steps or (every and self.syncs % every == 0):
             metrics["sync/canary_abs_diff"] = self._check_canary()
+            self._check_prefix_cache()
         self.rollout.publish(version)
         self.served_version = version
         self.syncs += 1
         return metrics
 
-    def _stage(self) -> list[int]:
-        """Have every rank write its share of the newest weights; bytes by rank."""
-        return self.train.call_all("sync_weights", "stage_weights", self.plan, str(self.path), self.trained_version)
+    def export_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The newest weights in the training dtype, by HF name."""
+        if self._exporter is None:
+            self._exporter = self._open_export()
+        stream, sync = self._exporter, self.exports
+        self.exports += 1
+        sends = self.train.start_all("send_weights", stream.setup.name, self.trained_version, sync)
+        for param, tensor in stream.stream_params(self.trained_version, sync):
+            yield param.name, tensor.clone()
+        gather("save_checkpoint", sends, self.train.timeout_s)
 
-    def staged_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The newest weights in the engines' dtype, by HF name."""
-        if self.needed:
-            self._stage()
-        yield from self.area.tensors()
+    def close(self) -> None:
+        """Let go of shared memory; other processes' goes with them."""
+        self._open_files.close()
+
+    def _open(self, setup: SyncSetup, rollout: RolloutGroup | None) -> None:
+        """Make and open a stream everywhere; its files have no names afterwards."""
+        phase = "open weight stream"
+        self.train.call_all(phase, "create_stream", setup)
+        meeting = self.train.meeting_place() if setup.needs_messages else None
+        opening = self.train.start_all("open_stream", setup.name, meeting)
+        if rollout is not None:
+            opening |= rollout.start_open_weights(setup, meeting)
+        gather(phase, opening, self.train.timeout_s)
+        if rollout is not None:
+            self.train.call_all(phase, "seal_stream", setup.name)
+
+    def _open_export(self) -> WeightReceiver:
+        mine = ray.get_runtime_context().get_node_id()
+        if self.nodes[0] != mine:
+            raise ValueError(
+                "exporting the actor's weights needs the driver on the node of training rank 0: start `rlhf3d train` "
+                "there, or set trainer.save_at_end = false and trainer.save_freq = 0"
+            )
+        setup = SyncSetup(
+            **{**vars(self.setup), "name": f"{self.setup.name}-export", "dtype": self.export_dtype, "target": "export"}
+        )
+        self._open(setup, None)
+        inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
+        self.train.call_all("open weight stream", "seal_stream", setup.name)
+        return WeightReceiver(setup, 0, inbox)
 
     def _check_canary(self) -> float:
         """Largest over engines of the mean |log-prob difference| on the canary tokens."""
@@ -116,9 +158,33 @@ class WeightSync:
             worst = max(worst, mean)
         return worst
 
-    def close(self) -> None:
-        """Free the staging area."""
-        self.area.unlink()
-        # The frames of an error may still hold views; the mapping then goes with the process.
-        with suppress(BufferError):
-            self.area.close()
+    def _check_prefix_cache(self) -> None:
+        for number, cached in enumerate(self.rollout.cached_tokens()):
+            if cached:
+                raise CanaryError(
+                    f"after the sync of policy {self.trained_version}, engine {number} still took {cached} tokens of a "
+                    "prompt from its prefix cache, computed with older weights: report it"
+                )
+
+
+def sync_setup(
+    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, nodes: Sequence[str]
+) -> SyncSetup:
+    """What the processes of a run agree on; `nodes` is the node of each training rank."""
+    rollout = config.rollout
+    order = list(dict.fromkeys(nodes))
+    return SyncSetup(
+        name=name,
+        spec=spec,
+        layout=layout,
+        style=platform.spec_style,
+        sites=platform.sites([order.index(node) for node in nodes]),
+        dtype=rollout.dtype,
+        bucket_bytes=rollout.sync_bucket_mib << 20,
+        timeout_s=rollout.sync_timeout_s,
+        engines=rollout.engines,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        expert_parallel=rollout.expert_parallel,
+        colocated=rollout.placement == "colocated",
+        backend=platform.dist_backend,
+    )

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rlhf3d.resharding.staging import StagingPlan
+    from rlhf3d.resharding.setup import SyncSetup
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,17 +68,22 @@ class SyncReport:
     """One weight update of one engine."""
 
     policy_version: int
-    num_slices: int
-    num_bytes: int
-    """Bytes of weights in the staging area."""
+    received_bytes: int
+    """Bytes of weights, the largest of its ranks."""
+    wait_s: float
+    """Seconds spent waiting for senders."""
     verify_s: float
     """Seconds to check versions and fingerprints."""
     load_s: float
-    """Seconds to load them into the engine."""
+    """Seconds to put the weights into vLLM's layers, its own packing included."""
 
 
 class RolloutEngine(Protocol):
-    """One engine. `update_weights` loads, `publish` makes it serve: between the two, `score` can check it."""
+    """One engine.
+
+    `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve: between the two, `score`
+    and `cached_tokens` can check it.
+    """
 
     @property
     def policy_version(self) -> int | None:
@@ -89,14 +92,23 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """Sample one completion a request, in order. Raises RuntimeError when nothing is published."""
 
-    def update_weights(self, plan: StagingPlan, path: str | Path, policy_version: int) -> SyncReport:
-        """Verify the staging area and load it. Raises StagingError, with nothing loaded, when it does not verify."""
+    def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
+        """Open this engine's end of the weight stream; it is number `engine` of the setup's."""
+
+    def update_weights(self, policy_version: int, sync: int) -> SyncReport:
+        """Receive, verify and load the stream's sync number `sync`.
+
+        Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing any more.
+        """
 
     def publish(self, policy_version: int) -> None:
         """Serve what was loaded. Raises RuntimeError unless `policy_version` is what was loaded last."""
 
     def score(self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
         """log p(token t | tokens before t) at `temperature` for t = 1, 2, ... of each sequence."""
+
+    def cached_tokens(self) -> int:
+        """How many tokens of a prompt served before would be taken from the prefix cache: 0 right after an update."""
 
     def close(self) -> None:
         """Free the engine and its processes."""

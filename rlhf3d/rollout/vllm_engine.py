@@ -7,17 +7,16 @@ an update until `publish` it refuses to generate. It starts from dummy weights, 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf3d.resharding.staging import StagingArea, StagingPlan
+from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 
-WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.StagedWeightsWorker"
+WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
 class VLLMEngine:
@@ -62,6 +61,7 @@ class VLLMEngine:
         self._max_model_len = max_model_len
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
+        self._served_prompt: Sequence[int] = ()
         self._llm = LLM(
             str(model_path),
             dtype=dtype,
@@ -107,29 +107,22 @@ class VLLMEngine:
             [request.prompt_ids for request in requests],
             [self._params(seed=request.seed, detokenize=False, **common) for request in requests],
         )
+        self._served_prompt = max((request.prompt_ids for request in requests), key=len)
         return [_completion(output.outputs[0], version) for output in outputs]
 
-    def update_weights(self, plan: StagingPlan, path: str | Path, policy_version: int) -> SyncReport:
+    def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
+        """See `RolloutEngine.open_weights`."""
+        self._llm.collective_rpc("open_weights", args=(setup, engine, meeting))
+
+    def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """See `RolloutEngine.update_weights`."""
         self._policy_version = self._loaded_version = None
-        start = time.perf_counter()
-        area = StagingArea.open(plan, path)
-        try:
-            area.verify(policy_version)
-        finally:
-            area.close()
-        verified = time.perf_counter()
-        self._llm.collective_rpc("load_staged_weights", args=(plan, str(path)))
+        ranks = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: are requests running?")
         self._loaded_version = policy_version
-        return SyncReport(
-            policy_version=policy_version,
-            num_slices=len(plan.slices),
-            num_bytes=plan.weight_bytes,
-            verify_s=verified - start,
-            load_s=time.perf_counter() - verified,
-        )
+        slowest = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        return SyncReport(policy_version=policy_version, **slowest)
 
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""
@@ -155,10 +148,18 @@ class VLLMEngine:
             for output, sequence in zip(outputs, token_ids, strict=True)
         ]
 
+    def cached_tokens(self) -> int:
+        """See `RolloutEngine.cached_tokens`; 0 where no prompt was served yet."""
+        if not self._served_prompt:
+            return 0
+        params = self._params(temperature=0.0, max_tokens=1, detokenize=False)
+        return int(self._run([self._served_prompt], [params])[0].num_cached_tokens or 0)
+
     def close(self) -> None:
         """Shut vLLM down and stop its processes; a second call does nothing."""
         if self._llm is not None:
             self._policy_version = self._loaded_version = None
+            self._llm.collective_rpc("close_weights")
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 

@@ -1,51 +1,64 @@
-"""What rlhf3d adds to each vLLM worker: loading from the staging area, and log-probs at a temperature.
+"""What rlhf3d adds to each vLLM worker: its end of the weight stream, and log-probs at a temperature.
 
-Invariant: after `load_staged_weights` every layer computes with the staged weights, packed copies included, and
-nothing of the staging area stays mapped. vLLM mixes this class into its worker by name (worker_extension_cls).
+Invariant: after `receive_weights` every layer computes with the received weights, packed copies included. vLLM mixes
+this class into its worker by name (worker_extension_cls).
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-)
+from vllm.distributed import get_tensor_model_parallel_rank
 
-from rlhf3d.resharding.staging import StagingArea, StagingPlan
+from rlhf3d.resharding.messages import Group
+from rlhf3d.resharding.receiving import MessageInbox, RingInbox, WeightReceiver
+from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.rollout.weight_writer import WeightWriter
 
 
-class StagedWeightsWorker:
+class WeightSyncWorker:
     """Methods for `LLM.collective_rpc`; `self` is vLLM's worker of one rank."""
 
     if TYPE_CHECKING:
         model_runner: Any
-        model_config: Any
         vllm_config: Any
+        device: torch.device
 
-    def load_staged_weights(self, plan: StagingPlan, path: str) -> None:
-        """Load every tensor of the area; each rank copies its own part of it.
+    def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
+        """Open this rank's end of the stream; `meeting` is where the senders of messages meet, if there are any.
 
-        Raises ValueError, naming the parameter, when the plan leaves one without (all of) its weights. After any
-        error here the engine is unusable, half of its layers being loaded: start another.
+        Raises RuntimeError, naming the parameter, where vLLM's model is not what the weight table says.
         """
-        model = self.model_runner.get_model()
-        parameters = {name for name, _ in model.named_parameters()}
-        area = StagingArea.open(plan, path)
+        dst = setup.destination_of(engine, get_tensor_model_parallel_rank())
+        self._weight_writer = WeightWriter(self.model_runner.get_model(), setup.table(dst), getattr(torch, setup.dtype))
+        place = setup.plan.destinations[dst]
+        if setup.colocated:
+            self._weight_inbox: Any = RingInbox(setup, dst, place.engines.index(engine))
+        else:
+            assert meeting is not None, "engines on devices of their own receive messages"
+            rank = setup.layout.world_size + dst
+            group = Group(setup.backend, rank, setup.message_ranks, *meeting, setup.timeout_s)
+            device = self.device if setup.backend == "nccl" else torch.device("cpu")
+            self._weight_inbox = MessageInbox(setup, dst, group, device)
+        self._weight_receiver = WeightReceiver(setup, dst, self._weight_inbox)
+
+    @torch.no_grad()
+    def receive_weights(self, policy_version: int, sync: int) -> dict[str, float]:
+        """Load one sync; where its seconds went. After a SyncError the engine is unusable: half of it is new."""
+        start = time.perf_counter()
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
-            loaded = model.load_weights(area.tensors())
-            missing = sorted(parameters - set(loaded)) + _partly_loaded(model)
-            finalize_layerwise_reload(model, self.model_config)
-        area.close()
-        if missing:
-            raise ValueError(f"the staging plan lacks weights of the engine's {', '.join(missing)}")
-        _repack_tied_heads(model)
+            self._weight_receiver.load(self._weight_writer, policy_version, sync)
+        times = asdict(self._weight_receiver.times)
+        return {**times, "load_s": time.perf_counter() - start - times["wait_s"] - times["verify_s"]}
+
+    def close_weights(self) -> None:
+        """Let go of the stream's memory."""
+        if hasattr(self, "_weight_inbox"):
+            self._weight_inbox.close()
 
     def set_logit_scale(self, scale: float) -> None:
         """Multiply logits by `scale` (1 / temperature) before anything reads them; 1.0 restores the model's own."""
@@ -54,28 +67,3 @@ class StagedWeightsWorker:
         if not hasattr(self, "_own_logit_scale"):
             self._own_logit_scale = processor.scale
         processor.scale = self._own_logit_scale * scale
-
-
-def _partly_loaded(model: torch.nn.Module) -> list[str]:
-    """Layers, such as a fused QKV, that got some of their elements only (padded vocabularies never fill)."""
-    return [
-        name
-        for name, layer in model.named_modules()
-        if get_layerwise_info(layer).load_numel > 0 and not isinstance(layer, VocabParallelEmbedding)
-    ]
-
-
-def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """Refresh the packed copy that CPU kernels keep of a head's weight.
-
-    vLLM re-packs layers whose weights it was given; a tied head was given none, and would go on computing with the
-    copy of the old embedding.
-    """
-    embeddings = {
-        layer.weight.data_ptr()
-        for layer in model.modules()
-        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
-    }
-    for layer in model.modules():
-        if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings:
-            layer.quant_method.process_weights_after_loading(layer)

@@ -74,7 +74,7 @@ def run_training(config: Config) -> int:
             train = TrainGroup(config, layout, placement, reserved, total_steps)
             rollout.wait_ready()
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
-        sync = stack.enter_context(closing(WeightSync(config, spec, train, rollout, canary)))
+        sync = stack.enter_context(closing(WeightSync(config, spec, platform, train, rollout, canary)))
         trainer = PPOTrainer(
             Parts(
                 config=config,

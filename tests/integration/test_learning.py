@@ -73,13 +73,21 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def left_behind() -> list[str]:
-    """Processes and shared files that a run could have left."""
+def of_runs() -> set[str]:
+    """Processes and shared files of runs of any user of this machine."""
     names = ("ray::", "raylet", "gcs_server")
-    processes = [p.info["name"] or "" for p in psutil.process_iter(["name"])]
-    found = [name for name in processes if name.startswith(names)]
+    processes = [(p.info["name"] or "", p.pid) for p in psutil.process_iter(["name"])]
+    found = {f"{name} {pid}" for name, pid in processes if name.startswith(names)}
     shm = Path("/dev/shm")
-    return found + ([p.name for p in shm.glob("rlhf3d-staging-*")] if shm.is_dir() else [])
+    return found | ({p.name for p in shm.glob("rlhf3d-weights-*")} if shm.is_dir() else set())
+
+
+BEFORE = of_runs()
+
+
+def left_behind() -> set[str]:
+    """What has come since these tests began: what their own runs could have left."""
+    return of_runs() - BEFORE
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> N
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         assert manifest["step"] == STEPS
         assert all((checkpoint / name).stat().st_size == size for name, size in manifest["files"].items())
-    assert left_behind() == []
+    assert left_behind() == set()
 
 
 def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
@@ -147,7 +155,7 @@ def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
     for wanted in ("ZeroDivisionError", "reward.max_error_rate", "4 of 64 completions were not scored"):
         assert wanted in failed.stderr
     assert len(failed.stderr.splitlines()) < 50
-    assert left_behind() == []
+    assert left_behind() == set()
 
 
 def test_interrupt_ends_everything(tmp_path: Path) -> None:
@@ -161,4 +169,4 @@ def test_interrupt_ends_everything(tmp_path: Path) -> None:
         os.kill(process.pid, 2)
         assert process.wait(timeout=30) == 130
         assert "interrupted" in process.stderr.read()
-    assert left_behind() == []
+    assert left_behind() == set()

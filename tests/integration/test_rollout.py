@@ -1,24 +1,32 @@
-"""Real vLLM, fed through the staging area: its log-probs are those of the new weights, and faults are refused.
+"""Real vLLM, fed by the weight stream: its log-probs are those of the new weights, and faults are refused.
 
 Every engine lives in one child process (vLLM patches torch and the environment), one after the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from support.tiny_models import make_tiny_model
+from support.weights import rank_params
 from transformers import AutoModelForCausalLM
 
-from rlhf3d.models.weights import full_box
-from rlhf3d.resharding.staging import StagingArea, StagingError, plan_staging
+from rlhf3d.models.spec import load_spec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.resharding.ring import SyncError
+from rlhf3d.resharding.sending import WeightSender
+from rlhf3d.resharding.setup import FILE_PREFIX, SyncSetup
+from rlhf3d.resharding.sites import Sites
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
@@ -27,6 +35,7 @@ TINY = {"hidden": 64, "heads": 2, "kv_heads": 2, "layers": 2}
 PROMPT_TOKENS = 140
 """More than one KV block (128 tokens on CPU), so that the prefix cache has something to keep."""
 ENGINE: VLLMEngine | None = None
+RIGS = itertools.count()
 
 
 def start_engine(**settings: Any) -> None:
@@ -41,7 +50,7 @@ def close_engine() -> list[str]:
     if ENGINE is not None:
         ENGINE.close()
         ENGINE.close()
-    return [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    return [name for name in os.listdir("/dev/shm") if "cpushm" in name or FILE_PREFIX in name]
 
 
 def call(method: str, *args: Any) -> Any:
@@ -50,31 +59,54 @@ def call(method: str, *args: Any) -> Any:
     return value(*args) if callable(value) else value
 
 
-def mapped_areas() -> int:
-    """In the child: mappings of staging areas."""
-    return Path("/proc/self/maps").read_text().count("staging-test")
+def resident_mib() -> float:
+    """In the child: memory of its process."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def break_prefix_reset() -> None:
+    """In the child: vLLM says that it dropped its prefix cache, and does not."""
+    assert ENGINE is not None
+    ENGINE._llm.reset_prefix_cache = lambda: True
 
 
 class Rig:
-    """A trained model (transformers, here), a staging area and an engine in the child."""
+    """A model (transformers', here) cut for four training ranks, their ends of the stream, an engine in the child."""
+
+    layout = ParallelLayout(tp=2, pp=2)
 
     def __init__(self, child: ProcessPoolExecutor, folder: Path, tensor_parallel_size: int = 1, **model: Any) -> None:
-        self.child, self.version = child, 0
-        make_tiny_model(folder / "model", **TINY | model)
-        self.model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-        self.weights = {
-            k: v for k, v in self.model.state_dict().items() if not (model["tie"] and k == "lm_head.weight")
-        }
-        slices = []
-        for name, weight in self.weights.items():  # as two tensor-parallel senders would cut them
-            half = weight.shape[0] // 2
-            slices += [(name, ((a, b), *full_box(weight.shape[1:]))) for a, b in ((0, half), (half, weight.shape[0]))]
-        self.plan = plan_staging({k: tuple(v.shape) for k, v in self.weights.items()}, torch.float32, slices)
-        self.area = StagingArea.create(self.plan, folder / "staging-test")
-        child.submit(start_engine, model_path=folder / "model", tensor_parallel_size=tensor_parallel_size).result()
+        self.child, self.version, self.syncs = child, 0, 0
+        make_tiny_model(folder, **TINY | model)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.setup = SyncSetup(
+            name=f"test-{os.getpid()}-{next(RIGS)}",
+            spec=load_spec(folder),
+            layout=self.layout,
+            style="local",
+            sites=Sites.hosts([0] * 4),
+            dtype="float32",
+            bucket_bytes=40_000,
+            timeout_s=20.0,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        self.params: list[dict[tuple[int, str], torch.Tensor]] = [{} for _ in range(4)]
+        self.cut()
+        self.senders = [WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)]
+        child.submit(start_engine, model_path=folder, tensor_parallel_size=tensor_parallel_size).result()
+        for sender in self.senders:
+            sender.open()
+        self.call("open_weights", self.setup, 0, None)
+        for sender in self.senders:
+            sender.seal()
 
     def call(self, method: str, *args: Any) -> Any:
         return self.child.submit(call, method, *args).result()
+
+    def cut(self) -> None:
+        """The model's weights as the training ranks hold them."""
+        for rank, params in enumerate(self.params):
+            params.update(rank_params(self.model.state_dict(), self.setup.spec, self.layout, rank))
 
     def perturb(self) -> None:
         """Change every weight: stale parts of the engine would show."""
@@ -82,20 +114,21 @@ class Rig:
         with torch.no_grad():
             for weight in self.model.parameters():
                 weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-
-    def write(self, skip: str = "") -> None:
-        """Write the next version, but for the first slice of tensor `skip`."""
         self.version += 1
-        for name, box in self.plan.slices:
-            if not (name == skip and box[0][0] == 0):
-                self.area.write(name, box, self.weights[name][slice(*box[0])], self.version)
+        self.cut()
 
     def load(self) -> SyncReport:
-        return self.call("update_weights", self.plan, self.area.path, self.version)
+        """Send the weights and have the engine load them, without publishing."""
+        loading = self.child.submit(call, "update_weights", self.version, self.syncs)
+        with ThreadPoolExecutor(len(self.senders)) as threads:
+            sending = [threads.submit(sender.send, self.version, self.syncs) for sender in self.senders]
+        self.syncs += 1
+        report = loading.result()
+        assert all(work.result().sent_bytes for work in sending)
+        return report
 
     def sync(self) -> SyncReport:
         self.perturb()
-        self.write()
         report = self.load()
         self.call("publish", self.version)
         return report
@@ -146,12 +179,17 @@ def llama(child: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) 
     return rig
 
 
-def test_tied_engine_follows_two_updates(llama: Rig) -> None:
-    for _ in range(2):
+def test_tied_engine_follows_many_updates_without_growing(llama: Rig) -> None:
+    for _ in range(3):
         report = llama.sync()
-        assert (report.num_bytes, report.num_slices) == (llama.plan.weight_bytes, len(llama.plan.slices))
+        assert report.received_bytes >= sum(4 * w.numel() for w in llama.model.parameters())
         llama.check()
         assert llama.call("policy_version") == llama.version
+    before = llama.child.submit(resident_mib).result()
+    for _ in range(20):
+        llama.sync()
+    assert llama.child.submit(resident_mib).result() - before < 10
+    llama.check()
 
 
 def test_temperature_and_greedy(llama: Rig) -> None:
@@ -180,38 +218,42 @@ def test_seeds_and_stops(llama: Rig) -> None:
         llama.generate(1, max_tokens=200)
 
 
-def test_faults_are_refused_and_recovered_from(llama: Rig) -> None:
-    llama.sync()
-    name = "model.layers.1.mlp.down_proj.weight"
-    llama.perturb()
-    llama.write(skip=name)
-    with pytest.raises(StagingError, match=rf"{name} .* holds policy version {llama.version - 1}"):
-        llama.load()
-    with pytest.raises(RuntimeError, match="serves no policy yet"):
-        llama.generate()
-    with pytest.raises(RuntimeError, match="cannot publish"):
-        llama.call("publish", llama.version)
-    llama.write()
-    with llama.area.path.open("r+b") as file:
-        file.seek(llama.plan.tensors[name].offset + 1001)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 4]))
-    with pytest.raises(StagingError, match=f"{name} .* differs from what its sender wrote"):
-        llama.load()
-    llama.sync()
-    llama.check()
-
-
 def test_loaded_but_unpublished_scores_only(llama: Rig) -> None:
     llama.perturb()
-    llama.write()
     llama.load()
     scored = llama.call("score", [tuple(range(5, 45))])
     torch.testing.assert_close(torch.tensor(scored[0]), llama.expected(tuple(range(5, 45))), atol=1e-4, rtol=0)
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         llama.generate()
-    assert llama.child.submit(mapped_areas).result() == 0
+
+
+def test_stale_prefix_cache_shows(llama: Rig) -> None:
+    llama.sync()
+    llama.generate()
+    assert llama.call("cached_tokens") > 0
+    llama.sync()
+    assert llama.call("cached_tokens") == 0
+    llama.generate()
+    llama.child.submit(break_prefix_reset).result()
+    llama.sync()
+    assert llama.call("cached_tokens") > 0
+
+
+def test_faults_are_refused_with_the_tensors_name(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    rig = Rig(child, tmp_path, family="llama", tie=True)
+    rig.sync()
+    rig.check()
+    name = "model.layers.1.mlp.down_proj.weight"
+    outboxes = [outbox for sender in rig.senders for outbox in sender._near]
+    for outbox in outboxes:  # dropped ops: their rows keep the old version
+        outbox.copies = [[copy for copy in some if copy.tensor != name] for some in outbox.copies]
+    rig.perturb()
+    with pytest.raises(SyncError, match=rf"{re.escape(name)}\[.* is of policy version {rig.version - 1}"):
+        rig.load()
+    with pytest.raises(RuntimeError, match="serves no policy yet"):
+        rig.generate()
+    with pytest.raises(RuntimeError, match="cannot publish"):
+        rig.call("publish", rig.version)
 
 
 def test_untied_qwen2_follows_two_updates(child: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -219,17 +261,6 @@ def test_untied_qwen2_follows_two_updates(child: ProcessPoolExecutor, tmp_path: 
     for _ in range(2):
         rig.sync()
         rig.check()
-    # Part of a fused QKV is refused, before it can serve.
-    name = "model.layers.0.self_attn.k_proj.weight"
-    rest = {k: v for k, v in rig.weights.items() if k != name}
-    plan = plan_staging({k: tuple(v.shape) for k, v in rest.items()}, torch.float32)
-    area = StagingArea.create(plan, tmp_path / "staging-test-rest")
-    for key, weight in rest.items():
-        area.write(key, full_box(weight.shape), weight, 9)
-    with pytest.raises(ValueError, match=r"lacks weights of the engine's model\.layers\.0\.self_attn\.qkv_proj"):
-        rig.call("update_weights", plan, area.path, 9)
-    with pytest.raises(RuntimeError, match="serves no policy yet"):
-        rig.generate()
 
 
 def test_two_tensor_parallel_ranks(child: ProcessPoolExecutor, tmp_path: Path) -> None:

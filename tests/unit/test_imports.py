@@ -9,14 +9,17 @@ import pytest
 
 PURE = (
     "rlhf3d.algorithms.advantages, rlhf3d.algorithms.losses, rlhf3d.algorithms.kl, rlhf3d.algorithms.rewards, "
-    "rlhf3d.batching.dispatch, rlhf3d.resharding.staging, rlhf3d.models.weights, rlhf3d.models.spec, "
+    "rlhf3d.batching.dispatch, rlhf3d.resharding.ring, rlhf3d.models.weights, rlhf3d.models.spec, "
     "rlhf3d.parallel.layout, rlhf3d.parallel.platform, rlhf3d.data.loader, rlhf3d.rewards.pool, rlhf3d.rollout.api"
 )
 
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
-    [(PURE, {"ray", "vllm", "megatron"}), ("rlhf3d.cli, rlhf3d.config.load", {"torch", "ray", "vllm", "megatron"})],
+    [
+        (PURE, {"ray", "vllm", "megatron"}),
+        ("rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup", {"torch", "ray", "vllm", "megatron"}),
+    ],
 )
 def test_pure_modules_load_nothing_heavy(modules: str, heavy: set[str]) -> None:
     script = f"import sys; import {modules}; print(*sys.modules)"

@@ -92,11 +92,12 @@ def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[M
         cluster={"platform": "cuda"},
         trainer={"save_freq": 10},
     )
+    machine[0] = replace(LAPTOP, shared_memory_gib=6.0)
     gpus, memory, shm, disk = preflight(config)
     assert "needs 8 GPUs" in gpus
     assert "found 0" in gpus
-    assert memory.startswith("host memory: needs about 92.4 GiB, found 20.0 GiB")  # 16 x 4 + 2 x 14.2
-    assert shm.startswith("/dev/shm: needs about 22.2 GiB, found 12.0 GiB")
+    assert memory.startswith("host memory: needs about 64.4 GiB, found 20.0 GiB")  # 16 x 4 + 2 x 3 buckets
+    assert shm.startswith("/dev/shm: needs about 8.4 GiB, found 6.0 GiB")
     assert disk.startswith("disk: 2 checkpoint(s) of 198.6 GiB")
 
 
