@@ -90,6 +90,36 @@ def show_config(
         typer.echo(f"# {line}")
 
 
+@app.command()
+def reshard(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")],
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the plan (the default; nothing is started).")
+    ] = True,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Plan for GPUs, one a training rank, whatever is here.")] = False,
+    tensor: Annotated[
+        str | None, typer.Option(help="Print the routes of these tensors; * stands for any text.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run moves its weights from training ranks into vLLM: bytes a rank, lower bound, routes."""
+    import json
+
+    from rich.console import Console
+
+    from rlhf3d.config.load import load_config
+    from rlhf3d.resharding.explain import as_json as to_json
+    from rlhf3d.resharding.explain import render, setup_of
+
+    loaded = load_config(config, overrides or [], files=False)
+    setup = setup_of(loaded, gpus)
+    if as_json:
+        typer.echo(json.dumps(to_json(setup, tensor)))
+    else:
+        Console(soft_wrap=False).print(render(setup, loaded.model.path, tensor))
+
+
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="arithmetic (generated), gsm8k …")],

@@ -59,8 +59,9 @@ class ModelSpec:
     """Scale the chosen experts' softmax probabilities to sum to 1."""
 
 
-def load_spec(folder: Path | str) -> ModelSpec:
-    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors.
+def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
+    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors, or without where only the
+    shape is wanted.
 
     Raises ValueError that names model.path for a folder this trainer cannot load faithfully.
     """
@@ -77,7 +78,8 @@ def load_spec(folder: Path | str) -> ModelSpec:
         config = json.loads(config_file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"model.path: {config_file} is not JSON ({error}); download it again") from error
-    _require_safetensors(folder)
+    if with_weights:
+        _require_safetensors(folder)
     return parse_config(config, str(folder))
 
 

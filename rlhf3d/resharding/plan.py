@@ -12,7 +12,7 @@ time, so that a plan for a thousand ranks stays small and its ops are made when 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -147,7 +147,15 @@ class ReshardPlan:
 
     def senders_to(self, dst: int) -> list[int]:
         """The ranks that send anything to a destination."""
-        return sorted({share.sender for shares in self.shares[dst] for share in shares})
+        index = self.destinations[dst].index
+        return sorted(
+            {
+                share.sender
+                for number, shares in enumerate(self.shares[dst])
+                for share in shares
+                if self._part(index, number, share)  # a bundle may have fewer rows than parts
+            }
+        )
 
     def _ops(self, dst: int, only: int | None) -> Iterator[TransferOp]:
         index = self.destinations[dst].index
@@ -177,24 +185,34 @@ class ReshardPlan:
     @cached_property
     def traffic(self) -> Traffic:
         """Elements by destination and by rank."""
-        needed, local, sent = [], [], [0] * self.shards.world_size
-        ops = 0
+        needed, local, ops, sent = [], [], [], [0] * self.shards.world_size
         for place in self.destinations:
             bundles = self.bundles[place.index]
             needed.append(sum(bundle.elements for bundle in bundles))
-            kept = 0
+            kept = count = 0
             for number, shares in enumerate(self.shares[place.number]):
                 for share in shares:
                     part = self._part(place.index, number, share)
-                    ops += len(part)
+                    count += len(part)
                     size = bundles[number].elements if share.parts == 1 else sum(cell.elements for cell in part)
                     if self.sites.device_of_rank[share.sender] == place.device:
                         kept += size
                     else:
                         sent[share.sender] += size
             local.append(kept)
+            ops.append(count)
         received = tuple(n - k for n, k in zip(needed, local, strict=True))
-        return Traffic(tuple(needed), tuple(local), received, tuple(sent), ops)
+        return Traffic(tuple(needed), tuple(local), received, tuple(sent), tuple(ops))
+
+    def lower_bound(self, dst: int) -> int:
+        """Elements that the device of `dst` does not hold of what its index needs: no plan can receive fewer."""
+        place = self.destinations[dst]
+        needed = self.traffic.needed[dst]
+        return needed if place.device is None else needed - self._held[place.device, place.index]
+
+    @cached_property
+    def _held(self) -> Mapping[tuple[int, int], int]:
+        return _held(self.bundles, self.sites)
 
 
 @dataclass(frozen=True)
@@ -209,8 +227,8 @@ class Traffic:
     """By destination: what crosses from another device."""
     sent: tuple[int, ...]
     """By training rank: what it sends to other devices."""
-    ops: int
-    """Number of ops over all destinations."""
+    ops: tuple[int, ...]
+    """By destination: number of ops."""
 
 
 def build_plan(
@@ -229,7 +247,8 @@ def build_plan(
     tables = tuple(tuple(table) for table in engine_tables)
     bundles = tuple(_bundles(table, sources, shards) for table in tables)
     if colocated:
-        devices = assign_engines(sites, engines, len(tables), _overlap(bundles, sites))
+        held = _held(bundles, sites)
+        devices = assign_engines(sites, engines, len(tables), lambda device, index: held[device, index])
         destinations = _destinations(devices)
     else:
         each = [(engine, index) for engine in range(engines) for index in range(len(tables))]
@@ -286,14 +305,14 @@ def _within(source: Source, held: Box, part: Box) -> Source:
     return source._replace(box=box)
 
 
-def _overlap(bundles: Sequence[Sequence[Bundle]], sites: Sites) -> Callable[[int, int], int]:
+def _held(bundles: Sequence[Sequence[Bundle]], sites: Sites) -> Mapping[tuple[int, int], int]:
     """(device, index) -> elements that the device's ranks hold of what the index needs."""
     held: dict[tuple[int, int], int] = defaultdict(int)
     for index, some in enumerate(bundles):
         for bundle in some:
             for device in {sites.device_of_rank[rank] for rank in bundle.holders}:
                 held[device, index] += bundle.elements
-    return lambda device, index: held[device, index]
+    return held
 
 
 def _destinations(devices: Sequence[tuple[int, ...]]) -> tuple[Destination, ...]:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import LocalParam, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import Platform
 from rlhf3d.resharding.buckets import Bucket, Copy, copies_to, plan_buckets
 from rlhf3d.resharding.plan import ReshardPlan
 from rlhf3d.resharding.sites import Sites
@@ -166,6 +169,29 @@ class SyncSetup:
     def is_near(self, rank: int, dst: int) -> bool:
         """Whether a training rank can reach a destination's shared memory: it is on the same device."""
         return self.plan.sites.device_of_rank[rank] == self.plan.destinations[dst].device
+
+
+def sync_setup(
+    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, nodes: Sequence[str]
+) -> SyncSetup:
+    """What the processes of a run agree on; `nodes` is the node of each training rank."""
+    rollout = config.rollout
+    order = list(dict.fromkeys(nodes))
+    return SyncSetup(
+        name=name,
+        spec=spec,
+        layout=layout,
+        style=platform.spec_style,
+        sites=platform.sites([order.index(node) for node in nodes]),
+        dtype=rollout.dtype,
+        bucket_bytes=rollout.sync_bucket_mib << 20,
+        timeout_s=rollout.sync_timeout_s,
+        engines=rollout.engines,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        expert_parallel=rollout.expert_parallel,
+        colocated=rollout.placement == "colocated",
+        backend=platform.dist_backend,
+    )
 
 
 @cache

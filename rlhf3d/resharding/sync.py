@@ -16,13 +16,12 @@ from torch import Tensor
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
-from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.resharding.setup import SyncSetup, sync_setup
 
 CANARY_LIMIT = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -165,26 +164,3 @@ class WeightSync:
                     f"after the sync of policy {self.trained_version}, engine {number} still took {cached} tokens of a "
                     "prompt from its prefix cache, computed with older weights: report it"
                 )
-
-
-def sync_setup(
-    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, nodes: Sequence[str]
-) -> SyncSetup:
-    """What the processes of a run agree on; `nodes` is the node of each training rank."""
-    rollout = config.rollout
-    order = list(dict.fromkeys(nodes))
-    return SyncSetup(
-        name=name,
-        spec=spec,
-        layout=layout,
-        style=platform.spec_style,
-        sites=platform.sites([order.index(node) for node in nodes]),
-        dtype=rollout.dtype,
-        bucket_bytes=rollout.sync_bucket_mib << 20,
-        timeout_s=rollout.sync_timeout_s,
-        engines=rollout.engines,
-        tensor_parallel_size=rollout.tensor_parallel_size,
-        expert_parallel=rollout.expert_parallel,
-        colocated=rollout.placement == "colocated",
-        backend=platform.dist_backend,
-    )

@@ -1,0 +1,220 @@
+"""A reshard plan for people and for programs: bytes per rank against the lower bound and against a full gather.
+
+Invariant: every figure is computed from the plan itself, for layouts of any size, with nothing started. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhf3d.config.derived import derive, resolve_dtypes
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import check_layout, load_spec
+from rlhf3d.models.weights import hf_tensors
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
+from rlhf3d.resharding.boxes import show
+from rlhf3d.resharding.plan import ReshardPlan, TransferOp
+from rlhf3d.resharding.setup import SLOTS, SyncSetup, sync_setup
+
+MOST_ROUTES = 200
+"""Routes that are printed; `--json` has all."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """What one engine rank takes, bytes."""
+
+    destination: int
+    engines: tuple[int, ...]
+    rank: int
+    """Tensor-parallel rank in these engines."""
+    device: int | None
+    needed: int
+    local: int
+    """On its own device already."""
+    received: int
+    bound: int
+    """The least any plan can let this device receive for this rank."""
+    full_gather: int
+    """What a rank receives that gathers every tensor whole: (n - 1) / n of the model over n model shards."""
+    senders: int
+    ops: int
+    buckets: int
+    """How many portions the bytes come in."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan in numbers."""
+
+    model_bytes: int
+    """The whole policy in the engines' dtype."""
+    formula_bytes: int | None
+    """HybridFlow's bound (arXiv 2409.19256, Table 2): (tp - g) / (tp g) of the model; where g divides tp, colocated."""
+    buffer_bytes: int
+    """Extra memory of a sync per engine rank."""
+    ranks: tuple[RankBytes, ...]
+    sent: tuple[int, ...]
+    """By training rank, to other devices."""
+
+
+def setup_of(config: Config, gpus: bool) -> SyncSetup:
+    """A run's sync as it would be set up, read from the model's config.json; `gpus`: as on GPUs, one a rank.
+
+    Raises ValueError for a model or layout that cannot be planned.
+    """
+    on_gpu = gpus or config.cluster.platform == "cuda"
+    platform = CUDAPlatform(reason="reshard") if on_gpu else CPUPlatform(reason="reshard")
+    config = resolve_dtypes(config, platform.fast_dtype)
+    layout, spec = derive(config).layout, load_spec(config.model.path, with_weights=False)
+    check_layout(spec, layout)
+    per_node = config.cluster.gpus_per_node if on_gpu else layout.world_size
+    nodes = [f"{rank // per_node}" for rank in range(layout.world_size)]
+    return sync_setup(config, spec, layout, platform, "explain", nodes)
+
+
+def explain(setup: SyncSetup) -> Explanation:
+    """The figures of a setup's plan. Raises ValueError as the planner does."""
+    plan, size = setup.plan, setup.item_bytes
+    traffic = plan.traffic
+    shards = setup.layout.tp * setup.layout.pp
+    model = sum(math.prod(shape) for shape in hf_tensors(setup.spec, "lm").values()) * size
+    ranks = []
+    for place in plan.destinations:
+        dst = place.number
+        ranks.append(
+            RankBytes(
+                dst, place.engines, place.index, place.device,
+                needed=traffic.needed[dst] * size,
+                local=traffic.local[dst] * size,
+                received=traffic.received[dst] * size,
+                bound=plan.lower_bound(dst) * size,
+                full_gather=model * (shards - 1) // shards,
+                senders=len(plan.senders_to(dst)),
+                ops=traffic.ops[dst],
+                buckets=len(setup.buckets(dst)),
+            )
+        )  # fmt: skip
+    engine = setup.tensor_parallel_size
+    nested = setup.colocated and setup.layout.tp % engine == 0
+    return Explanation(
+        model_bytes=model,
+        formula_bytes=model * (shards - engine) // (shards * engine) if nested else None,
+        buffer_bytes=SLOTS * max(b.num_bytes for d in plan.destinations for b in setup.buckets(d.number)),
+        ranks=tuple(ranks),
+        sent=tuple(elements * size for elements in traffic.sent),
+    )
+
+
+def as_json(setup: SyncSetup, pattern: str | None = None) -> dict[str, object]:
+    """The explanation, and with `pattern` the routes of the tensors it matches."""
+    found: dict[str, object] = asdict(explain(setup))
+    if pattern is not None:
+        found["routes"] = [str(op) for op in _routes(setup.plan, pattern)]
+    return found
+
+
+def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
+    """Tables for the terminal."""
+    facts, plan = explain(setup), setup.plan
+    spec, sites = setup.spec, plan.sites
+    kind = "host(s), whose ranks share memory" if sites.slots is None else "GPUs"
+    devices = f"{len(sites.node_of_device)} {kind}"
+    place = "colocated" if setup.colocated else "on devices of their own"
+    lines = [
+        f"model      {model}: {spec.family}, {spec.num_layers} layers, {_size(facts.model_bytes)} in {setup.dtype}",
+        f"from       {setup.layout} = {setup.layout.world_size} training ranks on {devices}",
+        f"to         {setup.engines} engine(s) x TP{setup.tensor_parallel_size}, {place}",
+        f"plan       {sum(plan.traffic.ops)} ops; training ranks send {_range(facts.sent)} each to other devices",
+        f"memory     {_size(facts.buffer_bytes)} of buckets an engine rank, nothing else",
+    ]
+    if facts.formula_bytes is not None and sites.slots is not None:
+        lines.append(f"formula    (n - g) / (n g) of the model, evenly cut: {_size(facts.formula_bytes)} a rank")
+    parts: list[Text | Table] = [Text("\n".join(lines)), _rank_table(facts)]
+    if pattern is not None:
+        parts.append(_route_table(plan, pattern))
+    return Group(*parts)
+
+
+def _rank_table(facts: Explanation) -> Table:
+    unit, size = next((u, n) for u, n in _UNITS if n == 1 or max(r.needed for r in facts.ranks) >= n)
+    table = Table(title=f"an engine rank's bytes, {unit}", title_justify="left")
+    for name in ("engines", "rank", "needs", "local", "receives", "bound", "full gather", "senders", "ops"):
+        table.add_column(name, justify="left" if name == "engines" else "right", overflow="fold")
+    rows: dict[tuple[int, ...], list[RankBytes]] = defaultdict(list)
+    for rank in facts.ranks:
+        rows[rank.rank, rank.needed, rank.local, rank.received, rank.senders, rank.ops].append(rank)
+    for some in rows.values():
+        first = some[0]
+        table.add_row(
+            _spans(sorted({engine for rank in some for engine in rank.engines})),
+            str(first.rank),
+            *(f"{n / size:.2f}" for n in (first.needed, first.local, first.received, first.bound, first.full_gather)),
+            str(first.senders),
+            str(first.ops),
+        )
+    return table
+
+
+def _route_table(plan: ReshardPlan, pattern: str) -> Table:
+    table = Table(title=f"routes of {pattern}", title_justify="left")
+    for name in ("tensor", "block", "from", "to"):
+        table.add_column(name, overflow="fold")
+    for count, op in enumerate(_routes(plan, pattern)):
+        if count == MOST_ROUTES:
+            table.add_row("…", "", "", f"more than {MOST_ROUTES}: --json has all")
+            break
+        place = plan.destinations[op.dst]
+        table.add_row(
+            op.tensor,
+            show(op.box),
+            f"rank {op.src_rank} {op.src_param}{show(op.src_box)}",
+            f"engine {_spans(list(place.engines))} rank {place.index} {op.dst_param}{show(op.dst_box)}",
+        )
+    return table
+
+
+def _routes(plan: ReshardPlan, pattern: str) -> Iterator[TransferOp]:
+    found = False
+    for place in plan.destinations:
+        for op in plan.ops_to(place.number):
+            if fnmatch(op.tensor, pattern):
+                found = True
+                yield op
+    if not found:
+        raise ValueError(
+            f"--tensor {pattern!r} matches no tensor; they are named as in the model folder, * stands for any text"
+        )
+
+
+def _spans(numbers: list[int]) -> str:
+    """`3`, `0-127`, `0, 2, 4`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs[:6])
+    return f"{shown}{', …' if len(runs) > 6 else ''}"
+
+
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
+
+
+def _size(count: int) -> str:
+    unit, size = next((u, n) for u, n in _UNITS if n == 1 or count >= n)
+    return f"{count / size:.2f} {unit}" if count else "0"
+
+
+def _range(counts: tuple[int, ...]) -> str:
+    least, most = min(counts), max(counts)
+    return _size(most) if least == most else f"{_size(least)} to {_size(most)}"
