@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,15 @@ def test_cuda_layers_need_transformer_engine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"cluster\.platform=cuda needs Transformer Engine"):
         CUDAPlatform("test").layer_spec(qk_layernorm=False)
+
+
+def test_cuda_multiplies_experts_as_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = SimpleNamespace(get_gpt_layer_with_transformer_engine_spec=lambda **kwargs: kwargs)
+    monkeypatch.setitem(sys.modules, "megatron.core.models.gpt.gpt_layer_specs", specs)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    dense, sparse = (CUDAPlatform("test").layer_spec(True, experts) for experts in (0, 8))
+    assert dense == {"num_experts": None, "moe_grouped_gemm": False, "qk_layernorm": True}
+    assert sparse == {"num_experts": 8, "moe_grouped_gemm": True, "qk_layernorm": True}
 
 
 def test_platforms_travel_to_workers() -> None:
