@@ -236,19 +236,15 @@ class _RankTable:
         yield self.replicated(prefix + "router.weight", names.router.format(layer=layer), router)
         share = spec.num_experts // self.layout.ep
         primary = self.layout.expert_replica(self.coords) == 0
-        rows, whole = (0, spec.moe_ffn_size), (0, spec.hidden_size)
+        ffn, hidden = spec.moe_ffn_size, spec.hidden_size
+        fc1_box, fc2_box = full_box((ffn, hidden)), full_box((hidden, ffn))
         for local in range(share):
             at = {"layer": layer, "expert": self.coords.ep * share + local}
             gate, up, down = (template.format(**at) for template in (names.gate, names.up, names.down))
-            stacked = ((spec.moe_ffn_size, 2 * spec.moe_ffn_size), whole)
-            fc1 = Piece(gate, (rows, whole), (rows, whole)), Piece(up, (rows, whole), stacked)
-            fc2 = (Piece(down, (whole, rows), (whole, rows)),)
-            for name, pieces, shape in (
-                ("linear_fc1", fc1, (2 * spec.moe_ffn_size, spec.hidden_size)),
-                ("linear_fc2", fc2, (spec.hidden_size, spec.moe_ffn_size)),
-            ):
-                full_name = prefix + _EXPERT_NAMES[style].format(expert=local, linear=name)
-                yield LocalParam(full_name, shape, pieces, primary, expert=True)
+            pieces = (Piece(gate, fc1_box, fc1_box), Piece(up, fc1_box, ((ffn, 2 * ffn), (0, hidden))))
+            fc1, fc2 = (prefix + _EXPERT_NAMES[style].format(expert=local, linear=n) for n in (1, 2))
+            yield LocalParam(fc1, (2 * ffn, hidden), pieces, primary, expert=True)
+            yield LocalParam(fc2, (hidden, ffn), (Piece(down, fc2_box, fc2_box),), primary, expert=True)
 
     def vocabulary(self, name: str, hf_name: str, exported: bool = True) -> LocalParam:
         """This rank's share of the rows of a [vocabulary, hidden] tensor; its last rows may be padding."""
@@ -300,6 +296,6 @@ _NORM_NAMES: dict[SpecStyle, tuple[str, str]] = {
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
 }
 _EXPERT_NAMES: dict[SpecStyle, str] = {
-    "local": "experts.local_experts.{expert}.{linear}.weight",
-    "te": "experts.{linear}.weight{expert}",
+    "local": "experts.local_experts.{expert}.linear_fc{linear}.weight",
+    "te": "experts.linear_fc{linear}.weight{expert}",
 }
