@@ -14,7 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rlhf3d.config.schema import ClusterConfig
 
@@ -58,6 +63,14 @@ def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Iterator[Place
         yield group
     finally:
         remove_placement_group(group)
+
+
+def nodes_of(group: PlacementGroup) -> list[int]:
+    """The node of each bundle, numbered in the order in which bundles first name them."""
+    names = placement_group_table(group)["bundles_to_node_id"]
+    in_order = [names[bundle] for bundle in range(len(names))]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(in_order))}
+    return [numbers[name] for name in in_order]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.schema import Config
+from rlhf3d.placement.cluster import free_port
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
 from rlhf3d.resharding.setup import SyncSetup
@@ -20,57 +21,99 @@ from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
 
+class EngineRank(VLLMEngine):
+    """Ray actor of one engine rank: a process first, an engine once it was told where its ranks meet."""
+
+    def __init__(self) -> None:
+        """Start the process alone."""
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Where this engine's ranks can meet; asked of its rank 0."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def start(self, rank: int, meeting: tuple[str, int], arguments: dict[str, Any]) -> None:
+        """Start vLLM."""
+        VLLMEngine.__init__(self, rank=rank, meeting=meeting, **arguments)
+
+
 class RolloutGroup:
-    """Handles of the engines."""
+    """Handles of the engines; each is a list of the actors of its tensor-parallel ranks, which get the same calls."""
 
     def __init__(
-        self, config: Config, placement: Placement, reserved: PlacementGroup, arguments: dict[str, Any]
+        self,
+        config: Config,
+        placement: Placement,
+        reserved: PlacementGroup,
+        bundles: Sequence[Sequence[int]],
+        arguments: dict[str, Any],
     ) -> None:
-        """Start the engines; `arguments` are VLLMEngine's."""
+        """Start the engines; `bundles` says where, by engine and rank, `arguments` are VLLMEngine's."""
         self.timeout_s = config.cluster.phase_timeout_s
         self.startup_timeout_s = config.cluster.startup_timeout_s
+        actor = ray.remote(EngineRank).options(
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}}, **placement.engine_options
+        )
         self.engines = [
-            ray.remote(VLLMEngine)
-            .options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}},
-                **placement.engine_options,
-            )
-            .remote(**arguments)
-            for bundle in placement.engine_bundles
+            [
+                actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle)).remote()
+                for bundle in of_ranks
+            ]
+            for of_ranks in bundles
         ]
+        firsts = {f"engine {i}": ranks[0].rendezvous.remote() for i, ranks in enumerate(self.engines)}
+        meetings = gather("start vLLM", firsts, self.startup_timeout_s)
+        self._starting = {
+            self._name(i, rank): actor.start.remote(rank, meeting, arguments)
+            for i, (ranks, meeting) in enumerate(zip(self.engines, meetings, strict=True))
+            for rank, actor in enumerate(ranks)
+        }
 
     def wait_ready(self) -> None:
-        """Return when every engine is up."""
-        calls = {f"engine {i}": engine.__ray_ready__.remote() for i, engine in enumerate(self.engines)}
-        gather("start vLLM", calls, self.startup_timeout_s)
+        """Wait until every engine can take requests."""
+        gather("start vLLM", self._starting, self.startup_timeout_s)
+
+    def _name(self, engine: int, rank: int) -> str:
+        return f"engine {engine}" if len(self.engines[engine]) == 1 else f"engine {engine} rank {rank}"
+
+    def _start(self, engine: int, method: str, *args: object) -> dict[str, ray.ObjectRef]:
+        """Start the same call on every rank of an engine."""
+        return {
+            self._name(engine, rank): getattr(actor, method).remote(*args)
+            for rank, actor in enumerate(self.engines[engine])
+        }
 
     def _start_all(self, method: str, *args: object) -> dict[str, ray.ObjectRef]:
-        return {f"engine {i}": getattr(engine, method).remote(*args) for i, engine in enumerate(self.engines)}
+        return {name: ref for i in range(len(self.engines)) for name, ref in self._start(i, method, *args).items()}
 
     def _on_all(self, phase: str, method: str, *args: object) -> list:
-        return gather(phase, self._start_all(method, *args), self.timeout_s)
+        """The same call on every engine; what their first ranks return."""
+        calls = self._start_all(method, *args)
+        results = dict(zip(calls, gather(phase, calls, self.timeout_s), strict=True))
+        return [results[self._name(i, 0)] for i in range(len(self.engines))]
 
     def generate(self, phase: str, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion a request; requests are dealt to the engines in turn."""
         count = len(self.engines)
-        calls = {
-            f"engine {i}": engine.generate.remote(list(requests[i::count]), sampling)
-            for i, engine in enumerate(self.engines)
-            if requests[i::count]
-        }
+        calls: dict[str, ray.ObjectRef] = {}
+        for i in range(count):
+            if part := list(requests[i::count]):
+                calls |= self._start(i, "generate", part, sampling)
+        results = dict(zip(calls, gather(phase, calls, self.timeout_s), strict=True))
         completions: list[Completion | None] = [None] * len(requests)
-        for i, part in enumerate(gather(phase, calls, self.timeout_s)):
-            completions[i::count] = part
+        for i in range(min(count, len(requests))):
+            completions[i::count] = results[self._name(i, 0)]
         assert all(c is not None for c in completions), "an engine dropped a request"
         return [c for c in completions if c is not None]
 
     def start_open_weights(self, setup: SyncSetup, meeting: tuple[str, int] | None) -> dict[str, ray.ObjectRef]:
         """Start to open every engine's end of the weight stream."""
-        return {f"engine {i}": engine.open_weights.remote(setup, i, meeting) for i, engine in enumerate(self.engines)}
+        calls: dict[str, ray.ObjectRef] = {}
+        for i in range(len(self.engines)):
+            calls |= self._start(i, "open_weights", setup, i, meeting)
+        return calls
 
     def start_update_weights(self, policy_version: int, sync: int) -> dict[str, ray.ObjectRef]:
-        """Start to load a sync into every engine (SyncReport each); they serve only after `publish`."""
+        """Start to load a sync into every engine rank (SyncReport each); they serve only after `publish`."""
         return self._start_all("update_weights", policy_version, sync)
 
     def score(self, sequences: list[list[int]], temperature: float) -> list[list[list[float]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class TrainGroup:
         reserved: PlacementGroup,
         total_steps: int,
     ) -> None:
-        self.layout = layout
+        self.layout, self._reserved = layout, reserved
         self.timeout_s = config.cluster.phase_timeout_s
         self.micro_batch_size = config.actor.ppo_micro_batch_size_per_gpu
         self.temperature = config.rollout.temperature
@@ -71,6 +71,11 @@ class TrainGroup:
     def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
         """The same call on every rank; results by rank."""
         return gather(phase, self.start_all(method, *args), self.timeout_s)
+
+    def is_here(self, rank: int) -> bool:
+        """Whether a rank is on the driver's node."""
+        nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
+        return bool(nodes[rank] == ray.get_runtime_context().get_node_id())
 
     def meeting_place(self) -> tuple[str, int]:
         """Address and free port of rank 0's host."""

@@ -51,10 +51,6 @@ class TrainWorker:
         self.engines: dict[str, MegatronEngine] = {}
         self.streams: dict[str, WeightSender] = {}
 
-    def node(self) -> str:
-        """Ray's id of the node this rank is on."""
-        return str(ray.get_runtime_context().get_node_id())
-
     def rendezvous(self) -> tuple[str, int]:
         """Address at which the ranks meet; asked of rank 0."""
         return ray.util.get_node_ip_address(), free_port()

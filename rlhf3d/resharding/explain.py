@@ -77,7 +77,7 @@ def setup_of(config: Config, gpus: bool) -> SyncSetup:
     layout, spec = derive(config).layout, load_spec(config.model.path, with_weights=False)
     check_layout(spec, layout)
     per_node = config.cluster.gpus_per_node if on_gpu else layout.world_size
-    nodes = [f"{rank // per_node}" for rank in range(layout.world_size)]
+    nodes = [rank // per_node for rank in range(layout.world_size)]
     return sync_setup(config, spec, layout, platform, "explain", nodes)
 
 

@@ -2,11 +2,12 @@
 
 Invariant: a block's fingerprint depends on the block's bits and its place in the Hugging Face tensor alone, not on
 the memory it lies in; any one changed word changes it, as does any exchange of rows or columns (with a chance of about
-2^-63 of being missed).
+2^-63 of being missed). What it does not see: changes in nothing but the top bits of an even number of words.
 
 The fingerprint of W (as a matrix of 8-byte words) is the sum over i, j of row(i) column(j) W[i, j] modulo 2^64, with
 odd pseudo-random weights: multiplying by an odd number is a bijection, so a single change cannot cancel. Sums do not
-care for order, so blocks of a tensor may be summed wherever they are: fingerprints of blocks add up to the tensor's.
+care for order, so blocks of a tensor may be summed wherever they are: fingerprints of blocks whose columns are cut
+between words add up to the tensor's.
 """
 
 from __future__ import annotations

@@ -297,12 +297,14 @@ def _bundles(
 
 
 def _within(source: Source, held: Box, part: Box) -> Source:
+    if part == held:
+        return source
     lead = len(source.box) - len(held)
     box = source.box[:lead] + tuple(
         (own + a - start, own + b - start)
         for (own, _), (start, _), (a, b) in zip(source.box[lead:], held, part, strict=True)
     )
-    return source._replace(box=box)
+    return Source(source.shard, source.chunk, source.param, box)
 
 
 def _held(bundles: Sequence[Sequence[Bundle]], sites: Sites) -> Mapping[tuple[int, int], int]:

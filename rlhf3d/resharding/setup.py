@@ -172,17 +172,16 @@ class SyncSetup:
 
 
 def sync_setup(
-    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, nodes: Sequence[str]
+    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, node_of_rank: Sequence[int]
 ) -> SyncSetup:
-    """What the processes of a run agree on; `nodes` is the node of each training rank."""
+    """What the processes of a run agree on; nodes are numbered from 0 in the order of ranks."""
     rollout = config.rollout
-    order = list(dict.fromkeys(nodes))
     return SyncSetup(
         name=name,
         spec=spec,
         layout=layout,
         style=platform.spec_style,
-        sites=platform.sites([order.index(node) for node in nodes]),
+        sites=platform.sites(node_of_rank),
         dtype=rollout.dtype,
         bucket_bytes=rollout.sync_bucket_mib << 20,
         timeout_s=rollout.sync_timeout_s,

@@ -6,22 +6,19 @@ log-probs agreed with Megatron's on the same tokens and its prefix cache was see
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
-import ray
 from torch import Tensor
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import Config
-from rlhf3d.models.spec import ModelSpec
-from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
-from rlhf3d.resharding.setup import SyncSetup, sync_setup
+from rlhf3d.resharding.setup import SyncSetup
 
 CANARY_LIMIT = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -36,8 +33,7 @@ class WeightSync:
     def __init__(
         self,
         config: Config,
-        spec: ModelSpec,
-        platform: Platform,
+        setup: SyncSetup,
         train: TrainGroup,
         rollout: RolloutGroup,
         canary: Sequence[Sequence[int]],
@@ -46,8 +42,7 @@ class WeightSync:
         self.config = config.rollout
         self.train, self.rollout = train, rollout
         self.canary = [list(tokens) for tokens in canary]
-        self.nodes = train.call_all("open weight stream", "node")
-        self.setup = sync_setup(config, spec, train.layout, platform, f"{os.getpid()}", self.nodes)
+        self.setup = setup
         self.export_dtype = config.model.dtype
         self._exporter: WeightReceiver | None = None
         self._open_files = ExitStack()
@@ -119,15 +114,13 @@ class WeightSync:
             self.train.call_all(phase, "seal_stream", setup.name)
 
     def _open_export(self) -> WeightReceiver:
-        mine = ray.get_runtime_context().get_node_id()
-        if self.nodes[0] != mine:
+        if not self.train.is_here(0):
             raise ValueError(
                 "exporting the actor's weights needs the driver on the node of training rank 0: start `rlhf3d train` "
                 "there, or set trainer.save_at_end = false and trainer.save_freq = 0"
             )
-        setup = SyncSetup(
-            **{**vars(self.setup), "name": f"{self.setup.name}-export", "dtype": self.export_dtype, "target": "export"}
-        )
+        name = f"{self.setup.name}-export"
+        setup = replace(self.setup, name=name, dtype=self.export_dtype, target="export", colocated=True)
         self._open(setup, None)
         inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
         self.train.call_all("open weight stream", "seal_stream", setup.name)

@@ -1,7 +1,11 @@
-"""vLLM behind the rollout interface: one engine, in this process (tensor-parallel ranks beyond one are its children).
+"""vLLM behind the rollout interface: one tensor-parallel rank of an engine, in this process.
 
 Invariant: an engine serves only weights that were verified, loaded and published in this process; from the start of
 an update until `publish` it refuses to generate. It starts from dummy weights, so nothing else could be served.
+
+The ranks of an engine are equals: each schedules the same requests and gets the same completions (vLLM's
+external_launcher), so all must get the same calls in the same order. Any process can be a rank, so a rank can be put on
+the GPU of the training rank whose weights it shares most of.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
 class VLLMEngine:
-    """A `RolloutEngine`. One a process: vLLM reads its settings from the environment, which this sets."""
+    """A rank of a `RolloutEngine`. One a process: vLLM reads its settings from the environment, which this sets."""
 
     def __init__(
         self,
@@ -28,6 +32,8 @@ class VLLMEngine:
         *,
         dtype: str = "bfloat16",
         tensor_parallel_size: int = 1,
+        rank: int = 0,
+        meeting: tuple[str, int] | None = None,
         max_model_len: int = 1024,
         max_num_seqs: int = 64,
         kv_cache_gib: float = 1.0,
@@ -39,12 +45,19 @@ class VLLMEngine:
     ) -> None:
         """`model_path` gives architecture and end-of-sequence tokens; its weights are not read.
 
+        `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
         `gpu_memory_utilization` CUDA only.
         """
         assert platform_kind in ("cpu", "cuda"), platform_kind
         on_cpu = platform_kind == "cpu"
         os.environ.update(_environment(on_cpu, enforce_eager, threads))
+        if tensor_parallel_size > 1:
+            assert meeting is not None, "the ranks of an engine must know where to meet"
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(tensor_parallel_size), LOCAL_WORLD_SIZE="1"
+            )
+            _meet_at(rank, *meeting)
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
         torch.set_num_threads(threads)
         from torch._dynamo import config as dynamo
@@ -68,7 +81,7 @@ class VLLMEngine:
             load_format="dummy",
             skip_tokenizer_init=True,
             tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="mp" if tensor_parallel_size > 1 else None,
+            distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,
@@ -78,6 +91,8 @@ class VLLMEngine:
             worker_extension_cls=WORKER_EXTENSION,
             **memory,
         )
+        if meeting is not None:
+            _forget_shared_memory(meeting[1])
 
     @property
     def policy_version(self) -> int | None:
@@ -117,12 +132,11 @@ class VLLMEngine:
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """See `RolloutEngine.update_weights`."""
         self._policy_version = self._loaded_version = None
-        ranks = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))
+        times = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))[0]
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: are requests running?")
         self._loaded_version = policy_version
-        slowest = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-        return SyncReport(policy_version=policy_version, **slowest)
+        return SyncReport(policy_version=policy_version, **times)
 
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""
@@ -176,6 +190,24 @@ def _completion(output: Any, policy_version: int) -> Completion:
         raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens")
     logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
     return Completion(tokens, logprobs, output.finish_reason, policy_version)
+
+
+def _meet_at(rank: int, address: str, port: int) -> None:
+    """Have vLLM's external_launcher ranks meet at a given place.
+
+    Its own way, by torchrun's environment, names shared memory alike for all engines of a host.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
+
+    assert hasattr(Launcher, "_distributed_args"), "vLLM's external launcher no longer asks _distributed_args"
+    # A rank sees only its own GPU, which then is number 0.
+    Launcher._distributed_args = lambda self: (f"tcp://{address}:{port}", rank, 0)
+
+
+def _forget_shared_memory(port: int) -> None:
+    """Remove the names of what vLLM's CPU ranks share, which all have opened: it then goes with them, however they end."""
+    for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
+        file.unlink(missing_ok=True)
 
 
 def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:

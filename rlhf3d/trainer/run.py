@@ -26,10 +26,11 @@ from rlhf3d.observability.metrics import METRICS_FILE, MetricsWriter
 from rlhf3d.observability.report import make_report
 from rlhf3d.observability.samples import before_after
 from rlhf3d.parallel.platform import choose_platform
-from rlhf3d.placement.cluster import ray_cluster, reserve
-from rlhf3d.placement.resources import place
+from rlhf3d.placement.cluster import nodes_of, ray_cluster, reserve
+from rlhf3d.placement.resources import engine_bundles, place
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.resharding.setup import sync_setup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import BuiltinReward, RewardFunction, check_data_sources, load_custom_reward
@@ -65,16 +66,26 @@ def run_training(config: Config) -> int:
         scoring = stack.enter_context(
             ScoringPool(config.reward.workers, config.reward.timeout_s, reward, config.reward.max_error_rate)
         )
-        placement = place(platform, layout.world_size, config.rollout.engines, config.rollout.tensor_parallel_size)
+        rollout_config = config.rollout
+        placement = place(
+            platform,
+            layout.world_size,
+            rollout_config.engines,
+            rollout_config.tensor_parallel_size,
+            rollout_config.placement == "colocated",
+        )
         local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
         stack.enter_context(ray_cluster(config.cluster, local_cpus))
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
         with console.phase("start"):
-            rollout = RolloutGroup(config, placement, reserved, _engine_arguments(config, platform.kind))
+            nodes = nodes_of(reserved)
+            setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])
+            bundles = engine_bundles(placement, setup.plan, nodes)
+            rollout = RolloutGroup(config, placement, reserved, bundles, _engine_arguments(config, platform.kind))
             train = TrainGroup(config, layout, placement, reserved, total_steps)
             rollout.wait_ready()
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
-        sync = stack.enter_context(closing(WeightSync(config, spec, platform, train, rollout, canary)))
+        sync = stack.enter_context(closing(WeightSync(config, setup, train, rollout, canary)))
         trainer = PPOTrainer(
             Parts(
                 config=config,

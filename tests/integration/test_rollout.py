@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from support.ranks import free_port
 from support.tiny_models import make_tiny_model
 from support.weights import rank_params
 from transformers import AutoModelForCausalLM
@@ -41,16 +42,21 @@ RIGS = itertools.count()
 def start_engine(**settings: Any) -> None:
     """In the child: replace its engine."""
     global ENGINE
-    close_engine()
+    if ENGINE is not None:
+        close_engine()
     ENGINE = VLLMEngine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.05, **settings)
 
 
 def close_engine() -> list[str]:
-    """In the child: close its engine; what is left in /dev/shm by this process's descendants."""
+    """In the child: close its engine; what engines have in /dev/shm."""
     if ENGINE is not None:
         ENGINE.close()
         ENGINE.close()
-    return [name for name in os.listdir("/dev/shm") if "cpushm" in name or FILE_PREFIX in name]
+    return [
+        name
+        for name in os.listdir("/dev/shm")
+        if name.startswith(f"{FILE_PREFIX}test-{os.getppid()}-") or "cpushm" in name
+    ]
 
 
 def call(method: str, *args: Any) -> Any:
@@ -70,13 +76,18 @@ def break_prefix_reset() -> None:
     ENGINE._llm.reset_prefix_cache = lambda: True
 
 
+def wait_all(calls: list[Future]) -> list[Any]:
+    return [future.result() for future in calls]
+
+
 class Rig:
     """A model (transformers', here) cut for four training ranks, their ends of the stream, an engine in the child."""
 
     layout = ParallelLayout(tp=2, pp=2)
 
-    def __init__(self, child: ProcessPoolExecutor, folder: Path, tensor_parallel_size: int = 1, **model: Any) -> None:
-        self.child, self.version, self.syncs = child, 0, 0
+    def __init__(self, children: list[ProcessPoolExecutor], folder: Path, **model: Any) -> None:
+        """An engine of as many tensor-parallel ranks as there are children."""
+        self.children, self.version, self.syncs = children, 0, 0
         make_tiny_model(folder, **TINY | model)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.setup = SyncSetup(
@@ -88,12 +99,13 @@ class Rig:
             dtype="float32",
             bucket_bytes=40_000,
             timeout_s=20.0,
-            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_size=len(children),
         )
         self.params: list[dict[tuple[int, str], torch.Tensor]] = [{} for _ in range(4)]
         self.cut()
         self.senders = [WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)]
-        child.submit(start_engine, model_path=folder, tensor_parallel_size=tensor_parallel_size).result()
+        settings = {"model_path": folder, "tensor_parallel_size": len(children), "meeting": ("127.0.0.1", free_port())}
+        wait_all([child.submit(start_engine, rank=rank, **settings) for rank, child in enumerate(children)])
         for sender in self.senders:
             sender.open()
         self.call("open_weights", self.setup, 0, None)
@@ -101,7 +113,8 @@ class Rig:
             sender.seal()
 
     def call(self, method: str, *args: Any) -> Any:
-        return self.child.submit(call, method, *args).result()
+        """The same call on every rank of the engine; what the first returns."""
+        return wait_all([child.submit(call, method, *args) for child in self.children])[0]
 
     def cut(self) -> None:
         """The model's weights as the training ranks hold them."""
@@ -119,11 +132,11 @@ class Rig:
 
     def load(self) -> SyncReport:
         """Send the weights and have the engine load them, without publishing."""
-        loading = self.child.submit(call, "update_weights", self.version, self.syncs)
+        loading = [child.submit(call, "update_weights", self.version, self.syncs) for child in self.children]
         with ThreadPoolExecutor(len(self.senders)) as threads:
             sending = [threads.submit(sender.send, self.version, self.syncs) for sender in self.senders]
         self.syncs += 1
-        report = loading.result()
+        report = wait_all(loading)[0]
         assert all(work.result().sent_bytes for work in sending)
         return report
 
@@ -162,14 +175,21 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-        assert pool.submit(close_engine).result() == []
+def children() -> Iterator[list[ProcessPoolExecutor]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+        yield [first, second]
+        wait_all([child.submit(close_engine) for child in (first, second)])
+        assert first.submit(close_engine).result() == []
 
 
 @pytest.fixture(scope="module")
-def llama(child: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def child(children: list[ProcessPoolExecutor]) -> list[ProcessPoolExecutor]:
+    return children[:1]
+
+
+@pytest.fixture(scope="module")
+def llama(child: list[ProcessPoolExecutor], tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """Tied embeddings: the head is packed apart and must follow."""
     rig = Rig(child, tmp_path_factory.mktemp("llama"), family="llama", tie=True)
     with pytest.raises(RuntimeError, match="serves no policy yet"):
@@ -185,10 +205,10 @@ def test_tied_engine_follows_many_updates_without_growing(llama: Rig) -> None:
         assert report.received_bytes >= sum(4 * w.numel() for w in llama.model.parameters())
         llama.check()
         assert llama.call("policy_version") == llama.version
-    before = llama.child.submit(resident_mib).result()
+    before = llama.children[0].submit(resident_mib).result()
     for _ in range(20):
         llama.sync()
-    assert llama.child.submit(resident_mib).result() - before < 10
+    assert llama.children[0].submit(resident_mib).result() - before < 10
     llama.check()
 
 
@@ -234,12 +254,12 @@ def test_stale_prefix_cache_shows(llama: Rig) -> None:
     llama.sync()
     assert llama.call("cached_tokens") == 0
     llama.generate()
-    llama.child.submit(break_prefix_reset).result()
+    llama.children[0].submit(break_prefix_reset).result()
     llama.sync()
     assert llama.call("cached_tokens") > 0
 
 
-def test_faults_are_refused_with_the_tensors_name(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:
     rig = Rig(child, tmp_path, family="llama", tie=True)
     rig.sync()
     rig.check()
@@ -256,16 +276,25 @@ def test_faults_are_refused_with_the_tensors_name(child: ProcessPoolExecutor, tm
         rig.call("publish", rig.version)
 
 
-def test_untied_qwen2_follows_two_updates(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:
     rig = Rig(child, tmp_path, family="qwen2", tie=False)
     for _ in range(2):
         rig.sync()
         rig.check()
 
 
-def test_two_tensor_parallel_ranks(child: ProcessPoolExecutor, tmp_path: Path) -> None:
-    rig = Rig(child, tmp_path, tensor_parallel_size=2, family="llama", tie=True)
+def test_two_tensor_parallel_ranks_in_processes_of_their_own(
+    children: list[ProcessPoolExecutor], tmp_path: Path
+) -> None:
+    rig = Rig(children, tmp_path, family="llama", tie=True)
     for _ in range(2):
         rig.sync()
         rig.check()
     rig.check(temperature=0.7)
+    # Both ranks scheduled the same requests to the same end.
+    both = [
+        child.submit(call, "generate", [Request((5, 6, 7), seed=3)], SamplingSettings(max_tokens=8))
+        for child in children
+    ]
+    first, second = wait_all(both)
+    assert first == second and len(first[0].token_ids) > 1

@@ -1,29 +1,59 @@
-"""Bundles of a run."""
+"""Bundles of a run, and which of them engine ranks take."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.placement.resources import place
+from rlhf3d.placement.resources import engine_bundles, place
+from rlhf3d.resharding.sites import Sites
+from rlhf3d.resharding.tables import plan_sync
 
 CPU, CUDA = CPUPlatform(reason="test"), CUDAPlatform(reason="test")
+SPEC = ModelSpec(
+    "llama", num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, head_dim=4, ffn_size=64, vocab_size=128
+)
+LAYOUT = ParallelLayout(tp=2, pp=2, dp=2)
 
 
-def test_cpu_engines_have_their_own_bundles() -> None:
-    placement = place(CPU, world_size=4, engines=2, engine_ranks=2)
-    assert placement.bundles == [{"CPU": 1.0}] * 4 + [{"CPU": 2.0}] * 2
-    assert placement.engine_bundles == [4, 5]
+def test_cpu_engine_ranks_have_their_own_bundles() -> None:
+    placement = place(CPU, world_size=4, engines=2, engine_ranks=2, colocated=True)
+    assert placement.bundles == [{"CPU": 1.0}] * 8
+    assert placement.engine_bundles == [[4, 5], [6, 7]]
 
 
 def test_cuda_engines_share_the_trainers_gpus() -> None:
-    placement = place(CUDA, world_size=8, engines=8, engine_ranks=1)
+    placement = place(CUDA, world_size=8, engines=4, engine_ranks=2, colocated=True)
     assert placement.bundles == [{"GPU": 1.0, "CPU": 2.0}] * 8
-    assert placement.engine_bundles == list(range(8))
     assert placement.train_options["num_gpus"] + placement.engine_options["num_gpus"] == 1
+    plan = plan_sync(SPEC, LAYOUT, Sites.gpus(8, 8), 4, 2)
+    bundles = engine_bundles(placement, plan, [0] * 8)
+    assert sorted(bundle for ranks in bundles for bundle in ranks) == list(range(8))
+    # Each engine rank is where the tensor-parallel half it needs is.
+    assert all(LAYOUT.coords(bundle).tp == rank for ranks in bundles for rank, bundle in enumerate(ranks))
 
 
-@pytest.mark.parametrize(("engines", "ranks", "key"), [(4, 2, "tensor_parallel_size"), (9, 1, "rollout.engines")])
-def test_cuda_refuses_what_it_cannot_place(engines: int, ranks: int, key: str) -> None:
-    with pytest.raises(ValueError, match=key):
-        place(CUDA, world_size=8, engines=engines, engine_ranks=ranks)
+def test_cuda_engines_apart_have_gpus_of_their_own() -> None:
+    placement = place(CUDA, world_size=8, engines=2, engine_ranks=2, colocated=False)
+    assert placement.bundles == [{"GPU": 1.0, "CPU": 1.0}] * 12
+    plan = plan_sync(SPEC, LAYOUT, Sites.gpus(8, 8), 2, 2, colocated=False)
+    assert engine_bundles(placement, plan, [0] * 8 + [1] * 4) == [[8, 9], [10, 11]]
+
+
+def test_cpu_engines_go_to_the_hosts_of_the_plan() -> None:
+    placement = place(CPU, world_size=8, engines=2, engine_ranks=1, colocated=True)
+    plan = plan_sync(SPEC, LAYOUT, Sites.hosts([0] * 4 + [1] * 4), 2, 1)
+    assert [d.device for d in plan.destinations] == [0, 1]
+    assert engine_bundles(placement, plan, [0] * 4 + [1] * 4 + [1, 0]) == [[9], [8]]
+    with pytest.raises(ValueError, match=r"no room for the engine ranks .* disaggregated"):
+        engine_bundles(placement, plan, [0] * 4 + [1] * 4 + [0, 0])
+
+
+def test_too_many_colocated_engines_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.engines = 9 .* 8 devices"):
+        plan_sync(SPEC, LAYOUT, Sites.gpus(8, 8), 9, 1)
+    assert len(plan_sync(SPEC, replace(LAYOUT, dp=1), Sites.hosts([0] * 4), 9, 1).destinations) == 1
