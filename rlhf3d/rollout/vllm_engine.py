@@ -205,7 +205,7 @@ def _meet_at(rank: int, address: str, port: int) -> None:
 
 
 def _forget_shared_memory(port: int) -> None:
-    """Remove the names of what vLLM's CPU ranks share, which all have opened: it then goes with them, however they end."""
+    """Remove the names of what vLLM's CPU ranks share, now that all have opened it: it goes with its processes."""
     for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
         file.unlink(missing_ok=True)
 

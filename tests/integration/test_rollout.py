@@ -52,11 +52,8 @@ def close_engine() -> list[str]:
     if ENGINE is not None:
         ENGINE.close()
         ENGINE.close()
-    return [
-        name
-        for name in os.listdir("/dev/shm")
-        if name.startswith(f"{FILE_PREFIX}test-{os.getppid()}-") or "cpushm" in name
-    ]
+    named = re.compile(rf"{FILE_PREFIX}test-{os.getppid()}-|\d+-tp:.*cpushm")
+    return [name for name in os.listdir("/dev/shm") if named.match(name)]
 
 
 def call(method: str, *args: Any) -> Any:
