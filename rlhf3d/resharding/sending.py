@@ -23,7 +23,7 @@ from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout
 from rlhf3d.resharding.ring import Ring
-from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.resharding.setup import SLOTS, SyncSetup
 
 Params = Mapping[tuple[int, str], torch.Tensor]
 """(model chunk, parameter name) -> local weights."""
@@ -159,7 +159,7 @@ class _RingOutbox:
         if number >= self.rounds:
             return
         counted = sync * self.rounds + number
-        self.ring.wait_free(counted, deadline)
+        _wait_free(self.ring, counted, self.rounds, deadline)
         slot = self.ring.slot(counted)
         for copy in self.copies[number]:
             tensor, checksum = block(copy)
@@ -211,7 +211,7 @@ class _Relay:
     def forward(self, number: int, sync: int, deadline: float) -> None:
         layout, message = self.layouts[number], self.buffer(number)
         counted = sync * self.rounds + number
-        self.ring.wait_free(counted, deadline)
+        _wait_free(self.ring, counted, self.rounds, deadline)
         slot = self.ring.slot(counted)
         for i, (copy, (version, checksum)) in enumerate(
             zip(layout.copies, layout.table(message).tolist(), strict=True)
@@ -219,6 +219,11 @@ class _Relay:
             view_in(slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
             self.ring.record(self.position, copy.row, version, checksum)
         self.ring.fill(self.position, counted)
+
+
+def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
+    """Wait until the last contents of bucket `counted`'s slot, and of its rows of the table, have been read."""
+    ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 
 def view_in(slot: torch.Tensor, copy: Copy, dtype: torch.dtype) -> torch.Tensor:

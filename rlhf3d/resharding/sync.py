@@ -114,13 +114,14 @@ class WeightSync:
             self.train.call_all(phase, "seal_stream", setup.name)
 
     def _open_export(self) -> WeightReceiver:
-        if not self.train.is_here(0):
-            raise ValueError(
-                "exporting the actor's weights needs the driver on the node of training rank 0: start `rlhf3d train` "
-                "there, or set trainer.save_at_end = false and trainer.save_freq = 0"
-            )
         name = f"{self.setup.name}-export"
         setup = replace(self.setup, name=name, dtype=self.export_dtype, target="export", colocated=True)
+        owner = setup.owner(0)
+        if not self.train.is_here(owner):
+            raise ValueError(
+                f"exporting the actor's weights needs the driver on the node of training rank {owner}: start "
+                "`rlhf3d train` there, or set trainer.save_at_end = false and trainer.save_freq = 0"
+            )
         self._open(setup, None)
         inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
         self.train.call_all("open weight stream", "seal_stream", setup.name)

@@ -49,6 +49,8 @@ class WeightSyncWorker:
     @torch.no_grad()
     def receive_weights(self, policy_version: int, sync: int) -> dict[str, float]:
         """Load one sync; where its seconds went. After a SyncError the engine is unusable: half of it is new."""
+        if not hasattr(self, "_weight_receiver"):
+            raise RuntimeError("this engine has not opened a weight stream: it was started anew since the run began")
         start = time.perf_counter()
         with set_current_vllm_config(self.vllm_config):
             self._weight_receiver.load(self._weight_writer, policy_version, sync)

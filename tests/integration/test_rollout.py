@@ -271,6 +271,12 @@ def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecuto
         rig.generate()
     with pytest.raises(RuntimeError, match="cannot publish"):
         rig.call("publish", rig.version)
+    # An engine that was started anew holds nothing and takes nothing.
+    rig.children[0].submit(start_engine, model_path=tmp_path).result()
+    with pytest.raises(RuntimeError, match="serves no policy yet"):
+        rig.generate()
+    with pytest.raises(RuntimeError, match="started anew"):
+        rig.call("update_weights", rig.version, rig.syncs)
 
 
 def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""When a policy version is published: after its weights arrived and, on canary steps, after both checks passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf3d.config.schema import Config, ModelConfig, RolloutConfig
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.resharding import sync as sync_module
+from rlhf3d.resharding.ring import SyncError
+from rlhf3d.resharding.sending import SendReport
+from rlhf3d.resharding.setup import sync_setup
+from rlhf3d.resharding.sync import CanaryError, WeightSync
+from rlhf3d.rollout.api import SyncReport
+
+SPEC = ModelSpec("llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64)
+CONFIG = Config(
+    model=ModelConfig(dtype="float32"), rollout=RolloutConfig(dtype="float32", canary_steps=1, canary_every=3)
+)
+
+
+class Train:
+    """Two training ranks whose canary log-probs are `logprobs`."""
+
+    timeout_s, temperature, layout = 1.0, 1.0, ParallelLayout(tp=2)
+
+    def __init__(self) -> None:
+        self.logprobs = [-1.0, -2.0]
+
+    def call_all(self, phase: str, method: str, *args: Any) -> list[None]:
+        return [None, None]
+
+    def start_all(self, method: str, *args: Any) -> dict[str, Any]:
+        return {"rank 0": SendReport(10, 0.1), "rank 1": SendReport(20, 0.2)}
+
+    def forward(self, phase: str, role: str, batch: Any) -> dict[str, torch.Tensor]:
+        return {"logprobs": torch.tensor([self.logprobs])}
+
+
+class Rollout:
+    """One engine that notes what was published."""
+
+    def __init__(self) -> None:
+        self.cached, self.published, self.scored = 0, [], 0
+        self.report: SyncReport | Exception = SyncReport(0, 30, 0.0, 0.0, 0.0)
+
+    def start_open_weights(self, *args: Any) -> dict[str, Any]:
+        return {"engine 0": None}
+
+    def start_update_weights(self, version: int, sync: int) -> dict[str, Any]:
+        return {"engine 0": self.report}
+
+    def score(self, sequences: Any, temperature: float) -> list[list[list[float]]]:
+        self.scored += 1
+        return [[[-1.0, -2.0]]]
+
+    def cached_tokens(self) -> list[int]:
+        return [self.cached]
+
+    def publish(self, version: int) -> None:
+        self.published.append(version)
+
+
+def gather(phase: str, calls: dict[str, Any], timeout_s: float) -> list[Any]:
+    """Calls that ended at once."""
+    for result in calls.values():
+        if isinstance(result, Exception):
+            raise result
+    return list(calls.values())
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[WeightSync, Train, Rollout]:
+    monkeypatch.setattr(sync_module, "gather", gather)
+    train, rollout = Train(), Rollout()
+    setup = sync_setup(CONFIG, SPEC, train.layout, CPUPlatform(reason="test"), "test", [0, 0])
+    return WeightSync(CONFIG, setup, train, rollout, [[5, 6, 7]]), train, rollout  # type: ignore[arg-type]
+
+
+def test_publishes_what_agrees(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, _, rollout = parts
+    assert sync.needed
+    metrics = sync.run()
+    assert metrics["sync/sent_bytes"] == 30 and metrics["sync/send_s"] == 0.2
+    assert metrics["sync/canary_abs_diff"] == 0.0
+    assert rollout.published == [0] and not sync.needed
+
+
+def test_canary_runs_on_its_steps(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, _, rollout = parts
+    for _ in range(7):
+        sync.run()
+        sync.weights_changed()
+    assert rollout.scored == 3  # syncs 0, 3 and 6
+    assert rollout.published == list(range(7))
+
+
+def test_disagreement_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, train, rollout = parts
+    train.logprobs = [-1.0, -2.1]
+    with pytest.raises(CanaryError, match=r"after the sync of policy 0, engine 0 and the trainer .* differ by 0\.05"):
+        sync.run()
+    assert rollout.published == [] and sync.needed
+
+
+def test_nan_is_disagreement(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, train, rollout = parts
+    train.logprobs = [-1.0, float("nan")]
+    with pytest.raises(CanaryError):
+        sync.run()
+    assert rollout.published == []
+
+
+def test_stale_prefix_cache_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, _, rollout = parts
+    rollout.cached = 128
+    with pytest.raises(CanaryError, match="engine 0 still took 128 tokens of a prompt from its prefix cache"):
+        sync.run()
+    assert rollout.published == [] and sync.needed
+
+
+def test_failed_load_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, _, rollout = parts
+    rollout.report = SyncError("model.norm.weight[0:16] differs")
+    with pytest.raises(SyncError, match=r"model\.norm"):
+        sync.run()
+    assert rollout.published == [] and sync.needed
