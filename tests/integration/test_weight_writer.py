@@ -1,0 +1,242 @@
+"""The weight writer in real vLLM: after each of several updates its log-probs are those of the new weights.
+
+Oracle: transformers on the same folder, in float32. Every engine lives in one child process (vLLM patches torch and
+the environment), one after the other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from rlhf3d.models.engine_weights import engine_params
+from rlhf3d.models.spec import ModelSpec, load_spec
+
+# vLLM on CPU has no attention kernel for a head_dim below 32, and pads vocabularies to 64 rows.
+TINY = {"hidden": 64, "heads": 2, "layers": 2, "vocab": 150}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+TOKENS = [torch.randint(4, 150, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
+LLM: Any = None
+
+
+def start_engine(folder: Path, dtype: str, pack: bool = True, load_format: str = "dummy", **settings: Any) -> None:
+    """In the child: replace its engine; without `pack`, weights stay plain as on CUDA."""
+    global LLM
+    close_engine()
+    os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)
+    import vllm
+    from vllm import _custom_ops
+
+    _custom_ops._supports_onednn = pack and hasattr(torch.ops._C, "create_onednn_mm_handler")
+    LLM = vllm.LLM(
+        str(folder),
+        dtype=dtype,
+        load_format=load_format,
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        max_num_seqs=4,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=16 << 20,
+        worker_extension_cls="support.writer_worker.WriterWorker",
+        **settings,
+    )
+
+
+def close_engine() -> None:
+    """In the child: stop its engine, if any."""
+    global LLM
+    if LLM is not None:
+        LLM.llm_engine.engine_core.shutdown()
+        LLM = None
+
+
+def rpc(method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    """In the child: a method of each worker."""
+    answers: list[Any] = LLM.collective_rpc(method, args=args, kwargs=kwargs)
+    return answers
+
+
+def score() -> list[list[float]]:
+    """In the child: log p of tokens 1, 2, ... of each of TOKENS."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = LLM.generate([{"prompt_token_ids": tokens} for tokens in TOKENS], params, use_tqdm=False)
+    return [
+        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
+        for output, tokens in zip(outputs, TOKENS, strict=True)
+    ]
+
+
+class Rig:
+    """A model that is trained (perturbed, here) and an engine in the child that follows it."""
+
+    def __init__(
+        self,
+        child: ProcessPoolExecutor,
+        folder: Path,
+        dtype: str = "float32",
+        engine: dict[str, Any] | None = None,
+        **model: Any,
+    ) -> None:
+        self.child, self.folder, self.updates = child, folder, 0
+        make_tiny_model(folder / "0", **TINY | model)
+        self.spec: ModelSpec = load_spec(folder / "0")
+        self.model = AutoModelForCausalLM.from_pretrained(folder / "0", dtype=torch.float32).eval()
+        self.engine = engine or {}
+        child.submit(start_engine, folder / "0", dtype, **self.engine).result()
+
+    def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return self.child.submit(rpc, method, self.spec, *args, **kwargs).result()
+
+    def update(self, **settings: Any) -> list[list[int]]:
+        """Change every weight (what is stale shows), and write the new ones."""
+        self.updates += 1
+        generator = torch.Generator().manual_seed(self.updates)
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+        self.model.save_pretrained(self.folder / str(self.updates))
+        if self.engine.get("enable_expert_parallel"):
+            settings["expert_parallel"] = True
+        return self.rpc("write_folder", self.folder / str(self.updates), **settings)
+
+    def score(self) -> torch.Tensor:
+        return torch.tensor(self.child.submit(score).result())
+
+    def expected(self) -> torch.Tensor:
+        tokens = torch.tensor(TOKENS)
+        with torch.no_grad():
+            logits = self.model(tokens).logits[:, :-1]
+        return torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
+
+    def check(self) -> None:
+        stale = self.expected()
+        for _ in range(2):
+            self.update()
+            expected = self.expected()
+            assert (expected - stale).abs().max() > 0.1, "the update must change the log-probs"
+            torch.testing.assert_close(self.score(), expected, atol=1e-4, rtol=0)
+            stale = expected
+
+    def check_memory(self) -> None:
+        """Packed copies of earlier weights are freed: 25 loads take less than two models more."""
+        weights = sum(weight.numel() * 4 for weight in self.model.parameters())
+        assert weights > 3e6, "a model that would not show in the resident bytes proves nothing"
+        ((*_, settled), (*_, end)) = (self.update(times=times)[0] for times in (5, 25))
+        assert end - settled < 2 * weights, f"{end - settled} bytes in 25 loads of {weights}"
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+        pool.submit(close_engine).result()
+
+
+def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Packed linear layers and head, live embedding and norms; what does not fit is refused by name; no leak."""
+    rig = Rig(child, tmp_path, family="llama", tie=True, kv_heads=1, ffn=2048)
+    rig.check()
+    rig.check_memory()
+    ((live, packed),) = rig.rpc("live_and_packed")
+    assert [name.removeprefix("model.") for name in live[:3]] == [
+        "embed_tokens.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.0.post_attention_layernorm.weight",
+    ]
+    assert len(packed) == 8 and len(live) + len(packed) == len(engine_params(rig.spec, 1, 0))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert f"{name} has shape (64, 2048) in vLLM and (64, 127)" in rig.rpc("refusal", name, {"shape": (64, 127)})[0]
+    assert f"the weight table lacks {name} (1 in all)" in rig.rpc("refusal", name, {})[0]
+    renamed = rig.rpc("refusal", name, {"name": "model.typo.weight"})[0]
+    assert f"lacks {name} (1 in all) and has besides model.typo.weight (1 in all)" in renamed
+    assert "is torch.float32 in vLLM" in rig.rpc("refusal_of_dtype", torch.bfloat16)[0]
+    torch.testing.assert_close(rig.score(), rig.expected(), atol=1e-4, rtol=0)
+
+
+def test_untied_qwen2_with_biases(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    rig = Rig(child, tmp_path, family="qwen2", tie=False, kv_heads=2)
+    rig.check()
+    ((live, _),) = rig.rpc("live_and_packed")
+    assert "lm_head.weight" in live and "model.layers.1.self_attn.qkv_proj.bias" in live
+
+
+def test_plain_layout_as_on_cuda(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Nothing packed: every parameter is live storage, written in row ranges."""
+    rig = Rig(child, tmp_path, engine={"pack": False}, family="qwen3", tie=True, kv_heads=1)
+    rig.check()
+    ((live, packed),) = rig.rpc("live_and_packed")
+    assert packed == [] and len(live) == len(engine_params(rig.spec, 1, 0))
+
+
+def test_bfloat16_equals_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    rig = Rig(child, tmp_path, dtype="bfloat16", engine={"load_format": "auto"}, family="qwen3", tie=False, kv_heads=2)
+    own = rig.score()
+    rig.update()
+    assert not torch.equal(rig.score(), own)
+    rig.rpc("write_folder", tmp_path / "0")
+    assert torch.equal(rig.score(), own)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> None:
+    """An expert size that is not a multiple of the CPU kernel's 32 columns: it is padded before it is packed."""
+    model = {"norm_topk_prob": False} if family == "qwen3_moe" else {"experts": 8}
+    rig = Rig(child, tmp_path, family=family, tie=family == "mixtral", kv_heads=1, ffn=1008, **model)
+    rig.check()
+    rig.check_memory()
+    ((_, packed),) = rig.rpc("live_and_packed")
+    experts = f"model.layers.0.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.experts.routed_experts"
+    assert {f"{experts}.w13_weight", f"{experts}.w2_weight"} < set(packed)
+    refused = rig.rpc("refusal_of_backend", experts)[0]
+    assert refused.startswith(f"{experts}.w13_weight: vLLM's FlashInfer CUTLASS kernels")
+    with pytest.raises(RuntimeError, match=f"{experts}.w13_weight came alone"):
+        rig.update(skip=[f"{experts}.w2_weight"])
+
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "qwen2", "tie": False, "kv_heads": 2},
+        {"family": "qwen3_moe", "tie": True, "kv_heads": 1, "ffn": 96},
+    ],
+    ids=lambda model: model["family"],
+)
+def test_two_tensor_parallel_ranks(child: ProcessPoolExecutor, tmp_path: Path, model: dict[str, Any]) -> None:
+    """Shards of everything; with fewer key-value heads than ranks, copies of them."""
+    Rig(child, tmp_path, engine=TWO_RANKS, **model).check()
+
+
+def test_whole_experts_on_two_ranks_equal_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """By the bits of the packed experts: vLLM's CPU kernel crashes on experts that are elsewhere."""
+    engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
+    rig = Rig(child, tmp_path, engine=engine, family="mixtral", tie=True, kv_heads=1)
+    own = rig.rpc("expert_digests")
+    assert own[0].keys() == own[1].keys() and len({*own[0].values(), *own[1].values()}) == 8
+    rig.update()
+    assert not {*own[0].values()} & {*rig.rpc("expert_digests")[0].values()}
+    rig.rpc("write_folder", tmp_path / "0", expert_parallel=True)
+    assert rig.rpc("expert_digests") == own
