@@ -13,7 +13,9 @@ from rlhf3d.config.checks import check_files
 from rlhf3d.config.derived import Derived, derive, resolve_dtypes
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
-from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
+from rlhf3d.models.weights import hf_tensors, local_params
+from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 CPU_RANK_GIB = 0.4
@@ -49,7 +51,9 @@ def preflight(config: Config) -> list[str]:
     derived = derive(config)
     problems = check_files(config)
     try:
-        footprint = model_footprint(config, derived, load_spec(config.model.path))
+        spec = load_spec(config.model.path)
+        check_layout(spec, derived.layout, config.actor.layout.sequence_parallel)
+        footprint = model_footprint(config, derived, spec)
     except ValueError:  # reported by check_files; what does not depend on the model is still compared
         footprint = Footprint(0.0, 0.0, 0.0)
     compare = _compare_cuda if cuda else _compare_cpu
@@ -60,11 +64,16 @@ def preflight(config: Config) -> list[str]:
 
 def count_parameters(spec: ModelSpec) -> int:
     """Parameters of the decoder with its LM head."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    attention = spec.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv) * spec.qkv_bias + 2 * spec.head_dim * spec.qk_norm
-    layer = attention + 3 * spec.hidden_size * spec.ffn_size + 2 * spec.hidden_size
-    embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_embeddings else 2)
-    return spec.num_layers * layer + embeddings + spec.hidden_size
+    return sum(math.prod(shape) for shape in hf_tensors(spec, "lm").values())
+
+
+def largest_rank_parameters(spec: ModelSpec, layout: ParallelLayout) -> int:
+    """Parameters of the policy on the training rank that holds most."""
+    shards = {(at.tp, at.pp, at.ep): at for at in map(layout.coords, range(layout.world_size))}
+    return max(
+        sum(math.prod(p.shape) for chunk in range(layout.vpp) for p in local_params(spec, layout, at, chunk))
+        for at in shards.values()
+    )
 
 
 def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footprint:
@@ -81,7 +90,7 @@ def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footpr
     sharded = layout.dp if config.actor.layout.distributed_optimizer else 1
     bytes_a_parameter = trained * (weights + 4 + optimizer / sharded) + config.needs_reference * weights
     return Footprint(
-        per_rank_gib=parameters / (layout.tp * layout.pp) * bytes_a_parameter / GIB,
+        per_rank_gib=largest_rank_parameters(spec, layout) * bytes_a_parameter / GIB,
         weights_gib=parameters * (2 if config.rollout.dtype == "bfloat16" else 4) / GIB,
         checkpoint_gib=trained * parameters * (weights + optimizer) / GIB,
     )

@@ -10,8 +10,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.config.derived import actor_batching, critic_batching, derive
+from rlhf3d.config.derived import Batching, actor_batching, critic_batching, derive, micro_batching
 from rlhf3d.config.schema import Config
+from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import check_layout, load_spec
 
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo")
@@ -40,8 +41,8 @@ AT_LEAST_1 = (
     "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp actor.layout.ep "
     "actor.layout.first_stage_layers actor.layout.last_stage_layers data.train_batch_size "
     "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
-    "actor.ppo_micro_batch_size_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
-    "critic.ppo_micro_batch_size_per_gpu critic.ppo_epochs rollout.n rollout.engines "
+    "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
+    "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
     "algorithm.kl_ctrl.horizon reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
@@ -71,9 +72,9 @@ def check(config: Config) -> list[str]:
     sizes = [value_of(config, name) for name in AT_LEAST_1]
     if any(size is not None and size < 1 for size in sizes):
         return problems  # reported above; the arithmetic below divides by them
-    problems += _check_layout(config) + _check_batching(config, "actor", *actor_batching(config))
+    problems += _check_layout(config) + _check_batching(config, "actor", actor_batching(config))
     if config.needs_critic and critic_batching(config) != actor_batching(config):
-        problems += _check_batching(config, "critic", *critic_batching(config))
+        problems += _check_batching(config, "critic", critic_batching(config))
     return problems
 
 
@@ -115,33 +116,54 @@ def _check_values(config: Config) -> list[str]:
     return problems
 
 
-def _check_batching(config: Config, role: str, mini: int, micro: int, epochs: int) -> list[str]:
-    batch, n, layout = config.data.train_batch_size, config.rollout.n, config.actor.layout
-    mini_key, micro_key = f"{role}.ppo_mini_batch_size", f"{role}.ppo_micro_batch_size_per_gpu"
+def _check_batching(config: Config, role: str, batching: Batching) -> list[str]:
+    batch, mini, mini_key = config.data.train_batch_size, batching.mini_batch_size, f"{role}.ppo_mini_batch_size"
     problems = []
     if batch % mini:
         problems.append(
             f"data.train_batch_size = {batch} prompts do not divide by {mini_key} = {mini}: "
             f"{batch} % {mini} = {batch % mini}"
         )
+    if batching.max_tokens is not None:
+        return problems + _check_budget(config, role, batching.max_tokens)
+    return problems + _check_fixed(config, role, mini_key, batching)
+
+
+def _check_fixed(config: Config, role: str, mini_key: str, batching: Batching) -> list[str]:
+    """Micro-batches of so many sequences: they must come out even on every rank."""
+    n, layout, mini, micro = config.rollout.n, config.actor.layout, batching.mini_batch_size, batching.micro_batch_size
+    micro_key = f"{role}.ppo_micro_batch_size_per_gpu"
     if mini * n % layout.dp:
-        problems.append(
+        return [
             f"{mini_key} = {mini} prompts x rollout.n = {n} = {mini * n} sequences do not divide over "
             f"actor.layout.dp = {layout.dp} ranks: {mini * n} % {layout.dp} = {mini * n % layout.dp}"
-        )
-        return problems
+        ]
     per_rank = mini * n // layout.dp
     if per_rank % micro:
-        problems.append(
+        return [
             f"{mini_key} = {mini} x rollout.n = {n} / actor.layout.dp = {layout.dp} = {per_rank} sequences "
             f"a rank do not divide by {micro_key} = {micro}: {per_rank} % {micro} = {per_rank % micro}"
-        )
-    elif (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
-        problems.append(
+        ]
+    if (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
+        return [
             f"{micro_key} = {micro} makes {per_rank // micro} micro-batches a rank; interleaving "
             f"(actor.layout.vpp = {layout.vpp}) needs a multiple of actor.layout.pp = {layout.pp}"
-        )
-    return problems
+        ]
+    return []
+
+
+def _check_budget(config: Config, role: str, budget: int) -> list[str]:
+    """Micro-batches of so many tokens: each must hold the longest sequence there can be."""
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    rule = micro_batching(config, actor_batching(config))
+    longest = rule.width(prompt + response)
+    if longest <= budget:
+        return []
+    rounded = f", rounded up to a multiple of actor.layout.tp = {rule.multiple_of}" if rule.multiple_of > 1 else ""
+    return [
+        f"{role}.ppo_max_token_len_per_gpu = {budget}: below the longest sequence, data.max_prompt_length {prompt} + "
+        f"data.max_response_length {response}{rounded} = {longest} tokens; set {longest} or more"
+    ]
 
 
 def _check_layout(config: Config) -> list[str]:
@@ -231,10 +253,8 @@ def _check_model_folder(config: Config) -> list[str]:
         check_layout(spec, derive(config).layout, config.actor.layout.sequence_parallel)
     except ValueError as error:
         problems.append(f"actor.{error}")
-    ranks = config.rollout.tensor_parallel_size
-    if spec.num_heads % ranks:
-        problems.append(
-            f"rollout.tensor_parallel_size = {ranks}: {spec.num_heads} attention heads % {ranks} = "
-            f"{spec.num_heads % ranks}"
-        )
+    try:
+        check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
