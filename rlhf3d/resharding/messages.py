@@ -7,7 +7,7 @@ them; messages of a pair arrive in the order of buckets; each wait has a deadlin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,8 @@ from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import SyncError
 
 _ALIGN = 16
+_CLOCK_S = 0.05
+"""Backends round deadlines to milliseconds."""
 Post = tuple[torch.Tensor, int]
 """A message and the rank it goes to or comes from."""
 
@@ -56,8 +58,16 @@ class Group:
         return [work] * count
 
     def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
-        started = [self._group.send([message], peer, 0) for message, peer in sends]
-        return started + [self._group.recv([message], peer, 0) for message, peer in receives]
+        started = [self._begin(self._group.send, "a message to", post) for post in sends]
+        return started + [self._begin(self._group.recv, "a message from", post) for post in receives]
+
+    def _begin(self, start: Callable[..., Any], what: str, post: Post) -> Any:
+        """Start one message. Raises SyncError that names the peer when it is gone already."""
+        message, peer = post
+        try:
+            return start([message], peer, 0)
+        except RuntimeError as error:
+            raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
 
     def finish(self, work: Any, peer: int, what: str, deadline: float) -> None:
         """Wait for a started message. Raises SyncError that names the peer."""
@@ -65,7 +75,9 @@ class Group:
         try:
             done = left_s > 0 and work.wait(timedelta(seconds=left_s))
         except RuntimeError as error:
-            raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
+            if time.monotonic() < deadline - _CLOCK_S:
+                raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
+            done = False  # gloo raises at a deadline too
         if not done:
             raise SyncError(
                 f"sync_weights: {what} {self.names[peer]} did not end in time; raise rollout.sync_timeout_s if the "

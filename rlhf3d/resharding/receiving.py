@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,8 +74,9 @@ class RingInbox:
         self.ring.take(self.reader, sync * self.rounds + number)
 
     def close(self) -> None:
-        """Unmap the shared memory."""
-        self.ring.close()
+        """Unmap the shared memory; what an error's frames still hold goes with the process."""
+        with suppress(BufferError):
+            self.ring.close()
 
 
 class MessageInbox:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -95,12 +95,11 @@ class Stream:
     def close(self) -> None:
         self.pool.shutdown()
         for sender in self.senders:
-            with suppress(BufferError):
+            with suppress(BufferError):  # the frames of an error may still hold views
                 sender.close()
         for receiver in self.receivers:
             assert isinstance(receiver.inbox, RingInbox)
-            with suppress(BufferError):  # the frames of an error may still hold views
-                receiver.inbox.close()
+            receiver.inbox.close()
 
 
 @pytest.fixture
@@ -308,6 +307,15 @@ def test_a_dropped_copy_is_refused_by_name(sync: int, problem: str, streams: lis
     with pytest.raises(SyncError, match=message):
         receive.result(timeout=60)
     done(*sends)
+
+
+def test_closing_after_an_error_does_not_hide_it(streams: list[Stream]) -> None:
+    stream = Stream(make_setup(tensor_parallel_size=1, bucket_bytes=1 << 20))
+    streams.append(stream)
+    done(*stream.send(0, 0))
+    (receiver,) = stream.receivers
+    with pytest.raises(SyncError, match="wanted policy version 1"), closing(receiver.inbox):  # type: ignore[type-var]
+        list(receiver.stream(1, 0))
 
 
 def test_a_sender_stuck_at_the_old_version_is_named(streams: list[Stream]) -> None:
