@@ -11,12 +11,14 @@ Shapes: N sequences of a step, R response tokens. A user's own estimator:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf3d.algorithms.groups import group_sum
 from rlhf3d.algorithms.masked import masked_whiten, zero_outside
 from rlhf3d.algorithms.registry import Registry
 
@@ -41,6 +43,8 @@ class AdvantageInputs:
     """GAE lambda."""
     norm_by_std: bool = True
     """GRPO divides by the group's standard deviation (False: Dr.GRPO)."""
+    custom: Mapping[str, Any] = field(default_factory=dict)
+    """algorithm.custom_kwargs, for a user's own estimator."""
 
 
 Estimator = Callable[[AdvantageInputs], tuple[Tensor, Tensor]]
@@ -130,7 +134,7 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     scores, counted = _outcomes(inputs)
     centred, size = _centred(scores, counted, inputs.group_ids)
     if inputs.norm_by_std:
-        variance = _group_sum(counted * centred.square(), inputs.group_ids) / (size - 1).clamp(min=1)
+        variance = group_sum(counted * centred.square(), inputs.group_ids) / (size - 1).clamp(min=1)
         centred = centred / (torch.where(size > 1, variance.sqrt(), 1.0) + 1e-6)
     return _on_every_token(centred, inputs)
 
@@ -178,9 +182,9 @@ def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """s minus the length-weighted mean score of the group (arXiv 2505.23585); a group of one keeps s."""
     scores, counted = _outcomes(inputs)
     lengths = inputs.response_mask.bool().sum(-1).double()
-    weighted = _group_sum(scores * lengths, inputs.group_ids)
-    baseline = weighted / _group_sum(lengths, inputs.group_ids).clamp(min=1)
-    size = _group_sum(counted, inputs.group_ids)
+    weighted = group_sum(scores * lengths, inputs.group_ids)
+    baseline = weighted / group_sum(lengths, inputs.group_ids).clamp(min=1)
+    size = group_sum(counted, inputs.group_ids)
     return _on_every_token(scores - torch.where(size > 1, baseline, 0.0), inputs)
 
 
@@ -190,16 +194,10 @@ def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return inputs.token_level_rewards.double().sum(-1), counted
 
 
-def _group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
-    """For each row, the sum of `x` [N] over its group."""
-    ids, index = torch.unique(group_ids, return_inverse=True)
-    return x.new_zeros(len(ids)).index_add(0, index, x)[index]
-
-
 def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Score minus group mean [N] (mean 0 for a group of one) and group size [N], over non-empty responses."""
-    size = _group_sum(counted, group_ids)
-    mean = _group_sum(scores, group_ids) / size.clamp(min=1)
+    size = group_sum(counted, group_ids)
+    mean = group_sum(scores, group_ids) / size.clamp(min=1)
     return scores - torch.where(size > 1, mean, 0.0), size
 
 

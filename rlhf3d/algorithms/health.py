@@ -1,4 +1,4 @@
-"""Numbers that tell whether training can be trusted: engine mismatch and the critic's fit.
+"""Numbers that tell whether training can be trusted: engine mismatch, the critic's fit, spikes, what is not finite.
 
 Invariant: they measure and never correct; what is undefined is NaN, not a pleasant number.
 """
@@ -6,6 +6,9 @@ Invariant: they measure and never correct; what is undefined is NaN, not a pleas
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -46,6 +49,45 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     if target.numel() < 2 or not bool((target != target[0]).any()):
         return math.nan
     return float(1.0 - error.var() / target.var())
+
+
+class SpikeMonitor:
+    """How many times its usual size a figure is: its ratio to the median of the `window` values before it.
+
+    The median is not moved by the spike itself; values that are not finite are not remembered.
+    """
+
+    def __init__(self, window: int = 20, least: int = 5) -> None:
+        """Judge once `least` values are known."""
+        self._least = least
+        self._values: deque[float] = deque(maxlen=window)
+
+    def ratio(self, value: float) -> float:
+        """Ratio of `value` to the median before it, NaN while too few are known; then remember it."""
+        usual = median(self._values) if len(self._values) >= self._least else math.nan
+        if math.isfinite(value):
+            self._values.append(value)
+        return value / usual if usual != 0 else math.nan
+
+    def state_dict(self) -> list[float]:
+        """What a checkpoint must keep."""
+        return list(self._values)
+
+    def load_state_dict(self, values: Iterable[float]) -> None:
+        """Continue from `state_dict()`."""
+        self._values.clear()
+        self._values.extend(values)
+
+
+def nonfinite_rows(columns: Mapping[str, Tensor], mask: Tensor) -> dict[int, list[str]]:
+    """Row to the names of its columns [N, R] that are NaN or infinite somewhere inside `mask` [N, R]."""
+    found: dict[int, list[str]] = {}
+    inside = mask.bool()
+    for name, column in columns.items():
+        bad = (~column.isfinite() & inside).any(-1)
+        for row in bad.nonzero().flatten().tolist():
+            found.setdefault(row, []).append(name)
+    return found
 
 
 def _pearson_r(x: Tensor, y: Tensor) -> float:

@@ -14,7 +14,9 @@ from torch import Tensor
 from rlhf3d.algorithms.masked import zero_outside
 from rlhf3d.algorithms.registry import unknown_name
 
-KL_KINDS = ("k1", "abs", "k2", "k3", "low_var_kl")
+KL_KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "k3+", "low_var_kl+")
+"""Estimators; `kl`, `mse` and `low_var_kl` are verl's other names of k1, k2 and k3."""
+
 LOG_RATIO_CLAMP = 20.0
 K3_CLAMP = 10.0
 
@@ -22,23 +24,33 @@ K3_CLAMP = 10.0
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
     """Estimate KL(policy, reference), nats, from log-probabilities of tokens the policy sampled.
 
-    k1 is the log-ratio l = logp - ref_logp, abs |l|, k2 l²/2, k3 (low_var_kl) exp(-l) - 1 + l with l clamped
+    With l = logp - ref_logp: k1 (kl) is l, abs |l|, k2 (mse) l²/2, k3 (low_var_kl) exp(-l) - 1 + l with l clamped
     to ±20 and the estimate to ±10 (http://joschu.net/blog/kl-approx.html; clamps as in verl). A clamped token
-    passes no gradient. With `mask` the estimate is 0 outside it. ValueError for another kind.
+    passes no gradient. A `+` behind the name (straight-through) keeps the estimator's value and takes k2's
+    gradient l, which is in expectation the gradient of the KL itself; that of k1 is 0 and that of k3 belongs to
+    the reverse divergence. With `mask` the estimate is 0 outside it. ValueError for another kind.
     """
+    if kind not in KL_KINDS:
+        raise unknown_name("KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS)
     log_ratio = logp - ref_logp
     if mask is not None:
         log_ratio = zero_outside(log_ratio, mask)
-    if kind == "k1":
+    estimate = _estimate(log_ratio, kind.removesuffix("+"))
+    if not kind.endswith("+"):
+        return estimate
+    k2 = 0.5 * log_ratio.square()
+    return estimate.detach() + (k2 - k2.detach())
+
+
+def _estimate(log_ratio: Tensor, kind: str) -> Tensor:
+    if kind in ("k1", "kl"):
         return log_ratio
     if kind == "abs":
         return log_ratio.abs()
-    if kind == "k2":
+    if kind in ("k2", "mse"):
         return 0.5 * log_ratio.square()
-    if kind in ("k3", "low_var_kl"):
-        negative = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        return (negative.expm1() - negative).clamp(-K3_CLAMP, K3_CLAMP)
-    raise unknown_name("KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS)
+    negative = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    return (negative.expm1() - negative).clamp(-K3_CLAMP, K3_CLAMP)
 
 
 class KLController(Protocol):

@@ -9,8 +9,9 @@ global counts, so the mathematics does not depend on how a mini-batch is cut. A 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class PolicyLossSettings:
     """The ratio is clipped above at 1 + this."""
     clip_ratio_c: float = 3.0
     """Dual clip: for A < 0 the loss is at most -A times this."""
+    custom: Mapping[str, Any] = field(default_factory=dict)
+    """algorithm.custom_kwargs, for a user's own loss."""
 
     def __post_init__(self) -> None:
         for key in ("clip_ratio_low", "clip_ratio_high"):
@@ -70,15 +73,18 @@ def compute_policy_loss(
     advantages: Tensor,
     response_mask: Tensor,
     settings: PolicyLossSettings,
+    rollout_is_weights: Tensor | None = None,
 ) -> PolicyLossTerms:
     """Policy loss `name` on [b, R] tensors, 0 and without gradient outside the mask; metrics detached.
 
-    The function sees inputs that are 0 outside the mask. ValueError for an unknown name.
+    The function sees inputs that are 0 outside the mask. `rollout_is_weights` [b, R] multiply its loss (see
+    `correction`). ValueError for an unknown name.
     """
     new, old, weights = (zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages))
     terms = POLICY_LOSSES[name](new, old, weights, response_mask, settings)
+    loss = terms.loss if rollout_is_weights is None else terms.loss * rollout_is_weights
     metrics = {key: zero_outside(value.detach(), response_mask) for key, value in terms.metrics.items()}
-    return PolicyLossTerms(zero_outside(terms.loss, response_mask), metrics)
+    return PolicyLossTerms(zero_outside(loss, response_mask), metrics)
 
 
 @register_policy_loss("vanilla")

@@ -38,6 +38,14 @@ class Registry(Generic[T]):
             raise unknown_name(self.key, name, self._entries)
         return self._entries[name]
 
+    def entries(self) -> dict[str, T]:
+        """A copy of what is registered."""
+        return dict(self._entries)
+
+    def restore(self, entries: dict[str, T]) -> None:
+        """Go back to `entries`: a file that failed half-way leaves nothing behind."""
+        self._entries = dict(entries)
+
     def names(self) -> list[str]:
         """All registered names, sorted."""
         return sorted(self._entries)

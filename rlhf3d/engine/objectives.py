@@ -30,10 +30,19 @@ class PolicyObjective:
     def __call__(
         self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, norm: LossNorm
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss share (a scalar with gradient) and metric shares; `logprobs`, `entropy` [b, r]."""
+        """Loss share (a scalar with gradient) and metric shares; `logprobs`, `entropy` [b, r].
+
+        The rows' `rollout_is_weights`, where they have any, multiply the policy loss alone.
+        """
         rows, mask = batch.rows, batch.rows["response_mask"]
         terms = compute_policy_loss(
-            self.loss_name, logprobs, rows["old_logprobs"], rows["advantages"], mask, self.settings
+            self.loss_name,
+            logprobs,
+            rows["old_logprobs"],
+            rows["advantages"],
+            mask,
+            self.settings,
+            rows.columns.get("rollout_is_weights"),
         )
         loss = pg_loss = aggregate(terms.loss, mask, self.loss_agg_mode, norm)
         mean = {name: aggregate(value, mask, "token-mean", norm) for name, value in terms.metrics.items()}

@@ -92,12 +92,32 @@ def test_gae_by_hand() -> None:
     assert torch.allclose(advantages, torch.tensor([[1.0, -1.0]]) * math.sqrt(0.5))
 
 
+def test_gae_without_discount_is_return_minus_value() -> None:
+    """γ = λ = 1: returns are the rewards to go, whatever the values; A = return - V, whitened."""
+    inputs = replace(random_inputs(1), gamma=1.0, lam=1.0)
+    advantages, returns = compute_advantages("gae", inputs)
+    to_go = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1) * inputs.response_mask
+    assert torch.allclose(returns, to_go, atol=1e-6)
+    assert inputs.values is not None
+    assert torch.allclose(advantages, masked_whiten(to_go - inputs.values, inputs.response_mask), atol=1e-5)
+
+
 def test_grpo_by_hand() -> None:
     """Group 7 scores (1, 0, 2): mean 1, std (ddof 1) 1. Group 3 is alone: mean 0, std 1."""
     inputs = outcome_inputs([1.0, 5.0, 0.0, 2.0], [7, 3, 7, 7], [2, 1, 1, 2])
     advantages, returns = compute_advantages("grpo", inputs)
     assert torch.allclose(advantages, torch.tensor([[0.0, 0], [5, 0], [-1, 0], [1, 1]]), atol=1e-5)
     assert torch.equal(advantages, returns)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=8, unique=True), st.booleans())
+def test_grpo_sums_to_zero_in_a_group(scores: list[float], by_std: bool) -> None:
+    inputs = replace(outcome_inputs(scores, [0] * len(scores), [1] * len(scores)), norm_by_std=by_std)
+    advantages = compute_advantages("grpo", inputs)[0].double()
+    assert advantages.sum().item() == pytest.approx(0, abs=1e-4)
+    if by_std and np.std(scores) > 1e-2:
+        assert advantages.std().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_dr_grpo_does_not_divide() -> None:
@@ -117,6 +137,13 @@ def test_rloo_is_the_leave_one_out_mean(scores: list[float]) -> None:
     inputs = outcome_inputs(scores, [4] * len(scores), [1] * len(scores))
     expected = [s - (sum(scores) - s) / (len(scores) - 1) for s in scores]
     assert compute_advantages("rloo", inputs)[0].flatten().tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_rloo_is_scaled_dr_grpo() -> None:
+    """n/(n-1) · (s - mean): of scores 1, 0, 2 the mean is 1, so 0, -3/2, 3/2."""
+    inputs = replace(outcome_inputs([1.0, 0.0, 2.0], [0, 0, 0], [1, 1, 1]), norm_by_std=False)
+    assert compute_advantages("rloo", inputs)[0].flatten().tolist() == [0.0, -1.5, 1.5]
+    assert torch.equal(compute_advantages("rloo", inputs)[0], 1.5 * compute_advantages("grpo", inputs)[0])
 
 
 def test_rloo_group_of_one_keeps_its_score() -> None:

@@ -43,6 +43,33 @@ def test_gradients_by_hand(kind: str, gradient: list[float]) -> None:
     assert logp.grad.tolist() == pytest.approx(gradient, rel=1e-6)
 
 
+@pytest.mark.parametrize(("alias", "kind"), [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")])
+def test_names_of_verl(alias: str, kind: str) -> None:
+    assert torch.equal(kl_estimate(LOGP, REF, alias), kl_estimate(LOGP, REF, kind))
+
+
+@pytest.mark.parametrize("kind", ["k1", "kl", "abs", "k2", "k3", "low_var_kl"])
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_k2(kind: str) -> None:
+    """The gradient of l²/2 is l: ½ and -1."""
+    logp = LOGP.clone().requires_grad_()
+    estimate = kl_estimate(logp, REF, f"{kind}+")
+    assert torch.equal(estimate, kl_estimate(LOGP, REF, kind))
+    (gradient,) = torch.autograd.grad(estimate.sum(), logp)
+    assert torch.equal(gradient, torch.tensor([0.5, -1.0]))
+
+
+def test_gradient_of_k2_is_that_of_the_kl() -> None:
+    """Σ p ∇l²/2 over the whole distribution against autograd of Σ p log(p/q); of k1 it is 0."""
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    log_q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+    logp = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - log_q)).sum(), logits, retain_graph=True)
+    for kind, expected in (("k3+", exact), ("k2", exact), ("k1", torch.zeros_like(exact))):
+        sampled = (logp.exp().detach() * kl_estimate(logp, log_q, kind)).sum()
+        (gradient,) = torch.autograd.grad(sampled, logits, retain_graph=True)
+        assert torch.allclose(gradient, expected, atol=1e-12), kind
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_unbiased_over_the_whole_distribution(kind: str) -> None:
     """Summed over all tokens with their probability, k1 and k3 are the KL itself."""

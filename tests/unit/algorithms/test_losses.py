@@ -101,6 +101,16 @@ def test_nothing_outside_the_mask(name: str) -> None:
     assert all(not value.requires_grad for value in terms.metrics.values())
 
 
+def test_rollout_weights_multiply_the_loss_alone() -> None:
+    old = torch.full((1, 2), -1.0)
+    logprobs = (old + torch.tensor([[1.1, 2.0]]).log()).requires_grad_()
+    arguments = (logprobs, old, torch.tensor([[2.0, 1.0]]), torch.ones(1, 2), SETTINGS)
+    weights = torch.tensor([[0.5, 3.0]])
+    plain, weighted = compute_policy_loss("vanilla", *arguments), compute_policy_loss("vanilla", *arguments, weights)
+    assert torch.allclose(weighted.loss, torch.tensor([[-1.1, -3.9]]))  # ½ · -2.2 and 3 · -1.3
+    assert all(torch.equal(plain.metrics[name], weighted.metrics[name]) for name in plain.metrics)
+
+
 def test_value_loss_by_hand() -> None:
     """Old value 0, clip range 0.5; (value, return) pairs."""
     values = torch.tensor([[0.2, 2.0, 2.0, math.nan]], requires_grad=True)

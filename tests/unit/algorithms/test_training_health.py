@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf3d.algorithms.health import explained_variance, logprob_mismatch
+from rlhf3d.algorithms.health import SpikeMonitor, explained_variance, logprob_mismatch, nonfinite_rows
 
 
 def test_mismatch_by_hand() -> None:
@@ -53,3 +53,24 @@ def test_explained_variance() -> None:
     assert explained_variance(torch.zeros(1, 4), returns, mask) == 0.0
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)  # error 2R: 1 - 4
     assert math.isnan(explained_variance(returns, torch.ones(1, 4), mask))
+
+
+def test_spike_is_measured_against_the_median_before_it() -> None:
+    monitor = SpikeMonitor(window=3, least=3)
+    assert all(math.isnan(monitor.ratio(x)) for x in (1.0, 2.0, 3.0))
+    assert monitor.ratio(20.0) == 10  # median of 1, 2, 3
+    assert monitor.ratio(6.0) == 2  # of 2, 3, 20
+    assert math.isnan(monitor.ratio(math.nan))
+    again = SpikeMonitor(window=3, least=3)
+    again.load_state_dict(monitor.state_dict())
+    assert again.ratio(12.0) == monitor.ratio(12.0) == 2  # of 3, 20, 6
+
+
+def test_nonfinite_rows_names_row_and_column() -> None:
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    columns = {
+        "fine": torch.tensor([[0.0, math.nan], [0.0, 0.0], [0.0, 0.0]]),
+        "values": torch.tensor([[0.0, 0.0], [0.0, math.inf], [math.nan, 0.0]]),
+        "returns": torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -math.inf]]),
+    }
+    assert nonfinite_rows(columns, mask) == {1: ["values"], 2: ["values", "returns"]}

@@ -1,0 +1,255 @@
+"""Rollout correction: the engine that sampled is not quite the policy that trains.
+
+With r = π_old / π_rollout of each token (training engine over rollout engine, same weights):
+
+* importance weights (`rollout_is`) multiply the policy loss and leave its divisor alone: truncated, min(r, C)
+  (TIS, https://fengyao.notion.site/off-policy-rl; sequence level: https://richardli.xyz/rl-collapse), or masked,
+  r inside [low, high] and 0 outside (IcePop, https://ringtech.notion.site/icepop);
+* rejection (`rollout_rs`) takes tokens or whole sequences out of the loss's mask: they are in neither the
+  numerator nor the divisor, which counts what is left.
+
+Invariant: both are functions of the whole batch, computed once before the update, so no cut of the batch changes
+them; statistics are over non-empty sequences. Names are verl's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf3d.algorithms.kl import LOG_RATIO_CLAMP
+from rlhf3d.algorithms.masked import masked_mean, masked_sum, zero_outside
+from rlhf3d.algorithms.registry import unknown_name
+
+IS_LEVELS = ("token", "sequence")
+RS_KINDS = (
+    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
+    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+)  # fmt: skip
+_SECTION = "algorithm.rollout_correction"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a ratio (k1) or of a divergence (k2, k3) that is trusted."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One criterion of `rollout_rs`."""
+
+    kind: str
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """What `algorithm.rollout_correction` asks of a decoupled run (three policies: rollout, old, current)."""
+
+    is_level: str | None = None
+    """token, sequence, or None for no weights."""
+    is_bounds: Bounds = Bounds(0.0, 2.0)
+    """Weights are truncated at `high`; with a `low` above 0 those outside become 0."""
+    batch_normalize: bool = False
+    """Divide the weights by their mean over the batch."""
+    rejections: tuple[Rejection, ...] = ()
+
+
+def correction_settings(
+    rollout_is: str | None,
+    rollout_is_threshold: float | str,
+    batch_normalize: bool,
+    rollout_rs: str | None,
+    rollout_rs_threshold: float | str | None,
+) -> CorrectionSettings:
+    """The settings that the configuration's texts mean; ValueError, with key, value and fix, for what has no meaning.
+
+    `rollout_is_threshold` is a number C (truncation) or `low_high` (IcePop). `rollout_rs` is one of RS_KINDS or
+    several with commas; `rollout_rs_threshold` one value for all or one each: `low_high` or `high` (then low is
+    1/high) of a ratio for k1, the largest divergence for k2 and k3.
+    """
+    if rollout_is is not None and rollout_is not in IS_LEVELS:
+        raise unknown_name(f"{_SECTION}.rollout_is", rollout_is, IS_LEVELS)
+    is_bounds = _ratio_bounds("rollout_is_threshold", rollout_is_threshold, low_of_single=lambda high: 0.0)
+    kinds = [] if rollout_rs is None else list(dict.fromkeys(kind.strip() for kind in rollout_rs.split(",")))
+    if not kinds:
+        return CorrectionSettings(rollout_is, is_bounds, batch_normalize)
+    key = "rollout_rs_threshold"
+    if rollout_rs_threshold is None:
+        raise ValueError(f"{_SECTION}.{key} is not set: {_SECTION}.rollout_rs = {rollout_rs} needs it")
+    texts = [text.strip() for text in str(rollout_rs_threshold).split(",")]
+    if len(texts) not in (1, len(kinds)):
+        raise ValueError(
+            f"{_SECTION}.{key} = {rollout_rs_threshold}: {len(texts)} values for {len(kinds)} criteria "
+            f"({', '.join(kinds)}); give one, or one each"
+        )
+    texts = texts * len(kinds) if len(texts) == 1 else texts
+    return CorrectionSettings(
+        rollout_is, is_bounds, batch_normalize, tuple(_rejection(*pair) for pair in zip(kinds, texts, strict=True))
+    )
+
+
+def _rejection(kind: str, text: str) -> Rejection:
+    if kind not in RS_KINDS:
+        raise unknown_name(f"{_SECTION}.rollout_rs", kind, RS_KINDS)
+    if kind.endswith("k1"):
+        return Rejection(kind, _ratio_bounds("rollout_rs_threshold", text, low_of_single=lambda high: 1.0 / high))
+    if "_" in text:
+        raise ValueError(
+            f"{_SECTION}.rollout_rs_threshold = {text}: {kind} is a divergence and has an upper bound only; "
+            "give one number"
+        )
+    return Rejection(kind, _bounds("rollout_rs_threshold", text, low_of_single=lambda high: 0.0))
+
+
+def _bounds(key: str, value: float | str, low_of_single: Callable[[float], float]) -> Bounds:
+    parts = str(value).split("_")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(math.isfinite(x) and x > 0 for x in numbers):
+        raise ValueError(f"{_SECTION}.{key} = {value}: expected a number above 0, or low_high such as 0.5_2.0")
+    bounds = Bounds(*numbers) if len(numbers) == 2 else Bounds(low_of_single(numbers[0]), numbers[0])
+    if bounds.low > bounds.high:
+        raise ValueError(f"{_SECTION}.{key} = {value}: low {bounds.low:g} is above high {bounds.high:g}; swap them")
+    return bounds
+
+
+def _ratio_bounds(key: str, value: float | str, low_of_single: Callable[[float], float]) -> Bounds:
+    bounds = _bounds(key, value, low_of_single)
+    if bounds.high < 1 or bounds.low > 1:  # also what YAML makes of 0.5_2, which it reads as the number 0.52
+        raise ValueError(
+            f"{_SECTION}.{key} = {value}: engines that agree have ratio 1, which must lie within; "
+            "write a range as 0.5_2.0, with both decimal points"
+        )
+    return bounds
+
+
+def importance_weights(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, settings: CorrectionSettings
+) -> tuple[Tensor, dict[str, float]]:
+    """(weights [N, R], 0 outside the mask; statistics), all arguments [N, R].
+
+    token: r_t of each token. sequence: the product of the sequence's ratios, on each of its tokens. Logs of ratios
+    are clamped to ±20. The effective sample size is Kish's, (Σw)² / (n Σw²), of the weights applied, over the
+    tokens or the sequences: 1 when all are equal.
+    """
+    assert settings.is_level in IS_LEVELS, settings.is_level
+    log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
+    sequences = mask.bool().any(-1)
+    if settings.is_level == "token":
+        logs, counted = log_ratio, mask.bool()
+    else:
+        logs, counted = log_ratio.sum(-1), sequences
+    ratio = logs.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    low, high = settings.is_bounds.low, settings.is_bounds.high
+    weights = ratio.clamp(max=high) if low == 0 else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    raw, applied = ratio[counted], weights[counted]
+    mean = float(applied.mean())
+    metrics = {
+        "rollout_is_mean": mean,
+        "rollout_is_std": float(applied.std(unbiased=False)),
+        "rollout_is_max": float(raw.max()),
+        "rollout_is_min": float(raw.min()),
+        "rollout_is_ratio_fraction_high": float((raw > high).double().mean()),
+        "rollout_is_ratio_fraction_low": float((raw < low).double().mean()),
+        "rollout_is_eff_sample_size": effective_sample_size(applied),
+    }
+    if settings.batch_normalize:
+        if mean == 0:
+            raise ValueError(
+                f"{_SECTION}: every weight of the batch is 0, so it has no mean to divide by; widen "
+                f"rollout_is_threshold or set rollout_is_batch_normalize=false"
+            )
+        weights = weights / mean
+        metrics["rollout_is_batch_norm_factor"] = mean
+    on_tokens = weights if settings.is_level == "token" else weights[:, None].expand_as(log_ratio)
+    return zero_outside(on_tokens, mask).to(old_logprobs.dtype), metrics
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Kish's effective share of samples with `weights` [n], (Σw)² / (n Σw²), in (0, 1]; NaN when all are 0."""
+    w = weights.double()
+    return float(w.sum().square() / (len(w) * w.square().sum()))
+
+
+def rejection_mask(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, rejections: tuple[Rejection, ...]
+) -> tuple[Tensor, dict[str, float]]:
+    """(`mask` [N, R] without the rejected tokens; statistics), all arguments [N, R].
+
+    With l = log r, a token or sequence is kept when its k1 = r, k2 = l²/2 or k3 = r - 1 - l lies within bounds:
+    of the token, or of the sequence's sum, mean or largest (k1: product or geometric mean of ratios). A token
+    stays when every criterion keeps it.
+    """
+    log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
+    inside = mask.bool()
+    kept = inside.clone()
+    for rejection in rejections:
+        kept &= _trusted(log_ratio, mask, rejection)
+    sequences = inside.any(-1)
+    rejected_tokens = (inside & ~kept)[inside].double().mean()
+    touched = (inside & ~kept).any(-1)[sequences].double().mean()
+    return kept.to(mask.dtype), {
+        "rollout_rs_masked_fraction": float(rejected_tokens),
+        "rollout_rs_seq_masked_fraction": float(touched),
+    }
+
+
+def _trusted(log_ratio: Tensor, mask: Tensor, rejection: Rejection) -> Tensor:
+    """[N, R] True where a criterion keeps the token."""
+    level, _, kind = rejection.kind.rpartition("_")
+    bounds = rejection.bounds
+    if kind == "k1":
+        per_token, low, high = log_ratio, math.log(bounds.low), math.log(bounds.high)
+    else:
+        clamped = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        per_token = 0.5 * log_ratio.square() if kind == "k2" else clamped.expm1() - clamped
+        low, high = 0.0, bounds.high
+    if level == "token":
+        value = per_token
+    elif level == "seq_sum":
+        value = masked_sum(per_token, mask, dim=-1)[:, None]
+    elif level == "seq_mean":
+        value = masked_mean(per_token, mask, dim=-1)[:, None]
+    else:
+        value = zero_outside(per_token, mask).amax(-1)[:, None]
+    return ((value >= low) & (value <= high)).expand_as(log_ratio)
+
+
+def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far apart the two engines are, before anything is corrected; all arguments [N, R].
+
+    kl and k3_kl estimate KL(rollout, old) a token; training_ppl and rollout_ppl are means over sequences of
+    exp(-mean log-prob), log_ppl_diff the mean difference of their logs (training - rollout), ppl_ratio the mean of
+    its exponential; chi2_token and chi2_seq are mean r² - 1 (r of a token, or of a sequence: product).
+    """
+    log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
+    sequences = mask.bool().any(-1)
+    tokens = log_ratio[mask.bool()]
+    clamped = tokens.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    old, rollout = (-masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs))
+    products = log_ratio.sum(-1)[sequences].clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    return {
+        "kl": float(-tokens.mean()),
+        "k3_kl": float((clamped.expm1() - clamped).mean()),
+        "training_ppl": float(old.exp().mean()),
+        "rollout_ppl": float(rollout.exp().mean()),
+        "log_ppl_diff": float((old - rollout).mean()),
+        "log_ppl_abs_diff": float((old - rollout).abs().mean()),
+        "ppl_ratio": float((old - rollout).exp().mean()),
+        "chi2_token": float((2 * clamped).exp().mean() - 1),
+        "chi2_seq": float((2 * products).exp().mean() - 1),
+    }
+
+
+def _log_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log r [N, R] in float64, 0 outside the mask."""
+    return zero_outside(old_logprobs.double() - rollout_logprobs.double(), mask)
