@@ -1,10 +1,12 @@
 """What ties the fields of a `Config` together: ranges, names, divisibility, files.
 
-Invariant: each problem is a sentence with key, value, arithmetic and fix. Only `check_files` reads the disk.
+Invariant: each problem is a sentence with key, value, arithmetic and fix. Only `check_files` reads the disk, and
+`algorithm.custom_path`, which decides what names there are.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -15,9 +17,10 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import check_layout, load_spec
 
-ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo")
+ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
-KL_TYPES = ("k1", "abs", "k2", "k3", "low_var_kl")
+POLICY_LOSSES = ("vanilla", "gspo", "cispo", "pg")
+KL_TYPES = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "k3+", "low_var_kl+")
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 DTYPES = ("auto", "bfloat16", "float32")
 ONE_OF: dict[str, tuple[str, ...]] = {
@@ -26,39 +29,41 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "data.overlong_prompts": ("error", "filter", "truncate_left"),
     "actor.optim.lr_decay_style": ("constant", "linear", "cosine"),
     "critic.optim.lr_decay_style": ("constant", "linear", "cosine"),
-    "actor.policy_loss": ("vanilla", "gspo", "cispo", "pg"),
+    "actor.policy_loss": POLICY_LOSSES,
     "actor.kl_loss_type": KL_TYPES,
     "actor.loss_agg_mode": LOSS_AGG_MODES,
     "critic.loss_agg_mode": LOSS_AGG_MODES,
     "algorithm.adv_estimator": ADV_ESTIMATORS,
     "algorithm.kl_penalty": KL_TYPES,
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
+    "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
+    "trainer.on_nonfinite": ("stop", "skip"),
     "rollout.placement": ("colocated", "disaggregated"),
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
 AT_LEAST_1 = (
     "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp actor.layout.ep "
-    "actor.layout.first_stage_layers actor.layout.last_stage_layers data.train_batch_size "
+    "actor.layout.first_stage_layers actor.layout.last_stage_layers data.train_batch_size data.gen_batch_size "
     "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
-    "algorithm.kl_ctrl.horizon reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
+    "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
 ).split()
 ABOVE_0 = (
     "actor.optim.lr actor.optim.eps critic.optim.lr critic.optim.eps actor.clip_ratio actor.clip_ratio_low "
     "actor.clip_ratio_high critic.cliprange_value rollout.temperature rollout.kv_cache_gib "
     "rollout.gpu_memory_utilization rollout.sync_timeout_s rollout.canary_max_abs_diff "
-    "algorithm.kl_ctrl.target_kl reward.timeout_s validation.temperature "
+    "algorithm.kl_ctrl.target_kl reward.timeout_s trainer.grad_spike_factor validation.temperature "
     "trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
 ).split()
 NOT_NEGATIVE = (
     "actor.optim.min_lr actor.optim.lr_warmup_steps actor.optim.weight_decay actor.optim.clip_grad "
     "critic.optim.min_lr critic.optim.lr_warmup_steps critic.optim.weight_decay critic.optim.clip_grad "
     "actor.entropy_coeff actor.kl_loss_coef rollout.canary_steps "
-    "rollout.canary_every algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
+    "rollout.canary_every reward.overlong_buffer.penalty_factor algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
     "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.critic_warmup"
 ).split()
 AT_MOST_1 = (
@@ -68,7 +73,12 @@ AT_MOST_1 = (
 
 def check(config: Config) -> list[str]:
     """Everything that is wrong between the fields, one sentence each with the arithmetic and the fix."""
-    problems = _check_values(config) + _check_sampling(config) + _check_schedule(config)
+    try:
+        names = _names(config)
+    except ValueError as error:
+        return [str(error)]
+    problems = _check_values(config, names) + _check_sampling(config) + _check_algorithm(config)
+    problems += _check_schedule(config)
     sizes = [value_of(config, name) for name in AT_LEAST_1]
     if any(size is not None and size < 1 for size in sizes):
         return problems  # reported above; the arithmetic below divides by them
@@ -83,7 +93,24 @@ def value_of(config: Config, name: str) -> Any:
     return reduce(getattr, name.split("."), config)
 
 
-def _check_values(config: Config) -> list[str]:
+def _names(config: Config) -> dict[str, tuple[str, ...]]:
+    """The values that each choice allows, those of the user's own file included."""
+    path = config.algorithm.custom_path
+    if path is None:
+        return ONE_OF
+    from rlhf3d.algorithms.custom import advantage_names, policy_loss_names  # loads torch, as the user's file does
+
+    own = {"algorithm.adv_estimator": advantage_names(path), "actor.policy_loss": policy_loss_names(path)}
+    return ONE_OF | {key: tuple(values) for key, values in own.items()}
+
+
+def _not_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{name} = {value!r}: must be one of {', '.join(allowed)}{hint}"
+
+
+def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str]:
     ranges: tuple[tuple[list[str], str, Callable[[float], bool]], ...] = (
         (AT_LEAST_1, "at least 1", lambda x: x >= 1),
         (ABOVE_0, "above 0", lambda x: x > 0),
@@ -97,8 +124,8 @@ def _check_values(config: Config) -> list[str]:
         if (value := value_of(config, name)) is not None and not holds(value)
     ]
     problems += [
-        f"{name} = {value_of(config, name)!r}: must be one of {', '.join(allowed)}"
-        for name, allowed in ONE_OF.items()
+        _not_one_of(name, value_of(config, name), allowed)
+        for name, allowed in names.items()
         if value_of(config, name) not in allowed
     ]
     for role in ("actor", "critic"):
@@ -191,15 +218,55 @@ def _check_layout(config: Config) -> list[str]:
 
 def _check_sampling(config: Config) -> list[str]:
     rollout, estimator = config.rollout, config.algorithm.adv_estimator
+    correction = config.algorithm.rollout_correction
+    corrected = correction.rollout_is is not None or correction.rollout_rs is not None or correction.bypass_mode
     problems = []
-    if rollout.top_p != 1.0:
+    if rollout.top_p != 1.0 and not corrected:
         problems.append(f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)")
-    if rollout.top_k != -1:
+    if rollout.top_k != -1 and not corrected:
         problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:
         problems.append(f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more")
     if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
         problems.append(f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)")
+    return problems
+
+
+def _check_algorithm(config: Config) -> list[str]:
+    algorithm, data, buffer = config.algorithm, config.data, config.reward.overlong_buffer
+    groups, correction = algorithm.filter_groups, algorithm.rollout_correction
+    problems = []
+    if groups.enable and config.rollout.n == 1:
+        problems.append("rollout.n = 1: algorithm.filter_groups compares a prompt's completions; set 2 or more")
+    if data.gen_batch_size is not None and not groups.enable and data.gen_batch_size != data.train_batch_size:
+        problems.append(
+            f"data.gen_batch_size = {data.gen_batch_size}: without algorithm.filter_groups a step generates its "
+            f"data.train_batch_size = {data.train_batch_size} prompts; set null"
+        )
+    if buffer.enable and buffer.len > data.max_response_length:
+        problems.append(
+            f"reward.overlong_buffer.len = {buffer.len}: longer than data.max_response_length = "
+            f"{data.max_response_length}"
+        )
+    weights = correction.rollout_is is not None or correction.rollout_rs is not None
+    if correction.bypass_mode and weights:
+        problems.append(
+            "algorithm.rollout_correction.bypass_mode = true: the loss's own ratio is the correction, so rollout_is "
+            "and rollout_rs must be null; for truncated weights without PPO's clip set actor.policy_loss=cispo"
+        )
+    if weights:
+        from rlhf3d.algorithms.correction import correction_settings  # loads torch
+
+        try:
+            correction_settings(
+                correction.rollout_is,
+                correction.rollout_is_threshold,
+                correction.rollout_is_batch_normalize,
+                correction.rollout_rs,
+                correction.rollout_rs_threshold,
+            )
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -80,6 +80,8 @@ class DataConfig:
     """Parquet files of held-out prompts."""
     train_batch_size: int = 64
     """Prompts a training step (completions = this x rollout.n)."""
+    gen_batch_size: int | None = None
+    """Prompts generated at once while algorithm.filter_groups fills a step; null for train_batch_size."""
     max_prompt_length: int = 512
     """Longest prompt, tokens, chat template included."""
     max_response_length: int = 512
@@ -107,7 +109,7 @@ class ActorConfig:
     ppo_epochs: int = 1
     """Passes over each batch."""
     policy_loss: str = "vanilla"
-    """Registered policy loss: vanilla (clipped PPO)."""
+    """Registered policy loss: vanilla (clipped PPO), gspo, cispo, pg, or one of algorithm.custom_path."""
     clip_ratio: float = 0.2
     """PPO clip range; default of clip_ratio_low and clip_ratio_high."""
     clip_ratio_low: float | None = None
@@ -123,7 +125,7 @@ class ActorConfig:
     kl_loss_coef: float = 0.001
     """Weight of that KL."""
     kl_loss_type: str = "low_var_kl"
-    """KL estimator: k1, abs, k2, k3 or low_var_kl."""
+    """KL estimator: k1, abs, k2, k3 or low_var_kl; with a + behind it, its value and k2's gradient (k3+ …)."""
     loss_agg_mode: str = "token-mean"
     """token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm."""
 
@@ -205,11 +207,45 @@ class KLCtrlConfig:
 
 
 @dataclass(frozen=True)
+class FilterGroupsConfig:
+    """Dynamic sampling (DAPO): train on prompts whose completions differ, generate until there are enough."""
+
+    enable: bool = False
+    """Leave out prompts whose completions are all equal in `metric`, and refill."""
+    metric: str = "acc"
+    """acc (what the reward function returns as acc, else its score), score, or seq_reward (with overlong penalty)."""
+    max_num_gen_batches: int = 10
+    """Batches of data.gen_batch_size prompts a step may generate before the run stops."""
+
+
+@dataclass(frozen=True)
+class RolloutCorrectionConfig:
+    """What is done about the difference between the engine that sampled and the policy that trains."""
+
+    rollout_is: str | None = None
+    """Importance weights on the policy loss: token, sequence, or null for none."""
+    rollout_is_threshold: str | float = 2.0
+    """A number truncates the weights there (TIS); a range such as 0.5_5.0 makes those outside 0 (IcePop)."""
+    rollout_is_batch_normalize: bool = False
+    """Divide the weights by their mean over the batch."""
+    rollout_rs: str | None = None
+    """Take out of the loss what is too far off: token_k1, seq_sum_k1, seq_mean_k1, seq_max_k3 …, several with commas."""
+    rollout_rs_threshold: str | float | None = None
+    """Of k1 a range of ratios (0.5_2.0, or 2.0 for the same), of k2 and k3 the largest divergence; one, or one each."""
+    bypass_mode: bool = False
+    """Take the engine's log-probs as the old ones (two policies): the old_logprobs phase is skipped."""
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """From rewards to advantages."""
 
     adv_estimator: str = "gae"
-    """Registered advantage estimator: gae (with critic), grpo, rloo, reinforce_plus_plus, ..."""
+    """Registered estimator: gae (with critic), grpo, rloo, reinforce_plus_plus, remax … (docs/algorithms.md)."""
+    custom_path: str | None = None
+    """Python file with estimators and policy losses of your own (@register_advantage, @register_policy_loss)."""
+    custom_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What they find under `custom` in their inputs and settings."""
     gamma: float = 1.0
     """Discount."""
     lam: float = 1.0
@@ -222,6 +258,10 @@ class AlgorithmConfig:
     """KL estimator in the reward: k1, abs, k2, k3 or low_var_kl."""
     kl_ctrl: KLCtrlConfig = field(default_factory=KLCtrlConfig)
     """Controller of that coefficient."""
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    """Dynamic sampling."""
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    """Mismatch between rollout engine and training engine."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +277,18 @@ class CustomRewardConfig:
 
 
 @dataclass(frozen=True)
+class OverlongBufferConfig:
+    """Soft penalty on responses that come near data.max_response_length (DAPO); training only."""
+
+    enable: bool = False
+    """Add min(0, (max_response_length - len - length) / len) x penalty_factor to each score."""
+    len: int = 4096
+    """The last so many tokens are penalised; at most data.max_response_length."""
+    penalty_factor: float = 1.0
+    """Penalty at the very limit."""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Scoring of completions."""
 
@@ -248,6 +300,8 @@ class RewardConfig:
     """Deadline of one scoring call."""
     max_error_rate: float = 0.05
     """Share of completions that may end as error or timeout before the run stops."""
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+    """Penalty on overlong responses."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +340,10 @@ class TrainerConfig:
     """Put optimizer state and schedule into checkpoints; gathering it takes a multiple of its memory for a while."""
     critic_warmup: int = 0
     """Steps that update the critic only."""
+    on_nonfinite: str = "stop"
+    """What a NaN or infinity in loss or gradient does: stop the run, or skip that optimizer step on every rank."""
+    grad_spike_factor: float = 5.0
+    """Report a gradient norm above so many times the median of the 20 steps before."""
     max_wall_clock_s: float | None = None
     """Stop after the step that passes this many seconds; null for no limit."""
 
@@ -328,8 +386,13 @@ class Config:
 
     @property
     def needs_critic(self) -> bool:
-        """Values are needed by GAE only."""
-        return self.algorithm.adv_estimator == "gae"
+        """Whether the estimator needs values: gae, or one of the user's own file that says so."""
+        estimator, path = self.algorithm.adv_estimator, self.algorithm.custom_path
+        if path is None:
+            return estimator == "gae"
+        from rlhf3d.algorithms.custom import custom_needs_values  # loads torch, as the user's file does
+
+        return custom_needs_values(path, estimator)
 
     @property
     def needs_reference(self) -> bool:

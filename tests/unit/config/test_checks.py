@@ -72,6 +72,34 @@ def test_good_configuration_passes() -> None:
             ["algorithm.adv_estimator=grpo"],
             "rollout.n = 1: algorithm.adv_estimator = grpo compares completions; set 2 or more",
         ),
+        (
+            ["algorithm.adv_estimator=grop", "rollout.n=2"],
+            "algorithm.adv_estimator = 'grop': must be one of gae, grpo, rloo, reinforce_plus_plus, "
+            "reinforce_plus_plus_baseline, remax, opo; did you mean grpo?",
+        ),
+        (
+            ["algorithm.filter_groups.enable=true"],
+            "rollout.n = 1: algorithm.filter_groups compares a prompt's completions; set 2 or more",
+        ),
+        (
+            ["data.gen_batch_size=48"],
+            "data.gen_batch_size = 48: without algorithm.filter_groups a step generates its "
+            "data.train_batch_size = 16 prompts; set null",
+        ),
+        (
+            ["reward.overlong_buffer={enable: true, len: 600}"],
+            "reward.overlong_buffer.len = 600: longer than data.max_response_length = 512",
+        ),
+        (
+            ["algorithm.rollout_correction={bypass_mode: true, rollout_is: token}"],
+            "algorithm.rollout_correction.bypass_mode = true: the loss's own ratio is the correction, so rollout_is "
+            "and rollout_rs must be null; for truncated weights without PPO's clip set actor.policy_loss=cispo",
+        ),
+        (
+            ["algorithm.rollout_correction={rollout_is: token, rollout_is_threshold: 0.5_2}"],
+            "algorithm.rollout_correction.rollout_is_threshold = 0.52: engines that agree have ratio 1, which must "
+            "lie within; write a range as 0.5_2.0, with both decimal points",
+        ),
         (["rollout.n=0"], "rollout.n = 0: must be at least 1"),
         (["actor.optim.lr=0"], "actor.optim.lr = 0.0: must be above 0"),
         (["algorithm.lam=1.5"], "algorithm.lam = 1.5: must be at most 1"),
@@ -104,6 +132,29 @@ def test_critic_fields_do_not_matter_without_critic() -> None:
     assert "has no critic" in check(make(*grpo, "trainer.critic_warmup=1"))[0]
 
 
+def test_truncated_sampling_needs_a_correction() -> None:
+    assert check(make("rollout.top_p=0.9", "algorithm.rollout_correction.rollout_is=token")) == []
+    assert check(make("rollout.top_k=50", "algorithm.rollout_correction.bypass_mode=true")) == []
+
+
+def test_a_users_own_names(tmp_path: Path) -> None:
+    """What the file registers is valid and decides whether there is a critic; a broken file is told once."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from rlhf3d.algorithms.advantages import register_advantage\n"
+        "@register_advantage('of_test_checks', needs_values=True)\n"
+        "def mine(inputs): return inputs.values, inputs.values\n"
+    )
+    own = (f"algorithm.custom_path={mine}", "algorithm.adv_estimator=of_test_checks")
+    assert check(make(*own)) == [] and make(*own).needs_critic
+    near = check(make(own[0], "algorithm.adv_estimator=of_test_check"))[0]
+    assert near.endswith("did you mean of_test_checks?")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    (problem,) = check(make(f"algorithm.custom_path={broken}"))
+    assert problem.startswith(f"algorithm.custom_path = {broken}: ModuleNotFoundError")
+
+
 def test_every_number_has_a_range() -> None:
     """A key that is added to the schema is not forgotten here."""
     ranged = {*checks.AT_LEAST_1, *checks.ABOVE_0, *checks.NOT_NEGATIVE, *checks.AT_MOST_1}
@@ -117,8 +168,7 @@ def test_every_number_has_a_range() -> None:
 def test_names_are_those_that_are_registered() -> None:
     from rlhf3d.algorithms import advantages, aggregation, kl, losses
 
-    remax = {"remax"}  # needs a greedy completion of each prompt, which the loop does not make
-    assert set(advantages.ADVANTAGES.names()) - remax == set(checks.ADV_ESTIMATORS)
+    assert set(advantages.ADVANTAGES.names()) == set(checks.ADV_ESTIMATORS)
     assert set(losses.POLICY_LOSSES.names()) == set(checks.ONE_OF["actor.policy_loss"])
     assert set(kl.KL_KINDS) == set(checks.KL_TYPES)
     assert set(aggregation.AGGREGATION_MODES) == set(checks.LOSS_AGG_MODES)
@@ -155,8 +205,9 @@ def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
     assert "ep 2, but the model is dense" in check_files(make(*present, "actor.layout={dp: 2, ep: 2}"))[0]
     uneven = "actor.layout={pp: 4, first_stage_layers: 1}"
     assert "6 - first 1 = 5 layers for the other 3 of pp 4" in check_files(make(*present, uneven))[0]
-    assert "rollout.tensor_parallel_size 2 does not fit this model: num_attention_heads 9 % 2 = 1" in (
-        check_files(make(*present, "rollout.tensor_parallel_size=2"))[0]
+    assert (
+        "rollout.tensor_parallel_size 2 does not fit this model: num_attention_heads 9 % 2 = 1"
+        in (check_files(make(*present, "rollout.tensor_parallel_size=2"))[0])
     )
     assert (
         "512 + data.max_response_length 600 = 1112 tokens, more than the model's window of 1024"
