@@ -49,7 +49,8 @@ AT_LEAST_1 = (
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
-    "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
+    "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len "
+    "reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
 ).split()
 ABOVE_0 = (
@@ -63,7 +64,8 @@ NOT_NEGATIVE = (
     "actor.optim.min_lr actor.optim.lr_warmup_steps actor.optim.weight_decay actor.optim.clip_grad "
     "critic.optim.min_lr critic.optim.lr_warmup_steps critic.optim.weight_decay critic.optim.clip_grad "
     "actor.entropy_coeff actor.kl_loss_coef rollout.canary_steps "
-    "rollout.canary_every reward.overlong_buffer.penalty_factor algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
+    "rollout.canary_every reward.overlong_buffer.penalty_factor "
+    "algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
     "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.critic_warmup"
 ).split()
 AT_MOST_1 = (

@@ -229,7 +229,7 @@ class RolloutCorrectionConfig:
     rollout_is_batch_normalize: bool = False
     """Divide the weights by their mean over the batch."""
     rollout_rs: str | None = None
-    """Take out of the loss what is too far off: token_k1, seq_sum_k1, seq_mean_k1, seq_max_k3 …, several with commas."""
+    """Take out of the loss what is too far off: token_k1, seq_sum_k1, seq_mean_k1 …, several with commas."""
     rollout_rs_threshold: str | float | None = None
     """Of k1 a range of ratios (0.5_2.0, or 2.0 for the same), of k2 and k3 the largest divergence; one, or one each."""
     bypass_mode: bool = False
