@@ -50,12 +50,15 @@ class RolloutGroup:
         """Start the engines; `bundles` says where, by engine and rank, `arguments` are VLLMEngine's."""
         self.timeout_s = config.cluster.phase_timeout_s
         self.startup_timeout_s = config.cluster.startup_timeout_s
-        actor = ray.remote(EngineRank).options(
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}}, **placement.engine_options
-        )
+        actor = ray.remote(EngineRank)
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}}
         self.engines = [
             [
-                actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle)).remote()
+                actor.options(
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
+                    runtime_env=environment,
+                    **placement.engine_options,
+                ).remote()
                 for bundle in of_ranks
             ]
             for of_ranks in bundles
