@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf3d.algorithms.advantages import ADVANTAGES
 from rlhf3d.config import checks
 from rlhf3d.config.checks import check, check_files, value_of
 from rlhf3d.config.docs import field_docs
@@ -137,8 +138,9 @@ def test_truncated_sampling_needs_a_correction() -> None:
     assert check(make("rollout.top_k=50", "algorithm.rollout_correction.bypass_mode=true")) == []
 
 
-def test_a_users_own_names(tmp_path: Path) -> None:
+def test_a_users_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the file registers is valid and decides whether there is a critic; a broken file is told once."""
+    monkeypatch.setattr(ADVANTAGES, "_entries", ADVANTAGES.entries())
     mine = tmp_path / "mine.py"
     mine.write_text(
         "from rlhf3d.algorithms.advantages import register_advantage\n"
