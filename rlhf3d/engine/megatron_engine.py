@@ -19,6 +19,7 @@ from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import MiniBatch
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.dtypes import DTYPES
+from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
 from rlhf3d.models.megatron import (
@@ -49,6 +50,8 @@ class EngineContext:
     platform: Platform
     dtype: str
     device: torch.device
+    skip_nonfinite: bool = False
+    """Leave out an optimizer step whose loss or gradient is not finite, instead of stopping."""
     temperature: float
     total_steps: int
 
@@ -172,27 +175,37 @@ class MegatronEngine:
         return merged
 
     def update(self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective) -> UpdateResult:
-        """One optimizer step a mini-batch. Raises RuntimeError when the loss or the gradient is not finite."""
+        """One optimizer step a mini-batch.
+
+        A step whose loss or gradient is not finite is taken on no rank: NonFiniteUpdate, or with the context's
+        `skip_nonfinite` the next mini-batch; metrics are means over the steps taken.
+        """
         assert self.optimizer is not None, "this model is not trainable"
         for model in self.models:
             model.train()
         self.scheduler.step(increment=1)
-        totals: dict[str, float] = {}
-        grad_norms = []
+        taken, skipped = [], []
         for mini in mini_batches:
-            shares, grad_norm = self._optimizer_step(batch, mini, objective)
-            for name, value in shares.items():
-                totals[name] = totals.get(name, 0.0) + value / len(mini_batches)
-            grad_norms.append(grad_norm)
-        return UpdateResult(totals, sum(grad_norms) / len(grad_norms), self.optimizer.param_groups[0]["lr"])
+            try:
+                taken.append(self._optimizer_step(batch, mini, objective))
+            except NonFiniteUpdate as problem:
+                if not self.context.skip_nonfinite:
+                    raise
+                skipped.append(str(problem))
+        steps = max(len(taken), 1)
+        totals = {name: sum(shares[name] for shares, _ in taken) / steps for name in (taken[0][0] if taken else ())}
+        grad_norm = sum(norm for _, norm in taken) / steps if taken else math.nan
+        return UpdateResult(totals, grad_norm, self.optimizer.param_groups[0]["lr"], tuple(skipped))
 
     def _optimizer_step(self, batch: Batch, mini: MiniBatch, objective: Objective) -> tuple[dict[str, float], float]:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        seen: list[tuple[Batch, dict[str, Tensor]]] = []
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             columns = {name: micro.scatter(value) for name, value in self._outputs(micro, output).items()}
+            seen.append((micro.rows, {name: column.detach() for name, column in columns.items()}))
             share, metrics = objective(micro, *columns.values(), mini.norm)
             return share, torch.zeros((), dtype=torch.int, device=share.device), metrics
 
@@ -201,14 +214,11 @@ class MegatronEngine:
         for result in results if self.is_last_stage else ():
             for name, value in result.items():
                 shares[name] = shares.get(name, 0.0) + float(value)
-        _, grad_norm, _ = self.optimizer.step()
-        bad = [name for name, value in shares.items() if not math.isfinite(value)]
-        if bad or not math.isfinite(float(grad_norm)):
-            raise RuntimeError(
-                f"{self.role} update: gradient norm {float(grad_norm)}, non-finite terms: {bad or 'none here'}; "
-                "lower the learning rate, or look at the samples of this step"
-            )
-        return shares, float(grad_norm)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        require_finite(shares, grad_norm, seen, self.context.device)
+        self.optimizer.step()
+        return shares, grad_norm
 
     def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
         """(HF tensor, box in it, view of the local weight) of all that this rank is the one to export."""

@@ -79,3 +79,5 @@ class UpdateResult:
     grad_norm: float
     """Global gradient norm before clipping, averaged over mini-batches."""
     lr: float
+    skipped: tuple[str, ...] = ()
+    """Why optimizer steps were left out, one text each; the same on every rank."""

@@ -6,6 +6,7 @@ own row order.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -111,3 +112,6 @@ class TrainGroup:
         results = self._dispatch(f"update_{role}", f"update_{role}", args)
         metrics = {name: sum(r.shares[name] for r in results) for name in results[0].shares}
         return {**metrics, f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}
+        metrics[f"{role}/skipped_steps"] = float(len(results[0].skipped))
+        for problem in results[0].skipped:
+            logging.getLogger(__name__).warning("update_%s left out an optimizer step: %s", role, problem)

@@ -77,10 +77,13 @@ class TrainWorker:
         return 0
 
     def _load_models(self) -> None:
+        from rlhf3d.algorithms.custom import load_custom_algorithms
         from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
         from rlhf3d.models.spec import load_spec
 
         config = self.setup.config
+        if config.algorithm.custom_path is not None:
+            load_custom_algorithms(config.algorithm.custom_path)
         folder = config.model.path
         context = EngineContext(
             spec=load_spec(folder),
@@ -90,6 +93,7 @@ class TrainWorker:
             platform=self.platform,
             dtype=config.model.dtype,
             device=self.platform.device(self._local_rank()),
+            skip_nonfinite=config.trainer.on_nonfinite == "skip",
             temperature=config.rollout.temperature,
             total_steps=self.setup.total_steps,
         )
@@ -114,7 +118,7 @@ class TrainWorker:
         high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
         objective = PolicyObjective(
             loss_name=actor.policy_loss,
-            settings=PolicyLossSettings(low, high, actor.clip_ratio_c),
+            settings=PolicyLossSettings(low, high, actor.clip_ratio_c, self.setup.config.algorithm.custom_kwargs),
             loss_agg_mode=actor.loss_agg_mode,
             entropy_coeff=actor.entropy_coeff,
             kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
