@@ -6,7 +6,9 @@ Invariant: every count that the loop, the engines and the printed summary use is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -22,11 +24,11 @@ class UpdatePlan:
     sequences_per_mini_batch: int
     """Sequences an optimizer step, over all data-parallel ranks."""
     sequences_per_rank: int
-    """Sequences an optimizer step on one data-parallel rank."""
-    micro_batch_size: int
-    """Sequences a forward/backward pass on one data-parallel rank."""
-    micro_batches_per_rank: int
-    """Passes of one data-parallel rank an optimizer step (gradient accumulation)."""
+    """Sequences an optimizer step on one data-parallel rank; with a token budget, on average."""
+    micro_batching: MicroBatching
+    """How they are cut into forward/backward passes, on each data-parallel rank."""
+    micro_batches_per_rank: int | None
+    """Passes of one data-parallel rank an optimizer step (gradient accumulation); None where a budget decides."""
     epochs: int
     """Passes over the batch a training step."""
     optimizer_steps_per_step: int
@@ -83,29 +85,51 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
         engine_ranks=config.rollout.engines * config.rollout.tensor_parallel_size,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
-        actor=_update_plan(config, *actor_batching(config)),
-        critic=_update_plan(config, *critic_batching(config)) if config.needs_critic else None,
+        actor=_update_plan(config, actor_batching(config)),
+        critic=_update_plan(config, critic_batching(config)) if config.needs_critic else None,
         total_steps=total,
     )
 
 
-def actor_batching(config: Config) -> tuple[int, int, int]:
-    """(mini-batch prompts, micro-batch sequences, epochs) of the actor."""
+class Batching(NamedTuple):
+    """One model's batch sizes as configured."""
+
+    mini_batch_size: int
+    """Prompts."""
+    micro_batch_size: int
+    """Sequences."""
+    epochs: int
+    max_tokens: int | None
+    """Token budget of a micro-batch; None for micro-batches of so many sequences."""
+
+
+def actor_batching(config: Config) -> Batching:
+    """Batch sizes of the actor, and of the reference."""
     actor = config.actor
-    return actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu, actor.ppo_epochs
+    budget = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None
+    return Batching(actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu, actor.ppo_epochs, budget)
 
 
-def critic_batching(config: Config) -> tuple[int, int, int]:
-    """(mini-batch prompts, micro-batch sequences, epochs) of the critic: the actor's unless given."""
-    critic = config.critic
-    given = (critic.ppo_mini_batch_size, critic.ppo_micro_batch_size_per_gpu, critic.ppo_epochs)
-    mini, micro, epochs = (
-        of_actor if value is None else value for value, of_actor in zip(given, actor_batching(config), strict=True)
+def critic_batching(config: Config) -> Batching:
+    """Batch sizes of the critic: the actor's unless given."""
+    sizes = "ppo_mini_batch_size ppo_micro_batch_size_per_gpu ppo_epochs use_dynamic_bsz ppo_max_token_len_per_gpu"
+    given = {name: value for name in sizes.split() if (value := getattr(config.critic, name)) is not None}
+    return actor_batching(replace(config, actor=replace(config.actor, **given)))
+
+
+def micro_batching(config: Config, batching: Batching) -> MicroBatching:
+    """How a model with these batch sizes is cut into micro-batches."""
+    layout = config.actor.layout
+    return MicroBatching(
+        rows=batching.micro_batch_size,
+        tokens=batching.max_tokens,
+        packed=config.model.use_remove_padding,
+        multiple_of=layout.tp if layout.sequence_parallel else 1,
     )
-    return mini, micro, epochs
 
 
-def _update_plan(config: Config, mini: int, micro: int, epochs: int) -> UpdatePlan:
+def _update_plan(config: Config, batching: Batching) -> UpdatePlan:
+    mini, micro, epochs, budget = batching
     sequences = mini * config.rollout.n
     per_rank = sequences // config.actor.layout.dp
     mini_batches = config.data.train_batch_size // mini
@@ -114,8 +138,8 @@ def _update_plan(config: Config, mini: int, micro: int, epochs: int) -> UpdatePl
         mini_batches=mini_batches,
         sequences_per_mini_batch=sequences,
         sequences_per_rank=per_rank,
-        micro_batch_size=micro,
-        micro_batches_per_rank=per_rank // micro,
+        micro_batching=micro_batching(config, batching),
+        micro_batches_per_rank=per_rank // micro if budget is None else None,
         epochs=epochs,
         optimizer_steps_per_step=mini_batches * epochs,
     )
@@ -158,10 +182,15 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
 
 
 def _plan_line(plan: UpdatePlan, lr: float) -> str:
+    rule = plan.micro_batching
+    if rule.tokens is None:
+        micro = f"{plan.micro_batches_per_rank} micro-batches of {rule.rows}"
+    else:
+        micro = f"micro-batches of at most {rule.tokens} tokens"
     return (
         f"{plan.epochs} epoch(s) x {plan.mini_batches} mini-batch(es) of {plan.sequences_per_mini_batch} "
         f"sequences = {plan.optimizer_steps_per_step} optimizer step(s); a rank: "
-        f"{plan.micro_batches_per_rank} micro-batches of {plan.micro_batch_size}; lr {lr:g}"
+        f"{micro}{', packed' if rule.packed else ''}; lr {lr:g}"
     )
 
 

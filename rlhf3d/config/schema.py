@@ -68,6 +68,8 @@ class ModelConfig:
     """HF folder: config.json, safetensors (one file or sharded with an index), tokenizer."""
     dtype: str = "auto"
     """Compute dtype of the training ranks: bfloat16 (fp32 master weights), float32, or auto: the platform's fastest."""
+    use_remove_padding: bool = False
+    """Train on packed sequences: one run of tokens a micro-batch instead of padded rows; same numbers, less work."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class ActorConfig:
     """Prompts (times rollout.n sequences) an optimizer step, over all data-parallel ranks."""
     ppo_micro_batch_size_per_gpu: int = 4
     """Sequences a forward/backward pass on one data-parallel rank; never changes the mathematics."""
+    use_dynamic_bsz: bool = False
+    """Cut micro-batches by ppo_max_token_len_per_gpu instead of ppo_micro_batch_size_per_gpu."""
+    ppo_max_token_len_per_gpu: int = 16384
+    """Tokens a forward/backward pass on one data-parallel rank, padding included; at least the longest sequence."""
     ppo_epochs: int = 1
     """Passes over each batch."""
     policy_loss: str = "vanilla"
@@ -140,6 +146,10 @@ class CriticConfig:
     """As actor.ppo_mini_batch_size; null for the same."""
     ppo_micro_batch_size_per_gpu: int | None = None
     """As actor.ppo_micro_batch_size_per_gpu; null for the same."""
+    use_dynamic_bsz: bool | None = None
+    """As actor.use_dynamic_bsz; null for the same."""
+    ppo_max_token_len_per_gpu: int | None = None
+    """As actor.ppo_max_token_len_per_gpu; null for the same."""
     ppo_epochs: int | None = None
     """As actor.ppo_epochs; null for the same."""
     cliprange_value: float = 0.5

@@ -50,10 +50,12 @@ class EngineContext:
     platform: Platform
     dtype: str
     device: torch.device
-    skip_nonfinite: bool = False
-    """Leave out an optimizer step whose loss or gradient is not finite, instead of stopping."""
     temperature: float
     total_steps: int
+    skip_nonfinite: bool = False
+    """Leave out an optimizer step whose loss or gradient is not finite, instead of stopping."""
+    packed: bool = False
+    """Micro-batches are packed sequences instead of padded rows."""
 
 
 class MegatronEngine:
@@ -154,7 +156,8 @@ class MegatronEngine:
     def forward(self, batch: Batch, micro_batches: Sequence[Sequence[int]]) -> dict[str, Tensor] | None:
         """Response-aligned outputs [N, R] of the batch's rows: logprobs and entropy, or values.
 
-        Every row must stand in exactly one micro-batch. None on ranks that are not on the last pipeline stage.
+        Every row must stand in exactly one micro-batch; an empty one runs a filler (see `make_microbatch`). None on
+        ranks that are not on the last pipeline stage.
         """
         for model in self.models:
             model.eval()
@@ -170,7 +173,7 @@ class MegatronEngine:
         names = list(results[0])
         merged = {name: torch.zeros_like(batch["response_mask"]) for name in names}
         for rows, result in zip(micro_batches, results, strict=True):
-            for name in names:
+            for name in names if rows else ():
                 merged[name][list(rows), : result[name].shape[1]] = result[name]
         return merged
 
@@ -258,21 +261,20 @@ class MegatronEngine:
         """Drive Megatron's schedule over the micro-batches; the `finish` data of each, on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        multiple = self.context.layout.tp if self.context.layout_config.sequence_parallel else 1
-
-        def stream() -> Iterator[MicroBatch]:
-            for rows in micro_batches:
-                yield make_microbatch(batch, rows, self.context.device, multiple)
+        def make(rows: Sequence[int]) -> MicroBatch:
+            multiple = self.context.layout.tp if self.context.layout_config.sequence_parallel else 1
+            return make_microbatch(batch, rows, self.context.device, multiple, self.context.packed)
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(iterator)
-            output = model(micro.input_ids, micro.position_ids, None)
+            output = model(micro.input_ids, micro.position_ids, None, packed_seq_params=_packing(micro))
             return output, partial(finish, micro)
 
-        first = make_microbatch(batch, micro_batches[0], self.context.device, multiple)
+        first = make(micro_batches[0])
+        streams = [map(make, micro_batches) for _ in self.models]
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[stream() for _ in self.models] if len(self.models) > 1 else stream(),
+            data_iterator=streams if len(self.models) > 1 else streams[0],
             model=self.models if len(self.models) > 1 else self.models[0],
             num_microbatches=len(micro_batches),
             seq_length=first.input_ids.shape[1],
@@ -280,3 +282,18 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return result
+
+
+def _packing(micro: MicroBatch) -> Any:
+    """Megatron's description of packed sequences; None for padded rows."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if micro.segment_ends is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro.segment_ends,
+        cu_seqlens_kv=micro.segment_ends,
+        max_seqlen_q=micro.longest_segment,
+        max_seqlen_kv=micro.longest_segment,
+    )

@@ -17,10 +17,12 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from rlhf3d.batching.balance import sequence_cost
 from rlhf3d.batching.batch import Batch
-from rlhf3d.batching.dispatch import split_forward, split_update
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
+from rlhf3d.config.derived import UpdatePlan, actor_batching, critic_batching, micro_batching
 from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
@@ -42,7 +44,10 @@ class TrainGroup:
     ) -> None:
         self.layout, self._reserved = layout, reserved
         self.timeout_s = config.cluster.phase_timeout_s
-        self.micro_batch_size = config.actor.ppo_micro_batch_size_per_gpu
+        actor, critic = (micro_batching(config, sizes(config)) for sizes in (actor_batching, critic_batching))
+        self.micro_batching = {"actor": actor, "ref": actor, "critic": critic}
+        self.cost = sequence_cost(load_spec(config.model.path))
+        self._padding: dict[str, float] = {}
         self.temperature = config.rollout.temperature
         self.max_response_tokens = config.data.max_response_length
         threads = config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // layout.world_size)
@@ -96,7 +101,9 @@ class TrainGroup:
     def forward(self, phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
         """Response-aligned outputs [N, R] of `role` for all rows: logprobs and entropy, or values."""
         batch = batch.only(FORWARD_COLUMNS)
-        shares = split_forward(batch, self.micro_batch_size, self.layout)
+        shares = split_forward(batch, self.micro_batching[role], self.layout, self.cost)
+        if phase.isidentifier():  # a check such as the canary is no phase of the step
+            self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
         args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
         results = self._dispatch(phase, "forward", args)
         merged = {name: torch.zeros_like(batch["response_mask"]) for name in results[0]}
@@ -106,12 +113,15 @@ class TrainGroup:
         return merged
 
     def update(self, role: str, batch: Batch, plan: UpdatePlan) -> dict[str, float]:
-        """Update `role` (actor or critic) over the batch; global metrics."""
-        shares = split_update(batch, plan, self.layout, self.max_response_tokens)
+        """Update `role` (actor or critic) over the batch; global metrics, those of earlier forward passes with them."""
+        shares = split_update(batch, plan, self.layout, self.max_response_tokens, self.cost)
         args = [(batch.select(share.rows), share.mini_batches) for share in shares]
         results = self._dispatch(f"update_{role}", f"update_{role}", args)
         metrics = {name: sum(r.shares[name] for r in results) for name in results[0].shares}
-        return {**metrics, f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}
+        metrics |= {f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}
         metrics[f"{role}/skipped_steps"] = float(len(results[0].skipped))
         for problem in results[0].skipped:
             logging.getLogger(__name__).warning("update_%s left out an optimizer step: %s", role, problem)
+        metrics[f"perf/padding_share/update_{role}"] = padding_share(batch, shares)
+        padding, self._padding = self._padding, {}
+        return {**metrics, **padding}

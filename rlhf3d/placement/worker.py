@@ -93,9 +93,10 @@ class TrainWorker:
             platform=self.platform,
             dtype=config.model.dtype,
             device=self.platform.device(self._local_rank()),
-            skip_nonfinite=config.trainer.on_nonfinite == "skip",
             temperature=config.rollout.temperature,
             total_steps=self.setup.total_steps,
+            skip_nonfinite=config.trainer.on_nonfinite == "skip",
+            packed=config.model.use_remove_padding,
         )
         self.engines["actor"] = MegatronEngine(context, "policy", folder, config.actor.optim)
         if config.needs_critic:

@@ -12,8 +12,10 @@ from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 
 from rlhf3d.algorithms.losses import PolicyLossSettings
+from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import UpdatePlan
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.parallel.layout import ParallelLayout
@@ -137,8 +139,8 @@ def ppo_update(rank: int, port: int, case: Case, folder: Path) -> dict:
         total_steps=10,
     )
     batch, dp = make_batch(), layout.coords(rank).dp
-    plan = UpdatePlan(SEQUENCES // 2, 2, SEQUENCES // 2, SEQUENCES // 2 // case.dp, 0, 0, 1, 2)
-    plan = UpdatePlan(**{**plan.__dict__, "micro_batch_size": case.micro_batch_size})
+    rule, cost = MicroBatching(case.micro_batch_size, multiple_of=case.tp if case.sp else 1), SequenceCost()
+    plan = UpdatePlan(SEQUENCES // 2, 2, SEQUENCES // 2, SEQUENCES // 2 // case.dp, rule, None, 1, 2)
     objectives = {
         "policy": PolicyObjective("vanilla", PolicyLossSettings(0.2, 0.3, 3.0), "token-mean", 0.01, 0.1, "low_var_kl"),
         "value": ValueObjective(0.2, "seq-mean-token-mean"),
@@ -147,8 +149,8 @@ def ppo_update(rank: int, port: int, case: Case, folder: Path) -> dict:
     for role, objective in objectives.items():
         # A large epsilon keeps Adam from turning round-off in tiny gradients into whole steps.
         engine = MegatronEngine(context, role, str(folder), OptimConfig(lr=1e-3, eps=1e-3, clip_grad=1.0))
-        forward = split_forward(batch, case.micro_batch_size, layout)[dp]
-        update = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS)[dp]
+        forward = split_forward(batch, rule, layout, cost)[dp]
+        update = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS, cost)[dp]
         outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
         updated = engine.update(batch.select(update.rows), update.mini_batches, objective)
         after = engine.forward(batch.select(forward.rows), forward.micro_batches)

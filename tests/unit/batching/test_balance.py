@@ -1,45 +1,55 @@
-"""Placement of rows: each row once, equal counts, bounded imbalance, same answer every time."""
+"""Placement of rows: each row once, equal counts where wanted, bounded imbalance, same answer every time."""
 
 from __future__ import annotations
 
-from random import Random
+from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf3d.batching.balance import micro_batches, padding_share, split_rows
+from rlhf3d.batching.balance import SequenceCost, sequence_cost, split_rows
+from rlhf3d.models.spec import ModelSpec
+
+COSTS = st.lists(st.integers(0, 500), max_size=48)
+SPEC = ModelSpec(
+    "llama", num_layers=3, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=5, ffn_size=16, vocab_size=9
+)
 
 
-@st.composite
-def divisible(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Row lengths, and a number that divides their count."""
-    parts = draw(st.integers(1, 6))
-    count = parts * draw(st.integers(0, 8))
-    return draw(st.lists(st.integers(0, 500), min_size=count, max_size=count)), parts
-
-
-@given(divisible())
-def test_split_places_every_row_once_in_equal_counts(case: tuple[list[int], int]) -> None:
-    lengths, parts = case
-    split = split_rows(lengths, parts)
-    assert [len(rows) for rows in split] == [len(lengths) // parts] * parts
-    assert sorted(row for rows in split for row in rows) == list(range(len(lengths)))
+@given(COSTS, st.integers(1, 6), st.booleans())
+def test_split_places_every_row_once(costs: list[int], parts: int, equal: bool) -> None:
+    split = split_rows(costs, parts, equal)
+    assert len(split) == parts
+    assert sorted(row for rows in split for row in rows) == list(range(len(costs)))
     assert all(rows == sorted(rows) for rows in split)
-    assert split == split_rows(lengths, parts)
+    assert split == split_rows(costs, parts, equal)
 
 
-@given(divisible())
-def test_split_totals_differ_by_at_most_the_spread_of_lengths(case: tuple[list[int], int]) -> None:
-    lengths, parts = case
-    totals = [sum(lengths[row] for row in rows) for rows in split_rows(lengths, parts)]
-    assert max(totals) - min(totals) <= max(lengths, default=0) - min(lengths, default=0)
+@given(COSTS, st.integers(1, 6))
+def test_equal_counts(costs: list[int], parts: int) -> None:
+    counts = [len(rows) for rows in split_rows(costs, parts)]
+    assert max(counts) == ceil(len(costs) / parts) and min(counts) == len(costs) // parts
+
+
+@given(COSTS, st.integers(1, 6), st.booleans())
+def test_totals_differ_by_at_most_the_dearest_row(costs: list[int], parts: int, equal: bool) -> None:
+    totals = [sum(costs[row] for row in rows) for rows in split_rows(costs, parts, equal)]
+    bound = max(costs, default=0)
+    if equal and len(costs) % parts == 0:
+        bound -= min(costs, default=0)
+    assert max(totals) - min(totals) <= bound
 
 
 def test_split_by_hand() -> None:
     # rounds: 9 8 | 5 1 -> the lighter part (8) takes the 5
     assert split_rows([1, 9, 5, 8], 2) == [[0, 1], [2, 3]]
     assert split_rows([4, 4, 4, 4], 2) == [[0, 2], [1, 3]]
+    # one at a time: 9 | 3 | 3 to the lighter | 3 again: 9 against 9
+    assert split_rows([9, 3, 3, 3], 2, equal_counts=False) == [[0], [1, 2, 3]]
+    assert split_rows([9, 3, 3, 3], 2) == [[0, 3], [1, 2]]
+    assert split_rows([7], 3) == [[0], [], []]
 
 
 def test_split_beats_taking_rows_in_order() -> None:
@@ -50,60 +60,24 @@ def test_split_beats_taking_rows_in_order() -> None:
     assert max(totals) - min(totals) <= 4
 
 
-@pytest.mark.parametrize("parts", [0, 2])
-def test_split_refuses_unequal_counts(parts: int) -> None:
-    with pytest.raises(ValueError, match=f"3 rows do not divide over {parts} parts"):
-        split_rows([1, 2, 3], parts)
+def test_unequal_counts_balance_what_equal_ones_cannot() -> None:
+    cost = SequenceCost(quadratic=0.01)
+    costs = [cost(n) for n in [1000, *[100] * 15]]
+    spread = {}
+    for equal in (True, False):
+        totals = [sum(costs[row] for row in rows) for rows in split_rows(costs, 2, equal)]
+        spread[equal] = max(totals) / min(totals)
+    # 11000 + 7 x 200 against 8 x 200, and 11000 against 15 x 200
+    assert spread[True] == pytest.approx(7.75) and spread[False] == pytest.approx(11000 / 3000)
 
 
-@given(
-    st.lists(st.integers(0, 500), max_size=40),
-    st.integers(1, 6),
-    st.booleans(),
-    st.randoms(use_true_random=False),
-)
-def test_micro_batches_place_every_row_once(lengths: list[int], size: int, sort: bool, random: Random) -> None:
-    rows = list(range(len(lengths)))
-    random.shuffle(rows)
-    batches = micro_batches(lengths, rows, size, sort=sort)
-    sizes = {len(batch) for batch in batches}
-    assert len(batches) == -(-len(rows) // size)
-    assert max(sizes, default=0) <= size and max(sizes, default=0) - min(sizes, default=0) <= 1
-    flat = [row for batch in batches for row in batch]
-    if sort:
-        assert sorted(flat) == sorted(rows)
-        assert flat == [row for batch in micro_batches(lengths, sorted(rows), size) for row in batch]
-    else:
-        assert flat == rows
+def test_split_refuses_no_parts() -> None:
+    with pytest.raises(ValueError, match="3 rows over 0 parts"):
+        split_rows([1, 2, 3], 0)
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4))
-def test_number_of_micro_batches_is_a_multiple(count: int, size: int, multiple: int) -> None:
-    wanted = -(-count // (size * multiple)) * multiple
-    if wanted > count:
-        with pytest.raises(ValueError, match=f"{count} rows cannot fill {wanted} micro-batches"):
-            micro_batches([1] * count, range(count), size, multiple_of=multiple)
-    else:
-        assert len(micro_batches([1] * count, range(count), size, multiple_of=multiple)) == wanted
-
-
-@given(divisible())
-def test_sorting_never_pads_more(case: tuple[list[int], int]) -> None:
-    lengths, size = case
-    rows = range(len(lengths))
-    sorted_share = padding_share(lengths, micro_batches(lengths, rows, size))
-    assert 0.0 <= sorted_share <= padding_share(lengths, micro_batches(lengths, rows, size, sort=False)) + 1e-12
-
-
-def test_micro_batches_by_hand() -> None:
-    lengths = [3, 9, 4, 8, 100, 100]
-    assert micro_batches(lengths, [0, 1, 2, 3], 2) == [[1, 3], [2, 0]]
-    assert micro_batches(lengths, [3, 0, 1, 2], 2, sort=False) == [[3, 0], [1, 2]]
-    assert micro_batches(lengths, [], 2) == []
-
-
-def test_padding_share_by_hand() -> None:
-    assert padding_share([3, 9, 4, 8], [[1, 3], [2, 0]]) == pytest.approx(1 - 24 / 26)
-    assert padding_share([3, 9, 4, 8], [[1, 3], [2, 0]], multiple_of=4) == pytest.approx(1 - 24 / 32)
-    assert padding_share([5, 5], [[0, 1]]) == 0.0
-    assert padding_share([], []) == 0.0
+def test_cost_by_hand() -> None:
+    # weights of a layer: 8·5·(4 query + 4 output + 2 key + 2 value heads) + 3·8·16 = 480 + 384
+    assert sequence_cost(SPEC)(10) == pytest.approx(10 + 4 * 5 / 864 * 100)
+    experts = replace(SPEC, num_experts=8, experts_per_token=2, moe_ffn_size=4, ffn_size=0)
+    assert sequence_cost(experts)(10) == pytest.approx(10 + 4 * 5 / (480 + 2 * 3 * 8 * 4) * 100)

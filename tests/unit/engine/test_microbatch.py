@@ -1,7 +1,8 @@
-"""Which hidden state predicts which response token."""
+"""Which hidden state predicts which response token, padded and packed."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rlhf3d.batching.batch import from_sequences
@@ -10,6 +11,7 @@ from rlhf3d.engine.microbatch import make_microbatch
 BATCH = from_sequences(
     [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11], []], pad_id=0, old=[[0.1, 0.2], [0.3, 0.4, 0.5], []]
 )
+CPU = torch.device("cpu")
 
 
 def test_from_sequences_pads_right() -> None:
@@ -18,8 +20,9 @@ def test_from_sequences_pads_right() -> None:
     assert BATCH.lengths() == [5, 4, 2]
 
 
-def test_hidden_state_before_each_response_token_predicts_it() -> None:
-    micro = make_microbatch(BATCH, [1, 0], torch.device("cpu"))
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_state_before_each_response_token_predicts_it(packed: bool) -> None:
+    micro = make_microbatch(BATCH, [1, 0], CPU, packed=packed)
     assert micro.labels.tolist() == [9, 10, 11, 7, 8]
     # "Hidden state" = the token at that position: what stands just before each response token.
     states = micro.input_ids[..., None].float()
@@ -29,8 +32,39 @@ def test_hidden_state_before_each_response_token_predicts_it() -> None:
 
 
 def test_rows_are_trimmed_and_rounded_up() -> None:
-    assert make_microbatch(BATCH, [2], torch.device("cpu")).input_ids.shape == (1, 2)
-    assert make_microbatch(BATCH, [2], torch.device("cpu")).labels.numel() == 0
-    micro = make_microbatch(BATCH, [0, 1], torch.device("cpu"), multiple_of=4)
+    assert make_microbatch(BATCH, [2], CPU).input_ids.shape == (1, 2)
+    assert make_microbatch(BATCH, [2], CPU).labels.numel() == 0
+    micro = make_microbatch(BATCH, [0, 1], CPU, multiple_of=4)
     assert micro.input_ids.shape == micro.position_ids.shape == (2, 8)
     assert micro.input_ids[0].tolist() == [1, 2, 3, 7, 8, 0, 0, 0]
+    assert micro.segment_ends is None
+
+
+def test_packed_rows_follow_each_other() -> None:
+    micro = make_microbatch(BATCH, [2, 1], CPU, packed=True)
+    assert micro.input_ids.tolist() == [[5, 6, 4, 9, 10, 11]]
+    assert micro.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 2, 6]
+    assert micro.segment_ends.dtype == torch.int32
+    assert micro.longest_segment == 4
+
+
+def test_padding_of_packed_rows_is_a_segment_of_its_own() -> None:
+    micro = make_microbatch(BATCH, [2, 1], CPU, multiple_of=4, packed=True)
+    assert micro.input_ids.tolist() == [[5, 6, 4, 9, 10, 11, 0, 0]]
+    assert micro.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
+    assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 2, 6, 8]
+    exact = make_microbatch(BATCH, [1], CPU, multiple_of=4, packed=True)
+    assert exact.segment_ends is not None and exact.segment_ends.tolist() == [0, 4]
+    # The longest segment can be the padding: rotary tables are cut to it.
+    assert make_microbatch(BATCH, [2], CPU, multiple_of=8, packed=True).longest_segment == 6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch", [BATCH, BATCH.select([])], ids=["rows elsewhere", "no rows at all"])
+def test_no_rows_make_a_filler(packed: bool, batch) -> None:
+    micro = make_microbatch(batch, [], CPU, multiple_of=2, packed=packed)
+    assert micro.input_ids.shape == micro.position_ids.shape == (1, 2)
+    assert micro.labels.numel() == micro.hidden_index.numel() == 0
+    assert micro.rows["response_mask"].tolist() == [[0]] and micro.rows["old"].tolist() == [[0]]
+    assert micro.scatter(torch.zeros(0)).tolist() == [[0]]
