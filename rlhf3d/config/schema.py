@@ -281,7 +281,7 @@ class CustomRewardConfig:
     path: str | None = None
     """Python file; null for the scorer of each row's data_source."""
     name: str = "compute_score"
-    """Function in it: fn(data_source, solution_str, ground_truth, extra_info=None, **kwargs)."""
+    """Function in it, plain or async: fn(data_source, solution_str, ground_truth, extra_info=None, **kwargs)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments."""
 
@@ -303,11 +303,17 @@ class RewardConfig:
     """Scoring of completions."""
 
     method: str = "flexible"
-    """gsm8k answer extraction: flexible (last number) or strict (last `#### number`)."""
+    """How an answer is found: strict (after `####`, in a box) or flexible (else the last number or expression)."""
+    scorers: dict[str, str] = field(default_factory=dict)
+    """Scorer of further data sources, or another one: DATA_SOURCE: gsm8k, math_verify or boxed_exact."""
+    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
+    """Parts of the reward and their weights: accuracy (the answer's score) and format."""
+    format: str = "boxed"
+    """Form that the part `format` wants: boxed (one box), hashes (one `####`) or think (one block, then text)."""
     workers: int = 1
     """Scoring processes."""
     timeout_s: float = 10.0
-    """Deadline of one scoring call."""
+    """Deadline of one scoring call, in whose process nothing else runs; it is killed when it is late."""
     max_error_rate: float = 0.05
     """Share of completions that may end as error or timeout before the run stops."""
     overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)

@@ -1,14 +1,16 @@
 """Scoring in child processes that are killed at their deadline.
 
 Invariant: a batch always ends, with one score for each item, in order, whatever the reward function does:
-a process that hangs, crashes or exits costs its own item only, and is replaced. Signals and threads could
-not promise that, for code that never returns to the interpreter.
+a process that hangs, crashes, exits or eats memory costs its own item only, and is replaced. Signals and threads could
+not promise that, for code that never returns to the interpreter. Where one call scores several items and fails, its
+halves are tried again until the item that caused it is alone.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -22,24 +24,20 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from rlhf3d.rewards.scoring import (
-    Outcome,
-    RewardError,
-    RewardFunction,
-    Score,
-    ScoreItem,
-    check_outcomes,
-    to_score,
-)
+from rlhf3d.rewards.calls import score_items
+from rlhf3d.rewards.scoring import Outcome, RewardError, RewardFunction, Score, ScoreItem, check_outcomes
 
 _ORPHAN_GRACE_S = 2.0
+_OUT_OF_MEMORY = 77
+"""Exit code of a scoring process that ran out of memory."""
 _CHILD = "import sys; from rlhf3d.rewards.pool import serve; serve(int(sys.argv[1]))"
 
 
 class ScoringPool:
     """`workers` processes that call `fn`, each call having `timeout_s` seconds.
 
-    `fn` must pickle (a module's function, `BuiltinReward` or `load_custom_reward(...)`), or ValueError.
+    `fn` must pickle (a module's function, `BuiltinReward` or `load_custom_reward(...)`), or ValueError. One that has a
+    `chunk_size` is called with up to so many items at once, and the deadline is that call's.
     Loading it has a deadline of its own, `startup_timeout_s`. `score_batch` gives up with RewardError as
     soon as more than `max_error_rate` of a batch's items have failed.
     """
@@ -58,6 +56,7 @@ class ScoringPool:
             self._pickled_fn = pickle.dumps(fn)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"the reward function cannot be sent to another process: {error}") from error
+        self._chunk_size = int(getattr(fn, "chunk_size", 1))
         self._timeout_s = timeout_s
         self._max_error_rate = max_error_rate
         self._startup_timeout_s = startup_timeout_s
@@ -80,11 +79,11 @@ class ScoringPool:
         """The score of each item, in order."""
         assert self._workers, "the pool is closed"
         scores: dict[int, Score] = {}
-        todo = deque(range(len(items)))
+        todo = deque(_chunks(len(items), self._chunk_size, len(self._workers)))
         try:
             while len(scores) < len(items):
                 for index, score in self._advance(items, todo):
-                    scores[index] = score
+                    scores[index] = _name(score, index, items[index])
                     if score.failed:
                         check_outcomes(list(scores.values()), self._max_error_rate, total=len(items))
         except BaseException:
@@ -92,11 +91,11 @@ class ScoringPool:
             raise
         return [scores[index] for index in range(len(items))]
 
-    def _advance(self, items: Sequence[ScoreItem], todo: deque[int]) -> list[tuple[int, Score]]:
+    def _advance(self, items: Sequence[ScoreItem], todo: deque[list[int]]) -> list[tuple[int, Score]]:
         """Hand out work, wait for the next event, and return what ended with it."""
         for number, worker in enumerate(self._workers):
             if worker.ready and worker.job is None and todo:
-                if worker.send(items[todo[0]], self._timeout_s):
+                if worker.send([items[index] for index in todo[0]], self._timeout_s):
                     worker.job = todo.popleft()
                 else:
                     worker.kill()
@@ -104,34 +103,41 @@ class ScoringPool:
         awaited = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         patience_s = min(worker.deadline for worker in awaited) - time.monotonic()
         events = set(wait([worker.connection for worker in awaited], max(0.0, patience_s)))
-        ended = []
+        ended: list[tuple[int, Score]] = []
         for number, worker in enumerate(self._workers):
             if worker.connection in events:
-                score = self._receive(number)
+                scores = self._receive(number)
             elif worker in awaited and time.monotonic() >= worker.deadline:
-                score = self._expire(number)
+                scores = self._expire(number)
             else:
                 continue
-            if worker.job is not None:
-                assert score is not None
-                ended.append((worker.job, _name(score, worker.job, items[worker.job])))
-                worker.job = None
+            job, worker.job = worker.job, None
+            if job is None:
+                continue
+            if isinstance(scores, Score) and len(job) > 1:
+                half = len(job) // 2
+                todo.extendleft([job[half:], job[:half]])
+            else:
+                found = [scores] if isinstance(scores, Score) else scores
+                assert found is not None
+                ended += zip(job, found, strict=True)
         return ended
 
-    def _receive(self, number: int) -> Score | None:
-        """What a process sent: its score, or (null) that it is ready."""
+    def _receive(self, number: int) -> list[Score] | Score | None:
+        """What a process sent: the scores of its items, how the call for them failed, or (null) that it is ready."""
         worker = self._workers[number]
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
             code = worker.kill(grace_s=1.0)
-            text = f"the scoring process ended with exit code {code} (os._exit, a crash, or out of memory)"
+            reason = "out of memory" if code == _OUT_OF_MEMORY else "os._exit, a crash, or out of memory"
+            text = f"the scoring process ended with exit code {code} ({reason})"
             if not worker.ready:
                 raise RewardError(f"{text} while it loaded the reward function") from None
             self._workers[number] = self._start()
             return Score(0.0, Outcome.ERROR, message=text)
         if worker.ready:
-            assert isinstance(message, Score)
+            assert isinstance(message, list | Score)
             return message
         if message is not None:
             raise RewardError(f"a scoring process could not load the reward function:\n{message}")
@@ -167,13 +173,13 @@ class _Worker:
         child_end.close()
         self.connection.send((pickled_fn, timeout_s))
         self.ready = False
-        self.job: int | None = None
+        self.job: list[int] | None = None
         self.deadline = deadline
 
-    def send(self, item: ScoreItem, timeout_s: float) -> bool:
-        """Give the process an item; False where it has died since its last one."""
+    def send(self, items: list[ScoreItem], timeout_s: float) -> bool:
+        """Give the process items; False where it has died since its last ones."""
         try:
-            self.connection.send(item)
+            self.connection.send(items)
         except OSError:
             return False
         self.deadline = time.monotonic() + timeout_s
@@ -195,37 +201,42 @@ def serve(file_descriptor: int) -> None:
     pickled_fn, timeout_s = connection.recv()
     try:
         fn: RewardFunction = pickle.loads(pickled_fn)
+        getattr(fn, "prepare", lambda: None)()
     except Exception:
         connection.send(traceback.format_exc())
         return
+    if memory_gib := getattr(fn, "memory_gib", None):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gib * 2**30),) * 2)
     connection.send(None)
     while True:
         try:
-            item = connection.recv()
+            items = connection.recv()
             # Should the parent die meanwhile, the kernel ends even a call that never returns.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
-            score = _call(fn, item)
+            scores = _call(fn, items)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            connection.send(score)
+            connection.send(scores)
         except (EOFError, OSError):
             return
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)  # what it holds would starve the next items
 
 
-def _call(fn: RewardFunction, item: ScoreItem) -> Score:
+def _call(fn: RewardFunction, items: list[ScoreItem]) -> list[Score] | Score:
+    """A score each, or how the call for all of them failed."""
     try:
-        score = to_score(
-            fn(
-                data_source=item.data_source,
-                solution_str=item.solution_str,
-                ground_truth=item.ground_truth,
-                extra_info=item.extra_info,
-            )
-        )
-        pickle.dumps(score.extra)
+        return score_items(fn, items)
+    except MemoryError:
+        raise
     except (Exception, SystemExit):
         return Score(0.0, Outcome.ERROR, message=traceback.format_exc())
-    return score
+
+
+def _chunks(count: int, size: int, workers: int) -> list[list[int]]:
+    """Numbers below `count` in runs of at most `size`, at least one for each worker where there are enough."""
+    size = max(1, min(size, -(-count // workers)))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
 def _name(score: Score, index: int, item: ScoreItem) -> Score:

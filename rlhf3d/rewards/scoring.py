@@ -1,4 +1,4 @@
-"""What a score is, which function gives it, and when too many are missing.
+"""What a score is, what may come out of scoring, and when too many are missing.
 
 Invariant: every completion ends as exactly one `Outcome`; only `scored` and `unparsable` count as the
 model's doing, and a share of `error` and `timeout` above reward.max_error_rate stops the run.
@@ -7,19 +7,12 @@ Imports nothing heavy: the scoring processes load this module.
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import inspect
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Protocol
-
-from rlhf3d.rewards import gsm8k
 
 ExtraInfo = dict[str, Any] | None
 _MESSAGE_LINES = 25
@@ -38,14 +31,19 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Score:
-    """Value and outcome of one completion; 0 unless scored."""
+    """Value and outcome of one completion; the answer's part of the value is 0 unless scored."""
 
     value: float
     outcome: Outcome
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else the reward function returned; `answer` from the built-in scorers."""
+    """What else the reward function returned; from the built-in scorers `answer`, and `acc` where value holds more."""
     message: str | None = None
     """The sample and the traceback, of an error or timeout."""
+
+    @property
+    def accuracy(self) -> float:
+        """Whether the answer is right: `acc` of a reward made of several parts, else the value."""
+        return float(self.extra.get("acc", self.value))
 
     @property
     def failed(self) -> bool:
@@ -69,116 +67,14 @@ class RewardError(RuntimeError):
 
 
 class RewardFunction(Protocol):
-    """What scores one completion: returns a number, a dict with `score`, or a `Score`."""
+    """What scores one completion: returns a number, a dict with `score`, or a `Score`.
+
+    It may also have `score_items(items)`, which scores several in one call and returns as many results; `chunk_size`,
+    how many it wants at most; `prepare()`, called once in each scoring process; `memory_gib`, what one may use.
+    """
 
     def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
         """Score of `solution_str`."""
-
-
-def _score_gsm8k(solution_str: str, ground_truth: Any, method: str) -> Score:
-    result = gsm8k.compute_score(solution_str, str(ground_truth), method)
-    outcome = Outcome.UNPARSABLE if result.answer is None else Outcome.SCORED
-    return Score(result.score, outcome, {"answer": result.answer})
-
-
-SCORERS: dict[str, Callable[[str, Any, str], Score]] = {
-    "openai/gsm8k": _score_gsm8k,
-    "rlhf3d/arithmetic": _score_gsm8k,
-}
-"""Built-in scorer of each data source: fn(solution_str, ground_truth, method)."""
-
-
-def check_data_sources(data_sources: Iterable[str]) -> None:
-    """ValueError for the first data source without a built-in scorer."""
-    for data_source in data_sources:
-        if data_source not in SCORERS:
-            raise ValueError(
-                f"no built-in scorer for data_source {data_source!r} (known: {', '.join(SCORERS)}); "
-                "set custom_reward_function.path to score it yourself"
-            )
-
-
-@dataclass(frozen=True)
-class BuiltinReward:
-    """The scorer registered for each row's data source."""
-
-    method: str = "flexible"
-    """reward.method: how gsm8k's answers are extracted."""
-
-    def __call__(
-        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
-    ) -> Score:
-        check_data_sources([data_source])
-        return SCORERS[data_source](solution_str, ground_truth, self.method)
-
-
-class CustomReward:
-    """A user's function and its keyword arguments; pickled as its recipe, so any process can load it."""
-
-    def __init__(self, path: str, name: str, kwargs: dict[str, Any], function: Callable[..., Any]) -> None:
-        self._recipe = (path, name, kwargs)
-        self._function = function
-
-    def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
-        return self._function(
-            data_source=data_source,
-            solution_str=solution_str,
-            ground_truth=ground_truth,
-            extra_info=extra_info,
-            **self._recipe[2],
-        )
-
-    def __reduce__(self) -> tuple[Callable[..., CustomReward], tuple[str, str, dict[str, Any]]]:
-        return load_custom_reward, self._recipe
-
-
-def load_custom_reward(
-    path: str | Path, name: str = "compute_score", kwargs: dict[str, Any] | None = None
-) -> CustomReward:
-    """The function `name` of the Python file `path`, to be called with `kwargs` besides the sample.
-
-    Raises ValueError, with the config key, for a file that is missing or does not import, a name that is
-    not there or not a plain function, and for arguments that it does not take.
-    """
-    kwargs = dict(kwargs or {})
-    file = Path(path).resolve()
-    function = getattr(module := _import_file(file), name, None)
-    if function is None:
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else "; it defines no function"
-        raise ValueError(f"custom_reward_function.name: no {name!r} in {file}{hint}")
-    if not callable(function):
-        kind = type(function).__name__
-        raise ValueError(f"custom_reward_function.name: {name!r} in {file} is a {kind}, not callable")
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"custom_reward_function.name: {name!r} in {file} is async; make it plain")
-    try:
-        inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info=None, **kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"custom_reward_function: {name!r} in {file} must take (data_source, solution_str, ground_truth, "
-            f"extra_info=None) and the keys of custom_reward_function.kwargs {sorted(kwargs)}: {error}"
-        ) from error
-    return CustomReward(str(file), name, kwargs, function)
-
-
-def _import_file(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"custom_reward_function.path: no such file: {file}")
-    module_name = f"rlhf3d_custom_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"custom_reward_function.path: {file} is not a Python file (*.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"custom_reward_function.path: {file} does not import: {type(error).__name__}: {error}"
-        ) from error
-    return module
 
 
 def to_score(result: Any) -> Score:

@@ -32,8 +32,8 @@ from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.setup import sync_setup
 from rlhf3d.resharding.sync import WeightSync
+from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scoring import BuiltinReward, RewardFunction, check_data_sources, load_custom_reward
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
 
 CANARY_PROMPTS = 4
@@ -50,7 +50,7 @@ def run_training(config: Config) -> int:
     train_data = _dataset(config, tokenizer, "train_files")
     val_data = _dataset(config, tokenizer, "val_files")
     loader = PromptLoader(train_data, config.data.train_batch_size, config.trainer.seed, config.data.shuffle)
-    reward = _reward_function(config, {*train_data.data_sources, *val_data.data_sources})
+    reward = make_reward(config, {*train_data.data_sources, *val_data.data_sources})
     derived = derive(config, len(train_data))
     total_steps, layout = derived.total_steps, derived.layout
     assert total_steps is not None
@@ -127,14 +127,6 @@ def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
     return PromptDataset(
         getattr(data, key), tokenizer, data.max_prompt_length, data.overlong_prompts, limit, key=f"data.{key}"
     )
-
-
-def _reward_function(config: Config, data_sources: set[str]) -> RewardFunction:
-    custom = config.custom_reward_function
-    if custom.path is not None:
-        return load_custom_reward(custom.path, custom.name, custom.kwargs)
-    check_data_sources(sorted(data_sources))
-    return BuiltinReward(config.reward.method)
 
 
 def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:

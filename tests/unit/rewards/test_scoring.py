@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.rewards.scoring import (
-    BuiltinReward,
-    Outcome,
-    RewardError,
-    Score,
-    check_data_sources,
-    check_outcomes,
-    load_custom_reward,
-    to_score,
-)
+from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.scorers import DATA_SOURCES, SCORERS, BuiltinReward, check_data_sources
+from rlhf3d.rewards.scoring import Outcome, RewardError, Score, check_outcomes, to_score
 
 SAMPLE: dict[str, Any] = {
     "data_source": "mine",
@@ -45,6 +38,27 @@ def test_unknown_data_source_is_named_with_the_known_ones() -> None:
     check_data_sources(["openai/gsm8k", "rlhf3d/arithmetic"])
     with pytest.raises(ValueError, match=r"'mine'.*openai/gsm8k.*custom_reward_function"):
         check_data_sources(["openai/gsm8k", "mine"])
+    check_data_sources(["mine"], {"mine": "boxed_exact"})
+    with pytest.raises(ValueError, match=r"reward\.scorers: no scorer 'boxed' for 'mine'; choose one of gsm8k, math_v"):
+        check_data_sources(["mine"], {"mine": "boxed"})
+
+
+def test_reward_scorers_names_or_changes_the_scorer() -> None:
+    exact = BuiltinReward("strict", scorers={"mine": "boxed_exact", "openai/gsm8k": "math_verify"})
+    assert exact(data_source="mine", solution_str="\\boxed{\\frac12}", ground_truth="1/2").value == 1.0
+    assert exact(data_source="mine", solution_str="\\boxed{0.5}", ground_truth="1/2").value == 0.0
+    assert exact(data_source="mine", solution_str="1/2", ground_truth="1/2").outcome is Outcome.UNPARSABLE
+    assert exact(data_source="openai/gsm8k", solution_str="\\boxed{0.5}", ground_truth="1/2").value == 1.0
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("method", ["strict", "flexible"])
+def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(name: str, method: str) -> None:
+    for truth in ("7", "-1,080", "2.50"):
+        score = SCORERS[name].score(f"So it is: {SCORERS[name].show(truth)}", truth, method)
+        assert (score.value, score.outcome) == (1.0, Outcome.SCORED)
+        assert SCORERS[name].score(SCORERS[name].show("8"), truth, method).value == 0.0
+    assert set(DATA_SOURCES.values()) <= set(SCORERS)
 
 
 def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> None:
@@ -63,7 +77,7 @@ def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> No
     [
         ("def compute_scores(**kw): return 0", "compute_score", "did you mean 'compute_scores'"),
         ("compute_score = 3", "compute_score", "is a int, not callable"),
-        ("async def compute_score(**kw): return 0", "compute_score", "is async"),
+        ("async def compute_score(text): return 0", "compute_score", "or the same in the plural for batches"),
         ("def compute_score(text): return 0", "compute_score", "must take .*solution_str"),
         ("import no_such_module", "compute_score", "does not import: ModuleNotFoundError"),
         ("def f(:", "compute_score", "does not import: SyntaxError"),

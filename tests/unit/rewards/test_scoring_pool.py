@@ -11,14 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scoring import (
-    BuiltinReward,
-    Outcome,
-    RewardError,
-    ScoreItem,
-    load_custom_reward,
-)
+from rlhf3d.rewards.scorers import BuiltinReward
+from rlhf3d.rewards.scoring import Outcome, RewardError, ScoreItem
 
 UNRULY = """
 import multiprocessing, os, re, subprocess, sys, time
@@ -182,7 +178,8 @@ def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
     """Idle or in a call that holds the interpreter: no scorer survives the driver's SIGKILL."""
     driver = (
         "from rlhf3d.rewards.pool import ScoringPool\n"
-        "from rlhf3d.rewards.scoring import ScoreItem, load_custom_reward\n"
+        "from rlhf3d.rewards.custom import load_custom_reward\n"
+        "from rlhf3d.rewards.scoring import ScoreItem\n"
         f"pool = ScoringPool(1, 3.0, load_custom_reward({str(unruly)!r}))\n"
         "print(int(pool.score_batch([ScoreItem('', '1', '')])[0].extra['pid']), flush=True)\n"
         f"pool.score_batch([ScoreItem('', {text!r}, '')])\n"
@@ -197,3 +194,106 @@ def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
         parent.kill()
         parent.communicate()
     assert gone(pid, within_s=10.0)
+
+
+BATCH = """
+import asyncio, os, time
+
+calls = 0
+
+def batch(data_sources, solution_strs, ground_truths, extra_infos, factor=1.0):
+    global calls
+    calls += 1
+    if "sleep" in solution_strs:
+        time.sleep(1000)
+    return [{"score": factor * float(text), "calls": calls, "pid": os.getpid()} for text in solution_strs]
+
+def short(data_sources, solution_strs, ground_truths, extra_infos):
+    return [1.0]
+
+async def judge(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "hang":
+        await asyncio.sleep(1000)
+    await asyncio.sleep(0.2)
+    return float(solution_str)
+
+async def judge_batch(data_sources, solution_strs, ground_truths, extra_infos):
+    return [await judge("", text, "") for text in solution_strs]
+"""
+
+
+@pytest.fixture
+def batch_file(tmp_path: Path) -> Path:
+    path = tmp_path / "batch.py"
+    path.write_text(BATCH)
+    return path
+
+
+def test_a_batch_function_is_given_shares_and_keeps_the_order(batch_file: Path) -> None:
+    reward = load_custom_reward(batch_file, "batch", {"factor": 2.0})
+    with ScoringPool(2, 20.0, reward) as pool:
+        scores = pool.score_batch(items(*map(str, range(101))))
+    assert [s.value for s in scores] == [2.0 * i for i in range(101)]
+    assert len({(s.extra["pid"], s.extra["calls"]) for s in scores}) == 2
+
+
+def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) -> None:
+    texts = [str(i) for i in range(40)]
+    texts[17], texts[31] = "no number", "sleep"
+    with ScoringPool(2, 2.0, load_custom_reward(batch_file, "batch")) as pool:
+        scores = pool.score_batch(items(*texts))
+    outcomes = {i: s.outcome.value for i, s in enumerate(scores) if s.failed}
+    assert outcomes == {17: "error", 31: "timeout"}
+    assert "sample 17" in (scores[17].message or "") and "could not convert" in (scores[17].message or "")
+    assert [s.value for i, s in enumerate(scores) if i not in outcomes] == [
+        float(i) for i in range(40) if i not in outcomes
+    ]
+
+
+def test_too_few_scores_of_a_batch_are_errors(batch_file: Path) -> None:
+    with ScoringPool(1, 20.0, load_custom_reward(batch_file, "short")) as pool:
+        scores = pool.score_batch(items("1", "2", "3"))
+    assert [s.outcome.value for s in scores] == ["scored"] * 3  # halved down to one each, where one score is right
+    with ScoringPool(1, 20.0, load_custom_reward(batch_file, "batch")) as pool:
+        assert pool.score_batch([]) == []
+
+
+def test_async_calls_run_together_and_fail_alone(batch_file: Path) -> None:
+    texts = [str(i) for i in range(30)]
+    texts[4] = "no number"
+    with ScoringPool(1, 10.0, load_custom_reward(batch_file, "judge")) as pool:
+        pool.score_batch(items("1"))
+        start = time.monotonic()
+        scores = pool.score_batch(items(*texts))
+        assert time.monotonic() - start < 3.0  # one after the other they need 6 s
+        assert [i for i, s in enumerate(scores) if s.failed] == [4]
+        assert "sample 4" in (scores[4].message or "")
+    with ScoringPool(1, 10.0, load_custom_reward(batch_file, "judge_batch")) as pool:
+        assert [s.value for s in pool.score_batch(items("3", "1"))] == [3.0, 1.0]
+
+
+def test_a_hanging_async_call_costs_its_own_sample(batch_file: Path) -> None:
+    with ScoringPool(1, 1.0, load_custom_reward(batch_file, "judge")) as pool:
+        scores = pool.score_batch(items("1", "hang", "2"))
+    assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored"]
+
+
+def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "hungry.py"
+    path.write_text(
+        "class Hungry:\n"
+        "    memory_gib = 0.5\n"
+        "    def __call__(self, *, data_source, solution_str, ground_truth, extra_info=None):\n"
+        "        return float(len(bytearray(int(solution_str))) > 0)\n"
+    )
+    driver = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from hungry import Hungry\n"
+        "from rlhf3d.rewards.pool import ScoringPool\n"
+        "from rlhf3d.rewards.scoring import ScoreItem\n"
+        "with ScoringPool(1, 20.0, Hungry()) as pool:\n"
+        "    for s in pool.score_batch([ScoreItem('', text, '') for text in ('10', str(2**32), '10')]):\n"
+        "        print(s.outcome.value, 'out of memory' in (s.message or ''))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", driver, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["scored False", "error True", "scored False"]

@@ -1,0 +1,30 @@
+"""From the reward sections of a configuration to the function that the scoring processes call.
+
+Invariant: whatever cannot work (no scorer for a data source, a custom function that does not fit, unknown parts) is a
+ValueError here, before anything is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rlhf3d.config.schema import Config
+from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.parts import WeightedReward
+from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
+from rlhf3d.rewards.scoring import RewardFunction
+
+
+def make_reward(config: Config, data_sources: Iterable[str]) -> RewardFunction:
+    """The reward function of a run over these data sources."""
+    custom, reward = config.custom_reward_function, config.reward
+    sources = tuple(sorted(set(data_sources)))
+    base: RewardFunction
+    if custom.path is not None:
+        base = load_custom_reward(custom.path, custom.name, custom.kwargs)
+    else:
+        check_data_sources(sources, reward.scorers)
+        base = BuiltinReward(reward.method, sources, dict(reward.scorers))
+    if dict(reward.weights) == {"accuracy": 1.0}:
+        return base
+    return WeightedReward(base, dict(reward.weights), reward.format)

@@ -1,0 +1,106 @@
+r"""MATH answers compared as mathematics by Math-Verify (sympy behind an antlr4 LaTeX grammar).
+
+Invariant: what is handed to Math-Verify is short ASCII-digit text without control characters, so hostile completions
+can cost time (the scoring pool's deadline ends them) but never a wrong score. Math-Verify is imported at first use.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import cache, lru_cache
+from typing import Any
+
+from rlhf3d.rewards.gsm8k import canonical
+from rlhf3d.rewards.math_answer import last_boxed, normalise
+from rlhf3d.rewards.scoring import Outcome, Score
+
+MAX_ANSWER = 500
+"""Longest answer taken seriously, characters (the longest of MATH's 12,500 is about 160)."""
+TAIL = 1000
+"""Characters at the end of a completion without a box in which the flexible method looks for an answer."""
+_NUMBER = re.compile(r"\s*(?P<sign>[-\u2212])?\s*(?P<number>[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?\s*")
+
+
+def score_math(solution_str: str, ground_truth: Any, method: str = "flexible") -> Score:
+    r"""1.0 where the last `\boxed{…}` equals `ground_truth`, else 0.0.
+
+    Without a box, `flexible` lets Math-Verify find an answer at the end of the text; `strict` does not.
+    """
+    boxed = last_boxed(solution_str)
+    if boxed == "" or (boxed is None and method == "strict"):
+        return _unparsable(None)
+    answer = solution_str[-TAIL:] if boxed is None else boxed
+    if len(answer) > max(MAX_ANSWER, TAIL if boxed is None else 0) or not _is_sane(answer):
+        return _unparsable(boxed)
+    truth = str(ground_truth)
+    if boxed is not None and (quick := _quick(boxed, truth)) is not None:
+        return Score(float(quick), Outcome.SCORED, {"answer": boxed})
+    found = _parse(_box(answer) if boxed is not None else answer)
+    if not found:
+        return _unparsable(boxed)
+    gold = _parse_truth(truth)
+    from math_verify import verify
+
+    right = verify(gold, list(found), timeout_seconds=None)
+    return Score(float(right), Outcome.SCORED, {"answer": boxed if boxed is not None else str(found[-1])})
+
+
+def prepare() -> None:
+    """Import and warm up Math-Verify, which takes seconds that no answer's deadline should pay."""
+    score_math("\\boxed{\\frac{2}{4}}", "\\frac{1}{2}")
+
+
+def show_truth(ground_truth: Any) -> str:
+    """A completion that states the ground truth."""
+    return _box(str(ground_truth))
+
+
+def _unparsable(boxed: str | None) -> Score:
+    return Score(0.0, Outcome.UNPARSABLE, {"answer": None if boxed is None else boxed[:MAX_ANSWER]})
+
+
+def _is_sane(text: str) -> bool:
+    """Whether it has only ASCII digits (Python reads others as numbers too) and no control characters."""
+    return all(c.isprintable() or c in "\n\t\r" for c in text) and not any(
+        c.isdecimal() for c in text if not c.isascii()
+    )
+
+
+def _quick(answer: str, truth: str) -> bool | None:
+    """The verdict where it needs no algebra: the same text, or two whole numbers."""
+    if answer == truth or normalise(answer) == normalise(truth):
+        return True
+    numbers = _NUMBER.fullmatch(answer), _NUMBER.fullmatch(truth)
+    if numbers[0] and numbers[1]:
+        return len({canonical(m["sign"], m["number"]) for m in numbers if m}) == 1
+    return None
+
+
+def _box(answer: str) -> str:
+    return f"\\boxed{{{answer.strip().removesuffix('.')}}}"
+
+
+@lru_cache(maxsize=4096)
+def _parse_truth(truth: str) -> list[Any]:
+    gold = _parse(_box(truth))
+    if not gold:
+        raise ValueError(f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; mend the row")
+    return list(gold)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> tuple[Any, ...]:
+    """What Math-Verify reads in `text`: an expression and its text, or nothing. No deadline: the pool has one."""
+    from math_verify import parse
+
+    return tuple(parse(text, extraction_config=_extraction(), parsing_timeout=None))
+
+
+@cache
+def _extraction() -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs a traceback for every text it cannot read
+    return [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

@@ -1,0 +1,101 @@
+"""The built-in scorers, and which of them scores which data source.
+
+Invariant: every scorer gives full marks to its own statement of the ground truth (`Scorer.show`), and a data source
+without a scorer is an error before the run starts. A scorer's libraries are imported only where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf3d.rewards import gsm8k, math_answer, math_verify_scorer
+from rlhf3d.rewards.scoring import ExtraInfo, Outcome, Score
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How one kind of answer is compared."""
+
+    score: Callable[[str, Any, str], Score]
+    """fn(solution_str, ground_truth, reward.method)."""
+    show: Callable[[Any], str]
+    """A completion that states the ground truth, as the scorer wants it."""
+    prepare: Callable[[], None] = lambda: None
+    """Called once a process, before its first sample: slow imports."""
+
+
+def _score_gsm8k(solution_str: str, ground_truth: Any, method: str) -> Score:
+    result = gsm8k.compute_score(solution_str, str(ground_truth), method)
+    outcome = Outcome.UNPARSABLE if result.answer is None else Outcome.SCORED
+    return Score(result.score, outcome, {"answer": result.answer})
+
+
+def _score_boxed_exact(solution_str: str, ground_truth: Any, method: str) -> Score:
+    """The text of the last box, normalised, against that of the ground truth."""
+    boxed = math_answer.last_boxed(solution_str)
+    if not boxed or len(boxed) > math_verify_scorer.MAX_ANSWER:
+        return Score(0.0, Outcome.UNPARSABLE, {"answer": None})
+    right = math_answer.normalise(boxed) == math_answer.normalise(str(ground_truth))
+    return Score(float(right), Outcome.SCORED, {"answer": boxed})
+
+
+SCORERS: dict[str, Scorer] = {
+    "gsm8k": Scorer(_score_gsm8k, lambda truth: f"#### {truth}"),
+    "math_verify": Scorer(math_verify_scorer.score_math, math_verify_scorer.show_truth, math_verify_scorer.prepare),
+    "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.show_truth),
+}
+DATA_SOURCES: dict[str, str] = {
+    "openai/gsm8k": "gsm8k",
+    "rlhf3d/arithmetic": "gsm8k",
+    "DigitalLearningGmbH/MATH-lighteval": "math_verify",
+    "lighteval/MATH": "math_verify",
+    "HuggingFaceH4/MATH-500": "math_verify",
+    "GAIR/LIMR": "math_verify",
+}
+"""Scorer of each data source; reward.scorers adds to it or changes it."""
+
+
+def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Scorer:
+    """The scorer of a data source; ValueError where there is none."""
+    known = {**DATA_SOURCES, **(scorers or {})}
+    name = known.get(data_source)
+    if name is None:
+        raise ValueError(
+            f"no built-in scorer for data_source {data_source!r} (known: {', '.join(known)}); name one in "
+            f"reward.scorers ({', '.join(SCORERS)}), or set custom_reward_function.path to score it yourself"
+        )
+    if name not in SCORERS:
+        raise ValueError(f"reward.scorers: no scorer {name!r} for {data_source!r}; choose one of {', '.join(SCORERS)}")
+    return SCORERS[name]
+
+
+@dataclass(frozen=True)
+class BuiltinReward:
+    """The scorer registered for each row's data source."""
+
+    method: str = "flexible"
+    """reward.method: how answers are found in a completion."""
+    data_sources: tuple[str, ...] = ()
+    """Those that will come: their scorers are made ready beforehand."""
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    """reward.scorers."""
+    memory_gib: float | None = 3.0
+    """What an answer may make sympy allocate before the process is replaced."""
+
+    def prepare(self) -> None:
+        """Make the scorers of `data_sources` ready."""
+        for data_source in self.data_sources:
+            scorer_of(data_source, self.scorers).prepare()
+
+    def __call__(
+        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
+    ) -> Score:
+        return scorer_of(data_source, self.scorers).score(solution_str, ground_truth, self.method)
+
+
+def check_data_sources(data_sources: Iterable[str], scorers: Mapping[str, str] | None = None) -> None:
+    """ValueError for the first data source without a built-in scorer."""
+    for data_source in data_sources:
+        scorer_of(data_source, scorers)
