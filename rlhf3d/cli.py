@@ -122,9 +122,12 @@ def reshard(
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="arithmetic (generated), gsm8k …")],
+    name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn.")],
     source: Annotated[str | None, typer.Option(help="Folder or file of the data set, or hub.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; default data/NAME.")] = None,
+    split: Annotated[str | None, typer.Option(help="train or test, where the file's name does not say it.")] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="Leave out the questions of this parquet file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of generated data.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training rows to generate.")] = None,
     test_size: Annotated[int | None, typer.Option(help="Held-out rows to generate.")] = None,
@@ -142,8 +145,14 @@ def data_prepare(
         "suffix": suffix,
     }
     given = {key: value for key, value in options.items() if value is not None}
-    for written in prepare(name, source, output or Path("data") / name, **given):
+    folder = output or Path("data") / Path(name).stem
+    files = prepare(name, source, folder, split=split, exclude=exclude or (), revision=revision, **given)
+    for written in files:
         typer.echo(f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}")
+        for reason, count in written.reasons.most_common():
+            typer.echo(f"  {count} dropped: {reason}")
+    for note in dict.fromkeys(note for written in files for note in written.notes):
+        typer.echo(f"note: {note}", err=True)
 
 
 @app.command()

@@ -1,184 +1,205 @@
 """`rlhf3d data prepare NAME`: from a data set as its authors publish it to train.parquet and test.parquet.
 
-Invariant: the same source and options give the same bytes, and every example that did not become a row
-is counted.
+Invariant: the same source and options give the same bytes, every row that did not become a prompt is counted with
+its reason, and the files of a set appear together or not at all.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import inspect
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from rlhf3d.data.rows import ROW_GROUP_SIZE, PromptRow, iter_rows, row_of, write_parquet
+from rlhf3d.data.sources import HUB, SourceSplit, file_sha256, open_source
+from rlhf3d.rewards.custom import import_file
 
-from rlhf3d.data import arithmetic, gsm8k
-from rlhf3d.data.rows import PromptRow, write_parquet
-
-_Source = tuple[str, Iterable[Mapping[str, Any]], dict[str, Any]]
-HUB = "hub"
-"""The source that means: download with the `datasets` package."""
+SETS = ("arithmetic", "gsm8k", "limr", "math", "math500")
+DEFAULT_SPLITS = ("train", "test")
+EXCLUDED = "its question is in an excluded file"
 
 
-@dataclass(frozen=True)
-class Split:
-    """Rows of one split before they are written."""
-
-    name: str
-    rows: list[PromptRow]
-    dropped: int
-    origin: dict[str, Any]
-
-
-@dataclass(frozen=True)
+@dataclass
 class PreparedFile:
     """One file written."""
 
     split: str
     path: str
-    rows: int
-    dropped: int
-    """Examples of the source that did not become rows."""
-    sha256: str
+    rows: int = 0
+    sha256: str = ""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why rows of the source did not become prompts, and how many."""
+    notes: tuple[str, ...] = ()
+    """What the set's user should know."""
+
+    @property
+    def dropped(self) -> int:
+        """Rows of the source that did not become prompts."""
+        return sum(self.reasons.values())
 
 
-def prepare(name: str, source: str | Path | None, output: str | Path, **options: Any) -> list[PreparedFile]:
+def prepare(
+    name: str,
+    source: str | Path | None,
+    output: str | Path,
+    *,
+    split: str | None = None,
+    exclude: Sequence[str | Path] = (),
+    revision: str | None = None,
+    row_group_size: int = ROW_GROUP_SIZE,
+    **options: Any,
+) -> list[PreparedFile]:
     """Write the splits of data set `name` to `output`/{train,test}.parquet and say what was written.
 
-    `source` is a folder or file of the data set (jsonl or parquet), "hub" to download it, or null where
-    the data are generated. `options` are the preparer's keyword arguments. Raises ValueError, naming the
-    fix, for an unknown name or option, and for a source that is missing, unreadable or without usable rows.
+    `name` is one of `SETS`, or a Python file with a `make_map_fn(split, …)`. `source` is a folder or file (jsonl,
+    json, parquet, arrow), "hub" to download it, or null where the data are generated; `split` says which one a lone
+    file holds. Rows with a question of the prompt files `exclude` are left out. `options` go to the set. Raises
+    ValueError, naming the fix, for an unknown name or option, and for a source that is missing or without usable rows.
     """
-    preparer = PREPARERS.get(name)
-    if preparer is None:
-        raise ValueError(f"no data set {name!r}; known are {', '.join(PREPARERS)}")
-    known = [p for p in inspect.signature(preparer).parameters if p != "source"]
+    module = load_set(name)
+    _check_options(name, module, options)
+    left_out = {question_key(row) for path in exclude for row in iter_rows(path)}
+    splits = _splits(name, module, source, split, revision, options)
+    folder = Path(output)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        written = []
+        for part, to_row in splits:
+            file = PreparedFile(part.name, str(partial / f"{part.name}.parquet"), notes=getattr(module, "NOTES", ()))
+            _write(name, part, to_row, left_out, options, row_group_size, file)
+            written.append(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in written:
+            final = folder / f"{file.split}.parquet"
+            os.replace(file.path, final)
+            file.path = str(final)
+        return written
+    finally:
+        shutil.rmtree(partial)
+
+
+def load_set(name: str) -> Any:
+    """The module of a data set: a shipped one, or a user's file with a `make_map_fn`."""
+    if name.endswith(".py"):
+        module = import_file(Path(name).resolve(), "data set")
+        if not callable(getattr(module, "make_map_fn", None)):
+            raise ValueError(
+                f"{name}: no function make_map_fn(split) in it; it must return fn(row, index) -> prompt row"
+            )
+        return module
+    if name not in SETS:
+        raise ValueError(f"no data set {name!r}; known are {', '.join(SETS)}, or give a Python file with a make_map_fn")
+    return importlib.import_module(f"rlhf3d.data.sets.{name}")
+
+
+def question_key(row: PromptRow) -> str:
+    """The question of a row without what data sets change: instruction, spacing, case."""
+    question = row.extra_info.get("question")
+    text = question if isinstance(question, str) and question else row.prompt[-1]["content"]
+    return "".join(text.split()).lower()
+
+
+def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:
+    function = getattr(module, "generate", None) or module.make_map_fn
+    known = [p for p in inspect.signature(function).parameters if p not in ("split", "data_source")]
     for option in options:
         if option not in known:
-            raise ValueError(f"data set {name} has no option {option!r}; it has {', '.join(known)}")
-    splits = preparer(source, **options)
-    for split in splits:
-        if not split.rows:
-            raise ValueError(f"{name}: no usable row in the {split.name} split ({split.dropped} dropped)")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_write(name, split, options, folder / f"{split.name}.parquet") for split in splits]
+            raise ValueError(f"data set {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
 
 
-def _write(name: str, split: Split, options: Mapping[str, Any], path: Path) -> PreparedFile:
-    provenance = {"name": name, "split": split.name, "dropped": split.dropped, "options": dict(options)}
-    write_parquet(split.rows, path, {**provenance, **split.origin})
-    return PreparedFile(split.name, str(path), len(split.rows), split.dropped, _sha256(path))
+ToRow = Callable[[Any, int], Any]
 
 
-def _arithmetic(
+def _splits(
+    name: str,
+    module: Any,
     source: str | Path | None,
-    *,
-    train_size: int = 2048,
-    test_size: int = 256,
-    seed: int = 0,
-    difficulty: str = "easy",
-    templates: Sequence[str] | None = None,
-    suffix: str = "",
-) -> list[Split]:
-    if source is not None:
-        raise ValueError(f"arithmetic is generated and takes no source (got {source}); leave it out")
-    train, test = arithmetic.generate(train_size, test_size, seed, difficulty, templates, suffix)
-    origin = {"source": "generated"}
-    return [Split("train", train, 0, origin), *([Split("test", test, 0, origin)] if test else [])]
-
-
-def _gsm8k(source: str | Path | None, *, suffix: str = gsm8k.SUFFIX) -> list[Split]:
-    return [
-        _map_split(split, examples, origin, gsm8k.make_map_fn(split, suffix))
-        for split, examples, origin in _examples("gsm8k", source, gsm8k.DATA_SOURCE, "main")
-    ]
-
-
-PREPARERS: dict[str, Callable[..., list[Split]]] = {"arithmetic": _arithmetic, "gsm8k": _gsm8k}
-
-
-def _map_split(
-    split: str,
-    examples: Iterable[Mapping[str, Any]],
-    origin: dict[str, Any],
-    to_row: Callable[[Mapping[str, Any], int], PromptRow],
-) -> Split:
-    rows, dropped = [], 0
-    for index, example in enumerate(examples):
-        try:
-            rows.append(to_row(example, index))
-        except ValueError:
-            dropped += 1
-    return Split(split, rows, dropped, origin)
-
-
-def _examples(name: str, source: str | Path | None, hub_name: str, hub_config: str) -> list[_Source]:
-    """(split, examples, origin) of each split found in the source."""
+    split: str | None,
+    revision: str | None,
+    options: dict[str, Any],
+) -> list[tuple[SourceSplit, ToRow]]:
+    """Each split with what makes prompts of its rows."""
+    if hasattr(module, "generate"):
+        if source is not None:
+            raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
+        parts = zip(DEFAULT_SPLITS, module.generate(**options), strict=True)
+        origin = {"source": "generated"}
+        return [(SourceSplit(part, rows, dict(origin)), lambda row, index: row) for part, rows in parts if rows]
+    hub = getattr(module, "HUB", None)
     if source is None:
-        raise ValueError(
-            f"{name} needs a source: a folder with train and test files (jsonl or parquet) from "
-            f"https://huggingface.co/datasets/{hub_name}, or {HUB!r} to download it"
-        )
-    if str(source) == HUB:
-        return _from_hub(name, hub_name, hub_config)
-    found: list[_Source] = []
-    for split, paths in _split_files(name, Path(source)).items():
-        origin = {"source": {path.name: _sha256(path) for path in paths}}
-        found.append((split, [example for path in paths for example in _read_examples(path)], origin))
-    return found
+        where = f" from https://huggingface.co/datasets/{hub[0]}, or {HUB!r} to download it" if hub else ""
+        raise ValueError(f"{name} needs a source: a folder with its files (jsonl, json, parquet or arrow){where}")
+    known = getattr(module, "SPLITS", DEFAULT_SPLITS)
+    if split is not None and split not in known:
+        raise ValueError(f"--split {split}: {name} has {', '.join(known)}")
+    found = open_source(name, str(source), hub, known, split, revision)
+    return [(part, module.make_map_fn(part.name, **options)) for part in found]
 
 
-def _from_hub(name: str, hub_name: str, hub_config: str) -> list[_Source]:
+def _write(
+    name: str,
+    part: SourceSplit,
+    to_row: ToRow,
+    left_out: set[str],
+    options: dict[str, Any],
+    row_group_size: int,
+    file: PreparedFile,
+) -> None:
+    provenance = {
+        "name": Path(name).name,
+        "split": part.name,
+        "options": options,
+        "rlhf3d": _version(),
+        "dropped": file.reasons,  # filled while the rows are written
+        **part.origin,
+    }
+    path = Path(file.path)
+    rows = _rows(part, to_row, left_out, file.reasons)
     try:
-        import datasets
-    except ImportError as error:
+        first = next(rows)
+    except StopIteration:
+        reasons = "; ".join(f"{count} because {reason}" for reason, count in file.reasons.most_common(3))
         raise ValueError(
-            f"{name}: the source {HUB!r} needs the `datasets` package: pip install datasets, or give a folder"
-        ) from error
-    loaded = datasets.load_dataset(hub_name, hub_config)
-    origin = {"source": f"{hub_name}:{hub_config}"}
-    return [(split, loaded[split], origin) for split in ("train", "test") if split in loaded]
+            f"{name}: no usable row in the {part.name} split ({file.dropped} dropped: {reasons})"
+        ) from None
+    file.rows = write_parquet(_with_first(first, rows), path, provenance, row_group_size)
+    file.sha256 = file_sha256(path)
 
 
-def _split_files(name: str, source: Path) -> dict[str, list[Path]]:
-    """Files whose names start with train or test, by split; a lone file is train unless named test."""
-    if source.is_file():
-        return {"test" if source.stem.startswith("test") else "train": [source]}
-    if not source.is_dir():
-        raise ValueError(f"{name}: no such source: {source}; give a folder, a file or {HUB!r}")
-    files = sorted(p for p in source.iterdir() if p.suffix in (".jsonl", ".parquet"))
-    splits = {split: [p for p in files if p.stem.startswith(split)] for split in ("train", "test")}
-    if not splits["train"]:
-        names = ", ".join(sorted(p.name for p in source.iterdir())[:10])
-        raise ValueError(f"{name}: no train*.jsonl or train*.parquet in {source} (has: {names or 'nothing'})")
-    return {split: paths for split, paths in splits.items() if paths}
+def _with_first(first: PromptRow, rest: Iterator[PromptRow]) -> Iterator[PromptRow]:
+    yield first
+    yield from rest
 
 
-def _read_examples(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
+def _rows(part: SourceSplit, to_row: ToRow, left_out: set[str], reasons: Counter[str]) -> Iterator[PromptRow]:
+    for index, source_row in enumerate(part.rows):
         try:
-            return list(pq.read_table(path, use_threads=False).to_pylist())
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a parquet file ({error})") from error
-    examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
+            made = to_row(source_row, index)
+            row = made if isinstance(made, PromptRow) else row_of(made, "make_map_fn's result")
+        except ValueError as error:
+            reasons[str(error)[:120]] += 1
             continue
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); each line must be one object") from error
-        if not isinstance(example, dict):
-            raise ValueError(f"{path}:{number}: each line must be one JSON object, not a {type(example).__name__}")
-        examples.append(example)
-    return examples
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"make_map_fn fails on row {index} of the {part.name} split, {str(source_row)[:200]}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if left_out and question_key(row) in left_out:
+            reasons[EXCLUDED] += 1
+            continue
+        yield row
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _version() -> str:
+    try:
+        return version("rlhf3d")
+    except PackageNotFoundError:
+        return "unknown"

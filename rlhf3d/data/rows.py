@@ -1,15 +1,17 @@
 """Prompt rows in parquet: the one file format that training, validation and preparation share.
 
-Invariant: what is written reads back equal, the same rows give the same bytes, and a file is either
-complete or absent. The columns are verl's, so its users' files load unchanged.
+Invariant: what is written reads back equal, the same rows give the same bytes, a file is either complete or absent,
+and reading or writing holds one row group at a time. The columns are verl's, so its users' files load unchanged.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 OPTIONAL_COLUMNS = ("ability", "extra_info")
+ROW_GROUP_SIZE = 4096
 _PROVENANCE_KEY = b"rlhf3d.provenance"
 
 
@@ -38,8 +41,9 @@ class PromptRow:
     """Anything else; usually split, index, question and answer."""
 
 
-def schema_of(rows: Sequence[PromptRow]) -> pa.Schema:
+def schema_of(rows: Iterable[PromptRow]) -> pa.Schema:
     """Arrow schema of `rows`: fixed but for the keys of `reward_model` and `extra_info`, which are theirs."""
+    rows = list(rows)
     fields = [
         pa.field("data_source", pa.string()),
         pa.field("prompt", pa.list_(MESSAGE)),
@@ -51,62 +55,109 @@ def schema_of(rows: Sequence[PromptRow]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def write_parquet(rows: Sequence[PromptRow], path: str | Path, provenance: dict[str, Any]) -> None:
-    """Write `rows` to `path` through a temporary file, with `provenance` (JSON) in the file's metadata.
+def write_parquet(
+    rows: Iterable[PromptRow],
+    path: str | Path,
+    provenance: Mapping[str, Any],
+    row_group_size: int = ROW_GROUP_SIZE,
+) -> int:
+    """Write `rows` to `path` through a temporary file; returns how many.
 
-    Raises ValueError where there are no rows, or where a key's values have different types over the rows.
+    `provenance` is put into the file's metadata as JSON, once the last row was taken, so it may be filled meanwhile.
+    The first row group fixes the schema. Raises ValueError where there are no rows, or where a later row has other
+    keys, or other types under them.
     """
     path = Path(path)
-    if not rows:
-        raise ValueError(f"{path}: no rows to write")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows, count = iter(rows), 0
     try:
-        metadata = {_PROVENANCE_KEY: json.dumps(provenance, sort_keys=True).encode()}
-        schema = schema_of(rows).with_metadata(metadata)
-        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
+        with ExitStack() as stack:
+            writer = None
+            while group := list(islice(rows, row_group_size)):
+                if writer is None:
+                    schema = schema_of(group)
+                    writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
+                _check_keys(group, schema, count, path)
+                writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], schema=schema))
+                count += len(group)
+            if writer is None:
+                raise ValueError(f"{path}: no rows to write")
+            writer.add_key_value_metadata({_PROVENANCE_KEY: json.dumps(provenance, sort_keys=True).encode()})
         os.replace(temporary, path)
     except pa.ArrowException as error:
         raise ValueError(f"{path}: give each key of reward_model and extra_info one type: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return count
 
 
-def read_parquet(path: str | Path) -> list[PromptRow]:
-    """Rows of one file; `ability` and `extra_info` may be absent, other columns are left aside.
+def _check_keys(rows: list[PromptRow], schema: pa.Schema, first: int, path: Path) -> None:
+    """pyarrow leaves keys that the schema lacks out in silence."""
+    known = {name: _struct_keys(schema, name) for name in ("reward_model", "extra_info")}
+    for number, row in enumerate(rows, start=first):
+        for column, keys in known.items():
+            if extra := set(getattr(row, column)) - keys:
+                raise ValueError(
+                    f"{path}: row {number} has {column} {sorted(extra)}, which the first {ROW_GROUP_SIZE} rows lack; "
+                    "give every row the same keys"
+                )
+
+
+def _struct_keys(schema: pa.Schema, name: str) -> set[str]:
+    return {f.name for f in schema.field(name).type} if name in schema.names else set()
+
+
+def iter_rows(path: str | Path) -> Iterator[PromptRow]:
+    """Rows of one file, a row group at a time; `ability` and `extra_info` may be absent, other columns are left aside.
 
     Raises ValueError naming the file, the column (or row) and the fix.
     """
-    file = _open(path)
+    file = open_parquet(path)
+    number = 0
+    for batch in file.iter_batches(ROW_GROUP_SIZE, columns=prompt_columns(file.schema_arrow), use_threads=False):
+        for record in batch.to_pylist():
+            yield row_of(record, f"{path}: row {number}")
+            number += 1
+
+
+def read_parquet(path: str | Path) -> list[PromptRow]:
+    """All rows of one file; see `iter_rows`."""
+    return list(iter_rows(path))
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What `write_parquet` noted about the file's origin; empty for files of other writers."""
+    metadata = open_parquet(path, rows_needed=False).metadata.metadata or {}
+    return dict(json.loads(metadata.get(_PROVENANCE_KEY, b"{}")))
+
+
+def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
+    """A file of prompts, memory-mapped; ValueError where it is missing, unreadable, without a needed column or row."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; `rlhf3d data prepare` writes prompt files")
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error}); `rlhf3d data prepare` writes them") from error
     columns = file.schema_arrow.names
-    for column in REQUIRED_COLUMNS:
+    for column in REQUIRED_COLUMNS if rows_needed else ():
         if column not in columns:
             raise ValueError(
                 f"{path}: no column {column!r} (it has: {', '.join(columns)}). Prompts need "
                 f"{', '.join(REQUIRED_COLUMNS)}; `rlhf3d data prepare` writes such files"
             )
-    wanted = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in columns]
-    records = file.read(columns=wanted, use_threads=False).to_pylist()
-    if not records:
+    if rows_needed and not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no rows; prepare it again or name another file")
-    return [_row(record, f"{path}: row {i}") for i, record in enumerate(records)]
+    return file
 
 
-def read_provenance(path: str | Path) -> dict[str, Any]:
-    """What `write_parquet` noted about the file's origin; empty for files of other writers."""
-    metadata = _open(path).schema_arrow.metadata or {}
-    return dict(json.loads(metadata.get(_PROVENANCE_KEY, b"{}")))
+def prompt_columns(schema: pa.Schema) -> list[str]:
+    """Those columns of a file that make a `PromptRow`."""
+    return [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in schema.names]
 
 
-def _open(path: str | Path) -> pq.ParquetFile:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; `rlhf3d data prepare` writes prompt files")
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); `rlhf3d data prepare` writes them") from error
-
-
-def _row(record: dict[str, Any], where: str) -> PromptRow:
+def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
+    """A record as a row; ValueError, starting with `where`, for one that cannot be used."""
     if not isinstance(record["data_source"], str):
         raise ValueError(f"{where}: data_source must be text, not {record['data_source']!r}")
     reward_model = record["reward_model"]

@@ -96,7 +96,7 @@ def load_custom_reward(
 
 def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
     """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
-    function = getattr(module := _import_file(file, key), name, None)
+    function = getattr(module := import_file(file, key), name, None)
     if function is None:
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
@@ -117,7 +117,8 @@ def _takes(function: Callable[..., Any], names: Sequence[str], kwargs: dict[str,
     return None
 
 
-def _import_file(file: Path, key: str) -> Any:
+def import_file(file: Path, key: str) -> Any:
+    """A Python file as a module; ValueError, naming `key`.path, where that fails."""
     if not file.is_file():
         raise ValueError(f"{key}.path: no such file: {file}")
     module_name = f"rlhf3d_{key.replace('.', '_')}_{file.stem}"

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf3d.data import arithmetic
-from rlhf3d.data.gsm8k import SUFFIX, make_map_fn
-from rlhf3d.data.prepare import prepare
-from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance
+from rlhf3d.data.prepare import EXCLUDED, SETS, load_set, prepare
+from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance, write_parquet
+from rlhf3d.data.sets import arithmetic, limr, math, math500
+from rlhf3d.data.sets.gsm8k import SUFFIX, make_map_fn
 from rlhf3d.rewards.gsm8k import compute_score
 
+EXCERPTS = Path(__file__).parents[2] / "data"
 EXAMPLES = [
     {"question": "A pot holds 3 cups. How many in 4 pots?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
     {"question": "How far is it?", "answer": "Far: #### 9 no.\n#### 1,080"},
@@ -137,24 +141,204 @@ def test_prepare_gsm8k_from_one_file(tmp_path: Path) -> None:
 
 def test_prepare_names_the_mistake_and_the_fix(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="no data set 'gsm9k'; known are arithmetic, gsm8k"):
+    with pytest.raises(
+        ValueError, match="no data set 'gsm9k'; known are arithmetic, gsm8k, limr, math, math500, or give"
+    ):
         prepare("gsm9k", None, out)
     with pytest.raises(ValueError, match="no option 'difficulty'; it has suffix"):
         prepare("gsm8k", None, out, difficulty="easy")
-    with pytest.raises(ValueError, match="needs a source: a folder with train and test files"):
+    with pytest.raises(ValueError, match=r"needs a source: a folder with its files .*openai/gsm8k, or 'hub'"):
         prepare("gsm8k", None, out)
     with pytest.raises(ValueError, match="takes no source"):
         prepare("arithmetic", tmp_path, out)
     with pytest.raises(ValueError, match=r"no such source: .*nowhere"):
         prepare("gsm8k", tmp_path / "nowhere", out)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no train\*\.jsonl or train\*\.parquet .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"no train\*\.jsonl or .* or train\*\.arrow in .*notes\.txt"):
         prepare("gsm8k", tmp_path, out)
     bad = tmp_path / "train.jsonl"
     bad.write_text(json.dumps(EXAMPLES[0]) + "\n{not json\n")
     with pytest.raises(ValueError, match=r"train\.jsonl:2: not JSON"):
         prepare("gsm8k", bad, out)
     write_jsonl(bad, [{"question": "?", "answer": "none"}])
-    with pytest.raises(ValueError, match="no usable row in the train split \\(1 dropped\\)"):
+    with pytest.raises(ValueError, match="no usable row in the train split \\(1 dropped: 1 because no `#### number`"):
         prepare("gsm8k", bad, out)
-    assert not out.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "train.jsonl"]
+
+
+def problems(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (EXCERPTS / name).read_text().splitlines()]
+
+
+def test_math_row_is_verls() -> None:
+    source = problems("math_train_excerpt.jsonl")[0]
+    row = math.make_map_fn("train")(source, 3)
+    assert row.data_source == "DigitalLearningGmbH/MATH-lighteval"
+    assert question(row) == (
+        f"{source['problem']} Let's think step by step and output the final answer within \\boxed{{}}."
+    )
+    assert f"\\boxed{{{row.reward_model['ground_truth']}}}" in source["solution"]
+    assert row.extra_info["index"] == 3 and row.extra_info["level"] == source["level"]
+    assert row.extra_info["type"] == source["type"] and row.extra_info["answer"] == source["solution"]
+
+
+def test_math_takes_the_last_box_and_names_what_it_lacks() -> None:
+    make = math.make_map_fn("train", suffix="")
+    row = make({"problem": "?", "solution": "\\boxed{1}, no \\boxed{\\frac{1}{2}}", "subject": "Algebra"}, 0)
+    assert row.reward_model["ground_truth"] == "\\frac{1}{2}" and row.extra_info["type"] == "Algebra"
+    with pytest.raises(ValueError, match=r"no \\boxed"):
+        make({"problem": "?", "solution": "1"}, 0)
+    with pytest.raises(ValueError, match="needs a problem and a solution, has question"):
+        make({"question": "?"}, 0)
+
+
+def test_math500_and_limr_have_one_split_whatever_the_file_is_called(tmp_path: Path) -> None:
+    (test,) = prepare("math500", EXCERPTS / "math500_excerpt.jsonl", tmp_path / "math500")
+    assert (test.split, test.rows, test.dropped) == ("test", 9, 0)
+    row = read_parquet(test.path)[0]
+    assert row.data_source == math500.DATA_SOURCE and row.extra_info["split"] == "test"
+    (train,) = prepare("limr", EXCERPTS / "limr_excerpt.jsonl", tmp_path / "limr")
+    assert (train.split, train.rows) == ("train", 4)
+    assert any("502 of its 1,389" in note and "MATH-500" in note for note in train.notes)
+    row = read_parquet(train.path)[3]
+    assert row.data_source == limr.DATA_SOURCE and row.reward_model["ground_truth"] == "-2^{49}"
+    assert question(row).startswith("Find the value of the sum")
+
+
+def test_questions_of_an_excluded_file_are_left_out_and_counted(tmp_path: Path) -> None:
+    (test,) = prepare("math500", EXCERPTS / "math500_excerpt.jsonl", tmp_path / "math500")
+    contaminated = tmp_path / "train.jsonl"
+    stolen = {"prompt": problems("math500_excerpt.jsonl")[2]["problem"].replace(" ", "  "), "answer": "1"}
+    write_jsonl(contaminated, [*problems("limr_excerpt.jsonl"), stolen])
+    (train,) = prepare("limr", contaminated, tmp_path / "limr", exclude=[test.path])
+    assert (train.rows, dict(train.reasons)) == (4, {EXCLUDED: 1})
+    assert read_provenance(train.path)["dropped"] == {EXCLUDED: 1}
+
+
+@pytest.mark.parametrize("layout", ["parquet", "json", "arrow", "arrow stream", "one a file", "json lines"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, layout: str) -> None:
+    examples = problems("math_train_excerpt.jsonl")
+    table, source = pa.Table.from_pylist(examples), tmp_path / "source"
+    (source / "train").mkdir(parents=True)
+    if layout == "parquet":
+        pq.write_table(table, source / "train-00000-of-00001.parquet")
+    elif layout == "json":
+        (source / "train.json").write_text(json.dumps(examples))
+    elif layout == "json lines":
+        write_jsonl(source / "train.json", examples)
+    elif layout == "one a file":
+        (source / "train" / "algebra").mkdir()
+        for i, example in enumerate(examples):
+            (source / "train" / "algebra" / f"{i}.json").write_text(json.dumps(example))
+    else:
+        open_writer = pa.ipc.new_file if layout == "arrow" else pa.ipc.new_stream
+        with open_writer(source / "train" / "data-00000-of-00001.arrow", table.schema) as writer:
+            writer.write_table(table)
+        (source / "train" / "dataset_info.json").write_text("{}")
+    (file,) = prepare("math", source, tmp_path / "out")
+    assert (file.split, file.rows, file.dropped) == ("train", 5, 0)
+    expected = [math.make_map_fn("train")(example, i) for i, example in enumerate(examples)]
+    assert read_parquet(file.path) == expected
+    assert len(read_provenance(file.path)["source"]) == (5 if layout == "one a file" else 1)
+
+
+OWN = """
+def make_map_fn(split, suffix="!"):
+    def to_row(row, index):
+        if not row["a"]:
+            raise ValueError("it has no answer")
+        return {
+            "data_source": "mine", "prompt": [{"role": "user", "content": row["q"] + suffix}], "ability": "chat",
+            "reward_model": {"style": "rule", "ground_truth": row["a"]}, "extra_info": {"split": split},
+        }
+    return to_row
+"""
+
+
+def test_a_users_own_file_with_a_make_map_fn_works_by_path(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    write_jsonl(tmp_path / "rows.jsonl", [{"q": "a", "a": "1"}, {"q": "b", "a": ""}])
+    (file,) = prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out", suffix="?")
+    assert (file.rows, dict(file.reasons)) == (1, {"it has no answer": 1})
+    assert question(read_parquet(file.path)[0]) == "a?" and read_provenance(file.path)["name"] == "own.py"
+    (held,) = prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out", split="test")
+    assert Path(held.path).name == "test.parquet"
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": "a"}])
+    with pytest.raises(ValueError, match=r"make_map_fn fails on row 0 .*'question': 'a'.*KeyError: 'a'"):
+        prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out")
+    own.write_text("def map_fn(split): ...")
+    with pytest.raises(ValueError, match="no function make_map_fn"):
+        prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out")
+
+
+class FakeHub:
+    """What is used of the `datasets` package."""
+
+    def __init__(self, rows: dict[str, list[dict[str, str]]]) -> None:
+        self.rows, self.asked = rows, []  # type: ignore[var-annotated]
+
+    def load_dataset(self, *path: str, split: str, revision: str | None) -> list[dict[str, str]]:
+        self.asked.append((*path, split, revision))
+        if split not in self.rows:
+            raise ConnectionError("no network")
+        rows = type("Rows", (list,), {"version": "1.0.0", "_fingerprint": "f"})(self.rows[split])
+        return rows  # type: ignore[no-any-return]
+
+
+def test_the_hub_is_asked_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub({"test": problems("math500_excerpt.jsonl")})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    (file,) = prepare("math500", "hub", tmp_path / "out", revision="abc")
+    assert hub.asked == [("HuggingFaceH4/MATH-500", "default", "test", "abc")] and file.rows == 9
+    provenance = read_provenance(file.path)
+    assert (provenance["source"], provenance["revision"]) == ("HuggingFaceH4/MATH-500:default", "abc")
+    prepare("math500", "hub:me/mine:cfg", tmp_path / "out")
+    assert hub.asked[-1] == ("me/mine", "cfg", "test", None)
+    with pytest.raises(ValueError, match=r"limr: the hub did not give GAIR/LIMR:default \(ConnectionError: no network"):
+        prepare("limr", "hub", tmp_path / "limr")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs the `datasets` package"):
+        prepare("math500", "hub", tmp_path / "limr")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_both_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_jsonl(source / "train.jsonl", EXAMPLES)
+    write_jsonl(source / "test.jsonl", [{"question": "?", "answer": "none"}])
+    with pytest.raises(ValueError, match="no usable row in the test split"):
+        prepare("gsm8k", source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_every_set_has_a_make_map_fn_or_a_generator() -> None:
+    for name in SETS:
+        module = load_set(name)
+        assert callable(getattr(module, "make_map_fn", None)) or callable(getattr(module, "generate", None))
+        assert module.DATA_SOURCE
+
+
+def test_preparing_streams_its_rows(tmp_path: Path) -> None:
+    sizes = {}
+
+    def rows() -> Iterator[PromptRow]:
+        for taken in range(1000):
+            if taken in (250, 950):
+                (partial,) = tmp_path.glob(".a.parquet.*.tmp")
+                sizes[taken] = partial.stat().st_size
+            yield PromptRow("mine", [{"role": "user", "content": str(taken)}], "", {"ground_truth": "1"})
+
+    assert write_parquet(rows(), tmp_path / "a.parquet", {}, row_group_size=100) == 1000
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 10
+    assert 0 < sizes[250] < sizes[950]
+
+
+def test_the_shipped_example_of_an_own_set_works(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "1+1?", "solution": "\\boxed{2}"}])
+    tools = Path(__file__).parents[3] / "tools" / "data"
+    command = [sys.executable, str(tools / "prepare.py"), str(tools / "own_set.py"), "--source", str(tmp_path)]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert "1 rows, 0 dropped" in done.stdout
+    assert read_parquet(tmp_path / "out" / "train.parquet")[0].reward_model["ground_truth"] == "2"

@@ -133,4 +133,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
         write_parquet([], path, {})
     with pytest.raises(ValueError, match="one type"):
         write_parquet([row(nested={})], path, {})
+    late = [row(index=0), row(index=1), row(index=2, more="x")]
+    with pytest.raises(ValueError, match=r"row 2 has extra_info \['more'\]"):
+        write_parquet(late, path, {}, row_group_size=2)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

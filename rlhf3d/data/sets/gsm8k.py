@@ -12,6 +12,7 @@ from typing import Any
 from rlhf3d.data.rows import PromptRow
 
 DATA_SOURCE = "openai/gsm8k"
+HUB = ("openai/gsm8k", "main")
 SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 _FINAL_ANSWER = re.compile(r"####\s*\$?(-?[0-9][0-9.,]*)")
 
@@ -54,7 +55,7 @@ def make_map_fn(split: str, suffix: str = SUFFIX) -> Callable[[Mapping[str, Any]
     def to_row(example: Mapping[str, Any], index: int) -> PromptRow:
         question, answer = example.get("question"), example.get("answer")
         if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
-            raise ValueError(f"example {index} needs a question and an answer, has {sorted(example)}")
+            raise ValueError(f"it needs a question and an answer, has {', '.join(sorted(example))}")
         return make_row(DATA_SOURCE, question, answer, suffix, {"split": split, "index": index})
 
     return to_row

@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rlhf3d.data.gsm8k import make_row
 from rlhf3d.data.rows import PromptRow
+from rlhf3d.data.sets.gsm8k import make_row
 
 DATA_SOURCE = "rlhf3d/arithmetic"
 NAMES = ("Tom", "Anna", "Ben", "Lily", "Max", "Sara", "Jack", "Emma")
@@ -79,8 +79,8 @@ class _Problem:
 
 
 def generate(
-    train_size: int,
-    test_size: int,
+    train_size: int = 2048,
+    test_size: int = 256,
     seed: int = 0,
     difficulty: str = "easy",
     templates: Sequence[str] | None = None,
