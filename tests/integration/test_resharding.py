@@ -194,6 +194,9 @@ def rank_apart_with_a_loss(
     result = None
     if rank != lost:
         result = outcome(work, 1, 1)
+        if "onnection" in result[0]:  # a message to or from a process known to be gone
+            again, _ = outcome(work, 2, 2)
+            assert again.startswith(f"sync_weights: a message {'to' if rank < world else 'from'} {group.names[lost]}")
     elif gone:
         return None
     end.wait(TIMEOUT_S)

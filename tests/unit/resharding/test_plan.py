@@ -349,6 +349,13 @@ def test_ops_by_hand() -> None:
     assert list(plan.ops_from(0, 0)) == []
 
 
+def test_a_rank_left_without_a_row_is_no_sender() -> None:
+    """Two replicas share one row: it cannot be cut, so one of them has nothing to send."""
+    shards, engine = even_shards(ParallelLayout(dp=2), 1, 1, 4), even_engine(1, 1, 1, 4)
+    plan = build_plan(shards, engine, Sites.hosts([0, 0]), 1, colocated=False)
+    assert plan.senders_to(0) == [op.src_rank for op in plan.ops_to(0)] and len(plan.senders_to(0)) == 1
+
+
 def test_planning_a_thousand_ranks_stays_within_its_limits() -> None:
     """Llama 3 405B from TP8 PP16 DP8 to 128 engines, in a process of its own: 10 s, 2 GiB, received as the bound."""
     run = subprocess.run(
