@@ -87,7 +87,7 @@ def nonfinite_rows(columns: Mapping[str, Tensor], mask: Tensor) -> dict[int, lis
         bad = (~column.isfinite() & inside).any(-1)
         for row in bad.nonzero().flatten().tolist():
             found.setdefault(row, []).append(name)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _pearson_r(x: Tensor, y: Tensor) -> float:

@@ -97,6 +97,10 @@ class Console:
         if self._progress is not None:
             self._show("")
 
+    def note(self, text: str) -> None:
+        """Print something that the user should know of, above the bar."""
+        self._line(f"note: {text}")
+
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Print held-out accuracies (`val-core/<source>/acc/<measure>`), e.g. under the name `before`."""
         parts = [f"{s} {m} {value:.1%}" for (s, m), value in validation_accuracy(metrics).items()]

@@ -5,7 +5,8 @@ Invariant: the batch holds exactly the token ids the engine wrote; text is made 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,23 @@ class Experience:
     completions: list[Completion]
     texts: list[str]
     """Responses as text, special tokens left out."""
+    greedy: Experience | None = None
+    """One greedy completion of each prompt, where the estimator compares with it (ReMax); not trained on."""
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(len(c.token_ids) for c in self.completions)
 
     def batch(self, pad_id: int) -> Batch:
-        """Tokens and rollout log-probs as a batch."""
-        return from_sequences(
+        """Tokens and rollout log-probs as a batch; `sequence` is each row's number in the step and in its samples."""
+        batch = from_sequences(
             [p.prompt_ids for p in self.prompts],
             [c.token_ids for c in self.completions],
             pad_id,
             rollout_logprobs=[c.logprobs for c in self.completions],
         )
+        return batch.with_columns(sequence=torch.arange(len(batch)))
 
     def score_items(self) -> list[ScoreItem]:
         """What the reward function is asked."""
@@ -62,9 +71,71 @@ class Experience:
         ]
 
 
-def make_requests(prompts: Sequence[Prompt], n: int, seed: int, step: int) -> list[Request]:
-    """n requests a prompt, each with its own seed from (run seed, step, prompt, sample)."""
-    return [Request(p.prompt_ids, request_seed(seed, step, p.index, sample)) for p in prompts for sample in range(n)]
+@dataclass(frozen=True)
+class Scored:
+    """Completions with what they are worth."""
+
+    experience: Experience
+    scores: list[Score]
+    """[N] as the reward function gave them."""
+    rewards: Tensor
+    """[N] scores and overlong penalty, what is trained on."""
+    greedy_rewards: Tensor | None = None
+    """[N] the same of the greedy completion of each row's prompt."""
+
+    @property
+    def written(self) -> Tensor:
+        """[N] False for empty responses."""
+        return torch.tensor([len(c.token_ids) > 0 for c in self.experience.completions])
+
+    def metric(self, name: str) -> Tensor:
+        """[N] acc (what the reward function returned as `acc`, else its score), score, or seq_reward."""
+        if name == "seq_reward":
+            return self.rewards
+        return torch.tensor([s.accuracy if name == "acc" else s.value for s in self.scores], dtype=torch.float32)
+
+    def take(self, groups: Iterable[int], n: int) -> Scored:
+        """The given groups of n completions, in the given order."""
+        rows = [group * n + i for group in groups for i in range(n)]
+        e = self.experience
+        return Scored(
+            Experience([e.prompts[r] for r in rows], [e.completions[r] for r in rows], [e.texts[r] for r in rows]),
+            [self.scores[r] for r in rows],
+            self.rewards[rows],
+            None if self.greedy_rewards is None else self.greedy_rewards[rows],
+        )
+
+
+def join(parts: Sequence[Scored]) -> Scored:
+    """One after the other."""
+    greedy = [part.greedy_rewards for part in parts if part.greedy_rewards is not None]
+    return Scored(
+        Experience(
+            [prompt for part in parts for prompt in part.experience.prompts],
+            [completion for part in parts for completion in part.experience.completions],
+            [text for part in parts for text in part.experience.texts],
+        ),
+        [score for part in parts for score in part.scores],
+        torch.cat([part.rewards for part in parts]),
+        torch.cat(greedy) if greedy else None,
+    )
+
+
+def make_requests(
+    prompts: Sequence[Prompt], n: int, seed: int, step: int, seen: Counter[int] | None = None
+) -> list[Request]:
+    """n requests a prompt, each with its own seed from (run seed, step, prompt, sample).
+
+    `seen` counts how often the step has asked for each prompt, and is counted up: a prompt that comes again gets
+    new samples, not the old ones.
+    """
+    seen = Counter() if seen is None else seen
+    requests = []
+    for p in prompts:
+        first = seen[p.index] * n
+        seen[p.index] += 1
+        requests += [Request(p.prompt_ids, request_seed(seed, step, p.index, first + sample)) for sample in range(n)]
+    return requests
 
 
 def make_experience(prompts: Sequence[Prompt], completions: list[Completion], tokenizer: Any) -> Experience:

@@ -6,15 +6,15 @@ Invariant: they depend on the step's rows only, not on how the rows were cut int
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.health import explained_variance, logprob_mismatch
 from rlhf3d.batching.batch import Batch
-from rlhf3d.rewards.scoring import Outcome, Score
-from rlhf3d.rollout.api import Completion
+from rlhf3d.rewards.scoring import Outcome
+from rlhf3d.trainer.experience import Experience, Scored
 
 MISMATCH = {
     "training/rollout_probs_diff_mean": "prob_diff_mean",
@@ -35,27 +35,41 @@ def _spread(name: str, values: Tensor) -> dict[str, float]:
     }
 
 
-def score_metrics(scores: Sequence[Score], n: int) -> dict[str, float]:
-    """Score statistics, the count of each outcome, and the share of prompts whose completions differ in score."""
-    values = torch.tensor([s.value for s in scores])
-    outcomes = Counter(s.outcome for s in scores)
-    metrics = _spread("critic/score", values)
-    for outcome in Outcome:
-        metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
-    if n > 1:
-        groups = values.view(-1, n)
-        metrics["reward/mixed_groups_share"] = (groups.amax(1) > groups.amin(1)).float().mean().item()
+def rollout_metrics(scored: Scored, n: int, overlong: bool) -> dict[str, float]:
+    """Figures of what was generated and what it is worth; `overlong`: with those of the overlong penalty."""
+    metrics = score_metrics(scored, n) | length_metrics(scored.experience)
+    if overlong:
+        penalty = scored.rewards - torch.tensor([s.value for s in scored.scores])
+        metrics["reward/overlong_penalty/mean"] = penalty.mean().item()
+        metrics["reward/overlong_share"] = (penalty < 0).float().mean().item()
+    if scored.greedy_rewards is not None:
+        metrics["reward/greedy_baseline/mean"] = scored.greedy_rewards.mean().item()
     return metrics
 
 
-def length_metrics(completions: Sequence[Completion], prompt_lengths: Tensor) -> dict[str, float]:
+def score_metrics(scored: Scored, n: int) -> dict[str, float]:
+    """Score statistics, the count of each outcome, and the share of prompts whose completions differ in reward."""
+    outcomes = Counter(s.outcome for s in scored.scores)
+    metrics = _spread("critic/score", scored.rewards)
+    for outcome in Outcome:
+        metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
+    if n > 1:
+        signal = groups_with_signal(scored.rewards, scored.written, n)
+        metrics["reward/mixed_groups_share"] = signal.float().mean().item()
+    return metrics
+
+
+def length_metrics(experience: Experience) -> dict[str, float]:
     """Token counts, the share cut off at the limit, and the share of empty responses."""
-    lengths = torch.tensor([float(len(c.token_ids)) for c in completions])
+    lengths = torch.tensor([float(len(c.token_ids)) for c in experience.completions])
+    prompts = torch.tensor([float(len(p.prompt_ids)) for p in experience.prompts])
     return {
         **_spread("response_length", lengths),
-        "response_length/clip_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "response_length/clip_ratio": sum(c.finish_reason == "length" for c in experience.completions) / len(lengths),
         "response/aborted_ratio": (lengths == 0).float().mean().item(),
-        "prompt_length/mean": prompt_lengths.float().mean().item(),
+        **_spread("prompt_length", prompts),
+        "perf/total_num_tokens": float((lengths + prompts).sum()),
+        "perf/response_tokens": float(lengths.sum()),
     }
 
 
@@ -70,15 +84,21 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     if "values" in batch:
         metrics |= _spread("critic/values", batch["values"][mask])
         metrics["critic/vf_explained_var"] = explained_variance(batch["values"], batch["returns"], mask)
+    if batch["old_logprobs"] is batch["rollout_logprobs"]:  # two policies: the trainer's were not computed
+        return metrics
     mismatch = logprob_mismatch(batch["rollout_logprobs"], batch["old_logprobs"], mask)
     return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}
 
 
 def throughput_metrics(metrics: dict[str, float], ranks: int) -> dict[str, float]:
-    """Tokens a second of a step: of all phases together (a rank's share, as in verl), and of generation alone."""
+    """Tokens a second of a step: of all phases together (a rank's share, as in verl), and of generation alone.
+
+    Generation counts what dynamic sampling left out as well.
+    """
     step_s = metrics["timing_s/step"]
+    generated = metrics.get("perf/generated_tokens", metrics["perf/response_tokens"])
     return {
         "perf/time_per_step": step_s,
         "perf/throughput": metrics["perf/total_num_tokens"] / step_s / ranks,
-        "perf/generate_tokens_per_s": metrics["perf/response_tokens"] / max(metrics["timing_s/generate"], 1e-9),
+        "perf/generate_tokens_per_s": generated / max(metrics["timing_s/generate"], 1e-9),
     }

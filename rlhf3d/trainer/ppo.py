@@ -7,17 +7,19 @@ was written by the policy version that is being trained.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rlhf3d.algorithms.advantages import AdvantageInputs, compute_advantages
+from rlhf3d.algorithms.advantages import AdvantageInputs, compute_advantages, needs_greedy_baseline
 from rlhf3d.algorithms.kl import make_kl_controller
-from rlhf3d.algorithms.rewards import apply_kl_penalty, token_level_rewards
+from rlhf3d.algorithms.rewards import apply_kl_penalty, overlong_penalty, token_level_rewards
 from rlhf3d.batching.batch import Batch
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived
@@ -31,9 +33,12 @@ from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
-from rlhf3d.rollout.api import SamplingSettings
-from rlhf3d.trainer.experience import Experience, group_ids, make_experience, make_requests
-from rlhf3d.trainer.metrics import length_metrics, score_metrics, throughput_metrics, training_metrics
+from rlhf3d.rollout.api import Request, SamplingSettings
+from rlhf3d.trainer.correction import correct, settings_of
+from rlhf3d.trainer.dynamic_sampling import fill_with_signal
+from rlhf3d.trainer.experience import Experience, Scored, group_ids, make_experience, make_requests
+from rlhf3d.trainer.metrics import rollout_metrics, throughput_metrics, training_metrics
+from rlhf3d.trainer.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class PPOTrainer:
         self.timer = PhaseTimer()
         kl = parts.config.algorithm.kl_ctrl
         self.kl_controller = make_kl_controller(kl.type, kl.kl_coef, kl.target_kl, kl.horizon)
+        self.correction = settings_of(parts.config.algorithm.rollout_correction)
+        trainer = parts.config.trainer
+        self.watch = Watch(parts.console.note, trainer.on_nonfinite, trainer.grad_spike_factor)
         self.started = time.monotonic()
         self.step = 0
         self.last_checkpoint: Path | None = None
@@ -90,25 +98,22 @@ class PPOTrainer:
     def train_step(self, step: int) -> dict[str, float]:
         """One step of the algorithm; its metrics."""
         metrics = self.sync_weights()
-        experience = self.generate(step)
-        scores = self.score(experience)
-        batch = experience.batch(self.parts.tokenizer.pad_token_id or 0)
+        scored, sampling_metrics = self.sample(step)
+        batch = scored.experience.batch(self.parts.tokenizer.pad_token_id or 0)
         batch = self.old_logprobs(batch)
         batch = self.ref_logprobs(batch)
         batch = self.values(batch)
-        batch, kl_metrics = self.advantages(batch, experience, scores)
-        metrics |= kl_metrics
+        batch, kl_metrics = self.advantages(batch, scored)
+        self.watch.batch(step, batch)
         metrics |= self.update_critic(batch)
         metrics |= self.update_actor(batch, step)
-        write_samples(self.config.trainer.output_dir, step, experience.samples(scores))
-        n = self.config.rollout.n
+        metrics |= self.watch.update(step, metrics)
         return {
             **metrics,
-            **score_metrics(scores, n),
-            **length_metrics(experience.completions, batch["prompt_lengths"]),
+            **kl_metrics,
+            **rollout_metrics(scored, self.config.rollout.n, self.config.reward.overlong_buffer.enable),
             **training_metrics(batch),
-            "perf/total_num_tokens": float(sum(batch.lengths())),
-            "perf/response_tokens": float(batch["response_lengths"].sum()),
+            **sampling_metrics,
         }
 
     @contextmanager
@@ -123,33 +128,75 @@ class PPOTrainer:
         with self._phase("sync_weights"):
             return self.parts.sync.run()
 
-    def generate(self, step: int) -> Experience:
-        """Sample `rollout.n` completions for each of the step's prompts."""
-        rollout, trainer = self.config.rollout, self.config.trainer
+    def sample(self, step: int) -> tuple[Scored, dict[str, float]]:
+        """The step's scored completions: one draw, or with dynamic sampling until enough groups have signal."""
+        groups, n, seen = self.config.algorithm.filter_groups, self.config.rollout.n, Counter[int]()
+        metrics: dict[str, float] = {}
+        if groups.enable:
+            scored, metrics = fill_with_signal(
+                lambda: self.score(self.generate(step, seen)),
+                self.config.data.train_batch_size,
+                n,
+                groups.metric,
+                groups.max_num_gen_batches,
+            )
+        else:
+            scored = self.score(self.generate(step, seen))
+        write_samples(self.config.trainer.output_dir, step, scored.experience.samples(scored.scores))
+        self.watch.scores(step, scored, n)
+        return scored, metrics
+
+    def generate(self, step: int, seen: Counter[int]) -> Experience:
+        """Sample `rollout.n` completions of each of the next prompts; for ReMax also a greedy one.
+
+        `seen` counts the prompts of the step, see `make_requests`.
+        """
+        rollout, trainer, tokens = self.config.rollout, self.config.trainer, self.config.data.max_response_length
         with self._phase("generate"):
             prompts = self.parts.loader.next_batch()
-            sampling = SamplingSettings(
-                rollout.temperature,
-                rollout.top_p,
-                rollout.top_k,
-                self.config.data.max_response_length,
-                greedy=False,
-            )
-            requests = make_requests(prompts, rollout.n, trainer.seed, step)
-            completions = self.parts.rollout.generate("generate", requests, sampling)
-            stale = {c.policy_version for c in completions} - {self.parts.sync.trained_version}
-            assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
-            return make_experience(prompts, completions, self.parts.tokenizer)
+            sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, tokens, greedy=False)
+            requests = make_requests(prompts, rollout.n, trainer.seed, step, seen)
+            experience = self._complete(prompts, requests, sampling)
+            if not needs_greedy_baseline(self.config.algorithm.adv_estimator):
+                return experience
+            greedy = SamplingSettings(1.0, 1.0, -1, tokens, greedy=True)
+            baseline = self._complete(prompts, make_requests(prompts, 1, trainer.seed, step), greedy)
+            return replace(experience, greedy=baseline)
 
-    def score(self, experience: Experience) -> list[Score]:
+    def _complete(self, prompts: list[Prompt], requests: list[Request], sampling: SamplingSettings) -> Experience:
+        completions = self.parts.rollout.generate("generate", requests, sampling)
+        stale = {c.policy_version for c in completions} - {self.parts.sync.trained_version}
+        assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
+        return make_experience(prompts, completions, self.parts.tokenizer)
+
+    def score(self, experience: Experience) -> Scored:
         """Score every completion; too many errors stop the run."""
         with self._phase("score"):
-            scores = self.parts.scoring.score_batch(experience.score_items())
+            greedy = experience.greedy
+            items = experience.score_items() + (greedy.score_items() if greedy else [])
+            scores = self.parts.scoring.score_batch(items)
             check_outcomes(scores, self.config.reward.max_error_rate)
-            return scores
+            sampled = scores[: len(experience.completions)]
+            if greedy is None:
+                return Scored(experience, sampled, self._rewards(experience, sampled))
+            baseline = self._rewards(greedy, scores[len(sampled) :]).repeat_interleave(self.config.rollout.n)
+            return Scored(experience, sampled, self._rewards(experience, sampled), baseline)
+
+    def _rewards(self, experience: Experience, scores: list[Score]) -> Tensor:
+        """[N] scores, and the penalty on overlong responses."""
+        rewards = torch.tensor([s.value for s in scores], dtype=torch.float32)
+        buffer = self.config.reward.overlong_buffer
+        if not buffer.enable:
+            return rewards
+        lengths = torch.tensor([len(c.token_ids) for c in experience.completions])
+        return rewards + overlong_penalty(
+            lengths, self.config.data.max_response_length, buffer.len, buffer.penalty_factor
+        )
 
     def old_logprobs(self, batch: Batch) -> Batch:
-        """The actor's log-probs before its update."""
+        """The actor's log-probs before its update; with two policies, the engine's."""
+        if self.config.algorithm.rollout_correction.bypass_mode:
+            return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
         with self._phase("old_logprobs"):
             return batch.with_columns(old_logprobs=self.parts.train.forward("old_logprobs", "actor", batch)["logprobs"])
 
@@ -167,14 +214,12 @@ class PPOTrainer:
         with self._phase("values"):
             return batch.with_columns(values=self.parts.train.forward("values", "critic", batch)["values"])
 
-    def advantages(
-        self, batch: Batch, experience: Experience, scores: Sequence[Score]
-    ) -> tuple[Batch, dict[str, float]]:
+    def advantages(self, batch: Batch, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Token rewards, KL penalty, advantages and returns."""
         algorithm, metrics = self.config.algorithm, {}
         with self._phase("advantages"):
             mask = batch["response_mask"]
-            rewards = token_level_rewards(torch.tensor([s.value for s in scores]), mask)
+            rewards = token_level_rewards(scored.rewards, mask)
             if algorithm.use_kl_in_reward:
                 coef = self.kl_controller.value
                 rewards, mean_kl = apply_kl_penalty(
@@ -187,11 +232,13 @@ class PPOTrainer:
                 AdvantageInputs(
                     token_level_rewards=rewards,
                     response_mask=mask,
-                    group_ids=group_ids(experience, self.config.rollout.n),
+                    group_ids=group_ids(scored.experience, self.config.rollout.n),
                     values=batch.columns.get("values"),
+                    greedy_scores=scored.greedy_rewards,
                     gamma=algorithm.gamma,
                     lam=algorithm.lam,
                     norm_by_std=algorithm.norm_adv_by_std_in_grpo,
+                    custom=algorithm.custom_kwargs,
                 ),
             )
             batch = batch.with_columns(token_level_rewards=rewards, advantages=advantages, returns=returns)
@@ -206,11 +253,14 @@ class PPOTrainer:
             return self.parts.train.update("critic", batch, plan)
 
     def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
-        """PPO epochs on the actor, once the critic is warm."""
+        """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
         if step <= self.config.trainer.critic_warmup:
             return {}
         with self._phase("update_actor"):
-            metrics = self.parts.train.update("actor", batch, self.parts.derived.actor)
+            metrics: dict[str, float] = {}
+            if not self.config.algorithm.rollout_correction.bypass_mode:
+                batch, metrics = correct(batch, self.correction, self.parts.derived.actor)
+            metrics |= self.parts.train.update("actor", batch, self.parts.derived.actor)
             self.parts.sync.weights_changed()
             return metrics
 
@@ -250,6 +300,7 @@ class PPOTrainer:
             state = {
                 "loader": self.parts.loader.state_dict(),
                 "kl_controller": self.kl_controller.state_dict(),
+                "watch": self.watch.state_dict(),
             }
             self.last_checkpoint = self.parts.checkpoints.save(step, self.parts.train, self.parts.sync, state)
 

@@ -49,7 +49,8 @@ def run_training(config: Config) -> int:
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files")
     val_data = _dataset(config, tokenizer, "val_files")
-    loader = PromptLoader(train_data, config.data.train_batch_size, config.trainer.seed, config.data.shuffle)
+    at_once = config.data.gen_batch_size or config.data.train_batch_size
+    loader = PromptLoader(train_data, at_once, config.trainer.seed, config.data.shuffle)
     reward = make_reward(config, {*train_data.data_sources, *val_data.data_sources})
     derived = derive(config, len(train_data))
     total_steps, layout = derived.total_steps, derived.layout

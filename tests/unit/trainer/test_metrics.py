@@ -6,13 +6,31 @@ import pytest
 import torch
 
 from rlhf3d.batching.batch import from_sequences
+from rlhf3d.data.loader import Prompt
 from rlhf3d.rewards.scoring import Outcome, Score
 from rlhf3d.rollout.api import Completion
-from rlhf3d.trainer.metrics import length_metrics, score_metrics, throughput_metrics, training_metrics
+from rlhf3d.trainer.experience import Experience, Scored
+from rlhf3d.trainer.metrics import (
+    length_metrics,
+    rollout_metrics,
+    score_metrics,
+    throughput_metrics,
+    training_metrics,
+)
 
 
 def completion(tokens: int, reason: str = "stop") -> Completion:
     return Completion(tuple(range(tokens)), (0.0,) * tokens, reason, 0)  # type: ignore[arg-type]
+
+
+def experience(completions: list[Completion], prompt_lengths: list[int]) -> Experience:
+    prompts = [Prompt((1,) * length, "test", "", {}, i, "") for i, length in enumerate(prompt_lengths)]
+    return Experience(prompts, completions, [""] * len(completions))
+
+
+def scored(scores: list[Score]) -> Scored:
+    of_two = experience([completion(2) for _ in scores], [1] * len(scores))
+    return Scored(of_two, scores, torch.tensor([s.value for s in scores]))
 
 
 def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
@@ -22,7 +40,7 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
         Score(0.0, Outcome.UNPARSABLE),
         Score(0.0, Outcome.ERROR),
     ]
-    metrics = score_metrics(scores, n=2)
+    metrics = score_metrics(scored(scores), n=2)
     assert metrics["critic/score/mean"] == 0.25
     assert metrics["reward/mixed_groups_share"] == 0.5
     counts = {outcome: metrics[f"reward/outcome/{outcome.value}"] for outcome in Outcome}
@@ -30,11 +48,22 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
 
 
 def test_length_metrics() -> None:
-    metrics = length_metrics([completion(2), completion(4, "length"), completion(0)], torch.tensor([3, 5, 4]))
+    metrics = length_metrics(experience([completion(2), completion(4, "length"), completion(0)], [3, 5, 4]))
     assert metrics["response_length/mean"] == 2 and metrics["response_length/max"] == 4
     assert metrics["response_length/clip_ratio"] == pytest.approx(1 / 3)
     assert metrics["response/aborted_ratio"] == pytest.approx(1 / 3)
-    assert metrics["prompt_length/mean"] == 4
+    assert metrics["prompt_length/mean"] == 4 and metrics["prompt_length/max"] == 5
+    assert metrics["perf/total_num_tokens"] == 18 and metrics["perf/response_tokens"] == 6
+
+
+def test_overlong_penalty_and_greedy_baseline_are_told() -> None:
+    """Rewards 1 and 0 of scores 1 and ½: one of two was cut by ½."""
+    rows = scored([Score(1.0, Outcome.SCORED), Score(0.5, Outcome.SCORED)])
+    penalised = Scored(rows.experience, rows.scores, torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75]))
+    metrics = rollout_metrics(penalised, 1, overlong=True)
+    assert metrics["reward/overlong_penalty/mean"] == -0.25 and metrics["reward/overlong_share"] == 0.5
+    assert metrics["critic/score/mean"] == 0.5 and metrics["reward/greedy_baseline/mean"] == 0.5
+    assert "reward/overlong_share" not in rollout_metrics(rows, 1, overlong=False)
 
 
 def test_training_metrics_ignore_padding() -> None:
@@ -52,16 +81,18 @@ def test_training_metrics_ignore_padding() -> None:
     assert metrics["critic/rewards/mean"] == 0.75
     assert metrics["critic/vf_explained_var"] == 1
     assert metrics["training/rollout_logprobs_diff_max"] == pytest.approx(0.5)
+    two_policies = rows.with_columns(old_logprobs=rows["rollout_logprobs"])
+    assert not any(name.startswith("training/") for name in training_metrics(two_policies))
 
 
 def test_throughput() -> None:
-    metrics = throughput_metrics(
-        {
-            "timing_s/step": 10.0,
-            "timing_s/generate": 2.0,
-            "perf/total_num_tokens": 800.0,
-            "perf/response_tokens": 300.0,
-        },
-        ranks=4,
-    )
+    figures = {
+        "timing_s/step": 10.0,
+        "timing_s/generate": 2.0,
+        "perf/total_num_tokens": 800.0,
+        "perf/response_tokens": 300.0,
+    }
+    metrics = throughput_metrics(figures, ranks=4)
     assert metrics["perf/throughput"] == 20 and metrics["perf/generate_tokens_per_s"] == 150
+    refilled = throughput_metrics({**figures, "perf/generated_tokens": 900.0}, ranks=4)
+    assert refilled["perf/generate_tokens_per_s"] == 450
