@@ -1,0 +1,194 @@
+"""One step of the loop on fakes of everything that has processes: which phases run, and what each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import make_tiny_tokenizer
+from torch import Tensor
+
+from rlhf3d.batching.batch import Batch
+from rlhf3d.config.derived import derive
+from rlhf3d.config.load import build
+from rlhf3d.config.schema import Config
+from rlhf3d.data.loader import Prompt
+from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.trainer.ppo import Parts, PPOTrainer
+
+PROMPTS, N = 2, 2
+
+
+class FakeTrain:
+    """Log-probs -1, values ½; keeps what it was asked to update."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.updates: dict[str, Batch] = {}
+
+    def forward(self, phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
+        self.phases.append(phase)
+        values = torch.full_like(batch["response_mask"], 0.5 if role == "critic" else -1.0)
+        return {"values" if role == "critic" else "logprobs": values}
+
+    def update(self, role: str, batch: Batch, plan: Any) -> dict[str, float]:
+        self.phases.append(f"update_{role}")
+        self.updates[role] = batch
+        return {f"{role}/grad_norm": 1.0}
+
+
+class FakeRollout:
+    """Two tokens a completion with log-prob -1.5; greedy completions are of another token."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def generate(self, phase: str, requests: list[Request], sampling: SamplingSettings) -> list[Completion]:
+        self.seeds += [] if sampling.greedy else [r.seed for r in requests]
+        tokens = (9, 9) if sampling.greedy else (8, 8)
+        return [Completion(tokens, (-1.5, -1.5), "stop", 1) for _ in requests]
+
+
+class FakeScoring:
+    """The given scores in order, over and over; the greedy completions', which stand last in a call, are ¼."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores, self.next, self.calls = scores, 0, 0
+
+    def score_batch(self, items: list[ScoreItem]) -> list[Score]:
+        self.calls += 1
+        values = []
+        for i in range(len(items)):
+            values.append(self.scores[self.next % len(self.scores)] if i < PROMPTS * N else 0.25)
+            self.next += i < PROMPTS * N
+        return [Score(value, Outcome.SCORED) for value in values]
+
+
+def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[PPOTrainer, Any]:
+    raw = {
+        "data": {"train_batch_size": PROMPTS, "max_response_length": 4, **sections.pop("data", {})},
+        "actor": {"ppo_mini_batch_size": PROMPTS, **sections.pop("actor", {})},
+        "rollout": {"n": N},
+        "trainer": {"output_dir": str(tmp_path), **sections.pop("trainer", {})},
+        **sections,
+    }
+    mistakes: list[str] = []
+    config = build(Config(), raw, "", mistakes)
+    assert not mistakes
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        yield
+
+    counter = iter(range(1000))
+    parts: Any = SimpleNamespace(
+        config=config,
+        derived=derive(config),
+        tokenizer=make_tiny_tokenizer(),
+        train=FakeTrain(),
+        rollout=FakeRollout(),
+        scoring=FakeScoring(scores),
+        sync=SimpleNamespace(needed=False, trained_version=1, weights_changed=lambda: None),
+        loader=SimpleNamespace(
+            next_batch=lambda: [Prompt((4, 5), "t", "", {}, next(counter), "q") for _ in range(PROMPTS)]
+        ),
+        console=SimpleNamespace(phase=phase, note=lambda text: None),
+    )
+    assert set(vars(parts)) <= set(Parts.__dataclass_fields__)
+    return PPOTrainer(parts), parts
+
+
+def test_ppo_runs_every_phase(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0], algorithm={"use_kl_in_reward": True})
+    metrics = trainer.train_step(1)
+    assert parts.train.phases == ["old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"]
+    assert metrics["critic/score/mean"] == 0.25 and metrics["actor/reward_kl_penalty"] == 0
+    assert metrics["rollout_corr/kl"] == -0.5 and metrics["training/rollout_logprobs_diff_mean"] == 0.5
+
+
+def test_critic_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
+    for step in (1, 2, 3):
+        trainer.train_step(step)
+    assert parts.train.phases.count("update_critic") == 3 and parts.train.phases.count("update_actor") == 1
+
+
+def test_remax_subtracts_the_greedy_score(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.5, 0.25], algorithm={"adv_estimator": "remax"})
+    metrics = trainer.train_step(1)
+    assert parts.train.phases == ["old_logprobs", "update_actor"], "no critic, no reference"
+    assert parts.train.updates["actor"]["advantages"].tolist() == [[0.75] * 2, [-0.25] * 2, [0.25] * 2, [0.0] * 2]
+    assert metrics["reward/greedy_baseline/mean"] == 0.25 and len(parts.rollout.seeds) == PROMPTS * N
+
+
+def test_dynamic_sampling_draws_again(tmp_path: Path) -> None:
+    """Of each draw's two groups one has signal: two draws, and the step trains on the 1, 0 of both."""
+    algorithm = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False, "filter_groups": {"enable": True}}
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 1.0, 1.0], algorithm=algorithm)
+    metrics = trainer.train_step(1)
+    assert metrics["train/num_gen_batches"] == 2 == parts.scoring.calls
+    assert parts.train.updates["actor"]["advantages"][:, 0].tolist() == [0.5, -0.5, 0.5, -0.5]
+    assert len(set(parts.rollout.seeds)) == 2 * PROMPTS * N
+    assert metrics["critic/score/mean"] == 0.5 and metrics["filter_groups/generated_score/mean"] == 0.75
+    assert len((tmp_path / "samples" / "step_1.jsonl").read_text().splitlines()) == PROMPTS * N
+
+
+def test_bypass_skips_the_old_logprobs(tmp_path: Path) -> None:
+    algorithm = {"adv_estimator": "rloo", "rollout_correction": {"bypass_mode": True}}
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm)
+    metrics = trainer.train_step(1)
+    assert parts.train.phases == ["update_actor"]
+    assert parts.train.updates["actor"]["old_logprobs"].unique().tolist() == [-1.5]
+    assert not any(name.startswith(("rollout_corr/", "training/")) for name in metrics)
+
+
+def test_correction_reaches_the_actor_alone(tmp_path: Path) -> None:
+    """Ratios are sqrt(e) = 1.65 everywhere: truncated at 1.5."""
+    trainer, parts = make_trainer(
+        tmp_path,
+        [1.0, 0.0],
+        algorithm={"rollout_correction": {"rollout_is": "token", "rollout_is_threshold": 1.5}},
+    )
+    metrics = trainer.train_step(1)
+    assert parts.train.updates["actor"]["rollout_is_weights"].unique().tolist() == [1.5]
+    assert "rollout_is_weights" not in parts.train.updates["critic"]
+    assert metrics["rollout_corr/rollout_is_ratio_fraction_high"] == 1
+
+
+def test_overlong_penalty_is_part_of_the_reward(tmp_path: Path) -> None:
+    """Two tokens of at most 4 with a buffer of 3: one token over, -1/3."""
+    trainer, parts = make_trainer(
+        tmp_path,
+        [1.0, 0.0],
+        algorithm={"adv_estimator": "reinforce_plus_plus"},
+        reward={"overlong_buffer": {"enable": True, "len": 3}},
+    )
+    metrics = trainer.train_step(1)
+    assert parts.train.updates["actor"]["token_level_rewards"].sum(-1).tolist() == pytest.approx([2 / 3, -1 / 3] * 2)
+    assert metrics["reward/overlong_penalty/mean"] == pytest.approx(-1 / 3)
+
+
+def test_a_broken_number_stops_before_the_update(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0])
+    forward = parts.train.forward
+
+    def broken(phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
+        outputs = forward(phase, role, batch)
+        if phase == "old_logprobs":
+            outputs["logprobs"][3, 1] = float("nan")
+        return outputs
+
+    parts.train.forward = broken
+    with pytest.raises(RuntimeError, match=r"step 1: .*sequence 3 \(old_logprobs\)"):
+        trainer.train_step(1)
+    skipping = replace(parts.config.trainer, on_nonfinite="skip")
+    parts.config = replace(parts.config, trainer=skipping)
+    PPOTrainer(parts).train_step(1)
+    assert parts.train.phases[-1] == "update_actor"
