@@ -37,7 +37,7 @@ class MicroBatch:
     segment_ends: Tensor | None = None
     """Packed: [b + 1] int32, where each row starts and the last ends; [b + 2] with padding, a segment of its own."""
     longest_segment: int = 0
-    """Packed: tokens of the longest segment, exactly: Megatron's rotary code would misread a looser bound."""
+    """Packed: tokens of the longest segment."""
 
     def scatter(self, values: Tensor) -> Tensor:
         """[T] values of the response tokens as [b, r], zero elsewhere."""
