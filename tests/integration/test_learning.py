@@ -25,10 +25,31 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return sum(c.islower() for c in solution_str) / max(len(solution_str), 1)
 '''
 
+OWN_ALGORITHM = '''
+from rlhf3d.algorithms.advantages import register_advantage
+from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
 
-def write_job(folder: Path, **changes: Any) -> Path:
+
+@register_advantage("centred")
+def centred(inputs):
+    """Score less the mean score of the batch, on every token."""
+    scores = inputs.token_level_rewards.sum(-1, keepdim=True)
+    advantages = inputs.custom["scale"] * (scores - scores.mean()).expand_as(inputs.response_mask)
+    return advantages, advantages
+
+
+@register_policy_loss("squared_clip")
+def squared_clip(logprobs, old_logprobs, advantages, response_mask, settings):
+    """Plain policy gradient, with a squared penalty instead of a clip."""
+    log_ratio = logprobs - old_logprobs
+    loss = -advantages * log_ratio.exp() + settings.custom["penalty"] * log_ratio.square()
+    return PolicyLossTerms(loss, {"ppo_kl": -log_ratio})
+'''
+
+
+def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """A tiny PPO job: model, prompts, reward function and configuration."""
-    make_tiny_model(folder / "model", layers=4, hidden=64, heads=2, kv_heads=2, ffn=128)
+    make_tiny_model(folder / "model", family, tie=family == "llama", layers=4, hidden=64, heads=2, kv_heads=2, ffn=128)
     rows = [
         PromptRow("tiny", [{"role": "user", "content": f"word {i}"}], "letters", {"ground_truth": "", "style": "rule"})
         for i in range(64)
@@ -92,9 +113,10 @@ def left_behind() -> set[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same job on one training rank and on TP2 x PP2."""
+    """The same job on one training rank beside its engine, and on TP2 x PP2 with two engines apart."""
     done = {}
-    for name, layout in (("tp1", ()), ("tp2pp2", ("actor.layout.tp=2", "actor.layout.pp=2"))):
+    apart = ("rollout.placement=disaggregated", "rollout.engines=2")
+    for name, layout in (("tp1", ()), ("tp2pp2", ("actor.layout.tp=2", "actor.layout.pp=2", *apart))):
         folder = tmp_path_factory.mktemp(name)
         finished = train(write_job(folder), *layout, "cluster.threads_per_rank=1")
         assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
@@ -133,6 +155,17 @@ def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> N
     assert left_behind() == set()
 
 
+def test_mixture_of_experts_runs_whole(tmp_path: Path) -> None:
+    """Experts over two ranks in training, each cut over two ranks in vLLM."""
+    job = write_job(tmp_path, "qwen3_moe")
+    layout = ("actor.layout.dp=2", "actor.layout.ep=2", "actor.ppo_micro_batch_size_per_gpu=16")
+    finished = train(job, *layout, "rollout.tensor_parallel_size=2", "trainer.total_training_steps=2")
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    rows = read_rows(tmp_path / "run")
+    assert max(row["sync/canary_abs_diff"] for row in rows if "sync/canary_abs_diff" in row) < 1e-4
+    assert max(row["training/rollout_logprobs_diff_max"] for row in rows[1:]) < 1e-3
+
+
 def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
     folder = runs["tp2pp2"] / "checkpoints" / f"step_{STEPS}" / "hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -143,6 +176,25 @@ def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
         p = model(torch.tensor([list(ids)])).logits[0, -1].softmax(-1)
     letters = [i for i in range(len(p)) if tokenizer.decode([i]).islower()]
     assert float(p[letters].sum()) > 0.8
+
+
+def test_own_algorithm_with_dynamic_sampling_on_two_ranks(tmp_path: Path) -> None:
+    """A user's estimator and loss, groups refilled, truncated importance weights, on PP2."""
+    job = write_job(tmp_path, algorithm={"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")})
+    (tmp_path / "own.py").write_text(OWN_ALGORITHM)
+    sizes = ("data.train_batch_size=16", "data.gen_batch_size=20", "actor.ppo_mini_batch_size=8", "rollout.n=4")
+    chosen = ("actor.policy_loss=squared_clip", "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}")
+    more = ("algorithm.filter_groups.enable=true", "algorithm.rollout_correction.rollout_is=token")
+    place = ("actor.layout.pp=2", "cluster.threads_per_rank=1", "trainer.save_at_end=false")
+    finished = train(job, *sizes, *chosen, *more, *place, "trainer.total_training_steps=10")
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    rows = read_rows(tmp_path / "run")[1:]
+    assert rows[0]["critic/score/mean"] < 0.4 and rows[-1]["filter_groups/generated_score/mean"] > 0.7
+    for row in rows:
+        assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
+        assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
+    misspelt = train(job, *sizes, "algorithm.adv_estimator=centered")
+    assert misspelt.returncode == 2 and "did you mean centred?" in misspelt.stderr
 
 
 def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
