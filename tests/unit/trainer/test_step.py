@@ -113,6 +113,25 @@ def test_ppo_runs_every_phase(tmp_path: Path) -> None:
     assert metrics["rollout_corr/kl"] == -0.5 and metrics["training/rollout_logprobs_diff_mean"] == 0.5
 
 
+def test_every_metric_is_documented(tmp_path: Path) -> None:
+    """docs/metrics.md has each name a step can give; /max, /min and _max stand beside their means."""
+    documented = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    correction = {"rollout_is": "token", "rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}
+    everything = {
+        "filter_groups": {"enable": True},
+        "rollout_correction": {**correction, "rollout_is_batch_normalize": True},
+    }
+    names: set[str] = set()
+    for estimator in ("gae", "remax"):
+        algorithm = {"adv_estimator": estimator, "use_kl_in_reward": True, **everything}
+        buffer = {"overlong_buffer": {"enable": True, "len": 3}}
+        names |= make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm, reward=buffer)[0].train_step(1).keys()
+    for name in names:
+        mean = name.replace("/max", "/mean").replace("/min", "/mean").replace("_diff_max", "_diff_mean")
+        leaf = f"`/{name.rpartition('/')[2]}`"
+        assert f"`{mean}`" in documented or leaf in documented, name
+
+
 def test_critic_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
     trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
     for step in (1, 2, 3):
