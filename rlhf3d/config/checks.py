@@ -250,6 +250,12 @@ def _check_algorithm(config: Config) -> list[str]:
             f"reward.overlong_buffer.len = {buffer.len}: longer than data.max_response_length = "
             f"{data.max_response_length}"
         )
+    sequences, horizon = data.train_batch_size * config.rollout.n, algorithm.kl_ctrl.horizon
+    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type == "adaptive" and sequences >= 5 * horizon:
+        problems.append(
+            f"algorithm.kl_ctrl.horizon = {horizon}: too short for steps of data.train_batch_size x rollout.n = "
+            f"{sequences} sequences; set it above {sequences // 5}"
+        )
     weights = correction.rollout_is is not None or correction.rollout_rs is not None
     if correction.bypass_mode and weights:
         problems.append(

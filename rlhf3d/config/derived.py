@@ -175,10 +175,22 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
     return [
         *lines,
         f"algorithm  {config.algorithm.adv_estimator}, {config.actor.policy_loss} policy loss, "
-        f"{config.actor.loss_agg_mode}",
+        f"{config.actor.loss_agg_mode}{_algorithm_extras(config)}",
         f"validate   {', '.join(validation) if data.val_files else 'never (data.val_files is empty)'}",
         f"run        {run}, seed {trainer.seed}, written to {trainer.output_dir}",
     ]
+
+
+def _algorithm_extras(config: Config) -> str:
+    correction = config.algorithm.rollout_correction
+    extras = {
+        "dynamic sampling": config.algorithm.filter_groups.enable,
+        "overlong penalty": config.reward.overlong_buffer.enable,
+        f"importance weights by {correction.rollout_is}": correction.rollout_is is not None,
+        f"rejection by {correction.rollout_rs}": correction.rollout_rs is not None,
+        "the engine's log-probs as the old ones": correction.bypass_mode,
+    }
+    return "".join(f", {text}" for text, on in extras.items() if on)
 
 
 def _plan_line(plan: UpdatePlan, lr: float) -> str:

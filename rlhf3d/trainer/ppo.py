@@ -290,7 +290,7 @@ class PPOTrainer:
         write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
         by_source: dict[str, list[float]] = {}
         for prompt, score in zip(experience.prompts, scores, strict=True):
-            by_source.setdefault(prompt.data_source, []).append(score.value)
+            by_source.setdefault(prompt.data_source, []).append(score.accuracy)
         metrics = {f"val-core/{source}/acc/{kind}": sum(v) / len(v) for source, v in by_source.items()}
         return metrics | {f"val-aux/{source}/num_prompts": len(v) / n for source, v in by_source.items()}
 

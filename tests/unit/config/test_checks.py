@@ -101,6 +101,11 @@ def test_good_configuration_passes() -> None:
             "algorithm.rollout_correction.rollout_is_threshold = 0.52: engines that agree have ratio 1, which must "
             "lie within; write a range as 0.5_2.0, with both decimal points",
         ),
+        (
+            ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl={type: adaptive, horizon: 3}"],
+            "algorithm.kl_ctrl.horizon = 3: too short for steps of data.train_batch_size x rollout.n = 16 sequences; "
+            "set it above 3",
+        ),
         (["rollout.n=0"], "rollout.n = 0: must be at least 1"),
         (["actor.optim.lr=0"], "actor.optim.lr = 0.0: must be above 0"),
         (["algorithm.lam=1.5"], "algorithm.lam = 1.5: must be at most 1"),
