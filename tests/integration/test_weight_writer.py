@@ -164,6 +164,8 @@ def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
         "layers.0.input_layernorm.weight",
         "layers.0.post_attention_layernorm.weight",
     ]
+    (rows,) = rig.rpc("row_sums", "model.embed_tokens.weight")
+    assert len(rows) == 192 and all(rows[:150]) and not any(rows[150:]), "the vocabulary's padding is zero"
     assert len(packed) == 8 and len(live) + len(packed) == len(engine_params(rig.spec, 1, 0))
     name = "model.layers.1.mlp.down_proj.weight"
     assert f"{name} has shape (64, 2048) in vLLM and (64, 127)" in rig.rpc("refusal", name, {"shape": (64, 127)})[0]
@@ -233,7 +235,7 @@ def test_two_tensor_parallel_ranks(child: ProcessPoolExecutor, tmp_path: Path, m
 def test_whole_experts_on_two_ranks_equal_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: Path) -> None:
     """By the bits of the packed experts: vLLM's CPU kernel crashes on experts that are elsewhere."""
     engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
-    rig = Rig(child, tmp_path, engine=engine, family="mixtral", tie=True, kv_heads=1)
+    rig = Rig(child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1)
     own = rig.rpc("expert_digests")
     assert own[0].keys() == own[1].keys() and len({*own[0].values(), *own[1].values()}) == 8
     rig.update()

@@ -49,8 +49,10 @@ class WriterWorker:
                     if live is None:
                         self._writer.load_packed(param.name, whole)
                     else:
-                        for row in range(0, param.shape[0], ROWS_AT_ONCE):
-                            live[row : row + ROWS_AT_ONCE].copy_(whole[row : row + ROWS_AT_ONCE])
+                        real_rows = max((piece.local_box[0][1] for piece in param.pieces), default=0)
+                        for row in range(0, real_rows, ROWS_AT_ONCE):
+                            rows = slice(row, min(row + ROWS_AT_ONCE, real_rows))
+                            live[rows].copy_(whole[rows])
                     buffer.fill_(math.nan)
             self._writer.finish()
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
@@ -62,10 +64,16 @@ class WriterWorker:
         live = [name for name in names if self._writer.in_place(name) is not None]
         return live, [name for name in names if name not in live]
 
+    def row_sums(self, spec: ModelSpec, name: str) -> list[float]:
+        """Sum of absolute values of each row of a live parameter."""
+        live = self._writer.in_place(name)
+        assert live is not None, name
+        return live.abs().sum(-1).tolist()
+
     def expert_digests(self, spec: ModelSpec) -> dict[str, str]:
         """A digest of the bits of each of this rank's expert tensors, as the kernel reads them."""
         return {
-            name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+            name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
             for name, tensor in self.model_runner.get_model().named_parameters()
             if ".routed_experts." in name
         }
