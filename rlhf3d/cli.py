@@ -155,6 +155,41 @@ def data_prepare(
         typer.echo(f"note: {note}", err=True)
 
 
+@data_app.command("check")
+def data_check(
+    files: Annotated[list[Path], typer.Argument(help="Parquet files of prompts, also compared with each other.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Model folder whose chat template is applied.")] = None,
+    max_prompt_length: Annotated[int | None, typer.Option(help="Longest prompt, tokens.")] = None,
+    scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
+    reward: Annotated[Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")] = None,
+    method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "strict",
+    workers: Annotated[int, typer.Option(help="Scoring processes.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
+    import json
+
+    from rich.console import Console
+
+    from rlhf3d.data.check import check_files
+    from rlhf3d.data.check_view import render
+    from rlhf3d.rewards.custom import load_custom_reward
+
+    loaded = None
+    if tokenizer is not None:
+        from rlhf3d.data.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
+    custom = load_custom_reward(reward) if reward else None
+    scorers = dict(pair.rpartition("=")[::2] for pair in scorer or ())
+    checked = check_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
+    if as_json:
+        typer.echo(json.dumps(checked.to_json()))
+    else:
+        Console().print(render(checked))
+    raise typer.Exit(2 if checked.problems else 0)
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show platform, versions, patches and memory, and what is missing with the command that mends it."""

@@ -26,7 +26,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 ONE_OF: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "rollout.dtype": DTYPES,
-    "data.overlong_prompts": ("error", "filter", "truncate_left"),
+    "data.overlong_prompts": ("error", "filter", "truncate_left", "truncate_right"),
     "actor.optim.lr_decay_style": ("constant", "linear", "cosine"),
     "critic.optim.lr_decay_style": ("constant", "linear", "cosine"),
     "actor.policy_loss": POLICY_LOSSES,

@@ -73,6 +73,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """A user's own order of the training prompts."""
+
+    path: str | None = None
+    """Python file; null for the shuffled order."""
+    name: str = "difficulty"
+    """Function in it: fn(row, epoch, **kwargs) -> number (low ones are served first) or null (not in this epoch)."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra keyword arguments."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Prompts with checkable answers, in parquet."""
 
@@ -89,9 +101,15 @@ class DataConfig:
     max_response_length: int = 512
     """Longest completion, tokens."""
     overlong_prompts: str = "error"
-    """error, filter (counted and reported) or truncate_left, for prompts over max_prompt_length."""
+    """error, filter, truncate_left or truncate_right, for prompts over max_prompt_length; counted and reported."""
     shuffle: bool = True
     """Draw training prompts in an order seeded by trainer.seed and the epoch."""
+    train_weights: tuple[float, ...] = ()
+    """Share of each file of train_files among the prompts served; empty serves every prompt once an epoch."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Order of the prompts within an epoch."""
+    cache_dir: str | None = None
+    """Where prompt files above 64 MiB are unpacked once, to be memory-mapped; null for ~/.cache/rlhf3d/prompts."""
     val_max_samples: int = -1
     """Validate on the first so many held-out rows; -1 for all."""
 

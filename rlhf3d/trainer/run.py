@@ -18,7 +18,8 @@ from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import derive, resolve_dtypes, summary_lines
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
-from rlhf3d.data.loader import PromptDataset, PromptLoader
+from rlhf3d.data.check import training_warnings
+from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
 from rlhf3d.models.spec import load_spec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
@@ -50,7 +51,11 @@ def run_training(config: Config) -> int:
     train_data = _dataset(config, tokenizer, "train_files")
     val_data = _dataset(config, tokenizer, "val_files")
     at_once = config.data.gen_batch_size or config.data.train_batch_size
-    loader = PromptLoader(train_data, at_once, config.trainer.seed, config.data.shuffle)
+    order = config.data.curriculum
+    curriculum = Curriculum(order.path, order.name, order.kwargs) if order.path is not None else None
+    loader = PromptLoader(
+        train_data, at_once, config.trainer.seed, config.data.shuffle, config.data.train_weights, curriculum
+    )
     reward = make_reward(config, {*train_data.data_sources, *val_data.data_sources})
     derived = derive(config, len(train_data))
     total_steps, layout = derived.total_steps, derived.layout
@@ -63,10 +68,13 @@ def run_training(config: Config) -> int:
     with ExitStack() as stack:
         console = stack.enter_context(Console())
         metrics = stack.enter_context(MetricsWriter(output))
-        console.header([*summary_lines(config, derived), f"platform {platform.kind}: {platform.reason}"], total_steps)
         scoring = stack.enter_context(
             ScoringPool(config.reward.workers, config.reward.timeout_s, reward, config.reward.max_error_rate)
         )
+        prompts = [train_data.summary(), val_data.summary()]
+        prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, scoring)]
+        lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}"]
+        console.header(lines, total_steps)
         rollout_config = config.rollout
         placement = place(
             platform,
@@ -126,7 +134,13 @@ def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
     data = config.data
     limit = data.val_max_samples if key == "val_files" else -1
     return PromptDataset(
-        getattr(data, key), tokenizer, data.max_prompt_length, data.overlong_prompts, limit, key=f"data.{key}"
+        getattr(data, key),
+        tokenizer,
+        data.max_prompt_length,
+        data.overlong_prompts,
+        limit,
+        key=f"data.{key}",
+        cache_dir=data.cache_dir,
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf3d.data.loader import Prompt, PromptDataset, PromptLoader
+from rlhf3d.data import dataset as dataset_module
+from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
 from rlhf3d.data.rows import PromptRow, write_parquet
 
 WORDS = ["<unk>", "<user>", "<system>", "<assistant>", *"abcdefghij"]
@@ -70,7 +71,13 @@ def test_overlong_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
 
     cut = PromptDataset([file], tokenizer, 4, "truncate_left")
     assert [p.prompt_ids for p in cut] == [(1, 4, 3), (4, 5, 6, 3), (1, 5, 3), (5, 6, 7, 3)]
-    assert cut.dropped == 0
+    assert (cut.dropped, cut.truncated) == (0, 2)
+    right = PromptDataset([file], tokenizer, 4, "truncate_right")
+    assert [p.prompt_ids for p in right] == [(1, 4, 3), (1, 4, 5, 6), (1, 5, 3), (1, 4, 5, 6)]
+    assert (right.dropped, right.truncated) == (0, 2)
+    assert filtered.summary() == (
+        "data.train_files: 2 of 4 prompts, 2 dropped and 0 truncated over data.max_prompt_length=4"
+    )
     assert len(PromptDataset([file], tokenizer, 6, "error")) == 4
 
     with pytest.raises(ValueError, match=r"data\.val_files: no prompt left of 4 rows \(4 over"):
@@ -135,3 +142,91 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path, tokenizer: PreT
     with pytest.raises(ValueError, match=r"data\.train_batch_size=11 must be between 1 and the 10 prompts"):
         make_loader(tmp_path, tokenizer, 11)
     assert len(make_loader(tmp_path, tokenizer, 10).next_batch()) == 10
+
+
+def test_rows_of_a_set_too_large_to_scan_are_counted_when_served(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "SCANNED", 5)
+    monkeypatch.setattr(dataset_module, "PROBED", 3)
+    file = write(tmp_path / "t.parquet", ["a", "b", "a b c d", "c", "d", "e", "f", "a b c d e"])
+    dataset = PromptDataset([file], tokenizer, 4, "filter")
+    assert not dataset.scanned and len(dataset) == 8 and dataset.data_sources == ["mine"]
+    assert "known of 3" in dataset.summary()
+    loader = PromptLoader(dataset, 3, seed=0, shuffle=False)
+    assert [texts(loader.next_batch()) for _ in range(2)] == ["abc", "def"]
+    assert dataset.dropped == 1
+    state = loader.state_dict()
+    assert texts(loader.next_batch()) == "abc" and dataset.dropped == 3
+    resumed = PromptLoader(PromptDataset([file], tokenizer, 4, "filter"), 3, seed=0, shuffle=False)
+    resumed.load_state_dict(state)
+    assert texts(resumed.next_batch()) == "abc" and resumed.state_dict() == loader.state_dict()
+    strict = PromptLoader(PromptDataset([file], tokenizer, 6, "error"), 8, seed=0, shuffle=False)
+    with pytest.raises(ValueError, match=r"t\.parquet row 7 \(7 tokens\)"):
+        strict.next_batch()
+
+
+def make_weighted(folder: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]) -> PromptLoader:
+    files = [write(folder / "1.parquet", list("abc")), write(folder / "2.parquet", list("defghij"))]
+    return PromptLoader(PromptDataset(files, tokenizer, 8), 10, 0, weights=weights)
+
+
+def test_files_with_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    loader = make_weighted(tmp_path, tokenizer, [3.0, 1.0])
+    served = "".join(texts(loader.next_batch()) for _ in range(200))
+    share = sum(text in "abc" for text in served) / len(served)
+    assert share == pytest.approx(0.75, abs=0.04)
+    first = [text for text in served if text in "abc"]
+    assert all(sorted(first[i : i + 3]) == ["a", "b", "c"] for i in range(0, 1200, 3))  # epochs of its own
+    assert set(texts(make_weighted(tmp_path, tokenizer, [0.0, 1.0]).next_batch())) <= set("defghij")
+
+
+def test_a_weighted_position_resumes_exactly(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    loader = make_weighted(tmp_path, tokenizer, [3.0, 1.0])
+    for _ in range(7):
+        loader.next_batch()
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make_weighted(tmp_path, tokenizer, [3.0, 1.0])
+    resumed.load_state_dict(state)
+    assert [resumed.next_batch() for _ in range(5)] == [loader.next_batch() for _ in range(5)]
+    with pytest.raises(ValueError, match=r"other data \(weights \[3.0, 1.0\], now \[1.0, 1.0\]\)"):
+        make_weighted(tmp_path, tokenizer, [1.0, 1.0]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0]])
+def test_weights_that_do_not_fit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"data\.train_weights=.*one number for each of the 2 files"):
+        make_weighted(tmp_path, tokenizer, weights)
+
+
+CURRICULUM = """
+def difficulty(row, epoch, easy="abcde"):
+    text = row.prompt[-1]["content"]
+    if epoch == 0 and text not in easy:
+        return None
+    return 0 if text in easy else 1
+"""
+
+
+def make_curriculum(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PromptLoader:
+    (folder / "order.py").write_text(CURRICULUM)
+    file = write(folder / "t.parquet", list("abcdefghij"))
+    return PromptLoader(PromptDataset([file], tokenizer, 8), 5, 0, curriculum=Curriculum(folder / "order.py"))
+
+
+def test_a_curriculum_orders_rows_and_may_hold_them_back(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    loader = make_curriculum(tmp_path, tokenizer)
+    batches = [texts(loader.next_batch()) for _ in range(5)]
+    assert ["".join(sorted(batch)) for batch in batches] == ["abcde", "abcde", "fghij", "abcde", "fghij"]
+    assert batches[0] != batches[1] or batches[1] != batches[3]  # shuffled among equals
+    resumed = make_curriculum(tmp_path, tokenizer)
+    before = make_curriculum(tmp_path, tokenizer)
+    before.next_batch()
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert texts(resumed.next_batch()) == batches[1]
+    (tmp_path / "order.py").write_text("def difficulty(row, epoch): return row.nothing")
+    with pytest.raises(ValueError, match=r"data\.curriculum: the function fails on .*AttributeError"):
+        PromptLoader(loader._dataset, 5, 0, curriculum=Curriculum(tmp_path / "order.py"))
+    (tmp_path / "order.py").write_text("def difficulty(row, epoch): return None")
+    with pytest.raises(ValueError, match="leaves every prompt out of epoch 0"):
+        PromptLoader(loader._dataset, 5, 0, curriculum=Curriculum(tmp_path / "order.py"))

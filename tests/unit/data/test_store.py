@@ -1,0 +1,136 @@
+"""Rows by their number: the same from memory and from the unpacked file, with little resident."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf3d.data import order, store
+from rlhf3d.data.order import KeyedPermutation, make_order
+from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
+from rlhf3d.data.store import RowStore
+
+
+def rows(count: int, first: int = 0) -> list[PromptRow]:
+    return [
+        PromptRow("mine", [{"role": "user", "content": f"q{i}"}], "math", {"ground_truth": str(i)}, {"index": i})
+        for i in range(first, first + count)
+    ]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_come_by_number_over_files_and_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    monkeypatch.setattr(store, "BATCH_ROWS", 8)
+    if not in_memory:
+        monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    write_parquet(rows(21), tmp_path / "1.parquet", {}, row_group_size=5)
+    write_parquet(rows(10, 21), tmp_path / "2.parquet", {}, row_group_size=100)
+    both = RowStore([tmp_path / "1.parquet", tmp_path / "2.parquet"], tmp_path / "cache")
+    assert [both[i] for i in range(len(both))] == rows(31)
+    assert (both.file_of(20), both.file_of(21)) == (0, 1)
+    assert both.where(23) == f"{tmp_path / '2.parquet'} row 2"
+    assert both.file_ranges == [range(21), range(21, 31)] and both.data_sources() == ["mine"]
+    assert (tmp_path / "cache").exists() is not in_memory
+
+
+def test_the_unpacked_file_is_reused_until_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    path, cache = tmp_path / "t.parquet", tmp_path / "cache"
+    write_parquet(rows(5), path, {})
+    RowStore([path], cache)
+    (unpacked,) = cache.iterdir()
+    before = unpacked.stat().st_mtime_ns
+    RowStore([path], cache)
+    assert [p.stat().st_mtime_ns for p in cache.iterdir()] == [before]
+    write_parquet(rows(6), path, {})
+    assert len(RowStore([path], cache)) == 6 and len(list(cache.iterdir())) == 2
+
+
+def test_nothing_is_left_of_an_unpacking_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    write_parquet(rows(5), tmp_path / "t.parquet", {})
+
+    def full(file: object, sink: pa.NativeFile) -> None:
+        sink.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_unpack", full)
+    with pytest.raises(ValueError, match=r"data\.cache_dir: cannot unpack .*No space left"):
+        RowStore([tmp_path / "t.parquet"], tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_files_of_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BATCH_ROWS", 8)
+    write_parquet(rows(20), tmp_path / "t.parquet", {})
+    table = pq.read_table(tmp_path / "t.parquet")
+    table = table.set_column(0, "data_source", table.column("data_source").dictionary_encode())
+    pq.write_table(table.append_column("more", pa.array(range(20))), tmp_path / "t.parquet", row_group_size=3)
+    both = RowStore([tmp_path / "t.parquet"], tmp_path / "cache")
+    assert [both[i] for i in range(20)] == read_parquet(tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="no such file"):
+        RowStore([tmp_path / "nothing.parquet"])
+
+
+def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
+    """400,000 rows, 160 MB unpacked: touching 500 of them all over keeps the process's own memory flat."""
+    schema = pa.schema(
+        [
+            ("data_source", pa.string()),
+            ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
+            ("reward_model", pa.struct([("ground_truth", pa.string())])),
+        ]
+    )
+    with pq.ParquetWriter(tmp_path / "t.parquet", schema) as writer:
+        for start in range(0, 400_000, 50_000):
+            prompts = [[{"content": f"{i} " + "x" * 350, "role": "user"}] for i in range(start, start + 50_000)]
+            truths = [{"ground_truth": str(i)} for i in range(start, start + 50_000)]
+            columns = {"data_source": ["mine"] * 50_000, "prompt": prompts, "reward_model": truths}
+            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+    code = (
+        "import sys, random\n"
+        "from rlhf3d.data.store import RowStore\n"
+        "def own():\n"
+        "    return sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Anonymous'))\n"
+        "before = own()\n"
+        "store = RowStore([sys.argv[1]], sys.argv[2])\n"
+        "for i in random.Random(0).sample(range(len(store)), 500):\n"
+        "    assert store[i].reward_model['ground_truth'] == str(i)\n"
+        "print(own() - before)\n"
+    )
+    for _ in range(2):  # unpacking, then from the cache
+        command = [sys.executable, "-c", code, str(tmp_path / "t.parquet"), str(tmp_path / "cache")]
+        environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        grown_mb = int(done.stdout) / 1024
+        assert grown_mb < 80
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000])
+def test_a_keyed_permutation_serves_each_row_once(count: int) -> None:
+    numbers = range(100, 100 + count)
+    served = list(KeyedPermutation(numbers, "0:0"))
+    assert sorted(served) == list(numbers)
+    assert served == list(KeyedPermutation(numbers, "0:0"))
+    if count > 10:
+        assert served != list(numbers) and served != list(KeyedPermutation(numbers, "0:1"))
+        late = sum(served[i] > served[i - 1] for i in range(1, count))  # neither rising nor falling
+        assert 0.3 < late / count < 0.7
+
+
+def test_large_sets_are_shuffled_without_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(make_order(range(10), "0:0", True), list)
+    monkeypatch.setattr(order, "LISTED", 9)
+    large = make_order(range(10), "0:0", True)
+    assert isinstance(large, KeyedPermutation) and sorted(large) == list(range(10))
+    huge = make_order(range(50_000_000), "0:0", True)
+    assert len({huge[i] for i in range(1000)}) == 1000
+    assert make_order(range(10), "0:0", False) == range(10)
