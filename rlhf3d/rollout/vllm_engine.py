@@ -1,7 +1,8 @@
 """vLLM behind the rollout interface: one tensor-parallel rank of an engine, in this process.
 
 Invariant: an engine serves only weights that were verified, loaded and published in this process; from the start of
-an update until `publish` it refuses to generate. It starts from dummy weights, so nothing else could be served.
+an update until `publish` it refuses to generate. It starts from dummy weights, so nothing else could be served; or, for
+evaluation, from those of the model folder, which are policy 0.
 
 The ranks of an engine are equals: each schedules the same requests and gets the same completions (vLLM's
 external_launcher), so all must get the same calls in the same order. Any process can be a rank, so a rank can be put on
@@ -42,8 +43,9 @@ class VLLMEngine:
         seed: int = 0,
         platform_kind: str = "cpu",
         gpu_memory_utilization: float = 0.5,
+        load_weights: bool = False,
     ) -> None:
-        """`model_path` gives architecture and end-of-sequence tokens; its weights are not read.
+        """`model_path` gives architecture and end-of-sequence tokens; its weights are read where `load_weights` says so.
 
         `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
@@ -78,7 +80,7 @@ class VLLMEngine:
         self._llm = LLM(
             str(model_path),
             dtype=dtype,
-            load_format="dummy",
+            load_format="auto" if load_weights else "dummy",
             skip_tokenizer_init=True,
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
@@ -91,6 +93,8 @@ class VLLMEngine:
             worker_extension_cls=WORKER_EXTENSION,
             **memory,
         )
+        if load_weights:
+            self._loaded_version = self._policy_version = 0
         if meeting is not None:
             _forget_shared_memory(meeting[1])
 
