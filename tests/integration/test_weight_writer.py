@@ -104,6 +104,8 @@ class Rig:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "0", dtype=torch.float32).eval()
         self.engine = engine or {}
         child.submit(start_engine, folder / "0", dtype, **self.engine).result()
+        for path in self.rpc("shared_memory")[0]:  # goes with its processes, now that all have opened it
+            os.unlink(path)
 
     def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return self.child.submit(rpc, method, self.spec, *args, **kwargs).result()

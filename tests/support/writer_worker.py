@@ -64,6 +64,11 @@ class WriterWorker:
         live = [name for name in names if self._writer.in_place(name) is not None]
         return live, [name for name in names if name not in live]
 
+    def shared_memory(self, spec: ModelSpec) -> list[str]:
+        """Files that this worker shares with the other ranks, and that vLLM leaves behind when it ends."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sorted({line.split()[-1] for line in lines if "/dev/shm/" in line and "cpushm" in line})
+
     def row_sums(self, spec: ModelSpec, name: str) -> list[float]:
         """Sum of absolute values of each row of a live parameter."""
         live = self._writer.in_place(name)
