@@ -62,6 +62,21 @@ def test_good_configuration_passes() -> None:
             "actor.ppo_micro_batch_size_per_gpu = 8 makes 2 micro-batches a rank; interleaving "
             "(actor.layout.vpp = 2) needs a multiple of actor.layout.pp = 4",
         ),
+        (
+            ["actor.use_dynamic_bsz=true", "actor.ppo_max_token_len_per_gpu=1023"],
+            "actor.ppo_max_token_len_per_gpu = 1023: below the longest sequence, data.max_prompt_length 512 + "
+            "data.max_response_length 512 = 1024 tokens; set 1024 or more",
+        ),
+        (
+            [
+                "actor.layout={tp: 3, sequence_parallel: true}",
+                "critic.use_dynamic_bsz=true",
+                "critic.ppo_max_token_len_per_gpu=1024",
+            ],
+            "critic.ppo_max_token_len_per_gpu = 1024: below the longest sequence, data.max_prompt_length 512 + "
+            "data.max_response_length 512, rounded up to a multiple of actor.layout.tp = 3 = 1026 tokens; "
+            "set 1026 or more",
+        ),
         (["actor.layout.vpp=2"], "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null"),
         (
             ["actor.layout.sequence_parallel=true"],
@@ -160,6 +175,12 @@ def test_a_users_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     broken.write_text("import nothing_of_this_name\n")
     (problem,) = check(make(f"algorithm.custom_path={broken}"))
     assert problem.startswith(f"algorithm.custom_path = {broken}: ModuleNotFoundError")
+
+
+def test_a_token_budget_needs_no_divisible_counts() -> None:
+    sizes = ("actor.layout={pp: 2, dp: 3, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=5")
+    assert len(check(make(*sizes))) == 1
+    assert check(make(*sizes, "actor.use_dynamic_bsz=true")) == []
 
 
 def test_every_number_has_a_range() -> None:

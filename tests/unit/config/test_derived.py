@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import derive, summary_lines
 from rlhf3d.config.schema import (
     ActorConfig,
@@ -14,6 +15,7 @@ from rlhf3d.config.schema import (
     CriticConfig,
     DataConfig,
     LayoutConfig,
+    ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
@@ -51,6 +53,22 @@ def test_counts_by_hand() -> None:
     assert derived.critic is not None
     assert (derived.critic.mini_batches, derived.critic.micro_batches_per_rank) == (1, 12)
     assert derived.critic.optimizer_steps_per_step == 2, "epochs are the actor's where none are given"
+
+
+def test_micro_batches_of_the_critic_are_the_actors_unless_given() -> None:
+    layout = LayoutConfig(tp=2, sequence_parallel=True)
+    actor = ActorConfig(layout=layout, use_dynamic_bsz=True, ppo_max_token_len_per_gpu=4096)
+    config = Config(actor=actor, model=ModelConfig(use_remove_padding=True))
+    derived = derive(config)
+    assert derived.critic is not None
+    assert derived.actor.micro_batching == derived.critic.micro_batching == MicroBatching(4, 4096, True, 2)
+    assert derived.actor.micro_batches_per_rank is None
+    assert "micro-batches of at most 4096 tokens, packed" in "\n".join(summary_lines(config, derived))
+    budget = derive(replace(config, critic=CriticConfig(ppo_max_token_len_per_gpu=8192))).critic
+    fixed = derive(replace(config, critic=CriticConfig(use_dynamic_bsz=False, ppo_micro_batch_size_per_gpu=8))).critic
+    assert budget is not None and budget.micro_batching == MicroBatching(4, 8192, True, 2)
+    assert fixed is not None and fixed.micro_batching == MicroBatching(8, None, True, 2)
+    assert fixed.micro_batches_per_rank == 8
 
 
 def test_no_critic_without_values() -> None:
