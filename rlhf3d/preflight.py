@@ -127,6 +127,11 @@ def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: 
     engine = CPU_ENGINE_GIB * config.rollout.tensor_parallel_size + 2 * footprint.weights_gib
     engines = config.rollout.engines * (engine + config.rollout.kv_cache_gib)
     problems = _compare_memory(machine, training + engines)
+    if config.rollout.expert_parallel and config.rollout.tensor_parallel_size > 1:
+        problems.append(
+            f"rollout.expert_parallel with rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: "
+            "vLLM's CPU kernel ignores which experts a rank has, and crashes; set it to false on CPU"
+        )
     return problems + _compare_shared_memory(machine, SHARED_MEMORY_GIB + _sync_gib(config))
 
 

@@ -35,6 +35,7 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         rank: int = 0,
         meeting: tuple[str, int] | None = None,
+        expert_parallel: bool = False,
         max_model_len: int = 1024,
         max_num_seqs: int = 64,
         kv_cache_gib: float = 1.0,
@@ -45,7 +46,7 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.5,
         load_weights: bool = False,
     ) -> None:
-        """`model_path` gives architecture and end-of-sequence tokens; its weights are read where `load_weights` says so.
+        """`model_path` gives architecture and end-of-sequence tokens; its weights are read if `load_weights`.
 
         `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
@@ -70,7 +71,8 @@ class VLLMEngine:
         memory: dict[str, Any] = (
             {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
             if on_cpu
-            else {"gpu_memory_utilization": gpu_memory_utilization}
+            # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
+            else {"gpu_memory_utilization": gpu_memory_utilization, "moe_backend": "triton"}
         )
         self._params = SamplingParams
         self._max_model_len = max_model_len
@@ -84,6 +86,7 @@ class VLLMEngine:
             skip_tokenizer_init=True,
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
+            enable_expert_parallel=expert_parallel,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,

@@ -151,6 +151,7 @@ def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
         "model_path": os.path.abspath(config.model.path),
         "dtype": rollout.dtype,
         "tensor_parallel_size": rollout.tensor_parallel_size,
+        "expert_parallel": rollout.expert_parallel,
         "max_model_len": config.data.max_prompt_length + config.data.max_response_length,
         "max_num_seqs": rollout.max_num_seqs,
         "kv_cache_gib": rollout.kv_cache_gib,
