@@ -38,6 +38,7 @@ class Group:
         timeout = timedelta(seconds=timeout_s)
         store = dist.TCPStore(address, port, len(names), is_master=rank == 0, timeout=timeout)
         self._store = store
+        self._lost: str | None = None
         if backend == "gloo":
             self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
         else:
@@ -47,8 +48,11 @@ class Group:
         """Start to send and to receive (tensor, peer); the works in that order.
 
         Messages must stay as they are until `finish`. NCCL takes both directions in one group: one after the other,
-        two processes that send to each other would each wait for the other to receive.
+        two processes that send to each other would each wait for the other to receive. After a message was lost the
+        group refuses all others: a peer would take the next for the lost one.
         """
+        if self._lost:
+            raise SyncError(self._lost)
         if self._backend != "nccl" or not (sends and receives):
             return self._start(sends, receives)
         device = sends[0][0].device
@@ -67,7 +71,7 @@ class Group:
         try:
             return start([message], peer, 0)
         except RuntimeError as error:
-            raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
+            raise self._lose(what, peer, f": {error}") from error
 
     def finish(self, work: Any, peer: int, what: str, deadline: float) -> None:
         """Wait for a started message. Raises SyncError that names the peer."""
@@ -76,13 +80,15 @@ class Group:
             done = left_s > 0 and work.wait(timedelta(seconds=left_s))
         except RuntimeError as error:
             if time.monotonic() < deadline - _CLOCK_S:
-                raise SyncError(f"sync_weights: {what} {self.names[peer]}: {error}") from error
+                raise self._lose(what, peer, f": {error}") from error
             done = False  # gloo raises at a deadline too
         if not done:
-            raise SyncError(
-                f"sync_weights: {what} {self.names[peer]} did not end in time; raise rollout.sync_timeout_s if the "
-                "weights are really that large, or look into logs/"
-            )
+            remedy = "raise rollout.sync_timeout_s if the weights are really that large, or look into logs/"
+            raise self._lose(what, peer, f" did not end in time; {remedy}")
+
+    def _lose(self, what: str, peer: int, how: str) -> SyncError:
+        self._lost = f"sync_weights: {what} {self.names[peer]}{how}"
+        return SyncError(self._lost)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from support.weights import LLAMA, QWEN2, QWEN3_MOE, Params, cut, numbered_tenso
 
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.boxes import volume
+from rlhf3d.resharding.messages import Group
 from rlhf3d.resharding.receiving import Arrival, RingInbox, WeightReceiver
 from rlhf3d.resharding.ring import SyncError
 from rlhf3d.resharding.sending import SendReport, WeightSender
@@ -366,3 +369,85 @@ def test_processes_with_different_plans_do_not_talk(streams: list[Stream]) -> No
     for changes in ({"bucket_bytes": 1001}, {"engines": 2}, {"spec": replace(LLAMA, rope_theta=5.0)}):
         with pytest.raises(SyncError, match="made for another plan"):
             RingInbox(replace(stream.setup, **changes), 0)
+
+
+class Backend:
+    """Stands for a process group: `wait` of a work returns or raises what it is told to, after `seconds`."""
+
+    def __init__(
+        self, result: bool | RuntimeError = True, seconds: float = 0.0, start: RuntimeError | None = None
+    ) -> None:
+        self.result, self.seconds, self.start, self.calls = result, seconds, start, list[str]()
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Backend:
+        self.calls.append(f"send {peer}")
+        if self.start:
+            raise self.start
+        return self
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Backend:
+        self.calls.append(f"recv {peer}")
+        return self
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self.calls.append("[")
+
+    def _end_coalescing(self, device: torch.device) -> Backend:
+        self.calls.append("]")
+        return self
+
+    def wait(self, timeout: timedelta) -> bool:
+        assert timeout.total_seconds() > 0
+        time.sleep(self.seconds)
+        if isinstance(self.result, RuntimeError):
+            raise self.result
+        return self.result
+
+
+def make_group(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: str = "gloo") -> Group:
+    for kind in ("ProcessGroupGloo", "ProcessGroupNCCL", "TCPStore"):
+        monkeypatch.setattr(torch.distributed, kind, lambda *args, **kwargs: backend, raising=False)
+    return Group(name, 0, ["training rank 0", "training rank 1", "engine 0 rank 0"], "127.0.0.1", 1, 1.0)
+
+
+MESSAGE = torch.zeros(4, dtype=torch.uint8)
+GONE = RuntimeError("Connection closed by peer")
+
+
+def test_a_peer_gone_before_a_message_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(monkeypatch, Backend(start=GONE))
+    for _ in range(2):
+        with pytest.raises(SyncError, match=r"^sync_weights: a message to engine 0 rank 0: Connection closed by peer$"):
+            group.exchange([(MESSAGE, 2)], [])
+
+
+@pytest.mark.parametrize(
+    ("backend", "how"),
+    [
+        (Backend(GONE), ": Connection closed by peer"),
+        (Backend(RuntimeError("Timed out"), seconds=0.11), " did not end in time; raise rollout.sync_timeout_s"),
+        (Backend(False), " did not end in time; raise rollout.sync_timeout_s"),
+    ],
+    ids=["gone", "late, as gloo says it", "late"],
+)
+def test_a_lost_message_ends_the_group(backend: Backend, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(monkeypatch, backend)
+    (work,) = group.exchange([], [(MESSAGE, 1)])
+    with pytest.raises(SyncError) as lost:
+        group.finish(work, 1, "a message from", time.monotonic() + 0.1)
+    assert str(lost.value).startswith(f"sync_weights: a message from training rank 1{how}")
+    with pytest.raises(SyncError) as again:
+        group.exchange([(MESSAGE, 2)], [])
+    assert str(again.value) == str(lost.value) and backend.calls == ["recv 1"]
+
+
+def test_a_deadline_that_has_passed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(monkeypatch, Backend(RuntimeError("waited")))
+    with pytest.raises(SyncError, match="a message from training rank 1 did not end in time"):
+        group.finish(group.exchange([], [(MESSAGE, 1)])[0], 1, "a message from", time.monotonic())
+
+
+def test_nccl_starts_both_directions_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend()
+    works = make_group(monkeypatch, backend, "nccl").exchange([(MESSAGE, 1), (MESSAGE, 2)], [(MESSAGE, 1)])
+    assert works == [backend] * 3 and backend.calls == ["[", "send 1", "send 2", "recv 1", "]"]
