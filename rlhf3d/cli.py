@@ -191,6 +191,80 @@ def data_check(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint (checkpoints/step_N) or run.")],
+    data: Annotated[list[Path], typer.Argument(help="Parquet files of prompts.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default evaluations/MODEL-DATA.")] = None,
+    greedy: Annotated[bool, typer.Option(help="Evaluate greedy decoding.")] = True,
+    n: Annotated[int, typer.Option(help="Also sample so many completions a prompt.")] = 0,
+    k: Annotated[list[int] | None, typer.Option("-k", help="pass@k and maj@k; default 1, 2, 4 … n.")] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the samples.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 1024,
+    max_prompt_length: Annotated[int, typer.Option(help="Longest prompt, tokens.")] = 1024,
+    overlong: Annotated[str, typer.Option(help="Longer prompts: error, filter, truncate_left, truncate_right.")] = "error",
+    limit: Annotated[int, typer.Option(help="Only the first so many prompts; -1 for all.")] = -1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "flexible",
+    scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts generated, scored and saved at a time.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of vLLM; default all cores.")] = None,
+    kv_cache_gib: Annotated[float, typer.Option(help="KV cache on CPU, GiB.")] = 1.0,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory.")] = 0.9,
+    workers: Annotated[int, typer.Option(help="Scoring processes.")] = 1,
+    restart: Annotated[bool, typer.Option("--restart", help="Replace what --output holds of an evaluation.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on prompt files: mean@n with intervals, pass@k, maj@k by source, level and type.
+
+    Continues where it was interrupted; every generation is a line of OUTPUT/generations.jsonl.
+    """
+    import json
+
+    from rich.console import Console
+
+    from rlhf3d.evaluation.engine import EngineOptions, engine_maker
+    from rlhf3d.evaluation.run import EvaluationSettings, find_model
+    from rlhf3d.evaluation.run import evaluate as run
+    from rlhf3d.evaluation.view import render
+
+    folder = find_model(model)
+    settings = EvaluationSettings(
+        greedy=greedy,
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        max_prompt_length=max_prompt_length,
+        max_tokens=max_tokens,
+        overlong=overlong,
+        limit=limit,
+        seed=seed,
+        method=method,
+        scorers=dict(pair.rpartition("=")[::2] for pair in scorer or ()),
+    )
+    options = EngineOptions(dtype, max_num_seqs, threads, kv_cache_gib, gpu_memory_utilization)
+    name = "-".join([model.resolve().name, *(path.resolve().parent.name for path in data)])
+    report = run(
+        folder,
+        data,
+        output or Path("evaluations") / name,
+        settings,
+        engine_maker(folder, max_prompt_length + max_tokens, seed, options),
+        ks=k,
+        batch=batch,
+        workers=workers,
+        restart=restart,
+        progress=lambda mode, done, of: typer.echo(f"{mode} {done}/{of}", err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        Console().print(render(report))
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show platform, versions, patches and memory, and what is missing with the command that mends it."""
     from rlhf3d.doctor import diagnose, render, to_json

@@ -115,6 +115,10 @@ class PromptDataset(Sequence[Prompt]):
         """The row behind a prompt, not tokenised."""
         return self._store[self._kept[index]]
 
+    def number(self, index: int) -> int:
+        """Number of a prompt's row, counted through all the files (`Prompt.index`)."""
+        return self._kept[index]
+
     def sample(self, count: int) -> list[PromptRow]:
         """At most `count` rows, evenly spread over the set."""
         step = max(1, -(-len(self) // count))

@@ -1,0 +1,166 @@
+"""An evaluation with a scripted engine: what is written, what is continued, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.tiny_models import make_tiny_model
+
+from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.evaluation.records import Generation, read_generations, results
+from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
+from rlhf3d.evaluation.view import render
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+
+SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method="strict")
+
+
+class ScriptedEngine:
+    """Answers `#### 4` greedily, and 4, 5, 4, or nothing by turns when sampled; fails after `calls` calls."""
+
+    def __init__(self, tokenizer: object, calls: int = 1000) -> None:
+        self.tokenizer, self.calls = tokenizer, calls
+        self.seen: list[tuple[bool, int]] = []
+        self.closed = False
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        if not self.calls:
+            raise RuntimeError("the power went")
+        self.calls -= 1
+        texts = ["#### 4", "so #### 5", "#### 4", "no idea"]
+        made = []
+        for request in requests:
+            self.seen.append((sampling.greedy, request.seed))
+            text = texts[0] if sampling.greedy else texts[request.seed % 4]
+            ids = tuple(self.tokenizer(text)["input_ids"])  # type: ignore[operator]
+            made.append(Completion(ids, (0.0,) * len(ids), "length" if text == texts[3] else "stop", 0))
+        return made
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> object:
+    from rlhf3d.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def write(folder: Path, truths: Sequence[str]) -> Path:
+    rows = [
+        PromptRow(
+            "openai/gsm8k",
+            [{"role": "user", "content": f"question {i}"}],
+            "math",
+            {"ground_truth": truth},
+            {"level": f"Level {i % 2}"},
+        )
+        for i, truth in enumerate(truths)
+    ]
+    write_parquet(rows, folder / "test.parquet", {})
+    return folder / "test.parquet"
+
+
+def never() -> ScriptedEngine:
+    raise AssertionError("nothing is left to generate")
+
+
+def test_it_writes_generations_and_figures(tmp_path: Path, model: Path, tokenizer: object) -> None:
+    data, output = write(tmp_path, ["4", "5", "4"]), tmp_path / "out"
+    engine = ScriptedEngine(tokenizer)
+    steps: list[tuple[str, int, int]] = []
+    report = evaluate(
+        model, [data], output, SETTINGS, lambda: engine, batch=2, progress=lambda *step: steps.append(step)
+    )
+    assert engine.closed and steps == [("greedy", 2, 3), ("greedy", 3, 3), ("sampled", 8, 12), ("sampled", 12, 12)]
+    assert report["greedy"]["by"]["openai/gsm8k"]["mean@1"] == pytest.approx(2 / 3)
+    assert set(report["greedy"]["by"]) == {"openai/gsm8k", "openai/gsm8k level=Level 0", "openai/gsm8k level=Level 1"}
+    assert report["greedy"]["by"]["openai/gsm8k level=Level 0"]["mean@1"] == 1.0
+    generations = read_generations(output)
+    assert len(generations) == 3 + 12 and len(set(engine.seen)) == 3 + 12
+    sampled = [g for g in generations if g.mode == "sampled"]
+    assert {g.outcome for g in sampled} == {"scored", "unparsable"}
+    assert report["sampled"]["outcomes"]["unparsable"] == sum(g.answer is None for g in sampled)
+    assert report["sampled"]["truncated"] == sum(g.response == "no idea" for g in sampled)
+    by_hand = sum(g.answer == g.ground_truth for g in sampled) / 12
+    assert report["sampled"]["by"]["openai/gsm8k"]["mean@4"] == pytest.approx(by_hand)
+    assert json.loads((output / "results.json").read_text()) == report
+    assert "openai/gsm8k" in str(render(report).renderables[1].columns[0]._cells)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_one_that_was_cut_off_continues_to_the_same_end(
+    tmp_path: Path, model: Path, tokenizer: object, calls: int
+) -> None:
+    data = write(tmp_path, ["4", "5", "4"])
+
+    def run(output: str, make: Callable[[], ScriptedEngine]) -> dict[str, object]:
+        return evaluate(model, [data], tmp_path / output, SETTINGS, make, batch=2)
+
+    whole = run("whole", lambda: ScriptedEngine(tokenizer))
+    with pytest.raises(RuntimeError, match="the power went"):
+        run("cut", lambda: ScriptedEngine(tokenizer, calls))
+    if calls:
+        with (tmp_path / "cut" / "generations.jsonl").open("a") as file:
+            file.write('{"mode": "greedy", "ind')
+    again, kept = ScriptedEngine(tokenizer), len(read_generations(tmp_path / "cut"))
+    assert kept == [0, 2, 3, 11][calls]
+    assert run("cut", lambda: again) == whole
+    assert len(again.seen) == 15 - kept
+    assert read_generations(tmp_path / "cut") == read_generations(tmp_path / "whole")
+    assert run("cut", never) == whole
+
+
+def test_other_evaluations_and_other_files_are_not_overwritten(tmp_path: Path, model: Path, tokenizer: object) -> None:
+    data, output = write(tmp_path, ["4"]), tmp_path / "out"
+    settings = replace(SETTINGS, n=0)
+    evaluate(model, [data], output, settings, lambda: ScriptedEngine(tokenizer))
+    with pytest.raises(ValueError, match=r"another evaluation \(temperature, method differ\)"):
+        evaluate(model, [data], output, replace(settings, temperature=0.5, method="flexible"), never)
+    with pytest.raises(ValueError, match=r"another evaluation \(prompts differ\)"):
+        evaluate(model, [write(tmp_path, ["5"])], output, settings, never)
+    evaluate(model, [data], output, settings, lambda: ScriptedEngine(tokenizer), restart=True)
+    assert read_generations(output)[0].score == 0.0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="files that are no evaluation"):
+        evaluate(model, [data], tmp_path / "mine", settings, never, restart=True)
+
+
+def test_mistakes_are_named(tmp_path: Path, model: Path) -> None:
+    data = write(tmp_path, ["4"])
+    with pytest.raises(ValueError, match="--n 0: must be"):
+        evaluate(model, [data], tmp_path / "out", EvaluationSettings(greedy=False), never)
+    with pytest.raises(ValueError, match=r"= 2048 tokens, more than the model's window of 1024"):
+        evaluate(model, [data], tmp_path / "out", EvaluationSettings(), never)
+    with pytest.raises(ValueError, match="no model at"):
+        find_model(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_found_and_told_apart(tmp_path: Path, model: Path) -> None:
+    assert find_model(model) == model
+    for step in (2, 10):
+        make_tiny_model(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf", seed=step)
+    assert find_model(tmp_path / "run").parent.name == "step_10"
+    assert find_model(tmp_path / "run" / "checkpoints" / "step_2").name == "hf"
+    digests = {model_digest(find_model(tmp_path / "run" / "checkpoints" / f"step_{step}")) for step in (2, 10)}
+    assert len({model_digest(model), *digests}) == 3
+
+
+def test_equal_answers_vote_together() -> None:
+    base = Generation("sampled", 0, 0, "m", "?", "", "1/2", "\\frac12", 1.0, "scored", 3, "stop")
+    other = [replace(base, sample=1, answer="1/2"), replace(base, sample=2, answer="3", score=0.0)]
+    last = replace(base, sample=3, answer="3", score=0.0, outcome="timeout")
+    figures = results([base, *other, last])["sampled"]["by"]["m"]
+    assert figures["maj@4"] == 1.0 and figures["mean@4"] == 0.5
