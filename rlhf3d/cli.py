@@ -202,7 +202,9 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 1024,
     max_prompt_length: Annotated[int, typer.Option(help="Longest prompt, tokens.")] = 1024,
-    overlong: Annotated[str, typer.Option(help="Longer prompts: error, filter, truncate_left, truncate_right.")] = "error",
+    overlong: Annotated[
+        str, typer.Option(help="Longer prompts: error, filter, truncate_left, truncate_right.")
+    ] = "error",
     limit: Annotated[int, typer.Option(help="Only the first so many prompts; -1 for all.")] = -1,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "flexible",
