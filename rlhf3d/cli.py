@@ -267,6 +267,37 @@ def evaluate(
 
 
 @app.command()
+def samples(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir) or of an evaluation.")],
+    step: Annotated[int | None, typer.Option(help="Step of the run; default the last.")] = None,
+    kind: Annotated[str | None, typer.Option(help="train (default of a run), greedy or sampled.")] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only answers that are wrong.")] = False,
+    right: Annotated[bool, typer.Option("--right", help="Only answers that are right.")] = False,
+    unparsable: Annotated[bool, typer.Option("--unparsable", help="Only completions without an answer.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only those whose scoring failed or timed out.")] = False,
+    truncated: Annotated[bool, typer.Option("--truncated", help="Only those cut off at the limit.")] = False,
+    contains: Annotated[str, typer.Option(help="Only those with this text in prompt or completion.")] = "",
+    limit: Annotated[int, typer.Option(help="Show at most so many.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show generations with their scores."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from rlhf3d.evaluation.browse import Filter, load, render
+
+    title, found = load(run, step, kind)
+    wanted = Filter(wrong, right, unparsable, failed, truncated, contains)
+    if as_json:
+        for sample in [sample for sample in found if wanted.keeps(sample)][:limit]:
+            typer.echo(json.dumps(asdict(sample)))
+    else:
+        Console(highlight=False).print(render(title, found, wanted, limit))
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show platform, versions, patches and memory, and what is missing with the command that mends it."""
     from rlhf3d.doctor import diagnose, render, to_json

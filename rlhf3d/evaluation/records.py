@@ -55,14 +55,14 @@ class Generation:
         return None if self.answer is None or self.outcome != "scored" else normalise(self.answer)
 
 
-def read_generations(folder: Path) -> list[Generation]:
-    """The complete generations of an evaluation, an incomplete last line cut off the file."""
+def read_generations(folder: Path, repair: bool = True) -> list[Generation]:
+    """The complete generations of an evaluation; `repair` cuts an incomplete last line off the file."""
     path = folder / GENERATIONS_FILE
     if not path.is_file():
         return []
     text = path.read_bytes()
     whole = text.rfind(b"\n") + 1
-    if whole < len(text):
+    if repair and whole < len(text):
         os.truncate(path, whole)
     return [Generation(**json.loads(line)) for line in text[:whole].split(b"\n") if line]
 

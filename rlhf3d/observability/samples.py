@@ -49,7 +49,8 @@ def write_samples(output_dir: str | Path, step: int, samples: Iterable[Sample], 
     path = samples_path(output_dir, step, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON reads it back from.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
     os.replace(partial, path)
     return path

@@ -15,7 +15,7 @@ from rlhf3d.observability.samples import (
     write_samples,
 )
 
-SAMPLE = Sample("2+3?", "It is\n5\u2028 \u00e9\x1b[31m", "5", 1.0, "scored", 7, "stop", 3)
+SAMPLE = Sample("2+3?", "It is\n5\u2028 \u00e9\x1b[31m\ud800", "5", 1.0, "scored", 7, "stop", 3)
 
 
 def test_round_trip(tmp_path: Path) -> None:
