@@ -25,6 +25,7 @@ from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived
 from rlhf3d.config.schema import Config
 from rlhf3d.data.loader import Prompt, PromptDataset, PromptLoader
+from rlhf3d.evaluation.validation import validation_metrics
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
 from rlhf3d.observability.samples import Kind, write_samples
@@ -279,7 +280,7 @@ class PPOTrainer:
         return metrics
 
     def _accuracy(self, step: int, kind: Kind, sampling: SamplingSettings, n: int) -> dict[str, float]:
-        """Mean score by data source, as `val-core/<source>/acc/<kind>`."""
+        """Accuracy by data source, as `val-core/<source>/acc/<kind>`, with its interval, pass@k and maj@k."""
         prompts: list[Prompt] = list(self.parts.val)
         # A fixed step number: the same seeds at every validation, so that points differ by the policy alone.
         requests = make_requests(prompts, n, self.config.trainer.seed, step=0)
@@ -288,11 +289,7 @@ class PPOTrainer:
         scores = self.parts.scoring.score_batch(experience.score_items())
         check_outcomes(scores, self.config.reward.max_error_rate)
         write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
-        by_source: dict[str, list[float]] = {}
-        for prompt, score in zip(experience.prompts, scores, strict=True):
-            by_source.setdefault(prompt.data_source, []).append(score.accuracy)
-        metrics = {f"val-core/{source}/acc/{kind}": sum(v) / len(v) for source, v in by_source.items()}
-        return metrics | {f"val-aux/{source}/num_prompts": len(v) / n for source, v in by_source.items()}
+        return validation_metrics([p.data_source for p in experience.prompts], scores, n, kind)
 
     def save_checkpoint(self, step: int) -> None:
         """Everything a resume needs, and the actor as an HF folder."""

@@ -1,0 +1,37 @@
+"""What a training step reports of held-out answers is what `rlhf3d evaluate` would."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf3d.evaluation.metrics import interval
+from rlhf3d.evaluation.validation import validation_metrics
+from rlhf3d.rewards.scoring import Outcome, Score
+
+
+def score(value: float, answer: str | None, **extra: float) -> Score:
+    outcome = Outcome.UNPARSABLE if answer is None else Outcome.SCORED
+    return Score(value, outcome, {"answer": answer, **extra})
+
+
+def test_figures_by_source() -> None:
+    sources = ["a"] * 4 + ["b"] * 2
+    scores = [score(1, "4"), score(0, "5"), score(0, "5"), score(1, "4.0"), score(0, None), score(1, "\\frac12")]
+    figures = validation_metrics(sources, scores, 2, "sampled")
+    assert figures["val-core/a/acc/sampled"] == 0.5 and figures["val-core/b/acc/sampled"] == 0.5
+    assert (figures["val-aux/a/num_prompts"], figures["val-aux/b/num_prompts"]) == (2, 1)
+    assert figures["val-aux/a/acc/sampled/pass@2"] == 1.0 and figures["val-aux/a/acc/sampled/maj@2"] == 0.5
+    assert figures["val-aux/b/acc/sampled/maj@2"] == 1.0
+    bounds = figures["val-aux/a/acc/sampled/ci_low"], figures["val-aux/a/acc/sampled/ci_high"]
+    assert bounds == pytest.approx(interval([0.5, 0.5]))
+
+
+def test_accuracy_leaves_the_other_parts_of_the_reward_out() -> None:
+    figures = validation_metrics(["a", "a"], [score(1.2, "4", acc=1.0), score(0.2, "5", acc=0.0)], 1, "greedy")
+    assert figures["val-core/a/acc/greedy"] == 0.5
+    assert set(figures) == {
+        "val-core/a/acc/greedy",
+        "val-aux/a/num_prompts",
+        "val-aux/a/acc/greedy/ci_low",
+        "val-aux/a/acc/greedy/ci_high",
+    }
