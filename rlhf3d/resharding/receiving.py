@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -80,7 +80,7 @@ class RingInbox:
 
 
 class MessageInbox:
-    """Buckets put together from messages."""
+    """Buckets put together from messages; while one is read the next is on its way."""
 
     def __init__(self, setup: SyncSetup, dst: int, group: Group, device: torch.device) -> None:
         self.group, self.dtype = group, getattr(torch, setup.dtype)
@@ -89,22 +89,36 @@ class MessageInbox:
             [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)] for sender in self.senders
         ]
         longest = [max(layout.num_bytes for layout in layouts) for layouts in self.layouts]
-        self.messages = [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
+        self.messages = [[torch.empty(size, dtype=torch.uint8, device=device) for size in longest] for _ in range(2)]
+        self.rounds = len(setup.buckets(dst))
+        self._coming: list[tuple[Any, int, MessageLayout, torch.Tensor]] = []
         self.slot = torch.empty(
             max(bucket.num_bytes for bucket in setup.buckets(dst)), dtype=torch.uint8, device=device
         )
 
     def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
-        layouts = [layouts[number] for layouts in self.layouts]
-        parts = [whole[: layout.num_bytes] for whole, layout in zip(self.messages, layouts, strict=True)]
-        works = self.group.exchange([], list(zip(parts, self.senders, strict=True)))
+        if number == 0:
+            self._coming = self._start(0)
+        coming, self._coming = self._coming, self._start(number + 1)
         arrivals: list[Arrival] = []
-        for work, sender, layout, message in zip(works, self.senders, layouts, parts, strict=True):
+        for work, sender, layout, message in coming:
             self.group.finish(work, sender, "a message from", deadline)
             for i, (copy, row) in enumerate(zip(layout.copies, layout.table(message).tolist(), strict=True)):
                 view_in(self.slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
                 arrivals.append((copy, row[0], row[1]))
         return self.slot, arrivals
+
+    def _start(self, number: int) -> list[tuple[Any, int, MessageLayout, torch.Tensor]]:
+        """Start to receive a bucket's messages."""
+        if number == self.rounds:
+            return []
+        coming = [
+            (sender, layouts[number], whole[: layouts[number].num_bytes])
+            for sender, layouts, whole in zip(self.senders, self.layouts, self.messages[number % 2], strict=True)
+            if layouts[number].copies
+        ]
+        works = self.group.exchange([], [(message, sender) for sender, _, message in coming])
+        return [(work, *rest) for work, rest in zip(works, coming, strict=True)]
 
     def done(self, number: int, sync: int) -> None:
         """Messages own their memory."""
