@@ -1,7 +1,8 @@
 """Weights between processes that share no memory: one message a (sender, receiver, bucket), gloo or NCCL.
 
 Invariant: a message holds the blocks of its bucket and their (policy version, fingerprint), as the sender computed
-them; messages of a pair arrive in the order of buckets; each wait has a deadline that names who is waited for.
+them, and there is none where a sender has no block in a bucket; messages of a pair arrive in the order of buckets;
+each wait has a deadline that names who is waited for.
 """
 
 from __future__ import annotations
@@ -43,22 +44,24 @@ class Group:
             self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
         else:
             self._group = dist.ProcessGroupNCCL(store, rank, len(names))
+            # One communicator for all messages: else a lone message takes one of its pair's, where its peer's message,
+            # grouped with others, does not arrive.
+            self._group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
 
     def exchange(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
         """Start to send and to receive (tensor, peer); the works in that order.
 
-        Messages must stay as they are until `finish`. NCCL takes both directions in one group: one after the other,
-        two processes that send to each other would each wait for the other to receive. After a message was lost the
+        Messages must stay as they are until `finish`. NCCL takes them as one group: one after the other, two processes
+        that send to each other would each wait for the other to receive. After a message was lost the
         group refuses all others: a peer would take the next for the lost one.
         """
         if self._lost:
             raise SyncError(self._lost)
-        if self._backend != "nccl" or not (sends and receives):
+        if self._backend != "nccl" or not (sends or receives):
             return self._start(sends, receives)
-        device = sends[0][0].device
-        self._group._start_coalescing(device)
+        self._group._start_coalescing()
         count = len(self._start(sends, receives))
-        work = self._group._end_coalescing(device)
+        work = self._group._end_coalescing()
         return [work] * count
 
     def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:

@@ -105,14 +105,16 @@ class WeightSender:
                 continue
             if len(unfinished) == 2:  # message buffers are used in turn
                 self._finish(unfinished.pop(0), deadline)
-            sends = [(far.fill(number, policy_version, block), far.peer) for far in self._far if number < far.rounds]
-            relays = [relay for relay in self._relays if number < relay.rounds]
-            receives = [(relay.buffer(number), relay.sender) for relay in relays]
+            sends = [(far.fill(number, policy_version, block), far.peer) for far in self._far if far.has(number)]
+            receives = [(relay.buffer(number), relay.sender) for relay in self._relays if relay.has(number)]
             started = self.group.exchange(sends, receives)
             unfinished.append([(w, peer) for w, (_, peer) in zip(started[: len(sends)], sends, strict=True)])
-            for work, relay in zip(started[len(sends) :], relays, strict=True):
-                self.group.finish(work, relay.sender, "a message from", deadline)
-                relay.forward(number, sync, deadline)
+            arriving = iter(started[len(sends) :])
+            for relay in self._relays:
+                if relay.has(number):
+                    self.group.finish(next(arriving), relay.sender, "a message from", deadline)
+                if number < relay.rounds:
+                    relay.forward(number, sync, deadline)
         for works in unfinished:
             self._finish(works, deadline)
         sent = sum(near.num_bytes for near in self._near) + sum(far.num_bytes for far in self._far)
@@ -181,6 +183,10 @@ class _MessageOutbox:
         size = max(layout.num_bytes for layout in self.layouts)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
 
+    def has(self, number: int) -> bool:
+        """Whether there is a message for this bucket."""
+        return number < self.rounds and bool(self.layouts[number].copies)
+
     def fill(self, number: int, version: int, block: Block) -> torch.Tensor:
         layout = self.layouts[number]
         message = self.buffers[number % 2][: layout.num_bytes]
@@ -204,6 +210,10 @@ class _Relay:
         self.layouts = [MessageLayout.of(some, setup.item_bytes) for some in copies]
         size = max(layout.num_bytes for layout in self.layouts)
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def has(self, number: int) -> bool:
+        """Whether a message comes for this bucket."""
+        return number < self.rounds and bool(self.layouts[number].copies)
 
     def buffer(self, number: int) -> torch.Tensor:
         return self._buffer[: self.layouts[number].num_bytes]

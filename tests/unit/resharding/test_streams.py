@@ -341,11 +341,11 @@ def test_weights_that_change_while_they_are_sent_are_sent_as_they_were(streams: 
 
 
 def test_a_sender_that_never_comes_is_named(streams: list[Stream]) -> None:
-    stream = Stream(make_setup(timeout_s=0.2))
+    stream = Stream(make_setup(timeout_s=0.4))
     streams.append(stream)
     sends, receives = stream.send(0, 0, [0, 1, 3]), stream.receive(0, 0)
     for receive in receives:
-        with pytest.raises(SyncError, match=r"bucket \d+ was not filled in time by training rank 2; raise"):
+        with pytest.raises(SyncError, match=r"bucket \d+ was not filled in time by .*training rank 2"):
             receive.result(timeout=60)
     for send in sends:
         with pytest.raises(SyncError, match=r"bucket \d+ was not read in time by engine 0 rank [01]; raise"):
@@ -353,13 +353,13 @@ def test_a_sender_that_never_comes_is_named(streams: list[Stream]) -> None:
 
 
 def test_a_reader_that_never_comes_is_named(streams: list[Stream]) -> None:
-    stream = Stream(make_setup(engines=2, tensor_parallel_size=1, timeout_s=0.2))
+    stream = Stream(make_setup(engines=2, tensor_parallel_size=1, timeout_s=0.4))
     streams.append(stream)
     sends, (first,) = stream.send(0, 0), stream.receive(0, 0, readers=1)
-    with pytest.raises(SyncError, match=r"bucket 2 was not filled in time by training rank 0, training rank 1"):
+    with pytest.raises(SyncError, match=r"bucket \d+ was not filled in time by training rank"):
         first.result(timeout=60)
     for send in sends:
-        with pytest.raises(SyncError, match=r"bucket \d+ was not read in time by engine 1 rank 0; raise"):
+        with pytest.raises(SyncError, match=r"bucket \d+ was not read in time by .*engine 1 rank 0; raise"):
             send.result(timeout=60)
 
 
@@ -389,12 +389,15 @@ class Backend:
         self.calls.append(f"recv {peer}")
         return self
 
-    def _start_coalescing(self, device: torch.device) -> None:
+    def _start_coalescing(self) -> None:
         self.calls.append("[")
 
-    def _end_coalescing(self, device: torch.device) -> Backend:
+    def _end_coalescing(self) -> Backend:
         self.calls.append("]")
         return self
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        self.calls.append(f"connect {device}")
 
     def wait(self, timeout: timedelta) -> bool:
         assert timeout.total_seconds() > 0
@@ -404,7 +407,7 @@ class Backend:
         return self.result
 
 
-def make_group(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: str = "gloo") -> Group:
+def make_stub_group(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: str = "gloo") -> Group:
     for kind in ("ProcessGroupGloo", "ProcessGroupNCCL", "TCPStore"):
         monkeypatch.setattr(torch.distributed, kind, lambda *args, **kwargs: backend, raising=False)
     return Group(name, 0, ["training rank 0", "training rank 1", "engine 0 rank 0"], "127.0.0.1", 1, 1.0)
@@ -415,7 +418,7 @@ GONE = RuntimeError("Connection closed by peer")
 
 
 def test_a_peer_gone_before_a_message_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = make_group(monkeypatch, Backend(start=GONE))
+    group = make_stub_group(monkeypatch, Backend(start=GONE))
     for _ in range(2):
         with pytest.raises(SyncError, match=r"^sync_weights: a message to engine 0 rank 0: Connection closed by peer$"):
             group.exchange([(MESSAGE, 2)], [])
@@ -431,7 +434,7 @@ def test_a_peer_gone_before_a_message_starts_is_named(monkeypatch: pytest.Monkey
     ids=["gone", "late, as gloo says it", "late"],
 )
 def test_a_lost_message_ends_the_group(backend: Backend, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = make_group(monkeypatch, backend)
+    group = make_stub_group(monkeypatch, backend)
     (work,) = group.exchange([], [(MESSAGE, 1)])
     with pytest.raises(SyncError) as lost:
         group.finish(work, 1, "a message from", time.monotonic() + 0.1)
@@ -442,12 +445,21 @@ def test_a_lost_message_ends_the_group(backend: Backend, how: str, monkeypatch: 
 
 
 def test_a_deadline_that_has_passed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = make_group(monkeypatch, Backend(RuntimeError("waited")))
+    group = make_stub_group(monkeypatch, Backend(RuntimeError("waited")))
     with pytest.raises(SyncError, match="a message from training rank 1 did not end in time"):
         group.finish(group.exchange([], [(MESSAGE, 1)])[0], 1, "a message from", time.monotonic())
 
 
-def test_nccl_starts_both_directions_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_takes_every_exchange_as_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one communicator, made at the start: lone and grouped messages would else miss each other."""
+    real = torch.distributed.distributed_c10d.ProcessGroupGloo  # has the methods of every backend
+    assert all(hasattr(real, name) for name in ("eager_connect_single_device", "_start_coalescing", "_end_coalescing"))
+    assert "device" not in real._start_coalescing.__doc__ + real._end_coalescing.__doc__
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     backend = Backend()
-    works = make_group(monkeypatch, backend, "nccl").exchange([(MESSAGE, 1), (MESSAGE, 2)], [(MESSAGE, 1)])
-    assert works == [backend] * 3 and backend.calls == ["[", "send 1", "send 2", "recv 1", "]"]
+    group = make_stub_group(monkeypatch, backend, "nccl")
+    assert group.exchange([(MESSAGE, 1), (MESSAGE, 2)], [(MESSAGE, 1)]) == [backend] * 3
+    assert group.exchange([(MESSAGE, 1)], []) == group.exchange([], [(MESSAGE, 2)]) == [backend]
+    assert group.exchange([], []) == []
+    calls = "connect cuda:3, [, send 1, send 2, recv 1, ], [, send 1, ], [, recv 2, ]"
+    assert ", ".join(backend.calls) == calls
