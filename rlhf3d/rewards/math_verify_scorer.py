@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from rlhf3d.rewards.gsm8k import canonical
 from rlhf3d.rewards.math_answer import last_boxed, normalise
 from rlhf3d.rewards.scoring import Outcome, Score
 
@@ -19,7 +19,12 @@ MAX_ANSWER = 500
 """Longest answer taken seriously, characters (the longest of MATH's 12,500 is about 160)."""
 TAIL = 1000
 """Characters at the end of a completion without a box in which the flexible method looks for an answer."""
-_NUMBER = re.compile(r"\s*(?P<sign>[-\u2212])?\s*(?P<number>[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.0*)?\s*")
+_RATIONAL = re.compile(
+    r"(?P<sign>[-\u2212])?(?:(?P<number>(?:[0-9]{1,100}|[0-9]{1,3}(?:,[0-9]{3}){1,9})(?:\.[0-9]{1,100})?)"
+    r"|\\frac\{(?P<top>[0-9]{1,100})\}\{(?P<bottom>[0-9]{1,100})\}|(?P<over>[0-9]{1,100})/(?P<under>[0-9]{1,100}))"
+)
+_CLOSE = Fraction(1, 10_000)
+"""Decimals that differ by more than this share are not the same number rounded; nearer ones Math-Verify compares."""
 
 
 def score_math(solution_str: str, ground_truth: Any, method: str = "flexible") -> Score:
@@ -48,7 +53,11 @@ def score_math(solution_str: str, ground_truth: Any, method: str = "flexible") -
 
 def prepare() -> None:
     """Import and warm up Math-Verify, which takes seconds that no answer's deadline should pay."""
-    score_math("\\boxed{\\frac{2}{4}}", "\\frac{1}{2}")
+    for text in _TYPICAL:  # the grammar's tables are built as it reads
+        score_math(f"\\boxed{{{text}}}", "(1,2)")
+
+
+_TYPICAL = (r"\frac{\sqrt{3}}{2}", r"2\pi x^2+1", r"\left(1,\frac{1}{2}\right]", r"\{1,-2\}", r"\text{even}", "y=2x")
 
 
 def show_truth(ground_truth: Any) -> str:
@@ -68,13 +77,30 @@ def _is_sane(text: str) -> bool:
 
 
 def _quick(answer: str, truth: str) -> bool | None:
-    """The verdict where it needs no algebra: the same text, or two whole numbers."""
-    if answer == truth or normalise(answer) == normalise(truth):
+    """The verdict where it needs no algebra: the same text, or two numbers (without units or percent signs)."""
+    if normalise(answer) == normalise(truth):
         return True
-    numbers = _NUMBER.fullmatch(answer), _NUMBER.fullmatch(truth)
-    if numbers[0] and numbers[1]:
-        return len({canonical(m["sign"], m["number"]) for m in numbers if m}) == 1
-    return None
+    one, other = _rational(answer), _rational(truth)
+    if one is None or other is None:
+        return None
+    if one == other:
+        return True
+    return None if abs(one - other) <= _CLOSE * max(abs(one), abs(other)) else False
+
+
+def _rational(text: str) -> Fraction | None:
+    """An answer as a number, where it is a whole number, a decimal or a plain fraction and nothing besides."""
+    match = _RATIONAL.fullmatch(text.strip().replace("\\dfrac", "\\frac"))
+    if match is None:
+        return None
+    if match["number"]:
+        value = Fraction(match["number"].replace(",", ""))
+    else:
+        bottom = int(match["bottom"] or match["under"])
+        if not bottom:
+            return None
+        value = Fraction(int(match["top"] or match["over"]), bottom)
+    return -value if match["sign"] else value
 
 
 def _box(answer: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf3d.rewards import math_verify_scorer as scorer
 from rlhf3d.rewards.math_answer import last_boxed, normalise
 from rlhf3d.rewards.math_verify_scorer import score_math
 from rlhf3d.rewards.pool import ScoringPool
@@ -156,6 +157,22 @@ def test_other_answers_are_wrong(truth: str, answer: str) -> None:
 @pytest.mark.parametrize(("truth", "answer", "said"), KNOWN_FAILURES)
 def test_known_failures_of_math_verify(truth: str, answer: str, said: float) -> None:
     assert score_math(f"\\boxed{{{answer}}}", truth).value == said
+
+
+def test_quick_verdicts_are_math_verifys() -> None:
+    from math_verify import verify
+
+    answers = sorted({answer for pair in [*RIGHT, *WRONG] for answer in pair} | {"0.3333333", "1/3", "-0.5", "7/14"})
+    quick = [
+        (one, other, verdict)
+        for one in answers
+        for other in answers
+        if (verdict := scorer._quick(one, other)) is not None and one != other
+    ]
+    assert len(quick) > 200 and {verdict for *_, verdict in quick} == {True, False}
+    for one, other, verdict in quick:
+        parsed = [list(scorer._parse(scorer._box(text))) for text in (one, other)]
+        assert verify(parsed[1], parsed[0], timeout_seconds=None) is verdict, (one, other)
 
 
 def test_without_a_box_flexible_looks_at_the_end_and_strict_does_not() -> None:
