@@ -211,7 +211,7 @@ class RolloutConfig:
     sync_bucket_mib: int = 64
     """Weights travel in buckets of at most so many MiB: two per engine rank are the only extra memory of a sync."""
     sync_timeout_s: float = 300.0
-    """Deadline of one weight sync."""
+    """Deadline of each bucket of a weight sync or export."""
     canary_steps: int = 3
     """Verify engine log-probs against Megatron's after the sync of the first so many steps (and at every resume)."""
     canary_every: int = 0

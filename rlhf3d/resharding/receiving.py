@@ -153,11 +153,10 @@ class WeightReceiver:
 
         Raises SyncError for anything missing, late, old or changed.
         """
-        deadline = time.monotonic() + self.setup.timeout_s
         self.times = ReceiveTimes()
         for number, bucket in enumerate(self.buckets):
             start = time.perf_counter()
-            slot, arrivals = self.inbox.wait(number, sync, deadline)
+            slot, arrivals = self.inbox.wait(number, sync, time.monotonic() + self.setup.timeout_s)
             waited = time.perf_counter()
             self.times.wait_s += waited - start
             for copy, version, checksum in arrivals:

@@ -31,6 +31,10 @@ Block = Callable[[Copy], tuple[torch.Tensor, int]]
 """The block of a copy in the receiver's dtype, and its fingerprint."""
 
 
+Sent = tuple[Any, torch.Tensor, int]
+"""A message under way, which must live until it is finished, and whom it goes to."""
+
+
 @dataclass(frozen=True)
 class SendReport:
     """What one rank did in one sync."""
@@ -93,30 +97,31 @@ class WeightSender:
     def send(self, policy_version: int, sync: int) -> SendReport:
         """Send this rank's blocks for `policy_version`; `sync` counts the syncs of this stream from 0."""
         start = time.monotonic()
-        deadline = start + self.setup.timeout_s
         block = self._blocks()
         rounds = [near.rounds for near in self._near] + [far.rounds for far in self._far]
         rounds += [relay.rounds for relay in self._relays]
-        unfinished: list[list[tuple[Any, int]]] = []
+        unfinished: list[list[Sent]] = []
         for number in range(max(rounds, default=0)):
+            deadline = time.monotonic() + self.setup.timeout_s
             for near in self._near:
                 near.send(number, sync, policy_version, block, deadline)
             if self.group is None:
                 continue
-            if len(unfinished) == 2:  # message buffers are used in turn
+            if len(unfinished) == 2:  # the messages of two buckets are under way at most
                 self._finish(unfinished.pop(0), deadline)
             sends = [(far.fill(number, policy_version, block), far.peer) for far in self._far if far.has(number)]
-            receives = [(relay.buffer(number), relay.sender) for relay in self._relays if relay.has(number)]
-            started = self.group.exchange(sends, receives)
-            unfinished.append([(w, peer) for w, (_, peer) in zip(started[: len(sends)], sends, strict=True)])
+            relays = [relay for relay in self._relays if number < relay.rounds]
+            messages = [relay.empty(number) for relay in relays]
+            coming = [(message, relay.sender) for message, relay in zip(messages, relays, strict=True) if len(message)]
+            started = self.group.exchange(sends, coming)
+            unfinished.append([(work, *post) for work, post in zip(started, sends, strict=False)])
             arriving = iter(started[len(sends) :])
-            for relay in self._relays:
-                if relay.has(number):
+            for relay, message in zip(relays, messages, strict=True):
+                if len(message):
                     self.group.finish(next(arriving), relay.sender, "a message from", deadline)
-                if number < relay.rounds:
-                    relay.forward(number, sync, deadline)
+                relay.forward(number, sync, message, deadline)
         for works in unfinished:
-            self._finish(works, deadline)
+            self._finish(works, time.monotonic() + self.setup.timeout_s)
         sent = sum(near.num_bytes for near in self._near) + sum(far.num_bytes for far in self._far)
         return SendReport(sent, time.monotonic() - start)
 
@@ -127,9 +132,9 @@ class WeightSender:
         for ring in self._rings.values():
             ring.close()
 
-    def _finish(self, works: list[tuple[Any, int]], deadline: float) -> None:
+    def _finish(self, works: list[Sent], deadline: float) -> None:
         assert self.group is not None
-        for work, peer in works:
+        for work, _, peer in works:
             self.group.finish(work, peer, "a message to", deadline)
 
     def _blocks(self) -> Block:
@@ -180,8 +185,7 @@ class _MessageOutbox:
         self.peer, self.dtype = peer, dtype
         self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
         self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
-        size = max(layout.num_bytes for layout in self.layouts)
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.device = device
 
     def has(self, number: int) -> bool:
         """Whether there is a message for this bucket."""
@@ -189,7 +193,7 @@ class _MessageOutbox:
 
     def fill(self, number: int, version: int, block: Block) -> torch.Tensor:
         layout = self.layouts[number]
-        message = self.buffers[number % 2][: layout.num_bytes]
+        message = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
         for i, copy in enumerate(layout.copies):
             tensor, checksum = block(copy)
             layout.block(message, i, self.dtype).copy_(tensor)
@@ -208,18 +212,14 @@ class _Relay:
         self.dtype: torch.dtype = getattr(torch, setup.dtype)
         self.rounds = len(copies)
         self.layouts = [MessageLayout.of(some, setup.item_bytes) for some in copies]
-        size = max(layout.num_bytes for layout in self.layouts)
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.device = device
 
-    def has(self, number: int) -> bool:
-        """Whether a message comes for this bucket."""
-        return number < self.rounds and bool(self.layouts[number].copies)
+    def empty(self, number: int) -> torch.Tensor:
+        """Memory for this bucket's message."""
+        return torch.empty(self.layouts[number].num_bytes, dtype=torch.uint8, device=self.device)
 
-    def buffer(self, number: int) -> torch.Tensor:
-        return self._buffer[: self.layouts[number].num_bytes]
-
-    def forward(self, number: int, sync: int, deadline: float) -> None:
-        layout, message = self.layouts[number], self.buffer(number)
+    def forward(self, number: int, sync: int, message: torch.Tensor, deadline: float) -> None:
+        layout = self.layouts[number]
         counted = sync * self.rounds + number
         _wait_free(self.ring, counted, self.rounds, deadline)
         slot = self.ring.slot(counted)

@@ -95,7 +95,7 @@ class SyncSetup:
     """In which the bytes travel: the receiver's."""
     bucket_bytes: int
     timeout_s: float
-    """Deadline of one sync."""
+    """Deadline of each bucket."""
     target: Literal["engines", "export"] = "engines"
     engines: int = 1
     tensor_parallel_size: int = 1
@@ -120,8 +120,14 @@ class SyncSetup:
         return self.plan.engine_tables[self.plan.destinations[dst].index]
 
     def buckets(self, dst: int) -> tuple[Bucket, ...]:
-        """The buckets of a destination."""
-        return _buckets(self, self.plan.destinations[dst].index)
+        """The buckets of a destination, in its order.
+
+        Destinations begin at different places of the model, so that not all wait for the same pipeline stage at once.
+        """
+        buckets = _buckets(self, self.plan.destinations[dst].index)
+        starts = [i for i, bucket in enumerate(buckets) if bucket.segments[0].rows[0] == 0]
+        first = starts[dst * len(starts) // len(self.plan.destinations)]
+        return buckets[first:] + buckets[:first]
 
     def copies(self, dst: int, sender: int) -> list[list[Copy]]:
         """By bucket, what a sender copies to a destination."""
