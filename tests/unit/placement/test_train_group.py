@@ -1,0 +1,56 @@
+"""Whole batches in, whole batches out: rows come back in their own order, and padding is counted phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf3d.batching.balance import SequenceCost
+from rlhf3d.batching.batch import Batch, from_sequences
+from rlhf3d.batching.micro import MicroBatching
+from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.engine.microbatch import UpdateResult
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.placement.train_group import TrainGroup
+
+RULE = MicroBatching(4)
+
+
+class DryGroup(TrainGroup):
+    """Ranks that answer with what they were sent: each row's length as its log-probs."""
+
+    def __init__(self) -> None:
+        self.layout, self.cost, self.max_response_tokens = ParallelLayout(dp=2), SequenceCost(), 9
+        self.micro_batching = {"actor": RULE, "critic": MicroBatching(1)}
+        self._padding = {}
+
+    def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if method == "forward":
+            shards: list[Batch] = [batch for _, batch, _ in args_of_dp]
+            return [{"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]} for b in shards]
+        return [UpdateResult({"actor/loss": 1.0 + dp}, grad_norm=5.0, lr=0.1) for dp, _ in enumerate(args_of_dp)]
+
+
+def test_rows_keep_their_order_and_padding_is_told_once() -> None:
+    lengths = [5, 1, 3, 2, 9, 7, 4]
+    batch = from_sequences([[1]] * 7, [[2] * n for n in lengths], pad_id=0)
+    group = DryGroup()
+    # Dealt 9 | 7, 4 | 5, 2 | 3 and 1 to the lighter: 10 5 3 2 with prompts, and 8 6 4.
+    for phase in ("old_logprobs", "sync_weights (canary)"):
+        assert group.forward(phase, "actor", batch)["logprobs"][:, 0].tolist() == lengths
+    assert group.forward("values", "critic", batch)["logprobs"][:, 0].tolist() == lengths
+    plan = UpdatePlan(7, 1, 7, 3, RULE, None, 2, 2)
+    metrics = group.update("actor", batch, plan)
+    assert metrics["actor/loss"] == 3.0 and metrics["actor/grad_norm"] == 5.0
+    padding = {name: value for name, value in metrics.items() if "padding" in name}
+    tokens = sum(lengths) + 7
+    assert padding == {
+        "perf/padding_share/old_logprobs": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
+        "perf/padding_share/values": pytest.approx(1 - tokens / (tokens + 1)),  # 4 and 3 rows, and a filler
+        "perf/padding_share/update_actor": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
+    }
+    again = group.update("actor", batch, plan)
+    assert [name for name in again if "padding" in name] == ["perf/padding_share/update_actor"]
