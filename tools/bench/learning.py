@@ -4,7 +4,7 @@
 
 The task: answer with lower-case letters (reward: their share of four characters). A model of 0.1 M random weights
 starts near 0.23. Printed is the mean reward of the first step and of the last; the exit status is 1 where a run ends
-below 0.9. DAPO stops by itself when too few groups still differ, which is when the task is solved: its last step counts.
+below 0.9. DAPO stops by itself when too few groups still differ, when the task is solved: its last step counts.
 """
 
 from __future__ import annotations
