@@ -69,7 +69,12 @@ class VLLMEngine:
         dynamo.disable = dynamo.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # read at its import
 
         memory: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+            {
+                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+                # For a prompt cut into chunks vLLM takes back a draw of the request's generator, which only CUDA's can.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_model_len),
+            }
             if on_cpu
             # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
             else {"gpu_memory_utilization": gpu_memory_utilization, "moe_backend": "triton"}
