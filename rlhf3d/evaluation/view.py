@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -27,7 +27,7 @@ def render(report: dict[str, Any]) -> RenderableType:
 def _mode(mode: str, figures: dict[str, Any]) -> list[RenderableType]:
     groups = figures["by"]
     names = [name for name in next(iter(groups.values())) if name not in ("ci_low", "ci_high", "prompts")]
-    table = Table(mode, "prompts", *names[:1], "95 %", *names[1:], box=None)
+    table = Table(Column(mode, overflow="fold"), "prompts", *names[:1], "95 %", *names[1:], box=None)
     for group, values in groups.items():
         cells = [f"{100 * values[name]:.1f}" for name in names]
         interval = f"{100 * values['ci_low']:.1f} to {100 * values['ci_high']:.1f}"
