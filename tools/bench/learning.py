@@ -60,6 +60,8 @@ def write_job(folder: Path, steps: int) -> Path:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {
             "train_files": [str(folder / "prompts.parquet")],
+            "val_files": [str(folder / "prompts.parquet")],
+            "val_max_samples": 1,
             "train_batch_size": 64,
             "max_prompt_length": 48,
             "max_response_length": 4,
@@ -68,7 +70,7 @@ def write_job(folder: Path, steps: int) -> Path:
         "critic": {"optim": optim},
         "rollout": {"dtype": "float32", "kv_cache_gib": 0.1, "threads": 1},
         "custom_reward_function": {"path": str(folder / "reward.py")},
-        "trainer": {"total_training_steps": steps, "test_freq": 0, "save_at_end": False},
+        "trainer": {"total_training_steps": steps, "test_freq": 0, "save_at_end": False, "val_before_train": False},
         "cluster": {"platform": "cpu"},
     }
     path = folder / "job.yaml"
