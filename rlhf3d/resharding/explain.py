@@ -134,7 +134,7 @@ def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
         f"from       {setup.layout} = {setup.layout.world_size} training ranks on {devices}",
         f"to         {setup.engines} engine(s) x TP{setup.tensor_parallel_size}, {place}",
         f"plan       {sum(plan.traffic.ops)} ops; training ranks send {_range(facts.sent)} each to other devices",
-        f"memory     {_size(facts.buffer_bytes)} of buckets an engine rank, nothing else",
+        f"memory     {_size(facts.buffer_bytes)} of buckets an engine rank",
     ]
     if facts.formula_bytes is not None and sites.slots is not None:
         lines.append(f"formula    (n - g) / (n g) of the model, evenly cut: {_size(facts.formula_bytes)} a rank")

@@ -1,0 +1,47 @@
+"""The explanation of a plan: figures, routes, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.resharding.explain import as_json, explain, render
+from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.resharding.sites import Sites
+
+SPEC = ModelSpec("llama", 4, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128)
+SETUP = SyncSetup(
+    "test", SPEC, ParallelLayout(tp=4), "local", Sites.gpus(4, 4), "bfloat16", 1 << 20, 1.0, engines=2,
+    tensor_parallel_size=2,
+)  # fmt: skip
+
+
+def test_figures_add_up() -> None:
+    facts = explain(SETUP)
+    # Embedding and head 128 x 32 each; a layer: 4 x 32 x 32 attention, 3 x 64 x 32 MLP, 2 norms; the final norm.
+    assert facts.model_bytes == 2 * (2 * 128 * 32 + 4 * (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32)
+    assert facts.formula_bytes == facts.model_bytes * (4 - 2) // (4 * 2)
+    for rank in facts.ranks:
+        assert rank.received == rank.bound == rank.needed - rank.local > 0
+        assert rank.full_gather == facts.model_bytes * 3 // 4 > rank.received
+    assert sum(facts.sent) == sum(rank.received for rank in facts.ranks)
+
+
+def test_routes_of_a_tensor_are_shown() -> None:
+    console = Console(width=200, record=True)
+    console.print(render(SETUP, "tiny", "*layers.3.self_attn.k_proj.weight"))
+    text = console.export_text()
+    assert "model.layers.3.self_attn.qkv_proj.weight" in text and "decoder.layers.3.self_attention.linear_qkv" in text
+    routes = as_json(SETUP, "*layers.3.self_attn.k_proj.weight")["routes"]
+    assert isinstance(routes, list) and len(routes) == 8  # four KV heads to each of two engines
+
+
+def test_unknown_tensor_and_too_many_engines_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--tensor 'nothing' matches no tensor"):
+        as_json(SETUP, "nothing")
+    with pytest.raises(ValueError, match=r"rollout\.engines = 3"):
+        explain(replace(SETUP, engines=3))
