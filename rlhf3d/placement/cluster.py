@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
@@ -24,6 +25,7 @@ from ray.util.placement_group import (
 from rlhf3d.config.schema import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20
+END_S = 20.0
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
     """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM ends it as Ctrl-C does."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    me = psutil.Process()
+    others = set(me.children())
     if config.ray_address is None:
         ray.init(
             num_cpus=local_cpus,
@@ -41,13 +45,32 @@ def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
         )
     else:
         ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    servers = set(me.children()) - others
     # After ray.init, which sets a handler of its own that exits without unwinding.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
+        started = [process for server in servers for process in _family(server)]
         ray.shutdown()
+        _wait_until_gone(started)
         signal.signal(signal.SIGTERM, previous)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _wait_until_gone(processes: list[psutil.Process]) -> None:
+    """Ray's shutdown does not wait for its workers: they end when they find that their raylet has gone."""
+    _, alive = psutil.wait_procs(processes, timeout=END_S)
+    for process in alive:
+        logging.getLogger(__name__).warning("killed %d, which was left %.0f s after Ray ended", process.pid, END_S)
+        process.kill()
+    psutil.wait_procs(alive, timeout=END_S)
 
 
 @contextmanager
