@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rlhf3d.config.checks import check_files
 from rlhf3d.config.derived import Derived, derive, resolve_dtypes
+from rlhf3d.config.groups import WorkerGroup, device_terms
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
@@ -34,8 +35,8 @@ CUDA_SHARED_MEMORY_GIB = 1.0
 class Footprint:
     """Memory of the model states of one run, GiB."""
 
-    per_rank_gib: float
-    """Weights, gradients and optimizer of every role on one training rank."""
+    per_rank_gib: dict[str, float]
+    """By worker group: weights, gradients and optimizer of its models on the rank that holds most."""
     weights_gib: float
     """One whole copy of the weights in the engines' dtype."""
     checkpoint_gib: float
@@ -52,10 +53,11 @@ def preflight(config: Config) -> list[str]:
     problems = check_files(config)
     try:
         spec = load_spec(config.model.path)
-        check_layout(spec, derived.layout, config.actor.layout.sequence_parallel)
+        for group in derived.groups:
+            check_layout(spec, group.layout, group.layout_config.sequence_parallel)
         footprint = model_footprint(config, derived, spec)
     except ValueError:  # reported by check_files; what does not depend on the model is still compared
-        footprint = Footprint(0.0, 0.0, 0.0)
+        footprint = Footprint({}, 0.0, 0.0)
     compare = _compare_cuda if cuda else _compare_cpu
     if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
         problems += compare(config, derived, machine, footprint)
@@ -82,51 +84,71 @@ def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footpr
     Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4. The distributed
     optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
     """
-    layout = derived.layout
     trained = 1 + config.needs_critic
     parameters = count_parameters(spec)
     weights = 2 if config.model.dtype == "bfloat16" else 4
     optimizer = 12 if config.model.dtype == "bfloat16" else 8
-    sharded = layout.dp if config.actor.layout.distributed_optimizer else 1
-    bytes_a_parameter = trained * (weights + 4 + optimizer / sharded) + config.needs_reference * weights
+
+    def per_rank_gib(group: WorkerGroup) -> float:
+        sharded = group.layout.dp if group.layout_config.distributed_optimizer else 1
+        bytes_of = dict.fromkeys(("actor", "critic"), weights + 4 + optimizer / sharded) | {"ref": weights}
+        return largest_rank_parameters(spec, group.layout) * sum(bytes_of[role] for role in group.roles) / GIB
+
     return Footprint(
-        per_rank_gib=largest_rank_parameters(spec, layout) * bytes_a_parameter / GIB,
+        per_rank_gib={group.name: per_rank_gib(group) for group in derived.groups},
         weights_gib=parameters * (2 if config.rollout.dtype == "bfloat16" else 4) / GIB,
         checkpoint_gib=trained * parameters * (weights + optimizer) / GIB,
     )
 
 
 def _compare_cuda(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
-    nodes, rollout = config.cluster.num_nodes, config.rollout
-    local = math.ceil(max(derived.world_size, derived.engine_ranks) / nodes)
+    nodes, terms = config.cluster.num_nodes, device_terms(config)
+    local = math.ceil(max(sum(count for _, count in terms), derived.engine_ranks) / nodes)
     problems = []
     if len(machine.gpus) < local:
+        groups = ", ".join(f"{group.name} group {group.layout}" for group in derived.groups)
         problems.append(
             f"cluster.platform = {config.cluster.platform}: needs {local} GPUs on each of {nodes} node(s) "
-            f"for {derived.layout} and {derived.engine_ranks} engine rank(s), found {len(machine.gpus)}; "
+            f"for {groups} and {derived.engine_ranks} engine rank(s), found {len(machine.gpus)}; "
             "run it where they are, or use a smaller layout"
         )
     if machine.gpus:
         smallest = min(memory for _, memory in machine.gpus)
-        engine = rollout.gpu_memory_utilization * smallest
-        if footprint.per_rank_gib + engine > smallest:
-            problems.append(
-                f"GPU memory: model states of {footprint.per_rank_gib:.1f} GiB a rank + "
-                f"rollout.gpu_memory_utilization {rollout.gpu_memory_utilization:g} x {smallest:.1f} = "
-                f"{engine:.1f} GiB, found {smallest:.1f} GiB; "
-                f"raise actor.layout.tp, pp or dp, or lower the utilization"
-            )
-    processes = local + math.ceil(derived.engine_ranks / nodes)
-    problems += _compare_memory(machine, processes * CUDA_PROCESS_GIB + _sync_gib(config))
+        problems += _compare_gpu_memory(config, derived, footprint, smallest)
+    processes = math.ceil(derived.world_size / nodes) + math.ceil(derived.engine_ranks / nodes)
+    parts = {f"{processes} processes": processes * CUDA_PROCESS_GIB, "weight syncs": _sync_gib(config)}
+    problems += _compare_memory(machine, parts)
     return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + _sync_gib(config))
 
 
+def _compare_gpu_memory(config: Config, derived: Derived, footprint: Footprint, smallest: float) -> list[str]:
+    """Model states, and engines, that share a GPU of `smallest` GiB: those beside the actor, and each group apart."""
+    share = config.rollout.gpu_memory_utilization * (config.rollout.placement == "colocated")
+    beside = [group for group in derived.groups if group is derived.groups[0] or group.colocated]
+    together = [(beside, share * smallest), *(([group], 0.0) for group in derived.groups if group not in beside)]
+    problems = []
+    for groups, engine in together:
+        states = {group.name: footprint.per_rank_gib.get(group.name, 0.0) for group in groups}
+        if sum(states.values()) + engine > smallest:
+            named = " + ".join(f"{name} {gib:.1f}" for name, gib in states.items())
+            vllm = f" + rollout.gpu_memory_utilization {share:g} x {smallest:.1f} = {engine:.1f} GiB" if engine else ""
+            problems.append(
+                f"GPU memory: model states of {sum(states.values()):.1f} GiB a rank ({named}){vllm}, found "
+                f"{smallest:.1f} GiB; raise {groups[0].key}.tp, pp or dp{', or lower the utilization' * bool(engine)}"
+            )
+    return problems
+
+
 def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
-    training = derived.world_size * (CPU_RANK_GIB + footprint.per_rank_gib)
+    training = {
+        group.name: group.layout.world_size * (CPU_RANK_GIB + footprint.per_rank_gib.get(group.name, 0.0))
+        for group in derived.groups
+    }
     # vLLM's CPU kernels keep a packed copy beside the weights.
     engine = CPU_ENGINE_GIB * config.rollout.tensor_parallel_size + 2 * footprint.weights_gib
     engines = config.rollout.engines * (engine + config.rollout.kv_cache_gib)
-    problems = _compare_memory(machine, training + engines)
+    parts = {**{f"{name} group": gib for name, gib in training.items()}, "engines": engines}
+    problems = _compare_memory(machine, parts)
     if config.rollout.expert_parallel and config.rollout.tensor_parallel_size > 1:
         problems.append(
             f"rollout.expert_parallel with rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: "
@@ -140,11 +162,13 @@ def _sync_gib(config: Config) -> float:
     return 2 * (config.rollout.tensor_parallel_size + 1) * config.rollout.sync_bucket_mib / 1024
 
 
-def _compare_memory(machine: Machine, needed_gib: float) -> list[str]:
+def _compare_memory(machine: Machine, parts_gib: dict[str, float]) -> list[str]:
+    needed_gib = sum(parts_gib.values())
     if needed_gib <= machine.memory_available_gib:
         return []
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in parts_gib.items())
     return [
-        f"host memory: needs about {needed_gib:.1f} GiB, found {machine.memory_available_gib:.1f} GiB "
+        f"host memory: needs about {needed_gib:.1f} GiB ({parts}), found {machine.memory_available_gib:.1f} GiB "
         f"available of {machine.memory_gib:.1f}; close other programs, or use a smaller model or fewer ranks"
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ class CheckpointWriter:
         self.config = config
         self.folder = Path(config.trainer.output_dir) / "checkpoints"
 
-    def save(self, step: int, train: TrainGroup, sync: WeightSync, state: dict[str, Any]) -> Path:
+    def save(self, step: int, groups: Sequence[TrainGroup], sync: WeightSync, state: dict[str, Any]) -> Path:
         """Save a step; the checkpoint's folder. `state` is the driver's own, as JSON."""
         final, partial = self.folder / f"step_{step}", self.folder / f"step_{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        train.call_all("save_checkpoint", "save", str(partial.resolve()))
+        for group in groups:
+            group.call_all("save_checkpoint", "save", str(partial.resolve()))
         write_hf_folder(partial / "hf", sync.export_tensors(), Path(self.config.model.path))
         (partial / "driver.json").write_text(json.dumps({"step": step, **state}, indent=1))
         (partial / "config.yaml").write_text(config_to_yaml(self.config))

@@ -12,7 +12,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.config.derived import Batching, actor_batching, critic_batching, derive, micro_batching
+from rlhf3d.config.derived import Batching, actor_batching, critic_batching, micro_batching
+from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import check_layout, load_spec
@@ -23,6 +24,7 @@ POLICY_LOSSES = ("vanilla", "gspo", "cispo", "pg")
 KL_TYPES = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "k3+", "low_var_kl+")
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 DTYPES = ("auto", "bfloat16", "float32")
+PLACEMENTS = ("colocated", "disaggregated")
 ONE_OF: dict[str, tuple[str, ...]] = {
     "model.dtype": DTYPES,
     "rollout.dtype": DTYPES,
@@ -38,14 +40,15 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
     "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
     "trainer.on_nonfinite": ("stop", "skip"),
-    "rollout.placement": ("colocated", "disaggregated"),
+    "rollout.placement": PLACEMENTS,
+    "critic.placement": PLACEMENTS,
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
-AT_LEAST_1 = (
-    "actor.layout.tp actor.layout.pp actor.layout.dp actor.layout.vpp actor.layout.ep "
-    "actor.layout.first_stage_layers actor.layout.last_stage_layers data.train_batch_size data.gen_batch_size "
-    "data.max_prompt_length data.max_response_length actor.ppo_mini_batch_size "
+LAYOUT_SIZES = "tp pp dp vpp ep first_stage_layers last_stage_layers".split()
+AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic") for size in LAYOUT_SIZES] + (
+    "data.train_batch_size data.gen_batch_size data.max_prompt_length data.max_response_length "
+    "actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
@@ -84,15 +87,20 @@ def check(config: Config) -> list[str]:
     sizes = [value_of(config, name) for name in AT_LEAST_1]
     if any(size is not None and size < 1 for size in sizes):
         return problems  # reported above; the arithmetic below divides by them
-    problems += _check_layout(config) + _check_batching(config, "actor", actor_batching(config))
-    if config.needs_critic and critic_batching(config) != actor_batching(config):
-        problems += _check_batching(config, "critic", critic_batching(config))
+    problems += [problem for group in worker_groups(config) for problem in _check_layout(group)]
+    problems += _check_devices(config)
+    actor = group_of(config, "actor")
+    problems += _check_batching(config, "actor", actor_batching(config), actor)
+    if config.needs_critic:
+        critic = group_of(config, "critic")
+        if critic != actor or critic_batching(config) != actor_batching(config):
+            problems += _check_batching(config, "critic", critic_batching(config), critic)
     return problems
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The value under a dotted name."""
-    return reduce(getattr, name.split("."), config)
+    """The value under a dotted name; None under a section that is null."""
+    return reduce(lambda section, key: None if section is None else getattr(section, key), name.split("."), config)
 
 
 def _names(config: Config) -> dict[str, tuple[str, ...]]:
@@ -145,7 +153,7 @@ def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str
     return problems
 
 
-def _check_batching(config: Config, role: str, batching: Batching) -> list[str]:
+def _check_batching(config: Config, role: str, batching: Batching, group: WorkerGroup) -> list[str]:
     batch, mini, mini_key = config.data.train_batch_size, batching.mini_batch_size, f"{role}.ppo_mini_batch_size"
     problems = []
     if batch % mini:
@@ -154,66 +162,76 @@ def _check_batching(config: Config, role: str, batching: Batching) -> list[str]:
             f"{batch} % {mini} = {batch % mini}"
         )
     if batching.max_tokens is not None:
-        return problems + _check_budget(config, role, batching.max_tokens)
-    return problems + _check_fixed(config, role, mini_key, batching)
+        return problems + _check_budget(config, role, batching, group)
+    return problems + _check_fixed(config, role, batching, group)
 
 
-def _check_fixed(config: Config, role: str, mini_key: str, batching: Batching) -> list[str]:
+def _check_fixed(config: Config, role: str, batching: Batching, group: WorkerGroup) -> list[str]:
     """Micro-batches of so many sequences: they must come out even on every rank."""
-    n, layout, mini, micro = config.rollout.n, config.actor.layout, batching.mini_batch_size, batching.micro_batch_size
-    micro_key = f"{role}.ppo_micro_batch_size_per_gpu"
+    n, mini, micro = config.rollout.n, batching.mini_batch_size, batching.micro_batch_size
+    layout, layout_key = group.layout_config, group.key
+    mini_key, micro_key = f"{role}.ppo_mini_batch_size", f"{role}.ppo_micro_batch_size_per_gpu"
     if mini * n % layout.dp:
         return [
             f"{mini_key} = {mini} prompts x rollout.n = {n} = {mini * n} sequences do not divide over "
-            f"actor.layout.dp = {layout.dp} ranks: {mini * n} % {layout.dp} = {mini * n % layout.dp}"
+            f"{layout_key}.dp = {layout.dp} ranks: {mini * n} % {layout.dp} = {mini * n % layout.dp}"
         ]
     per_rank = mini * n // layout.dp
     if per_rank % micro:
         return [
-            f"{mini_key} = {mini} x rollout.n = {n} / actor.layout.dp = {layout.dp} = {per_rank} sequences "
+            f"{mini_key} = {mini} x rollout.n = {n} / {layout_key}.dp = {layout.dp} = {per_rank} sequences "
             f"a rank do not divide by {micro_key} = {micro}: {per_rank} % {micro} = {per_rank % micro}"
         ]
     if (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
         return [
             f"{micro_key} = {micro} makes {per_rank // micro} micro-batches a rank; interleaving "
-            f"(actor.layout.vpp = {layout.vpp}) needs a multiple of actor.layout.pp = {layout.pp}"
+            f"({layout_key}.vpp = {layout.vpp}) needs a multiple of {layout_key}.pp = {layout.pp}"
         ]
     return []
 
 
-def _check_budget(config: Config, role: str, budget: int) -> list[str]:
+def _check_budget(config: Config, role: str, batching: Batching, group: WorkerGroup) -> list[str]:
     """Micro-batches of so many tokens: each must hold the longest sequence there can be."""
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
-    rule = micro_batching(config, actor_batching(config))
+    rule = micro_batching(config, batching, group.layout_config)
     longest = rule.width(prompt + response)
-    if longest <= budget:
+    if rule.tokens is None or longest <= rule.tokens:
         return []
-    rounded = f", rounded up to a multiple of actor.layout.tp = {rule.multiple_of}" if rule.multiple_of > 1 else ""
+    rounded = f", rounded up to a multiple of {group.key}.tp = {rule.multiple_of}" if rule.multiple_of > 1 else ""
     return [
-        f"{role}.ppo_max_token_len_per_gpu = {budget}: below the longest sequence, data.max_prompt_length {prompt} + "
-        f"data.max_response_length {response}{rounded} = {longest} tokens; set {longest} or more"
+        f"{role}.ppo_max_token_len_per_gpu = {rule.tokens}: below the longest sequence, data.max_prompt_length {prompt}"
+        f" + data.max_response_length {response}{rounded} = {longest} tokens; set {longest} or more"
     ]
 
 
-def _check_layout(config: Config) -> list[str]:
-    layout, cluster = config.actor.layout, config.cluster
+def _check_layout(group: WorkerGroup) -> list[str]:
+    layout, key = group.layout_config, group.key
     problems = []
     if (layout.vpp or 1) > 1 and layout.pp == 1:
-        problems.append(f"actor.layout.vpp = {layout.vpp}: needs actor.layout.pp above 1; set vpp=null")
+        problems.append(f"{key}.vpp = {layout.vpp}: needs {key}.pp above 1; set vpp=null")
     if layout.sequence_parallel and layout.tp == 1:
-        problems.append("actor.layout.sequence_parallel = true: needs actor.layout.tp above 1")
-    gpus = cluster.num_nodes * cluster.gpus_per_node
-    ranks = layout.tp * layout.pp * layout.dp
-    if cluster.platform == "cuda" and ranks > gpus:
+        problems.append(f"{key}.sequence_parallel = true: needs {key}.tp above 1")
+    return problems
+
+
+def _check_devices(config: Config) -> list[str]:
+    """On GPUs: what has devices of its own, one after the other, and engines beside the actor."""
+    cluster, rollout = config.cluster, config.rollout
+    if cluster.platform != "cuda":
+        return []
+    gpus, terms = cluster.num_nodes * cluster.gpus_per_node, device_terms(config)
+    needed, ranks = sum(count for _, count in terms), rollout.engines * rollout.tensor_parallel_size
+    problems = []
+    if needed > gpus:
+        total = "" if len(terms) == 1 else f" = {needed} GPUs"
         problems.append(
-            f"actor.layout: tp {layout.tp} x pp {layout.pp} x dp {layout.dp} = {ranks} ranks, more than "
+            f"{' + '.join(text for text, _ in terms)}{total}, more than "
             f"cluster.num_nodes {cluster.num_nodes} x gpus_per_node {cluster.gpus_per_node} = {gpus} GPUs"
         )
-    engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
-    if cluster.platform == "cuda" and engine_ranks > gpus:
+    if rollout.placement == "colocated" and ranks > gpus:
         problems.append(
-            f"rollout.engines {config.rollout.engines} x rollout.tensor_parallel_size "
-            f"{config.rollout.tensor_parallel_size} = {engine_ranks} GPUs, more than {gpus}"
+            f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size "
+            f"{rollout.tensor_parallel_size} = {ranks} GPUs, more than {gpus}"
         )
     return problems
 
@@ -324,10 +342,11 @@ def _check_model_folder(config: Config) -> list[str]:
             f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} "
             f"tokens, more than the model's window of {spec.max_position}"
         )
-    try:
-        check_layout(spec, derive(config).layout, config.actor.layout.sequence_parallel)
-    except ValueError as error:
-        problems.append(f"actor.{error}")
+    for group in worker_groups(config):
+        try:
+            check_layout(spec, group.layout, group.layout_config.sequence_parallel)
+        except ValueError as error:
+            problems.append(f"{group.name}.{error}")
     try:
         check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
     except ValueError as error:

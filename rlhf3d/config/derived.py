@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.schema import Config
+from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
+from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 
@@ -39,10 +40,10 @@ class UpdatePlan:
 class Derived:
     """The numbers of a run that follow from its configuration."""
 
-    layout: ParallelLayout
-    """Training ranks of actor, critic and reference."""
+    groups: tuple[WorkerGroup, ...]
+    """The worker groups, the actor's first."""
     world_size: int
-    """Training ranks."""
+    """Ranks of all worker groups."""
     engine_ranks: int
     """vLLM ranks: engines x tensor_parallel_size."""
     sequences_per_step: int
@@ -56,13 +57,18 @@ class Derived:
     total_steps: int | None
     """Training steps of the run; None while the number of training rows is not known."""
 
+    @property
+    def layout(self) -> ParallelLayout:
+        """Ranks of the actor."""
+        return self.groups[0].layout
+
 
 def derive(config: Config, train_rows: int | None = None) -> Derived:
     """The numbers of a checked configuration; `train_rows` (prompts an epoch) for a run in epochs.
 
     An epoch's last rows that do not fill a batch are not trained on; ValueError when not one batch fills.
     """
-    layout = config.actor.layout
+    groups = worker_groups(config)
     total = config.trainer.total_training_steps
     if total is None and train_rows is not None:
         total = config.trainer.total_epochs * (train_rows // config.data.train_batch_size)
@@ -72,21 +78,13 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"{config.data.train_batch_size}: lower it or add prompts"
         )
     return Derived(
-        layout=ParallelLayout(
-            tp=layout.tp,
-            pp=layout.pp,
-            dp=layout.dp,
-            vpp=layout.vpp or 1,
-            ep=layout.ep,
-            first_stage_layers=layout.first_stage_layers,
-            last_stage_layers=layout.last_stage_layers,
-        ),
-        world_size=layout.tp * layout.pp * layout.dp,
+        groups=groups,
+        world_size=sum(group.layout.world_size for group in groups),
         engine_ranks=config.rollout.engines * config.rollout.tensor_parallel_size,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
-        actor=_update_plan(config, actor_batching(config)),
-        critic=_update_plan(config, critic_batching(config)) if config.needs_critic else None,
+        actor=_update_plan(config, actor_batching(config), config.actor.layout),
+        critic=_critic_plan(config) if config.needs_critic else None,
         total_steps=total,
     )
 
@@ -117,9 +115,8 @@ def critic_batching(config: Config) -> Batching:
     return actor_batching(replace(config, actor=replace(config.actor, **given)))
 
 
-def micro_batching(config: Config, batching: Batching) -> MicroBatching:
-    """How a model with these batch sizes is cut into micro-batches."""
-    layout = config.actor.layout
+def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> MicroBatching:
+    """How a model with these batch sizes and this layout is cut into micro-batches."""
     return MicroBatching(
         rows=batching.micro_batch_size,
         tokens=batching.max_tokens,
@@ -128,17 +125,21 @@ def micro_batching(config: Config, batching: Batching) -> MicroBatching:
     )
 
 
-def _update_plan(config: Config, batching: Batching) -> UpdatePlan:
+def _critic_plan(config: Config) -> UpdatePlan:
+    return _update_plan(config, critic_batching(config), group_of(config, "critic").layout_config)
+
+
+def _update_plan(config: Config, batching: Batching, layout: LayoutConfig) -> UpdatePlan:
     mini, micro, epochs, budget = batching
     sequences = mini * config.rollout.n
-    per_rank = sequences // config.actor.layout.dp
+    per_rank = sequences // layout.dp
     mini_batches = config.data.train_batch_size // mini
     return UpdatePlan(
         mini_batch_size=mini,
         mini_batches=mini_batches,
         sequences_per_mini_batch=sequences,
         sequences_per_rank=per_rank,
-        micro_batching=micro_batching(config, batching),
+        micro_batching=micro_batching(config, batching, layout),
         micro_batches_per_rank=per_rank // micro if budget is None else None,
         epochs=epochs,
         optimizer_steps_per_step=mini_batches * epochs,
@@ -147,13 +148,7 @@ def _update_plan(config: Config, batching: Batching) -> UpdatePlan:
 
 def summary_lines(config: Config, derived: Derived) -> list[str]:
     """The run in a few lines of plain text, for the screen at start and for the log."""
-    roles = ["actor", *["critic"] * config.needs_critic, *["reference"] * config.needs_reference]
-    layout, rollout, data, trainer = config.actor.layout, config.rollout, config.data, config.trainer
-    extras = [
-        name
-        for name in ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "recompute")
-        if getattr(layout, name)
-    ]
+    rollout, data, trainer = config.rollout, config.data, config.trainer
     validation = [
         *["before the first step"] * trainer.val_before_train,
         *[f"every {trainer.test_freq} steps"] * (trainer.test_freq > 0),
@@ -161,8 +156,8 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
     ]
     run = f"{derived.total_steps} steps" if derived.total_steps else f"{trainer.total_epochs} epoch(s) of the data"
     lines = [
-        f"model      {config.model.path} in {config.model.dtype}: {', '.join(roles)}",
-        f"layout     {derived.layout} = {derived.world_size} ranks" + "".join(f", {name}" for name in extras),
+        f"model      {config.model.path} in {config.model.dtype}",
+        *[f"layout     {_group_line(group)}" for group in derived.groups],
         f"rollout    {rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {rollout.dtype}, "
         f"temperature {rollout.temperature:g}",
         f"step       {data.train_batch_size} prompts x {rollout.n} completions = "
@@ -179,6 +174,14 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         f"validate   {', '.join(validation) if data.val_files else 'never (data.val_files is empty)'}",
         f"run        {run}, seed {trainer.seed}, written to {trainer.output_dir}",
     ]
+
+
+def _group_line(group: WorkerGroup) -> str:
+    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "recompute")
+    extras = [name for name in names if getattr(group.layout_config, name)]
+    roles = ", ".join("reference" if role == "ref" else role for role in group.roles)
+    ranks = f"{group.layout} = {group.layout.world_size} ranks"
+    return f"{group.name} group ({roles}): {ranks}" + "".join(f", {name}" for name in extras)
 
 
 def _algorithm_extras(config: Config) -> str:

@@ -28,7 +28,7 @@ class FieldDoc:
 
 
 def field_docs() -> list[FieldDoc]:
-    """Every key of the configuration, in the order of the schema."""
+    """Every key of the configuration, in the order of the schema; of a section that is null, with its own defaults."""
     return list(_field_docs(Config(), "", _attribute_docs()))
 
 
@@ -41,6 +41,13 @@ def _field_docs(section: Any, where: str, docs: dict[tuple[str, str], str]) -> I
         else:
             doc = docs.get((type(section).__name__, item.name), "")
             yield FieldDoc(name, describe(hints[item.name]), value, doc)
+            if (optional := optional_section(hints[item.name])) is not None:
+                yield from _field_docs(optional(), f"{name}.", docs)
+
+
+def optional_section(kind: Any) -> type[Any] | None:
+    """The section of a field that is a section or null."""
+    return next((option for option in get_args(kind) if is_dataclass(option) and isinstance(option, type)), None)
 
 
 def _attribute_docs() -> dict[tuple[str, str], str]:
@@ -65,6 +72,8 @@ def describe(kind: Any) -> str:
         return f"list of {describe(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {describe(args[0])}"
     if origin is dict:
         return "mapping"
+    if is_dataclass(kind):
+        return "section"
     return "null" if kind is type(None) else str(kind.__name__)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from rlhf3d.config.checks import check, check_files
-from rlhf3d.config.docs import describe, field_docs, nearest_key
+from rlhf3d.config.docs import describe, field_docs, nearest_key, optional_section
 from rlhf3d.config.schema import Config
 
 T = TypeVar("T")
@@ -126,6 +126,8 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
             problems.append(f"{name}: no such key; {nearest_key(name)}")
         elif is_dataclass(getattr(default, key)):
             changes[key] = build(getattr(default, key), value, name, problems)
+        elif value is not None and (section := optional_section(hints[key])) is not None:
+            changes[key] = build(section(), value, name, problems)
         else:
             try:
                 changes[key] = coerce(value, hints[key])

@@ -119,7 +119,7 @@ class ActorConfig:
     """The policy and its update."""
 
     layout: LayoutConfig = field(default_factory=LayoutConfig)
-    """Layout of the training ranks; the colocated critic and reference share it."""
+    """Layout of the training ranks; the reference shares it, and the critic without a layout of its own."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the policy."""
     ppo_mini_batch_size: int = 64
@@ -158,6 +158,10 @@ class ActorConfig:
 class CriticConfig:
     """The value model and its update; placed only when the advantage estimator needs values."""
 
+    layout: LayoutConfig | None = None
+    """Layout of processes of its own; null: it is in the actor's processes. Its keys are those of actor.layout."""
+    placement: str = "colocated"
+    """Processes of its own, on GPUs: colocated on the actor's devices, or disaggregated on devices of their own."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0e-5))
     """Optimizer of the critic."""
     ppo_mini_batch_size: int | None = None

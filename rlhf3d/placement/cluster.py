@@ -80,8 +80,8 @@ def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Iterator[Place
     try:
         if not group.wait(timeout_s):
             raise ValueError(
-                f"actor.layout needs {len(bundles)} bundles of {bundles[0]}, but after {timeout_s:.0f} s the Ray "
-                f"cluster offers {ray.cluster_resources()}; make the layout smaller or add nodes"
+                f"the run needs {len(bundles)} bundles such as {bundles[0]}, but after {timeout_s:.0f} s the Ray "
+                f"cluster offers {ray.cluster_resources()}; make the layouts smaller or add nodes"
             )
         yield group
     finally:

@@ -1,4 +1,5 @@
-"""Which Ray bundle each process takes: one a training rank; engine ranks beside them, or in bundles of their own.
+"""Which Ray bundle each process takes: one a rank of the actor group; other groups' ranks and engine ranks beside them,
+or in bundles of their own.
 
 Invariant: the bundles name every process of a run, so Ray refuses at the start what the cluster cannot hold.
 Pure: numbers only.
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.resharding.plan import ReshardPlan
 
@@ -20,27 +22,49 @@ class Placement:
     """Bundles of a run, and what its processes take of them."""
 
     bundles: list[dict[str, float]]
-    """Resources of each bundle; bundle r is training rank r's, those of engine ranks apart come after."""
+    """Resources of each bundle: the actor group's ranks' first, then those of groups apart, then of engines apart."""
+    groups: dict[str, list[int]]
+    """By worker group and rank: its bundle. The actor's rank r has bundle r."""
     engine_bundles: list[list[int]] | None
-    """By engine and rank: its bundle. None where engine ranks share the bundles of training ranks, by the sync plan."""
-    train_options: dict[str, Any]
-    """Ray actor options of a training rank."""
-    engine_options: dict[str, Any]
-    """Ray actor options of an engine rank."""
+    """By engine and rank: its bundle. None where engine ranks share the bundles of the actor's, by the sync plan."""
+    options: dict[str, dict[str, Any]]
+    """By worker group, and `engine`: Ray actor options of a rank."""
 
 
-def place(platform: Platform, world_size: int, engines: int, engine_ranks: int, colocated: bool) -> Placement:
-    """Placement of `world_size` training ranks and `engines` vLLM engines of `engine_ranks` ranks each."""
-    count = engines * engine_ranks
-    apart = [[world_size + engine * engine_ranks + rank for rank in range(engine_ranks)] for engine in range(engines)]
-    if platform.kind == "cpu":
-        # A process takes cores and memory of its own even where it shares the host's memory with training ranks.
-        return Placement([{"CPU": 1.0}] * (world_size + count), apart, {"num_cpus": 1}, {"num_cpus": 1})
-    if not colocated:
-        options = {"num_cpus": 1.0, "num_gpus": 1.0}
-        return Placement([{"GPU": 1.0, "CPU": 1.0}] * (world_size + count), apart, options, options)
-    options = {"num_cpus": 1.0, "num_gpus": 0.5}
-    return Placement([{"GPU": 1.0, "CPU": 2.0}] * world_size, None, options, options)
+def place(
+    platform: Platform, groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, colocated: bool
+) -> Placement:
+    """Placement of the worker groups (the actor's first) and `engines` vLLM engines of `engine_ranks` ranks each.
+
+    Raises ValueError for a group that has more ranks than the actor's to share devices with.
+    """
+    on_gpu = platform.kind != "cpu"
+    # On CPU a process takes cores and memory of its own even where it shares the host's memory with others.
+    sharing = {group.name for group in groups if on_gpu and (group is groups[0] or group.colocated)}
+    sharing |= {"engine"} if on_gpu and colocated else set()
+    world, bundle_of, end = groups[0].layout.world_size, {}, 0
+    for group in groups:
+        ranks = group.layout.world_size
+        if group is groups[0] or group.name not in sharing:
+            bundle_of[group.name], end = list(range(end, end + ranks)), end + ranks
+        elif ranks <= world:
+            bundle_of[group.name] = list(range(ranks))
+        else:
+            raise ValueError(
+                f"{group.key} has {ranks} ranks ({group.layout}), more than the {world} of actor.layout, whose devices "
+                f"they share; set {group.key.replace('layout', 'placement')}=disaggregated or make the layout smaller"
+            )
+    apart = [[end + engine * engine_ranks + rank for rank in range(engine_ranks)] for engine in range(engines)]
+    count = end + (0 if "engine" in sharing else engines * engine_ranks)
+    resources = {"GPU": 1.0} if on_gpu else {}
+    shared = [{**resources, "CPU": float(max(len(sharing), 1))}] * world
+    gpus = {name: round(1 / len(sharing), 4) if name in sharing else 1.0 for name in (*bundle_of, "engine")}
+    return Placement(
+        bundles=shared + [{**resources, "CPU": 1.0}] * (count - world),
+        groups=bundle_of,
+        engine_bundles=None if "engine" in sharing else apart,
+        options={name: {"num_cpus": 1.0, **({"num_gpus": gpus[name]} if on_gpu else {})} for name in gpus},
+    )
 
 
 def engine_bundles(placement: Placement, plan: ReshardPlan, node_of_bundle: Sequence[int]) -> list[list[int]]:

@@ -57,7 +57,7 @@ class RolloutGroup:
                 actor.options(
                     scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
                     runtime_env=environment,
-                    **placement.engine_options,
+                    **placement.options["engine"],
                 ).remote()
                 for bundle in of_ranks
             ]

@@ -1,4 +1,4 @@
-"""The training ranks as the driver sees them: whole batches in, whole batches out.
+"""The ranks of one worker group as the driver sees them: whole batches in, whole batches out.
 
 Invariant: all ranks of a data-parallel replica get the same rows and micro-batches; what comes back is in the batch's
 own row order.
@@ -21,9 +21,9 @@ from rlhf3d.batching.balance import sequence_cost
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
 from rlhf3d.config.derived import UpdatePlan, actor_batching, critic_batching, micro_batching
+from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker, WorkerSetup
@@ -32,43 +32,47 @@ FORWARD_COLUMNS = ("input_ids", "prompt_lengths", "response_lengths", "response_
 
 
 class TrainGroup:
-    """Handles of the ranks of actor, critic and reference."""
+    """Handles of the ranks that hold a worker group's models."""
 
     def __init__(
         self,
         config: Config,
-        layout: ParallelLayout,
+        group: WorkerGroup,
         placement: Placement,
         reserved: PlacementGroup,
         total_steps: int,
     ) -> None:
-        self.layout, self._reserved = layout, reserved
-        self.timeout_s = config.cluster.phase_timeout_s
-        actor, critic = (micro_batching(config, sizes(config)) for sizes in (actor_batching, critic_batching))
+        """Start the processes and begin to load their models; `wait_ready` ends it."""
+        self.name, self.layout, self._reserved = group.name, group.layout, reserved
+        self.timeout_s, self.startup_timeout_s = config.cluster.phase_timeout_s, config.cluster.startup_timeout_s
+        actor, critic = (
+            micro_batching(config, sizes(config), group.layout_config) for sizes in (actor_batching, critic_batching)
+        )
         self.micro_batching = {"actor": actor, "ref": actor, "critic": critic}
         self.cost = sequence_cost(load_spec(config.model.path))
         self._padding: dict[str, float] = {}
-        self.temperature = config.rollout.temperature
         self.max_response_tokens = config.data.max_response_length
-        threads = config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // layout.world_size)
+        self._bundles = placement.groups[group.name]
+        threads = config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // group.layout.world_size)
         self.workers = [
             ray.remote(TrainWorker)
             .options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-                **placement.train_options,
+                **placement.options[group.name],
             )
-            .remote(WorkerSetup(config, layout, rank, total_steps, config.trainer.output_dir))
-            for rank in range(layout.world_size)
+            .remote(WorkerSetup(config, group, rank, total_steps, config.trainer.output_dir))
+            for rank, bundle in enumerate(self._bundles)
         ]
-        startup_s = config.cluster.startup_timeout_s
-        address, port = gather("start", {"rank 0": self.workers[0].rendezvous.remote()}, startup_s)[0]
-        calls = {self._name(r): w.build.remote(address, port, threads) for r, w in enumerate(self.workers)}
-        gather("load models", calls, startup_s)
+        self._starting = self.start_all("build", *self.meeting_place(), threads)
+
+    def wait_ready(self) -> None:
+        """Wait until every rank has loaded its models."""
+        gather("load models", self._starting, self.startup_timeout_s)
 
     def _name(self, rank: int) -> str:
         at = self.layout.coords(rank)
-        return f"rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp})"
+        return f"{self.name} rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp})"
 
     def start_all(self, method: str, *args: Any) -> dict[str, ray.ObjectRef]:
         """Start the same call on every rank, by name."""
@@ -81,11 +85,12 @@ class TrainGroup:
     def is_here(self, rank: int) -> bool:
         """Whether a rank is on the driver's node."""
         nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
-        return bool(nodes[rank] == ray.get_runtime_context().get_node_id())
+        return bool(nodes[self._bundles[rank]] == ray.get_runtime_context().get_node_id())
 
     def meeting_place(self) -> tuple[str, int]:
         """Address and free port of rank 0's host."""
-        address, port = gather("start", {self._name(0): self.workers[0].rendezvous.remote()}, self.timeout_s)[0]
+        first = {self._name(0): self.workers[0].rendezvous.remote()}
+        address, port = gather("start", first, self.startup_timeout_s)[0]
         return address, port
 
     def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:

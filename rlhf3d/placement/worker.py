@@ -1,4 +1,4 @@
-"""One training rank: a process that holds its shard of actor, critic and reference.
+"""One rank of a worker group: a process that holds its shard of the group's models.
 
 Invariant: all ranks of a group get the same calls in the same order; a rank acts on its own shard only.
 """
@@ -6,14 +6,15 @@ Invariant: all ranks of a group get the same calls in the same order; a rank act
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
+from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
-from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.placement.cluster import free_port
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class WorkerSetup:
     """What a rank is told at its start."""
 
     config: Config
-    layout: ParallelLayout
+    group: WorkerGroup
     rank: int
     total_steps: int
     output_dir: str
@@ -46,7 +47,7 @@ class TrainWorker:
         from rlhf3d.parallel.platform import choose_platform
 
         self.setup = setup
-        setup_logging(Path(setup.output_dir), f"rank_{setup.rank}")
+        setup_logging(Path(setup.output_dir), f"{setup.group.name}_rank_{setup.rank}")
         self.platform = choose_platform(setup.config.cluster.platform)
         self.engines: dict[str, MegatronEngine] = {}
         self.streams: dict[str, WeightSender] = {}
@@ -56,13 +57,13 @@ class TrainWorker:
         return ray.util.get_node_ip_address(), free_port()
 
     def build(self, address: str, port: int, threads: int) -> None:
-        """Join the process groups, then load every model this run needs."""
+        """Join the process groups, then load the group's models."""
         self.platform.prepare_worker(self._local_rank(), threads)
         from rlhf3d.parallel.megatron_init import initialize_megatron
 
         config = self.setup.config
         initialize_megatron(
-            self.setup.layout,
+            self.setup.group.layout,
             self.setup.rank,
             seed=config.trainer.seed,
             platform=self.platform,
@@ -87,8 +88,8 @@ class TrainWorker:
         folder = config.model.path
         context = EngineContext(
             spec=load_spec(folder),
-            layout=self.setup.layout,
-            layout_config=config.actor.layout,
+            layout=self.setup.group.layout,
+            layout_config=self.setup.group.layout_config,
             rank=self.setup.rank,
             platform=self.platform,
             dtype=config.model.dtype,
@@ -98,11 +99,12 @@ class TrainWorker:
             skip_nonfinite=config.trainer.on_nonfinite == "skip",
             packed=config.model.use_remove_padding,
         )
-        self.engines["actor"] = MegatronEngine(context, "policy", folder, config.actor.optim)
-        if config.needs_critic:
-            self.engines["critic"] = MegatronEngine(context, "value", folder, config.critic.optim)
-        if config.needs_reference:
-            self.engines["ref"] = MegatronEngine(context, "policy", folder, None)
+        make: dict[str, Callable[[], MegatronEngine]] = {
+            "actor": lambda: MegatronEngine(context, "policy", folder, config.actor.optim),
+            "critic": lambda: MegatronEngine(context, "value", folder, config.critic.optim),
+            "ref": lambda: MegatronEngine(context, "policy", folder, None),
+        }
+        self.engines = {role: make[role]() for role in self.setup.group.roles}
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
 
     def forward(self, role: str, batch: Batch, micro_batches: list[list[int]]) -> dict[str, Tensor] | None:
@@ -162,7 +164,7 @@ class TrainWorker:
         return self.streams[name].send(policy_version, sync)
 
     def save(self, folder: str) -> None:
-        """Write this rank's share of a sharded checkpoint of every trainable model."""
+        """Write this rank's share of a sharded checkpoint of the group's trainable models."""
         from rlhf3d.checkpoints.sharded import save_engines
 
         engines = {name: engine for name, engine in self.engines.items() if name != "ref"}

@@ -132,7 +132,7 @@ class WeightSync:
         # Token 0 has no prediction: it plays the prompt, the rest the response.
         batch = from_sequences([t[:1] for t in self.canary], [t[1:] for t in self.canary], pad_id=0)
         trained = self.train.forward("sync_weights (canary)", "actor", batch)["logprobs"]
-        temperature = self.train.temperature
+        temperature = self.config.temperature
         worst = 0.0
         for number, engine in enumerate(self.rollout.score(self.canary, temperature)):
             diffs = [

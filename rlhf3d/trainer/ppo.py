@@ -51,6 +51,9 @@ class Parts:
     total_steps: int
     tokenizer: Any
     train: TrainGroup
+    """Actor and reference."""
+    critic: TrainGroup
+    """The same group, or the critic's own."""
     rollout: RolloutGroup
     sync: WeightSync
     scoring: ScoringPool
@@ -59,6 +62,11 @@ class Parts:
     console: Console
     metrics: MetricsWriter
     checkpoints: CheckpointWriter
+
+    @property
+    def trained(self) -> list[TrainGroup]:
+        """The groups that hold what a checkpoint keeps."""
+        return [self.train] if self.critic is self.train else [self.train, self.critic]
 
 
 class PPOTrainer:
@@ -213,7 +221,7 @@ class PPOTrainer:
         if not self.config.needs_critic:
             return batch
         with self._phase("values"):
-            return batch.with_columns(values=self.parts.train.forward("values", "critic", batch)["values"])
+            return batch.with_columns(values=self.parts.critic.forward("values", "critic", batch)["values"])
 
     def advantages(self, batch: Batch, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Token rewards, KL penalty, advantages and returns."""
@@ -251,7 +259,7 @@ class PPOTrainer:
         if plan is None:
             return {}
         with self._phase("update_critic"):
-            return self.parts.train.update("critic", batch, plan)
+            return self.parts.critic.update("critic", batch, plan)
 
     def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
         """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
@@ -299,13 +307,12 @@ class PPOTrainer:
                 "kl_controller": self.kl_controller.state_dict(),
                 "watch": self.watch.state_dict(),
             }
-            self.last_checkpoint = self.parts.checkpoints.save(step, self.parts.train, self.parts.sync, state)
+            self.last_checkpoint = self.parts.checkpoints.save(step, self.parts.trained, self.parts.sync, state)
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         metrics |= self.timer.pop()
         if step:
-            ranks = self.parts.train.layout.world_size
-            metrics |= throughput_metrics(metrics, ranks)
+            metrics |= throughput_metrics(metrics, self.parts.derived.world_size)
             self.parts.console.step(metrics, step, self.parts.total_steps)
         self.parts.metrics.write(step, metrics)
 

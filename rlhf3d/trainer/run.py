@@ -78,7 +78,7 @@ def run_training(config: Config) -> int:
         rollout_config = config.rollout
         placement = place(
             platform,
-            layout.world_size,
+            derived.groups,
             rollout_config.engines,
             rollout_config.tensor_parallel_size,
             rollout_config.placement == "colocated",
@@ -91,17 +91,20 @@ def run_training(config: Config) -> int:
             setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])
             bundles = engine_bundles(placement, setup.plan, nodes)
             rollout = RolloutGroup(config, placement, reserved, bundles, _engine_arguments(config, platform.kind))
-            train = TrainGroup(config, layout, placement, reserved, total_steps)
+            groups = {g.name: TrainGroup(config, g, placement, reserved, total_steps) for g in derived.groups}
+            for group in groups.values():
+                group.wait_ready()
             rollout.wait_ready()
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
-        sync = stack.enter_context(closing(WeightSync(config, setup, train, rollout, canary)))
+        sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
         trainer = PPOTrainer(
             Parts(
                 config=config,
                 derived=derived,
                 total_steps=total_steps,
                 tokenizer=tokenizer,
-                train=train,
+                train=groups["actor"],
+                critic=groups.get("critic", groups["actor"]),
                 rollout=rollout,
                 sync=sync,
                 scoring=scoring,

@@ -76,7 +76,7 @@ def test_footprint_by_hand() -> None:
     # actor and critic: weights 2 + gradients 4 + (Adam 8 + master 4) / 2 = 12 bytes each; no reference
     layer = (3584 + 2 * 512) // 2 * (3584 + 1) + 3584 * 1792 + 18944 * 3584 + 3584 * 9472 + 2 * 3584
     last_stage = 14 * layer + 152064 // 2 * 3584 + 3584
-    assert footprint.per_rank_gib == pytest.approx(last_stage * 24 / GIB)
+    assert footprint.per_rank_gib == {"actor": pytest.approx(last_stage * 24 / GIB)}
     assert footprint.weights_gib == pytest.approx(7_615_616_512 * 2 / GIB)
     assert footprint.checkpoint_gib == pytest.approx(2 * 7_615_616_512 * 14 / GIB)
 
@@ -98,7 +98,9 @@ def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[M
     gpus, memory, shm, disk = preflight(config)
     assert "needs 8 GPUs" in gpus
     assert "found 0" in gpus
-    assert memory.startswith("host memory: needs about 64.4 GiB, found 20.0 GiB")  # 16 x 4 + 2 x 3 buckets
+    assert memory.startswith(
+        "host memory: needs about 64.4 GiB (16 processes 64.0, weight syncs 0.4), found 20.0 GiB"
+    )  # 16 x 4 + 2 x 3 buckets
     assert shm.startswith("/dev/shm: needs about 8.4 GiB, found 6.0 GiB")
     assert disk.startswith("disk: 2 checkpoint(s) of 198.6 GiB")
 
@@ -112,6 +114,27 @@ def test_small_gpus_are_refused(tmp_path: Path, machine: list[Machine]) -> None:
     assert problem.startswith("GPU memory: model states of 42.6 GiB a rank")
     machine[0] = replace(node, gpus=(("H200", 140.0),) * 8)
     assert preflight(config) == []
+
+
+def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[Machine]) -> None:
+    critic = {"layout": {"tp": 2, "dp": 2}, "placement": "disaggregated"}
+    raw: dict = {"actor": {"layout": {"tp": 4}}, "critic": critic}
+    config = make(tmp_path, QWEN_7B, **raw, cluster={"platform": "cuda", "gpus_per_node": 8})
+    node = replace(LAPTOP, memory_available_gib=900.0, shared_memory_gib=400.0, disk_gib=4000.0)
+    machine[0] = replace(node, gpus=(("A100", 40.0),) * 7)
+    gpus, beside, apart = preflight(config)
+    assert "needs 8 GPUs" in gpus and "actor group TP4×PP1×DP1, critic group TP2×PP1×DP2" in gpus
+    assert beside.startswith("GPU memory: model states of 31.9 GiB a rank (actor 31.9) + rollout.gpu_memory")
+    assert apart.startswith("GPU memory: model states of 42.6 GiB a rank (critic 42.6), found 40.0 GiB; raise critic.")
+    together = replace(config, critic=replace(config.critic, placement="colocated"))
+    (problem,) = preflight(together)
+    assert "(actor 31.9 + critic 42.6) + rollout.gpu_memory_utilization" in problem
+    dtypes: dict = {"model": {"path": str(tmp_path), "dtype": "bfloat16"}, "rollout": {"dtype": "bfloat16"}}
+    small = make(tmp_path, actor={"layout": {"pp": 2}}, critic={"layout": {"dp": 3}}, **dtypes)
+    machine[0] = replace(LAPTOP, memory_available_gib=3.0)
+    (memory,) = preflight(small)
+    # Each of 2 stages holds the tied embeddings, 81 M parameters at 18 bytes; each of 3 replicas all at 2 + 4 + 12 / 3.
+    assert "(actor group 3.5, critic group 5.0, engines 3.5), found 3.0" in memory
 
 
 def test_laptop_that_is_too_small(tmp_path: Path, machine: list[Machine]) -> None:

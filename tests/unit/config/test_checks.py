@@ -82,6 +82,38 @@ def test_good_configuration_passes() -> None:
             ["actor.layout.sequence_parallel=true"],
             "actor.layout.sequence_parallel = true: needs actor.layout.tp above 1",
         ),
+        (["critic.layout={pp: 1, vpp: 2}"], "critic.layout.vpp = 2: needs critic.layout.pp above 1; set vpp=null"),
+        (
+            ["critic.layout.dp=3"],
+            "critic.ppo_mini_batch_size = 16 prompts x rollout.n = 1 = 16 sequences do not divide over "
+            "critic.layout.dp = 3 ranks: 16 % 3 = 1",
+        ),
+        (
+            ["critic.layout={dp: 2}", "critic.ppo_micro_batch_size_per_gpu=3"],
+            "critic.ppo_mini_batch_size = 16 x rollout.n = 1 / critic.layout.dp = 2 = 8 sequences a rank "
+            "do not divide by critic.ppo_micro_batch_size_per_gpu = 3: 8 % 3 = 2",
+        ),
+        (
+            [
+                "critic.layout={tp: 3, sequence_parallel: true}",
+                "critic.use_dynamic_bsz=true",
+                "critic.ppo_max_token_len_per_gpu=1025",
+            ],
+            "critic.ppo_max_token_len_per_gpu = 1025: below the longest sequence, data.max_prompt_length 512 + "
+            "data.max_response_length 512, rounded up to a multiple of critic.layout.tp = 3 = 1026 tokens; "
+            "set 1026 or more",
+        ),
+        (
+            [
+                "cluster={platform: cuda, gpus_per_node: 4}",
+                "actor.layout.tp=4",
+                "critic.layout.dp=2",
+                "critic.placement=disaggregated",
+            ],
+            "actor.layout: tp 4 x pp 1 x dp 1 = 4 ranks + critic.layout: tp 1 x pp 1 x dp 2 = 2 ranks = 6 GPUs, more "
+            "than cluster.num_nodes 1 x gpus_per_node 4 = 4 GPUs",
+        ),
+        (["critic.layout.tp=0"], "critic.layout.tp = 0: must be at least 1"),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)"),
         (["rollout.top_k=50"], "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)"),
         (
@@ -149,7 +181,7 @@ def test_refusals(overrides: list[str], message: str) -> None:
 
 def test_critic_fields_do_not_matter_without_critic() -> None:
     grpo = ("algorithm.adv_estimator=grpo", "rollout.n=2")
-    assert check(make(*grpo, "critic.ppo_mini_batch_size=3")) == []
+    assert check(make(*grpo, "critic.ppo_mini_batch_size=3", "critic.layout.dp=3")) == []
     assert "has no critic" in check(make(*grpo, "trainer.critic_warmup=1"))[0]
 
 
@@ -230,6 +262,8 @@ def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
     present = (f"model.path={write_model(tmp_path / 'm')}", f"data.train_files={data}")
     assert "9 % tp 2 = 1" in check_files(make(*present, "actor.layout.tp=2"))[0]
     assert "6 % pp 4 = 2" in check_files(make(*present, "actor.layout.pp=4"))[0]
+    of_critic = check_files(make(*present, "critic.layout.tp=2"))[0]
+    assert of_critic.startswith("critic.layout: TP2") and "9 % tp 2 = 1" in of_critic
     assert "ep 2, but the model is dense" in check_files(make(*present, "actor.layout={dp: 2, ep: 2}"))[0]
     uneven = "actor.layout={pp: 4, first_stage_layers: 1}"
     assert "6 - first 1 = 5 layers for the other 3 of pp 4" in check_files(make(*present, uneven))[0]

@@ -71,6 +71,23 @@ def test_micro_batches_of_the_critic_are_the_actors_unless_given() -> None:
     assert fixed.micro_batches_per_rank == 8
 
 
+def test_a_critic_with_a_layout_of_its_own() -> None:
+    """240 sequences over 6 ranks are 40; the actor's group keeps its 24 ranks."""
+    own = replace(CONFIG.critic, layout=LayoutConfig(tp=2, dp=6, sequence_parallel=True))
+    config = replace(CONFIG, critic=own, algorithm=AlgorithmConfig(use_kl_in_reward=True))
+    derived = derive(config)
+    assert [(g.name, g.roles) for g in derived.groups] == [("actor", ("actor", "ref")), ("critic", ("critic",))]
+    assert derived.world_size == 24 + 12 and derived.layout.world_size == 24
+    assert derived.critic is not None and derived.critic.micro_batching.multiple_of == 2
+    assert (derived.critic.sequences_per_rank, derived.critic.micro_batches_per_rank) == (40, 8)
+    assert derived.actor == derive(CONFIG).actor
+    text = "\n".join(summary_lines(config, derived))
+    assert "actor group (actor, reference): TP3×PP2×DP4×VPP2 = 24 ranks" in text
+    assert "critic group (critic): TP2×PP1×DP6 = 12 ranks, sequence_parallel" in text
+    without = replace(config, algorithm=AlgorithmConfig(adv_estimator="grpo"))
+    assert [group.roles for group in derive(without).groups] == [("actor",)]
+
+
 def test_no_critic_without_values() -> None:
     assert derive(replace(CONFIG, algorithm=AlgorithmConfig(adv_estimator="grpo"))).critic is None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf3d.config.docs import field_docs
 from rlhf3d.config.load import ConfigError, build, coerce, config_to_yaml, load_config
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, LayoutConfig
 
 MINIMAL = "model: {path: m}\ndata: {train_files: [t.parquet]}\n"
 
@@ -151,6 +151,23 @@ def test_yaml_round_trip(data: st.DataObject, keys: list) -> None:
     assert not mistakes
     assert build(Config(), yaml.safe_load(config_to_yaml(config)), "", mistakes) == config
     assert not mistakes
+
+
+def test_a_section_that_may_be_null(tmp_path: Path) -> None:
+    """Any of its keys makes it a section with defaults; null makes it none; both survive the round trip."""
+    assert load(tmp_path).critic.layout is None
+    critic = load(tmp_path, "critic.layout.dp=2").critic
+    assert critic.layout == LayoutConfig(dp=2)
+    assert load(tmp_path, "critic.layout.dp=2", "critic.layout=null").critic.layout is None
+    (tmp_path / "again.yaml").write_text(config_to_yaml(load(tmp_path, "critic.layout={dp: 2, vpp: null}")))
+    assert load_config(tmp_path / "again.yaml", files=False).critic == critic
+    assert problems(tmp_path, "critic.layout.ttp=2") == [
+        "critic.layout.ttp: no such key; did you mean critic.layout.tp?"
+    ]
+    assert problems(tmp_path, "critic.layout=2") == ["critic.layout = 2: expected a section of keys, found int"]
+    docs = {doc.name: doc for doc in field_docs()}
+    assert (docs["critic.layout"].kind, docs["critic.layout"].default) == ("section or null", None)
+    assert docs["critic.layout.dp"].doc == docs["actor.layout.dp"].doc
 
 
 @pytest.mark.parametrize("value", ["1e-5", "0.00001", 1e-5])

@@ -88,11 +88,13 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
         yield
 
     counter = iter(range(1000))
+    group = FakeTrain()
     parts: Any = SimpleNamespace(
         config=config,
         derived=derive(config),
         tokenizer=make_tiny_tokenizer(),
-        train=FakeTrain(),
+        train=group,
+        critic=group,
         rollout=FakeRollout(),
         scoring=FakeScoring(scores),
         sync=SimpleNamespace(needed=False, trained_version=1, weights_changed=lambda: None),
@@ -103,6 +105,17 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
     )
     assert set(vars(parts)) <= set(Parts.__dataclass_fields__)
     return PPOTrainer(parts), parts
+
+
+def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0])
+    parts.critic = FakeTrain()
+    trainer.train_step(1)
+    assert parts.critic.phases == ["values", "update_critic"]
+    assert parts.train.phases == ["old_logprobs", "update_actor"]
+    assert Parts.trained.fget(parts) == [parts.train, parts.critic]  # what a checkpoint holds
+    parts.critic = parts.train
+    assert Parts.trained.fget(parts) == [parts.train]
 
 
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:
