@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 from rlhf3d.config.schema import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20
-END_S = 20.0
+END_S = 10.0
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Invariant: all engines serve the same `policy_version`; none serves before it wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf3d.config.schema import Config
 from rlhf3d.placement.cluster import free_port
 from rlhf3d.placement.resources import Placement
-from rlhf3d.placement.waiting import gather
+from rlhf3d.placement.waiting import gather, stream
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
@@ -94,19 +94,25 @@ class RolloutGroup:
         results = dict(zip(calls, gather(phase, calls, self.timeout_s), strict=True))
         return [results[self._name(i, 0)] for i in range(len(self.engines))]
 
-    def generate(self, phase: str, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """One completion a request; requests are dealt to the engines in turn."""
+    def stream(
+        self, phase: str, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
+        """One completion a request, in parts as they finish, by number; requests are dealt to the engines in turn."""
         count = len(self.engines)
-        calls: dict[str, ray.ObjectRef] = {}
-        for i in range(count):
-            if part := list(requests[i::count]):
-                calls |= self._start(i, "generate", part, sampling)
-        results = dict(zip(calls, gather(phase, calls, self.timeout_s), strict=True))
-        completions: list[Completion | None] = [None] * len(requests)
-        for i in range(min(count, len(requests))):
-            completions[i::count] = results[self._name(i, 0)]
-        assert all(c is not None for c in completions), "an engine dropped a request"
-        return [c for c in completions if c is not None]
+        sources = {
+            self._name(i, rank): actor.stream.options(num_returns="streaming").remote(
+                list(requests[i::count]), sampling
+            )
+            for i in range(min(count, len(requests)))
+            for rank, actor in enumerate(self.engines[i])
+        }
+        engine_of = {self._name(i, 0): i for i in range(count)}
+        answered = 0
+        for name, part in stream(phase, sources, self.timeout_s):
+            if name in engine_of:  # an engine's other ranks write the same
+                answered += len(part)
+                yield {engine_of[name] + count * number: completion for number, completion in part.items()}
+        assert answered == len(requests), f"the engines dropped {len(requests) - answered} requests"
 
     def start_open_weights(self, setup: SyncSetup, meeting: tuple[str, int] | None) -> dict[str, ray.ObjectRef]:
         """Start to open every engine's end of the weight stream."""

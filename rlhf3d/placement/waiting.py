@@ -6,6 +6,7 @@ Invariant: every wait has a deadline; its error names the phase, who was waited 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -20,32 +21,56 @@ class WorkerFailure(RuntimeError):
 
 def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> list[Any]:
     """Results of the named calls in their order. Raises WorkerFailure at the first failure or at the deadline."""
-    pending = {ref: name for name, ref in calls.items()}
-    results: dict[str, Any] = {}
-    deadline = time.monotonic() + timeout_s
-    while pending:
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise WorkerFailure(
-                f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending.values())}; "
-                "raise cluster.phase_timeout_s if the work is really that long, or look into logs/"
-            )
-        name = pending.pop(ready[0])
-        try:
-            results[name] = ray.get(ready[0])
-        except RayError as error:
-            raise _first_failure(phase, {name: error}, pending) from None
+    results = dict(_arrivals(phase, dict(calls), timeout_s))
     return [results[name] for name in calls]
 
 
-def _first_failure(phase: str, errors: dict[str, Exception], pending: dict[ray.ObjectRef, str]) -> WorkerFailure:
-    """The failure that explains the others: a worker that raised by itself before one that lost its peer."""
-    ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=GRACE_S) if pending else ([], [])
-    for ref in ready:
+def stream(phase: str, streams: dict[str, ray.ObjectRefGenerator], timeout_s: float) -> Iterator[tuple[str, Any]]:
+    """(name, item) of the named streams as items come. Raises WorkerFailure as `gather` does."""
+    return _arrivals(phase, dict(streams), timeout_s)
+
+
+def _arrivals(
+    phase: str, pending: dict[str, ray.ObjectRef | ray.ObjectRefGenerator], timeout_s: float
+) -> Iterator[tuple[str, Any]]:
+    """What comes of calls and streams, until all have ended."""
+    deadline = time.monotonic() + timeout_s
+    while pending:
+        ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise WorkerFailure(
+                f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending)}; "
+                "raise cluster.phase_timeout_s if the work is really that long, or look into logs/"
+            )
+        name = next(name for name, waited in pending.items() if waited is ready[0])
+        source = pending[name]
+        if isinstance(source, ray.ObjectRef):
+            del pending[name]
         try:
-            ray.get(ref)
-        except RayError as other:
-            errors[pending[ref]] = other
+            item = ray.get(source if isinstance(source, ray.ObjectRef) else next(source))
+        except StopIteration:
+            del pending[name]
+            continue
+        except RayError as error:
+            pending.pop(name, None)
+            raise _first_failure(phase, {name: error}, pending) from None
+        yield name, item
+
+
+def _first_failure(
+    phase: str, errors: dict[str, Exception], pending: Mapping[str, ray.ObjectRef | ray.ObjectRefGenerator]
+) -> WorkerFailure:
+    """The failure that explains the others: a worker that raised by itself before one that lost its peer."""
+    ends = {
+        name: waited if isinstance(waited, ray.ObjectRef) else waited.completed() for name, waited in pending.items()
+    }
+    ready, _ = ray.wait(list(ends.values()), num_returns=len(ends), timeout=GRACE_S) if ends else ([], [])
+    for name, end in ends.items():
+        if end in ready:
+            try:
+                ray.get(end)
+            except RayError as other:
+                errors[name] = other
     name, error = min(errors.items(), key=lambda item: _is_echo(item[1]))
     others = sorted(set(errors) - {name})
     echo = f"\n(also failed: {', '.join(others)})" if others else ""

@@ -1,9 +1,9 @@
 """Scoring in child processes that are killed at their deadline.
 
-Invariant: a batch always ends, with one score for each item, in order, whatever the reward function does:
-a process that hangs, crashes, exits or eats memory costs its own item only, and is replaced. Signals and threads could
-not promise that, for code that never returns to the interpreter. Where one call scores several items and fails, its
-halves are tried again until the item that caused it is alone.
+Invariant: a batch always ends, with one score for each item, in order, whatever the reward function does and however
+the items arrive: a process that hangs, crashes, exits or eats memory costs its own item only, and is replaced. Signals
+and threads could not promise that, for code that never returns to the interpreter. Where one call scores several items
+and fails, its halves are tried again until the item that caused it is alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -60,6 +60,7 @@ class ScoringPool:
         self._timeout_s = timeout_s
         self._max_error_rate = max_error_rate
         self._startup_timeout_s = startup_timeout_s
+        self._todo: deque[list[int]] | None = None
         self._workers = [self._start() for _ in range(workers)]
 
     def __enter__(self) -> ScoringPool:
@@ -77,22 +78,31 @@ class ScoringPool:
 
     def score_batch(self, items: Sequence[ScoreItem]) -> list[Score]:
         """The score of each item, in order."""
-        assert self._workers, "the pool is closed"
-        scores: dict[int, Score] = {}
-        todo = deque(_chunks(len(items), self._chunk_size, len(self._workers)))
-        try:
-            while len(scores) < len(items):
-                for index, score in self._advance(items, todo):
-                    scores[index] = _name(score, index, items[index])
-                    if score.failed:
-                        check_outcomes(list(scores.values()), self._max_error_rate, total=len(items))
-        except BaseException:
-            self.close()  # a process still at work would answer into the next batch
-            raise
-        return [scores[index] for index in range(len(items))]
+        scoring = self.start(len(items))
+        scoring.add(dict(enumerate(items)))
+        return scoring.finish()
 
-    def _advance(self, items: Sequence[ScoreItem], todo: deque[list[int]]) -> list[tuple[int, Score]]:
-        """Hand out work, wait for the next event, and return what ended with it."""
+    def start(self, total: int) -> Scoring:
+        """A batch of `total` items that arrive while others are scored; the pool has one at a time."""
+        assert self._workers, "the pool is closed"
+        assert self._todo is None, "the batch before was not finished"
+        self._todo = deque()
+        return Scoring(self, total, self._max_error_rate)
+
+    def put(self, numbers: Sequence[int]) -> None:
+        """Queue arrived items of the batch by their numbers."""
+        assert self._todo is not None
+        runs = _chunks(len(numbers), self._chunk_size, len(self._workers))
+        self._todo.extend([numbers[place] for place in run] for run in runs)
+
+    def end(self) -> None:
+        """The batch is complete, and the next can start."""
+        self._todo = None
+
+    def advance(self, items: Mapping[int, ScoreItem], *, patient: bool) -> list[tuple[int, Score]]:
+        """Hand out queued items; the scores that have come since, where `patient` after a wait for the next event."""
+        todo = self._todo
+        assert todo is not None
         for number, worker in enumerate(self._workers):
             if worker.ready and worker.job is None and todo:
                 if worker.send([items[index] for index in todo[0]], self._timeout_s):
@@ -101,7 +111,9 @@ class ScoringPool:
                     worker.kill()
                     self._workers[number] = self._start()
         awaited = [worker for worker in self._workers if worker.job is not None or not worker.ready]
-        patience_s = min(worker.deadline for worker in awaited) - time.monotonic()
+        if not awaited:
+            return []
+        patience_s = min(worker.deadline for worker in awaited) - time.monotonic() if patient else 0.0
         events = set(wait([worker.connection for worker in awaited], max(0.0, patience_s)))
         ended: list[tuple[int, Score]] = []
         for number, worker in enumerate(self._workers):
@@ -153,6 +165,42 @@ class ScoringPool:
 
     def _start(self) -> _Worker:
         return _Worker(self._pickled_fn, self._timeout_s, time.monotonic() + self._startup_timeout_s)
+
+
+class Scoring:
+    """A batch under way: items are added as they arrive, in any order, and are scored meanwhile."""
+
+    def __init__(self, pool: ScoringPool, total: int, max_error_rate: float) -> None:
+        self._pool, self._total, self._max_error_rate = pool, total, max_error_rate
+        self._items: dict[int, ScoreItem] = {}
+        self._scores: dict[int, Score] = {}
+
+    def add(self, items: Mapping[int, ScoreItem]) -> None:
+        """Add items under their numbers in the batch; waits for nothing."""
+        assert not self._items.keys() & items.keys() and all(0 <= number < self._total for number in items)
+        self._items.update(items)
+        self._pool.put(list(items))
+        # Twice: processes that have just answered get work at once.
+        for _ in range(2):
+            self._advance(patient=False)
+
+    def finish(self) -> list[Score]:
+        """Wait for the last score; all of them, in order."""
+        assert len(self._items) == self._total, f"{len(self._items)} of {self._total} items were added"
+        while len(self._scores) < self._total:
+            self._advance(patient=True)
+        self._pool.end()
+        return [self._scores[number] for number in range(self._total)]
+
+    def _advance(self, *, patient: bool) -> None:
+        try:
+            for number, score in self._pool.advance(self._items, patient=patient):
+                self._scores[number] = _name(score, number, self._items[number])
+                if score.failed:
+                    check_outcomes(list(self._scores.values()), self._max_error_rate, total=self._total)
+        except BaseException:
+            self._pool.close()  # a process still at work would answer into the next batch
+            raise
 
 
 class _Worker:

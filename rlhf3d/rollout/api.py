@@ -6,7 +6,7 @@ Invariant: every completion names the policy version that wrote all of its token
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -91,6 +91,9 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """Sample one completion a request, in order. Raises RuntimeError when nothing is published."""
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+        """As `generate`, in parts as they finish: by number of the request."""
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
         """Open this engine's end of the weight stream; it is number `engine` of the setup's."""

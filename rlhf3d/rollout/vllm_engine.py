@@ -12,7 +12,8 @@ the GPU of the training rank whose weights it shares most of.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 
+STREAM_S = 0.25
+"""Completions are handed on in parts of so many seconds."""
 WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
@@ -112,7 +115,12 @@ class VLLMEngine:
         return self._policy_version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """See `RolloutEngine.generate`. Raises ValueError for a request that cannot fit max_model_len."""
+        """See `RolloutEngine.generate`."""
+        completions = {number: made for part in self.stream(requests, sampling) for number, made in part.items()}
+        return [completions[number] for number in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+        """See `RolloutEngine.stream`. Raises ValueError for a request that cannot fit max_model_len."""
         version = self._policy_version
         if version is None:
             raise RuntimeError("this engine serves no policy yet: update_weights, then publish, come before generate")
@@ -130,12 +138,12 @@ class VLLMEngine:
             "stop_token_ids": list(sampling.stop_token_ids),
             "logprobs": 0,
         }
-        outputs = self._run(
+        for part in self._stream(
             [request.prompt_ids for request in requests],
             [self._params(seed=request.seed, detokenize=False, **common) for request in requests],
-        )
+        ):
+            yield {number: _completion(output.outputs[0], version) for number, output in part.items()}
         self._served_prompt = max((request.prompt_ids for request in requests), key=len)
-        return [_completion(output.outputs[0], version) for output in outputs]
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
         """See `RolloutEngine.open_weights`."""
@@ -190,10 +198,25 @@ class VLLMEngine:
             self._llm = None
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs: list[Any] = self._llm.generate(inputs, list(params), use_tqdm=False)
-        assert len(outputs) == len(prompts), f"vLLM answered {len(outputs)} of {len(prompts)} requests"
-        return outputs
+        """vLLM's output of each prompt, in order."""
+        outputs = {number: output for part in self._stream(prompts, params) for number, output in part.items()}
+        return [outputs[number] for number in range(len(prompts))]
+
+    def _stream(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[dict[int, Any]]:
+        """vLLM's outputs by number of their prompt, what has finished every STREAM_S."""
+        first = self._llm.request_counter.counter  # vLLM names requests by counting them
+        self._llm.enqueue([{"prompt_token_ids": list(prompt)} for prompt in prompts], list(params), use_tqdm=False)
+        engine, answered, finished, since = self._llm.llm_engine, 0, dict[int, Any](), time.monotonic()
+        while engine.has_unfinished_requests():
+            finished |= {int(output.request_id) - first: output for output in engine.step() if output.finished}
+            if finished and time.monotonic() - since > STREAM_S:
+                answered, since = answered + len(finished), time.monotonic()
+                yield finished
+                finished = {}
+        answered += len(finished)
+        assert answered == len(prompts), f"vLLM answered {answered} of {len(prompts)} requests"
+        if finished:
+            yield finished
 
 
 def _completion(output: Any, policy_version: int) -> Completion:

@@ -6,7 +6,7 @@ Invariant: the batch holds exactly the token ids the engine wrote; text is made 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,6 @@ class Experience:
             rollout_logprobs=[c.logprobs for c in self.completions],
         )
         return batch.with_columns(sequence=torch.arange(len(batch)))
-
-    def score_items(self) -> list[ScoreItem]:
-        """What the reward function is asked."""
-        return [
-            ScoreItem(p.data_source, text, p.ground_truth, p.extra_info)
-            for p, text in zip(self.prompts, self.texts, strict=True)
-        ]
 
     def samples(self, scores: Sequence[Score]) -> list[Sample]:
         """Records for `samples/`."""
@@ -138,12 +131,25 @@ def make_requests(
     return requests
 
 
-def make_experience(prompts: Sequence[Prompt], completions: list[Completion], tokenizer: Any) -> Experience:
-    """Pair completions with their prompts and decode them."""
+def decode(completions: Mapping[int, Completion], tokenizer: Any) -> dict[int, str]:
+    """Responses as text, under the same numbers, special tokens left out."""
+    texts = tokenizer.batch_decode([list(c.token_ids) for c in completions.values()], skip_special_tokens=True)
+    return dict(zip(completions, texts, strict=True))
+
+
+def score_item(prompt: Prompt, text: str) -> ScoreItem:
+    """What the reward function is asked about a response."""
+    return ScoreItem(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+
+
+def make_experience(
+    prompts: Sequence[Prompt], completions: Mapping[int, Completion], texts: Mapping[int, str]
+) -> Experience:
+    """Completions and their texts, by row, with their prompts."""
     n, rest = divmod(len(completions), len(prompts))
     assert rest == 0, f"{len(completions)} completions of {len(prompts)} prompts"
-    texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-    return Experience([p for p in prompts for _ in range(n)], completions, texts)
+    rows = range(len(completions))
+    return Experience([prompts[row // n] for row in rows], [completions[row] for row in rows], [texts[r] for r in rows])
 
 
 def group_ids(experience: Experience, n: int) -> Tensor:

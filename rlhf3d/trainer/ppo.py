@@ -32,12 +32,20 @@ from rlhf3d.observability.samples import Kind, write_samples
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.sync import WeightSync
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.pool import Scoring, ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
-from rlhf3d.rollout.api import Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.trainer.correction import correct, settings_of
 from rlhf3d.trainer.dynamic_sampling import fill_with_signal
-from rlhf3d.trainer.experience import Experience, Scored, group_ids, make_experience, make_requests
+from rlhf3d.trainer.experience import (
+    Experience,
+    Scored,
+    decode,
+    group_ids,
+    make_experience,
+    make_requests,
+    score_item,
+)
 from rlhf3d.trainer.metrics import rollout_metrics, throughput_metrics, training_metrics
 from rlhf3d.trainer.watch import Watch
 
@@ -143,47 +151,65 @@ class PPOTrainer:
         metrics: dict[str, float] = {}
         if groups.enable:
             scored, metrics = fill_with_signal(
-                lambda: self.score(self.generate(step, seen)),
+                lambda: self.score(*self.generate(step, seen)),
                 self.config.data.train_batch_size,
                 n,
                 groups.metric,
                 groups.max_num_gen_batches,
             )
         else:
-            scored = self.score(self.generate(step, seen))
+            scored = self.score(*self.generate(step, seen))
         write_samples(self.config.trainer.output_dir, step, scored.experience.samples(scored.scores))
         self.watch.scores(step, scored, n)
         return scored, metrics
 
-    def generate(self, step: int, seen: Counter[int]) -> Experience:
+    def generate(self, step: int, seen: Counter[int]) -> tuple[Experience, Scoring]:
         """Sample `rollout.n` completions of each of the next prompts; for ReMax also a greedy one.
 
-        `seen` counts the prompts of the step, see `make_requests`.
+        `seen` counts the prompts of the step, see `make_requests`. Completions go to be scored as they finish.
         """
         rollout, trainer, tokens = self.config.rollout, self.config.trainer, self.config.data.max_response_length
+        baseline = needs_greedy_baseline(self.config.algorithm.adv_estimator)
         with self._phase("generate"):
             prompts = self.parts.loader.next_batch()
             sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, tokens, greedy=False)
             requests = make_requests(prompts, rollout.n, trainer.seed, step, seen)
-            experience = self._complete(prompts, requests, sampling)
-            if not needs_greedy_baseline(self.config.algorithm.adv_estimator):
-                return experience
-            greedy = SamplingSettings(1.0, 1.0, -1, tokens, greedy=True)
-            baseline = self._complete(prompts, make_requests(prompts, 1, trainer.seed, step), greedy)
-            return replace(experience, greedy=baseline)
+            scoring = self.parts.scoring.start(len(requests) + (len(prompts) if baseline else 0))
+            experience = self._complete("generate", prompts, requests, sampling, scoring)
+            if baseline:
+                greedy = SamplingSettings(1.0, 1.0, -1, tokens, greedy=True)
+                requests = make_requests(prompts, 1, trainer.seed, step)
+                answers = self._complete("generate", prompts, requests, greedy, scoring, len(experience.completions))
+                experience = replace(experience, greedy=answers)
+            return experience, scoring
 
-    def _complete(self, prompts: list[Prompt], requests: list[Request], sampling: SamplingSettings) -> Experience:
-        completions = self.parts.rollout.generate("generate", requests, sampling)
-        stale = {c.policy_version for c in completions} - {self.parts.sync.trained_version}
-        assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
-        return make_experience(prompts, completions, self.parts.tokenizer)
+    def _complete(
+        self,
+        phase: str,
+        prompts: list[Prompt],
+        requests: list[Request],
+        sampling: SamplingSettings,
+        scoring: Scoring,
+        first: int = 0,
+    ) -> Experience:
+        """Completions of the requests, each given to `scoring` when it is there, under numbers from `first` on."""
+        completions: dict[int, Completion] = {}
+        texts: dict[int, str] = {}
+        n = len(requests) // len(prompts)
+        for part in self.parts.rollout.stream(phase, requests, sampling):
+            stale = {c.policy_version for c in part.values()} - {self.parts.sync.trained_version}
+            assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
+            decoded = decode(part, self.parts.tokenizer)
+            scoring.add({first + row: score_item(prompts[row // n], text) for row, text in decoded.items()})
+            completions |= part
+            texts |= decoded
+        return make_experience(prompts, completions, texts)
 
-    def score(self, experience: Experience) -> Scored:
+    def score(self, experience: Experience, scoring: Scoring) -> Scored:
         """Score every completion; too many errors stop the run."""
         with self._phase("score"):
             greedy = experience.greedy
-            items = experience.score_items() + (greedy.score_items() if greedy else [])
-            scores = self.parts.scoring.score_batch(items)
+            scores = scoring.finish()
             check_outcomes(scores, self.config.reward.max_error_rate)
             sampled = scores[: len(experience.completions)]
             if greedy is None:
@@ -292,9 +318,9 @@ class PPOTrainer:
         prompts: list[Prompt] = list(self.parts.val)
         # A fixed step number: the same seeds at every validation, so that points differ by the policy alone.
         requests = make_requests(prompts, n, self.config.trainer.seed, step=0)
-        completions = self.parts.rollout.generate("validate", requests, sampling)
-        experience = make_experience(prompts, completions, self.parts.tokenizer)
-        scores = self.parts.scoring.score_batch(experience.score_items())
+        scoring = self.parts.scoring.start(len(requests))
+        experience = self._complete("validate", prompts, requests, sampling, scoring)
+        scores = scoring.finish()
         check_outcomes(scores, self.config.reward.max_error_rate)
         write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
         return validation_metrics([p.data_source for p in experience.prompts], scores, n, kind)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.resharding.setup import FILE_PREFIX
 
 STEPS = 30
+MARK = "RLHF3D_TEST_RUN"
+MARKED = {**os.environ, MARK: str(os.getpid())}
+SHM = Path("/dev/shm")
 REWARD = '''
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     """The share of lower-case letters among the characters."""
@@ -88,28 +93,22 @@ def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
 def train(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would."""
     command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=MARKED, capture_output=True, text=True, timeout=600, check=False)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def of_runs() -> set[str]:
-    """Processes and shared files of runs of any user of this machine."""
-    names = ("ray::", "raylet", "gcs_server")
-    processes = [(p.info["name"] or "", p.pid) for p in psutil.process_iter(["name"])]
-    found = {f"{name} {pid}" for name, pid in processes if name.startswith(names)}
-    shm = Path("/dev/shm")
-    return found | ({p.name for p in shm.glob("rlhf3d-weights-*")} if shm.is_dir() else set())
-
-
-BEFORE = of_runs()
-
-
 def left_behind() -> set[str]:
-    """What has come since these tests began: what their own runs could have left."""
-    return of_runs() - BEFORE
+    """Processes that inherited these tests' mark, and shared files of runs whose driver has gone."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(os.getpid()):
+                found.add(f"{process.name()} {process.pid}")
+    files = {path.name: path.name.removeprefix(FILE_PREFIX).split("-")[0] for path in SHM.glob(f"{FILE_PREFIX}*")}
+    return found | {name for name, driver in files.items() if driver.isdigit() and not psutil.pid_exists(int(driver))}
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,7 @@ def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
 def test_interrupt_ends_everything(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), "trainer.total_training_steps=10000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=MARKED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if line.startswith("step "):

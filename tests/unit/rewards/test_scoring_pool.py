@@ -90,6 +90,26 @@ def test_order_is_kept_over_workers_and_processes_are_reused() -> None:
         assert pool.score_batch(batch[:1])[0].value == 1.0
 
 
+def test_items_are_scored_while_others_are_awaited(unruly: Path, tmp_path: Path) -> None:
+    """The second part of the batch is made only when the first has been scored."""
+    with ScoringPool(2, 1.0, load_custom_reward(unruly)) as pool:
+        pool.score_batch(items("1", "1"))
+        pid_file = tmp_path / "pid"
+        scoring = pool.start(4)
+        first = items("grandchild", "7", pid_file=str(pid_file))
+        scoring.add({3: first[0], 0: first[1]})
+        deadline = time.monotonic() + 20.0
+        while not pid_file.exists():
+            assert time.monotonic() < deadline, "what was added is not scored before finish()"
+            time.sleep(0.01)
+        scoring.add({2: items("5")[0]})
+        scoring.add({1: items("6")[0]})
+        scores = scoring.finish()
+        assert [s.value for s in scores] == [7.0, 6.0, 5.0, 0.0]
+        assert scores[3].outcome is Outcome.TIMEOUT and "sample 3" in (scores[3].message or "")
+        assert [s.value for s in pool.score_batch(items("2"))] == [2.0]
+
+
 def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: Path) -> None:
     with ScoringPool(1, 0.5, load_custom_reward(unruly)) as pool:
         pool.score_batch(items("1"))

@@ -10,7 +10,7 @@ from support.tiny_models import make_tiny_tokenizer
 from rlhf3d.data.loader import Prompt
 from rlhf3d.rewards.scoring import Outcome, Score
 from rlhf3d.rollout.api import Completion
-from rlhf3d.trainer.experience import Scored, group_ids, join, make_experience, make_requests
+from rlhf3d.trainer.experience import Scored, decode, group_ids, join, make_experience, make_requests, score_item
 
 
 def prompt(index: int, ids: tuple[int, ...]) -> Prompt:
@@ -38,7 +38,7 @@ def test_a_prompt_that_comes_again_gets_new_samples() -> None:
 
 def test_groups_are_taken_and_joined_whole() -> None:
     completions = [Completion((i,), (0.0,), "stop", 1) for i in range(4)]
-    experience = make_experience(PROMPTS, completions, make_tiny_tokenizer())
+    experience = make_experience(PROMPTS, dict(enumerate(completions)), dict.fromkeys(range(4), ""))
     scores = [Score(float(i), Outcome.SCORED, {"acc": i % 2}) for i in range(4)]
     scored = Scored(experience, scores, torch.arange(4.0) - 1, torch.tensor([5.0, 5.0, 6.0, 6.0]))
     assert scored.metric("acc").tolist() == [0, 1, 0, 1]
@@ -55,7 +55,8 @@ def test_batch_holds_the_tokens_the_engine_wrote() -> None:
     words = [tokenizer.encode(text) for text in ("ab", "c", "de", "fgh")]
     end = tokenizer.eos_token_id
     completions = [Completion((*w, end), tuple(-0.5 for _ in (*w, end)), "stop", 3) for w in words]
-    experience = make_experience(PROMPTS, completions, tokenizer)
+    late_first = {row: completions[row] for row in (2, 0, 3, 1)}
+    experience = make_experience(PROMPTS, late_first, decode(late_first, tokenizer))
     assert experience.texts == ["ab", "c", "de", "fgh"]
     assert group_ids(experience, 2).tolist() == [0, 0, 1, 1]
     batch = experience.batch(pad_id=0)
@@ -64,7 +65,7 @@ def test_batch_holds_the_tokens_the_engine_wrote() -> None:
     assert batch["response_lengths"].tolist() == [3, 2, 3, 4]
     assert batch["input_ids"][1, :4].tolist() == [4, 5, *words[1], end]
     assert batch["rollout_logprobs"][1].tolist() == [-0.5, -0.5, 0, 0]
-    items = experience.score_items()
-    assert [(i.solution_str, i.ground_truth) for i in items][1:3] == [("c", "7"), ("de", "9")]
+    item = score_item(PROMPTS[1], experience.texts[2])
+    assert (item.solution_str, item.ground_truth) == ("de", "9")
     sample = experience.samples([Score(1.0, Outcome.SCORED)] * 4)[2]
     assert (sample.prompt, sample.response, sample.length, sample.policy_version) == ("question 9", "de", 3, 3)

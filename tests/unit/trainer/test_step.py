@@ -50,10 +50,13 @@ class FakeRollout:
     def __init__(self) -> None:
         self.seeds: list[int] = []
 
-    def generate(self, phase: str, requests: list[Request], sampling: SamplingSettings) -> list[Completion]:
+    def stream(
+        self, phase: str, requests: list[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         self.seeds += [] if sampling.greedy else [r.seed for r in requests]
         tokens = (9, 9) if sampling.greedy else (8, 8)
-        return [Completion(tokens, (-1.5, -1.5), "stop", 1) for _ in requests]
+        for row in reversed(range(len(requests))):
+            yield {row: Completion(tokens, (-1.5, -1.5), "stop", 1)}
 
 
 class FakeScoring:
@@ -61,11 +64,20 @@ class FakeScoring:
 
     def __init__(self, scores: list[float]) -> None:
         self.scores, self.next, self.calls = scores, 0, 0
+        self.items: dict[int, ScoreItem] = {}
 
-    def score_batch(self, items: list[ScoreItem]) -> list[Score]:
+    def start(self, total: int) -> FakeScoring:
         self.calls += 1
+        self.items = {}
+        return self
+
+    def add(self, items: dict[int, ScoreItem]) -> None:
+        assert not self.items.keys() & items.keys()
+        self.items |= items
+
+    def finish(self) -> list[Score]:
         values = []
-        for i in range(len(items)):
+        for i in range(len(self.items)):
             values.append(self.scores[self.next % len(self.scores)] if i < PROMPTS * N else 0.25)
             self.next += i < PROMPTS * N
         return [Score(value, Outcome.SCORED) for value in values]
