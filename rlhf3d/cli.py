@@ -209,12 +209,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "flexible",
     scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
+    reward: Annotated[
+        Path | None, typer.Option(help="Python file with a reward function, as custom_reward_function.path.")
+    ] = None,
+    reward_name: Annotated[str, typer.Option(help="Its name.")] = "compute_score",
+    reward_kwargs: Annotated[str, typer.Option(help="Its further arguments, as a JSON object.")] = "{}",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts generated, scored and saved at a time.")] = 64,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 64,
     threads: Annotated[int | None, typer.Option(help="CPU threads of vLLM; default all cores.")] = None,
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache on CPU, GiB.")] = 1.0,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory.")] = 0.9,
+    engines: Annotated[int, typer.Option(help="vLLM engines that share the prompts.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks an engine.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster for the engines; default one made here.")] = None,
     workers: Annotated[int, typer.Option(help="Scoring processes.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Replace what --output holds of an evaluation.")] = False,
     as_json: AsJson = False,
@@ -245,8 +253,13 @@ def evaluate(
         seed=seed,
         method=method,
         scorers=dict(pair.rpartition("=")[::2] for pair in scorer or ()),
+        reward_path=None if reward is None else str(reward),
+        reward_name=reward_name,
+        reward_kwargs=_json_object(reward_kwargs, "--reward-kwargs"),
     )
-    options = EngineOptions(dtype, max_num_seqs, threads, kv_cache_gib, gpu_memory_utilization)
+    options = EngineOptions(
+        dtype, max_num_seqs, threads, kv_cache_gib, gpu_memory_utilization, engines, tensor_parallel_size, ray_address
+    )
     name = "-".join([model.resolve().name, *(path.resolve().parent.name for path in data)])
     report = run(
         folder,
@@ -264,6 +277,18 @@ def evaluate(
         typer.echo(json.dumps(report))
     else:
         Console().print(render(report))
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text}: no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text}: must be a JSON object")
+    return value
 
 
 @app.command()

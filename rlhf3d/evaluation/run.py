@@ -20,9 +20,11 @@ from rlhf3d.data.dataset import Prompt, PromptDataset
 from rlhf3d.data.tokenizer import load_tokenizer
 from rlhf3d.evaluation.records import Generation, Mode, append_generations, group_keys, read_generations, results
 from rlhf3d.models.spec import load_spec
+from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.items import decode, score_item
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
-from rlhf3d.rewards.scoring import Score, ScoreItem
+from rlhf3d.rewards.scoring import RewardFunction, Score
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, request_seed
 
 SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
@@ -51,6 +53,24 @@ class EvaluationSettings:
     """As reward.method."""
     scorers: dict[str, str] = field(default_factory=dict)
     """As reward.scorers."""
+    reward_path: str | None = None
+    """As custom_reward_function.path."""
+    reward_name: str = "compute_score"
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def reward(self, data_sources: Sequence[str]) -> RewardFunction:
+        """What scores the completions; ValueError where it does not fit them."""
+        if self.reward_path is not None:
+            return load_custom_reward(self.reward_path, self.reward_name, self.reward_kwargs)
+        check_data_sources(data_sources, self.scorers)
+        return BuiltinReward(self.method, tuple(data_sources), self.scorers)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another evaluation when it changes, the text of the reward function's file included."""
+        path = self.reward_path
+        return asdict(self) | {
+            "reward_path": None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        }
 
     def modes(self) -> list[tuple[Mode, int, SamplingSettings]]:
         """(mode, completions a prompt, sampling)."""
@@ -68,8 +88,8 @@ class EvaluationSettings:
 class Engine(Protocol):
     """What generates."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """One completion a request, in order."""
+    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+        """One completion a request, in parts as they finish, by number of the request."""
 
     def close(self) -> None:
         """Free it."""
@@ -121,13 +141,12 @@ def evaluate(
         )
     tokenizer = load_tokenizer(model)
     prompts = PromptDataset(files, tokenizer, settings.max_prompt_length, settings.overlong, settings.limit, key="DATA")
-    check_data_sources(prompts.data_sources, settings.scorers)
-    identity = {"model": model_digest(model), "prompts": prompts.fingerprint(), **asdict(settings)}
+    reward = settings.reward(prompts.data_sources)
+    identity = {"model": model_digest(model), "prompts": prompts.fingerprint(), **settings.identity()}
     done = _open_output(output, identity, model, files, restart)
     have = {(g.mode, g.index, g.sample) for g in done}
     todo = [(mode, n, sampling, _missing(prompts, mode, n, have)) for mode, n, sampling in modes]
     if any(missing for *_, missing in todo):
-        reward = BuiltinReward(settings.method, tuple(prompts.data_sources), settings.scorers)
         with ScoringPool(workers, timeout_s, reward) as pool, closing(make_engine()) as engine:
             for mode, n, sampling, missing in todo:
                 total = len(prompts) * n
@@ -178,17 +197,18 @@ def _generate(
 ) -> list[Generation]:
     wanted: list[tuple[Prompt, int]] = [(prompts[position], s) for position, samples in part for s in samples]
     requests = [Request(p.prompt_ids, request_seed(seed, 0, p.index, sample)) for p, sample in wanted]
-    completions = engine.generate(requests, sampling)
-    texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-    scores = pool.score_batch(
-        [
-            ScoreItem(p.data_source, text, p.ground_truth, p.extra_info)
-            for (p, _), text in zip(wanted, texts, strict=True)
-        ]
-    )
+    completions: dict[int, Completion] = {}
+    texts: dict[int, str] = {}
+    scoring = pool.start(len(wanted))
+    for some in engine.stream(requests, sampling):
+        decoded = decode(some, tokenizer)
+        scoring.add({number: score_item(wanted[number][0], text) for number, text in decoded.items()})
+        completions |= some
+        texts |= decoded
+    scores = scoring.finish()
     return [
-        _record(mode, prompt, sample, completion, text, score)
-        for (prompt, sample), completion, text, score in zip(wanted, completions, texts, scores, strict=True)
+        _record(mode, prompt, sample, completions[number], texts[number], scores[number])
+        for number, (prompt, sample) in enumerate(wanted)
     ]
 
 

@@ -67,6 +67,14 @@ def place(
     )
 
 
+def place_engines(platform: Platform, engines: int, engine_ranks: int) -> Placement:
+    """Placement of engines alone."""
+    options: dict[str, Any] = {"num_cpus": 1.0} | ({"num_gpus": 1.0} if platform.kind != "cpu" else {})
+    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if platform.kind != "cpu" else {})
+    bundles = [[engine * engine_ranks + rank for rank in range(engine_ranks)] for engine in range(engines)]
+    return Placement([bundle] * engines * engine_ranks, {}, bundles, {"engine": options})
+
+
 def engine_bundles(placement: Placement, plan: ReshardPlan, node_of_bundle: Sequence[int]) -> list[list[int]]:
     """By engine and rank: the bundle that puts it on the device where the plan has it.
 

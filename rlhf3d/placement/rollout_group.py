@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import free_port
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather, stream
@@ -41,15 +41,15 @@ class RolloutGroup:
 
     def __init__(
         self,
-        config: Config,
+        cluster: ClusterConfig,
         placement: Placement,
         reserved: PlacementGroup,
         bundles: Sequence[Sequence[int]],
         arguments: dict[str, Any],
     ) -> None:
         """Start the engines; `bundles` says where, by engine and rank, `arguments` are VLLMEngine's."""
-        self.timeout_s = config.cluster.phase_timeout_s
-        self.startup_timeout_s = config.cluster.startup_timeout_s
+        self.timeout_s = cluster.phase_timeout_s
+        self.startup_timeout_s = cluster.startup_timeout_s
         actor = ray.remote(EngineRank)
         environment = {"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}}
         self.engines = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.data.loader import Prompt
 from rlhf3d.observability.samples import Sample
-from rlhf3d.rewards.scoring import Score, ScoreItem
+from rlhf3d.rewards.scoring import Score
 from rlhf3d.rollout.api import Completion, Request, request_seed
 
 
@@ -129,17 +128,6 @@ def make_requests(
         seen[p.index] += 1
         requests += [Request(p.prompt_ids, request_seed(seed, step, p.index, first + sample)) for sample in range(n)]
     return requests
-
-
-def decode(completions: Mapping[int, Completion], tokenizer: Any) -> dict[int, str]:
-    """Responses as text, under the same numbers, special tokens left out."""
-    texts = tokenizer.batch_decode([list(c.token_ids) for c in completions.values()], skip_special_tokens=True)
-    return dict(zip(completions, texts, strict=True))
-
-
-def score_item(prompt: Prompt, text: str) -> ScoreItem:
-    """What the reward function is asked about a response."""
-    return ScoreItem(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
 
 
 def make_experience(

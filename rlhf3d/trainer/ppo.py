@@ -32,6 +32,7 @@ from rlhf3d.observability.samples import Kind, write_samples
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.sync import WeightSync
+from rlhf3d.rewards.items import decode, score_item
 from rlhf3d.rewards.pool import Scoring, ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
@@ -40,11 +41,9 @@ from rlhf3d.trainer.dynamic_sampling import fill_with_signal
 from rlhf3d.trainer.experience import (
     Experience,
     Scored,
-    decode,
     group_ids,
     make_experience,
     make_requests,
-    score_item,
 )
 from rlhf3d.trainer.metrics import rollout_metrics, throughput_metrics, training_metrics
 from rlhf3d.trainer.watch import Watch

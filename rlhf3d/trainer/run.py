@@ -90,7 +90,9 @@ def run_training(config: Config) -> int:
             nodes = nodes_of(reserved)
             setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])
             bundles = engine_bundles(placement, setup.plan, nodes)
-            rollout = RolloutGroup(config, placement, reserved, bundles, _engine_arguments(config, platform.kind))
+            rollout = RolloutGroup(
+                config.cluster, placement, reserved, bundles, _engine_arguments(config, platform.kind)
+            )
             groups = {g.name: TrainGroup(config, g, placement, reserved, total_steps) for g in derived.groups}
             for group in groups.values():
                 group.wait_ready()

@@ -60,3 +60,23 @@ def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> No
     assert "greedy" not in again.stderr, "nothing was generated again"
     other = run(*arguments, "--temperature", "0.5")
     assert other.returncode == 2 and "holds another evaluation (temperature differ)" in other.stderr
+
+
+def test_engines_of_several_ranks_give_the_same(tmp_path: Path) -> None:
+    """Two engines of two ranks each, scored by a function of one's own."""
+    model = make_tiny_model(tmp_path / "model", hidden=64, heads=2, kv_heads=2, layers=2)
+    questions = [f"{i} and {i}?" for i in range(5)]
+    rows = [PromptRow("mine", [{"role": "user", "content": q}], "math", {"ground_truth": "2"}) for q in questions]
+    write_parquet(rows, tmp_path / "test.parquet", {})
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return len(solution_str)\n"
+    )
+    output = tmp_path / "out"
+    arguments = ["evaluate", str(model), str(tmp_path / "test.parquet"), "--output", str(output), "--json"]
+    arguments += ["--max-tokens", str(TOKENS), "--max-prompt-length", "100", "--dtype", "float32", "--threads", "1"]
+    arguments += ["--kv-cache-gib", "0.05", "--engines", "2", "--tensor-parallel-size", "2"]
+    done = run(*arguments, "--reward", str(tmp_path / "reward.py"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (output / "generations.jsonl").read_text().splitlines()]
+    assert {line["prompt"]: line["response"] for line in lines} == {q: greedy_text(model, q) for q in questions}
+    assert all(line["score"] == len(line["response"]) for line in lines)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_models import make_tiny_model
@@ -27,7 +28,7 @@ class ScriptedEngine:
         self.seen: list[tuple[bool, int]] = []
         self.closed = False
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
         if not self.calls:
             raise RuntimeError("the power went")
         self.calls -= 1
@@ -38,7 +39,8 @@ class ScriptedEngine:
             text = texts[0] if sampling.greedy else texts[request.seed % 4]
             ids = tuple(self.tokenizer(text)["input_ids"])  # type: ignore[operator]
             made.append(Completion(ids, (0.0,) * len(ids), "length" if text == texts[3] else "stop", 0))
-        return made
+        for number in reversed(range(len(made))):
+            yield {number: made[number]}
 
     def close(self) -> None:
         self.closed = True
@@ -164,3 +166,26 @@ def test_equal_answers_vote_together() -> None:
     last = replace(base, sample=3, answer="3", score=0.0, outcome="timeout")
     figures = results([base, *other, last])["sampled"]["by"]["m"]
     assert figures["maj@4"] == 1.0 and figures["mean@4"] == 0.5
+
+
+def test_a_reward_function_of_ones_own_scores(tmp_path: Path, model: Path, tokenizer: object) -> None:
+    """Of a data source that nothing built in knows; a change in its file is another evaluation."""
+    row = PromptRow("mine", [{"role": "user", "content": "question"}], "math", {"ground_truth": "4"})
+    write_parquet([row], tmp_path / "test.parquet", {})
+    reward = tmp_path / "reward.py"
+    reward.write_text("def worth(data_source, solution_str, ground_truth, extra_info=None, by=1.0):\n    return by\n")
+    settings = replace(SETTINGS, n=0, reward_path=str(reward), reward_name="worth", reward_kwargs={"by": 0.25})
+
+    def run(settings: EvaluationSettings) -> dict[str, Any]:
+        return evaluate(
+            model, [tmp_path / "test.parquet"], tmp_path / "out", settings, lambda: ScriptedEngine(tokenizer)
+        )
+
+    assert run(settings)["greedy"]["by"]["mine"]["mean@1"] == 0.25
+    reward.write_text(reward.read_text().replace("return by", "return 2 * by"))
+    with pytest.raises(ValueError, match=r"holds another evaluation \(reward_path differ\)"):
+        run(settings)
+    with pytest.raises(ValueError, match="did you mean 'worth'"):
+        run(replace(settings, reward_name="wroth"))
+    with pytest.raises(ValueError, match="no built-in scorer for data_source 'mine'"):
+        run(replace(settings, reward_path=None))
