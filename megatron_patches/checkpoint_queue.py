@@ -1,8 +1,8 @@
-"""Patch `checkpoint_queue`: a synchronous save hands its results over in the process.
+"""Patch `checkpoint_queue`: a save hands its results over in the process.
 
 Invariant: no process is started for the results of a save. Upstream's spawned manager imports the main
 module, and with it torch and Megatron, once a rank: seconds to half a minute for the first save. Only
-asynchronous saves, which rlhf3d does not make, need it.
+writers in processes of their own need it; rlhf3d writes in a thread of the rank.
 """
 
 from __future__ import annotations
@@ -29,4 +29,5 @@ PATCH = Patch(
         Target(f"{_MODULE}:FileSystemWriterAsync.retrieve_write_results", "self.results_queue.get_nowait()"),
     ),
     apply=_apply,
+    cpu_only=False,
 )

@@ -41,4 +41,5 @@ PATCH = Patch(
         Target(f"{_CLASS}.write_preloaded_data", "results_queue.put(local_output)"),
     ),
     apply=_apply,
+    cpu_only=False,
 )

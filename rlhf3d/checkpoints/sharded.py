@@ -1,48 +1,175 @@
-"""A rank's share of a checkpoint: model, optimizer and schedule through megatron-core's sharded format.
+"""A rank's share of a model's checkpoint: weights, optimizer state, schedule and random state, saved and loaded.
 
-Invariant: what is written does not depend on the layout that wrote it (`fully_reshardable`): any layout can load it.
+Invariant: what is written does not depend on the layout that wrote it (megatron-core's `fully_reshardable` format): any
+layout can load it. Between `start_save` and `finish_save` the model may change: what is written is what it was.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from rlhf3d.checkpoints import optimizer_state
+from rlhf3d.checkpoints.manifest import FileInfo, file_info
 
 if TYPE_CHECKING:
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
-# `distrib_optim_sharding_type` must be given: upstream's default raises on flattened tensors.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+RANK_0_FILES = (".metadata", "common.pt", "metadata.json")
 
 
-def _state(engine: MegatronEngine, optimizer: bool) -> dict[str, Any]:
-    """The sharded state dict of one trainable model, with or without what only training needs."""
-    chunks = engine.chunks
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    state: dict[str, Any] = {
-        name: model.sharded_state_dict(metadata=METADATA) for name, model in zip(names, engine.models, strict=True)
-    }
-    if not optimizer:
-        return state
-    state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=False, metadata=METADATA)
-    state["scheduler"] = engine.scheduler.state_dict()
-    return state
+@dataclass(frozen=True)
+class PendingSave:
+    """A model's save that this rank has begun."""
+
+    folder: Path
+    request: Any
+    written: Future[dict[str, FileInfo]]
 
 
-def save_engines(folder: str, engines: dict[str, MegatronEngine], optimizer: bool) -> None:
-    """Write each engine to `folder/<role>`; called on all ranks at once. The folder must be on shared storage."""
+def model_state(engine: MegatronEngine) -> dict[str, Any]:
+    """Sharded state dict of each chunk of the model, with Megatron's own names whatever wraps it."""
+    names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+    return {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in zip(names, engine.chunks, strict=True)}
+
+
+def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor) -> PendingSave:
+    """Copy this rank's share and begin to write it to the empty `folder`, on shared storage. All ranks call it."""
     from megatron.core import dist_checkpointing
 
-    for role, engine in engines.items():
-        path = Path(folder) / role
-        if dist.get_rank() == 0:
-            path.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(_state(engine, optimizer), str(path), content_metadata=METADATA)
-        dist.barrier()
+    state = model_state(engine)
+    common: dict[str, Any] = {"world_size": dist.get_world_size()}
+    states = []
+    if optimizer:
+        states = list(optimizer_state.param_states(engine.optimizer))
+        state |= {"optimizer": optimizer_state.to_save(states, optimizer_state.entries_by_param(state))}
+        common |= {"optimizer_step": optimizer_state.step_of(engine.optimizer)}
+        common |= {"scheduler_steps": engine.scheduler.num_steps}
+    state |= {"rng": _rng_object(_rng_state())}
+    request = dist_checkpointing.save(
+        {**state, **common}, str(folder), async_sharded_save=True, content_metadata=METADATA
+    )
+    assert request is not None
+    live = _storages([p for model in engine.models for p in model.parameters()])
+    live |= _storages(tensor for s in states for tensor in s.tensors.values())
+    if request.async_fn is None:
+        return PendingSave(folder, request, threads.submit(dict))
+    rank, buckets, results = request.async_fn_args
+    copies = [(path, name, (data, [(item, _copied(t, live)) for item, t in ts])) for path, name, (data, ts) in buckets]
+    written = threads.submit(_write, request.async_fn, (rank, copies, results))
+    return PendingSave(folder, request, written)
+
+
+def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
+    """Wait for the writer and complete the folder; this rank's files. All ranks call it, in the order of the starts."""
+    error: Exception | None = None
+    files: dict[str, FileInfo] = {}
+    try:
+        files = pending.written.result(timeout_s)
+    except Exception as problem:  # the others must not wait for this rank in vain
+        error = problem
+    for finish in pending.request.finalize_fns:
+        finish()
+    if error is not None:
+        raise error
+    if dist.get_rank() == 0:
+        files |= {name: file_info(pending.folder / name) for name in RANK_0_FILES}
+    return files
+
+
+def _write(save: Any, arguments: tuple[Any, ...]) -> dict[str, FileInfo]:
+    """Write the buckets; their files by name. What goes wrong in `save` is for its finalisation to tell."""
+    save(*arguments)
+    return {name: file_info(Path(path)) for path, name, _ in arguments[1] if Path(path).exists()}
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _copied(tensor: Tensor, live: set[int]) -> Tensor:
+    """The tensor in host memory that the next update does not touch."""
+    shared = tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() in live
+    return tensor.to("cpu", copy=True) if shared else tensor
+
+
+def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
+    """Take over a saved model, with its optimizer and schedule; whether random state was there for this world size.
+
+    All ranks call it. Of the optimizer's state each rank reads the parameters it has a part of, one tensor at a time.
+    """
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(model_state(engine), str(folder))
+    for name, chunk in zip(model_state(engine), engine.chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    if optimizer:
+        _load_optimizer(folder, engine, loaded)
+    else:
+        engine.optimizer.reload_model_params()
+    same_world = bool(loaded.get("world_size") == dist.get_world_size())
+    if same_world:
+        _set_rng_state(dist_checkpointing.load({"rng": _rng_object(None)}, str(folder))["rng"])
+    return same_world
+
+
+def _load_optimizer(folder: Path, engine: MegatronEngine, common: dict[str, Any]) -> None:
+    from megatron.core import dist_checkpointing
+
+    states = list(optimizer_state.param_states(engine.optimizer))
+    entries = optimizer_state.entries_by_param(model_state(engine))
+    for name in optimizer_state.names_to_load(states):
+        wanted = {"part": optimizer_state.to_load(states, entries, name)}
+        found = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        optimizer_state.take(states, name, found["part"])
+    optimizer_state.set_step(engine.optimizer, common["optimizer_step"])
+    engine.scheduler.num_steps = 0
+    engine.scheduler.step(increment=common["scheduler_steps"])
+
+
+def _rng_object(data: Any) -> Any:
+    """Random state as an object of this rank."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    return ShardedObject("rng", data, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _rng_state() -> dict[str, Any]:
+    """Of every generator of this process that training may draw from."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import _get_cuda_rng_state
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "device": _get_cuda_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import _set_cuda_rng_state
+
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    _set_cuda_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

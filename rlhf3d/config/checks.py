@@ -42,6 +42,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "trainer.on_nonfinite": ("stop", "skip"),
     "rollout.placement": PLACEMENTS,
     "critic.placement": PLACEMENTS,
+    "trainer.save_hf": ("last", "always", "never"),
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
@@ -53,7 +54,7 @@ AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic") for size i
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
     "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len "
-    "reward.workers trainer.total_training_steps trainer.total_epochs cluster.num_nodes "
+    "reward.workers trainer.total_training_steps trainer.total_epochs trainer.keep_last cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
 ).split()
 ABOVE_0 = (
@@ -69,7 +70,7 @@ NOT_NEGATIVE = (
     "actor.entropy_coeff actor.kl_loss_coef rollout.canary_steps "
     "rollout.canary_every reward.overlong_buffer.penalty_factor "
     "algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
-    "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.critic_warmup"
+    "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.keep_best trainer.critic_warmup"
 ).split()
 AT_MOST_1 = (
     "rollout.gpu_memory_utilization algorithm.gamma algorithm.lam reward.max_error_rate actor.clip_ratio_low"

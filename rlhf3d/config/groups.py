@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
+TRAINABLE = ("actor", "critic")
+"""Models that learn, and that a checkpoint keeps."""
 
 @dataclass(frozen=True)
 class WorkerGroup:

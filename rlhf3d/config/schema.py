@@ -375,7 +375,21 @@ class TrainerConfig:
     save_at_end: bool = True
     """Save a checkpoint after the last step."""
     save_optimizer: bool = True
-    """Put optimizer state and schedule into checkpoints; gathering it takes a multiple of its memory for a while."""
+    """Put optimizer state and schedule into checkpoints: without it a run cannot be resumed exactly."""
+    save_hf: str = "last"
+    """Export the actor to hf/ in the checkpoint: of the last step, always or never (`rlhf3d convert` does it later)."""
+    async_save: bool = False
+    """Go on with the next step once every rank has copied its share; takes that much more host memory."""
+    keep_last: int | None = None
+    """Remove all but so many newest checkpoints (and those of keep_best); null keeps every one."""
+    keep_best: int = 0
+    """With keep_last: keep the so many checkpoints that are best by best_metric as well."""
+    best_metric: str | None = None
+    """Validation metric of which higher is better; null for the first val-core/…/acc/… of the run."""
+    resume_mode: str = "auto"
+    """auto: from the newest whole checkpoint of an unfinished run in output_dir; never; or a checkpoint's folder."""
+    resume_fresh_optimizer: bool = False
+    """Resume from a checkpoint without optimizer state, with fresh optimizers."""
     critic_warmup: int = 0
     """Steps that update the critic only."""
     on_nonfinite: str = "stop"
@@ -383,7 +397,7 @@ class TrainerConfig:
     grad_spike_factor: float = 5.0
     """Report a gradient norm above so many times the median of the 20 steps before."""
     max_wall_clock_s: float | None = None
-    """Stop after the step that passes this many seconds; null for no limit."""
+    """Save and stop in time to end within so many seconds of the start, with exit code 75; null for no limit."""
 
 
 @dataclass(frozen=True)

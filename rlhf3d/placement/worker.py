@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from rlhf3d.batching.batch import Batch
     from rlhf3d.batching.dispatch import MiniBatch
+    from rlhf3d.checkpoints.manifest import FileInfo
+    from rlhf3d.checkpoints.sharded import PendingSave
     from rlhf3d.engine.megatron_engine import MegatronEngine
     from rlhf3d.engine.microbatch import UpdateResult
     from rlhf3d.resharding.sending import SendReport, WeightSender
@@ -51,6 +54,8 @@ class TrainWorker:
         self.platform = choose_platform(setup.config.cluster.platform)
         self.engines: dict[str, MegatronEngine] = {}
         self.streams: dict[str, WeightSender] = {}
+        self._saves: list[PendingSave] = []
+        self._writer: ThreadPoolExecutor | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address at which the ranks meet; asked of rank 0."""
@@ -163,9 +168,27 @@ class TrainWorker:
         """Send this rank's share of the actor's weights."""
         return self.streams[name].send(policy_version, sync)
 
-    def save(self, folder: str) -> None:
-        """Write this rank's share of a sharded checkpoint of the group's trainable models."""
-        from rlhf3d.checkpoints.sharded import save_engines
+    def start_save(self, role: str, folder: str) -> None:
+        """Copy this rank's share of a model and begin to write it; see checkpoints/sharded.py."""
+        from rlhf3d.checkpoints.sharded import start_save
 
-        engines = {name: engine for name, engine in self.engines.items() if name != "ref"}
-        save_engines(folder, engines, optimizer=self.setup.config.trainer.save_optimizer)
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "checkpoint")
+        optimizer = self.setup.config.trainer.save_optimizer
+        self._saves.append(start_save(Path(folder), self.engines[role], optimizer, self._writer))
+
+    def written(self) -> bool:
+        """Whether every model under way is written."""
+        return all(save.written.done() for save in self._saves)
+
+    def finish_save(self) -> dict[str, FileInfo]:
+        """Complete the model that was begun first; this rank's files of it."""
+        from rlhf3d.checkpoints.sharded import finish_save
+
+        return finish_save(self._saves.pop(0), self.setup.config.cluster.phase_timeout_s)
+
+    def load(self, role: str, folder: str, optimizer: bool) -> bool:
+        """Take over a saved model; whether the random state was there for as many ranks."""
+        from rlhf3d.checkpoints.sharded import load
+
+        return load(Path(folder), self.engines[role], optimizer)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,11 +69,6 @@ class Parts:
     metrics: MetricsWriter
     checkpoints: CheckpointWriter
 
-    @property
-    def trained(self) -> list[TrainGroup]:
-        """The groups that hold what a checkpoint keeps."""
-        return [self.train] if self.critic is self.train else [self.train, self.critic]
-
 
 class PPOTrainer:
     """Runs the loop over its parts."""
@@ -90,7 +84,6 @@ class PPOTrainer:
         self.watch = Watch(parts.console.note, trainer.on_nonfinite, trainer.grad_spike_factor)
         self.started = time.monotonic()
         self.step = 0
-        self.last_checkpoint: Path | None = None
 
     def fit(self) -> None:
         """Train to the last step, validating and saving on their frequencies."""
@@ -99,13 +92,13 @@ class PPOTrainer:
             self._record(0, self.validate(0))
         while self.step < self.parts.total_steps:
             self.step += 1
-            metrics = self.train_step(self.step)
+            metrics = {**self.train_step(self.step), **self.parts.checkpoints.poll()}
             last = self.step == self.parts.total_steps or self._out_of_time()
             if last or (trainer.test_freq and self.step % trainer.test_freq == 0):
                 metrics |= self.validate(self.step)
             try:
                 if (last and trainer.save_at_end) or (trainer.save_freq and self.step % trainer.save_freq == 0):
-                    self.save_checkpoint(self.step)
+                    metrics |= self.save_checkpoint(self.step, last)
             finally:  # a failed save must not take the step's figures with it
                 self._record(self.step, metrics)
             if last:
@@ -324,15 +317,17 @@ class PPOTrainer:
         write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
         return validation_metrics([p.data_source for p in experience.prompts], scores, n, kind)
 
-    def save_checkpoint(self, step: int) -> None:
-        """Everything a resume needs, and the actor as an HF folder."""
+    def save_checkpoint(self, step: int, last: bool) -> dict[str, float]:
+        """Everything a resume needs, and where the config asks for it the actor as an HF folder."""
         with self._phase("save_checkpoint"):
             state = {
                 "loader": self.parts.loader.state_dict(),
                 "kl_controller": self.kl_controller.state_dict(),
                 "watch": self.watch.state_dict(),
             }
-            self.last_checkpoint = self.parts.checkpoints.save(step, self.parts.trained, self.parts.sync, state)
+            wanted = self.config.trainer.save_hf
+            export = wanted == "always" or (wanted == "last" and last)
+            return self.parts.checkpoints.save(step, state, {}, export, wait=last)
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         metrics |= self.timer.pop()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import derive, resolve_dtypes, summary_lines
+from rlhf3d.config.groups import TRAINABLE
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
@@ -99,6 +100,8 @@ def run_training(config: Config) -> int:
             rollout.wait_ready()
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
         sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
+        trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
+        checkpoints = CheckpointWriter(config, spec, trained, sync)
         trainer = PPOTrainer(
             Parts(
                 config=config,
@@ -114,7 +117,7 @@ def run_training(config: Config) -> int:
                 val=val_data,
                 console=console,
                 metrics=metrics,
-                checkpoints=CheckpointWriter(config),
+                checkpoints=checkpoints,
             )
         )
         trainer.fit()
@@ -123,7 +126,7 @@ def run_training(config: Config) -> int:
         before, after = before_after(output)
         if before:
             console.samples(before, after)
-        console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {trainer.last_checkpoint}"])
+        console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {checkpoints.last}"])
     return 0
 
 

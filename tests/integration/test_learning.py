@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.resharding.setup import FILE_PREFIX
 
@@ -150,10 +151,9 @@ def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> N
     for run in runs.values():
         assert (run / "report.md").is_file() and (run / "curves.png").stat().st_size > 10_000
         checkpoint = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        assert manifest["step"] == STEPS
-        assert {name.split("/")[0] for name in manifest["files"]} > {"actor", "critic", "hf"}
-        assert all((checkpoint / name).stat().st_size == size for name, size in manifest["files"].items())
+        manifest = read_manifest(checkpoint)
+        assert manifest.step == STEPS and problems(checkpoint, manifest) == []
+        assert {name.split("/")[0] for name in manifest.files} > {"actor", "critic", "hf"}
     assert left_behind() == set()
 
 

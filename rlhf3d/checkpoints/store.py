@@ -1,0 +1,94 @@
+"""The folder `checkpoints/` of a run: what is whole, what comes next to it, what goes.
+
+Invariant: `step_N` with a manifest appears and disappears in one rename, and everything it says is on disk before it
+appears; leftovers of a killed process have other names and are removed at the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf3d.checkpoints.manifest import MANIFEST, sync_folder
+
+LATEST = "latest"
+PARTIAL, DELETED = ".partial", ".deleted"
+
+
+def reached(stage: str) -> None:
+    """Called at each stage of a save, for the log (and for tests that kill the process there)."""
+    logging.getLogger(__name__).debug("save: %s", stage)
+
+
+class Store:
+    """One such folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps with a manifest, ascending."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+
+    def path(self, step: int) -> Path:
+        """Folder of a step."""
+        return self.folder / f"step_{step}"
+
+    def begin(self, step: int) -> Path:
+        """A new empty folder to write a step into."""
+        partial = self.path(step).with_name(f"step_{step}{PARTIAL}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        reached("begun")
+        return partial
+
+    def publish(self, step: int, partial: Path) -> Path:
+        """Give a complete folder its name, and `latest` to it; an older one of that name goes."""
+        final = self.path(step)
+        reached("complete")
+        if final.exists():
+            self._remove(final)
+        os.replace(partial, final)
+        sync_folder(self.folder)
+        reached("renamed")
+        pointer = self.folder / f"{LATEST}{PARTIAL}"
+        pointer.write_text(final.name)
+        os.replace(pointer, self.folder / LATEST)
+        reached("latest")
+        return final
+
+    def keep(self, last: int | None, best: int, metrics: Mapping[int, float]) -> list[int]:
+        """Remove what is neither among the `last` newest nor the `best` highest by metric; the steps removed."""
+        gone = expendable(self.steps(), last, best, metrics)
+        for step in gone:
+            self._remove(self.path(step))
+        return gone
+
+    def _remove(self, path: Path) -> None:
+        doomed = path.with_name(path.name + DELETED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        sync_folder(self.folder)
+        reached("removing")
+        shutil.rmtree(doomed)
+
+    def clean(self) -> list[str]:
+        """Remove what a killed process left behind; its names."""
+        left = [path for end in (PARTIAL, DELETED) for path in self.folder.glob(f"*{end}")]
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return sorted(path.name for path in left)
+
+
+def expendable(steps: list[int], last: int | None, best: int, metrics: Mapping[int, float]) -> list[int]:
+    """Which of the ascending `steps` to remove; never the newest. `last` None keeps all."""
+    if last is None:
+        return []
+    ranked = sorted((step for step in steps if step in metrics), key=lambda step: (-metrics[step], -step))
+    kept = {*steps[-max(last, 1) :], *ranked[:best]}
+    return [step for step in steps if step not in kept]
