@@ -13,6 +13,7 @@ from rlhf3d.parallel.layout import ParallelLayout
 TRAINABLE = ("actor", "critic")
 """Models that learn, and that a checkpoint keeps."""
 
+
 @dataclass(frozen=True)
 class WorkerGroup:
     """Processes that together hold some models, one rank each."""
