@@ -120,6 +120,40 @@ def reshard(
         Console(soft_wrap=False).print(render(setup, loaded.model.path, tensor))
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")],
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Devices, such as 8xH100; default those of the configuration.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="A config.json, or its folder, instead of model.path.")
+    ] = None,
+    hardware: Annotated[Path | None, typer.Option(help="YAML file with hardware of your own.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Memory of a run by rank and phase, before it starts and without GPUs or weights."""
+    import json
+
+    from rich.console import Console
+
+    from rlhf3d.config.load import load_config
+    from rlhf3d.planning.plan import find_cluster, find_spec, make_plan, train_rows
+    from rlhf3d.planning.view import as_json as to_json
+    from rlhf3d.planning.view import render
+
+    loaded = load_config(config, overrides or [], files=False)
+    spec, shape = find_spec(loaded, model_config)
+    made = make_plan(loaded, spec, find_cluster(loaded, gpus, hardware), train_rows(loaded))
+    if as_json:
+        typer.echo(json.dumps(to_json(made)))
+    else:
+        Console(soft_wrap=False).print(render(made, shape))
+    raise typer.Exit(2 if check and made.problems else 0)
+
+
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn.")],

@@ -146,7 +146,7 @@ def local_params(
     head: Head = "lm",
     spec_style: SpecStyle = "local",
 ) -> list[LocalParam]:
-    """The parameters of model chunk `chunk` on the rank at `coords`, under Megatron's own names.
+    """The parameters of model chunk `chunk` on the rank at `coords`, under Megatron's own names and in its order.
 
     `layout` must have passed `check_layout`.
     """
@@ -201,19 +201,13 @@ class _RankTable:
 
         params = [
             self.replicated(prefix + qkv_norm, hf(names.input_norm), hidden),
-            self.qkv(prefix + "self_attention.linear_qkv.weight", layer, bias=False),
             self.columns(
                 prefix + "self_attention.linear_proj.weight",
                 hf(names.attention_output),
                 spec.num_heads * spec.head_dim,
             ),
-            self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden),
+            self.qkv(prefix + "self_attention.linear_qkv.weight", layer, bias=False),
         ]
-        if spec.num_experts:
-            params += self.experts(prefix + "mlp.", layer, style)
-        else:
-            params.append(self.rows(prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size))
-            params.append(self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size))
         if spec.qkv_bias:
             params.append(self.qkv(prefix + "self_attention.linear_qkv.bias", layer, bias=True))
         if spec.qk_norm:
@@ -221,6 +215,12 @@ class _RankTable:
             head = (spec.head_dim,)
             params.append(self.replicated(prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head))
             params.append(self.replicated(prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head))
+        params.append(self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden))
+        if spec.num_experts:
+            params += self.experts(prefix + "mlp.", layer, style)
+        else:
+            params.append(self.rows(prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size))
+            params.append(self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size))
         return params
 
     def replicated(self, name: str, hf_name: str, shape: tuple[int, ...]) -> LocalParam:

@@ -1,0 +1,211 @@
+"""What a forward pass keeps for its backward pass, and the buffers at the top of it, in bytes of one rank.
+
+Invariant: counts tensors as the layers of the platform make them: Megatron's local layers with torch's attention
+(`local`, read off operation by operation and checked against measured passes in tests/integration/test_planning.py),
+and Transformer Engine's with Megatron's fused kernels (`te`, from their sources; not measured). Ranks are taken to get
+equal shares of the tokens that go to experts. Pure: numbers only.
+
+Letters: S positions of a micro-batch, h hidden, f neurons of the MLP, q and g rows of queries and of keys on a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf3d.models.spec import ModelSpec, padded_vocab_size
+from rlhf3d.models.weights import Head, SpecStyle
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.planning.states import ITEM_BYTES
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits of a rank that exist at once; `rlhf3d.engine.logprobs.CHUNK_ELEMENTS`."""
+BUSIEST_EXPERT = 1.4
+"""Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get equal shares."""
+BATCH_COLUMNS = 12
+"""fp32 numbers kept a response token: log-probs, advantages, masks and the outputs that a step's check looks at."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch."""
+
+    positions: int
+    """Tokens, padding included."""
+    width: int
+    """Positions of the longest run: a padded row, or the whole when packed."""
+    responses: int
+    """Response tokens, at which the head is applied."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The bytes of one model's passes on one rank, from its shape, layout and micro-batch."""
+
+    spec: ModelSpec
+    layout: ParallelLayout
+    head: Head
+    dtype: str
+    style: SpecStyle
+    sequence_parallel: bool
+    recompute: bool
+    entropy: bool
+    """Whether the loss has an entropy bonus."""
+    micro: Micro
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def sharded(self) -> float:
+        """Positions of this rank where the sequence is sharded (norms, residuals, experts)."""
+        return self.micro.positions / (self.layout.tp if self.sequence_parallel else 1)
+
+    @property
+    def hidden(self) -> float:
+        """One [S, h] tensor, sequence-sharded."""
+        return self.sharded * self.spec.hidden_size * self.item
+
+    def layer(self) -> float:
+        """What one decoder layer keeps for its backward pass."""
+        return 2 * self._norm() + self._attention() + self._mlp()
+
+    def _norm(self) -> float:
+        """A norm keeps its input and its output; torch's also the normalised input, and both in fp32."""
+        if self.style == "te":
+            return 2 * self.hidden
+        return self.sharded * (self.spec.hidden_size * (8 + self.item) + 4)
+
+    def _attention(self) -> float:
+        """Fused projection, rotated queries and keys, output, log-sum-exp; torch's rotary tables, and QK-norm."""
+        spec, tp, S = self.spec, self.layout.tp, self.micro.positions
+        q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
+        kept = S * (self.item * (q + 2 * g + q + g + q) + 4 * spec.num_heads / tp)
+        if self.style == "te":
+            return kept + S * self.item * (q + g) * spec.qk_norm
+        if spec.qk_norm:
+            kept += S * (8 * (q + g) if self.dtype == "bfloat16" else 4 * (2 * q + g))
+        return kept + 4 * self.micro.width * spec.head_dim * self.item
+
+    def _mlp(self) -> float:
+        """Gate and up, gate's activation, up again, their product; with experts, of every copy of a token."""
+        spec, fused = self.spec, self.style == "te"
+        if not spec.num_experts:
+            return self.micro.positions * spec.ffn_size / self.layout.tp * (3 if fused else 5) * self.item
+        copies = self.sharded * spec.experts_per_token
+        router = self.sharded * (10 * spec.num_experts + 24 * spec.experts_per_token)
+        expert = (4 if fused else 6) * spec.moe_ffn_size + spec.hidden_size
+        return router + copies * expert * self.item
+
+    def kept(self, layers: int) -> float:
+        """What `layers` layers of a model chunk keep of one micro-batch."""
+        if self.recompute:
+            return layers * self.hidden
+        received = self.hidden if self.style == "local" and self.dtype == "bfloat16" else 0.0
+        return layers * self.layer() + received
+
+    def layer_backward(self) -> float:
+        """Beside what is kept, while the backward pass is in a layer: gradients, and the layer computed again."""
+        spec, S, tp = self.spec, self.micro.positions, self.layout.tp
+        if spec.num_experts:
+            copies = self.sharded * spec.experts_per_token
+            wide = copies if self.style == "te" else self._busiest(copies)
+            gradients = 2 * copies * spec.hidden_size * self.item + 12 * wide * spec.moe_ffn_size
+            rows = 2.0 * spec.moe_ffn_size
+        else:
+            gradients = 2 * S * spec.ffn_size / tp * self.item
+            rows = 2 * spec.ffn_size / tp
+        weight = max(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp) * spec.hidden_size * self.item
+        gathered = S * spec.hidden_size * self.item if self.sequence_parallel else 0.0
+        again = self.layer() - self.hidden if self.recompute else 0.0  # its input is what was kept
+        return 2 * self.hidden + gradients + weight + gathered + again
+
+    def head_backward(self) -> float:
+        """On the last stage at the start of a backward pass: final norm, head input, logits, the head's gradient."""
+        spec, micro = self.spec, self.micro
+        final = self.hidden if self.style == "te" else self.sharded * (8 * spec.hidden_size + 4)
+        if self.head == "value":
+            return final + 2 * micro.positions * spec.hidden_size * 4
+        rows = padded_vocab_size(spec, self.layout) // self.layout.tp
+        tokens = micro.responses * spec.hidden_size * self.item
+        chunk, chunks = self._chunk(rows)
+        weight = rows * spec.hidden_size
+        low = self.dtype == "bfloat16"
+        entropy = 4 * chunk * self.entropy
+        first = max(14 * chunk + entropy, 10 * chunk + 2 * weight) if low else 12 * chunk + entropy + 4 * weight
+        later = 16 * chunk + entropy if chunks > 1 else 0
+        return final + 2 * tokens + 4 * weight + max(first, later)
+
+    def forward_only(self) -> float:
+        """A layer at its widest, without a backward pass."""
+        spec, S = self.spec, self.micro.positions
+        q, g = (heads * spec.head_dim / self.layout.tp for heads in (spec.num_heads, spec.num_kv_heads))
+        attention = 3 * S * (q + g) * self.item
+        if spec.num_experts:
+            copies = self.sharded * spec.experts_per_token
+            at_once = copies if self.style == "te" else self._busiest(copies)
+            mlp = (3 * copies * spec.hidden_size + 5 * at_once * spec.moe_ffn_size) * self.item
+        else:
+            mlp = (3 if self.style == "te" else 5) * S * spec.ffn_size / self.layout.tp * self.item
+        return 4 * self.hidden + max(attention, mlp)
+
+    def _busiest(self, copies: float) -> float:
+        """Tokens of the expert that gets most, of those a rank computes one after the other."""
+        return min(copies, BUSIEST_EXPERT * copies * self.layout.ep / self.spec.num_experts)
+
+    def head_forward(self) -> float:
+        """The head without a backward pass: its input, and logits twice in fp32."""
+        spec, micro = self.spec, self.micro
+        whole = micro.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
+        if self.head == "value":
+            return 2 * whole
+        rows = padded_vocab_size(spec, self.layout) // self.layout.tp
+        chunk, chunks = self._chunk(rows)
+        return (
+            whole
+            + micro.responses * spec.hidden_size * self.item
+            + (8 if chunks == 1 else 14 if self.item == 2 else 12) * chunk
+        )
+
+    def _chunk(self, rows: int) -> tuple[int, int]:
+        """Elements of a chunk of logits, and chunks, as `rlhf3d.engine.logprobs` cuts them."""
+        size = max(1, min(CHUNK_ELEMENTS // rows, self.micro.responses))
+        return size * rows, -(-self.micro.responses // size)
+
+    def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:
+        """The most that exists at once in an update on pipeline stage `pp`; `layers_of_chunk` of each of its chunks."""
+        layout = self.layout
+        last = pp == layout.pp - 1
+        flying = in_flight(layout, pp, micro_batches)
+        kept = self.kept(layers_of_chunk)
+        top = max(self.layer_backward(), self.head_backward() if last else 0.0)
+        messages = self.hidden if layout.pp > 1 else 0.0
+        peak = flying * kept + top
+        if pp == 0:  # when the last layer is done, the gradient of the embedding
+            rows = padded_vocab_size(self.spec, layout) // layout.tp
+            peak = max(peak, (flying - 1) * kept + self.hidden + rows * self.spec.hidden_size * self.item)
+        return peak + messages + self.columns(micro_batches if last else 1)
+
+    def forward_peak(self, pp: int, micro_batches: int) -> float:
+        """The most that exists at once in a pass without gradients."""
+        last = pp == self.layout.pp - 1
+        messages = 0.0 if last else self.hidden
+        top = max(self.forward_only(), self.head_forward() if last else 0.0)
+        return top + messages + self.columns(micro_batches if last else 1)
+
+    def columns(self, micro_batches: int) -> float:
+        """Token ids and positions of a micro-batch, and the loss's columns of a mini-batch."""
+        return 16 * self.micro.positions + 4 * BATCH_COLUMNS * self.micro.responses * micro_batches
+
+
+def in_flight(layout: ParallelLayout, pp: int, micro_batches: int) -> int:
+    """Forward passes of model chunks that wait for their backward pass on pipeline stage `pp`, at most.
+
+    1F1B: one more than the stages behind it. Interleaved, in chunks: Megatron's warm-up
+    2 (pp - stage - 1) + (vpp - 1) pp, and the one being computed (arXiv 2104.04473).
+    """
+    behind = layout.pp - pp - 1
+    if layout.vpp == 1:
+        return min(behind + 1, micro_batches)
+    return min(2 * behind + (layout.vpp - 1) * layout.pp + 1, micro_batches * layout.vpp)

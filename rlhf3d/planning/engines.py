@@ -1,0 +1,76 @@
+"""Memory of a vLLM rank: weights, a forward pass, and what is left for the KV cache.
+
+Invariant: weights are those of the engine's own weight table. Pure: no torch, no vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from rlhf3d.models.engine_weights import engine_params, engine_vocab_size
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.planning.job import Job
+from rlhf3d.planning.states import ITEM_BYTES
+
+GIB = 1 << 30
+BATCHED_TOKENS = 8192
+"""Prompt tokens that vLLM computes at once on a GPU (its default of max_num_batched_tokens)."""
+GRAPHS_GIB = 1.0
+"""CUDA graphs and compiled code of an engine that is not eager (rule of thumb)."""
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """One engine rank, bytes."""
+
+    weights: int
+    packed: int
+    """Copies that CPU kernels compute with."""
+    activations: int
+    kv_cache: int
+    kv_bytes_a_token: int
+    max_model_len: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.packed + self.activations + self.kv_cache
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the longest length whose keys and values fit at once."""
+        return int(self.kv_cache // (self.kv_bytes_a_token * self.max_model_len))
+
+
+@cache
+def engine_elements(spec: ModelSpec, tensor_parallel_size: int, expert_parallel: bool) -> int:
+    """Weights of one rank; the ranks of an engine have equally many."""
+    table = engine_params(spec, tensor_parallel_size, 0, expert_parallel)
+    return sum(math.prod(param.shape) for param in table)
+
+
+def kv_bytes_a_token(spec: ModelSpec, tensor_parallel_size: int, dtype: str) -> int:
+    """Keys and values of a token in all layers of one rank; a head is never cut."""
+    heads = max(1, spec.num_kv_heads // tensor_parallel_size)
+    return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[dtype]
+
+
+def engine_memory(job: Job) -> EngineMemory:
+    """One engine rank of a job; a KV cache below 0 says how much is missing."""
+    config, spec = job.config.rollout, job.spec
+    tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
+    weights = engine_elements(spec, tp, config.expert_parallel) * item
+    length = job.derived.max_sequence_length
+    batched = max(BATCHED_TOKENS if job.on_gpu else 4096, length)
+    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    rows = engine_vocab_size(spec.vocab_size) // tp
+    activations = batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4
+    a_token = kv_bytes_a_token(spec, tp, config.dtype)
+    if not job.on_gpu:
+        return EngineMemory(weights, weights, activations, int(config.kv_cache_gib * GIB), a_token, length)
+    assert job.cluster.hardware.memory_gib is not None
+    activations += 0 if config.enforce_eager else int(GRAPHS_GIB * GIB)
+    budget = int(config.gpu_memory_utilization * job.cluster.hardware.memory_gib * GIB)
+    return EngineMemory(weights, 0, activations, budget - weights - activations, a_token, length)

@@ -1,0 +1,115 @@
+"""Named hardware: the numbers a plan is computed with.
+
+Invariant: every assumption about a machine is a number in `hardware.yaml` (or the user's own file of the same form),
+with its source; none is in the code of the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+GIB = 1 << 30
+FILE = Path(__file__).with_name("hardware.yaml")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device (a GPU, or a host's CPU) and what connects it; units are in the names and in `hardware.yaml`."""
+
+    name: str
+    source: str
+    measured: bool
+    """Whether these numbers were measured by this project, and not read from a data sheet."""
+    kind: Literal["cpu", "cuda"]
+    memory_gib: float | None
+    """Of one device; None where ranks share the host's memory."""
+    flops: Mapping[str, float]
+    """FLOP/s of one device by dtype."""
+    matmul_efficiency: float
+    memory_gbs: float
+    memory_efficiency: float
+    link_gbs: float
+    network_gbs: float
+    link_efficiency: float
+    latency_s: float
+    disk_gbs: float
+    devices_per_node: int
+    host_memory_gib: float
+    process_gib: float
+    host_process_gib: float
+    engine_process_gib: float
+    layer_overhead_s: float
+    decode_overhead_s: float
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.source))
+
+    def matmul_flops(self, dtype: str) -> float:
+        """FLOP/s that matrix products reach."""
+        return self.flops[dtype] * self.matmul_efficiency
+
+    @property
+    def read_bytes_s(self) -> float:
+        """Bytes a second that decoding reads of a device's memory."""
+        return self.memory_gbs * 1e9 * self.memory_efficiency
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many devices of one kind."""
+
+    hardware: Hardware
+    devices: int
+    devices_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        """Nodes these devices take."""
+        return -(-self.devices // self.devices_per_node)
+
+    def bandwidth(self, ranks: int, stride: int = 1) -> float:
+        """Bytes a second, one direction, of a device in a group of `ranks` whose numbers are `stride` apart."""
+        inside = (ranks - 1) * stride < self.devices_per_node or self.hardware.kind == "cpu"
+        return (self.hardware.link_gbs if inside else self.hardware.network_gbs) * 1e9 * self.hardware.link_efficiency
+
+    def __str__(self) -> str:
+        return f"{self.devices} x {self.hardware.name}" + (f" on {self.nodes} nodes" if self.nodes > 1 else "")
+
+
+def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
+    """All hardware of a file, by name. ValueError, naming file and key, where an entry is not complete."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--hardware: no file {path}; {FILE} shows the form")
+    raw = yaml.safe_load(path.read_text())
+    wanted = {item.name for item in fields(Hardware)} - {"name"}
+    found = {}
+    for name, entry in raw.items():
+        if not isinstance(entry, dict) or set(entry) != wanted:
+            given = set(entry) if isinstance(entry, dict) else set()
+            raise ValueError(
+                f"{path}: {name} lacks {', '.join(sorted(wanted - given)) or 'nothing'} and has "
+                f"{', '.join(sorted(given - wanted)) or 'nothing'} too many; {FILE} shows the form"
+            )
+        found[str(name)] = Hardware(name=str(name), **entry)
+    return found
+
+
+def parse_cluster(text: str, known: Mapping[str, Hardware]) -> Cluster:
+    """`8xH100` -> eight of them; nodes are as big as the hardware's. ValueError for anything else."""
+    count, times, name = text.replace("×", "x").partition("x")
+    matches = [hardware for key, hardware in known.items() if key.lower() == name.lower()]
+    if not times or not count.strip().isdigit() or int(count) < 1 or not matches:
+        raise ValueError(f"--gpus {text!r}: expected a number, x and one of {', '.join(known)}, such as 8xH100")
+    hardware, devices = matches[0], int(count)
+    return Cluster(hardware, devices, hardware.devices_per_node)
+
+
+def with_numbers(hardware: Hardware, **changes: Any) -> Hardware:
+    """The hardware with some numbers replaced, such as those of this machine."""
+    return replace(hardware, **changes)

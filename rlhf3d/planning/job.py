@@ -1,0 +1,154 @@
+"""What is planned: a configuration, the model's shape and the devices, as one value.
+
+Invariant: sizes and layouts are those the run itself would use (`rlhf3d.config.derived`); nothing is read from disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf3d.config.derived import Derived, UpdatePlan, derive, resolve_dtypes
+from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import Head, SpecStyle
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.planning.activations import Activations, Micro
+from rlhf3d.planning.hardware import Cluster
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model on the training ranks."""
+
+    role: str
+    """actor, critic or ref."""
+    head: Head
+    layout: ParallelLayout
+    settings: LayoutConfig
+    batching_of: UpdatePlan
+    """Its update; of the reference, whose passes are cut alike, the actor's."""
+    trained: bool
+    entropy: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be planned."""
+
+    config: Config
+    """With dtypes resolved."""
+    spec: ModelSpec
+    cluster: Cluster
+    models: tuple[Model, ...]
+    derived: Derived
+    prompt_tokens: float
+    """Mean length of a prompt, for the time model."""
+    response_tokens: float
+    """Mean length of a completion, for the time model."""
+
+    @property
+    def style(self) -> SpecStyle:
+        """Whose layers the platform builds."""
+        return "te" if self.cluster.hardware.kind == "cuda" else "local"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether each rank has a device of its own."""
+        return self.cluster.hardware.kind == "cuda"
+
+    @property
+    def colocated(self) -> bool:
+        """Whether engines share devices with training ranks."""
+        return self.config.rollout.placement == "colocated"
+
+    @property
+    def training_ranks(self) -> int:
+        """Processes that train."""
+        return max(model.layout.world_size for model in self.models)
+
+    @property
+    def engine_ranks(self) -> int:
+        """Processes that serve."""
+        return self.derived.engine_ranks
+
+    @property
+    def devices_needed(self) -> int:
+        """Devices of the run."""
+        if self.colocated:
+            return max(self.training_ranks, self.engine_ranks)
+        return self.training_ranks + self.engine_ranks
+
+    def model(self, role: str) -> Model | None:
+        """The model of a role, if it is placed."""
+        return next((model for model in self.models if model.role == role), None)
+
+    def longest(self, model: Model) -> Micro:
+        """A micro-batch of the longest sequences there can be: what memory is planned for."""
+        data, rule = self.config.data, model.batching_of.micro_batching
+        prompt, response = data.max_prompt_length, data.max_response_length
+        width = rule.width(prompt + response)
+        if rule.tokens is None:
+            rows = rule.rows
+            positions = rule.positions([prompt + response] * rows)
+        else:
+            positions = rule.tokens // rule.multiple_of * rule.multiple_of
+            rows = max(1, positions // width)
+            positions = positions if rule.packed else rows * width
+        responses = min(positions, -(-positions * response // (prompt + response)))
+        return Micro(positions, positions if rule.packed else width, responses)
+
+    def micro_batches(self, model: Model) -> int:
+        """Passes of one data-parallel rank an optimizer step; with a token budget, for the mean lengths."""
+        plan = model.batching_of
+        if plan.micro_batches_per_rank is not None:
+            return max(1, plan.micro_batches_per_rank)
+        assert plan.micro_batching.tokens is not None
+        tokens = plan.sequences_per_mini_batch / model.layout.dp * (self.prompt_tokens + self.response_tokens)
+        least = model.layout.pp if model.layout.vpp > 1 else 1
+        return max(least, -(-int(tokens) // plan.micro_batching.tokens))
+
+    def activations(self, model: Model, micro: Micro) -> Activations:
+        """The passes of a model over a micro-batch."""
+        return Activations(
+            self.spec,
+            model.layout,
+            model.head,
+            self.config.model.dtype,
+            self.style,
+            model.settings.sequence_parallel and model.layout.tp > 1,
+            model.settings.recompute and model.trained,
+            model.entropy,
+            micro,
+        )
+
+
+def make_job(
+    config: Config,
+    spec: ModelSpec,
+    cluster: Cluster,
+    *,
+    train_rows: int | None = None,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+) -> Job:
+    """The job of a checked configuration on `cluster`; mean lengths default to the longest there can be."""
+    fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
+    config = resolve_dtypes(config, fast)
+    derived = derive(config, train_rows)
+    layout, settings = derived.layout, config.actor.layout
+    entropy = config.actor.entropy_coeff != 0
+    models = [Model("actor", "lm", layout, settings, derived.actor, True, entropy)]
+    if derived.critic is not None:
+        models.append(Model("critic", "value", layout, settings, derived.critic, True))
+    if config.needs_reference:
+        models.append(Model("ref", "lm", layout, settings, derived.actor, False))
+    return Job(
+        config,
+        spec,
+        cluster,
+        tuple(models),
+        derived,
+        config.data.max_prompt_length if prompt_tokens is None else prompt_tokens,
+        config.data.max_response_length if response_tokens is None else response_tokens,
+    )

@@ -1,0 +1,272 @@
+"""Memory of a run by rank, phase and term, against what the devices and hosts have.
+
+Invariant: every byte that is planned is in exactly one term of a phase; the micro-batches are those of the longest
+sequences there can be, since a run meets them. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhf3d.planning.engines import EngineMemory, engine_memory
+from rlhf3d.planning.hardware import GIB
+from rlhf3d.planning.job import Job, Model
+from rlhf3d.planning.states import States, chunk_sizes, model_states
+
+SLOTS = 2
+"""Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
+DRIVER_GIB = 0.6
+"""Host memory of the driver (measured)."""
+SAVED_BYTES = 12
+"""fp32 weight and Adam's two moments of a parameter in a checkpoint's optimizer state."""
+SAVE_COPIES = 3
+"""Copies of them while they are gathered on data-parallel rank 0: received parts, whole, and what the writer holds."""
+ADAM_TEMPORARIES = 2
+"""fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
+PHASES = (
+    *("generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"),
+    *("sync_weights", "save_checkpoint"),
+)
+"""In the order of a step."""
+FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values"}
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes of one phase, by term."""
+
+    phase: str
+    terms: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Ranks that need the same."""
+
+    ranks: tuple[int, ...]
+    place: str
+    """Where they are, for people."""
+    states: Mapping[str, States]
+    """By role."""
+    resident: Mapping[str, int]
+    """Terms that every phase has."""
+    phases: tuple[PhaseMemory, ...]
+    """Resident terms included."""
+
+    @property
+    def peak(self) -> PhaseMemory:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """One node's memory at its peak, by term."""
+
+    phase: str
+    terms: Mapping[str, int]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs and what there is."""
+
+    ranks: tuple[RankMemory, ...]
+    """Training ranks, and engine ranks on devices of their own."""
+    engine: EngineMemory
+    host: HostMemory
+    device_limit: int | None
+    """Bytes of a device; None where all share the host's."""
+
+    @property
+    def peak(self) -> tuple[RankMemory, PhaseMemory]:
+        """The rank and the phase that need most."""
+        rank = max(self.ranks, key=lambda rank: rank.peak.total)
+        return rank, rank.peak
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit, each with the figures and what would mend it."""
+        found = []
+        if self.device_limit is not None:
+            rank, phase = self.peak
+            if phase.total > self.device_limit:
+                found.append(_device_problem(rank, phase, self.device_limit))
+            if self.engine.sequences < 1:
+                missing = self.engine.kv_bytes_a_token * self.engine.max_model_len - self.engine.kv_cache
+                found.append(
+                    f"vLLM: rollout.gpu_memory_utilization leaves {_gib(self.engine.kv_cache)} GiB for keys and values "
+                    f"beside {_gib(self.engine.weights)} GiB of weights and {_gib(self.engine.activations)} GiB of "
+                    f"activations, {_gib(missing)} GiB too little for one sequence of {self.engine.max_model_len} "
+                    "tokens; raise it, or rollout.tensor_parallel_size"
+                )
+        elif self.engine.sequences < 1:
+            found.append(
+                f"vLLM: rollout.kv_cache_gib = {_gib(self.engine.kv_cache)} does not hold one sequence of "
+                f"{self.engine.max_model_len} tokens "
+                f"({_gib(self.engine.kv_bytes_a_token * self.engine.max_model_len)} GiB); raise it"
+            )
+        if self.host.total > self.host.limit:
+            largest = max(self.host.terms, key=lambda name: self.host.terms[name])
+            found.append(
+                f"host memory: {self.host.phase} needs {_gib(self.host.total)} GiB a node, "
+                f"{_gib(self.host.total - self.host.limit)} more than its {_gib(self.host.limit)}; largest: {largest}, "
+                f"{_gib(self.host.terms[largest])} GiB"
+            )
+        return tuple(found)
+
+
+def _device_problem(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
+    largest = sorted(phase.terms, key=lambda name: -phase.terms[name])[:3]
+    terms = ", ".join(f"{name} {_gib(phase.terms[name])}" for name in largest)
+    return (
+        f"device memory: {phase.phase} on rank {rank.ranks[0]} ({rank.place}) needs {_gib(phase.total)} GiB, "
+        f"{_gib(phase.total - limit)} more than the {_gib(limit)} of a device; largest: {terms} GiB"
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f}"
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """The memory of a job, by groups of ranks that need the same."""
+    engine = engine_memory(job)
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank in range(job.training_ranks):
+        groups[tuple(m.layout.coords(rank).pp if rank < m.layout.world_size else -1 for m in job.models)].append(rank)
+    ranks = [_training_rank(job, tuple(members), engine) for members in groups.values()]
+    if job.on_gpu and not job.colocated:
+        ranks.append(_engine_rank(job, engine))
+    hardware = job.cluster.hardware
+    limit = None if hardware.memory_gib is None else int(hardware.memory_gib * GIB)
+    return MemoryPlan(tuple(ranks), engine, _host(job, ranks, engine), limit)
+
+
+def _training_rank(job: Job, members: tuple[int, ...], engine: EngineMemory) -> RankMemory:
+    """The first of the ranks: replicas hold as much, give or take the padding of buffers."""
+    rank, dtype = members[0], job.config.model.dtype
+    here = [model for model in job.models if rank < model.layout.world_size]
+    states = {
+        model.role: model_states(
+            job.spec,
+            model.layout,
+            model.layout.coords(rank),
+            model.head,
+            dtype,
+            trained=model.trained,
+            distributed_optimizer=model.settings.distributed_optimizer,
+            overlap_grad_reduce=model.settings.overlap_grad_reduce,
+            style=job.style,
+        )
+        for model in here
+    }
+    resident = {"process": int(job.cluster.hardware.process_gib * GIB)}
+    for role, state in states.items():
+        resident |= {f"{role} weights": state.weights}
+        if state.gradients:
+            resident |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
+    if job.on_gpu and job.colocated and rank < job.engine_ranks:
+        resident |= {"vLLM": engine.total}
+    phases = [PhaseMemory("generate", resident)]
+    for model in here:
+        phases += _model_phases(job, model, rank, resident)
+    buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
+    phases += [PhaseMemory(name, resident | buckets) for name in ("sync_weights", "save_checkpoint")]
+    phases.sort(key=lambda phase: PHASES.index(phase.phase))
+    coords = here[0].layout.coords(rank)
+    place = f"pp{coords.pp}" if here[0].layout.pp > 1 else "every stage"
+    return RankMemory(
+        members,
+        place,
+        states,
+        resident,
+        tuple(phases),
+    )
+
+
+def _model_phases(job: Job, model: Model, rank: int, resident: dict[str, int]) -> list[PhaseMemory]:
+    """The passes of one model on one rank."""
+    micro, pp = job.longest(model), model.layout.coords(rank).pp
+    passes = job.activations(model, micro)
+    count = job.micro_batches(model)
+    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | {"activations": int(passes.forward_peak(pp, count))})
+    if not model.trained:
+        return [forward]
+    chunks = [chunk_sizes(job.spec, model.layout, pp, n, model.head, job.style) for n in range(model.layout.vpp)]
+    layers = len(model.layout.layers(job.spec.num_layers, pp))
+    activations = int(passes.update_peak(pp, count, layers))
+    step = 0 if job.on_gpu else ADAM_TEMPORARIES * 4 * max(chunk.largest for chunk in chunks)
+    update = PhaseMemory(f"update_{model.role}", resident | {"activations": max(activations, step)})
+    return [forward, update]
+
+
+def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
+    """An engine rank on a device of its own."""
+    first = job.training_ranks
+    resident = {"vLLM": engine.total}
+    buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)}
+    phases = (PhaseMemory("generate", resident), PhaseMemory("sync_weights", resident | buckets))
+    return RankMemory(tuple(range(first, first + job.engine_ranks)), "vLLM", {}, resident, phases)
+
+
+def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory:
+    """The fullest node at its peak: processes, and on CPU all that the ranks and engines hold."""
+    hardware, rollout = job.cluster.hardware, job.config.rollout
+    shared = SLOTS * (rollout.tensor_parallel_size + 1) * (rollout.sync_bucket_mib << 20)
+    if not job.on_gpu:
+        terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": shared}
+        terms["engines"] = int(
+            rollout.engines * (rollout.tensor_parallel_size * (hardware.engine_process_gib * GIB + engine.weights * 2))
+        ) + int(rollout.engines * rollout.kv_cache_gib * GIB)
+        of_phase = {
+            name: sum(len(r.ranks) * p.total for r in ranks for p in r.phases if p.phase == name)
+            for name in dict.fromkeys(p.phase for r in ranks for p in r.phases)
+        }
+        of_phase["save_checkpoint"] += _save_copies(job)
+        phase = max(of_phase, key=lambda name: of_phase[name])
+        return HostMemory(phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB))
+    per_node = min(job.cluster.devices_per_node, job.devices_needed)
+    engines = min(per_node, job.engine_ranks)
+    trained = min(per_node, job.training_ranks)
+    terms = {
+        "driver": int(DRIVER_GIB * GIB),
+        "weight sync": shared,
+        "training processes": int(trained * hardware.host_process_gib * GIB),
+        "engine processes": int(engines * hardware.engine_process_gib * GIB),
+        "optimizer gathered to save": _save_copies(job) * trained // job.training_ranks,
+    }
+    return HostMemory("save_checkpoint", terms, int(hardware.host_memory_gib * GIB))
+
+
+def _save_copies(job: Job) -> int:
+    """Host memory that saving takes for a while, over all ranks."""
+    if not job.config.trainer.save_optimizer:
+        return 0
+    trainer = job.config.trainer
+    if not (trainer.save_freq or trainer.save_at_end):
+        return 0
+    elements = 0
+    for model in job.models:
+        if model.trained:
+            stages = range(model.layout.pp)
+            chunks = [
+                chunk_sizes(job.spec, model.layout, pp, n, model.head, job.style)
+                for pp in stages
+                for n in range(model.layout.vpp)
+            ]
+            elements += sum(sum(c.dense) * model.layout.tp + sum(c.experts) * model.layout.ep for c in chunks)
+    return elements * SAVED_BYTES * SAVE_COPIES

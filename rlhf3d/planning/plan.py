@@ -1,0 +1,102 @@
+"""A run in numbers before it starts: memory by rank and phase against what there is.
+
+Invariant: a plan is a value, computed from a configuration, a model's shape and a cluster alone; nothing is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf3d.config.schema import Config
+from rlhf3d.models.engine_weights import check_engine_layout
+from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
+from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.planning.hardware import FILE, Cluster, Hardware, load_hardware, parse_cluster, with_numbers
+from rlhf3d.planning.job import Job, make_job
+from rlhf3d.planning.memory import MemoryPlan, plan_memory
+
+SHAPES = Path("configs/models")
+"""Folders with the config.json of public models, to plan without their weights."""
+DEFAULT_GPU = "H100"
+DEFAULT_CPU = "laptop"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs."""
+
+    job: Job
+    memory: MemoryPlan
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why it cannot run on the cluster; empty where it can."""
+        job, found = self.job, []
+        if job.on_gpu and job.devices_needed > job.cluster.devices:
+            found.append(
+                f"devices: {job.training_ranks} training ranks and {job.engine_ranks} engine ranks "
+                f"({job.config.rollout.placement}) need {job.devices_needed}, found {job.cluster}"
+            )
+        return (*found, *self.memory.problems)
+
+
+def make_plan(config: Config, spec: ModelSpec, cluster: Cluster, train_rows: int | None = None) -> Plan:
+    """The plan of a checked configuration. Raises ValueError where model and layout do not fit each other."""
+    job = make_job(config, spec, cluster, train_rows=train_rows)
+    for model in job.models:
+        check_layout(spec, model.layout, model.settings.sequence_parallel)
+    check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
+    return Plan(job, plan_memory(job))
+
+
+def find_spec(config: Config, model_config: Path | None = None) -> tuple[ModelSpec, Path]:
+    """The model's shape and where it was read: `model_config` (config.json or its folder), model.path, or the shape
+    that is shipped under model.path's name. Raises ValueError as `load_spec` does.
+    """
+    if model_config is not None:
+        folder = model_config.parent if model_config.suffix == ".json" else model_config
+        return load_spec(folder, with_weights=False), folder
+    folder, shipped = Path(config.model.path), SHAPES / Path(config.model.path).name
+    if not folder.is_dir() and shipped.is_dir():
+        folder = shipped
+    return load_spec(folder, with_weights=False), folder
+
+
+def find_cluster(config: Config, gpus: str | None, hardware: Path | None = None) -> Cluster:
+    """The devices to plan for: `gpus` such as 8xH100; else as many as a CUDA configuration asks for, or this host."""
+    known = load_hardware(FILE) | (load_hardware(hardware) if hardware else {})
+    wanted = config.cluster
+    if gpus is not None:
+        return parse_cluster(gpus, known)
+    if wanted.platform == "cuda":
+        return Cluster(known[DEFAULT_GPU], wanted.num_nodes * wanted.gpus_per_node, wanted.gpus_per_node)
+    return this_host(known[DEFAULT_CPU])
+
+
+def this_host(hardware: Hardware) -> Cluster:
+    """One host without GPUs, with the memory of this one."""
+    return Cluster(with_numbers(hardware, host_memory_gib=CPUPlatform(reason="plan").memory_gib()), 1, 1)
+
+
+def train_rows(config: Config) -> int | None:
+    """Prompts of data.train_files, from the files' footers; None where one is not there."""
+    files = [Path(name) for name in config.data.train_files]
+    if not files or not all(file.is_file() for file in files):
+        return None
+    from pyarrow.parquet import read_metadata
+
+    return sum(int(read_metadata(file).num_rows) for file in files)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`3`, `0-3`, `0-1, 4-5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:3])
+    return shown + (", …" if len(runs) > 3 else "")

@@ -1,0 +1,132 @@
+"""A plan for people and for programs.
+
+Invariant: prints what the plan holds; computes nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rlhf3d.config.derived import summary_lines
+from rlhf3d.planning.hardware import GIB
+from rlhf3d.planning.memory import MemoryPlan, RankMemory
+from rlhf3d.planning.plan import Plan, ranges
+
+_KINDS = ("weights", "gradients", "optimizer")
+MOST_COLUMNS = 5
+
+
+def render(plan: Plan, shape: Path) -> Group:
+    """Tables for the terminal."""
+    job, memory = plan.job, plan.memory
+    hardware = job.cluster.hardware
+    numbers = "measured" if hardware.measured else "from data sheets, not measured"
+    lines = [line for line in summary_lines(job.config, job.derived) if line.split()[0] in _SHOWN]
+    lines.append(f"shape      {shape}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
+    lines.append(f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed")
+    parts: list[Text | Table] = [Text("\n".join(lines)), _memory_table(memory)]
+    parts.append(Text("\n".join([*_memory_lines(plan), *_verdict(plan)])))
+    return Group(*parts)
+
+
+_SHOWN = {"layout", "rollout", "step", "actor", "critic"}
+
+
+def _memory_table(memory: MemoryPlan) -> Table:
+    """Terms and phases down, kinds of ranks across."""
+    limit = "" if memory.device_limit is None else f" (a device has {memory.device_limit / GIB:.1f})"
+    table = Table(title=f"memory of a rank, GiB{limit}", title_justify="left")
+    ranks = _shown(memory.ranks)
+    table.add_column("", justify="left", no_wrap=True)
+    for rank in ranks:
+        table.add_column(f"rank {ranges(rank.ranks)}\n{rank.place}", justify="right")
+    for kind in ("process", *_KINDS, "vLLM"):
+        sizes = [sum(size for name, size in rank.resident.items() if name.endswith(kind)) for rank in ranks]
+        if any(sizes):
+            table.add_row(kind, *map(_gib, sizes))
+    table.add_section()
+    for name in dict.fromkeys(phase.phase for rank in ranks for phase in rank.phases):
+        if any(_own(rank, name) for rank in ranks):
+            table.add_row(f"+ {name}", *(_gib(_own(rank, name)) for rank in ranks))
+    table.add_section()
+    over = ["bold red" if memory.device_limit and rank.peak.total > memory.device_limit else "" for rank in ranks]
+    peaks = (Text(_gib(rank.peak.total), style) for rank, style in zip(ranks, over, strict=True))
+    table.add_row("peak", *peaks)
+    table.add_row("in", *(rank.peak.phase for rank in ranks))
+    if len(ranks) < len(memory.ranks):
+        table.caption = f"{len(ranks)} of {len(memory.ranks)} kinds of ranks; --json has all"
+    return table
+
+
+def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
+    """The first ones, the fullest and the last."""
+    fullest = max(ranks, key=lambda rank: rank.peak.total)
+    return [r for i, r in enumerate(ranks) if i < MOST_COLUMNS - 2 or r is fullest or i == len(ranks) - 1]
+
+
+def _own(rank: RankMemory, name: str) -> int:
+    """What a phase needs beside the resident terms."""
+    return sum(
+        size
+        for phase in rank.phases
+        if phase.phase == name
+        for term, size in phase.terms.items()
+        if term not in rank.resident
+    )
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory, job = plan.memory, plan.job
+    engine, host = memory.engine, memory.host
+    rank, phase = memory.peak
+    terms = ", ".join(f"{name} {size / GIB:.2f}" for name, size in host.terms.items())
+    return [
+        f"peak       {phase.phase} on rank {rank.ranks[0]}: {phase.total / GIB:.1f} GiB",
+        f"engine     a rank: weights {engine.weights / GIB:.2f}, activations {engine.activations / GIB:.2f}, "
+        f"KV cache {engine.kv_cache / GIB:.2f} GiB: {engine.sequences} sequences of {engine.max_model_len} tokens at "
+        f"once (rollout.max_num_seqs {job.config.rollout.max_num_seqs})",
+        f"host       {host.phase}: {host.total / GIB:.1f} of {host.limit / GIB:.1f} GiB a node ({terms})",
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if not plan.problems:
+        return ["fits"]
+    return ["does not fit:", *(f"  - {problem}" for problem in plan.problems)]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else ""
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data; bytes and seconds."""
+    job, memory = plan.job, plan.memory
+    rank, phase = memory.peak
+    return {
+        "fits": not plan.problems,
+        "problems": list(plan.problems),
+        "devices": {"hardware": job.cluster.hardware.name, "found": job.cluster.devices, "needed": job.devices_needed},
+        "layouts": {model.role: str(model.layout) for model in job.models},
+        "memory": {
+            "peak": {"rank": rank.ranks[0], "phase": phase.phase, "bytes": phase.total},
+            "device_limit": memory.device_limit,
+            "ranks": [
+                {
+                    "ranks": list(group.ranks),
+                    "place": group.place,
+                    "states": {role: asdict(states) for role, states in group.states.items()},
+                    "phases": {phase.phase: dict(phase.terms) for phase in group.phases},
+                }
+                for group in memory.ranks
+            ],
+            "engine": asdict(memory.engine) | {"sequences": memory.engine.sequences},
+            "host": {"phase": memory.host.phase, "limit": memory.host.limit, "terms": dict(memory.host.terms)},
+        },
+    }

@@ -1,0 +1,142 @@
+"""Memory of described runs, by hand where a hand can do it, and what is said of runs that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf3d.config.load import build
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.planning.activations import in_flight
+from rlhf3d.planning.hardware import GIB, Cluster, load_hardware, parse_cluster
+from rlhf3d.planning.memory import PHASES
+from rlhf3d.planning.plan import Plan, make_plan
+from rlhf3d.planning.states import chunk_sizes, model_states
+
+ROOT = Path(__file__).parents[3]
+HARDWARE = load_hardware()
+QWEN_7B = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
+
+
+def config(**raw: Any) -> Config:
+    mistakes: list[str] = []
+    made = build(Config(), {"cluster": {"platform": "cuda"}, **raw}, "", mistakes)
+    assert not mistakes
+    return made
+
+
+def plan(on: Cluster | None = None, spec: ModelSpec = QWEN_7B, **raw: Any) -> Plan:
+    return make_plan(config(**raw), spec, on or parse_cluster("8xH100", HARDWARE))
+
+
+LAYOUT = {"tp": 2, "pp": 2, "dp": 2, "sequence_parallel": True}
+COLOCATED = {"actor": {"layout": LAYOUT}, "rollout": {"engines": 4, "tensor_parallel_size": 2}}
+
+
+def test_states_of_7b_by_hand() -> None:
+    layout = ParallelLayout(2, 2, 2)
+    states = model_states(QWEN_7B, layout, layout.coords(0), "lm", "bfloat16")
+    layer = (3584 + 2 * 512) // 2 * (3584 + 1) + 3584 * 1792 + 18944 * 3584 + 3584 * 9472 + 2 * 3584
+    elements = 14 * layer + 152064 // 2 * 3584  # every size is a multiple of 128: nothing is padded
+    assert states.weights == 2 * elements
+    assert states.gradients == 4 * elements
+    assert (states.master, states.moments) == (4 * elements // 2, 8 * elements // 2)
+
+
+def test_replicas_share_the_optimizer_out() -> None:
+    layout = ParallelLayout(dp=3, pp=2)
+    spec = replace(QWEN_7B, num_layers=2, hidden_size=24, ffn_size=20, num_heads=2, num_kv_heads=1, head_dim=6)
+    for pp in (0, 1):
+        ranks = [layout.rank(0, pp, dp) for dp in range(3)]
+        owned = [model_states(spec, layout, layout.coords(r), "lm", "bfloat16").master // 4 for r in ranks]
+        assert sum(owned) == chunk_sizes(spec, layout, pp, 0, "lm").total
+
+
+def test_in_flight_micro_batches() -> None:
+    assert [in_flight(ParallelLayout(pp=4), pp, 8) for pp in range(4)] == [4, 3, 2, 1]
+    assert in_flight(ParallelLayout(pp=4), 0, 2) == 2
+    assert [in_flight(ParallelLayout(pp=4, vpp=2), pp, 8) for pp in range(4)] == [11, 9, 7, 5]
+
+
+def test_a_rank_has_every_model_and_every_phase() -> None:
+    made = plan(**COLOCATED, algorithm={"use_kl_in_reward": True}, critic={"ppo_micro_batch_size_per_gpu": 2})
+    for rank in made.memory.ranks:
+        assert tuple(phase.phase for phase in rank.phases) == PHASES
+        assert set(rank.states) == {"actor", "critic", "ref"}
+        assert rank.states["ref"].gradients == rank.states["ref"].optimizer == 0
+        assert all(set(rank.resident) <= set(phase.terms) for phase in rank.phases)
+    assert sorted(r for group in made.memory.ranks for r in group.ranks) == list(range(8))
+    without = plan(**COLOCATED, algorithm={"adv_estimator": "grpo"})
+    assert set(without.memory.ranks[0].states) == {"actor"}
+
+
+def test_the_device_that_is_too_small_is_told_with_phase_rank_and_term() -> None:
+    made = plan(parse_cluster("8xA100", HARDWARE), **COLOCATED, algorithm={"use_kl_in_reward": True})
+    (problem,) = made.problems
+    rank, phase = made.memory.peak
+    assert problem.startswith(
+        f"device memory: {phase.phase} on rank {rank.ranks[0]} (pp{0 if rank.ranks[0] < 4 else 1})"
+    )
+    assert f"{(phase.total - 79.2 * GIB) / GIB:.1f} more than the 79.2 of a device" in problem
+
+
+def test_more_of_anything_needs_more() -> None:
+    base = plan(**COLOCATED).memory.peak[1].total
+    longer = plan(**COLOCATED, data={"max_response_length": 4096}).memory.peak[1].total
+    assert longer > base
+    recompute = {**COLOCATED, "actor": {"layout": {**LAYOUT, "recompute": True}}}
+    assert plan(**recompute).memory.peak[1].total < base
+    whole = {**COLOCATED, "actor": {"layout": {**LAYOUT, "distributed_optimizer": False}}}
+    assert plan(**whole).memory.peak[1].total > base
+
+
+def test_engines_on_devices_of_their_own() -> None:
+    apart = {"engines": 2, "tensor_parallel_size": 2, "placement": "disaggregated", "gpu_memory_utilization": 0.9}
+    made = plan(parse_cluster("12xH100", HARDWARE), actor={"layout": LAYOUT}, rollout=apart)
+    *training, engines = made.memory.ranks
+    assert engines.ranks == (8, 9, 10, 11)
+    assert all("vLLM" not in rank.resident for rank in training)
+    assert engines.resident["vLLM"] == made.memory.engine.total == pytest.approx(0.9 * 79.1 * GIB, abs=2)
+    assert any(p.startswith("devices:") for p in plan(actor={"layout": LAYOUT}, rollout=apart).problems)
+
+
+def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
+    tight = {"engines": 8, "tensor_parallel_size": 1, "gpu_memory_utilization": 0.18}
+    problems = plan(actor={"layout": LAYOUT}, rollout=tight).problems
+    assert any(p.startswith("vLLM: rollout.gpu_memory_utilization leaves") for p in problems)
+
+
+def test_cpu_ranks_share_the_host(tmp_path: Path) -> None:
+    host = Cluster(replace(HARDWARE["laptop"], host_memory_gib=24.0), 1, 1)
+    spec = replace(QWEN_7B, num_layers=4, hidden_size=256, ffn_size=512, num_heads=4, num_kv_heads=4, head_dim=64)
+    made = plan(host, spec, cluster={"platform": "cpu"}, actor={"layout": {"dp": 2}})
+    assert made.problems == ()
+    trained = sum(len(rank.ranks) * rank.peak.total for rank in made.memory.ranks)
+    assert made.memory.host.total > trained
+    small = Cluster(replace(HARDWARE["laptop"], host_memory_gib=2.0), 1, 1)
+    (problem,) = plan(small, spec, cluster={"platform": "cpu"}, actor={"layout": {"dp": 2}}).problems
+    assert problem.startswith("host memory: ")
+
+
+def test_sizes_are_those_of_the_code() -> None:
+    from rlhf3d.engine.logprobs import CHUNK_ELEMENTS
+    from rlhf3d.planning import activations, memory
+    from rlhf3d.resharding.setup import SLOTS
+
+    assert (activations.CHUNK_ELEMENTS, memory.SLOTS) == (CHUNK_ELEMENTS, SLOTS)
+
+
+def test_hardware_files(tmp_path: Path) -> None:
+    assert str(parse_cluster("64xh100", HARDWARE)) == "64 x H100 on 8 nodes"
+    with pytest.raises(ValueError, match="--gpus '8': expected a number, x and one of A100, H100"):
+        parse_cluster("8", HARDWARE)
+    with pytest.raises(ValueError, match="--gpus '8xV100'"):
+        parse_cluster("8xV100", HARDWARE)
+    (tmp_path / "mine.yaml").write_text("V100: {memory_gib: 32}\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: V100 lacks decode_overhead_s, "):
+        load_hardware(tmp_path / "mine.yaml")
