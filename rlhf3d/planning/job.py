@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf3d.config.derived import Derived, UpdatePlan, derive, resolve_dtypes
+from rlhf3d.config.groups import WorkerGroup, device_terms
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
@@ -19,17 +20,30 @@ from rlhf3d.planning.hardware import Cluster
 
 @dataclass(frozen=True)
 class Model:
-    """One model on the training ranks."""
+    """One model in the processes of its worker group."""
 
     role: str
     """actor, critic or ref."""
     head: Head
-    layout: ParallelLayout
-    settings: LayoutConfig
-    batching_of: UpdatePlan
+    group: WorkerGroup
+    batching: UpdatePlan
     """Its update; of the reference, whose passes are cut alike, the actor's."""
     trained: bool
     entropy: bool = False
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """Its ranks."""
+        return self.group.layout
+
+    @property
+    def settings(self) -> LayoutConfig:
+        """What else its layout says."""
+        return self.group.layout_config
+
+
+Seat = tuple[tuple[WorkerGroup, int], ...]
+"""The ranks (group, number) on one device; on CPU every process has a seat of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,16 @@ class Job:
         return self.config.rollout.placement == "colocated"
 
     @property
-    def training_ranks(self) -> int:
-        """Processes that train."""
-        return max(model.layout.world_size for model in self.models)
+    def seats(self) -> tuple[Seat, ...]:
+        """Training ranks by device, in the order of devices; engines apart come after."""
+        actor, *others = self.derived.groups
+        beside = [group for group in others if group.colocated and self.on_gpu]
+        seats: list[Seat] = [
+            ((actor, rank), *((group, rank) for group in beside if rank < group.layout.world_size))
+            for rank in range(actor.layout.world_size)
+        ]
+        apart = [group for group in others if group not in beside]
+        return (*seats, *(((group, rank),) for group in apart for rank in range(group.layout.world_size)))
 
     @property
     def engine_ranks(self) -> int:
@@ -75,9 +96,7 @@ class Job:
     @property
     def devices_needed(self) -> int:
         """Devices of the run."""
-        if self.colocated:
-            return max(self.training_ranks, self.engine_ranks)
-        return self.training_ranks + self.engine_ranks
+        return max(sum(count for _, count in device_terms(self.config)), self.engine_ranks)
 
     def model(self, role: str) -> Model | None:
         """The model of a role, if it is placed."""
@@ -85,7 +104,7 @@ class Job:
 
     def longest(self, model: Model) -> Micro:
         """A micro-batch of the longest sequences there can be: what memory is planned for."""
-        data, rule = self.config.data, model.batching_of.micro_batching
+        data, rule = self.config.data, model.batching.micro_batching
         prompt, response = data.max_prompt_length, data.max_response_length
         width = rule.width(prompt + response)
         if rule.tokens is None:
@@ -100,7 +119,7 @@ class Job:
 
     def micro_batches(self, model: Model) -> int:
         """Passes of one data-parallel rank an optimizer step; with a token budget, for the mean lengths."""
-        plan = model.batching_of
+        plan = model.batching
         if plan.micro_batches_per_rank is not None:
             return max(1, plan.micro_batches_per_rank)
         assert plan.micro_batching.tokens is not None
@@ -136,13 +155,13 @@ def make_job(
     fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
     config = resolve_dtypes(config, fast)
     derived = derive(config, train_rows)
-    layout, settings = derived.layout, config.actor.layout
-    entropy = config.actor.entropy_coeff != 0
-    models = [Model("actor", "lm", layout, settings, derived.actor, True, entropy)]
-    if derived.critic is not None:
-        models.append(Model("critic", "value", layout, settings, derived.critic, True))
-    if config.needs_reference:
-        models.append(Model("ref", "lm", layout, settings, derived.actor, False))
+    models = []
+    for group in derived.groups:
+        for role in group.roles:
+            update = derived.critic if role == "critic" else derived.actor
+            assert update is not None
+            entropy = role == "actor" and config.actor.entropy_coeff != 0
+            models.append(Model(role, "value" if role == "critic" else "lm", group, update, role != "ref", entropy))
     return Job(
         config,
         spec,

@@ -48,11 +48,12 @@ class PhaseMemory:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Ranks that need the same."""
+    """Devices (on CPU: processes) that need the same."""
 
     ranks: tuple[int, ...]
+    """Their numbers: the actor's ranks first, then groups apart, then engines apart."""
     place: str
-    """Where they are, for people."""
+    """Which ranks these are, for people."""
     states: Mapping[str, States]
     """By role."""
     resident: Mapping[str, int]
@@ -64,6 +65,11 @@ class RankMemory:
     def peak(self) -> PhaseMemory:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
+
+    def own(self, name: str) -> int:
+        """Bytes of a phase beside the resident terms; 0 of one in which these ranks have no part."""
+        found = (phase for phase in self.phases if phase.phase == name)
+        return sum(size for phase in found for term, size in phase.terms.items() if term not in self.resident)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def _device_problem(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
     largest = sorted(phase.terms, key=lambda name: -phase.terms[name])[:3]
     terms = ", ".join(f"{name} {_gib(phase.terms[name])}" for name in largest)
     return (
-        f"device memory: {phase.phase} on rank {rank.ranks[0]} ({rank.place}) needs {_gib(phase.total)} GiB, "
+        f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) needs {_gib(phase.total)} GiB, "
         f"{_gib(phase.total - limit)} more than the {_gib(limit)} of a device; largest: {terms} GiB"
     )
 
@@ -143,12 +149,13 @@ def _gib(count: float) -> str:
 
 
 def plan_memory(job: Job) -> MemoryPlan:
-    """The memory of a job, by groups of ranks that need the same."""
+    """The memory of a job, by groups of devices (on CPU: processes) that need the same."""
     engine = engine_memory(job)
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for rank in range(job.training_ranks):
-        groups[tuple(m.layout.coords(rank).pp if rank < m.layout.world_size else -1 for m in job.models)].append(rank)
-    ranks = [_training_rank(job, tuple(members), engine) for members in groups.values()]
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, seat in enumerate(job.seats):
+        served = job.on_gpu and job.colocated and number < job.engine_ranks
+        alike[(served, *((group.name, group.layout.coords(rank).pp) for group, rank in seat))].append(number)
+    ranks = [_training_seat(job, tuple(members), engine, bool(kind[0])) for kind, members in alike.items()]
     if job.on_gpu and not job.colocated:
         ranks.append(_engine_rank(job, engine))
     hardware = job.cluster.hardware
@@ -156,46 +163,40 @@ def plan_memory(job: Job) -> MemoryPlan:
     return MemoryPlan(tuple(ranks), engine, _host(job, ranks, engine), limit)
 
 
-def _training_rank(job: Job, members: tuple[int, ...], engine: EngineMemory) -> RankMemory:
-    """The first of the ranks: replicas hold as much, give or take the padding of buffers."""
-    rank, dtype = members[0], job.config.model.dtype
-    here = [model for model in job.models if rank < model.layout.world_size]
+def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, served: bool) -> RankMemory:
+    """The first of them: replicas hold as much, give or take the padding of buffers."""
+    seat = job.seats[members[0]]
+    here = [(model, rank) for group, rank in seat for model in job.models if model.group == group]
     states = {
         model.role: model_states(
             job.spec,
             model.layout,
             model.layout.coords(rank),
             model.head,
-            dtype,
+            job.config.model.dtype,
             trained=model.trained,
             distributed_optimizer=model.settings.distributed_optimizer,
             overlap_grad_reduce=model.settings.overlap_grad_reduce,
             style=job.style,
         )
-        for model in here
+        for model, rank in here
     }
-    resident = {"process": int(job.cluster.hardware.process_gib * GIB)}
+    resident = {"process": int(len(seat) * job.cluster.hardware.process_gib * GIB)}
     for role, state in states.items():
         resident |= {f"{role} weights": state.weights}
         if state.gradients:
             resident |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
-    if job.on_gpu and job.colocated and rank < job.engine_ranks:
+    if served:
         resident |= {"vLLM": engine.total}
     phases = [PhaseMemory("generate", resident)]
-    for model in here:
+    for model, rank in here:
         phases += _model_phases(job, model, rank, resident)
-    buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
-    phases += [PhaseMemory(name, resident | buckets) for name in ("sync_weights", "save_checkpoint")]
+    if any(model.role == "actor" for model, _ in here):
+        buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
+        phases += [PhaseMemory(name, resident | buckets) for name in ("sync_weights", "save_checkpoint")]
     phases.sort(key=lambda phase: PHASES.index(phase.phase))
-    coords = here[0].layout.coords(rank)
-    place = f"pp{coords.pp}" if here[0].layout.pp > 1 else "every stage"
-    return RankMemory(
-        members,
-        place,
-        states,
-        resident,
-        tuple(phases),
-    )
+    place = ", ".join(f"{group.name} pp{group.layout.coords(rank).pp}" for group, rank in seat)
+    return RankMemory(members, place, states, resident, tuple(phases))
 
 
 def _model_phases(job: Job, model: Model, rank: int, resident: dict[str, int]) -> list[PhaseMemory]:
@@ -216,7 +217,7 @@ def _model_phases(job: Job, model: Model, rank: int, resident: dict[str, int]) -
 
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
     """An engine rank on a device of its own."""
-    first = job.training_ranks
+    first = len(job.seats)
     resident = {"vLLM": engine.total}
     buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)}
     phases = (PhaseMemory("generate", resident), PhaseMemory("sync_weights", resident | buckets))
@@ -232,8 +233,9 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         terms["engines"] = int(
             rollout.engines * (rollout.tensor_parallel_size * (hardware.engine_process_gib * GIB + engine.weights * 2))
         ) + int(rollout.engines * rollout.kv_cache_gib * GIB)
+        resident = sum(len(r.ranks) * sum(r.resident.values()) for r in ranks)
         of_phase = {
-            name: sum(len(r.ranks) * p.total for r in ranks for p in r.phases if p.phase == name)
+            name: resident + sum(len(r.ranks) * r.own(name) for r in ranks)
             for name in dict.fromkeys(p.phase for r in ranks for p in r.phases)
         }
         of_phase["save_checkpoint"] += _save_copies(job)
@@ -241,13 +243,13 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         return HostMemory(phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB))
     per_node = min(job.cluster.devices_per_node, job.devices_needed)
     engines = min(per_node, job.engine_ranks)
-    trained = min(per_node, job.training_ranks)
+    trained = min(per_node, len(job.seats)) * len(job.seats[0])
     terms = {
         "driver": int(DRIVER_GIB * GIB),
         "weight sync": shared,
         "training processes": int(trained * hardware.host_process_gib * GIB),
         "engine processes": int(engines * hardware.engine_process_gib * GIB),
-        "optimizer gathered to save": _save_copies(job) * trained // job.training_ranks,
+        "optimizer gathered to save": _save_copies(job) // job.cluster.nodes,
     }
     return HostMemory("save_checkpoint", terms, int(hardware.host_memory_gib * GIB))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
@@ -35,10 +36,8 @@ class Plan:
         """Why it cannot run on the cluster; empty where it can."""
         job, found = self.job, []
         if job.on_gpu and job.devices_needed > job.cluster.devices:
-            found.append(
-                f"devices: {job.training_ranks} training ranks and {job.engine_ranks} engine ranks "
-                f"({job.config.rollout.placement}) need {job.devices_needed}, found {job.cluster}"
-            )
+            terms = " + ".join(text for text, _ in device_terms(job.config))
+            found.append(f"devices: {terms} need {job.devices_needed}, found {job.cluster}")
         return (*found, *self.memory.problems)
 
 

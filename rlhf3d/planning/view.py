@@ -41,19 +41,20 @@ _SHOWN = {"layout", "rollout", "step", "actor", "critic"}
 def _memory_table(memory: MemoryPlan) -> Table:
     """Terms and phases down, kinds of ranks across."""
     limit = "" if memory.device_limit is None else f" (a device has {memory.device_limit / GIB:.1f})"
-    table = Table(title=f"memory of a rank, GiB{limit}", title_justify="left")
+    noun = "process" if memory.device_limit is None else "device"
+    table = Table(title=f"memory of a {noun}, GiB{limit}", title_justify="left")
     ranks = _shown(memory.ranks)
     table.add_column("", justify="left", no_wrap=True)
     for rank in ranks:
-        table.add_column(f"rank {ranges(rank.ranks)}\n{rank.place}", justify="right")
+        table.add_column(f"{noun} {ranges(rank.ranks)}\n{rank.place}", justify="right")
     for kind in ("process", *_KINDS, "vLLM"):
         sizes = [sum(size for name, size in rank.resident.items() if name.endswith(kind)) for rank in ranks]
         if any(sizes):
             table.add_row(kind, *map(_gib, sizes))
     table.add_section()
     for name in dict.fromkeys(phase.phase for rank in ranks for phase in rank.phases):
-        if any(_own(rank, name) for rank in ranks):
-            table.add_row(f"+ {name}", *(_gib(_own(rank, name)) for rank in ranks))
+        if any(rank.own(name) for rank in ranks):
+            table.add_row(f"+ {name}", *(_gib(rank.own(name)) for rank in ranks))
     table.add_section()
     over = ["bold red" if memory.device_limit and rank.peak.total > memory.device_limit else "" for rank in ranks]
     peaks = (Text(_gib(rank.peak.total), style) for rank, style in zip(ranks, over, strict=True))
@@ -70,24 +71,13 @@ def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
     return [r for i, r in enumerate(ranks) if i < MOST_COLUMNS - 2 or r is fullest or i == len(ranks) - 1]
 
 
-def _own(rank: RankMemory, name: str) -> int:
-    """What a phase needs beside the resident terms."""
-    return sum(
-        size
-        for phase in rank.phases
-        if phase.phase == name
-        for term, size in phase.terms.items()
-        if term not in rank.resident
-    )
-
-
 def _memory_lines(plan: Plan) -> list[str]:
     memory, job = plan.memory, plan.job
     engine, host = memory.engine, memory.host
     rank, phase = memory.peak
     terms = ", ".join(f"{name} {size / GIB:.2f}" for name, size in host.terms.items())
     return [
-        f"peak       {phase.phase} on rank {rank.ranks[0]}: {phase.total / GIB:.1f} GiB",
+        f"peak       {phase.phase} on {rank.place}: {phase.total / GIB:.1f} GiB",
         f"engine     a rank: weights {engine.weights / GIB:.2f}, activations {engine.activations / GIB:.2f}, "
         f"KV cache {engine.kv_cache / GIB:.2f} GiB: {engine.sequences} sequences of {engine.max_model_len} tokens at "
         f"once (rollout.max_num_seqs {job.config.rollout.max_num_seqs})",

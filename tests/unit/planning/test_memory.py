@@ -79,9 +79,7 @@ def test_the_device_that_is_too_small_is_told_with_phase_rank_and_term() -> None
     made = plan(parse_cluster("8xA100", HARDWARE), **COLOCATED, algorithm={"use_kl_in_reward": True})
     (problem,) = made.problems
     rank, phase = made.memory.peak
-    assert problem.startswith(
-        f"device memory: {phase.phase} on rank {rank.ranks[0]} (pp{0 if rank.ranks[0] < 4 else 1})"
-    )
+    assert problem.startswith(f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place})")
     assert f"{(phase.total - 79.2 * GIB) / GIB:.1f} more than the 79.2 of a device" in problem
 
 
@@ -103,6 +101,19 @@ def test_engines_on_devices_of_their_own() -> None:
     assert all("vLLM" not in rank.resident for rank in training)
     assert engines.resident["vLLM"] == made.memory.engine.total == pytest.approx(0.9 * 79.1 * GIB, abs=2)
     assert any(p.startswith("devices:") for p in plan(actor={"layout": LAYOUT}, rollout=apart).problems)
+
+
+def test_a_critic_of_its_own() -> None:
+    critic = {"layout": {"dp": 2}, "ppo_micro_batch_size_per_gpu": 1}
+    beside = plan(**COLOCATED, critic=critic).memory.ranks
+    assert [(rank.ranks, rank.place) for rank in beside] == [
+        ((0, 1), "actor pp0, critic pp0"), ((2, 3), "actor pp0"), ((4, 5, 6, 7), "actor pp1"),
+    ]  # fmt: skip
+    assert beside[0].resident["process"] == 2 * beside[1].resident["process"]
+    apart = plan(parse_cluster("10xH100", HARDWARE), **COLOCATED, critic={**critic, "placement": "disaggregated"})
+    *_, last = apart.memory.ranks
+    assert (last.ranks, set(last.states)) == ((8, 9), {"critic"})
+    assert [phase.phase for phase in last.phases] == ["generate", "values", "update_critic"]
 
 
 def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
