@@ -38,6 +38,8 @@ class Hardware:
     link_efficiency: float
     latency_s: float
     disk_gbs: float
+    sync_gbs: float
+    cores: int
     devices_per_node: int
     host_memory_gib: float
     process_gib: float

@@ -60,6 +60,8 @@ class Job:
     """Mean length of a prompt, for the time model."""
     response_tokens: float
     """Mean length of a completion, for the time model."""
+    padded_tokens: float | None = None
+    """Mean positions of a sequence in a padded micro-batch; None for the middle of mean and longest."""
 
     @property
     def style(self) -> SpecStyle:
@@ -150,8 +152,9 @@ def make_job(
     train_rows: int | None = None,
     prompt_tokens: float | None = None,
     response_tokens: float | None = None,
+    padded_tokens: float | None = None,
 ) -> Job:
-    """The job of a checked configuration on `cluster`; mean lengths default to the longest there can be."""
+    """The job of a checked configuration on `cluster`; mean lengths default to half of the longest there can be."""
     fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
     config = resolve_dtypes(config, fast)
     derived = derive(config, train_rows)
@@ -168,6 +171,7 @@ def make_job(
         cluster,
         tuple(models),
         derived,
-        config.data.max_prompt_length if prompt_tokens is None else prompt_tokens,
-        config.data.max_response_length if response_tokens is None else response_tokens,
+        config.data.max_prompt_length / 2 if prompt_tokens is None else prompt_tokens,
+        config.data.max_response_length / 2 if response_tokens is None else response_tokens,
+        padded_tokens,
     )

@@ -1,0 +1,38 @@
+"""Operations of a model's passes, from its shape.
+
+Invariant: a multiplication and an addition are two; counted is what the ranks compute, so the vocabulary head only at
+response tokens, and attention only below the diagonal. Pure: numbers only.
+"""
+
+from __future__ import annotations
+
+from rlhf3d.models.spec import ModelSpec
+
+
+def layer_weights(spec: ModelSpec) -> int:
+    """Weights of a decoder layer that a token meets."""
+    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
+    return spec.hidden_size * (heads * spec.head_dim + 3 * ffn + spec.num_experts)
+
+
+def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:
+    """One layer's forward pass over `positions` tokens that each attend to `context` others on average."""
+    attention = 4 * spec.num_heads * spec.head_dim * context
+    return positions * (2 * layer_weights(spec) + attention)
+
+
+def head_flops(spec: ModelSpec, tokens: float) -> float:
+    """The vocabulary head's forward pass."""
+    return 2 * tokens * spec.hidden_size * spec.vocab_size
+
+
+def decoder_weights_read(spec: ModelSpec, batch: float) -> float:
+    """Weights that a decoding step of `batch` tokens reads: of the experts, those that any token chose."""
+    attention = spec.hidden_size * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    if spec.num_experts:
+        chosen = 1 - (1 - spec.experts_per_token / spec.num_experts) ** batch
+        mlp = spec.num_experts * chosen * 3 * spec.hidden_size * spec.moe_ffn_size
+    else:
+        mlp = 3.0 * spec.hidden_size * spec.ffn_size
+    return spec.num_layers * (attention + mlp) + spec.vocab_size * spec.hidden_size

@@ -1,0 +1,270 @@
+"""Seconds of each phase of a step: a roofline with named hardware numbers.
+
+Invariant: every phase is work (operations, bytes, messages) divided by a rate of `hardware.yaml`, plus the waiting that
+the schedule makes (pipeline bubble, longest completion). Lengths are the job's mean lengths. Pure: numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_token
+from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops
+from rlhf3d.planning.job import Job, Model
+from rlhf3d.planning.memory import FORWARD_PHASES
+from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes
+
+ADAM_BYTES = {"te": 34, "local": 120}
+"""Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
+BACKWARD = 2.0
+"""A backward pass's operations over the forward pass's."""
+HEAD_BACKWARD = 3.0
+"""The head computes its logits again."""
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Seconds of a phase, by what takes them."""
+
+    phase: str
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of a step and of the run."""
+
+    phases: tuple[PhaseTime, ...]
+    """Of one step; saving is shared out over the steps between two saves."""
+    tokens: float
+    """Of a step: prompts and completions."""
+    steps: int | None
+    devices: int
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return sum(phase.total for phase in self.phases)
+
+    @property
+    def tokens_s(self) -> float:
+        """Tokens a second, of prompts and completions."""
+        return self.tokens / self.step_s
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of the run, validations apart; None while its steps are not known."""
+        return None if self.steps is None else self.steps * self.step_s / 3600
+
+    @property
+    def device_hours(self) -> float | None:
+        """Hours times devices."""
+        return None if self.hours is None else self.hours * self.devices
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One micro-batch on one rank of a pipeline stage."""
+
+    compute_s: float
+    """Matrix products and the host's part."""
+    messages_s: float
+    """Collectives and messages."""
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self.compute_s + self.messages_s
+
+
+def plan_time(job: Job) -> TimePlan:
+    """The time of a job's step."""
+    generate = generate_time(job)
+    phases = [sync_time(job), generate]
+    skip_old = job.config.algorithm.rollout_correction.bypass_mode
+    for role in ("actor", "ref", "critic"):
+        model = job.model(role)
+        if model is not None and not (role == "actor" and skip_old):
+            phases.append(forward_time(job, model))
+    phases += [update_time(job, model) for role in ("critic", "actor") if (model := job.model(role)) is not None]
+    if job.config.trainer.save_freq:
+        phases.append(save_time(job))
+    tokens = job.derived.sequences_per_step * (job.prompt_tokens + job.response_tokens)
+    devices = job.devices_needed if job.on_gpu else 1
+    return TimePlan(tuple(phases), tokens, job.derived.total_steps, devices)
+
+
+def _padded(job: Job, model: Model) -> float:
+    """Positions of a sequence of mean length."""
+    mean = job.prompt_tokens + job.response_tokens
+    if model.batching.micro_batching.packed:
+        return mean
+    return (mean + job.derived.max_sequence_length) / 2 if job.padded_tokens is None else job.padded_tokens
+
+
+def _micro(job: Job, model: Model) -> tuple[float, int]:
+    """Sequences of a micro-batch, and micro-batches of a rank in one pass over a step's batch."""
+    rule, per_rank = model.batching.micro_batching, job.derived.sequences_per_step / model.layout.dp
+    rows = rule.rows if rule.tokens is None else max(1.0, rule.tokens / _padded(job, model))
+    rows = min(rows, per_rank)
+    return rows, max(1, round(per_rank / rows))
+
+
+def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
+    """Each pipeline stage's part of a micro-batch, forward or forward and backward."""
+    spec, layout, hardware = job.spec, model.layout, job.cluster.hardware
+    rows, _ = _micro(job, model)
+    width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
+    positions, responses = rows * width, rows * job.response_tokens
+    recompute = model.settings.recompute and model.trained
+    passes = 1 + (BACKWARD + recompute if backward else 0)
+    rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
+    layer = layer_flops(spec, positions, width / 2) / layout.tp * passes / rate + hardware.layer_overhead_s * passes
+    collectives = _layer_messages(job, model, positions * spec.hidden_size * item) * passes
+    bandwidth = job.cluster.bandwidth(2, stride=layout.tp * layout.dp)
+    message = positions * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
+    found = []
+    for pp in range(layout.pp):
+        layers = sum(len(layout.layers(spec.num_layers, pp, chunk)) for chunk in range(layout.vpp))
+        compute, last = layers * layer, pp == layout.pp - 1
+        if last and model.head == "lm":
+            compute += head_flops(spec, responses) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
+        sends = layout.vpp * (1 + backward) if layout.pp > 1 else 0
+        found.append(Stage(compute, layers * collectives + sends * (message + hardware.latency_s)))
+    return found
+
+
+def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> float:
+    """Collectives of one layer's forward pass: two sums over tensor ranks, two exchanges between expert ranks."""
+    layout, hardware, seconds = model.layout, job.cluster.hardware, 0.0
+    if layout.tp > 1:
+        ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / job.cluster.bandwidth(layout.tp)
+        seconds += 2 * (ring + hardware.latency_s)
+    if layout.ep > 1:
+        copies = job.spec.experts_per_token * hidden_bytes / layout.tp
+        seconds += 2 * (copies * (layout.ep - 1) / layout.ep / job.cluster.bandwidth(layout.ep) + hardware.latency_s)
+    return seconds
+
+
+def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -> dict[str, float]:
+    """Seconds of `micro_batches` through the pipeline: the slowest stage's work, and its waiting.
+
+    On CPU the ranks share the cores: all of their work over all cores, if that is more than what one rank does.
+    """
+    layout, cores = model.layout, job.cluster.hardware.cores
+    slowest = max(parts, key=lambda stage: stage.total)
+    compute, messages = micro_batches * slowest.compute_s, micro_batches * slowest.messages_s
+    bubble = (layout.pp - 1) / layout.vpp * slowest.total
+    if not job.on_gpu:
+        ranks = layout.tp * layout.dp
+        shared = micro_batches * ranks / cores
+        everywhere = shared * sum(stage.compute_s for stage in parts)
+        talking = shared * sum(stage.messages_s for stage in parts)
+        if everywhere + talking > compute + messages + bubble:
+            return {"compute": everywhere, "messages": talking}
+    return {"compute": compute, "messages": messages, "bubble": bubble}
+
+
+def forward_time(job: Job, model: Model) -> PhaseTime:
+    """A pass without gradients over a step's batch."""
+    _, micro_batches = _micro(job, model)
+    parts = _scheduled(job, model, stages(job, model, backward=False), micro_batches)
+    return PhaseTime(FORWARD_PHASES[model.role], parts)
+
+
+def update_time(job: Job, model: Model) -> PhaseTime:
+    """All optimizer steps of a model."""
+    layout, hardware, plan = model.layout, job.cluster.hardware, model.batching
+    _, of_batch = _micro(job, model)
+    per_step = max(1, round(of_batch / plan.mini_batches))
+    parts = stages(job, model, backward=True)
+    steps = plan.optimizer_steps_per_step
+    once = _scheduled(job, model, parts, per_step)
+    elements = [
+        sum(chunk_sizes(job.spec, layout, pp, n, model.head, job.style).total for n in range(layout.vpp))
+        for pp in range(layout.pp)
+    ]
+    fullest = max(elements)
+    reduced = 0.0
+    if layout.dp > 1:
+        bandwidth, share = job.cluster.bandwidth(layout.dp, stride=layout.tp), (layout.dp - 1) / layout.dp
+        gradients = 4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
+        if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
+            gradients = max(0.0, gradients - max(stage.compute_s for stage in parts) * 2 / 3)
+        weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
+        reduced = gradients + weights * model.settings.distributed_optimizer
+    owned = fullest / (layout.dp if model.settings.distributed_optimizer else 1)
+    traffic = owned * ADAM_BYTES[job.style] + 8 * fullest  # and gradients zeroed, their norm taken
+    if not job.on_gpu:
+        traffic *= sum(elements) / fullest * layout.tp * layout.dp  # ranks share the memory's bandwidth
+    once |= {"gradients over replicas": reduced, "optimizer": traffic / hardware.read_bytes_s}
+    return PhaseTime(f"update_{model.role}", {name: seconds * steps for name, seconds in once.items()})
+
+
+def generate_time(job: Job) -> PhaseTime:
+    """Prompts once (completions of a prompt share its cache), then tokens as long as the longest or the queue lasts."""
+    spec, rollout, hardware = job.spec, job.config.rollout, job.cluster.hardware
+    tp, item = rollout.tensor_parallel_size, ITEM_BYTES[rollout.dtype]
+    rate = hardware.matmul_flops(rollout.dtype)
+    read = hardware.read_bytes_s
+    if not job.on_gpu:  # engines share the host
+        rate, read = (value / (rollout.engines * tp) for value in (rate, read))
+    prompts = job.config.data.train_batch_size / rollout.engines
+    tokens = prompts * job.prompt_tokens
+    layer = layer_flops(spec, tokens, job.prompt_tokens / 2)
+    prefill = (spec.num_layers * layer + head_flops(spec, prompts)) / tp / rate
+    sequences = prompts * rollout.n
+    context = job.prompt_tokens + job.response_tokens / 2
+    a_token = kv_bytes_a_token(spec, tp, rollout.dtype)
+    room = engine_memory(job).kv_cache / (a_token * max(context, 1.0))
+    batch = max(1.0, min(sequences, rollout.max_num_seqs, room))
+    decoded = sequences * job.response_tokens
+    longest = max(job.response_tokens, job.config.data.max_response_length * (sequences > 1))
+    steps = max(longest, decoded / batch)
+    weights = decoder_weights_read(spec, decoded / steps) * item / tp
+    cache = decoded * context * a_token
+    compute = decoded * (spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1)) / tp / rate
+    memory = (steps * weights + cache) / read
+    messages = 0.0
+    if tp > 1:
+        size = decoded / steps * spec.hidden_size * item
+        ring = 2 * (tp - 1) / tp * size / job.cluster.bandwidth(tp)
+        messages = steps * 2 * spec.num_layers * (ring + hardware.latency_s / 2)
+    parts = {"prompts": prefill, "tokens": max(compute, memory) if job.on_gpu else compute + memory}
+    return PhaseTime("generate", {**parts, "messages": messages, "host": steps * hardware.decode_overhead_s})
+
+
+def sync_time(job: Job) -> PhaseTime:
+    """The bytes of an engine rank through its buckets; between devices those that are not on its own.
+
+    Closed form of the plan's lower bound (docs/resharding.md): beside n training shards an engine rank of g finds
+    1/n of the model on its device.
+    """
+    rollout, hardware = job.config.rollout, job.cluster.hardware
+    actor = job.derived.layout
+    item = ITEM_BYTES[rollout.dtype]
+    needed = engine_elements(job.spec, rollout.tensor_parallel_size, rollout.expert_parallel) * item
+    local = 1 / (actor.tp * actor.pp) if job.colocated and job.on_gpu else 0.0
+    received = needed * max(0.0, 1 - local * rollout.tensor_parallel_size)
+    streams = 1 if job.on_gpu else rollout.tensor_parallel_size  # engines read the same buckets
+    parts = {"buckets": needed * streams / (hardware.sync_gbs * 1e9)}
+    if job.on_gpu:
+        parts["between devices"] = received / job.cluster.bandwidth(actor.world_size)
+    return PhaseTime("sync_weights", parts)
+
+
+def save_time(job: Job) -> PhaseTime:
+    """Weights and optimizer of every trained model, and the policy as a Hugging Face folder, to disk."""
+    item = ITEM_BYTES[job.config.model.dtype]
+    state = 12 if job.config.trainer.save_optimizer else 0
+    elements = engine_elements(job.spec, 1, False)
+    trained = sum(model.trained for model in job.models)
+    written = elements * (trained * (item + state) + item)
+    seconds = written / (job.cluster.hardware.disk_gbs * 1e9) / job.config.trainer.save_freq
+    return PhaseTime("save_checkpoint", {"disk": seconds})
