@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlhf3d.planning.engines import EngineMemory, engine_memory
 from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.job import Job, Model
-from rlhf3d.planning.states import States, chunk_sizes, model_states
+from rlhf3d.planning.states import ITEM_BYTES, States, chunk_sizes, model_states
 
 SLOTS = 2
 """Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
@@ -21,8 +21,6 @@ DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
 SAVED_BYTES = 12
 """fp32 weight and Adam's two moments of a parameter in a checkpoint's optimizer state."""
-SAVE_COPIES = 3
-"""Copies of them while they are gathered on data-parallel rank 0: received parts, whole, and what the writer holds."""
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
 PHASES = (
@@ -249,26 +247,26 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         "weight sync": shared,
         "training processes": int(trained * hardware.host_process_gib * GIB),
         "engine processes": int(engines * hardware.engine_process_gib * GIB),
-        "optimizer gathered to save": _save_copies(job) // job.cluster.nodes,
+        "copies to save": _save_copies(job) // job.cluster.nodes,
     }
     return HostMemory("save_checkpoint", terms, int(hardware.host_memory_gib * GIB))
 
 
 def _save_copies(job: Job) -> int:
-    """Host memory that saving takes for a while, over all ranks."""
-    if not job.config.trainer.save_optimizer:
-        return 0
+    """Host memory that saving takes while it writes, over all ranks: one copy of every trained model's state."""
     trainer = job.config.trainer
     if not (trainer.save_freq or trainer.save_at_end):
         return 0
-    elements = 0
-    for model in job.models:
-        if model.trained:
-            stages = range(model.layout.pp)
-            chunks = [
-                chunk_sizes(job.spec, model.layout, pp, n, model.head, job.style)
-                for pp in stages
-                for n in range(model.layout.vpp)
-            ]
-            elements += sum(sum(c.dense) * model.layout.tp + sum(c.experts) * model.layout.ep for c in chunks)
-    return elements * SAVED_BYTES * SAVE_COPIES
+    elements = sum(stored_elements(job, model) for model in job.models if model.trained)
+    return elements * (ITEM_BYTES[job.config.model.dtype] + SAVED_BYTES * trainer.save_optimizer)
+
+
+def stored_elements(job: Job, model: Model) -> int:
+    """Weights of a model that a checkpoint holds: each shard once."""
+    layout = model.layout
+    chunks = [
+        chunk_sizes(job.spec, layout, pp, chunk, model.head, job.style)
+        for pp in range(layout.pp)
+        for chunk in range(layout.vpp)
+    ]
+    return sum(sum(chunk.dense) * layout.tp + sum(chunk.experts) * layout.ep for chunk in chunks)

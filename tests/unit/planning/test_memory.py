@@ -149,5 +149,5 @@ def test_hardware_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--gpus '8xV100'"):
         parse_cluster("8xV100", HARDWARE)
     (tmp_path / "mine.yaml").write_text("V100: {memory_gib: 32}\n")
-    with pytest.raises(ValueError, match=r"mine\.yaml: V100 lacks decode_overhead_s, "):
+    with pytest.raises(ValueError, match=r"mine\.yaml: V100 lacks cores, decode_overhead_s, "):
         load_hardware(tmp_path / "mine.yaml")
