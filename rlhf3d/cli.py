@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -354,6 +354,58 @@ def samples(
             typer.echo(json.dumps(asdict(sample)))
     else:
         Console(highlight=False).print(render(title, found, wanted, limit))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Run, checkpoint (checkpoints/step_N), Megatron or Hugging Face folder.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[Literal["hf", "megatron"] | None, typer.Option(help="Default what the source is not.")] = None,
+    role: Annotated[
+        Literal["actor", "critic"] | None, typer.Option(help="Default the actor, or what the source is.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="stored (bit for bit), bfloat16, float16 or float32.")] = "stored",
+    max_shard_size: Annotated[float, typer.Option(help="Largest file, GiB.")] = 4.0,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder with config.json and tokenizer; default that of the checkpoint.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then compare every tensor, and the logits of Megatron and transformers.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted conversion wrote.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a Megatron checkpoint into a Hugging Face folder or back; goes on where it was interrupted."""
+    import json
+
+    from rlhf3d.checkpoints.convert import Options
+    from rlhf3d.checkpoints.convert_view import convert as run
+
+    options = Options(to, role, dtype, max_shard_size, reference)
+    report = run(source, destination, options, workers, restart, verify)
+    typer.echo(json.dumps(report.to_json()) if as_json else report.text())
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run, checkpoint, Megatron or Hugging Face folder.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every file and compare its checksum.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a folder holds: model, size, layout, step, metric, and whether it is whole."""
+    import json
+
+    from rlhf3d.checkpoints.inspection import inspect as look
+    from rlhf3d.checkpoints.inspection import render
+
+    found = look(path, deep)
+    typer.echo(json.dumps(found) if as_json else render(found))
+    for problem in found["problems"]:
+        typer.echo(problem, err=True)
+    raise typer.Exit(1 if found["problems"] else 0)
 
 
 @app.command()

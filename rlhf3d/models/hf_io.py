@@ -91,14 +91,19 @@ def write_hf_folder(
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         dtypes = _write_shards(partial, tensors, int(max_shard_gib * 2**30))
-        for file in source_folder.iterdir():
-            if file.is_file() and file.suffix in COMPANION_SUFFIXES and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, partial / file.name)
-        _record_dtype(partial / "config.json", dtypes)
+        copy_companions(source_folder, partial)
+        record_dtype(partial / "config.json", dtypes)
         partial.chmod(0o755)
         partial.rename(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_companions(source_folder: Path, destination: Path) -> None:
+    """Copy what a model folder holds beside weights: configuration, tokenizer, chat template."""
+    for file in source_folder.iterdir():
+        if file.is_file() and file.suffix in COMPANION_SUFFIXES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, destination / file.name)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> set[torch.dtype]:
@@ -139,7 +144,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], lim
     return dtypes
 
 
-def _record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
+def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
     """Make the config's dtype the one written, so that loaders with dtype `auto` keep it."""
     if len(dtypes) != 1:
         return

@@ -117,6 +117,10 @@ class CPUPlatform(Platform):
             num_experts=num_experts or None, normalization="RMSNorm", qk_layernorm=qk_layernorm
         )
         spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+        if num_experts:
+            # In checkpoints Megatron names the dense layers' norms as Transformer Engine does; the norm before a router
+            # it would name otherwise.
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         return spec
 
     def transformer_config_overrides(self) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""Blocks of tensors in files, and safetensors files as streams of them.
+
+Invariant: only the bytes asked for are read, straight into the caller's memory, from any thread; a file that is
+shorter than it says is named in the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf3d.models.weights import Box
+
+BLOCK_BYTES = 16 << 20
+"""How much a copy holds in memory at a time."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""By the name a safetensors header gives them."""
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+class InputFile:
+    """A file read at any offset by any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
+        except OSError as error:
+            raise ValueError(f"cannot read {path} ({error.strerror})") from error
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` from `offset` on."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            if count == 0:
+                raise ValueError(f"{self.path} is cut off: it has {self.size} bytes, {offset + len(target)} are needed")
+            done += count
+
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes from `offset` on."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor inside a file: element 0 at byte `start`, `stride` in elements."""
+
+    file: InputFile
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read_into(self, box: Box, out: Tensor) -> None:
+        """Copy the block `box` into `out` (its shape, any stride, any dtype)."""
+        first = sum(a * step for (a, _), step in zip(box, self.stride, strict=True))
+        span = 1 + sum((b - 1 - a) * step for (a, b), step in zip(box, self.stride, strict=True))
+        direct = out.dtype == self.dtype and out.is_contiguous() and span == out.numel()
+        buffer = torch.empty(0, dtype=self.dtype) if direct else torch.empty(span, dtype=self.dtype)
+        block = (out.view(-1) if direct else buffer).as_strided([b - a for a, b in box], self.stride)
+        if direct and not block.is_contiguous():  # as many elements, in another order
+            direct, buffer = False, torch.empty(span, dtype=self.dtype)
+            block = buffer.as_strided(block.shape, self.stride)
+        self.file.read_into(raw(out if direct else buffer), self.start + first * self.dtype.itemsize)
+        if not direct:
+            out.copy_(block)
+
+
+def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor stored row by row."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int = BLOCK_BYTES) -> Iterator[Box]:
+    """`shape` cut along its first dimension into boxes of at most `limit_bytes` (and at least one row)."""
+    if not shape:
+        yield ()
+        return
+    rows, *rest = shape
+    step = max(1, limit_bytes // (itemsize * prod(rest)))
+    for start in range(0, rows, step):
+        yield ((start, min(rows, start + step)), *((0, size) for size in rest))
+
+
+def read_safetensors_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a file, by name. ValueError naming the file where header and size do not agree."""
+    file = InputFile(path)
+    try:
+        length = int.from_bytes(file.read(0, 8), "little")
+        header: dict[str, Any] = json.loads(file.read(8, length))
+        header.pop("__metadata__", None)
+        found, end = {}, 0
+        for name, entry in header.items():
+            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            assert stop - start == prod(shape) * dtype.itemsize
+            found[name] = FileTensor(file, 8 + length + start, dtype, shape, row_strides(shape))
+            end = max(end, stop)
+    except (AssertionError, KeyError, TypeError, MemoryError, OverflowError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no safetensors file with floating-point weights ({error!r})") from error
+    if file.size != 8 + length + end:
+        raise ValueError(f"{path} has {file.size} bytes, its header says {8 + length + end}: copy it again")
+    return found
+
+
+def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Length and header of a file with these tensors, their data in this order."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

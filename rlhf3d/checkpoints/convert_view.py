@@ -1,0 +1,78 @@
+"""A conversion as the command line runs it: progress on stderr, the proof if asked for, and a report.
+
+Invariant: the report says only what was done; what could not be proven is in it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.checkpoints.convert import Conversion, Options, plan_conversion
+from rlhf3d.checkpoints.stored import parameters
+from rlhf3d.checkpoints.verify import Verified, verify
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    conversion: Conversion
+    seconds: float
+    verified: Verified | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        done = self.conversion
+        return {
+            "source": str(done.source),
+            "destination": str(done.destination),
+            "to": done.to,
+            "role": done.role,
+            "family": done.spec.family,
+            "bytes": done.num_bytes,
+            "files": len(done.tasks),
+            "seconds": round(self.seconds, 3),
+            "verified": None if self.verified is None else vars(self.verified),
+        }
+
+    def text(self) -> str:
+        """For people."""
+        done, gib = self.conversion, self.conversion.num_bytes / 2**30
+        kind = {"hf": "Hugging Face", "megatron": "Megatron"}[done.to]
+        lines = [
+            f"{done.destination}: {kind} {done.spec.family} {done.role}, "
+            f"{parameters(done.spec, done.head):,} parameters, {gib:.2f} GiB in {self.seconds:.1f} s"
+        ]
+        if (proof := self.verified) is not None:
+            lines.append(f"verified: {proof.tensors} tensors, {proof.elements:,} elements, bit for bit")
+            if proof.skipped is None:
+                lines[-1] += f"; logits differ by at most {proof.max_logit_diff:.1e} (largest {proof.max_logit:.1e})"
+            else:
+                lines.append(f"not verified: logits of Megatron and transformers ({proof.skipped})")
+        return "\n".join(lines)
+
+
+def convert(
+    source: Path, destination: Path, options: Options, workers: int = 2, restart: bool = False, proof: bool = False
+) -> Report:
+    """Convert with a progress bar; with `proof`, verify what was written. Raises ValueError, VerifyError."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least one is needed")
+    conversion = plan_conversion(source, destination, options)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"to {conversion.to}", total=conversion.num_bytes)
+        conversion.run(workers, restart, lambda count: progress.advance(bar, count))
+        seconds = time.monotonic() - began
+        verified = None
+        if proof:
+            bar = progress.add_task("verifying", total=conversion.num_bytes)
+            verified = verify(*conversion.pair(), conversion.to, lambda count: progress.advance(bar, count))
+    return Report(conversion, seconds, verified)

@@ -1,0 +1,82 @@
+"""What a path holds: a Hugging Face folder, a Megatron folder, a checkpoint or a run.
+
+Invariant: only looks; what cannot be found ends in a ValueError that says what was looked for. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["hf", "megatron", "checkpoint", "run"]
+Role = Literal["actor", "critic"]
+ROLES: tuple[Role, ...] = ("actor", "critic")
+
+
+def kind_of(path: Path) -> Kind:
+    """What `path` is, told by the files in it."""
+    if not path.is_dir():
+        raise ValueError(f"no folder {str(path)!r}")
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        return "megatron"
+    if (path / "config.json").is_file():
+        return "hf"
+    if (path / "manifest.json").is_file() or any((path / role).is_dir() for role in ROLES):
+        return "checkpoint"
+    if (path / "checkpoints").is_dir():
+        return "run"
+    raise ValueError(
+        f"{path} is neither a Hugging Face folder (config.json), nor a Megatron folder (.metadata), nor a checkpoint "
+        f"(checkpoints/step_N), nor a run (checkpoints/)"
+    )
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    steps = [path for path in (run / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(
+        (p for p in steps if (p / "manifest.json").is_file()), key=lambda p: int(p.name.removeprefix("step_"))
+    )
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run."""
+    found = checkpoints_of(run)
+    if not found:
+        raise ValueError(f"{run}/checkpoints has no complete checkpoint (a folder step_N with manifest.json)")
+    return found[-1]
+
+
+def megatron_folder(path: Path, role: Role | None) -> Path:
+    """The Megatron folder that `path` is, or that its (newest) checkpoint holds for `role` (the actor, if not said)."""
+    kind = kind_of(path)
+    if kind == "megatron":
+        return path
+    if kind == "hf":
+        raise ValueError(f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)")
+    checkpoint = latest_checkpoint(path) if kind == "run" else path
+    if not (checkpoint / "manifest.json").is_file():
+        raise ValueError(f"{checkpoint} has no manifest.json: it was not finished; give another checkpoint")
+    wanted = role or "actor"
+    if not (checkpoint / wanted).is_dir():
+        there = [name for name in ROLES if (checkpoint / name).is_dir()]
+        raise ValueError(f"{checkpoint} has no {wanted}; --role can be {' or '.join(there) or '(it has none)'}")
+    return checkpoint / wanted
+
+
+def reference_folder(megatron: Path, given: Path | None) -> Path:
+    """The folder with config.json and tokenizer of the model in a Megatron folder."""
+    import yaml
+
+    looked = [given] if given is not None else [megatron / "hf", megatron.parent / "hf"]
+    run_config = megatron.parent / "config.yaml"
+    if given is None and run_config.is_file():
+        model = yaml.safe_load(run_config.read_text()).get("model") or {}
+        looked += [Path(model["path"])] if "path" in model else []
+    for folder in looked:
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"no config.json for {megatron} (looked in {', '.join(str(folder) for folder in looked)}): "
+        f"name the model's Hugging Face folder with --reference"
+    )

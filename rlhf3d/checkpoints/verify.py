@@ -1,0 +1,185 @@
+"""Proof that a Megatron folder and a Hugging Face folder hold one model, by readers that the conversion does not use.
+
+Invariant: success means that every element of every tensor was compared bit for bit, as torch.load and safetensors read
+them, and where memory allows that Megatron (after `dist_checkpointing.load`) and transformers compute the same logits.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf3d.checkpoints.convert import HEADS, MegatronSource, To
+from rlhf3d.checkpoints.files import Advance
+from rlhf3d.checkpoints.locate import Role
+from rlhf3d.checkpoints.stored import WRAPPER_PREFIX, Slab, parameters
+from rlhf3d.machine import read_machine
+from rlhf3d.models.hf_io import HFReader
+from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.models.weights import Box, Piece, box_slices
+from rlhf3d.resharding.boxes import intersect, locate, show, volume
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit, as a share of the largest logit: float32 round-off of two implementations."""
+TOKENS = (2, 32)
+"""Rows and columns of the random batch."""
+MEMORY_FACTOR = 2.0
+"""Peak memory of a float32 model that is loaded, over its weights (Megatron joins gate and up in a copy)."""
+
+
+class VerifyError(RuntimeError):
+    """The two folders do not hold the same model."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was compared."""
+
+    tensors: int
+    elements: int
+    max_logit_diff: float | None
+    """Of the random batch in float32; None where the logits were not compared."""
+    max_logit: float | None
+    skipped: str | None
+    """Why the logits were not compared."""
+
+
+def verify(megatron: Path, hf: Path, to: To, on_bytes: Advance = lambda count: None) -> Verified:
+    """Compare the two folders; `to` says which was made from the other. Raises VerifyError with what differs."""
+    source = MegatronSource(megatron, load_spec(hf, with_weights=False))
+    elements = _compare_tensors(source, hf, to, on_bytes)
+    wanted_gib = parameters(source.spec, HEADS[source.role]) * 4 * MEMORY_FACTOR / 2**30
+    there_gib = read_machine().memory_available_gib
+    if wanted_gib > there_gib:
+        skipped = f"a float32 model needs {wanted_gib:.1f} GiB of memory, {there_gib:.1f} GiB are available"
+        return Verified(len(source.tensors), elements, None, None, skipped)
+    with HFReader(hf) as reader:
+        cast = None if to == "megatron" else _dtypes(reader)
+    theirs = _in_process(_hf_scores, hf, source.role)
+    wrapped = all(key.startswith(WRAPPER_PREFIX) for key in source.keys.values())
+    ours = _in_process(_megatron_scores, megatron, wrapped, hf, source.role, cast)
+    difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if not (ours.isfinite().all() and theirs.isfinite().all()) or difference > TOLERANCE * largest:
+        raise VerifyError(
+            f"Megatron and transformers disagree on {megatron} and {hf}: "
+            f"logits differ by up to {difference:.2e}, the largest is {largest:.2e}"
+        )
+    return Verified(len(source.tensors), elements, difference, largest, None)
+
+
+def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: Advance) -> int:
+    """Compare every chunk with the blocks of the Hugging Face tensors it covers; the number of elements compared."""
+    compared = dict.fromkeys(source.tensors, 0)
+    slabs: dict[str, list[Slab]] = {}
+    for slab in source.model.slabs:
+        slabs.setdefault(slab.key, []).append(slab)
+    with HFReader(hf) as reader:
+        for key, stored_key in source.keys.items():
+            for chunk in source.reader.tensors[stored_key].chunks:
+                blob = torch.load(io.BytesIO(source.reader.blob_bytes(chunk)), weights_only=True)
+                for slab in slabs[key]:
+                    for piece in slab.pieces if intersect(slab.box, chunk.box) else ():
+                        compared[piece.hf_name] += _compare_piece(piece, slab.lead, chunk.box, blob, reader, to)
+                on_bytes(blob.nbytes)
+    for name, (_, shape) in source.tensors.items():
+        if compared[name] != prod(shape):
+            raise VerifyError(f"{name}: {compared[name]} of {prod(shape)} elements are in {source.folder}")
+    return sum(compared.values())
+
+
+def _compare_piece(piece: Piece, lead: int, box: Box, blob: Tensor, reader: HFReader, to: To) -> int:
+    part = intersect(piece.local_box, box)
+    if part is None:
+        return 0
+    hf_box = locate(Piece("", piece.local_box[lead:], piece.hf_box), part[lead:])
+    inside = tuple((a - start, b - start) for (a, b), (start, _) in zip(part, box, strict=True))
+    theirs = reader.read(piece.hf_name, hf_box)
+    ours = blob[box_slices(inside)].view(theirs.shape) if blob.dim() else blob
+    one, other = (ours.to(theirs.dtype), theirs) if to == "hf" else (ours, theirs.to(ours.dtype))
+    if not torch.equal(_bits(one), _bits(other)):
+        raise VerifyError(f"{piece.hf_name}{show(hf_box)} differs from what {reader.folder} was made from or into")
+    return volume(part)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _dtypes(reader: HFReader) -> dict[str, torch.dtype]:
+    return {name: reader.read(name, tuple((0, 1) for _ in reader.shape(name))).dtype for name in reader.names()}
+
+
+def _in_process(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run in a process of its own: patched libraries and memory end with it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+        return child.submit(partial(function, *args)).result()
+
+
+def random_tokens(spec: ModelSpec) -> Tensor:
+    """The batch that both sides score, [rows, columns]."""
+    return torch.randint(0, spec.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _hf_scores(folder: Path, role: Role) -> Tensor:
+    """Logits [b, s, vocab] or values [b, s, 1] of transformers in float32."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if role == "actor" else AutoModelForSequenceClassification
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    left = {problem: sorted(info[problem]) for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(left.values()):
+        raise VerifyError(f"transformers loads {folder} with {left}")
+    hidden = getattr(model, model.base_model_prefix)(random_tokens(load_spec(folder))).last_hidden_state
+    scores: Tensor = (model.lm_head if role == "actor" else model.score)(hidden)
+    return scores
+
+
+@torch.no_grad()
+def _megatron_scores(
+    folder: Path, wrapped: bool, reference: Path, role: Role, cast: dict[str, torch.dtype] | None
+) -> Tensor:
+    """The same by Megatron on one rank, its weights rounded to the dtype that they have in `cast`."""
+    import socket
+
+    from rlhf3d.parallel.layout import ParallelLayout
+    from rlhf3d.parallel.megatron_init import initialize_megatron
+    from rlhf3d.parallel.platform import CPUPlatform
+
+    platform, layout, spec = CPUPlatform("verify"), ParallelLayout(), load_spec(reference, with_weights=False)
+    platform.prepare_worker(0, torch.get_num_threads())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=port)
+    from megatron.core import dist_checkpointing
+
+    from rlhf3d.checkpoints.sharded import METADATA
+    from rlhf3d.models.megatron import bound_params, build_chunks, transformer_config
+
+    place = (spec, layout, layout.coords(0))
+    config = transformer_config(spec, layout, "float32", platform)
+    chunks = build_chunks(*place, "policy" if role == "actor" else "value", config, platform, torch.device("cpu"))
+    (model,) = chunks
+    prefix = WRAPPER_PREFIX if wrapped else ""
+    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=METADATA)}
+    loaded = dist_checkpointing.load(state, str(folder))["model"]
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()})
+    for _, entry, param in bound_params(chunks, *place, HEADS[role]) if cast else ():
+        for piece in entry.pieces:
+            block = param[box_slices(piece.local_box)]
+            block.copy_(block.to((cast or {})[piece.hf_name]))
+    tokens = random_tokens(spec)
+    output = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    scores: Tensor = output.unsqueeze(-1) if role == "critic" else output @ model.head_weight().T
+    return scores[..., : spec.vocab_size] if role == "actor" else scores
