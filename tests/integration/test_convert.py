@@ -1,0 +1,179 @@
+"""Conversion against the real parts: megatron-core saves and loads in many layouts, transformers and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import load_tensors, same_tensors
+from support.ranks import run_ranks
+from support.tiny_models import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from rlhf3d.checkpoints.convert import Options, plan_conversion
+from rlhf3d.checkpoints.verify import VerifyError, verify
+from rlhf3d.models.spec import load_spec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
+
+PLATFORM = CPUPlatform(reason="test")
+PLATFORM.prepare_worker(0, threads=1)  # ranks are forked with Megatron imported and patched
+ROOT = Path(__file__).parents[2]
+SHARD_GIB = 100_000 / 2**30
+CASES: dict[str, tuple[dict[str, Any], list[ParallelLayout]]] = {
+    "llama-tied-padded": (
+        {"tie": True, "vocab": 101},
+        [ParallelLayout(), ParallelLayout(tp=2, pp=2, vpp=2)],
+    ),
+    "qwen2": ({"family": "qwen2", "tie": False}, [ParallelLayout(tp=2, pp=2, first_stage_layers=3)]),
+    "qwen3": ({"family": "qwen3", "tie": False, "vocab": 103}, [ParallelLayout(tp=2, dp=2)]),
+    "mixtral": ({"family": "mixtral", "tie": False, "layers": 2}, [ParallelLayout(dp=2, ep=2)]),
+    "qwen3_moe": (
+        {"family": "qwen3_moe", "tie": True, "layers": 2, "vocab": 101},
+        [ParallelLayout(tp=2, pp=2, dp=1, ep=2)],
+    ),
+    "critic": ({"tie": False, "vocab": 101}, [ParallelLayout(tp=2, pp=2)]),
+}
+
+
+def convert(source: Path, destination: Path, **options: Any) -> Path:
+    plan_conversion(source, destination, Options(max_shard_gib=SHARD_GIB, **options)).run()
+    return destination
+
+
+def classifier(folder: Path, source: Path) -> Path:
+    """A sequence classifier from a language model, with a random head."""
+    tensors = load_tensors(source)
+    tensors.pop("lm_head.weight", None)
+    hidden = load_spec(source).hidden_size
+    tensors["score.weight"] = torch.randn(1, hidden, generator=torch.Generator().manual_seed(3))
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    changed = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {"0": "value"},
+        "label2id": {"value": 0},
+    }
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders, by case."""
+    root = tmp_path_factory.mktemp("models")
+    made = {name: make_tiny_model(root / name, **model) for name, (model, _) in CASES.items() if name != "critic"}
+    plain = make_tiny_model(root / "plain", **CASES["critic"][0])
+    return made | {"critic": classifier(root / "critic", plain)}
+
+
+def load_and_save(rank: int, port: int, hf: Path, layout: ParallelLayout, role: Any, converted: Path, out: Path) -> int:
+    """Load what was converted and compare with what the framework loads from the HF folder; then save it."""
+    from megatron.core import dist_checkpointing
+
+    from rlhf3d.checkpoints.sharded import METADATA
+    from rlhf3d.models.megatron import build_chunks, load_hf_weights, transformer_config
+    from rlhf3d.parallel.megatron_init import initialize_megatron
+
+    initialize_megatron(layout, rank, 0, PLATFORM, timeout_s=60, master_port=port)
+    place = (load_spec(hf), layout, layout.coords(rank))
+    config = transformer_config(load_spec(hf), layout, "float32", PLATFORM, sequence_parallel=layout.tp > 1)
+    chunks = build_chunks(*place, role, config, PLATFORM, torch.device("cpu"))
+    load_hf_weights(chunks, hf, *place, role)
+    expected = [{name: param.detach().clone() for name, param in chunk.named_parameters()} for chunk in chunks]
+    for param in (param for chunk in chunks for param in chunk.parameters()):
+        param.data.fill_(torch.nan)
+
+    def state() -> dict[str, Any]:
+        return {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
+
+    loaded = dist_checkpointing.load(state(), str(converted))
+    compared = 0
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
+        for name, param in chunk.named_parameters():
+            assert torch.equal(param, expected[i][name]), f"{name} of rank {rank}"
+            compared += param.numel()
+    if rank == 0:
+        out.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(state(), str(out), content_metadata=METADATA)
+    return compared
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts], ids=str
+)
+def test_megatron_loads_and_saves_what_is_converted(
+    name: str, layout: ParallelLayout, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hf, role = folders[name], "value" if name == "critic" else "policy"
+    folder = "critic" if name == "critic" else "actor"
+    converted = convert(hf, tmp_path / "converted") / folder
+    saved = tmp_path / "saved"
+    assert all(run_ranks(layout.world_size, load_and_save, hf, layout, role, converted, saved))
+    assert same_tensors(load_tensors(convert(saved, tmp_path / "back", reference=hf)), load_tensors(hf))
+
+
+def rlhf3d(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tools/convert_checkpoint.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_command_verifies_an_actor_in_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
+    megatron = convert(folders["llama-tied-padded"], tmp_path / "megatron")
+    done = rlhf3d(str(megatron), str(tmp_path / "hf"), "--dtype", "bfloat16", "--verify", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    tensors = load_tensors(folders["llama-tied-padded"])
+    assert report["verified"]["elements"] == sum(tensor.numel() for tensor in tensors.values())
+    assert report["verified"]["skipped"] is None and report["verified"]["max_logit_diff"] < 1e-5
+    rounded = load_file(tmp_path / "hf" / "model.safetensors")
+    assert same_tensors(rounded, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    # A changed element does not pass.
+    name = "model.layers.2.self_attn.v_proj.weight"
+    rounded[name][5, 7] += 1
+    save_file(rounded, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerifyError, match=rf"{name}\[0:16, 0:64\] differs"):
+        verify(megatron / "actor", tmp_path / "hf", "hf")
+
+
+def test_critic_has_transformers_values(folders: dict[str, Path], tmp_path: Path) -> None:
+    megatron = convert(folders["critic"], tmp_path / "megatron")
+    proof = verify(megatron / "critic", folders["critic"], "megatron")
+    assert proof.skipped is None and proof.max_logit_diff is not None and proof.max_logit_diff < 1e-5
+
+
+def vllm_scores(folder: Path, tokens: list[list[int]]) -> list[list[float]]:
+    from rlhf3d.rollout.vllm_engine import VLLMEngine
+
+    settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "kv_cache_gib": 0.05, "threads": 1}
+    engine = VLLMEngine(folder, load_weights=True, **settings)
+    try:
+        return engine.score(tokens)
+    finally:
+        engine.close()
+
+
+def test_vllm_serves_a_converted_checkpoint(tmp_path: Path) -> None:
+    hf = make_tiny_model(tmp_path / "hf", hidden=64, heads=2, kv_heads=2, layers=2, vocab=101)
+    converted = convert(convert(hf, tmp_path / "megatron"), tmp_path / "converted")
+    assert len(list(converted.glob("*.safetensors"))) > 1
+    tokens = torch.randint(4, 101, (3, 20), generator=torch.Generator().manual_seed(1))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
+        found = torch.tensor(child.submit(vllm_scores, converted, tokens.tolist()).result())
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(hf)(tokens).logits[:, :-1]
+    expected = torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
