@@ -27,6 +27,7 @@ from rlhf3d.checkpoints.blocks import (
 )
 from rlhf3d.checkpoints.files import PARTS, Advance, FileTask, building, write_files
 from rlhf3d.checkpoints.locate import Role, kind_of, megatron_folder, reference_folder
+from rlhf3d.checkpoints.manifest import FileInfo, Manifest, file_info, versions, write_manifest
 from rlhf3d.checkpoints.sharded import METADATA
 from rlhf3d.checkpoints.stored import (
     VOCABULARY_KEYS,
@@ -48,7 +49,6 @@ DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, 
 HEADS: dict[Role, Head] = {"actor": "lm", "critic": "value"}
 CHUNK_BYTES = 256 << 20
 """Larger parameters are stored in several chunks, which bounds what a writer and a loader hold."""
-MANIFEST_VERSION = 1
 
 
 class MismatchError(ValueError):
@@ -318,21 +318,14 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
     ]
 
     def finish(partial: Path) -> None:
-        _finish_megatron(partial, role, model, dtypes)
+        known = _finish_megatron(partial, role, model, dtypes)
         (partial / "hf").mkdir(exist_ok=True)
         copy_companions(source, partial / "hf")
         write_role(partial / "hf" / "config.json", role)
         record_dtype(partial / "hf" / "config.json", set(dtypes.values()))
-        files = {
-            str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if _lasting(p, partial)
-        }
-        manifest = {
-            "format_version": MANIFEST_VERSION,
-            "kind": "converted",
-            "source": str(source.resolve()),
-            "files": files,
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        names = [str(p.relative_to(partial)) for p in sorted(partial.rglob("*")) if _lasting(p, partial)]
+        files = {name: known.get(name) or file_info(partial / name) for name in names}
+        write_manifest(partial, Manifest(0, 0, (role,), optimizer=False, versions=versions(), files=files))
 
     plan = _plan(source, source, "megatron", role, options)
     return Conversion(source, destination, source, "megatron", role, spec, tasks, finish, plan)
@@ -340,7 +333,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
 
 def _lasting(path: Path, partial: Path) -> bool:
     """Whether a file of the folder being built will be in the destination."""
-    return path.is_file() and path.name != "manifest.json" and not (path.parent == partial or PARTS in path.parts)
+    return path.is_file() and path.parent != partial and PARTS not in path.parts
 
 
 def _key_dtypes(
@@ -384,24 +377,30 @@ def _distcp_writer(
     def write(path: Path, advance: Advance) -> None:
         notes = path.parent.parent / PARTS
         notes.mkdir(exist_ok=True)
-        written = write_tensors(path, tensors(advance))
+        written, info = write_tensors(path, tensors(advance))
         final = path.name.removesuffix(".unfinished")
-        (notes / f"{final}.json").write_text(
-            json.dumps([[key, asdict(chunk) | {"file": final}] for key, chunk in written])
-        )
+        chunks_there = [[key, asdict(chunk) | {"file": final}] for key, chunk in written]
+        (notes / f"{final}.json").write_text(json.dumps({"info": info, "chunks": chunks_there}))
 
     return write
 
 
-def _finish_megatron(partial: Path, role: Role, model: StoredModel, dtypes: Mapping[str, torch.dtype]) -> None:
+def _finish_megatron(
+    partial: Path, role: Role, model: StoredModel, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, FileInfo]:
+    """Write the index; size and checksum of each file of tensors."""
     chunks: dict[str, list[Chunk]] = {key: [] for key in model.shapes}
-    for notes in sorted((partial / PARTS).glob("*.json")):
-        for key, chunk in json.loads(notes.read_text()):
+    known = {}
+    for path in sorted((partial / PARTS).glob("*.json")):
+        notes = json.loads(path.read_text())
+        known[f"{role}/{path.stem}"] = FileInfo(*notes["info"])
+        for key, chunk in notes["chunks"]:
             box = tuple((start, stop) for start, stop in chunk.pop("box"))
             chunks[key].append(Chunk(box, **chunk))
     tensors = {key: StoredTensor(dtypes[key], shape, tuple(chunks[key])) for key, shape in model.shapes.items()}
     finish_folder(partial / role, tensors, model.extra_states(), {"content_metadata": METADATA})
     TorchDistReader(partial / role)  # what was written can be read, and its chunks tile
+    return known
 
 
 def _plan(source: Path, reference: Path, to: To, role: Role, options: Options) -> dict[str, Any]:

@@ -1,21 +1,22 @@
 """What a run, checkpoint, Megatron folder or Hugging Face folder holds, and whether it is whole.
 
-Invariant: only reads; every file that is missing, cut off or (looked at deeply) changed is named in `problems`, and a
-manifest of another version is read for what it says, never guessed at.
+Invariant: only reads; every file that is missing, cut off or (looked at deeply) changed is named in `problems`.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.checkpoints.blocks import BLOCK_BYTES, InputFile
+import yaml
+
 from rlhf3d.checkpoints.convert import MegatronSource, hf_source
-from rlhf3d.checkpoints.locate import ROLES, checkpoints_of, kind_of, latest_checkpoint, reference_folder
+from rlhf3d.checkpoints.locate import ROLES, kind_of, reference_folder
+from rlhf3d.checkpoints.manifest import problems, read_manifest
+from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
 from rlhf3d.models.spec import ModelSpec, load_spec
 
@@ -29,71 +30,50 @@ def inspect(path: Path, deep: bool = False) -> dict[str, Any]:
 
 
 def _run(path: Path, deep: bool) -> dict[str, Any]:
-    steps = [int(p.name.removeprefix("step_")) for p in checkpoints_of(path)]
-    unfinished = sorted(
-        p.name for p in (path / "checkpoints").iterdir() if p.is_dir() and not (p / "manifest.json").is_file()
-    )
-    if not steps:
-        return {"steps": steps, "unfinished": unfinished, "problems": [f"{path} has no complete checkpoint"]}
-    latest = inspect(latest_checkpoint(path), deep)
-    return {"steps": steps, "unfinished": unfinished, "latest": latest, "problems": latest["problems"]}
+    store = Store(path / "checkpoints")
+    whole = [store.path(step) for step in store.steps()]
+    found = {
+        "steps": store.steps(),
+        "unfinished": sorted(p.name for p in store.folder.iterdir() if p.is_dir() and p not in whole),
+    }
+    if not whole:
+        return {**found, "problems": [f"{store.folder} has no complete checkpoint"]}
+    latest = inspect(whole[-1], deep)
+    return {**found, "latest": latest, "problems": latest["problems"]}
 
 
 def _checkpoint(path: Path, deep: bool) -> dict[str, Any]:
-    manifest_file = path / "manifest.json"
-    try:
-        manifest = json.loads(manifest_file.read_text())
-        files = {name: _size_and_checksum(entry) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
-        return {"problems": [f"{manifest_file} is missing: the checkpoint was not finished"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {"problems": [f"{manifest_file} is no manifest ({error!r})"]}
-    problems = [text for name, entry in files.items() for text in _file_problems(path / name, *entry, deep)]
-    found: dict[str, Any] = {key: value for key, value in manifest.items() if key != "files"}
-    found |= {"bytes": sum(size for size, _ in files.values()), "files": len(files), "checksums": deep}
-    found["layout"] = _layout(path)
-    damaged = bool(problems)
+    return _attempt(lambda: _readable_checkpoint(path, deep))
+
+
+def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    damaged = problems(path, manifest, contents=deep)
+    found = asdict(manifest) | {"files": len(manifest.files), "bytes": sum(f.bytes for f in manifest.files.values())}
+    found["layout"] = _layouts(path)
     for part in (*ROLES, "hf"):
-        weights = part in ROLES or any((path / part).glob("*.safetensors"))
-        if (path / part).is_dir() and weights:
-            # What the manifest found damaged need not be told again, in other words.
-            held = inspect(path / part, deep and part != "hf" and not damaged)
-            problems += [] if damaged else held.pop("problems")
-            found[part] = held
-    return found | {"problems": problems}
+        if (path / part).is_dir() and (part in ROLES or any((path / part).glob("*.safetensors"))):
+            found[part] = inspect(path / part)  # the manifest's checksums cover its files
+    # What is damaged according to the manifest need not be told again, in other words.
+    return found | {
+        "problems": damaged or [text for part in (*ROLES, "hf") for text in found.get(part, _NONE)["problems"]]
+    }
 
 
-def _size_and_checksum(entry: Any) -> tuple[int, int | None]:
-    """Of a manifest's entry: bytes alone, or bytes and CRC-32."""
-    if isinstance(entry, dict):
-        return int(entry["bytes"]), entry.get("crc32")
-    return (int(entry[0]), int(entry[1])) if isinstance(entry, list) else (int(entry), None)
+_NONE: dict[str, Any] = {"problems": []}
 
 
-def _file_problems(path: Path, size: int, checksum: int | None, deep: bool) -> Iterable[str]:
-    if not path.is_file():
-        yield f"{path} is missing"
-    elif path.stat().st_size != size:
-        yield f"{path} has {path.stat().st_size} bytes, its manifest says {size}"
-    elif deep and checksum is not None and _crc32(path) != checksum:
-        yield f"{path} is not what was written: its checksum differs from its manifest's"
-
-
-def _crc32(path: Path) -> int:
-    file, checksum = InputFile(path), 0
-    for start in range(0, file.size, BLOCK_BYTES):
-        checksum = zlib.crc32(file.read(start, min(BLOCK_BYTES, file.size - start)), checksum)
-    return checksum
-
-
-def _layout(checkpoint: Path) -> dict[str, Any]:
-    """What the run's configuration says of the layout, without what is off; empty where there is none."""
-    import yaml
-
-    config = checkpoint / "config.yaml"
-    actor = (yaml.safe_load(config.read_text()) or {}).get("actor", {}) if config.is_file() else {}
+def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """What the run's configuration says of each role's layout, without what is off; empty where there is none."""
+    config_file = checkpoint / "config.yaml"
+    config = (yaml.safe_load(config_file.read_text()) or {}) if config_file.is_file() else {}
     sizes = ("tp", "pp", "dp", "vpp", "ep", "first_stage_layers", "last_stage_layers")
-    return {name: value for name in sizes if (value := (actor.get("layout") or {}).get(name)) is not None}
+    given = {role: (config.get(role) or {}).get("layout") for role in ROLES}
+    return {
+        role: {name: layout[name] for name in sizes if layout.get(name) is not None}
+        for role, layout in given.items()
+        if layout
+    }
 
 
 def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -156,6 +136,10 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
     return {"family": spec.family, **shape, **({"experts": spec.num_experts} if spec.num_experts else {})}
 
 
+def _short(value: Any) -> str:
+    return "×".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
+
+
 def render(found: dict[str, Any], indent: str = "") -> str:
     """For people: a line a fact."""
     lines = []
@@ -165,7 +149,7 @@ def render(found: dict[str, Any], indent: str = "") -> str:
         elif isinstance(value, dict) and "kind" in value:
             lines += [f"{indent}{key}", render(value, indent + "  ")]
         elif isinstance(value, dict):
-            lines.append(f"{indent}{key}: {', '.join(f'{name} {part}' for name, part in value.items())}")
+            lines.append(f"{indent}{key}: {', '.join(f'{name} {_short(part)}' for name, part in value.items())}")
         elif isinstance(value, list):
             lines.append(f"{indent}{key}: {', '.join(map(str, value))}")
         elif key == "bytes":

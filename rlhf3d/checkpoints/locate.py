@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from rlhf3d.checkpoints.manifest import MANIFEST
+from rlhf3d.checkpoints.store import Store
+
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 Role = Literal["actor", "critic"]
 ROLES: tuple[Role, ...] = ("actor", "critic")
@@ -21,7 +24,7 @@ def kind_of(path: Path) -> Kind:
         return "megatron"
     if (path / "config.json").is_file():
         return "hf"
-    if (path / "manifest.json").is_file() or any((path / role).is_dir() for role in ROLES):
+    if (path / MANIFEST).is_file() or any((path / role).is_dir() for role in ROLES):
         return "checkpoint"
     if (path / "checkpoints").is_dir():
         return "run"
@@ -31,20 +34,12 @@ def kind_of(path: Path) -> Kind:
     )
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    steps = [path for path in (run / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(
-        (p for p in steps if (p / "manifest.json").is_file()), key=lambda p: int(p.name.removeprefix("step_"))
-    )
-
-
 def latest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run."""
-    found = checkpoints_of(run)
-    if not found:
-        raise ValueError(f"{run}/checkpoints has no complete checkpoint (a folder step_N with manifest.json)")
-    return found[-1]
+    store = Store(run / "checkpoints")
+    if not store.steps():
+        raise ValueError(f"{store.folder} has no complete checkpoint (a folder step_N with {MANIFEST})")
+    return store.path(store.steps()[-1])
 
 
 def megatron_folder(path: Path, role: Role | None) -> Path:
@@ -55,8 +50,8 @@ def megatron_folder(path: Path, role: Role | None) -> Path:
     if kind == "hf":
         raise ValueError(f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)")
     checkpoint = latest_checkpoint(path) if kind == "run" else path
-    if not (checkpoint / "manifest.json").is_file():
-        raise ValueError(f"{checkpoint} has no manifest.json: it was not finished; give another checkpoint")
+    if not (checkpoint / MANIFEST).is_file():
+        raise ValueError(f"{checkpoint} has no {MANIFEST}: it was not finished; give another checkpoint")
     wanted = role or "actor"
     if not (checkpoint / wanted).is_dir():
         there = [name for name in ROLES if (checkpoint / name).is_dir()]

@@ -17,12 +17,13 @@ from enum import Enum
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from rlhf3d.checkpoints.blocks import FileTensor, InputFile
+from rlhf3d.checkpoints.manifest import FileInfo
 from rlhf3d.models.weights import Box, full_box
 from rlhf3d.resharding.boxes import intersect
 
@@ -251,15 +252,30 @@ def _locate_blob(file: InputFile, chunk: Chunk) -> FileTensor:
     return FileTensor(file, start + first * dtype.itemsize, dtype, shape, stride)
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Box, Tensor]]) -> list[tuple[str, Chunk]]:
-    """Write blocks of global tensors as one file of a folder; where each came to lie."""
+class _Checksummed:
+    """What torch.save needs of a file, and the file's size and checksum as they grow."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.info = file, FileInfo(0, 0)
+
+    def write(self, data: Any) -> int:
+        self.info = FileInfo(self.info.bytes + len(data), zlib.crc32(data, self.info.crc32))
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Box, Tensor]]) -> tuple[list[tuple[str, Chunk]], FileInfo]:
+    """Write blocks of global tensors as one file of a folder: where each came to lie, and the file's checksum."""
     written = []
-    with open(path, "wb") as file:
+    with open(path, "wb") as raw:
+        file = _Checksummed(raw)
         for key, box, tensor in tensors:
-            start = file.tell()
+            start = file.info.bytes
             torch.save(tensor.contiguous(), file)
-            written.append((key, Chunk(box, path.name, start, file.tell() - start)))
-    return written
+            written.append((key, Chunk(box, path.name, start, file.info.bytes - start)))
+    return written, file.info
 
 
 def finish_folder(

@@ -47,7 +47,7 @@ def write_megatron_folder(
                             box = locate(place, part)
                             block = tensors[piece.hf_name][box_slices(part)].clone()
                             blocks.append((key, box, block.view([b - a for a, b in box])))
-        for key, written in write_tensors(folder / f"__{rank}_0.distcp", blocks):
+        for key, written in write_tensors(folder / f"__{rank}_0.distcp", blocks)[0]:
             chunks[key].append(written)
     padding = []
     for key in VOCABULARY_KEYS:
@@ -55,7 +55,7 @@ def write_megatron_folder(
             box = ((spec.vocab_size, shapes[key][0]), (0, spec.hidden_size))
             dtype = next(iter(tensors.values())).dtype
             padding.append((key, box, torch.zeros(shapes[key][0] - spec.vocab_size, spec.hidden_size, dtype=dtype)))
-    for key, written in write_tensors(folder / "__padding.distcp", padding):
+    for key, written in write_tensors(folder / "__padding.distcp", padding)[0]:
         chunks[key].append(written)
     for key, shape in shapes.items():
         assert sum(volume(chunk.box) for chunk in chunks[key]) == volume(full_box(shape)), key

@@ -19,6 +19,7 @@ from support.tiny_models import make_tiny_model
 
 from rlhf3d.checkpoints.convert import MismatchError, Options, plan_conversion
 from rlhf3d.checkpoints.files import partial_folder
+from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -55,6 +56,10 @@ def test_round_trip_is_bitwise(name: str, folders: dict[str, Path], tmp_path: Pa
     source = folders[name]
     megatron = convert(source, tmp_path / "megatron", max_shard_gib=TINY_SHARD_GIB)
     assert len(list((megatron / "actor").glob("*.distcp"))) > 3
+    manifest = read_manifest(megatron)
+    assert problems(megatron, manifest) == [] and manifest.models == ("actor",)
+    below = {str(path.relative_to(megatron)) for path in megatron.rglob("*") if path.is_file()}
+    assert below == {*manifest.files, "manifest.json"}
     back = convert(megatron, tmp_path / "back", max_shard_gib=TINY_SHARD_GIB)
     assert same_tensors(load_tensors(back), load_tensors(source))
     companions = {file.name for file in source.iterdir() if file.suffix != ".safetensors"}

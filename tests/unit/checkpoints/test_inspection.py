@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 
 from rlhf3d import cli
 from rlhf3d.checkpoints.inspection import inspect
+from rlhf3d.checkpoints.manifest import Manifest, infos_below, write_manifest
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -28,13 +28,8 @@ def run(tmp_path: Path) -> Path:
     (checkpoint / "config.yaml").write_text(
         f"model: {{path: {hf}}}\nactor: {{layout: {{tp: 2, pp: 1, dp: 4, vpp: null}}}}"
     )
-    files = {
-        str(path.relative_to(checkpoint)): [path.stat().st_size, zlib.crc32(path.read_bytes())]
-        for path in checkpoint.rglob("*")
-        if path.is_file()
-    }
-    manifest = {"format_version": 2, "step": 3, "policy_version": 6, "metric": {"acc": 0.5}, "files": files}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    files = infos_below(checkpoint, {})
+    write_manifest(checkpoint, Manifest(3, 6, ("actor",), optimizer=False, metric={"acc": 0.5}, files=files))
     (tmp_path / "run" / "checkpoints" / "step_4.partial").mkdir()
     return tmp_path / "run"
 
@@ -49,14 +44,14 @@ def test_whole_folders(run: Path) -> None:
     assert code == 0 and found["steps"] == [3] and found["unfinished"] == ["step_4.partial"]
     latest = found["latest"]
     assert (latest["step"], latest["policy_version"], latest["metric"]) == (3, 6, {"acc": 0.5})
-    assert latest["layout"] == {"tp": 2, "pp": 1, "dp": 4}
+    assert latest["layout"] == {"actor": {"tp": 2, "pp": 1, "dp": 4}}
     tensors = load_tensors(run.parent / "model")
     parameters = sum(tensor.numel() for tensor in tensors.values())
     for model in (latest["actor"], inspect(run.parent / "model")):
         assert model["family"] == "llama" and model["parameters"] == parameters and model["dtypes"] == ["float32"]
     assert latest["actor"]["optimizer"] is False and latest["actor"]["role"] == "actor"
     text = CliRunner().invoke(cli.app, ["inspect", str(run)]).stdout
-    assert "metric: acc 0.5" in text and "layout: tp 2, pp 1, dp 4" in text and "NOT WHOLE" not in text
+    assert "metric: acc 0.5" in text and "layout: actor tp2×pp1×dp4" in text and "NOT WHOLE" not in text
 
 
 def test_damage_is_named_with_exit_code_1(run: Path) -> None:
@@ -67,17 +62,17 @@ def test_damage_is_named_with_exit_code_1(run: Path) -> None:
     assert command(run)[0] == 0  # sizes agree
     for path in (run, checkpoint):
         code, found, told = command(path, "--deep")
-        assert code == 1 and f"{file} is not what was written" in told and len(found["problems"]) == 1
+        assert code == 1 and f"{file} has other contents than were written" in told and len(found["problems"]) == 1
     os.truncate(file, 100)
     code, _, told = command(checkpoint)
-    assert code == 1 and f"{file} has 100 bytes, its manifest says {len(whole)}" in told
+    assert code == 1 and f"{file} has 100 bytes, not {len(whole)}" in told
     code, _, told = command(checkpoint / "actor")
     assert code == 1 and f"{file} is cut off" in told
     file.unlink()
-    assert f"{file} is missing" in command(checkpoint)[2]
+    assert f"{file} cannot be read" in command(checkpoint)[2]
     (checkpoint / "manifest.json").unlink()
     code, _, told = command(checkpoint)
-    assert code == 1 and "manifest.json is missing" in told
+    assert code == 1 and "has no manifest.json" in told
     code, _, told = command(run)
     assert code == 1 and "no complete checkpoint" in told
 

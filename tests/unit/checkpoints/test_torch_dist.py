@@ -22,8 +22,8 @@ def write(folder: Path) -> Path:
     folder.mkdir()
     boxes: list[Box] = [((i, i + 1), (r, r + 3), (c, c + 5)) for i in (0, 1) for r in (0, 3) for c in (0, 5)]
     blocks = [("a", box, A[tuple(slice(x, y) for x, y in box)].contiguous()) for box in boxes]
-    one = write_tensors(folder / "__0_0.distcp", blocks[:3])
-    two = write_tensors(folder / "__1_0.distcp", [*blocks[3:], ("b", ((0, 7),), B)])
+    one, _ = write_tensors(folder / "__0_0.distcp", blocks[:3])
+    two, _ = write_tensors(folder / "__1_0.distcp", [*blocks[3:], ("b", ((0, 7),), B)])
     chunks = {key: tuple(chunk for name, chunk in [*one, *two] if name == key) for key in "ab"}
     tensors = {
         "a": StoredTensor(torch.float32, (2, 6, 10), chunks["a"]),
@@ -57,7 +57,7 @@ def test_transposed_and_shared_tensors_read_back(tmp_path: Path) -> None:
     """torch.save keeps the strides of what it is given."""
     (tmp_path / "m").mkdir()
     file = tmp_path / "m" / "__0_0.distcp"
-    ((_, chunk),) = write_tensors(file, [("a", ((0, 3), (0, 2)), torch.zeros(3, 2))])
+    ((_, chunk),), _ = write_tensors(file, [("a", ((0, 3), (0, 2)), torch.zeros(3, 2))])
     with open(file, "wb") as raw:
         torch.save(torch.arange(6.0).reshape(2, 3).T, raw)
     length = file.stat().st_size
@@ -100,7 +100,7 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_chunks_that_do_not_tile_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    ((_, chunk),) = write_tensors(tmp_path / "m" / "f.distcp", [("a", ((0, 2),), torch.zeros(2))])
+    ((_, chunk),), _ = write_tensors(tmp_path / "m" / "f.distcp", [("a", ((0, 2),), torch.zeros(2))])
     finish_folder(tmp_path / "m", {"a": StoredTensor(torch.float32, (3,), (chunk,))}, [], {})
     with pytest.raises(ValueError, match="chunks of a do not tile it: 2 of 3 elements"):
         TorchDistReader(tmp_path / "m")
