@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf3d.checkpoints.convert import Options, plan_conversion
 from rlhf3d.checkpoints.verify import VerifyError, verify
+from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
@@ -78,37 +79,37 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load_and_save(rank: int, port: int, hf: Path, layout: ParallelLayout, role: Any, converted: Path, out: Path) -> int:
-    """Load what was converted and compare with what the framework loads from the HF folder; then save it."""
+    """Load what was converted and compare with what the engine loads from the HF folder; then save it."""
     from megatron.core import dist_checkpointing
 
-    from rlhf3d.checkpoints.sharded import METADATA
-    from rlhf3d.models.megatron import build_chunks, load_hf_weights, transformer_config
+    from rlhf3d.checkpoints import sharded
+    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
     from rlhf3d.parallel.megatron_init import initialize_megatron
 
     initialize_megatron(layout, rank, 0, PLATFORM, timeout_s=60, master_port=port)
-    place = (load_spec(hf), layout, layout.coords(rank))
-    config = transformer_config(load_spec(hf), layout, "float32", PLATFORM, sequence_parallel=layout.tp > 1)
-    chunks = build_chunks(*place, role, config, PLATFORM, torch.device("cpu"))
-    load_hf_weights(chunks, hf, *place, role)
-    expected = [{name: param.detach().clone() for name, param in chunk.named_parameters()} for chunk in chunks]
-    for param in (param for chunk in chunks for param in chunk.parameters()):
+    context = EngineContext(
+        spec=load_spec(hf),
+        layout=layout,
+        layout_config=LayoutConfig(sequence_parallel=layout.tp > 1),
+        rank=rank,
+        platform=PLATFORM,
+        dtype="float32",
+        device=torch.device("cpu"),
+        temperature=1.0,
+        total_steps=1,
+    )
+    engine = MegatronEngine(context, role, str(hf), OptimConfig())
+    expected = {name: param.detach().clone() for name, param in engine.params().items()}
+    for param in engine.params().values():
         param.data.fill_(torch.nan)
-
-    def state() -> dict[str, Any]:
-        return {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
-
-    loaded = dist_checkpointing.load(state(), str(converted))
-    compared = 0
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
-        for name, param in chunk.named_parameters():
-            assert torch.equal(param, expected[i][name]), f"{name} of rank {rank}"
-            compared += param.numel()
+    sharded.load(converted, engine, optimizer=False)
+    for name, param in engine.params().items():
+        assert torch.equal(param, expected[name]), f"{name} of rank {rank}"
     if rank == 0:
         out.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save(state(), str(out), content_metadata=METADATA)
-    return compared
+    dist_checkpointing.save(sharded.model_state(engine), str(out), content_metadata=sharded.METADATA)
+    return len(expected)
 
 
 @pytest.mark.parametrize(
