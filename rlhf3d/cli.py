@@ -1,7 +1,8 @@
 """The `rlhf3d` command.
 
-Invariant: exit codes are 0 done, 1 the run failed, 2 the user's configuration or arguments; a user's mistake
-ends in one screen of plain text, never in a traceback. Imports nothing heavy before a command needs it.
+Invariant: exit codes are 0 done, 1 the run failed, 2 the user's configuration or arguments, 75 stopped after a
+checkpoint (the same command goes on), 130 interrupted; a user's mistake ends in one screen of plain text, never in a
+traceback. Imports nothing heavy before a command needs it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf3d.checkpoints.manifest import MANIFEST, sync_folder
 
-LATEST = "latest"
+LATEST, DRIVER_FILE, CONFIG_FILE = "latest", "driver.json", "config.yaml"
 PARTIAL, DELETED = ".partial", ".deleted"
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.checkpoints.identity import identity_state
 from rlhf3d.checkpoints.manifest import FileInfo, Manifest, infos_below, read_manifest, versions, write_manifest
-from rlhf3d.checkpoints.store import Store, reached
+from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store, reached
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.hf_io import write_hf_folder
@@ -27,8 +28,9 @@ from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure
 from rlhf3d.resharding.sync import WeightSync
 
-DRIVER_FILE, CONFIG_FILE, HF_FOLDER = "driver.json", "config.yaml", "hf"
+HF_FOLDER = "hf"
 _SPARE_BYTES = 64 << 20
+_GUESSED_BYTES_PER_S = 200e6
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 
@@ -55,19 +57,19 @@ class CheckpointWriter:
         self.config, self.sync, self.models = config, sync, dict(models)
         self.store = Store(Path(config.trainer.output_dir) / "checkpoints")
         self.last: Path | None = None
-        self.save_s = 0.0
-        """Seconds of the latest save, whether the loop waited for it or not; estimated before the first."""
+        """The newest that this process has written."""
         self._save: _Save | None = None
         self._values: dict[int, float] = {}
         for step in self.store.steps():
             self._values |= dict.fromkeys([step] * bool(m := read_manifest(self.store.path(step)).metric), *m.values())
-        weights = {role: parameters(spec, role) for role in models}
-        self._sizes = (weights, config.model.dtype, config.trainer.save_optimizer)
+        self._sizes = ({role: parameters(spec, role) for role in models}, config.model.dtype)
+        self._identity = identity_state(config, spec)
+        self.save_s = checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False) / _GUESSED_BYTES_PER_S
+        """Seconds of the latest save, whether the loop waited for it or not; a guess before the first."""
 
     def check_room(self, export: bool) -> None:
         """ValueError unless the disk has room for one more checkpoint."""
-        weights, dtype, optimizer = self._sizes
-        wanted = checkpoint_bytes(weights, dtype, optimizer, export)
+        wanted = checkpoint_bytes(*self._sizes, self.config.trainer.save_optimizer, export)
         self.store.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.store.folder).free
         if free < wanted + _SPARE_BYTES:
@@ -92,7 +94,7 @@ class CheckpointWriter:
         save = _Save(step, partial, manifest, began)
         wait = wait or not self.config.trainer.async_save
         with self._removed_on_error(partial):
-            (partial / DRIVER_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
+            (partial / DRIVER_FILE).write_text(json.dumps({"step": step, **self._identity, **state}, indent=1))
             (partial / CONFIG_FILE).write_text(config_to_yaml(self.config))
             if export:
                 write_hf_folder(partial / HF_FOLDER, self.sync.export_tensors(), Path(self.config.model.path))

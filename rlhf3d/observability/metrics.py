@@ -63,9 +63,10 @@ class MetricsWriter:
     def __init__(self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True) -> None:
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step = -1
+        self.last_step = -1
+        """The last step written; -1 before the first."""
         if path.exists():
-            self._last_step = _truncate(path, resume_step)
+            self.last_step = _truncate(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if tensorboard:
@@ -77,9 +78,9 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write all metrics of one step: numbers, numpy scalars or one-element tensors, by name."""
-        assert step > self._last_step, f"step {step} written after step {self._last_step}"
+        assert step > self.last_step, f"step {step} written after step {self.last_step}"
         assert "step" not in metrics, "the step is its own argument"
-        self._last_step = step
+        self.last_step = step
         values = {name: _number(value) for name, value in metrics.items()}
         nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
         row: dict[str, Any] = {"step": step, **values, **dict.fromkeys(nonfinite)}

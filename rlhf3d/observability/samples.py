@@ -69,6 +69,14 @@ def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def drop_samples(output_dir: str | Path, after_step: int) -> None:
+    """Remove files of later steps, which a resumed run writes anew."""
+    for kind in _PREFIX:
+        for step in sample_steps(output_dir, kind):
+            if step > after_step:
+                samples_path(output_dir, step, kind).unlink()
+
+
 def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], list[Sample]]:
     """First and last held-out answers to the same prompts: the first `limit` prompts, not chosen by score.
 

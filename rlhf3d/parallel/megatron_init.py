@@ -5,6 +5,7 @@ Invariant: after `initialize_megatron` Megatron's coordinates of this rank are t
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 
 import megatron_patches
@@ -28,6 +29,7 @@ def initialize_megatron(
     assemble, PatchError when Megatron cannot be patched.
     """
     megatron_patches.apply(platform.kind)
+    import numpy as np
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
@@ -56,6 +58,8 @@ def initialize_megatron(
     assert ours == layout.coords(rank), f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
     replica = parallel_state.get_expert_data_parallel_rank()
     assert replica == layout.expert_replica(ours), f"rank {rank}: Megatron says expert replica {replica}"
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,8 +29,10 @@ END_S = 10.0
 
 
 @contextmanager
-def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
-    """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM ends it as Ctrl-C does."""
+def ray_cluster(
+    config: ClusterConfig, local_cpus: int, on_sigterm: Callable[[int, FrameType | None], None] | None = None
+) -> Iterator[None]:
+    """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM without a handler is as Ctrl-C."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     me = psutil.Process()
@@ -47,7 +49,7 @@ def ray_cluster(config: ClusterConfig, local_cpus: int) -> Iterator[None]:
         ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     servers = set(me.children()) - others
     # After ray.init, which sets a handler of its own that exits without unwinding.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, on_sigterm or _interrupt)
     try:
         yield
     finally:

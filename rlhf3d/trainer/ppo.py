@@ -6,7 +6,6 @@ was written by the policy version that is being trained.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from rlhf3d.rewards.items import decode, score_item
 from rlhf3d.rewards.pool import Scoring, ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.trainer.best import Best
 from rlhf3d.trainer.correction import correct, settings_of
 from rlhf3d.trainer.dynamic_sampling import fill_with_signal
 from rlhf3d.trainer.experience import (
@@ -45,6 +45,7 @@ from rlhf3d.trainer.experience import (
     make_requests,
 )
 from rlhf3d.trainer.metrics import rollout_metrics, throughput_metrics, training_metrics
+from rlhf3d.trainer.stopping import Stopping
 from rlhf3d.trainer.watch import Watch
 
 
@@ -68,6 +69,7 @@ class Parts:
     console: Console
     metrics: MetricsWriter
     checkpoints: CheckpointWriter
+    stopping: Stopping
 
 
 class PPOTrainer:
@@ -82,27 +84,37 @@ class PPOTrainer:
         self.correction = settings_of(parts.config.algorithm.rollout_correction)
         trainer = parts.config.trainer
         self.watch = Watch(parts.console.note, trainer.on_nonfinite, trainer.grad_spike_factor)
-        self.started = time.monotonic()
+        self.best = Best(trainer.best_metric)
         self.step = 0
 
-    def fit(self) -> None:
-        """Train to the last step, validating and saving on their frequencies."""
-        trainer = self.config.trainer
-        if trainer.val_before_train:
+    def fit(self) -> str | None:
+        """Train to the last step, validating and saving on their frequencies; why it stopped before, if it did."""
+        trainer, total = self.config.trainer, self.parts.total_steps
+        if trainer.val_before_train and self.step == 0:
             self._record(0, self.validate(0))
-        while self.step < self.parts.total_steps:
+        while self.step < total:
             self.step += 1
             metrics = {**self.train_step(self.step), **self.parts.checkpoints.poll()}
-            last = self.step == self.parts.total_steps or self._out_of_time()
-            if last or (trainer.test_freq and self.step % trainer.test_freq == 0):
+            last = self.step == total
+            if last or (self._due(trainer.test_freq) and not self._stop()):
                 metrics |= self.validate(self.step)
+            stop = None if last else self._stop()
             try:
-                if (last and trainer.save_at_end) or (trainer.save_freq and self.step % trainer.save_freq == 0):
-                    metrics |= self.save_checkpoint(self.step, last)
+                if stop or (last and trainer.save_at_end) or self._due(trainer.save_freq):
+                    metrics |= self.save_checkpoint(metrics, ends=last or stop is not None)
             finally:  # a failed save must not take the step's figures with it
                 self._record(self.step, metrics)
-            if last:
-                return
+            self.parts.stopping.step_ended()
+            if stop:
+                return stop
+        self.parts.checkpoints.finish()
+        return None
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _stop(self) -> str | None:
+        return self.parts.stopping.reason(self.parts.checkpoints.save_s)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of the algorithm; its metrics."""
@@ -303,6 +315,7 @@ class PPOTrainer:
                 sampled = SamplingSettings(settings.temperature, 1.0, -1, tokens, greedy=False)
                 metrics |= self._accuracy(step, "sampled", sampled, settings.sampled_n)
         self.parts.console.validation(f"step {step}", metrics)
+        self.best.see(step, metrics)
         return metrics
 
     def _accuracy(self, step: int, kind: Kind, sampling: SamplingSettings, n: int) -> dict[str, float]:
@@ -317,17 +330,32 @@ class PPOTrainer:
         write_samples(self.config.trainer.output_dir, step, experience.samples(scores), kind)
         return validation_metrics([p.data_source for p in experience.prompts], scores, n, kind)
 
-    def save_checkpoint(self, step: int, last: bool) -> dict[str, float]:
-        """Everything a resume needs, and where the config asks for it the actor as an HF folder."""
+    def save_checkpoint(self, metrics: dict[str, float], ends: bool) -> dict[str, float]:
+        """Save all that a resume needs, `metrics` being the step's so far; with `ends` wait until it is whole."""
         with self._phase("save_checkpoint"):
-            state = {
-                "loader": self.parts.loader.state_dict(),
-                "kl_controller": self.kl_controller.state_dict(),
-                "watch": self.watch.state_dict(),
-            }
             wanted = self.config.trainer.save_hf
-            export = wanted == "always" or (wanted == "last" and last)
-            return self.parts.checkpoints.save(step, state, {}, export, wait=last)
+            export = wanted == "always" or (wanted == "last" and self.step == self.parts.total_steps)
+            metric = self.best.of(metrics)
+            return self.parts.checkpoints.save(self.step, self.state_dict(metrics), metric, export, wait=ends)
+
+    def state_dict(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """The driver's state after a step, as JSON."""
+        return {
+            "loader": self.parts.loader.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+            "watch": self.watch.state_dict(),
+            "best": self.best.state_dict(),
+            "metrics": metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], policy_version: int) -> None:
+        """Go on after the step that `state` is of."""
+        self.step = state["step"]
+        self.parts.loader.load_state_dict(state["loader"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.watch.load_state_dict(state["watch"])
+        self.best.load_state_dict(state["best"])
+        self.parts.sync.trained_version = policy_version
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         metrics |= self.timer.pop()
@@ -335,7 +363,3 @@ class PPOTrainer:
             metrics |= throughput_metrics(metrics, self.parts.derived.world_size)
             self.parts.console.step(metrics, step, self.parts.total_steps)
         self.parts.metrics.write(step, metrics)
-
-    def _out_of_time(self) -> bool:
-        limit = self.config.trainer.max_wall_clock_s
-        return limit is not None and time.monotonic() - self.started > limit

@@ -6,14 +6,17 @@ Invariant: whatever ends the run (the last step, an error, Ctrl-C), every proces
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import AutoTokenizer
 
+from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, choose_start, set_aside
+from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import derive, resolve_dtypes, summary_lines
 from rlhf3d.config.groups import TRAINABLE
@@ -21,12 +24,12 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
 from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
-from rlhf3d.models.spec import load_spec
+from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
-from rlhf3d.observability.metrics import METRICS_FILE, MetricsWriter
+from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.report import make_report
-from rlhf3d.observability.samples import before_after
+from rlhf3d.observability.samples import before_after, drop_samples
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.cluster import nodes_of, ray_cluster, reserve
 from rlhf3d.placement.resources import engine_bundles, place
@@ -37,17 +40,28 @@ from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
+from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
 
 CANARY_PROMPTS = 4
 
 
 def run_training(config: Config) -> int:
-    """Run the whole job; 0 when it is done. Errors are raised; the command line turns them into exit codes."""
+    """Run the whole job; 0 when it is done, PREEMPTED when it stopped before, after a checkpoint.
+
+    Errors are raised; the command line turns them into exit codes.
+    """
+    stopping = Stopping(config.trainer.max_wall_clock_s, time.time() - psutil.Process().create_time())
+    with stopping.handling_signals():
+        try:
+            return _run(config, stopping)
+        except Preempted:
+            return PREEMPTED
+
+
+def _run(config: Config, stopping: Stopping) -> int:
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
     config = resolve_dtypes(config, platform.fast_dtype)
-    config = _fresh_output(config)
-    output = Path(config.trainer.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files")
     val_data = _dataset(config, tokenizer, "val_files")
@@ -61,21 +75,23 @@ def run_training(config: Config) -> int:
     derived = derive(config, len(train_data))
     total_steps, layout = derived.total_steps, derived.layout
     assert total_steps is not None
+    spec = load_spec(config.model.path)
+    config, found, notes = _start(config, spec, total_steps)
+    output = Path(config.trainer.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(config_to_yaml(config))
     setup_logging(output, "driver")
 
-    spec = load_spec(config.model.path)
     with ExitStack() as stack:
         console = stack.enter_context(Console())
-        metrics = stack.enter_context(MetricsWriter(output))
+        metrics = stack.enter_context(_metrics(output, found))
         scoring = stack.enter_context(
             ScoringPool(config.reward.workers, config.reward.timeout_s, reward, config.reward.max_error_rate)
         )
         prompts = [train_data.summary(), val_data.summary()]
         prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, scoring)]
-        lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}"]
-        console.header(lines, total_steps)
+        lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
+        console.header(lines, total_steps, found.manifest.step if found else 0)
         rollout_config = config.rollout
         placement = place(
             platform,
@@ -85,7 +101,7 @@ def run_training(config: Config) -> int:
             rollout_config.placement == "colocated",
         )
         local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
-        stack.enter_context(ray_cluster(config.cluster, local_cpus))
+        stack.enter_context(ray_cluster(config.cluster, local_cpus, stopping.handle))
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
         with console.phase("start"):
             nodes = nodes_of(reserved)
@@ -102,6 +118,7 @@ def run_training(config: Config) -> int:
         sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
         trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
         checkpoints = CheckpointWriter(config, spec, trained, sync)
+        checkpoints.check_room(export=config.trainer.save_hf != "never")
         trainer = PPOTrainer(
             Parts(
                 config=config,
@@ -118,10 +135,18 @@ def run_training(config: Config) -> int:
                 console=console,
                 metrics=metrics,
                 checkpoints=checkpoints,
+                stopping=stopping,
             )
         )
-        trainer.fit()
+        if found is not None:
+            with console.phase("load_checkpoint"):
+                _load(found, trainer, trained)
+        with stopping.loop():
+            stopped = trainer.fit()
         rollout.close()
+        if stopped is not None:
+            console.done([f"stopped: {stopped}", f"checkpoint {checkpoints.last}", "the same command goes on from it"])
+            return PREEMPTED
         report = make_report(output)
         before, after = before_after(output)
         if before:
@@ -130,12 +155,42 @@ def run_training(config: Config) -> int:
     return 0
 
 
-def _fresh_output(config: Config) -> Config:
-    """The configuration with an output folder that no run has written to: `-2`, `-3`, … is added to its name."""
-    wanted = config.trainer.output_dir
-    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
-    free = next(name for name in names if not (Path(name) / METRICS_FILE).exists())
-    return replace(config, trainer=replace(config.trainer, output_dir=free))
+def _start(config: Config, spec: ModelSpec, total_steps: int) -> tuple[Config, Checkpoint | None, list[str]]:
+    """Choose where to start and make its folder ready: the configuration, what to load, lines for the user."""
+    start = choose_start(config, total_steps)
+    config, found, notes = start.config, start.checkpoint, start.notes
+    if found is not None:
+        changes = check_resume(found, config, spec)
+        notes = [*notes, f"resume from step {found.manifest.step}: {found.folder}", *(f"changed {c}" for c in changes)]
+    store = Store(Path(config.trainer.output_dir) / CHECKPOINTS)
+    if left := store.clean():
+        notes.append(f"removed what a killed run left of {', '.join(left)}")
+    if found is not None and found.folder.parent == store.folder:
+        if moved := set_aside(store, found.manifest.step):
+            notes.append(f"later checkpoints are now named {', '.join(moved)}")
+        drop_samples(config.trainer.output_dir, found.manifest.step)
+    return config, found, notes
+
+
+def _metrics(output: Path, found: Checkpoint | None) -> MetricsWriter:
+    """The writer: rows after the checkpoint are dropped, and its own is there even if the run died before it was."""
+    if found is None:
+        return MetricsWriter(output)
+    writer, step = MetricsWriter(output, resume_step=found.manifest.step), found.manifest.step
+    if writer.last_step < step:
+        writer.write(step, found.state["metrics"])
+    return writer
+
+
+def _load(found: Checkpoint, trainer: PPOTrainer, models: Mapping[str, TrainGroup]) -> None:
+    """Load every model, then the driver's state."""
+    same_ranks = True
+    for role, group in models.items():
+        folder = str((found.folder / role).resolve())
+        same_ranks &= all(group.call_all("load_checkpoint", "load", role, folder, found.manifest.optimizer))
+    if not same_ranks:
+        trainer.parts.console.note("other ranks than saved the checkpoint: equal to rounding, with fresh random state")
+    trainer.load_state_dict(found.state, found.manifest.policy_version)
 
 
 def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:

@@ -1,0 +1,36 @@
+"""Which model a run began with, in its checkpoints.
+
+Invariant: a folder that was moved is the same model, one with other weights is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.config.groups import worker_groups
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import ModelSpec
+
+_SAMPLED_BYTES = 64 << 10
+
+
+def model_identity(folder: Path | str) -> str:
+    """A digest that tells models apart: sizes of the weight files, and 64 KiB at start, middle and end of each."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for offset in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
+    """What `check_resume` compares, beside the configuration; part of the driver's state."""
+    layouts = {role: str(group.layout) for group in worker_groups(config) for role in group.roles}
+    return {"model": {"identity": model_identity(config.model.path), "spec": asdict(spec)}, "layouts": layouts}

@@ -1,0 +1,203 @@
+"""Where a run starts: from nothing in a fresh folder, or from a whole checkpoint, checked against the configuration.
+
+Invariant: what is not whole is never resumed from, and what a resume could not continue exactly is refused or said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf3d.checkpoints.identity import model_identity
+from rlhf3d.checkpoints.manifest import MANIFEST, Manifest, problems, read_manifest
+from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store
+from rlhf3d.config.groups import TRAINABLE, worker_groups
+from rlhf3d.config.load import config_to_yaml
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
+
+CHECKPOINTS = "checkpoints"
+_UNSAID = ("trainer.output_dir", "trainer.resume_mode")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint to go on from."""
+
+    folder: Path
+    manifest: Manifest
+    state: dict[str, Any]
+    """The driver's, from driver.json."""
+    config: dict[str, Any]
+    """As the run had it, by dotted key."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
+
+    config: Config
+    """With the folder it writes to."""
+    checkpoint: Checkpoint | None
+    notes: list[str]
+    """What the user should know, one line each."""
+
+
+def choose_start(config: Config, total_steps: int) -> Start:
+    """What trainer.resume_mode asks for; ValueError where a given checkpoint is not whole."""
+    mode = config.trainer.resume_mode
+    if mode == "never":
+        return Start(_fresh(config), None, [])
+    if mode != "auto":
+        return _start_from(config, Path(mode))
+    run = next(reversed([path for path in _chain(config) if _is_run(path)]), None)
+    if run is None:
+        return Start(_fresh(config), None, [])
+    found, notes = newest_whole(Store(run / CHECKPOINTS))
+    if found is None:
+        return Start(_fresh(config), None, [*notes, f"{run} has no whole checkpoint: a new run in a folder beside it"])
+    if _finished(run, found.manifest.step, total_steps, config.trainer.save_at_end):
+        return Start(_fresh(config), None, notes)
+    return Start(_in_folder(config, run), found, notes)
+
+
+def _start_from(config: Config, path: Path) -> Start:
+    """From a checkpoint or a run's newest; in its run's folder where that is trainer.output_dir."""
+    if (path / MANIFEST).is_file():
+        found: Checkpoint | None = _read(path)
+        notes: list[str] = []
+        if wrong := problems(path, read_manifest(path)):
+            raise ValueError(f"trainer.resume_mode = {path}: {_listed(wrong)}; copy it again or resume an earlier one")
+    else:
+        found, notes = newest_whole(Store(path / CHECKPOINTS))
+    if found is None:
+        raise ValueError(
+            f"trainer.resume_mode = {path}: neither a checkpoint (with {MANIFEST}) nor a run's folder that has a whole "
+            "one; give auto, never or a path" + "".join(f"\n{note}" for note in notes)
+        )
+    run = found.folder.resolve().parent.parent
+    own = next((folder for folder in _chain(config) if folder.resolve() == run), None)
+    return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
+
+
+def newest_whole(store: Store) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file is as written, and a line on each newer one that is not."""
+    notes: list[str] = []
+    for step in reversed(store.steps()):
+        try:
+            wrong = problems(store.path(step), read_manifest(store.path(step)))
+        except ValueError as error:
+            wrong = [str(error)]
+        if not wrong:
+            return _read(store.path(step)), notes
+        notes.append(f"checkpoint {store.path(step)} is not used: {_listed(wrong)}")
+    return None, notes
+
+
+def _listed(wrong: list[str]) -> str:
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} files more" if len(wrong) > 3 else "")
+
+
+def _read(folder: Path) -> Checkpoint:
+    state = json.loads((folder / DRIVER_FILE).read_text())
+    config = dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text())))
+    return Checkpoint(folder, read_manifest(folder), state, config)
+
+
+def set_aside(store: Store, step: int) -> list[str]:
+    """Rename checkpoints later than `step`, which are another future than the one that begins; their new names."""
+    moved = []
+    for later in (s for s in store.steps() if s > step):
+        path = store.path(later)
+        names = (path.with_name(f"{path.name}.aside{'' if i == 1 else f'-{i}'}") for i in count(1))
+        free = next(name for name in names if not name.exists())
+        path.rename(free)
+        moved.append(free.name)
+    return moved
+
+
+def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str]:
+    """One line a key that has changed; ValueError for what would make the run wrong, with all reasons."""
+    refused = []
+    saved, manifest = found.state["model"], found.manifest
+    now = json.loads(json.dumps(asdict(spec)))
+    if shapes := [f"{key} {saved['spec'].get(key)} -> {now[key]}" for key in now if saved["spec"].get(key) != now[key]]:
+        refused.append(f"model.path = {config.model.path} is a model of another shape ({', '.join(shapes)})")
+    elif saved["identity"] != model_identity(config.model.path):
+        refused.append(
+            f"model.path = {config.model.path} holds other weights than this run began with, from which the reference "
+            "and the companion files come"
+        )
+    dtype = found.config["model.dtype"]
+    if dtype != config.model.dtype:
+        refused.append(f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: set model.dtype={dtype}")
+    wanted = [role for group in worker_groups(config) for role in group.roles if role in TRAINABLE]
+    if missing := [role for role in wanted if role not in manifest.models]:
+        refused.append(
+            f"algorithm.adv_estimator = {config.algorithm.adv_estimator} trains a {', '.join(missing)}, which the "
+            f"checkpoint does not hold (it was {found.config['algorithm.adv_estimator']})"
+        )
+    if not manifest.optimizer and not config.trainer.resume_fresh_optimizer:
+        refused.append(
+            "it holds no optimizer state (trainer.save_optimizer was false), so the run cannot go on as it was: "
+            "trainer.resume_fresh_optimizer=true goes on with fresh optimizers"
+        )
+    if refused:
+        raise ValueError(
+            f"cannot resume from {found.folder}:\n"
+            + "".join(f"  {reason}\n" for reason in refused)
+            + "trainer.resume_mode=never starts a new run"
+        )
+    now_flat = dict(_flat(yaml.safe_load(config_to_yaml(config))))
+    keys = [key for key in sorted({*now_flat, *found.config}) if key not in _UNSAID]
+    return [
+        f"{key}: {found.config.get(key)} -> {now_flat.get(key)}"
+        for key in keys
+        if found.config.get(key) != now_flat.get(key)
+    ]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings by dotted name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool:
+    rows = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    done = max((row["step"] for row in rows), default=0)
+    return done >= total_steps and (step >= total_steps or not save_at_end)
+
+
+def _chain(config: Config) -> Iterator[Path]:
+    """trainer.output_dir and the folders that later runs took beside it, as far as they are there."""
+    wanted = config.trainer.output_dir
+    for name in chain([wanted], (f"{wanted}-{i}" for i in count(2))):
+        if not Path(name).is_dir():
+            return
+        yield Path(name)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / METRICS_FILE).exists() or bool(Store(path / CHECKPOINTS).steps())
+
+
+def _fresh(config: Config) -> Config:
+    """With an output folder that no run has written to: `-2`, `-3`, … is added to its name."""
+    wanted = config.trainer.output_dir
+    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
+    return _in_folder(config, Path(next(name for name in names if not _is_run(Path(name)))))
+
+
+def _in_folder(config: Config, folder: Path) -> Config:
+    return replace(config, trainer=replace(config.trainer, output_dir=str(folder)))

@@ -1,0 +1,208 @@
+"""Killed at any stage of a save, or out of room, a run finds the checkpoint before it or the new one, and it is whole.
+
+The ranks are stand-ins that write files; what real ranks write is tested in tests/integration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import make_tiny_model
+
+from rlhf3d.checkpoints import store, writer
+from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
+from rlhf3d.checkpoints.resume import newest_whole
+from rlhf3d.checkpoints.store import Store
+from rlhf3d.checkpoints.writer import CheckpointWriter, checkpoint_bytes
+from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
+from rlhf3d.models.spec import load_spec
+
+STAGES = (
+    "begun",
+    "exported",
+    "half of the actor",
+    "actor written",
+    "critic written",
+    "written",
+    "complete",
+    "renamed",
+    "latest",
+    "removing",
+)
+NEW_IS_THERE = STAGES[STAGES.index("renamed") :]
+
+
+class FakeGroup:
+    """Two ranks that write a file each for every model."""
+
+    def __init__(self, size: int = 2000) -> None:
+        self.size, self.folders, self.done = size, [], True
+
+    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
+        assert phase == "save_checkpoint"
+        if method == "written":
+            return [True, self.done]
+        if method == "start_save":
+            self.folders.append(Path(args[1]))
+            for rank in range(2):
+                (Path(args[1]) / f"__{rank}_0.distcp").write_bytes(os.urandom(self.size))
+                store.reached(f"half of the {args[0]}")
+            return [None, None]
+        assert method == "finish_save"
+        folder = self.folders.pop(0)
+        files = [f"__{rank}_0.distcp" for rank in range(2)]
+        return [{name: tuple(file_info(folder / name))} for name in files]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), layers=1, hidden=32, ffn=32)
+
+
+def make_writer(model: Path, output: Path, group: Any = None, **trainer: Any) -> CheckpointWriter:
+    config = Config(model=ModelConfig(str(model), "float32"), trainer=TrainerConfig(output_dir=str(output), **trainer))
+    sync = SimpleNamespace(trained_version=4, export_tensors=lambda: iter([("w", torch.ones(4))]))
+    group = group or FakeGroup()
+    return CheckpointWriter(config, load_spec(model), {"actor": group, "critic": group}, sync)  # type: ignore[arg-type]
+
+
+def save(made: CheckpointWriter, step: int, **metric: float) -> dict[str, float]:
+    return made.save(step, {"loader": step}, metric, export=True, wait=False)
+
+
+def killed_at(stage: str, run: Callable[[], object]) -> int:
+    """Run in a forked child that kills itself where the save reaches a stage; how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+
+            def reached(now: str) -> None:
+                if now == stage:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            store.reached = writer.reached = reached  # type: ignore[assignment]
+            run()
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(stage: str, model: Path, tmp_path: Path) -> None:
+    made = make_writer(model, tmp_path, keep_last=1)
+    save(made, 2)
+    assert killed_at(stage, lambda: save(made, 4)) == signal.SIGKILL
+    kept = Store(tmp_path / "checkpoints")
+    found, notes = newest_whole(kept)
+    assert found is not None and notes == []
+    assert found.manifest.step == (4 if stage in NEW_IS_THERE else 2) and found.state["loader"] == found.manifest.step
+    left = kept.clean()
+    assert left == {"latest": [], "renamed": [], "removing": ["step_2.deleted"]}.get(stage, ["step_4.partial"])
+    names = {path.name for path in kept.folder.iterdir()}
+    assert names <= {"latest", "step_2", "step_4"} and f"step_{found.manifest.step}" in names
+    again = make_writer(model, tmp_path, keep_last=1)  # and the next save of the same step goes through
+    save(again, 4)
+    assert kept.steps() == [4] and (kept.folder / "latest").read_text() == "step_4"
+
+
+def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
+    made = make_writer(model, tmp_path)
+    metrics = save(made, 3, acc=0.5)
+    folder = tmp_path / "checkpoints" / "step_3"
+    manifest = read_manifest(folder)
+    assert made.last == folder and problems(folder, manifest) == []
+    assert (manifest.step, manifest.policy_version, manifest.metric) == (3, 4, {"acc": 0.5})
+    assert manifest.models == ("actor", "critic") and manifest.optimizer
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert set(manifest.files) == on_disk > {"driver.json", "config.yaml", "actor/__1_0.distcp", "hf/config.json"}
+    assert metrics["checkpoint/bytes"] == sum(info.bytes for info in manifest.files.values())
+    assert metrics["checkpoint/held_s"] == pytest.approx(metrics["checkpoint/save_s"], abs=0.05)
+
+
+def test_retention_goes_by_the_metric_of_checkpoints_before(model: Path, tmp_path: Path) -> None:
+    save(make_writer(model, tmp_path), 1, acc=0.9)
+    made = make_writer(model, tmp_path, keep_last=1, keep_best=1)
+    for step, value in ((2, 0.2), (3, 0.3)):
+        save(made, step, acc=value)
+    assert made.store.steps() == [1, 3]
+
+
+def test_in_the_background_one_at_a_time(model: Path, tmp_path: Path) -> None:
+    group = FakeGroup()
+    made = make_writer(model, tmp_path, group, async_save=True)
+    group.done = False
+    assert save(made, 1) == {} and made.store.steps() == [] and made.poll() == {}
+    group.done = True
+    assert made.poll()["checkpoint/bytes"] > 0 and made.store.steps() == [1]
+    save(made, 2)
+    assert set(save(made, 3)) == {"checkpoint/save_s", "checkpoint/held_s", "checkpoint/bytes"}, "of step 2"
+    assert made.store.steps() == [1, 2]
+    made.finish()
+    assert made.store.steps() == [1, 2, 3] and made.finish() == {}
+
+
+class FullGroup(FakeGroup):
+    """Ranks that find the disk full when their files are to be completed."""
+
+    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
+        if method == "finish_save":
+            raise writer.WorkerFailure("save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device")
+        return super().call_all(phase, method, *args)
+
+
+def test_a_background_failure_is_raised_at_the_next_boundary(model: Path, tmp_path: Path) -> None:
+    save(make_writer(model, tmp_path), 1)
+    made = make_writer(model, tmp_path, FullGroup(), async_save=True)
+    save(made, 2)
+    with pytest.raises(RuntimeError, match="is full; the checkpoint under way was removed, those before it are whole"):
+        made.poll()
+    assert made.store.steps() == [1] and made.store.clean() == [] and made.finish() == {}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
+    model: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointWriter, "check_room", lambda self, export: None)
+    save(make_writer(model, small_disk), 1)
+    with pytest.raises(RuntimeError, match=r"is full; .* whole \(newest: none of this process\).*trainer.keep_last"):
+        save(make_writer(model, small_disk, FakeGroup(size=200_000)), 2)
+    found, _ = newest_whole(Store(small_disk / "checkpoints"))
+    assert found is not None and found.manifest.step == 1 and Store(small_disk / "checkpoints").clean() == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_writer(model, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(ValueError, match=r"a checkpoint takes about 0\.00 GiB and 0\.00 GiB are free\. Make room"):
+        save(made, 1)
+    assert list(made.store.folder.iterdir()) == []
+
+
+def test_size_on_disk() -> None:
+    weights = {"actor": 100, "critic": 90}
+    assert checkpoint_bytes(weights, "float32", optimizer=True, export=False) == 190 * 12
+    assert checkpoint_bytes(weights, "bfloat16", optimizer=True, export=True) == 190 * 14 + 200
+    assert checkpoint_bytes(weights, "bfloat16", optimizer=False, export=False) == 380
