@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -40,21 +41,19 @@ def job(folder: Path) -> Path:
     )
 
 
-def stop_at(
-    command: Path, wanted: str, act: Callable[[subprocess.Popen[str]], None], *overrides: str
-) -> tuple[int, str]:
-    """Run until a line begins with `wanted`, act on the process; exit code and what it printed from there."""
+def stop_at(command: Path, step: int, act: Callable[[subprocess.Popen[str]], None], *overrides: str) -> tuple[int, str]:
+    """Run until the line of a step is out, act on the process; exit code and the end of what it printed."""
     line = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(command), *overrides]
     with subprocess.Popen(line, env=MARKED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         seen = []
         for text in process.stdout:
             seen.append(text)
-            if text.startswith(wanted):
+            if re.match(rf"step +{step}/", text):
                 act(process)
                 break
         rest = process.stdout.read()
-        return process.wait(timeout=60), "".join(seen) + rest
+        return process.wait(timeout=60), ("".join(seen) + rest)[-3000:]
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
@@ -75,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     command, run = job(tmp_path), tmp_path / "run"
-    code, text = stop_at(command, f"step {SAVED + 2}/", lambda process: process.kill())
+    code, text = stop_at(command, SAVED + 2, lambda process: process.kill())
     assert code == -signal.SIGKILL, text
     assert [row["step"] for row in read_rows(run)][-1] > SAVED
     resumed = train(command)
@@ -104,7 +103,7 @@ def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
     def steps() -> list[int]:
         return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
-    code, text = stop_at(command, "step 1/", lambda p: p.send_signal(signal.SIGUSR1), *shape)
+    code, text = stop_at(command, 1, lambda p: p.send_signal(signal.SIGUSR1), *shape)
     assert code == 75 and "stopped: SIGUSR1 was received" in text and "the same command goes on from it" in text, text
     (first,) = steps()
     assert [row["step"] for row in read_rows(run)] == list(range(1, first + 1))
@@ -120,6 +119,6 @@ def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
 
-    code, text = stop_at(command, f"step {first + 3}/", twice, *shape)
+    code, text = stop_at(command, first + 3, twice, *shape)
     assert code == 130 and "interrupted" in text, text
     assert steps() == [first, first + 1] and left_behind() == set()
