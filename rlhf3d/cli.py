@@ -128,31 +128,28 @@ def plan(
     gpus: Annotated[
         str | None, typer.Option(help="Devices, such as 8xH100; default those of the configuration.")
     ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Look for the fastest layout that fits.")] = False,
+    write: Annotated[Path | None, typer.Option(help="With --search: write the best as YAML.")] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="A config.json, or its folder, instead of model.path.")
     ] = None,
     hardware: Annotated[Path | None, typer.Option(help="YAML file with hardware of your own.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="Mean prompt; default half of the longest.")] = None,
+    response_tokens: Annotated[float | None, typer.Option(help="Mean completion; default half of the longest.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Training prompts; default those of data.train_files.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Memory of a run by rank and phase, before it starts and without GPUs or weights."""
-    import json
-
-    from rich.console import Console
-
+    """Memory of a run by rank and phase, and its time, before it starts and without GPUs or weights."""
     from rlhf3d.config.load import load_config
-    from rlhf3d.planning.plan import find_cluster, find_spec, make_plan, train_rows
-    from rlhf3d.planning.view import as_json as to_json
-    from rlhf3d.planning.view import render
+    from rlhf3d.planning.command import plan_command
+    from rlhf3d.planning.job import Lengths
 
     loaded = load_config(config, overrides or [], files=False)
-    spec, shape = find_spec(loaded, model_config)
-    made = make_plan(loaded, spec, find_cluster(loaded, gpus, hardware), train_rows(loaded))
-    if as_json:
-        typer.echo(json.dumps(to_json(made)))
-    else:
-        Console(soft_wrap=False).print(render(made, shape))
-    raise typer.Exit(2 if check and made.problems else 0)
+    longest = loaded.data.max_prompt_length, loaded.data.max_response_length
+    lengths = Lengths(prompt_tokens or longest[0] / 2, response_tokens or longest[1] / 2)
+    fits = plan_command(loaded, gpus, hardware, model_config, lengths, rows, search, write, as_json)
+    raise typer.Exit(2 if check and not fits else 0)
 
 
 @data_app.command("prepare")

@@ -17,11 +17,13 @@ from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.hardware import Cluster, Hardware
-from rlhf3d.planning.job import make_job
+from rlhf3d.planning.job import Lengths, make_job
 from rlhf3d.planning.plan import find_spec
 from rlhf3d.planning.times import TimePlan, plan_time
 
-FITTED = ("matmul_efficiency", "layer_overhead_s", "latency_s", "memory_gbs", "decode_overhead_s", "sync_gbs")
+FITTED = ("matmul_efficiency", "layer_overhead_s", "latency_s", "memory_gbs", "decode_overhead_s")
+PHASES = ("generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor")
+"""Without sync_weights, which a canary makes several times longer in the first steps."""
 PRIOR_WEIGHT = 0.01
 """How hard a number is pulled to where it was, against the squared logarithm of a whole step's ratio."""
 ROUNDS = 40
@@ -36,9 +38,7 @@ class Observation:
     spec: ModelSpec
     seconds: Mapping[str, float]
     """Median of each phase that the model knows."""
-    prompt_tokens: float
-    response_tokens: float
-    padded_tokens: float
+    lengths: Lengths
 
     @property
     def step_s(self) -> float:
@@ -62,23 +62,13 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
     prompt, response = (median(row[f"{kind}_length/mean"] for row in rows) for kind in ("prompt", "response"))
     padding = median(row.get("perf/padding_share/update_actor", 0.0) for row in rows)
     spec, _ = find_spec(config)
-    return Observation(folder, config, spec, seconds, prompt, response, (prompt + response) / (1 - padding))
-
-
-PHASES = ("sync_weights", "generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor")
+    lengths = Lengths(prompt, response, (prompt + response) / (1 - padding))
+    return Observation(folder, config, spec, seconds, lengths)
 
 
 def predict(seen: Observation, hardware: Hardware) -> TimePlan:
     """What the time model says of that run."""
-    job = make_job(
-        seen.config,
-        seen.spec,
-        Cluster(hardware, 1, 1),
-        prompt_tokens=seen.prompt_tokens,
-        response_tokens=seen.response_tokens,
-        padded_tokens=seen.padded_tokens,
-    )
-    return plan_time(job)
+    return plan_time(make_job(seen.config, seen.spec, Cluster(hardware, 1, 1), lengths=seen.lengths))
 
 
 def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:

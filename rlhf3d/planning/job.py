@@ -6,6 +6,7 @@ Invariant: sizes and layouts are those the run itself would use (`rlhf3d.config.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf3d.config.derived import Derived, UpdatePlan, derive, resolve_dtypes
 from rlhf3d.config.groups import WorkerGroup, device_terms
@@ -42,6 +43,21 @@ class Model:
         return self.group.layout_config
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Mean lengths of the sequences that the time is planned for, tokens; memory is planned for the longest."""
+
+    prompt: float
+    response: float
+    padded: float | None = None
+    """Positions of a sequence in a padded micro-batch; None for the middle of mean and longest."""
+
+    @property
+    def total(self) -> float:
+        """Of prompt and response."""
+        return self.prompt + self.response
+
+
 Seat = tuple[tuple[WorkerGroup, int], ...]
 """The ranks (group, number) on one device; on CPU every process has a seat of its own."""
 
@@ -56,12 +72,7 @@ class Job:
     cluster: Cluster
     models: tuple[Model, ...]
     derived: Derived
-    prompt_tokens: float
-    """Mean length of a prompt, for the time model."""
-    response_tokens: float
-    """Mean length of a completion, for the time model."""
-    padded_tokens: float | None = None
-    """Mean positions of a sequence in a padded micro-batch; None for the middle of mean and longest."""
+    lengths: Lengths
 
     @property
     def style(self) -> SpecStyle:
@@ -78,13 +89,14 @@ class Job:
         """Whether engines share devices with training ranks."""
         return self.config.rollout.placement == "colocated"
 
-    @property
+    @cached_property
     def seats(self) -> tuple[Seat, ...]:
         """Training ranks by device, in the order of devices; engines apart come after."""
         actor, *others = self.derived.groups
         beside = [group for group in others if group.colocated and self.on_gpu]
+        sizes = [group.layout.world_size for group in beside]
         seats: list[Seat] = [
-            ((actor, rank), *((group, rank) for group in beside if rank < group.layout.world_size))
+            ((actor, rank), *((group, rank) for group, size in zip(beside, sizes, strict=True) if rank < size))
             for rank in range(actor.layout.world_size)
         ]
         apart = [group for group in others if group not in beside]
@@ -125,7 +137,7 @@ class Job:
         if plan.micro_batches_per_rank is not None:
             return max(1, plan.micro_batches_per_rank)
         assert plan.micro_batching.tokens is not None
-        tokens = plan.sequences_per_mini_batch / model.layout.dp * (self.prompt_tokens + self.response_tokens)
+        tokens = plan.sequences_per_mini_batch / model.layout.dp * self.lengths.total
         least = model.layout.pp if model.layout.vpp > 1 else 1
         return max(least, -(-int(tokens) // plan.micro_batching.tokens))
 
@@ -145,19 +157,12 @@ class Job:
 
 
 def make_job(
-    config: Config,
-    spec: ModelSpec,
-    cluster: Cluster,
-    *,
-    train_rows: int | None = None,
-    prompt_tokens: float | None = None,
-    response_tokens: float | None = None,
-    padded_tokens: float | None = None,
+    config: Config, spec: ModelSpec, cluster: Cluster, rows: int | None = None, lengths: Lengths | None = None
 ) -> Job:
-    """The job of a checked configuration on `cluster`; mean lengths default to half of the longest there can be."""
+    """The job of a checked configuration on `cluster`; `rows` of training data for a run in epochs."""
     fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
     config = resolve_dtypes(config, fast)
-    derived = derive(config, train_rows)
+    derived = derive(config, rows)
     models = []
     for group in derived.groups:
         for role in group.roles:
@@ -165,13 +170,6 @@ def make_job(
             assert update is not None
             entropy = role == "actor" and config.actor.entropy_coeff != 0
             models.append(Model(role, "value" if role == "critic" else "lm", group, update, role != "ref", entropy))
-    return Job(
-        config,
-        spec,
-        cluster,
-        tuple(models),
-        derived,
-        config.data.max_prompt_length / 2 if prompt_tokens is None else prompt_tokens,
-        config.data.max_response_length / 2 if response_tokens is None else response_tokens,
-        padded_tokens,
-    )
+    data = config.data
+    half = Lengths(data.max_prompt_length / 2, data.max_response_length / 2)
+    return Job(config, spec, cluster, tuple(models), derived, lengths or half)

@@ -149,16 +149,26 @@ def _gib(count: float) -> str:
 def plan_memory(job: Job) -> MemoryPlan:
     """The memory of a job, by groups of devices (on CPU: processes) that need the same."""
     engine = engine_memory(job)
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for number, seat in enumerate(job.seats):
-        served = job.on_gpu and job.colocated and number < job.engine_ranks
-        alike[(served, *((group.name, group.layout.coords(rank).pp) for group, rank in seat))].append(number)
-    ranks = [_training_seat(job, tuple(members), engine, bool(kind[0])) for kind, members in alike.items()]
+    ranks = training_memory(job, engine)
     if job.on_gpu and not job.colocated:
         ranks.append(_engine_rank(job, engine))
     hardware = job.cluster.hardware
     limit = None if hardware.memory_gib is None else int(hardware.memory_gib * GIB)
     return MemoryPlan(tuple(ranks), engine, _host(job, ranks, engine), limit)
+
+
+def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[RankMemory]:
+    """Devices with training ranks; `ends`: only those that can be the fullest.
+
+    Of the stages between the first and the last, which hold as many layers, the first has most micro-batches in flight.
+    """
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, seat in enumerate(job.seats):
+        served = job.on_gpu and job.colocated and number < job.engine_ranks
+        stages = [(group.name, rank // (group.layout_config.tp * group.layout_config.dp)) for group, rank in seat]
+        if not ends or all(pp in (0, 1, g.layout_config.pp - 1) for (_, pp), (g, _) in zip(stages, seat, strict=True)):
+            alike[served, *stages].append(number)
+    return [_training_seat(job, tuple(members), engine, bool(kind[0])) for kind, members in alike.items()]
 
 
 def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, served: bool) -> RankMemory:
@@ -269,4 +279,5 @@ def stored_elements(job: Job, model: Model) -> int:
         for pp in range(layout.pp)
         for chunk in range(layout.vpp)
     ]
-    return sum(sum(chunk.dense) * layout.tp + sum(chunk.experts) * layout.ep for chunk in chunks)
+    experts = sum(sum(chunk.experts) for chunk in chunks)
+    return (sum(chunk.total for chunk in chunks) - experts) * layout.tp + experts * layout.ep

@@ -1,4 +1,4 @@
-"""A run in numbers before it starts: memory by rank and phase against what there is.
+"""A run in numbers before it starts: memory by rank and phase against what there is, and the time of a step.
 
 Invariant: a plan is a value, computed from a configuration, a model's shape and a cluster alone; nothing is started.
 """
@@ -15,8 +15,9 @@ from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.planning.hardware import FILE, Cluster, Hardware, load_hardware, parse_cluster, with_numbers
-from rlhf3d.planning.job import Job, make_job
+from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import MemoryPlan, plan_memory
+from rlhf3d.planning.times import TimePlan, plan_time
 
 SHAPES = Path("configs/models")
 """Folders with the config.json of public models, to plan without their weights."""
@@ -30,6 +31,7 @@ class Plan:
 
     job: Job
     memory: MemoryPlan
+    time: TimePlan
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -41,13 +43,18 @@ class Plan:
         return (*found, *self.memory.problems)
 
 
-def make_plan(config: Config, spec: ModelSpec, cluster: Cluster, train_rows: int | None = None) -> Plan:
-    """The plan of a checked configuration. Raises ValueError where model and layout do not fit each other."""
-    job = make_job(config, spec, cluster, train_rows=train_rows)
+def make_plan(
+    config: Config, spec: ModelSpec, cluster: Cluster, rows: int | None = None, lengths: Lengths | None = None
+) -> Plan:
+    """The plan of a checked configuration; `rows` of training data for a run in epochs.
+
+    Raises ValueError where model and layout do not fit each other.
+    """
+    job = make_job(config, spec, cluster, rows, lengths)
     for model in job.models:
         check_layout(spec, model.layout, model.settings.sequence_parallel)
     check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
-    return Plan(job, plan_memory(job))
+    return Plan(job, plan_memory(job), plan_time(job))
 
 
 def find_spec(config: Config, model_config: Path | None = None) -> tuple[ModelSpec, Path]:

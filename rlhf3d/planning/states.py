@@ -21,6 +21,8 @@ BUCKET_ELEMENTS = 40_000_000
 BUCKET_ELEMENTS_A_REPLICA = 1_000_000
 PARAM_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
+LAYER_PREFIX = "decoder.layers."
+"""Start of the names of a decoder layer's parameters."""
 
 
 @dataclass(frozen=True)
@@ -56,36 +58,43 @@ class Sizes:
     """Place among `dense` of a parameter that two pipeline stages hold: it has a bucket of its own."""
     largest: int
     """Elements of the largest parameter."""
-
-    @property
-    def total(self) -> int:
-        """All elements."""
-        return sum(self.dense) + sum(self.experts)
+    total: int
+    """All elements."""
 
 
 def chunk_sizes(
     spec: ModelSpec, layout: ParallelLayout, pp: int, chunk: int, head: Head, style: SpecStyle = "local"
 ) -> Sizes:
-    """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as many."""
-    return _chunk_sizes(spec, replace(layout, dp=_least_dp(layout)), pp, chunk, head, style)
+    """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as many.
 
-
-def _least_dp(layout: ParallelLayout) -> int:
-    """The fewest replicas that the expert groups need: shapes do not depend on more, and so are computed once."""
-    return layout.ep // math.gcd(layout.ep, layout.tp)
+    Which layers they are does not matter, nor how many stages and replicas there are: the table is asked for the same
+    piece of the smallest model that has one, so that a search asks it a few times.
+    """
+    first, last = pp == 0 and chunk == 0, pp == layout.pp - 1 and chunk == layout.vpp - 1
+    stages = 1 if first and last else 2 if first or last else 3
+    dp = layout.ep // math.gcd(layout.ep, layout.tp)
+    smallest = ParallelLayout(tp=layout.tp, pp=stages, dp=dp, ep=layout.ep)
+    layers = len(layout.layers(spec.num_layers, pp, chunk))
+    return _chunk_sizes(replace(spec, num_layers=stages), smallest, 0 if first else 1, layers, head, style)
 
 
 @cache
-def _chunk_sizes(spec: ModelSpec, layout: ParallelLayout, pp: int, chunk: int, head: Head, style: SpecStyle) -> Sizes:
-    params = local_params(spec, layout, RankCoords(0, pp, 0), chunk, head, style)
+def _chunk_sizes(spec: ModelSpec, layout: ParallelLayout, pp: int, layers: int, head: Head, style: SpecStyle) -> Sizes:
+    """`spec` has one layer a stage; its layer counts `layers` times."""
+    params = local_params(spec, layout, RankCoords(0, pp, 0), 0, head, style)
     sizes = [(param, math.prod(param.shape)) for param in params]
+    repeated = [param.name.startswith(LAYER_PREFIX) for param in params]
+    start, stop = repeated.index(True), len(repeated) - repeated[::-1].index(True)
+    sizes = sizes[:start] + sizes[start:stop] * layers + sizes[stop:]
     dense = [(param, size) for param, size in sizes if not param.expert]
+    experts = tuple(size for param, size in sizes if param.expert)
     shared = head == "lm" and spec.tie_embeddings and layout.pp > 1
     return Sizes(
         dense=tuple(size for _, size in dense),
-        experts=tuple(size for param, size in sizes if param.expert),
+        experts=experts,
         tied=next((i for i, (param, _) in enumerate(dense) if shared and _is_vocabulary(param)), None),
         largest=max(size for _, size in sizes),
+        total=sum(size for _, size in sizes),
     )
 
 
@@ -93,6 +102,7 @@ def _is_vocabulary(param: LocalParam) -> bool:
     return param.name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
+@cache
 def model_states(
     spec: ModelSpec,
     layout: ParallelLayout,
@@ -142,30 +152,29 @@ def _buffer(
     multiple of 128 and of the replicas.
     """
     divisor = math.lcm(replicas, BUCKET_ALIGNMENT)
-    buckets: list[tuple[int, int]] = []
+    start = bucket_start = owned = 0
     spans: list[tuple[int, int]] = []
-    start = bucket_start = 0
+
+    def close(stop: int) -> int:
+        """End the bucket, count the replica's share of it; where the next one starts."""
+        nonlocal bucket_start, owned
+        end = _round_up(stop, divisor)
+        share = (end - bucket_start) // replicas
+        low = bucket_start + replica * share
+        owned += sum(max(0, min(last, low + share) - max(first, low)) for first, last in spans)
+        spans.clear()
+        bucket_start = end
+        return end
+
     for place in reversed(range(len(sizes))):
         start = _round_up(start, PARAM_ALIGNMENT)
-        if place == tied and start > bucket_start:
-            start = _round_up(start, divisor)
-            buckets.append((bucket_start, start))
-            bucket_start = start
+        if place == tied and spans:
+            start = close(start)
         stop = start + sizes[place]
         spans.append((start, stop))
-        start = stop
-        if place == tied or (bucket_elements is not None and stop - bucket_start >= bucket_elements):
-            start = _round_up(stop, divisor)
-            buckets.append((bucket_start, start))
-            bucket_start = start
-    if start > bucket_start:
-        buckets.append((bucket_start, _round_up(start, divisor)))
-    owned = 0
-    for bucket_start, bucket_stop in buckets:
-        share = (bucket_stop - bucket_start) // replicas
-        low = bucket_start + replica * share
-        owned += sum(max(0, min(stop, low + share) - max(begin, low)) for begin, stop in spans)
-    return (buckets[-1][1] if buckets else 0), owned
+        full = bucket_elements is not None and stop - bucket_start >= bucket_elements
+        start = close(stop) if place == tied or full else stop
+    return (close(start) if spans else start), owned
 
 
 def _round_up(number: int, multiple: int) -> int:

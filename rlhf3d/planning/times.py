@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import Head, SpecStyle
+from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_token
 from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops
 from rlhf3d.planning.job import Job, Model
@@ -17,6 +21,8 @@ from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes
 
 ADAM_BYTES = {"te": 34, "local": 120}
 """Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
+FORWARD = ("old_logprobs", "ref_logprobs", "values")
+UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
 HEAD_BACKWARD = 3.0
@@ -95,17 +101,17 @@ def plan_time(job: Job) -> TimePlan:
     phases += [update_time(job, model) for role in ("critic", "actor") if (model := job.model(role)) is not None]
     if job.config.trainer.save_freq:
         phases.append(save_time(job))
-    tokens = job.derived.sequences_per_step * (job.prompt_tokens + job.response_tokens)
+    tokens = job.derived.sequences_per_step * job.lengths.total
     devices = job.devices_needed if job.on_gpu else 1
     return TimePlan(tuple(phases), tokens, job.derived.total_steps, devices)
 
 
 def _padded(job: Job, model: Model) -> float:
     """Positions of a sequence of mean length."""
-    mean = job.prompt_tokens + job.response_tokens
+    mean = job.lengths.total
     if model.batching.micro_batching.packed:
         return mean
-    return (mean + job.derived.max_sequence_length) / 2 if job.padded_tokens is None else job.padded_tokens
+    return (mean + job.derived.max_sequence_length) / 2 if job.lengths.padded is None else job.lengths.padded
 
 
 def _micro(job: Job, model: Model) -> tuple[float, int]:
@@ -121,7 +127,7 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     spec, layout, hardware = job.spec, model.layout, job.cluster.hardware
     rows, _ = _micro(job, model)
     width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
-    positions, responses = rows * width, rows * job.response_tokens
+    positions, responses = rows * width, rows * job.lengths.response
     recompute = model.settings.recompute and model.trained
     passes = 1 + (BACKWARD + recompute if backward else 0)
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
@@ -130,8 +136,9 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     bandwidth = job.cluster.bandwidth(2, stride=layout.tp * layout.dp)
     message = positions * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
     found = []
-    for pp in range(layout.pp):
-        layers = sum(len(layout.layers(spec.num_layers, pp, chunk)) for chunk in range(layout.vpp))
+    sizes = layout.stage_layers(spec.num_layers)
+    assert sizes is not None, f"{layout} does not fit {spec.num_layers} layers"
+    for pp, layers in enumerate(sizes):
         compute, last = layers * layer, pp == layout.pp - 1
         if last and model.head == "lm":
             compute += head_flops(spec, responses) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
@@ -186,10 +193,7 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     parts = stages(job, model, backward=True)
     steps = plan.optimizer_steps_per_step
     once = _scheduled(job, model, parts, per_step)
-    elements = [
-        sum(chunk_sizes(job.spec, layout, pp, n, model.head, job.style).total for n in range(layout.vpp))
-        for pp in range(layout.pp)
-    ]
+    elements = stage_elements(job.spec, layout, model.head, job.style)
     fullest = max(elements)
     reduced = 0.0
     if layout.dp > 1:
@@ -207,6 +211,15 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     return PhaseTime(f"update_{model.role}", {name: seconds * steps for name, seconds in once.items()})
 
 
+@cache
+def stage_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> tuple[int, ...]:
+    """Weights of a rank, by pipeline stage."""
+    return tuple(
+        sum(chunk_sizes(spec, layout, pp, chunk, head, style).total for chunk in range(layout.vpp))
+        for pp in range(layout.pp)
+    )
+
+
 def generate_time(job: Job) -> PhaseTime:
     """Prompts once (completions of a prompt share its cache), then tokens as long as the longest or the queue lasts."""
     spec, rollout, hardware = job.spec, job.config.rollout, job.cluster.hardware
@@ -216,16 +229,16 @@ def generate_time(job: Job) -> PhaseTime:
     if not job.on_gpu:  # engines share the host
         rate, read = (value / (rollout.engines * tp) for value in (rate, read))
     prompts = job.config.data.train_batch_size / rollout.engines
-    tokens = prompts * job.prompt_tokens
-    layer = layer_flops(spec, tokens, job.prompt_tokens / 2)
+    tokens = prompts * job.lengths.prompt
+    layer = layer_flops(spec, tokens, job.lengths.prompt / 2)
     prefill = (spec.num_layers * layer + head_flops(spec, prompts)) / tp / rate
     sequences = prompts * rollout.n
-    context = job.prompt_tokens + job.response_tokens / 2
+    context = job.lengths.total / 2
     a_token = kv_bytes_a_token(spec, tp, rollout.dtype)
     room = engine_memory(job).kv_cache / (a_token * max(context, 1.0))
     batch = max(1.0, min(sequences, rollout.max_num_seqs, room))
-    decoded = sequences * job.response_tokens
-    longest = max(job.response_tokens, job.config.data.max_response_length * (sequences > 1))
+    decoded = sequences * job.lengths.response
+    longest = max(job.lengths.response, job.config.data.max_response_length * (sequences > 1))
     steps = max(longest, decoded / batch)
     weights = decoder_weights_read(spec, decoded / steps) * item / tp
     cache = decoded * context * a_token

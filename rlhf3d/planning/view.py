@@ -17,6 +17,7 @@ from rlhf3d.config.derived import summary_lines
 from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.memory import MemoryPlan, RankMemory
 from rlhf3d.planning.plan import Plan, ranges
+from rlhf3d.planning.times import TimePlan
 
 _KINDS = ("weights", "gradients", "optimizer")
 MOST_COLUMNS = 5
@@ -30,9 +31,14 @@ def render(plan: Plan, shape: Path) -> Group:
     lines = [line for line in summary_lines(job.config, job.derived) if line.split()[0] in _SHOWN]
     lines.append(f"shape      {shape}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
     lines.append(f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed")
-    parts: list[Text | Table] = [Text("\n".join(lines)), _memory_table(memory)]
-    parts.append(Text("\n".join([*_memory_lines(plan), *_verdict(plan)])))
-    return Group(*parts)
+    after = [*_memory_lines(plan), ""]
+    return Group(
+        Text("\n".join(lines)),
+        _memory_table(memory),
+        Text("\n".join(after)),
+        time_table(plan.time),
+        Text("\n".join([*_time_lines(plan), *_verdict(plan)])),
+    )
 
 
 _SHOWN = {"layout", "rollout", "step", "actor", "critic"}
@@ -85,6 +91,33 @@ def _memory_lines(plan: Plan) -> list[str]:
     ]
 
 
+def time_table(time: TimePlan) -> Table:
+    """Seconds of the phases of a step."""
+    table = Table(title="time of a step, s", title_justify="left")
+    table.add_column("", justify="left", no_wrap=True)
+    table.add_column("s", justify="right")
+    table.add_column("of that", justify="left")
+    for phase in time.phases:
+        parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in phase.parts.items() if seconds >= 0.005)
+        table.add_row(phase.phase, f"{phase.total:.1f}", parts)
+    table.add_section()
+    table.add_row("step", f"{time.step_s:.1f}", "without scoring and validation")
+    return table
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    time, lengths = plan.time, plan.job.lengths
+    noun = "GPU" if plan.job.on_gpu else "machine"
+    lines = [
+        f"lengths    {lengths.prompt:.0f} + {lengths.response:.0f} tokens on average (--prompt-tokens, "
+        f"--response-tokens): {time.tokens_s:,.0f} tokens/s, {time.tokens_s / time.devices:,.0f} a {noun}"
+    ]
+    if time.hours is None or time.device_hours is None:
+        return [*lines, "run        its steps are not known: data.train_files are not here; give --rows"]
+    run = f"{time.steps} steps, {time.hours:.1f} hours"
+    return [*lines, f"run        {run}" + (f", {time.device_hours:.1f} GPU-hours" if plan.job.on_gpu else "")]
+
+
 def _verdict(plan: Plan) -> list[str]:
     if not plan.problems:
         return ["fits"]
@@ -118,5 +151,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
             ],
             "engine": asdict(memory.engine) | {"sequences": memory.engine.sequences},
             "host": {"phase": memory.host.phase, "limit": memory.host.limit, "terms": dict(memory.host.terms)},
+        },
+        "time": {
+            "phases": {phase.phase: dict(phase.parts) for phase in plan.time.phases},
+            "step_s": plan.time.step_s,
+            "tokens_s": plan.time.tokens_s,
+            "steps": plan.time.steps,
+            "hours": plan.time.hours,
+            "device_hours": plan.time.device_hours,
         },
     }

@@ -1,0 +1,130 @@
+"""The time model: by hand where a hand can do it, and how it moves when the job or the hardware does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf3d.config.load import build, config_to_yaml
+from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import load_spec
+from rlhf3d.planning.calibrate import FITTED, Observation, fit, observe, predict
+from rlhf3d.planning.flops import head_flops, layer_flops, layer_weights
+from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
+from rlhf3d.planning.job import Lengths, make_job
+from rlhf3d.planning.times import TimePlan, plan_time
+
+ROOT = Path(__file__).parents[3]
+HARDWARE = load_hardware()
+QWEN_7B = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
+LENGTHS = Lengths(256, 512)
+
+
+def config(**raw: Any) -> Config:
+    mistakes: list[str] = []
+    always = {"cluster": {"platform": "cuda"}, "trainer": {"total_training_steps": 100}}
+    made = build(Config(), always | raw, "", mistakes)
+    assert not mistakes
+    return made
+
+
+def times(on: Cluster | None = None, **raw: Any) -> TimePlan:
+    made = {"data": {"train_batch_size": 64}, "actor": {"layout": {"dp": 8}}, "rollout": {"engines": 8}} | raw
+    return plan_time(make_job(config(**made), QWEN_7B, on or parse_cluster("8xH100", HARDWARE), lengths=LENGTHS))
+
+
+def seconds(plan: TimePlan, phase: str) -> float:
+    return next(found.total for found in plan.phases if found.phase == phase)
+
+
+def test_operations_are_twice_the_weights() -> None:
+    weights = QWEN_7B.num_layers * layer_weights(QWEN_7B) + QWEN_7B.vocab_size * QWEN_7B.hidden_size
+    assert weights == pytest.approx(7_615_616_512 - QWEN_7B.vocab_size * QWEN_7B.hidden_size, rel=1e-4)
+    flops = QWEN_7B.num_layers * layer_flops(QWEN_7B, 1, 0) + head_flops(QWEN_7B, 1)
+    assert flops == 2 * weights
+    moe = load_spec(ROOT / "configs/models/Qwen3-30B-A3B", with_weights=False)
+    active = moe.num_layers * layer_weights(moe) + 2 * moe.vocab_size * moe.hidden_size
+    assert active == pytest.approx(3.3e9, rel=0.02)  # the published number of activated parameters
+
+
+def test_an_update_on_one_rank_by_hand() -> None:
+    free = replace(HARDWARE["H100"], layer_overhead_s=0.0)
+    raw = {"data": {"train_batch_size": 8}, "actor": {"ppo_mini_batch_size": 8, "ppo_micro_batch_size_per_gpu": 8}}
+    job = make_job(config(**raw), QWEN_7B, Cluster(free, 1, 1), lengths=Lengths(256, 256, padded=512))
+    update = next(phase for phase in plan_time(job).phases if phase.phase == "update_actor")
+    layers = 3 * QWEN_7B.num_layers * layer_flops(QWEN_7B, 8 * 512, 256)
+    head = 4 * head_flops(QWEN_7B, 8 * 256)
+    assert update.parts["compute"] == pytest.approx((layers + head) / (989e12 * 0.42))
+    assert update.parts["bubble"] == update.parts["messages"] == 0
+
+
+def test_what_makes_a_step_slower() -> None:
+    base = times()
+    recompute = times(actor={"layout": {"dp": 8, "recompute": True}})
+    assert seconds(recompute, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
+    assert seconds(recompute, "old_logprobs") == seconds(base, "old_logprobs")
+    piped = times(actor={"layout": {"pp": 4, "dp": 2}})
+    bubble = next(phase for phase in piped.phases if phase.phase == "update_actor").parts["bubble"]
+    assert bubble > 0
+    assert (
+        times(parse_cluster("8xA100", HARDWARE)).step_s > base.step_s > times(parse_cluster("8xB200", HARDWARE)).step_s
+    )
+
+
+def test_the_run_in_hours() -> None:
+    plan = times()
+    assert plan.hours == pytest.approx(100 * plan.step_s / 3600)
+    assert plan.device_hours == pytest.approx(8 * plan.hours)
+    assert plan.tokens_s == pytest.approx(64 * 768 / plan.step_s)
+    assert times(trainer={"total_training_steps": None}).hours is None
+
+
+def test_ranks_on_a_cpu_share_its_cores() -> None:
+    cpu = Cluster(HARDWARE["laptop"], 1, 1)
+    one, two, four = (
+        seconds(times(cpu, cluster={"platform": "cpu"}, actor={"layout": {"dp": dp}}), "values") for dp in (1, 2, 4)
+    )
+    assert one == pytest.approx(2 * two)
+    assert two == pytest.approx(four, rel=0.02)
+
+
+def make_run(folder: Path, plan: TimePlan, made: Config) -> Path:
+    """A run that took exactly what a plan says."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_to_yaml(made))
+    row = {f"timing_s/{phase.phase}": phase.total for phase in plan.phases}
+    lengths = {"prompt_length/mean": 256.0, "response_length/mean": 512.0}
+    rows = [{"step": step, **row, **lengths, "perf/padding_share/update_actor": 0.25} for step in (1, 2, 3)]
+    rows[0] |= dict.fromkeys(row, 1e6)  # the first step warms up
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
+    truth = replace(HARDWARE["laptop"], matmul_efficiency=0.3, layer_overhead_s=5e-3, memory_gbs=40.0)
+    seen: list[Observation] = []
+    for name, layout in (("a", {"tp": 4}), ("b", {"pp": 2, "dp": 2}), ("c", {})):
+        made = config(
+            model={"path": "models/Qwen2.5-7B-Instruct", "dtype": "float32"}, rollout={"dtype": "float32"},
+            cluster={"platform": "cpu"}, actor={"layout": layout}, data={"train_files": "x.parquet"},
+        )  # fmt: skip
+        job = make_job(made, QWEN_7B, Cluster(truth, 1, 1), lengths=Lengths(256, 512, 1024))
+        seen.append(observe(make_run(tmp_path / name, plan_time(job), made)))
+    found = fit(HARDWARE["laptop"], seen)
+    assert found.matmul_efficiency == pytest.approx(0.3, rel=0.1)
+    left_out = fit(HARDWARE["laptop"], seen[:2])
+    for hardware in (found, left_out):
+        for run in seen:
+            planned = sum(p.total for p in predict(run, hardware).phases if p.phase in run.seconds)
+            assert planned == pytest.approx(run.step_s, rel=0.1)
+    assert all(getattr(found, name) > 0 for name in FITTED)
+
+
+def test_a_run_of_one_step_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has no step 2 or later: give a longer run"):
+        observe(tmp_path)
