@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from rlhf3d.launch.command import launch
+
 app = typer.Typer(
     name="rlhf3d",
     help="PPO for language models with 3D-parallel training, vLLM rollouts and in-memory resharding.",
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets as parquet files of prompts.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(launch)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5.")

@@ -1,0 +1,66 @@
+"""Job files from the checked-in templates, and the command that submits one.
+
+Invariant: a template names only what `Job` has (an undefined name is an error), and every value goes through the
+quoting of the language it is printed in.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from rlhf3d.launch.job import Job
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place that runs jobs."""
+
+    template: str
+    submit: tuple[str, ...]
+    """Command before the file's name."""
+
+
+TARGETS = {
+    "local": Target("local.sh.j2", ("bash",)),
+    "slurm": Target("slurm.sh.j2", ("sbatch",)),
+    "kuberay": Target("kuberay.yaml.j2", ("kubectl", "create", "-f")),
+    "skypilot": Target("skypilot.yaml.j2", ("sky", "jobs", "launch", "--yes", "--secret", "RAY_AUTH_TOKEN")),
+    "ssh": Target("ssh.sh.j2", ("bash",)),
+}
+
+
+def target_of(name: str) -> Target:
+    """The target of that name. Raises ValueError."""
+    if name not in TARGETS:
+        raise ValueError(f"launch {name}: no such target; known are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def render(target: str, job: Job) -> str:
+    """The job file of a target."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rlhf3d.launch"),
+        undefined=StrictUndefined,
+        autoescape=False,  # neither shell nor YAML is HTML: `sh`, `words` and `yaml` quote
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"sh": shlex.quote, "words": shlex.join, "yaml": json.dumps, "slurm_time": slurm_time}
+    environment.filters["sh_path"] = sh_path
+    return environment.get_template(target_of(target).template).render(job=job, target=target)
+
+
+def slurm_time(seconds: int) -> str:
+    """Seconds as D-HH:MM:SS."""
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:{rest:02}"
+
+
+def sh_path(path: str) -> str:
+    """A path quoted for the shell, in which a leading ~ is still the home folder."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)

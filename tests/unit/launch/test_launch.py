@@ -1,0 +1,215 @@
+"""Job files: what they say, that their languages read them, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from rlhf3d import cli
+from rlhf3d.config.load import ConfigError, load_config
+from rlhf3d.launch.job import Options, make_job, parse_duration
+from rlhf3d.launch.render import TARGETS, render, slurm_time
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = Path(__file__).parent / "golden"
+TWO_NODES = ("--nodes", "2", "--gpus-per-node", "4", "--time", "4h", "--workdir", "/shared/rlhf3d")
+IMAGE = ("--image", "registry/rlhf3d:gpu")
+SHARED = "trainer.output_dir=/shared/runs/math"
+CASES: dict[str, tuple[str, ...]] = {
+    "local.sh": ("local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--workdir", "/home/user/rlhf3d"),
+    "slurm.sh": ("slurm", "configs/math.yaml", *TWO_NODES, "--partition", "gpu", "--env", "NCCL_DEBUG=WARN"),
+    "slurm_image.sh": ("slurm", "configs/math.yaml", *IMAGE, "--workdir", "/shared/rlhf3d"),
+    "ssh.sh": ("ssh", "configs/math.yaml", SHARED, *TWO_NODES, "--hosts", "node-1,node-2"),
+    "kuberay.yaml": ("kuberay", "configs/math.yaml", *TWO_NODES, *IMAGE, "--volume", "shared"),
+    "skypilot.yaml": ("skypilot", "configs/math.yaml", SHARED, *TWO_NODES[:6], "--volume", "v", "--gpu-type", "H100"),
+}  # fmt: skip
+
+
+def launch(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["launch", *arguments])
+
+
+def rendered(name: str) -> str:
+    done = launch(*CASES[name])
+    assert done.exit_code == 0, done.exception
+    return done.stdout
+
+
+def refusal(*arguments: str) -> str:
+    done = launch(*arguments)
+    assert isinstance(done.exception, ValueError), done.stdout
+    return str(done.exception)
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    """Written anew by `RLHF3D_GOLDEN=1 pytest tests/unit/launch`, to be read before it is committed."""
+    text, path = rendered(name), GOLDEN / name
+    if os.environ.get("RLHF3D_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(".sh")])
+def test_bash_reads_the_scripts(name: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=rendered(name), capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    if shutil.which("shellcheck"):
+        checked = subprocess.run(["shellcheck", "-"], input=rendered(name), capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_every_target_has_a_golden_file() -> None:
+    assert {arguments[0] for arguments in CASES.values()} == set(TARGETS)
+
+
+def words_of(command: str) -> list[str]:
+    """What the shell makes of a command."""
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+    ).stdout
+    return printed.splitlines()
+
+
+def test_rayjob() -> None:
+    job: dict[str, Any] = yaml.safe_load(rendered("kuberay.yaml"))
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert spec["submissionMode"] == "HTTPMode" and spec["shutdownAfterJobFinishes"] is True
+    assert spec["activeDeadlineSeconds"] == 4 * 3600
+    words = words_of(spec["entrypoint"].split("exec ")[1])
+    assert words[:3] == ["rlhf3d", "train", "configs/math.yaml"] and words[-1] == "cluster.ray_address=auto"
+    limit_s = next(int(word.split("=")[1]) for word in words if word.startswith("trainer.max_wall_clock_s="))
+    assert limit_s == 4 * 3600 - 300 - 300, "the run saves itself before Kubernetes ends it"
+    cluster = spec["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+        assert {"readinessProbe", "livenessProbe"} <= set(container)
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"shared": "/shared", "dev-shm": "/dev/shm"}
+        volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+        assert volumes["shared"] == {"persistentVolumeClaim": {"claimName": "shared"}}
+        assert volumes["dev-shm"] == {"emptyDir": {"medium": "Memory", "sizeLimit": "32Gi"}}
+
+
+def test_rayjob_of_one_node_with_a_queue() -> None:
+    case = ("kuberay", "configs/math.yaml", "--image", "i", "--volume", "v", "--queue", "team")
+    job = yaml.safe_load(launch(*case).stdout)
+    assert "workerGroupSpecs" not in job["spec"]["rayClusterSpec"]
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"} and job["spec"]["suspend"] is True
+
+
+def test_skypilot() -> None:
+    task: dict[str, Any] = yaml.safe_load(rendered("skypilot.yaml"))
+    assert task["num_nodes"] == 2
+    assert task["resources"]["accelerators"] == "H100:4"
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["volumes"] == {"/shared": "v"}
+    for script in (task["setup"], task["run"]):
+        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_override_reaches_the_command_whole(target: str, tmp_path: Path) -> None:
+    """Spaces, quotes and dollar signs are the run's, not the shell's or YAML's."""
+    override = "custom_reward_function.kwargs={mark: 'a $HOME \"b\"'}"
+    options = Options(gpus_per_node=0, image="i" if target == "kuberay" else None, volume="v", hosts=("a",))
+    text = render(
+        target, make_job(target, "configs/quickstart.yaml", [override, "trainer.output_dir=/shared/x"], options)
+    )
+    if target == "kuberay":
+        text = yaml.safe_load(text)["spec"]["entrypoint"].split("exec ")[1]
+    elif target == "skypilot":
+        text = yaml.safe_load(text)["run"]
+    (line,) = [line for line in text.splitlines() if "rlhf3d train" in line and not line.startswith("#")]
+    command = line.strip().removeprefix("exec ").removesuffix(" &")
+    assert override in words_of(command)
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    text = refusal("slurm", "configs/math.yaml", "--nodes", "2", "--gpus-per-node", "2")
+    assert "does not fit 2 node(s) with 2 GPU(s) each" in text
+    assert "tp 2 x pp 2 x dp 2 = 8 ranks, more than cluster.num_nodes 2 x gpus_per_node 2 = 4 GPUs" in text
+    text = refusal("slurm", "configs/math.yaml", "--nodes", "3", "--time", "5m")
+    assert "8 GPUs are on 1 node(s) with 8 each, so 2 of 3 node(s) would be idle" in text
+    assert "--time 300 s leaves nothing beside --grace 300 s and cluster.startup_timeout_s 300 s" in text
+    text = refusal("slurm", "configs/math.yaml", "--nodes", "8", "--gpus-per-node", "1")
+    assert "rollout.tensor_parallel_size = 2: an engine's ranks must be on one node, which has 1 GPUs" in text
+    assert "actor.layout.tp = 2: does not divide the 1 GPUs of a node" in text
+    on_cpu = ("slurm", "configs/quickstart.yaml", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-node", "2")
+    assert "4 training ranks + 1 engine ranks = 5 cores, more than 2 node(s) x --cpus-per-node 2 = 4" in refusal(
+        *on_cpu
+    )
+    text = refusal("slurm", "configs/math.yaml", "trainer.max_wall_clock_s=3600", "--time", "1h")
+    assert "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 300 = 3900 s, more than --time 3600 s" in text
+
+
+def test_what_a_target_lacks_is_named() -> None:
+    assert "`local` is one machine" in refusal("local", "configs/math.yaml", *TWO_NODES)
+    assert "--hosts names 1 host(s), the job has 2" in refusal("ssh", "configs/math.yaml", *TWO_NODES, "--hosts", "a")
+    text = refusal("kuberay", "configs/math.yaml", "--workdir", "/opt")
+    assert "--image: KubeRay needs" in text and "--volume: KubeRay needs" in text
+    assert "trainer.output_dir=/shared/runs/math" in text
+    assert "--gpu-type" in refusal("skypilot", "configs/math.yaml", SHARED)
+    assert "known are local, slurm" in refusal("pbs", "configs/math.yaml")
+    assert "--submit needs --output" in refusal("local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--submit")
+    assert "--env A" in refusal("local", "configs/quickstart.yaml", "--env", "A")
+    with pytest.raises(ConfigError, match="no such key"):
+        make_job("slurm", "configs/math.yaml", ["trainer.sed=1"], Options())
+
+
+def test_the_run_of_the_job_loads_as_the_launcher_checked_it() -> None:
+    job = make_job("slurm", "configs/math.yaml", ["trainer.seed=3"], Options(nodes=2, gpus_per_node=4))
+    config = load_config(job.command[2], job.command[3:], files=False)
+    assert (config.cluster.num_nodes, config.cluster.gpus_per_node, config.trainer.seed) == (2, 4, 3)
+    assert config.cluster.platform == "cuda"
+
+
+def test_the_time_limit_follows_from_the_runs_own() -> None:
+    job = make_job("slurm", "configs/math.yaml", ["trainer.max_wall_clock_s=3601"], Options())
+    assert job.time_s == 3960 and "#SBATCH --time=0-01:06:00\n" in render("slurm", job)
+
+
+def test_durations() -> None:
+    assert [parse_duration(text) for text in ("90m", "4h", "2d", "5s", "01:00:01", "1-00:00:00")] == [
+        5400, 14400, 172800, 5, 3601, 86400,
+    ]  # fmt: skip
+    assert slurm_time(parse_duration("2-03:04:05")) == "2-03:04:05"
+    for text in ("4", "4 h", "1:00", "h"):
+        with pytest.raises(ValueError, match="no duration"):
+            parse_duration(text)
+
+
+def test_local_runs_the_command(tmp_path: Path) -> None:
+    """The written script, with a `train` that only tells what it was called with."""
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "activate").write_text(f'PATH="{tmp_path}/env/bin:$PATH"\n')
+    (tmp_path / "env" / "bin" / "rlhf3d").write_text('#!/bin/bash\necho "$PWD $COLOUR $*"\nexit 75\n')
+    (tmp_path / "env" / "bin" / "rlhf3d").chmod(0o755)
+    options = ("--workdir", str(tmp_path), "--venv", "env", "--gpus-per-node", "0", "--env", "COLOUR=deep blue")
+    script = tmp_path / "jobs" / "job.sh"
+    command = [sys.executable, "-m", "rlhf3d.cli", "launch", "local", "configs/quickstart.yaml", *options]
+    done = subprocess.run(
+        [*command, "--output", str(script), "--submit"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 75, done.stderr
+    assert f"{tmp_path} deep blue train configs/quickstart.yaml cluster.platform=cpu" in done.stdout
