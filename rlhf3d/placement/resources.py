@@ -93,11 +93,12 @@ def engine_bundles(placement: Placement, plan: ReshardPlan, node_of_bundle: Sequ
     if not any(device is not None for ranks in engines for device in ranks):
         return placement.engine_bundles
     nodes = [[None if device is None else plan.sites.node_of_device[device] for device in ranks] for ranks in engines]
-    short = {node for ranks in nodes for node in ranks if sum(r.count(node) for r in nodes) > len(free[node])}
+    wanted = [node for ranks in nodes for node in ranks if node is not None]
+    short = sorted({node for node in wanted if wanted.count(node) > len(free[node])})
     if short:
         raise ValueError(
             f"rollout.placement = colocated: Ray has no room for the engine ranks beside the training ranks of node "
-            f"{', '.join(map(str, sorted(filter(None, short))))}; set rollout.placement = disaggregated, or give each "
+            f"{', '.join(map(str, short))}; set rollout.placement = disaggregated, or give each "
             "node more CPUs"
         )
     return [[free[node].pop(0) for node in ranks] for ranks in nodes]

@@ -92,8 +92,8 @@ def test_cpu_engines_go_to_the_hosts_of_the_plan() -> None:
     plan = plan_sync(SPEC, LAYOUT, Sites.hosts([0] * 4 + [1] * 4), 2, 1)
     assert [d.device for d in plan.destinations] == [0, 1]
     assert engine_bundles(placement, plan, [0] * 4 + [1] * 4 + [1, 0]) == [[9], [8]]
-    with pytest.raises(ValueError, match=r"no room for the engine ranks .* disaggregated"):
-        engine_bundles(placement, plan, [0] * 4 + [1] * 4 + [0, 0])
+    with pytest.raises(ValueError, match=r"no room for the engine ranks .* node 0; .* disaggregated"):
+        engine_bundles(placement, plan, [0] * 4 + [1] * 4 + [1, 1])
 
 
 def test_too_many_colocated_engines_are_refused() -> None:
