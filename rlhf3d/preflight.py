@@ -114,14 +114,14 @@ def _compare_cuda(config: Config, derived: Derived, machine: Machine, footprint:
         )
     if machine.gpus:
         smallest = min(memory for _, memory in machine.gpus)
-        problems += _compare_gpu_memory(config, derived, footprint, smallest)
+        problems += compare_gpu_memory(config, derived, footprint, smallest)
     processes = math.ceil(derived.world_size / nodes) + math.ceil(derived.engine_ranks / nodes)
     parts = {f"{processes} processes": processes * CUDA_PROCESS_GIB, "weight syncs": _sync_gib(config)}
     problems += _compare_memory(machine, parts)
     return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + _sync_gib(config))
 
 
-def _compare_gpu_memory(config: Config, derived: Derived, footprint: Footprint, smallest: float) -> list[str]:
+def compare_gpu_memory(config: Config, derived: Derived, footprint: Footprint, smallest: float) -> list[str]:
     """Model states, and engines, that share a GPU of `smallest` GiB: those beside the actor, and each group apart."""
     share = config.rollout.gpu_memory_utilization * (config.rollout.placement == "colocated")
     beside = [group for group in derived.groups if group is derived.groups[0] or group.colocated]
@@ -182,10 +182,13 @@ def _compare_shared_memory(machine: Machine, needed_gib: float) -> list[str]:
     ]
 
 
+def checkpoints_at_once(config: Config) -> int:
+    """Checkpoints that must find room: one, and a second while it replaces the first."""
+    return 2 if config.trainer.save_freq else int(config.trainer.save_at_end)
+
+
 def _compare_disk(config: Config, machine: Machine, footprint: Footprint) -> list[str]:
-    """Room for one checkpoint, and for a second while it replaces the first."""
-    trainer = config.trainer
-    kept = 2 if trainer.save_freq else int(trainer.save_at_end)
+    trainer, kept = config.trainer, checkpoints_at_once(config)
     if kept * footprint.checkpoint_gib <= machine.disk_gib:
         return []
     return [

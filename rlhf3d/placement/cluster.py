@@ -9,12 +9,15 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -46,7 +49,8 @@ def ray_cluster(
             logging_level=logging.ERROR,
         )
     else:
-        ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        join(config.ray_address)
+        wait_for_nodes(config.num_nodes, config.startup_timeout_s)
     servers = set(me.children()) - others
     # After ray.init, which sets a handler of its own that exits without unwinding.
     previous = signal.signal(signal.SIGTERM, on_sigterm or _interrupt)
@@ -57,6 +61,48 @@ def ray_cluster(
         ray.shutdown()
         _wait_until_gone(started)
         signal.signal(signal.SIGTERM, previous)
+
+
+def join(address: str) -> None:
+    """Connect to a running cluster. Raises ValueError when there is none."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, AuthenticationError) as error:
+        raise ValueError(
+            f"cluster.ray_address = {address}: no Ray cluster answers there ({error}); start one with `ray start "
+            "--head` on this machine (rlhf3d launch writes job files that do), or set it to null. Where a token "
+            "exists (~/.ray/auth_token), Ray's head wants it of everybody: RAY_AUTH_MODE=token for every process of "
+            "every node, this one too"
+        ) from None
+
+
+def wait_for_nodes(count: int, timeout_s: float) -> None:
+    """Wait until the cluster has `count` nodes. Raises ValueError that names those it has."""
+    deadline = time.monotonic() + timeout_s
+    while len(there := [node for node in ray.nodes() if node["Alive"]]) < count:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"cluster.num_nodes = {count}, but after {timeout_s:.0f} s (cluster.startup_timeout_s) the Ray cluster "
+                f"has {len(there)}: {', '.join(map(node_name, there))}; look into the other nodes' Ray logs, or ask "
+                "for fewer nodes"
+            )
+        time.sleep(0.5)
+
+
+def node_name(node: dict[str, Any]) -> str:
+    """Host and address of a node that Ray lists."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def use_node_interface() -> None:
+    """Have gloo talk through the interface at which Ray knows this node.
+
+    Left alone gloo looks up the host's own name, which often is a loopback address that no other node reaches.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(at.address == address for at in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

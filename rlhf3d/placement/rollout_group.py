@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
-from rlhf3d.placement.cluster import free_port
+from rlhf3d.placement.cluster import free_port, use_node_interface
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather, stream
 from rlhf3d.resharding.setup import SyncSetup
@@ -33,6 +33,7 @@ class EngineRank(VLLMEngine):
 
     def start(self, rank: int, meeting: tuple[str, int], arguments: dict[str, Any]) -> None:
         """Start vLLM."""
+        use_node_interface()
         VLLMEngine.__init__(self, rank=rank, meeting=meeting, **arguments)
 
 

@@ -16,7 +16,7 @@ import ray
 
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
-from rlhf3d.placement.cluster import free_port
+from rlhf3d.placement.cluster import free_port, use_node_interface
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,7 @@ class TrainWorker:
 
     def build(self, address: str, port: int, threads: int) -> None:
         """Join the process groups, then load the group's models."""
+        use_node_interface()
         self.platform.prepare_worker(self._local_rank(), threads)
         from rlhf3d.parallel.megatron_init import initialize_megatron
 

@@ -32,6 +32,7 @@ from rlhf3d.observability.report import make_report
 from rlhf3d.observability.samples import before_after, drop_samples
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.cluster import nodes_of, ray_cluster, reserve
+from rlhf3d.placement.cluster_check import check_cluster
 from rlhf3d.placement.resources import engine_bundles, place
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
@@ -103,6 +104,7 @@ def _run(config: Config, stopping: Stopping) -> int:
         local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
         stack.enter_context(ray_cluster(config.cluster, local_cpus, stopping.handle))
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
+        check_cluster(config, derived, spec, reserved)
         with console.phase("start"):
             nodes = nodes_of(reserved)
             setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])

