@@ -427,5 +427,21 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.ou
     typer.echo(make_report(run))
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The picture.")] = Path("compare.png"),
+) -> None:
+    """Draw the reward, accuracy and length of several runs over each other."""
+    from rlhf3d.observability.curves import draw_comparison
+    from rlhf3d.observability.metrics import read_metrics
+
+    names = {run.resolve(): run.resolve().name for run in runs}
+    if len(set(names.values())) < len(names):  # runs of the same name: tell them apart by their whole paths
+        names = {run: str(run) for run in names}
+    draw_comparison({name: read_metrics(run) for run, name in names.items()}, output)
+    typer.echo(output)
+
+
 if __name__ == "__main__":
     main()

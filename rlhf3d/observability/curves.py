@@ -43,6 +43,31 @@ def draw_curves(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
+def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
+    """Write reward, held-out accuracy and response length of several runs, by name, over each other as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measures = dict.fromkeys(key for rows in runs.values() for row in rows for key in validation_accuracy(row))
+    figure = Figure(figsize=(4.5 * (2 + len(measures)), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = iter(figure.subplots(1, 2 + len(measures), squeeze=False)[0])
+    for name, title in (("critic/score/mean", "reward"), ("response_length/mean", "response length, tokens")):
+        axes = next(panels)
+        for run, rows in runs.items():
+            steps, values = series(rows, name)
+            axes.plot(steps, values, marker=".", label=run)
+        _finish(axes, title)
+    for key in measures:
+        axes = next(panels)
+        for run, rows in runs.items():
+            accuracy = [(row["step"], validation_accuracy(row)) for row in rows]
+            measured = [(step, 100 * found[key]) for step, found in accuracy if key in found]
+            axes.plot([step for step, _ in measured], [value for _, value in measured], marker="o", label=run)
+        _finish(axes, f"held-out accuracy, %: {' '.join(key)}")
+    figure.savefig(path, dpi=90, format="png")
+
+
 def _lines(
     axes: Any, rows: Rows, title: str, labels: Mapping[str, str], right: Mapping[str, str] | None = None
 ) -> None:

@@ -103,3 +103,20 @@ def test_folders_that_cannot_be_reported(tmp_path: Path) -> None:
 def test_binomial_standard_error() -> None:
     assert binomial_standard_error(0.5, 100) == pytest.approx(0.05)
     assert binomial_standard_error(1.0, 100) == 0.0
+
+
+def test_runs_are_drawn_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of one name too, and one that has not validated; the picture shows each."""
+    from rlhf3d.cli import compare
+
+    write_run(tmp_path / "a" / "run")
+    write_run(tmp_path / "b" / "run")
+    alone, both = tmp_path / "alone.png", tmp_path / "both.png"
+    compare([tmp_path / "a" / "run"], alone)
+    with MetricsWriter(tmp_path / "c", tensorboard=False) as writer:
+        writer.write(1, step_metrics(0.9))
+    compare([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"], both)
+    assert alone.read_bytes()[:4] == both.read_bytes()[:4] == b"\x89PNG" and alone.read_bytes() != both.read_bytes()
+    assert capsys.readouterr().out.split() == [str(alone), str(both)]
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        compare([tmp_path / "nothing"], alone)
