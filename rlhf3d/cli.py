@@ -226,6 +226,37 @@ def data_check(
 
 
 @app.command()
+def rehearse(
+    config: Annotated[Path, typer.Argument(help="The job's YAML file.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default rehearsals/CONFIG, written anew.")] = None,
+    max_ranks: Annotated[int, typer.Option(help="At most so many training processes.")] = 16,
+    model_config: Annotated[Path | None, typer.Option(help="Folder with config.json, if not model.path.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")] = False,
+) -> None:
+    """Run a job in miniature on this machine's CPU: same layouts and code path, two steps, saved and resumed."""
+    import shutil
+
+    from rlhf3d.rehearsal.run import prepare
+    from rlhf3d.rehearsal.run import rehearse as run
+
+    folder = output or Path("rehearsals") / config.stem
+    if (folder / "job.yaml").is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are no rehearsal: name another --output")
+    miniature = prepare(config, overrides or [], folder, max_ranks, model_config)
+    typer.echo(f"miniature  {miniature.summary}")
+    for note in miniature.notes:
+        typer.echo(f"otherwise  {note}")
+    if dry_run:
+        typer.echo(f"written to {miniature.config}")
+        return
+    run(miniature, typer.echo)
+    typer.echo(f"rehearsed  {config}: two steps, saved, resumed and repeated exactly")
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint (checkpoints/step_N) or run.")],
     data: Annotated[list[Path], typer.Argument(help="Parquet files of prompts.")],

@@ -16,7 +16,7 @@ from rlhf3d.config.derived import Batching, actor_batching, critic_batching, mic
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
-from rlhf3d.models.spec import check_layout, load_spec
+from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
@@ -333,9 +333,13 @@ def check_files(config: Config) -> list[str]:
 
 def _check_model_folder(config: Config) -> list[str]:
     try:
-        spec = load_spec(config.model.path)
+        return check_model(config, load_spec(config.model.path))
     except ValueError as error:
         return [str(error)]
+
+
+def check_model(config: Config, spec: ModelSpec) -> list[str]:
+    """What does not fit the model: lengths, layouts of the worker groups, ranks of an engine."""
     problems = []
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     if prompt + response > spec.max_position:

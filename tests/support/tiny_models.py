@@ -9,14 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from rlhf3d.rehearsal.miniature import SPECIAL_TOKENS, byte_tokenizer
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -27,24 +23,8 @@ LLAMA3_ROPE = {
 
 
 def make_tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
-    """Bytes as tokens: specials, newline, printable ASCII, other bytes, fillers: every id decodes."""
-    assert vocab >= 100, f"{vocab} ids cannot hold the specials and printable ASCII"
-    ascii_tokens = ["Ċ", "Ġ", *(chr(c) for c in range(33, 127))]  # byte-level names of newline, space, ! to ~
-    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_tokens))
-    fillers = [f"<{i}>" for i in range(vocab)]
-    tokens = [*SPECIAL_TOKENS, *ascii_tokens, *others, *fillers][:vocab]
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        unk_token="<|unk|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    """Bytes as tokens."""
+    return byte_tokenizer(vocab)
 
 
 def make_tiny_model(

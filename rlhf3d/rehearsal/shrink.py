@@ -1,0 +1,238 @@
+"""A job in miniature: the same families, divisibilities, layouts and batch arithmetic, with small numbers.
+
+Invariant: heads, layers, experts and vocabulary of the miniature leave the remainders that the job's leave when the
+layouts divide them, so that what fits fits for the same reasons. What could not be kept is a `Change` with its reason.
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import gcd, lcm, prod
+from typing import Any
+
+from rlhf3d.config.groups import parallel_layout
+from rlhf3d.config.schema import Config, LayoutConfig, OptimConfig
+from rlhf3d.models.spec import FAMILIES, parse_config
+from rlhf3d.parallel.layout import ParallelLayout
+
+HEAD_DIM = 32
+"""The smallest head that vLLM's attention on CPU takes."""
+VOCAB = 320
+"""At least so many ids: all bytes, and special tokens."""
+PROMPT_TOKENS, RESPONSE_TOKENS = 96, 8
+ENGINE_RANKS = 4
+"""At most so many vLLM processes, which need about 2 GB each."""
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something of the job that its miniature has otherwise, besides size."""
+
+    key: str
+    was: object
+    is_now: object
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was} -> {self.is_now} ({self.reason})"
+
+
+def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
+    """The layout on at most `room` ranks: replicas go first, then stages, then tensor ranks; what is more than one
+    stays so as long as there is room."""
+    sizes = {"dp": layout.dp, "pp": layout.pp, "tp": layout.tp}
+    for least in (2, 1):
+        for axis in sizes:
+            while prod(sizes.values()) > room and _divided(sizes[axis]) >= least:
+                sizes[axis] = _divided(sizes[axis])
+    cut = replace(layout, tp=sizes["tp"], pp=sizes["pp"], dp=sizes["dp"])
+    if cut == layout:
+        return layout
+    uneven = cut.pp > 1 and len(set(parallel_layout(layout).stage_layers(layers) or ())) > 1
+    return replace(
+        cut,
+        ep=gcd(cut.ep, cut.tp * cut.dp),
+        vpp=cut.vpp if cut.pp > 1 else None,
+        first_stage_layers=cut.first_stage_layers if uneven else None,
+        last_stage_layers=cut.last_stage_layers if uneven else None,
+    )
+
+
+def _divided(size: int) -> int:
+    """By its smallest factor; 0 for 1."""
+    return size // next((factor for factor in range(2, size + 1) if size % factor == 0), size + 1)
+
+
+def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]:
+    """The layout over as few layers as keep its shape, and how many those are: one a chunk, and where stages are uneven
+    two in those that have more than the smallest."""
+    grid = parallel_layout(layout)
+    stages = grid.stage_layers(layers)
+    assert stages is not None, f"{layers} layers do not divide into {grid}"
+    small = [grid.vpp * (1 + (size > min(stages))) for size in stages]
+    first, last = layout.first_stage_layers, layout.last_stage_layers
+    shrunk = replace(
+        layout,
+        first_stage_layers=None if first is None else small[0],
+        last_stage_layers=None if last is None else small[-1],
+    )
+    return shrunk, sum(small)
+
+
+def shrink_model(config: Mapping[str, Any], tensor_parallel: Sequence[int], expert_parallel: int, layers: int) -> dict:
+    """`config.json` of the miniature, for these tensor-parallel sizes (of training and of vLLM).
+
+    Heads, KV heads and the vocabulary keep their remainders by each of the sizes; queries a KV head stay.
+    """
+    spec = parse_config(dict(config), "the model's config.json")
+    modulus = lcm(*tensor_parallel)
+    kv_heads = _congruent(1, spec.num_kv_heads, modulus)
+    heads = kv_heads * (spec.num_heads // spec.num_kv_heads)
+    small: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": HEAD_DIM,
+        "hidden_size": heads * HEAD_DIM,
+        "intermediate_size": _congruent(2 * HEAD_DIM, spec.ffn_size, modulus),
+        "vocab_size": _congruent(VOCAB, spec.vocab_size, modulus),
+        "max_position_embeddings": min(spec.max_position, 4096),
+    }
+    if (keys := FAMILIES[spec.family].experts) is not None:
+        # Enough for every rank to hold two, and for the router to choose among.
+        wanted = max(2 * expert_parallel, spec.experts_per_token + 1)
+        experts = min(spec.num_experts, _congruent(wanted, spec.num_experts, expert_parallel))
+        small |= {key: experts for key in keys.num_experts if config.get(key) is not None}
+        small[keys.ffn_size] = _congruent(2 * HEAD_DIM, spec.moe_ffn_size, modulus)
+    if (windows := config.get("layer_types")) is not None:
+        small["layer_types"] = list(windows)[:layers]
+    return {**config, **small}
+
+
+def _congruent(least: int, value: int, modulus: int) -> int:
+    """The smallest number from `least` on with the remainder of `value`."""
+    return least + (value - least) % modulus
+
+
+def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[Config, dict[str, Any], list[Change]]:
+    """The miniature job on at most `room` training ranks: its configuration, the `config.json` of its model, and what
+    is otherwise than in the job. Paths (model, data, output) are left for the caller."""
+    spec = parse_config(dict(model), config.model.path)
+    changes: list[Change] = []
+
+    def note(key: str, was: object, is_now: object, reason: str) -> None:
+        if was != is_now:
+            changes.append(Change(key, was, is_now, reason))
+
+    critic_room = 0 if config.critic.layout is None or not config.needs_critic else max(1, room // 3)
+    layout = cut_layout(config.actor.layout, room - critic_room, spec.num_layers)
+    note("actor.layout", _text(config.actor.layout), _text(layout), f"at most {room} training ranks")
+    critic_layout = config.critic.layout
+    if critic_layout is not None and critic_room:
+        critic_layout = cut_layout(critic_layout, critic_room, spec.num_layers)
+        note("critic.layout", _text(config.critic.layout), _text(critic_layout), f"at most {room} training ranks")
+    rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
+    engines = max(1, min(config.rollout.engines, ENGINE_RANKS // rollout_tp))
+    note("rollout.engines", config.rollout.engines, engines, f"at most {ENGINE_RANKS} vLLM processes")
+    note("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same")
+
+    layout, layers = shrink_layout(layout, spec.num_layers)
+    if critic_layout is not None:
+        critic_layout, of_critic = shrink_layout(critic_layout, spec.num_layers)
+        layers = lcm(layers, of_critic) if layers % of_critic else layers
+    sizes = [layout.tp, rollout_tp, *([critic_layout.tp] if critic_layout is not None else [])]
+    small_model = shrink_model(model, sizes, max(layout.ep, critic_layout.ep if critic_layout else 1), layers)
+    if config.algorithm.filter_groups.enable:
+        note("algorithm.filter_groups.enable", True, False, "completions of random weights score alike")
+    if config.cluster.num_nodes > 1:
+        note("cluster.num_nodes", config.cluster.num_nodes, 1, "on this machine alone")
+    note("cluster.platform", config.cluster.platform, "cpu", "without GPUs")
+    batches, n = _batches(config, [layout] if critic_layout is None else [layout, critic_layout])
+    small = replace(
+        config,
+        data=replace(
+            config.data,
+            train_batch_size=batches["train"],
+            gen_batch_size=None,
+            max_prompt_length=min(config.data.max_prompt_length, PROMPT_TOKENS),
+            max_response_length=min(config.data.max_response_length, RESPONSE_TOKENS),
+            overlong_prompts="truncate_left",
+            val_max_samples=2,
+        ),
+        actor=replace(
+            config.actor,
+            layout=layout,
+            optim=_early(config.actor.optim),
+            ppo_mini_batch_size=batches["actor"],
+            ppo_micro_batch_size_per_gpu=1,
+            ppo_max_token_len_per_gpu=2 * (PROMPT_TOKENS + RESPONSE_TOKENS),
+        ),
+        critic=replace(
+            config.critic,
+            layout=critic_layout,
+            optim=_early(config.critic.optim),
+            ppo_mini_batch_size=None if config.critic.ppo_mini_batch_size is None else batches["critic"],
+            ppo_micro_batch_size_per_gpu=None if config.critic.ppo_micro_batch_size_per_gpu is None else 1,
+            ppo_max_token_len_per_gpu=None,
+        ),
+        rollout=replace(
+            config.rollout,
+            n=n,
+            engines=engines,
+            tensor_parallel_size=rollout_tp,
+            max_num_seqs=16,
+            kv_cache_gib=0.1,
+            threads=1,
+            enforce_eager=True,
+        ),
+        algorithm=replace(config.algorithm, filter_groups=replace(config.algorithm.filter_groups, enable=False)),
+        reward=replace(
+            config.reward,
+            workers=1,
+            overlong_buffer=replace(config.reward.overlong_buffer, len=min(4, config.reward.overlong_buffer.len)),
+        ),
+        trainer=replace(
+            config.trainer,
+            total_training_steps=STEPS,
+            critic_warmup=min(config.trainer.critic_warmup, 1),
+            test_freq=0,
+            save_freq=1,
+            save_at_end=True,
+            save_optimizer=True,
+            max_wall_clock_s=None,
+        ),
+        cluster=replace(config.cluster, platform="cpu", ray_address=None, num_nodes=1, threads_per_rank=1),
+    )
+    return small, small_model, changes
+
+
+def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> tuple[dict[str, int], int]:
+    """Prompts of a step and of each mini-batch, and completions a prompt.
+
+    A data-parallel rank gets two sequences a mini-batch, or a round of an interleaved pipeline; a step as many
+    mini-batches as the job's, at most two.
+    """
+    n = min(config.rollout.n, 2)
+    replicas = lcm(*(layout.dp for layout in layouts))
+    rounds = lcm(2, *(layout.pp for layout in layouts if layout.vpp is not None and layout.vpp > 1))
+    prompts = replicas * rounds
+    of_critic = config.critic.ppo_mini_batch_size or config.actor.ppo_mini_batch_size
+    steps = {
+        name: min(2, max(1, config.data.train_batch_size // mini))
+        for name, mini in (("actor", config.actor.ppo_mini_batch_size), ("critic", of_critic))
+    }
+    train = prompts * lcm(*steps.values())
+    return {"train": train, **{name: train // count for name, count in steps.items()}}, n
+
+
+def _early(optim: OptimConfig) -> OptimConfig:
+    """At its full learning rate by the second step."""
+    return replace(optim, lr_warmup_steps=min(optim.lr_warmup_steps, STEPS - 1))
+
+
+def _text(layout: LayoutConfig | None) -> str:
+    grid: ParallelLayout | None = None if layout is None else parallel_layout(layout)
+    return str(grid)

@@ -1,0 +1,167 @@
+"""What divides in a job divides in its miniature, and what does not does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from rlhf3d.config.checks import check, check_model
+from rlhf3d.config.groups import parallel_layout
+from rlhf3d.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+)
+from rlhf3d.models.spec import parse_config
+from rlhf3d.rehearsal.shrink import ENGINE_RANKS, cut_layout, shrink_config, shrink_layout, shrink_model
+
+QWEN_7B = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
+QWEN3_MOE = {
+    **QWEN_7B,
+    "model_type": "qwen3_moe",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 48,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@given(
+    kv=st.integers(1, 16),
+    group=st.integers(1, 8),
+    ffn=st.integers(100, 30000),
+    vocab=st.integers(1000, 200000),
+    tps=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3),
+)
+def test_a_shrunk_model_divides_as_the_model(kv: int, group: int, ffn: int, vocab: int, tps: list[int]) -> None:
+    shape = QWEN_7B | {
+        "num_attention_heads": kv * group,
+        "num_key_value_heads": kv,
+        "hidden_size": 64 * kv * group,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+    }
+    small = shrink_model(shape, tps, 1, 2)
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        assert 0 < small[key] <= max(shape[key], 400)
+        for tp in tps:
+            assert small[key] % tp == shape[key] % tp, (key, tp)
+    assert small["num_attention_heads"] // small["num_key_value_heads"] == group
+    parse_config(small, "small")
+
+
+@given(
+    layers=st.integers(2, 80),
+    pp=st.integers(1, 8),
+    vpp=st.sampled_from([1, 2, 4]),
+    first=st.none() | st.integers(1, 20),
+    last=st.none() | st.integers(1, 20),
+)
+def test_shrunk_stages_keep_their_shape(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> None:
+    layout = LayoutConfig(pp=pp, vpp=vpp, first_stage_layers=first, last_stage_layers=last)
+    stages = parallel_layout(layout).stage_layers(layers)
+    assume(stages is not None)
+    small, few = shrink_layout(layout, layers)
+    shrunk = parallel_layout(small).stage_layers(few)
+    assert stages is not None and shrunk is not None
+    assert [size > min(stages) for size in stages] == [size > min(shrunk) for size in shrunk]
+    assert max(shrunk) <= 2 * vpp
+
+
+@pytest.mark.parametrize(
+    ("layout", "room", "wanted"),
+    [
+        ((2, 2, 2), 16, (2, 2, 2)),
+        ((8, 4, 16), 16, (4, 2, 2)),
+        ((8, 16, 8), 8, (2, 2, 2)),
+        ((4, 1, 8), 3, (2, 1, 1)),
+        ((3, 2, 4), 6, (3, 2, 1)),
+    ],
+)
+def test_a_cut_layout_keeps_every_axis_while_there_is_room(
+    layout: tuple[int, int, int], room: int, wanted: tuple[int, int, int]
+) -> None:
+    tp, pp, dp = layout
+    cut = cut_layout(LayoutConfig(tp=tp, pp=pp, dp=dp), room, 64)
+    assert (cut.tp, cut.pp, cut.dp) == wanted
+
+
+def job(**changes: Any) -> Config:
+    layout = LayoutConfig(tp=2, pp=2, dp=2, sequence_parallel=True)
+    config = Config(
+        model=ModelConfig(path="model"),
+        data=DataConfig(
+            train_files=("t",),
+            val_files=("v",),
+            train_batch_size=1024,
+            max_prompt_length=1024,
+            max_response_length=2048,
+        ),
+        actor=ActorConfig(layout=layout, ppo_mini_batch_size=256, optim=OptimConfig(lr_warmup_steps=10)),
+        rollout=RolloutConfig(engines=4, tensor_parallel_size=2),
+    )
+    return replace(config, **changes)
+
+
+def shrunk(config: Config, shape: dict[str, Any]) -> tuple[Config, list[str]]:
+    small, model, changes = shrink_config(config, shape, 16)
+    assert check(small) + check_model(small, parse_config(model, "small")) == []
+    ranks = small.rollout.engines * small.rollout.tensor_parallel_size
+    assert ranks <= ENGINE_RANKS and small.data.max_prompt_length < 100
+    return small, [change.key for change in changes]
+
+
+def test_a_job_keeps_its_layout_and_the_arithmetic_of_its_batches() -> None:
+    small, changed = shrunk(job(), QWEN_7B)
+    assert small.actor.layout == job().actor.layout
+    assert small.data.train_batch_size // small.actor.ppo_mini_batch_size == 2  # of four
+    assert changed == ["rollout.engines", "cluster.platform"]
+
+
+def test_experts_groups_and_a_critic_apart_are_kept() -> None:
+    moe = LayoutConfig(tp=2, pp=1, dp=4, ep=4, sequence_parallel=True)
+    config = job(
+        actor=replace(job().actor, layout=moe),
+        critic=CriticConfig(layout=replace(moe, tp=1, dp=2, ep=2, sequence_parallel=False)),
+    )
+    small, _ = shrunk(config, QWEN3_MOE)
+    assert (small.actor.layout.ep, small.critic.layout and small.critic.layout.ep) == (4, 2)
+    grouped = job(
+        algorithm=AlgorithmConfig(adv_estimator="grpo"), rollout=replace(job().rollout, n=8, tensor_parallel_size=8)
+    )
+    small, changed = shrunk(grouped, QWEN_7B | {"num_key_value_heads": 4, "num_attention_heads": 32})
+    assert small.rollout.n == 2 and "rollout.tensor_parallel_size" in changed
+
+
+def test_interleaved_and_uneven_pipelines_get_whole_rounds() -> None:
+    layout = LayoutConfig(pp=4, vpp=7, dp=2)
+    small, _ = shrunk(job(actor=replace(job().actor, layout=layout)), QWEN_7B)
+    a_rank = small.actor.ppo_mini_batch_size * small.rollout.n // small.actor.layout.dp
+    assert a_rank % 4 == 0
+    uneven = LayoutConfig(pp=4, first_stage_layers=4)
+    small, _ = shrunk(job(actor=replace(job().actor, layout=uneven)), QWEN_7B)
+    assert small.actor.layout.first_stage_layers == 1
