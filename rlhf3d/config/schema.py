@@ -70,6 +70,8 @@ class ModelConfig:
     """Compute dtype of the training ranks: bfloat16 (fp32 master weights), float32, or auto: the platform's fastest."""
     use_remove_padding: bool = False
     """Train on packed sequences: one run of tokens a micro-batch instead of padded rows; same numbers, less work."""
+    offload: bool = False
+    """Keep each model's weights, gradients and optimizer state in host memory while another model is at work."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ class RolloutConfig:
     """CPU threads an engine rank; null for all cores over all engine ranks (trainers sleep meanwhile)."""
     enforce_eager: bool = True
     """Skip torch.compile and CUDA graphs."""
+    sleep: bool = False
+    """Engines give back their memory after generating, and get weights anew before the next time (on GPUs)."""
     sync_bucket_mib: int = 64
     """Weights travel in buckets of at most so many MiB: two per engine rank are the only extra memory of a sync."""
     sync_timeout_s: float = 300.0

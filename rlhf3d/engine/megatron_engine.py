@@ -22,6 +22,7 @@ from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
+from rlhf3d.engine.residence import EngineResidence
 from rlhf3d.models.megatron import (
     HEADS,
     Role,
@@ -56,6 +57,8 @@ class EngineContext:
     """Leave out an optimizer step whose loss or gradient is not finite, instead of stopping."""
     packed: bool = False
     """Micro-batches are packed sequences instead of padded rows."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory while the model is not at work."""
 
 
 class MegatronEngine:
@@ -89,6 +92,7 @@ class MegatronEngine:
         else:
             for model in self.models:
                 model.requires_grad_(False)
+        self.residence = EngineResidence(self, context.offload)
 
     def _wrap(self, chunk: torch.nn.Module) -> torch.nn.Module:
         from megatron.core.transformer.module import Float16Module
@@ -167,7 +171,8 @@ class MegatronEngine:
             data = {name: micro.scatter(value).cpu() for name, value in columns.items()}
             return output.new_zeros(()), torch.zeros((), dtype=torch.int, device=output.device), data
 
-        results = self._run(batch, micro_batches, keep, forward_only=True)
+        with self.residence.at_work("weights"):
+            results = self._run(batch, micro_batches, keep, forward_only=True)
         if not self.is_last_stage:
             return None
         names = list(results[0])
@@ -188,13 +193,14 @@ class MegatronEngine:
             model.train()
         self.scheduler.step(increment=1)
         taken, skipped = [], []
-        for mini in mini_batches:
-            try:
-                taken.append(self._optimizer_step(batch, mini, objective))
-            except NonFiniteUpdate as problem:
-                if not self.context.skip_nonfinite:
-                    raise
-                skipped.append(str(problem))
+        with self.residence.at_work("weights", "gradients", "optimizer"):
+            for mini in mini_batches:
+                try:
+                    taken.append(self._optimizer_step(batch, mini, objective))
+                except NonFiniteUpdate as problem:
+                    if not self.context.skip_nonfinite:
+                        raise
+                    skipped.append(str(problem))
         steps = max(len(taken), 1)
         totals = {name: sum(shares[name] for shares, _ in taken) / steps for name in (taken[0][0] if taken else ())}
         grad_norm = sum(norm for _, norm in taken) / steps if taken else math.nan

@@ -82,6 +82,10 @@ class Platform(ABC):
         """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it."""
 
     @abstractmethod
+    def free_cached(self) -> None:
+        """Let other processes have the device memory that torch keeps for its next tensors."""
+
+    @abstractmethod
     def memory_gib(self) -> float:
         """Memory, GiB: on CPU of the host (all ranks share it), on CUDA of one GPU."""
 
@@ -132,6 +136,9 @@ class CPUPlatform(Platform):
         cpuinfo = Path("/proc/cpuinfo")
         flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
         return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
+
+    def free_cached(self) -> None:
+        """The C library gives large blocks back by itself."""
 
     def memory_gib(self) -> float:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -188,6 +195,11 @@ class CUDAPlatform(Platform):
     @property
     def fast_dtype(self) -> str:
         return "bfloat16"
+
+    def free_cached(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
 
     def memory_gib(self) -> float:
         import torch

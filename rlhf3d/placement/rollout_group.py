@@ -134,6 +134,10 @@ class RolloutGroup:
         """Per engine, see `RolloutEngine.cached_tokens`."""
         return self._on_all("sync_weights (canary)", "cached_tokens")
 
+    def sleep(self) -> None:
+        """Have the engines serve nothing and give their memory back, until the next weights."""
+        self._on_all("sleep", "sleep")
+
     def publish(self, policy_version: int) -> None:
         """Let the engines serve these weights."""
         self._on_all("sync_weights", "publish", policy_version)

@@ -104,6 +104,7 @@ class TrainWorker:
             total_steps=self.setup.total_steps,
             skip_nonfinite=config.trainer.on_nonfinite == "skip",
             packed=config.model.use_remove_padding,
+            offload=config.model.offload,
         )
         make: dict[str, Callable[[], MegatronEngine]] = {
             "actor": lambda: MegatronEngine(context, "policy", folder, config.actor.optim),
@@ -167,7 +168,8 @@ class TrainWorker:
 
     def send_weights(self, name: str, policy_version: int, sync: int) -> SendReport:
         """Send this rank's share of the actor's weights."""
-        return self.streams[name].send(policy_version, sync)
+        with self.engines["actor"].residence.at_work("weights"):
+            return self.streams[name].send(policy_version, sync)
 
     def start_save(self, role: str, folder: str) -> None:
         """Copy this rank's share of a model and begin to write it; see checkpoints/sharded.py."""
@@ -176,7 +178,8 @@ class TrainWorker:
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
         optimizer = self.setup.config.trainer.save_optimizer
-        self._saves.append(start_save(Path(folder), self.engines[role], optimizer, self._writer))
+        with self.engines[role].residence.at_work("weights", "optimizer"):
+            self._saves.append(start_save(Path(folder), self.engines[role], optimizer, self._writer))
 
     def written(self) -> bool:
         """Whether every model under way is written."""
@@ -192,4 +195,5 @@ class TrainWorker:
         """Take over a saved model; whether the random state was there for as many ranks."""
         from rlhf3d.checkpoints.sharded import load
 
-        return load(Path(folder), self.engines[role], optimizer)
+        with self.engines[role].residence.at_work("weights", "optimizer"):
+            return load(Path(folder), self.engines[role], optimizer)

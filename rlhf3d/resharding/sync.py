@@ -58,6 +58,10 @@ class WeightSync:
         """The actor was updated: what the engines hold is old."""
         self.trained_version += 1
 
+    def weights_lost(self) -> None:
+        """The engines hold no weights any more."""
+        self.served_version = None
+
     @property
     def needed(self) -> bool:
         """Whether the engines lack the newest weights."""

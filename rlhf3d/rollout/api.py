@@ -104,6 +104,9 @@ class RolloutEngine(Protocol):
         Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing any more.
         """
 
+    def sleep(self) -> None:
+        """Serve nothing and give back what memory can be given back, until the next `update_weights`."""
+
     def publish(self, policy_version: int) -> None:
         """Serve what was loaded. Raises RuntimeError unless `policy_version` is what was loaded last."""
 

@@ -48,12 +48,13 @@ class VLLMEngine:
         platform_kind: str = "cpu",
         gpu_memory_utilization: float = 0.5,
         load_weights: bool = False,
+        can_sleep: bool = False,
     ) -> None:
         """`model_path` gives architecture and end-of-sequence tokens; its weights are read if `load_weights`.
 
         `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
-        `gpu_memory_utilization` CUDA only.
+        `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does.
         """
         assert platform_kind in ("cpu", "cuda"), platform_kind
         on_cpu = platform_kind == "cpu"
@@ -80,8 +81,14 @@ class VLLMEngine:
             }
             if on_cpu
             # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
-            else {"gpu_memory_utilization": gpu_memory_utilization, "moe_backend": "triton"}
+            else {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "moe_backend": "triton",
+                "enable_sleep_mode": can_sleep,
+            }
         )
+        self._can_sleep = can_sleep and not on_cpu
+        self._asleep: list[str] = []
         self._params = SamplingParams
         self._max_model_len = max_model_len
         self._loaded_version: int | None = None
@@ -152,11 +159,19 @@ class VLLMEngine:
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """See `RolloutEngine.update_weights`."""
         self._policy_version = self._loaded_version = None
+        self._wake("weights")
         times = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))[0]
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: are requests running?")
         self._loaded_version = policy_version
         return SyncReport(policy_version=policy_version, **times)
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._policy_version = self._loaded_version = None
+        if self._can_sleep and not self._asleep:
+            self._llm.sleep(level=2)  # the weights come anew: no copy is kept
+            self._asleep = ["weights", "kv_cache"]
 
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""
@@ -197,6 +212,13 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
+    def _wake(self, part: str) -> None:
+        """Take memory again: of the weights before they are written, of the cache before the first request, when the
+        training ranks may have let go of theirs."""
+        if part in self._asleep:
+            self._llm.wake_up(tags=[part])
+            self._asleep.remove(part)
+
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         """vLLM's output of each prompt, in order."""
         outputs = {number: output for part in self._stream(prompts, params) for number, output in part.items()}
@@ -204,6 +226,7 @@ class VLLMEngine:
 
     def _stream(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[dict[int, Any]]:
         """vLLM's outputs by number of their prompt, what has finished every STREAM_S."""
+        self._wake("kv_cache")
         first = self._llm.request_counter.counter  # vLLM names requests by counting them
         self._llm.enqueue([{"prompt_token_ids": list(prompt)} for prompt in prompts], list(params), use_tqdm=False)
         engine, answered, finished, since = self._llm.llm_engine, 0, dict[int, Any](), time.monotonic()

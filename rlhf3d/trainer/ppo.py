@@ -163,9 +163,16 @@ class PPOTrainer:
             )
         else:
             scored = self.score(*self.generate(step, seen))
+        self.rest_engines()
         write_samples(self.config.trainer.output_dir, step, scored.experience.samples(scored.scores))
         self.watch.scores(step, scored, n)
         return scored, metrics
+
+    def rest_engines(self) -> None:
+        """Leave the engines' memory to the updates, where the configuration says so."""
+        if self.config.rollout.sleep:
+            self.parts.rollout.sleep()
+            self.parts.sync.weights_lost()
 
     def generate(self, step: int, seen: Counter[int]) -> tuple[Experience, Scoring]:
         """Sample `rollout.n` completions of each of the next prompts; for ReMax also a greedy one.

@@ -225,4 +225,5 @@ def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
         "seed": config.trainer.seed,
         "platform_kind": platform_kind,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "can_sleep": rollout.sleep,
     }

@@ -66,6 +66,7 @@ class Case:
     micro_batch_size: int = 2
     ep: int = 1
     model: str = "heads4"
+    offload: bool = False
 
     @property
     def layout(self) -> ParallelLayout:
@@ -81,7 +82,7 @@ class Case:
         flags += [f"vpp{self.vpp}"] if self.vpp else []
         flags += [f"ep{self.ep}"] if self.ep > 1 else []
         flags += [self.model] if self.model != "heads4" else []
-        names = ("sp", "overlap", "recompute")
+        names = ("sp", "overlap", "recompute", "offload")
         return "-".join(
             flags + [n for n in names if getattr(self, n)] + ([] if self.distributed_optimizer else ["ddp"])
         )
@@ -98,7 +99,7 @@ CASES = [
     Case(pp=4),
     Case(pp=2, vpp=2),
     Case(tp=2, pp=2, dp=1),
-    Case(pp=2, dp=2, overlap=True),
+    Case(pp=2, dp=2, overlap=True, offload=True),
     Case(tp=2, dp=2, sp=True),
     Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1),
@@ -107,7 +108,7 @@ CASES = [
     Case(tp=1, pp=1, model="heads9"),
     Case(dp=2, ep=2, model="experts"),
     Case(tp=2, sp=True, model="experts"),
-    Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts"),
+    Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute=True, model="experts"),
 ]
 
@@ -187,6 +188,7 @@ def run_updates(rank: int, port: int, case: Case, folder: Path, updates: dict[st
         device=torch.device("cpu"),
         temperature=0.9,
         total_steps=10,
+        offload=case.offload,
     )
     return {name: one_update(replace(context, packed=u.rule.packed), folder, u) for name, u in updates.items()}
 
@@ -207,13 +209,15 @@ def one_update(context, folder: Path, update: Update) -> dict:
     share = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS, cost)[dp]
     outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
     updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
+    with engine.residence.at_work("weights"):
+        weights = [(name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()]
     return {
         "rows": forward.rows,
         "outputs": outputs,
         "after": engine.forward(batch.select(forward.rows), forward.micro_batches),
         "shares": updated.shares,
         "grad_norm": updated.grad_norm,
-        "weights": [(name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()],
+        "weights": weights,
     }
 
 

@@ -57,7 +57,7 @@ def test_what_is_wrong_with_the_job_is_told_in_its_own_numbers(tmp_path: Path) -
         prepare(job, ["custom_reward_function.path=no.py"], tmp_path / "out", 16)
     with pytest.raises(ConfigError, match=r"custom_reward_function.path = no.py: no such Python file"):
         prepare(job, ["custom_reward_function.path=no.py"], tmp_path / "out", 16)
-    with pytest.raises(ValueError, match="has no config.json, which a rehearsal needs"):
+    with pytest.raises(ValueError, match="which a rehearsal needs"):
         prepare(job, ["model.path=nowhere"], tmp_path / "out", 16)
 
 

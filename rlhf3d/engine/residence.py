@@ -1,0 +1,145 @@
+"""Model states in host memory while other work has the device.
+
+Invariant: a tensor keeps its identity, its views and its bits over `leave` and `enter`; between the two its storage on
+the device is empty, and touching it is an error of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rlhf3d.engine.megatron_engine import MegatronEngine
+
+
+class Residents:
+    """Storages that come and go together."""
+
+    def __init__(self, tensors: Iterable[Tensor], keep: bool = True, without: Iterable[Residents] = ()) -> None:
+        """Those of `tensors`, each once, less those of `without`; unless `keep`, they come back as zeros."""
+        others = {number for residents in without for number in residents._storages}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in others:
+                self._storages[storage._cdata] = storage
+        self._keep = keep
+        self._copies: dict[int, Tensor] = {}
+        self._sizes: dict[int, int] = {}
+        self.present = True
+
+    def same_as(self, other: Residents) -> bool:
+        """Whether both are of the same storages."""
+        return self._storages.keys() == other._storages.keys()
+
+    def leave(self) -> None:
+        """Free the device's memory."""
+        assert self.present, "these states have left already"
+        for number, storage in self._storages.items():
+            self._sizes[number] = storage.nbytes()
+            if self._keep:
+                # The copies stay allocated from one leave to the next: pinning memory is slow.
+                host = self._copies.get(number)
+                if host is None:
+                    pinned = storage.device.type != "cpu"
+                    host = self._copies[number] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+                host.copy_(_bytes(storage))
+            storage.resize_(0)
+        self.present = False
+
+    def enter(self) -> None:
+        """Take the device's memory again."""
+        assert not self.present, "these states are here already"
+        for number, storage in self._storages.items():
+            storage.resize_(self._sizes[number])
+            content = _bytes(storage)
+            if self._keep:
+                content.copy_(self._copies[number])
+            else:
+                content.zero_()
+        self.present = True
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class EngineResidence:
+    """The states of one engine: on the device where they are asked for, and else in host memory."""
+
+    def __init__(self, engine: MegatronEngine, enabled: bool) -> None:
+        self._engine, self._enabled = engine, enabled
+        self._states: dict[str, Residents] = {}
+        if enabled:
+            self._find()
+            self._leave()
+
+    @contextmanager
+    def at_work(self, *names: str) -> Iterator[None]:
+        """Have `weights`, `gradients` or `optimizer` on the device meanwhile."""
+        if not self._enabled:
+            yield
+            return
+        for name in names:
+            self._states[name].enter()
+        try:
+            yield
+        finally:
+            if "optimizer" in names:
+                self._find()
+            self._leave()
+
+    def _leave(self) -> None:
+        for residents in self._states.values():
+            if residents.present:
+                residents.leave()
+        self._engine.context.platform.free_cached()
+
+    def _find(self) -> None:
+        """Take stock: the optimizer's first step, and a load, make states of their own."""
+        weights = Residents(_weights(self._engine))
+        gradients = Residents(_gradients(self._engine), keep=False, without=[weights])
+        optimizer = Residents(_optimizer_state(self._engine), without=[weights, gradients])
+        found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        # What is known already keeps its copies' memory.
+        self._states = {
+            name: known if (known := self._states.get(name)) is not None and known.same_as(residents) else residents
+            for name, residents in found.items()
+        }
+
+
+def _weights(engine: MegatronEngine) -> Iterator[Tensor]:
+    for model in engine.models:
+        yield from (parameter.data for parameter in model.parameters())
+        for module in model.modules():  # model.buffers() is something else in Megatron's DDP
+            yield from (buffer for buffer in module._buffers.values() if buffer is not None)
+        yield from (buffer.param_data for buffer in _ddp_buffers(model) if buffer.param_data is not None)
+
+
+def _gradients(engine: MegatronEngine) -> Iterator[Tensor]:
+    for model in engine.models:
+        yield from (buffer.grad_data for buffer in _ddp_buffers(model))
+
+
+def _ddp_buffers(model: torch.nn.Module) -> list[Any]:
+    """Megatron's contiguous buffers; none of a model that does not learn."""
+    if not hasattr(model, "expert_parallel_buffers"):
+        return []
+    return [*model.buffers, *model.expert_parallel_buffers]
+
+
+def _optimizer_state(engine: MegatronEngine) -> Iterator[Tensor]:
+    """Moments and main weights."""
+    if engine.optimizer is None:
+        return
+    for megatron in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        inner = megatron.optimizer
+        for group in inner.param_groups:
+            yield from (parameter.data for parameter in group["params"])
+        for state in inner.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))

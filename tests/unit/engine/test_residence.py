@@ -1,0 +1,52 @@
+"""Tensors that leave their device and come back: identity, views and bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf3d.engine.residence import Residents
+
+
+def test_what_comes_back_is_what_left() -> None:
+    buffer = torch.randn(64)
+    views = [buffer[:16].view(4, 4), buffer[16:]]
+    alone = torch.randn(3, 5, dtype=torch.bfloat16)
+    before = [t.clone() for t in (buffer, alone)]
+    residents = Residents([*views, buffer, alone])
+    for _ in range(3):
+        residents.leave()
+        assert [t.untyped_storage().nbytes() for t in (buffer, alone)] == [0, 0]
+        residents.enter()
+        assert torch.equal(buffer, before[0]) and torch.equal(alone, before[1])
+        assert torch.equal(views[0].flatten(), before[0][:16])
+        views[1].add_(1.0)  # a change while here is kept
+        before[0][16:] += 1.0
+
+
+def test_what_is_not_kept_comes_back_as_zeros() -> None:
+    gradients = torch.ones(8)
+    residents = Residents([gradients], keep=False)
+    residents.leave()
+    residents.enter()
+    assert torch.equal(gradients, torch.zeros(8))
+
+
+def test_a_storage_belongs_to_one_group() -> None:
+    """In float32 Megatron's main weights are views of the model's."""
+    weights = torch.randn(8)
+    own, moments = Residents([weights]), torch.randn(8)
+    others = Residents([weights[:4], moments], without=[own])
+    assert others.same_as(Residents([moments])) and not others.same_as(own)
+    others.leave()
+    assert weights.untyped_storage().nbytes() == 32 and moments.untyped_storage().nbytes() == 0
+    others.enter()
+
+
+def test_coming_twice_is_an_error_of_ours() -> None:
+    residents = Residents([torch.ones(2)])
+    with pytest.raises(AssertionError, match="are here already"):
+        residents.enter()
+    residents.leave()
+    with pytest.raises(AssertionError, match="have left already"):
+        residents.leave()
