@@ -65,8 +65,8 @@ train: setup $(if $(filter quickstart% gsm8k%,$(notdir $(CONFIG))),model data) #
 	$(BIN)/rlhf3d train $(CONFIG_FILE) $(ARGS)
 
 train-7b: CONFIG = math.yaml
-train-7b: setup ## the 8-GPU job (math.yaml)
-	$(BIN)/rlhf3d train $(CONFIG_FILE) $(ARGS)
+train-7b: setup ## the 8-GPU job (math.yaml); REHEARSE=1 runs it in miniature on this machine's CPU
+	$(BIN)/rlhf3d $(if $(REHEARSE),rehearse,train) $(CONFIG_FILE) $(ARGS)
 
 test: lint unit integration ## all checks
 
