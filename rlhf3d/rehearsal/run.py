@@ -101,6 +101,9 @@ def rehearse(miniature: Miniature, say: Callable[[str], None]) -> None:
     _train(miniature, miniature.run, "never", say)
     again = miniature.run.with_name("resumed")
     _train(miniature, again, str(miniature.run / "checkpoints" / f"step_{STEPS - 1}"), say)
+    steps = [row["step"] for row in read_metrics(again)]
+    if steps != [STEPS]:
+        raise RehearsalFailed(f"the resumed run has steps {steps}, not {STEPS} alone: it did not resume")
     differing = differences(miniature.run, again, STEPS)
     if differing:
         raise RehearsalFailed(f"step {STEPS} of the resumed run is not that of the first: {'; '.join(differing[:5])}")

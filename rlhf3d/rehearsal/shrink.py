@@ -135,7 +135,7 @@ def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[
         critic_layout = cut_layout(critic_layout, critic_room, spec.num_layers)
         note("critic.layout", _text(config.critic.layout), _text(critic_layout), f"at most {room} training ranks")
     rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
-    engines = max(1, min(config.rollout.engines, ENGINE_RANKS // rollout_tp))
+    engines = max(1, min(config.rollout.engines, 2, ENGINE_RANKS // rollout_tp))
     note("rollout.engines", config.rollout.engines, engines, f"at most {ENGINE_RANKS} vLLM processes")
     note("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same")
 
