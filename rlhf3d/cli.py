@@ -417,7 +417,11 @@ def convert(
     from rlhf3d.checkpoints.convert_view import convert as run
 
     options = Options(to, role, dtype, max_shard_size, reference)
-    report = run(source, destination, options, workers, restart, verify)
+    try:
+        report = run(source, destination, options, workers, restart, verify)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
     typer.echo(json.dumps(report.to_json()) if as_json else report.text())
 
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,29 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class InputFile:
-    """A file read at any offset by any thread."""
+    """A file read at any offset by any thread; open only while it is read, since a checkpoint can have thousands."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with self._open() as file:
+            self.size = os.fstat(file.fileno()).st_size
+
+    def _open(self) -> FileIO:
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
+            return FileIO(self.path)
         except OSError as error:
-            raise ValueError(f"cannot read {path} ({error.strerror})") from error
-        self.size = os.fstat(self._file.fileno()).st_size
+            raise ValueError(f"cannot read {self.path} ({error.strerror})") from error
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` from `offset` on."""
         done = 0
-        while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
-            if count == 0:
-                raise ValueError(f"{self.path} is cut off: it has {self.size} bytes, {offset + len(target)} are needed")
-            done += count
+        with self._open() as file:
+            while done < len(target):
+                count = os.preadv(file.fileno(), [target[done:]], offset + done)
+                if count == 0:
+                    end = offset + len(target)
+                    raise ValueError(f"{self.path} is cut off: it has {self.size} bytes, {end} are needed")
+                done += count
 
     def read(self, offset: int, length: int) -> bytes:
         """So many bytes from `offset` on."""

@@ -102,15 +102,25 @@ class Conversion:
         """What follows the trunk."""
         return HEADS[self.role]
 
-    def pair(self) -> tuple[Path, Path]:
-        """The Megatron and the Hugging Face folder of source and (finished) destination."""
-        return (self.source, self.destination) if self.to == "hf" else (self.destination / self.role, self.source)
+    def pair(self, written: Path) -> tuple[Path, Path]:
+        """The Megatron and the Hugging Face folder, where `written` holds the destination's files."""
+        return (self.source, written) if self.to == "hf" else (written / self.role, self.source)
 
-    def run(self, workers: int = 2, restart: bool = False, on_bytes: Advance = lambda count: None) -> None:
-        """Write the destination; `on_bytes` is told of bytes written, from several threads."""
+    def run(
+        self,
+        workers: int = 2,
+        restart: bool = False,
+        on_bytes: Advance = lambda count: None,
+        check: Callable[[Path], None] = lambda written: None,
+    ) -> None:
+        """Write the destination; `on_bytes` is told of bytes written, from several threads.
+
+        `check` may look at the written folder, and raise, before it gets its name.
+        """
         with building(self.destination, self.plan, restart) as folder:
             write_files(folder, self.tasks, workers, on_bytes)
             self.finish(folder)
+            check(folder)
 
 
 def plan_conversion(source: Path, destination: Path, options: Options) -> Conversion:
@@ -235,12 +245,8 @@ def _safetensors_writer(
 def write_role(config_file: Path, role: Role) -> None:
     """Make config.json say which head the weights beside it have."""
     config = json.loads(config_file.read_text())
-    trunk = {
-        name.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification") for name in config["architectures"]
-    }
-    config["architectures"] = [
-        name + ("ForCausalLM" if role == "actor" else "ForSequenceClassification") for name in trunk
-    ]
+    prefix = "".join(part.capitalize() for part in config["model_type"].split("_"))
+    config["architectures"] = [f"{prefix}{'ForCausalLM' if role == 'actor' else 'ForSequenceClassification'}"]
     for key in ("num_labels", "id2label", "label2id"):
         config.pop(key, None)
     if role == "critic":

@@ -58,7 +58,10 @@ class Report:
 def convert(
     source: Path, destination: Path, options: Options, workers: int = 2, restart: bool = False, proof: bool = False
 ) -> Report:
-    """Convert with a progress bar; with `proof`, verify what was written. Raises ValueError, VerifyError."""
+    """Convert with a progress bar; with `proof`, what was written gets its name once it is verified.
+
+    Raises ValueError, VerifyError, and RuntimeError where the disk fails.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -68,11 +71,16 @@ def convert(
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     began = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"to {conversion.to}", total=conversion.num_bytes)
-        conversion.run(workers, restart, lambda count: progress.advance(bar, count))
-        seconds = time.monotonic() - began
-        verified = None
-        if proof:
-            bar = progress.add_task("verifying", total=conversion.num_bytes)
-            verified = verify(*conversion.pair(), conversion.to, lambda count: progress.advance(bar, count))
+        seconds, verified = 0.0, None
+        writing = progress.add_task(f"to {conversion.to}", total=conversion.num_bytes)
+
+        def check(written: Path) -> None:
+            nonlocal seconds, verified
+            seconds = time.monotonic() - began
+            if proof:
+                reading = progress.add_task("verifying", total=conversion.num_bytes)
+                pair = conversion.pair(written)
+                verified = verify(*pair, conversion.to, lambda count: progress.advance(reading, count))
+
+        conversion.run(workers, restart, lambda count: progress.advance(writing, count), check)
     return Report(conversion, seconds, verified)

@@ -126,10 +126,15 @@ def _cancel(running: set[Future[None]]) -> None:
 def _write_file(path: Path, task: FileTask, advance: Advance) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    task.write(unfinished, advance)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.rename(unfinished, path)
+    try:
+        task.write(unfinished, advance)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.rename(unfinished, path)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write {path} ({error.strerror or error}): mend that and repeat the command"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -122,7 +122,10 @@ def _dtypes(reader: HFReader) -> dict[str, torch.dtype]:
 def _in_process(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Run in a process of its own: patched libraries and memory end with it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-        return child.submit(partial(function, *args)).result()
+        try:
+            return child.submit(partial(function, *args)).result()
+        except Exception as error:
+            raise VerifyError(f"no logits of {args[0]}: {error!r}") from error
 
 
 def random_tokens(spec: ModelSpec) -> Tensor:

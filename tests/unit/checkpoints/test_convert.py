@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import load_tensors, same_tensors, write_megatron_folder
 from support.tiny_models import make_tiny_model
 
-from rlhf3d.checkpoints.convert import MismatchError, Options, plan_conversion
+from rlhf3d.checkpoints.convert import MismatchError, Options, plan_conversion, write_role
 from rlhf3d.checkpoints.files import partial_folder
+from rlhf3d.checkpoints.locate import Role
 from rlhf3d.checkpoints.manifest import problems, read_manifest
-from rlhf3d.models.spec import load_spec
+from rlhf3d.checkpoints.verify import VerifyError
+from rlhf3d.models.spec import FAMILIES, load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 
 SMALL = {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2}
@@ -107,6 +109,20 @@ def test_critic_is_a_sequence_classifier(llama: Path, tmp_path: Path) -> None:
         plan_conversion(llama, tmp_path / "x", Options(role="critic"))
 
 
+def test_architectures_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    classes: dict[Role, Any] = {
+        "actor": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "critic": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    for family in FAMILIES:
+        for role, names in classes.items():
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+            write_role(tmp_path / "config.json", role)
+            assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [names[family]]
+
+
 def change(folder: Path, destination: Path, edit: Any) -> Path:
     shutil.copytree(folder, destination)
     tensors = load_file(destination / "model.safetensors")
@@ -189,15 +205,28 @@ def test_failure_stops_the_other_files_and_restart_forgets(llama: Path, tmp_path
     destination = tmp_path / "out"
 
     def fail(count: int) -> None:
-        raise OSError("disk on fire")
+        if count:
+            raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk on fire"):
-        plan_conversion(llama, destination, Options()).run(on_bytes=lambda count: fail(count) if count else None)
+    with pytest.raises(RuntimeError, match=r"cannot write .*__0_0\.distcp \(No space left on device\)"):
+        plan_conversion(llama, destination, Options()).run(on_bytes=fail)
     assert not destination.exists()
     plan_conversion(llama, destination, Options(dtype="float32")).run(restart=True)
     assert destination.is_dir()
     with pytest.raises(ValueError, match="exists; remove it"):
         plan_conversion(llama, destination, Options()).run()
+
+
+def test_what_is_not_verified_gets_no_name(llama: Path, tmp_path: Path) -> None:
+    def check(written: Path) -> None:
+        assert problems(written, read_manifest(written)) == []
+        raise VerifyError("different")
+
+    with pytest.raises(VerifyError, match="different"):
+        plan_conversion(llama, tmp_path / "out", Options()).run(check=check)
+    assert not (tmp_path / "out").exists()
+    plan_conversion(llama, tmp_path / "out", Options()).run()
+    assert same_tensors(load_tensors(convert(tmp_path / "out", tmp_path / "back")), load_tensors(llama))
 
 
 def test_a_full_disk_is_told_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
