@@ -15,7 +15,7 @@ import yaml
 
 from rlhf3d.checkpoints.convert import MegatronSource, hf_source
 from rlhf3d.checkpoints.locate import ROLES, kind_of, reference_folder
-from rlhf3d.checkpoints.manifest import problems, read_manifest
+from rlhf3d.checkpoints.manifest import MANIFEST, problems, read_manifest
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
 from rlhf3d.models.spec import ModelSpec, load_spec
@@ -34,7 +34,7 @@ def _run(path: Path, deep: bool) -> dict[str, Any]:
     whole = [store.path(step) for step in store.steps()]
     found = {
         "steps": store.steps(),
-        "unfinished": sorted(p.name for p in store.folder.iterdir() if p.is_dir() and p not in whole),
+        "unfinished": sorted(p.name for p in store.folder.iterdir() if p.is_dir() and not (p / MANIFEST).is_file()),
     }
     if not whole:
         return {**found, "problems": [f"{store.folder} has no complete checkpoint"]}

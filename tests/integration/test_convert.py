@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load_and_save(rank: int, port: int, hf: Path, layout: ParallelLayout, role: Any, converted: Path, out: Path) -> int:
-    """Load what was converted and compare with what the engine loads from the HF folder; then save it."""
-    from megatron.core import dist_checkpointing
-
+    """Load what was converted, compare with what the engine loads from the HF folder, save it with optimizer state."""
     from rlhf3d.checkpoints import sharded
     from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
     from rlhf3d.parallel.megatron_init import initialize_megatron
@@ -108,7 +106,8 @@ def load_and_save(rank: int, port: int, hf: Path, layout: ParallelLayout, role: 
     if rank == 0:
         out.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save(sharded.model_state(engine), str(out), content_metadata=sharded.METADATA)
+    with ThreadPoolExecutor(1) as threads:
+        sharded.finish_save(sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60)
     return len(expected)
 
 
