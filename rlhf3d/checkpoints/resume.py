@@ -138,6 +138,9 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
     dtype = found.config["model.dtype"]
     if dtype != config.model.dtype:
         refused.append(f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: set model.dtype={dtype}")
+    kl = found.config["algorithm.kl_ctrl.type"]
+    if kl != (kl_now := config.algorithm.kl_ctrl.type):
+        refused.append(f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a {kl} controller")
     wanted = [role for group in worker_groups(config) for role in group.roles if role in TRAINABLE]
     if missing := [role for role in wanted if role not in manifest.models]:
         refused.append(

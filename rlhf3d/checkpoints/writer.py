@@ -30,6 +30,7 @@ from rlhf3d.resharding.sync import WeightSync
 
 HF_FOLDER = "hf"
 _SPARE_BYTES = 64 << 20
+_FULL_BYTES = 1 << 20
 _GUESSED_BYTES_PER_S = 200e6
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
@@ -165,8 +166,10 @@ class CheckpointWriter:
         try:
             yield
         except (OSError, RuntimeError) as error:
+            # torch's own writer calls a full disk an iostream error.
+            full = shutil.disk_usage(self.store.folder).free < _FULL_BYTES or "No space left on device" in str(error)
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, WorkerFailure | OSError) and "No space left on device" in str(error):
+            if full and isinstance(error, WorkerFailure | OSError):
                 raise RuntimeError(
                     f"the disk of {self.store.folder} is full; the checkpoint under way was removed, those before it "
                     f"are whole (newest: {self.last or 'none of this process'}). Make room and run again, or set "

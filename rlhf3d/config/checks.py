@@ -297,9 +297,21 @@ def _check_algorithm(config: Config) -> list[str]:
     return problems
 
 
+def _check_retention(config: Config) -> list[str]:
+    trainer = config.trainer
+    if trainer.keep_best and trainer.keep_last is None:
+        return [f"trainer.keep_best = {trainer.keep_best}: every checkpoint is kept; set trainer.keep_last too"]
+    if trainer.keep_best and (not trainer.test_freq or trainer.save_freq % trainer.test_freq):
+        return [
+            f"trainer.save_freq = {trainer.save_freq}: with trainer.keep_best it must be a multiple of "
+            f"trainer.test_freq = {trainer.test_freq}, so that each checkpoint has a validation of its step"
+        ]
+    return []
+
+
 def _check_schedule(config: Config) -> list[str]:
     total, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
-    problems = []
+    problems = _check_retention(config)
     for role in ("actor", "critic") if config.needs_critic else ("actor",):
         steps = value_of(config, f"{role}.optim.lr_warmup_steps")
         if total is not None and steps > total:

@@ -124,7 +124,7 @@ class WeightSync:
         if not self.train.is_here(owner):
             raise ValueError(
                 f"exporting the actor's weights needs the driver on the node of training rank {owner}: start "
-                "`rlhf3d train` there, or set trainer.save_at_end = false and trainer.save_freq = 0"
+                "`rlhf3d train` there, or set trainer.save_hf = never"
             )
         self._open(setup, None)
         inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))

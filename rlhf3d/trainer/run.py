@@ -78,6 +78,8 @@ def _run(config: Config, stopping: Stopping) -> int:
     assert total_steps is not None
     spec = load_spec(config.model.path)
     config, found, notes = _start(config, spec, total_steps)
+    if found is not None:  # other data are refused before anything is started
+        loader.load_state_dict(found.state["loader"])
     output = Path(config.trainer.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(config_to_yaml(config))

@@ -77,9 +77,12 @@ def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None
     code, text = stop_at(command, SAVED + 2, lambda process: process.kill())
     assert code == -signal.SIGKILL, text
     assert [row["step"] for row in read_rows(run)][-1] > SAVED
-    resumed = train(command)
+    background = ("trainer.async_save=true", "trainer.save_freq=1", "trainer.keep_last=2")
+    resumed = train(command, *background)
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
     assert f"resume from step {SAVED}: {run}/checkpoints/step_{SAVED}" in resumed.stdout
+    assert "changed trainer.async_save: False -> True" in resumed.stdout
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_5", "step_6"]
     assert untimed(run) == untimed(whole / "run")
     for step in range(1, STEPS + 1):
         name = f"samples/step_{step}.jsonl"

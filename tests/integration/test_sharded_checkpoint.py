@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import run_ranks
+from support.ranks import RankError, run_ranks
 from support.tiny_models import make_tiny_model
 
 import megatron_patches
@@ -176,3 +177,18 @@ def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
                 assert worst < 1e-5 and norm < 2e-6
             else:
                 assert worst < 2e-2 and norm < 2e-2
+
+
+def test_a_full_disk_is_told_by_the_save(tmp_path: Path) -> None:
+    """And does not hang: Python's files and torch's say it each in their own way."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr.decode().strip()}")
+    try:
+        model = make_tiny_model(tmp_path / "model", layers=4)
+        with pytest.raises(RankError, match=r"No space left on device|iostream error"):
+            run_ranks(2, train_and_save, Case(dp=2), model, None, folder / "saved", 0)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -14,7 +14,7 @@ from rlhf3d.checkpoints.manifest import Manifest, infos_below, write_manifest
 from rlhf3d.checkpoints.resume import Start, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.load import config_to_yaml
-from rlhf3d.config.schema import AlgorithmConfig, Config, LayoutConfig, ModelConfig, TrainerConfig
+from rlhf3d.config.schema import AlgorithmConfig, Config, KLCtrlConfig, LayoutConfig, ModelConfig, TrainerConfig
 from rlhf3d.models.spec import load_spec
 
 TOTAL = 10
@@ -173,6 +173,11 @@ def test_refuses_what_was_not_saved(config: Config) -> None:
     found = choose_start(config, TOTAL).checkpoint
     assert found is not None
     assert check_resume(found, fresh, load_spec(config.model.path)) == ["trainer.resume_fresh_optimizer: False -> True"]
+
+
+def test_refuses_another_kl_controller(config: Config) -> None:
+    adaptive = replace(config, algorithm=replace(config.algorithm, kl_ctrl=KLCtrlConfig(type="adaptive")))
+    assert "kl_ctrl.type = adaptive, the checkpoint holds the state of a fixed controller" in refusal(adaptive, config)
 
 
 def test_refuses_another_dtype(config: Config) -> None:

@@ -161,6 +161,12 @@ def test_good_configuration_passes() -> None:
         (["actor.optim.betas=[0.9, 1.0]"], "actor.optim.betas = [0.9, 1.0]: each must be in [0, 1)"),
         (["actor.optim.min_lr=1"], "actor.optim.min_lr = 1.0: above actor.optim.lr = 1e-06"),
         (["data.val_max_samples=0"], "data.val_max_samples = 0: must be 1 or more, or -1 (all)"),
+        (["trainer.keep_best=1"], "trainer.keep_best = 1: every checkpoint is kept; set trainer.keep_last too"),
+        (
+            ["trainer.keep_best=1", "trainer.keep_last=1", "trainer.save_freq=15", "trainer.test_freq=10"],
+            "trainer.save_freq = 15: with trainer.keep_best it must be a multiple of trainer.test_freq = 10, so that "
+            "each checkpoint has a validation of its step",
+        ),
         (
             ["trainer.total_training_steps=5", "trainer.critic_warmup=5"],
             "trainer.critic_warmup = 5: leaves no step of 5 to train the actor",
