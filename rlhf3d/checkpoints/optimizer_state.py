@@ -1,8 +1,9 @@
 """Adam's moments and fp32 weights of a model, in the shape of its parameters, however ranks share them out.
 
-Invariant: a save copies at most the parameters that several data-parallel ranks share, and each element is written by
-one rank. Names and shapes are those of megatron-core's `fully_reshardable` format, whose own gather holds the whole
-state several times over on every data-parallel rank.
+Invariant: a save copies at most the parameters that several data-parallel ranks share, each element is written by one
+rank, and after a load each parameter counts its own steps. Names and shapes are those of megatron-core's
+`fully_reshardable` format; its own code, which nothing here calls, holds the whole state several times over on every
+data-parallel rank, and after a load gives all parameters one step counter, which torch's Adam then advances for each.
 """
 
 from __future__ import annotations

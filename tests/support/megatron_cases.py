@@ -137,23 +137,11 @@ class Trainer:
         torch.distributed.all_reduce(mean, group=parallel_state.get_data_parallel_group())
         return mean.item() / self.layout.dp, float(grad_norm)
 
-    def sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        state = {"model": self.model.sharded_state_dict(metadata=CHECKPOINT_METADATA)}
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading, metadata=CHECKPOINT_METADATA)
-        return state
-
     def save(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
 
-        state = self.sharded_state(is_loading=False)
+        state = {"model": self.model.sharded_state_dict(metadata=CHECKPOINT_METADATA)}
         dist_checkpointing.save(state, folder, content_metadata=CHECKPOINT_METADATA)
-
-    def load(self, folder: str) -> None:
-        from megatron.core import dist_checkpointing
-
-        state = dist_checkpointing.load(self.sharded_state(is_loading=True), folder)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def train(rank: int, port: int, layout: ParallelLayout, steps: int, **model_kwargs: Any) -> list[tuple[float, float]]:
@@ -230,29 +218,6 @@ def isend_alias(rank: int, port: int) -> float:
     return 1.0 if received is None else received.mean().item()
 
 
-def distopt_state(rank: int, port: int) -> float:
-    """Save before the first step, load into a second trainer: largest difference of their next steps."""
-    layout = ParallelLayout()
-    join(rank, port, layout)
-    with tempfile.TemporaryDirectory() as folder:
-        first, second = Trainer(layout), Trainer(layout)
-        first.save(folder)
-        second.load(folder)
-    return max(abs(a - b) for a, b in zip(first.step(0), second.step(0), strict=True))
-
-
-def distopt_step(rank: int, port: int) -> list[float]:
-    """Distinct Adam step counts after two steps, a load and a third step."""
-    layout = ParallelLayout()
-    join(rank, port, layout)
-    trainer = Trainer(layout)
-    trainer.step(0)
-    trainer.step(1)
-    trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
-    trainer.step(2)
-    return sorted({state["step"].item() for state in trainer.optimizer.chained_optimizers[0].optimizer.state.values()})
-
-
 def _processes_of_a_save(rank: int, port: int) -> dict[str, int]:
     """Processes left running by, and forked during, one save."""
     forks: list[int] = []
@@ -314,8 +279,6 @@ CASES: dict[str, Case] = {
     "rng_tracker": Case(rng_tracker),
     "norm_sequence_parallel": Case(norm_sequence_parallel, 2),
     "isend_alias": Case(isend_alias, 2),
-    "distopt_state": Case(distopt_state),
-    "distopt_step": Case(distopt_step),
     "checkpoint_queue": Case(_processes_of_a_save),
     "checkpoint_writer": Case(_processes_of_a_save),
     "moe_router_gemm": Case(moe_router_gemm),

@@ -61,7 +61,7 @@ def test_where_patches_are_needed() -> None:
 
     assert names("cpu", "0.16.1") == {p.name for p in PATCHES}
     assert names("cpu", "0.19.2") == names("cpu", "0.16.1") - {"checkpoint_writer", "moe_router_gemm"}
-    assert names("cuda", "0.19.2") == {"distopt_state", "distopt_step", "checkpoint_queue"}
+    assert names("cuda", "0.19.2") == {"checkpoint_queue"}
     assert names("cpu", "0.20.0") == set()
 
 
