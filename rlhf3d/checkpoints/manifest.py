@@ -9,9 +9,10 @@ import json
 import os
 import subprocess
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,10 +142,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _git_describe(run: Callable[..., Any] = subprocess.run) -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+@cache
+def _git_describe() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return str(run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip())
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
         return ""

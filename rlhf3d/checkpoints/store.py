@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from rlhf3d.checkpoints.manifest import MANIFEST, sync_folder
+from rlhf3d.checkpoints.manifest import MANIFEST, read_manifest, sync_folder
 
 LATEST, DRIVER_FILE, CONFIG_FILE = "latest", "driver.json", "config.yaml"
 PARTIAL, DELETED = ".partial", ".deleted"
@@ -34,6 +35,14 @@ class Store:
         """Steps with a manifest, ascending."""
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
         return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+
+    def metrics(self) -> dict[int, float]:
+        """The metric of each step that was validated; a checkpoint that is damaged has none."""
+        found: dict[int, float] = {}
+        for step in self.steps():
+            with suppress(ValueError):
+                found.update(zip([step], read_manifest(self.path(step)).metric.values(), strict=False))
+        return found
 
     def path(self, step: int) -> Path:
         """Folder of a step."""

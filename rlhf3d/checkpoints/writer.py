@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.checkpoints.identity import identity_state
-from rlhf3d.checkpoints.manifest import FileInfo, Manifest, infos_below, read_manifest, versions, write_manifest
+from rlhf3d.checkpoints.manifest import FileInfo, Manifest, infos_below, versions, write_manifest
 from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store, reached
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
@@ -60,9 +60,6 @@ class CheckpointWriter:
         self.last: Path | None = None
         """The newest that this process has written."""
         self._save: _Save | None = None
-        self._values: dict[int, float] = {}
-        for step in self.store.steps():
-            self._values |= dict.fromkeys([step] * bool(m := read_manifest(self.store.path(step)).metric), *m.values())
         self._sizes = ({role: parameters(spec, role) for role in models}, config.model.dtype)
         self._identity = identity_state(config, spec)
         self.save_s = checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False) / _GUESSED_BYTES_PER_S
@@ -140,9 +137,8 @@ class CheckpointWriter:
             )
             write_manifest(save.folder, manifest)
             self.last = self.store.publish(save.step, save.folder)
-        self._values |= dict.fromkeys([save.step] * bool(manifest.metric), *manifest.metric.values())
         trainer = self.config.trainer
-        self.store.keep(trainer.keep_last, trainer.keep_best, self._values)
+        self.store.keep(trainer.keep_last, trainer.keep_best, self.store.metrics())
         ended = time.monotonic()
         self.save_s = ended - save.began
         held = save.held_s + (ended - began)

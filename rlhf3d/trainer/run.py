@@ -6,6 +6,7 @@ Invariant: whatever ends the run (the last step, an error, Ctrl-C), every proces
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -56,6 +57,7 @@ def run_training(config: Config) -> int:
         try:
             return _run(config, stopping)
         except Preempted:
+            print("stopped by a signal before the first step: the same command begins again", file=sys.stderr)
             return PREEMPTED
 
 

@@ -130,6 +130,8 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
 
 def test_retention_goes_by_the_metric_of_checkpoints_before(model: Path, tmp_path: Path) -> None:
     save(make_writer(model, tmp_path), 1, acc=0.9)
+    save(make_writer(model, tmp_path), 0, acc=1.0)
+    (tmp_path / "checkpoints" / "step_0" / "manifest.json").write_text("{}")  # damaged: it counts for nothing
     made = make_writer(model, tmp_path, keep_last=1, keep_best=1)
     for step, value in ((2, 0.2), (3, 0.3)):
         save(made, step, acc=value)
