@@ -71,7 +71,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     command, run = job(tmp_path), tmp_path / "run"
     code, text = stop_at(command, SAVED + 2, lambda process: process.kill())
@@ -96,7 +96,7 @@ def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None
     assert first["sync/canary_abs_diff"] < 1e-4
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
     """SIGUSR1 ends after a checkpoint; a time limit after one step more; two signals at once, and leave nothing."""
     command, run = job(tmp_path), tmp_path / "run"
