@@ -38,6 +38,11 @@ class Checkpoint:
     config: dict[str, Any]
     """As the run had it, by dotted key."""
 
+    @property
+    def run(self) -> Path:
+        """Folder of the run that wrote it."""
+        return self.folder.resolve().parent.parent
+
 
 @dataclass(frozen=True)
 class Start:
@@ -82,8 +87,7 @@ def _start_from(config: Config, path: Path) -> Start:
             f"trainer.resume_mode = {path}: neither a checkpoint (with {MANIFEST}) nor a run's folder that has a whole "
             "one; give auto, never or a path" + "".join(f"\n{note}" for note in notes)
         )
-    run = found.folder.resolve().parent.parent
-    own = next((folder for folder in _chain(config) if folder.resolve() == run), None)
+    own = next((folder for folder in _chain(config) if folder.resolve() == found.run), None)
     return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
 
 

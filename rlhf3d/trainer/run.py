@@ -171,7 +171,7 @@ def _start(config: Config, spec: ModelSpec, total_steps: int) -> tuple[Config, C
     store = Store(Path(config.trainer.output_dir) / CHECKPOINTS)
     if left := store.clean():
         notes.append(f"removed what a killed run left of {', '.join(left)}")
-    if found is not None and found.folder.parent == store.folder:
+    if found is not None and found.run == Path(config.trainer.output_dir).resolve():
         if moved := set_aside(store, found.manifest.step):
             notes.append(f"later checkpoints are now named {', '.join(moved)}")
         drop_samples(config.trainer.output_dir, found.manifest.step)
@@ -179,11 +179,11 @@ def _start(config: Config, spec: ModelSpec, total_steps: int) -> tuple[Config, C
 
 
 def _metrics(output: Path, found: Checkpoint | None) -> MetricsWriter:
-    """The writer: rows after the checkpoint are dropped, and its own is there even if the run died before it was."""
+    """The writer: rows after the checkpoint are dropped; in its run's folder its own is there, whenever that died."""
     if found is None:
         return MetricsWriter(output)
     writer, step = MetricsWriter(output, resume_step=found.manifest.step), found.manifest.step
-    if writer.last_step < step:
+    if found.run == output.resolve() and writer.last_step < step:
         writer.write(step, found.state["metrics"])
     return writer
 
