@@ -7,6 +7,7 @@ and engines; activations come on top, so passing is necessary and not sufficient
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf3d.config.checks import check_files
@@ -52,10 +53,10 @@ def preflight(config: Config) -> list[str]:
     derived = derive(config)
     problems = check_files(config)
     try:
-        spec = load_spec(config.model.path)
+        specs = group_specs(derived)
         for group in derived.groups:
-            check_layout(spec, group.layout, group.layout_config.sequence_parallel)
-        footprint = model_footprint(config, derived, spec)
+            check_layout(specs[group.name], group.layout, group.layout_config.sequence_parallel)
+        footprint = model_footprint(config, derived, specs)
     except ValueError:  # reported by check_files; what does not depend on the model is still compared
         footprint = Footprint({}, 0.0, 0.0)
     compare = _compare_cuda if cuda else _compare_cpu
@@ -78,21 +79,28 @@ def largest_rank_parameters(spec: ModelSpec, layout: ParallelLayout) -> int:
     )
 
 
-def model_footprint(config: Config, derived: Derived, spec: ModelSpec) -> Footprint:
-    """Model states of a configuration whose dtypes are resolved.
+def group_specs(derived: Derived) -> dict[str, ModelSpec]:
+    """The shape of each worker group's models."""
+    return {group.name: load_spec(group.model) for group in derived.groups}
+
+
+def model_footprint(config: Config, derived: Derived, specs: Mapping[str, ModelSpec]) -> Footprint:
+    """Model states of a configuration whose dtypes are resolved; `specs` by worker group.
 
     Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4. The distributed
     optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
     """
     trained = 1 + config.needs_critic
-    parameters = count_parameters(spec)
+    parameters = count_parameters(specs["actor"])
     weights = 2 if config.model.dtype == "bfloat16" else 4
     optimizer = 12 if config.model.dtype == "bfloat16" else 8
 
     def per_rank_gib(group: WorkerGroup) -> float:
         sharded = group.layout.dp if group.layout_config.distributed_optimizer else 1
-        bytes_of = dict.fromkeys(("actor", "critic"), weights + 4 + optimizer / sharded) | {"ref": weights}
-        return largest_rank_parameters(spec, group.layout) * sum(bytes_of[role] for role in group.roles) / GIB
+        trainable = weights + 4 + optimizer / sharded
+        bytes_of = {"actor": trainable, "critic": trainable, "ref": weights, "reward": weights}
+        parameters = largest_rank_parameters(specs[group.name], group.layout)
+        return parameters * sum(bytes_of[role] for role in group.roles) / GIB
 
     return Footprint(
         per_rank_gib={group.name: per_rank_gib(group) for group in derived.groups},

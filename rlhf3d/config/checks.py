@@ -16,7 +16,7 @@ from rlhf3d.config.derived import Batching, actor_batching, critic_batching, mic
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
-from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
+from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
 
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
@@ -38,30 +38,33 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "algorithm.adv_estimator": ADV_ESTIMATORS,
     "algorithm.kl_penalty": KL_TYPES,
     "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
-    "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
+    "algorithm.filter_groups.metric": ("acc", "score", "seq_reward", "seq_final_reward"),
     "trainer.on_nonfinite": ("stop", "skip"),
     "rollout.placement": PLACEMENTS,
     "critic.placement": PLACEMENTS,
     "trainer.save_hf": ("last", "always", "never"),
+    "reward_model.placement": PLACEMENTS,
+    "reward_model.overlong": ("error", "truncate_left"),
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
 LAYOUT_SIZES = "tp pp dp vpp ep first_stage_layers last_stage_layers".split()
-AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic") for size in LAYOUT_SIZES] + (
+AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES] + (
     "data.train_batch_size data.gen_batch_size data.max_prompt_length data.max_response_length "
     "actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
     "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
     "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
     "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len "
-    "reward.workers trainer.total_training_steps trainer.total_epochs trainer.keep_last cluster.num_nodes "
+    "reward.workers reward_model.micro_batch_size_per_gpu reward_model.max_length "
+    "trainer.total_training_steps trainer.total_epochs trainer.keep_last cluster.num_nodes "
     "cluster.gpus_per_node cluster.threads_per_rank"
 ).split()
 ABOVE_0 = (
     "actor.optim.lr actor.optim.eps critic.optim.lr critic.optim.eps actor.clip_ratio actor.clip_ratio_low "
     "actor.clip_ratio_high critic.cliprange_value rollout.temperature rollout.kv_cache_gib "
     "rollout.gpu_memory_utilization rollout.sync_timeout_s rollout.canary_max_abs_diff "
-    "algorithm.kl_ctrl.target_kl reward.timeout_s trainer.grad_spike_factor validation.temperature "
+    "algorithm.kl_ctrl.target_kl reward.timeout_s reward_model.std trainer.grad_spike_factor validation.temperature "
     "trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
 ).split()
 NOT_NEGATIVE = (
@@ -84,7 +87,7 @@ def check(config: Config) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = _check_values(config, names) + _check_sampling(config) + _check_algorithm(config)
-    problems += _check_schedule(config)
+    problems += _check_schedule(config) + _check_reward(config)
     sizes = [value_of(config, name) for name in AT_LEAST_1]
     if any(size is not None and size < 1 for size in sizes):
         return problems  # reported above; the arithmetic below divides by them
@@ -259,6 +262,11 @@ def _check_algorithm(config: Config) -> list[str]:
     problems = []
     if groups.enable and config.rollout.n == 1:
         problems.append("rollout.n = 1: algorithm.filter_groups compares a prompt's completions; set 2 or more")
+    if groups.enable and groups.metric == "seq_final_reward" and algorithm.use_kl_in_reward:
+        problems.append(
+            "algorithm.filter_groups.metric = seq_final_reward with algorithm.use_kl_in_reward: groups are chosen "
+            "before the log-probs that the KL needs are computed; set metric=seq_reward, or use actor.use_kl_loss"
+        )
     if data.gen_batch_size is not None and not groups.enable and data.gen_batch_size != data.train_batch_size:
         problems.append(
             f"data.gen_batch_size = {data.gen_batch_size}: without algorithm.filter_groups a step generates its "
@@ -328,6 +336,27 @@ def _check_schedule(config: Config) -> list[str]:
     return problems
 
 
+def _check_reward(config: Config) -> list[str]:
+    """The reward model and its weight go together, and something scores."""
+    weights, path = config.reward.weights, config.reward_model.path
+    problems = []
+    if not weights:
+        problems.append("reward.weights = {}: nothing is rewarded; set {accuracy: 1.0} or {reward_model: 1.0}")
+    if "reward_model" in weights and path is None:
+        problems.append("reward.weights has reward_model, but reward_model.path is not set: name its folder")
+    if "reward_model" not in weights and path is not None:
+        problems.append(
+            f"reward_model.path = {path}: reward.weights gives it no weight; set reward.weights={{reward_model: 1.0}}, "
+            "or with a rule {accuracy: 1.0, reward_model: 0.5}"
+        )
+    if set(weights) == {"reward_model"} and config.custom_reward_function.path is not None:
+        problems.append(
+            f"custom_reward_function.path = {config.custom_reward_function.path}: reward.weights gives accuracy, which "
+            "is what it scores, no weight; add accuracy to reward.weights, or set path=null"
+        )
+    return problems
+
+
 def check_files(config: Config) -> list[str]:
     """What the disk lacks of what is named: model (and its fit to the layout), data, reward function."""
     problems = _check_model_folder(config)
@@ -361,9 +390,14 @@ def check_model(config: Config, spec: ModelSpec) -> list[str]:
         )
     for group in worker_groups(config):
         try:
-            check_layout(spec, group.layout, group.layout_config.sequence_parallel)
+            of_group = load_reward_spec(group.model) if group.name == "reward" else spec
         except ValueError as error:
-            problems.append(f"{group.name}.{error}")
+            problems.append(str(error))
+            continue
+        try:
+            check_layout(of_group, group.layout, group.layout_config.sequence_parallel)
+        except ValueError as error:
+            problems.append(f"{group.key.removesuffix('layout')}{error}")
     try:
         check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
     except ValueError as error:

@@ -125,6 +125,16 @@ def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> 
     )
 
 
+def micro_batching_of(config: Config, role: str) -> MicroBatching:
+    """How the passes of one model are cut into micro-batches."""
+    reward = config.reward_model
+    batching = {
+        "critic": critic_batching(config),
+        "reward": Batching(0, reward.micro_batch_size_per_gpu, 1, None),
+    }.get(role, actor_batching(config))
+    return micro_batching(config, batching, group_of(config, role).layout_config)
+
+
 def _critic_plan(config: Config) -> UpdatePlan:
     return _update_plan(config, critic_batching(config), group_of(config, "critic").layout_config)
 
@@ -179,7 +189,8 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
 def _group_line(group: WorkerGroup) -> str:
     names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "recompute")
     extras = [name for name in names if getattr(group.layout_config, name)]
-    roles = ", ".join("reference" if role == "ref" else role for role in group.roles)
+    names_of_roles = {"ref": "reference", "reward": f"reward model {group.model}"}
+    roles = ", ".join(names_of_roles.get(role, role) for role in group.roles)
     ranks = f"{group.layout} = {group.layout.world_size} ranks"
     return f"{group.name} group ({roles}): {ranks}" + "".join(f", {name}" for name in extras)
 
@@ -188,6 +199,7 @@ def _algorithm_extras(config: Config) -> str:
     correction = config.algorithm.rollout_correction
     extras = {
         "dynamic sampling": config.algorithm.filter_groups.enable,
+        f"reward of {' and '.join(config.reward.weights)}": dict(config.reward.weights) != {"accuracy": 1.0},
         "overlong penalty": config.reward.overlong_buffer.enable,
         f"importance weights by {correction.rollout_is}": correction.rollout_is is not None,
         f"rejection by {correction.rollout_rs}": correction.rollout_rs is not None,

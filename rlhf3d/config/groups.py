@@ -19,11 +19,13 @@ class WorkerGroup:
     """Processes that together hold some models, one rank each."""
 
     name: str
-    """actor or critic."""
+    """actor, critic or reward."""
     key: str
     """The configuration key of its layout."""
     roles: tuple[str, ...]
-    """The models: actor, ref, critic."""
+    """The models: actor, ref, critic, reward."""
+    model: str
+    """The HF folder that all of them start from."""
     layout_config: LayoutConfig
     colocated: bool = True
     """Whether its ranks are on the devices of the actor group's; on CPU every rank is a process with its own core."""
@@ -59,10 +61,15 @@ def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
     apart = config.needs_critic and critic.layout is not None
     shared = ("critic",) if config.needs_critic and not apart else ()
     reference = ("ref",) if config.needs_reference else ()
-    groups = [WorkerGroup("actor", "actor.layout", ("actor", *shared, *reference), config.actor.layout)]
+    model, roles = config.model.path, ("actor", *shared, *reference)
+    groups = [WorkerGroup("actor", "actor.layout", roles, model, config.actor.layout)]
     if apart and critic.layout is not None:
         colocated = critic.placement == "colocated"
-        groups.append(WorkerGroup("critic", "critic.layout", ("critic",), critic.layout, colocated))
+        groups.append(WorkerGroup("critic", "critic.layout", ("critic",), model, critic.layout, colocated))
+    reward = config.reward_model
+    if reward.path is not None:
+        colocated = reward.placement == "colocated"
+        groups.append(WorkerGroup("reward", "reward_model.layout", ("reward",), reward.path, reward.layout, colocated))
     return tuple(groups)
 
 

@@ -249,7 +249,8 @@ class FilterGroupsConfig:
     enable: bool = False
     """Leave out prompts whose completions are all equal in `metric`, and refill."""
     metric: str = "acc"
-    """acc (what the reward function returns as acc, else its score), score, or seq_reward (with overlong penalty)."""
+    """acc (what the reward function returns as acc, else its score), score, or seq_reward (with overlong penalty);
+    seq_final_reward is the same where no KL is in the reward."""
     max_num_gen_batches: int = 10
     """Batches of data.gen_batch_size prompts a step may generate before the run stops."""
 
@@ -333,7 +334,7 @@ class RewardConfig:
     scorers: dict[str, str] = field(default_factory=dict)
     """Scorer of further data sources, or another one: DATA_SOURCE: gsm8k, math_verify or boxed_exact."""
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    """Parts of the reward and their weights: accuracy (the answer's score) and format."""
+    """Parts of the reward and their weights: accuracy (the answer's score), format, and reward_model."""
     format: str = "boxed"
     """Form that the part `format` wants: boxed (one box), hashes (one `####`) or think (one block, then text)."""
     workers: int = 1
@@ -344,6 +345,28 @@ class RewardConfig:
     """Share of completions that may end as error or timeout before the run stops."""
     overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
     """Penalty on overlong responses."""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A sequence classifier that scores completions, with the weight reward.weights.reward_model."""
+
+    path: str | None = None
+    """HF folder of a classifier with one output (score.weight) and a tokenizer with chat template; null for none."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Layout of its processes."""
+    placement: str = "colocated"
+    """On GPUs: colocated on the actor's devices, or disaggregated on devices of their own."""
+    micro_batch_size_per_gpu: int = 8
+    """Sequences a forward pass on one data-parallel rank."""
+    max_length: int | None = None
+    """Longest input, prompt and completion in its own tokens; null for its window."""
+    overlong: str = "error"
+    """What a longer input does: error stops the run, truncate_left keeps the last tokens and counts it."""
+    mean: float = 0.0
+    """The part is (score - mean) / std."""
+    std: float = 1.0
+    """As said under mean."""
 
 
 @dataclass(frozen=True)
@@ -436,6 +459,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     custom_reward_function: CustomRewardConfig = field(default_factory=CustomRewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -20,7 +20,7 @@ from rlhf3d.data.dataset import ChatTokenizer, PromptDataset
 from rlhf3d.data.prepare import question_key
 from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_provenance, row_of
 from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scorers import DATA_SOURCES, BuiltinReward, scorer_of
+from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
 from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
 
 _BATCH = 2048
@@ -35,6 +35,8 @@ class Marks:
     """How the ground truths of one data source are scored."""
 
     rows: int = 0
+    without_truth: int = 0
+    """Rows for a reward model, which have no ground truth."""
     graded: int = 0
     """Texts scored; 0 where the data source has no scorer."""
     truth_right: int = 0
@@ -132,7 +134,10 @@ class _Grader:
 
     def add(self, check: FileCheck, row: PromptRow, number: int) -> None:
         """Score what a row holds, sooner or later."""
-        truth, where = row.reward_model["ground_truth"], f"row {number}"
+        truth, where = row.ground_truth, f"row {number}"
+        if truth is None:  # for a reward model: there is nothing to compare with
+            check.marks[row.data_source].without_truth += 1
+            return
         show: Callable[[Any], str] = str
         if not self._custom:
             try:
@@ -237,15 +242,19 @@ def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
     if check.duplicates:
         check.warnings.append(f"{check.duplicates} questions stand in it more than once")
     for data_source, marks in check.marks.items():
-        if not marks.graded:
+        if marks.without_truth:
+            check.warnings.append(
+                f"{data_source}: {marks.without_truth} of {marks.rows} rows have no ground truth: only a reward model "
+                "can score them"
+            )
+        ruled = marks.rows - marks.without_truth
+        if ruled and not marks.graded:
             check.problems.append(
-                f"no scorer for data_source {data_source!r} ({marks.rows} rows): name one in reward.scorers, or set "
+                f"no scorer for data_source {data_source!r} ({ruled} rows): name one in reward.scorers, or set "
                 "custom_reward_function.path"
             )
-        elif marks.truth_right < marks.rows:
-            text = (
-                f"{data_source}: {marks.rows - marks.truth_right} of {marks.rows} ground truths do not get full marks"
-            )
+        elif marks.truth_right < ruled:
+            text = f"{data_source}: {ruled - marks.truth_right} of {ruled} ground truths do not get full marks"
             (check.warnings if custom else check.problems).append(f"{text} ({marks.misses[0]})")
         if marks.solutions_right < marks.solutions:
             check.warnings.append(
@@ -276,8 +285,13 @@ def histogram(lengths: Counter[int], bins: int = 10) -> dict[str, int]:
     return {str(bound): counts[bound] for bound in range(width, max(counts) + 1, width)}
 
 
-def training_warnings(train: PromptDataset, val: PromptDataset, reward: RewardFunction, pool: ScoringPool) -> list[str]:
-    """What a run says before it starts, from some of its rows: shared questions, truths that their scorer refuses."""
+def training_warnings(
+    train: PromptDataset, val: PromptDataset, reward: RewardFunction | None, pool: ScoringPool | None
+) -> list[str]:
+    """What a run says before it starts, from some of its rows: shared questions, truths that their scorer refuses.
+
+    ValueError for rows without a ground truth where a built-in scorer needs one.
+    """
     train_rows, val_rows = train.sample(_LOOKED_AT), val.sample(_LOOKED_AT)
     warnings = []
     shared = {question_key(row) for row in train_rows} & {question_key(row) for row in val_rows}
@@ -286,12 +300,15 @@ def training_warnings(train: PromptDataset, val: PromptDataset, reward: RewardFu
             f"{len(shared)} of the questions looked at are in data.train_files and in data.val_files: held-out "
             "accuracy will flatter (`rlhf3d data prepare --exclude` leaves them out)"
         )
-    if not isinstance(reward, BuiltinReward):
+    if not isinstance(reward, BuiltinReward) or pool is None:
         return warnings
+    rows = [*train.sample(_SCORED), *val.sample(_SCORED)]
+    if any(row.ground_truth is None for row in rows):
+        raise ValueError(f"data.train_files, data.val_files: {WITHOUT_TRUTH}")
     items = [
         ScoreItem(row.data_source, scorer_of(row.data_source, reward.scorers).show(truth), truth, row.extra_info)
-        for row in [*train.sample(_SCORED), *val.sample(_SCORED)]
-        for truth in [row.reward_model["ground_truth"]]
+        for row in rows
+        for truth in [row.ground_truth]
     ]
     refused = [item for item, score in zip(items, pool.score_batch(items), strict=True) if score.value < 1.0]
     if refused:

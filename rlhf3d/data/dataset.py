@@ -38,12 +38,14 @@ class Prompt:
     """Token ids, chat template and generation prompt included."""
     data_source: str
     ground_truth: Any
-    """As in the file: text for the built-in scorers."""
+    """As in the file: text for the built-in scorers, null in rows for a reward model."""
     extra_info: dict[str, Any]
     index: int
     """Number of the row, counted through all the files."""
     text: str
     """The last message, for people to read."""
+    messages: Sequence[dict[str, str]] = ()
+    """The chat messages."""
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -109,7 +111,7 @@ class PromptDataset(Sequence[Prompt]):
                 return None
             ids = ids[-self._limit :] if self._overlong == "truncate_left" else ids[: self._limit]
         text = row.prompt[-1]["content"]
-        return Prompt(ids, row.data_source, row.reward_model["ground_truth"], row.extra_info, number, text)
+        return Prompt(ids, row.data_source, row.ground_truth, row.extra_info, number, text, row.prompt)
 
     def row(self, index: int) -> PromptRow:
         """The row behind a prompt, not tokenised."""
@@ -166,7 +168,7 @@ class PromptDataset(Sequence[Prompt]):
                 kept.append(number)
                 cut = ids[-self._limit :] if self._overlong != "truncate_right" else ids[: self._limit]
                 digest.update(array("q", (len(cut), *cut)).tobytes())
-                digest.update(repr(row.reward_model["ground_truth"]).encode())
+                digest.update(repr(row.ground_truth).encode())
                 self._sources.add(row.data_source)
         if lengths and self._overlong == "error":
             raise ValueError(self._overlong_message(len(lengths), len(numbers), first, lengths[0], max(lengths)))

@@ -36,9 +36,14 @@ class PromptRow:
     ability: str
     """Kind of task, for example "math"."""
     reward_model: dict[str, Any]
-    """{"style": "rule", "ground_truth": ...}."""
+    """{"style": "rule", "ground_truth": ...}; {"style": "model"} for a reward model alone."""
     extra_info: dict[str, Any] = field(default_factory=dict)
     """Anything else; usually split, index, question and answer."""
+
+    @property
+    def ground_truth(self) -> Any:
+        """What a rule compares with; None in rows for a reward model."""
+        return self.reward_model.get("ground_truth")
 
 
 def schema_of(rows: Iterable[PromptRow]) -> pa.Schema:
@@ -161,8 +166,11 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
     if not isinstance(record["data_source"], str):
         raise ValueError(f"{where}: data_source must be text, not {record['data_source']!r}")
     reward_model = record["reward_model"]
-    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
-        raise ValueError(f"{where}: reward_model must be a struct with a ground_truth, not {reward_model!r}")
+    by_rule = not isinstance(reward_model, dict) or reward_model.get("style") != "model"
+    if by_rule and (not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None):
+        raise ValueError(
+            f"{where}: reward_model must be a struct with a ground_truth, or of style model, not {reward_model!r}"
+        )
     return PromptRow(
         data_source=record["data_source"],
         prompt=_messages(record["prompt"], where),

@@ -83,6 +83,26 @@ def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
     return parse_config(config, str(folder))
 
 
+def load_reward_spec(folder: Path | str) -> ModelSpec:
+    """`load_spec` of a sequence classifier with one output; its ValueErrors name reward_model.path."""
+    from rlhf3d.models.hf_io import HFReader  # loads torch
+
+    try:
+        spec = load_spec(folder)
+        with HFReader(folder) as reader:
+            head, names = FAMILIES[spec.family].names.value_head, reader.names()
+            shape = reader.shape(head) if head in names else None
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "reward_model.path", 1)) from error
+    if shape != (1, spec.hidden_size):
+        found = "has no" if shape is None else f"has {list(shape)} as"
+        raise ValueError(
+            f"reward_model.path: {folder} {found} {head} [1, {spec.hidden_size}]; give a sequence classifier with one "
+            "output (tools/train_reward_model.py makes one from a language model and preferences)"
+        )
+    return spec
+
+
 def _require_safetensors(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy
+from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy, validation_reward
 from rlhf3d.observability.samples import Sample, printable
 
 STEP_FIELDS = (
@@ -102,8 +102,9 @@ class Console:
         self._line(f"note: {text}")
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Print held-out accuracies (`val-core/<source>/acc/<measure>`), e.g. under the name `before`."""
+        """Print held-out accuracies and mean scores of a reward model, e.g. under the name `before`."""
         parts = [f"{s} {m} {value:.1%}" for (s, m), value in validation_accuracy(metrics).items()]
+        parts += [f"{s} {m} reward model {value:.3f}" for (s, m), value in validation_reward(metrics).items()]
         self._line(_SEPARATOR.join([f"validate {name}", *parts]))
 
     def samples(self, before: Sequence[Sample], after: Sequence[Sample]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.observability.metrics import phase_seconds, validation_accuracy
+from rlhf3d.observability.metrics import phase_seconds, validation_accuracy, validation_reward
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -35,7 +35,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
         "reward",
         {"critic/score/mean": "score", "critic/rewards/mean": "with KL"},
     )
-    _accuracy(figure.add_subplot(grid[0, 1]), rows)
+    _held_out(figure.add_subplot(grid[0, 1]), rows)
     _lines(figure.add_subplot(grid[0, 2]), rows, "response length, tokens", {"response_length/mean": "mean"})
     kl = {"actor/ppo_kl": "KL to the sampling policy", "actor/kl_loss": "KL to the reference"}
     _lines(figure.add_subplot(grid[1, 0]), rows, "KL and entropy, nats a token", kl, {"actor/entropy": "entropy"})
@@ -86,12 +86,15 @@ def _lines(
     _finish(axes, title)
 
 
-def _accuracy(axes: Any, rows: Rows) -> None:
-    points = [(row["step"], validation_accuracy(row)) for row in rows]
+def _held_out(axes: Any, rows: Rows) -> None:
+    """Accuracy; where nothing is right or wrong, the reward model's mean score."""
+    by_rule = any(validation_accuracy(row) for row in rows) or not any(validation_reward(row) for row in rows)
+    read, scale = (validation_accuracy, 100) if by_rule else (validation_reward, 1)
+    points = [(row["step"], read(row)) for row in rows]
     for key in dict.fromkeys(key for _, found in points for key in found):
-        measured = [(step, 100 * found[key]) for step, found in points if key in found]
+        measured = [(step, scale * found[key]) for step, found in points if key in found]
         axes.plot(*zip(*measured, strict=True), marker="o", label=" ".join(key))
-    _finish(axes, "held-out accuracy, %")
+    _finish(axes, "held-out accuracy, %" if by_rule else "held-out score of the reward model")
 
 
 def _phases(axes: Any, rows: Rows) -> None:

@@ -131,9 +131,18 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def validation_accuracy(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Held-out accuracies by (data source, measure), from `val-core/<source>/acc/<measure>`, in [0, 1]."""
+    return _held_out(metrics, "acc")
+
+
+def validation_reward(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Held-out mean scores of a reward model, from `val-core/<source>/reward_model/<measure>`."""
+    return _held_out(metrics, "reward_model")
+
+
+def _held_out(metrics: Mapping[str, Any], what: str) -> dict[tuple[str, str], float]:
     found = {}
     for name, value in metrics.items():
-        source, separator, measure = name.removeprefix("val-core/").rpartition("/acc/")
+        source, separator, measure = name.removeprefix("val-core/").rpartition(f"/{what}/")
         if name.startswith("val-core/") and separator and value is not None:
             found[source, measure] = float(value)
     return found

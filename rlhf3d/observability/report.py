@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf3d.observability.curves import draw_curves, series
-from rlhf3d.observability.metrics import STEP_TIME, phase_seconds, read_metrics, validation_accuracy
+from rlhf3d.observability.metrics import STEP_TIME, phase_seconds, read_metrics, validation_accuracy, validation_reward
 from rlhf3d.observability.samples import before_after, printable
 
 CURVES_FILE = "curves.png"
@@ -40,6 +40,7 @@ def make_report(run_dir: str | Path) -> Path:
         f"![curves]({CURVES_FILE})",
         "## Held-out accuracy",
         _gains(rows),
+        *_reward_gains(rows),
         "## Learning curve",
         _learning_table(rows),
         "## Seconds a phase",
@@ -77,7 +78,8 @@ def _gains(rows: Rows) -> str:
     points = [(row, validation_accuracy(row)) for row in rows]
     keys = list(dict.fromkeys(key for _, found in points for key in found))
     if not keys:
-        return "The run has not validated."
+        judged = any(validation_reward(row) for row in rows)
+        return "Only a reward model scored: nothing is right or wrong." if judged else "The run has not validated."
     body = []
     for source, measure in keys:
         measured = [(row, found[source, measure]) for row, found in points if (source, measure) in found]
@@ -99,30 +101,53 @@ def _gains(rows: Rows) -> str:
     return _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body) + "\n\n" + note
 
 
+def _reward_gains(rows: Rows) -> list[str]:
+    """A section on the reward model's held-out score, where there is a reward model."""
+    points = [(row, validation_reward(row)) for row in rows]
+    body = []
+    for key in dict.fromkeys(key for _, found in points for key in found):
+        measured = [(row, found[key]) for row, found in points if key in found]
+        errors = [row.get(f"val-aux/{key[0]}/reward_model/{key[1]}/se", 0.0) for row, _ in measured]
+        cells = [
+            f"{value:.3f} ± {error:.3f} (step {row['step']})"
+            for (row, value), error in zip(measured, errors, strict=True)
+        ]
+        gain = f"{measured[-1][1] - measured[0][1]:+.3f} ± {math.hypot(errors[0], errors[-1]):.3f}"
+        body.append([*key, cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])])
+    if not body:
+        return []
+    table = _table(["data source", "measure", "start", "end", "gain"], body)
+    note = "± is one standard error over prompts; that of the gain takes start and end as independent."
+    return ["## Held-out score of the reward model", f"{table}\n\n{note}"]
+
+
 def _learning_table(rows: Rows) -> str:
     phases = list(dict.fromkeys(name for row in rows for name in phase_seconds(row)))
     keys = list(dict.fromkeys(key for row in rows for key in validation_accuracy(row)))
+    judged = list(dict.fromkeys(key for row in rows for key in validation_reward(row)))
     heading = [
         "step",
         "reward",
         "length, tokens",
         *(f"{s} {m}" for s, m in keys),
+        *(f"{s} {m}, reward model" for s, m in judged),
         *(f"{p}, s" for p in phases),
     ]
     body = []
     for span in _spans(rows):
         last = span[-1]
-        accuracy = validation_accuracy(last)
+        accuracy, judgement = validation_accuracy(last), validation_reward(last)
         seconds = [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
         means = [_mean(span, "critic/score/mean", ".3f"), _mean(span, "response_length/mean", ".0f")]
         measured = [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in keys]
+        measured += [f"{judgement[key]:.3f}" if key in judgement else "–" for key in judged]
         body.append([str(last["step"]), *means, *measured, *seconds])
     return _table(heading, body)
 
 
 def _spans(rows: Rows) -> list[Rows]:
     """Cut the rows so that each span ends where the learning table has a row."""
-    validated = [i for i, row in enumerate(rows) if validation_accuracy(row)]
+    validated = [i for i, row in enumerate(rows) if validation_accuracy(row) or validation_reward(row)]
     stride = math.ceil(len(rows) / _TABLE_ROWS)
     ends = validated if len(validated) > 2 else [*validated, *range(0, len(rows), stride)]
     cuts = [0, *(end + 1 for end in sorted({*ends, len(rows) - 1}))]

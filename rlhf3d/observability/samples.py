@@ -28,6 +28,7 @@ class Sample:
     prompt: str
     response: str
     ground_truth: str
+    """Empty in rows for a reward model."""
     score: float
     outcome: str
     """scored, unparsable, timeout or error."""

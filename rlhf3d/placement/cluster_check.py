@@ -23,11 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rlhf3d.config.derived import Derived
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import Config
-from rlhf3d.models.spec import ModelSpec
 from rlhf3d.placement.cluster import free_port, node_name, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
-from rlhf3d.preflight import checkpoints_at_once, compare_gpu_memory, model_footprint
+from rlhf3d.preflight import checkpoints_at_once, compare_gpu_memory, group_specs, model_footprint
 
 CONNECT_S = 5.0
 ALL_REDUCE_S = 60.0
@@ -96,7 +95,7 @@ class Checked:
     """None with one node, or where ports or versions are wrong already."""
 
 
-def check_cluster(config: Config, derived: Derived, spec: ModelSpec, reserved: PlacementGroup) -> None:
+def check_cluster(config: Config, derived: Derived, reserved: PlacementGroup) -> None:
     """Check every node on which bundles are reserved. Raises ConfigError with all problems."""
     table = placement_group_table(reserved)
     bundle_of: dict[str, int] = {}
@@ -113,7 +112,7 @@ def check_cluster(config: Config, derived: Derived, spec: ModelSpec, reserved: P
             "num_cpus": resources["CPU"],
             "num_gpus": resources.get("GPU", 0),
         }
-    footprint = model_footprint(config, derived, spec)
+    footprint = model_footprint(config, derived, group_specs(derived))
     wanted = Wanted(
         files=_files(config),
         disk_gib=checkpoints_at_once(config) * footprint.checkpoint_gib,
@@ -209,8 +208,8 @@ def _check_all_reduce(probes: Mapping[str, Any]) -> tuple[float | None, list[str
 
 def _files(config: Config) -> dict[str, int]:
     """Sizes of the files that the configuration names, by path."""
-    folder = Path(config.model.path)
-    paths = [str(path) for path in sorted(folder.iterdir()) if path.is_file()]
+    folders = [Path(folder) for folder in (config.model.path, config.reward_model.path) if folder is not None]
+    paths = [str(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     own = (config.custom_reward_function.path, config.algorithm.custom_path)
     paths += [*config.data.train_files, *config.data.val_files, *filter(None, own)]
     return {path: Path(path).stat().st_size for path in paths}

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf3d.batching.balance import sequence_cost
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
-from rlhf3d.config.derived import UpdatePlan, actor_batching, critic_batching, micro_batching
+from rlhf3d.config.derived import UpdatePlan, micro_batching_of
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
@@ -45,11 +45,8 @@ class TrainGroup:
         """Start the processes and begin to load their models; `wait_ready` ends it."""
         self.name, self.layout, self._reserved = group.name, group.layout, reserved
         self.timeout_s, self.startup_timeout_s = config.cluster.phase_timeout_s, config.cluster.startup_timeout_s
-        actor, critic = (
-            micro_batching(config, sizes(config), group.layout_config) for sizes in (actor_batching, critic_batching)
-        )
-        self.micro_batching = {"actor": actor, "ref": actor, "critic": critic}
-        self.cost = sequence_cost(load_spec(config.model.path))
+        self.micro_batching = {role: micro_batching_of(config, role) for role in group.roles}
+        self.cost = sequence_cost(load_spec(group.model))
         self._padding: dict[str, float] = {}
         self.max_response_tokens = config.data.max_response_length
         self._bundles = placement.groups[group.name]

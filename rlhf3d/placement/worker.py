@@ -91,7 +91,7 @@ class TrainWorker:
         config = self.setup.config
         if config.algorithm.custom_path is not None:
             load_custom_algorithms(config.algorithm.custom_path)
-        folder = config.model.path
+        folder = self.setup.group.model
         context = EngineContext(
             spec=load_spec(folder),
             layout=self.setup.group.layout,
@@ -110,6 +110,7 @@ class TrainWorker:
             "actor": lambda: MegatronEngine(context, "policy", folder, config.actor.optim),
             "critic": lambda: MegatronEngine(context, "value", folder, config.critic.optim),
             "ref": lambda: MegatronEngine(context, "policy", folder, None),
+            "reward": lambda: MegatronEngine(context, "value", folder, None),
         }
         self.engines = {role: make[role]() for role in self.setup.group.roles}
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)

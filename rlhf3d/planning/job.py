@@ -159,8 +159,16 @@ class Job:
 def make_job(
     config: Config, spec: ModelSpec, cluster: Cluster, rows: int | None = None, lengths: Lengths | None = None
 ) -> Job:
-    """The job of a checked configuration on `cluster`; `rows` of training data for a run in epochs."""
+    """The job of a checked configuration on `cluster`; `rows` of training data for a run in epochs.
+
+    ValueError for one with a reward model.
+    """
     fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
+    if config.reward_model.path is not None:
+        raise ValueError(
+            "reward_model.path: a reward model's memory and time are not planned; plan the rest with "
+            "reward_model.path=null reward.weights='{accuracy: 1.0}', and leave room for its weights and passes"
+        )
     config = resolve_dtypes(config, fast)
     derived = derive(config, rows)
     models = []

@@ -51,6 +51,11 @@ def prepare(
     is wrong with the job itself.
     """
     config = load_config(path, overrides, files=False)
+    if config.reward_model.path is not None:
+        raise ValueError(
+            "reward_model.path: a miniature has no reward model; rehearse the rest with reward_model.path=null "
+            "reward.weights='{accuracy: 1.0}'"
+        )
     shapes = [*([shape_folder] if shape_folder else []), Path(config.model.path)]
     shapes.append(path.parent / "models" / Path(config.model.path).name)
     original = next((found for found in shapes if (found / "config.json").is_file()), shapes[0])

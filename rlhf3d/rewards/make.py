@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rlhf3d.config.schema import Config
+from rlhf3d.rewards.combined import PART
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.parts import WeightedReward
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
 from rlhf3d.rewards.scoring import RewardFunction
 
 
-def make_reward(config: Config, data_sources: Iterable[str]) -> RewardFunction:
-    """The reward function of a run over these data sources."""
+def make_reward(config: Config, data_sources: Iterable[str]) -> RewardFunction | None:
+    """The reward function of a run over these data sources; None where a reward model alone scores."""
     custom, reward = config.custom_reward_function, config.reward
+    weights = {name: weight for name, weight in reward.weights.items() if name != PART}
+    if not weights:
+        return None
     sources = tuple(sorted(set(data_sources)))
     base: RewardFunction
     if custom.path is not None:
@@ -25,6 +29,6 @@ def make_reward(config: Config, data_sources: Iterable[str]) -> RewardFunction:
     else:
         check_data_sources(sources, reward.scorers)
         base = BuiltinReward(reward.method, sources, dict(reward.scorers))
-    if dict(reward.weights) == {"accuracy": 1.0}:
+    if weights == {"accuracy": 1.0}:
         return base
-    return WeightedReward(base, dict(reward.weights), reward.format)
+    return WeightedReward(base, weights, reward.format)

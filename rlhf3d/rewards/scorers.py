@@ -71,6 +71,12 @@ def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Sco
     return SCORERS[name]
 
 
+WITHOUT_TRUTH = (
+    "a row has no ground truth (its reward_model is of style model), so a rule cannot score it; set reward.weights to "
+    "{reward_model: 1.0} alone, or give it one"
+)
+
+
 @dataclass(frozen=True)
 class BuiltinReward:
     """The scorer registered for each row's data source."""
@@ -92,6 +98,8 @@ class BuiltinReward:
     def __call__(
         self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
     ) -> Score:
+        if ground_truth is None:
+            raise ValueError(WITHOUT_TRUTH)
         return scorer_of(data_source, self.scorers).score(solution_str, ground_truth, self.method)
 
 

@@ -36,7 +36,8 @@ class Score:
     value: float
     outcome: Outcome
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else the reward function returned; from the built-in scorers `answer`, and `acc` where value holds more."""
+    """What else the reward function returned; from the built-in scorers `answer`, and `acc` where value holds more.
+    From a reward model its score and whether its input was cut (see `combined`)."""
     message: str | None = None
     """The sample and the traceback, of an error or timeout."""
 
@@ -60,6 +61,8 @@ class ScoreItem:
     """Text of the completion, without the prompt."""
     ground_truth: Any
     extra_info: dict[str, Any] = field(default_factory=dict)
+    messages: Sequence[dict[str, str]] = ()
+    """The prompt, for a reward model."""
 
 
 class RewardError(RuntimeError):

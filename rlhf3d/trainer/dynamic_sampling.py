@@ -14,12 +14,16 @@ from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.trainer.experience import Scored, join
 
 
+class TooFewGroups(RuntimeError):
+    """A step could not be filled: the prompts are too hard, or solved."""
+
+
 def fill_with_signal(
     draw: Callable[[], Scored], groups: int, n: int, metric: str, max_batches: int
 ) -> tuple[Scored, dict[str, float]]:
     """(the first `groups` groups of n completions that differ in `metric`; figures), from at most `max_batches` draws.
 
-    Surplus groups are dropped: the next step's policy is another. RuntimeError when the draws do not suffice.
+    Surplus groups are dropped: the next step's policy is another. TooFewGroups when the draws do not suffice.
     """
     drawn: list[Scored] = []
     parts: list[Scored] = []
@@ -33,7 +37,7 @@ def fill_with_signal(
     everything = torch.cat([part.rewards for part in drawn])
     generated = len(everything) // n
     if found < groups:
-        raise RuntimeError(_too_few(found, groups, generated, len(drawn), metric, everything))
+        raise TooFewGroups(_too_few(found, groups, generated, len(drawn), metric, everything))
     return join(parts).take(range(groups), n), {
         "train/num_gen_batches": float(len(drawn)),
         "filter_groups/generated": float(generated),

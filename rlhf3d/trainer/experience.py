@@ -52,7 +52,7 @@ class Experience:
             Sample(
                 prompt=p.text,
                 response=text,
-                ground_truth=p.ground_truth,
+                ground_truth="" if p.ground_truth is None else p.ground_truth,
                 score=s.value,
                 outcome=s.outcome.value,
                 length=len(c.token_ids),
@@ -81,8 +81,8 @@ class Scored:
         return torch.tensor([len(c.token_ids) > 0 for c in self.experience.completions])
 
     def metric(self, name: str) -> Tensor:
-        """[N] acc (what the reward function returned as `acc`, else its score), score, or seq_reward."""
-        if name == "seq_reward":
+        """[N] acc (what the reward function returned as `acc`, else its score), score, seq_reward, seq_final_reward."""
+        if name in ("seq_reward", "seq_final_reward"):
             return self.rewards
         return torch.tensor([s.accuracy if name == "acc" else s.value for s in self.scores], dtype=torch.float32)
 

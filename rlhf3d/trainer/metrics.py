@@ -6,6 +6,7 @@ Invariant: they depend on the step's rows only, not on how the rows were cut int
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.health import explained_variance, logprob_mismatch
 from rlhf3d.batching.batch import Batch
-from rlhf3d.rewards.scoring import Outcome
+from rlhf3d.rewards.combined import PART
+from rlhf3d.rewards.scoring import Outcome, Score
 from rlhf3d.trainer.experience import Experience, Scored
 
 MISMATCH = {
@@ -53,10 +55,24 @@ def score_metrics(scored: Scored, n: int) -> dict[str, float]:
     metrics = _spread("critic/score", scored.rewards)
     for outcome in Outcome:
         metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
+    metrics |= reward_model_metrics(scored.scores)
     if n > 1:
         signal = groups_with_signal(scored.rewards, scored.written, n)
         metrics["reward/mixed_groups_share"] = signal.float().mean().item()
     return metrics
+
+
+def reward_model_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """What the reward model said, and how many of its inputs were cut; empty without one."""
+    said = [score.extra for score in scores if PART in score.extra]
+    if not said:
+        return {}
+    values = torch.tensor([extra[PART] for extra in said])
+    return {
+        **_spread("reward_model/score", values),
+        "reward_model/score/std": values.std(correction=0).item(),
+        "reward_model/truncated": float(sum(extra[f"{PART}_cut"] for extra in said)),
+    }
 
 
 def length_metrics(experience: Experience) -> dict[str, float]:

@@ -30,13 +30,13 @@ from rlhf3d.observability.samples import Kind, write_samples
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.sync import WeightSync
+from rlhf3d.rewards.combined import Scorer, ScoringBatch
 from rlhf3d.rewards.items import decode, score_item
-from rlhf3d.rewards.pool import Scoring, ScoringPool
 from rlhf3d.rewards.scoring import Score, check_outcomes
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.trainer.best import Best
 from rlhf3d.trainer.correction import correct, settings_of
-from rlhf3d.trainer.dynamic_sampling import fill_with_signal
+from rlhf3d.trainer.dynamic_sampling import TooFewGroups, fill_with_signal
 from rlhf3d.trainer.experience import (
     Experience,
     Scored,
@@ -63,7 +63,7 @@ class Parts:
     """The same group, or the critic's own."""
     rollout: RolloutGroup
     sync: WeightSync
-    scoring: ScoringPool
+    scoring: Scorer
     loader: PromptLoader
     val: PromptDataset
     console: Console
@@ -92,9 +92,14 @@ class PPOTrainer:
         trainer, total = self.config.trainer, self.parts.total_steps
         if trainer.val_before_train and self.step == 0:
             self._record(0, self.validate(0))
+        metrics: dict[str, float] = {}
         while self.step < total:
             self.step += 1
-            metrics = {**self.train_step(self.step), **self.parts.checkpoints.poll()}
+            try:
+                metrics = {**self.train_step(self.step), **self.parts.checkpoints.poll()}
+            except TooFewGroups:
+                self._save_before(metrics)
+                raise
             last = self.step == total
             if last or (self._due(trainer.test_freq) and not self._stop()):
                 metrics |= self.validate(self.step)
@@ -174,7 +179,7 @@ class PPOTrainer:
             self.parts.rollout.sleep()
             self.parts.sync.weights_lost()
 
-    def generate(self, step: int, seen: Counter[int]) -> tuple[Experience, Scoring]:
+    def generate(self, step: int, seen: Counter[int]) -> tuple[Experience, ScoringBatch]:
         """Sample `rollout.n` completions of each of the next prompts; for ReMax also a greedy one.
 
         `seen` counts the prompts of the step, see `make_requests`. Completions go to be scored as they finish.
@@ -200,7 +205,7 @@ class PPOTrainer:
         prompts: list[Prompt],
         requests: list[Request],
         sampling: SamplingSettings,
-        scoring: Scoring,
+        scoring: ScoringBatch,
         first: int = 0,
     ) -> Experience:
         """Completions of the requests, each given to `scoring` when it is there, under numbers from `first` on."""
@@ -216,7 +221,7 @@ class PPOTrainer:
             texts |= decoded
         return make_experience(prompts, completions, texts)
 
-    def score(self, experience: Experience, scoring: Scoring) -> Scored:
+    def score(self, experience: Experience, scoring: ScoringBatch) -> Scored:
         """Score every completion; too many errors stop the run."""
         with self._phase("score"):
             greedy = experience.greedy
@@ -363,6 +368,13 @@ class PPOTrainer:
         self.watch.load_state_dict(state["watch"])
         self.best.load_state_dict(state["best"])
         self.parts.sync.trained_version = policy_version
+
+    def _save_before(self, metrics: dict[str, float]) -> None:
+        """Keep the step before one that cannot be taken, whose figures these are, unless it is saved already."""
+        self.step -= 1
+        if metrics and self.config.trainer.save_at_end and not self._due(self.config.trainer.save_freq):
+            self.save_checkpoint(metrics, ends=True)
+            self.parts.console.note(f"step {self.step} is saved: {self.parts.checkpoints.last}")
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         metrics |= self.timer.pop()

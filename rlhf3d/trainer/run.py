@@ -42,6 +42,7 @@ from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
+from rlhf3d.trainer.reward_model import make_scorer
 from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
 
 CANARY_PROMPTS = 4
@@ -90,11 +91,12 @@ def _run(config: Config, stopping: Stopping) -> int:
     with ExitStack() as stack:
         console = stack.enter_context(Console())
         metrics = stack.enter_context(_metrics(output, found))
-        scoring = stack.enter_context(
-            ScoringPool(config.reward.workers, config.reward.timeout_s, reward, config.reward.max_error_rate)
-        )
+        pool = None
+        if reward is not None:
+            rules = config.reward
+            pool = stack.enter_context(ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate))
         prompts = [train_data.summary(), val_data.summary()]
-        prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, scoring)]
+        prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
         lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
         console.header(lines, total_steps, found.manifest.step if found else 0)
         rollout_config = config.rollout
@@ -108,7 +110,7 @@ def _run(config: Config, stopping: Stopping) -> int:
         local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
         stack.enter_context(ray_cluster(config.cluster, local_cpus, stopping.handle))
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
-        check_cluster(config, derived, spec, reserved)
+        check_cluster(config, derived, reserved)
         with console.phase("start"):
             nodes = nodes_of(reserved)
             setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])
@@ -135,7 +137,7 @@ def _run(config: Config, stopping: Stopping) -> int:
                 critic=groups.get("critic", groups["actor"]),
                 rollout=rollout,
                 sync=sync,
-                scoring=scoring,
+                scoring=make_scorer(config, pool, groups.get("reward")),
                 loader=loader,
                 val=val_data,
                 console=console,

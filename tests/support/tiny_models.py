@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf3d.rehearsal.miniature import SPECIAL_TOKENS, byte_tokenizer
 
@@ -43,8 +43,11 @@ def make_tiny_model(
     experts_per_token: int = 2,
     norm_topk_prob: bool = True,
     dtype: torch.dtype = torch.float32,
+    classifier: bool = False,
 ) -> Path:
     """Write a llama, qwen2, qwen3, mixtral or qwen3_moe and return its folder; in the last two each expert has `ffn`.
+
+    A `classifier` has one output instead of a vocabulary head.
 
     vLLM on CPU wants hidden / heads of 32 or more.
     """
@@ -73,8 +76,8 @@ def make_tiny_model(
     if family == "qwen3_moe":
         shape |= {"num_experts": experts, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob}
         shape |= {"moe_intermediate_size": ffn, "intermediate_size": 2 * ffn}
-    config = AutoConfig.for_model(family, **shape)
-    model = AutoModelForCausalLM.from_config(config)
+    config = AutoConfig.for_model(family, **shape, **({"num_labels": 1} if classifier else {}))
+    model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

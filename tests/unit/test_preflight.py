@@ -72,7 +72,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
 def test_footprint_by_hand() -> None:
     config = Config(actor=replace(Config().actor, layout=replace(Config().actor.layout, tp=2, pp=2, dp=2)))
     config = resolve_dtypes(config, "bfloat16")
-    footprint = model_footprint(config, derive(config), QWEN_7B)
+    footprint = model_footprint(config, derive(config), {"actor": QWEN_7B})
     # actor and critic: weights 2 + gradients 4 + (Adam 8 + master 4) / 2 = 12 bytes each; no reference
     layer = (3584 + 2 * 512) // 2 * (3584 + 1) + 3584 * 1792 + 18944 * 3584 + 3584 * 9472 + 2 * 3584
     last_stage = 14 * layer + 152064 // 2 * 3584 + 3584

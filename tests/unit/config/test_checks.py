@@ -113,6 +113,37 @@ def test_good_configuration_passes() -> None:
             "actor.layout: tp 4 x pp 1 x dp 1 = 4 ranks + critic.layout: tp 1 x pp 1 x dp 2 = 2 ranks = 6 GPUs, more "
             "than cluster.num_nodes 1 x gpus_per_node 4 = 4 GPUs",
         ),
+        (
+            [
+                "rollout.n=2",
+                "algorithm.filter_groups={enable: true, metric: seq_final_reward}",
+                "algorithm.use_kl_in_reward=true",
+            ],
+            "algorithm.filter_groups.metric = seq_final_reward with algorithm.use_kl_in_reward: groups are chosen "
+            "before the log-probs that the KL needs are computed; set metric=seq_reward, or use actor.use_kl_loss",
+        ),
+        (
+            ["reward.weights={accuracy: 1.0, reward_model: 0.5}"],
+            "reward.weights has reward_model, but reward_model.path is not set: name its folder",
+        ),
+        (
+            ["reward_model.path=judge"],
+            "reward_model.path = judge: reward.weights gives it no weight; set reward.weights={reward_model: 1.0}, or "
+            "with a rule {accuracy: 1.0, reward_model: 0.5}",
+        ),
+        (
+            ["reward_model.path=judge", "reward.weights={reward_model: 1.0}", "custom_reward_function.path=mine.py"],
+            "custom_reward_function.path = mine.py: reward.weights gives accuracy, which is what it scores, no weight; "
+            "add accuracy to reward.weights, or set path=null",
+        ),
+        (
+            ["reward.weights={}"],
+            "reward.weights = {}: nothing is rewarded; set {accuracy: 1.0} or {reward_model: 1.0}",
+        ),
+        (
+            ["reward_model={path: judge, layout: {vpp: 2}}", "reward.weights={reward_model: 1.0}"],
+            "reward_model.layout.vpp = 2: needs reward_model.layout.pp above 1; set vpp=null",
+        ),
         (["critic.layout.tp=0"], "critic.layout.tp = 0: must be at least 1"),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)"),
         (["rollout.top_k=50"], "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)"),
@@ -224,7 +255,13 @@ def test_a_token_budget_needs_no_divisible_counts() -> None:
 def test_every_number_has_a_range() -> None:
     """A key that is added to the schema is not forgotten here."""
     ranged = {*checks.AT_LEAST_1, *checks.ABOVE_0, *checks.NOT_NEGATIVE, *checks.AT_MOST_1}
-    checked_elsewhere = {"actor.clip_ratio_c", "data.val_max_samples", "rollout.top_p", "rollout.top_k"}
+    checked_elsewhere = {
+        "reward_model.mean",
+        "actor.clip_ratio_c",
+        "data.val_max_samples",
+        "rollout.top_p",
+        "rollout.top_k",
+    }
     numbers = {doc.name for doc in field_docs() if doc.kind.split(" ")[0] in ("int", "float")}
     assert numbers - ranged == checked_elsewhere
     assert ranged <= numbers

@@ -57,6 +57,22 @@ def test_lengths_duplicates_and_overlap_are_warned_of(tmp_path: Path) -> None:
     assert test.warnings == []
 
 
+def test_rows_for_a_reward_model_are_no_problem_and_told(tmp_path: Path) -> None:
+    """Nothing grades them, no scorer is asked for, and a run by a rule refuses them before it starts."""
+    path = tmp_path / "train.parquet"
+    rows = [PromptRow("hh", [{"role": "user", "content": f"q{i}"}], "", {"style": "model"}) for i in range(3)]
+    write_parquet(rows, path, {})
+    (file,) = check_files([path], make_tiny_tokenizer(), 64).files
+    assert file.problems == [] and file.marks["hh"].without_truth == 3
+    assert file.warnings == ["hh: 3 of 3 rows have no ground truth: only a reward model can score them"]
+    prompts = PromptDataset([path], make_tiny_tokenizer(), 64)
+    assert [prompt.ground_truth for prompt in prompts] == [None] * 3
+    assert "3 of the questions looked at" in training_warnings(prompts, prompts, None, None)[0]
+    reward = BuiltinReward("strict", ("hh",), {"hh": "gsm8k"})
+    with ScoringPool(1, 30.0, reward) as pool, pytest.raises(ValueError, match=r"no ground truth .* reward\.weights"):
+        training_warnings(prompts, prompts, reward, pool)
+
+
 def test_truths_and_solutions_without_full_marks_are_listed(tmp_path: Path) -> None:
     rows = [row("a", answer="#### 4"), row("b", "five", answer="#### 5"), row("c", "6", answer="#### 7")]
     write_parquet(rows, tmp_path / "t.parquet", {})

@@ -35,3 +35,17 @@ def test_accuracy_leaves_the_other_parts_of_the_reward_out() -> None:
         "val-aux/a/acc/greedy/ci_low",
         "val-aux/a/acc/greedy/ci_high",
     }
+
+
+def test_a_reward_model_has_a_mean_and_its_error_and_alone_no_accuracy() -> None:
+    """Two prompts of two completions: means 2 and 6, so 4 with a standard error of sqrt(8 / 2)."""
+    said = [Score(9.0, Outcome.SCORED, {"reward_model": value}) for value in (1.0, 3.0, 5.0, 7.0)]
+    figures = validation_metrics(["a"] * 4, said, 2, "sampled")
+    assert figures == {
+        "val-core/a/reward_model/sampled": 4.0,
+        "val-aux/a/reward_model/sampled/se": pytest.approx(2.0),
+        "val-aux/a/num_prompts": 2.0,
+    }
+    with_rule = [Score(s.value, s.outcome, {**s.extra, "acc": float(i > 1)}) for i, s in enumerate(said)]
+    both = validation_metrics(["a"] * 4, with_rule, 2, "sampled")
+    assert both["val-core/a/acc/sampled"] == 0.5 and figures.items() <= both.items()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf3d.models.hf_io import INDEX_NAME, HFReader, write_hf_folder
+from rlhf3d.models.spec import load_reward_spec
 
 TENSORS = {
     "a": torch.arange(24.0).reshape(4, 6),
@@ -83,3 +84,24 @@ def test_names_the_shard_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
     with pytest.raises(ValueError, match=r"model\.path: cannot read .*model-2\.safetensors"):
         HFReader(tmp_path).shape("a")
+
+
+def test_a_reward_model_needs_one_output(tmp_path: Path) -> None:
+    """A language model, and a classifier of three classes, are refused by the key that names them."""
+    shape = {
+        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8,
+        "intermediate_size": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 40,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    for tensors, wrong in (
+        ({}, r"has no score\.weight \[1, 4\]"),
+        ({"score.weight": torch.ones(3, 4)}, r"\[3, 4\] as"),
+    ):
+        save_file({"x": torch.ones(1), **tensors}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"^reward_model\.path: .* {wrong}"):
+            load_reward_spec(tmp_path)
+    save_file({"score.weight": torch.ones(1, 4)}, tmp_path / "model.safetensors")
+    assert load_reward_spec(tmp_path).hidden_size == 4
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"^reward_model\.path: .* has model_type 'gpt2'"):
+        load_reward_spec(tmp_path)

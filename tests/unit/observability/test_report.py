@@ -91,6 +91,18 @@ def test_one_validation_has_no_gain(tmp_path: Path) -> None:
     assert "| a/b | greedy | not recorded | 25.0% (step 0) | – | – |" in make_report(tmp_path).read_text()
 
 
+def test_a_reward_model_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step, mean in ((0, -1.0), (5, 0.5)):
+            writer.write(
+                step, {"val-core/hh/reward_model/greedy": mean, "val-aux/hh/reward_model/greedy/se": 0.3 + step}
+            )
+    text = make_report(tmp_path).read_text()
+    assert "Only a reward model scored: nothing is right or wrong." in text
+    assert "| hh | greedy | -1.000 ± 0.300 (step 0) | 0.500 ± 5.300 (step 5) | +1.500 ± 5.308 |" in text
+    assert "| 5 | – | – | 0.500 |" in learning_table(tmp_path)
+
+
 def test_folders_that_cannot_be_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no metrics\.jsonl"):
         make_report(tmp_path)

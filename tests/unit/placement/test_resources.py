@@ -24,8 +24,8 @@ LAYOUT = ParallelLayout(tp=2, pp=2, dp=2)
 
 def groups(tp: int, critic: int = 0, colocated: bool = True) -> list[WorkerGroup]:
     """An actor group of `tp` ranks, and a critic group of `critic` where there is one."""
-    actor = WorkerGroup("actor", "actor.layout", ("actor",), LayoutConfig(tp=tp))
-    own = WorkerGroup("critic", "critic.layout", ("critic",), LayoutConfig(dp=critic), colocated)
+    actor = WorkerGroup("actor", "actor.layout", ("actor",), "model", LayoutConfig(tp=tp))
+    own = WorkerGroup("critic", "critic.layout", ("critic",), "model", LayoutConfig(dp=critic), colocated)
     return [actor, own] if critic else [actor]
 
 

@@ -47,6 +47,24 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
     assert counts == {Outcome.SCORED: 2, Outcome.UNPARSABLE: 1, Outcome.ERROR: 1, Outcome.TIMEOUT: 0}
 
 
+def test_what_a_reward_model_said_is_told() -> None:
+    """Scores before normalisation and weight, of the completions it was asked about; the std is of these alone."""
+    scores = [
+        Score(9.0, Outcome.SCORED, {"reward_model": 1.0, "reward_model_cut": True}),
+        Score(9.0, Outcome.SCORED, {"reward_model": -3.0, "reward_model_cut": False}),
+        Score(0.0, Outcome.ERROR),
+        Score(9.0, Outcome.SCORED, {"reward_model": 5.0, "reward_model_cut": True}),
+    ]
+    metrics = {k: v for k, v in score_metrics(scored(scores), n=1).items() if k.startswith("reward_model")}
+    assert metrics == {
+        "reward_model/score/mean": 1.0,
+        "reward_model/score/max": 5.0,
+        "reward_model/score/min": -3.0,
+        "reward_model/score/std": pytest.approx((32 / 3) ** 0.5),
+        "reward_model/truncated": 2.0,
+    }
+
+
 def test_length_metrics() -> None:
     metrics = length_metrics(experience([completion(2), completion(4, "length"), completion(0)], [3, 5, 4]))
     assert metrics["response_length/mean"] == 2 and metrics["response_length/max"] == 4

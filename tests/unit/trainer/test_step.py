@@ -21,6 +21,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.data.loader import Prompt
 from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.trainer.dynamic_sampling import TooFewGroups
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
 
 PROMPTS, N = 2, 2
@@ -125,6 +126,29 @@ def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
     trainer.train_step(1)
     assert parts.critic.phases == ["values", "update_critic"]
     assert parts.train.phases == ["old_logprobs", "update_actor"]
+
+
+def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(tmp_path: Path) -> None:
+    """Groups have signal in the first step and none in the second."""
+    for save_freq, saved in ((0, [(1, True)]), (1, [(1, False)])):
+        trainer, parts = make_trainer(
+            tmp_path,
+            [1.0, 0.0],
+            algorithm={"adv_estimator": "grpo", "filter_groups": {"enable": True, "max_num_gen_batches": 2}},
+            trainer={"val_before_train": False, "save_freq": save_freq},
+        )
+        calls: list[tuple[int, bool]] = []
+        parts.total_steps = 9
+        parts.checkpoints = SimpleNamespace(
+            last="gone", save_s=0.0, poll=dict, save=lambda step, *args, wait, to=calls: to.append((step, wait)) or {}
+        )
+        parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
+        parts.loader.state_dict = dict
+        parts.metrics = SimpleNamespace(write=lambda step, metrics: None)
+        parts.console.step = lambda *args, of=parts.scoring: setattr(of, "scores", [0.0])
+        with pytest.raises(TooFewGroups, match="only 0 of 4 groups differ"):
+            trainer.fit()
+        assert calls == saved
 
 
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""What a reward model reads: a prompt's messages and the completion, in its own chat template and tokens.
+
+Invariant: every input is at most `limit` tokens, and one that was cut is marked or the run stops; the last token is the
+one that transformers takes the score of. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf3d.data.dataset import ChatTokenizer
+from rlhf3d.rewards.scoring import RewardError, ScoreItem
+
+OVERLONG = ("error", "truncate_left")
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One conversation."""
+
+    ids: tuple[int, ...]
+    cut: bool = False
+    """Whether its first tokens were left out."""
+
+
+def model_inputs(
+    items: Sequence[ScoreItem], tokenizer: ChatTokenizer, limit: int, overlong: str, pad_id: int | None
+) -> list[ModelInput]:
+    """The conversations as token ids.
+
+    The completion's text is the assistant's message after the prompt's. Trailing `pad_id` are dropped: transformers'
+    classifiers take the output at the last token that is not padding, also where a template ends in that token.
+    RewardError for an input over `limit` tokens where `overlong` is error, and for a prompt the template refuses.
+    """
+    inputs = []
+    for item in items:
+        messages = [*item.messages, {"role": "assistant", "content": item.solution_str}]
+        try:
+            ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=False))
+        except Exception as error:  # a template may raise anything
+            raise RewardError(
+                f"reward_model.path's chat template does not take {_shown(item)}: {error}; use prompts that it takes"
+            ) from error
+        while len(ids) > 1 and ids[-1] == pad_id:
+            ids = ids[:-1]
+        if len(ids) > limit and overlong == "error":
+            raise RewardError(
+                f"reward model: {len(ids)} tokens, more than reward_model.max_length = {limit}, of {_shown(item)}; "
+                "raise it, shorten data.max_prompt_length or data.max_response_length, or set "
+                "reward_model.overlong=truncate_left"
+            )
+        inputs.append(ModelInput(ids[-limit:], cut=len(ids) > limit))
+    return inputs
+
+
+def require_finite(items: Sequence[ScoreItem], scores: Sequence[float]) -> None:
+    """RewardError that names the first completion whose score is NaN or infinite."""
+    broken = [i for i, score in enumerate(scores) if not float("-inf") < score < float("inf")]
+    if broken:
+        first = broken[0]
+        raise RewardError(
+            f"the reward model gave {scores[first]} for {_shown(items[first])} ({len(broken)} of {len(items)} scores "
+            "are not finite); check the model folder, or use model.dtype=float32"
+        )
+
+
+def _shown(item: ScoreItem) -> str:
+    asked = item.messages[-1]["content"] if item.messages else ""
+    return f"prompt {asked[:200]!r} of {item.data_source} with completion {item.solution_str[:200]!r}"

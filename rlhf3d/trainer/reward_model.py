@@ -1,0 +1,53 @@
+"""The reward model as the loop sees it: conversations in, scores out, computed by a worker group.
+
+Invariant: a score is the classifier's output at the last token of prompt and completion, as transformers computes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.batching.batch import from_sequences
+from rlhf3d.config.schema import Config, RewardModelConfig
+from rlhf3d.data.tokenizer import load_tokenizer
+from rlhf3d.models.spec import load_spec
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.rewards.combined import PART, ModelPart, ModelRewards, ModelScore, Scorer
+from rlhf3d.rewards.model_inputs import model_inputs, require_finite
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import ScoreItem
+
+
+class RewardModel:
+    """Scores conversations on the ranks of its group."""
+
+    def __init__(self, config: RewardModelConfig, group: TrainGroup, tokenizer: Any) -> None:
+        assert config.path is not None
+        self._group, self._tokenizer, self._overlong = group, tokenizer, config.overlong
+        window = load_spec(config.path).max_position
+        self._limit = window if config.max_length is None else config.max_length
+        pad = json.loads((Path(config.path) / "config.json").read_text()).get("pad_token_id")
+        self._pad_id: int | None = pad
+
+    def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
+        """One for each item; RewardError where a score is not finite, or an input too long and not to be cut."""
+        inputs = model_inputs(items, self._tokenizer, self._limit, self._overlong, self._pad_id)
+        # The engine gives the value before each response token: a response of one token, whatever it is, makes that
+        # the value at the last token of the input.
+        batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)
+        values = self._group.forward("reward_model", "reward", batch)["values"][:, 0].tolist()
+        require_finite(items, values)
+        return [ModelScore(value, one.cut) for value, one in zip(values, inputs, strict=True)]
+
+
+def make_scorer(config: Config, pool: ScoringPool | None, group: TrainGroup | None) -> Scorer:
+    """What a run asks for scores: the rule's processes, the reward model's group, or both."""
+    settings = config.reward_model
+    if group is None or settings.path is None:
+        assert pool is not None, "neither a rule nor a reward model scores"
+        return pool
+    part = ModelPart(config.reward.weights[PART], settings.mean, settings.std)
+    return ModelRewards(pool, RewardModel(settings, group, load_tokenizer(settings.path)), part)

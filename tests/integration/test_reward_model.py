@@ -1,0 +1,136 @@
+"""A reward model in the engine gives transformers' own scores, in any layout, and a run is trained on them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.jobs import read_rows, train, write_job
+from support.ranks import run_ranks
+from support.tiny_models import make_tiny_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf3d.batching.batch import from_sequences
+from rlhf3d.config.schema import LayoutConfig
+from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.models.spec import load_reward_spec
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.rewards.model_inputs import model_inputs
+from rlhf3d.rewards.scoring import ScoreItem
+
+ITEMS = [
+    ScoreItem("t", "x" * n, None, messages=[{"role": "user", "content": "word"}, *extra])
+    for n, extra in ((0, []), (3, []), (17, [{"role": "user", "content": "more"}]), (40, []), (1, []))
+]
+
+
+def hf_scores(folder: Path, items: list[ScoreItem]) -> torch.Tensor:
+    """Transformers' logits of the conversations as one padded batch."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    chats = [[*item.messages, {"role": "assistant", "content": item.solution_str}] for item in items]
+    encoded = tokenizer.apply_chat_template(chats, padding=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        logits: torch.Tensor = model(**encoded).logits
+    return logits[:, 0]
+
+
+def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> torch.Tensor | None:
+    import megatron_patches
+
+    megatron_patches.apply("cpu")
+    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
+    from rlhf3d.models.spec import load_reward_spec
+    from rlhf3d.parallel.megatron_init import initialize_megatron
+    from rlhf3d.parallel.platform import choose_platform
+
+    platform = choose_platform("cpu")
+    initialize_megatron(
+        layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
+    )
+    context = EngineContext(
+        spec=load_reward_spec(folder),
+        layout=layout,
+        layout_config=LayoutConfig(layout.tp, layout.pp, layout.dp),
+        rank=rank,
+        platform=platform,
+        dtype="float32",
+        device=torch.device("cpu"),
+        temperature=1.0,
+        total_steps=1,
+    )
+    inputs = model_inputs(ITEMS, AutoTokenizer.from_pretrained(folder), 1024, "error", pad_id=0)
+    batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)
+    outputs = MegatronEngine(context, "value", str(folder), None).forward(batch, [[0, 3], [1, 2], [4]])
+    return None if outputs is None else outputs["values"][:, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tp=2, pp=2)], ids=str)
+def test_scores_are_those_of_transformers(family: str, layout: ParallelLayout, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m", family, tie=False, classifier=True)
+    expected = hf_scores(folder, ITEMS)
+    scores = run_ranks(layout.world_size, score_rank, folder, layout)[layout.collectors()[0]]
+    print(f"\n{family} {layout}: max|Δscore| {float((scores - expected).abs().max()):.2e} of {expected.tolist()}")
+    assert float(expected.std()) > 0.1
+    assert torch.allclose(scores, expected, atol=1e-5, rtol=0)
+
+
+def test_the_tool_trains_what_a_run_loads(tmp_path: Path) -> None:
+    """Pairs that differ in one letter, in the answer's middle: held-out accuracy becomes 1."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"q{i}", "chosen": f"{i} is a", "rejected": f"{i} is b"}
+        | ({"chosen": f"{i} a now", "rejected": f"{i} b now"} if i % 2 else {})
+        for i in range(100)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    make_tiny_model(tmp_path / "lm", layers=2)
+    tool = str(Path(__file__).parents[2] / "tools" / "train_reward_model.py")
+    options = ("--output", str(tmp_path / "judge"), "--lr", "2e-3", "--epochs", "3")
+    command = [sys.executable, tool, str(tmp_path / "lm"), str(pairs), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100 pairs: 80 to learn from, 20 held out, 0 over 512 tokens left out" in done.stdout
+    assert "after: 100.0% (83.9% to 100.0%) of 20 held-out pairs" in done.stdout, done.stdout
+    assert load_reward_spec(tmp_path / "judge").num_layers == 2
+    asked = [{"role": "user", "content": "q7"}]
+    good, bad = hf_scores(tmp_path / "judge", [ScoreItem("t", f"7 is {x}", None, messages=asked) for x in "ab"])
+    assert good > bad
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_a_reward_model_alone(tmp_path: Path) -> None:
+    """Rows without ground truth, a greedy baseline, another architecture on two ranks of its own; each score exact."""
+    job = write_job(
+        tmp_path,
+        algorithm={"adv_estimator": "remax"},
+        custom_reward_function={"path": None},
+        reward={"weights": {"reward_model": 2.0}},
+        reward_model={"path": str(tmp_path / "judge"), "layout": {"tp": 2}, "mean": 0.5, "std": 4.0},
+    )
+    make_tiny_model(tmp_path / "judge", "qwen2", tie=False, heads=2, kv_heads=2, seed=5, classifier=True)
+    rows = [PromptRow("hh", [{"role": "user", "content": f"word {i}"}], "", {"style": "model"}) for i in range(64)]
+    write_parquet(rows, tmp_path / "prompts.parquet", {})
+    finished = train(job, "trainer.total_training_steps=2", "cluster.threads_per_rank=1")
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    assert "reward group (reward model" in finished.stdout
+    run = tmp_path / "run"
+    before, *steps = read_rows(run)
+    for step in steps:
+        samples = [json.loads(line) for line in (run / f"samples/step_{step['step']}.jsonl").read_text().splitlines()]
+        items = [
+            ScoreItem("hh", s["response"], None, messages=[{"role": "user", "content": s["prompt"]}]) for s in samples
+        ]
+        expected = hf_scores(tmp_path / "judge", items)
+        found = torch.tensor([s["score"] for s in samples])
+        assert torch.allclose(found, 2.0 * (expected - 0.5) / 4.0, atol=1e-5)
+        assert step["reward_model/score/mean"] == pytest.approx(float(expected.mean()), abs=1e-5)
+        assert step["reward_model/truncated"] == 0 and step["reward/outcome/scored"] == 64
+        assert step["reward/greedy_baseline/mean"] != step["critic/score/mean"]
+    assert "val-core/hh/reward_model/greedy" in before and "val-core/hh/acc/greedy" not in before
+    assert "reward model" in (run / "report.md").read_text()

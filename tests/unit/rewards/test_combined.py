@@ -1,0 +1,50 @@
+"""Rule and reward model together: by hand, with real scoring processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rlhf3d.rewards.combined import ModelPart, ModelRewards, ModelScore, only_model
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
+
+ITEMS = [ScoreItem("src", text, "4", messages=[{"role": "user", "content": "2 + 2"}]) for text in ("4", "five", "!")]
+
+
+class Lengths:
+    """A reward model that says how long the completion is, and that it cut those of one character."""
+
+    def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
+        assert all(item.messages for item in items)
+        return [ModelScore(float(len(item.solution_str)), len(item.solution_str) == 1) for item in items]
+
+
+def rule(*, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> float:
+    if solution_str == "!":
+        raise ValueError("unreadable")
+    return float(solution_str == ground_truth)
+
+
+def test_both_by_weights() -> None:
+    with ScoringPool(1, 20.0, rule) as pool:
+        batch = ModelRewards(pool, Lengths(), ModelPart(0.5, mean=2.0, std=4.0)).start(3)
+        batch.add({2: ITEMS[2], 0: ITEMS[0]})
+        batch.add({1: ITEMS[1]})
+        right, wrong, failed = batch.finish()
+    assert right.value == pytest.approx(1.0 + 0.5 * (1 - 2) / 4) and right.accuracy == 1.0
+    assert wrong.value == pytest.approx(0.0 + 0.5 * (4 - 2) / 4) and wrong.accuracy == 0.0
+    assert right.extra == {"reward_model": 1.0, "reward_model_cut": True, "acc": 1.0}
+    assert failed.outcome is Outcome.ERROR and failed.value == 0.0 and "reward_model" not in failed.extra
+    assert not only_model([right, wrong])
+
+
+def test_alone_everything_is_scored_and_nothing_is_right() -> None:
+    batch = ModelRewards(None, Lengths(), ModelPart(2.0)).start(2)
+    batch.add(dict(enumerate(ITEMS[:2])))
+    scores = batch.finish()
+    assert [(s.value, s.outcome) for s in scores] == [(2.0, Outcome.SCORED), (8.0, Outcome.SCORED)]
+    assert only_model(scores)
+    assert not only_model([Score(1.0, Outcome.SCORED)]) and not only_model([])
