@@ -49,6 +49,8 @@ DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, 
 HEADS: dict[Role, Head] = {"actor": "lm", "critic": "value"}
 CHUNK_BYTES = 256 << 20
 """Larger parameters are stored in several chunks, which bounds what a writer and a loader hold."""
+PARALLEL_FILES, PARALLEL_BYTES = 4, 64 << 20
+"""A Megatron folder is cut into at least so many files, where they are not smaller than that: workers share them."""
 
 
 class MismatchError(ValueError):
@@ -313,7 +315,8 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         for box in _chunk_boxes(slab, dtypes[slab.key].itemsize)
     }
     sizes = {name: volume(box) * dtypes[slab.key].itemsize for name, (slab, box) in chunks.items()}
-    files = files_of(sizes, int(options.max_shard_gib * 2**30))
+    shared = max(sum(sizes.values()) // PARALLEL_FILES, PARALLEL_BYTES)
+    files = files_of(sizes, min(int(options.max_shard_gib * 2**30), shared))
     tasks = [
         FileTask(
             f"{role}/__0_{i}.distcp",

@@ -90,15 +90,16 @@ def timed(*command: str) -> Timed:
 
 
 def copy(source: Path, destination: Path) -> tuple[float, float]:
-    """Seconds of cp -r and fsync, and the processor's of cp."""
+    """Seconds of cp -r and fsync, and the processor's."""
     forget(source)
-    copied, began = timed("cp", "-r", str(source), str(destination)), time.monotonic()
+    copied = timed("cp", "-r", str(source), str(destination))
+    began, cpu_began = time.monotonic(), time.process_time()
     for path in (path for path in destination.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    seconds = copied.seconds + time.monotonic() - began
+    seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
     shutil.rmtree(destination)
-    return seconds, copied.cpu_s
+    return copied.seconds + seconds, copied.cpu_s + cpu_s
 
 
 def measure(source: Path, destination: Path, scratch: Path, gb: float, workers: int) -> dict[str, float]:
