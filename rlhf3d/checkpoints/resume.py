@@ -110,6 +110,11 @@ def _listed(wrong: list[str]) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
+    if absent := [name for name in (DRIVER_FILE, CONFIG_FILE) if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder} has no {' and no '.join(absent)}: it holds a model (converted, for example), not the state of a "
+            "run; set model.path to its Hugging Face folder to train on from it"
+        )
     state = json.loads((folder / DRIVER_FILE).read_text())
     config = dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text())))
     return Checkpoint(folder, read_manifest(folder), state, config)

@@ -122,6 +122,14 @@ def test_from_a_given_checkpoint(config: Config, tmp_path: Path) -> None:
         choose_start(with_mode(config, str(tmp_path / "nothing")), TOTAL)
 
 
+def test_a_model_alone_is_no_run(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    write_manifest(folder, Manifest(0, 0, ("actor",), False))
+    with pytest.raises(ValueError, match=r"has no driver\.json and no config\.yaml: it holds a model"):
+        choose_start(with_mode(config, str(folder)), TOTAL)
+
+
 def test_later_checkpoints_are_set_aside(config: Config) -> None:
     for step in (2, 4, 6):
         add_checkpoint(config, step)
