@@ -57,10 +57,11 @@ def train(
 ) -> None:
     """Train: check the configuration and this machine, then run the loop."""
     from rlhf3d.config.load import ConfigError, load_config
+    from rlhf3d.planning.view import show_memory
     from rlhf3d.preflight import preflight
 
     loaded = load_config(config, overrides or [], files=False)
-    if problems := preflight(loaded):
+    if problems := preflight(loaded, show=show_memory):
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
     from rlhf3d.trainer.run import run_training
 

@@ -1,51 +1,38 @@
 """Whether this machine can run a configuration: what is needed beside what was found.
 
-Invariant: only reads, and lists every shortage at once. Memory counts weights, gradients, optimizer
-and engines; activations come on top, so passing is necessary and not sufficient.
+Invariant: only reads, and lists every shortage at once. Memory is the plan's (`rlhf3d.planning`): on GPUs its peak,
+with the longest sequences there can be; on a host that CPU ranks share what they hold all the time, so that passing
+there is necessary and not sufficient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 from rlhf3d.config.checks import check_files
 from rlhf3d.config.derived import Derived, derive, resolve_dtypes
-from rlhf3d.config.groups import WorkerGroup, device_terms
+from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
-from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
-from rlhf3d.models.weights import hf_tensors, local_params
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
+from rlhf3d.planning.hardware import Cluster, load_hardware
+from rlhf3d.planning.memory import checkpoint_bytes
+from rlhf3d.planning.plan import DEFAULT_CPU, DEFAULT_GPU, Plan, find_spec, make_plan
 
-CPU_RANK_GIB = 0.4
-"""Host memory of a training process before its shards (measured, torch and Megatron loaded)."""
-CPU_ENGINE_GIB = 2.0
-"""Host memory of a vLLM process on CPU with a small model (measured)."""
-CUDA_PROCESS_GIB = 4.0
-"""Host memory of a process that uses CUDA: driver, NCCL and pinned buffers (rule of thumb)."""
 SHARED_MEMORY_GIB = 0.5
 """Ray's object store (256 MiB) and the rings of gloo, NCCL and vLLM for a small run."""
 CUDA_SHARED_MEMORY_GIB = 1.0
 """Shared memory of each CUDA process on a host, for NCCL and vLLM (rule of thumb)."""
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Memory of the model states of one run, GiB."""
+def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> list[str]:
+    """Every reason why `config` cannot run here, each with what is needed and what was found.
 
-    per_rank_gib: dict[str, float]
-    """By worker group: weights, gradients and optimizer of its models on the rank that holds most."""
-    weights_gib: float
-    """One whole copy of the weights in the engines' dtype."""
-    checkpoint_gib: float
-    """One checkpoint of all trained roles with optimizer state."""
-
-
-def preflight(config: Config) -> list[str]:
-    """Every reason why `config` cannot run here, each with what is needed and what was found."""
+    `show` is given the plan where it is memory that is short.
+    """
     machine = read_machine(config.trainer.output_dir)
     cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
     platform = CUDAPlatform(reason="preflight") if cuda else CPUPlatform(reason="preflight")
@@ -53,121 +40,88 @@ def preflight(config: Config) -> list[str]:
     derived = derive(config)
     problems = check_files(config)
     try:
-        specs = group_specs(derived)
-        for group in derived.groups:
-            check_layout(specs[group.name], group.layout, group.layout_config.sequence_parallel)
-        footprint = model_footprint(config, derived, specs)
-    except ValueError:  # reported by check_files; what does not depend on the model is still compared
-        footprint = Footprint({}, 0.0, 0.0)
-    compare = _compare_cuda if cuda else _compare_cpu
-    if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
-        problems += compare(config, derived, machine, footprint)
-    return problems + _compare_disk(config, machine, footprint)
-
-
-def count_parameters(spec: ModelSpec) -> int:
-    """Parameters of the decoder with its LM head."""
-    return sum(math.prod(shape) for shape in hf_tensors(spec, "lm").values())
-
-
-def largest_rank_parameters(spec: ModelSpec, layout: ParallelLayout) -> int:
-    """Parameters of the policy on the training rank that holds most."""
-    shards = {(at.tp, at.pp, at.ep): at for at in map(layout.coords, range(layout.world_size))}
-    return max(
-        sum(math.prod(p.shape) for chunk in range(layout.vpp) for p in local_params(spec, layout, at, chunk))
-        for at in shards.values()
-    )
-
-
-def group_specs(derived: Derived) -> dict[str, ModelSpec]:
-    """The shape of each worker group's models."""
-    return {group.name: load_spec(group.model) for group in derived.groups}
-
-
-def model_footprint(config: Config, derived: Derived, specs: Mapping[str, ModelSpec]) -> Footprint:
-    """Model states of a configuration whose dtypes are resolved; `specs` by worker group.
-
-    Bytes a parameter: weights 2 (bf16) or 4, gradients 4, Adam 8, and for bf16 a master copy of 4. The distributed
-    optimizer shards Adam and master copy over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
-    """
-    trained = 1 + config.needs_critic
-    parameters = count_parameters(specs["actor"])
-    weights = 2 if config.model.dtype == "bfloat16" else 4
-    optimizer = 12 if config.model.dtype == "bfloat16" else 8
-
-    def per_rank_gib(group: WorkerGroup) -> float:
-        sharded = group.layout.dp if group.layout_config.distributed_optimizer else 1
-        trainable = weights + 4 + optimizer / sharded
-        bytes_of = {"actor": trainable, "critic": trainable, "ref": weights, "reward": weights}
-        parameters = largest_rank_parameters(specs[group.name], group.layout)
-        return parameters * sum(bytes_of[role] for role in group.roles) / GIB
-
-    return Footprint(
-        per_rank_gib={group.name: per_rank_gib(group) for group in derived.groups},
-        weights_gib=parameters * (2 if config.rollout.dtype == "bfloat16" else 4) / GIB,
-        checkpoint_gib=trained * parameters * (weights + optimizer) / GIB,
-    )
-
-
-def _compare_cuda(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
-    nodes, terms = config.cluster.num_nodes, device_terms(config)
-    local = math.ceil(max(sum(count for _, count in terms), derived.engine_ranks) / nodes)
-    problems = []
-    if len(machine.gpus) < local:
-        groups = ", ".join(f"{group.name} group {group.layout}" for group in derived.groups)
-        problems.append(
-            f"cluster.platform = {config.cluster.platform}: needs {local} GPUs on each of {nodes} node(s) "
-            f"for {groups} and {derived.engine_ranks} engine rank(s), found {len(machine.gpus)}; "
-            "run it where they are, or use a smaller layout"
+        gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus)) if machine.gpus else None
+        plan = plan_here(
+            config, find_spec(config)[0], cuda, gpu, machine.memory_available_gib if cuda else machine.memory_gib
         )
+    except ValueError:  # reported by check_files; what does not depend on the model is still compared
+        plan = None
+    short: list[str] = []
+    if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
+        problems += _compare_devices(config, derived, machine) if cuda else _compare_kernels(config)
+        if plan is not None:
+            short = _compare_gpus(plan, machine) if cuda else _compare_host(plan, derived, machine)
+        problems += short + _compare_shared_memory(config, derived, machine, cuda)
+    if short and show is not None and plan is not None:
+        show(plan)
+    return problems + (_compare_disk(plan, machine) if plan is not None else [])
+
+
+def plan_here(
+    config: Config, spec: ModelSpec, cuda: bool, gpu: tuple[str, float] | None = None, host_gib: float | None = None
+) -> Plan:
+    """The plan on nodes like this one: with GPUs of that name and memory, GiB, or sharing `host_gib` of memory.
+
+    Raises ValueError where model and layout do not fit each other.
+    """
+    hardware = load_hardware()[DEFAULT_GPU if cuda else DEFAULT_CPU]
+    if cuda and gpu is not None:
+        hardware = replace(hardware, name=gpu[0], memory_gib=gpu[1])
+    if host_gib is not None:
+        hardware = replace(hardware, host_memory_gib=host_gib)
+    per_node = config.cluster.gpus_per_node if cuda else 1
+    return make_plan(config, spec, Cluster(hardware, per_node * (config.cluster.num_nodes if cuda else 1), per_node))
+
+
+def _compare_devices(config: Config, derived: Derived, machine: Machine) -> list[str]:
+    nodes, local = config.cluster.num_nodes, _local_devices(config, derived)
+    if len(machine.gpus) >= local:
+        return []
+    groups = ", ".join(f"{group.name} group {group.layout}" for group in derived.groups)
+    return [
+        f"cluster.platform = {config.cluster.platform}: needs {local} GPUs on each of {nodes} node(s) "
+        f"for {groups} and {derived.engine_ranks} engine rank(s), found {len(machine.gpus)}; "
+        "run it where they are, or use a smaller layout"
+    ]
+
+
+def _local_devices(config: Config, derived: Derived) -> int:
+    """GPUs of a node."""
+    taken = sum(count for _, count in device_terms(config))
+    return math.ceil(max(taken, derived.engine_ranks) / config.cluster.num_nodes)
+
+
+def _compare_gpus(plan: Plan, machine: Machine) -> list[str]:
+    """The plan's peak against each GPU, and a node's host memory; without GPUs only the latter."""
     if machine.gpus:
-        smallest = min(memory for _, memory in machine.gpus)
-        problems += compare_gpu_memory(config, derived, footprint, smallest)
-    processes = math.ceil(derived.world_size / nodes) + math.ceil(derived.engine_ranks / nodes)
-    parts = {f"{processes} processes": processes * CUDA_PROCESS_GIB, "weight syncs": _sync_gib(config)}
-    problems += _compare_memory(machine, parts)
-    return problems + _compare_shared_memory(machine, local * CUDA_SHARED_MEMORY_GIB + _sync_gib(config))
+        return list(plan.memory.problems)
+    host = plan.memory.host
+    return _compare_memory(machine, {name: size / GIB for name, size in host.terms.items()})
 
 
-def compare_gpu_memory(config: Config, derived: Derived, footprint: Footprint, smallest: float) -> list[str]:
-    """Model states, and engines, that share a GPU of `smallest` GiB: those beside the actor, and each group apart."""
-    share = config.rollout.gpu_memory_utilization * (config.rollout.placement == "colocated")
-    beside = [group for group in derived.groups if group is derived.groups[0] or group.colocated]
-    together = [(beside, share * smallest), *(([group], 0.0) for group in derived.groups if group not in beside)]
-    problems = []
-    for groups, engine in together:
-        states = {group.name: footprint.per_rank_gib.get(group.name, 0.0) for group in groups}
-        if sum(states.values()) + engine > smallest:
-            named = " + ".join(f"{name} {gib:.1f}" for name, gib in states.items())
-            vllm = f" + rollout.gpu_memory_utilization {share:g} x {smallest:.1f} = {engine:.1f} GiB" if engine else ""
-            problems.append(
-                f"GPU memory: model states of {sum(states.values()):.1f} GiB a rank ({named}){vllm}, found "
-                f"{smallest:.1f} GiB; raise {groups[0].key}.tp, pp or dp{', or lower the utilization' * bool(engine)}"
-            )
-    return problems
-
-
-def _compare_cpu(config: Config, derived: Derived, machine: Machine, footprint: Footprint) -> list[str]:
-    training = {
-        group.name: group.layout.world_size * (CPU_RANK_GIB + footprint.per_rank_gib.get(group.name, 0.0))
+def _compare_host(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
+    """What ranks and engines on CPU hold all the time, and the engines' room for keys and values."""
+    parts = {
+        f"{group.name} group": sum(
+            len(rank.ranks) * sum(rank.resident.values())
+            for rank in plan.memory.ranks
+            if rank.place.startswith(group.name)
+        )
         for group in derived.groups
     }
-    # vLLM's CPU kernels keep a packed copy beside the weights.
-    engine = CPU_ENGINE_GIB * config.rollout.tensor_parallel_size + 2 * footprint.weights_gib
-    engines = config.rollout.engines * (engine + config.rollout.kv_cache_gib)
-    parts = {**{f"{name} group": gib for name, gib in training.items()}, "engines": engines}
-    problems = _compare_memory(machine, parts)
-    if config.rollout.expert_parallel and config.rollout.tensor_parallel_size > 1:
-        problems.append(
-            f"rollout.expert_parallel with rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: "
-            "vLLM's CPU kernel ignores which experts a rank has, and crashes; set it to false on CPU"
-        )
-    return problems + _compare_shared_memory(machine, SHARED_MEMORY_GIB + _sync_gib(config))
+    parts["engines"] = plan.memory.host.terms["engines"]
+    problems = [problem for problem in plan.memory.problems if problem.startswith("vLLM")]
+    return problems + _compare_memory(machine, {name: size / GIB for name, size in parts.items()})
 
 
-def _sync_gib(config: Config) -> float:
-    """Shared memory of weight syncs and exports: two buckets for each tensor-parallel rank of vLLM and the reader."""
-    return 2 * (config.rollout.tensor_parallel_size + 1) * config.rollout.sync_bucket_mib / 1024
+def _compare_kernels(config: Config) -> list[str]:
+    rollout = config.rollout
+    if not rollout.expert_parallel or rollout.tensor_parallel_size == 1:
+        return []
+    return [
+        f"rollout.expert_parallel with rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: "
+        "vLLM's CPU kernel ignores which experts a rank has, and crashes; set it to false on CPU"
+    ]
 
 
 def _compare_memory(machine: Machine, parts_gib: dict[str, float]) -> list[str]:
@@ -181,7 +135,11 @@ def _compare_memory(machine: Machine, parts_gib: dict[str, float]) -> list[str]:
     ]
 
 
-def _compare_shared_memory(machine: Machine, needed_gib: float) -> list[str]:
+def _compare_shared_memory(config: Config, derived: Derived, machine: Machine, cuda: bool) -> list[str]:
+    """Ray, NCCL and vLLM; and two buckets for each tensor-parallel rank of vLLM and the reader of an export."""
+    buckets_gib = 2 * (config.rollout.tensor_parallel_size + 1) * config.rollout.sync_bucket_mib / 1024
+    needed_gib = _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB if cuda else SHARED_MEMORY_GIB
+    needed_gib += buckets_gib
     if needed_gib <= machine.shared_memory_gib:
         return []
     return [
@@ -190,16 +148,18 @@ def _compare_shared_memory(machine: Machine, needed_gib: float) -> list[str]:
     ]
 
 
-def checkpoints_at_once(config: Config) -> int:
-    """Checkpoints that must find room: one, and a second while it replaces the first."""
-    return 2 if config.trainer.save_freq else int(config.trainer.save_at_end)
+def checkpoints_gib(plan: Plan) -> float:
+    """Room for checkpoints: for one, and for a second while it replaces the first."""
+    trainer = plan.job.config.trainer
+    return (2 if trainer.save_freq else int(trainer.save_at_end)) * checkpoint_bytes(plan.job) / GIB
 
 
-def _compare_disk(config: Config, machine: Machine, footprint: Footprint) -> list[str]:
-    trainer, kept = config.trainer, checkpoints_at_once(config)
-    if kept * footprint.checkpoint_gib <= machine.disk_gib:
+def _compare_disk(plan: Plan, machine: Machine) -> list[str]:
+    trainer, needed_gib = plan.job.config.trainer, checkpoints_gib(plan)
+    if needed_gib <= machine.disk_gib:
         return []
+    kept = 2 if trainer.save_freq else 1
     return [
-        f"disk: {kept} checkpoint(s) of {footprint.checkpoint_gib:.1f} GiB at trainer.output_dir = "
+        f"disk: {kept} checkpoint(s) of {needed_gib / kept:.1f} GiB at trainer.output_dir = "
         f"{trainer.output_dir}, found {machine.disk_gib:.1f} GiB free; write elsewhere"
     ]

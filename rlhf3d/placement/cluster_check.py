@@ -20,13 +20,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rlhf3d.config.derived import Derived
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import Config
 from rlhf3d.placement.cluster import free_port, node_name, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
-from rlhf3d.preflight import checkpoints_at_once, compare_gpu_memory, group_specs, model_footprint
+from rlhf3d.models.spec import load_spec
+from rlhf3d.preflight import checkpoints_gib, plan_here
 
 CONNECT_S = 5.0
 ALL_REDUCE_S = 60.0
@@ -95,7 +95,7 @@ class Checked:
     """None with one node, or where ports or versions are wrong already."""
 
 
-def check_cluster(config: Config, derived: Derived, reserved: PlacementGroup) -> None:
+def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     """Check every node on which bundles are reserved. Raises ConfigError with all problems."""
     table = placement_group_table(reserved)
     bundle_of: dict[str, int] = {}
@@ -112,20 +112,21 @@ def check_cluster(config: Config, derived: Derived, reserved: PlacementGroup) ->
             "num_cpus": resources["CPU"],
             "num_gpus": resources.get("GPU", 0),
         }
-    footprint = model_footprint(config, derived, group_specs(derived))
+    on_gpu, spec = "GPU" in table["bundles"][0], load_spec(config.model.path)
     wanted = Wanted(
         files=_files(config),
-        disk_gib=checkpoints_at_once(config) * footprint.checkpoint_gib,
-        gpus=config.cluster.gpus_per_node if "GPU" in table["bundles"][0] else 0,
+        disk_gib=checkpoints_gib(plan_here(config, spec, on_gpu)),
+        gpus=config.cluster.gpus_per_node if on_gpu else 0,
     )
     with _canary(config.trainer.output_dir, wanted) as wanted:
         checked = probe(places, wanted, config.cluster.startup_timeout_s)
     problems = checked.problems
     for report in checked.reports:
-        smallest = min((memory for _, memory in report.gpus or ()), default=None)
-        if smallest is not None:
-            found = compare_gpu_memory(config, derived, footprint, smallest)
-            problems += [f"node {report.name}: {problem}" for problem in found]
+        if report.gpus:
+            smallest = min(report.gpus, key=lambda gpu: gpu[1])
+            found = plan_here(config, spec, True, smallest).memory.problems
+            # What a host has is not in the report.
+            problems += [f"node {report.name}: {text}" for text in found if not text.startswith("host memory")]
     if problems:
         raise ConfigError(problems, "The cluster cannot run this as it stands")
     names = ", ".join(report.name for report in checked.reports)

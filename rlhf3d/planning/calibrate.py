@@ -71,6 +71,11 @@ def predict(seen: Observation, hardware: Hardware) -> TimePlan:
     return plan_time(make_job(seen.config, seen.spec, Cluster(hardware, 1, 1), lengths=seen.lengths))
 
 
+def planned_step_s(seen: Observation, hardware: Hardware) -> float:
+    """Planned seconds of the phases that were measured."""
+    return sum(phase.total for phase in predict(seen, hardware).phases if phase.phase in seen.seconds)
+
+
 def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:
     """`hardware` with the numbers of FITTED under which the phases come closest: coordinate descent on logarithms."""
 

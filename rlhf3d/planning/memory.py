@@ -19,8 +19,8 @@ SLOTS = 2
 """Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
-SAVED_BYTES = 12
-"""fp32 weight and Adam's two moments of a parameter in a checkpoint's optimizer state."""
+SAVED_BYTES = {"bfloat16": 12, "float32": 8}
+"""Of a parameter in a checkpoint's optimizer state: Adam's two moments, and the fp32 weight that bf16 ranks have."""
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
 PHASES = (
@@ -106,9 +106,12 @@ class MemoryPlan:
         """What does not fit, each with the figures and what would mend it."""
         found = []
         if self.device_limit is not None:
-            rank, phase = self.peak
-            if phase.total > self.device_limit:
-                found.append(_device_problem(rank, phase, self.device_limit))
+            fullest: dict[tuple[str, ...], RankMemory] = {}
+            for rank in sorted(self.ranks, key=lambda rank: rank.peak.total):
+                fullest[tuple(rank.states)] = rank  # of the devices that hold the same models
+            for rank in fullest.values():
+                if rank.peak.total > self.device_limit:
+                    found.append(_device_problem(rank, rank.peak, self.device_limit))
             if self.engine.sequences < 1:
                 missing = self.engine.kv_bytes_a_token * self.engine.max_model_len - self.engine.kv_cache
                 found.append(
@@ -267,8 +270,14 @@ def _save_copies(job: Job) -> int:
     trainer = job.config.trainer
     if not (trainer.save_freq or trainer.save_at_end):
         return 0
-    elements = sum(stored_elements(job, model) for model in job.models if model.trained)
-    return elements * (ITEM_BYTES[job.config.model.dtype] + SAVED_BYTES * trainer.save_optimizer)
+    return checkpoint_bytes(job)
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Weights and, if it is saved, optimizer state of every trained model."""
+    dtype = job.config.model.dtype
+    each = ITEM_BYTES[dtype] + SAVED_BYTES[dtype] * job.config.trainer.save_optimizer
+    return each * sum(stored_elements(job, model) for model in job.models if model.trained)
 
 
 def stored_elements(job: Job, model: Model) -> int:

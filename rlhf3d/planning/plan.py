@@ -19,7 +19,7 @@ from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import MemoryPlan, plan_memory
 from rlhf3d.planning.times import TimePlan, plan_time
 
-SHAPES = Path("configs/models")
+SHAPES = Path(__file__).parents[2] / "configs" / "models"
 """Folders with the config.json of public models, to plan without their weights."""
 DEFAULT_GPU = "H100"
 DEFAULT_CPU = "laptop"

@@ -16,7 +16,7 @@ from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_token
 from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops
 from rlhf3d.planning.job import Job, Model
-from rlhf3d.planning.memory import FORWARD_PHASES, SAVED_BYTES, stored_elements
+from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
 from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes
 
 ADAM_BYTES = {"te": 34, "local": 120}
@@ -274,10 +274,8 @@ def sync_time(job: Job) -> PhaseTime:
 
 def save_time(job: Job) -> PhaseTime:
     """Weights and optimizer of every trained model, and the policy as a Hugging Face folder, to disk."""
-    trainer, item = job.config.trainer, ITEM_BYTES[job.config.model.dtype]
-    state = item + SAVED_BYTES * trainer.save_optimizer
-    written = sum(stored_elements(job, model) * state for model in job.models if model.trained)
+    trainer, written = job.config.trainer, checkpoint_bytes(job)
     if trainer.save_hf == "always":
-        written += engine_elements(job.spec, 1, False) * item
+        written += engine_elements(job.spec, 1, False) * ITEM_BYTES[job.config.model.dtype]
     seconds = 0.0 if trainer.async_save else written / (job.cluster.hardware.disk_gbs * 1e9)
     return PhaseTime("save_checkpoint", {"disk": seconds / trainer.save_freq})

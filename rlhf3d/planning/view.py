@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +42,13 @@ def render(plan: Plan, shape: Path) -> Group:
 
 
 _SHOWN = {"layout", "rollout", "step", "actor", "critic"}
+
+
+def show_memory(plan: Plan) -> None:
+    """Print the memory of a plan on stderr."""
+    console = Console(stderr=True)
+    console.print(_memory_table(plan.memory))
+    console.print(Text("\n".join(_memory_lines(plan))))
 
 
 def _memory_table(memory: MemoryPlan) -> Table:

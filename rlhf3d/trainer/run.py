@@ -110,7 +110,7 @@ def _run(config: Config, stopping: Stopping) -> int:
         local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
         stack.enter_context(ray_cluster(config.cluster, local_cpus, stopping.handle))
         reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
-        check_cluster(config, derived, reserved)
+        check_cluster(config, reserved)
         with console.phase("start"):
             nodes = nodes_of(reserved)
             setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])

@@ -18,7 +18,11 @@ PURE = (
     ("modules", "heavy"),
     [
         (PURE, {"ray", "vllm", "megatron"}),
-        ("rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup", {"torch", "ray", "vllm", "megatron"}),
+        (
+            "rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup, rlhf3d.planning.command, "
+            "rlhf3d.planning.calibrate",
+            {"torch", "ray", "vllm", "megatron"},
+        ),
     ],
 )
 def test_pure_modules_load_nothing_heavy(modules: str, heavy: set[str]) -> None:

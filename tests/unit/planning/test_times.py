@@ -12,7 +12,7 @@ import pytest
 from rlhf3d.config.load import build, config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.planning.calibrate import FITTED, Observation, fit, observe, predict
+from rlhf3d.planning.calibrate import FITTED, Observation, fit, observe, planned_step_s
 from rlhf3d.planning.flops import head_flops, layer_flops, layer_weights
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths, make_job
@@ -119,8 +119,7 @@ def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
     left_out = fit(HARDWARE["laptop"], seen[:2])
     for hardware in (found, left_out):
         for run in seen:
-            planned = sum(p.total for p in predict(run, hardware).phases if p.phase in run.seconds)
-            assert planned == pytest.approx(run.step_s, rel=0.1)
+            assert planned_step_s(run, hardware) == pytest.approx(run.step_s, rel=0.1)
     assert all(getattr(found, name) > 0 for name in FITTED)
 
 
