@@ -29,7 +29,7 @@ def render(plan: Plan, shape: Path) -> Group:
     hardware = job.cluster.hardware
     numbers = "measured" if hardware.measured else "from data sheets, not measured"
     lines = [line for line in summary_lines(job.config, job.derived) if line.split()[0] in _SHOWN]
-    lines.append(f"shape      {shape}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
+    lines.append(f"shape      {shape.name}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
     lines.append(f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed")
     after = [*_memory_lines(plan), ""]
     return Group(
@@ -53,7 +53,7 @@ def show_memory(plan: Plan) -> None:
 
 def _memory_table(memory: MemoryPlan) -> Table:
     """Terms and phases down, kinds of ranks across."""
-    limit = "" if memory.device_limit is None else f" (a device has {memory.device_limit / GIB:.1f})"
+    limit = "" if memory.device_limit is None else f" (it has {memory.device_limit / GIB:.1f})"
     noun = "process" if memory.device_limit is None else "device"
     table = Table(title=f"memory of a {noun}, GiB{limit}", title_justify="left")
     ranks = _shown(memory.ranks)

@@ -121,7 +121,7 @@ def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[M
     machine[0] = replace(LAPTOP, memory_available_gib=3.0)
     (memory,) = preflight(small)
     # Each of 2 stages holds the tied embeddings, 81 M parameters at 18 bytes; each of 3 replicas all at 2 + 4 + 12 / 3.
-    assert "(actor group 3.5, critic group 5.0, engines 3.5), found 3.0" in memory
+    assert "(actor group 3.5, critic group 5.0, engines 2.3), found 3.0" in memory
 
 
 def test_laptop_that_is_too_small(tmp_path: Path, machine: list[Machine]) -> None:
