@@ -109,7 +109,7 @@ def _compare_host(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
         )
         for group in derived.groups
     }
-    parts["engines"] = plan.memory.host.terms["engines"]
+    parts |= {name: size for name, size in plan.memory.host.terms.items() if name in ("engines", "offloaded states")}
     problems = [problem for problem in plan.memory.problems if problem.startswith("vLLM")]
     return problems + _compare_memory(machine, {name: size / GIB for name, size in parts.items()})
 

@@ -38,6 +38,7 @@ class Hardware:
     link_efficiency: float
     latency_s: float
     disk_gbs: float
+    host_gbs: float
     sync_gbs: float
     cores: int
     devices_per_node: int

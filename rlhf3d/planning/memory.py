@@ -17,6 +17,8 @@ from rlhf3d.planning.states import ITEM_BYTES, States, chunk_sizes, model_states
 
 SLOTS = 2
 """Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
+ASLEEP_GIB = 1.0
+"""GPU memory that a sleeping engine keeps: its process's context (rule of thumb)."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
 SAVED_BYTES = {"bfloat16": 12, "float32": 8}
@@ -192,38 +194,67 @@ def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, ser
         )
         for model, rank in here
     }
+    terms = {role: _terms(role, state) for role, state in states.items()}
     resident = {"process": int(len(seat) * job.cluster.hardware.process_gib * GIB)}
-    for role, state in states.items():
-        resident |= {f"{role} weights": state.weights}
-        if state.gradients:
-            resident |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
-    if served:
-        resident |= {"vLLM": engine.total}
-    phases = [PhaseMemory("generate", resident)]
+    at_work: dict[str, dict[str, int]] = {}
+    if job.config.model.offload:
+        at_work = terms
+    else:
+        resident |= {name: size for of_role in terms.values() for name, size in of_role.items()}
+    serving, loading = _engine_terms(job, engine, resident) if served else ({}, {})
+    phases = [PhaseMemory("generate", resident | serving)]
     for model, rank in here:
-        phases += _model_phases(job, model, rank, resident)
-    if any(model.role == "actor" for model, _ in here):
+        phases += _model_phases(job, model, rank, resident, at_work.get(model.role, {}))
+    if "actor" in states:
         buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
-        phases += [PhaseMemory(name, resident | buckets) for name in ("sync_weights", "save_checkpoint")]
+        weights = _only(at_work.get("actor", {}), "weights")
+        phases.append(PhaseMemory("sync_weights", resident | weights | loading | buckets))
+        saved = [_only(of_role, "weights", "optimizer") for role, of_role in at_work.items() if role != "ref"]
+        most = max(saved, key=lambda found: sum(found.values()), default={})
+        phases.append(PhaseMemory("save_checkpoint", resident | most | buckets))
     phases.sort(key=lambda phase: PHASES.index(phase.phase))
     place = ", ".join(f"{group.name} pp{group.layout.coords(rank).pp}" for group, rank in seat)
     return RankMemory(members, place, states, resident, tuple(phases))
 
 
-def _model_phases(job: Job, model: Model, rank: int, resident: dict[str, int]) -> list[PhaseMemory]:
-    """The passes of one model on one rank."""
+def _terms(role: str, state: States) -> dict[str, int]:
+    """A model's states by name."""
+    found = {f"{role} weights": state.weights}
+    if state.gradients:
+        found |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
+    return found
+
+
+def _only(terms: Mapping[str, int], *kinds: str) -> dict[str, int]:
+    return {name: size for name, size in terms.items() if name.endswith(kinds)}
+
+
+def _engine_terms(job: Job, engine: EngineMemory, resident: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What an engine beside training adds while it serves and while it is loaded; one that never sleeps is resident."""
+    if not job.config.rollout.sleep:
+        resident["vLLM"] = engine.total
+        return {}, {}
+    resident["vLLM asleep"] = asleep = int(ASLEEP_GIB * GIB)
+    return {"vLLM": engine.total - asleep}, {"vLLM": engine.weights}
+
+
+def _model_phases(
+    job: Job, model: Model, rank: int, resident: dict[str, int], at_work: dict[str, int]
+) -> list[PhaseMemory]:
+    """The passes of one model on one rank; `at_work`: its states, where they are elsewhere in other phases."""
     micro, pp = job.longest(model), model.layout.coords(rank).pp
     passes = job.activations(model, micro)
     count = job.micro_batches(model)
-    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | {"activations": int(passes.forward_peak(pp, count))})
+    kept = {"activations": int(passes.forward_peak(pp, count))}
+    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | _only(at_work, "weights") | kept)
     if not model.trained:
         return [forward]
     chunks = [chunk_sizes(job.spec, model.layout, pp, n, model.head, job.style) for n in range(model.layout.vpp)]
     layers = len(model.layout.layers(job.spec.num_layers, pp))
     activations = int(passes.update_peak(pp, count, layers))
     step = 0 if job.on_gpu else ADAM_TEMPORARIES * 4 * max(chunk.largest for chunk in chunks)
-    update = PhaseMemory(f"update_{model.role}", resident | {"activations": max(activations, step)})
-    return [forward, update]
+    kept = {"activations": max(activations, step)}
+    return [forward, PhaseMemory(f"update_{model.role}", resident | at_work | kept)]
 
 
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
@@ -239,8 +270,13 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
     """The fullest node at its peak: processes, and on CPU all that the ranks and engines hold."""
     hardware, rollout = job.cluster.hardware, job.config.rollout
     shared = SLOTS * (rollout.tensor_parallel_size + 1) * (rollout.sync_bucket_mib << 20)
+    offloaded = job.config.model.offload * sum(
+        len(rank.ranks) * (state.weights + state.optimizer) for rank in ranks for state in rank.states.values()
+    )
     if not job.on_gpu:
         terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": shared}
+        if offloaded:
+            terms["offloaded states"] = offloaded
         terms["engines"] = int(
             rollout.engines * (rollout.tensor_parallel_size * (hardware.engine_process_gib * GIB + engine.weights * 2))
         ) + int(rollout.engines * rollout.kv_cache_gib * GIB)
@@ -262,6 +298,8 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         "engine processes": int(engines * hardware.engine_process_gib * GIB),
         "copies to save": _save_copies(job) // job.cluster.nodes,
     }
+    if offloaded:
+        terms["offloaded states"] = offloaded // job.cluster.nodes
     return HostMemory("save_checkpoint", terms, int(hardware.host_memory_gib * GIB))
 
 

@@ -22,7 +22,7 @@ from rlhf3d.planning.hardware import GIB, Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import training_memory
 from rlhf3d.planning.plan import Plan, make_plan
-from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, on_cluster
+from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, on_cluster, rests
 from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
 
 APART_UTILIZATION = 0.9
@@ -91,9 +91,10 @@ class Search:
         too_big: list[Option] = []
         base = resolve_dtypes(on_cluster(self.config, self.cluster), "bfloat16")
         for apart in engine_shares(self.cluster):
-            engines = self._engines(base, apart)
-            for layout in layouts(self.spec, self.cluster.devices - apart, self.cluster.devices_per_node):
-                for config in batchings(base, layout):
+            allowed = layouts(self.spec, self.cluster.devices - apart, self.cluster.devices_per_node)
+            for resting in rests(base, apart):
+                engines = self._engines(resting, apart)
+                for config in (config for layout in allowed for config in batchings(resting, layout)):
                     if check(replace(config, rollout=engines[0][1])):
                         counts["refused"] += 1
                         continue
@@ -174,9 +175,16 @@ class Search:
         return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
 
     def _training_peak(self, job: Job) -> int:
-        """Bytes of the fullest training device without its engine."""
+        """Bytes of the fullest training device without its engine, where that does not sleep meanwhile."""
         training = training_memory(job, engine_memory(job), ends=True)
-        return max(rank.peak.total - rank.resident.get("vLLM", 0) for rank in training)
+        sleeps = job.config.rollout.sleep and job.colocated
+        beside = ("generate", "sync_weights")
+        return max(
+            phase.total - phase.terms.get("vLLM", 0)
+            for rank in training
+            for phase in rank.phases
+            if not sleeps or phase.phase in beside or phase.total > self.limit
+        )
 
     def _plans(self, options: Sequence[Option], fits: bool) -> tuple[Plan, ...]:
         """The first of so many layouts, planned whole."""

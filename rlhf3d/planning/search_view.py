@@ -38,7 +38,8 @@ def _table(title: str, plans: tuple[Plan, ...]) -> Table:
     """A layout a row: how it is cut, what it fills, where its seconds go."""
     table = Table(title=title, title_justify="left")
     for name in ("", "training", "micro-batch", "engines", "GiB", "step s", "generate", "passes", "updates", "other"):
-        table.add_column(name, justify="left" if name in ("training", "micro-batch", "engines") else "right")
+        text = name in ("training", "micro-batch", "engines")
+        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for number, plan in enumerate(plans, 1):
         seconds = {phase.phase: phase.total for phase in plan.time.phases}
         passes, updates = (sum(seconds.get(name, 0.0) for name in names) for names in (FORWARD, UPDATE))
@@ -68,12 +69,13 @@ def _micro_batch(plan: Plan) -> str:
         if actor.use_dynamic_bsz
         else f"{actor.ppo_micro_batch_size_per_gpu}"
     )
-    return size + (", recompute" if actor.layout.recompute else "")
+    extras = {"recompute": actor.layout.recompute, "offload": plan.job.config.model.offload}
+    return ", ".join([size, *(name for name, on in extras.items() if on)])
 
 
 def _engines(plan: Plan) -> str:
     rollout = plan.job.config.rollout
-    where = "beside" if rollout.placement == "colocated" else "apart"
+    where = "apart" if rollout.placement == "disaggregated" else "asleep between" if rollout.sleep else "beside"
     return f"{rollout.engines} x TP{rollout.tensor_parallel_size} {where}, {rollout.gpu_memory_utilization:g}"
 
 

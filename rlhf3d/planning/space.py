@@ -41,6 +41,16 @@ def engine_shares(cluster: Cluster) -> list[int]:
     ]
 
 
+def rests(config: Config, apart: int) -> list[Config]:
+    """Engines that stay awake or sleep, and then model states that stay on the device or wait in host memory."""
+    if apart:
+        return [replace(config, rollout=replace(config.rollout, sleep=False))]
+    return [
+        replace(config, rollout=replace(config.rollout, sleep=sleep), model=replace(config.model, offload=offload))
+        for sleep, offload in ((False, False), (True, False), (True, True))
+    ]
+
+
 def layouts(spec: ModelSpec, devices: int, per_node: int) -> list[LayoutConfig]:
     """The layouts of so many devices that the model allows; tensor ranks stay in a node."""
     found = []

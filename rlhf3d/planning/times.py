@@ -17,7 +17,7 @@ from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_t
 from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops
 from rlhf3d.planning.job import Job, Model
 from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
-from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes
+from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes, model_states
 
 ADAM_BYTES = {"te": 34, "local": 120}
 """Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
@@ -178,11 +178,31 @@ def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -
     return {"compute": compute, "messages": messages, "bubble": bubble}
 
 
+def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
+    """Seconds in which states that wait in host memory come and go again."""
+    if not job.config.model.offload:
+        return 0.0
+    settings, hardware = model.settings, job.cluster.hardware
+    states = model_states(
+        job.spec,
+        model.layout,
+        model.layout.coords(0),
+        model.head,
+        job.config.model.dtype,
+        trained=model.trained,
+        distributed_optimizer=settings.distributed_optimizer,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        style=job.style,
+    )
+    sharing = 1 if job.on_gpu else model.layout.world_size
+    return 2 * sharing * (states.weights + states.optimizer * optimizer) / (hardware.host_gbs * 1e9)
+
+
 def forward_time(job: Job, model: Model) -> PhaseTime:
     """A pass without gradients over a step's batch."""
     _, micro_batches = _micro(job, model)
     parts = _scheduled(job, model, stages(job, model, backward=False), micro_batches)
-    return PhaseTime(FORWARD_PHASES[model.role], parts)
+    return PhaseTime(FORWARD_PHASES[model.role], parts | {"states moved": _moved_s(job, model, optimizer=False)})
 
 
 def update_time(job: Job, model: Model) -> PhaseTime:
@@ -190,9 +210,9 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     layout, hardware, plan = model.layout, job.cluster.hardware, model.batching
     _, of_batch = _micro(job, model)
     per_step = max(1, round(of_batch / plan.mini_batches))
-    parts = stages(job, model, backward=True)
+    by_stage = stages(job, model, backward=True)
     steps = plan.optimizer_steps_per_step
-    once = _scheduled(job, model, parts, per_step)
+    once = _scheduled(job, model, by_stage, per_step)
     elements = stage_elements(job.spec, layout, model.head, job.style)
     fullest = max(elements)
     reduced = 0.0
@@ -200,7 +220,7 @@ def update_time(job: Job, model: Model) -> PhaseTime:
         bandwidth, share = job.cluster.bandwidth(layout.dp, stride=layout.tp), (layout.dp - 1) / layout.dp
         gradients = 4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
         if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
-            gradients = max(0.0, gradients - max(stage.compute_s for stage in parts) * 2 / 3)
+            gradients = max(0.0, gradients - max(stage.compute_s for stage in by_stage) * 2 / 3)
         weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
         reduced = gradients + weights * model.settings.distributed_optimizer
     owned = fullest / (layout.dp if model.settings.distributed_optimizer else 1)
@@ -208,7 +228,8 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     if not job.on_gpu:
         traffic *= sum(elements) / fullest * layout.tp * layout.dp  # ranks share the memory's bandwidth
     once |= {"gradients over replicas": reduced, "optimizer": traffic / hardware.read_bytes_s}
-    return PhaseTime(f"update_{model.role}", {name: seconds * steps for name, seconds in once.items()})
+    parts = {name: seconds * steps for name, seconds in once.items()}
+    return PhaseTime(f"update_{model.role}", parts | {"states moved": _moved_s(job, model, optimizer=True)})
 
 
 @cache
@@ -269,6 +290,7 @@ def sync_time(job: Job) -> PhaseTime:
     parts = {"buckets": needed * streams / (hardware.sync_gbs * 1e9)}
     if job.on_gpu:
         parts["between devices"] = received / job.cluster.bandwidth(actor.world_size)
+    parts["states moved"] = _moved_s(job, job.models[0], optimizer=False)
     return PhaseTime("sync_weights", parts)
 
 

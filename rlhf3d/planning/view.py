@@ -60,7 +60,7 @@ def _memory_table(memory: MemoryPlan) -> Table:
     table.add_column("", justify="left", no_wrap=True)
     for rank in ranks:
         table.add_column(f"{noun} {ranges(rank.ranks)}\n{rank.place}", justify="right")
-    for kind in ("process", *_KINDS, "vLLM"):
+    for kind in ("process", *_KINDS, "vLLM", "vLLM asleep"):
         sizes = [sum(size for name, size in rank.resident.items() if name.endswith(kind)) for rank in ranks]
         if any(sizes):
             table.add_row(kind, *map(_gib, sizes))

@@ -116,6 +116,30 @@ def test_a_critic_of_its_own() -> None:
     assert [phase.phase for phase in last.phases] == ["generate", "values", "update_critic"]
 
 
+def test_states_that_wait_on_the_host_and_engines_that_sleep() -> None:
+    kl = {"algorithm": {"use_kl_in_reward": True}}
+    base = plan(**COLOCATED, **kl)
+    offloaded = plan(**COLOCATED, **kl, model={"offload": True})
+    rank, other = base.memory.ranks[0], offloaded.memory.ranks[0]
+    assert set(other.resident) == {"process", "vLLM"}
+    terms = {phase.phase: set(phase.terms) - set(other.resident) - {"activations", "buckets"} for phase in other.phases}
+    assert terms["generate"] == set()
+    assert terms["ref_logprobs"] == {"ref weights"}
+    assert terms["sync_weights"] == {"actor weights"}
+    assert terms["update_critic"] == {"critic weights", "critic gradients", "critic optimizer"}
+    kept = sum(
+        state.weights + state.optimizer for r in base.memory.ranks for state in r.states.values() for _ in r.ranks
+    )
+    assert offloaded.memory.host.terms["offloaded states"] == kept
+    assert offloaded.time.step_s > base.time.step_s
+    rollout = {**COLOCATED["rollout"], "sleep": True, "gpu_memory_utilization": 0.8}
+    asleep = plan(**{**COLOCATED, "rollout": rollout}, **kl, model={"offload": True})
+    assert asleep.memory.ranks[0].peak.phase == "generate"
+    updates = next(phase for phase in asleep.memory.ranks[0].phases if phase.phase == "update_actor")
+    assert "vLLM" not in updates.terms and updates.terms["vLLM asleep"] == GIB
+    assert rank.peak.total > other.peak.total
+
+
 def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
     tight = {"engines": 8, "tensor_parallel_size": 1, "gpu_memory_utilization": 0.18}
     problems = plan(actor={"layout": LAYOUT}, rollout=tight).problems

@@ -39,6 +39,11 @@ def test_best_ones_are_accepted_and_fit_and_are_in_order() -> None:
         assert not plan.problems and not check(plan.job.config)
         assert plan.job.devices_needed <= 8
     assert len({plan.job.derived.layout for plan in result.best}) > 1
+    asleep = next(
+        plan for plan in result.best if plan.job.config.rollout.sleep
+    )  # room that only sleeping engines leave
+    woken = replace(asleep.job.config, rollout=replace(asleep.job.config.rollout, sleep=False))
+    assert make_plan(woken, asleep.job.spec, asleep.job.cluster).problems
     assert result.near
     for plan in result.near:
         assert plan.problems[0].startswith("device memory: ")
