@@ -22,10 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import Config
+from rlhf3d.models.spec import load_spec
 from rlhf3d.placement.cluster import free_port, node_name, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
-from rlhf3d.models.spec import load_spec
 from rlhf3d.preflight import checkpoints_gib, plan_here
 
 CONNECT_S = 5.0

@@ -1,17 +1,17 @@
 """What is planned: a configuration, the model's shape and the devices, as one value.
 
-Invariant: sizes and layouts are those the run itself would use (`rlhf3d.config.derived`); nothing is read from disk.
+Invariant: sizes and layouts are those the run itself would use (`rlhf3d.config.derived`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
-from rlhf3d.config.derived import Derived, UpdatePlan, derive, resolve_dtypes
+from rlhf3d.config.derived import Derived, UpdatePlan, derive, micro_batching_of, resolve_dtypes
 from rlhf3d.config.groups import WorkerGroup, device_terms
 from rlhf3d.config.schema import Config, LayoutConfig
-from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
@@ -24,7 +24,8 @@ class Model:
     """One model in the processes of its worker group."""
 
     role: str
-    """actor, critic or ref."""
+    """actor, critic, ref or reward."""
+    spec: ModelSpec
     head: Head
     group: WorkerGroup
     batching: UpdatePlan
@@ -144,7 +145,7 @@ class Job:
     def activations(self, model: Model, micro: Micro) -> Activations:
         """The passes of a model over a micro-batch."""
         return Activations(
-            self.spec,
+            model.spec,
             model.layout,
             model.head,
             self.config.model.dtype,
@@ -161,23 +162,39 @@ def make_job(
 ) -> Job:
     """The job of a checked configuration on `cluster`; `rows` of training data for a run in epochs.
 
-    ValueError for one with a reward model.
+    Of a reward model its config.json is read. Raises ValueError as `load_spec` does.
     """
     fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
-    if config.reward_model.path is not None:
-        raise ValueError(
-            "reward_model.path: a reward model's memory and time are not planned; plan the rest with "
-            "reward_model.path=null reward.weights='{accuracy: 1.0}', and leave room for its weights and passes"
-        )
     config = resolve_dtypes(config, fast)
     derived = derive(config, rows)
     models = []
     for group in derived.groups:
         for role in group.roles:
-            update = derived.critic if role == "critic" else derived.actor
-            assert update is not None
+            update = _batching(config, derived, role)
             entropy = role == "actor" and config.actor.entropy_coeff != 0
-            models.append(Model(role, "value" if role == "critic" else "lm", group, update, role != "ref", entropy))
+            of = _reward_spec(group.model) if role == "reward" else spec
+            head: Head = "value" if role in ("critic", "reward") else "lm"
+            models.append(Model(role, of, head, group, update, role in ("actor", "critic"), entropy))
     data = config.data
     half = Lengths(data.max_prompt_length / 2, data.max_response_length / 2)
     return Job(config, spec, cluster, tuple(models), derived, lengths or half)
+
+
+def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
+    """How a model's passes are cut; of one that is not trained, as if they were those of an update."""
+    if role == "critic":
+        assert derived.critic is not None
+        return derived.critic
+    if role != "reward":
+        return derived.actor
+    rule, layout = micro_batching_of(config, role), config.reward_model.layout
+    return replace(
+        derived.actor,
+        micro_batching=rule,
+        micro_batches_per_rank=max(1, derived.sequences_per_step // layout.dp // rule.rows),
+    )
+
+
+@cache
+def _reward_spec(folder: str) -> ModelSpec:
+    return load_spec(folder, with_weights=False)

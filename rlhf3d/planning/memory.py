@@ -26,11 +26,11 @@ SAVED_BYTES = {"bfloat16": 12, "float32": 8}
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
 PHASES = (
-    *("generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"),
+    *("generate", "score", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"),
     *("sync_weights", "save_checkpoint"),
 )
 """In the order of a step."""
-FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values"}
+FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values", "reward": "score"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, ser
     here = [(model, rank) for group, rank in seat for model in job.models if model.group == group]
     states = {
         model.role: model_states(
-            job.spec,
+            model.spec,
             model.layout,
             model.layout.coords(rank),
             model.head,
@@ -209,7 +209,9 @@ def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, ser
         buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
         weights = _only(at_work.get("actor", {}), "weights")
         phases.append(PhaseMemory("sync_weights", resident | weights | loading | buckets))
-        saved = [_only(of_role, "weights", "optimizer") for role, of_role in at_work.items() if role != "ref"]
+        saved = [
+            _only(of_role, "weights", "optimizer") for role, of_role in at_work.items() if role in ("actor", "critic")
+        ]
         most = max(saved, key=lambda found: sum(found.values()), default={})
         phases.append(PhaseMemory("save_checkpoint", resident | most | buckets))
     phases.sort(key=lambda phase: PHASES.index(phase.phase))
@@ -249,8 +251,8 @@ def _model_phases(
     forward = PhaseMemory(FORWARD_PHASES[model.role], resident | _only(at_work, "weights") | kept)
     if not model.trained:
         return [forward]
-    chunks = [chunk_sizes(job.spec, model.layout, pp, n, model.head, job.style) for n in range(model.layout.vpp)]
-    layers = len(model.layout.layers(job.spec.num_layers, pp))
+    chunks = [chunk_sizes(model.spec, model.layout, pp, n, model.head, job.style) for n in range(model.layout.vpp)]
+    layers = len(model.layout.layers(model.spec.num_layers, pp))
     activations = int(passes.update_peak(pp, count, layers))
     step = 0 if job.on_gpu else ADAM_TEMPORARIES * 4 * max(chunk.largest for chunk in chunks)
     kept = {"activations": max(activations, step)}
@@ -322,7 +324,7 @@ def stored_elements(job: Job, model: Model) -> int:
     """Weights of a model that a checkpoint holds: each shard once."""
     layout = model.layout
     chunks = [
-        chunk_sizes(job.spec, layout, pp, chunk, model.head, job.style)
+        chunk_sizes(model.spec, layout, pp, chunk, model.head, job.style)
         for pp in range(layout.pp)
         for chunk in range(layout.vpp)
     ]

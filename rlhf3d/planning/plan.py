@@ -52,7 +52,7 @@ def make_plan(
     """
     job = make_job(config, spec, cluster, rows, lengths)
     for model in job.models:
-        check_layout(spec, model.layout, model.settings.sequence_parallel)
+        check_layout(model.spec, model.layout, model.settings.sequence_parallel)
     check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
     return Plan(job, plan_memory(job), plan_time(job))
 

@@ -21,7 +21,7 @@ from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes, model_states
 
 ADAM_BYTES = {"te": 34, "local": 120}
 """Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
-FORWARD = ("old_logprobs", "ref_logprobs", "values")
+FORWARD = ("score", "old_logprobs", "ref_logprobs", "values")
 UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
@@ -94,7 +94,7 @@ def plan_time(job: Job) -> TimePlan:
     generate = generate_time(job)
     phases = [sync_time(job), generate]
     skip_old = job.config.algorithm.rollout_correction.bypass_mode
-    for role in ("actor", "ref", "critic"):
+    for role in ("reward", "actor", "ref", "critic"):
         model = job.model(role)
         if model is not None and not (role == "actor" and skip_old):
             phases.append(forward_time(job, model))
@@ -124,7 +124,7 @@ def _micro(job: Job, model: Model) -> tuple[float, int]:
 
 def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     """Each pipeline stage's part of a micro-batch, forward or forward and backward."""
-    spec, layout, hardware = job.spec, model.layout, job.cluster.hardware
+    spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
     rows, _ = _micro(job, model)
     width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
     positions, responses = rows * width, rows * job.lengths.response
@@ -154,7 +154,7 @@ def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> float:
         ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / job.cluster.bandwidth(layout.tp)
         seconds += 2 * (ring + hardware.latency_s)
     if layout.ep > 1:
-        copies = job.spec.experts_per_token * hidden_bytes / layout.tp
+        copies = model.spec.experts_per_token * hidden_bytes / layout.tp
         seconds += 2 * (copies * (layout.ep - 1) / layout.ep / job.cluster.bandwidth(layout.ep) + hardware.latency_s)
     return seconds
 
@@ -184,7 +184,7 @@ def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
         return 0.0
     settings, hardware = model.settings, job.cluster.hardware
     states = model_states(
-        job.spec,
+        model.spec,
         model.layout,
         model.layout.coords(0),
         model.head,
@@ -213,7 +213,7 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     by_stage = stages(job, model, backward=True)
     steps = plan.optimizer_steps_per_step
     once = _scheduled(job, model, by_stage, per_step)
-    elements = stage_elements(job.spec, layout, model.head, job.style)
+    elements = stage_elements(model.spec, layout, model.head, job.style)
     fullest = max(elements)
     reduced = 0.0
     if layout.dp > 1:

@@ -66,7 +66,7 @@ def test_in_flight_micro_batches() -> None:
 def test_a_rank_has_every_model_and_every_phase() -> None:
     made = plan(**COLOCATED, algorithm={"use_kl_in_reward": True}, critic={"ppo_micro_batch_size_per_gpu": 2})
     for rank in made.memory.ranks:
-        assert tuple(phase.phase for phase in rank.phases) == PHASES
+        assert tuple(phase.phase for phase in rank.phases) == tuple(name for name in PHASES if name != "score")
         assert set(rank.states) == {"actor", "critic", "ref"}
         assert rank.states["ref"].gradients == rank.states["ref"].optimizer == 0
         assert all(set(rank.resident) <= set(phase.terms) for phase in rank.phases)
@@ -138,6 +138,19 @@ def test_states_that_wait_on_the_host_and_engines_that_sleep() -> None:
     updates = next(phase for phase in asleep.memory.ranks[0].phases if phase.phase == "update_actor")
     assert "vLLM" not in updates.terms and updates.terms["vLLM asleep"] == GIB
     assert rank.peak.total > other.peak.total
+
+
+def test_a_reward_model_has_its_own_shape_and_phase() -> None:
+    reward = {"path": str(ROOT / "configs/models/Qwen2.5-1.5B-Instruct"), "layout": {"dp": 4}}
+    made = plan(**COLOCATED, reward_model=reward, reward={"weights": {"reward_model": 1.0}})
+    first, second = made.memory.ranks[:2]
+    assert first.place == "actor pp0, reward pp0" and second.place == "actor pp1"
+    layout = ParallelLayout(dp=4)
+    spec = load_spec(reward["path"], with_weights=False)
+    states = model_states(spec, layout, layout.coords(0), "value", "bfloat16", trained=False, style="te")
+    assert first.states["reward"] == states and states.gradients == 0
+    assert [phase.phase for phase in first.phases][:2] == ["generate", "score"]
+    assert "score" in [phase.phase for phase in made.time.phases]
 
 
 def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
