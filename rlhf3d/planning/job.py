@@ -197,4 +197,7 @@ def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
 
 @cache
 def _reward_spec(folder: str) -> ModelSpec:
-    return load_spec(folder, with_weights=False)
+    try:
+        return load_spec(folder, with_weights=False)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "reward_model.path", 1)) from error
