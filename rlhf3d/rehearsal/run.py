@@ -23,8 +23,8 @@ from rlhf3d.observability.samples import read_samples
 from rlhf3d.rehearsal.miniature import STAND_IN_ROWS, read_shape, write_model, write_prompts
 from rlhf3d.rehearsal.shrink import STEPS, shrink_config
 
-NOT_COMPARED = ("timing_s/", "perf/", "sync/", "resume/")
-"""Metrics that name seconds, bytes or memory."""
+NOT_COMPARED = ("timing_s/", "perf/", "sync/", "checkpoint/")
+"""Metrics of seconds, bytes and memory."""
 
 
 @dataclass(frozen=True)
