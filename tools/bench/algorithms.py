@@ -13,21 +13,18 @@ difference of reward, loss and gradient norm over the steps; the exit status is 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rlhf3d.data.prepare import write_parquet
-from rlhf3d.data.rows import PromptRow
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.jobs import read_rows, train, write_job
+
 GROUPS = ["data.train_batch_size=16", "rollout.n=4", "actor.ppo_mini_batch_size=8"]
 
 
@@ -55,6 +52,10 @@ ALGORITHMS = {
         "algorithm.filter_groups.max_num_gen_batches=10",
     ),
 }
+QUICK = [
+    *("trainer.val_before_train=false", "trainer.save_at_end=false", "data.val_max_samples=1"),
+    "algorithm.use_kl_in_reward=false",
+]
 LEARNING = ["ppo", "grpo", "rloo", "reinforce_plus_plus", "dapo"]
 LAYOUTS = {
     "one rank": [],
@@ -64,81 +65,41 @@ LAYOUTS = {
     ],
 }
 COMPARED = ["critic/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm"]
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return sum(c.islower() for c in solution_str) / max(len(solution_str), 1)
-"""
 
 
-def write_job(folder: Path, steps: int) -> Path:
-    """Model, prompts, reward function and configuration."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny_models import make_tiny_model
-
-    make_tiny_model(folder / "model", layers=4, hidden=64, heads=2, kv_heads=2, ffn=128)
-    truth = {"ground_truth": "", "style": "rule"}
-    rows = [PromptRow("tiny", [{"role": "user", "content": f"word {i}"}], "letters", truth) for i in range(64)]
-    write_parquet(rows, folder / "prompts.parquet", {})
-    (folder / "reward.py").write_text(REWARD)
-    optim = {"lr": 3.0e-3, "weight_decay": 0.0}
-    config = {
-        "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "data": {
-            "train_files": [str(folder / "prompts.parquet")],
-            "val_files": [str(folder / "prompts.parquet")],
-            "val_max_samples": 1,
-            "train_batch_size": 64,
-            "max_prompt_length": 48,
-            "max_response_length": 4,
-        },
-        "actor": {"optim": optim, "ppo_mini_batch_size": 32, "ppo_micro_batch_size_per_gpu": 32},
-        "critic": {"optim": optim},
-        "rollout": {"dtype": "float32", "kv_cache_gib": 0.1, "threads": 1},
-        "custom_reward_function": {"path": str(folder / "reward.py")},
-        "trainer": {"total_training_steps": steps, "test_freq": 0, "save_at_end": False, "val_before_train": False},
-        "cluster": {"platform": "cpu"},
-    }
-    path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def run(job: Path, algorithm: str, seed: int, overrides: list[str]) -> list[dict[str, float]]:
+def run(job: Path, algorithm: str, seed: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
     """Metrics of every step."""
     output = Path(tempfile.mkdtemp(dir=job.parent))
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *ALGORITHMS[algorithm], *overrides]
-    done = subprocess.run(
-        [*command, f"trainer.seed={seed}", f"trainer.output_dir={output}"], capture_output=True, text=True, check=False
-    )
+    chosen = [*QUICK, *ALGORITHMS[algorithm], *overrides, f"trainer.seed={seed}", f"trainer.output_dir={output}"]
+    done = train(job, *chosen, f"trainer.total_training_steps={steps}")
     solved = algorithm == "dapo" and "groups" in done.stderr
     if done.returncode and not solved:
         sys.exit(f"{algorithm}, seed {seed} failed:\n{done.stderr[-3000:]}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "critic/score/mean" in row]
+    return [row for row in read_rows(output) if "critic/score/mean" in row]
 
 
-def learning(job: Path, algorithms: list[str], seeds: list[int]) -> bool:
+def learning(job: Path, algorithms: list[str], seeds: list[int], steps: int = 16) -> bool:
     """Whether every algorithm ends above 0.9 with every seed."""
     table = Table("algorithm", "seed", "first", "last", "steps", "s")
     worst = 1.0
     for algorithm in algorithms:
         for seed in seeds:
             start = time.monotonic()
-            rewards = [row["critic/score/mean"] for row in run(job, algorithm, seed, [])]
-            seconds, steps = f"{time.monotonic() - start:.0f}", str(len(rewards))
-            table.add_row(algorithm, str(seed), f"{rewards[0]:.3f}", f"{rewards[-1]:.3f}", steps, seconds)
-            print(f"{algorithm} seed {seed}: {rewards[0]:.3f} -> {rewards[-1]:.3f} in {steps} steps", file=sys.stderr)
+            rewards = [row["critic/score/mean"] for row in run(job, algorithm, seed, steps, [])]
+            seconds, done = f"{time.monotonic() - start:.0f}", str(len(rewards))
+            table.add_row(algorithm, str(seed), f"{rewards[0]:.3f}", f"{rewards[-1]:.3f}", done, seconds)
+            print(f"{algorithm} seed {seed}: {rewards[0]:.3f} -> {rewards[-1]:.3f} in {done} steps", file=sys.stderr)
             worst = min(worst, rewards[-1])
-    Console().print(table)
+    Console(width=120).print(table)
     return worst >= 0.9
 
 
-def invariance(job: Path, algorithms: list[str], seeds: list[int]) -> bool:
+def invariance(job: Path, algorithms: list[str], seeds: list[int], steps: int = 3) -> bool:
     """Whether every algorithm's first steps are the same in both layouts."""
     table = Table("algorithm", *COMPARED)
     worst = 0.0
     for algorithm in algorithms:
-        one, other = (run(job, algorithm, seeds[0], overrides) for overrides in LAYOUTS.values())
+        one, other = (run(job, algorithm, seeds[0], steps, overrides) for overrides in LAYOUTS.values())
         largest = {}
         for name in [name for name in COMPARED if name in one[0]]:
             pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True)]
@@ -148,7 +109,7 @@ def invariance(job: Path, algorithms: list[str], seeds: list[int]) -> bool:
         table.add_row(algorithm, *(f"{largest[name]:.1e}" if name in largest else "" for name in COMPARED))
         print(algorithm, largest, file=sys.stderr)
         worst = max(worst, *largest.values())
-    Console().print(table)
+    Console(width=120).print(table)
     return worst <= 1e-4
 
 
@@ -162,10 +123,11 @@ def main() -> None:
     options = parser.parse_args()
     of_learning = options.what == "learning"
     with tempfile.TemporaryDirectory() as folder:
-        job = write_job(Path(folder), options.steps or (16 if of_learning else 3))
+        job = write_job(Path(folder))
         algorithms = options.algorithms or (LEARNING if of_learning else list(ALGORITHMS))
         measure = learning if of_learning else invariance
-        sys.exit(int(not measure(job, algorithms, options.seeds)))
+        steps = {} if options.steps is None else {"steps": options.steps}
+        sys.exit(int(not measure(job, algorithms, options.seeds, **steps)))
 
 
 if __name__ == "__main__":
