@@ -446,8 +446,19 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    cluster: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster (host:port, or auto): check every node of it instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show platform, versions, patches and memory, and what is missing with the command that mends it."""
+    if cluster is not None:
+        from rlhf3d.placement.cluster_check import diagnose_cluster, render_cluster
+
+        checked = diagnose_cluster(cluster)
+        typer.echo(checked.to_json() if as_json else render_cluster(checked))
+        raise typer.Exit(1 if checked.problems else 0)
     from rlhf3d.doctor import diagnose, render, to_json
 
     diagnosis = diagnose()

@@ -26,9 +26,12 @@ from ray.util.placement_group import (
 )
 
 from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.placement.waiting import WorkerFailure
 
 OBJECT_STORE_BYTES = 256 << 20
 END_S = 10.0
+LOSS_S = 90.0
+"""Ray gives a node up after 5 health checks of up to 10 s, 3 s apart."""
 
 
 @contextmanager
@@ -51,11 +54,15 @@ def ray_cluster(
     else:
         join(config.ray_address)
         wait_for_nodes(config.num_nodes, config.startup_timeout_s)
-    servers = set(me.children()) - others
+    servers, gone = set(me.children()) - others, set(_lost_nodes())
     # After ray.init, which sets a handler of its own that exits without unwinding.
     previous = signal.signal(signal.SIGTERM, on_sigterm or _interrupt)
     try:
         yield
+    except WorkerFailure as error:
+        if lost := _wait_for_loss(gone, LOSS_S if error.lost_touch and config.num_nodes > 1 else 0.0):
+            raise WorkerFailure(f"{'; '.join(lost)}; the same command goes on when it is back\n{error}") from None
+        raise
     finally:
         started = [process for server in servers for process in _family(server)]
         ray.shutdown()
@@ -92,6 +99,22 @@ def wait_for_nodes(count: int, timeout_s: float) -> None:
 def node_name(node: dict[str, Any]) -> str:
     """Host and address of a node that Ray lists."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def _lost_nodes() -> dict[str, str]:
+    """Nodes that the cluster has had and that are gone: by id, who and why."""
+    lost = [node for node in ray.nodes() if not node["Alive"]]
+    return {node["NodeID"]: f"node {node_name(node)} was lost ({node['DeathReasonMessage']})" for node in lost}
+
+
+def _wait_for_loss(known: set[str], timeout_s: float) -> list[str]:
+    """What Ray says of nodes that are gone, but for those it had lost before; it takes a while to notice."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        lost = [text for node, text in _lost_nodes().items() if node not in known]
+        if lost or time.monotonic() > deadline:
+            return lost
+        time.sleep(0.5)
 
 
 def use_node_interface() -> None:

@@ -6,13 +6,14 @@ node is not checked at all (`rlhf3d.preflight` has done that).
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.load import ConfigError
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.placement.cluster import free_port, node_name, use_node_interface
+from rlhf3d.placement.cluster import free_port, node_name, ray_cluster, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
 from rlhf3d.preflight import checkpoints_gib, plan_here
@@ -91,8 +92,13 @@ class Checked:
 
     reports: list[NodeReport]
     problems: list[str]
+    """Each with node, value and remedy."""
     all_reduce_s: float | None
     """None with one node, or where ports or versions are wrong already."""
+
+    def to_json(self) -> str:
+        """For programs."""
+        return json.dumps(asdict(self), indent=2)
 
 
 def check_cluster(config: Config, reserved: PlacementGroup) -> None:
@@ -129,17 +135,30 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
             problems += [f"node {report.name}: {text}" for text in found if not text.startswith("host memory")]
     if problems:
         raise ConfigError(problems, "The cluster cannot run this as it stands")
-    names = ", ".join(report.name for report in checked.reports)
-    logging.getLogger(__name__).info("checked %s; all-reduce of 4 MiB in %.4f s", names, checked.all_reduce_s or 0.0)
+    nodes = list(table["bundles_to_node_id"].values())
+    named = zip(bundle_of, checked.reports, strict=True)
+    shares = ", ".join(f"{report.name}: {nodes.count(node)} bundles" for node, report in named)
+    logging.getLogger(__name__).info("checked %s; all-reduce of 4 MiB in %.4f s", shares, checked.all_reduce_s or 0.0)
 
 
-def check_all(timeout_s: float) -> Checked:
-    """Check every node of the cluster that this process has joined, without a run."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    places = {
-        node: {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "num_cpus": 0} for node in nodes
-    }
-    return probe(places, Wanted(), timeout_s)
+def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:
+    """Join a cluster and check every node of it, without a run."""
+    with ray_cluster(ClusterConfig(ray_address=address, startup_timeout_s=timeout_s), local_cpus=0):
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        here = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
+        return probe({n: {"scheduling_strategy": at, "num_cpus": 0} for n, at in here.items()}, Wanted(), timeout_s)
+
+
+def render_cluster(checked: Checked) -> str:
+    """What `diagnose_cluster` found, for people."""
+    lines = []
+    for report in checked.reports:
+        gpus = ", ".join(name for name, _ in report.gpus or ()) or "no GPU"
+        lines.append(f"node {report.name}: {gpus}; " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
+    if checked.all_reduce_s is not None:
+        lines.append(f"all-reduce of 4 MiB by gloo over {len(checked.reports)} nodes: {checked.all_reduce_s:.4f} s")
+    lines += ["", "these nodes cannot run one job" if checked.problems else "all is well"]
+    return "\n".join(lines + [f"  - {problem}" for problem in checked.problems])
 
 
 def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: float) -> Checked:
@@ -148,7 +167,7 @@ def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: fl
     Raises WorkerFailure that names the node on which a probe does not start or answer.
     """
     listed = {node["NodeID"]: node for node in ray.nodes()}
-    names = {node: node_name(listed[node]) for node in places}
+    names = _names({node: node_name(listed[node]) for node in places})
     told = {node: int(listed[node]["Resources"].get("GPU", 0)) for node in places}
     actors = {node: ray.remote(Probe).options(**options).remote() for node, options in places.items()}
     try:
@@ -174,6 +193,12 @@ def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: fl
             ray.kill(actor)
 
 
+def _names(named: Mapping[str, str]) -> dict[str, str]:
+    """By node: its name, with its number where Ray has several on one host."""
+    several = {name for name in named.values() if list(named.values()).count(name) > 1}
+    return {node: f"{name} {node[:8]}" if name in several else name for node, name in named.items()}
+
+
 def _check_ports(probes: Mapping[str, Any]) -> list[str]:
     """Whether each node reaches a fresh port of each other."""
     opened = gather("cluster check (ports)", {f"node {n}": p.listen.remote() for n, p in probes.items()}, CONNECT_S * 4)
@@ -184,8 +209,8 @@ def _check_ports(probes: Mapping[str, Any]) -> list[str]:
     }
     failures = gather("cluster check (ports)", calls, CONNECT_S * (len(probes) + 4))
     return [
-        f"node {name} does not reach {why}: open all ports between the nodes, or start Ray with --node-ip-address of "
-        f"the network that they share ({other})"
+        f"node {name} does not reach node {other}, {why}: open all ports between the nodes, or start Ray with "
+        "--node-ip-address of the network that they share"
         for name, failed in zip(probes, failures, strict=True)
         for other, why in failed.items()
     ]

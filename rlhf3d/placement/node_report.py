@@ -7,7 +7,6 @@ leaves one small file beside the driver's, which the driver removes).
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 import shutil
 import subprocess
@@ -54,7 +53,8 @@ class NodeReport:
     """Why the node cannot write beside it; None where it can."""
     files: Mapping[str, int]
     """Sizes, bytes; -1 for a file that is not there."""
-    disk_gib: float
+    disk_gib: float | None
+    """Free space there; None without a run, or where it cannot be written."""
     gpus: tuple[tuple[str, float], ...] | None
     """(name, memory GiB) by the driver's own tool; None where that is not installed."""
     gpus_told: int
@@ -63,7 +63,7 @@ class NodeReport:
 
 def look(wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
     """Look at this node, as the process of a rank sees it."""
-    token, writable, disk_gib = None, None, math.inf
+    token, writable, disk_gib = None, None, None
     if wanted.folder is not None:
         folder = Path(wanted.folder)
         token = _read_soon(folder / wanted.canary)
@@ -122,7 +122,7 @@ def _problems(report: NodeReport, driver: NodeReport, wanted: Wanted) -> list[st
     for path, size in report.files.items():
         if 0 <= size != wanted.files[path]:
             found.append(f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it anew")
-    if report.disk_gib < wanted.disk_gib:
+    if report.disk_gib is not None and report.disk_gib < wanted.disk_gib:
         found.append(
             f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need {wanted.disk_gib:.1f}: free some "
             "space or write elsewhere"

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 GRACE_S = 2.0
 
 
 class WorkerFailure(RuntimeError):
     """A worker raised, died or did not answer in time."""
+
+    lost_touch: bool = False
+    """Whether nothing is known but that another process does not answer: its node may be gone."""
 
 
 def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> list[Any]:
@@ -38,10 +41,12 @@ def _arrivals(
     while pending:
         ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise WorkerFailure(
+            late = WorkerFailure(
                 f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending)}; "
                 "raise cluster.phase_timeout_s if the work is really that long, or look into logs/"
             )
+            late.lost_touch = True
+            raise late
         name = next(name for name, waited in pending.items() if waited is ready[0])
         source = pending[name]
         if isinstance(source, ray.ObjectRef):
@@ -74,7 +79,9 @@ def _first_failure(
     name, error = min(errors.items(), key=lambda item: _is_echo(item[1]))
     others = sorted(set(errors) - {name})
     echo = f"\n(also failed: {', '.join(others)})" if others else ""
-    return WorkerFailure(f"{phase} failed on {name}:\n{_traceback(error)}{echo}")
+    failure = WorkerFailure(f"{phase} failed on {name}:\n{_traceback(error)}{echo}")
+    failure.lost_touch = _is_echo(error) or isinstance(error, ActorUnavailableError)
+    return failure
 
 
 def _is_echo(error: Exception) -> bool:

@@ -84,6 +84,13 @@ def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
         gather("update_actor", calls, 60)
 
 
+def test_a_node_is_suspected_where_only_a_lost_peer_is_known(workers: list) -> None:
+    for method, suspected in (("lose_peer", True), ("fail", False)):
+        with pytest.raises(WorkerFailure) as failed:
+            gather("update_actor", {"rank 0": getattr(workers[0], method).remote()}, 60)
+        assert failed.value.lost_touch is suspected
+
+
 def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
     with pytest.raises(ValueError, match=r"actor\.layout needs 9 bundles"), reserve([{"CPU": 1.0}] * 9, timeout_s=2):
         pass

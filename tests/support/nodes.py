@@ -6,10 +6,11 @@ Invariant: they end with the process that made them; nothing of theirs is seen o
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ import psutil
 SSH = """#!/bin/bash
 # ssh [-o OPTION]... NODE COMMAND...
 while [[ $1 == -o ]]; do shift 2; done
-exec nsenter --target "$(<"{folder}/$1")" --net --uts --mount --pid --wd=/ -- "${{@:2}}"
+. "{folder}/$1"
+exec nsenter --target "$node" --net --uts --mount --pid --wd=/ -- env "${{settings[@]}}" "${{@:2}}"
 """
 
 
@@ -42,8 +44,17 @@ class Network:
     nodes: dict[str, int] = field(default_factory=dict)
     """Process that holds each node's namespaces."""
 
-    def add(self, name: str, shared_processes: bool = False, hide: Path | None = None) -> None:
-        """Start a node at 10.77.0.N; `hide` is a folder that is empty there. Replaces a lost one of the same name."""
+    def add(
+        self,
+        name: str,
+        shared_processes: bool = False,
+        hide: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a node at 10.77.0.N, or a lost one anew; `hide` is a folder that is empty there.
+
+        `environment` is what a command finds that comes by `ssh`.
+        """
         number = list(self.nodes).index(name) if name in self.nodes else len(self.nodes)
         spaces = [] if shared_processes else ["--pid", "--mount-proc"]
         mounts = "mount -t tmpfs tmpfs /dev/shm" + (f" && mount -t tmpfs tmpfs {hide}" if hide else "")
@@ -52,7 +63,8 @@ class Network:
         holder = self.stack.enter_context(_process(command))
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         self.nodes[name] = psutil.Process(holder.pid).children()[0].pid
-        (self.folder / name).write_text(str(self.nodes[name]))
+        settings = shlex.join(f"{key}={value}" for key, value in (environment or {}).items())
+        (self.folder / name).write_text(f"node={self.nodes[name]}\nsettings=({settings})\n")
         link = f"link{number}-{holder.pid}"[:15]
         self._on_switch(f"ip link add {link} type veth peer name eth0 netns {self.nodes[name]}")
         self._on_switch(f"ip link set {link} master br0 up")
@@ -62,8 +74,11 @@ class Network:
 
     def enter(self, name: str, *command: str) -> list[str]:
         """The command line that runs a command on a node, in this process's folder."""
-        spaces = ["--net", "--uts", "--mount", "--pid", f"--wd={os.getcwd()}"]
-        return ["nsenter", "--target", str(self.nodes[name]), *spaces, "--", *command]
+        holder = self.nodes[name]
+        own = os.readlink(f"/proc/{holder}/ns/pid") != os.readlink("/proc/self/ns/pid")
+        # Without processes of its own the command takes nsenter's place, and so gets its signals.
+        spaces = ["--net", "--uts", "--mount", *["--pid"] * own, f"--wd={os.getcwd()}"]
+        return ["nsenter", "--target", str(holder), *spaces, "--", *command]
 
     def lose(self, name: str) -> None:
         """Take a node away at once, with all its processes."""

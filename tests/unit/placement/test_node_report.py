@@ -77,7 +77,7 @@ def test_look_reads_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / ".c").write_text("t")
     seen = look(wanted, "a b (10.0.0.1)", 0)
     assert (seen.token, seen.writable, list(seen.files.values())) == ("t", None, [5, -1])
-    assert seen.disk_gib > 0 and seen.versions == versions()
+    assert (seen.disk_gib or 0) > 0 and seen.versions == versions()
     assert written_by(wanted, "a b (10.0.0.1)").read_text() == "a b (10.0.0.1)"
     elsewhere = look(replace(wanted, folder=str(tmp_path / "not" / "there")), "x", 0)
     assert elsewhere.token is None and elsewhere.writable == "No such file or directory"

@@ -1,0 +1,21 @@
+"""What the check of a cluster makes of nodes before it asks them."""
+
+from __future__ import annotations
+
+from rlhf3d.placement.cluster_check import Checked, _names, render_cluster
+from rlhf3d.placement.node_report import NodeReport
+
+REPORT = NodeReport("a (1.1.1.1)", {"ray": "2"}, None, None, {}, None, None, 0)
+
+
+def test_nodes_of_one_host_keep_names_of_their_own() -> None:
+    named = {"0123456789": "a (1.1.1.1)", "abcdefghij": "a (1.1.1.1)", "xyz": "b (1.1.1.2)"}
+    assert list(_names(named).values()) == ["a (1.1.1.1) 01234567", "a (1.1.1.1) abcdefgh", "b (1.1.1.2)"]
+
+
+def test_what_was_found_is_told_with_its_problems() -> None:
+    text = render_cluster(Checked([REPORT], ["node a (1.1.1.1): old"], 0.5))
+    assert "node a (1.1.1.1): no GPU; ray 2" in text and "over 1 nodes: 0.5000 s" in text
+    assert text.endswith("these nodes cannot run one job\n  - node a (1.1.1.1): old")
+    assert render_cluster(Checked([REPORT], [], None)).endswith("all is well")
+    assert '"problems": []' in Checked([REPORT], [], None).to_json()
