@@ -92,7 +92,7 @@ def test_a_node_is_suspected_where_only_a_lost_peer_is_known(workers: list) -> N
 
 
 def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
-    with pytest.raises(ValueError, match=r"actor\.layout needs 9 bundles"), reserve([{"CPU": 1.0}] * 9, timeout_s=2):
+    with pytest.raises(ValueError, match="the run needs 9 bundles"), reserve([{"CPU": 1.0}] * 9, timeout_s=2):
         pass
 
 
