@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.test_learning import read_rows, write_job
+from support.jobs import read_rows, write_job
 from support.nodes import Network, network, possible
 
 BIN = Path(sys.executable).parent
