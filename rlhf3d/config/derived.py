@@ -187,8 +187,10 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
 
 
 def _group_line(group: WorkerGroup) -> str:
-    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "recompute")
+    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce")
     extras = [name for name in names if getattr(group.layout_config, name)]
+    if group.layout_config.recompute != "none":
+        extras.append(f"{group.layout_config.recompute} recompute")
     names_of_roles = {"ref": "reference", "reward": f"reward model {group.model}"}
     roles = ", ".join(names_of_roles.get(role, role) for role in group.roles)
     ranks = f"{group.layout} = {group.layout.world_size} ranks"

@@ -11,7 +11,7 @@ import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf3d.config import schema
 from rlhf3d.config.schema import Config
@@ -68,6 +68,8 @@ def describe(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
+    if origin is Literal:
+        return f"one of {', '.join(args)}"
     if origin is tuple:
         return f"list of {describe(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {describe(args[0])}"
     if origin is dict:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -150,6 +150,9 @@ def coerce(value: Any, kind: Any) -> Any:
                 return coerce(value, option)
             except TypeError:
                 continue
+    elif origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
     elif origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)

@@ -7,7 +7,9 @@ values a user would choose. Loading, overrides and checks live in `load.py`; thi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class LayoutConfig:
     """Shard optimizer state and master weights over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Overlap gradient reduce-scatter with the backward pass."""
-    recompute: bool = False
-    """Recompute each layer's activations in the backward pass (full, uniform)."""
+    recompute: Recompute = "none"
+    """What of each layer the backward pass computes again: none, selective (its MLP or experts) or full (all of it)."""
     ep: int = 1
     """Expert-parallel size: ranks that share out the experts; must divide tp x dp and the number of experts."""
     first_stage_layers: int | None = None

@@ -79,7 +79,7 @@ class MegatronEngine:
             context.dtype,
             context.platform,
             sequence_parallel=layout.sequence_parallel,
-            recompute=layout.recompute and optim is not None,
+            recompute=layout.recompute if optim is not None else "none",
         )
         place = (context.spec, context.layout, self.coords)
         self.chunks = build_chunks(*place, role, self.config, context.platform, context.device)

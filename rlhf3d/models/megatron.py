@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from rlhf3d.config.schema import Recompute
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
 from rlhf3d.models.weights import (
@@ -50,7 +51,7 @@ def transformer_config(
     dtype: str,
     platform: Platform,
     sequence_parallel: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's configuration of the model; `dtype` is `bfloat16` or `float32`.
 
@@ -101,12 +102,19 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        **_recompute_config(spec, recompute),
         **_expert_config(spec),
         **platform.transformer_config_overrides(),
     )
+
+
+def _recompute_config(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
+    """What a backward pass computes again; not `core_attn`: both platforms' attention keeps next to nothing."""
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if spec.num_experts else "mlp"]}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
 
 
 def _expert_config(spec: ModelSpec) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf3d.config.schema import Recompute
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
@@ -47,7 +48,7 @@ class Activations:
     dtype: str
     style: SpecStyle
     sequence_parallel: bool
-    recompute: bool
+    recompute: Recompute
     entropy: bool
     """Whether the loss has an entropy bonus."""
     micro: Micro
@@ -100,10 +101,20 @@ class Activations:
 
     def kept(self, layers: int) -> float:
         """What `layers` layers of a model chunk keep of one micro-batch."""
-        if self.recompute:
+        if self.recompute == "full":
             return layers * self.hidden
         received = self.hidden if self.style == "local" and self.dtype == "bfloat16" else 0.0
-        return layers * self.layer() + received
+        return layers * (self.layer() - self._again()) + received
+
+    def _again(self) -> float:
+        """What a layer would keep, and its backward pass computes again."""
+        if self.recompute == "full":
+            return self.layer() - self.hidden  # its input is kept
+        if self.recompute == "selective":
+            # Transformer Engine's dense MLP begins with its norm, whose output goes too.
+            norm = self.hidden if self.style == "te" and not self.spec.num_experts else 0.0
+            return self._mlp() + norm
+        return 0.0
 
     def layer_backward(self) -> float:
         """Beside what is kept, while the backward pass is in a layer: gradients, and the layer computed again."""
@@ -118,8 +129,7 @@ class Activations:
             rows = 2 * spec.ffn_size / tp
         weight = max(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp) * spec.hidden_size * self.item
         gathered = S * spec.hidden_size * self.item if self.sequence_parallel else 0.0
-        again = self.layer() - self.hidden if self.recompute else 0.0  # its input is what was kept
-        return 2 * self.hidden + gradients + weight + gathered + again
+        return 2 * self.hidden + gradients + weight + gathered + self._again()
 
     def head_backward(self) -> float:
         """On the last stage at the start of a backward pass: final norm, head input, logits, the head's gradient."""

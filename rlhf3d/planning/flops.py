@@ -11,9 +11,18 @@ from rlhf3d.models.spec import ModelSpec
 
 def layer_weights(spec: ModelSpec) -> int:
     """Weights of a decoder layer that a token meets."""
-    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
     heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
-    return spec.hidden_size * (heads * spec.head_dim + 3 * ffn + spec.num_experts)
+    return spec.hidden_size * heads * spec.head_dim + _mlp_weights(spec)
+
+
+def _mlp_weights(spec: ModelSpec) -> int:
+    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    return spec.hidden_size * (3 * ffn + spec.num_experts)
+
+
+def mlp_flops(spec: ModelSpec, positions: float) -> float:
+    """The forward pass of one layer's MLP, or of its router and experts."""
+    return 2 * positions * _mlp_weights(spec)
 
 
 def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:

@@ -151,7 +151,7 @@ class Job:
             self.config.model.dtype,
             self.style,
             model.settings.sequence_parallel and model.layout.tp > 1,
-            model.settings.recompute and model.trained,
+            model.settings.recompute if model.trained else "none",
             model.entropy,
             micro,
         )

@@ -10,12 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rlhf3d.config.checks import check
 from rlhf3d.config.derived import resolve_dtypes
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
+from rlhf3d.config.schema import Config, LayoutConfig, Recompute, RolloutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import GIB, Cluster
@@ -48,7 +48,7 @@ class Option(NamedTuple):
     def kind(self) -> tuple[str, int, LayoutConfig, bool]:
         """What distinguishes it from others worth showing: of each layout one is enough."""
         rollout, layout = self.config.rollout, self.config.actor.layout
-        return rollout.placement, rollout.engines, replace(layout, recompute=False), self.config.critic.layout is None
+        return rollout.placement, rollout.engines, replace(layout, recompute="none"), self.config.critic.layout is None
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Search:
         """The same with the critic in processes of its own on the actor's devices, where that is faster and fits."""
         best, devices = option, parallel_layout(option.config.actor.layout).world_size
         for layout in layouts(self.spec, devices, self.cluster.devices_per_node):
-            for recompute in (False, True):
+            for recompute in get_args(Recompute):
                 own = replace(option.config.critic, layout=replace(layout, recompute=recompute), placement="colocated")
                 config = replace(option.config, critic=own)
                 if check(config):

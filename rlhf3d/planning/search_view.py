@@ -69,7 +69,8 @@ def _micro_batch(plan: Plan) -> str:
         if actor.use_dynamic_bsz
         else f"{actor.ppo_micro_batch_size_per_gpu}"
     )
-    extras = {"recompute": actor.layout.recompute, "offload": plan.job.config.model.offload}
+    recompute = actor.layout.recompute
+    extras = {f"{recompute} recompute": recompute != "none", "offload": plan.job.config.model.offload}
     return ", ".join([size, *(name for name, on in extras.items() if on)])
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import Config, LayoutConfig, Recompute
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
 from rlhf3d.planning.hardware import Cluster
@@ -105,7 +106,7 @@ def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
         ppo_max_token_len_per_gpu=None,
     )
     for size in MICRO_BATCHES:
-        for recompute in (False, True):
+        for recompute in get_args(Recompute):
             actor = replace(
                 config.actor,
                 layout=replace(layout, recompute=recompute),

@@ -14,7 +14,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_token
-from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops
+from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops, mlp_flops
 from rlhf3d.planning.job import Job, Model
 from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
 from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes, model_states
@@ -128,11 +128,16 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     rows, _ = _micro(job, model)
     width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
     positions, responses = rows * width, rows * job.lengths.response
-    recompute = model.settings.recompute and model.trained
-    passes = 1 + (BACKWARD + recompute if backward else 0)
+    passes = 1.0 + BACKWARD * backward
+    flops = layer_flops(spec, positions, width / 2)
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
-    layer = layer_flops(spec, positions, width / 2) / layout.tp * passes / rate + hardware.layer_overhead_s * passes
-    collectives = _layer_messages(job, model, positions * spec.hidden_size * item) * passes
+    of_attention, of_mlp = _layer_messages(job, model, positions * spec.hidden_size * item)
+    collectives = (of_attention + of_mlp) * passes
+    if backward and model.settings.recompute != "none":
+        full = model.settings.recompute == "full"
+        passes += 1 if full else mlp_flops(spec, positions) / flops
+        collectives += of_mlp + of_attention * full
+    layer = (flops / layout.tp / rate + hardware.layer_overhead_s) * passes
     bandwidth = job.cluster.bandwidth(2, stride=layout.tp * layout.dp)
     message = positions * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
     found = []
@@ -147,16 +152,19 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     return found
 
 
-def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> float:
-    """Collectives of one layer's forward pass: two sums over tensor ranks, two exchanges between expert ranks."""
-    layout, hardware, seconds = model.layout, job.cluster.hardware, 0.0
+def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> tuple[float, float]:
+    """Collectives of one layer's forward pass, of its attention and of its MLP.
+
+    A sum over tensor ranks each; two exchanges between expert ranks.
+    """
+    layout, hardware, total, exchanges = model.layout, job.cluster.hardware, 0.0, 0.0
     if layout.tp > 1:
         ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / job.cluster.bandwidth(layout.tp)
-        seconds += 2 * (ring + hardware.latency_s)
+        total = ring + hardware.latency_s
     if layout.ep > 1:
         copies = model.spec.experts_per_token * hidden_bytes / layout.tp
-        seconds += 2 * (copies * (layout.ep - 1) / layout.ep / job.cluster.bandwidth(layout.ep) + hardware.latency_s)
-    return seconds
+        exchanges = 2 * (copies * (layout.ep - 1) / layout.ep / job.cluster.bandwidth(layout.ep) + hardware.latency_s)
+    return total, total + exchanges
 
 
 def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -> dict[str, float]:

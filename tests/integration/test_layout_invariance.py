@@ -26,7 +26,7 @@ from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import UpdatePlan
-from rlhf3d.config.schema import LayoutConfig, OptimConfig
+from rlhf3d.config.schema import LayoutConfig, OptimConfig, Recompute
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -62,7 +62,7 @@ class Case:
     sp: bool = False
     distributed_optimizer: bool = True
     overlap: bool = False
-    recompute: bool = False
+    recompute: Recompute = "none"
     micro_batch_size: int = 2
     ep: int = 1
     model: str = "heads4"
@@ -82,7 +82,8 @@ class Case:
         flags += [f"vpp{self.vpp}"] if self.vpp else []
         flags += [f"ep{self.ep}"] if self.ep > 1 else []
         flags += [self.model] if self.model != "heads4" else []
-        names = ("sp", "overlap", "recompute", "offload")
+        flags += [self.recompute] if self.recompute != "none" else []
+        names = ("sp", "overlap", "offload")
         return "-".join(
             flags + [n for n in names if getattr(self, n)] + ([] if self.distributed_optimizer else ["ddp"])
         )
@@ -93,7 +94,7 @@ CASES = [
     Case(tp=2),
     Case(tp=2, sp=True, micro_batch_size=1),
     Case(pp=2),
-    Case(pp=2, micro_batch_size=4, recompute=True),
+    Case(pp=2, micro_batch_size=4, recompute="full"),
     Case(dp=2, distributed_optimizer=False),
     Case(dp=4, overlap=True),
     Case(pp=4),
@@ -102,19 +103,19 @@ CASES = [
     Case(pp=2, dp=2, overlap=True, offload=True),
     Case(tp=2, dp=2, sp=True),
     Case(tp=2, pp=2, dp=2),
-    Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1),
+    Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1, recompute="selective"),
     Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
     Case(tp=3, pp=2, model="heads9"),
     Case(tp=1, pp=1, model="heads9"),
     Case(dp=2, ep=2, model="experts"),
-    Case(tp=2, sp=True, model="experts"),
+    Case(tp=2, sp=True, recompute="selective", model="experts"),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
-    Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute=True, model="experts"),
+    Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute="full", model="experts"),
 ]
 
 
 BATCHING_CASES = [
-    Case(dp=3, micro_batch_size=2, recompute=True, model="shallow"),
+    Case(dp=3, micro_batch_size=2, recompute="full", model="shallow"),
     Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, ep=2, sp=True, micro_batch_size=3, model="experts"),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="shallow"),

@@ -69,9 +69,8 @@ class Case:
         return MicroBatching(ROWS, packed=self.packed, multiple_of=sharded)
 
     def __str__(self) -> str:
-        on = [
-            name for name in ("sequence_parallel", "recompute", "overlap_grad_reduce") if getattr(self.settings, name)
-        ]
+        on = [name for name in ("sequence_parallel", "overlap_grad_reduce") if getattr(self.settings, name)]
+        on += [f"{self.settings.recompute} recompute"] * (self.settings.recompute != "none")
         on += ["packed"] * self.packed + ["tied"] * self.tie + ["ddp"] * (not self.settings.distributed_optimizer)
         return "-".join([self.family, self.dtype, str(self.layout), *on])
 
@@ -82,15 +81,18 @@ CASES = [
     Case("llama", "bfloat16", L(dp=3), tie=True, vocab=20000),
     Case("llama", "bfloat16", L(tp=2, pp=2, sequence_parallel=True)),
     Case("llama", "float32", L(pp=2, dp=2), tie=True, packed=True),
-    Case("qwen2", "bfloat16", L(pp=3, first_stage_layers=1, last_stage_layers=1, recompute=True)),
+    Case("qwen2", "bfloat16", L(pp=3, first_stage_layers=1, last_stage_layers=1, recompute="full")),
     Case("qwen2", "float32", L(pp=2, vpp=2, dp=2), tie=True),
     Case("qwen3", "bfloat16", L(tp=2, dp=2, distributed_optimizer=False), packed=True),
     Case("qwen3", "float32", L(tp=2, pp=2, vpp=2, overlap_grad_reduce=True), tie=True, hidden=128, ffn=384),
-    Case("qwen2", "float32", L(tp=2, recompute=True, sequence_parallel=True), vocab=5000, layers=2),
+    Case("qwen2", "float32", L(tp=2, recompute="full", sequence_parallel=True), vocab=5000, layers=2),
+    Case("qwen2", "bfloat16", L(tp=2, recompute="selective", sequence_parallel=True), layers=6),
+    Case("llama", "float32", L(pp=2, recompute="selective"), packed=True, layers=6),
     Case("mixtral", "bfloat16", L(dp=2, ep=2)),
+    Case("qwen3_moe", "float32", L(tp=2, ep=2, sequence_parallel=True, recompute="selective")),
     Case("mixtral", "float32", L(tp=2, sequence_parallel=True), layers=2),
     Case("qwen3_moe", "bfloat16", L(tp=2, pp=2, ep=2, sequence_parallel=True)),
-    Case("qwen3_moe", "float32", L(dp=4, ep=2, recompute=True)),
+    Case("qwen3_moe", "float32", L(dp=4, ep=2, recompute="full")),
 ]
 
 

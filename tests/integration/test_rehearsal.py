@@ -16,7 +16,7 @@ JOB = """
 model: {path: nowhere/Big-Model, dtype: bfloat16, use_remove_padding: true, offload: true}
 data: {train_files: [nowhere/train.parquet], val_files: [nowhere/test.parquet], train_batch_size: 512}
 actor:
-  layout: {tp: 4, pp: 2, dp: 8, sequence_parallel: true, recompute: true}
+  layout: {tp: 4, pp: 2, dp: 8, sequence_parallel: true, recompute: full}
   ppo_mini_batch_size: 128
 critic:
   layout: {tp: 1, pp: 1, dp: 8}

@@ -72,6 +72,8 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ("data.shuffle=1", "data.shuffle = 1: expected bool"),
         ("model.path=3", "model.path = 3: expected str"),
         ("rollout.threads=x", "rollout.threads = 'x': expected int or null"),
+        ("actor.layout.recompute=true", "actor.layout.recompute = True: expected one of none, selective, full"),
+        ("critic.layout.recompute=most", "critic.layout.recompute = 'most': expected one of none, selective, full"),
         ("rollout=3", "rollout = 3: expected a section of keys, found int"),
         ("seed", "override 'seed': expected key.name=value"),
         ("=1", "override '=1': expected key.name=value"),

@@ -64,9 +64,10 @@ def test_an_update_on_one_rank_by_hand() -> None:
 
 def test_what_makes_a_step_slower() -> None:
     base = times()
-    recompute = times(actor={"layout": {"dp": 8, "recompute": True}})
-    assert seconds(recompute, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
-    assert seconds(recompute, "old_logprobs") == seconds(base, "old_logprobs")
+    full, selective = (times(actor={"layout": {"dp": 8, "recompute": mode}}) for mode in ("full", "selective"))
+    assert seconds(full, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
+    assert seconds(base, "update_actor") < seconds(selective, "update_actor") < seconds(full, "update_actor")
+    assert seconds(full, "old_logprobs") == seconds(selective, "old_logprobs") == seconds(base, "old_logprobs")
     piped = times(actor={"layout": {"pp": 4, "dp": 2}})
     bubble = next(phase for phase in piped.phases if phase.phase == "update_actor").parts["bubble"]
     assert bubble > 0
