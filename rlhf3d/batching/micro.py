@@ -19,7 +19,8 @@ class MicroBatching:
     """The rule for one model's micro-batches.
 
     Positions of a micro-batch are what the model computes: rows x longest row when padded, the sum of the rows when
-    packed, rounded up to `multiple_of` (a padded row each, a packed micro-batch as a whole).
+    packed, rounded up to `multiple_of` (a padded row each, a packed micro-batch as a whole, whose rows each are rounded
+    up to `row_multiple_of`).
     """
 
     rows: int
@@ -29,16 +30,22 @@ class MicroBatching:
     packed: bool = False
     """Rows stand one after the other instead of being padded to the longest."""
     multiple_of: int = 1
-    """Widths are multiples of this: the tensor-parallel size under sequence parallelism."""
+    """Widths are multiples of this: ranks that share out the sequence."""
+    row_multiple_of: int = 1
+    """Packed rows are multiples of this: the chunks of context parallelism; it divides `multiple_of`."""
 
     def width(self, tokens: int) -> int:
-        """Positions of `tokens` in one run."""
+        """Positions of a padded row, or of a packed micro-batch."""
         return _round_up(max(tokens, 1), self.multiple_of)
+
+    def packed_row(self, tokens: int) -> int:
+        """Positions of a row among others in a packed micro-batch."""
+        return _round_up(tokens, self.row_multiple_of)
 
     def positions(self, lengths: Sequence[int]) -> int:
         """Positions of a micro-batch of rows with these lengths; of a filler where there is none."""
         if self.packed or not lengths:
-            return self.width(sum(lengths))
+            return self.width(sum(map(self.packed_row, lengths)))
         return len(lengths) * self.width(max(lengths))
 
 
@@ -52,6 +59,8 @@ def plan_micro_batches(
     when a single row is over the budget.
     """
     _check_budget(lengths, rule)
+    if rule.packed:
+        lengths = [rule.packed_row(length) for length in lengths]
     needed = max(len(_fewest(lengths, rows, rule)) for rows in rows_of)
     count = _round_up(max(needed, 1), multiple_of)
     return [_exactly(lengths, rows, rule, count) for rows in rows_of]

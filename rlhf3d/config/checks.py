@@ -48,7 +48,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "reward.method": ("flexible", "strict"),
     "cluster.platform": ("auto", "cpu", "cuda"),
 }
-LAYOUT_SIZES = "tp pp dp vpp ep first_stage_layers last_stage_layers".split()
+LAYOUT_SIZES = "tp cp pp dp vpp ep first_stage_layers last_stage_layers".split()
 AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES] + (
     "data.train_batch_size data.gen_batch_size data.max_prompt_length data.max_response_length "
     "actor.ppo_mini_batch_size "
@@ -201,7 +201,11 @@ def _check_budget(config: Config, role: str, batching: Batching, group: WorkerGr
     longest = rule.width(prompt + response)
     if rule.tokens is None or longest <= rule.tokens:
         return []
-    rounded = f", rounded up to a multiple of {group.key}.tp = {rule.multiple_of}" if rule.multiple_of > 1 else ""
+    sizes = " x ".join(
+        ["2", f"{group.key}.cp"] * (rule.row_multiple_of > 1)
+        + [f"{group.key}.tp"] * (rule.multiple_of > rule.row_multiple_of)
+    )
+    rounded = f", rounded up to a multiple of {sizes} = {rule.multiple_of}" if rule.multiple_of > 1 else ""
     return [
         f"{role}.ppo_max_token_len_per_gpu = {rule.tokens}: below the longest sequence, data.max_prompt_length {prompt}"
         f" + data.max_response_length {response}{rounded} = {longest} tokens; set {longest} or more"

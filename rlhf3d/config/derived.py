@@ -121,8 +121,15 @@ def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> 
         rows=batching.micro_batch_size,
         tokens=batching.max_tokens,
         packed=config.model.use_remove_padding,
-        multiple_of=layout.tp if layout.sequence_parallel else 1,
+        **width_multiples(layout),
     )
+
+
+def width_multiples(layout: LayoutConfig) -> dict[str, int]:
+    """What the widths of micro-batches divide by: context-parallel ranks take two chunks of each sequence, tensor ranks
+    a part of what those hold under sequence parallelism."""
+    chunks = 2 * layout.cp if layout.cp > 1 else 1
+    return {"multiple_of": chunks * (layout.tp if layout.sequence_parallel else 1), "row_multiple_of": chunks}
 
 
 def micro_batching_of(config: Config, role: str) -> MicroBatching:

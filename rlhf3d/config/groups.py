@@ -39,7 +39,8 @@ class WorkerGroup:
     def size_text(self) -> str:
         """Its ranks as a product, for messages."""
         layout = self.layout
-        return f"{self.key}: tp {layout.tp} x pp {layout.pp} x dp {layout.dp} = {layout.world_size} ranks"
+        context = f" x cp {layout.cp}" if layout.cp > 1 else ""
+        return f"{self.key}: tp {layout.tp} x pp {layout.pp} x dp {layout.dp}{context} = {layout.world_size} ranks"
 
 
 def parallel_layout(config: LayoutConfig) -> ParallelLayout:
@@ -52,6 +53,7 @@ def parallel_layout(config: LayoutConfig) -> ParallelLayout:
         ep=config.ep,
         first_stage_layers=config.first_stage_layers,
         last_stage_layers=config.last_stage_layers,
+        cp=config.cp,
     )
 
 

@@ -14,7 +14,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """How one model is cut over processes: tp x pp x dp ranks."""
+    """How one model is cut over processes: tp x pp x dp x cp ranks."""
 
     tp: int = 1
     """Tensor-parallel size: must divide attention heads and KV heads."""
@@ -33,11 +33,13 @@ class LayoutConfig:
     recompute: Recompute = "none"
     """What of each layer the backward pass computes again: none, selective (its MLP or experts) or full (all of it)."""
     ep: int = 1
-    """Expert-parallel size: ranks that share out the experts; must divide tp x dp and the number of experts."""
+    """Expert-parallel size: ranks that share out the experts; must divide tp x cp x dp and the number of experts."""
     first_stage_layers: int | None = None
     """Layers of the first pipeline stage; null for an equal share."""
     last_stage_layers: int | None = None
     """Layers of the last pipeline stage; null for an equal share."""
+    cp: int = 1
+    """Context-parallel size: ranks that share out each sequence, for sequences too long for one."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import MiniBatch
+from rlhf3d.batching.micro import MicroBatching
+from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
@@ -34,6 +36,7 @@ from rlhf3d.models.megatron import (
 )
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Box
+from rlhf3d.parallel.context import sum_shares
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Platform
 
@@ -72,7 +75,9 @@ class MegatronEngine:
         self.coords = context.layout.coords(context.rank)
         self.is_last_stage = self.coords.pp == context.layout.pp - 1
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group()
         layout = context.layout_config
+        self.widths = MicroBatching(1, packed=context.packed, **width_multiples(layout))
         self.config = transformer_config(
             context.spec,
             context.layout,
@@ -167,8 +172,7 @@ class MegatronEngine:
             model.eval()
 
         def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-            columns = self._outputs(micro, output)
-            data = {name: micro.scatter(value).cpu() for name, value in columns.items()}
+            data = {name: column.cpu() for name, column in self._columns(micro, output).items()}
             return output.new_zeros(()), torch.zeros((), dtype=torch.int, device=output.device), data
 
         with self.residence.at_work("weights"):
@@ -213,7 +217,7 @@ class MegatronEngine:
         seen: list[tuple[Batch, dict[str, Tensor]]] = []
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-            columns = {name: micro.scatter(value) for name, value in self._outputs(micro, output).items()}
+            columns = self._columns(micro, output)
             seen.append((micro.rows, {name: column.detach() for name, column in columns.items()}))
             share, metrics = objective(micro, *columns.values(), mini.norm)
             return share, torch.zeros((), dtype=torch.int, device=share.device), metrics
@@ -239,6 +243,14 @@ class MegatronEngine:
         context = self.context
         bound = bound_params(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
         return {(chunk, entry.name): param for chunk, entry, param in bound}
+
+    def _columns(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
+        """Outputs [b, r] of the last stage in fp32, the same on all context-parallel ranks; zero beside responses."""
+        columns = {name: micro.scatter(value) for name, value in self._outputs(micro, output).items()}
+        if self.context.layout.cp == 1:
+            return columns
+        whole = sum_shares(torch.stack(list(columns.values())), self.cp_group)
+        return dict(zip(columns, whole.unbind(), strict=True))
 
     def _outputs(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
         """Per-response-token outputs [T] of the last stage, in fp32."""
@@ -268,8 +280,8 @@ class MegatronEngine:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         def make(rows: Sequence[int]) -> MicroBatch:
-            multiple = self.context.layout.tp if self.context.layout_config.sequence_parallel else 1
-            return make_microbatch(batch, rows, self.context.device, multiple, self.context.packed)
+            place = (self.context.layout.cp, self.coords.cp)
+            return make_microbatch(batch, rows, self.context.device, self.widths, *place)
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(iterator)

@@ -1,25 +1,30 @@
 """One forward pass's share of a batch, as the model and the loss want it.
 
 Invariant: hidden state `prompt_length - 1 + t` of a row predicts its response token t; this file alone knows it, and
-where a row's hidden states stand: in a padded row of its own, or packed one row after the other.
+where a row's hidden states stand: in a padded row of its own, or packed one row after the other, and under context
+parallelism on which rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.micro import MicroBatching
+from rlhf3d.parallel.context import held_positions
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Tokens of b rows, and response-aligned columns [b, r] trimmed to the longest response; T response tokens in all.
 
-    Padded, the tokens are [b, s], s the longest row; packed, they are [1, s], s the sum of all rows.
+    Padded, the tokens are [b, s], s the longest row; packed, they are [1, s], s the sum of all rows. Of these, s and T,
+    a context-parallel rank has its share.
     """
 
     rows: Batch
@@ -35,7 +40,8 @@ class MicroBatch:
     labels: Tensor
     """[T] response tokens."""
     segment_ends: Tensor | None = None
-    """Packed: [b + 1] int32, where each row starts and the last ends; [b + 2] with padding, a segment of its own."""
+    """Packed: [b + 1] int32, where each row starts and the last ends, over all context-parallel ranks; [b + 2] with
+    padding, a segment of its own."""
     longest_segment: int = 0
     """Packed: tokens of the longest segment."""
 
@@ -51,33 +57,39 @@ class MicroBatch:
 
 
 def make_microbatch(
-    batch: Batch, rows: Sequence[int], device: torch.device, multiple_of: int = 1, packed: bool = False
+    batch: Batch, rows: Sequence[int], device: torch.device, rule: MicroBatching, cp: int = 1, cp_rank: int = 0
 ) -> MicroBatch:
-    """Cut `rows` out of the batch; the width is rounded up to `multiple_of` (sequence parallelism).
+    """Cut `rows` out of the batch, padded or packed to the widths of `rule`; the share of one context-parallel rank.
 
     No rows make a filler: one row of one masked token, which adds nothing to loss, gradient or metrics.
     """
     part = batch.select(rows) if rows else _filler(batch)
     prompts, responses = part["prompt_lengths"], part["response_lengths"]
-    lengths = prompts + responses
     r = max(int(responses.max()), 1)
     assert r <= part["response_mask"].shape[1], f"responses of {r} tokens in columns of {part['response_mask'].shape}"
     row, t = torch.nonzero(torch.arange(r)[None, :] < responses[:, None], as_tuple=True)
     position = prompts[row] + t
-    ids, positions = _packed(part, lengths, multiple_of) if packed else _padded(part, lengths, multiple_of)
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    row_starts = ends[:-1] if packed else torch.arange(len(part)) * ids.shape[1]
-    if packed and ids.shape[1] > ends[-1]:
-        ends = torch.cat([ends, ends.new_full((1,), ids.shape[1])])
+    lengths = (prompts + responses).tolist()
+    if rule.packed:
+        ends = _packed_ends(lengths, rule)
+        starts, line = torch.tensor(ends)[: len(part)], torch.zeros_like(row)
+    else:
+        ends = [0, rule.width(max(lengths))]
+        starts, line = torch.zeros(len(part), dtype=torch.long), row
+    held = held_positions(ends, cp, cp_rank)
+    place = torch.full((ends[-1],), -1).index_copy(0, held, torch.arange(len(held)))
+    column = place[starts[row] + position - 1]
+    here = column >= 0
+    ids, positions = _packed(part, lengths, ends) if rule.packed else _padded(part, ends[-1])
     return MicroBatch(
         rows=Batch({name: column.to(device) for name, column in _aligned(part, r).items()}),
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        hidden_index=(row_starts[row] + position - 1).to(device),
-        response_index=(row * r + t).to(device),
-        labels=part["input_ids"][row, position].to(device),
-        segment_ends=ends.to(device, torch.int32) if packed else None,
-        longest_segment=int(ends.diff().max()) if packed else 0,
+        input_ids=ids[:, held].to(device),
+        position_ids=positions[:, held].to(device),
+        hidden_index=(line * len(held) + column)[here].to(device),
+        response_index=(row * r + t)[here].to(device),
+        labels=part["input_ids"][row, position][here].to(device),
+        segment_ends=torch.tensor(ends, dtype=torch.int32, device=device) if rule.packed else None,
+        longest_segment=max(b - a for a, b in pairwise(ends)) if rule.packed else 0,
     )
 
 
@@ -93,24 +105,27 @@ def _aligned(part: Batch, r: int) -> dict[str, Tensor]:
     return {name: column[:, :r] if column.dim() == 2 else column for name, column in columns.items()}
 
 
-def _round_up(tokens: int, multiple_of: int) -> int:
-    return -(-tokens // multiple_of) * multiple_of
+def _packed_ends(lengths: Sequence[int], rule: MicroBatching) -> list[int]:
+    """Where each packed row starts and the last ends; then the end of the padding, if there is any."""
+    ends = list(accumulate(map(rule.packed_row, lengths), initial=0))
+    whole = rule.width(ends[-1])
+    return ends if whole == ends[-1] else [*ends, whole]
 
 
-def _padded(part: Batch, lengths: Tensor, multiple_of: int) -> tuple[Tensor, Tensor]:
-    """Token and position ids [b, s], s the longest row rounded up."""
-    s = _round_up(int(lengths.max()), multiple_of)
-    ids = part["input_ids"][:, :s]
-    return torch.nn.functional.pad(ids, (0, s - ids.shape[1])), torch.arange(s).expand(len(part), s)
+def _padded(part: Batch, width: int) -> tuple[Tensor, Tensor]:
+    """Token and position ids [b, s]."""
+    ids = part["input_ids"][:, :width]
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1])), torch.arange(width).expand(len(part), width)
 
 
-def _packed(part: Batch, lengths: Tensor, multiple_of: int) -> tuple[Tensor, Tensor]:
-    """Token and position ids [1, s], s the sum of the rows rounded up; padding counts from 0 as well."""
-    positions = torch.arange(part["input_ids"].shape[1]).expand(len(part), -1)
-    real = positions < lengths[:, None]
-    padding = torch.arange(_round_up(int(lengths.sum()), multiple_of) - int(lengths.sum()))
-    ids = torch.cat([part["input_ids"][real], torch.zeros_like(padding)])
-    return ids[None], torch.cat([positions[real], padding])[None]
+def _packed(part: Batch, lengths: Sequence[int], ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Token and position ids [1, s]; each segment counts from 0, padding too."""
+    ids, positions = torch.zeros(ends[-1], dtype=torch.long), torch.zeros(ends[-1], dtype=torch.long)
+    for row, (start, stop) in enumerate(pairwise(ends)):
+        positions[start:stop] = torch.arange(stop - start)
+        if row < len(lengths):
+            ids[start : start + lengths[row]] = part["input_ids"][row, : lengths[row]]
+    return ids[None], positions[None]
 
 
 @dataclass(frozen=True)

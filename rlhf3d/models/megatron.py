@@ -88,6 +88,7 @@ def transformer_config(
         bf16=dtype == "bfloat16",
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
         sequence_parallel=sequence_parallel and layout.tp > 1,  # one tensor rank already holds the sequence
         num_layers_in_first_pipeline_stage=stages[0] if uneven else None,

@@ -292,10 +292,13 @@ def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
 
 
 def _expert_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
-    ep, ranks = layout.ep, layout.tp * layout.dp
+    ep, ranks = layout.ep, layout.stage_size
     if ep > 1 and not spec.num_experts:
         return [(f"ep {ep}, but the model is dense: it has no experts to share out", "ep 1")]
-    sizes = {f"num_experts {spec.num_experts}": spec.num_experts, f"(tp {layout.tp} x dp {layout.dp})": ranks}
+    sizes = {
+        f"num_experts {spec.num_experts}": spec.num_experts,
+        f"(tp {layout.tp} x dp {layout.dp}{f' x cp {layout.cp}' if layout.cp > 1 else ''})": ranks,
+    }
     fix = _nearest("ep", gcd(*sizes.values()), ep)
     return [(f"{label} % ep {ep} = {size % ep}", fix) for label, size in sizes.items() if size % ep]
 

@@ -226,7 +226,7 @@ class _RankTable:
     def replicated(self, name: str, hf_name: str, shape: tuple[int, ...]) -> LocalParam:
         """The whole tensor on every tensor-parallel rank."""
         box = full_box(shape)
-        return LocalParam(name, shape, (Piece(hf_name, box, box),), self.coords.dp == 0 and self.coords.tp == 0)
+        return LocalParam(name, shape, (Piece(hf_name, box, box),), self.coords.first_replica and self.coords.tp == 0)
 
     def experts(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
         """The router, and each expert of this rank: gate and up stacked, and down."""
@@ -253,7 +253,7 @@ class _RankTable:
         real = min(share, self.spec.vocab_size - start)
         pieces = (Piece(hf_name, ((start, start + real), columns), ((0, real), columns)),) if real > 0 else ()
         shape = (share, self.spec.hidden_size)
-        return LocalParam(name, shape, pieces, exported and self.coords.dp == 0, tp_dim=0)
+        return LocalParam(name, shape, pieces, exported and self.coords.first_replica, tp_dim=0)
 
     def rows(self, name: str, hf_names: list[str], size: int) -> LocalParam:
         """This rank's share of the rows of each of `hf_names` ([size, hidden] each), stacked."""
@@ -264,14 +264,14 @@ class _RankTable:
             for i, hf_name in enumerate(hf_names)
         )
         shape = (len(hf_names) * share, self.spec.hidden_size)
-        return LocalParam(name, shape, pieces, self.coords.dp == 0, tp_dim=0)
+        return LocalParam(name, shape, pieces, self.coords.first_replica, tp_dim=0)
 
     def columns(self, name: str, hf_name: str, size: int) -> LocalParam:
         """This rank's share of the columns of a [hidden, size] tensor."""
         share, rows = size // self.tp, (0, self.spec.hidden_size)
         start = self.coords.tp * share
         piece = Piece(hf_name, (rows, (start, start + share)), (rows, (0, share)))
-        return LocalParam(name, (self.spec.hidden_size, share), (piece,), self.coords.dp == 0, tp_dim=1)
+        return LocalParam(name, (self.spec.hidden_size, share), (piece,), self.coords.first_replica, tp_dim=1)
 
     def qkv(self, name: str, layer: int, bias: bool) -> LocalParam:
         """Fused attention input: for each KV group of this rank its query heads, key head and value head."""
@@ -288,7 +288,7 @@ class _RankTable:
                 pieces.append(Piece(hf_name, (hf_rows, *rest), (local_rows, *rest)))
                 row += rows
         shape = (row,) if bias else (row, spec.hidden_size)
-        return LocalParam(name, shape, tuple(pieces), self.coords.dp == 0, tp_dim=0)
+        return LocalParam(name, shape, tuple(pieces), self.coords.first_replica, tp_dim=0)
 
 
 _NORM_NAMES: dict[SpecStyle, tuple[str, str]] = {

@@ -1,26 +1,30 @@
 """Core attention of the CPU platform: torch's scaled dot-product attention inside Megatron's self-attention.
 
-Invariant: causal, over the heads of this tensor-parallel rank only; no [s, s] matrix is materialised.
+Invariant: causal, over the heads of this tensor-parallel rank only; no [s, s] matrix is materialised, but a mask
+[s / 2cp, s] under context parallelism, where keys and values are gathered.
 Right-padded batches need no mask: padding comes after every real token, so causality already hides it.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf3d.parallel.context import gathered_order, held_chunks
 
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in for Megatron's `DotProductAttention` in a layer spec (which is 3.4x slower at 2,048 tokens).
 
-    Shapes: s sequence, b batch, t packed tokens, h query heads and g key/value heads of this rank, d head.
-    Raises ValueError for what it does not compute: dropout, context parallelism, masks other than causal.
+    Shapes: s sequence, b batch, t packed tokens (of this context-parallel rank), h query heads and g key/value heads of
+    this rank, d head. Raises ValueError for what it does not compute: dropout, masks other than causal.
     """
 
     def __init__(
@@ -37,11 +41,10 @@ class SDPACoreAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(f"attention_dropout={dropout}: set it to 0, policy ratios need repeatable log-probs")
-        if config.context_parallel_size != 1:
-            raise ValueError(f"context_parallel_size={config.context_parallel_size}: CPU ranks support 1")
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"attn_mask_type={attn_mask_type}: the CPU platform supports causal attention")
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.cp = config.context_parallel_size
 
     def forward(
         self,
@@ -59,19 +62,36 @@ class SDPACoreAttention(MegatronModule):
         """
         assert attention_mask is None and attention_bias is None, "only the causal mask is supported"
         if packed_seq_params is None:
-            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, h, s, d]
-            return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+            return self._over_sequences(query, key, value, [0, query.shape[0] * self.cp])
         ends = packed_seq_params.cu_seqlens_q.tolist()
-        assert ends[-1] == query.shape[0], f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"
-        parts = []
-        for start, stop in pairwise(ends):
-            sequence = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
-            parts.append(self._attend(*sequence)[0].transpose(0, 1))
-        return torch.cat(parts).reshape(query.shape[0], -1)
+        assert ends[-1] == query.shape[0] * self.cp, f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"
+        return self._over_sequences(query[:, None], key[:, None], value[:, None], ends)[:, 0]
+
+    def _over_sequences(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int]
+    ) -> torch.Tensor:
+        """[s, b, h, d] with g key/value heads -> [s, b, h*d]; `ends` of the whole sequences along s."""
+        rank = 0
+        if self.cp > 1:
+            group, order = parallel_state.get_context_parallel_group(), gathered_order(ends, self.cp)
+            rank = group.rank()
+            key, value = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(0, order)
+                for x in (key, value)
+            )
+        parts, done = [], 0
+        for chunk in held_chunks(ends, self.cp, rank):
+            size = chunk.stop - chunk.start
+            own, seen = query[done : done + size], slice(chunk.sequence, chunk.stop)
+            parts.append(self._attend(*(x.permute(1, 2, 0, 3) for x in (own, key[seen], value[seen]))))
+            done += size
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [b, h, s, d]
+        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[b, h, s, d] with g key/value heads -> [b, h, s, d]."""
-        grouped = query.shape[1] != key.shape[1]
+        """[b, h, q, d] with g key/value heads of k >= q positions, the queries the last of them -> [b, h, q, d]."""
+        grouped, (q, k) = query.shape[1] != key.shape[1], (query.shape[2], key.shape[2])
+        mask = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
         return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+            query, key, value, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
         )

@@ -1,6 +1,6 @@
-"""Which rank holds what: tensor, pipeline, data and expert coordinates of every rank of one model.
+"""Which rank holds what: tensor, context, pipeline, data and expert coordinates of every rank of one model.
 
-Invariant: this file alone knows Megatron's rank order (tensor fastest, then data, then pipeline; within a stage
+Invariant: this file alone knows Megatron's rank order (tensor fastest, then context, data, pipeline; within a stage
 expert-parallel groups are runs of consecutive ranks).
 Pure: no torch, no process group.
 """
@@ -18,14 +18,21 @@ class RankCoords:
     pp: int
     dp: int
     ep: int = 0
+    cp: int = 0
+
+    @property
+    def first_replica(self) -> bool:
+        """Whether this rank is the first of those with the same weights."""
+        return self.dp == 0 and self.cp == 0
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """A tp x pp x dp grid of ranks; `vpp` model chunks a pipeline rank (1: plain 1F1B).
+    """A tp x pp x dp x cp grid of ranks; `vpp` model chunks a pipeline rank (1: plain 1F1B).
 
-    The tp x dp ranks of a stage also form groups of `ep` that share out the experts of a mixture of experts, each
-    expert whole on one rank of the group. `first_stage_layers` and `last_stage_layers` (of all chunks together) make
+    The `cp` ranks of a data-parallel replica hold the same weights and share out each sequence. The ranks of a stage
+    also form groups of `ep` that share out the experts of a mixture of experts, each expert whole on one rank of the
+    group. `first_stage_layers` and `last_stage_layers` (of all chunks together) make
     the pipeline uneven; the other stages share the remaining layers equally.
     """
 
@@ -36,28 +43,46 @@ class ParallelLayout:
     ep: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    cp: int = 1
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tp * self.pp * self.dp
+        return self.stage_size * self.pp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.tp * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights (dense ones)."""
+        return self.dp * self.cp
 
     def coords(self, rank: int) -> RankCoords:
         """Coordinates of `rank` in Megatron's order `tp-cp-ep-dp-pp`."""
         assert 0 <= rank < self.world_size, f"rank {rank} outside a world of {self.world_size}"
-        pp, place = divmod(rank, self.tp * self.dp)
-        return RankCoords(tp=place % self.tp, pp=pp, dp=place // self.tp, ep=place % self.ep)
+        pp, place = divmod(rank, self.stage_size)
+        replica, tp = divmod(place, self.tp)
+        dp, cp = divmod(replica, self.cp)
+        return RankCoords(tp=tp, pp=pp, dp=dp, ep=place % self.ep, cp=cp)
 
-    def rank(self, tp: int, pp: int, dp: int) -> int:
+    def rank(self, tp: int, pp: int, dp: int, cp: int = 0) -> int:
         """Inverse of `coords`."""
-        return tp + self.tp * (dp + self.dp * pp)
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
+
+    def replica(self, coords: RankCoords) -> int:
+        """Which copy of the dense weights the rank at `coords` holds, 0 … cp x dp - 1."""
+        return coords.cp + self.cp * coords.dp
 
     def expert_replica(self, coords: RankCoords) -> int:
-        """Which copy of its experts the rank at `coords` holds, 0 … tp x dp / ep - 1: its expert-data-parallel rank."""
-        return (coords.tp + self.tp * coords.dp) // self.ep
+        """Which copy of its experts the rank at `coords` holds, 0 … tp x cp x dp / ep - 1: its expert-data-parallel
+        rank."""
+        return (coords.tp + self.tp * self.replica(coords)) // self.ep
 
     def collectors(self) -> list[int]:
-        """For each data-parallel rank, the rank whose outputs the driver reads: last stage, tensor rank 0."""
+        """For each data-parallel rank, whose outputs the driver reads: last stage, tensor and context rank 0."""
         return [self.rank(0, self.pp - 1, d) for d in range(self.dp)]
 
     def layers(self, num_layers: int, pp_rank: int, chunk: int = 0) -> range:
@@ -83,4 +108,6 @@ class ParallelLayout:
         uneven = {"first": self.first_stage_layers, "last": self.last_stage_layers}
         given = ", ".join(f"{name} {layers}" for name, layers in uneven.items() if layers is not None)
         text = f"TP{self.tp}×PP{self.pp}{f'({given})' if given else ''}×DP{self.dp}"
-        return text + "".join(f"×{name}{n}" for name, n in (("VPP", self.vpp), ("EP", self.ep)) if n > 1)
+        return text + "".join(
+            f"×{name}{n}" for name, n in (("CP", self.cp), ("VPP", self.vpp), ("EP", self.ep)) if n > 1
+        )

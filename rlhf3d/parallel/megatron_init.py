@@ -44,6 +44,7 @@ def initialize_megatron(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,  # each expert whole on one rank: what the weight table says
@@ -54,6 +55,7 @@ def initialize_megatron(
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
         ep=parallel_state.get_expert_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
     )
     assert ours == layout.coords(rank), f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
     replica = parallel_state.get_expert_data_parallel_rank()

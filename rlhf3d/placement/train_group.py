@@ -69,7 +69,8 @@ class TrainGroup:
 
     def _name(self, rank: int) -> str:
         at = self.layout.coords(rank)
-        return f"{self.name} rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp})"
+        context = f" cp{at.cp}" if self.layout.cp > 1 else ""
+        return f"{self.name} rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp}{context})"
 
     def start_all(self, method: str, *args: Any) -> dict[str, ray.ObjectRef]:
         """Start the same call on every rank, by name."""
@@ -91,7 +92,7 @@ class TrainGroup:
         return address, port
 
     def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """One argument list a data-parallel rank; results of the last stages, by data-parallel rank."""
+        """One argument list a data-parallel replica; results of the last stages, by data-parallel rank."""
         shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
         calls = {
             self._name(rank): getattr(worker, method).remote(*shared[self.layout.coords(rank).dp])

@@ -10,6 +10,7 @@ Letters: S positions of a micro-batch, h hidden, f neurons of the MLP, q and g r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlhf3d.config.schema import Recompute
@@ -59,9 +60,19 @@ class Activations:
         return ITEM_BYTES[self.dtype]
 
     @property
+    def positions(self) -> float:
+        """Positions of this context-parallel rank."""
+        return self.micro.positions / self.layout.cp
+
+    @property
+    def responses(self) -> int:
+        """Response tokens of this context-parallel rank, at most: they can all be in its chunks."""
+        return min(self.micro.responses, math.ceil(self.positions))
+
+    @property
     def sharded(self) -> float:
         """Positions of this rank where the sequence is sharded (norms, residuals, experts)."""
-        return self.micro.positions / (self.layout.tp if self.sequence_parallel else 1)
+        return self.positions / (self.layout.tp if self.sequence_parallel else 1)
 
     @property
     def hidden(self) -> float:
@@ -79,21 +90,23 @@ class Activations:
         return self.sharded * (self.spec.hidden_size * (8 + self.item) + 4)
 
     def _attention(self) -> float:
-        """Fused projection, rotated queries and keys, output, log-sum-exp; torch's rotary tables, and QK-norm."""
-        spec, tp, S = self.spec, self.layout.tp, self.micro.positions
+        """Rotated queries, output, log-sum-exp, fused projection, rotated keys; torch's rotary tables, and QK-norm."""
+        spec, tp, S = self.spec, self.layout.tp, self.positions
         q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
-        kept = S * (self.item * (q + 2 * g + q + g + q) + 4 * spec.num_heads / tp)
+        kept = S * (2 * self.item * q + 4 * spec.num_heads / tp)
         if self.style == "te":
-            return kept + S * self.item * (q + g) * spec.qk_norm
+            return kept + S * self.item * (q + 3 * g + (q + g) * spec.qk_norm)
+        # Under context parallelism torch's attention keeps keys and values of all ranks, and nothing the projection.
+        kept += self.item * (S * (q + 3 * g) if self.layout.cp == 1 else self.micro.positions * 2 * g)
         if spec.qk_norm:
             kept += S * (8 * (q + g) if self.dtype == "bfloat16" else 4 * (2 * q + g))
-        return kept + 4 * self.micro.width * spec.head_dim * self.item
+        return kept + 4 * self.micro.width / self.layout.cp * spec.head_dim * self.item
 
     def _mlp(self) -> float:
         """Gate and up, gate's activation, up again, their product; with experts, of every copy of a token."""
         spec, fused = self.spec, self.style == "te"
         if not spec.num_experts:
-            return self.micro.positions * spec.ffn_size / self.layout.tp * (3 if fused else 5) * self.item
+            return self.positions * spec.ffn_size / self.layout.tp * (3 if fused else 5) * self.item
         copies = self.sharded * spec.experts_per_token
         router = self.sharded * (10 * spec.num_experts + 24 * spec.experts_per_token)
         expert = (4 if fused else 6) * spec.moe_ffn_size + spec.hidden_size
@@ -118,7 +131,7 @@ class Activations:
 
     def layer_backward(self) -> float:
         """Beside what is kept, while the backward pass is in a layer: gradients, and the layer computed again."""
-        spec, S, tp = self.spec, self.micro.positions, self.layout.tp
+        spec, S, tp = self.spec, self.positions, self.layout.tp
         if spec.num_experts:
             copies = self.sharded * spec.experts_per_token
             wide = copies if self.style == "te" else self._busiest(copies)
@@ -133,12 +146,12 @@ class Activations:
 
     def head_backward(self) -> float:
         """On the last stage at the start of a backward pass: final norm, head input, logits, the head's gradient."""
-        spec, micro = self.spec, self.micro
+        spec = self.spec
         final = self.hidden if self.style == "te" else self.sharded * (8 * spec.hidden_size + 4)
         if self.head == "value":
-            return final + 2 * micro.positions * spec.hidden_size * 4
+            return final + 2 * self.positions * spec.hidden_size * 4
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
-        tokens = micro.responses * spec.hidden_size * self.item
+        tokens = self.responses * spec.hidden_size * self.item
         chunk, chunks = self._chunk(rows)
         weight = rows * spec.hidden_size
         low = self.dtype == "bfloat16"
@@ -149,7 +162,7 @@ class Activations:
 
     def forward_only(self) -> float:
         """A layer at its widest, without a backward pass."""
-        spec, S = self.spec, self.micro.positions
+        spec, S = self.spec, self.positions
         q, g = (heads * spec.head_dim / self.layout.tp for heads in (spec.num_heads, spec.num_kv_heads))
         attention = 3 * S * (q + g) * self.item
         if spec.num_experts:
@@ -166,22 +179,22 @@ class Activations:
 
     def head_forward(self) -> float:
         """The head without a backward pass: its input, and logits twice in fp32."""
-        spec, micro = self.spec, self.micro
-        whole = micro.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
+        spec = self.spec
+        whole = self.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
         if self.head == "value":
             return 2 * whole
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
         chunk, chunks = self._chunk(rows)
         return (
             whole
-            + micro.responses * spec.hidden_size * self.item
+            + self.responses * spec.hidden_size * self.item
             + (8 if chunks == 1 else 14 if self.item == 2 else 12) * chunk
         )
 
     def _chunk(self, rows: int) -> tuple[int, int]:
         """Elements of a chunk of logits, and chunks, as `rlhf3d.engine.logprobs` cuts them."""
-        size = max(1, min(CHUNK_ELEMENTS // rows, self.micro.responses))
-        return size * rows, -(-self.micro.responses // size)
+        size = max(1, min(CHUNK_ELEMENTS // rows, self.responses))
+        return size * rows, -(-self.responses // size)
 
     def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:
         """The most that exists at once in an update on pipeline stage `pp`; `layers_of_chunk` of each of its chunks."""
@@ -206,7 +219,7 @@ class Activations:
 
     def columns(self, micro_batches: int) -> float:
         """Token ids and positions of a micro-batch, and the loss's columns of a mini-batch."""
-        return 16 * self.micro.positions + 4 * BATCH_COLUMNS * self.micro.responses * micro_batches
+        return 16 * self.positions + 4 * BATCH_COLUMNS * self.micro.responses * micro_batches
 
 
 def in_flight(layout: ParallelLayout, pp: int, micro_batches: int) -> int:

@@ -170,7 +170,7 @@ def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for number, seat in enumerate(job.seats):
         served = job.on_gpu and job.colocated and number < job.engine_ranks
-        stages = [(group.name, rank // (group.layout_config.tp * group.layout_config.dp)) for group, rank in seat]
+        stages = [(group.name, rank // group.layout.stage_size) for group, rank in seat]
         if not ends or all(pp in (0, 1, g.layout_config.pp - 1) for (_, pp), (g, _) in zip(stages, seat, strict=True)):
             alike[served, *stages].append(number)
     return [_training_seat(job, tuple(members), engine, bool(kind[0])) for kind, members in alike.items()]

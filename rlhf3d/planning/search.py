@@ -22,7 +22,7 @@ from rlhf3d.planning.hardware import GIB, Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import training_memory
 from rlhf3d.planning.plan import Plan, make_plan
-from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, on_cluster, rests
+from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, longest_sequence, on_cluster, rests
 from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
 
 APART_UTILIZATION = 0.9
@@ -91,7 +91,7 @@ class Search:
         too_big: list[Option] = []
         base = resolve_dtypes(on_cluster(self.config, self.cluster), "bfloat16")
         for apart in engine_shares(self.cluster):
-            allowed = layouts(self.spec, self.cluster.devices - apart, self.cluster.devices_per_node)
+            allowed = self._layouts(self.cluster.devices - apart)
             for resting in rests(base, apart):
                 engines = self._engines(resting, apart)
                 for config in (config for layout in allowed for config in batchings(resting, layout)):
@@ -108,6 +108,9 @@ class Search:
         fastest = best[0].time.step_s if best else math.inf
         near = [option for option in sorted(too_big, key=lambda option: option.excess) if option.seconds < fastest]
         return Found(best, self._plans(near, fits=False), counts)
+
+    def _layouts(self, devices: int) -> list[LayoutConfig]:
+        return layouts(self.spec, devices, self.cluster.devices_per_node, longest_sequence(self.config))
 
     def _engines(self, config: Config, apart: int) -> list[tuple[float, RolloutConfig]]:
         """Engines that use the devices, (utilization they need at least, settings)."""
@@ -152,7 +155,7 @@ class Search:
     def _critic_apart(self, option: Option) -> Option | None:
         """The same with the critic in processes of its own on the actor's devices, where that is faster and fits."""
         best, devices = option, parallel_layout(option.config.actor.layout).world_size
-        for layout in layouts(self.spec, devices, self.cluster.devices_per_node):
+        for layout in self._layouts(devices):
             for recompute in get_args(Recompute):
                 own = replace(option.config.critic, layout=replace(layout, recompute=recompute), placement="colocated")
                 config = replace(option.config, critic=own)

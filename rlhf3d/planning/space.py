@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import get_args
 
+from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import Config, LayoutConfig, Recompute
 from rlhf3d.models.engine_weights import check_engine_layout
@@ -21,6 +23,8 @@ APART = (0.25, 0.375, 0.5, 0.625, 0.75)
 """Shares of the devices that engines get where they have devices of their own."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Sequences of a micro-batch, or longest sequences that its token budget holds."""
+CONTEXT_RANK_TOKENS = 4096
+"""Of the longest sequence a context-parallel rank gets at least so many: with less, its work is too small."""
 INTERLEAVED = (1, 2, 4)
 EXPERT_GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -52,23 +56,36 @@ def rests(config: Config, apart: int) -> list[Config]:
     ]
 
 
-def layouts(spec: ModelSpec, devices: int, per_node: int) -> list[LayoutConfig]:
-    """The layouts of so many devices that the model allows; tensor ranks stay in a node."""
+def layouts(spec: ModelSpec, devices: int, per_node: int, longest: int) -> list[LayoutConfig]:
+    """The layouts of so many devices that the model allows, for sequences of `longest` tokens; tensor ranks stay in a
+    node."""
     found = []
     for tp in _divisors(per_node):
         for pp in _divisors(devices // tp if devices % tp == 0 else 0):
             if pp > spec.num_layers:
                 break
+            replicas = devices // tp // pp
             for vpp in INTERLEAVED if pp > 1 else (1,):
                 for first, last in _ends(spec.num_layers, pp, vpp):
                     base = LayoutConfig(
-                        tp=tp, pp=pp, dp=devices // tp // pp, vpp=vpp if vpp > 1 else None,
+                        tp=tp, pp=pp, vpp=vpp if vpp > 1 else None,
                         sequence_parallel=tp > 1, overlap_grad_reduce=True,
                         first_stage_layers=first, last_stage_layers=last,
                     )  # fmt: skip
                     groups = EXPERT_GROUPS if spec.num_experts else (1,)
-                    found += [layout for ep in groups if _legal(spec, layout := replace(base, ep=ep))]
+                    for ep, cp in product(groups, _context_sizes(replicas, longest)):
+                        layout = replace(base, ep=ep, cp=cp, dp=replicas // cp)
+                        found += [layout] if _legal(spec, layout) else []
     return found
+
+
+def _context_sizes(replicas: int, longest: int) -> list[int]:
+    return [cp for cp in _divisors(replicas) if cp == 1 or longest // cp >= CONTEXT_RANK_TOKENS]
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of a prompt and a response."""
+    return config.data.max_prompt_length + config.data.max_response_length
 
 
 def _divisors(number: int) -> list[int]:
@@ -96,8 +113,8 @@ def _legal(spec: ModelSpec, layout: LayoutConfig) -> bool:
 
 def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
     """Actor and critic in one layout, by micro-batch size (in the configuration's unit) and recomputation."""
-    longest = config.data.max_prompt_length + config.data.max_response_length
-    longest = -(-longest // layout.tp) * layout.tp
+    chunks = width_multiples(layout)["multiple_of"]
+    longest = -(-longest_sequence(config) // chunks) * chunks
     as_actor = replace(
         config.critic,
         layout=None,

@@ -129,12 +129,12 @@ def model_states(
     if not distributed_optimizer:
         return States(elements * item, elements * 4, elements * master, elements * 8)
     buffered = owned = 0
-    expert_dp = layout.tp * layout.dp // layout.ep
+    expert_dp = layout.stage_size // layout.ep
     limit = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_REPLICA * layout.dp) if overlap_grad_reduce else None
     for number, chunk in enumerate(chunks):
         bucketed = limit if number == 0 and coords.pp == 0 else None
         for sizes, tied, replicas, replica in (
-            (chunk.dense, chunk.tied, layout.dp, coords.dp),
+            (chunk.dense, chunk.tied, layout.replicas, layout.replica(coords)),
             (chunk.experts, None, expert_dp, layout.expert_replica(coords)),
         ):
             total, share = _buffer(sizes, tied, replicas, replica, bucketed)

@@ -128,25 +128,27 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     rows, _ = _micro(job, model)
     width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
     positions, responses = rows * width, rows * job.lengths.response
+    local = positions / layout.cp
     passes = 1.0 + BACKWARD * backward
-    flops = layer_flops(spec, positions, width / 2)
+    flops = layer_flops(spec, local, width / 2)
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
-    of_attention, of_mlp = _layer_messages(job, model, positions * spec.hidden_size * item)
+    of_attention, of_mlp = _layer_messages(job, model, local * spec.hidden_size * item)
+    of_attention += _context_messages_s(job, model, local, width / 2 / rate)
     collectives = (of_attention + of_mlp) * passes
     if backward and model.settings.recompute != "none":
         full = model.settings.recompute == "full"
-        passes += 1 if full else mlp_flops(spec, positions) / flops
+        passes += 1 if full else mlp_flops(spec, local) / flops
         collectives += of_mlp + of_attention * full
     layer = (flops / layout.tp / rate + hardware.layer_overhead_s) * passes
-    bandwidth = job.cluster.bandwidth(2, stride=layout.tp * layout.dp)
-    message = positions * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
+    bandwidth = job.cluster.bandwidth(2, stride=layout.stage_size)
+    message = local * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
     found = []
     sizes = layout.stage_layers(spec.num_layers)
     assert sizes is not None, f"{layout} does not fit {spec.num_layers} layers"
     for pp, layers in enumerate(sizes):
         compute, last = layers * layer, pp == layout.pp - 1
         if last and model.head == "lm":
-            compute += head_flops(spec, responses) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
+            compute += head_flops(spec, responses / layout.cp) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
         sends = layout.vpp * (1 + backward) if layout.pp > 1 else 0
         found.append(Stage(compute, layers * collectives + sends * (message + hardware.latency_s)))
     return found
@@ -167,6 +169,19 @@ def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> tuple[float,
     return total, total + exchanges
 
 
+def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop: float) -> float:
+    """Keys and values of the other context-parallel ranks, once a pass; on GPUs behind the attention, as far as that
+    lasts."""
+    spec, layout = model.spec, model.layout
+    if layout.cp == 1:
+        return 0.0
+    item = ITEM_BYTES[job.config.model.dtype]
+    received = (layout.cp - 1) * 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
+    seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp) + job.cluster.hardware.latency_s
+    attention = 4 * positions * spec.num_heads * spec.head_dim / layout.tp * seconds_a_flop
+    return max(0.0, seconds - attention) if job.on_gpu else seconds
+
+
 def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -> dict[str, float]:
     """Seconds of `micro_batches` through the pipeline: the slowest stage's work, and its waiting.
 
@@ -177,7 +192,7 @@ def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -
     compute, messages = micro_batches * slowest.compute_s, micro_batches * slowest.messages_s
     bubble = (layout.pp - 1) / layout.vpp * slowest.total
     if not job.on_gpu:
-        ranks = layout.tp * layout.dp
+        ranks = layout.stage_size
         shared = micro_batches * ranks / cores
         everywhere = shared * sum(stage.compute_s for stage in parts)
         talking = shared * sum(stage.messages_s for stage in parts)
@@ -224,17 +239,17 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     elements = stage_elements(model.spec, layout, model.head, job.style)
     fullest = max(elements)
     reduced = 0.0
-    if layout.dp > 1:
-        bandwidth, share = job.cluster.bandwidth(layout.dp, stride=layout.tp), (layout.dp - 1) / layout.dp
+    if (replicas := layout.replicas) > 1:
+        bandwidth, share = job.cluster.bandwidth(replicas, stride=layout.tp), (replicas - 1) / replicas
         gradients = 4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
         if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
             gradients = max(0.0, gradients - max(stage.compute_s for stage in by_stage) * 2 / 3)
         weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
         reduced = gradients + weights * model.settings.distributed_optimizer
-    owned = fullest / (layout.dp if model.settings.distributed_optimizer else 1)
+    owned = fullest / (layout.replicas if model.settings.distributed_optimizer else 1)
     traffic = owned * ADAM_BYTES[job.style] + 8 * fullest  # and gradients zeroed, their norm taken
     if not job.on_gpu:
-        traffic *= sum(elements) / fullest * layout.tp * layout.dp  # ranks share the memory's bandwidth
+        traffic *= sum(elements) / fullest * layout.stage_size  # ranks share the memory's bandwidth
     once |= {"gradients over replicas": reduced, "optimizer": traffic / hardware.read_bytes_s}
     parts = {name: seconds * steps for name, seconds in once.items()}
     return PhaseTime(f"update_{model.role}", parts | {"states moved": _moved_s(job, model, optimizer=True)})

@@ -41,20 +41,20 @@ class Change:
 
 
 def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
-    """The layout on at most `room` ranks: replicas go first, then stages, then tensor ranks; what is more than one
-    stays so as long as there is room."""
-    sizes = {"dp": layout.dp, "pp": layout.pp, "tp": layout.tp}
+    """The layout on at most `room` ranks: replicas go first, then context ranks, stages and tensor ranks; what is more
+    than one stays so as long as there is room."""
+    sizes = {"dp": layout.dp, "cp": layout.cp, "pp": layout.pp, "tp": layout.tp}
     for least in (2, 1):
         for axis in sizes:
             while prod(sizes.values()) > room and _divided(sizes[axis]) >= least:
                 sizes[axis] = _divided(sizes[axis])
-    cut = replace(layout, tp=sizes["tp"], pp=sizes["pp"], dp=sizes["dp"])
+    cut = replace(layout, dp=sizes["dp"], cp=sizes["cp"], pp=sizes["pp"], tp=sizes["tp"])
     if cut == layout:
         return layout
     uneven = cut.pp > 1 and len(set(parallel_layout(layout).stage_layers(layers) or ())) > 1
     return replace(
         cut,
-        ep=gcd(cut.ep, cut.tp * cut.dp),
+        ep=gcd(cut.ep, cut.tp * cut.cp * cut.dp),
         vpp=cut.vpp if cut.pp > 1 else None,
         first_stage_layers=cut.first_stage_layers if uneven else None,
         last_stage_layers=cut.last_stage_layers if uneven else None,

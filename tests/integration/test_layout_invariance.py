@@ -25,7 +25,8 @@ from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.config.derived import UpdatePlan, width_multiples
+from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig, Recompute
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout
@@ -67,20 +68,29 @@ class Case:
     ep: int = 1
     model: str = "heads4"
     offload: bool = False
+    cp: int = 1
 
     @property
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(self.tp, self.pp, self.dp, self.vpp or 1, self.ep)
+        return parallel_layout(self.layout_config)
+
+    @property
+    def layout_config(self) -> LayoutConfig:
+        return LayoutConfig(
+            tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp, ep=self.ep, cp=self.cp, sequence_parallel=self.sp,
+            distributed_optimizer=self.distributed_optimizer, overlap_grad_reduce=self.overlap,
+            recompute=self.recompute,
+        )  # fmt: skip
 
     @property
     def fixed(self) -> MicroBatching:
         """Padded, by number."""
-        return MicroBatching(self.micro_batch_size, multiple_of=self.tp if self.sp else 1)
+        return MicroBatching(self.micro_batch_size, **width_multiples(self.layout_config))
 
     def __str__(self) -> str:
         flags = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", f"mbs{self.micro_batch_size}"]
         flags += [f"vpp{self.vpp}"] if self.vpp else []
-        flags += [f"ep{self.ep}"] if self.ep > 1 else []
+        flags += [f"{name}{n}" for name, n in (("ep", self.ep), ("cp", self.cp)) if n > 1]
         flags += [self.model] if self.model != "heads4" else []
         flags += [self.recompute] if self.recompute != "none" else []
         names = ("sp", "overlap", "offload")
@@ -111,6 +121,11 @@ CASES = [
     Case(tp=2, sp=True, recompute="selective", model="experts"),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute="full", model="experts"),
+    Case(cp=2),
+    Case(cp=4, micro_batch_size=1, recompute="full"),
+    Case(tp=2, pp=2, cp=2, sp=True, overlap=True),
+    Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
+    Case(cp=2, dp=2, ep=4, model="experts"),
 ]
 
 
@@ -119,6 +134,7 @@ BATCHING_CASES = [
     Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, ep=2, sp=True, micro_batch_size=3, model="experts"),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="shallow"),
+    Case(tp=2, dp=2, cp=2, sp=True, micro_batch_size=3, model="shallow"),
 ]
 
 
@@ -176,13 +192,10 @@ def run_updates(rank: int, port: int, case: Case, folder: Path, updates: dict[st
     initialize_megatron(
         case.layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
     )
-    layout_config = LayoutConfig(
-        case.tp, case.pp, case.dp, case.vpp, case.sp, case.distributed_optimizer, case.overlap, case.recompute
-    )
     context = EngineContext(
         spec=load_spec(folder),
         layout=case.layout,
-        layout_config=layout_config,
+        layout_config=case.layout_config,
         rank=rank,
         platform=platform,
         dtype="float32",

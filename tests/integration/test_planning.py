@@ -23,7 +23,8 @@ from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.config.derived import UpdatePlan, width_multiples
+from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.models.spec import load_spec
@@ -60,13 +61,11 @@ class Case:
 
     @property
     def layout(self) -> ParallelLayout:
-        s = self.settings
-        return ParallelLayout(s.tp, s.pp, s.dp, s.vpp or 1, s.ep, s.first_stage_layers, s.last_stage_layers)
+        return parallel_layout(self.settings)
 
     @property
     def rule(self) -> MicroBatching:
-        sharded = self.settings.tp if self.settings.sequence_parallel else 1
-        return MicroBatching(ROWS, packed=self.packed, multiple_of=sharded)
+        return MicroBatching(ROWS, packed=self.packed, **width_multiples(self.settings))
 
     def __str__(self) -> str:
         on = [name for name in ("sequence_parallel", "overlap_grad_reduce") if getattr(self.settings, name)]
@@ -93,6 +92,8 @@ CASES = [
     Case("mixtral", "float32", L(tp=2, sequence_parallel=True), layers=2),
     Case("qwen3_moe", "bfloat16", L(tp=2, pp=2, ep=2, sequence_parallel=True)),
     Case("qwen3_moe", "float32", L(dp=4, ep=2, recompute="full")),
+    Case("llama", "float32", L(tp=2, cp=2, pp=2)),
+    Case("qwen3", "bfloat16", L(cp=2, dp=2, distributed_optimizer=False), packed=True),
 ]
 
 

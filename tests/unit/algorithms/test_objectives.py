@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf3d.algorithms.aggregation import AGGREGATION_MODES, LossNorm, loss_norm
 from rlhf3d.algorithms.losses import POLICY_LOSSES, PolicyLossSettings
 from rlhf3d.batching.batch import Batch, from_sequences
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.microbatch import make_microbatch
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 
@@ -36,7 +37,7 @@ def total(objective: PolicyObjective | ValueObjective, cut: list[list[int]]) -> 
     norm: LossNorm = loss_norm(rows["response_mask"], 5)
     metrics: dict[str, float] = {}
     for part in cut:
-        micro = make_microbatch(rows, part, CPU)
+        micro = make_microbatch(rows, part, CPU, MicroBatching(1))
         r = micro.rows["response_mask"].shape[1]
         columns = [outputs[part][:, :r]] + ([entropy[part][:, :r]] if isinstance(objective, PolicyObjective) else [])
         loss, shares = objective(micro, *columns, norm)

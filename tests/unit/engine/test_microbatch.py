@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf3d.batching.batch import from_sequences
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.microbatch import make_microbatch
 
 BATCH = from_sequences(
@@ -22,7 +23,7 @@ def test_from_sequences_pads_right() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_hidden_state_before_each_response_token_predicts_it(packed: bool) -> None:
-    micro = make_microbatch(BATCH, [1, 0], CPU, packed=packed)
+    micro = make_microbatch(BATCH, [1, 0], CPU, MicroBatching(1, packed=packed))
     assert micro.labels.tolist() == [9, 10, 11, 7, 8]
     # "Hidden state" = the token at that position: what stands just before each response token.
     states = micro.input_ids[..., None].float()
@@ -32,16 +33,16 @@ def test_hidden_state_before_each_response_token_predicts_it(packed: bool) -> No
 
 
 def test_rows_are_trimmed_and_rounded_up() -> None:
-    assert make_microbatch(BATCH, [2], CPU).input_ids.shape == (1, 2)
-    assert make_microbatch(BATCH, [2], CPU).labels.numel() == 0
-    micro = make_microbatch(BATCH, [0, 1], CPU, multiple_of=4)
+    assert make_microbatch(BATCH, [2], CPU, MicroBatching(1)).input_ids.shape == (1, 2)
+    assert make_microbatch(BATCH, [2], CPU, MicroBatching(1)).labels.numel() == 0
+    micro = make_microbatch(BATCH, [0, 1], CPU, MicroBatching(1, multiple_of=4))
     assert micro.input_ids.shape == micro.position_ids.shape == (2, 8)
     assert micro.input_ids[0].tolist() == [1, 2, 3, 7, 8, 0, 0, 0]
     assert micro.segment_ends is None
 
 
 def test_packed_rows_follow_each_other() -> None:
-    micro = make_microbatch(BATCH, [2, 1], CPU, packed=True)
+    micro = make_microbatch(BATCH, [2, 1], CPU, MicroBatching(1, packed=True))
     assert micro.input_ids.tolist() == [[5, 6, 4, 9, 10, 11]]
     assert micro.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
     assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 2, 6]
@@ -50,21 +51,46 @@ def test_packed_rows_follow_each_other() -> None:
 
 
 def test_padding_of_packed_rows_is_a_segment_of_its_own() -> None:
-    micro = make_microbatch(BATCH, [2, 1], CPU, multiple_of=4, packed=True)
+    micro = make_microbatch(BATCH, [2, 1], CPU, MicroBatching(1, packed=True, multiple_of=4))
     assert micro.input_ids.tolist() == [[5, 6, 4, 9, 10, 11, 0, 0]]
     assert micro.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
     assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 2, 6, 8]
-    exact = make_microbatch(BATCH, [1], CPU, multiple_of=4, packed=True)
+    exact = make_microbatch(BATCH, [1], CPU, MicroBatching(1, packed=True, multiple_of=4))
     assert exact.segment_ends is not None and exact.segment_ends.tolist() == [0, 4]
     # The longest segment can be the padding: rotary tables are cut to it.
-    assert make_microbatch(BATCH, [2], CPU, multiple_of=8, packed=True).longest_segment == 6
+    assert make_microbatch(BATCH, [2], CPU, MicroBatching(1, packed=True, multiple_of=8)).longest_segment == 6
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch", [BATCH, BATCH.select([])], ids=["rows elsewhere", "no rows at all"])
 def test_no_rows_make_a_filler(packed: bool, batch) -> None:
-    micro = make_microbatch(batch, [], CPU, multiple_of=2, packed=packed)
+    micro = make_microbatch(batch, [], CPU, MicroBatching(1, packed=packed, multiple_of=2))
     assert micro.input_ids.shape == micro.position_ids.shape == (1, 2)
     assert micro.labels.numel() == micro.hidden_index.numel() == 0
     assert micro.rows["response_mask"].tolist() == [[0]] and micro.rows["old"].tolist() == [[0]]
     assert micro.scatter(torch.zeros(0)).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_context_parallel_ranks_share_out_rows_and_response_tokens(packed: bool) -> None:
+    """Together they hold what one rank holds: each response token where the hidden state before it is."""
+    rule = MicroBatching(1, packed=packed, multiple_of=4, row_multiple_of=4)
+    whole = make_microbatch(BATCH, [1, 0], CPU, rule)
+    parts = [make_microbatch(BATCH, [1, 0], CPU, rule, 2, rank) for rank in (0, 1)]
+    columns = []
+    for part in parts:
+        assert part.input_ids.shape[1] * 2 == whole.input_ids.shape[1]
+        assert part.segment_ends is whole.segment_ends or part.segment_ends.tolist() == whole.segment_ends.tolist()
+        before = part.gather(part.input_ids[..., None].float())[:, 0]
+        columns.append(part.scatter(before) + 100 * part.scatter(part.labels.float()))
+    expected = whole.scatter(whole.gather(whole.input_ids[..., None].float())[:, 0] + 100 * whole.labels.float())
+    assert torch.equal(columns[0] + columns[1], expected)
+    assert all(column.count_nonzero() > 0 for column in columns)
+
+
+def test_packed_rows_divide_into_chunks_of_every_rank() -> None:
+    rule = MicroBatching(1, packed=True, multiple_of=8, row_multiple_of=4)
+    micro = make_microbatch(BATCH, [0, 1, 2], CPU, rule)
+    assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 8, 12, 16]
+    assert micro.position_ids.tolist() == [[*range(8), *range(4), *range(4)]]
+    assert rule.positions([5, 4, 2]) == 16 and rule.positions([5, 4, 4]) == 16

@@ -79,7 +79,7 @@ def test_nothing_fits_a_device_that_is_too_small() -> None:
 
 def test_stages_of_a_model_that_does_not_divide() -> None:
     spec = load_spec(ROOT / "configs/models/Llama-3.1-405B-Instruct", with_weights=False)
-    uneven = [layout for layout in layouts(spec, 1024, 8) if layout.pp == 16 and layout.vpp is None]
+    uneven = [layout for layout in layouts(spec, 1024, 8, 4096) if layout.pp == 16 and layout.vpp is None]
     assert {(layout.first_stage_layers, layout.last_stage_layers) for layout in uneven} == {(7, 7)}
 
 

@@ -11,6 +11,7 @@ import torch
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.schema import RewardModelConfig
 from rlhf3d.engine.microbatch import make_microbatch
 from rlhf3d.rewards.combined import ModelScore
@@ -25,7 +26,7 @@ class LastToken:
 
     def forward(self, phase: str, role: str, batch: Batch) -> dict[str, torch.Tensor]:
         assert (phase, role) == ("reward_model", "reward")
-        micro = make_microbatch(batch, range(len(batch)), torch.device("cpu"))
+        micro = make_microbatch(batch, range(len(batch)), torch.device("cpu"), MicroBatching(1))
         return {"values": micro.scatter(micro.gather(micro.input_ids) / 100.0)}
 
 
