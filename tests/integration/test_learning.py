@@ -98,9 +98,9 @@ def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> N
 
 
 def test_mixture_of_experts_runs_whole(tmp_path: Path) -> None:
-    """Experts over two ranks in training, each cut over two ranks in vLLM."""
+    """Experts over two ranks in training, which share out each sequence; each expert cut over two ranks in vLLM."""
     job = write_job(tmp_path, "qwen3_moe")
-    layout = ("actor.layout.dp=2", "actor.layout.ep=2", "actor.ppo_micro_batch_size_per_gpu=16")
+    layout = ("actor.layout.cp=2", "actor.layout.ep=2", "actor.ppo_micro_batch_size_per_gpu=16")
     finished = train(job, *layout, "rollout.tensor_parallel_size=2", "trainer.total_training_steps=2")
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     rows = read_rows(tmp_path / "run")

@@ -106,7 +106,7 @@ def rank_apart(rank: int, port: int, setup: SyncSetup) -> int:
     "changes",
     [
         {},
-        {"bucket_bytes": 1 << 20, "dtype": "float32", "layout": ParallelLayout(tp=1, pp=2, dp=2)},
+        {"bucket_bytes": 1 << 20, "dtype": "float32", "layout": ParallelLayout(pp=2, cp=2)},
         {"spec": replace(QWEN2, hidden_size=7), "layout": ParallelLayout(tp=2, dp=2)},
         {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000, "expert_parallel": True},
     ],

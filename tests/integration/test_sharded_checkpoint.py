@@ -18,6 +18,7 @@ from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_update
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout
@@ -41,13 +42,21 @@ class Case:
     ep: int = 1
     distributed_optimizer: bool = True
     dtype: str = "float32"
+    cp: int = 1
+
+    @property
+    def settings(self) -> LayoutConfig:
+        return LayoutConfig(
+            tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp, ep=self.ep, cp=self.cp,
+            distributed_optimizer=self.distributed_optimizer,
+        )  # fmt: skip
 
     @property
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(self.tp, self.pp, self.dp, self.vpp or 1, self.ep)
+        return parallel_layout(self.settings)
 
     def __str__(self) -> str:
-        flags = f"-ep{self.ep}" * (self.ep > 1) + f"-vpp{self.vpp}" * bool(self.vpp)
+        flags = f"-cp{self.cp}" * (self.cp > 1) + f"-ep{self.ep}" * (self.ep > 1) + f"-vpp{self.vpp}" * bool(self.vpp)
         flags += "-ddp" * (not self.distributed_optimizer) + "-bf16" * (self.dtype == "bfloat16")
         return f"tp{self.tp}pp{self.pp}dp{self.dp}{flags}"
 
@@ -77,11 +86,10 @@ def train_and_save(
     initialize_megatron(
         layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
     )
-    cut = LayoutConfig(case.tp, case.pp, case.dp, case.vpp, False, case.distributed_optimizer)
     context = EngineContext(
         spec=load_spec(model),
         layout=layout,
-        layout_config=cut,
+        layout_config=case.settings,
         rank=rank,
         platform=platform,
         dtype=case.dtype,
@@ -153,6 +161,7 @@ ROUTES = {
     WITHOUT_SHARDING: [WITHOUT_SHARDING, Case(tp=2, pp=2, vpp=2)],
     BF16: [BF16, Case(tp=2, dtype="bfloat16", distributed_optimizer=False)],
     Case(dp=2, ep=2): [Case(dp=2, ep=2), Case(dp=2)],
+    Case(cp=2): [Case(cp=2), Case(tp=2)],
 }
 
 

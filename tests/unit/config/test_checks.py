@@ -77,6 +77,16 @@ def test_good_configuration_passes() -> None:
             "data.max_response_length 512, rounded up to a multiple of actor.layout.tp = 3 = 1026 tokens; "
             "set 1026 or more",
         ),
+        (
+            [
+                "actor.layout={tp: 3, cp: 2, sequence_parallel: true}",
+                "actor.use_dynamic_bsz=true",
+                "actor.ppo_max_token_len_per_gpu=1024",
+            ],
+            "actor.ppo_max_token_len_per_gpu = 1024: below the longest sequence, data.max_prompt_length 512 + "
+            "data.max_response_length 512, rounded up to a multiple of 2 x actor.layout.cp x actor.layout.tp = 12 = "
+            "1032 tokens; set 1032 or more",
+        ),
         (["actor.layout.vpp=2"], "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null"),
         (
             ["actor.layout.sequence_parallel=true"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_micro_batches_of_the_critic_are_the_actors_unless_given() -> None:
     assert budget is not None and budget.micro_batching == MicroBatching(4, 8192, True, 2)
     assert fixed is not None and fixed.micro_batching == MicroBatching(8, None, True, 2)
     assert fixed.micro_batches_per_rank == 8
+
+
+def test_widths_divide_by_what_shares_out_a_sequence() -> None:
+    def widths(**layout: Any) -> tuple[int, int]:
+        rule = derive(Config(actor=ActorConfig(layout=LayoutConfig(**layout)))).actor.micro_batching
+        return rule.multiple_of, rule.row_multiple_of
+
+    assert widths(tp=2, cp=1) == (1, 1)
+    assert widths(cp=2) == (4, 4)
+    assert widths(tp=2, cp=3, sequence_parallel=True) == (12, 6)
 
 
 def test_a_critic_with_a_layout_of_its_own() -> None:

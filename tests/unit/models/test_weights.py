@@ -31,9 +31,10 @@ def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
     """Small legal combinations, head sizes that are not hidden / heads and vocabularies that need padding included."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     sparse = FAMILIES[family].experts is not None
-    tp, pp, dp = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    tp, pp, dp, cp = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     vpp = draw(st.integers(1, 2)) if pp > 1 else 1
-    ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0])) if sparse else 1
+    stage = tp * dp * cp
+    ep = draw(st.sampled_from([n for n in range(1, stage + 1) if stage % n == 0])) if sparse else 1
     first, middle, last = (vpp * draw(st.integers(1, 2)) for _ in range(3))
     has_first, has_last = (draw(st.booleans()), draw(st.booleans())) if pp > 1 else (False, False)
     layers = first * has_first + last * has_last + middle * (pp - has_first - has_last)
@@ -53,7 +54,7 @@ def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
         num_experts=ep * draw(st.integers(1, 2)) if sparse else 0,
         moe_ffn_size=draw(st.integers(1, 4)) if sparse else 0,
     )
-    layout = ParallelLayout(tp, pp, dp, vpp, ep, first if has_first else None, last if has_last else None)
+    layout = ParallelLayout(tp, pp, dp, vpp, ep, first if has_first else None, last if has_last else None, cp)
     return spec, layout
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,21 +11,23 @@ from hypothesis import strategies as st
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
 
 SIZES = st.integers(1, 4)
-LAYOUTS = st.builds(ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3))
+LAYOUTS = st.builds(ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3), cp=st.integers(1, 2))
 
 
-def test_tensor_ranks_are_neighbours_then_data_then_pipeline() -> None:
-    layout = ParallelLayout(tp=2, pp=2, dp=2)
-    order = [(c.pp, c.dp, c.tp) for c in map(layout.coords, range(8))]
-    assert order == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1)]
+def test_tensor_ranks_are_neighbours_then_context_then_data_then_pipeline() -> None:
+    layout = ParallelLayout(tp=2, pp=2, dp=2, cp=2)
+    order = [(c.pp, c.dp, c.cp, c.tp) for c in map(layout.coords, range(16))]
+    assert order == list(product((0, 1), repeat=4))
+    assert [layout.replica(c) for c in map(layout.coords, range(8))] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [c.first_replica for c in map(layout.coords, range(8))] == [True, True] + [False] * 6
 
 
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_rank_inverts_coords_and_every_place_is_taken_once(layout: ParallelLayout) -> None:
     coords = [layout.coords(rank) for rank in range(layout.world_size)]
-    assert len(set(coords)) == layout.world_size == layout.tp * layout.pp * layout.dp
-    assert [layout.rank(c.tp, c.pp, c.dp) for c in coords] == list(range(layout.world_size))
+    assert len(set(coords)) == layout.world_size == layout.tp * layout.pp * layout.dp * layout.cp
+    assert [layout.rank(c.tp, c.pp, c.dp, c.cp) for c in coords] == list(range(layout.world_size))
 
 
 @pytest.mark.parametrize("rank", [-1, 8])
@@ -37,6 +41,8 @@ def test_expert_groups_are_runs_of_ranks_within_a_stage() -> None:
     coords = [layout.coords(rank) for rank in range(16)]
     assert [c.ep for c in coords] == [0, 1, 2, 3] * 4
     assert [layout.expert_replica(c) for c in coords] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+    shared = ParallelLayout(tp=2, dp=2, cp=2, ep=4)
+    assert [shared.expert_replica(shared.coords(rank)) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 @settings(deadline=None)

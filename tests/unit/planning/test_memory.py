@@ -96,6 +96,14 @@ def test_more_of_anything_needs_more() -> None:
     assert plan(**whole).memory.peak[1].total > base
 
 
+def test_context_ranks_share_out_activations() -> None:
+    def activations(**layout: int) -> int:
+        made = plan(data={"max_response_length": 15360}, actor={"layout": layout, "ppo_micro_batch_size_per_gpu": 1})
+        return made.memory.ranks[0].own("update_actor")
+
+    assert 0.24 < activations(tp=2, cp=4) / activations(tp=2, dp=4) < 0.3
+
+
 def test_engines_on_devices_of_their_own() -> None:
     apart = {"engines": 2, "tensor_parallel_size": 2, "placement": "disaggregated", "gpu_memory_utilization": 0.9}
     made = plan(parse_cluster("12xH100", HARDWARE), actor={"layout": LAYOUT}, rollout=apart)

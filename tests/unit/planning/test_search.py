@@ -83,6 +83,14 @@ def test_stages_of_a_model_that_does_not_divide() -> None:
     assert {(layout.first_stage_layers, layout.last_stage_layers) for layout in uneven} == {(7, 7)}
 
 
+def test_long_sequences_are_shared_out_over_context_ranks() -> None:
+    spec = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
+    sizes = {longest: {layout.cp for layout in layouts(spec, 8, 8, longest)} for longest in (4096, 8192, 32768)}
+    assert sizes == {4096: {1}, 8192: {1, 2}, 32768: {1, 2, 4, 8}}
+    result = found("8xH100", "Qwen2.5-7B-Instruct", replace(MATH, data=replace(MATH.data, max_response_length=30720)))
+    assert any(plan.job.derived.layout.cp > 1 for plan in result.best)
+
+
 def test_405b_on_1024_gpus_in_seconds() -> None:
     before = time.process_time()
     result = found("1024xH200", "Llama-3.1-405B-Instruct")

@@ -76,6 +76,15 @@ def test_what_makes_a_step_slower() -> None:
     )
 
 
+def test_context_ranks_share_out_a_sequence_and_exchange_keys_and_values() -> None:
+    """Four ranks on one sequence take as long as a quarter of the sequences each, and their messages."""
+    long = {"data": {"train_batch_size": 64, "max_response_length": 16384}}
+    replicas = times(**long, actor={"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 1})
+    shared = times(**long, actor={"layout": {"dp": 2, "cp": 4}, "ppo_micro_batch_size_per_gpu": 1})
+    apart, together = seconds(replicas, "update_actor"), seconds(shared, "update_actor")
+    assert apart < together < 1.1 * apart
+
+
 def test_the_run_in_hours() -> None:
     plan = times()
     assert plan.hours == pytest.approx(100 * plan.step_s / 3600)

@@ -110,6 +110,13 @@ def test_a_cut_layout_keeps_every_axis_while_there_is_room(
     assert (cut.tp, cut.pp, cut.dp) == wanted
 
 
+def test_context_ranks_go_after_replicas() -> None:
+    wide = LayoutConfig(tp=2, pp=2, dp=4, cp=4)
+    assert cut_layout(wide, 32, 64) == replace(wide, dp=2)
+    assert cut_layout(wide, 16, 64) == replace(wide, dp=2, cp=2)
+    assert cut_layout(wide, 8, 64) == replace(wide, dp=1, cp=2)
+
+
 def job(**changes: Any) -> Config:
     layout = LayoutConfig(tp=2, pp=2, dp=2, sequence_parallel=True)
     config = Config(
