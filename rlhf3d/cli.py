@@ -45,9 +45,9 @@ def main() -> None:
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether this package raised the error itself, and not a library below it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    """Whether a `raise` of this package made the error, not a library below it and not a mistake in our own code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise")
 
 
 @app.command()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.checkpoints.manifest import sync_folder
+
 PLAN = "conversion.json"
 LOCK = ".lock"
 PARTS = ".parts"
@@ -79,9 +81,9 @@ def building(destination: Path, plan: Mapping[str, Any], restart: bool) -> Itera
         for own in (PLAN, LOCK):
             (partial / own).unlink()
         for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-            _sync_folder(folder)
+            sync_folder(folder)
         os.rename(partial, destination)
-        _sync_folder(destination.parent)
+        sync_folder(destination.parent)
         shutil.rmtree(destination / PARTS, ignore_errors=True)
 
 
@@ -135,12 +137,3 @@ def _write_file(path: Path, task: FileTask, advance: Advance) -> None:
         raise RuntimeError(
             f"cannot write {path} ({error.strerror or error}): mend that and repeat the command"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

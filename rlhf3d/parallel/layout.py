@@ -7,6 +7,7 @@ Pure: no torch, no process group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -111,3 +112,15 @@ class ParallelLayout:
         return text + "".join(
             f"×{name}{n}" for name, n in (("CP", self.cp), ("VPP", self.vpp), ("EP", self.ep)) if n > 1
         )
+
+
+def ranges(numbers: Sequence[int], most: int = 3) -> str:
+    """Ascending numbers of ranks for people: `3`, `0-3`, `0-1, 4-5`; at most so many runs."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:most])
+    return shown + (", …" if len(runs) > most else "")

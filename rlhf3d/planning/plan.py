@@ -5,7 +5,6 @@ Invariant: a plan is a value, computed from a configuration, a model's shape and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,15 +93,3 @@ def train_rows(config: Config) -> int | None:
     from pyarrow.parquet import read_metadata
 
     return sum(int(read_metadata(file).num_rows) for file in files)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """`3`, `0-3`, `0-1, 4-5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:3])
-    return shown + (", …" if len(runs) > 3 else "")

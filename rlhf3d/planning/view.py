@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf3d.config.derived import summary_lines
+from rlhf3d.parallel.layout import ranges
 from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.memory import MemoryPlan, RankMemory
-from rlhf3d.planning.plan import Plan, ranges
+from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.times import TimePlan
 
 _KINDS = ("weights", "gradients", "optimizer")

@@ -19,6 +19,7 @@ from rlhf3d.config.derived import derive, resolve_dtypes
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import check_layout, load_spec
 from rlhf3d.models.weights import hf_tensors
+from rlhf3d.parallel.layout import ranges
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.resharding.boxes import show
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
@@ -155,7 +156,7 @@ def _rank_table(facts: Explanation) -> Table:
     for some in rows.values():
         first = some[0]
         table.add_row(
-            _spans(sorted({engine for rank in some for engine in rank.engines})),
+            ranges(sorted({engine for rank in some for engine in rank.engines}), most=6),
             str(first.rank),
             *(f"{n / size:.2f}" for n in (first.needed, first.local, first.received, first.bound, first.full_gather)),
             str(first.senders),
@@ -177,7 +178,7 @@ def _route_table(plan: ReshardPlan, pattern: str) -> Table:
             op.tensor,
             show(op.box),
             f"rank {op.src_rank} {op.src_param}{show(op.src_box)}",
-            f"engine {_spans(list(place.engines))} rank {place.index} {op.dst_param}{show(op.dst_box)}",
+            f"engine {ranges(place.engines, most=6)} rank {place.index} {op.dst_param}{show(op.dst_box)}",
         )
     return table
 
@@ -193,18 +194,6 @@ def _routes(plan: ReshardPlan, pattern: str) -> Iterator[TransferOp]:
         raise ValueError(
             f"--tensor {pattern!r} matches no tensor; they are named as in the model folder, * stands for any text"
         )
-
-
-def _spans(numbers: list[int]) -> str:
-    """`3`, `0-127`, `0, 2, 4`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    shown = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs[:6])
-    return f"{shown}{', …' if len(runs) > 6 else ''}"
 
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))

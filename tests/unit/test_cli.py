@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import subprocess
 import sys
@@ -127,3 +128,16 @@ def test_only_our_own_value_errors_are_the_users(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cli, "app", library_fails)
     with pytest.raises(ValueError, match="deep inside"):
         cli.main()
+
+
+def test_a_mistake_in_our_own_code_is_not_the_users() -> None:
+    """Only what a `raise` of the package says is."""
+    lines = {"compare": "x = int('a')\n", "refuse": "raise ValueError(\n    'batch size 3'\n)\n"}
+    errors = {}
+    for name, source in lines.items():
+        path = str(Path(cli.__file__).with_name(f"{name}.py"))
+        linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+        with pytest.raises(ValueError) as caught:
+            exec(compile(source, path, "exec"))
+        errors[name] = cli._raised_by_us(caught.value)
+    assert errors == {"compare": False, "refuse": True}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords, ranges
 
 SIZES = st.integers(1, 4)
 LAYOUTS = st.builds(ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3), cp=st.integers(1, 2))
@@ -101,3 +101,9 @@ def test_text() -> None:
     assert str(ParallelLayout(2, 3, 4, vpp=2)) == "TP2×PP3×DP4×VPP2"
     assert str(ParallelLayout(2, 3, 4, ep=8)) == "TP2×PP3×DP4×EP8"
     assert str(ParallelLayout(2, 3, 4, first_stage_layers=1, last_stage_layers=2)) == "TP2×PP3(first 1, last 2)×DP4"
+
+
+def test_numbers_of_ranks_as_text() -> None:
+    assert [ranges(numbers) for numbers in ([3], [0, 1, 2, 3], [0, 1, 4, 5], [])] == ["3", "0-3", "0-1, 4-5", ""]
+    assert ranges([0, 2, 4, 6]) == "0, 2, 4, …"
+    assert ranges([0, 2, 4, 6], most=4) == "0, 2, 4, 6"
