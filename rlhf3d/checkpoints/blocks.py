@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf3d.models.weights import Box
+from rlhf3d.models.boxes import Box
 
 BLOCK_BYTES = 16 << 20
 """How much a copy holds in memory at a time."""

@@ -39,10 +39,10 @@ from rlhf3d.checkpoints.stored import (
     stored_model,
 )
 from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, TorchDistReader, finish_folder, write_tensors
+from rlhf3d.models.boxes import Box, Piece, intersect, locate, volume
 from rlhf3d.models.hf_io import INDEX_NAME, copy_companions, record_dtype
 from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
-from rlhf3d.models.weights import Box, Head, Piece, hf_tensors
-from rlhf3d.resharding.boxes import intersect, locate, volume
+from rlhf3d.models.weights import Head, hf_tensors
 
 To = Literal["hf", "megatron"]
 DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
+from rlhf3d.models.boxes import Box, Piece, full_box
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Box, Head, LocalParam, Piece, full_box, hf_tensors, local_params
+from rlhf3d.models.weights import Head, LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 
 WRAPPER_PREFIX = "module."

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from rlhf3d.checkpoints.blocks import FileTensor, InputFile
 from rlhf3d.checkpoints.manifest import FileInfo
-from rlhf3d.models.weights import Box, full_box
-from rlhf3d.resharding.boxes import intersect
+from rlhf3d.models.boxes import Box, full_box, intersect
 
 INDEX, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
 _BACKEND = {

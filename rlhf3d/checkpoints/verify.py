@@ -24,10 +24,9 @@ from rlhf3d.checkpoints.files import Advance
 from rlhf3d.checkpoints.locate import Role
 from rlhf3d.checkpoints.stored import WRAPPER_PREFIX, Slab, parameters
 from rlhf3d.machine import read_machine
+from rlhf3d.models.boxes import Box, Piece, box_slices, intersect, locate, show, volume
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import ModelSpec, load_spec
-from rlhf3d.models.weights import Box, Piece, box_slices
-from rlhf3d.resharding.boxes import intersect, locate, show, volume
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit: float32 round-off of two implementations."""

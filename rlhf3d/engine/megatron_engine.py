@@ -25,6 +25,7 @@ from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
 from rlhf3d.engine.residence import EngineResidence
+from rlhf3d.models.boxes import Box
 from rlhf3d.models.megatron import (
     HEADS,
     Role,
@@ -35,7 +36,6 @@ from rlhf3d.models.megatron import (
     transformer_config,
 )
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Box
 from rlhf3d.parallel.context import sum_shares
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Platform
@@ -97,7 +97,7 @@ class MegatronEngine:
         else:
             for model in self.models:
                 model.requires_grad_(False)
-        self.residence = EngineResidence(self, context.offload)
+        self.residence = EngineResidence(self.models, self.optimizer, context.platform.free_cached, context.offload)
 
     def _wrap(self, chunk: torch.nn.Module) -> torch.nn.Module:
         from megatron.core.transformer.module import Float16Module

@@ -6,15 +6,12 @@ the device is empty, and touching it is an error of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rlhf3d.engine.megatron_engine import MegatronEngine
 
 
 class Residents:
@@ -72,8 +69,15 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 class EngineResidence:
     """The states of one engine: on the device where they are asked for, and else in host memory."""
 
-    def __init__(self, engine: MegatronEngine, enabled: bool) -> None:
-        self._engine, self._enabled = engine, enabled
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        optimizer: Any | None,
+        free_cached: Callable[[], None],
+        enabled: bool,
+    ) -> None:
+        """Of these models and Megatron's optimizer, if they learn; `free_cached` gives the device's cache back."""
+        self._models, self._optimizer, self._free_cached, self._enabled = models, optimizer, free_cached, enabled
         self._states: dict[str, Residents] = {}
         if enabled:
             self._find()
@@ -98,13 +102,13 @@ class EngineResidence:
         for residents in self._states.values():
             if residents.present:
                 residents.leave()
-        self._engine.context.platform.free_cached()
+        self._free_cached()
 
     def _find(self) -> None:
         """Take stock: the optimizer's first step, and a load, make states of their own."""
-        weights = Residents(_weights(self._engine))
-        gradients = Residents(_gradients(self._engine), keep=False, without=[weights])
-        optimizer = Residents(_optimizer_state(self._engine), without=[weights, gradients])
+        weights = Residents(_weights(self._models))
+        gradients = Residents(_gradients(self._models), keep=False, without=[weights])
+        optimizer = Residents(_optimizer_state(self._optimizer), without=[weights, gradients])
         found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
         # What is known already keeps its copies' memory.
         self._states = {
@@ -113,16 +117,16 @@ class EngineResidence:
         }
 
 
-def _weights(engine: MegatronEngine) -> Iterator[Tensor]:
-    for model in engine.models:
+def _weights(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    for model in models:
         yield from (parameter.data for parameter in model.parameters())
         for module in model.modules():  # model.buffers() is something else in Megatron's DDP
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
         yield from (buffer.param_data for buffer in _ddp_buffers(model) if buffer.param_data is not None)
 
 
-def _gradients(engine: MegatronEngine) -> Iterator[Tensor]:
-    for model in engine.models:
+def _gradients(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    for model in models:
         yield from (buffer.grad_data for buffer in _ddp_buffers(model))
 
 
@@ -133,11 +137,11 @@ def _ddp_buffers(model: torch.nn.Module) -> list[Any]:
     return [*model.buffers, *model.expert_parallel_buffers]
 
 
-def _optimizer_state(engine: MegatronEngine) -> Iterator[Tensor]:
+def _optimizer_state(optimizer: Any | None) -> Iterator[Tensor]:
     """Moments and main weights."""
-    if engine.optimizer is None:
+    if optimizer is None:
         return
-    for megatron in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+    for megatron in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = megatron.optimizer
         for group in inner.param_groups:
             yield from (parameter.data for parameter in group["params"])

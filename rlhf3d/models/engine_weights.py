@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf3d.models.boxes import Piece, full_box
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec
-from rlhf3d.models.weights import LocalParam, Piece, full_box
+from rlhf3d.models.weights import LocalParam
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share them out."""

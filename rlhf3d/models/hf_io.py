@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rlhf3d.models.weights import Box, box_slices
+from rlhf3d.models.boxes import Box, box_slices
 
 INDEX_NAME = "model.safetensors.index.json"
 COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")

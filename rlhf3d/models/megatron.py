@@ -22,18 +22,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from rlhf3d.config.schema import Recompute
+from rlhf3d.models.boxes import Box, box_slices
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
-from rlhf3d.models.weights import (
-    VALUE_HEAD,
-    Box,
-    Head,
-    LocalParam,
-    SpecStyle,
-    box_slices,
-    check_hf_tensors,
-    local_params,
-)
+from rlhf3d.models.weights import VALUE_HEAD, Head, LocalParam, SpecStyle, check_hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
 from rlhf3d.parallel.platform import Platform
 

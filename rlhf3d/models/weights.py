@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf3d.models.boxes import Box, Piece, full_box
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec, padded_vocab_size
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
 
-Box = tuple[tuple[int, int], ...]
-"""(start, stop) per dimension."""
 Head = Literal["lm", "value", "none"]
 """What follows the trunk: vocabulary head, value head [1, hidden], or nothing."""
 SpecStyle = Literal["local", "te"]
@@ -26,15 +25,6 @@ SpecStyle = Literal["local", "te"]
 multiplied as one group)."""
 
 VALUE_HEAD = "value_head.weight"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block that lies at `hf_box` in the Hugging Face tensor and at `local_box` in the local parameter."""
-
-    hf_name: str
-    hf_box: Box
-    local_box: Box
 
 
 @dataclass(frozen=True)
@@ -52,16 +42,6 @@ class LocalParam:
     """Dimension that the tensor-parallel ranks share out; None where each holds the whole."""
     expert: bool = False
     """A weight of one expert: whole on one rank of each expert-parallel group."""
-
-
-def full_box(shape: tuple[int, ...]) -> Box:
-    """The box that covers a whole tensor."""
-    return tuple((0, size) for size in shape)
-
-
-def box_slices(box: Box) -> tuple[slice, ...]:
-    """The box as an index."""
-    return tuple(slice(start, stop) for start, stop in box)
 
 
 def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:

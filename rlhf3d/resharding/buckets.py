@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf3d.models.weights import Box, LocalParam
-from rlhf3d.resharding.boxes import intersect
+from rlhf3d.models.boxes import Box, intersect
+from rlhf3d.models.weights import LocalParam
 from rlhf3d.resharding.plan import ReshardPlan
 
 ALIGNMENT_BYTES = 64

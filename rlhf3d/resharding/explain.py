@@ -17,11 +17,11 @@ from rich.text import Text
 
 from rlhf3d.config.derived import derive, resolve_dtypes
 from rlhf3d.config.schema import Config
+from rlhf3d.models.boxes import show
 from rlhf3d.models.spec import check_layout, load_spec
 from rlhf3d.models.weights import hf_tensors
 from rlhf3d.parallel.layout import ranges
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.resharding.boxes import show
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
 from rlhf3d.resharding.setup import SLOTS, SyncSetup, sync_setup
 

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from rlhf3d.models.weights import Box
+from rlhf3d.models.boxes import Box
 
 WORD_BYTES = 8
 

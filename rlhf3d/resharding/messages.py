@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlhf3d.resharding.boxes import volume
+from rlhf3d.models.boxes import volume
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import SyncError

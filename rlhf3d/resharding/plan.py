@@ -18,8 +18,8 @@ from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
-from rlhf3d.models.weights import Box, LocalParam
-from rlhf3d.resharding.boxes import intersect, locate, show, split_rows, volume
+from rlhf3d.models.boxes import Box, intersect, locate, show, split_rows, volume
+from rlhf3d.models.weights import LocalParam
 from rlhf3d.resharding.sites import Sites, assign_engines
 
 

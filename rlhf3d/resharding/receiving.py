@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from rlhf3d.models.boxes import show
 from rlhf3d.models.weights import LocalParam
-from rlhf3d.resharding.boxes import show
 from rlhf3d.resharding.buckets import Bucket, Copy, Segment, real_rows
 from rlhf3d.resharding.fingerprints import fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from rlhf3d.models.weights import box_slices
-from rlhf3d.resharding.boxes import volume
+from rlhf3d.models.boxes import box_slices, volume
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.spec import load_spec
-from rlhf3d.models.weights import box_slices
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
 

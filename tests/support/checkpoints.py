@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from rlhf3d.checkpoints.stored import VOCABULARY_KEYS, stored_model
 from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, finish_folder, write_tensors
+from rlhf3d.models.boxes import box_slices, full_box, intersect, locate, volume
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
-from rlhf3d.models.weights import Head, box_slices, full_box, local_params
+from rlhf3d.models.weights import Head, local_params
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.boxes import intersect, locate, volume
 
 
 def write_megatron_folder(

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.spec import FAMILIES, ModelSpec
-from rlhf3d.models.weights import LocalParam, box_slices, hf_tensors, local_params
+from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
 

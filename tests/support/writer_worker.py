@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.engine_weights import engine_params
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import LocalParam, box_slices
+from rlhf3d.models.weights import LocalParam
 from rlhf3d.rollout.weight_writer import WeightWriter
 
 ROWS_AT_ONCE = 5

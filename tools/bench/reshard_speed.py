@@ -32,9 +32,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import load_spec
-from rlhf3d.models.weights import LocalParam, box_slices, hf_tensors, local_params
+from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.placement.cluster import free_port
 from rlhf3d.resharding import receiving, sending

@@ -14,7 +14,7 @@ from support.weights import LLAMA, QWEN3_MOE, Pair, numbered_tensors, pairs
 
 from rlhf3d.checkpoints.convert import MegatronSource, MismatchError
 from rlhf3d.checkpoints.stored import differences, files_of, stored_model
-from rlhf3d.models.weights import full_box
+from rlhf3d.models.boxes import full_box
 from rlhf3d.parallel.layout import ParallelLayout
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from rlhf3d.checkpoints.torch_dist import StoredTensor, TorchDistReader, finish_folder, write_tensors
-from rlhf3d.models.weights import Box
+from rlhf3d.models.boxes import Box
 
 A = torch.arange(120.0).reshape(2, 6, 10)
 B = torch.arange(7).bfloat16()

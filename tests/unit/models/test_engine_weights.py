@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.engine_weights import check_engine_layout, engine_params, engine_vocab_size
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import LocalParam, box_slices, hf_tensors
+from rlhf3d.models.weights import LocalParam, hf_tensors
 
 SMALL = ModelSpec("llama", 2, 4, num_heads=4, num_kv_heads=2, head_dim=1, ffn_size=6, vocab_size=8)
 EXPERTS = replace(SMALL, family="qwen3_moe", qk_norm=True, num_experts=6, experts_per_token=2, moe_ffn_size=4)

@@ -10,16 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.spec import FAMILIES, ModelSpec, check_layout
-from rlhf3d.models.weights import (
-    Head,
-    LocalParam,
-    SpecStyle,
-    box_slices,
-    check_hf_tensors,
-    hf_tensors,
-    local_params,
-)
+from rlhf3d.models.weights import Head, LocalParam, SpecStyle, check_hf_tensors, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 
 HEADS: list[Head] = ["lm", "value", "none"]

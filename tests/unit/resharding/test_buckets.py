@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.weights import LLAMA, QWEN2, QWEN3_MOE, Pair, cut, numbered_tensors, pairs, rank_params
 
+from rlhf3d.models.boxes import Piece, box_slices, full_box, volume
 from rlhf3d.models.engine_weights import engine_params
-from rlhf3d.models.weights import LocalParam, Piece, box_slices, full_box
+from rlhf3d.models.weights import LocalParam
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.boxes import volume
 from rlhf3d.resharding.buckets import ALIGNMENT_BYTES, Bucket, copies_to, plan_buckets, real_rows
 from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.sites import Sites

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf3d.models.weights import Box, box_slices, full_box
+from rlhf3d.models.boxes import Box, box_slices, full_box
 from rlhf3d.resharding.fingerprints import fingerprint
 
 DTYPES = [torch.bfloat16, torch.float32]

@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.weights import LLAMA, QWEN2, QWEN3_MOE, Pair, Params, carry_out, cut, numbered_tensors, pairs, rank_params
 
+from rlhf3d.models.boxes import Piece, box_slices, intersect, volume
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
-from rlhf3d.models.weights import LocalParam, Piece, box_slices
+from rlhf3d.models.weights import LocalParam
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.boxes import intersect, volume
 from rlhf3d.resharding.plan import Destination, ReshardPlan, TrainingShards, TransferOp, build_plan
 from rlhf3d.resharding.sites import Sites
 from rlhf3d.resharding.tables import plan_export, plan_sync

@@ -22,8 +22,8 @@ import pytest
 import torch
 from support.weights import LLAMA, QWEN2, QWEN3_MOE, Params, cut, numbered_tensors, rank_params
 
+from rlhf3d.models.boxes import volume
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.boxes import volume
 from rlhf3d.resharding.messages import Group
 from rlhf3d.resharding.receiving import Arrival, RingInbox, WeightReceiver
 from rlhf3d.resharding.ring import SyncError

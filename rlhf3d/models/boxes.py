@@ -1,4 +1,4 @@
-"""Arithmetic of index boxes.
+"""Index boxes: blocks of tensors, and which block of one lies where in another.
 
 Invariant: a box is (start, stop) per dimension with start < stop; functions return boxes inside their arguments.
 Pure: no torch.
@@ -7,9 +7,30 @@ Pure: no torch.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
-from rlhf3d.models.weights import Box, Piece
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) per dimension."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block that lies at `hf_box` in the Hugging Face tensor and at `local_box` in the local parameter."""
+
+    hf_name: str
+    hf_box: Box
+    local_box: Box
+
+
+def full_box(shape: tuple[int, ...]) -> Box:
+    """The box that covers a whole tensor."""
+    return tuple((0, size) for size in shape)
+
+
+def box_slices(box: Box) -> tuple[slice, ...]:
+    """The box as an index."""
+    return tuple(slice(start, stop) for start, stop in box)
 
 
 def volume(box: Box) -> int:
