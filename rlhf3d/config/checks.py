@@ -219,6 +219,10 @@ def _check_layout(group: WorkerGroup) -> list[str]:
         problems.append(f"{key}.vpp = {layout.vpp}: needs {key}.pp above 1; set vpp=null")
     if layout.sequence_parallel and layout.tp == 1:
         problems.append(f"{key}.sequence_parallel = true: needs {key}.tp above 1")
+    if layout.overlap_param_gather:
+        for name in ("distributed_optimizer", "overlap_grad_reduce"):  # which gathers, and which cuts into buckets
+            if not getattr(layout, name):
+                problems.append(f"{key}.overlap_param_gather = true: needs {key}.{name} = true")
     return problems
 
 

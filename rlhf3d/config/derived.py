@@ -194,7 +194,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
 
 
 def _group_line(group: WorkerGroup) -> str:
-    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce")
+    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
     extras = [name for name in names if getattr(group.layout_config, name)]
     if group.layout_config.recompute != "none":
         extras.append(f"{group.layout_config.recompute} recompute")

@@ -30,6 +30,8 @@ class LayoutConfig:
     """Shard optimizer state and master weights over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Overlap gradient reduce-scatter with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the gather of new weights with the next mini-batch's forward pass."""
     recompute: Recompute = "none"
     """What of each layer the backward pass computes again: none, selective (its MLP or experts) or full (all of it)."""
     ep: int = 1

@@ -24,6 +24,7 @@ from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
+from rlhf3d.engine.param_gather import ParamGather
 from rlhf3d.engine.residence import EngineResidence
 from rlhf3d.models.boxes import Box
 from rlhf3d.models.megatron import (
@@ -90,6 +91,7 @@ class MegatronEngine:
         self.chunks = build_chunks(*place, role, self.config, context.platform, context.device)
         load_hf_weights(self.chunks, folder, *place, role)
         self.models: list[torch.nn.Module] = [self._wrap(chunk) for chunk in self.chunks]
+        self.gather = ParamGather([])
         self.optimizer: Any = None
         self.scheduler: Any = None
         if optim is not None:
@@ -117,6 +119,7 @@ class MegatronEngine:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
             use_distributed_optimizer=layout.distributed_optimizer,
             average_in_collective=False,
         )
@@ -124,6 +127,7 @@ class MegatronEngine:
             DistributedDataParallel(self.config, ddp_config, model, disable_bucketing=i > 0)
             for i, model in enumerate(self.models)
         ]
+        self.gather = ParamGather(self.models if layout.overlap_param_gather else [])
         # Shares of the loss are already normalised: no division by tokens, micro-batches or replicas.
         self.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(
             models, None, **kwargs
@@ -144,6 +148,7 @@ class MegatronEngine:
                 bf16=self.context.dtype == "bfloat16",
                 params_dtype=DTYPES[self.context.dtype],
                 use_distributed_optimizer=layout.distributed_optimizer,
+                overlap_param_gather=layout.overlap_param_gather,
             ),
             self.models,
         )
@@ -205,6 +210,7 @@ class MegatronEngine:
                     if not self.context.skip_nonfinite:
                         raise
                     skipped.append(str(problem))
+            self.gather.finish()
         steps = max(len(taken), 1)
         totals = {name: sum(shares[name] for shares, _ in taken) / steps for name in (taken[0][0] if taken else ())}
         grad_norm = sum(norm for _, norm in taken) / steps if taken else math.nan
@@ -231,6 +237,7 @@ class MegatronEngine:
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite(shares, grad_norm, seen, self.context.device)
         self.optimizer.step()
+        self.gather.stepped()
         return shares, grad_norm
 
     def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
@@ -258,6 +265,7 @@ class MegatronEngine:
         if self.role == "value":
             return {"values": states.float()}
         weight = self.chunks[-1].head_weight()
+        self.gather.wait_for(weight)
         logprobs, entropy = vocab_parallel_logprobs(
             states,
             weight,

@@ -149,6 +149,13 @@ class PolicyModel(GPTModel):
         return self.embedding.word_embeddings.weight if own is None else own
 
 
+class ValueHead(torch.nn.Linear):
+    """Multiplies in fp32, whatever the dtype of states and weight."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states.float(), self.weight.float())
+
+
 class ValueModel(GPTModel):
     """Decoder whose last stage returns fp32 values [b, s]; its head starts at zero, whole on each rank."""
 
@@ -156,7 +163,7 @@ class ValueModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         if self.post_process:
             del self.output_layer
-            self.value_head = torch.nn.Linear(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+            self.value_head = ValueHead(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
             torch.nn.init.zeros_(self.value_head.weight)
 
     def _postprocess(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
@@ -167,8 +174,7 @@ class ValueModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        values = torch.nn.functional.linear(hidden_states.float(), self.value_head.weight.float())
-        return values.squeeze(-1).transpose(0, 1)
+        return self.value_head(hidden_states).squeeze(-1).transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -69,7 +69,7 @@ def layouts(spec: ModelSpec, devices: int, per_node: int, longest: int) -> list[
                 for first, last in _ends(spec.num_layers, pp, vpp):
                     base = LayoutConfig(
                         tp=tp, pp=pp, vpp=vpp if vpp > 1 else None,
-                        sequence_parallel=tp > 1, overlap_grad_reduce=True,
+                        sequence_parallel=tp > 1, overlap_grad_reduce=True, overlap_param_gather=True,
                         first_stage_layers=first, last_stage_layers=last,
                     )  # fmt: skip
                     groups = EXPERT_GROUPS if spec.num_experts else (1,)

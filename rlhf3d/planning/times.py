@@ -245,6 +245,9 @@ def update_time(job: Job, model: Model) -> PhaseTime:
         if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
             gradients = max(0.0, gradients - max(stage.compute_s for stage in by_stage) * 2 / 3)
         weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
+        if model.settings.overlap_param_gather:  # behind the next step's first forward pass, if there is one
+            forward = max(stage.compute_s for stage in by_stage) / 3
+            weights -= min(weights, forward) * (steps - 1) / steps
         reduced = gradients + weights * model.settings.distributed_optimizer
     owned = fullest / (layout.replicas if model.settings.distributed_optimizer else 1)
     traffic = owned * ADAM_BYTES[job.style] + 8 * fullest  # and gradients zeroed, their norm taken

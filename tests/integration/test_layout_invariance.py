@@ -33,6 +33,7 @@ from rlhf3d.parallel.layout import ParallelLayout
 
 MAX_RESPONSE_TOKENS = 12
 SEQUENCES = 16
+BUCKET_ELEMENTS = 1
 SETTINGS = PolicyLossSettings(0.2, 0.3, 3.0)
 PPO = {
     "policy": PolicyObjective("vanilla", SETTINGS, "token-mean", 0.01, 0.1, "low_var_kl"),
@@ -63,6 +64,8 @@ class Case:
     sp: bool = False
     distributed_optimizer: bool = True
     overlap: bool = False
+    gather: bool = False
+    """Overlap the gather of weights as well."""
     recompute: Recompute = "none"
     micro_batch_size: int = 2
     ep: int = 1
@@ -79,7 +82,7 @@ class Case:
         return LayoutConfig(
             tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp, ep=self.ep, cp=self.cp, sequence_parallel=self.sp,
             distributed_optimizer=self.distributed_optimizer, overlap_grad_reduce=self.overlap,
-            recompute=self.recompute,
+            overlap_param_gather=self.gather, recompute=self.recompute,
         )  # fmt: skip
 
     @property
@@ -93,7 +96,7 @@ class Case:
         flags += [f"{name}{n}" for name, n in (("ep", self.ep), ("cp", self.cp)) if n > 1]
         flags += [self.model] if self.model != "heads4" else []
         flags += [self.recompute] if self.recompute != "none" else []
-        names = ("sp", "overlap", "offload")
+        names = ("sp", "overlap", "gather", "offload")
         return "-".join(
             flags + [n for n in names if getattr(self, n)] + ([] if self.distributed_optimizer else ["ddp"])
         )
@@ -110,28 +113,28 @@ CASES = [
     Case(pp=4),
     Case(pp=2, vpp=2),
     Case(tp=2, pp=2, dp=1),
-    Case(pp=2, dp=2, overlap=True, offload=True),
+    Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
     Case(tp=2, dp=2, sp=True),
     Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1, recompute="selective"),
     Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
     Case(tp=3, pp=2, model="heads9"),
     Case(tp=1, pp=1, model="heads9"),
-    Case(dp=2, ep=2, model="experts"),
+    Case(dp=2, ep=2, overlap=True, gather=True, model="experts"),
     Case(tp=2, sp=True, recompute="selective", model="experts"),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute="full", model="experts"),
     Case(cp=2),
     Case(cp=4, micro_batch_size=1, recompute="full"),
-    Case(tp=2, pp=2, cp=2, sp=True, overlap=True),
+    Case(tp=2, pp=2, cp=2, sp=True, overlap=True, gather=True),
     Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
     Case(cp=2, dp=2, ep=4, model="experts"),
 ]
 
 
 BATCHING_CASES = [
-    Case(dp=3, micro_batch_size=2, recompute="full", model="shallow"),
-    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
+    Case(dp=3, overlap=True, gather=True, micro_batch_size=2, recompute="full", model="shallow"),
+    Case(pp=2, dp=2, vpp=2, overlap=True, gather=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, ep=2, sp=True, micro_batch_size=3, model="experts"),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, cp=2, sp=True, micro_batch_size=3, model="shallow"),
@@ -192,6 +195,11 @@ def run_updates(rank: int, port: int, case: Case, folder: Path, updates: dict[st
     initialize_megatron(
         case.layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
     )
+    if case.gather:  # every weight in a bucket of its own; else all of a tiny model are whole when the first one is
+        from megatron.core import distributed
+
+        whole = distributed.DistributedDataParallelConfig
+        distributed.DistributedDataParallelConfig = partial(whole, bucket_size=BUCKET_ELEMENTS)
     context = EngineContext(
         spec=load_spec(folder),
         layout=case.layout,

@@ -92,6 +92,14 @@ def test_good_configuration_passes() -> None:
             ["actor.layout.sequence_parallel=true"],
             "actor.layout.sequence_parallel = true: needs actor.layout.tp above 1",
         ),
+        (
+            ["actor.layout.overlap_param_gather=true"],
+            "actor.layout.overlap_param_gather = true: needs actor.layout.overlap_grad_reduce = true",
+        ),
+        (
+            ["critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, distributed_optimizer: false}"],
+            "critic.layout.overlap_param_gather = true: needs critic.layout.distributed_optimizer = true",
+        ),
         (["critic.layout={pp: 1, vpp: 2}"], "critic.layout.vpp = 2: needs critic.layout.pp above 1; set vpp=null"),
         (
             ["critic.layout.dp=3"],

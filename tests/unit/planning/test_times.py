@@ -68,6 +68,14 @@ def test_what_makes_a_step_slower() -> None:
     assert seconds(full, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
     assert seconds(base, "update_actor") < seconds(selective, "update_actor") < seconds(full, "update_actor")
     assert seconds(full, "old_logprobs") == seconds(selective, "old_logprobs") == seconds(base, "old_logprobs")
+    buckets = {"dp": 8, "overlap_grad_reduce": True}
+    mini = {"ppo_mini_batch_size": 16}  # four optimizer steps; of the gathers the last is waited for
+    late, early = (
+        next(p for p in times(actor={"layout": buckets | {"overlap_param_gather": on}, **mini}).phases
+             if p.phase == "update_actor").parts["gradients over replicas"]
+        for on in (False, True)
+    )  # fmt: skip
+    assert early == pytest.approx(late / 4)
     piped = times(actor={"layout": {"pp": 4, "dp": 2}})
     bubble = next(phase for phase in piped.phases if phase.phase == "update_actor").parts["bubble"]
     assert bubble > 0
