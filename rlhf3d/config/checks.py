@@ -15,7 +15,7 @@ from typing import Any
 from rlhf3d.config.derived import Batching, actor_batching, critic_batching, micro_batching
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
-from rlhf3d.models.engine_weights import check_engine_layout
+from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
 
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
@@ -257,10 +257,32 @@ def _check_sampling(config: Config) -> list[str]:
         problems.append(f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)")
     if rollout.top_k != -1 and not corrected:
         problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
+    problems += _check_quantization(config, corrected)
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:
         problems.append(f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more")
     if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
         problems.append(f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)")
+    return problems
+
+
+def _check_quantization(config: Config, corrected: bool) -> list[str]:
+    rollout = config.rollout
+    name = f"rollout.quantization = {rollout.quantization}"
+    if rollout.quantization == "none":
+        return []
+    problems = []
+    if not corrected:
+        problems.append(
+            f"{name}: what samples is not what trains; set algorithm.rollout_correction.rollout_is=token (or "
+            "rollout_rs, or bypass_mode)"
+        )
+    if rollout.dtype == "float32":
+        problems.append(f"{name}: quantises bfloat16; set rollout.dtype=bfloat16, not float32")
+    if rollout.tensor_parallel_size != 1:
+        problems.append(
+            f"{name}: a weight's scales are those of all its columns, so it must be on one rank; set "
+            f"rollout.tensor_parallel_size=1, not {rollout.tensor_parallel_size}, and more rollout.engines"
+        )
     return problems
 
 
@@ -408,6 +430,7 @@ def check_model(config: Config, spec: ModelSpec) -> list[str]:
             problems.append(f"{group.key.removesuffix('layout')}{error}")
     try:
         check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
+        check_quantization(spec, config.rollout.quantization)
     except ValueError as error:
         problems.append(str(error))
     return problems

@@ -175,7 +175,8 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
     lines = [
         f"model      {config.model.path} in {config.model.dtype}",
         *[f"layout     {_group_line(group)}" for group in derived.groups],
-        f"rollout    {rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {rollout.dtype}, "
+        f"rollout    {rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in "
+        f"{rollout.dtype if rollout.quantization == 'none' else rollout.quantization}, "
         f"temperature {rollout.temperature:g}",
         f"step       {data.train_batch_size} prompts x {rollout.n} completions = "
         f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
@@ -233,5 +234,7 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
 def resolve_dtypes(config: Config, fast_dtype: str) -> Config:
     """The configuration with every `auto` dtype replaced by the platform's fastest."""
     model = replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
-    rollout = replace(config.rollout, dtype=fast_dtype) if config.rollout.dtype == "auto" else config.rollout
+    rollout = config.rollout
+    if rollout.dtype == "auto":  # FP8 is quantised from bfloat16
+        rollout = replace(rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16")
     return replace(config, model=model, rollout=rollout)

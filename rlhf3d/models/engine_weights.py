@@ -62,6 +62,14 @@ def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = F
         )
 
 
+def check_quantization(spec: ModelSpec, quantization: str) -> None:
+    """Raise ValueError naming rollout.quantization unless engines can quantise the model."""
+    if spec.num_experts and quantization != "none":
+        raise ValueError(
+            f"rollout.quantization = {quantization}: the model has experts, whose weights stay whole; set none"
+        )
+
+
 def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
     """What `tp` ranks do not share out evenly, with the arithmetic."""
     vocab = engine_vocab_size(spec.vocab_size)

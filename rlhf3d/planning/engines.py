@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from rlhf3d.models.engine_weights import engine_params, engine_vocab_size
+from rlhf3d.config.schema import RolloutConfig
+from rlhf3d.models.engine_weights import check_quantization, engine_params, engine_vocab_size
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.job import Job
 from rlhf3d.planning.states import ITEM_BYTES
@@ -51,6 +52,20 @@ def engine_elements(spec: ModelSpec, tensor_parallel_size: int, expert_parallel:
     return sum(math.prod(param.shape) for param in table)
 
 
+def engine_weight_bytes(spec: ModelSpec, rollout: RolloutConfig) -> int:
+    """Weights of one rank; in FP8 the matrices of the layers are bytes, with an fp32 scale a row.
+
+    Raises ValueError as `check_quantization` does.
+    """
+    item = ITEM_BYTES[rollout.dtype]
+    size = engine_elements(spec, rollout.tensor_parallel_size, rollout.expert_parallel) * item
+    check_quantization(spec, rollout.quantization)
+    if rollout.quantization == "none":
+        return size
+    shapes = [p.shape for p in engine_params(spec, rollout.tensor_parallel_size, 0) if p.name.endswith("_proj.weight")]
+    return size + sum(4 * rows - (item - 1) * rows * columns for rows, columns in shapes)
+
+
 def kv_bytes_a_token(spec: ModelSpec, tensor_parallel_size: int, dtype: str) -> int:
     """Keys and values of a token in all layers of one rank; a head is never cut."""
     heads = max(1, spec.num_kv_heads // tensor_parallel_size)
@@ -61,7 +76,7 @@ def engine_memory(job: Job) -> EngineMemory:
     """One engine rank of a job; a KV cache below 0 says how much is missing."""
     config, spec = job.config.rollout, job.spec
     tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
-    weights = engine_elements(spec, tp, config.expert_parallel) * item
+    weights = engine_weight_bytes(spec, config)
     length = job.derived.max_sequence_length
     batched = max(BATCHED_TOKENS if job.on_gpu else 4096, length)
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size

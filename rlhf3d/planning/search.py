@@ -116,9 +116,8 @@ class Search:
         """Engines that use the devices, (utilization they need at least, settings)."""
         ranks, found = apart or self.cluster.devices, []
         rollout = config.rollout
-        most = self.cluster.devices_per_node * (
-            2 if apart else 1
-        )  # the ranks of an engine beside training share a node
+        # The ranks of an engine beside training share a node; FP8 is for engines of one rank.
+        most = self.cluster.devices_per_node * (2 if apart else 1) if rollout.quantization == "none" else 1
         for tp in engine_sizes(self.spec, ranks, most, rollout.expert_parallel):
             settings = replace(
                 rollout,

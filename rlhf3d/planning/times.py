@@ -13,7 +13,7 @@ from functools import cache
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.planning.engines import engine_elements, engine_memory, kv_bytes_a_token
+from rlhf3d.planning.engines import engine_elements, engine_memory, engine_weight_bytes, kv_bytes_a_token
 from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops, mlp_flops
 from rlhf3d.planning.job import Job, Model
 from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
@@ -287,7 +287,8 @@ def generate_time(job: Job) -> PhaseTime:
     decoded = sequences * job.lengths.response
     longest = max(job.lengths.response, job.config.data.max_response_length * (sequences > 1))
     steps = max(longest, decoded / batch)
-    weights = decoder_weights_read(spec, decoded / steps) * item / tp
+    a_weight = engine_weight_bytes(spec, rollout) / engine_elements(spec, tp, rollout.expert_parallel)
+    weights = decoder_weights_read(spec, decoded / steps) * a_weight / tp
     cache = decoded * context * a_token
     compute = decoded * (spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1)) / tp / rate
     memory = (steps * weights + cache) / read

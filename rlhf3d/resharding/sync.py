@@ -20,7 +20,7 @@ from rlhf3d.placement.waiting import gather
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
 from rlhf3d.resharding.setup import SyncSetup
 
-CANARY_LIMIT = {"bfloat16": 0.1, "float32": 1e-3}
+CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1, "fp8_per_channel": 0.4}
 
 
 class CanaryError(RuntimeError):
@@ -51,8 +51,10 @@ class WeightSync:
         self.served_version: int | None = None
         self.syncs = self.exports = 0
         limit = self.config.canary_max_abs_diff
-        both_fp32 = config.model.dtype == self.config.dtype == "float32"
-        self.limit = CANARY_LIMIT["float32" if both_fp32 else "bfloat16"] if limit is None else limit
+        kind: str = self.config.quantization
+        if kind == "none":
+            kind = "float32" if config.model.dtype == self.config.dtype == "float32" else "bfloat16"
+        self.limit = CANARY_LIMIT[kind] if limit is None else limit
 
     def weights_changed(self) -> None:
         """The actor was updated: what the engines hold is old."""

@@ -35,6 +35,7 @@ class VLLMEngine:
         model_path: str | Path,
         *,
         dtype: str = "bfloat16",
+        quantization: str = "none",
         tensor_parallel_size: int = 1,
         rank: int = 0,
         meeting: tuple[str, int] | None = None,
@@ -97,6 +98,7 @@ class VLLMEngine:
         self._llm = LLM(
             str(model_path),
             dtype=dtype,
+            quantization=None if quantization == "none" else quantization,
             load_format="auto" if load_weights else "dummy",
             skip_tokenizer_init=True,
             tensor_parallel_size=tensor_parallel_size,

@@ -3,8 +3,9 @@
 Invariant: after `finish`, every layer computes with what was written since the last one, and nothing of the source
 stays referenced. Most parameters are live storage, and rows are copied into them. vLLM's CPU kernels instead compute
 with packed copies that no write to a parameter reaches: linear layers (whose plain weight is gone), vocabulary heads
-(whose weight may be the embedding's) and experts; those are packed again, by vLLM's own code. `_is_packed` alone
-tells one kind from the other, by looking at the layer. A layout that is neither plain nor known is refused by name.
+(whose weight may be the embedding's) and experts; those are packed again, by vLLM's own code. So are layers that
+compute in FP8: vLLM quantises the whole new weight as it does at its start. `_is_packed` alone tells one kind from the
+other, by looking at the layer. A layout that is neither plain nor known is refused by name.
 Read against vLLM 0.32.
 """
 
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -30,6 +34,8 @@ from rlhf3d.models.weights import LocalParam
 
 PLAIN_MOE_BACKENDS = (UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.BATCHED_TRITON)
 """CUDA expert kernels that compute with [experts, rows, columns] as it was created; others shuffle it in place."""
+FP8_KERNELS = (ChannelWiseTorchFP8ScaledMMLinearKernel, CutlassFP8ScaledMMLinearKernel)
+"""FP8 kernels that compute with a layer's `weight` and `weight_scale` and keep nothing else of it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class WeightWriter:
         assert whole.shape == self._shapes[name] and whole.dtype == self._dtype and whole.is_contiguous(), name
         if isinstance(slot.layer, RoutedExperts):
             self._load_experts(name, whole)
+        elif _is_quantised(slot.layer):
+            _quantise(slot.layer, whole)
         else:
             _pack(slot.layer, whole)
         if slot.tensor.data_ptr() == whole.data_ptr():
@@ -130,8 +138,24 @@ def _pack(layer: Any, weight: torch.Tensor) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
+def _quantise(layer: Any, weight: torch.Tensor) -> None:
+    """Let vLLM quantise `weight` [out, in] into the storage that kernels, and CUDA graphs, read."""
+    live = {name: getattr(layer, name) for name in ("weight", "weight_scale")}
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer._already_called_process_weights_after_loading = False
+    layer.quant_method.process_weights_after_loading(layer)
+    for name, parameter in live.items():
+        parameter.data.copy_(getattr(layer, name))
+        setattr(layer, name, parameter)
+
+
+def _is_quantised(layer: Any) -> bool:
+    return type(getattr(layer, "quant_method", None)) is Fp8PtpcOnlineLinearMethod
+
+
 def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
     found = {name for name, _ in model.named_parameters()}
+    found -= {f"{name}.weight_scale" for name, layer in model.named_modules() if _is_quantised(layer)}
     problems = [
         f"{problem} {', '.join(sorted(names)[:5])} ({len(names)} in all)"
         for problem, names in (("lacks", found - set(wanted)), ("has besides", set(wanted) - found))
@@ -170,8 +194,15 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
             f"{name}: vLLM's {backend.value} kernels keep experts in a layout of their own, which cannot be written "
             f"to; start the engine with moe_backend='triton'"
         )
+    if _is_quantised(layer):
+        if not isinstance(method.fp8_linear, FP8_KERNELS):
+            raise RuntimeError(
+                f"{name}: {type(method.fp8_linear).__name__} may keep weights in a layout of its own, which cannot be "
+                "written to; set rollout.quantization=none"
+            )
+        return name.endswith(".weight")
     if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
         raise RuntimeError(
-            f"{name}: weights of {type(method).__name__} cannot be written to; only unquantised ones can"
+            f"{name}: weights of {type(method).__name__} cannot be written to; unquantised and fp8_per_channel ones can"
         )
     return live.numel() == 0

@@ -221,6 +221,7 @@ def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
     return {
         "model_path": os.path.abspath(config.model.path),
         "dtype": rollout.dtype,
+        "quantization": rollout.quantization,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "expert_parallel": rollout.expert_parallel,
         "max_model_len": config.data.max_prompt_length + config.data.max_response_length,

@@ -202,6 +202,25 @@ def test_bfloat16_equals_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: 
     assert torch.equal(rig.score(), own)
 
 
+def test_fp8_equals_vllms_own_quantisation(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Bits and scales are those that vLLM makes of the same folder, in the storage that was there at the start."""
+    fp8 = {"quantization": "fp8_per_channel"}
+    rig = Rig(child, tmp_path, dtype="bfloat16", engine=fp8, family="qwen2", tie=False, kv_heads=2)
+    places = rig.rpc("addresses")
+    rig.update()
+    first = rig.rpc("matrix_digests")
+    rig.update()
+    second, scores = rig.rpc("matrix_digests"), rig.score()
+    assert rig.rpc("addresses") == places
+    assert not set(first[0].values()) & set(second[0].values())
+    difference = (scores - rig.expected()).abs().mean()
+    print(f"FP8 mean difference of log-probs {difference:.3g}")
+    assert difference < 0.2  # 0.09; of stale weights the log-probs are off by several
+    child.submit(start_engine, tmp_path / "2", "bfloat16", load_format="auto", **fp8).result()
+    assert rig.rpc("matrix_digests") == second
+    assert torch.equal(rig.score(), scores)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> None:
     """An expert size that is not a multiple of the CPU kernel's 32 columns: it is padded before it is packed."""

@@ -76,10 +76,19 @@ class WriterWorker:
         assert live is not None, name
         return live.abs().sum(-1).tolist()
 
+    def matrix_digests(self, spec: ModelSpec) -> dict[str, str]:
+        """A digest of the bits of each linear layer's weight, and of its scales, as the kernel reads them."""
+        tensors = dict(self.model_runner.get_model().named_parameters())
+        return {n: _digest(tensors[n]) for n in tensors if n.endswith(("proj.weight", "proj.weight_scale"))}
+
+    def addresses(self, spec: ModelSpec) -> list[int]:
+        """Where the parameters are."""
+        return [param.data_ptr() for param in self.model_runner.get_model().parameters()]
+
     def expert_digests(self, spec: ModelSpec) -> dict[str, str]:
         """A digest of the bits of each of this rank's expert tensors, as the kernel reads them."""
         return {
-            name: hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+            name: _digest(tensor)
             for name, tensor in self.model_runner.get_model().named_parameters()
             if ".routed_experts." in name
         }
@@ -125,3 +134,7 @@ def _assemble(param: LocalParam, reader: HFReader, buffer: torch.Tensor) -> torc
         target = whole[box_slices(piece.local_box)]
         target.copy_(reader.read(piece.hf_name, piece.hf_box).view(target.shape))
     return whole
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -20,6 +20,7 @@ GOOD = (
     "data.train_batch_size=16",
     "actor.ppo_mini_batch_size=16",
 )
+QUANTISED = ("rollout.quantization=fp8_per_channel", "algorithm.rollout_correction.rollout_is=token")
 
 
 def make(*overrides: str) -> Config:
@@ -163,6 +164,20 @@ def test_good_configuration_passes() -> None:
             "reward_model.layout.vpp = 2: needs reward_model.layout.pp above 1; set vpp=null",
         ),
         (["critic.layout.tp=0"], "critic.layout.tp = 0: must be at least 1"),
+        (
+            ["rollout.quantization=fp8_per_channel"],
+            "rollout.quantization = fp8_per_channel: what samples is not what trains; set "
+            "algorithm.rollout_correction.rollout_is=token (or rollout_rs, or bypass_mode)",
+        ),
+        (
+            [*QUANTISED, "rollout.dtype=float32"],
+            "rollout.quantization = fp8_per_channel: quantises bfloat16; set rollout.dtype=bfloat16, not float32",
+        ),
+        (
+            [*QUANTISED, "rollout.tensor_parallel_size=2"],
+            "rollout.quantization = fp8_per_channel: a weight's scales are those of all its columns, so it must be on "
+            "one rank; set rollout.tensor_parallel_size=1, not 2, and more rollout.engines",
+        ),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)"),
         (["rollout.top_k=50"], "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)"),
         (
@@ -241,6 +256,7 @@ def test_critic_fields_do_not_matter_without_critic() -> None:
 
 
 def test_truncated_sampling_needs_a_correction() -> None:
+    assert check(make(*QUANTISED)) == []
     assert check(make("rollout.top_p=0.9", "algorithm.rollout_correction.rollout_is=token")) == []
     assert check(make("rollout.top_k=50", "algorithm.rollout_correction.bypass_mode=true")) == []
 

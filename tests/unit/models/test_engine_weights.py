@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf3d.models.boxes import box_slices
-from rlhf3d.models.engine_weights import check_engine_layout, engine_params, engine_vocab_size
+from rlhf3d.models.engine_weights import check_engine_layout, check_quantization, engine_params, engine_vocab_size
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import LocalParam, hf_tensors
 
@@ -207,3 +207,10 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         check_engine_layout(spec, 4, expert_parallel=True)
     with pytest.raises(ValueError, match=r"rollout\.expert_parallel true: the model is dense"):
         check_engine_layout(SMALL, 2, expert_parallel=True)
+
+
+def test_experts_are_not_quantised() -> None:
+    check_quantization(EXPERTS, "none")
+    check_quantization(SMALL, "fp8_per_channel")
+    with pytest.raises(ValueError, match=r"rollout\.quantization = fp8_per_channel: the model has experts"):
+        check_quantization(EXPERTS, "fp8_per_channel")

@@ -104,6 +104,17 @@ def test_context_ranks_share_out_activations() -> None:
     assert 0.24 < activations(tp=2, cp=4) / activations(tp=2, dp=4) < 0.3
 
 
+def test_fp8_engines_hold_bytes() -> None:
+    """The layers' matrices, with an fp32 scale a row."""
+    alone = {"actor": {"layout": LAYOUT}, "rollout": {"engines": 8, "gpu_memory_utilization": 0.3}}
+    whole = plan(**alone).memory.engine
+    rollout = alone["rollout"] | {"quantization": "fp8_per_channel"}
+    half = plan(**{**alone, "rollout": rollout}).memory.engine
+    layers, scales = 28 * (4608 * 3584 + 3584**2 + 3 * 18944 * 3584), 28 * (4608 + 2 * 3584 + 2 * 18944)
+    assert whole.weights - half.weights == layers - 4 * scales
+    assert half.kv_cache - whole.kv_cache == layers - 4 * scales
+
+
 def test_engines_on_devices_of_their_own() -> None:
     apart = {"engines": 2, "tensor_parallel_size": 2, "placement": "disaggregated", "gpu_memory_utilization": 0.9}
     made = plan(parse_cluster("12xH100", HARDWARE), actor={"layout": LAYOUT}, rollout=apart)

@@ -71,6 +71,17 @@ def test_experts_are_shared_out_and_budgets_kept() -> None:
     assert all(plan.job.config.actor.use_dynamic_bsz for plan in result.best)
 
 
+def test_fp8_engines_are_of_one_rank() -> None:
+    correction = replace(MATH.algorithm.rollout_correction, rollout_is="token")
+    fp8 = replace(
+        MATH,
+        algorithm=replace(MATH.algorithm, rollout_correction=correction),
+        rollout=replace(MATH.rollout, quantization="fp8_per_channel"),
+    )
+    result = found("2xH200", "Qwen2.5-7B-Instruct", fp8)
+    assert result.best and not any(check(plan.job.config) for plan in result.best)
+
+
 def test_nothing_fits_a_device_that_is_too_small() -> None:
     result = found("1xA100", "Llama-3.1-70B-Instruct")
     assert result.best == ()

@@ -68,6 +68,10 @@ def test_what_makes_a_step_slower() -> None:
     assert seconds(full, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
     assert seconds(base, "update_actor") < seconds(selective, "update_actor") < seconds(full, "update_actor")
     assert seconds(full, "old_logprobs") == seconds(selective, "old_logprobs") == seconds(base, "old_logprobs")
+    fp8 = times(rollout={"engines": 8, "quantization": "fp8_per_channel"})
+    assert seconds(fp8, "generate") < seconds(base, "generate") and seconds(fp8, "sync_weights") == seconds(
+        base, "sync_weights"
+    )
     buckets = {"dp": 8, "overlap_grad_reduce": True}
     mini = {"ppo_mini_batch_size": 16}  # four optimizer steps; of the gathers the last is waited for
     late, early = (
