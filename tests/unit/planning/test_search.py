@@ -78,7 +78,7 @@ def test_fp8_engines_are_of_one_rank() -> None:
         algorithm=replace(MATH.algorithm, rollout_correction=correction),
         rollout=replace(MATH.rollout, quantization="fp8_per_channel"),
     )
-    result = found("2xH200", "Qwen2.5-7B-Instruct", fp8)
+    result = found("4xH100", "Qwen2.5-7B-Instruct", fp8)
     assert result.best and not any(check(plan.job.config) for plan in result.best)
 
 
