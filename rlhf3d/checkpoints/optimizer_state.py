@@ -98,7 +98,7 @@ def _whole(optimizer: Any) -> Iterator[ParamState]:
 def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
     """Moments (made where no step was taken yet) and, where it is no view of the parameter, the fp32 weights."""
     state = inner.state[main]
-    if not state and isinstance(inner, torch.optim.Optimizer):
+    if not state and _counts_by_param(inner):
         state["step"] = torch.tensor(0.0)
     for name in MOMENTS:
         if name not in state:
@@ -107,26 +107,37 @@ def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, T
     return found if param.dtype == torch.float32 else {"param": main.detach().flatten(), **found}
 
 
+def _counts_by_param(inner: Any) -> bool:
+    """Whether each parameter counts its steps, as in torch's Adam, and not each group, as in fused ones."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _groups(optimizer: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Inner optimizers with each of their groups that has parameters."""
+    for megatron in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = megatron.optimizer
+        yield from ((inner, group) for group in (inner.param_groups if inner is not None else ()) if group["params"])
+
+
 def step_of(optimizer: Any) -> int:
     """Optimizer steps taken."""
     steps = set()
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in inner.optimizer.param_groups if inner.optimizer is not None else ():
-            states = (inner.optimizer.state.get(main, {}) for main in group["params"])
-            steps |= {int(state.get("step", group.get("step", 0))) for state in states}
+    for inner, group in _groups(optimizer):
+        counters = [inner.state.get(main, {}) for main in group["params"]] if _counts_by_param(inner) else [group]
+        steps |= {int(counter.get("step", 0)) for counter in counters}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {sorted(steps)}"
     return steps.pop() if steps else 0
 
 
 def set_step(optimizer: Any, step: int) -> None:
-    """Let every parameter have taken `step` steps, each with a counter of its own."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in inner.optimizer.param_groups if inner.optimizer is not None else ():
-            if "step" in group:
-                group["step"] = step
-            for main in group["params"]:
-                if "step" in inner.optimizer.state[main]:
-                    inner.optimizer.state[main]["step"] = torch.tensor(float(step))
+    """Let every parameter have taken `step` steps: a counter of its own where the optimizer has them."""
+    for inner, group in _groups(optimizer):
+        if not _counts_by_param(inner):
+            group["step"] = step
+            continue
+        for main in group["params"]:
+            if main in inner.state:
+                inner.state[main]["step"] = torch.tensor(float(step))
 
 
 def entries_by_param(model_state: dict[str, Any]) -> dict[int, Any]:
