@@ -73,8 +73,14 @@ test: lint unit integration ## all checks
 unit: setup ## tests that take seconds
 	$(BIN)/python -m pytest -q tests/unit
 
-integration: setup model ## tests on real Megatron, vLLM and Ray
+integration: setup model $(VENV)/te ## tests on real Megatron, vLLM and Ray
 	$(BIN)/python -m pytest -q tests/integration
+
+# Transformer Engine's sources, apart from the environment: Megatron takes it wherever it can import it.
+$(VENV)/te: requirements/gpu.txt | $(READY)
+	rm -rf $@
+	$(UV_SOURCE) $(UV) pip install --quiet --python $(BIN)/python --no-deps --target $@ '$(shell grep ^transformer-engine requirements/gpu.txt)'
+	@touch $@
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

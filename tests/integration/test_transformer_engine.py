@@ -1,0 +1,90 @@
+"""The layers that GPUs train with: Transformer Engine's own Python over stand-ins for its kernels, on CPU ranks.
+
+An update and a resumed one give what Megatron's local layers give, so weights are where the table says, and Megatron's
+and Transformer Engine's code is called as it wants to be. Its kernels, its fused attention and speed are not tested.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.saving import STEPS_BEFORE, train_and_save
+from support.te_runs import TransformerEnginePlatform
+from support.tiny_models import make_tiny_model
+from support.updates import PPO, SEQUENCES, Case, Update, assemble, compare, full_weights, one_process, run_updates
+
+import megatron_patches
+
+ROOT = Path(__file__).parents[2]
+TE = TransformerEnginePlatform("test")
+UPDATES = [
+    (Case(platform=TE), False),
+    (Case(tp=2, pp=2, sp=True, recompute="selective", platform=TE), False),
+    (Case(dp=2, overlap=True, gather=True, model="normed", platform=TE), True),
+    (Case(tp=2, sp=True, offload=True, model="normed", platform=TE), True),
+    (Case(dp=2, ep=2, model="experts", platform=TE), False),
+    (Case(tp=2, ep=2, sp=True, recompute="full", model="experts", platform=TE), True),
+]
+SAVED = [Case(tp=2, dp=2, platform=TE), Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied Llama, a Qwen3 with its norms of queries and keys, and a mixture of experts."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=2),
+        "normed": make_tiny_model(root / "normed", "qwen3", tie=False, layers=2),
+        "experts": make_tiny_model(root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def computed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list:
+    """What the ranks return: of each update, and of each model that is saved, then of the same one resumed."""
+    folder = tmp_path_factory.mktemp("te")
+    jobs: list[tuple] = []
+    for case, packed in UPDATES:
+        updates = {role: Update(replace(case.fixed, packed=packed), objective) for role, objective in PPO.items()}
+        jobs.append((case.layout.world_size, run_updates, (case, folders[case.model], updates)))
+    for number, case in enumerate(SAVED):
+        size, saved = case.layout.world_size, folder / f"saved{number}"
+        jobs.append((size, train_and_save, (case, folders[case.model], None, saved, STEPS_BEFORE)))
+        jobs.append((size, train_and_save, (case, folders[case.model], saved, None, 0)))
+    torch.save(jobs, folder / "jobs.pt")
+    command = [sys.executable, "-m", "support.te_runs", ROOT / ".venv/te", folder / "jobs.pt", folder / "results.pt"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, Path]) -> dict[str, dict]:
+    """The updates by Megatron's local layers in one process."""
+    megatron_patches.apply("cpu")
+    return {name: one_process(folder, PPO, SEQUENCES // 2) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("number", range(len(UPDATES)), ids=[str(case) for case, _ in UPDATES])
+def test_updates_are_those_of_the_local_layers(number: int, computed: list, references: dict[str, dict]) -> None:
+    case, _ = UPDATES[number]
+    for role in PPO:
+        metric, norm, weight = compare(assemble(case, computed[number], role), references[case.model][role])
+        print(f"TE {case} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+
+
+@pytest.mark.parametrize("number", range(len(SAVED)), ids=[str(case) for case in SAVED])
+def test_goes_on_exactly_with_the_fused_optimizer(number: int, computed: list) -> None:
+    whole, resumed = computed[len(UPDATES) + 2 * number :][:2]
+    for role in PPO:
+        ours, theirs = (full_weights([r[role]["weights"] for r in found]) for found in (resumed, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert resumed[0][role]["curve"] == whole[0][role]["curve"]
