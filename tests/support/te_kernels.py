@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import sys
 import types
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ PACKAGE = "transformer_engine"
 
 
 class DType(IntEnum):
-    """transformer_engine.h's numbers."""
+    """Element types."""
 
     kByte = 0
     kInt16 = 1
