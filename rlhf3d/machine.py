@@ -39,6 +39,11 @@ class Machine:
     """Path of a C++ compiler."""
 
 
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def read_machine(output: str | Path = ".") -> Machine:
     """Look at this host; `output` is the folder, existing or not, whose disk is asked."""
     memory = psutil.virtual_memory()
@@ -52,7 +57,7 @@ def read_machine(output: str | Path = ".") -> Machine:
     while not folder.exists():
         folder = folder.parent
     return Machine(
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         memory_gib=total / GIB,
         memory_available_gib=available / GIB,
         shared_memory_gib=shutil.disk_usage(_SHARED_MEMORY).free / GIB if _SHARED_MEMORY.is_dir() else 0.0,

@@ -100,7 +100,8 @@ def _compare_gpus(plan: Plan, machine: Machine) -> list[str]:
 
 
 def _compare_host(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
-    """What ranks and engines on CPU hold all the time, and the engines' room for keys and values."""
+    """What ranks and engines on CPU hold all the time, a host's equal share of it, and the engines' room for keys and
+    values."""
     parts = {
         f"{group.name} group": sum(
             len(rank.ranks) * sum(rank.resident.values())
@@ -110,8 +111,10 @@ def _compare_host(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
         for group in derived.groups
     }
     parts |= {name: size for name, size in plan.memory.host.terms.items() if name in ("engines", "offloaded states")}
+    cluster = plan.job.config.cluster
+    hosts = 1 if cluster.ray_address is None else cluster.num_nodes
     problems = [problem for problem in plan.memory.problems if problem.startswith("vLLM")]
-    return problems + _compare_memory(machine, {name: size / GIB for name, size in parts.items()})
+    return problems + _compare_memory(machine, {name: size / hosts / GIB for name, size in parts.items()})
 
 
 def _compare_kernels(config: Config) -> list[str]:

@@ -220,7 +220,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     """Share of GPU memory an engine may use."""
     threads: int | None = None
-    """CPU threads an engine rank; null for all cores over all engine ranks (trainers sleep meanwhile)."""
+    """CPU threads an engine rank; null for a node's cores over the engine ranks there (trainers sleep meanwhile)."""
     enforce_eager: bool = True
     """Skip torch.compile and CUDA graphs."""
     sleep: bool = False
@@ -445,11 +445,11 @@ class ClusterConfig:
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one for this run."""
     num_nodes: int = 1
-    """Nodes the layout is spread over."""
+    """Nodes the layout is spread over; on CPU those of a cluster that ray_address names."""
     gpus_per_node: int = 8
     """GPUs of each node (ignored on CPU)."""
     threads_per_rank: int | None = None
-    """CPU threads a training rank; null for cores over ranks, at least 1."""
+    """CPU threads a training rank; null for a node's cores over its group's ranks there, at least 1."""
     startup_timeout_s: float = 300.0
     """Deadline for all workers to come up."""
     phase_timeout_s: float = 1800.0

@@ -6,7 +6,6 @@ engine of one rank lives in this process; more are processes that Ray places, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class EngineOptions:
     dtype: str = "auto"
     max_num_seqs: int = 64
     threads: int | None = None
-    """CPU threads a rank; null for all cores over all ranks."""
+    """CPU threads a rank; null for a node's cores over the ranks there."""
     kv_cache_gib: float = 1.0
     """A rank, on CPU."""
     gpu_memory_utilization: float = 0.9
@@ -56,7 +55,6 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
         from rlhf3d.parallel.platform import choose_platform
 
         platform = choose_platform("auto")
-        ranks = options.engines * options.tensor_parallel_size
         arguments: dict[str, Any] = {
             "model_path": str(model.resolve()),
             "dtype": platform.fast_dtype if options.dtype == "auto" else options.dtype,
@@ -64,16 +62,16 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
             "max_model_len": max_model_len,
             "max_num_seqs": options.max_num_seqs,
             "kv_cache_gib": options.kv_cache_gib,
-            "threads": options.threads or max(1, (os.cpu_count() or 1) // ranks),
             "seed": seed,
             "platform_kind": platform.kind,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "load_weights": True,
         }
-        if ranks == 1 and options.ray_address is None:
+        if options.engines == options.tensor_parallel_size == 1 and options.ray_address is None:
+            from rlhf3d.machine import cores
             from rlhf3d.rollout.vllm_engine import VLLMEngine
 
-            return VLLMEngine(**arguments)
+            return VLLMEngine(**arguments, threads=options.threads or cores())
         return PlacedEngines(platform, options, arguments)
 
     return make
@@ -83,18 +81,21 @@ class PlacedEngines:
     """Engines in processes of their own."""
 
     def __init__(self, platform: Platform, options: EngineOptions, arguments: dict[str, Any]) -> None:
-        from rlhf3d.placement.cluster import ray_cluster, reserve
-        from rlhf3d.placement.resources import place_engines
+        from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
+        from rlhf3d.placement.resources import engine_threads, place_engines
         from rlhf3d.placement.rollout_group import RolloutGroup
 
         cluster = ClusterConfig(ray_address=options.ray_address)
         placement = place_engines(platform, options.engines, options.tensor_parallel_size)
-        assert placement.engine_bundles is not None
+        bundles = placement.engine_bundles
+        assert bundles is not None
         self._placed = ExitStack()
         with ExitStack() as stack:
-            stack.enter_context(ray_cluster(cluster, len(placement.bundles)))
-            reserved = stack.enter_context(reserve(placement.bundles, cluster.startup_timeout_s))
-            self._group = RolloutGroup(cluster, placement, reserved, placement.engine_bundles, arguments)
+            stack.enter_context(ray_cluster(cluster, placement.cpus))
+            reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
+            cores = cores_of(reserved, cluster.startup_timeout_s)
+            threads = engine_threads(bundles, nodes_of(reserved), cores, options.threads)
+            self._group = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments)
             self._group.wait_ready()
             stack.callback(self._group.close)
             self._placed = stack.pop_all()

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,9 +25,12 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
-from rlhf3d.placement.waiting import WorkerFailure
+from rlhf3d.machine import cores
+from rlhf3d.placement.resources import Placement
+from rlhf3d.placement.waiting import WorkerFailure, gather
 
 OBJECT_STORE_BYTES = 256 << 20
 END_S = 10.0
@@ -145,14 +149,20 @@ def _wait_until_gone(processes: list[psutil.Process]) -> None:
 
 
 @contextmanager
-def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Iterator[PlacementGroup]:
-    """A placement group of one bundle a rank. Raises ValueError when the cluster cannot hold it."""
-    group = placement_group(bundles, strategy="PACK")
+def reserve(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
+    """The bundles of a placement. Raises ValueError when the cluster cannot hold them."""
+    group = placement_group(placement.bundles, strategy=placement.strategy)
     try:
         if not group.wait(timeout_s):
+            wanted = Counter(", ".join(f"{n:g} {kind}" for kind, n in bundle.items()) for bundle in placement.bundles)
+            apart = ", each on a node of its own" if placement.strategy == "STRICT_SPREAD" else ""
+            nodes = [(node_name(node), node["Resources"]) for node in ray.nodes() if node["Alive"]]
+            offers = [", ".join(f"{has.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU")) for _, has in nodes]
             raise ValueError(
-                f"the run needs {len(bundles)} bundles such as {bundles[0]}, but after {timeout_s:.0f} s the Ray "
-                f"cluster offers {ray.cluster_resources()}; make the layouts smaller or add nodes"
+                f"the run needs {' and '.join(f'{count} x ({text})' for text, count in wanted.items())}{apart}, but "
+                f"after {timeout_s:.0f} s (cluster.startup_timeout_s) the Ray cluster does not offer it; it has "
+                f"{'; '.join(f'{name}: {has}' for (name, _), has in zip(nodes, offers, strict=True))}, of which others "
+                "may use some; make the layouts smaller, add nodes, or tell Ray of more CPUs (`ray start --num-cpus`)"
             )
         yield group
     finally:
@@ -165,6 +175,25 @@ def nodes_of(group: PlacementGroup) -> list[int]:
     in_order = [names[bundle] for bundle in range(len(names))]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(in_order))}
     return [numbers[name] for name in in_order]
+
+
+def cores_of(group: PlacementGroup, timeout_s: float) -> list[int]:
+    """CPU cores that processes may use on each node of a placement group, by its number in `nodes_of`.
+
+    Ray's own number of CPUs is what it was told, not what is there.
+    """
+    names = placement_group_table(group)["bundles_to_node_id"]
+    nodes = dict.fromkeys(names[bundle] for bundle in range(len(names)))
+    if set(nodes) == {ray.get_runtime_context().get_node_id()}:
+        return [cores()]
+    count = ray.remote(cores)
+    calls = {
+        f"node {node[:8]}": count.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote()
+        for node in nodes
+    }
+    return gather("count cores", calls, timeout_s)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -135,10 +135,12 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
             problems += [f"node {report.name}: {text}" for text in found if not text.startswith("host memory")]
     if problems:
         raise ConfigError(problems, "The cluster cannot run this as it stands")
-    nodes = list(table["bundles_to_node_id"].values())
-    named = zip(bundle_of, checked.reports, strict=True)
-    shares = ", ".join(f"{report.name}: {nodes.count(node)} bundles" for node, report in named)
-    logging.getLogger(__name__).info("checked %s; all-reduce of 4 MiB in %.4f s", shares, checked.all_reduce_s or 0.0)
+    kind, shares = ("GPU" if on_gpu else "CPU"), dict.fromkeys(bundle_of, 0.0)
+    for bundle, node in table["bundles_to_node_id"].items():
+        shares[node] += table["bundles"][bundle][kind]
+    named = zip(shares.values(), checked.reports, strict=True)
+    text = ", ".join(f"{report.name}: {count:g} {kind}" for count, report in named)
+    logging.getLogger(__name__).info("checked %s; all-reduce of 4 MiB in %.4f s", text, checked.all_reduce_s or 0.0)
 
 
 def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:

@@ -46,28 +46,29 @@ class RolloutGroup:
         placement: Placement,
         reserved: PlacementGroup,
         bundles: Sequence[Sequence[int]],
+        threads: Sequence[Sequence[int]],
         arguments: dict[str, Any],
     ) -> None:
-        """Start the engines; `bundles` says where, by engine and rank, `arguments` are VLLMEngine's."""
+        """Start the engines; `bundles` says where and `threads` with how many CPU threads, by engine and rank;
+        `arguments` are VLLMEngine's."""
         self.timeout_s = cluster.phase_timeout_s
         self.startup_timeout_s = cluster.startup_timeout_s
         actor = ray.remote(EngineRank)
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(arguments["threads"])}}
         self.engines = [
             [
                 actor.options(
                     scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                    runtime_env=environment,
+                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(own)}},
                     **placement.options["engine"],
                 ).remote()
-                for bundle in of_ranks
+                for bundle, own in zip(of_ranks, of_threads, strict=True)
             ]
-            for of_ranks in bundles
+            for of_ranks, of_threads in zip(bundles, threads, strict=True)
         ]
         firsts = {f"engine {i}": ranks[0].rendezvous.remote() for i, ranks in enumerate(self.engines)}
         meetings = gather("start vLLM", firsts, self.startup_timeout_s)
         self._starting = {
-            self._name(i, rank): actor.start.remote(rank, meeting, arguments)
+            self._name(i, rank): actor.start.remote(rank, meeting, {**arguments, "threads": threads[i][rank]})
             for i, (ranks, meeting) in enumerate(zip(self.engines, meetings, strict=True))
             for rank, actor in enumerate(ranks)
         }

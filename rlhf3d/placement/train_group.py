@@ -7,7 +7,6 @@ own row order.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,9 +39,10 @@ class TrainGroup:
         group: WorkerGroup,
         placement: Placement,
         reserved: PlacementGroup,
+        threads: Sequence[int],
         total_steps: int,
     ) -> None:
-        """Start the processes and begin to load their models; `wait_ready` ends it."""
+        """Start the processes and begin to load their models, which `wait_ready` ends; CPU `threads` are by rank."""
         self.name, self.layout, self._reserved = group.name, group.layout, reserved
         self.timeout_s, self.startup_timeout_s = config.cluster.phase_timeout_s, config.cluster.startup_timeout_s
         self.micro_batching = {role: micro_batching_of(config, role) for role in group.roles}
@@ -50,18 +50,21 @@ class TrainGroup:
         self._padding: dict[str, float] = {}
         self.max_response_tokens = config.data.max_response_length
         self._bundles = placement.groups[group.name]
-        threads = config.cluster.threads_per_rank or max(1, (os.cpu_count() or 1) // group.layout.world_size)
         self.workers = [
             ray.remote(TrainWorker)
             .options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads[rank])}},
                 **placement.options[group.name],
             )
             .remote(WorkerSetup(config, group, rank, total_steps, config.trainer.output_dir))
             for rank, bundle in enumerate(self._bundles)
         ]
-        self._starting = self.start_all("build", *self.meeting_place(), threads)
+        address, port = self.meeting_place()
+        self._starting = {
+            self._name(rank): worker.build.remote(address, port, threads[rank])
+            for rank, worker in enumerate(self.workers)
+        }
 
     def wait_ready(self) -> None:
         """Wait until every rank has loaded its models."""
@@ -80,10 +83,11 @@ class TrainGroup:
         """The same call on every rank; results by rank."""
         return gather(phase, self.start_all(method, *args), self.timeout_s)
 
-    def is_here(self, rank: int) -> bool:
-        """Whether a rank is on the driver's node."""
+    def first_rank_here(self) -> int | None:
+        """The first rank on the driver's node, if any."""
         nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
-        return bool(nodes[self._bundles[rank]] == ray.get_runtime_context().get_node_id())
+        here = ray.get_runtime_context().get_node_id()
+        return next((rank for rank, bundle in enumerate(self._bundles) if nodes[bundle] == here), None)
 
     def meeting_place(self) -> tuple[str, int]:
         """Address and free port of rank 0's host."""

@@ -237,19 +237,21 @@ def build_plan(
     sites: Sites,
     engines: int,
     colocated: bool,
+    devices: Sequence[tuple[int, ...]] | None = None,
 ) -> ReshardPlan:
     """Plan the sync of `engines` engines whose tensor-parallel index i needs `engine_tables[i]`.
 
-    Raises ValueError when colocated engines find no room (see `assign_engines`), and AssertionError when the training
-    side does not hold a block exactly once.
+    `devices` puts the ranks of colocated engines on given devices instead of the best. Raises ValueError when colocated
+    engines find no room (see `assign_engines`), and AssertionError when the training side does not hold a block exactly
+    once.
     """
     sources = _sources(shards)
     tables = tuple(tuple(table) for table in engine_tables)
     bundles = tuple(_bundles(table, sources, shards) for table in tables)
     if colocated:
         held = _held(bundles, sites)
-        devices = assign_engines(sites, engines, len(tables), lambda device, index: held[device, index])
-        destinations = _destinations(devices)
+        best = devices or assign_engines(sites, engines, len(tables), lambda device, index: held[device, index])
+        destinations = _destinations(best)
     else:
         each = [(engine, index) for engine in range(engines) for index in range(len(tables))]
         destinations = tuple(Destination(i, index, None, (engine,)) for i, (engine, index) in enumerate(each))

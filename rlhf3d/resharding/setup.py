@@ -97,6 +97,8 @@ class SyncSetup:
     timeout_s: float
     """Deadline of each bucket."""
     target: Literal["engines", "export"] = "engines"
+    reader_beside: int = 0
+    """Of an export: a training rank on the reader's node."""
     engines: int = 1
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
@@ -202,7 +204,7 @@ def sync_setup(
 @cache
 def _plan(setup: SyncSetup) -> ReshardPlan:
     if setup.target == "export":
-        return plan_export(setup.spec, setup.layout, setup.sites, setup.style)
+        return plan_export(setup.spec, setup.layout, setup.sites, setup.style, setup.reader_beside)
     return plan_sync(
         setup.spec,
         setup.layout,

@@ -1,14 +1,14 @@
 """Where training ranks and engine ranks are, and which engine rank goes on which device.
 
 Invariant: the assignment keeps each engine's ranks on one node (or on whole neighbouring nodes where an engine is
-larger than a node), fills no device beyond its slots, and leaves the fewest bytes to move. Pure: numbers only.
+larger than a node), fills no device beyond its slots, and leaves the fewest bytes to move. On CPU, where a node is one
+device, an engine is beside its home rank. Pure: numbers only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import networkx
 
@@ -25,7 +25,7 @@ class Sites:
     node_of_device: tuple[int, ...]
     """Node of each device."""
     slots: int | None = 1
-    """Engine ranks a device can take; None for any number."""
+    """Engine ranks a device can take; None where devices are hosts, which take those of their ranks' engines."""
 
     @classmethod
     def gpus(cls, world_size: int, per_node: int) -> Sites:
@@ -35,7 +35,7 @@ class Sites:
 
     @classmethod
     def hosts(cls, host_of_rank: Sequence[int]) -> Sites:
-        """CPU ranks: each host is one device with room for any number of engine ranks."""
+        """CPU ranks: each host is one device."""
         return cls(tuple(host_of_rank), tuple(range(max(host_of_rank) + 1)), slots=None)
 
     def ranks_on(self, device: int) -> list[int]:
@@ -47,6 +47,11 @@ class Sites:
         return self.node_of_device[self.device_of_rank[rank]]
 
 
+def home_rank(engine: int, engines: int, world_size: int) -> int:
+    """On CPU: the training rank on whose node an engine is, whole; engines are spread over the ranks."""
+    return engine * world_size // engines
+
+
 def assign_engines(
     sites: Sites, engines: int, engine_tp: int, overlap: Callable[[int, int], int]
 ) -> list[tuple[int, ...]]:
@@ -56,6 +61,9 @@ def assign_engines(
     sum over all engine ranks is maximised (a minimum-cost flow on each group of nodes).
     Raises ValueError when the devices have not room for the engines.
     """
+    if sites.slots is None:
+        homes = (home_rank(engine, engines, len(sites.device_of_rank)) for engine in range(engines))
+        return [(sites.device_of_rank[home],) * engine_tp for home in homes]
     groups = _node_groups(sites, engine_tp)
     counts = _spread(sites, groups, engines, engine_tp)
     solved: dict[tuple[int, tuple[tuple[int, ...], ...]], list[int]] = {}
@@ -84,9 +92,9 @@ def _node_groups(sites: Sites, engine_tp: int) -> list[list[int]]:
     return groups
 
 
-def _room(sites: Sites, devices: Sequence[int], engine_tp: int) -> int | float:
+def _room(sites: Sites, devices: Sequence[int], engine_tp: int) -> int:
     """How many engines fit on these devices."""
-    return inf if sites.slots is None and devices else (sites.slots or 0) * len(devices) // engine_tp
+    return (sites.slots or 0) * len(devices) // engine_tp
 
 
 def _spread(sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_tp: int) -> list[int]:
@@ -103,7 +111,7 @@ def _spread(sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_
     return counts
 
 
-def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int | None) -> list[int]:
+def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int) -> list[int]:
     """Positions of devices for `count` ranks of index 0, then of index 1, …, with the greatest sum of weights."""
     indices = range(len(weights[0]))
     graph = networkx.DiGraph()
@@ -111,7 +119,7 @@ def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int | None) 
     for index in indices:
         graph.add_node(("index", index), demand=count)
     for position, row in enumerate(weights):
-        graph.add_edge("source", position, capacity=len(indices) * count if slots is None else slots, weight=0)
+        graph.add_edge("source", position, capacity=slots, weight=0)
         for index in indices:
             graph.add_edge(position, ("index", index), weight=-row[index])
     flow = networkx.min_cost_flow(graph)

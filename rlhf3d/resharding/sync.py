@@ -103,6 +103,17 @@ class WeightSync:
             yield param.name, tensor.clone()
         gather("save_checkpoint", sends, self.train.timeout_s)
 
+    def exporting_rank(self) -> int:
+        """The first training rank on the driver's node, which gathers an export. Raises ValueError without one."""
+        here = self.train.first_rank_here()
+        if here is None:
+            raise ValueError(
+                "trainer.save_hf: exporting the actor's weights needs a training rank of actor.layout on the driver's "
+                "node: start the command on a node that trains, or set trainer.save_hf=never (`rlhf3d convert` "
+                "exports a checkpoint later)"
+            )
+        return here
+
     def close(self) -> None:
         """Let go of shared memory; other processes' goes with them."""
         self._open_files.close()
@@ -120,14 +131,14 @@ class WeightSync:
             self.train.call_all(phase, "seal_stream", setup.name)
 
     def _open_export(self) -> WeightReceiver:
-        name = f"{self.setup.name}-export"
-        setup = replace(self.setup, name=name, dtype=self.export_dtype, target="export", colocated=True)
-        owner = setup.owner(0)
-        if not self.train.is_here(owner):
-            raise ValueError(
-                f"exporting the actor's weights needs the driver on the node of training rank {owner}: start "
-                "`rlhf3d train` there, or set trainer.save_hf = never"
-            )
+        setup = replace(
+            self.setup,
+            name=f"{self.setup.name}-export",
+            dtype=self.export_dtype,
+            target="export",
+            colocated=True,
+            reader_beside=self.exporting_rank(),
+        )
         self._open(setup, None)
         inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
         self.train.call_all("open weight stream", "seal_stream", setup.name)

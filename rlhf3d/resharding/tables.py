@@ -61,6 +61,9 @@ def plan_sync(
     return build_plan(training_shards(spec, layout, style), tables, sites, engines, colocated)
 
 
-def plan_export(spec: ModelSpec, layout: ParallelLayout, sites: Sites, style: SpecStyle = "local") -> ReshardPlan:
-    """The plan from the policy under `layout` to one reader of whole tensors, beside the first training rank."""
-    return build_plan(training_shards(spec, layout, style), [whole_tensors(spec)], sites, engines=1, colocated=True)
+def plan_export(
+    spec: ModelSpec, layout: ParallelLayout, sites: Sites, style: SpecStyle = "local", beside: int = 0
+) -> ReshardPlan:
+    """The plan from the policy under `layout` to one reader of whole tensors, on the device of rank `beside`."""
+    shards, devices = training_shards(spec, layout, style), [(sites.device_of_rank[beside],)]
+    return build_plan(shards, [whole_tensors(spec)], sites, engines=1, colocated=True, devices=devices)

@@ -32,9 +32,9 @@ from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.report import make_report
 from rlhf3d.observability.samples import before_after, drop_samples
 from rlhf3d.parallel.platform import choose_platform
-from rlhf3d.placement.cluster import nodes_of, ray_cluster, reserve
+from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
 from rlhf3d.placement.cluster_check import check_cluster
-from rlhf3d.placement.resources import engine_bundles, place
+from rlhf3d.placement.resources import engine_bundles, engine_threads, place, threads_of
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.setup import sync_setup
@@ -106,19 +106,30 @@ def _run(config: Config, stopping: Stopping) -> int:
             rollout_config.engines,
             rollout_config.tensor_parallel_size,
             rollout_config.placement == "colocated",
+            1 if config.cluster.ray_address is None else config.cluster.num_nodes,
         )
-        local_cpus = int(sum(bundle["CPU"] for bundle in placement.bundles))
-        stack.enter_context(ray_cluster(config.cluster, local_cpus, stopping.handle))
-        reserved = stack.enter_context(reserve(placement.bundles, config.cluster.startup_timeout_s))
+        stack.enter_context(ray_cluster(config.cluster, placement.cpus, stopping.handle))
+        reserved = stack.enter_context(reserve(placement, config.cluster.startup_timeout_s))
         check_cluster(config, reserved)
         with console.phase("start"):
-            nodes = nodes_of(reserved)
-            setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", nodes[: layout.world_size])
-            bundles = engine_bundles(placement, setup.plan, nodes)
-            rollout = RolloutGroup(
-                config.cluster, placement, reserved, bundles, _engine_arguments(config, platform.kind)
-            )
-            groups = {g.name: TrainGroup(config, g, placement, reserved, total_steps) for g in derived.groups}
+            nodes, cores = nodes_of(reserved), cores_of(reserved, config.cluster.startup_timeout_s)
+            places = {name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()}
+            setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", places["actor"])
+            bundles = engine_bundles(placement, setup.plan)
+            threads = engine_threads(bundles, nodes, cores, rollout_config.threads)
+            arguments = _engine_arguments(config, platform.kind)
+            rollout = RolloutGroup(config.cluster, placement, reserved, bundles, threads, arguments)
+            groups = {
+                g.name: TrainGroup(
+                    config,
+                    g,
+                    placement,
+                    reserved,
+                    threads_of(places[g.name], cores, config.cluster.threads_per_rank),
+                    total_steps,
+                )
+                for g in derived.groups
+            }
             for group in groups.values():
                 group.wait_ready()
             rollout.wait_ready()
@@ -127,6 +138,8 @@ def _run(config: Config, stopping: Stopping) -> int:
         trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
         checkpoints = CheckpointWriter(config, spec, trained, sync)
         checkpoints.check_room(export=config.trainer.save_hf != "never")
+        if config.trainer.save_hf != "never":
+            sync.exporting_rank()  # refused here rather than after the last step
         trainer = PPOTrainer(
             Parts(
                 config=config,
@@ -217,7 +230,6 @@ def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
 
 def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
     rollout = config.rollout
-    ranks = rollout.engines * rollout.tensor_parallel_size
     return {
         "model_path": os.path.abspath(config.model.path),
         "dtype": rollout.dtype,
@@ -227,7 +239,6 @@ def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
         "max_model_len": config.data.max_prompt_length + config.data.max_response_length,
         "max_num_seqs": rollout.max_num_seqs,
         "kv_cache_gib": rollout.kv_cache_gib,
-        "threads": rollout.threads or max(1, (os.cpu_count() or 1) // ranks),
         "enforce_eager": rollout.enforce_eager,
         "seed": config.trainer.seed,
         "platform_kind": platform_kind,

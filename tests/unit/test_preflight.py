@@ -68,6 +68,14 @@ def test_quickstart_fits_a_laptop(tmp_path: Path, machine: list[Machine]) -> Non
     assert preflight(make(tmp_path, actor={"layout": {"pp": 2, "dp": 2}})) == []
 
 
+def test_nodes_of_a_cluster_share_what_cpu_ranks_hold(tmp_path: Path, machine: list[Machine]) -> None:
+    machine[0] = replace(LAPTOP, memory_available_gib=12.0)
+    layout = {"actor": {"layout": {"pp": 2, "dp": 8}}}
+    (problem,) = preflight(make(tmp_path, **layout))
+    assert problem.startswith("host memory: needs about")
+    assert preflight(make(tmp_path, **layout, cluster={"ray_address": "head:1", "num_nodes": 4})) == []
+
+
 def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[Machine]) -> None:
     config = make(
         tmp_path,

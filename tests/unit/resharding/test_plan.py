@@ -307,10 +307,10 @@ def test_no_other_mapping_keeps_more(
 @pytest.mark.parametrize("spec", [LLAMA, QWEN2, QWEN3_MOE])
 def test_an_export_takes_every_tensor_whole(spec: ModelSpec) -> None:
     layout = ParallelLayout(tp=2, pp=2, dp=2, ep=2 if spec.num_experts else 1)
-    plan = plan_export(spec, layout, Sites.hosts([0, 0, 0, 0, 1, 1, 1, 1]))
+    plan = plan_export(spec, layout, Sites.hosts([0, 0, 0, 0, 1, 1, 1, 1]), beside=5)
     tensors, training = training_weights(spec, layout)
     made, _, _ = carry_out(plan, 0, training)
-    assert len(plan.destinations) == 1 and plan.destinations[0].device == 0
+    assert len(plan.destinations) == 1 and plan.destinations[0].device == 1
     assert set(made) == set(tensors)
     assert all(torch.equal(made[name], tensor) for name, tensor in tensors.items())
 

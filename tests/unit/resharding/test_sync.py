@@ -41,6 +41,9 @@ class Train:
     def forward(self, phase: str, role: str, batch: Any) -> dict[str, torch.Tensor]:
         return {"logprobs": torch.tensor([self.logprobs])}
 
+    def first_rank_here(self) -> int | None:
+        return None
+
 
 class Rollout:
     """One engine that notes what was published."""
@@ -130,3 +133,10 @@ def test_failed_load_is_not_published(parts: tuple[WeightSync, Train, Rollout]) 
     with pytest.raises(SyncError, match=r"model\.norm"):
         sync.run()
     assert rollout.published == [] and sync.needed
+
+
+def test_an_export_without_a_training_rank_beside_the_driver_is_refused(
+    parts: tuple[WeightSync, Train, Rollout],
+) -> None:
+    with pytest.raises(ValueError, match=r"trainer.save_hf: .* on a node that trains, or set trainer.save_hf=never"):
+        parts[0].exporting_rank()
