@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rlhf3d.launch.command import launch
+from rlhf3d.rehearsal.shrink import MAX_RANKS
 
 app = typer.Typer(
     name="rlhf3d",
@@ -230,21 +231,21 @@ def data_check(
 def rehearse(
     config: Annotated[Path, typer.Argument(help="The job's YAML file.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Folder; default rehearsals/CONFIG, written anew.")] = None,
-    max_ranks: Annotated[int, typer.Option(help="At most so many training processes.")] = 16,
+    output: Annotated[Path | None, typer.Option(help="Folder, made anew; default rehearsals/CONFIG.")] = None,
+    max_ranks: Annotated[int, typer.Option(help="At most so many training processes.")] = MAX_RANKS,
     model_config: Annotated[Path | None, typer.Option(help="Folder with config.json, if not model.path.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")] = False,
 ) -> None:
-    """Run a job in miniature on this machine's CPU: same layouts and code path, two steps, saved and resumed."""
-    import shutil
+    """Run a job in miniature on CPU: same layouts and code path, two steps, saved and resumed.
 
+    On this machine, or with cluster.ray_address=… over the cluster.num_nodes of a Ray cluster. Where the first run was
+    interrupted the same command goes on from its checkpoint; with trainer.resume_mode=never it begins anew.
+    """
     from rlhf3d.rehearsal.run import prepare
     from rlhf3d.rehearsal.run import rehearse as run
 
     folder = output or Path("rehearsals") / config.stem
-    if (folder / "job.yaml").is_file():
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    if not (folder / "job.yaml").is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are no rehearsal: name another --output")
     miniature = prepare(config, overrides or [], folder, max_ranks, model_config)
     typer.echo(f"miniature  {miniature.summary}")

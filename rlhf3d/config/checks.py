@@ -409,8 +409,11 @@ def _check_model_folder(config: Config) -> list[str]:
         return [str(error)]
 
 
-def check_model(config: Config, spec: ModelSpec) -> list[str]:
-    """What does not fit the model: lengths, layouts of the worker groups, ranks of an engine."""
+def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None) -> list[str]:
+    """What does not fit the model: lengths, layouts of the worker groups, ranks of an engine.
+
+    The reward model is read, weights included, unless its shape is given.
+    """
     problems = []
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     if prompt + response > spec.max_position:
@@ -420,7 +423,7 @@ def check_model(config: Config, spec: ModelSpec) -> list[str]:
         )
     for group in worker_groups(config):
         try:
-            of_group = load_reward_spec(group.model) if group.name == "reward" else spec
+            of_group = (reward or load_reward_spec(group.model)) if group.name == "reward" else spec
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -21,6 +21,7 @@ def launch(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5.")
     ] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="The job in miniature, on the nodes' CPUs.")] = False,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default cluster.num_nodes.")] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs of a node; default cluster.gpus_per_node, 0 for a job on CPU.")
@@ -56,6 +57,7 @@ def launch(
     if wrong := [name for name, equals, _ in pairs if not (equals and name.isidentifier())]:
         raise ValueError(f"--env {wrong[0]}: expected NAME=VALUE")
     options = Options(
+        rehearse=rehearse,
         name=name,
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -17,6 +17,9 @@ from rlhf3d.config.checks import check
 from rlhf3d.config.groups import device_terms, worker_groups
 from rlhf3d.config.load import ConfigError, load_config
 from rlhf3d.config.schema import Config
+from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.placement.resources import place
+from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 
 CPUS_PER_GPU = 8
 """Cores asked for beside each GPU where the user does not say (training rank, engine rank, scoring, data)."""
@@ -33,6 +36,8 @@ ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZE
 class Options:
     """What the user says beside the configuration; None for what follows from it."""
 
+    rehearse: bool = False
+    """Run the job's miniature, on CPU."""
     name: str | None = None
     nodes: int | None = None
     gpus_per_node: int | None = None
@@ -71,7 +76,7 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    """`rlhf3d train` with all that is known before the job starts."""
+    """`rlhf3d train` or `rehearse` with all that is known before the job starts."""
     nodes: int
     gpus_per_node: int
     cpus_per_node: int | None
@@ -102,6 +107,8 @@ class Job:
 def make_job(target: str, path: str, overrides: Sequence[str], options: Options) -> Job:
     """The job of `rlhf3d train path overrides` for a target. Raises ConfigError when it does not fit."""
     config = load_config(path, overrides, files=False)
+    if options.rehearse:
+        options = replace(options, gpus_per_node=0, cpus_per_node=options.cpus_per_node or MAX_RANKS + ENGINE_RANKS)
     config = _with_nodes(config, target, options)
     gpus = 0 if config.cluster.platform == "cpu" else config.cluster.gpus_per_node
     nodes = config.cluster.num_nodes
@@ -114,7 +121,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         places.append(f"trainer.max_wall_clock_s={max(1, time_s - config_startup_s(config) - options.grace_s)}")
     return Job(
         name=options.name or _dns_name(Path(path).stem),
-        command=("rlhf3d", "train", path, *overrides, *places),
+        command=("rlhf3d", "rehearse" if options.rehearse else "train", path, *overrides, *places),
         nodes=nodes,
         gpus_per_node=gpus,
         cpus_per_node=options.cpus_per_node or _cpus_per_node(config, target, gpus),
@@ -170,31 +177,36 @@ def _with_nodes(config: Config, target: str, options: Options) -> Config:
     return replace(config, cluster=cluster)
 
 
-def _ranks_per_node(config: Config) -> int:
-    """Processes of one node on CPU, each with a core of its own."""
-    ranks = sum(group.layout.world_size for group in worker_groups(config))
-    engines = config.rollout.engines * config.rollout.tensor_parallel_size
-    return math.ceil((ranks + engines) / config.cluster.num_nodes)
+def _processes(config: Config) -> list[int]:
+    """Training and engine ranks of each node that has any, on CPU, each with a core of its own."""
+    rollout, nodes = config.rollout, config.cluster.num_nodes
+    placed = place(
+        CPUPlatform(reason="launch"), worker_groups(config), rollout.engines, rollout.tensor_parallel_size, True, nodes
+    )
+    return [int(bundle["CPU"]) for bundle in placed.bundles]
 
 
 def _cpus_per_node(config: Config, target: str, gpus: int) -> int | None:
     if not gpus:
-        return _ranks_per_node(config)
+        return max(_processes(config))
     return CPUS_PER_GPU * gpus if target == "kuberay" else None
 
 
 def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
-    """What must not be cut by the border between nodes, and cores of a job on CPU."""
+    """What must not be cut by the border between nodes, idle nodes, and cores of a job on CPU."""
     rollout, nodes = config.rollout, config.cluster.num_nodes
     problems = []
+    if options.rehearse:
+        return []  # of the miniature that is told where it is made
     if not gpus:
-        ranks = sum(group.layout.world_size for group in worker_groups(config))
-        engines, cores = rollout.engines * rollout.tensor_parallel_size, options.cpus_per_node
-        if cores and ranks + engines > nodes * cores:
+        processes, cores = _processes(config), options.cpus_per_node
+        if cores and max(processes) > cores:
             problems.append(
-                f"{ranks} training ranks + {engines} engine ranks = {ranks + engines} cores, more than {nodes} node(s) "
-                f"x --cpus-per-node {cores} = {nodes * cores}"
+                f"{' + '.join(map(str, processes))} training and engine ranks on {len(processes)} node(s): "
+                f"{max(processes)} cores, more than --cpus-per-node {cores}"
             )
+        if len(processes) < nodes:
+            problems.append(f"{nodes - len(processes)} of {nodes} node(s) would have no training rank; ask for fewer")
         return problems
     if rollout.tensor_parallel_size > gpus:
         problems.append(

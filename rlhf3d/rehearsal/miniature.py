@@ -48,24 +48,31 @@ def byte_tokenizer(vocab: int, chat_template: str = CHAT_TEMPLATE) -> PreTrained
     )
 
 
-def read_shape(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder, which needs no weights here; ValueError without one."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model.path: {folder} has no config.json, which a rehearsal needs (the weights it does not)")
-    shape: dict[str, Any] = json.loads(path.read_text())
-    return shape
+def read_shape(key: str, folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of these folders with a `config.json`, which needs no weights here, and what that says.
+
+    `key` is the configuration's for the ValueError where there is none.
+    """
+    found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{key}: {folders[0]} has no config.json, which a rehearsal needs (the weights it does not)"
+            + "".join(f", nor has {folder}" for folder in folders[1:])
+        )
+    return found, json.loads((found / "config.json").read_text())
 
 
-def write_model(folder: Path, shape: Mapping[str, Any], original: Path, seed: int) -> None:
-    """A random model of a shape, with a byte tokenizer and the chat template of `original`, if that has one."""
+def write_model(folder: Path, shape: Mapping[str, Any], original: Path, seed: int, classifier: bool = False) -> None:
+    """A random language model or `classifier` of a shape, with a byte tokenizer and the chat template of `original`, if
+    that has one."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(**{**shape, **ids})
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     template = original / "chat_template.jinja"
     byte_tokenizer(shape["vocab_size"], template.read_text() if template.is_file() else CHAT_TEMPLATE).save_pretrained(
         folder

@@ -1,12 +1,15 @@
 """`rlhf3d rehearse`: a job in miniature, trained for two steps, saved, resumed and compared.
 
 Invariant: the miniature runs by the same command as the job, in processes of its own; a rehearsal passes only if both
-runs end well and the resumed one repeats the other's second step exactly.
+runs end well and the resumed one repeats the other's second step exactly. Where the first run of the same miniature was
+interrupted, it goes on from its checkpoint; else everything is made anew.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_whole
+from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.checks import check_model
 from rlhf3d.config.load import ConfigError, config_to_yaml, load_config
 from rlhf3d.config.schema import Config
@@ -22,6 +27,7 @@ from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 from rlhf3d.observability.samples import read_samples
 from rlhf3d.rehearsal.miniature import STAND_IN_ROWS, read_shape, write_model, write_prompts
 from rlhf3d.rehearsal.shrink import STEPS, shrink_config
+from rlhf3d.trainer.stopping import PREEMPTED, SIGNALS
 
 NOT_COMPARED = ("timing_s/", "perf/", "sync/", "checkpoint/")
 """Metrics of seconds, bytes and memory."""
@@ -33,6 +39,8 @@ class Miniature:
 
     config: Path
     run: Path
+    goes_on: bool
+    """Whether an interrupted run of the same miniature is there, with a checkpoint."""
     notes: tuple[str, ...]
     """What is otherwise than in the job, besides size."""
     summary: str
@@ -51,16 +59,17 @@ def prepare(
     is wrong with the job itself.
     """
     config = load_config(path, overrides, files=False)
-    if config.reward_model.path is not None:
-        raise ValueError(
-            "reward_model.path: a miniature has no reward model; rehearse the rest with reward_model.path=null "
-            "reward.weights='{accuracy: 1.0}'"
-        )
-    shapes = [*([shape_folder] if shape_folder else []), Path(config.model.path)]
-    shapes.append(path.parent / "models" / Path(config.model.path).name)
-    original = next((found for found in shapes if (found / "config.json").is_file()), shapes[0])
-    shape = read_shape(original)
-    problems = check_model(config, parse_config(shape, str(original)))
+
+    def beside(model: str) -> list[Path]:
+        return [Path(model), path.parent / "models" / Path(model).name]
+
+    own = [shape_folder] if shape_folder else []
+    original, shape = read_shape("model.path", [*own, *beside(config.model.path)])
+    judge, reward_shape, reward_spec = config.reward_model.path, None, None
+    if judge is not None:
+        judge_original, reward_shape = read_shape("reward_model.path", beside(judge))
+        reward_spec = parse_config(reward_shape, judge)
+    problems = check_model(config, parse_config(shape, str(original)), reward_spec)
     for key, file in (
         ("custom_reward_function.path", config.custom_reward_function.path),
         ("algorithm.custom_path", config.algorithm.custom_path),
@@ -70,27 +79,42 @@ def prepare(
             problems.append(f"{key} = {file}: no such Python file")
     if problems:
         raise ConfigError(problems)
-    small, small_shape, changes = shrink_config(config, shape, max_ranks)
+    shrunk, seed = shrink_config(config, shape, max_ranks, reward_shape), config.trainer.seed
+    for old in ("model", "reward_model", "train", "val"):
+        shutil.rmtree(folder / old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "model", small_shape, original, config.trainer.seed)
-    small, absent = _with_prompts(small, folder)
+    write_model(folder / "model", shrunk.model, original, seed)
+    small, absent = _with_prompts(shrunk.config, folder)
+    if shrunk.reward is not None:
+        write_model(folder / "reward_model", shrunk.reward, judge_original, seed + 1, classifier=True)
+        small = replace(small, reward_model=replace(small.reward_model, path=str(folder / "reward_model")))
     small = replace(
         small,
         model=replace(small.model, path=str(folder / "model")),
         trainer=replace(small.trainer, output_dir=str(folder / "run"), resume_mode="never"),
     )
-    job = folder / "job.yaml"
-    job.write_text(config_to_yaml(small))
+    job, run, text = folder / "job.yaml", folder / "run", config_to_yaml(small)
+    same = config.trainer.resume_mode == "auto" and job.is_file() and job.read_text() == text
+    goes_on = same and _interrupted(run)
+    for old in ("resumed",) if goes_on else ("run", "resumed"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    job.write_text(text)
     load_config(job)  # what shrinking got wrong is told here, and not by a worker
-    notes = [str(change) for change in changes]
+    notes = [str(change) for change in shrunk.changes]
     notes += [f"{name}: not here; generated word problems stand in" for name in absent]
-    layers, width = small_shape["num_hidden_layers"], small_shape["hidden_size"]
+    layers, width = shrunk.model["num_hidden_layers"], shrunk.model["hidden_size"]
     summary = (
         f"{shape['model_type']} of {layers} layers x {width} for {shape['num_hidden_layers']} x {shape['hidden_size']}"
         f", a step of {small.data.train_batch_size} prompts x {small.rollout.n} for {config.data.train_batch_size} x "
         f"{config.rollout.n}"
     )
-    return Miniature(job, folder / "run", tuple(notes), summary)
+    return Miniature(job, run, goes_on, tuple(notes), summary)
+
+
+def _interrupted(run: Path) -> bool:
+    """Whether a run has a whole checkpoint, and it is not the last."""
+    found, _ = newest_whole(Store(run / CHECKPOINTS))
+    return found is not None and found.manifest.step < STEPS
 
 
 def _with_prompts(config: Config, folder: Path) -> tuple[Config, list[str]]:
@@ -103,7 +127,7 @@ def _with_prompts(config: Config, folder: Path) -> tuple[Config, list[str]]:
 
 def rehearse(miniature: Miniature, say: Callable[[str], None]) -> None:
     """Train the miniature, resume it from its first step, and compare. Raises RehearsalFailed."""
-    _train(miniature, miniature.run, "never", say)
+    _train(miniature, miniature.run, "auto" if miniature.goes_on else "never", say)
     again = miniature.run.with_name("resumed")
     _train(miniature, again, str(miniature.run / "checkpoints" / f"step_{STEPS - 1}"), say)
     steps = [row["step"] for row in read_metrics(again)]
@@ -118,11 +142,14 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
     chosen = [f"trainer.output_dir={output}", f"trainer.resume_mode={resume}"]
     command = [sys.executable, "-m", "rlhf3d.cli", "train", str(miniature.config), *chosen]
     say(f"rlhf3d train {miniature.config} {' '.join(chosen)}")
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise RehearsalFailed(
-            f"the miniature ended with exit code {done.returncode}; its logs are in {output / 'logs'}"
-        )
+    with subprocess.Popen(command) as child:
+        for number in SIGNALS:  # it saves and ends; a job script knows this process alone
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+        code = child.wait()
+    if code == PREEMPTED:
+        raise SystemExit(PREEMPTED)
+    if code:
+        raise RehearsalFailed(f"the miniature ended with exit code {code}; its logs are in {output / 'logs'}")
     if not (output / METRICS_FILE).is_file():
         raise RehearsalFailed(f"the miniature wrote no {output / METRICS_FILE}")
 

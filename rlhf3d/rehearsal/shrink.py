@@ -13,7 +13,7 @@ from math import gcd, lcm, prod
 from typing import Any
 
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig, OptimConfig
+from rlhf3d.config.schema import Config, LayoutConfig, OptimConfig, RewardModelConfig
 from rlhf3d.models.spec import FAMILIES, parse_config
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -22,9 +22,23 @@ HEAD_DIM = 32
 VOCAB = 320
 """At least so many ids: all bytes, and special tokens."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 8
+MAX_RANKS = 16
+"""At most so many training processes, unless the user says otherwise."""
 ENGINE_RANKS = 4
 """At most so many vLLM processes, which need about 2 GB each."""
 STEPS = 2
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A miniature job. Paths (models, data, output) are left for the caller."""
+
+    config: Config
+    model: dict[str, Any]
+    """`config.json` of its model."""
+    reward: dict[str, Any] | None
+    """And of its reward model."""
+    changes: list[Change]
 
 
 @dataclass(frozen=True)
@@ -117,9 +131,11 @@ def _congruent(least: int, value: int, modulus: int) -> int:
     return least + (value - least) % modulus
 
 
-def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[Config, dict[str, Any], list[Change]]:
-    """The miniature job on at most `room` training ranks: its configuration, the `config.json` of its model, and what
-    is otherwise than in the job. Paths (model, data, output) are left for the caller."""
+def shrink_config(
+    config: Config, model: Mapping[str, Any], room: int, reward: Mapping[str, Any] | None = None
+) -> Shrunk:
+    """The miniature job on at most `room` training ranks; `model` and `reward` are the `config.json` of the job's model
+    and reward model."""
     spec = parse_config(dict(model), config.model.path)
     changes: list[Change] = []
 
@@ -127,13 +143,19 @@ def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[
         if was != is_now:
             changes.append(Change(key, was, is_now, reason))
 
-    critic_room = 0 if config.critic.layout is None or not config.needs_critic else max(1, room // 3)
-    layout = cut_layout(config.actor.layout, room - critic_room, spec.num_layers)
-    note("actor.layout", _text(config.actor.layout), _text(layout), f"at most {room} training ranks")
-    critic_layout = config.critic.layout
-    if critic_layout is not None and critic_room:
-        critic_layout = cut_layout(critic_layout, critic_room, spec.num_layers)
-        note("critic.layout", _text(config.critic.layout), _text(critic_layout), f"at most {room} training ranks")
+    critic_layout, with_critic = config.critic.layout, config.critic.layout is not None and config.needs_critic
+    apart = with_critic + (reward is not None)
+    own_room = max(1, room // (2 + apart))  # of each group beside the actor's
+    at_most = f"at most {room} training ranks"
+    layout = cut_layout(config.actor.layout, room - apart * own_room, spec.num_layers)
+    note("actor.layout", _text(config.actor.layout), _text(layout), at_most)
+    if critic_layout is not None and with_critic:
+        critic_layout = cut_layout(critic_layout, own_room, spec.num_layers)
+        note("critic.layout", _text(config.critic.layout), _text(critic_layout), at_most)
+    reward_model, small_reward = config.reward_model, None
+    if reward is not None:
+        reward_model, small_reward = _shrink_reward(reward_model, reward, own_room)
+        note("reward_model.layout", _text(config.reward_model.layout), _text(reward_model.layout), at_most)
     rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
     engines = max(1, min(config.rollout.engines, 2, ENGINE_RANKS // rollout_tp))
     note("rollout.engines", config.rollout.engines, engines, f"at most {ENGINE_RANKS} vLLM processes")
@@ -147,8 +169,8 @@ def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[
     small_model = shrink_model(model, sizes, max(layout.ep, critic_layout.ep if critic_layout else 1), layers)
     if config.algorithm.filter_groups.enable:
         note("algorithm.filter_groups.enable", True, False, "completions of random weights score alike")
-    if config.cluster.num_nodes > 1:
-        note("cluster.num_nodes", config.cluster.num_nodes, 1, "on this machine alone")
+    nodes = 1 if config.cluster.ray_address is None else config.cluster.num_nodes
+    note("cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster")
     note("cluster.platform", config.cluster.platform, "cpu", "without GPUs")
     batches, n = _batches(config, [layout] if critic_layout is None else [layout, critic_layout])
     small = replace(
@@ -204,9 +226,26 @@ def shrink_config(config: Config, model: Mapping[str, Any], room: int) -> tuple[
             save_optimizer=True,
             max_wall_clock_s=None,
         ),
-        cluster=replace(config.cluster, platform="cpu", ray_address=None, num_nodes=1, threads_per_rank=1),
+        reward_model=reward_model,
+        cluster=replace(config.cluster, platform="cpu", num_nodes=nodes, threads_per_rank=1),
     )
-    return small, small_model, changes
+    return Shrunk(small, small_model, small_reward, changes)
+
+
+def _shrink_reward(
+    settings: RewardModelConfig, shape: Mapping[str, Any], room: int
+) -> tuple[RewardModelConfig, dict[str, Any]]:
+    """The section of the reward model, its path left as it is, and its `config.json`."""
+    spec = parse_config(dict(shape), str(settings.path))
+    layout, layers = shrink_layout(cut_layout(settings.layout, room, spec.num_layers), spec.num_layers)
+    small = replace(
+        settings,
+        layout=layout,
+        micro_batch_size_per_gpu=min(settings.micro_batch_size_per_gpu, 2),
+        max_length=min(settings.max_length or spec.max_position, PROMPT_TOKENS + RESPONSE_TOKENS),
+        overlong="truncate_left",
+    )
+    return small, {**shrink_model(shape, [layout.tp], layout.ep, layers), "num_labels": 1}
 
 
 def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> tuple[dict[str, int], int]:

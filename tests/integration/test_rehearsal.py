@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.jobs import read_rows
 from support.tiny_models import make_tiny_model
 
 from rlhf3d.data.rows import read_parquet
@@ -22,6 +23,8 @@ critic:
   layout: {tp: 1, pp: 1, dp: 8}
 rollout: {engines: 64, sleep: true, gpu_memory_utilization: 0.4}
 algorithm: {use_kl_in_reward: true}
+reward: {weights: {accuracy: 1.0, reward_model: 0.5}}
+reward_model: {path: nowhere/Judge, layout: {tp: 2, dp: 4}}
 cluster: {platform: cuda, num_nodes: 8}
 """
 
@@ -30,8 +33,9 @@ cluster: {platform: cuda, num_nodes: 8}
 def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "models" / "Big-Model", "qwen2", heads=8, kv_heads=4, hidden=512, layers=8)
     (tmp_path / "models" / "Big-Model" / "model.safetensors").unlink()
+    make_tiny_model(tmp_path / "models" / "Judge", "llama", heads=8, kv_heads=2, hidden=256, layers=6)
     (tmp_path / "job.yaml").write_text(JOB)
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "rehearse", "job.yaml", "--max-ranks", "3"]
+    command = [str(Path(sys.executable).with_name("rlhf3d")), "rehearse", "job.yaml", "--max-ranks", "4"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -44,12 +48,14 @@ def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "two steps, saved, resumed and repeated exactly" in done.stdout
     for note in (
-        "otherwise  actor.layout: TP4×PP2×DP8 -> TP2×PP1×DP1 (at most 3 training ranks)",
-        "otherwise  critic.layout: TP1×PP1×DP8 -> TP1×PP1×DP1 (at most 3 training ranks)",
+        "otherwise  actor.layout: TP4×PP2×DP8 -> TP2×PP1×DP1 (at most 4 training ranks)",
+        "otherwise  critic.layout: TP1×PP1×DP8 -> TP1×PP1×DP1 (at most 4 training ranks)",
+        "otherwise  reward_model.layout: TP2×PP1×DP4 -> TP1×PP1×DP1 (at most 4 training ranks)",
         "otherwise  rollout.engines: 64 -> 2 (at most 4 vLLM processes)",
         "otherwise  nowhere/train.parquet: not here; generated word problems stand in",
     ):
         assert note in done.stdout
     folder = tmp_path / "rehearsals" / "job"
     assert read_parquet(folder / "train" / "train_0.parquet")[0].data_source == "rlhf3d/arithmetic"
+    assert all(-1 < row["reward_model/score/mean"] < 1 for row in read_rows(folder / "run") if row["step"])
     assert (folder / "resumed" / "checkpoints" / "step_2" / "manifest.json").is_file()

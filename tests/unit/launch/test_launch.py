@@ -17,6 +17,7 @@ from rlhf3d import cli
 from rlhf3d.config.load import ConfigError, load_config
 from rlhf3d.launch.job import Options, make_job, parse_duration
 from rlhf3d.launch.render import TARGETS, render, slurm_time
+from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "golden"
@@ -145,6 +146,14 @@ def test_an_override_reaches_the_command_whole(target: str, tmp_path: Path) -> N
     assert override in words_of(command)
 
 
+def test_a_rehearsal_runs_on_the_cpus_of_the_nodes() -> None:
+    options = Options(rehearse=True, hosts=("a", "b"))
+    job = make_job("ssh", "configs/math_70b.yaml", ["trainer.seed=1"], options)
+    command = ("rlhf3d", "rehearse", "configs/math_70b.yaml", "trainer.seed=1")
+    assert job.command == (*command, "cluster.platform=cpu", "cluster.num_nodes=2")
+    assert (job.gpus_per_node, job.cpus_per_node) == (0, MAX_RANKS + ENGINE_RANKS)
+
+
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     text = refusal("slurm", "configs/math.yaml", "--nodes", "2", "--gpus-per-node", "2")
     assert "does not fit 2 node(s) with 2 GPU(s) each" in text
@@ -156,8 +165,9 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     assert "rollout.tensor_parallel_size = 2: an engine's ranks must be on one node, which has 1 GPUs" in text
     assert "actor.layout.tp = 2: does not divide the 1 GPUs of a node" in text
     on_cpu = ("slurm", "configs/quickstart.yaml", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-node", "2")
-    assert "4 training ranks + 1 engine ranks = 5 cores, more than 2 node(s) x --cpus-per-node 2 = 4" in refusal(
-        *on_cpu
+    assert "3 + 2 training and engine ranks on 2 node(s): 3 cores, more than --cpus-per-node 2" in refusal(*on_cpu)
+    assert "5 of 7 node(s) would have no training rank" in refusal(
+        "slurm", "configs/quickstart.yaml", "actor.layout.dp=1", "--nodes", "7", "--gpus-per-node", "0"
     )
     text = refusal("slurm", "configs/math.yaml", "trainer.max_wall_clock_s=3600", "--time", "1h")
     assert "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 300 = 3900 s, more than --time 3600 s" in text

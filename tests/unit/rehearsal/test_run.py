@@ -11,10 +11,12 @@ import pytest
 import yaml
 from support.tiny_models import make_tiny_model
 
+from rlhf3d.checkpoints.manifest import Manifest, infos_below, write_manifest
+from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.load import ConfigError, load_config
 from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
 from rlhf3d.data.tokenizer import load_tokenizer
-from rlhf3d.models.spec import load_spec
+from rlhf3d.models.spec import load_reward_spec, load_spec
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import Sample, write_samples
 from rlhf3d.rehearsal.run import differences, prepare
@@ -59,6 +61,54 @@ def test_what_is_wrong_with_the_job_is_told_in_its_own_numbers(tmp_path: Path) -
         prepare(job, ["custom_reward_function.path=no.py"], tmp_path / "out", 16)
     with pytest.raises(ValueError, match="which a rehearsal needs"):
         prepare(job, ["model.path=nowhere"], tmp_path / "out", 16)
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    """A whole checkpoint as far as its files go."""
+    store = Store(folder)
+    partial = store.begin(step)
+    (partial / "driver.json").write_text("{}")
+    (partial / "config.yaml").write_text("model: {}")
+    write_manifest(partial, Manifest(step, step, ("actor",), True, files=infos_below(partial, {})))
+    store.publish(step, partial)
+
+
+def test_a_reward_model_is_rehearsed_by_its_shape_alone(tmp_path: Path) -> None:
+    job = write_job(tmp_path, tp=2)
+    make_tiny_model(tmp_path / "judge", "llama", heads=4, kv_heads=2, layers=8)
+    (tmp_path / "models" / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").rename(tmp_path / "models" / "judge" / "config.json")
+    asked = ["reward.weights={reward_model: 1.0}", "reward_model.path=elsewhere/judge", "reward_model.layout.tp=2"]
+    config = load_config(prepare(job, asked, tmp_path / "out", 16).config)
+    assert config.reward_model.path == str(tmp_path / "out" / "reward_model")
+    assert load_reward_spec(config.reward_model.path).num_layers == 1
+    with pytest.raises(ConfigError, match=r"reward_model.layout: TP3.* num_attention_heads 4 % tp 3 = 1"):
+        prepare(job, [*asked, "reward_model.layout.tp=3"], tmp_path / "out", 16)
+    with pytest.raises(ValueError, match=r"reward_model.path: nowhere has no config.json"):
+        prepare(job, [*asked, "reward_model.path=nowhere"], tmp_path / "out", 16)
+
+
+def test_only_an_interrupted_run_of_the_same_miniature_goes_on(tmp_path: Path) -> None:
+    job, out = write_job(tmp_path, tp=2), tmp_path / "out"
+
+    def prepared(*overrides: str) -> bool:
+        return prepare(job, list(overrides), out, 16).goes_on
+
+    def run_to(*steps: int) -> None:
+        for step in steps:
+            write_checkpoint(out / "run" / "checkpoints", step)
+
+    assert not prepared()
+    (out / "run").mkdir()
+    assert not prepared() and not (out / "run").exists()  # it has no checkpoint
+    run_to(1)
+    (out / "resumed").mkdir()
+    assert prepared() and (out / "run").is_dir() and not (out / "resumed").exists()
+    assert not prepared("trainer.resume_mode=never") and not (out / "run").exists()
+    run_to(1)
+    assert not prepared("rollout.n=2") and not (out / "run").exists()
+    run_to(1, 2)
+    assert not prepared("rollout.n=2") and not (out / "run").exists()
 
 
 def test_runs_are_compared_by_all_but_seconds(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import (
     ActorConfig,
     AlgorithmConfig,
+    ClusterConfig,
     Config,
     CriticConfig,
     DataConfig,
     LayoutConfig,
     ModelConfig,
     OptimConfig,
+    RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
 )
 from rlhf3d.models.spec import parse_config
@@ -135,11 +138,12 @@ def job(**changes: Any) -> Config:
 
 
 def shrunk(config: Config, shape: dict[str, Any]) -> tuple[Config, list[str]]:
-    small, model, changes = shrink_config(config, shape, 16)
-    assert check(small) + check_model(small, parse_config(model, "small")) == []
+    made = shrink_config(config, shape, 16)
+    small = made.config
+    assert check(small) + check_model(small, parse_config(made.model, "small")) == []
     ranks = small.rollout.engines * small.rollout.tensor_parallel_size
     assert ranks <= ENGINE_RANKS and small.data.max_prompt_length < 100
-    return small, [change.key for change in changes]
+    return small, [change.key for change in made.changes]
 
 
 def test_a_job_keeps_its_layout_and_the_arithmetic_of_its_batches() -> None:
@@ -172,3 +176,24 @@ def test_interleaved_and_uneven_pipelines_get_whole_rounds() -> None:
     uneven = LayoutConfig(pp=4, first_stage_layers=4)
     small, _ = shrunk(job(actor=replace(job().actor, layout=uneven)), QWEN_7B)
     assert small.actor.layout.first_stage_layers == 1
+
+
+def test_a_reward_model_keeps_its_layout_and_divides_as_it_did() -> None:
+    layout = LayoutConfig(tp=3, pp=2, dp=4)
+    config = job(reward=RewardConfig(weights={"reward_model": 1.0}), reward_model=RewardModelConfig("judge", layout))
+    shape = QWEN_7B | {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 768, "num_hidden_layers": 6}
+    shape["intermediate_size"] = 3 * 999
+    made = shrink_config(config, QWEN_7B, 48, shape)
+    assert made.reward is not None and made.config.reward_model.layout == replace(layout, dp=2)  # a third of 48
+    judge = parse_config(made.reward, "judge")
+    assert made.reward["num_labels"] == 1 and (judge.num_layers, judge.num_heads, judge.num_kv_heads) == (2, 6, 3)
+    assert check(made.config) + check_model(made.config, parse_config(made.model, "small"), judge) == []
+    assert made.config.reward_model.overlong == "truncate_left"
+    assert "reward_model.layout" in [change.key for change in made.changes]
+
+
+def test_nodes_are_kept_where_a_cluster_is_named() -> None:
+    made = shrink_config(job(cluster=ClusterConfig(ray_address="head:6379", num_nodes=3)), QWEN_7B, 16)
+    assert (made.config.cluster.ray_address, made.config.cluster.num_nodes) == ("head:6379", 3)
+    made = shrink_config(job(cluster=ClusterConfig(num_nodes=3)), QWEN_7B, 16)
+    assert made.config.cluster.num_nodes == 1 and "cluster.num_nodes" in [change.key for change in made.changes]
