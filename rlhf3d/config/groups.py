@@ -6,6 +6,7 @@ Invariant: every model of a run is in exactly one group, and all models of a gro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
@@ -30,7 +31,7 @@ class WorkerGroup:
     colocated: bool = True
     """Whether its ranks are on the devices of the actor group's; on CPU every rank is a process with its own core."""
 
-    @property
+    @cached_property
     def layout(self) -> ParallelLayout:
         """The ranks."""
         return parallel_layout(self.layout_config)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 from rlhf3d.config.derived import Derived, UpdatePlan, derive, micro_batching_of, resolve_dtypes
 from rlhf3d.config.groups import WorkerGroup, device_terms
@@ -59,8 +61,30 @@ class Lengths:
         return self.prompt + self.response
 
 
-Seat = tuple[tuple[WorkerGroup, int], ...]
-"""The ranks (group, number) on one device; on CPU every process has a seat of its own."""
+class Run(NamedTuple):
+    """Devices (on CPU: processes) in a row whose training ranks are of the same stages."""
+
+    devices: range
+    ranks: tuple[tuple[WorkerGroup, int], ...]
+    """The ranks (group, number) on the first of them."""
+    served: bool
+    """Whether each has an engine's rank as well."""
+
+
+def _cut(groups: list[WorkerGroup], first: int, served: int) -> list[Run]:
+    """The devices from number `first` on that these groups share, `served` of them with engines; all have a rank of the
+    first group."""
+    total = groups[0].layout.world_size
+    ends = {end for g in groups for end in range(0, g.layout.world_size + 1, g.layout.stage_size)}
+    cuts = sorted(cut for cut in ends | {served} if cut <= total)
+    return [
+        Run(
+            range(first + start, first + stop),
+            tuple((group, start) for group in groups if start < group.layout.world_size),
+            start < served,
+        )
+        for start, stop in pairwise(cuts)
+    ]
 
 
 @dataclass(frozen=True)
@@ -91,17 +115,20 @@ class Job:
         return self.config.rollout.placement == "colocated"
 
     @cached_property
-    def seats(self) -> tuple[Seat, ...]:
+    def runs(self) -> tuple[Run, ...]:
         """Training ranks by device, in the order of devices; engines apart come after."""
         actor, *others = self.derived.groups
         beside = [group for group in others if group.colocated and self.on_gpu]
-        sizes = [group.layout.world_size for group in beside]
-        seats: list[Seat] = [
-            ((actor, rank), *((group, rank) for group, size in zip(beside, sizes, strict=True) if rank < size))
-            for rank in range(actor.layout.world_size)
-        ]
-        apart = [group for group in others if group not in beside]
-        return (*seats, *(((group, rank),) for group in apart for rank in range(group.layout.world_size)))
+        runs = _cut([actor, *beside], 0, self.engine_ranks if self.on_gpu and self.colocated else 0)
+        for group in others:
+            if group not in beside:
+                runs += _cut([group], runs[-1].devices.stop, 0)
+        return tuple(runs)
+
+    @property
+    def training_devices(self) -> int:
+        """Devices (on CPU: processes) with training ranks."""
+        return self.runs[-1].devices.stop
 
     @property
     def engine_ranks(self) -> int:

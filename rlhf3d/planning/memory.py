@@ -7,12 +7,16 @@ sequences there can be, since a run meets them. Pure: no torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.weights import Head, SpecStyle
+from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import EngineMemory, engine_memory
 from rlhf3d.planning.hardware import GIB
-from rlhf3d.planning.job import Job, Model
+from rlhf3d.planning.job import Job, Model, Run
 from rlhf3d.planning.states import ITEM_BYTES, States, chunk_sizes, model_states
 
 SLOTS = 2
@@ -167,18 +171,18 @@ def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[
 
     Of the stages between the first and the last, which hold as many layers, the first has most micro-batches in flight.
     """
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for number, seat in enumerate(job.seats):
-        served = job.on_gpu and job.colocated and number < job.engine_ranks
-        stages = [(group.name, rank // group.layout.stage_size) for group, rank in seat]
-        if not ends or all(pp in (0, 1, g.layout_config.pp - 1) for (_, pp), (g, _) in zip(stages, seat, strict=True)):
-            alike[served, *stages].append(number)
-    return [_training_seat(job, tuple(members), engine, bool(kind[0])) for kind, members in alike.items()]
+    alike: dict[tuple[object, ...], list[Run]] = defaultdict(list)
+    for run in job.runs:
+        stages = [(group, group.layout.coords(rank).pp) for group, rank in run.ranks]
+        if not ends or all(pp in (0, 1, group.layout.pp - 1) for group, pp in stages):
+            alike[run.served, *((group.name, pp) for group, pp in stages)].append(run)
+    return [_training_ranks(job, runs, engine) for runs in alike.values()]
 
 
-def _training_seat(job: Job, members: tuple[int, ...], engine: EngineMemory, served: bool) -> RankMemory:
-    """The first of them: replicas hold as much, give or take the padding of buffers."""
-    seat = job.seats[members[0]]
+def _training_ranks(job: Job, runs: Sequence[Run], engine: EngineMemory) -> RankMemory:
+    """The first of these devices: replicas hold as much, give or take the padding of buffers."""
+    seat, served = runs[0].ranks, runs[0].served
+    members = tuple(device for run in runs for device in run.devices)
     here = [(model, rank) for group, rank in seat for model in job.models if model.group == group]
     states = {
         model.role: model_states(
@@ -261,7 +265,7 @@ def _model_phases(
 
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
     """An engine rank on a device of its own."""
-    first = len(job.seats)
+    first = job.training_devices
     resident = {"vLLM": engine.total}
     buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)}
     phases = (PhaseMemory("generate", resident), PhaseMemory("sync_weights", resident | buckets))
@@ -292,7 +296,7 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         return HostMemory(phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB))
     per_node = min(job.cluster.devices_per_node, job.devices_needed)
     engines = min(per_node, job.engine_ranks)
-    trained = min(per_node, len(job.seats)) * len(job.seats[0])
+    trained = min(per_node, job.training_devices) * len(job.runs[0].ranks)
     terms = {
         "driver": int(DRIVER_GIB * GIB),
         "weight sync": shared,
@@ -322,11 +326,13 @@ def checkpoint_bytes(job: Job) -> int:
 
 def stored_elements(job: Job, model: Model) -> int:
     """Weights of a model that a checkpoint holds: each shard once."""
-    layout = model.layout
+    return _stored_elements(model.spec, model.layout, model.head, job.style)
+
+
+@cache
+def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
     chunks = [
-        chunk_sizes(model.spec, layout, pp, chunk, model.head, job.style)
-        for pp in range(layout.pp)
-        for chunk in range(layout.vpp)
+        chunk_sizes(spec, layout, pp, chunk, head, style) for pp in range(layout.pp) for chunk in range(layout.vpp)
     ]
     experts = sum(sum(chunk.experts) for chunk in chunks)
     return (sum(chunk.total for chunk in chunks) - experts) * layout.tp + experts * layout.ep

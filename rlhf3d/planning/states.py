@@ -62,6 +62,7 @@ class Sizes:
     """All elements."""
 
 
+@cache
 def chunk_sizes(
     spec: ModelSpec, layout: ParallelLayout, pp: int, chunk: int, head: Head, style: SpecStyle = "local"
 ) -> Sizes:
