@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.machine import cores
 from rlhf3d.placement.resources import Placement
-from rlhf3d.placement.waiting import WorkerFailure, gather
+from rlhf3d.placement.waiting import WorkerFailure, bounded, gather
 
 OBJECT_STORE_BYTES = 256 << 20
 END_S = 10.0
@@ -48,15 +48,16 @@ def ray_cluster(
     me = psutil.Process()
     others = set(me.children())
     if config.ray_address is None:
-        ray.init(
-            num_cpus=local_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with bounded("start Ray on this machine", config.startup_timeout_s):
+            ray.init(
+                num_cpus=local_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     else:
-        join(config.ray_address)
+        join(config.ray_address, config.startup_timeout_s)
         wait_for_nodes(config.num_nodes, config.startup_timeout_s)
     servers, gone = set(me.children()) - others, set(_lost_nodes())
     # After ray.init, which sets a handler of its own that exits without unwinding.
@@ -74,10 +75,11 @@ def ray_cluster(
         signal.signal(signal.SIGTERM, previous)
 
 
-def join(address: str) -> None:
+def join(address: str, timeout_s: float) -> None:
     """Connect to a running cluster. Raises ValueError when there is none."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with bounded(f"connect to Ray at {address}: its head there does not serve this driver", timeout_s):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, AuthenticationError) as error:
         raise ValueError(
             f"cluster.ray_address = {address}: no Ray cluster answers there ({error}); start one with `ray start "

@@ -5,8 +5,12 @@ Invariant: every wait has a deadline; its error names the phase, who was waited 
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -20,6 +24,26 @@ class WorkerFailure(RuntimeError):
 
     lost_touch: bool = False
     """Whether nothing is known but that another process does not answer: its node may be gone."""
+
+
+@contextmanager
+def bounded(what: str, timeout_s: float) -> Iterator[None]:
+    """End this process with `what` and exit code 1 when the block takes longer.
+
+    For calls into libraries that wait without a deadline and that no exception or signal gets out of.
+    """
+
+    def end() -> None:
+        print(f"{what}: no answer within {timeout_s:g} s (cluster.startup_timeout_s)", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> list[Any]:

@@ -1,0 +1,28 @@
+"""Waits that no exception gets out of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from rlhf3d.placement.waiting import bounded
+
+HANGS = """
+import ctypes
+from rlhf3d.placement.waiting import bounded
+with bounded("connect to nobody", 0.2):
+    ctypes.CDLL(None).sleep(60)  # lets other threads run, as Ray does while it waits
+"""
+
+
+def test_a_wait_within_its_time_changes_nothing() -> None:
+    with bounded("a moment", 0.1):
+        pass
+    time.sleep(0.2)
+
+
+def test_a_library_that_waits_for_ever_ends_the_process_with_what_it_waited_for() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert done.stderr == "connect to nobody: no answer within 0.2 s (cluster.startup_timeout_s)\n"
