@@ -23,7 +23,7 @@ VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors whose last rows may be padding."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)")
-_LINEAR = re.compile(r"(.*\.linear_\w+)\.weight")
+_WITH_EXTRA_STATE = re.compile(r"(.*\.(?:linear_\w+|\w+_layernorm))\.weight")
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class StoredModel:
         return found
 
     def extra_states(self) -> list[str]:
-        """Names of the (empty) objects that Megatron stores beside its linear layers and wants back."""
+        """Names of the (empty) objects that Megatron with Transformer Engine stores beside linear layers and norms, and
+        wants back."""
         return [
             f"{match[1]}._extra_state/shard_{lead}_{whole}"
             for slab in self.slabs
-            if (match := _LINEAR.fullmatch(slab.key))
-            for lead in [".".join(str(start) for start, _ in slab.box[: slab.lead])]
-            for whole in [".".join(map(str, self.shapes[slab.key][: slab.lead]))]
+            if (match := _WITH_EXTRA_STATE.fullmatch(slab.key))
+            for lead in [".".join(str(start) for start, _ in slab.box[: slab.lead]) or "0"]
+            for whole in [".".join(map(str, self.shapes[slab.key][: slab.lead])) or "1"]
         ]
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from transformers import AutoTokenizer
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
-from rlhf3d.config.derived import derive, resolve_dtypes, summary_lines
+from rlhf3d.config.derived import Derived, derive, resolve_dtypes, summary_lines
 from rlhf3d.config.groups import TRAINABLE
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
@@ -31,13 +31,13 @@ from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.report import make_report
 from rlhf3d.observability.samples import before_after, drop_samples
-from rlhf3d.parallel.platform import choose_platform
+from rlhf3d.parallel.platform import Platform, choose_platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
 from rlhf3d.placement.cluster_check import check_cluster
 from rlhf3d.placement.resources import engine_bundles, engine_threads, place, threads_of
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
-from rlhf3d.resharding.setup import sync_setup
+from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
@@ -77,7 +77,7 @@ def _run(config: Config, stopping: Stopping) -> int:
     )
     reward = make_reward(config, {*train_data.data_sources, *val_data.data_sources})
     derived = derive(config, len(train_data))
-    total_steps, layout = derived.total_steps, derived.layout
+    total_steps = derived.total_steps
     assert total_steps is not None
     spec = load_spec(config.model.path)
     config, found, notes = _start(config, spec, total_steps)
@@ -99,40 +99,7 @@ def _run(config: Config, stopping: Stopping) -> int:
         prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
         lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
         console.header(lines, total_steps, found.manifest.step if found else 0)
-        rollout_config = config.rollout
-        placement = place(
-            platform,
-            derived.groups,
-            rollout_config.engines,
-            rollout_config.tensor_parallel_size,
-            rollout_config.placement == "colocated",
-            1 if config.cluster.ray_address is None else config.cluster.num_nodes,
-        )
-        stack.enter_context(ray_cluster(config.cluster, placement.cpus, stopping.handle))
-        reserved = stack.enter_context(reserve(placement, config.cluster.startup_timeout_s))
-        check_cluster(config, reserved)
-        with console.phase("start"):
-            nodes, cores = nodes_of(reserved), cores_of(reserved, config.cluster.startup_timeout_s)
-            places = {name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()}
-            setup = sync_setup(config, spec, layout, platform, f"{os.getpid()}", places["actor"])
-            bundles = engine_bundles(placement, setup.plan)
-            threads = engine_threads(bundles, nodes, cores, rollout_config.threads)
-            arguments = _engine_arguments(config, platform.kind)
-            rollout = RolloutGroup(config.cluster, placement, reserved, bundles, threads, arguments)
-            groups = {
-                g.name: TrainGroup(
-                    config,
-                    g,
-                    placement,
-                    reserved,
-                    threads_of(places[g.name], cores, config.cluster.threads_per_rank),
-                    total_steps,
-                )
-                for g in derived.groups
-            }
-            for group in groups.values():
-                group.wait_ready()
-            rollout.wait_ready()
+        groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping)
         canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
         sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
         trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
@@ -168,12 +135,67 @@ def _run(config: Config, stopping: Stopping) -> int:
         if stopped is not None:
             console.done([f"stopped: {stopped}", f"checkpoint {checkpoints.last}", "the same command goes on from it"])
             return PREEMPTED
-        report = make_report(output)
-        before, after = before_after(output)
-        if before:
-            console.samples(before, after)
-        console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {checkpoints.last}"])
+        _show_results(output, console, checkpoints)
     return 0
+
+
+class _Processes(NamedTuple):
+    """What runs the models of a run."""
+
+    groups: dict[str, TrainGroup]
+    """Training ranks by worker group."""
+    rollout: RolloutGroup
+    setup: SyncSetup
+
+
+def _start_processes(
+    stack: ExitStack,
+    config: Config,
+    derived: Derived,
+    spec: ModelSpec,
+    platform: Platform,
+    console: Console,
+    stopping: Stopping,
+) -> _Processes:
+    """Join Ray, reserve the cluster's devices, check its nodes, start ranks and engines; `stack` ends them again."""
+    cluster, engines = config.cluster, config.rollout
+    placement = place(
+        platform,
+        derived.groups,
+        engines.engines,
+        engines.tensor_parallel_size,
+        engines.placement == "colocated",
+        1 if cluster.ray_address is None else cluster.num_nodes,
+    )
+    stack.enter_context(ray_cluster(cluster, placement.cpus, stopping.handle))
+    reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
+    check_cluster(config, reserved)
+    with console.phase("start"):
+        nodes, cores = nodes_of(reserved), cores_of(reserved, cluster.startup_timeout_s)
+        places = {name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()}
+        setup = sync_setup(config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"])
+        bundles = engine_bundles(placement, setup.plan)
+        threads = engine_threads(bundles, nodes, cores, engines.threads)
+        arguments = _engine_arguments(config, platform.kind)
+        rollout = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments)
+        assert derived.total_steps is not None
+        groups = {}
+        for group in derived.groups:
+            threads_here = threads_of(places[group.name], cores, cluster.threads_per_rank)
+            groups[group.name] = TrainGroup(config, group, placement, reserved, threads_here, derived.total_steps)
+        for started in groups.values():
+            started.wait_ready()
+        rollout.wait_ready()
+    return _Processes(groups, rollout, setup)
+
+
+def _show_results(output: Path, console: Console, checkpoints: CheckpointWriter) -> None:
+    """Report, curves, and answers before and after."""
+    report = make_report(output)
+    before, after = before_after(output)
+    if before:
+        console.samples(before, after)
+    console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {checkpoints.last}"])
 
 
 def _start(config: Config, spec: ModelSpec, total_steps: int) -> tuple[Config, Checkpoint | None, list[str]]:

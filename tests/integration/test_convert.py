@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import load_tensors, same_tensors
 from support.ranks import run_ranks
+from support.saving import load_and_save
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from rlhf3d.checkpoints.convert import Options, plan_conversion
 from rlhf3d.checkpoints.verify import VerifyError, verify
-from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
@@ -78,39 +78,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"critic": classifier(root / "critic", plain)}
 
 
-def load_and_save(rank: int, port: int, hf: Path, layout: ParallelLayout, role: Any, converted: Path, out: Path) -> int:
-    """Load what was converted, compare with what the engine loads from the HF folder, save it with optimizer state."""
-    from rlhf3d.checkpoints import sharded
-    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
-    from rlhf3d.parallel.megatron_init import initialize_megatron
-
-    initialize_megatron(layout, rank, 0, PLATFORM, timeout_s=60, master_port=port)
-    context = EngineContext(
-        spec=load_spec(hf),
-        layout=layout,
-        layout_config=LayoutConfig(sequence_parallel=layout.tp > 1),
-        rank=rank,
-        platform=PLATFORM,
-        dtype="float32",
-        device=torch.device("cpu"),
-        temperature=1.0,
-        total_steps=1,
-    )
-    engine = MegatronEngine(context, role, str(hf), OptimConfig())
-    expected = {name: param.detach().clone() for name, param in engine.params().items()}
-    for param in engine.params().values():
-        param.data.fill_(torch.nan)
-    sharded.load(converted, engine, optimizer=False)
-    for name, param in engine.params().items():
-        assert torch.equal(param, expected[name]), f"{name} of rank {rank}"
-    if rank == 0:
-        out.mkdir()
-    torch.distributed.barrier()
-    with ThreadPoolExecutor(1) as threads:
-        sharded.finish_save(sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60)
-    return len(expected)
-
-
 @pytest.mark.parametrize(
     ("name", "layout"), [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts], ids=str
 )
@@ -121,7 +88,7 @@ def test_megatron_loads_and_saves_what_is_converted(
     folder = "critic" if name == "critic" else "actor"
     converted = convert(hf, tmp_path / "converted") / folder
     saved = tmp_path / "saved"
-    assert all(run_ranks(layout.world_size, load_and_save, hf, layout, role, converted, saved))
+    assert all(run_ranks(layout.world_size, load_and_save, PLATFORM, hf, layout, role, converted, saved))
     assert same_tensors(load_tensors(convert(saved, tmp_path / "back", reference=hf)), load_tensors(hf))
 
 

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.saving import STEPS_BEFORE, train_and_save
+from support.checkpoints import load_tensors, same_tensors
+from support.saving import STEPS_BEFORE, load_and_save, train_and_save
 from support.te_runs import TransformerEnginePlatform
 from support.tiny_models import make_tiny_model
 from support.updates import PPO, SEQUENCES, Case, Update, assemble, compare, full_weights, one_process, run_updates
 
 import megatron_patches
+from rlhf3d.checkpoints.convert import Options, plan_conversion
+from rlhf3d.parallel.layout import ParallelLayout
 
 ROOT = Path(__file__).parents[2]
 TE = TransformerEnginePlatform("test")
@@ -31,6 +34,7 @@ UPDATES = [
     (Case(dp=2, ep=2, model="experts", platform=TE), False),
     (Case(tp=2, ep=2, sp=True, recompute="full", model="experts", platform=TE), True),
 ]
+CONVERTED = {"heads4": ParallelLayout(tp=2, pp=2), "experts": ParallelLayout(dp=2, ep=2)}
 SAVED = [Case(tp=2, dp=2, platform=TE), Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE)]
 
 
@@ -45,9 +49,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def convert(source: Path, destination: Path, **options: Path) -> Path:
+    plan_conversion(source, destination, Options(**options)).run()
+    return destination
+
+
 @pytest.fixture(scope="module")
-def computed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list:
-    """What the ranks return: of each update, and of each model that is saved, then of the same one resumed."""
+def converted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Of a model: the Megatron checkpoint that its folder was converted to, and where ranks save what they loaded."""
+    root = tmp_path_factory.mktemp("converted")
+    return {name: (convert(folders[name], root / name) / "actor", root / f"{name} saved") for name in CONVERTED}
+
+
+@pytest.fixture(scope="module")
+def computed(
+    folders: dict[str, Path], converted: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> list:
+    """What the ranks return: of each update; of each model that is saved, and of the same one resumed; of each that is
+    converted."""
     folder = tmp_path_factory.mktemp("te")
     jobs: list[tuple] = []
     for case, packed in UPDATES:
@@ -57,6 +76,8 @@ def computed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         size, saved = case.layout.world_size, folder / f"saved{number}"
         jobs.append((size, train_and_save, (case, folders[case.model], None, saved, STEPS_BEFORE)))
         jobs.append((size, train_and_save, (case, folders[case.model], saved, None, 0)))
+    for name, layout in CONVERTED.items():
+        jobs.append((layout.world_size, load_and_save, (TE, folders[name], layout, "policy", *converted[name])))
     torch.save(jobs, folder / "jobs.pt")
     command = [sys.executable, "-m", "support.te_runs", ROOT / ".venv/te", folder / "jobs.pt", folder / "results.pt"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -88,3 +109,13 @@ def test_goes_on_exactly_with_the_fused_optimizer(number: int, computed: list) -
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert resumed[0][role]["curve"] == whole[0][role]["curve"]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.usefixtures("computed")
+def test_converted_weights_come_back_to_the_bit(
+    name: str, folders: dict[str, Path], converted: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The ranks that loaded and saved them in between compared each of their weights."""
+    back = convert(converted[name][1], tmp_path / "back", reference=folders[name])
+    assert same_tensors(load_tensors(back), load_tensors(folders[name]))

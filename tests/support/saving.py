@@ -1,4 +1,4 @@
-"""A model that trains, is saved while it trains on, or goes on from what was saved.
+"""A model that trains, is saved while it trains on, or goes on from what was saved or converted.
 
 Invariant: what is saved is the state before the updates that run beside the save.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 from support.updates import MAX_RESPONSE_TOKENS, PPO, SEQUENCES, Case, join, make_batch
 
 from rlhf3d.batching.dispatch import split_update
 from rlhf3d.config.derived import UpdatePlan
-from rlhf3d.config.schema import OptimConfig
+from rlhf3d.config.schema import LayoutConfig, OptimConfig
+from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
 
 STEPS_BEFORE, STEPS_AFTER = 2, 2
 
@@ -61,3 +64,46 @@ def train_and_save(
 def same_world(folder: Path) -> bool:
     """Whether the checkpoint is of as many ranks as this one's world."""
     return torch.load(folder / "common.pt", weights_only=False)["world_size"] == torch.distributed.get_world_size()
+
+
+def load_and_save(
+    rank: int,
+    port: int,
+    platform: CPUPlatform,
+    hf: Path,
+    layout: ParallelLayout,
+    role: Literal["policy", "value"],
+    converted: Path,
+    out: Path,
+) -> int:
+    """Load what was converted, compare with what the engine loads from the HF folder, save it with optimizer state."""
+    from rlhf3d.checkpoints import sharded
+    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
+    from rlhf3d.models.spec import load_spec
+    from rlhf3d.parallel.megatron_init import initialize_megatron
+
+    initialize_megatron(layout, rank, 0, platform, timeout_s=60, master_port=port)
+    context = EngineContext(
+        spec=load_spec(hf),
+        layout=layout,
+        layout_config=LayoutConfig(sequence_parallel=layout.tp > 1),
+        rank=rank,
+        platform=platform,
+        dtype="float32",
+        device=torch.device("cpu"),
+        temperature=1.0,
+        total_steps=1,
+    )
+    engine = MegatronEngine(context, role, str(hf), OptimConfig())
+    expected = {name: param.detach().clone() for name, param in engine.params().items()}
+    for param in engine.params().values():
+        param.data.fill_(torch.nan)
+    sharded.load(converted, engine, optimizer=False)
+    for name, param in engine.params().items():
+        assert torch.equal(param, expected[name]), f"{name} of rank {rank}"
+    if rank == 0:
+        out.mkdir()
+    torch.distributed.barrier()
+    with ThreadPoolExecutor(1) as threads:
+        sharded.finish_save(sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60)
+    return len(expected)

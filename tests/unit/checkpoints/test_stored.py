@@ -46,7 +46,9 @@ def test_keys_by_hand() -> None:
     assert sparse.shapes["decoder.layers.pre_mlp_layernorm.weight"] == (2, 8)
     assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.3_2.4" in sparse.extra_states()
     assert "decoder.layers.self_attention.linear_proj._extra_state/shard_3_4" in dense.extra_states()
-    assert len(sparse.extra_states()) == 2 * (2 + 2 * 4)
+    assert "decoder.layers.self_attention.q_layernorm._extra_state/shard_0_2" in sparse.extra_states()
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in sparse.extra_states()
+    assert len(sparse.extra_states()) == 1 + 2 * (2 + 3 + 2 * 4)
 
 
 def test_differences_lists_all() -> None:
