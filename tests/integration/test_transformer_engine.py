@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import load_tensors, same_tensors
+from support.ranks import run_ranks
 from support.saving import STEPS_BEFORE, load_and_save, train_and_save
 from support.te_runs import TransformerEnginePlatform
 from support.tiny_models import make_tiny_model
@@ -26,16 +27,23 @@ from rlhf3d.parallel.layout import ParallelLayout
 
 ROOT = Path(__file__).parents[2]
 TE = TransformerEnginePlatform("test")
-UPDATES = [
-    (Case(platform=TE), False),
-    (Case(tp=2, pp=2, sp=True, recompute="selective", platform=TE), False),
-    (Case(dp=2, overlap=True, gather=True, model="normed", platform=TE), True),
-    (Case(tp=2, sp=True, offload=True, model="normed", platform=TE), True),
-    (Case(dp=2, ep=2, model="experts", platform=TE), False),
-    (Case(tp=2, ep=2, sp=True, recompute="full", model="experts", platform=TE), True),
-]
+UPDATES = {
+    str(case) + " packed" * packed: (case, packed)
+    for case, packed in (
+        (Case(platform=TE), False),
+        (Case(tp=2, pp=2, sp=True, recompute="selective", platform=TE), False),
+        (Case(dp=2, overlap=True, gather=True, model="normed", platform=TE), True),
+        (Case(tp=2, sp=True, offload=True, model="normed", platform=TE), True),
+        (Case(dp=2, ep=2, model="experts", platform=TE), False),
+        (Case(tp=2, ep=2, sp=True, recompute="full", model="experts", platform=TE), True),
+    )
+}
+SAVED = {
+    str(case): case
+    for case in (Case(tp=2, dp=2, platform=TE), Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE))
+}
+LOCAL = Case(pp=2)
 CONVERTED = {"heads4": ParallelLayout(tp=2, pp=2), "experts": ParallelLayout(dp=2, ep=2)}
-SAVED = [Case(tp=2, dp=2, platform=TE), Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE)]
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +70,47 @@ def converted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def local(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """A checkpoint of Megatron's local layers, and what its ranks return."""
+    megatron_patches.apply("cpu")
+    import rlhf3d.checkpoints.sharded
+    import rlhf3d.engine.megatron_engine  # noqa: F401
+
+    saved = tmp_path_factory.mktemp("local") / "saved"
+    return saved, run_ranks(2, train_and_save, LOCAL, folders[LOCAL.model], None, saved, STEPS_BEFORE)
+
+
+@pytest.fixture(scope="module")
 def computed(
-    folders: dict[str, Path], converted: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> list:
-    """What the ranks return: of each update; of each model that is saved, and of the same one resumed; of each that is
-    converted."""
+    folders: dict[str, Path],
+    converted: dict[str, tuple[Path, Path]],
+    local: tuple[Path, list],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, list]:
+    """What the ranks of all jobs return."""
     folder = tmp_path_factory.mktemp("te")
-    jobs: list[tuple] = []
-    for case, packed in UPDATES:
+    jobs: dict[str, tuple] = {}
+    for name, (case, packed) in UPDATES.items():
         updates = {role: Update(replace(case.fixed, packed=packed), objective) for role, objective in PPO.items()}
-        jobs.append((case.layout.world_size, run_updates, (case, folders[case.model], updates)))
-    for number, case in enumerate(SAVED):
-        size, saved = case.layout.world_size, folder / f"saved{number}"
-        jobs.append((size, train_and_save, (case, folders[case.model], None, saved, STEPS_BEFORE)))
-        jobs.append((size, train_and_save, (case, folders[case.model], saved, None, 0)))
+        jobs[name] = (case.layout.world_size, run_updates, (case, folders[case.model], updates))
+    for name, case in SAVED.items():
+        size, model, saved = case.layout.world_size, folders[case.model], folder / name
+        jobs[f"whole {name}"] = (size, train_and_save, (case, model, None, saved, STEPS_BEFORE))
+        jobs[f"resumed {name}"] = (size, train_and_save, (case, model, saved, None, 0))
+    jobs["from local"] = (1, train_and_save, (Case(platform=TE), folders[LOCAL.model], local[0], None, 0))
     for name, layout in CONVERTED.items():
-        jobs.append((layout.world_size, load_and_save, (TE, folders[name], layout, "policy", *converted[name])))
+        jobs[f"converted {name}"] = (
+            layout.world_size,
+            load_and_save,
+            (TE, folders[name], layout, "policy", *converted[name]),
+        )
     torch.save(jobs, folder / "jobs.pt")
     command = [sys.executable, "-m", "support.te_runs", ROOT / ".venv/te", folder / "jobs.pt", folder / "results.pt"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
-    return torch.load(folder / "results.pt", weights_only=False)
+    results: dict[str, list] = torch.load(folder / "results.pt", weights_only=False)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +120,35 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
     return {name: one_process(folder, PPO, SEQUENCES // 2) for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize("number", range(len(UPDATES)), ids=[str(case) for case, _ in UPDATES])
-def test_updates_are_those_of_the_local_layers(number: int, computed: list, references: dict[str, dict]) -> None:
-    case, _ = UPDATES[number]
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_are_those_of_the_local_layers(name: str, computed: dict, references: dict[str, dict]) -> None:
+    case, _ = UPDATES[name]
     for role in PPO:
-        metric, norm, weight = compare(assemble(case, computed[number], role), references[case.model][role])
-        print(f"TE {case} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+        metric, norm, weight = compare(assemble(case, computed[name], role), references[case.model][role])
+        print(f"TE {name} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
 
 
-@pytest.mark.parametrize("number", range(len(SAVED)), ids=[str(case) for case in SAVED])
-def test_goes_on_exactly_with_the_fused_optimizer(number: int, computed: list) -> None:
-    whole, resumed = computed[len(UPDATES) + 2 * number :][:2]
+def largest_difference(ours: list, theirs: list, role: str) -> float:
+    """Of weights after the last update."""
+    mine, other = (full_weights([result[role]["weights"] for result in results]) for results in (ours, theirs))
+    assert mine.keys() == other.keys()
+    return max(float((mine[name] - other[name]).abs().max()) for name in other)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_goes_on_exactly_with_the_fused_optimizer(name: str, computed: dict) -> None:
+    whole, resumed = computed[f"whole {name}"], computed[f"resumed {name}"]
     for role in PPO:
-        ours, theirs = (full_weights([r[role]["weights"] for r in found]) for found in (resumed, whole))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert largest_difference(resumed, whole, role) == 0
         assert resumed[0][role]["curve"] == whole[0][role]["curve"]
+
+
+def test_goes_on_from_what_local_layers_saved(computed: dict, local: tuple[Path, list]) -> None:
+    """A run can be moved from CPU ranks to GPUs."""
+    for role in PPO:
+        worst = largest_difference(computed["from local"], local[1], role)
+        print(f"TE from local layers, {role}: weights {worst:.1e}")
+        assert worst < 1e-5
 
 
 @pytest.mark.parametrize("name", CONVERTED)

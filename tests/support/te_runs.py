@@ -1,8 +1,8 @@
 """What Transformer Engine's layers compute on CPU ranks: `python -m support.te_runs FOLDER JOBS RESULTS`.
 
 Invariant: Transformer Engine is in this process alone, and in the ranks forked from it: Megatron uses it wherever it
-is found. FOLDER holds its sources; JOBS and RESULTS are lists of (world size, function, arguments) and of what the
-ranks return, as torch saves them.
+is found. FOLDER holds its sources; JOBS are (world size, function, arguments) by name, and RESULTS what the ranks
+return, as torch saves them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main(folder: str, jobs: str, results: str) -> None:
     import rlhf3d.engine.megatron_engine
     import rlhf3d.parallel.megatron_init  # noqa: F401
 
-    torch.save([run_ranks(size, run, *args) for size, run, args in torch.load(jobs, weights_only=False)], results)
+    wanted = torch.load(jobs, weights_only=False)
+    torch.save({name: run_ranks(size, run, *args) for name, (size, run, args) in wanted.items()}, results)
 
 
 if __name__ == "__main__":
