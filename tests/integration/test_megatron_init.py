@@ -36,6 +36,7 @@ def coordinates(rank: int, port: int, layout: ParallelLayout) -> tuple[int, ...]
         mpu.get_pipeline_model_parallel_rank(),
         mpu.get_data_parallel_rank(),
         mpu.get_expert_model_parallel_rank(),
+        mpu.get_context_parallel_rank(),
     )
     return *own, int(total)
 
@@ -48,6 +49,7 @@ def coordinates(rank: int, port: int, layout: ParallelLayout) -> tuple[int, ...]
         ParallelLayout(1, 2, 2, vpp=2),
         ParallelLayout(2, 2, 2, ep=2),
         ParallelLayout(2, 1, 4, ep=4),
+        ParallelLayout(2, 1, 2, cp=2),
     ],
     ids=str,
 )
@@ -55,7 +57,7 @@ def test_ranks_are_where_the_layout_says(layout: ParallelLayout) -> None:
     for rank, (*own, total) in enumerate(run_ranks(layout.world_size, coordinates, layout)):
         place = layout.coords(rank)
         assert tuple(own) == astuple(place)
-        assert total == sum(layout.rank(place.tp, place.pp, d) for d in range(layout.dp))
+        assert total == sum(layout.rank(place.tp, place.pp, d, place.cp) for d in range(layout.dp))
 
 
 def twice(rank: int, port: int, second_port: int) -> list[float]:
