@@ -77,8 +77,8 @@ CASES = [
 
 
 BATCHING_CASES = [
-    Case(dp=3, overlap=True, gather=True, micro_batch_size=2, recompute="full", model="shallow"),
-    Case(pp=2, dp=2, vpp=2, overlap=True, gather=True, micro_batch_size=3, model="shallow"),
+    Case(dp=3, micro_batch_size=2, recompute="full", model="shallow"),
+    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, ep=2, sp=True, micro_batch_size=3, model="experts"),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="shallow"),
     Case(tp=2, dp=2, cp=2, sp=True, micro_batch_size=3, model="shallow"),
