@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -161,12 +163,14 @@ def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
 def test_interrupt_ends_everything(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), "trainer.total_training_steps=10000"]
-    with subprocess.Popen(command, env=MARKED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs are made deaf to it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=MARKED, preexec_fn=listening, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if line.startswith("step "):
                 break
-        os.kill(process.pid, 2)
+        os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert "interrupted" in process.stderr.read()
     assert left_behind() == set()
