@@ -11,6 +11,7 @@ import ray
 
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import ray_cluster, reserve
+from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import WorkerFailure, gather, stream
 
 
@@ -92,7 +93,8 @@ def test_a_node_is_suspected_where_only_a_lost_peer_is_known(workers: list) -> N
 
 
 def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
-    with pytest.raises(ValueError, match="the run needs 9 bundles"), reserve([{"CPU": 1.0}] * 9, timeout_s=2):
+    too_many = Placement([{"CPU": 1.0}] * 9, "PACK", {}, [[bundle] for bundle in range(9)], {})
+    with pytest.raises(ValueError, match=r"the run needs 9 x \(1 CPU\), but after 2 s"), reserve(too_many, timeout_s=2):
         pass
 
 
