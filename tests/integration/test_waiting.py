@@ -77,6 +77,7 @@ def test_a_stream_has_a_deadline(workers: list) -> None:
         list(stream("generate", streams, 1))
     ray.kill(workers[0])
     workers[0] = ray.remote(Worker).options(num_cpus=1, max_restarts=0).remote()
+    ray.get(workers[0].answer.remote(0))  # the next test's calls are not to wait for its start
 
 
 def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
