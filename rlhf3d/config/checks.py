@@ -227,13 +227,18 @@ def _check_layout(group: WorkerGroup) -> list[str]:
 
 
 def _check_devices(config: Config) -> list[str]:
-    """On GPUs: what has devices of its own, one after the other, and engines beside the actor."""
+    """On GPUs: what has devices of its own, one after the other, engines beside the actor, and kernels' wishes."""
     cluster, rollout = config.cluster, config.rollout
     if cluster.platform != "cuda":
         return []
     gpus, terms = cluster.num_nodes * cluster.gpus_per_node, device_terms(config)
     needed, ranks = sum(count for _, count in terms), rollout.engines * rollout.tensor_parallel_size
-    problems = []
+    problems = [
+        f"{group.key}.cp = {group.layout.cp} with model.dtype = float32: Transformer Engine's context-parallel "
+        "attention is for bfloat16; set model.dtype=bfloat16, or cp=1"
+        for group in worker_groups(config)
+        if group.layout.cp > 1 and config.model.dtype == "float32"
+    ]
     if needed > gpus:
         total = "" if len(terms) == 1 else f" = {needed} GPUs"
         problems.append(

@@ -34,7 +34,9 @@ def bounded(what: str, timeout_s: float) -> Iterator[None]:
     """
 
     def end() -> None:
-        print(f"{what}: no answer within {timeout_s:g} s (cluster.startup_timeout_s)", file=sys.stderr, flush=True)
+        remedy = "raise it, or see in Ray's own logs what keeps it"
+        text = f"{what}: no answer within {timeout_s:g} s (cluster.startup_timeout_s); {remedy}"
+        print(text, file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(timeout_s, end)

@@ -88,6 +88,11 @@ def test_good_configuration_passes() -> None:
             "data.max_response_length 512, rounded up to a multiple of 2 x actor.layout.cp x actor.layout.tp = 12 = "
             "1032 tokens; set 1032 or more",
         ),
+        (
+            ["actor.layout.cp=2", "cluster={platform: cuda, gpus_per_node: 8}", "model.dtype=float32"],
+            "actor.layout.cp = 2 with model.dtype = float32: Transformer Engine's context-parallel attention is for "
+            "bfloat16; set model.dtype=bfloat16, or cp=1",
+        ),
         (["actor.layout.vpp=2"], "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null"),
         (
             ["actor.layout.sequence_parallel=true"],

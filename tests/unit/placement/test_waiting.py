@@ -25,4 +25,6 @@ def test_a_wait_within_its_time_changes_nothing() -> None:
 def test_a_library_that_waits_for_ever_ends_the_process_with_what_it_waited_for() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
-    assert done.stderr == "connect to nobody: no answer within 0.2 s (cluster.startup_timeout_s)\n"
+    assert done.stderr.startswith(
+        "connect to nobody: no answer within 0.2 s (cluster.startup_timeout_s); raise it, or "
+    )
