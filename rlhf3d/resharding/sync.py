@@ -85,8 +85,8 @@ class WeightSync:
         }
         every = self.config.canary_every
         if self.syncs < self.config.canary_steps or (every and self.syncs % every == 0):
+            self._check_prefix_cache()  # first: the canary's own prompts go into the cache
             metrics["sync/canary_abs_diff"] = self._check_canary()
-            self._check_prefix_cache()
         self.rollout.publish(version)
         self.served_version = version
         self.syncs += 1

@@ -46,20 +46,22 @@ class Train:
 
 
 class Rollout:
-    """One engine that notes what was published."""
+    """One engine that notes what was published; scoring puts a block that served prompts share into its prefix cache."""
 
     def __init__(self) -> None:
-        self.cached, self.published, self.scored = 0, [], 0
+        self.cached, self.stale, self.published, self.scored = 0, 0, [], 0
         self.report: SyncReport | Exception = SyncReport(0, 30, 0.0, 0.0, 0.0)
 
     def start_open_weights(self, *args: Any) -> dict[str, Any]:
         return {"engine 0": None}
 
     def start_update_weights(self, version: int, sync: int) -> dict[str, Any]:
+        self.cached = self.stale
         return {"engine 0": self.report}
 
     def score(self, sequences: Any, temperature: float) -> list[list[list[float]]]:
         self.scored += 1
+        self.cached += 16
         return [[[-1.0, -2.0]]]
 
     def cached_tokens(self) -> list[int]:
@@ -121,7 +123,7 @@ def test_nan_is_disagreement(parts: tuple[WeightSync, Train, Rollout]) -> None:
 
 def test_stale_prefix_cache_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, _, rollout = parts
-    rollout.cached = 128
+    rollout.stale = 128
     with pytest.raises(CanaryError, match="engine 0 still took 128 tokens of a prompt from its prefix cache"):
         sync.run()
     assert rollout.published == [] and sync.needed
