@@ -129,7 +129,8 @@ def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """(s - mean) / (std + 1e-6) within the group (arXiv 2402.03300), std with ddof 1.
 
-    A group of one has mean 0 and std 1. Without `norm_by_std`: s - mean, Dr.GRPO (arXiv 2503.20783).
+    A lone response has nothing to be compared with and gets 0 (verl's keeps its score).
+    Without `norm_by_std`: s - mean, Dr.GRPO (arXiv 2503.20783).
     """
     scores, counted = _outcomes(inputs)
     centred, size = _centred(scores, counted, inputs.group_ids)
@@ -141,7 +142,7 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @register_advantage("rloo")
 def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus the mean of the group's other scores (arXiv 2402.14740); a group of one keeps s."""
+    """s minus the mean of the group's other scores (arXiv 2402.14740); a lone response gets 0."""
     scores, counted = _outcomes(inputs)
     centred, size = _centred(scores, counted, inputs.group_ids)
     return _on_every_token(centred * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs)
@@ -179,13 +180,14 @@ def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @register_advantage("opo")
 def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a group of one keeps s."""
+    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a lone response gets 0."""
     scores, counted = _outcomes(inputs)
     lengths = inputs.response_mask.bool().sum(-1).double()
     weighted = group_sum(scores * lengths, inputs.group_ids)
     baseline = weighted / group_sum(lengths, inputs.group_ids).clamp(min=1)
     size = group_sum(counted, inputs.group_ids)
-    return _on_every_token(scores - torch.where(size > 1, baseline, 0.0), inputs)
+    # A lone score less its own weighted mean is 0 but for rounding.
+    return _on_every_token(torch.where(size > 1, scores - baseline, 0.0), inputs)
 
 
 def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
@@ -195,10 +197,9 @@ def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 
 def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Score minus group mean [N] (mean 0 for a group of one) and group size [N], over non-empty responses."""
+    """Score minus group mean [N], exactly 0 in a group of one, and group size [N]; non-empty responses count."""
     size = group_sum(counted, group_ids)
-    mean = group_sum(scores, group_ids) / size.clamp(min=1)
-    return scores - torch.where(size > 1, mean, 0.0), size
+    return scores - group_sum(scores, group_ids) / size.clamp(min=1), size
 
 
 def _on_every_token(advantage: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ With r = π_old / π_rollout of each token (training engine over rollout engine,
   (TIS, https://fengyao.notion.site/off-policy-rl; sequence level: https://richardli.xyz/rl-collapse), or masked,
   r inside [low, high] and 0 outside (IcePop, https://ringtech.notion.site/icepop);
 * rejection (`rollout_rs`) takes tokens or whole sequences out of the loss's mask: they are in neither the
-  numerator nor the divisor, which counts what is left.
+  numerator nor the divisor, which counts what is left. Bounds of k1 are bounds of r, as verl's theory page has
+  it; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high) is to be inverted when it is
+  brought over: verl's 0.5_4.0 is 0.25_2.0 here.
 
 Invariant: both are functions of the whole batch, computed once before the update, so no cut of the batch changes
 them; statistics are over non-empty sequences. Names are verl's.
@@ -138,8 +140,10 @@ def importance_weights(
     """(weights [N, R], 0 outside the mask; statistics), all arguments [N, R].
 
     token: r_t of each token. sequence: the product of the sequence's ratios, on each of its tokens. Logs of ratios
-    are clamped to ±20. The effective sample size is Kish's, (Σw)² / (n Σw²), of the weights applied, over the
-    tokens or the sequences: 1 when all are equal.
+    are clamped to ±20. The statistics are verl's: mean, min and max of the ratios before the threshold; standard
+    deviation and effective sample size (Kish's, (Σw)² / (n Σw²): 1 when all are equal) of the ratios clamped to
+    [low, high], where low is 1/high for a single threshold; shares of ratios outside. Mean, deviation and sample
+    size are over tokens, the others over tokens or sequences, as the level says.
     """
     assert settings.is_level in IS_LEVELS, settings.is_level
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
@@ -151,18 +155,10 @@ def importance_weights(
     ratio = logs.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     low, high = settings.is_bounds.low, settings.is_bounds.high
     weights = ratio.clamp(max=high) if low == 0 else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
-    raw, applied = ratio[counted], weights[counted]
-    mean = float(applied.mean())
-    metrics = {
-        "rollout_is_mean": mean,
-        "rollout_is_std": float(applied.std(unbiased=False)),
-        "rollout_is_max": float(raw.max()),
-        "rollout_is_min": float(raw.min()),
-        "rollout_is_ratio_fraction_high": float((raw > high).double().mean()),
-        "rollout_is_ratio_fraction_low": float((raw < low).double().mean()),
-        "rollout_is_eff_sample_size": effective_sample_size(applied),
-    }
+    on_tokens = ratio if settings.is_level == "token" else ratio[:, None].expand_as(log_ratio)
+    metrics = _ratio_metrics(ratio[counted], on_tokens[mask.bool()], low or 1 / high, high)
     if settings.batch_normalize:
+        mean = float(weights[counted].mean())
         if mean == 0:
             raise ValueError(
                 f"{_SECTION}: every weight of the batch is 0, so it has no mean to divide by; widen "
@@ -172,6 +168,20 @@ def importance_weights(
         metrics["rollout_is_batch_norm_factor"] = mean
     on_tokens = weights if settings.is_level == "token" else weights[:, None].expand_as(log_ratio)
     return zero_outside(on_tokens, mask).to(old_logprobs.dtype), metrics
+
+
+def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -> dict[str, float]:
+    """Statistics of the `ratios` [n] of tokens or sequences, and of each token's, `on_tokens` [t]."""
+    clamped = on_tokens.clamp(low, high)
+    return {
+        "rollout_is_mean": float(on_tokens.mean()),
+        "rollout_is_std": float(clamped.std(unbiased=False)),
+        "rollout_is_max": float(ratios.max()),
+        "rollout_is_min": float(ratios.min()),
+        "rollout_is_ratio_fraction_high": float((ratios > high).double().mean()),
+        "rollout_is_ratio_fraction_low": float((ratios < low).double().mean()),
+        "rollout_is_eff_sample_size": effective_sample_size(clamped),
+    }
 
 
 def effective_sample_size(weights: Tensor) -> float:

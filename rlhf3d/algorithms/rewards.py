@@ -36,8 +36,8 @@ def apply_kl_penalty(
 ) -> tuple[Tensor, float]:
     """(token rewards - coef x KL per token [N, R], mean KL, nats a token).
 
-    The mean, which the adaptive controller follows, is over non-empty sequences of their token means (as in
-    verl), 0 without any.
+    The mean, which the adaptive controller follows, is over non-empty sequences of their token means, 0
+    without any. (verl's counts an empty sequence as one with KL 0.)
     """
     kl = kl_estimate(logp, ref_logp, kind, mask)
     mean_kl = masked_mean(masked_mean(kl, mask, dim=-1), mask.bool().any(-1))

@@ -21,8 +21,11 @@ from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_s
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
 POLICY_LOSSES = ("vanilla", "gspo", "cispo", "pg")
-KL_TYPES = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "kl+", "abs+", "k2+", "k3+", "low_var_kl+")
-LOSS_AGG_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+_KL_ESTIMATORS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
+KL_TYPES = (*_KL_ESTIMATORS, *(f"{name}+" for name in _KL_ESTIMATORS))
+LOSS_AGG_MODES = (
+    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
+)  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float32")
 PLACEMENTS = ("colocated", "disaggregated")
 ONE_OF: dict[str, tuple[str, ...]] = {

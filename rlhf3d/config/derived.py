@@ -44,6 +44,8 @@ class Derived:
     """The worker groups, the actor's first."""
     world_size: int
     """Ranks of all worker groups."""
+    devices: int
+    """GPUs of the run, dedicated engines and groups included; on CPU, what would be its GPUs."""
     engine_ranks: int
     """vLLM ranks: engines x tensor_parallel_size."""
     sequences_per_step: int
@@ -77,10 +79,16 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"data.train_files hold {train_rows} usable prompts, fewer than data.train_batch_size = "
             f"{config.data.train_batch_size}: lower it or add prompts"
         )
+    engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
+    actor, *others = groups
+    dedicated = sum(group.layout.world_size for group in others if not group.colocated)
+    if config.rollout.placement == "disaggregated":
+        dedicated += engine_ranks
     return Derived(
         groups=groups,
         world_size=sum(group.layout.world_size for group in groups),
-        engine_ranks=config.rollout.engines * config.rollout.tensor_parallel_size,
+        devices=actor.layout.world_size + dedicated,
+        engine_ranks=engine_ranks,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
         actor=_update_plan(config, actor_batching(config), config.actor.layout),
@@ -191,7 +199,18 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         f"{config.actor.loss_agg_mode}{_algorithm_extras(config)}",
         f"validate   {', '.join(validation) if data.val_files else 'never (data.val_files is empty)'}",
         f"run        {run}, seed {trainer.seed}, written to {trainer.output_dir}",
+        *_warning_lines(config),
     ]
+
+
+def _warning_lines(config: Config) -> list[str]:
+    """Settings that are valid together and are rarely meant."""
+    if config.actor.policy_loss == "gspo" and config.actor.loss_agg_mode != "seq-mean-token-mean":
+        return [
+            f"warning    actor.policy_loss = gspo with actor.loss_agg_mode = {config.actor.loss_agg_mode}: long "
+            "responses weigh more; GSPO's paper and verl use seq-mean-token-mean"
+        ]
+    return []
 
 
 def _group_line(group: WorkerGroup) -> str:

@@ -160,7 +160,7 @@ class ActorConfig:
     kl_loss_type: str = "low_var_kl"
     """KL estimator: k1, abs, k2, k3 or low_var_kl; with a + behind it, its value and k2's gradient (k3+ …)."""
     loss_agg_mode: str = "token-mean"
-    """token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm."""
+    """token-mean, token-sum, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm."""
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def _spread(name: str, values: Tensor) -> dict[str, float]:
     }
 
 
-def rollout_metrics(scored: Scored, n: int, overlong: bool) -> dict[str, float]:
+def rollout_metrics(scored: Scored, n: int, overlong: bool, max_response_length: int) -> dict[str, float]:
     """Figures of what was generated and what it is worth; `overlong`: with those of the overlong penalty."""
-    metrics = score_metrics(scored, n) | length_metrics(scored.experience)
+    metrics = score_metrics(scored, n) | length_metrics(scored.experience, max_response_length)
     if overlong:
         penalty = scored.rewards - torch.tensor([s.value for s in scored.scores])
         metrics["reward/overlong_penalty/mean"] = penalty.mean().item()
@@ -52,7 +52,7 @@ def rollout_metrics(scored: Scored, n: int, overlong: bool) -> dict[str, float]:
 def score_metrics(scored: Scored, n: int) -> dict[str, float]:
     """Score statistics, the count of each outcome, and the share of prompts whose completions differ in reward."""
     outcomes = Counter(s.outcome for s in scored.scores)
-    metrics = _spread("critic/score", scored.rewards)
+    metrics = _spread("critic/score", scored.rewards[scored.written])
     for outcome in Outcome:
         metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
     metrics |= reward_model_metrics(scored.scores)
@@ -75,13 +75,18 @@ def reward_model_metrics(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def length_metrics(experience: Experience) -> dict[str, float]:
-    """Token counts, the share cut off at the limit, and the share of empty responses."""
+def length_metrics(experience: Experience, max_response_length: int) -> dict[str, float]:
+    """Token counts, shares of responses as long as allowed, of those cut off there, of empty ones.
+
+    A response whose end token is the last one allowed is as long as allowed and not cut off.
+    """
     lengths = torch.tensor([float(len(c.token_ids)) for c in experience.completions])
     prompts = torch.tensor([float(len(p.prompt_ids)) for p in experience.prompts])
+    cut_off = sum(c.finish_reason == "length" for c in experience.completions)
     return {
         **_spread("response_length", lengths),
-        "response_length/clip_ratio": sum(c.finish_reason == "length" for c in experience.completions) / len(lengths),
+        "response_length/clip_ratio": (lengths == max_response_length).float().mean().item(),
+        "response/truncated_ratio": cut_off / len(lengths),
         "response/aborted_ratio": (lengths == 0).float().mean().item(),
         **_spread("prompt_length", prompts),
         "perf/total_num_tokens": float((lengths + prompts).sum()),
@@ -93,7 +98,7 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     """Reward, advantage, return and value statistics, and how far engine and trainer disagree on the samples."""
     mask = batch["response_mask"].bool()
     metrics = {
-        **_spread("critic/rewards", batch["token_level_rewards"].sum(-1)),
+        **_spread("critic/rewards", batch["token_level_rewards"].sum(-1)[mask.any(-1)]),
         **_spread("critic/advantages", batch["advantages"][mask]),
         **_spread("critic/returns", batch["returns"][mask]),
     }
@@ -106,8 +111,8 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}
 
 
-def throughput_metrics(metrics: dict[str, float], ranks: int) -> dict[str, float]:
-    """Tokens a second of a step: of all phases together (a rank's share, as in verl), and of generation alone.
+def throughput_metrics(metrics: dict[str, float], devices: int) -> dict[str, float]:
+    """Tokens a second of a step: of all phases together (per device, as in verl), and of generation alone.
 
     Generation counts what dynamic sampling left out as well.
     """
@@ -115,6 +120,6 @@ def throughput_metrics(metrics: dict[str, float], ranks: int) -> dict[str, float
     generated = metrics.get("perf/generated_tokens", metrics["perf/response_tokens"])
     return {
         "perf/time_per_step": step_s,
-        "perf/throughput": metrics["perf/total_num_tokens"] / step_s / ranks,
+        "perf/throughput": metrics["perf/total_num_tokens"] / step_s / devices,
         "perf/generate_tokens_per_s": generated / max(metrics["timing_s/generate"], 1e-9),
     }

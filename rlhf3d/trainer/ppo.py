@@ -137,7 +137,12 @@ class PPOTrainer:
         return {
             **metrics,
             **kl_metrics,
-            **rollout_metrics(scored, self.config.rollout.n, self.config.reward.overlong_buffer.enable),
+            **rollout_metrics(
+                scored,
+                self.config.rollout.n,
+                self.config.reward.overlong_buffer.enable,
+                self.config.data.max_response_length,
+            ),
             **training_metrics(batch),
             **sampling_metrics,
         }
@@ -379,6 +384,6 @@ class PPOTrainer:
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         metrics |= self.timer.pop()
         if step:
-            metrics |= throughput_metrics(metrics, self.parts.derived.world_size)
+            metrics |= throughput_metrics(metrics, self.parts.derived.devices)
             self.parts.console.step(metrics, step, self.parts.total_steps)
         self.parts.metrics.write(step, metrics)

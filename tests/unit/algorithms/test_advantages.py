@@ -20,6 +20,7 @@ from rlhf3d.algorithms.advantages import (
     needs_values,
     register_advantage,
 )
+from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.masked import masked_whiten
 from rlhf3d.algorithms.rewards import token_level_rewards
 
@@ -103,10 +104,10 @@ def test_gae_without_discount_is_return_minus_value() -> None:
 
 
 def test_grpo_by_hand() -> None:
-    """Group 7 scores (1, 0, 2): mean 1, std (ddof 1) 1. Group 3 is alone: mean 0, std 1."""
+    """Group 7 scores (1, 0, 2): mean 1, std (ddof 1) 1. Group 3 is alone: 0."""
     inputs = outcome_inputs([1.0, 5.0, 0.0, 2.0], [7, 3, 7, 7], [2, 1, 1, 2])
     advantages, returns = compute_advantages("grpo", inputs)
-    assert torch.allclose(advantages, torch.tensor([[0.0, 0], [5, 0], [-1, 0], [1, 1]]), atol=1e-5)
+    assert torch.allclose(advantages, torch.tensor([[0.0, 0], [0, 0], [-1, 0], [1, 1]]), atol=1e-5)
     assert torch.equal(advantages, returns)
 
 
@@ -146,13 +147,20 @@ def test_rloo_is_scaled_dr_grpo() -> None:
     assert torch.equal(compute_advantages("rloo", inputs)[0], 1.5 * compute_advantages("grpo", inputs)[0])
 
 
-def test_rloo_group_of_one_keeps_its_score() -> None:
-    assert compute_advantages("rloo", outcome_inputs([2.5], [0], [1]))[0].item() == 2.5
+@pytest.mark.parametrize("name", ["grpo", "rloo", "opo"])
+def test_a_lone_response_has_no_advantage(name: str) -> None:
+    """Its group's other response is empty, so nothing tells whether 0.7 is good; no signal, as `groups` says."""
+    inputs = outcome_inputs([0.7, 9.0, 1.0, 0.0], [0, 0, 1, 1], [3, 0, 1, 1])
+    advantages = compute_advantages(name, inputs)[0]
+    assert advantages[0].tolist() == [0.0, 0.0, 0.0] and advantages[2, 0] > 0
+    written = inputs.response_mask.bool().any(-1)
+    scores = torch.tensor([0.7, 9.0, 1.0, 0.0])
+    assert groups_with_signal(scores, written, 2).tolist() == [False, True]
 
 
 def test_opo_weights_the_baseline_by_length() -> None:
     inputs = outcome_inputs([1.0, 0.0, 4.0], [0, 0, 1], [3, 1, 2])  # baseline (3·1 + 1·0) / 4
-    assert compute_advantages("opo", inputs)[0][:, 0].tolist() == [0.25, -0.75, 4.0]
+    assert compute_advantages("opo", inputs)[0][:, 0].tolist() == [0.25, -0.75, 0.0]
 
 
 def test_reinforce_plus_plus_by_hand() -> None:

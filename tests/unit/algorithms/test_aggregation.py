@@ -25,6 +25,7 @@ def test_norm_counts_non_empty_sequences() -> None:
     ("mode", "expected"),
     [
         ("token-mean", 12 / 4),
+        ("token-sum", 6 + 6),
         ("seq-mean-token-sum", (6 + 6) / 2),
         ("seq-mean-token-mean", (2 + 6) / 2),
         ("seq-mean-token-sum-norm", (6 + 6) / 2 / 5),

@@ -36,25 +36,32 @@ RATIOS = [[4.0, 0.5, 1.0], [0.25, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
 
 def test_token_weights_are_truncated() -> None:
-    """Ratios 4, ½, ¼ become 2, ½, ¼: mean 11/12, ESS (11/4)² / (3 · (4 + ¼ + 1/16))."""
+    """Ratios 4, ½, ¼ become weights 3, ½, ¼; the statistics are verl's: the mean is that of the ratios, the
+    deviation and the sample size are those of 3, ½, ⅓, the ratios clamped to [1/3, 3]."""
     old, rollout = logprobs(RATIOS)
-    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("token", Bounds(0, 2)))
-    assert torch.allclose(weights, torch.tensor([[2.0, 0.5, 0], [0.25, 0, 0], [0, 0, 0]]))
-    assert metrics["rollout_is_mean"] == pytest.approx(11 / 12)
-    assert metrics["rollout_is_max"] == pytest.approx(4) and metrics["rollout_is_min"] == pytest.approx(0.25)
-    assert metrics["rollout_is_ratio_fraction_high"] == pytest.approx(1 / 3)
-    assert metrics["rollout_is_ratio_fraction_low"] == 0
-    assert metrics["rollout_is_eff_sample_size"] == pytest.approx((11 / 4) ** 2 / (3 * (4 + 1 / 4 + 1 / 16)))
+    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("token", Bounds(0, 3)))
+    assert torch.allclose(weights, torch.tensor([[3.0, 0.5, 0], [0.25, 0, 0], [0, 0, 0]]))
+    clamped = torch.tensor([3.0, 1 / 2, 1 / 3])
+    assert metrics == {
+        "rollout_is_mean": pytest.approx(19 / 12),
+        "rollout_is_std": pytest.approx(clamped.std(unbiased=False).item()),
+        "rollout_is_max": pytest.approx(4),
+        "rollout_is_min": pytest.approx(0.25),
+        "rollout_is_ratio_fraction_high": pytest.approx(1 / 3),
+        "rollout_is_ratio_fraction_low": pytest.approx(1 / 3),
+        "rollout_is_eff_sample_size": pytest.approx((23 / 6) ** 2 / (3 * (9 + 1 / 4 + 1 / 9))),
+    }
 
 
 def test_sequence_weights_are_products() -> None:
-    """4 · ½ = 2 truncated at 1.5, and ¼; the empty sequence does not count: mean (1.5 + 0.25) / 2."""
+    """4 · ½ = 2 truncated at 1.5, and ¼; the empty sequence does not count. The mean is over the three tokens,
+    2, 2 and ¼, the deviation over 1.5, 1.5 and 2/3, and the shares over the two sequences."""
     old, rollout = logprobs(RATIOS)
     weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("sequence", Bounds(0, 1.5)))
     assert torch.allclose(weights, torch.tensor([[1.5, 1.5, 0], [0.25, 0, 0], [0, 0, 0]]))
-    assert metrics["rollout_is_mean"] == pytest.approx(0.875)
-    assert metrics["rollout_is_std"] == pytest.approx(0.625)
-    assert metrics["rollout_is_ratio_fraction_high"] == 0.5
+    assert metrics["rollout_is_mean"] == pytest.approx(17 / 12)
+    assert metrics["rollout_is_std"] == pytest.approx((1.5 - 2 / 3) * 2**0.5 / 3)
+    assert metrics["rollout_is_ratio_fraction_high"] == metrics["rollout_is_ratio_fraction_low"] == 0.5
 
 
 def test_icepop_masks_outside_its_range() -> None:
@@ -63,7 +70,8 @@ def test_icepop_masks_outside_its_range() -> None:
     assert torch.allclose(weights, torch.tensor([[0.0, 0.5, 0], [0, 0, 0], [0, 0, 0]]))
     assert metrics["rollout_is_ratio_fraction_high"] == pytest.approx(1 / 3)
     assert metrics["rollout_is_ratio_fraction_low"] == pytest.approx(1 / 3)
-    assert metrics["rollout_is_eff_sample_size"] == pytest.approx(1 / 3)  # one of three tokens carries all the weight
+    # of 3, 0.5 and 0.4: the ratios clamped to the range
+    assert metrics["rollout_is_eff_sample_size"] == pytest.approx(3.9**2 / (3 * (9 + 0.25 + 0.16)))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -89,6 +89,7 @@ def test_a_critic_with_a_layout_of_its_own() -> None:
     derived = derive(config)
     assert [(g.name, g.roles) for g in derived.groups] == [("actor", ("actor", "ref")), ("critic", ("critic",))]
     assert derived.world_size == 24 + 12 and derived.layout.world_size == 24
+    assert derived.devices == 24  # the critic's ranks are on the actor's GPUs
     assert derived.critic is not None and derived.critic.micro_batching.multiple_of == 2
     assert (derived.critic.sequences_per_rank, derived.critic.micro_batches_per_rank) == (40, 8)
     assert derived.actor == derive(CONFIG).actor
@@ -123,3 +124,19 @@ def test_summary_shows_the_counts() -> None:
         "never (data.val_files is empty)",
     ):
         assert piece in text
+
+
+def test_dedicated_engines_and_critics_have_devices_of_their_own() -> None:
+    own = replace(CONFIG.critic, layout=LayoutConfig(tp=2, dp=6), placement="disaggregated")
+    engines = replace(CONFIG.rollout, engines=3, tensor_parallel_size=2, placement="disaggregated")
+    assert derive(replace(CONFIG, critic=own, rollout=engines)).devices == 24 + 12 + 6
+
+
+def test_gspo_by_tokens_is_warned_about() -> None:
+    def warnings(mode: str) -> list[str]:
+        config = replace(CONFIG, actor=replace(CONFIG.actor, policy_loss="gspo", loss_agg_mode=mode))
+        return [line for line in summary_lines(config, derive(config)) if line.startswith("warning")]
+
+    assert warnings("seq-mean-token-mean") == []
+    (line,) = warnings("token-mean")
+    assert "actor.loss_agg_mode = token-mean" in line and "seq-mean-token-mean" in line

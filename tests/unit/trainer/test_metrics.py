@@ -47,6 +47,14 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
     assert counts == {Outcome.SCORED: 2, Outcome.UNPARSABLE: 1, Outcome.ERROR: 1, Outcome.TIMEOUT: 0}
 
 
+def test_empty_responses_are_in_no_mean_of_scores() -> None:
+    """Scores 1, 0 and, of nothing, 1: verl's mean leaves the last one out."""
+    rows = scored([Score(1.0, Outcome.SCORED), Score(0.0, Outcome.SCORED), Score(1.0, Outcome.SCORED)])
+    completions = [completion(2), completion(2), completion(0)]
+    with_empty = Scored(experience(completions, [1, 1, 1]), rows.scores, rows.rewards)
+    assert score_metrics(with_empty, n=1)["critic/score/mean"] == 0.5
+
+
 def test_what_a_reward_model_said_is_told() -> None:
     """Scores before normalisation and weight, of the completions it was asked about; the std is of these alone."""
     scores = [
@@ -66,22 +74,25 @@ def test_what_a_reward_model_said_is_told() -> None:
 
 
 def test_length_metrics() -> None:
-    metrics = length_metrics(experience([completion(2), completion(4, "length"), completion(0)], [3, 5, 4]))
+    """Of 4, 4, 0 and 0 tokens the second was cut off; the first ended with its fourth token."""
+    rows = [completion(4), completion(4, "length"), completion(0), completion(0)]
+    metrics = length_metrics(experience(rows, [3, 5, 4, 6]), max_response_length=4)
     assert metrics["response_length/mean"] == 2 and metrics["response_length/max"] == 4
-    assert metrics["response_length/clip_ratio"] == pytest.approx(1 / 3)
-    assert metrics["response/aborted_ratio"] == pytest.approx(1 / 3)
-    assert metrics["prompt_length/mean"] == 4 and metrics["prompt_length/max"] == 5
-    assert metrics["perf/total_num_tokens"] == 18 and metrics["perf/response_tokens"] == 6
+    assert metrics["response_length/clip_ratio"] == 0.5
+    assert metrics["response/truncated_ratio"] == 0.25
+    assert metrics["response/aborted_ratio"] == 0.5
+    assert metrics["prompt_length/mean"] == 4.5 and metrics["prompt_length/max"] == 6
+    assert metrics["perf/total_num_tokens"] == 26 and metrics["perf/response_tokens"] == 8
 
 
 def test_overlong_penalty_and_greedy_baseline_are_told() -> None:
     """Rewards 1 and 0 of scores 1 and ½: one of two was cut by ½."""
     rows = scored([Score(1.0, Outcome.SCORED), Score(0.5, Outcome.SCORED)])
     penalised = Scored(rows.experience, rows.scores, torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75]))
-    metrics = rollout_metrics(penalised, 1, overlong=True)
+    metrics = rollout_metrics(penalised, 1, overlong=True, max_response_length=4)
     assert metrics["reward/overlong_penalty/mean"] == -0.25 and metrics["reward/overlong_share"] == 0.5
     assert metrics["critic/score/mean"] == 0.5 and metrics["reward/greedy_baseline/mean"] == 0.5
-    assert "reward/overlong_share" not in rollout_metrics(rows, 1, overlong=False)
+    assert "reward/overlong_share" not in rollout_metrics(rows, 1, overlong=False, max_response_length=4)
 
 
 def test_training_metrics_ignore_padding() -> None:
@@ -110,7 +121,7 @@ def test_throughput() -> None:
         "perf/total_num_tokens": 800.0,
         "perf/response_tokens": 300.0,
     }
-    metrics = throughput_metrics(figures, ranks=4)
+    metrics = throughput_metrics(figures, devices=4)
     assert metrics["perf/throughput"] == 20 and metrics["perf/generate_tokens_per_s"] == 150
-    refilled = throughput_metrics({**figures, "perf/generated_tokens": 900.0}, ranks=4)
+    refilled = throughput_metrics({**figures, "perf/generated_tokens": 900.0}, devices=4)
     assert refilled["perf/generate_tokens_per_s"] == 450
