@@ -139,8 +139,9 @@ def _compare_memory(machine: Machine, parts_gib: dict[str, float]) -> list[str]:
 
 
 def _compare_shared_memory(config: Config, derived: Derived, machine: Machine, cuda: bool) -> list[str]:
-    """Ray, NCCL and vLLM; and two buckets for each tensor-parallel rank of vLLM and the reader of an export."""
-    buckets_gib = 2 * (config.rollout.tensor_parallel_size + 1) * config.rollout.sync_bucket_mib / 1024
+    """Ray, NCCL and vLLM; and two buckets for the reader of an export, on CPU for each rank of an engine too."""
+    platform, readers = (CUDAPlatform, 1) if cuda else (CPUPlatform, config.rollout.tensor_parallel_size + 1)
+    buckets_gib = 2 * readers * (config.rollout.sync_bucket_mib or platform.sync_bucket_mib) / 1024
     needed_gib = _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB if cuda else SHARED_MEMORY_GIB
     needed_gib += buckets_gib
     if needed_gib <= machine.shared_memory_gib:

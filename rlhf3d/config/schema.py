@@ -225,8 +225,9 @@ class RolloutConfig:
     """Skip torch.compile and CUDA graphs."""
     sleep: bool = False
     """Engines give back their memory after generating, and get weights anew before the next time (on GPUs)."""
-    sync_bucket_mib: int = 64
-    """Weights travel in buckets of at most so many MiB: two per engine rank are the only extra memory of a sync."""
+    sync_bucket_mib: int | None = None
+    """Weights travel in buckets of at most this many MiB, of which a sync needs two per engine rank; null: 64, on GPUs
+    256."""
     sync_timeout_s: float = 300.0
     """Deadline of each bucket of a weight sync or export."""
     canary_steps: int = 3

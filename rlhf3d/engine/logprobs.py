@@ -1,7 +1,8 @@
 """Log-probabilities and entropy from hidden states, without the [tokens, vocabulary] matrix.
 
-Invariant: at most `CHUNK_ELEMENTS` logits of a rank exist at once, in the forward pass and in the backward pass,
-where they are computed again; the result equals log_softmax over the full vocabulary, whatever the split over ranks.
+Invariant: at most the platform's `head_chunk_elements` logits of a rank exist at once, in the forward pass and in the
+backward pass, where they are computed again; the result equals log_softmax over the full vocabulary, whatever the
+split over ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
+from rlhf3d.parallel.platform import Platform
+
 _MASKED = torch.finfo(torch.float32).min  # of padded columns: probability 0, and finite, so that 0 times it is 0
 
 
@@ -21,6 +23,7 @@ def vocab_parallel_logprobs(
     weight: Tensor,
     labels: Tensor,
     *,
+    platform: Platform,
     temperature: float = 1.0,
     vocab_start: int = 0,
     vocab_size: int | None = None,
@@ -34,11 +37,11 @@ def vocab_parallel_logprobs(
     `copy_to_tensor_model_parallel_region` does).
     """
     real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, real, group)
+    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, real, group, platform)
 
 
-def _chunks(tokens: int, vocab: int) -> list[tuple[int, int]]:
-    size = max(1, CHUNK_ELEMENTS // vocab)
+def _chunks(tokens: int, vocab: int, elements: int) -> list[tuple[int, int]]:
+    size = max(1, elements // vocab)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -60,13 +63,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         vocab_start: int,
         real: int,
         group: dist.ProcessGroup | None,
+        platform: Platform,
     ) -> tuple[Tensor, Tensor]:
         hidden = hidden.to(weight.dtype)
         tokens, vocab = hidden.shape[0], weight.shape[0]
         parallel = group is not None and group.size() > 1
         logprobs, entropy, log_z = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-        for start, stop in _chunks(tokens, vocab):
-            logits = (hidden[start:stop] @ weight.t()).float().mul_(inverse_temperature)
+        for start, stop in _chunks(tokens, vocab, platform.head_chunk_elements):
+            logits = platform.product(hidden[start:stop], weight.t()).mul_(inverse_temperature)
             logits[:, real:] = _MASKED
             peak = logits.amax(dim=-1)
             if parallel:
@@ -82,18 +86,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             logprobs[start:stop] = sums[2] - log_z[start:stop]
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
         ctx.inverse_temperature, ctx.vocab_start, ctx.real = inverse_temperature, vocab_start, real
+        ctx.platform = platform
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         hidden, weight, labels, log_z, entropy = ctx.saved_tensors
-        vocab = weight.shape[0]
+        vocab, platform = weight.shape[0], ctx.platform
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start, stop in _chunks(hidden.shape[0], vocab):
+        for start, stop in _chunks(hidden.shape[0], vocab, platform.head_chunk_elements):
             part = hidden[start:stop]
-            log_p = (part @ weight.t()).float().mul_(ctx.inverse_temperature).sub_(log_z[start:stop, None])
+            log_p = platform.product(part, weight.t()).mul_(ctx.inverse_temperature).sub_(log_z[start:stop, None])
             log_p[:, ctx.real :] = _MASKED
             p = log_p.exp()
             grad = torch.zeros_like(p)
@@ -107,5 +112,5 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 grad.addcmul_(p * surprise, grad_entropy[start:stop, None], value=-1)
             grad = grad.mul_(ctx.inverse_temperature).to(weight.dtype)
             grad_hidden[start:stop] = grad @ weight
-            grad_weight += grad.t() @ part
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            platform.add_product(grad_weight, grad.t(), part)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None

@@ -270,6 +270,7 @@ class MegatronEngine:
             states,
             weight,
             micro.labels,
+            platform=self.context.platform,
             temperature=self.context.temperature,
             vocab_start=self.coords.tp * weight.shape[0],
             vocab_size=self.context.spec.vocab_size,
@@ -287,9 +288,11 @@ class MegatronEngine:
         """Drive Megatron's schedule over the micro-batches; the `finish` data of each, on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        move = partial(self.context.platform.to_device, device=self.context.device)
+
         def make(rows: Sequence[int]) -> MicroBatch:
             place = (self.context.layout.cp, self.coords.cp)
-            return make_microbatch(batch, rows, self.context.device, self.widths, *place)
+            return make_microbatch(batch, rows, move, self.widths, *place)
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(iterator)

@@ -7,7 +7,7 @@ parallelism on which rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -57,9 +57,16 @@ class MicroBatch:
 
 
 def make_microbatch(
-    batch: Batch, rows: Sequence[int], device: torch.device, rule: MicroBatching, cp: int = 1, cp_rank: int = 0
+    batch: Batch,
+    rows: Sequence[int],
+    move: Callable[[Tensor], Tensor],
+    rule: MicroBatching,
+    cp: int = 1,
+    cp_rank: int = 0,
 ) -> MicroBatch:
     """Cut `rows` out of the batch, padded or packed to the widths of `rule`; the share of one context-parallel rank.
+
+    `move` puts a tensor on the device.
 
     No rows make a filler: one row of one masked token, which adds nothing to loss, gradient or metrics.
     """
@@ -82,13 +89,13 @@ def make_microbatch(
     here = column >= 0
     ids, positions = _packed(part, lengths, ends) if rule.packed else _padded(part, ends[-1])
     return MicroBatch(
-        rows=Batch({name: column.to(device) for name, column in _aligned(part, r).items()}),
-        input_ids=ids[:, held].to(device),
-        position_ids=positions[:, held].to(device),
-        hidden_index=(line * len(held) + column)[here].to(device),
-        response_index=(row * r + t)[here].to(device),
-        labels=part["input_ids"][row, position][here].to(device),
-        segment_ends=torch.tensor(ends, dtype=torch.int32, device=device) if rule.packed else None,
+        rows=Batch({name: move(column) for name, column in _aligned(part, r).items()}),
+        input_ids=move(ids[:, held]),
+        position_ids=move(positions[:, held]),
+        hidden_index=move((line * len(held) + column)[here]),
+        response_index=move((row * r + t)[here]),
+        labels=move(part["input_ids"][row, position][here]),
+        segment_ends=move(torch.tensor(ends, dtype=torch.int32)) if rule.packed else None,
         longest_segment=max(b - a for a, b in pairwise(ends)) if rule.packed else 0,
     )
 

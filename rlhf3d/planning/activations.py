@@ -17,10 +17,9 @@ from rlhf3d.config.schema import Recompute
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.states import ITEM_BYTES
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits of a rank that exist at once; `rlhf3d.engine.logprobs.CHUNK_ELEMENTS`."""
 BUSIEST_EXPERT = 1.4
 """Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get equal shares."""
 BATCH_COLUMNS = 12
@@ -193,7 +192,8 @@ class Activations:
 
     def _chunk(self, rows: int) -> tuple[int, int]:
         """Elements of a chunk of logits, and chunks, as `rlhf3d.engine.logprobs` cuts them."""
-        size = max(1, min(CHUNK_ELEMENTS // rows, self.responses))
+        platform = CUDAPlatform if self.style == "te" else CPUPlatform
+        size = max(1, min(platform.head_chunk_elements // rows, self.responses))
         return size * rows, -(-self.responses // size)
 
     def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:

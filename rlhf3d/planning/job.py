@@ -16,7 +16,7 @@ from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.activations import Activations, Micro
 from rlhf3d.planning.hardware import Cluster
 
@@ -108,6 +108,12 @@ class Job:
     def on_gpu(self) -> bool:
         """Whether each rank has a device of its own."""
         return self.cluster.hardware.kind == "cuda"
+
+    @property
+    def sync_bucket_bytes(self) -> int:
+        """A bucket of a weight sync."""
+        platform = CUDAPlatform if self.on_gpu else CPUPlatform
+        return (self.config.rollout.sync_bucket_mib or platform.sync_bucket_mib) << 20
 
     @property
     def colocated(self) -> bool:

@@ -210,7 +210,7 @@ def _training_ranks(job: Job, runs: Sequence[Run], engine: EngineMemory) -> Rank
     for model, rank in here:
         phases += _model_phases(job, model, rank, resident, at_work.get(model.role, {}))
     if "actor" in states:
-        buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)} if job.on_gpu else {}
+        buckets = {"buckets": SLOTS * job.sync_bucket_bytes} if job.on_gpu else {}
         weights = _only(at_work.get("actor", {}), "weights")
         phases.append(PhaseMemory("sync_weights", resident | weights | loading | buckets))
         saved = [
@@ -267,7 +267,7 @@ def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
     """An engine rank on a device of its own."""
     first = job.training_devices
     resident = {"vLLM": engine.total}
-    buckets = {"buckets": SLOTS * (job.config.rollout.sync_bucket_mib << 20)}
+    buckets = {"buckets": SLOTS * job.sync_bucket_bytes}
     phases = (PhaseMemory("generate", resident), PhaseMemory("sync_weights", resident | buckets))
     return RankMemory(tuple(range(first, first + job.engine_ranks)), "vLLM", {}, resident, phases)
 
@@ -275,7 +275,8 @@ def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
 def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory:
     """The fullest node at its peak: processes, and on CPU all that the ranks and engines hold."""
     hardware, rollout = job.cluster.hardware, job.config.rollout
-    shared = SLOTS * (rollout.tensor_parallel_size + 1) * (rollout.sync_bucket_mib << 20)
+    # Each engine rank's, and those of an export; on GPUs the former are in their memory.
+    shared = SLOTS * (1 if job.on_gpu else rollout.tensor_parallel_size + 1) * job.sync_bucket_bytes
     offloaded = job.config.model.offload * sum(
         len(rank.ranks) * (state.weights + state.optimizer) for rank in ranks for state in rank.states.values()
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rlhf3d.models.boxes import volume
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
-from rlhf3d.resharding.ring import SyncError
+from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
 
 _ALIGN = 16
 _CLOCK_S = 0.05
@@ -43,7 +43,7 @@ class Group:
         if backend == "gloo":
             self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
         else:
-            self._group = dist.ProcessGroupNCCL(store, rank, len(names))
+            self._group = dist.ProcessGroupNCCL(store, rank, len(names), timeout)
             # One communicator for all messages: else a lone message takes one of its pair's, where its peer's message,
             # grouped with others, does not arrive.
             self._group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
@@ -78,9 +78,8 @@ class Group:
 
     def finish(self, work: Any, peer: int, what: str, deadline: float) -> None:
         """Wait for a started message. Raises SyncError that names the peer."""
-        left_s = deadline - time.monotonic()
         try:
-            done = left_s > 0 and work.wait(timedelta(seconds=left_s))
+            done = self._completed(work, deadline)
         except RuntimeError as error:
             if time.monotonic() < deadline - _CLOCK_S:
                 raise self._lose(what, peer, f": {error}") from error
@@ -88,6 +87,20 @@ class Group:
         if not done:
             remedy = "raise rollout.sync_timeout_s if the weights are really that large, or look into logs/"
             raise self._lose(what, peer, f" did not end in time; {remedy}")
+
+    def _completed(self, work: Any, deadline: float) -> bool:
+        """Wait for a work; whether it ended in time. Raises RuntimeError where it failed."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or self._backend != "nccl":
+            return left_s > 0 and work.wait(timedelta(seconds=left_s))
+        pause_s = FIRST_PAUSE_S
+        while not work.is_completed():  # NCCL's own wait with a deadline looks once a millisecond
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_ON_GPU_S)
+        work.wait()  # raises what went wrong; what this stream does next comes after the message
+        return True
 
     def _lose(self, what: str, peer: int, how: str) -> SyncError:
         self._lost = f"sync_weights: {what} {self.names[peer]}{how}"

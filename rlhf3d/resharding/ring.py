@@ -28,7 +28,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingShape
 
 _NEVER = -1
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
+FIRST_PAUSE_S = 2e-5
+_LONGEST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S = 1e-3, 1e-4
+"""Between two looks at a counter. On GPUs the host has cores to look more often, and buckets take less time."""
 _SETTLING_S = 60.0
 
 
@@ -147,7 +149,7 @@ class Ring:
         return self._bytes[offset : offset + 8 * count].view(torch.int64)
 
     def _wait(self, done: Callable[[], bool], what: str, number: int, deadline: float) -> None:
-        pause_s = _FIRST_PAUSE_S
+        pause_s, longest_s = FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S if self.shape.on_gpu else _LONGEST_PAUSE_S
         while not done():
             if time.monotonic() > deadline:
                 counts, names = (
@@ -159,7 +161,7 @@ class Ring:
                     "rollout.sync_timeout_s if the weights are really that large, or look into logs/"
                 )
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, longest_s)
 
 
 def _share_gpu_memory(num_bytes: int, handle: torch.Tensor) -> torch.Tensor:

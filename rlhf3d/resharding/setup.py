@@ -191,7 +191,7 @@ def sync_setup(
         style=platform.spec_style,
         sites=platform.sites(node_of_rank),
         dtype=rollout.dtype,
-        bucket_bytes=rollout.sync_bucket_mib << 20,
+        bucket_bytes=(rollout.sync_bucket_mib or platform.sync_bucket_mib) << 20,
         timeout_s=rollout.sync_timeout_s,
         engines=rollout.engines,
         tensor_parallel_size=rollout.tensor_parallel_size,

@@ -90,9 +90,9 @@ def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[M
     assert "needs 8 GPUs" in gpus
     assert "found 0" in gpus
     # 8 training and 8 engine processes of 4 GiB; two models of 7.6 (the critic: 7.1) billion parameters at 14 bytes.
-    terms = "driver 0.6, weight sync 0.4, training processes 32.0, engine processes 32.0, copies to save 191.5"
-    assert memory.startswith(f"host memory: needs about 256.5 GiB ({terms}), found 20.0 GiB")
-    assert shm.startswith("/dev/shm: needs about 8.4 GiB, found 6.0 GiB")
+    terms = "driver 0.6, weight sync 0.5, training processes 32.0, engine processes 32.0, copies to save 191.5"
+    assert memory.startswith(f"host memory: needs about 256.6 GiB ({terms}), found 20.0 GiB")
+    assert shm.startswith("/dev/shm: needs about 8.5 GiB, found 6.0 GiB")
     assert disk.startswith("disk: 2 checkpoint(s) of 191.5 GiB")
 
 

@@ -16,7 +16,6 @@ from rlhf3d.engine.microbatch import make_microbatch
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 
 CUTS = [[[0, 1, 2, 3, 4, 5]], [[3], [0, 5], [4, 2, 1]], [[i] for i in range(6)]]
-CPU = torch.device("cpu")
 
 
 def batch() -> Batch:
@@ -39,7 +38,7 @@ def total(objective: PolicyObjective | ValueObjective, cut: list[list[int]]) -> 
     norm: LossNorm = loss_norm(rows["response_mask"], 5)
     metrics: dict[str, float] = {}
     for part in cut:
-        micro = make_microbatch(rows, part, CPU, MicroBatching(1))
+        micro = make_microbatch(rows, part, Tensor.contiguous, MicroBatching(1))
         r = micro.rows["response_mask"].shape[1]
         columns = [outputs[part][:, :r]] + ([entropy[part][:, :r]] if isinstance(objective, PolicyObjective) else [])
         loss, shares = objective(micro, *columns, norm)

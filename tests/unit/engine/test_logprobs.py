@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
 from rlhf3d.engine import logprobs as module
-from rlhf3d.engine.logprobs import vocab_parallel_logprobs
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
+
+CPU = CPUPlatform("test")
+vocab_parallel_logprobs = partial(module.vocab_parallel_logprobs, platform=CPU)
+
+
+class SmallChunks(CPUPlatform):
+    """Four rows of eleven logits at once."""
+
+    head_chunk_elements = 50
+
+
+class Wide(SmallChunks):
+    """Products that are not rounded before they are added up, as on GPUs."""
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.float() @ b.float()
+
+    def add_product(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        assert total.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+        total.addmm_(a.float(), b.float())
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float):
@@ -16,10 +38,9 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, 
     return log_p.gather(-1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 24, 50])
+@pytest.mark.parametrize("platform", [CPU, SmallChunks("test")])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk_elements: int, temperature: float) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+def test_values_and_gradients(platform: CPUPlatform, temperature: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
@@ -30,7 +51,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk_elements: i
         loss = (outputs[0] * scale[0]).sum() + (outputs[1] * scale[1]).sum()
         return torch.autograd.grad(loss, (hidden, weight))
 
-    ours = vocab_parallel_logprobs(hidden, weight, labels, temperature=temperature)
+    ours = vocab_parallel_logprobs(hidden, weight, labels, temperature=temperature, platform=platform)
     theirs = reference(hidden, weight, labels, temperature)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -62,6 +83,36 @@ def test_only_logprobs_used() -> None:
     ours = torch.autograd.grad(vocab_parallel_logprobs(hidden, weight, labels)[0].sum(), hidden)[0]
     theirs = torch.autograd.grad(reference(hidden, weight, labels, 1.0)[0].sum(), hidden)[0]
     torch.testing.assert_close(ours, theirs)
+
+
+def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardware_allows_it() -> None:
+    """In bfloat16, and of many chunks, against float64; on CPU the products come rounded."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16() * 4, torch.randn(11, 32).bfloat16()
+    labels = torch.randint(0, 11, (64,))
+
+    def run(platform: CPUPlatform, dtype: torch.dtype) -> list[torch.Tensor]:
+        states, matrix = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
+        if dtype == torch.float64:
+            logprobs = reference(states, matrix, labels, 1.0)[0]
+        else:
+            logprobs = module.vocab_parallel_logprobs(states, matrix, labels, platform=platform)[0]
+        return [logprobs.detach().double(), torch.autograd.grad(logprobs.sum(), matrix)[0].double()]
+
+    exact = run(CPU, torch.float64)
+    rounded, wide = (run(platform, torch.bfloat16) for platform in (SmallChunks("test"), Wide("test")))
+    errors = [[(a - b).abs().mean() for a, b in zip(found, exact, strict=True)] for found in (rounded, wide)]
+    assert errors[1][0] < 0.01 * errors[0][0] and errors[1][1] < errors[0][1]
+
+
+def test_products_on_gpus_are_wide() -> None:
+    """Their kernels take bfloat16 and give float32; here without numbers."""
+    cuda = CUDAPlatform("test")
+    a = b = torch.empty(4, 4, dtype=torch.bfloat16, device="meta")
+    total = torch.empty(4, 4, device="meta")
+    assert cuda.product(a, b).dtype == torch.float32
+    cuda.add_product(total, a, b)
+    assert cuda.head_chunk_elements == 8 * CPU.head_chunk_elements
 
 
 def test_no_tokens() -> None:

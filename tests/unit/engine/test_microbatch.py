@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.microbatch import make_microbatch
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 BATCH = from_sequences(
     [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11], []], pad_id=0, old=[[0.1, 0.2], [0.3, 0.4, 0.5], []]
 )
-CPU = torch.device("cpu")
+CPU = partial(CPUPlatform("test").to_device, device=torch.device("cpu"))
 
 
 def test_from_sequences_pads_right() -> None:
@@ -94,3 +97,30 @@ def test_packed_rows_divide_into_chunks_of_every_rank() -> None:
     assert micro.segment_ends is not None and micro.segment_ends.tolist() == [0, 8, 12, 16]
     assert micro.position_ids.tolist() == [[*range(8), *range(4), *range(4)]]
     assert rule.positions([5, 4, 2]) == 16 and rule.positions([5, 4, 4]) == 16
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_columns_reach_a_gpu_from_pinned_memory_without_a_wait(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pageable memory, or blocking, each copy would drain the GPU's queue of kernels."""
+    pinned: list[int] = []
+    copied: list[int] = []
+    to = torch.Tensor.to
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    def copy(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if args == (torch.device("meta"),):
+            assert pinned[-1] == id(tensor) and kwargs == {"non_blocking": True}
+            copied.append(id(tensor))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    move = partial(CUDAPlatform("test").to_device, device=torch.device("meta"))
+    micro = make_microbatch(BATCH, [1, 0], move, MicroBatching(1, packed=packed))
+    tensors = [*micro.rows.columns.values(), *(v for v in vars(micro).values() if isinstance(v, torch.Tensor))]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and len(copied) == len(tensors)

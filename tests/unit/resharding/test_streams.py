@@ -450,6 +450,49 @@ def test_a_deadline_that_has_passed_is_not_waited_for(monkeypatch: pytest.Monkey
         group.finish(group.exchange([], [(MESSAGE, 1)])[0], 1, "a message from", time.monotonic())
 
 
+class Kernel:
+    """A work of NCCL's: it ends, or fails, after a number of looks."""
+
+    def __init__(self, looks: float, failure: RuntimeError | None = None) -> None:
+        self.looks, self.failure, self.waits = looks, failure, 0
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> bool:
+        self.waits += 1
+        if self.failure:
+            raise self.failure
+        return True
+
+
+def test_a_message_of_nccl_is_looked_at_often_and_has_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own wait with a deadline would sleep a millisecond between two looks."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    pauses: list[float] = []
+    group = make_stub_group(monkeypatch, Backend(), "nccl")
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    ended = Kernel(40)
+    group.finish(ended, 1, "a message from", time.monotonic() + 5)
+    assert ended.waits == 1 and len(pauses) == 40 and max(pauses) <= 1e-4
+    with pytest.raises(SyncError, match="a message from training rank 1: Connection closed by peer"):
+        group.finish(Kernel(1, GONE), 1, "a message from", time.monotonic() + 5)
+    with pytest.raises(SyncError, match="a message from engine 0 rank 0 did not end in time"):
+        group.finish(Kernel(float("inf")), 2, "a message from", time.monotonic() + 0.01)
+
+
+def test_a_process_group_has_the_deadline_of_the_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own is ten minutes."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for backend, kind in (("gloo", "ProcessGroupGloo"), ("nccl", "ProcessGroupNCCL")):
+        made: list[tuple[Any, ...]] = []
+        make_stub_group(monkeypatch, Backend())
+        monkeypatch.setattr(torch.distributed, kind, lambda *args, made=made: made.append(args) or Backend())
+        Group(backend, 0, ["training rank 0"], "127.0.0.1", 1, 7.0)
+        assert made[0][1:] == (0, 1, timedelta(seconds=7))
+
+
 def test_nccl_takes_every_exchange_as_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one communicator, made at the start: lone and grouped messages would else miss each other."""
     real = torch.distributed.distributed_c10d.ProcessGroupGloo  # has the methods of every backend

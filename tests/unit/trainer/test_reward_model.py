@@ -26,7 +26,7 @@ class LastToken:
 
     def forward(self, phase: str, role: str, batch: Batch) -> dict[str, torch.Tensor]:
         assert (phase, role) == ("reward_model", "reward")
-        micro = make_microbatch(batch, range(len(batch)), torch.device("cpu"), MicroBatching(1))
+        micro = make_microbatch(batch, range(len(batch)), torch.Tensor.contiguous, MicroBatching(1))
         return {"values": micro.scatter(micro.gather(micro.input_ids) / 100.0)}
 
 
