@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from rlhf3d.config.checks import check_files
-from rlhf3d.config.derived import Derived, derive, resolve_dtypes
+from rlhf3d.config.checks import check, check_files
+from rlhf3d.config.derived import Derived, derive, resolve_platform
 from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import GIB, Machine, read_machine
@@ -36,9 +36,10 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     machine = read_machine(config.trainer.output_dir)
     cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
     platform = CUDAPlatform(reason="preflight") if cuda else CPUPlatform(reason="preflight")
-    config = resolve_dtypes(config, platform.fast_dtype)
+    known, config = set(check(config)), resolve_platform(config, platform)
+    problems = [problem for problem in check(config) if problem not in known]  # of the platform that `auto` became
     derived = derive(config)
-    problems = check_files(config)
+    problems += check_files(config)
     try:
         gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus)) if machine.gpus else None
         plan = plan_here(

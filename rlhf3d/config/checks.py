@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.config.derived import Batching, actor_batching, critic_batching, micro_batching
+from rlhf3d.config.derived import WIDTH_MULTIPLE, Batching, actor_batching, critic_batching, micro_batching
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
@@ -204,11 +204,12 @@ def _check_budget(config: Config, role: str, batching: Batching, group: WorkerGr
     longest = rule.width(prompt + response)
     if rule.tokens is None or longest <= rule.tokens:
         return []
-    sizes = " x ".join(
-        ["2", f"{group.key}.cp"] * (rule.row_multiple_of > 1)
-        + [f"{group.key}.tp"] * (rule.multiple_of > rule.row_multiple_of)
-    )
-    rounded = f", rounded up to a multiple of {sizes} = {rule.multiple_of}" if rule.multiple_of > 1 else ""
+    layout, kernels = group.layout_config, WIDTH_MULTIPLE.get(config.cluster.platform, 1)
+    shared = ["2", f"{group.key}.cp"] * (layout.cp > 1)
+    shared += [f"{group.key}.tp"] * (layout.sequence_parallel and layout.tp > 1)
+    sizes = " and ".join([" x ".join(shared)] * bool(shared) + [str(kernels)] * (kernels > 1))
+    total = f" = {rule.multiple_of}" if shared else ""
+    rounded = f", rounded up to a multiple of {sizes}{total}" if rule.multiple_of > 1 else ""
     return [
         f"{role}.ppo_max_token_len_per_gpu = {rule.tokens}: below the longest sequence, data.max_prompt_length {prompt}"
         f" + data.max_response_length {response}{rounded} = {longest} tokens; set {longest} or more"

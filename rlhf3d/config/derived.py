@@ -5,13 +5,21 @@ Invariant: every count that the loop, the engines and the printed summary use is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    from rlhf3d.parallel.platform import Platform
+
+WIDTH_MULTIPLE = {"cuda": 128}
+"""By platform: cuDNN builds its attention anew (0.1 to 0.4 s) for every number of rows and width, and torch's allocator
+keeps blocks of every size; with few widths both stay few. Elsewhere any width will do."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +137,16 @@ def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> 
         rows=batching.micro_batch_size,
         tokens=batching.max_tokens,
         packed=config.model.use_remove_padding,
-        **width_multiples(layout),
+        **width_multiples(layout, config.cluster.platform),
     )
 
 
-def width_multiples(layout: LayoutConfig) -> dict[str, int]:
+def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     """What the widths of micro-batches divide by: context-parallel ranks take two chunks of each sequence, tensor ranks
-    a part of what those hold under sequence parallelism."""
+    a part of what those hold under sequence parallelism, kernels of the platform (cpu, cuda) few different ones."""
     chunks = 2 * layout.cp if layout.cp > 1 else 1
-    return {"multiple_of": chunks * (layout.tp if layout.sequence_parallel else 1), "row_multiple_of": chunks}
+    shared = chunks * (layout.tp if layout.sequence_parallel else 1)
+    return {"multiple_of": math.lcm(shared, WIDTH_MULTIPLE.get(platform, 1)), "row_multiple_of": chunks}
 
 
 def micro_batching_of(config: Config, role: str) -> MicroBatching:
@@ -250,10 +259,11 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
     )
 
 
-def resolve_dtypes(config: Config, fast_dtype: str) -> Config:
-    """The configuration with every `auto` dtype replaced by the platform's fastest."""
+def resolve_platform(config: Config, platform: Platform) -> Config:
+    """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
+    fast_dtype = platform.fast_dtype
     model = replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
     rollout = config.rollout
     if rollout.dtype == "auto":  # FP8 is quantised from bfloat16
         rollout = replace(rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16")
-    return replace(config, model=model, rollout=rollout)
+    return replace(config, model=model, rollout=rollout, cluster=replace(config.cluster, platform=platform.kind))

@@ -78,7 +78,7 @@ class MegatronEngine:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         layout = context.layout_config
-        self.widths = MicroBatching(1, packed=context.packed, **width_multiples(layout))
+        self.widths = MicroBatching(1, packed=context.packed, **width_multiples(layout, context.platform.kind))
         self.config = transformer_config(
             context.spec,
             context.layout,

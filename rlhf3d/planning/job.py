@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from rlhf3d.config.derived import Derived, UpdatePlan, derive, micro_batching_of, resolve_dtypes
+from rlhf3d.config.derived import Derived, UpdatePlan, derive, micro_batching_of, resolve_platform
 from rlhf3d.config.groups import WorkerGroup, device_terms
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
@@ -197,8 +197,8 @@ def make_job(
 
     Of a reward model its config.json is read. Raises ValueError as `load_spec` does.
     """
-    fast = "bfloat16" if cluster.hardware.kind == "cuda" else CPUPlatform(reason="plan").fast_dtype
-    config = resolve_dtypes(config, fast)
+    platform = CUDAPlatform if cluster.hardware.kind == "cuda" else CPUPlatform
+    config = resolve_platform(config, platform(reason="plan"))
     derived = derive(config, rows)
     models = []
     for group in derived.groups:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from rlhf3d.config.checks import check
-from rlhf3d.config.derived import resolve_dtypes
+from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import Config, LayoutConfig, Recompute, RolloutConfig
 from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import GIB, Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
@@ -89,7 +90,7 @@ class Search:
         counts: Counter[str] = Counter()
         fitting: list[Option] = []
         too_big: list[Option] = []
-        base = resolve_dtypes(on_cluster(self.config, self.cluster), "bfloat16")
+        base = resolve_platform(on_cluster(self.config, self.cluster), CUDAPlatform(reason="plan"))
         for apart in engine_shares(self.cluster):
             allowed = self._layouts(self.cluster.devices - apart)
             for resting in rests(base, apart):

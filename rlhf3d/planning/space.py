@@ -113,7 +113,7 @@ def _legal(spec: ModelSpec, layout: LayoutConfig) -> bool:
 
 def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
     """Actor and critic in one layout, by micro-batch size (in the configuration's unit) and recomputation."""
-    chunks = width_multiples(layout)["multiple_of"]
+    chunks = width_multiples(layout, "cuda")["multiple_of"]
     longest = -(-longest_sequence(config) // chunks) * chunks
     as_actor = replace(
         config.critic,

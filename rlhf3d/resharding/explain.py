@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rlhf3d.config.derived import derive, resolve_dtypes
+from rlhf3d.config.derived import derive, resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.models.boxes import show
 from rlhf3d.models.spec import check_layout, load_spec
@@ -74,7 +74,7 @@ def setup_of(config: Config, gpus: bool) -> SyncSetup:
     """
     on_gpu = gpus or config.cluster.platform == "cuda"
     platform = CUDAPlatform(reason="reshard") if on_gpu else CPUPlatform(reason="reshard")
-    config = resolve_dtypes(config, platform.fast_dtype)
+    config = resolve_platform(config, platform)
     layout, spec = derive(config).layout, load_spec(config.model.path, with_weights=False)
     check_layout(spec, layout)
     per_node = config.cluster.gpus_per_node if on_gpu else layout.world_size

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
-from rlhf3d.config.derived import Derived, derive, resolve_dtypes, summary_lines
+from rlhf3d.config.derived import Derived, derive, resolve_platform, summary_lines
 from rlhf3d.config.groups import TRAINABLE
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
@@ -65,7 +65,7 @@ def run_training(config: Config) -> int:
 def _run(config: Config, stopping: Stopping) -> int:
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
-    config = resolve_dtypes(config, platform.fast_dtype)
+    config = resolve_platform(config, platform)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files")
     val_data = _dataset(config, tokenizer, "val_files")

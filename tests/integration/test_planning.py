@@ -65,7 +65,7 @@ class Case:
 
     @property
     def rule(self) -> MicroBatching:
-        return MicroBatching(ROWS, packed=self.packed, **width_multiples(self.settings))
+        return MicroBatching(ROWS, packed=self.packed, **width_multiples(self.settings, "cpu"))
 
     def __str__(self) -> str:
         on = [name for name in ("sequence_parallel", "overlap_grad_reduce") if getattr(self.settings, name)]

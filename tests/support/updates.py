@@ -75,7 +75,7 @@ class Case:
     @property
     def fixed(self) -> MicroBatching:
         """Padded, by number."""
-        return MicroBatching(self.micro_batch_size, **width_multiples(self.layout_config))
+        return MicroBatching(self.micro_batch_size, **width_multiples(self.layout_config, self.platform.kind))
 
     def __str__(self) -> str:
         flags = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", f"mbs{self.micro_batch_size}"]

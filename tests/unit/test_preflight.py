@@ -111,6 +111,15 @@ def test_small_gpus_are_refused(tmp_path: Path, machine: list[Machine]) -> None:
     assert preflight(config) == []
 
 
+def test_what_auto_becomes_is_checked(tmp_path: Path, machine: list[Machine]) -> None:
+    budget = {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 1000}
+    data = {"train_files": str(tmp_path / "t.parquet"), "max_prompt_length": 500, "max_response_length": 500}
+    config = make(tmp_path, actor=budget, data=data, rollout={"kv_cache_gib": 0.5})
+    assert preflight(config) == []
+    machine[0] = replace(LAPTOP, gpus=(("NVIDIA H100 80GB HBM3", 79.1),))
+    assert any("rounded up to a multiple of 128 = 1024 tokens" in problem for problem in preflight(config))
+
+
 def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[Machine]) -> None:
     critic = {"layout": {"tp": 2, "dp": 2}, "placement": "disaggregated"}
     raw: dict = {"actor": {"layout": {"tp": 4}}, "critic": critic}

@@ -89,6 +89,18 @@ def test_good_configuration_passes() -> None:
             "1032 tokens; set 1032 or more",
         ),
         (
+            [
+                "actor.use_dynamic_bsz=true",
+                "actor.ppo_max_token_len_per_gpu=1024",
+                "data.max_response_length=500",
+                "cluster={platform: cuda, gpus_per_node: 8}",
+                "actor.layout={tp: 3, sequence_parallel: true}",
+            ],
+            "actor.ppo_max_token_len_per_gpu = 1024: below the longest sequence, data.max_prompt_length 512 + "
+            "data.max_response_length 500, rounded up to a multiple of actor.layout.tp and 128 = 384 = 1152 tokens; "
+            "set 1152 or more",
+        ),
+        (
             ["actor.layout.cp=2", "cluster={platform: cuda, gpus_per_node: 8}", "model.dtype=float32"],
             "actor.layout.cp = 2 with model.dtype = float32: Transformer Engine's context-parallel attention is for "
             "bfloat16; set model.dtype=bfloat16, or cp=1",

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import derive, summary_lines
+from rlhf3d.config.derived import derive, summary_lines, width_multiples
 from rlhf3d.config.schema import (
     ActorConfig,
     AlgorithmConfig,
+    ClusterConfig,
     Config,
     CriticConfig,
     DataConfig,
@@ -80,6 +81,20 @@ def test_widths_divide_by_what_shares_out_a_sequence() -> None:
     assert widths(tp=2, cp=1) == (1, 1)
     assert widths(cp=2) == (4, 4)
     assert widths(tp=2, cp=3, sequence_parallel=True) == (12, 6)
+
+
+def test_gpus_get_few_widths() -> None:
+    """Multiples of 128, rows of a packed micro-batch apart; the plan, the engine and the budget's check agree."""
+
+    def rule(**layout: Any) -> MicroBatching:
+        actor = ActorConfig(layout=LayoutConfig(**layout))
+        return derive(replace(Config(actor=actor), cluster=ClusterConfig(platform="cuda"))).actor.micro_batching
+
+    assert (rule().multiple_of, rule().row_multiple_of) == (128, 1)
+    context = rule(tp=2, cp=3, sequence_parallel=True)
+    assert (context.multiple_of, context.row_multiple_of) == (384, 6)
+    assert width_multiples(LayoutConfig(cp=2), "cuda") == {"multiple_of": 128, "row_multiple_of": 4}
+    assert [rule().width(tokens) for tokens in (1, 128, 129)] == [128, 128, 256]
 
 
 def test_a_critic_with_a_layout_of_its_own() -> None:

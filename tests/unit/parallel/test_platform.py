@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf3d.config.derived import resolve_dtypes
+from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, choose_platform
@@ -97,9 +97,9 @@ def test_platforms_travel_to_workers() -> None:
 
 
 def test_auto_dtype_follows_the_hardware() -> None:
-    config = resolve_dtypes(Config(), CUDAPlatform(reason="test").fast_dtype)
-    assert config.model.dtype == config.rollout.dtype == "bfloat16"
+    config = resolve_platform(Config(), CUDAPlatform(reason="test"))
+    assert config.model.dtype == config.rollout.dtype == "bfloat16" and config.cluster.platform == "cuda"
     assert CPUPlatform(reason="test").fast_dtype in ("bfloat16", "float32")
-    explicit = replace(Config(), model=replace(Config().model, dtype="bfloat16"))
-    resolved = resolve_dtypes(explicit, "float32")
-    assert (resolved.model.dtype, resolved.rollout.dtype) == ("bfloat16", "float32")
+    explicit = replace(Config(), model=replace(Config().model, dtype="float32"))
+    resolved = resolve_platform(explicit, CUDAPlatform(reason="test"))
+    assert (resolved.model.dtype, resolved.rollout.dtype) == ("float32", "bfloat16")
