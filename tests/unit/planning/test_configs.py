@@ -57,6 +57,12 @@ def test_shapes_are_read_and_of_the_published_size(folder: Path) -> None:
 
     billions = {"Qwen2.5-0.5B": 0.494, "Qwen2.5-1.5B": 1.544, "Qwen2.5-7B": 7.616, "Qwen2.5-32B": 32.76}
     billions |= {"Llama-3.1-70B": 70.55, "Llama-3.1-405B": 405.9, "Qwen3-30B-A3B": 30.53, "reward_model": 0.1345}
+    billions |= {
+        "Llama-3.1-8B": 8.030,
+        "Qwen3-32B": 32.76,
+        "Qwen3-235B-A22B": 235.1,
+        "Mixtral-8x7B-Instruct-v0.1": 46.70,
+    }
     spec = load_spec(folder, with_weights=False)
     assert engine_elements(spec, 1, False) / 1e9 == pytest.approx(
         billions[folder.name.removesuffix("-Instruct")], rel=1e-3
