@@ -433,7 +433,7 @@ def inspect(
     deep: Annotated[bool, typer.Option("--deep", help="Also read every file and compare its checksum.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a folder holds: model, size, layout, step, metric, and whether it is whole."""
+    """Show what a folder holds: model, size, layout, step, metric, and whether it is complete."""
     import json
 
     from rlhf3d.checkpoints.inspection import inspect as look

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rlhf3d.models.boxes import Box
+from rlhf3d.models.folder import TensorInfo
+from rlhf3d.models.hf_io import copy_in_range
 
 BLOCK_BYTES = 16 << 20
 """How much a copy holds in memory at a time."""
@@ -90,7 +92,7 @@ class FileTensor:
             block = buffer.as_strided(block.shape, self.stride)
         self.file.read_into(raw(out if direct else buffer), self.start + first * self.dtype.itemsize)
         if not direct:
-            out.copy_(block)
+            copy_in_range(out, block, f"{self.file.path} holds a value")
 
 
 def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,25 +111,13 @@ def row_blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int = BLOCK_B
         yield ((start, min(rows, start + step)), *((0, size) for size in rest))
 
 
-def read_safetensors_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file, by name. ValueError naming the file where header and size do not agree."""
-    file = InputFile(path)
-    try:
-        length = int.from_bytes(file.read(0, 8), "little")
-        header: dict[str, Any] = json.loads(file.read(8, length))
-        header.pop("__metadata__", None)
-        found, end = {}, 0
-        for name, entry in header.items():
-            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = DTYPES[entry["dtype"]]
-            assert stop - start == prod(shape) * dtype.itemsize
-            found[name] = FileTensor(file, 8 + length + start, dtype, shape, row_strides(shape))
-            end = max(end, stop)
-    except (AssertionError, KeyError, TypeError, MemoryError, OverflowError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file with floating-point weights ({error!r})") from error
-    if file.size != 8 + length + end:
-        raise ValueError(f"{path} has {file.size} bytes, its header says {8 + length + end}: copy it again")
-    return found
+def file_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, FileTensor]:
+    """Tensors of safetensors files, to be read block by block."""
+    files = {path: InputFile(path) for path in {info.file for info in tensors.values()}}
+    return {
+        name: FileTensor(files[info.file], info.start, DTYPES[info.dtype], info.shape, row_strides(info.shape))
+        for name, info in tensors.items()
+    }
 
 
 def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -20,8 +20,8 @@ from torch import Tensor
 from rlhf3d.checkpoints.blocks import (
     BLOCK_BYTES,
     FileTensor,
+    file_tensors,
     raw,
-    read_safetensors_header,
     row_blocks,
     safetensors_header,
 )
@@ -40,9 +40,10 @@ from rlhf3d.checkpoints.stored import (
 )
 from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, TorchDistReader, finish_folder, write_tensors
 from rlhf3d.models.boxes import Box, Piece, intersect, locate, volume
-from rlhf3d.models.hf_io import INDEX_NAME, copy_companions, record_dtype
+from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
+from rlhf3d.models.hf_io import HFReader, check_tied_head, copy_companions, record_dtype
 from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
-from rlhf3d.models.weights import Head, hf_tensors
+from rlhf3d.models.weights import Head, hf_tensors, refuse_fused_experts
 
 To = Literal["hf", "megatron"]
 DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,12 +54,16 @@ PARALLEL_FILES, PARALLEL_BYTES = 4, 64 << 20
 """A Megatron folder is cut into at least so many files, where they are not smaller than that: workers share them."""
 
 
+LISTED = 20
+"""Tensors that a message lists."""
+
+
 class MismatchError(ValueError):
-    """Source and model are not of one shape; the message lists every tensor."""
+    """Source and model are not of one shape: every tensor in `lines`, the first of them in the message."""
 
     def __init__(self, source: Path, lines: list[str]) -> None:
         self.lines = lines
-        listed = "\n  ".join(lines)
+        listed = "\n  ".join(lines[:LISTED] + [f"and {len(lines) - LISTED} more"] * (len(lines) > LISTED))
         super().__init__(
             f"{source} does not hold the model that its config.json describes; {len(lines)} tensors differ:\n  {listed}"
         )
@@ -93,6 +98,8 @@ class Conversion:
     """Writes what is not tensors, once all files are there."""
     plan: dict[str, Any] = field(repr=False)
     """What an interrupted conversion must share with the one that goes on."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the source."""
 
     @property
     def num_bytes(self) -> int:
@@ -260,20 +267,8 @@ def write_role(config_file: Path, role: Role) -> None:
 
 
 def open_hf(folder: Path) -> dict[str, FileTensor]:
-    """The tensors of a folder's safetensors files. ValueError naming the file that is missing or cut off."""
-    index, problems = folder / INDEX_NAME, []
-    wanted: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-    files = sorted(set(wanted.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors: give the folder with the weights")
-    found: dict[str, FileTensor] = {}
-    for file in files:
-        here = read_safetensors_header(folder / file)
-        problems += [f"{name} is not in {file}" for name, at in wanted.items() if at == file and name not in here]
-        found |= here
-    if problems:
-        raise ValueError(f"{index} names tensors that are not there: {'; '.join(problems)}")
-    return found
+    """The tensors of the files that are the model. ValueError naming the file that is missing or cut off."""
+    return file_tensors(model_tensors(weight_files(folder)))
 
 
 def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[str, FileTensor]]:
@@ -281,26 +276,15 @@ def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[st
     spec, found = load_spec(folder), open_hf(folder)
     names = FAMILIES[spec.family].names
     role = role or ("critic" if names.value_head in found else "actor")
-    if spec.tie_embeddings and names.lm_head in found and _same(found[names.lm_head], found[names.embedding]):
+    refuse_fused_experts(found, folder)
+    if spec.tie_embeddings and names.lm_head in found:
+        with HFReader(folder) as reader:
+            check_tied_head(reader, spec)
         del found[names.lm_head]  # written out though tied
-    found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     problems = differences(hf_tensors(spec, HEADS[role]), {name: tensor.shape for name, tensor in found.items()})
     if problems:
         raise MismatchError(folder, problems)
     return spec, role, found
-
-
-def _same(one: FileTensor, other: FileTensor) -> bool:
-    """Whether two tensors are equal, bit for bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    for box in row_blocks(one.shape, one.dtype.itemsize):
-        a, b = (torch.empty([stop - start for start, stop in box], dtype=one.dtype) for _ in range(2))
-        one.read_into(box, a)
-        other.read_into(box, b)
-        if raw(a) != raw(b):
-            return False
-    return True
 
 
 def _to_megatron(source: Path, destination: Path, options: Options) -> Conversion:
@@ -337,7 +321,8 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         write_manifest(partial, Manifest(0, 0, (role,), optimizer=False, versions=versions(), files=files))
 
     plan = _plan(source, source, "megatron", role, options)
-    return Conversion(source, destination, source, "megatron", role, spec, tasks, finish, plan)
+    notes = weight_files(source).notes
+    return Conversion(source, destination, source, "megatron", role, spec, tasks, finish, plan, notes)
 
 
 def _lasting(path: Path, partial: Path) -> bool:

@@ -36,6 +36,7 @@ class Report:
             "files": len(done.tasks),
             "seconds": round(self.seconds, 3),
             "verified": None if self.verified is None else vars(self.verified),
+            "notes": list(done.notes),
         }
 
     def text(self) -> str:
@@ -52,7 +53,7 @@ class Report:
                 lines[-1] += f"; logits differ by at most {proof.max_logit_diff:.1e} (largest {proof.max_logit:.1e})"
             else:
                 lines.append(f"not verified: logits of Megatron and transformers ({proof.skipped})")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"note: {text}" for text in done.notes])
 
 
 def convert(

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf3d.config.groups import worker_groups
 from rlhf3d.config.schema import Config
+from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec
 
 _SAMPLED_BYTES = 64 << 10
@@ -20,7 +21,7 @@ _SAMPLED_BYTES = 64 << 10
 def model_identity(folder: Path | str) -> str:
     """A digest that tells models apart: sizes of the weight files, and 64 KiB at start, middle and end of each."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in (Path(folder) / name for name in weight_files(Path(folder)).names):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -1,45 +1,54 @@
-"""What a run, checkpoint, Megatron folder or Hugging Face folder holds, and whether it is whole.
+"""What a run, checkpoint, Megatron folder or Hugging Face folder holds, and whether it is complete.
 
-Invariant: only reads; every file that is missing, cut off or (looked at deeply) changed is named in `problems`.
+Invariant: only reads; every file that is missing, cut off or (looked at deeply) changed is named in `problems`, and
+what was not looked at in `not_compared`: only without either is a folder called complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from rlhf3d.checkpoints.blocks import FileTensor, row_blocks
 from rlhf3d.checkpoints.convert import MegatronSource, hf_source
 from rlhf3d.checkpoints.locate import ROLES, kind_of, reference_folder
 from rlhf3d.checkpoints.manifest import MANIFEST, problems, read_manifest
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
+from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 
 
 def inspect(path: Path, deep: bool = False) -> dict[str, Any]:
-    """What `path` holds, as JSON; `problems` is empty where it is whole. ValueError where it is nothing known."""
+    """What `path` holds, as JSON; it is complete where `problems` and `not_compared` are empty.
+
+    ValueError where it is nothing known.
+    """
     kind = kind_of(path)
     look = {"hf": _hf, "megatron": _megatron, "checkpoint": _checkpoint, "run": _run}[kind]
     found = {"path": str(path), "kind": kind, **look(path, deep)}
-    return {**found, "problems": found.get("problems", [])}
+    skipped = [] if deep else ["contents of files (--deep reads them)"]
+    last = {"not_compared": skipped + found.pop("not_compared", []), "problems": found.pop("problems", [])}
+    return {**found, **last}
 
 
 def _run(path: Path, deep: bool) -> dict[str, Any]:
     store = Store(path / "checkpoints")
-    whole = [store.path(step) for step in store.steps()]
+    complete = [store.path(step) for step in store.steps()]
     found = {
         "steps": store.steps(),
         "unfinished": sorted(p.name for p in store.folder.iterdir() if p.is_dir() and not (p / MANIFEST).is_file()),
     }
-    if not whole:
+    if not complete:
         return {**found, "problems": [f"{store.folder} has no complete checkpoint"]}
-    latest = inspect(whole[-1], deep)
-    return {**found, "latest": latest, "problems": latest["problems"]}
+    latest = inspect(complete[-1], deep)
+    return {**found, "latest": latest, "not_compared": _own(latest), "problems": latest["problems"]}
 
 
 def _checkpoint(path: Path, deep: bool) -> dict[str, Any]:
@@ -54,13 +63,15 @@ def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
     for part in (*ROLES, "hf"):
         if (path / part).is_dir() and (part in ROLES or any((path / part).glob("*.safetensors"))):
             found[part] = inspect(path / part)  # the manifest's checksums cover its files
+    parts = [found[part] for part in (*ROLES, "hf") if part in found]
+    found["not_compared"] = [text for part in parts for text in _own(part)]
     # What is damaged according to the manifest need not be told again, in other words.
-    return found | {
-        "problems": damaged or [text for part in (*ROLES, "hf") for text in found.get(part, _NONE)["problems"]]
-    }
+    return found | {"problems": damaged or [text for part in parts for text in part["problems"]]}
 
 
-_NONE: dict[str, Any] = {"problems": []}
+def _own(found: dict[str, Any]) -> list[str]:
+    """What was not compared of a part, beside the contents, of which the folder around it tells."""
+    return [text for text in found["not_compared"] if not text.startswith("contents of files")]
 
 
 def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
@@ -84,10 +95,10 @@ def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _megatron(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _whole_megatron(path, deep))
+    return _attempt(lambda: _megatron_contents(path, deep))
 
 
-def _whole_megatron(path: Path, deep: bool) -> dict[str, Any]:
+def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     reader = TorchDistReader(path)
     weights = {key: tensor for key, tensor in reader.tensors.items() if not key.startswith("optimizer.")}
     found: dict[str, Any] = {
@@ -102,7 +113,9 @@ def _whole_megatron(path: Path, deep: bool) -> dict[str, Any]:
         reference = reference_folder(path, None)
     except ValueError:
         reference = None
-    if reference is not None:
+    if reference is None:
+        found["not_compared"] = [f"tensors of {path} with those of a model (there is no config.json beside it)"]
+    else:
         source = MegatronSource(path, load_spec(reference, with_weights=False))
         found |= _model(source.spec)
         found["parameters"] = sum(prod(shape) for _, shape in source.tensors.values())
@@ -111,11 +124,12 @@ def _whole_megatron(path: Path, deep: bool) -> dict[str, Any]:
 
 
 def _hf(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _whole_hf(path))
+    return _attempt(lambda: _hf_contents(path, deep))
 
 
-def _whole_hf(path: Path) -> dict[str, Any]:
+def _hf_contents(path: Path, deep: bool) -> dict[str, Any]:
     spec, role, tensors = hf_source(path, None)
+    notes = weight_files(path).notes
     return {
         "role": role,
         "dtypes": _names({tensor.dtype for tensor in tensors.values()}),
@@ -123,7 +137,24 @@ def _whole_hf(path: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
         "files": len({tensor.file.path for tensor in tensors.values()}),
         **_model(spec),
+        **({"notes": list(notes)} if notes else {}),
+        "problems": _not_finite(tensors) if deep else [],
     }
+
+
+def _not_finite(tensors: Mapping[str, FileTensor]) -> list[str]:
+    """Every tensor with values that are no numbers or infinite."""
+    counts = dict.fromkeys(tensors, 0)
+    for name, tensor in tensors.items():
+        for box in row_blocks(tensor.shape, tensor.dtype.itemsize):
+            block = torch.empty([stop - start for start, stop in box], dtype=tensor.dtype)
+            tensor.read_into(box, block)
+            counts[name] += int((~block.isfinite()).sum())
+    return [
+        f"{tensors[name].file.path}: {name} has {count} values that are NaN or infinite"
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _names(dtypes: Iterable[Any]) -> list[str]:
@@ -140,12 +171,20 @@ def _short(value: Any) -> str:
     return "×".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
 
 
+def _verdict(problems: list[str], not_compared: list[str]) -> str:
+    if problems:
+        return "NOT COMPLETE"
+    return f"nothing is missing; not compared: {'; '.join(not_compared)}" if not_compared else "complete"
+
+
 def render(found: dict[str, Any], indent: str = "") -> str:
     """For people: a line a fact."""
     lines = []
     for key, value in found.items():
         if key == "problems":
-            lines.append(f"{indent}{'NOT WHOLE' if value else 'whole'}")
+            lines.append(indent + _verdict(value, found["not_compared"]))
+        elif key == "not_compared":
+            continue
         elif isinstance(value, dict) and "kind" in value:
             lines += [f"{indent}{key}", render(value, indent + "  ")]
         elif isinstance(value, dict):

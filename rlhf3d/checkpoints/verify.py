@@ -25,7 +25,7 @@ from rlhf3d.checkpoints.locate import Role
 from rlhf3d.checkpoints.stored import WRAPPER_PREFIX, Slab, parameters
 from rlhf3d.machine import read_machine
 from rlhf3d.models.boxes import Box, Piece, box_slices, intersect, locate, show, volume
-from rlhf3d.models.hf_io import HFReader
+from rlhf3d.models.hf_io import HFReader, model_view
 from rlhf3d.models.spec import ModelSpec, load_spec
 
 TOLERANCE = 1e-3
@@ -138,7 +138,8 @@ def _hf_scores(folder: Path, role: Role) -> Tensor:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if role == "actor" else AutoModelForSequenceClassification
-    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with model_view(folder) as view:
+        model, info = auto.from_pretrained(view, dtype=torch.float32, output_loading_info=True)
     left = {problem: sorted(info[problem]) for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(left.values()):
         raise VerifyError(f"transformers loads {folder} with {left}")

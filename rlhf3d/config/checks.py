@@ -412,10 +412,14 @@ def check_files(config: Config) -> list[str]:
 
 
 def _check_model_folder(config: Config) -> list[str]:
+    from rlhf3d.models.hf_io import check_weights  # loads torch
+
     try:
-        return check_model(config, load_spec(config.model.path))
+        spec = load_spec(config.model.path)
+        check_weights(config.model.path, spec, "lm")
     except ValueError as error:
         return [str(error)]
+    return check_model(config, spec)
 
 
 def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None) -> list[str]:

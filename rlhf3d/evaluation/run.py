@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from rlhf3d.data.dataset import Prompt, PromptDataset
 from rlhf3d.data.tokenizer import load_tokenizer
 from rlhf3d.evaluation.records import Generation, Mode, append_generations, group_keys, read_generations, results
+from rlhf3d.models.hf_io import check_weights
 from rlhf3d.models.spec import load_spec
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.items import decode, score_item
@@ -133,7 +134,9 @@ def evaluate(
     and written at a time. Raises ValueError where `output` holds another evaluation, unless `restart`.
     """
     modes = settings.modes()
-    window = load_spec(str(model)).max_position
+    spec = load_spec(str(model))
+    check_weights(model, spec, "lm")
+    window = spec.max_position
     if settings.max_prompt_length + settings.max_tokens > window:
         raise ValueError(
             f"--max-prompt-length {settings.max_prompt_length} + --max-tokens {settings.max_tokens} = "

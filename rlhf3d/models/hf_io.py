@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,32 +20,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf3d.models.boxes import Box, box_slices
+from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
+from rlhf3d.models.spec import FAMILIES, ModelSpec
+from rlhf3d.models.weights import Head, check_hf_tensors
 
-INDEX_NAME = "model.safetensors.index.json"
 COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_COMPARED_ROWS = 4096
+"""Of head and embedding at a time."""
 
 
 class HFReader:
-    """Blocks of the tensors of a folder with one safetensors file or shards under an index."""
+    """Blocks of the tensors of the files that are the model (see `weight_files`).
+
+    Raises ValueError naming model.path and the file that is missing, cut off or not of the model's weights.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._handles: dict[str, Any] = {}
-        self._files: dict[str, str] = {}
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            self._files = json.loads(index.read_text())["weight_map"]
-        else:
-            for file in sorted(self.folder.glob("*.safetensors")):
-                self._files |= dict.fromkeys(self._open(file.name).keys(), file.name)
+        self._handles: dict[Path, Any] = {}
+        try:
+            files = weight_files(self.folder)
+            self._tensors = model_tensors(files)
+        except ValueError as error:
+            raise ValueError(f"model.path: {error}") from error
+        self.notes = files.notes
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self._files)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The block of tensor `name` inside `box`, in the file's dtype."""
@@ -52,17 +59,15 @@ class HFReader:
         return block
 
     def _slice(self, name: str) -> Any:
-        return self._open(self._files[name]).get_slice(name)
+        return self._open(self._tensors[name].file).get_slice(name)
 
-    def _open(self, file_name: str) -> Any:
-        if file_name not in self._handles:
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
             try:
-                self._handles[file_name] = safe_open(self.folder / file_name, framework="pt")
+                self._handles[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"model.path: cannot read {self.folder / file_name} ({error}); download it again"
-                ) from error
-        return self._handles[file_name]
+                raise ValueError(f"model.path: cannot read {file} ({error}); download it again") from error
+        return self._handles[file]
 
     def __enter__(self) -> HFReader:
         return self
@@ -71,6 +76,63 @@ class HFReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handles.clear()
+
+
+def check_weights(folder: Path | str, spec: ModelSpec, head: Head) -> None:
+    """Raise ValueError naming model.path unless the folder's files hold the model of its config.json, complete."""
+    with HFReader(folder) as reader:
+        check_hf_tensors({name: reader.shape(name) for name in reader.names()}, spec, head, folder)
+        if head == "lm":
+            check_tied_head(reader, spec)
+
+
+def check_tied_head(reader: HFReader, spec: ModelSpec) -> None:
+    """A vocabulary head that is written out although it is tied must equal the embedding.
+
+    Of another one transformers would make the head, and vLLM would leave it out.
+    """
+    names = FAMILIES[spec.family].names
+    if not spec.tie_embeddings or not {names.lm_head, names.embedding} <= set(reader.names()):
+        return
+    shape = reader.shape(names.lm_head)
+    if shape != reader.shape(names.embedding) or not all(
+        torch.equal(reader.read(names.lm_head, box).double(), reader.read(names.embedding, box).double())
+        for box in _row_boxes(*shape)
+    ):
+        raise ValueError(
+            f"model.path: {reader.folder} has tie_word_embeddings true, but a {names.lm_head} of its own, which is not "
+            f"{names.embedding}: set it to false in config.json where that head is the model's, or remove the tensor"
+        )
+
+
+def _row_boxes(rows: int, columns: int) -> Iterator[Box]:
+    starts = range(0, rows, _COMPARED_ROWS)
+    return (((start, min(rows, start + _COMPARED_ROWS)), (0, columns)) for start in starts)
+
+
+def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
+    """Copy into another dtype. ValueError that begins with `what` where a finite value would become infinite."""
+    out.copy_(block)
+    if out.dtype == block.dtype or torch.finfo(out.dtype).max >= torch.finfo(block.dtype).max:
+        return
+    if bool((out.isinf() & block.isfinite()).any()):
+        name, largest = str(out.dtype).removeprefix("torch."), float(block.abs().nan_to_num(0, 0).max())
+        raise ValueError(f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range")
+
+
+@contextmanager
+def model_view(folder: Path | str) -> Iterator[Path]:
+    """A folder of links to the model's files alone, for libraries that choose among files by rules of their own."""
+    folder = Path(folder).resolve()
+    files = weight_files(folder)
+    with tempfile.TemporaryDirectory(prefix="rlhf3d-model-") as view:
+        companions = [path.name for path in folder.iterdir() if _is_companion(path)]
+        for name in (*files.names, *companions):
+            (Path(view) / name).symlink_to(folder / name)
+        if len(files.names) > 1:
+            weight_map = {name: info.file.name for name, info in model_tensors(files).items()}
+            (Path(view) / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        yield Path(view)
 
 
 def write_hf_folder(
@@ -102,8 +164,13 @@ def write_hf_folder(
 def copy_companions(source_folder: Path, destination: Path) -> None:
     """Copy what a model folder holds beside weights: configuration, tokenizer, chat template."""
     for file in source_folder.iterdir():
-        if file.is_file() and file.suffix in COMPANION_SUFFIXES and not file.name.endswith(".index.json"):
+        if _is_companion(file):
             shutil.copyfile(file, destination / file.name)
+
+
+def _is_companion(file: Path) -> bool:
+    others = file.name.endswith(".index.json") or file.name == "adapter_config.json"
+    return file.is_file() and file.suffix in COMPANION_SUFFIXES and not others
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> set[torch.dtype]:

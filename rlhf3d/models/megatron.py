@@ -23,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from rlhf3d.config.schema import Recompute
 from rlhf3d.models.boxes import Box, box_slices
-from rlhf3d.models.hf_io import HFReader
+from rlhf3d.models.hf_io import HFReader, copy_in_range
 from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
 from rlhf3d.models.weights import VALUE_HEAD, Head, LocalParam, SpecStyle, check_hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
@@ -281,7 +281,9 @@ def load_hf_weights(
             param.zero_()
             for piece in entry.pieces:
                 if piece.hf_name in in_file:
-                    param[box_slices(piece.local_box)].copy_(reader.read(piece.hf_name, piece.hf_box))
+                    block = reader.read(piece.hf_name, piece.hf_box)
+                    what = f"model.path: {piece.hf_name} of {folder} holds a value"
+                    copy_in_range(param[box_slices(piece.local_box)], block, what)
                 else:
                     assert entry.name == VALUE_HEAD, f"{piece.hf_name} is missing"
 

@@ -6,7 +6,6 @@ else is refused here, with the key, the value and the fix. Pure: no torch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from rlhf3d.models.family import ExpertKeys, Family
+from rlhf3d.models.folder import read_json, weight_files
 from rlhf3d.parallel.layout import ParallelLayout
 
 FAMILIES: dict[str, Family] = {
@@ -75,23 +75,25 @@ def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
     if not config_file.is_file():
         raise ValueError(f"model.path: {folder} has no config.json; give the folder with config and weights")
     try:
-        config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model.path: {config_file} is not JSON ({error}); download it again") from error
-    if with_weights:
-        _require_safetensors(folder)
+        config = read_json(config_file)
+        if with_weights:
+            weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from error
     return parse_config(config, str(folder))
 
 
 def load_reward_spec(folder: Path | str) -> ModelSpec:
     """`load_spec` of a sequence classifier with one output; its ValueErrors name reward_model.path."""
-    from rlhf3d.models.hf_io import HFReader  # loads torch
+    from rlhf3d.models.hf_io import HFReader, check_weights  # loads torch
 
     try:
         spec = load_spec(folder)
         with HFReader(folder) as reader:
             head, names = FAMILIES[spec.family].names.value_head, reader.names()
             shape = reader.shape(head) if head in names else None
+        if shape == (1, spec.hidden_size):
+            check_weights(folder, spec, "value")
     except ValueError as error:
         raise ValueError(str(error).replace("model.path", "reward_model.path", 1)) from error
     if shape != (1, spec.hidden_size):
@@ -101,18 +103,6 @@ def load_reward_spec(folder: Path | str) -> ModelSpec:
             "output (tools/train_reward_model.py makes one from a language model and preferences)"
         )
     return spec
-
-
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"model.path: {folder} holds weights only as pickles ({pickles[0]}), which can run code; "
-            f"convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    raise ValueError(f"model.path: {folder} has no *.safetensors; download the weights beside config.json")
 
 
 def parse_config(config: dict[str, Any], source: str) -> ModelSpec:

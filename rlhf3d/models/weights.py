@@ -8,7 +8,8 @@ name. Pure: no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ SpecStyle = Literal["local", "te"]
 multiplied as one group)."""
 
 VALUE_HEAD = "value_head.weight"
+_FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
     The value head may be absent (it then starts at zero); the other role's head and a written-out tied head
     may be present.
     """
+    refuse_fused_experts(found, source)
     names = FAMILIES[spec.family].names
     wanted = hf_tensors(spec, head)
     unused = set(found) - set(wanted) - {names.lm_head, names.value_head}
@@ -79,12 +82,28 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
         ),
         "has wrong shapes:": [f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s],
     }
+    if problems["lacks"] == [names.lm_head]:
+        raise ValueError(
+            f"model.path: {source} lacks {names.lm_head}, and its config.json does not have tie_word_embeddings true: "
+            "set it where head and embedding are one, or download the weights again"
+        )
     for problem, tensors in problems.items():
         if tensors:
             raise ValueError(
                 f"model.path: {source} {problem} {', '.join(tensors[:5])} ({len(tensors)} in all), "
                 f"so its weights and config.json do not belong together; download both again"
             )
+
+
+def refuse_fused_experts(found: Iterable[str], source: Path | str) -> None:
+    """Raise ValueError naming model.path where the experts of a layer are one tensor, as transformers 5 holds them."""
+    fused = next((name for name in found if _FUSED_EXPERTS.search(name)), None)
+    if fused is not None:
+        raise ValueError(
+            f"model.path: {source} holds all experts of a layer in one tensor ({fused}); one tensor an expert is "
+            "needed: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
+            "save_original_format=True) writes them so"
+        )
 
 
 def _layer_tensors(spec: ModelSpec, names: WeightNames) -> Iterator[tuple[str, tuple[int, ...]]]:

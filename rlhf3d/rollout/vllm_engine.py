@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf3d.models.hf_io import model_view
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 
@@ -95,24 +97,27 @@ class VLLMEngine:
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
         self._served_prompt: Sequence[int] = ()
-        self._llm = LLM(
-            str(model_path),
-            dtype=dtype,
-            quantization=None if quantization == "none" else quantization,
-            load_format="auto" if load_weights else "dummy",
-            skip_tokenizer_init=True,
-            tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="external_launcher" if tensor_parallel_size > 1 else None,
-            enable_expert_parallel=expert_parallel,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            enforce_eager=enforce_eager,
-            seed=seed,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            worker_extension_cls=WORKER_EXTENSION,
+        settings = {
+            "config_format": "hf",
+            "dtype": dtype,
+            "quantization": None if quantization == "none" else quantization,
+            "load_format": "safetensors" if load_weights else "dummy",
+            "skip_tokenizer_init": True,
+            "tensor_parallel_size": tensor_parallel_size,
+            "distributed_executor_backend": "external_launcher" if tensor_parallel_size > 1 else None,
+            "enable_expert_parallel": expert_parallel,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "enforce_eager": enforce_eager,
+            "seed": seed,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": WORKER_EXTENSION,
             **memory,
-        )
+        }
+        # vLLM's own rules would take other weights than transformers from a folder that holds more than the model.
+        with model_view(model_path) if load_weights else nullcontext(model_path) as folder:
+            self._llm = LLM(str(folder), **settings)
         if load_weights:
             self._loaded_version = self._policy_version = 0
         if meeting is not None:

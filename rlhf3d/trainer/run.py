@@ -25,6 +25,7 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
 from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
+from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
@@ -97,6 +98,7 @@ def _run(config: Config, stopping: Stopping) -> int:
             pool = stack.enter_context(ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate))
         prompts = [train_data.summary(), val_data.summary()]
         prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
+        prompts += [f"warning: {text}" for text in weight_files(Path(config.model.path)).notes]
         lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
         console.header(lines, total_steps, found.manifest.step if found else 0)
         groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping)

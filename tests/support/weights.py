@@ -5,16 +5,18 @@ Invariant: every element of a made tensor is a different number, so that a block
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 
 from rlhf3d.models.boxes import box_slices
-from rlhf3d.models.spec import FAMILIES, ModelSpec
-from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
+from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
+from rlhf3d.models.weights import Head, LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
 
@@ -29,6 +31,19 @@ QWEN3_MOE = ModelSpec(
     "qwen3_moe", 2, 8, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=1, vocab_size=65, qk_norm=True,
     num_experts=4, experts_per_token=2, moe_ffn_size=12,
 )  # fmt: skip
+
+
+def sparse_weights(folder: Path, head: Head = "lm") -> Path:
+    """Write model.safetensors with the tensors of the folder's config.json, in bfloat16: a header and a hole."""
+    header, end = {}, 0
+    for name, shape in hf_tensors(load_spec(folder, with_weights=False), head).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
 
 
 def numbered_tensors(spec: ModelSpec, version: int = 0) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.weights import sparse_weights
 
 from rlhf3d import preflight as module
 from rlhf3d.config.load import build
@@ -43,7 +44,7 @@ def make(folder: Path, spec: ModelSpec = SMOLLM2, **raw: dict) -> Config:
         "max_position_embeddings": 8192, "tie_word_embeddings": spec.tie_embeddings, "hidden_act": "silu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(description))
-    (folder / "model.safetensors").touch()
+    sparse_weights(folder)
     (folder / "t.parquet").touch()
     mistakes: list[str] = []
     always = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from support.checkpoints import load_tensors, write_megatron_folder
 from support.tiny_models import make_tiny_model
 from typer.testing import CliRunner
@@ -51,7 +52,10 @@ def test_whole_folders(run: Path) -> None:
         assert model["family"] == "llama" and model["parameters"] == parameters and model["dtypes"] == ["float32"]
     assert latest["actor"]["optimizer"] is False and latest["actor"]["role"] == "actor"
     text = CliRunner().invoke(cli.app, ["inspect", str(run)]).stdout
-    assert "metric: acc 0.5" in text and "layout: actor tp2×pp1×dp4" in text and "NOT WHOLE" not in text
+    assert "metric: acc 0.5" in text and "layout: actor tp2×pp1×dp4" in text
+    assert text.endswith("nothing is missing; not compared: contents of files (--deep reads them)\n")
+    for path in (run, run.parent / "model"):
+        assert CliRunner().invoke(cli.app, ["inspect", str(path), "--deep"]).stdout.endswith("\ncomplete\n")
 
 
 def test_damage_is_named_with_exit_code_1(run: Path) -> None:
@@ -89,6 +93,7 @@ def test_bare_megatron_folder_is_checked_by_its_own_checksums(run: Path) -> None
     file.write_bytes(content)
     code, found, _ = command(actor)
     assert code == 0 and "family" not in found
+    assert found["not_compared"][1] == f"tensors of {actor} with those of a model (there is no config.json beside it)"
     code, _, told = command(actor, "--deep")
     assert code == 1 and f"{file} is corrupt" in told
 
@@ -102,3 +107,13 @@ def test_hugging_face_folder_that_is_not_whole(run: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     os.truncate(model / "model.safetensors", 1000)
     assert command(model)[0] == 1
+
+
+def test_values_that_are_not_finite_are_found_where_they_are_read(run: Path) -> None:
+    model = run.parent / "model"
+    tensors = load_tensors(model)
+    tensors["model.norm.weight"][:2] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert command(model)[0] == 0
+    code, _, told = command(model, "--deep")
+    assert code == 1 and "model.norm.weight has 2 values that are NaN or infinite" in told

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.weights import sparse_weights
 
 from rlhf3d.algorithms.advantages import ADVANTAGES
 from rlhf3d.config import checks
@@ -336,8 +337,7 @@ def write_model(folder: Path, **changes: object) -> Path:
         "max_position_embeddings": 1024, "hidden_act": "silu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config | changes))
-    (folder / "model.safetensors").touch()
-    return folder
+    return sparse_weights(folder)
 
 
 def test_files(tmp_path: Path) -> None:

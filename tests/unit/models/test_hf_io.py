@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_models import make_tiny_model
+from support.weights import sparse_weights
 
-from rlhf3d.models.hf_io import INDEX_NAME, HFReader, write_hf_folder
-from rlhf3d.models.spec import load_reward_spec
+from rlhf3d.models.folder import INDEX_NAME
+from rlhf3d.models.hf_io import HFReader, check_weights, copy_in_range, write_hf_folder
+from rlhf3d.models.spec import load_reward_spec, load_spec
 
 TENSORS = {
     "a": torch.arange(24.0).reshape(4, 6),
@@ -75,15 +78,27 @@ def test_refuses_to_overwrite(tmp_path: Path, source: Path) -> None:
         write_hf_folder(source, TENSORS.items(), source)
 
 
-def test_names_the_shard_that_cannot_be_read(tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match=r"model\.path: cannot read .*model\.safetensors"):
-        HFReader(tmp_path)
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
-    with pytest.raises(ValueError, match=r"model\.path: cannot read .*model-2\.safetensors"):
-        HFReader(tmp_path).shape("a")
+def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path) -> None:
+    """In any dtype that holds the same values; a run and a conversion ask the same function."""
+    folder = make_tiny_model(tmp_path / "m", "qwen2", tie=True, layers=1, dtype=torch.bfloat16)
+    spec, tensors = load_spec(folder), load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.float()):
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        check_weights(folder, spec, "lm")
+    for head in (embedding + 1, embedding[1:].clone()):
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=r"^model\.path: .*tie_word_embeddings true, but a lm_head\.weight of its"):
+            check_weights(folder, spec, "lm")
+        check_weights(folder, spec, "value")  # a critic has no use for it
+
+
+def test_a_value_beyond_the_dtypes_range_is_refused() -> None:
+    out, block = torch.zeros(3, dtype=torch.float16), torch.tensor([1.0, -1e6, float("inf")])
+    with pytest.raises(ValueError, match=r"^X holds a value of 1e\+06, beyond the range of float16"):
+        copy_in_range(out, block, "X holds a value")
+    copy_in_range(out, torch.tensor([65504.0, float("inf"), float("nan")]), "X")
+    assert out[0] == 65504 and out[1].isinf() and out[2].isnan(), "what was infinite stays so"
 
 
 def test_a_reward_model_needs_one_output(tmp_path: Path) -> None:
@@ -101,6 +116,9 @@ def test_a_reward_model_needs_one_output(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"^reward_model\.path: .* {wrong}"):
             load_reward_spec(tmp_path)
     save_file({"score.weight": torch.ones(1, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^reward_model\.path: .* lacks model\."):
+        load_reward_spec(tmp_path)
+    sparse_weights(tmp_path, "value")
     assert load_reward_spec(tmp_path).hidden_size == 4
     (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gpt2"}))
     with pytest.raises(ValueError, match=r"^reward_model\.path: .* has model_type 'gpt2'"):
