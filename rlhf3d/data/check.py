@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,7 @@ from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_prove
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
 from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
+from rlhf3d.rewards.truths import shown
 
 _BATCH = 2048
 _LOOKED_AT, _SCORED = 20_000, 128
@@ -39,11 +40,17 @@ class Marks:
     """Rows for a reward model, which have no ground truth."""
     graded: int = 0
     """Texts scored; 0 where the data source has no scorer."""
+    truths: int = 0
+    """Accepted answers that got a score: one a row, or each of its list."""
     truth_right: int = 0
-    """Ground truths that get full marks when stated as the scorer wants them."""
+    """Of these, those that get full marks when stated as the scorer wants them."""
     solutions: int = 0
-    """Rows with a worked solution (`extra_info.answer`)."""
+    """Worked solutions (`extra_info.answer`) that got a score."""
     solutions_right: int = 0
+    failed: int = 0
+    """Texts that got no score: the reward function failed, or was late."""
+    failures: list[str] = field(default_factory=list)
+    """The first of them, with the reason."""
     misses: list[str] = field(default_factory=list)
     """The first solutions or truths without full marks."""
 
@@ -138,13 +145,16 @@ class _Grader:
         if truth is None:  # for a reward model: there is nothing to compare with
             check.marks[row.data_source].without_truth += 1
             return
-        show: Callable[[Any], str] = str
-        if not self._custom:
-            try:
-                show = scorer_of(row.data_source, self._scorers).show
-            except ValueError:  # told by _judge
-                return
-        self._items.append(("truth", where, ScoreItem(row.data_source, show(truth), truth, row.extra_info)))
+        if not self._custom and row.data_source not in {**DATA_SOURCES, **(self._scorers or {})}:
+            return  # _judge says so
+        try:
+            scorer = None if self._custom else scorer_of(row.data_source, self._scorers)
+            statements = [shown(truth)] if scorer is None else scorer.statements(truth)
+        except ValueError as error:
+            _unreadable(check, f"{where}: {error}")
+            return
+        for text in statements:
+            self._items.append(("truth", where, ScoreItem(row.data_source, text, truth, row.extra_info)))
         solution = row.extra_info.get("answer")
         if isinstance(solution, str) and solution:
             self._items.append(("solution", where, ScoreItem(row.data_source, solution, truth, row.extra_info)))
@@ -218,9 +228,15 @@ def _unreadable(check: FileCheck, message: str) -> None:
 
 
 def _mark(marks: Marks, kind: str, where: str, item: ScoreItem, score: Score) -> None:
-    right = score.accuracy >= 1.0
     marks.graded += 1
+    if score.failed:  # no verdict: neither right nor wrong
+        marks.failed += 1
+        if len(marks.failures) < _SHOWN:
+            marks.failures.append(f"{where}: {score.outcome.value} on the {kind}: {score.reason}")
+        return
+    right = score.accuracy >= 1.0
     if kind == "truth":
+        marks.truths += 1
         marks.truth_right += right
     else:
         marks.solutions += 1
@@ -253,8 +269,12 @@ def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
                 f"no scorer for data_source {data_source!r} ({ruled} rows): name one in reward.scorers, or set "
                 "custom_reward_function.path"
             )
-        elif marks.truth_right < ruled:
-            text = f"{data_source}: {ruled - marks.truth_right} of {ruled} ground truths do not get full marks"
+        if marks.failed:
+            check.problems.append(
+                f"{data_source}: {marks.failed} of {marks.graded} answers were not scored ({marks.failures[0]})"
+            )
+        if marks.truth_right < marks.truths:
+            text = f"{data_source}: {marks.truths - marks.truth_right} of {marks.truths} ground truths do not get full marks"
             (check.warnings if custom else check.problems).append(f"{text} ({marks.misses[0]})")
         if marks.solutions_right < marks.solutions:
             check.warnings.append(
@@ -305,15 +325,20 @@ def training_warnings(
     rows = [*train.sample(_SCORED), *val.sample(_SCORED)]
     if any(row.ground_truth is None for row in rows):
         raise ValueError(f"data.train_files, data.val_files: {WITHOUT_TRUTH}")
-    items = [
-        ScoreItem(row.data_source, scorer_of(row.data_source, reward.scorers).show(truth), truth, row.extra_info)
-        for row in rows
-        for truth in [row.ground_truth]
-    ]
-    refused = [item for item, score in zip(items, pool.score_batch(items), strict=True) if score.value < 1.0]
+    items = []
+    for row in rows:
+        for text in scorer_of(row.data_source, reward.scorers).statements(row.ground_truth):
+            items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
+    scores = pool.score_batch(items)
+    refused = [item for item, score in zip(items, scores, strict=True) if not score.failed and score.value < 1.0]
     if refused:
         warnings.append(
             f"{len(refused)} of {len(items)} ground truths looked at do not get full marks from their own scorer, the "
             f"first is {str(refused[0].ground_truth)[:80]!r} of {refused[0].data_source}: see `rlhf3d data check`"
+        )
+    if failed := [score for score in scores if score.failed]:
+        warnings.append(
+            f"{len(failed)} of {len(items)} ground truths looked at were not scored, the first: "
+            f"{failed[0].reason}: see `rlhf3d data check`"
         )
     return warnings

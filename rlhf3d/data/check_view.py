@@ -35,7 +35,7 @@ def _file(file: FileCheck) -> list[RenderableType]:
         parts.append(_histogram(file))
     parts.append(_marks(file))
     for marks in file.marks.values():
-        parts += [Text(f"    {miss}") for miss in marks.misses]
+        parts += [Text(f"    {line}") for line in (*marks.misses, *marks.failures)]
     parts += [Text(f"  problem: {problem}", style="red") for problem in file.problems]
     parts += [Text(f"  warning: {warning}", style="yellow") for warning in file.warnings]
     return parts
@@ -50,8 +50,9 @@ def _histogram(file: FileCheck) -> Table:
 
 
 def _marks(file: FileCheck) -> Table:
-    table = Table("data source", "rows", "truths right", "worked solutions right", box=None)
+    table = Table("data source", "rows", "truths right", "worked solutions right", "not scored", box=None)
     for data_source, marks in file.marks.items():
         solutions = f"{marks.solutions_right} of {marks.solutions}" if marks.solutions else "none given"
-        table.add_row(data_source, str(marks.rows), f"{marks.truth_right} of {marks.rows}", solutions)
+        right = f"{marks.truth_right} of {marks.truths}"
+        table.add_row(Text(data_source), str(marks.rows), right, solutions, str(marks.failed))
     return table

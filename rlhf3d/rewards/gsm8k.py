@@ -55,10 +55,15 @@ def extract_answer(text: str, method: str = "flexible") -> str | None:
 def compute_score(solution_str: str, ground_truth: str, method: str = "flexible") -> ScoreResult:
     """1.0 where the answer of `solution_str` equals `ground_truth` as a number, else 0.0.
 
-    Raises ValueError where the ground truth holds no number or the method is unknown.
+    The ground truth is a number, perhaps with text around it, or a worked answer that ends with `#### number`.
+    Raises ValueError where it holds no number or several (1/2), or the method is unknown.
     """
-    truth = extract_answer(ground_truth, "flexible")
+    truths = {canonical(match["sign"], match["number"]) for match in _LAST_NUMBER.finditer(ground_truth)}
+    truth = extract_answer(ground_truth, "strict") or (truths.pop() if len(truths) == 1 else None)
     if truth is None:
-        raise ValueError(f"reward_model.ground_truth: no number in {ground_truth!r}; mend the row")
+        raise ValueError(
+            f"reward_model.ground_truth: {ground_truth[:80]!r} is not one number, which gsm8k's scorer compares; fix "
+            "the row, or name another scorer in reward.scorers"
+        )
     answer = extract_answer(solution_str, method)
     return ScoreResult(float(answer == truth), answer)

@@ -1,11 +1,13 @@
 r"""The answer of a MATH completion: what stands in its last `\boxed{…}`, and that text in one fixed form.
 
-Invariant: linear time and no exception for any text; an unbalanced box is no answer.
+Invariant: linear time and no exception for any text; an unbalanced box is no answer. Spellings are only unified where
+they cannot mean anything else: two answers that differ never get one form.
 """
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _BOXES = ("\\boxed", "\\fbox")
 
@@ -30,6 +32,86 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+_SPELLINGS = (
+    (re.compile(r"\^?\s*(?:°|\\degrees?(?![a-zA-Z]))"), r"^\\circ"),
+    (re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])"), ""),  # sizes of brackets
+    (re.compile(r"\\varnothing(?![a-zA-Z])|∅"), r"\\emptyset"),
+    (re.compile(r"\\(?:boldsymbol|bm|pmb)(?![a-zA-Z])\s*"), ""),  # leaves the group
+)
+_GAP = r"(?:\s|~|\\[ ,:;!])+"
+_REPEATING = re.compile(r"(?<![0-9A-Za-z.}])([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar)\s*\{([0-9]{1,40})\}")
+_MIXED = re.compile(rf"(-?[0-9]{{1,40}}){_GAP}([0-9]{{1,40}})/([0-9]{{1,40}})")
+_SPACED_THOUSANDS = re.compile(rf"-?[0-9]{{1,3}}(?:{_GAP}[0-9]{{3}}){{1,12}}(?:\.[0-9]+)?")
+
+
+def tidy(answer: str) -> str:
+    r"""`answer` in the spelling that Math-Verify reads: 90°, `\bigl(`, `\varnothing`, `\boldsymbol{4}`, 0.\overline{3}.
+
+    Where it is nothing but a mixed number (1 4/5) or a number with spaces (12 500), as `1\frac{4}{5}` and 12500.
+    """
+    text = answer.strip()
+    for pattern, plain in _SPELLINGS:
+        text = pattern.sub(plain, text)
+    text = _REPEATING.sub(_as_fraction, text)
+    if text.startswith("{") and _group_end(text) == len(text):
+        text = text[1:-1].strip()
+    if (match := _MIXED.fullmatch(text)) and int(match[2]) < int(match[3]):
+        return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
+    return re.sub(_GAP, "", text) if _SPACED_THOUSANDS.fullmatch(text) else text
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction: its digits without the period's, over nines and zeros."""
+    head, rest, period = match[1] or "0", match[2], match[3]
+    value = Fraction(int(head + rest + period) - int(head + rest), 10 ** len(rest + period) - 10 ** len(rest))
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _group_end(text: str) -> int:
+    """Where the group ends that `text` begins with; 0 where it does not."""
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return brace.end()
+    return 0
+
+
+_BASE = re.compile(r"[0-9A-F]*[0-9][0-9A-F]*[\s_]*_[\s_]*([0-9]+|[a-z]+)")
+_BASE_NAMES = dict(
+    zip("two three four five six seven eight nine ten eleven twelve".split(), map(str, range(2, 13)), strict=True)
+)
+
+
+def bases(answer: str) -> set[str]:
+    r"""The bases its numbers are written in (52_8, 52_{\text{eight}}, 52 base 8): "8"; empty where none is stated."""
+    plain = re.sub(r"\\(?:text|mbox|mathrm)|[{()]", "", answer).replace("base", "_").replace("}", " ")
+    return {_BASE_NAMES.get(base, base) for base in _BASE.findall(plain)}
+
+
+_UNIT_NAMES = (
+    "mm millimeter millimeters|cm centimeter centimeters|m meter meters|km kilometer kilometers|in inch inches|"
+    "ft foot feet|yd yard yards|mi mile miles|g gram grams|kg kilogram kilograms|lb lbs pound pounds|"
+    "s sec second seconds|min minute minutes|h hr hour hours"
+)
+UNITS = {name: names.split()[0] for names in _UNIT_NAMES.split("|") for name in names.split()}
+"""Names of units -> the unit."""
+_WITH_UNIT = re.compile(
+    rf"(?P<number>.*?[0-9}})])(?:{_GAP}(?P<bare>[a-z]+)|{_GAP.replace(')+', ')*')}"
+    r"\\(?:text|mbox|mathrm|textrm)\s*\{\s*(?P<text>[a-z]+)\s*\})\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?\.?",
+    re.DOTALL,
+)
+
+
+def split_unit(answer: str) -> tuple[str, str | None]:
+    """The answer without its unit, and that unit with its power (cm2); null where it has none that is known."""
+    match = _WITH_UNIT.fullmatch(answer.strip())
+    name = match and (match["bare"] or match["text"])
+    if match is None or name not in UNITS or (match["bare"] and len(name) == 1):  # one bare letter may be a variable
+        return answer, None
+    return match["number"], UNITS[name] + (match["power"] or "")
+
+
 _UNITS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*[^{}]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
 _DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\\displaystyle|\\\$|\$|\^\s*\{?\\circ\s*\}?|\\%|%")
@@ -49,7 +131,7 @@ def normalise(answer: str) -> str:
 
     In the spirit of the string comparison of the MATH paper (Hendrycks et al., 2021); nothing is computed.
     """
-    text = answer.strip().rstrip(".").replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
+    text = tidy(answer.strip().rstrip(".")).replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
     bare = _UNITS.sub("", text).strip()
     text = _TEXT.sub(r"\1", bare or text)
     text = _DROPPED.sub("", _THIN_COMMA.sub(",", text)).strip()

@@ -6,13 +6,15 @@ can cost time (the scoring pool's deadline ends them) but never a wrong score. M
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from rlhf3d.rewards.math_answer import last_boxed, normalise
+from rlhf3d.rewards.math_answer import bases, last_boxed, normalise, split_unit, tidy
 from rlhf3d.rewards.scoring import Outcome, Score
 
 MAX_ANSWER = 500
@@ -23,11 +25,16 @@ _RATIONAL = re.compile(
     r"(?P<sign>[-\u2212])?(?:(?P<number>(?:[0-9]{1,100}|[0-9]{1,3}(?:,[0-9]{3}){1,9})(?:\.[0-9]{1,100})?)"
     r"|\\frac\{(?P<top>[0-9]{1,100})\}\{(?P<bottom>[0-9]{1,100})\}|(?P<over>[0-9]{1,100})/(?P<under>[0-9]{1,100}))"
 )
+_SEVERAL = re.compile(r"-?[0-9][0-9./]*(?:\s+-?[0-9][0-9./]*)+")
+"""Numbers side by side."""
 _CLOSE = Fraction(1, 10_000)
 """Decimals that differ by more than this share are not the same number rounded; nearer ones Math-Verify compares."""
 
+_DECIMAL_DIGITS, _EXACT_DIGITS = 5e-6, 1e-50
+"""Largest difference of equal numbers, as a share of them: with decimals (six digits), and of exact ones."""
 
-def score_math(solution_str: str, ground_truth: Any, method: str = "flexible") -> Score:
+
+def score_math(solution_str: str, ground_truth: str, method: str = "flexible") -> Score:
     r"""1.0 where the last `\boxed{…}` equals `ground_truth`, else 0.0.
 
     Without a box, `flexible` lets Math-Verify find an answer at the end of the text; `strict` does not.
@@ -38,16 +45,13 @@ def score_math(solution_str: str, ground_truth: Any, method: str = "flexible") -
     answer = solution_str[-TAIL:] if boxed is None else boxed
     if len(answer) > max(MAX_ANSWER, TAIL if boxed is None else 0) or not _is_sane(answer):
         return _unparsable(boxed)
-    truth = str(ground_truth)
-    if boxed is not None and (quick := _quick(boxed, truth)) is not None:
+    if boxed is not None and (quick := _quick(boxed, ground_truth)) is not None:
         return Score(float(quick), Outcome.SCORED, {"answer": boxed})
-    found = _parse(_box(answer) if boxed is not None else answer)
+    found = _parse(_box(split_unit(tidy(answer))[0]) if boxed is not None else tidy(answer))
     if not found:
         return _unparsable(boxed)
-    gold = _parse_truth(truth)
-    from math_verify import verify
-
-    right = verify(gold, list(found), timeout_seconds=None)
+    gold = _parse_truth(ground_truth)
+    right = _grader().verify(gold, list(found), timeout_seconds=None)
     return Score(float(right), Outcome.SCORED, {"answer": boxed if boxed is not None else str(found[-1])})
 
 
@@ -60,9 +64,9 @@ def prepare() -> None:
 _TYPICAL = (r"\frac{\sqrt{3}}{2}", r"2\pi x^2+1", r"\left(1,\frac{1}{2}\right]", r"\{1,-2\}", r"\text{even}", "y=2x")
 
 
-def show_truth(ground_truth: Any) -> str:
-    """A completion that states the ground truth."""
-    return _box(str(ground_truth))
+def state(answer: str) -> str:
+    """A completion that states an answer."""
+    return _box(answer)
 
 
 def _unparsable(boxed: str | None) -> Score:
@@ -77,9 +81,17 @@ def _is_sane(text: str) -> bool:
 
 
 def _quick(answer: str, truth: str) -> bool | None:
-    """The verdict where it needs no algebra: the same text, or two numbers (without units or percent signs)."""
+    """The verdict where it needs no algebra: the same text, two numbers, or numbers of other bases or units."""
+    stated = bases(answer), bases(truth)
+    if all(stated) and stated[0] != stated[1]:
+        return False
+    (answer, unit), (truth, wanted) = split_unit(tidy(answer)), split_unit(tidy(truth))
+    if unit and wanted and unit != wanted:
+        return False
     if normalise(answer) == normalise(truth):
         return True
+    if _SEVERAL.fullmatch(answer):  # Math-Verify would add them up
+        return False
     one, other = _rational(answer), _rational(truth)
     if one is None or other is None:
         return None
@@ -109,9 +121,9 @@ def _box(answer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse_truth(truth: str) -> list[Any]:
-    gold = _parse(_box(truth))
+    gold = _parse(_box(split_unit(tidy(truth))[0]))
     if not gold:
-        raise ValueError(f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; mend the row")
+        raise ValueError(f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; fix the row")
     return list(gold)
 
 
@@ -121,6 +133,45 @@ def _parse(text: str) -> tuple[Any, ...]:
     from math_verify import parse
 
     return tuple(parse(text, extraction_config=_extraction(), parsing_timeout=None))
+
+
+@cache
+def _grader() -> Any:
+    """Math-Verify's grader, in which two numbers that are equal to some decimals must be of equal size as well.
+
+    It takes a difference below 1e-15 for none (and of decimals, below 1e-6): all small numbers were one.
+    """
+    from math_verify import grader
+
+    theirs = grader.sympy_numeric_eq
+
+    def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+        return bool(theirs(a, b, float_rounding, numeric_precision)) and _same_size(a, b, grader.get_pct_val)
+
+    assert tuple(inspect.signature(theirs).parameters) == ("a", "b", "float_rounding", "numeric_precision")
+    grader.sympy_numeric_eq = numeric_eq
+    return grader
+
+
+def _same_size(a: Any, b: Any, without_percent: Callable[[Any, Any], Any]) -> bool:
+    """Whether two expressions equal to some decimals are equal in proportion: to 6 digits, or where exact, to 60.
+
+    False leaves the verdict to algebra.
+    """
+    if not all(getattr(value, "is_number", False) for value in (a, b)):  # matrices come again by element
+        return not hasattr(a, "free_symbols") or not a.free_symbols or (a - b).expand() == 0 or _has_decimals(a, b)
+    if without_percent(a, a) == without_percent(b, b):  # 9% is 9
+        return True
+    a, b = a.doit(), b.doit()
+    size = max(abs(a.evalf(60)), abs(b.evalf(60)))
+    share = _DECIMAL_DIGITS if _has_decimals(a, b) else _EXACT_DIGITS
+    return bool(abs((a - b).evalf(60)) <= share * size)
+
+
+def _has_decimals(a: Any, b: Any) -> bool:
+    from sympy import Float
+
+    return bool(a.has(Float) or b.has(Float))
 
 
 @cache

@@ -1,7 +1,7 @@
 """The built-in scorers, and which of them scores which data source.
 
-Invariant: every scorer gives full marks to its own statement of the ground truth (`Scorer.show`), and a data source
-without a scorer is an error before the run starts. A scorer's libraries are imported only where it is used.
+Invariant: every scorer gives full marks to its own statement of each accepted answer (`Scorer.statements`), and a data
+source without a scorer is an error before the run starts. A scorer's libraries are imported only where it is used.
 """
 
 from __future__ import annotations
@@ -12,39 +12,62 @@ from typing import Any
 
 from rlhf3d.rewards import gsm8k, math_answer, math_verify_scorer
 from rlhf3d.rewards.scoring import ExtraInfo, Outcome, Score
+from rlhf3d.rewards.truths import accepted
 
 
 @dataclass(frozen=True)
 class Scorer:
     """How one kind of answer is compared."""
 
-    score: Callable[[str, Any, str], Score]
-    """fn(solution_str, ground_truth, reward.method)."""
-    show: Callable[[Any], str]
-    """A completion that states the ground truth, as the scorer wants it."""
+    compare: Callable[[str, str, str], Score]
+    """fn(solution_str, accepted answer, reward.method)."""
+    state: Callable[[str], str]
+    """A completion that states an answer, as the scorer wants it."""
     prepare: Callable[[], None] = lambda: None
     """Called once a process, before its first sample: slow imports."""
 
+    def score(self, solution_str: str, ground_truth: Any, method: str) -> Score:
+        """Against each accepted answer: the first that is right, else the first verdict.
 
-def _score_gsm8k(solution_str: str, ground_truth: Any, method: str) -> Score:
-    result = gsm8k.compute_score(solution_str, str(ground_truth), method)
+        ValueError where nothing is right and one of them cannot be compared with.
+        """
+        scores, errors = [], []
+        for answer in accepted(ground_truth):
+            try:
+                scores.append(self.compare(solution_str, answer, method))
+            except ValueError as error:
+                errors.append(error)
+            else:
+                if scores[-1].value >= 1.0:
+                    return scores[-1]
+        if errors:
+            raise errors[0]
+        return scores[0]
+
+    def statements(self, ground_truth: Any) -> list[str]:
+        """Completions that each state one of the accepted answers."""
+        return [self.state(answer) for answer in accepted(ground_truth)]
+
+
+def _score_gsm8k(solution_str: str, ground_truth: str, method: str) -> Score:
+    result = gsm8k.compute_score(solution_str, ground_truth, method)
     outcome = Outcome.UNPARSABLE if result.answer is None else Outcome.SCORED
     return Score(result.score, outcome, {"answer": result.answer})
 
 
-def _score_boxed_exact(solution_str: str, ground_truth: Any, method: str) -> Score:
+def _score_boxed_exact(solution_str: str, ground_truth: str, method: str) -> Score:
     """The text of the last box, normalised, against that of the ground truth."""
     boxed = math_answer.last_boxed(solution_str)
     if not boxed or len(boxed) > math_verify_scorer.MAX_ANSWER:
         return Score(0.0, Outcome.UNPARSABLE, {"answer": None})
-    right = math_answer.normalise(boxed) == math_answer.normalise(str(ground_truth))
+    right = math_answer.normalise(boxed) == math_answer.normalise(ground_truth)
     return Score(float(right), Outcome.SCORED, {"answer": boxed})
 
 
 SCORERS: dict[str, Scorer] = {
     "gsm8k": Scorer(_score_gsm8k, lambda truth: f"#### {truth}"),
-    "math_verify": Scorer(math_verify_scorer.score_math, math_verify_scorer.show_truth, math_verify_scorer.prepare),
-    "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.show_truth),
+    "math_verify": Scorer(math_verify_scorer.score_math, math_verify_scorer.state, math_verify_scorer.prepare),
+    "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.state),
 }
 DATA_SOURCES: dict[str, str] = {
     "openai/gsm8k": "gsm8k",
@@ -89,6 +112,16 @@ class BuiltinReward:
     """reward.scorers."""
     memory_gib: float | None = 3.0
     """What an answer may make sympy allocate before the process is replaced."""
+
+    def __post_init__(self) -> None:
+        """ValueError for a method or a scorer that there is not."""
+        if self.method not in gsm8k.METHODS:
+            raise ValueError(f"reward.method: no {self.method!r}; choose one of {', '.join(gsm8k.METHODS)}")
+        for data_source, name in self.scorers.items():
+            if name not in SCORERS or not data_source:
+                raise ValueError(
+                    f"reward.scorers: {data_source!r} = {name!r} must be a data source and one of {', '.join(SCORERS)}"
+                )
 
     def prepare(self) -> None:
         """Make the scorers of `data_sources` ready."""

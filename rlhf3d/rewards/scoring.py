@@ -51,6 +51,12 @@ class Score:
         """Whether the reward function gave no verdict."""
         return self.outcome in (Outcome.TIMEOUT, Outcome.ERROR)
 
+    @property
+    def reason(self) -> str:
+        """The last line of a failure's message."""
+        lines = (self.message or "").strip().splitlines()
+        return lines[-1][:200] if lines else "no message"
+
 
 @dataclass(frozen=True)
 class ScoreItem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,10 @@ def test_truths_and_solutions_without_full_marks_are_listed(tmp_path: Path) -> N
     write_parquet(rows, tmp_path / "t.parquet", {})
     (file,) = check_files([tmp_path / "t.parquet"]).files
     marks = file.marks["openai/gsm8k"]
-    assert (marks.truth_right, marks.solutions_right, marks.solutions) == (2, 1, 3)
-    assert "1 of 3 ground truths do not get full marks" in file.problems[0] and "'five'" in file.problems[0]
-    assert "2 of 3 worked solutions do not get full marks" in file.warnings[0]
+    assert (marks.truths, marks.truth_right, marks.solutions, marks.solutions_right) == (2, 2, 2, 1)
+    assert marks.failed == 2 and "2 of 6 answers were not scored (row 1: error on the truth" in file.problems[0]
+    assert "'five' is not one number" in file.problems[0]
+    assert "1 of 2 worked solutions do not get full marks" in file.warnings[0]
     assert any("row 2: solution of '6' gets 0 (scored, answer '7')" in miss for miss in marks.misses)
 
 
@@ -92,6 +94,21 @@ def test_a_data_source_without_scorer_is_a_problem_until_one_is_named(tmp_path: 
     (tmp_path / "own.py").write_text("def compute_score(data_source, solution_str, ground_truth, extra_info): return 0")
     custom = check_files([tmp_path / "t.parquet"], reward=load_custom_reward(tmp_path / "own.py"))
     assert custom.problems == [] and "do not get full marks" in custom.files[0].warnings[0]
+
+
+def test_every_accepted_answer_is_tried_and_an_error_is_no_wrong_answer(tmp_path: Path) -> None:
+    lists = [replace(row("a"), reward_model={"ground_truth": ["4", "8/2"]})]
+    write_parquet(lists, tmp_path / "lists.parquet", {})
+    (file,) = check_files([tmp_path / "lists.parquet"]).files
+    assert "8/2' is not one number" in file.problems[0] and file.marks["openai/gsm8k"].truth_right == 1
+    scored = check_files([tmp_path / "lists.parquet"], scorers={"openai/gsm8k": "math_verify"})
+    assert scored.problems == [] and scored.files[0].marks["openai/gsm8k"].truths == 2
+    (tmp_path / "own.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info): return no"
+    )
+    (file,) = check_files([tmp_path / "lists.parquet"], reward=load_custom_reward(tmp_path / "own.py")).files
+    assert "1 of 1 answers were not scored (row 0: error on the truth: NameError: name 'no'" in file.problems[0]
+    assert file.marks["openai/gsm8k"].misses == [] and file.warnings == []
 
 
 def test_unusable_rows_are_counted_with_their_reason(tmp_path: Path) -> None:
@@ -125,7 +142,7 @@ def test_the_command_prints_and_exits_2_on_problems(tmp_path: Path) -> None:
         assert piece in " ".join(good.output.split())
     bad = CliRunner().invoke(cli.app, ["data", "check", "--json", str(tmp_path / "bad.parquet")])
     assert bad.exit_code == 2
-    assert "ground truths do not get full marks" in json.loads(bad.output)["problems"][0]
+    assert "'four' is not one number" in json.loads(bad.output)["problems"][0]
     with pytest.raises(ValueError, match="no such folder"):
         CliRunner().invoke(cli.app, [*arguments[:3], "nowhere", str(tmp_path / "good.parquet")], catch_exceptions=False)
 

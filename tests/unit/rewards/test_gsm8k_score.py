@@ -124,5 +124,5 @@ def test_canonical_form() -> None:
 def test_user_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"reward\.method: no 'lenient'.*strict, flexible"):
         extract_answer("1", "lenient")
-    with pytest.raises(ValueError, match=r"ground_truth: no number in 'twelve'"):
+    with pytest.raises(ValueError, match=r"ground_truth: 'twelve' is not one number"):
         compute_score("12", "twelve")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.scorers import DATA_SOURCES, SCORERS, BuiltinReward, check_data_sources
 from rlhf3d.rewards.scoring import Outcome, RewardError, Score, check_outcomes, to_score
+from rlhf3d.rewards.truths import accepted, shown
 
 SAMPLE: dict[str, Any] = {
     "data_source": "mine",
@@ -55,10 +57,49 @@ def test_reward_scorers_names_or_changes_the_scorer() -> None:
 @pytest.mark.parametrize("method", ["strict", "flexible"])
 def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(name: str, method: str) -> None:
     for truth in ("7", "-1,080", "2.50"):
-        score = SCORERS[name].score(f"So it is: {SCORERS[name].show(truth)}", truth, method)
+        score = SCORERS[name].score(f"So it is: {SCORERS[name].state(truth)}", truth, method)
         assert (score.value, score.outcome) == (1.0, Outcome.SCORED)
-        assert SCORERS[name].score(SCORERS[name].show("8"), truth, method).value == 0.0
+        assert SCORERS[name].score(SCORERS[name].state("8"), truth, method).value == 0.0
     assert set(DATA_SOURCES.values()) <= set(SCORERS)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize(
+    "truth", [["9"], '["9"]', "['9', '10.5']", ["10.5", "9"], ("9",), 9, 9.0, Decimal("9.00"), ["x", "9"][1:]]
+)
+def test_truths_of_any_type_are_what_they_say(name: str, truth: Any) -> None:
+    scorer = SCORERS[name]
+    assert scorer.score(scorer.state("9"), truth, "strict").value == 1.0
+    assert scorer.score(scorer.state("8"), truth, "strict").value == 0.0
+    assert all(scorer.score(text, truth, "strict").value == 1.0 for text in scorer.statements(truth))
+
+
+def test_numbers_keep_their_value_and_intervals_are_no_lists() -> None:
+    assert accepted(1e20) == ["1" + "0" * 20] and accepted(1e-7) == ["0.0000001"] and accepted(-0.5) == ["-0.5"]
+    assert accepted("[1, 2]") == ["[1, 2]"] and accepted("('a') + x") == ["('a') + x"]
+    assert shown([1, "½"]) == '[1, "½"]' and shown(None) == "" and shown(3.0) == "3" and shown(7) == "7"
+
+
+@pytest.mark.parametrize("truth", [[], [[]], {"target": "9"}, float("nan"), b"9", True, [None]])
+def test_truths_that_no_rule_compares_with_are_errors_not_zeros(truth: Any) -> None:
+    for scorer in SCORERS.values():
+        with pytest.raises(ValueError, match=r"reward_model\.ground_truth"):
+            scorer.score("#### 9", truth, "strict")
+
+
+def test_gsm8ks_truth_is_one_number() -> None:
+    score = SCORERS["gsm8k"].score
+    assert score("#### 3", "3 pears", "strict").value == score("3", "6 / 2 = 3\n#### 3", "flexible").value == 1.0
+    for truth in ("1/2", "5 or 6", "none"):
+        with pytest.raises(ValueError, match="is not one number"):
+            score("#### 2", truth, "strict")
+
+
+def test_options_that_there_are_not_are_refused_where_they_are_given() -> None:
+    with pytest.raises(ValueError, match=r"reward\.method: no 'lenient'; choose one of"):
+        BuiltinReward("lenient")
+    with pytest.raises(ValueError, match=r"reward\.scorers: 'a' = 'exact' must be a data source and one of"):
+        BuiltinReward(scorers={"a": "exact"})
 
 
 def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> None:

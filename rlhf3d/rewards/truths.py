@@ -1,0 +1,73 @@
+"""Ground truths as text: what a built-in scorer compares with, and what people are shown.
+
+Invariant: a number keeps its value whatever its type (1e20 is 100000000000000000000, 3.0 is 3), a list is the answers
+that are accepted, and what a rule cannot compare with is a ValueError, never a text that no answer equals.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+
+def accepted(ground_truth: Any) -> list[str]:
+    """The answers that count as right: one, or the entries of a list (a column of lists, or its JSON or Python text).
+
+    ValueError for an empty list, for what is not finite, and for a struct.
+    """
+    entries = _list_in(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    if not isinstance(entries, list | tuple):
+        return [_one(ground_truth)]
+    if not entries:
+        raise ValueError("reward_model.ground_truth: the list of accepted answers is empty; fix the row")
+    return [_one(entry) for entry in entries]
+
+
+def shown(value: Any) -> str:
+    """A ground truth of any type for people, samples and reports; empty for none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return _number(value) if isinstance(value, float | Decimal) else str(value)
+
+
+def _list_in(text: str) -> Any:
+    """The list of texts that `text` writes out, else null: [1, 2] is an interval, ["1", "2"] are two answers."""
+    stripped = text.strip()
+    if not (
+        stripped.startswith(("[", "(")) and stripped.endswith(("]", ")")) and stripped[1:].lstrip()[:1] in ('"', "'")
+    ):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            entries = read(stripped)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(entries, list | tuple) and all(isinstance(entry, str) for entry in entries):
+            return entries
+    return None
+
+
+def _one(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise ValueError(
+            f"reward_model.ground_truth: a built-in scorer compares text, numbers and lists of them, not "
+            f"{type(value).__name__} {str(value)[:80]!r}; write it as text, or set custom_reward_function.path"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"reward_model.ground_truth: {value} is no answer; fix the row")
+    return _number(value)
+
+
+def _number(value: int | float | Decimal) -> str:
+    """Digits without an exponent or padding zeros."""
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    text = format(Decimal(str(value)), "f")
+    return (text.rstrip("0").rstrip(".") or "0") if "." in text else text
