@@ -23,6 +23,7 @@ import torch
 from rlhf3d.models.hf_io import model_view
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 
 STREAM_S = 0.25
 """Completions are handed on in parts of so many seconds."""
@@ -67,7 +68,9 @@ class VLLMEngine:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(tensor_parallel_size), LOCAL_WORLD_SIZE="1"
             )
-            _meet_at(rank, *meeting)
+            meet_at(rank, *meeting)
+            if not on_cpu:
+                ask_driver_for_peers()
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
         torch.set_num_threads(threads)
         from torch._dynamo import config as dynamo
@@ -255,18 +258,6 @@ def _completion(output: Any, policy_version: int) -> Completion:
         raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens")
     logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
     return Completion(tokens, logprobs, output.finish_reason, policy_version)
-
-
-def _meet_at(rank: int, address: str, port: int) -> None:
-    """Have vLLM's external_launcher ranks meet at a given place.
-
-    Its own way, by torchrun's environment, names shared memory alike for all engines of a host.
-    """
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
-
-    assert hasattr(Launcher, "_distributed_args"), "vLLM's external launcher no longer asks _distributed_args"
-    # A rank sees only its own GPU, which then is number 0.
-    Launcher._distributed_args = lambda self: (f"tcp://{address}:{port}", rank, 0)
 
 
 def _forget_shared_memory(port: int) -> None:

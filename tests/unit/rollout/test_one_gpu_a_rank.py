@@ -1,0 +1,93 @@
+"""vLLM's own CUDA code on ranks that each see one GPU, as Ray shows it; only the driver is faked."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import vllm
+from support.ranks import run_ranks
+from vllm.distributed.device_communicators import custom_all_reduce
+from vllm.platforms.interface import DeviceCapability, Platform
+from vllm.utils import import_utils
+
+from rlhf3d.rollout.vllm_engine import VLLMEngine
+from rlhf3d.rollout.vllm_patches import ask_driver_for_peers
+
+P2P_OK, P2P_NOT_SUPPORTED = 0, 2
+
+
+class Reached(Exception):
+    """How far the all-reduce got."""
+
+
+class NVMLError(Exception):
+    """As pynvml's."""
+
+
+def fake_nvml(status: int) -> Any:
+    """The driver of a node with 8 GPUs, whatever a process is shown."""
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_P2P_STATUS_OK=P2P_OK,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 8,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetP2PStatus=lambda one, other, asked: status if asked == 0 else P2P_NOT_SUPPORTED,
+    )
+
+
+def start_engine(rank: int, port: int, status: int) -> str:
+    """In a rank: our engine of two ranks, of which vLLM makes no more than its CustomAllreduce; how far that gets."""
+
+    class OneGpu(Platform):
+        device_control_env_var, device_name, device_type = "CUDA_VISIBLE_DEVICES", "cuda", "cuda"
+
+        def is_cuda(self) -> bool:
+            return True
+
+        def is_cuda_alike(self) -> bool:
+            return True
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(9, 0)
+
+        @classmethod
+        def is_fully_connected(cls, ids: list[int]) -> bool:
+            assert ids == [2, 3], "physical numbers"
+            return True
+
+    def buffers(*args: Any, **kwargs: Any) -> None:
+        raise Reached("buffers")
+
+    def make_llm(*args: Any, **kwargs: Any) -> None:
+        made = custom_all_reduce.CustomAllreduce(dist.group.WORLD, torch.device("cuda:0"))
+        raise Reached("disabled" if made.disabled else "ready")
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(2 + rank)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    custom_all_reduce.custom_ar, custom_all_reduce.current_platform = True, OneGpu()
+    custom_all_reduce.ops = SimpleNamespace(meta_size=lambda: 0)
+    custom_all_reduce.CustomAllreduce.create_shared_buffer = buffers
+    import_utils.import_pynvml = lambda: fake_nvml(status)
+    vllm.LLM = make_llm
+    with pytest.raises(Reached) as reached:
+        VLLMEngine("model", platform_kind="cuda", tensor_parallel_size=2, rank=rank, meeting=("127.0.0.1", port))
+    return str(reached.value)
+
+
+def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each() -> None:
+    assert run_ranks(2, start_engine, P2P_OK) == ["buffers"] * 2
+    assert run_ranks(2, start_engine, P2P_NOT_SUPPORTED) == ["disabled"] * 2
+
+
+def test_an_all_reduce_that_asks_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_all_reduce, "_can_p2p", lambda rank, world_size, group: True)
+    with pytest.raises(AssertionError, match="no longer asks _can_p2p"):
+        ask_driver_for_peers()
