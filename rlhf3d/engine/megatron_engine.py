@@ -63,6 +63,8 @@ class EngineContext:
     """Micro-batches are packed sequences instead of padded rows."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in host memory while the model is not at work."""
+    shared: bool = False
+    """Engines that sleep take the device's memory while the model is not at work."""
 
 
 class MegatronEngine:
@@ -99,7 +101,9 @@ class MegatronEngine:
         else:
             for model in self.models:
                 model.requires_grad_(False)
-        self.residence = EngineResidence(self.models, self.optimizer, context.platform.free_cached, context.offload)
+        self.residence = EngineResidence(
+            self.models, self.optimizer, context.platform.free_cached, context.offload, context.shared
+        )
 
     def _wrap(self, chunk: torch.nn.Module) -> torch.nn.Module:
         from megatron.core.transformer.module import Float16Module

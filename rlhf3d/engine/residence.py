@@ -75,19 +75,28 @@ class EngineResidence:
         optimizer: Any | None,
         free_cached: Callable[[], None],
         enabled: bool,
+        shared: bool = False,
     ) -> None:
-        """Of these models and Megatron's optimizer, if they learn; `free_cached` gives the device's cache back."""
+        """Of these models and Megatron's optimizer, if they learn; `free_cached` gives the device's cache back, also
+        of states that stay, where others want the device's memory between work (`shared`)."""
         self._models, self._optimizer, self._free_cached, self._enabled = models, optimizer, free_cached, enabled
+        self._shared = shared
         self._states: dict[str, Residents] = {}
         if enabled:
             self._find()
             self._leave()
+        elif shared:
+            free_cached()
 
     @contextmanager
     def at_work(self, *names: str) -> Iterator[None]:
         """Have `weights`, `gradients` or `optimizer` on the device meanwhile."""
         if not self._enabled:
-            yield
+            try:
+                yield
+            finally:
+                if self._shared:
+                    self._free_cached()
             return
         for name in names:
             self._states[name].enter()

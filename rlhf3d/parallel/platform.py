@@ -45,6 +45,8 @@ class Platform(ABC):
     """Logits of a rank that exist at once in the vocabulary head."""
     sync_bucket_mib: ClassVar[int]
     """What null means for `rollout.sync_bucket_mib`."""
+    measures_cache: ClassVar[bool]
+    """Whether vLLM takes what is free of the device for its cache: nothing else may load there meanwhile."""
 
     @property
     def ray_resources(self) -> dict[str, float]:
@@ -116,6 +118,7 @@ class CPUPlatform(Platform):
     resource = "CPU"
     head_chunk_elements = 1 << 24
     sync_bucket_mib = 64
+    measures_cache = False
 
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
         from rlhf3d.resharding.sites import Sites
@@ -176,6 +179,7 @@ class CUDAPlatform(Platform):
     resource = "GPU"
     head_chunk_elements = 1 << 27  # fewer, larger products: half a GiB of logits
     sync_bucket_mib = 256
+    measures_cache = True
 
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
         from rlhf3d.resharding.sites import Sites

@@ -105,6 +105,7 @@ class TrainWorker:
             skip_nonfinite=config.trainer.on_nonfinite == "skip",
             packed=config.model.use_remove_padding,
             offload=config.model.offload,
+            shared=config.rollout.sleep,
         )
         make: dict[str, Callable[[], MegatronEngine]] = {
             "actor": lambda: MegatronEngine(context, "policy", folder, config.actor.optim),

@@ -85,8 +85,9 @@ class WeightSync:
         }
         every = self.config.canary_every
         if self.syncs < self.config.canary_steps or (every and self.syncs % every == 0):
-            self._check_prefix_cache()  # first: the canary's own prompts go into the cache
-            metrics["sync/canary_abs_diff"] = self._check_canary()
+            trained = self._trained_logprobs()  # while the engines' caches may still be asleep
+            self._check_prefix_cache()  # before the canary's own prompts go into it
+            metrics["sync/canary_abs_diff"] = self._check_canary(trained)
         self.rollout.publish(version)
         self.served_version = version
         self.syncs += 1
@@ -144,11 +145,14 @@ class WeightSync:
         self.train.call_all("open weight stream", "seal_stream", setup.name)
         return WeightReceiver(setup, 0, inbox)
 
-    def _check_canary(self) -> float:
-        """Largest over engines of the mean |log-prob difference| on the canary tokens."""
+    def _trained_logprobs(self) -> Tensor:
+        """The trainer's log-probs of the canary tokens after the first."""
         # Token 0 has no prediction: it plays the prompt, the rest the response.
         batch = from_sequences([t[:1] for t in self.canary], [t[1:] for t in self.canary], pad_id=0)
-        trained = self.train.forward("sync_weights (canary)", "actor", batch)["logprobs"]
+        return self.train.forward("sync_weights (canary)", "actor", batch)["logprobs"]
+
+    def _check_canary(self, trained: Tensor) -> float:
+        """Largest over engines of the mean |log-prob difference| to the trainer's on the canary tokens."""
         temperature = self.config.temperature
         worst = 0.0
         for number, engine in enumerate(self.rollout.score(self.canary, temperature)):

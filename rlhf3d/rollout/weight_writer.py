@@ -71,11 +71,12 @@ class WeightWriter:
         _check_names(model, self._shapes)
         self._slots = {param.name: _slot(model, param, dtype) for param in params}
         self._half_experts: dict[RoutedExperts, tuple[str, torch.Tensor]] = {}
+        self._real_rows: dict[str, int] = {}
+        """Of each parameter with padded rows, which nobody sends and which sleep forgets."""
         for param in params:
             slot = self._slots[param.name]
             if isinstance(slot.layer, VocabParallelEmbedding):
-                real_rows = max((piece.local_box[0][1] for piece in param.pieces), default=0)
-                slot.tensor[real_rows:].zero_()
+                self._real_rows[param.name] = max((piece.local_box[0][1] for piece in param.pieces), default=0)
                 if not isinstance(slot.layer, ParallelLMHead):
                     vars(slot.layer).pop("cpu_linear", None)  # a packed copy that nothing multiplies by
 
@@ -114,6 +115,8 @@ class WeightWriter:
             raise RuntimeError(
                 f"{name} came alone: the layer's experts are packed when both of their weights are there"
             )
+        for padded, rows in self._real_rows.items():
+            self._slots[padded].tensor[rows:].zero_()
         for layer in self._model.modules():
             if isinstance(layer, ParallelLMHead):
                 _pack(layer, layer.weight)

@@ -331,6 +331,7 @@ class PPOTrainer:
             if settings.sampled_n:
                 sampled = SamplingSettings(settings.temperature, 1.0, -1, tokens, greedy=False)
                 metrics |= self._accuracy(step, "sampled", sampled, settings.sampled_n)
+        self.rest_engines()
         self.parts.console.validation(f"step {step}", metrics)
         self.best.see(step, metrics)
         return metrics
@@ -377,6 +378,7 @@ class PPOTrainer:
     def _save_before(self, metrics: dict[str, float]) -> None:
         """Keep the step before one that cannot be taken, whose figures these are, unless it is saved already."""
         self.step -= 1
+        self.rest_engines()
         if metrics and self.config.trainer.save_at_end and not self._due(self.config.trainer.save_freq):
             self.save_checkpoint(metrics, ends=True)
             self.parts.console.note(f"step {self.step} is saved: {self.parts.checkpoints.last}")

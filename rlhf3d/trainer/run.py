@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, cho
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived, derive, resolve_platform, summary_lines
-from rlhf3d.config.groups import TRAINABLE
+from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
@@ -179,16 +180,42 @@ def _start_processes(
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)
         arguments = _engine_arguments(config, platform.kind)
-        rollout = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments)
-        assert derived.total_steps is not None
-        groups = {}
-        for group in derived.groups:
+        steps = derived.total_steps
+        assert steps is not None
+
+        def start_group(group: WorkerGroup) -> TrainGroup:
             threads_here = threads_of(places[group.name], cores, cluster.threads_per_rank)
-            groups[group.name] = TrainGroup(config, group, placement, reserved, threads_here, derived.total_steps)
-        for started in groups.values():
-            started.wait_ready()
-        rollout.wait_ready()
+            return TrainGroup(config, group, placement, reserved, threads_here, steps)
+
+        rollout, groups = start_models(
+            config,
+            platform,
+            lambda: RolloutGroup(cluster, placement, reserved, bundles, threads, arguments),
+            {group.name: partial(start_group, group) for group in derived.groups},
+        )
     return _Processes(groups, rollout, setup)
+
+
+def start_models(
+    config: Config,
+    platform: Platform,
+    start_engines: Callable[[], RolloutGroup],
+    start_groups: Mapping[str, Callable[[], TrainGroup]],
+) -> tuple[RolloutGroup, dict[str, TrainGroup]]:
+    """Engines and training ranks, all ready; engines that measure what is free of a device are alone on it until they
+    have, and asleep, where they may sleep, before others load there."""
+    alone = platform.measures_cache and config.rollout.placement == "colocated"
+    rollout = start_engines()
+    if alone:
+        rollout.wait_ready()
+        if config.rollout.sleep:
+            rollout.sleep()
+    groups = {name: start() for name, start in start_groups.items()}
+    for group in groups.values():
+        group.wait_ready()
+    if not alone:
+        rollout.wait_ready()
+    return rollout, groups
 
 
 def _show_results(output: Path, console: Console, checkpoints: CheckpointWriter) -> None:

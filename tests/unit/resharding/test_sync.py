@@ -31,6 +31,7 @@ class Train:
 
     def __init__(self) -> None:
         self.logprobs = [-1.0, -2.0]
+        self.events: list[str] = []
 
     def call_all(self, phase: str, method: str, *args: Any) -> list[None]:
         return [None, None]
@@ -39,6 +40,7 @@ class Train:
         return {"rank 0": SendReport(10, 0.1), "rank 1": SendReport(20, 0.2)}
 
     def forward(self, phase: str, role: str, batch: Any) -> dict[str, torch.Tensor]:
+        self.events.append("forward")
         return {"logprobs": torch.tensor([self.logprobs])}
 
     def first_rank_here(self) -> int | None:
@@ -46,10 +48,11 @@ class Train:
 
 
 class Rollout:
-    """One engine that notes what was published; scoring puts a block that served prompts share into its prefix cache."""
+    """One engine that notes what was published; scoring puts a block that prompts share into its prefix cache."""
 
     def __init__(self) -> None:
         self.cached, self.stale, self.published, self.scored = 0, 0, [], 0
+        self.events: list[str] = []
         self.report: SyncReport | Exception = SyncReport(0, 30, 0.0, 0.0, 0.0)
 
     def start_open_weights(self, *args: Any) -> dict[str, Any]:
@@ -61,10 +64,12 @@ class Rollout:
 
     def score(self, sequences: Any, temperature: float) -> list[list[list[float]]]:
         self.scored += 1
+        self.events.append("score")
         self.cached += 16
         return [[[-1.0, -2.0]]]
 
     def cached_tokens(self) -> list[int]:
+        self.events.append("cached_tokens")
         return [self.cached]
 
     def publish(self, version: int) -> None:
@@ -103,6 +108,13 @@ def test_canary_runs_on_its_steps(parts: tuple[WeightSync, Train, Rollout]) -> N
         sync.weights_changed()
     assert rollout.scored == 3  # syncs 0, 3 and 6
     assert rollout.published == list(range(7))
+
+
+def test_the_trainer_computes_before_engines_wake_their_caches(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, train, rollout = parts
+    rollout.events = train.events
+    sync.run()
+    assert train.events == ["forward", "cached_tokens", "score"]
 
 
 def test_disagreement_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:

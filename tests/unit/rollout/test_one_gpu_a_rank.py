@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import vllm
 from support.ranks import run_ranks
-from vllm.distributed.device_communicators import custom_all_reduce
-from vllm.platforms.interface import DeviceCapability, Platform
-from vllm.utils import import_utils
 
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers
@@ -44,6 +41,10 @@ def fake_nvml(status: int) -> Any:
 
 def start_engine(rank: int, port: int, status: int) -> str:
     """In a rank: our engine of two ranks, of which vLLM makes no more than its CustomAllreduce; how far that gets."""
+    import vllm
+    from vllm.distributed.device_communicators import custom_all_reduce
+    from vllm.platforms.interface import DeviceCapability, Platform
+    from vllm.utils import import_utils
 
     class OneGpu(Platform):
         device_control_env_var, device_name, device_type = "CUDA_VISIBLE_DEVICES", "cuda", "cuda"
@@ -82,12 +83,27 @@ def start_engine(rank: int, port: int, status: int) -> str:
     return str(reached.value)
 
 
-def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each() -> None:
-    assert run_ranks(2, start_engine, P2P_OK) == ["buffers"] * 2
-    assert run_ranks(2, start_engine, P2P_NOT_SUPPORTED) == ["disabled"] * 2
+def start_both(status: int) -> list[str]:
+    """In vLLM's process: both ranks of the engine, forked where vLLM is loaded."""
+    import vllm.distributed.device_communicators.custom_all_reduce  # noqa: F401
+
+    return run_ranks(2, start_engine, status)
 
 
-def test_an_all_reduce_that_asks_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(custom_all_reduce, "_can_p2p", lambda rank, world_size, group: True)
-    with pytest.raises(AssertionError, match="no longer asks _can_p2p"):
+def ask_another_all_reduce() -> None:
+    """In vLLM's process: its all-reduce asks something else."""
+    from vllm.distributed.device_communicators import custom_all_reduce
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(custom_all_reduce, "_can_p2p", lambda rank, world_size, group: True)
         ask_driver_for_peers()
+
+
+def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each(in_vllm_process: Callable[..., Any]) -> None:
+    assert in_vllm_process(start_both, P2P_OK) == ["buffers"] * 2
+    assert in_vllm_process(start_both, P2P_NOT_SUPPORTED) == ["disabled"] * 2
+
+
+def test_an_all_reduce_that_asks_something_else_is_refused(in_vllm_process: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError, match="no longer asks _can_p2p"):
+        in_vllm_process(ask_another_all_reduce)

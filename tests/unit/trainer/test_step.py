@@ -50,10 +50,15 @@ class FakeRollout:
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
+        self.events: list[str] = []
+
+    def sleep(self) -> None:
+        self.events.append("sleep")
 
     def stream(
         self, phase: str, requests: list[Request], sampling: SamplingSettings
     ) -> Iterator[dict[int, Completion]]:
+        self.events.append(phase)
         self.seeds += [] if sampling.greedy else [r.seed for r in requests]
         tokens = (9, 9) if sampling.greedy else (8, 8)
         for row in reversed(range(len(requests))):
@@ -88,7 +93,7 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
     raw = {
         "data": {"train_batch_size": PROMPTS, "max_response_length": 4, **sections.pop("data", {})},
         "actor": {"ppo_mini_batch_size": PROMPTS, **sections.pop("actor", {})},
-        "rollout": {"n": N},
+        "rollout": sections.pop("rollout", {"n": N}),
         "trainer": {"output_dir": str(tmp_path), **sections.pop("trainer", {})},
         **sections,
     }
@@ -126,6 +131,31 @@ def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
     trainer.train_step(1)
     assert parts.critic.phases == ["values", "update_critic"]
     assert parts.train.phases == ["old_logprobs", "update_actor"]
+
+
+def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> None:
+    """Updates after sampling, and a save after a validation."""
+    trainer, parts = make_trainer(
+        tmp_path,
+        [1.0, 0.0],
+        rollout={"n": N, "sleep": True},
+        trainer={"val_before_train": False, "test_freq": 1, "save_freq": 1},
+    )
+    events = parts.rollout.events
+    parts.train.phases = events
+    parts.total_steps = 2
+    parts.val = [Prompt((4, 5), "t", "", {}, 0, "q")]
+    parts.sync.weights_lost = lambda: None
+    parts.checkpoints = SimpleNamespace(
+        last="", save_s=0.0, poll=dict, finish=lambda: None, save=lambda *args, **kwargs: events.append("save") or {}
+    )
+    parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
+    parts.loader.state_dict = dict
+    parts.metrics = SimpleNamespace(write=lambda step, metrics: None)
+    parts.console.step = parts.console.validation = lambda *args: None
+    trainer.fit()
+    step = ["generate", "sleep", "old_logprobs", "values", "update_critic", "update_actor", "validate", "sleep", "save"]
+    assert events == step * 2
 
 
 def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(tmp_path: Path) -> None:
