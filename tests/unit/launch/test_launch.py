@@ -124,6 +124,7 @@ def test_skypilot() -> None:
     assert task["resources"]["accelerators"] == "H100:4"
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     assert task["volumes"] == {"/shared": "v"}
+    assert "make setup GPU=1 VENV=.venv" in task["setup"] and "pip install -r" not in task["setup"]
     for script in (task["setup"], task["run"]):
         checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
         assert (checked.returncode, checked.stderr) == (0, "")
