@@ -6,7 +6,7 @@ Invariant: a family is data only; everything computed from it lives in `spec.py`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,9 @@ class Family:
     """RMSNorm over each head's query and key."""
     experts: ExpertKeys | None = None
     """Where config.json describes the experts; None for a dense model."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What transformers takes for keys that config.json does not have, where that is not derived from others."""
+    heads_divide_hidden: bool = False
+    """Whether transformers wants hidden_size to be a multiple of the heads even where head_dim is given."""
     default_rope_theta: float = 10000.0
     """Base of the rotary positions where config.json gives none."""

@@ -7,6 +7,7 @@ weights come from there alone (Megatron initialises nothing). Imports Megatron, 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from rlhf3d.config.schema import Recompute
 from rlhf3d.models.boxes import Box, box_slices
+from rlhf3d.models.hf_config import Llama3RopeScaling, YarnRopeScaling
 from rlhf3d.models.hf_io import HFReader, copy_in_range
 from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
 from rlhf3d.models.weights import VALUE_HEAD, Head, LocalParam, SpecStyle, check_hf_tensors, local_params
@@ -73,6 +75,7 @@ def transformer_config(
         qk_layernorm=spec.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        softmax_scale=_softmax_scale(spec),
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=torch_dtype,
@@ -228,9 +231,9 @@ def build_chunks(
 
 
 def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
-    """Llama-3 scaling with the model's own numbers (GPTModel's own flag fixes all but the factor)."""
-    if spec.rope_scaling is not None:
-        rotary, scaling = model.rotary_pos_emb, spec.rope_scaling
+    """Stretch rotary positions with the model's own numbers (GPTModel's own flags fix all but the factor, or round)."""
+    rotary, scaling = model.rotary_pos_emb, spec.rope_scaling
+    if isinstance(scaling, Llama3RopeScaling):
         rotary.inv_freq = rotary._apply_scaling(
             rotary.inv_freq,
             factor=scaling.factor,
@@ -238,6 +241,32 @@ def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position,
         )
+    if isinstance(scaling, YarnRopeScaling):
+        rotary.inv_freq = yarn_frequencies(rotary.inv_freq, scaling, spec.rope_theta)
+
+
+def yarn_frequencies(frequencies: torch.Tensor, scaling: YarnRopeScaling, theta: float) -> torch.Tensor:
+    """Rotary frequencies [head / 2], radians a token, as YaRN stretches them (arXiv 2309.00071, eqs. 17 to 20)."""
+
+    def dimension(rotations: float) -> float:
+        """Of which the wave makes so many rotations over the original window."""
+        wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
+        return 2 * len(frequencies) * math.log(wavelength) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
+    width = high - low or 0.001
+    stretched = ((torch.arange(len(frequencies), device=frequencies.device) - low) / width).clamp(0, 1)
+    return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
+
+
+def _softmax_scale(spec: ModelSpec) -> float | None:
+    """YaRN's factor of queries and of keys, put where they meet; None for the usual 1 / sqrt(head)."""
+    if not isinstance(spec.rope_scaling, YarnRopeScaling):
+        return None
+    return spec.rope_scaling.attention_factor**2 / math.sqrt(spec.head_dim)
 
 
 def bound_params(

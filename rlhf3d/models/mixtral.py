@@ -17,8 +17,9 @@ FAMILY = Family(
         down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
     ),
     required={"hidden_act": "silu", "sliding_window": None, "router_jitter_noise": 0.0},
+    defaults={"num_key_value_heads": 8},
     experts=ExpertKeys(
-        num_experts=("num_local_experts",),
+        num_experts=("num_local_experts", "num_experts"),
         experts_per_token="num_experts_per_tok",
         ffn_size="intermediate_size",
         norm_topk_prob=None,

@@ -8,6 +8,7 @@ from rlhf3d.models.llama import NAMES
 FAMILY = Family(
     model_type="qwen2",
     names=NAMES,
-    required={"hidden_act": "silu", "use_sliding_window": False},
+    required={"hidden_act": "silu", "use_sliding_window": False, "qk_norm": False},
+    defaults={"num_key_value_heads": 32},
     qkv_bias=True,
 )

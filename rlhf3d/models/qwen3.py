@@ -16,4 +16,5 @@ FAMILY = Family(
     ),
     required={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     qk_norm=True,
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
 )

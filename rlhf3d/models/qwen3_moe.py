@@ -25,6 +25,7 @@ FAMILY = Family(
         "shared_expert_intermediate_size": 0,
     },
     qk_norm=True,
+    defaults={"num_key_value_heads": 4},
     experts=ExpertKeys(
         num_experts=("num_experts", "num_local_experts"),
         experts_per_token="num_experts_per_tok",

@@ -14,21 +14,12 @@ from typing import Any
 from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from rlhf3d.models.family import ExpertKeys, Family
 from rlhf3d.models.folder import read_json, weight_files
+from rlhf3d.models.hf_config import Fields, RopeScaling, YarnRopeScaling, read_rope, refuse_layers_of_other_kinds
 from rlhf3d.parallel.layout import ParallelLayout
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, mixtral, qwen2, qwen3, qwen3_moe)
 }
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama 3.1's frequency-dependent stretching of rotary positions."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class ModelSpec:
     vocab_size: int
     rms_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     max_position: int = 2048
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -113,96 +104,97 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
         raise ValueError(
             f"model.path: {source} has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
-    for key, wanted in family.required.items():
-        if config.get(key) not in (None, wanted):
+    for key, wanted in {**_REQUIRED, **family.required}.items():
+        given = config.get(key)
+        if given is not None and (given != wanted or isinstance(wanted, bool) != isinstance(given, bool)):
             raise ValueError(
                 f"model.path: {source} has {key}={config[key]!r}; {model_type} is supported with "
                 f"{key}={wanted!r} only: choose a model published so"
             )
-    if "quantization_config" in config:
-        raise ValueError(f"model.path: {source} is quantised (quantization_config); give the original weights")
-    absent = [key for key in _NEEDED if config.get(key) is None]
-    if absent:
-        raise ValueError(f"model.path: {source}/config.json lacks {', '.join(absent)}; download it again")
-    heads = config["num_attention_heads"]
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"model.path: {source} is quantized (quantization_config); give the original weights")
+    fields = Fields({**family.defaults, **config}, source)
+    layers, heads, hidden = (fields.integer(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    refuse_layers_of_other_kinds(fields, layers)
+    theta, scaling = read_rope(fields, family.default_rope_theta)
+    window = fields.integer("max_position_embeddings")
     return ModelSpec(
         family=family.model_type,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
+        num_layers=layers,
+        hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        rms_eps=config["rms_norm_eps"],
-        max_position=config["max_position_embeddings"],
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        num_kv_heads=_kv_heads(fields, family, heads),
+        head_dim=_head_dim(fields, family, hidden, heads),
+        ffn_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        rms_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position=scaling.window if isinstance(scaling, YarnRopeScaling) else window,
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        **_parse_rope(config, source, family.default_rope_theta),
-        **(_parse_experts(config, source, family.experts) if family.experts else {}),
+        **(_parse_experts(fields, family.experts) if family.experts else {}),
     )
 
 
-_NEEDED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-)
+_REQUIRED: dict[str, object] = {
+    "transformers_weights": None,
+    "is_causal": True,
+    "logit_scale": 1.0,
+    "dual_chunk_attention_config": None,
+}
+"""What transformers or vLLM heeds in any family, and the other or Megatron does not."""
 
 
-def _parse_experts(config: dict[str, Any], source: str, keys: ExpertKeys) -> dict[str, Any]:
-    counts = [config[key] for key in keys.num_experts if config.get(key) is not None]
-    absent = [] if counts else [keys.num_experts[0]]
-    absent += [key for key in (keys.experts_per_token, keys.ffn_size) if config.get(key) is None]
-    if absent:
-        raise ValueError(f"model.path: {source}/config.json lacks {', '.join(absent)}; download it again")
-    chosen = config[keys.experts_per_token]
-    normalised = keys.norm_topk_prob is None or bool(config.get(keys.norm_topk_prob, False))
-    if not 1 <= chosen <= counts[0]:
+def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
+    as_many = family.experts is None and not fields.given("num_key_value_heads")  # with experts null is no value
+    kv_heads = heads if as_many else fields.integer("num_key_value_heads")
+    if heads % kv_heads:
         raise ValueError(
-            f"model.path: {source} has {keys.experts_per_token}={chosen} of {counts[0]} experts; "
+            f"model.path: {fields.source} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: each "
+            f"key-value head serves as many query heads, but {heads} % {kv_heads} = {heads % kv_heads}"
+        )
+    return kv_heads
+
+
+def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
+    head_dim = fields.integer("head_dim") if "head_dim" in family.defaults or fields.given("head_dim") else None
+    if hidden % heads and (head_dim is None or family.heads_divide_hidden):
+        raise ValueError(
+            f"model.path: {fields.source} has hidden_size={hidden} and num_attention_heads={heads}: "
+            f"{hidden} % {heads} = {hidden % heads}"
+        )
+    head_dim = head_dim or hidden // heads
+    if head_dim % 2:
+        raise ValueError(f"model.path: {fields.source} has heads of {head_dim}, which rotary positions cannot halve")
+    return head_dim
+
+
+def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
+    counts = [fields.integer(key) for key in keys.num_experts if fields.given(key)] or [
+        fields.integer(keys.num_experts[0])
+    ]
+    if len(set(counts)) > 1:
+        raise fields.wrong(keys.num_experts[0], f"{counts[1]}, as {keys.num_experts[1]}")
+    chosen = fields.integer(keys.experts_per_token)
+    normalised = keys.norm_topk_prob is None or fields.flag(keys.norm_topk_prob, False)
+    if chosen > counts[0]:
+        raise ValueError(
+            f"model.path: {fields.source} has {keys.experts_per_token}={chosen} of {counts[0]} experts; "
             f"it must be 1 to {counts[0]}: download config.json again"
         )
     if chosen == 1 and normalised:
         raise ValueError(
-            f"model.path: {source} has {keys.experts_per_token}=1 with probabilities scaled to sum to 1: the router "
-            f"then has no effect on them and cannot be trained; choose a model with two or more experts a token"
+            f"model.path: {fields.source} has {keys.experts_per_token}=1 with probabilities scaled to sum to 1: the "
+            f"router then has no effect on them and cannot be trained; choose a model with two or more experts a token"
         )
     return {
         "num_experts": counts[0],
         "experts_per_token": chosen,
-        "moe_ffn_size": config[keys.ffn_size],
+        "moe_ffn_size": fields.integer(keys.ffn_size),
         "norm_topk_prob": normalised,
     }
-
-
-def _parse_rope(config: dict[str, Any], source: str, default_theta: float) -> dict[str, Any]:
-    """rope_theta and rope_scaling: in transformers 5 both are under rope_parameters, in 4 they are apart."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", config.get("rope_theta", default_theta))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1.0):
-        raise ValueError(f"model.path: {source} has partial_rotary_factor={partial}; only 1.0 is supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind != "llama3":
-        raise ValueError(
-            f"model.path: {source} has rope type {kind!r}; supported are default and llama3 "
-            f"(where the stretching is optional, remove it from config.json for the model's native context)"
-        )
-    scaling = Llama3RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
-    )
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
 def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:

@@ -273,6 +273,8 @@ def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, s
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
+        # Of YaRN's window vLLM knows what max_position_embeddings says; ours was checked against the model's.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "OMP_NUM_THREADS": str(threads),
     }
     if on_cpu:

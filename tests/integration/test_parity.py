@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.ranks import run_ranks
-from support.tiny_models import make_tiny_model
+from support.tiny_models import LLAMA3_ROPE, YARN_ROPE, make_tiny_model
 
 from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.spec import load_spec
@@ -25,7 +25,8 @@ SINGLE = ParallelLayout()
 CASES: dict[str, dict[str, Any]] = {
     "llama-tied": {"tie": True},
     "llama-untied": {"tie": False},
-    "llama3-rope": {"tie": False, "llama3_rope": True},
+    "llama3-rope": {"tie": False, "rope": LLAMA3_ROPE},
+    "qwen2-yarn": {"family": "qwen2", "tie": True, "rope": YARN_ROPE},
     "qwen2-tied": {"family": "qwen2", "tie": True},
     "qwen2-untied": {"family": "qwen2", "tie": False},
     "qwen3-tied": {"family": "qwen3", "tie": True},

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from support.ranks import free_port
-from support.tiny_models import make_tiny_model
+from support.tiny_models import YARN_ROPE, make_tiny_model
 from support.weights import rank_params
 from transformers import AutoModelForCausalLM
 
@@ -280,7 +280,7 @@ def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecuto
 
 
 def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:
-    rig = Rig(child, tmp_path, family="qwen2", tie=False)
+    rig = Rig(child, tmp_path, family="qwen2", tie=False, rope=YARN_ROPE)
     for _ in range(2):
         rig.sync()
         rig.check()

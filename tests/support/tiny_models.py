@@ -6,7 +6,9 @@ that a swapped or forgotten tensor changes the logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -20,6 +22,9 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def make_tiny_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
@@ -38,7 +43,7 @@ def make_tiny_model(
     ffn: int = 128,
     vocab: int = 128,
     seed: int = 0,
-    llama3_rope: bool = False,
+    rope: Mapping[str, Any] | None = None,
     experts: int = 4,
     experts_per_token: int = 2,
     norm_topk_prob: bool = True,
@@ -62,7 +67,7 @@ def make_tiny_model(
         "max_position_embeddings": 1024,
         "rope_parameters": {
             "rope_theta": 10000.0,
-            **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"}),
+            **(rope or {"rope_type": "default"}),
         },
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tie,
