@@ -153,18 +153,14 @@ def _megatron_scores(
     folder: Path, wrapped: bool, reference: Path, role: Role, cast: dict[str, torch.dtype] | None
 ) -> Tensor:
     """The same by Megatron on one rank, its weights rounded to the dtype that they have in `cast`."""
-    import socket
-
     from rlhf3d.parallel.layout import ParallelLayout
+    from rlhf3d.parallel.meeting import open_meeting
     from rlhf3d.parallel.megatron_init import initialize_megatron
     from rlhf3d.parallel.platform import CPUPlatform
 
     platform, layout, spec = CPUPlatform("verify"), ParallelLayout(), load_spec(reference, with_weights=False)
     platform.prepare_worker(0, torch.get_num_threads())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=port)
+    initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=open_meeting())
     from megatron.core import dist_checkpointing
 
     from rlhf3d.checkpoints.sharded import METADATA

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import megatron_patches
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.parallel.platform import Platform
 
 
@@ -34,6 +35,7 @@ def initialize_megatron(
     from megatron.core import parallel_state, tensor_parallel
 
     timeout = timedelta(seconds=timeout_s)
+    host_meeting(master_port, timeout_s)
     torch.distributed.init_process_group(
         platform.dist_backend,
         init_method=f"tcp://{master_addr}:{master_port}",

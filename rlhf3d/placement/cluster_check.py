@@ -24,7 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.placement.cluster import free_port, node_name, ray_cluster, use_node_interface
+from rlhf3d.parallel.meeting import host_meeting, open_meeting
+from rlhf3d.placement.cluster import node_name, ray_cluster, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
 from rlhf3d.preflight import checkpoints_gib, plan_here
@@ -58,7 +59,7 @@ class Probe:
 
     def meeting_place(self) -> tuple[str, int]:
         """Where the probes can meet; asked of the first."""
-        return ray.util.get_node_ip_address(), free_port()
+        return ray.util.get_node_ip_address(), open_meeting()
 
     def all_reduce(self, rank: int, world_size: int, meeting: tuple[str, int]) -> float:
         """Sum a tensor over all probes, by NCCL where this one has a GPU and else by gloo; seconds."""
@@ -69,7 +70,8 @@ class Probe:
         from torch import distributed as dist
 
         timeout = timedelta(seconds=ALL_REDUCE_S)
-        store = dist.TCPStore(*meeting, world_size, is_master=rank == 0, timeout=timeout)
+        host_meeting(meeting[1], ALL_REDUCE_S)
+        store = dist.TCPStore(*meeting, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True)
         on_gpu = bool(ray.get_gpu_ids())
         group: Any = (
             dist.ProcessGroupNCCL(store, rank, world_size)

@@ -13,7 +13,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
-from rlhf3d.placement.cluster import free_port, use_node_interface
+from rlhf3d.parallel.meeting import open_meeting
+from rlhf3d.placement.cluster import use_node_interface
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather, stream
 from rlhf3d.resharding.setup import SyncSetup
@@ -29,7 +30,7 @@ class EngineRank(VLLMEngine):
 
     def rendezvous(self) -> tuple[str, int]:
         """Where this engine's ranks can meet; asked of its rank 0."""
-        return ray.util.get_node_ip_address(), free_port()
+        return ray.util.get_node_ip_address(), open_meeting()
 
     def start(self, rank: int, meeting: tuple[str, int], arguments: dict[str, Any]) -> None:
         """Start vLLM."""

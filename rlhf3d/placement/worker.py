@@ -16,7 +16,8 @@ import ray
 
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
-from rlhf3d.placement.cluster import free_port, use_node_interface
+from rlhf3d.parallel.meeting import open_meeting
+from rlhf3d.placement.cluster import use_node_interface
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ class TrainWorker:
 
     def rendezvous(self) -> tuple[str, int]:
         """Address at which the ranks meet; asked of rank 0."""
-        return ray.util.get_node_ip_address(), free_port()
+        return ray.util.get_node_ip_address(), open_meeting()
 
     def build(self, address: str, port: int, threads: int) -> None:
         """Join the process groups, then load the group's models."""

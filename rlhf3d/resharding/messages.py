@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf3d.models.boxes import volume
+from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
@@ -37,7 +38,8 @@ class Group:
         """Meet the others at `address:port`, where rank 0 listens. `names` of all ranks are for messages."""
         self.names, self._backend = tuple(names), backend
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, port, len(names), is_master=rank == 0, timeout=timeout)
+        host_meeting(port, timeout_s)
+        store = dist.TCPStore(address, port, len(names), is_master=rank == 0, timeout=timeout, multi_tenant=True)
         self._store = store
         self._lost: str | None = None
         if backend == "gloo":

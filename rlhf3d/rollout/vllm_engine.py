@@ -21,12 +21,15 @@ from typing import Any
 import torch
 
 from rlhf3d.models.hf_io import model_view
+from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 
 STREAM_S = 0.25
 """Completions are handed on in parts of so many seconds."""
+MEETING_S = 300.0
+"""Deadline for the ranks of an engine to meet."""
 WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
@@ -68,6 +71,7 @@ class VLLMEngine:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(tensor_parallel_size), LOCAL_WORLD_SIZE="1"
             )
+            host_meeting(meeting[1], MEETING_S)
             meet_at(rank, *meeting)
             if not on_cpu:
                 ask_driver_for_peers()

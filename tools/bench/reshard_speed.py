@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -37,7 +38,6 @@ from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import load_spec
 from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.placement.cluster import free_port
 from rlhf3d.resharding import receiving, sending
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
 from rlhf3d.resharding.sending import WeightSender
@@ -79,15 +79,15 @@ class Child:
 class Trainer:
     """One training rank's weights, and both ways of handing them over."""
 
-    def __init__(self, argument: tuple[SyncSetup, str, int, int]) -> None:
-        self.setup, folder, self.rank, port = argument
+    def __init__(self, argument: tuple[SyncSetup, str, int, str]) -> None:
+        self.setup, folder, self.rank, meeting = argument
         self.spec, self.layout = self.setup.spec, self.setup.layout
         self.dtype: torch.dtype = getattr(torch, self.setup.dtype)
         self.at = self.layout.coords(self.rank)
         self.table = local_params(self.spec, self.layout, self.at)
         with HFReader(folder) as reader:
             self.params = {(0, param.name): self._read(reader, param) for param in self.table}
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=self.rank, world_size=self.world)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=self.rank, world_size=self.world)
         ranks = torch.arange(self.world).view(self.layout.pp, self.layout.tp)
         self.tp_groups = [dist.new_group(row.tolist()) for row in ranks]
         self.pp_groups = [dist.new_group(column.tolist()) for column in ranks.T]
@@ -233,12 +233,14 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     sites, bucket = Sites.hosts([0] * layout.world_size), options.bucket_mib << 20
     to_engine = SyncSetup(name=f"bench-{os.getpid()}-e", sites=sites, bucket_bytes=bucket, **common)
     to_reader = SyncSetup(name=f"bench-{os.getpid()}-r", sites=sites, bucket_bytes=bucket, **common)
-    ports = free_port(), free_port()
+    meetings = tempfile.mkdtemp()
     engine = Child(Engine, (to_engine, folder))
     reader = Child(Reader, to_reader)
     sets = {
-        setup.name: [Child(Trainer, (setup, folder, rank, port)) for rank in range(layout.world_size)]
-        for setup, port in zip((to_engine, to_reader), ports, strict=True)
+        setup.name: [
+            Child(Trainer, (setup, folder, rank, f"{meetings}/{setup.name}")) for rank in range(layout.world_size)
+        ]
+        for setup in (to_engine, to_reader)
     }
     everyone = [engine, reader, *sets[to_engine.name], *sets[to_reader.name]]
     for child in everyone:
