@@ -28,11 +28,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.machine import cores
+from rlhf3d.placement.ray_here import RayHere
 from rlhf3d.placement.resources import Placement
-from rlhf3d.placement.waiting import WorkerFailure, bounded, gather
+from rlhf3d.placement.waiting import WorkerFailure, bounded, gather, ray_ended
 
-OBJECT_STORE_BYTES = 256 << 20
-END_S = 10.0
 LOSS_S = 90.0
 """Ray gives a node up after 5 health checks of up to 10 s, 3 s apart."""
 
@@ -44,33 +43,33 @@ def ray_cluster(
     """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM without a handler is as Ctrl-C."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    me = psutil.Process()
-    others = set(me.children())
-    if config.ray_address is None:
-        with bounded("start Ray on this machine", config.startup_timeout_s):
-            ray.init(
-                num_cpus=local_cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    else:
-        join(config.ray_address, config.startup_timeout_s)
-        wait_for_nodes(config.num_nodes, config.startup_timeout_s)
-    servers, gone = set(me.children()) - others, set(_lost_nodes())
-    # After ray.init, which sets a handler of its own that exits without unwinding.
-    previous = signal.signal(signal.SIGTERM, on_sigterm or _interrupt)
+    heard = on_sigterm or _interrupt
+    previous = signal.getsignal(signal.SIGTERM)
+    own = RayHere()
     try:
-        yield
-    except WorkerFailure as error:
-        if lost := _wait_for_loss(gone, LOSS_S if error.lost_touch and config.num_nodes > 1 else 0.0):
-            raise WorkerFailure(f"{'; '.join(lost)}; the same command goes on when it is back\n{error}") from None
-        raise
+        try:
+            if config.ray_address is None:
+                own.start(local_cpus, config.startup_timeout_s)
+            else:
+                join(config.ray_address, config.startup_timeout_s)
+                wait_for_nodes(config.num_nodes, config.startup_timeout_s)
+        except SystemExit:  # from the handler of SIGTERM that ray.init sets
+            heard(signal.SIGTERM, None)
+            raise
+        signal.signal(signal.SIGTERM, heard)
+        gone = set(_lost_nodes())
+        try:
+            yield
+        except Exception as error:
+            if why := own.ended():
+                raise WorkerFailure(why) from None
+            lost_touch = isinstance(error, WorkerFailure) and error.lost_touch and config.num_nodes > 1
+            if isinstance(error, WorkerFailure) and (lost := _wait_for_loss(gone, LOSS_S if lost_touch else 0.0)):
+                text = f"{'; '.join(lost)}; the same command goes on when it is back\n{error}"
+                raise WorkerFailure(text) from None
+            raise
     finally:
-        started = [process for server in servers for process in _family(server)]
-        ray.shutdown()
-        _wait_until_gone(started)
+        own.end()
         signal.signal(signal.SIGTERM, previous)
 
 
@@ -133,22 +132,6 @@ def use_node_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _wait_until_gone(processes: list[psutil.Process]) -> None:
-    """Ray's shutdown does not wait for its workers: they end when they find that their raylet has gone."""
-    _, alive = psutil.wait_procs(processes, timeout=END_S)
-    for process in alive:
-        logging.getLogger(__name__).warning("killed %d, which was left %.0f s after Ray ended", process.pid, END_S)
-        process.kill()
-    psutil.wait_procs(alive, timeout=END_S)
-
-
 @contextmanager
 def reserve(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
     """The bundles of a placement. Raises ValueError when the cluster cannot hold them."""
@@ -167,7 +150,8 @@ def reserve(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
             )
         yield group
     finally:
-        remove_placement_group(group)
+        if not ray_ended():  # which nothing but its own end would answer
+            remove_placement_group(group)
 
 
 def nodes_of(group: PlacementGroup) -> list[int]:

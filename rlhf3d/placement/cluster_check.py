@@ -44,8 +44,7 @@ class Probe:
 
     def listen(self) -> tuple[str, int]:
         """Open a port, as ranks do for each other; its address."""
-        self._listener = socket.create_server(("", 0), backlog=1024)
-        return ray.util.get_node_ip_address(), self._listener.getsockname()[1]
+        return ray.util.get_node_ip_address(), open_meeting()
 
     def connect(self, places: Mapping[str, tuple[str, int]]) -> dict[str, str]:
         """By node that cannot be reached from here: why."""

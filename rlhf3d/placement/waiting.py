@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 GRACE_S = 2.0
+LOOK_S = 1.0
+_ended: list[str] = []
 
 
 class WorkerFailure(RuntimeError):
@@ -24,6 +26,16 @@ class WorkerFailure(RuntimeError):
 
     lost_touch: bool = False
     """Whether nothing is known but that another process does not answer: its node may be gone."""
+
+
+def set_ray_ended(why: str | None) -> None:
+    """Tell every wait that Ray will answer no more; None at its start."""
+    _ended[:] = [] if why is None else [why]
+
+
+def ray_ended() -> str | None:
+    """Why Ray answers no more, if so."""
+    return _ended[0] if _ended else None
 
 
 @contextmanager
@@ -65,7 +77,12 @@ def _arrivals(
     """What comes of calls and streams, until all have ended."""
     deadline = time.monotonic() + timeout_s
     while pending:
-        ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        left_s = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=min(LOOK_S, left_s))
+        if why := ray_ended():
+            raise WorkerFailure(why)
+        if not ready and left_s > LOOK_S:
+            continue
         if not ready:
             late = WorkerFailure(
                 f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending)}; "

@@ -1,7 +1,8 @@
 """When a run stops before its last step: a signal, or a time limit that the next step would pass.
 
-Invariant: the first SIGTERM or SIGUSR1 stops at the next step boundary, the second (and Ctrl-C) at once; before the
-loop there is nothing to save and one is enough, after it none disturbs the closing.
+Invariant: the first SIGTERM, SIGUSR1 or SIGHUP stops at the next step boundary, the second (and Ctrl-C) at once; before
+the loop there is nothing to save and one is enough, after it none disturbs the closing. One that arrives by several ways
+(`timeout` sends it to its child and to the group, Slurm to the script and to the step) is one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ PREEMPTED = 75
 """Exit code: stopped after a checkpoint; the same command goes on (EX_TEMPFAIL)."""
 CLOSING_S = 15.0
 """Left for ending all processes."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAME_SIGNAL_S = 0.5
+"""What comes within so many seconds of the first signal is the same one."""
 
 
 class Preempted(BaseException):
@@ -32,38 +35,49 @@ class Stopping:
 
     def __init__(self, limit_s: float | None, age_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`limit_s`: trainer.max_wall_clock_s; `age_s`: seconds that the process has run."""
-        self._limit_s, self._clock = limit_s, clock
+        self.limit_s, self._clock = limit_s, clock
         self._boundary = clock()
         self._began = self._boundary - age_s
         self._steps: deque[float] = deque(maxlen=3)
-        self._signal: str | None = None
+        self.signal: str | None = None
+        """The first that came."""
+        self._signalled = 0.0
         self._phase: Literal["starting", "loop", "closing"] = "starting"
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
         """Inside, signals come here (SIGTERM once more after Ray has taken it: see `ray_cluster`)."""
-        previous = [signal.signal(number, self.handle) for number in SIGNALS]
+        # nohup has SIGHUP ignored, and means it.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = [signal.signal(number, self.handle) for number in heard]
         try:
             yield
         finally:
-            for number, handler in zip(SIGNALS, previous, strict=True):
+            for number, handler in zip(heard, previous, strict=True):
                 signal.signal(number, handler)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """A signal handler."""
-        again, self._signal = self._signal is not None, signal.Signals(signum).name
-        if self._phase == "starting":
+        again = self.signal is not None
+        if again and self._clock() - self._signalled < SAME_SIGNAL_S:
+            return
+        self.signal = signal.Signals(signum).name
+        if not again:
+            self._signalled = self._clock()
+        if self._phase == "starting" and not again:  # a second one would disturb the ending
             raise Preempted
         if self._phase == "loop" and again:
             raise KeyboardInterrupt
         if self._phase == "loop":
             # Not through the console, whose lines this may have come in the middle of.
-            text = f"{self._signal}: after this step a checkpoint, then the end; the same signal again ends it now\n"
+            text = f"{self.signal}: after this step a checkpoint, then the end; the same signal again ends it now\n"
             os.write(sys.stderr.fileno(), text.encode())
 
     @contextmanager
     def loop(self) -> Iterator[None]:
         """The loop runs inside."""
+        if self.signal is not None:  # a library's code swallowed what `handle` raised
+            raise Preempted
         self._phase, self._boundary = "loop", self._clock()
         try:
             yield
@@ -78,15 +92,15 @@ class Stopping:
 
     def reason(self, save_s: float) -> str | None:
         """Why to stop now, None to go on; `save_s` is what a save takes."""
-        if self._signal is not None:
-            return f"{self._signal} was received"
-        if self._limit_s is None:
+        if self.signal is not None:
+            return f"{self.signal} was received"
+        if self.limit_s is None:
             return None
         now = self._clock()
         step_s = max([*self._steps, now - self._boundary])
-        if now - self._began + step_s + save_s + CLOSING_S <= self._limit_s:
+        if now - self._began + step_s + save_s + CLOSING_S <= self.limit_s:
             return None
         return (
             f"{now - self._began:.0f} s have passed, and with one more step of {step_s:.0f} s and a save of "
-            f"{save_s:.0f} s the run would pass trainer.max_wall_clock_s = {self._limit_s:g}"
+            f"{save_s:.0f} s the run would pass trainer.max_wall_clock_s = {self.limit_s:g}"
         )

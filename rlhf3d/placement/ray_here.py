@@ -1,0 +1,125 @@
+"""Ray's own processes on this machine, where the run starts them.
+
+Invariant: signals that ask the run to stop do not reach them; the death of one that Ray cannot do without is found within
+a second and ends every wait on Ray; when `end` returns, no process of theirs is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import psutil
+import ray
+
+from rlhf3d.placement.waiting import bounded, ray_ended, set_ray_ended
+from rlhf3d.processes import deaf_to_signals, find_marked, marked
+
+OBJECT_STORE_BYTES = 256 << 20
+NEEDED = ("raylet", "gcs_server")
+LOOK_S = 0.5
+UNWIND_S = 10.0
+"""For the driver to come out of its wait on a Ray that has ended."""
+END_S = 10.0
+
+
+class RayHere:
+    """Nothing until `start`: `ended` and `end` then are those of a cluster that others started."""
+
+    def __init__(self) -> None:
+        set_ray_ended(None)
+        self._mark: str | None = None
+        self._needed: list[psutil.Process] = []
+        self._closing = threading.Event()
+
+    def start(self, cpus: int, timeout_s: float) -> None:
+        """Start Ray with `cpus` logical CPUs, connect to it, and watch it."""
+        before = set(psutil.Process().children())
+        with marked() as self._mark, deaf_to_signals(), bounded("start Ray on this machine", timeout_s):
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        started = set(psutil.Process().children()) - before
+        self._needed = [process for process in started if process.name() in NEEDED]
+        threading.Thread(target=self._watch, name="watch Ray", daemon=True).start()
+
+    def ended(self) -> str | None:
+        """Why Ray can do nothing more, if so; looks now."""
+        if not self._closing.is_set():
+            for process in self._needed:
+                if how := _how_it_ended(process):
+                    set_ray_ended(
+                        f"Ray's {process.name()} on this machine (process {process.pid}) {how}, and with it the "
+                        "run: the same command goes on from its newest checkpoint"
+                    )
+        return ray_ended()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(LOOK_S):
+            if (why := self.ended()) and not self._closing.wait(UNWIND_S):
+                # Ray's own calls wait a minute for what is gone, and then end this process without a word.
+                print(why, file=sys.stderr, flush=True)
+                self._kill()
+                os._exit(1)
+
+    def end(self) -> None:
+        """Disconnect, end all processes, and wait for it."""
+        self._closing.set()
+        if self._mark is None:
+            ray.shutdown()
+            return
+        started = find_marked(self._mark)
+        if ray_ended():
+            self._kill()
+        else:
+            threading.Thread(target=self._follow_raylet, daemon=True).start()
+        ray.shutdown()
+        wait_until_gone(started)
+        self._kill()  # what was started meanwhile
+
+    def _follow_raylet(self) -> None:
+        """Ray ends its processes one after the other, each after a second in which it is asked to."""
+        deadline = time.monotonic() + END_S
+        raylet = next((process for process in self._needed if process.name() == "raylet"), None)
+        while raylet is not None and time.monotonic() < deadline:
+            if _how_it_ended(raylet):
+                self._kill()
+                return
+            time.sleep(0.05)
+
+    def _kill(self) -> None:
+        assert self._mark is not None
+        for process in find_marked(self._mark):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def _how_it_ended(process: psutil.Process) -> str | None:
+    """In words; None while it runs."""
+    with suppress(psutil.NoSuchProcess):
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            return None
+    with suppress(ChildProcessError):
+        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+            return f"was ended by {signal.Signals(found.si_status).name}"
+    return "ended"
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    """Ray's shutdown does not wait for its workers: they end when they find that their raylet has gone."""
+    _, alive = psutil.wait_procs(processes, timeout=END_S)
+    for process in alive:
+        logging.getLogger(__name__).warning("killed %d, which was left %.0f s after Ray ended", process.pid, END_S)
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=END_S)
