@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from rlhf3d.launch.command import launch
 from rlhf3d.rehearsal.shrink import MAX_RANKS
+
+if TYPE_CHECKING:
+    from rlhf3d.trainer.stopping import Stopping
 
 app = typer.Typer(
     name="rlhf3d",
@@ -57,20 +60,38 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train: check the configuration and this machine, then run the loop."""
+    from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
+
+    stopping = Stopping.of_this_process()
+    with stopping.handling_signals():  # before anything that takes long, imports among it
+        try:
+            code = _train(config, overrides or [], stopping)
+        except Preempted:
+            typer.echo("stopped by a signal before the first step: the same command begins again", err=True)
+            code = PREEMPTED
+        except KeyboardInterrupt:
+            typer.echo("interrupted: every process of the run has ended, what it wrote stays", err=True)
+            code = 130
+        except RuntimeError as error:
+            if stopping.signal is None or not _raised_by_us(error):
+                raise
+            # The signal may have ended others too: workers of a cluster, or what the step was waiting for.
+            typer.echo(f"{error}\n{stopping.signal} had come before: the same command goes on", err=True)
+            code = PREEMPTED
+    raise typer.Exit(code)
+
+
+def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
     from rlhf3d.config.load import ConfigError, load_config
     from rlhf3d.planning.view import show_memory
     from rlhf3d.preflight import preflight
 
-    loaded = load_config(config, overrides or [], files=False)
+    loaded = load_config(config, overrides, files=False)
     if problems := preflight(loaded, show=show_memory):
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
     from rlhf3d.trainer.run import run_training
 
-    try:
-        raise typer.Exit(run_training(loaded))
-    except KeyboardInterrupt:
-        typer.echo("interrupted: every process of the run has ended, what it wrote stays", err=True)
-        raise typer.Exit(130) from None
+    return run_training(loaded, stopping)
 
 
 @app.command("config")

@@ -1,7 +1,7 @@
 """The processes that a run starts: which signals reach them, and how they are found again.
 
-Invariant: what asks the run to stop (or Ctrl-C) is heard by the driver alone, also where a terminal, `timeout`, a service
-manager or a scheduler sends it to every process: the others work until the driver ends them.
+Invariant: what asks the run to stop (or Ctrl-C) is heard by the driver alone, also where a terminal, `timeout`, a
+service manager or a scheduler sends it to every process: the others work until the driver ends them.
 """
 
 from __future__ import annotations

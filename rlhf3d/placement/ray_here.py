@@ -1,7 +1,7 @@
 """Ray's own processes on this machine, where the run starts them.
 
-Invariant: signals that ask the run to stop do not reach them; the death of one that Ray cannot do without is found within
-a second and ends every wait on Ray; when `end` returns, no process of theirs is left.
+Invariant: signals that ask the run to stop do not reach them; the death of one that Ray cannot do without is found
+within a second and ends every wait on Ray; when `end` returns, no process of theirs is left.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+from rlhf3d.processes import deaf_to_signals, listen_again
 from rlhf3d.rewards.calls import score_items
 from rlhf3d.rewards.scoring import Outcome, RewardError, RewardFunction, Score, ScoreItem, check_outcomes
 
@@ -211,13 +212,14 @@ class _Worker:
         # Not multiprocessing.Process: its children import the parent's main module again, and with it
         # whatever that imports (torch, ray). A session of its own, so that the parent can kill what the
         # function starts, and Ctrl-C reaches only the parent.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(child_end.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[child_end.fileno()],
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+        with deaf_to_signals():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(child_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[child_end.fileno()],
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
         child_end.close()
         self.connection.send((pickled_fn, timeout_s))
         self.ready = False
@@ -245,6 +247,7 @@ class _Worker:
 
 def serve(file_descriptor: int) -> None:
     """Life of a scoring process: load the function, say so, then score items until the parent is gone."""
+    listen_again()
     connection: Connection[Any, Any] = Connection(file_descriptor)
     pickled_fn, timeout_s = connection.recv()
     try:

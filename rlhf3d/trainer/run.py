@@ -6,15 +6,12 @@ Invariant: whatever ends the run (the last step, an error, Ctrl-C), every proces
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from transformers import AutoTokenizer
 
 from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, choose_start, set_aside
@@ -45,26 +42,17 @@ from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
 from rlhf3d.trainer.reward_model import make_scorer
-from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
+from rlhf3d.trainer.stopping import PREEMPTED, Stopping
 
 CANARY_PROMPTS = 4
 
 
-def run_training(config: Config) -> int:
+def run_training(config: Config, stopping: Stopping) -> int:
     """Run the whole job; 0 when it is done, PREEMPTED when it stopped before, after a checkpoint.
 
-    Errors are raised; the command line turns them into exit codes.
+    Errors are raised; the command line turns them, and Preempted, into exit codes.
     """
-    stopping = Stopping(config.trainer.max_wall_clock_s, time.time() - psutil.Process().create_time())
-    with stopping.handling_signals():
-        try:
-            return _run(config, stopping)
-        except Preempted:
-            print("stopped by a signal before the first step: the same command begins again", file=sys.stderr)
-            return PREEMPTED
-
-
-def _run(config: Config, stopping: Stopping) -> int:
+    stopping.limit_s = config.trainer.max_wall_clock_s
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
     config = resolve_platform(config, platform)

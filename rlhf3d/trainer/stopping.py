@@ -1,21 +1,22 @@
 """When a run stops before its last step: a signal, or a time limit that the next step would pass.
 
 Invariant: the first SIGTERM, SIGUSR1 or SIGHUP stops at the next step boundary, the second (and Ctrl-C) at once; before
-the loop there is nothing to save and one is enough, after it none disturbs the closing. One that arrives by several ways
-(`timeout` sends it to its child and to the group, Slurm to the script and to the step) is one.
+the loop there is nothing to save and one is enough, after it none disturbs the closing. One that arrives by several
+ways (`timeout` sends it to its child and to the group, Slurm to the script and to the step) is one.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
+
+import psutil
 
 PREEMPTED = 75
 """Exit code: stopped after a checkpoint; the same command goes on (EX_TEMPFAIL)."""
@@ -44,6 +45,11 @@ class Stopping:
         self._signalled = 0.0
         self._phase: Literal["starting", "loop", "closing"] = "starting"
 
+    @classmethod
+    def of_this_process(cls) -> Stopping:
+        """Without a limit, and as old as the process."""
+        return cls(None, time.time() - psutil.Process().create_time())
+
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
         """Inside, signals come here (SIGTERM once more after Ray has taken it: see `ray_cluster`)."""
@@ -71,7 +77,8 @@ class Stopping:
         if self._phase == "loop":
             # Not through the console, whose lines this may have come in the middle of.
             text = f"{self.signal}: after this step a checkpoint, then the end; the same signal again ends it now\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            with suppress(OSError):  # the terminal may be what went away
+                os.write(2, text.encode())
 
     @contextmanager
     def loop(self) -> Iterator[None]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from integration.test_learning import MARKED, left_behind, read_rows, train, write_job
+from integration.test_learning import MARK, MARKED, left_behind, read_rows, train, write_job
 
 from rlhf3d.checkpoints.manifest import read_manifest
+from rlhf3d.trainer.stopping import SAME_SIGNAL_S
 
 STEPS, SAVED = 6, 3
 
@@ -54,6 +58,14 @@ def stop_at(command: Path, step: int, act: Callable[[subprocess.Popen[str]], Non
                 break
         rest = process.stdout.read()
         return process.wait(timeout=60), ("".join(seen) + rest)[-3000:]
+
+
+def tell_everyone(number: int) -> None:
+    """Send a signal to every process of the run, as service managers do."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(os.getpid()):
+                process.send_signal(number)
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
@@ -106,7 +118,7 @@ def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
     def steps() -> list[int]:
         return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
-    code, text = stop_at(command, 1, lambda p: p.send_signal(signal.SIGUSR1), *shape)
+    code, text = stop_at(command, 1, lambda _: tell_everyone(signal.SIGUSR1), *shape)
     assert code == 75 and "stopped: SIGUSR1 was received" in text and "the same command goes on from it" in text, text
     (first,) = steps()
     assert [row["step"] for row in read_rows(run)] == list(range(1, first + 1))
@@ -118,9 +130,9 @@ def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
     assert "changed trainer.max_wall_clock_s: None -> 1" in timed.stdout
 
     def twice(process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        tell_everyone(signal.SIGTERM)
+        time.sleep(2 * SAME_SIGNAL_S)
+        tell_everyone(signal.SIGTERM)
 
     code, text = stop_at(command, first + 3, twice, *shape)
     assert code == 130 and "interrupted" in text, text

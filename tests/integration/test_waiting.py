@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 import ray
+from integration.test_learning import MARKED, left_behind
 
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import ray_cluster, reserve
@@ -108,3 +112,40 @@ def test_deadline_names_who_was_waited_for(workers: list) -> None:
 def test_a_dead_process_is_named(workers: list) -> None:
     with pytest.raises(WorkerFailure, match=r"(?s)values failed on rank 2:.*died"):
         gather("values", {"rank 2": workers[2].die.remote()}, 60)
+
+
+LOSES_RAY = """
+import os, sys, time
+import psutil, ray
+from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.placement.cluster import ray_cluster
+from rlhf3d.placement.waiting import WorkerFailure, gather
+
+@ray.remote
+class Worker:
+    def hang(self):
+        print("hangs", flush=True)
+        time.sleep(3600)
+
+try:
+    with ray_cluster(ClusterConfig(), local_cpus=1):
+        call = Worker.remote().hang.remote()
+        ray.wait([call], timeout=1)
+        next(child for child in psutil.Process().children() if child.name() == sys.argv[1]).kill()
+        began = time.monotonic()
+        gather("phase", {"rank 0": call}, 600)
+except WorkerFailure as error:
+    print(error)
+print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_RAY, name], env=MARKED, capture_output=True, text=True, timeout=120, check=True
+    )
+    told, seconds = done.stdout.splitlines()
+    assert re.fullmatch(rf"Ray's {name} on this machine \(process \d+\) was ended by SIGKILL, .*checkpoint", told)
+    assert float(seconds) < 20
+    assert left_behind() == set()

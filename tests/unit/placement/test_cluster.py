@@ -9,20 +9,20 @@ import sys
 import psutil
 import pytest
 
-from rlhf3d.placement import cluster
+from rlhf3d.placement import ray_here
 
 
 def test_waits_for_processes_that_end_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
     ending = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
-    cluster._wait_until_gone([psutil.Process(ending.pid)])
+    ray_here.wait_until_gone([psutil.Process(ending.pid)])
     assert not psutil.pid_exists(ending.pid)
     assert not caplog.records
 
 
 def test_kills_those_that_do_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(cluster, "END_S", 0.2)
+    monkeypatch.setattr(ray_here, "END_S", 0.2)
     stuck = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with caplog.at_level(logging.WARNING):
-        cluster._wait_until_gone(cluster._family(psutil.Process(stuck.pid)))
+        ray_here.wait_until_gone([psutil.Process(stuck.pid)])
     assert not psutil.pid_exists(stuck.pid)
     assert str(stuck.pid) in caplog.text

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from rlhf3d.trainer.stopping import CLOSING_S, Preempted, Stopping
+from rlhf3d.trainer.stopping import CLOSING_S, SAME_SIGNAL_S, Preempted, Stopping
 
 
 class Clock:
@@ -18,13 +18,16 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_signal_waits_for_the_boundary(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
-    stopping = Stopping(None, 0.0)
+    clock = Clock()
+    stopping = Stopping(None, 0.0, clock)
     with stopping.handling_signals(), stopping.loop():
         assert stopping.reason(1.0) is None
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # as `timeout` does: to its child, and to the group
+        clock.now += SAME_SIGNAL_S
         name = signal.Signals(number).name
         assert stopping.reason(1.0) == f"{name} was received"
         assert f"{name}: after this step a checkpoint" in capfd.readouterr().err
@@ -38,6 +41,11 @@ def test_before_and_after_the_loop() -> None:
     with stopping.handling_signals():
         with pytest.raises(Preempted):
             os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # does not disturb the ending
+        with pytest.raises(Preempted), stopping.loop():  # where somebody's code swallowed it
+            pass
+    stopping = Stopping(None, 0.0)
+    with stopping.handling_signals():
         with stopping.loop():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -67,3 +75,12 @@ def test_no_limit() -> None:
     stopping = Stopping(None, 0.0, clock)
     clock.now += 1e9
     assert stopping.reason(1e9) is None
+
+
+def test_nohup_is_heard() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopping(None, 0.0).handling_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
