@@ -53,6 +53,8 @@ class Start:
     checkpoint: Checkpoint | None
     notes: list[str]
     """What the user should know, one line each."""
+    finished: Path | None = None
+    """The run that this configuration has finished already: there is nothing to do."""
 
 
 def choose_start(config: Config, total_steps: int) -> Start:
@@ -66,10 +68,12 @@ def choose_start(config: Config, total_steps: int) -> Start:
     if run is None:
         return Start(_fresh(config), None, [])
     found, notes = newest_whole(Store(run / CHECKPOINTS))
+    if _finished(run, found.manifest.step if found else 0, total_steps, config.trainer.save_at_end):
+        same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), config)
+        note = f"{run} is finished, with another configuration: a new run in a folder beside it"
+        return Start(_fresh(config), None, [*notes, note], run if same else None)
     if found is None:
         return Start(_fresh(config), None, [*notes, f"{run} has no whole checkpoint: a new run in a folder beside it"])
-    if _finished(run, found.manifest.step, total_steps, config.trainer.save_at_end):
-        return Start(_fresh(config), None, notes)
     return Start(_in_folder(config, run), found, notes)
 
 
@@ -116,8 +120,12 @@ def _read(folder: Path) -> Checkpoint:
             "run; set model.path to its Hugging Face folder to train on from it"
         )
     state = json.loads((folder / DRIVER_FILE).read_text())
-    config = dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text())))
-    return Checkpoint(folder, read_manifest(folder), state, config)
+    return Checkpoint(folder, read_manifest(folder), state, _read_config(folder))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a run's folder or a checkpoint's, by dotted key."""
+    return dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text())))
 
 
 def set_aside(store: Store, step: int) -> list[str]:
@@ -167,13 +175,14 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             + "".join(f"  {reason}\n" for reason in refused)
             + "trainer.resume_mode=never starts a new run"
         )
-    now_flat = dict(_flat(yaml.safe_load(config_to_yaml(config))))
-    keys = [key for key in sorted({*now_flat, *found.config}) if key not in _UNSAID]
-    return [
-        f"{key}: {found.config.get(key)} -> {now_flat.get(key)}"
-        for key in keys
-        if found.config.get(key) != now_flat.get(key)
-    ]
+    return _changes(found.config, config)
+
+
+def _changes(before: dict[str, Any], config: Config) -> list[str]:
+    """One line a key that has changed since a run's configuration."""
+    now = dict(_flat(yaml.safe_load(config_to_yaml(config))))
+    keys = [key for key in sorted({*now, *before}) if key not in _UNSAID]
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_gro
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
+from rlhf3d.paths import folder_problem
 
 ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
@@ -155,6 +156,8 @@ def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str
         problems.append(f"actor.clip_ratio_c = {config.actor.clip_ratio_c}: must be above 1")
     if not config.model.path:
         problems.append("model.path is not set: give a folder with config.json, safetensors and tokenizer")
+    if not config.trainer.output_dir:
+        problems.append("trainer.output_dir is empty: give a folder for what the run writes")
     if not config.data.train_files:
         problems.append("data.train_files is empty: give at least one parquet file of prompts")
     return problems
@@ -398,7 +401,7 @@ def _check_reward(config: Config) -> list[str]:
 
 def check_files(config: Config) -> list[str]:
     """What the disk lacks of what is named: model (and its fit to the layout), data, reward function."""
-    problems = _check_model_folder(config)
+    problems = _check_model_folder(config) + _check_output(config)
     for key in ("train_files", "val_files"):
         problems += [
             f"data.{key}: no file {name}; `rlhf3d data prepare --help` shows how to write it"
@@ -409,6 +412,14 @@ def check_files(config: Config) -> list[str]:
     if path is not None and not Path(path).is_file():
         problems.append(f"custom_reward_function.path = {path}: no such Python file")
     return problems
+
+
+def _check_output(config: Config) -> list[str]:
+    """The run's folder, and those in it."""
+    output = Path(config.trainer.output_dir)
+    folders = [output, *(output / name for name in ("checkpoints", "logs", "samples", "tensorboard"))]
+    found = list(dict.fromkeys(filter(None, map(folder_problem, folders))))
+    return [f"trainer.output_dir = {output}: {problem}; name another folder" for problem in found[:1]]
 
 
 def _check_model_folder(config: Config) -> list[str]:

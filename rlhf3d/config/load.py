@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from rlhf3d.config.checks import check, check_files
+from rlhf3d.config import scalars
+from rlhf3d.config.checks import check, check_files, value_of
 from rlhf3d.config.docs import describe, field_docs, nearest_key, optional_section
 from rlhf3d.config.schema import Config
+from rlhf3d.paths import expand_home
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
             merge(raw, parse_override(override))
         except ValueError as error:
             problems.append(str(error))
-    config = build(Config(), raw, "", problems)
+    config = _expand_paths(build(Config(), raw, "", problems), problems)
     # A key that could not be read has its default here: what the checks say about it is not the user's doing.
     unread = [doc.name for doc in field_docs() if any(doc.name in problem for problem in problems)]
     checked = check(config) + (check_files(config) if files else [])
@@ -53,17 +55,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
     return config
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML's own rule is to keep the last in silence)."""
+PATHS = (
+    "model.path data.train_files data.val_files data.curriculum.path data.cache_dir algorithm.custom_path "
+    "custom_reward_function.path reward_model.path trainer.output_dir trainer.resume_mode"
+).split()
+"""Keys of files and folders."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                problem=f"given twice: {', '.join(twice)}", problem_mark=node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+
+def _expand_paths(config: Config, problems: list[str]) -> Config:
+    """With ~ as the home folder in every path, once and for all."""
+    for name in PATHS:
+        value = value_of(config, name)
+        texts = value if isinstance(value, tuple) else () if value is None else (value,)
+        try:
+            expanded = tuple(map(expand_home, texts))
+        except ValueError as error:
+            problems.append(f"{name} = {', '.join(texts)}: {error}")
+            continue
+        if expanded != texts:
+            config = with_value(config, name, expanded if isinstance(value, tuple) else expanded[0])
+    return config
+
+
+def with_value(section: Any, name: str, value: Any) -> Any:
+    """A section with another value under a dotted name."""
+    key, _, rest = name.partition(".")
+    return replace(section, **{key: with_value(getattr(section, key), rest, value) if rest else value})
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -74,32 +91,60 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         hint = f"; did you mean {Path('configs') / path}?" if (Path("configs") / path).is_file() else ""
         raise ConfigError([f"no configuration file {path}{hint}"])
     try:
-        raw = yaml.load(path.read_text(), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        raw = scalars.read(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(raw or {}, dict):
-        raise ConfigError([f"{path}: expected sections (`model:`, `data:` …), found {type(raw).__name__}"])
-    raw = raw or {}
+    if scalars.is_null(raw):
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: expected sections (`model:`, `data:` …), found {_type_name(raw)}"])
     base = raw.pop("base", None)
-    if base is None:
+    if scalars.is_null(base):
         return raw
-    inherited = read_yaml(path.parent / str(base), (*seen, path.resolve()))
+    if not isinstance(base, str):
+        raise ConfigError([f"{path}: base: expected the name of a file, found {_type_name(base)}"])
+    inherited = read_yaml(path.parent / Path(str(base)).expanduser(), (*seen, path.resolve()))
     merge(inherited, raw)
     return inherited
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=c` as `{"a": {"b": c}}`, the value read as YAML."""
+    """`a.b=c` as `{"a": {"b": c}}`, the value read by the type of the key."""
     key, equals, value = text.partition("=")
-    if not equals or not all(key.strip().split(".")):
+    key = key.strip()
+    if key[:1] in ("+", "~"):
+        right = f"{key.lstrip('+~')}={value if equals else 'VALUE'}"
+        raise ValueError(f"override {text!r}: Hydra's +, ++ and ~ are not used here: write {right}")
+    if not equals or not all(key.split(".")):
         raise ValueError(f"override {text!r}: expected key.name=value")
+    names, kind = _place_of(key)
     try:
-        parsed = yaml.load(value, Loader=_StrictLoader)
+        parsed = scalars.read_as(value, kind)
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})") from error
-    for name in reversed(key.strip().split(".")):
+    except ValueError as error:
+        raise ValueError(f"override {text!r}: {error}") from error
+    for name in reversed(names):
         parsed = {name: parsed}
     return parsed
+
+
+def _place_of(key: str) -> tuple[list[str], Any]:
+    """The names on the way to a dotted key, and its type; the names in a mapping of texts or numbers have dots."""
+    names, kind = key.split("."), Config
+    for depth, name in enumerate(names):
+        section: Any = kind if is_dataclass(kind) else optional_section(kind)
+        if section is not None:
+            kind = get_type_hints(section).get(name, Any)
+        elif get_origin(kind) is dict and get_args(kind)[1] is not Any:
+            return [*names[:depth], ".".join(names[depth:])], get_args(kind)[1]
+        else:
+            return names, Any
+    return names, kind
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -113,27 +158,36 @@ def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
 
 def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
     """`default` (a section) with the values of `raw`; what does not fit is added to `problems`."""
-    if raw is None:
+    if scalars.is_null(raw):
         return default
     if not isinstance(raw, dict):
-        problems.append(f"{where} = {raw!r}: expected a section of keys, found {type(raw).__name__}")
+        problems.append(f"{where} = {scalars.shown(raw)}: expected a section of keys, found {_type_name(raw)}")
         return default
     hints = get_type_hints(type(default))
     changes: dict[str, Any] = {}
     for key, value in raw.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            problems.append(f"{name}: no such key; {nearest_key(name)}")
+            nested = "; in a file keys are nested, with dots they are overrides" if "." in str(key) else ""
+            problems.append(f"{name}: no such key; {nearest_key(name)}{nested}")
         elif is_dataclass(getattr(default, key)):
             changes[key] = build(getattr(default, key), value, name, problems)
-        elif value is not None and (section := optional_section(hints[key])) is not None:
+        elif not scalars.is_null(value) and (section := optional_section(hints[key])) is not None:
             changes[key] = build(section(), value, name, problems)
         else:
             try:
                 changes[key] = coerce(value, hints[key])
             except TypeError:
-                problems.append(f"{name} = {value!r}: expected {describe(hints[key])}")
+                fix = scalars.hint(value, hints[key])
+                problems.append(f"{name} = {scalars.shown(value)}: expected {describe(hints[key])}{fix}")
     return replace(default, **changes)  # type: ignore[type-var]
+
+
+def _type_name(value: Any) -> str:
+    try:
+        return type(scalars.as_anything(value)).__name__
+    except TypeError:
+        return "str"
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -142,43 +196,62 @@ def coerce(value: Any, kind: Any) -> Any:
     Raises TypeError otherwise.
     """
     origin, args = get_origin(kind), get_args(kind)
-    if kind is Any or (kind is type(None) and value is None):
-        return value
+    if kind is Any:
+        return scalars.as_anything(value)
+    if kind is type(None) and scalars.is_null(value):
+        return None
     if origin in (Union, types.UnionType):
-        for option in sorted(args, key=lambda option: option is not type(value)):
-            try:
-                return coerce(value, option)
-            except TypeError:
-                continue
-    elif origin is Literal:
+        return _coerce_to_one(value, args)
+    if origin is Literal:
         if isinstance(value, str) and value in args:
-            return value
+            return str(value)
     elif origin is tuple:
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
-        if len(items) == len(kinds):
-            return tuple(coerce(item, of) for item, of in zip(items, kinds, strict=True))
+        return _coerce_to_tuple(value, args)
     elif origin is dict:
         if isinstance(value, dict):
             return {coerce(key, args[0]): coerce(item, args[1]) for key, item in value.items()}
-    elif kind in (bool, str):
-        if isinstance(value, kind):
-            return value
-    elif kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        if kind is int and isinstance(value, int):
-            return value
-        try:
-            number = float(value)
-        except ValueError:
-            raise TypeError(value) from None
-        if math.isfinite(number) and (kind is float or number.is_integer()):
-            return number if kind is float else int(number)
+        if scalars.is_null(value) and isinstance(value, str):  # a heading with nothing below it
+            return {}
+    elif kind is bool:
+        if (truth := scalars.as_bool(value)) is not None:
+            return truth
+    elif kind is str:
+        if isinstance(value, str) and not scalars.is_null(value):
+            return str(value)
+    elif kind in (int, float) and (number := scalars.as_number(value)) is not None:
+        if kind is int and isinstance(number, int):
+            return number
+        if math.isfinite(number) and (kind is float or float(number).is_integer()):
+            return float(number) if kind is float else int(number)
     raise TypeError(value)
 
 
+def _coerce_to_one(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """`value` as the first of several types that takes it; what stands without quotes is text only if nothing else."""
+    plain = isinstance(value, scalars.Plain)
+    if plain and type(None) in kinds and value.lower() == "none":
+        raise TypeError(value)
+    for kind in sorted(kinds, key=lambda kind: kind is str if plain else kind is not type(value)):
+        try:
+            return coerce(value, kind)
+        except TypeError:
+            continue
+    raise TypeError(value)
+
+
+def _coerce_to_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if scalars.is_null(value) or (isinstance(value, scalars.Plain) and "," in value):
+        raise TypeError(value)
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
+    if len(items) != len(kinds):
+        raise TypeError(value)
+    return tuple(coerce(item, of) for item, of in zip(items, kinds, strict=True))
+
+
 def config_to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    """The complete configuration as YAML that `load_config` reads back to an equal one."""
+    return scalars.write(_plain(asdict(config)))
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ next step begins; a value that is not finite is written as null and named under 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -88,16 +89,29 @@ class MetricsWriter:
             row["nonfinite"] = nonfinite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+        with self._tensorboard_spared():
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
+
+    @contextmanager
+    def _tensorboard_spared(self) -> Iterator[None]:
+        """TensorBoard's files are a view of metrics.jsonl: a run goes on without them."""
+        try:
+            yield
+        except Exception as error:
+            self._tensorboard = None
+            logging.getLogger(__name__).warning(
+                "no more TensorBoard files (%s: %s); %s has all metrics", type(error).__name__, error, METRICS_FILE
+            )
 
     def close(self) -> None:
         """Close both files."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._tensorboard_spared():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 SAMPLES_DIR = "samples"
+_TEXTS = ("prompt", "response", "ground_truth")
 
 Kind = Literal["train", "greedy", "sampled"]
 """Completions of the training step, or of greedy or sampled validation."""
@@ -60,7 +61,12 @@ def write_samples(output_dir: str | Path, step: int, samples: Iterable[Sample], 
 def read_samples(path: str | Path) -> list[Sample]:
     """Completions of one file, in the order written."""
     # Split on newlines alone: completions may hold other characters that str.splitlines() breaks at.
-    return [Sample(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    return [_sample(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
+    """Texts are texts, whatever a data set or a reward function made of them."""
+    return Sample(**{**fields, **{name: str(fields[name]) for name in _TEXTS}})
 
 
 def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:

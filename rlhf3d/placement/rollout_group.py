@@ -21,6 +21,8 @@ from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
+CLOSE_S = 60.0
+
 
 class EngineRank(VLLMEngine):
     """Ray actor of one engine rank: a process first, an engine once it was told where its ranks meet."""
@@ -146,4 +148,4 @@ class RolloutGroup:
 
     def close(self) -> None:
         """Let the engines end their own processes; a failed run's are ended by Ray."""
-        self._on_all("stop vLLM", "close")
+        gather("stop vLLM", self._start_all("close"), CLOSE_S)

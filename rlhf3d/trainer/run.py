@@ -5,16 +5,17 @@ Invariant: whatever ends the run (the last step, an error, Ctrl-C), every proces
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, check_resume, choose_start, set_aside
+from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived, derive, resolve_platform, summary_lines
@@ -28,7 +29,7 @@ from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import MetricsWriter
-from rlhf3d.observability.report import make_report
+from rlhf3d.observability.report import CURVES_FILE, make_report
 from rlhf3d.observability.samples import before_after, drop_samples
 from rlhf3d.parallel.platform import Platform, choose_platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
@@ -70,7 +71,10 @@ def run_training(config: Config, stopping: Stopping) -> int:
     total_steps = derived.total_steps
     assert total_steps is not None
     spec = load_spec(config.model.path)
-    config, found, notes = _start(config, spec, total_steps)
+    start = choose_start(config, total_steps)
+    if start.finished is not None:
+        return _say_finished(start.finished)
+    config, found, notes = _start(start, spec)
     if found is not None:  # other data are refused before anything is started
         loader.load_state_dict(found.state["loader"])
     output = Path(config.trainer.output_dir)
@@ -122,7 +126,8 @@ def run_training(config: Config, stopping: Stopping) -> int:
                 _load(found, trainer, trained)
         with stopping.loop():
             stopped = trainer.fit()
-        rollout.close()
+        with _spared(console, "the engines did not end in order", "every process is ended all the same"):
+            rollout.close()
         if stopped is not None:
             console.done([f"stopped: {stopped}", f"checkpoint {checkpoints.last}", "the same command goes on from it"])
             return PREEMPTED
@@ -208,16 +213,44 @@ def start_models(
 
 def _show_results(output: Path, console: Console, checkpoints: CheckpointWriter) -> None:
     """Report, curves, and answers before and after."""
-    report = make_report(output)
-    before, after = before_after(output)
-    if before:
-        console.samples(before, after)
-    console.done([f"report {report}", f"curves {output / 'curves.png'}", f"checkpoint {checkpoints.last}"])
+    lines = _make_report(output, console)
+    with _spared(console, "answers before and after cannot be shown", f"`rlhf3d samples {output}` shows answers"):
+        before, after = before_after(output)
+        if before:
+            console.samples(before, after)
+    console.done([*lines, f"checkpoint {checkpoints.last}"])
 
 
-def _start(config: Config, spec: ModelSpec, total_steps: int) -> tuple[Config, Checkpoint | None, list[str]]:
-    """Choose where to start and make its folder ready: the configuration, what to load, lines for the user."""
-    start = choose_start(config, total_steps)
+def _make_report(output: Path, console: Console) -> list[str]:
+    """Lines that say where report and curves are."""
+    lines = []
+    with _spared(console, "there is no report", f"`rlhf3d report {output}` makes it when that is put right"):
+        lines = [f"report {make_report(output)}", f"curves {output / CURVES_FILE}"]
+    return lines
+
+
+@contextmanager
+def _spared(console: Console, what: str, then: str) -> Iterator[None]:
+    """What comes after a run is complete is no reason to call it failed: say what went wrong instead."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).exception(what)
+        first_line = str(error).partition("\n")[0]
+        console.note(f"warning: {what} ({type(error).__name__}: {first_line}); the run is complete, {then}")
+
+
+def _say_finished(run: Path) -> int:
+    """The same command again: what is there, and how to run it once more."""
+    with Console() as console:
+        _make_report(run, console)
+        again = "trainer.resume_mode=never runs it again, in a folder beside it"
+        console.done([f"{run} is a finished run of this configuration, so nothing was done; {again}"])
+    return 0
+
+
+def _start(start: Start, spec: ModelSpec) -> tuple[Config, Checkpoint | None, list[str]]:
+    """Make the folder of a start ready: the configuration, what to load, lines for the user."""
     config, found, notes = start.config, start.checkpoint, start.notes
     if found is not None:
         changes = check_resume(found, config, spec)

@@ -71,7 +71,16 @@ def test_goes_on_in_the_folder_of_an_unfinished_run(config: Config) -> None:
     assert outcome(choose_start(with_mode(config, "never"), TOTAL)) == ("run-2", None)
     add_checkpoint(config, TOTAL)
     write_rows(config, TOTAL)
-    assert outcome(choose_start(config, TOTAL)) == ("run-2", None), "that run is finished"
+    start = choose_start(config, TOTAL)
+    assert outcome(start) == ("run-2", None) and start.finished is None, "that run is finished"
+    assert "run is finished, with another configuration" in start.notes[-1]
+    (Path(config.trainer.output_dir) / "config.yaml").write_text(config_to_yaml(config))
+    assert choose_start(config, TOTAL).finished == Path(config.trainer.output_dir), (
+        "and with the same there is no other"
+    )
+    other = replace(config, trainer=replace(config.trainer, seed=1))
+    assert choose_start(other, TOTAL).finished is None
+    assert choose_start(with_mode(config, "never"), TOTAL).finished is None
     assert outcome(choose_start(config, TOTAL + 5)) == ("run", TOTAL), "and is not with more steps"
 
 

@@ -226,7 +226,7 @@ def test_good_configuration_passes() -> None:
             "and rollout_rs must be null; for truncated weights without PPO's clip set actor.policy_loss=cispo",
         ),
         (
-            ["algorithm.rollout_correction={rollout_is: token, rollout_is_threshold: 0.5_2}"],
+            ["algorithm.rollout_correction={rollout_is: token, rollout_is_threshold: 0.52}"],
             "algorithm.rollout_correction.rollout_is_threshold = 0.52: engines that agree have ratio 1, which must "
             "lie within; write a range as 0.5_2.0, with both decimal points",
         ),

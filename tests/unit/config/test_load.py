@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf3d.config.checks import value_of
 from rlhf3d.config.docs import field_docs
-from rlhf3d.config.load import ConfigError, build, coerce, config_to_yaml, load_config
+from rlhf3d.config.load import PATHS, ConfigError, _expand_paths, build, coerce, config_to_yaml, load_config, with_value
 from rlhf3d.config.schema import Config, LayoutConfig
 
+DIGITS = "; write decimal digits alone: no leading 0, no underscore, no colon"
+ONE = ", or quotes around one value with a comma"
+QUOTES = " is no plain number: write decimal digits alone, or quotes for the text"
+WORD = ", or quotes for the word"
+KWARGS = "custom_reward_function.kwargs"
+SHELL = "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
 MINIMAL = "model: {path: m}\ndata: {train_files: [t.parquet]}\n"
 
 
@@ -51,6 +61,50 @@ def test_values_keep_their_meaning(tmp_path: Path) -> None:
     assert config.custom_reward_function.kwargs == {"bonus": 2, "tags": ["a"]}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a/b #3", "2026-01-01", "20260101", "1.10", "a/b: c", "@a", "C:\\a\\b", "no", "[x", "*", "a,b", "1e1", "a 'b"],
+)
+def test_text_is_what_it_says(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, f"trainer.output_dir={text}").trainer.output_dir == text
+    assert load(tmp_path, f"data.train_files={json.dumps([text])}").data.train_files == (text,)
+    if "," not in text and text[0] != "[":
+        assert load(tmp_path, f"data.train_files={text}").data.train_files == (text,)
+    again = tmp_path / "again.yaml"
+    again.write_text(config_to_yaml(load(tmp_path, f"trainer.output_dir={text}")))
+    assert load_config(again, files=False).trainer.output_dir == text
+
+
+def test_names_in_a_mapping_have_dots_and_anything_is_read_by_yaml_1_2(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "reward.scorers.my.org/data.v2=math_verify",
+        "reward.weights.accuracy=1e0",
+        f"{KWARGS}.a.b=1e-6",
+        f"{KWARGS}.mark='no'",
+        f"{KWARGS}.many=[1, 2.5, true, null, .inf, a b]",
+        "algorithm.rollout_correction.rollout_is_threshold=0.5_2",
+    )
+    assert config.reward.scorers == {"my.org/data.v2": "math_verify"} and config.reward.weights == {"accuracy": 1.0}
+    many = [1, 2.5, True, None, math.inf, "a b"]
+    assert config.custom_reward_function.kwargs == {"a": {"b": 1e-6}, "mark": "no", "many": many}
+    assert config.algorithm.rollout_correction.rollout_is_threshold == "0.5_2"
+    (tmp_path / "again.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "again.yaml", files=False) == config
+
+
+def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in lists and nested; and no key of a path is forgotten."""
+    monkeypatch.setenv("HOME", "/home/me")
+    named = {doc.name for doc in field_docs() if re.search(r"path|files?|dir|folder", doc.name.rpartition(".")[2])}
+    assert named | {"trainer.resume_mode"} == set(PATHS)
+    for name in PATHS:
+        many = isinstance(value_of(Config(), name), tuple)
+        config = _expand_paths(with_value(Config(), name, ("~/a b",) if many else "~/a b"), [])
+        assert value_of(config, name) == (("/home/me/a b",) if many else "/home/me/a b"), name
+    assert load(tmp_path, "data.val_files=[~/a, b/~c]").data.val_files == ("/home/me/a", "b/~c")
+
+
 def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) -> None:
     config = load(tmp_path, "rollout.n=2", "rollout={n: 4, engines: 2}", "rollout.engines=3")
     assert (config.rollout.n, config.rollout.engines) == (4, 3)
@@ -70,7 +124,33 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ("actor.optim.lr=.inf", "actor.optim.lr = inf: expected float"),
         ("actor.optim.betas=[0.9]", "actor.optim.betas = [0.9]: expected list of 2 float"),
         ("data.shuffle=1", "data.shuffle = 1: expected bool"),
-        ("model.path=3", "model.path = 3: expected str"),
+        ("model.path=null", "model.path = None: expected str"),
+        ("rollout.n=010", f"rollout.n = 010: expected int{DIGITS}"),
+        ("trainer.seed=0123", f"trainer.seed = 0123: expected int{DIGITS}"),
+        ("trainer.total_training_steps=1_000", f"trainer.total_training_steps = 1_000: expected int or null{DIGITS}"),
+        ("trainer.max_wall_clock_s=1:30:00", f"trainer.max_wall_clock_s = 1:30:00: expected float or null{DIGITS}"),
+        ("trainer.seed=0x10", f"trainer.seed = 0x10: expected int{DIGITS}"),
+        ("trainer.seed='010'", "trainer.seed = '010': expected int"),
+        ("data.shuffle=no", "data.shuffle = no: expected bool; write true or false, not no"),
+        ("data.shuffle='false'", "data.shuffle = 'false': expected bool"),
+        ("trainer.best_metric=None", "trainer.best_metric = 'None': expected str or null; write null for none"),
+        ("rollout.threads=none", "rollout.threads = 'none': expected int or null; write null for none"),
+        ("trainer.seed=", "override 'trainer.seed=': no value is given; write null for none, '' for an empty text"),
+        ("data.train_files=a,b", f"data.train_files = 'a,b': expected list of str; write [a,b]{ONE}"),
+        ("actor.optim.betas=(0.9,1)", f"actor.optim.betas = '(0.9,1)': expected list of 2 float; write [0.9,1]{ONE}"),
+        (f"{KWARGS}.flag=no", f"{KWARGS} = {{'flag': 'no'}}: expected mapping; write true or false, not no{WORD}"),
+        (f"{KWARGS}={{d: 2024-05-06}}", f"{KWARGS} = {{'d': '2024-05-06'}}: expected mapping; 2024-05-06{QUOTES}"),
+        (f"{KWARGS}={{a: [22:22]}}", f"{KWARGS} = {{'a': ['22:22']}}: expected mapping; 22:22{QUOTES}"),
+        (f"{KWARGS}.a=b #2", f"override '{KWARGS}.a=b #2': YAML takes '#2' for a comment: put the text in quotes"),
+        ("+trainer.foo=1", "override '+trainer.foo=1': Hydra's +, ++ and ~ are not used here: write trainer.foo=1"),
+        ("~trainer.seed", "override '~trainer.seed': Hydra's +, ++ and ~ are not used here: write trainer.seed=VALUE"),
+        ("trainer.output_dir=''", "trainer.output_dir is empty: give a folder for what the run writes"),
+        ("trainer.output_dir=$HOME/x", f"trainer.output_dir = $HOME/x: {SHELL}"),
+        ("data.val_files=[a, '${V}/b']", f"data.val_files = a, ${{V}}/b: {SHELL}"),
+        (
+            "model.path=~no-one/x",
+            "model.path = ~no-one/x: no user has the home folder ~no-one; ./~no-one/x is the name itself",
+        ),
         ("rollout.threads=x", "rollout.threads = 'x': expected int or null"),
         ("actor.layout.recompute=true", "actor.layout.recompute = True: expected one of none, selective, full"),
         ("critic.layout.recompute=most", "critic.layout.recompute = 'most': expected one of none, selective, full"),
@@ -117,11 +197,26 @@ def test_base_of_itself_is_refused(tmp_path: Path) -> None:
         ("model: {path: a\n", "is not YAML"),
         ("- 1\n", "expected sections"),
         ("rollout: {n: 1, n: 2}\n", "given twice: n"),
+        ("rollout:\n  n: 1\nmodel: {}\nrollout:\n  n: 2\n", "given twice: rollout"),
+        ("just a text\n", "expected sections .* found str"),
+        ("? [a, b]\n: 1\n", "is not YAML"),
+        ("base: [a.yaml]\n", "base: expected the name of a file, found list"),
+        ("actor.optim.lr: 1e-5\n", "in a file keys are nested"),
+        ("rollout: {n: 010}\n", f"rollout.n = 010: expected int{DIGITS}"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         load(tmp_path, text=text)
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("# für\nmodel: {path: m}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 3\): save it as UTF-8"):
+        load_config(path)
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(path, files=False).model.path == "m"
 
 
 def test_missing_file() -> None:

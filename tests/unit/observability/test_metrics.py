@@ -133,3 +133,17 @@ def test_names_are_taken_apart() -> None:
     }
     assert validation_accuracy(row) == {("openai/gsm8k", "greedy"): 0.5}
     assert phase_seconds(row) == {"generate": 2.0}
+
+
+def test_a_run_goes_on_without_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    with MetricsWriter(tmp_path) as writer:
+        writer._tensorboard.close()
+        writer._tensorboard = Full()
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert caplog.text.count("no more TensorBoard files (OSError: [Errno 28] No space left on device)") == 1

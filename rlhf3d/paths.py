@@ -1,0 +1,53 @@
+"""Paths that a user gives: the home folder in them, and whether something can be written there.
+
+Invariant: only looks; each answer is a sentence's end that says why not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_VARIABLE = re.compile(r"\$(\w|\{)")
+
+
+def expand_home(text: str) -> str:
+    """A leading ~ or ~user as the home folder. Raises ValueError for what only a shell would expand."""
+    if _VARIABLE.search(text):
+        raise ValueError("variables are not expanded here: write the path itself, or leave it to the shell (no quotes)")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not text.startswith("~/"):
+        raise ValueError(f"no user has the home folder {text.partition('/')[0]}; ./{text} is the name itself")
+    return expanded
+
+
+def folder_problem(folder: str | Path) -> str | None:
+    """Why a folder cannot be made or written to; None where it can."""
+    at = Path(folder).absolute()
+    try:
+        while not at.exists():
+            if at.is_symlink():
+                return f"{at} is a link to what is not there"
+            at = at.parent
+        if not at.is_dir():
+            return f"{at} is a file, not a folder"
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        return f"{at}: {error.strerror}"
+    if not os.access(at, os.W_OK | os.X_OK):
+        return f"{at} cannot be written to"
+    return None
+
+
+def file_problem(file: str | Path) -> str | None:
+    """Why a file cannot be written; None where it can."""
+    if Path(file).is_dir():
+        return f"{file} is a folder, not a file"
+    return folder_problem(Path(file).parent)
+
+
+def check_output(option: str, path: Path | None, *, is_file: bool = False) -> None:
+    """Raise ValueError where a command's output cannot be written; None is left to the command."""
+    problem = None if path is None else file_problem(path) if is_file else folder_problem(path)
+    if problem is not None:
+        raise ValueError(f"{option} {path}: {problem}; name another")
