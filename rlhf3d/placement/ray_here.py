@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import psutil
 import ray
+from ray._private import worker as ray_driver
 
 from rlhf3d.placement.waiting import bounded, ray_ended, set_ray_ended
 from rlhf3d.processes import deaf_to_signals, find_marked, marked
@@ -34,11 +36,15 @@ class RayHere:
     def __init__(self) -> None:
         set_ray_ended(None)
         self._mark: str | None = None
-        self._needed: list[psutil.Process] = []
+        self._needed: dict[str, psutil.Process] = {}
         self._closing = threading.Event()
 
     def start(self, cpus: int, timeout_s: float) -> None:
         """Start Ray with `cpus` logical CPUs, connect to it, and watch it."""
+        assert hasattr(ray_driver, "print_to_stdstream"), (
+            "Ray no longer prints its nodes' messages by print_to_stdstream"
+        )
+        ray_driver.print_to_stdstream = _log
         before = set(psutil.Process().children())
         with marked() as self._mark, deaf_to_signals(), bounded("start Ray on this machine", timeout_s):
             ray.init(
@@ -49,18 +55,20 @@ class RayHere:
                 logging_level=logging.ERROR,
             )
         started = set(psutil.Process().children()) - before
-        self._needed = [process for process in started if process.name() in NEEDED]
+        self._needed = {process.name(): process for process in started if process.name() in NEEDED}
         threading.Thread(target=self._watch, name="watch Ray", daemon=True).start()
 
     def ended(self) -> str | None:
         """Why Ray can do nothing more, if so; looks now."""
-        if not self._closing.is_set():
-            for process in self._needed:
-                if how := _how_it_ended(process):
-                    set_ray_ended(
-                        f"Ray's {process.name()} on this machine (process {process.pid}) {how}, and with it the "
-                        "run: the same command goes on from its newest checkpoint"
-                    )
+        if self._closing.is_set() or ray_ended():
+            return ray_ended()
+        for name, process in self._needed.items():
+            if how := _how_it_ended(process):
+                set_ray_ended(
+                    f"Ray's {name} on this machine (process {process.pid}) {how}, and with it the run: the same "
+                    "command goes on from its newest checkpoint"
+                )
+                self._kill()  # they could only wait and write pages about it
         return ray_ended()
 
     def _watch(self) -> None:
@@ -89,7 +97,7 @@ class RayHere:
     def _follow_raylet(self) -> None:
         """Ray ends its processes one after the other, each after a second in which it is asked to."""
         deadline = time.monotonic() + END_S
-        raylet = next((process for process in self._needed if process.name() == "raylet"), None)
+        raylet = self._needed.get("raylet")
         while raylet is not None and time.monotonic() < deadline:
             if _how_it_ended(raylet):
                 self._kill()
@@ -101,6 +109,11 @@ class RayHere:
         for process in find_marked(self._mark):
             with suppress(psutil.Error):
                 process.kill()
+
+
+def _log(message: dict[str, Any], **_: object) -> None:
+    """What Ray would print into the command's own output: pages of its log where one of its processes ends."""
+    logging.getLogger(__name__).warning("Ray: %s", "\n".join(message["lines"]))
 
 
 def _how_it_ended(process: psutil.Process) -> str | None:
