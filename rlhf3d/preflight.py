@@ -31,7 +31,7 @@ CUDA_SHARED_MEMORY_GIB = 1.0
 def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> list[str]:
     """Every reason why `config` cannot run here, each with what is needed and what was found.
 
-    `show` is given the plan where it is memory that is short.
+    `show` is given the plan where memory is short, or tight: that is no reason against it.
     """
     machine = read_machine(config.trainer.output_dir)
     cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
@@ -53,7 +53,7 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
         if plan is not None:
             short = _compare_gpus(plan, machine) if cuda else _compare_host(plan, derived, machine)
         problems += short + _compare_shared_memory(config, derived, machine, cuda)
-    if short and show is not None and plan is not None:
+    if show is not None and plan is not None and (short or (cuda and plan.verdict == "tight")):
         show(plan)
     return problems + (_compare_disk(plan, machine) if plan is not None else [])
 

@@ -42,7 +42,7 @@ def plan_command(
     _print(json.dumps(search_view.as_json(found)) if as_json else search_view.render(found, cluster, shape))
     if write is not None and found.best:
         best = found.best[0]
-        title = f"# rlhf3d plan --search on {cluster}: {best.time.step_s:.0f} s a step planned"
+        title = f"# rlhf3d plan --search on {cluster}: {best.step_s:.0f} s a step planned"
         write.write_text(f"{title}\n{config_to_yaml(best.job.config)}")
     return bool(found.best)
 

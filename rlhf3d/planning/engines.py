@@ -16,8 +16,6 @@ from rlhf3d.planning.job import Job
 from rlhf3d.planning.states import ITEM_BYTES
 
 GIB = 1 << 30
-BATCHED_TOKENS = 8192
-"""Prompt tokens that vLLM computes at once on a GPU (its default of max_num_batched_tokens)."""
 GRAPHS_GIB = 1.0
 """CUDA graphs and compiled code of an engine that is not eager (rule of thumb)."""
 
@@ -31,18 +29,28 @@ class EngineMemory:
     """Copies that CPU kernels compute with."""
     activations: int
     kv_cache: int
+    """What is left for keys and values; 0 where nothing is."""
     kv_bytes_a_token: int
     max_model_len: int
+    outside: int = 0
+    """Beside rollout.gpu_memory_utilization: vLLM measures after its CUDA context and communicators are there."""
+    missing: int = 0
+    """Bytes that lack for one sequence of the longest length: without it vLLM does not start."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All but what is outside."""
         return self.weights + self.packed + self.activations + self.kv_cache
+
+    @property
+    def one_sequence(self) -> int:
+        """Keys and values of a sequence of the longest length."""
+        return self.kv_bytes_a_token * self.max_model_len
 
     @property
     def sequences(self) -> int:
         """Sequences of the longest length whose keys and values fit at once."""
-        return int(self.kv_cache // (self.kv_bytes_a_token * self.max_model_len))
+        return self.kv_cache // self.one_sequence
 
 
 @cache
@@ -73,19 +81,22 @@ def kv_bytes_a_token(spec: ModelSpec, tensor_parallel_size: int, dtype: str) -> 
 
 
 def engine_memory(job: Job) -> EngineMemory:
-    """One engine rank of a job; a KV cache below 0 says how much is missing."""
-    config, spec = job.config.rollout, job.spec
+    """One engine rank of a job."""
+    config, spec, hardware = job.config.rollout, job.spec, job.cluster.hardware
     tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
     weights = engine_weight_bytes(spec, config)
     length = job.derived.max_sequence_length
-    batched = max(BATCHED_TOKENS if job.on_gpu else 4096, length)
+    batched = min(hardware.batched_tokens, config.max_num_seqs * length) if job.on_gpu else max(4096, length)
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
     rows = engine_vocab_size(spec.vocab_size) // tp
     activations = batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4
     a_token = kv_bytes_a_token(spec, tp, config.dtype)
     if not job.on_gpu:
-        return EngineMemory(weights, weights, activations, int(config.kv_cache_gib * GIB), a_token, length)
-    assert job.cluster.hardware.memory_gib is not None
+        room = int(config.kv_cache_gib * GIB)
+        return EngineMemory(weights, weights, activations, room, a_token, length, 0, max(0, a_token * length - room))
+    assert hardware.memory_gib is not None
     activations += 0 if config.enforce_eager else int(GRAPHS_GIB * GIB)
-    budget = int(config.gpu_memory_utilization * job.cluster.hardware.memory_gib * GIB)
-    return EngineMemory(weights, 0, activations, budget - weights - activations, a_token, length)
+    room = int(config.gpu_memory_utilization * hardware.memory_gib * GIB) - weights - activations
+    outside = int((hardware.engine_context_gib + hardware.engine_comm_gib * (tp > 1)) * GIB)
+    missing = max(0, a_token * length - room)
+    return EngineMemory(weights, 0, activations, max(0, room), a_token, length, outside, missing)

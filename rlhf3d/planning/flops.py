@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from rlhf3d.models.spec import ModelSpec
 
+COPY_PASSES = 15
+ACTIVATION_PASSES = 8
+
 
 def layer_weights(spec: ModelSpec) -> int:
     """Weights of a decoder layer that a token meets."""
@@ -29,6 +32,29 @@ def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:
     """One layer's forward pass over `positions` tokens that each attend to `context` others on average."""
     attention = 4 * spec.num_heads * spec.head_dim * context
     return positions * (2 * layer_weights(spec) + attention)
+
+
+def attention_products(spec: ModelSpec, tp: int) -> tuple[tuple[float, float], ...]:
+    """(inner, columns) of one layer's attention's matrices on a tensor rank: projections in and out."""
+    q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
+    return (spec.hidden_size, q + 2 * g), (q, spec.hidden_size)
+
+
+def mlp_products(spec: ModelSpec, tp: int) -> tuple[tuple[float, float], ...]:
+    """(inner, columns) of one layer's MLP on a tensor rank, or of one expert: gate and up, down."""
+    ffn = spec.moe_ffn_size if spec.num_experts else spec.ffn_size / tp
+    return (spec.hidden_size, 2 * ffn), (ffn, spec.hidden_size)
+
+
+def expert_bytes(spec: ModelSpec, item: int) -> float:
+    """Memory traffic of a token's way through router and experts in a forward pass, products apart.
+
+    As Megatron's all-to-all dispatcher does it: each copy of the token is gathered (read, written), exchanged, sorted
+    by expert, read and written by the experts, sorted back, exchanged and added up; between the experts' two products
+    gate and up are read, activated, weighted and written.
+    """
+    copies = spec.experts_per_token
+    return item * copies * (COPY_PASSES * spec.hidden_size + ACTIVATION_PASSES * spec.moe_ffn_size)
 
 
 def head_flops(spec: ModelSpec, tokens: float) -> float:

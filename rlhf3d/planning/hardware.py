@@ -31,30 +31,48 @@ class Hardware:
     flops: Mapping[str, float]
     """FLOP/s of one device by dtype."""
     matmul_efficiency: float
+    matmul_half: float
     memory_gbs: float
     memory_efficiency: float
     link_gbs: float
     network_gbs: float
     link_efficiency: float
+    exchange_efficiency: float
     latency_s: float
+    network_latency_s: float
     disk_gbs: float
     host_gbs: float
     sync_gbs: float
+    sync_bucket_s: float
+    rest_s: float
     cores: int
     devices_per_node: int
     host_memory_gib: float
     process_gib: float
     host_process_gib: float
     engine_process_gib: float
+    engine_context_gib: float
+    engine_comm_gib: float
+    batched_tokens: int
     layer_overhead_s: float
+    expert_overhead_s: float
     decode_overhead_s: float
+    decode_sequence_s: float
+    decode_kernel_s: float
+    decode_eager_s: float
 
     def __hash__(self) -> int:
         return hash((self.name, self.source))
 
     def matmul_flops(self, dtype: str) -> float:
-        """FLOP/s that matrix products reach."""
+        """FLOP/s that large matrix products reach."""
         return self.flops[dtype] * self.matmul_efficiency
+
+    def product_flops(self, rows: float, inner: float, columns: float) -> float:
+        """Operations of a [rows, inner] x [inner, columns] product, small ones counted as what they cost: tiles at the
+        edges and the filling of pipelines take as long as `matmul_half` more of each side."""
+        small = self.matmul_half * (1 / max(rows, 1.0) + 1 / inner + 1 / columns)
+        return 2 * rows * inner * columns * (1 + small)
 
     @property
     def read_bytes_s(self) -> float:
@@ -75,10 +93,25 @@ class Cluster:
         """Nodes these devices take."""
         return -(-self.devices // self.devices_per_node)
 
+    def inside(self, ranks: int, stride: int = 1) -> bool:
+        """Whether a group of `ranks` whose numbers are `stride` apart is on one node."""
+        return (ranks - 1) * stride < self.devices_per_node or self.hardware.kind == "cpu"
+
     def bandwidth(self, ranks: int, stride: int = 1) -> float:
-        """Bytes a second, one direction, of a device in a group of `ranks` whose numbers are `stride` apart."""
-        inside = (ranks - 1) * stride < self.devices_per_node or self.hardware.kind == "cpu"
-        return (self.hardware.link_gbs if inside else self.hardware.network_gbs) * 1e9 * self.hardware.link_efficiency
+        """Bytes a second, one direction, of a device in such a group."""
+        gbs = self.hardware.link_gbs if self.inside(ranks, stride) else self.hardware.network_gbs
+        return gbs * 1e9 * self.hardware.link_efficiency
+
+    def latency_s(self, ranks: int, stride: int = 1) -> float:
+        """Of a collective or message in such a group."""
+        return self.hardware.latency_s if self.inside(ranks, stride) else self.hardware.network_latency_s
+
+    def exchange_s(self, ranks: int, size: float) -> float:
+        """An all-to-all of `size` bytes a rank, equal parts to each: those to other nodes go over the network
+        meanwhile."""
+        hardware, near = self.hardware, ranks if self.inside(ranks) else self.devices_per_node
+        link, network = (gbs * 1e9 * hardware.exchange_efficiency for gbs in (hardware.link_gbs, hardware.network_gbs))
+        return max(size * (near - 1) / ranks / link, size * (ranks - near) / ranks / network) + self.latency_s(ranks)
 
     def __str__(self) -> str:
         return f"{self.devices} x {self.hardware.name}" + (f" on {self.nodes} nodes" if self.nodes > 1 else "")

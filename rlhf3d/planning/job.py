@@ -53,7 +53,7 @@ class Lengths:
     prompt: float
     response: float
     padded: float | None = None
-    """Positions of a sequence in a padded micro-batch; None for the middle of mean and longest."""
+    """Positions of a sequence in a padded micro-batch; None for what the order of lengths leaves."""
 
     @property
     def total(self) -> float:

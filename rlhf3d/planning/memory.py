@@ -21,8 +21,12 @@ from rlhf3d.planning.states import ITEM_BYTES, States, chunk_sizes, model_states
 
 SLOTS = 2
 """Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
-ASLEEP_GIB = 1.0
-"""GPU memory that a sleeping engine keeps: its process's context (rule of thumb)."""
+ASLEEP_GIB = 0.5
+"""GPU memory that a sleeping engine keeps beside its context: input buffers, graphs' pools (rule of thumb)."""
+SAFETY = 0.02
+"""Share of a device that a plan that fits leaves free: for what other libraries take, and what is not counted."""
+ACTIVATION_MARGIN = 0.15
+"""And of the activations: they are planned to 10 %, and micro-batches of many widths leave holes between blocks."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
 SAVED_BYTES = {"bfloat16": 12, "float32": 8}
@@ -70,6 +74,11 @@ class RankMemory:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
 
+    @property
+    def tightest(self) -> PhaseMemory:
+        """The phase that comes nearest to the device's end, margin included."""
+        return max(self.phases, key=lambda phase: phase.total + margin(phase))
+
     def own(self, name: str) -> int:
         """Bytes of a phase beside the resident terms; 0 of one in which these ranks have no part."""
         found = (phase for phase in self.phases if phase.phase == name)
@@ -108,29 +117,48 @@ class MemoryPlan:
         return rank, rank.peak
 
     @property
+    def _fullest(self) -> list[RankMemory]:
+        """Of the devices that hold the same models, those that need most."""
+        found: dict[tuple[str, ...], RankMemory] = {}
+        for rank in sorted(self.ranks, key=lambda rank: rank.tightest.total + margin(rank.tightest)):
+            found[tuple(rank.states)] = rank
+        return list(found.values())
+
+    @property
+    def tight(self) -> tuple[str, ...]:
+        """Devices that the plan fits with less to spare than it should."""
+        limit = self.device_limit
+        if limit is None:
+            return ()
+        return tuple(
+            _tight_device(rank, rank.tightest, limit)
+            for rank in self._fullest
+            if rank.peak.total <= limit < rank.tightest.total + spare(limit, rank.tightest)
+        )
+
+    @property
     def problems(self) -> tuple[str, ...]:
-        """What does not fit, each with the figures and what would mend it."""
-        found = []
+        """What does not fit, each with the figures and how to fix it."""
+        found, engine = [], self.engine
         if self.device_limit is not None:
-            fullest: dict[tuple[str, ...], RankMemory] = {}
-            for rank in sorted(self.ranks, key=lambda rank: rank.peak.total):
-                fullest[tuple(rank.states)] = rank  # of the devices that hold the same models
-            for rank in fullest.values():
-                if rank.peak.total > self.device_limit:
-                    found.append(_device_problem(rank, rank.peak, self.device_limit))
-            if self.engine.sequences < 1:
-                missing = self.engine.kv_bytes_a_token * self.engine.max_model_len - self.engine.kv_cache
+            found += [
+                _device_problem(rank, rank.peak, self.device_limit)
+                for rank in self._fullest
+                if rank.peak.total > self.device_limit
+            ]
+            if engine.missing:
+                beside = engine.weights + engine.activations
                 found.append(
-                    f"vLLM: rollout.gpu_memory_utilization leaves {_gib(self.engine.kv_cache)} GiB for keys and values "
-                    f"beside {_gib(self.engine.weights)} GiB of weights and {_gib(self.engine.activations)} GiB of "
-                    f"activations, {_gib(missing)} GiB too little for one sequence of {self.engine.max_model_len} "
-                    "tokens; raise it, or rollout.tensor_parallel_size"
+                    f"vLLM: rollout.gpu_memory_utilization leaves {_gib(engine.kv_cache)} GiB for keys and values "
+                    f"beside {_gib(engine.weights)} GiB of weights and {_gib(engine.activations)} GiB of "
+                    f"activations, {_gib(engine.missing)} GiB too little for one sequence of {engine.max_model_len} "
+                    f"tokens; give {(beside + engine.one_sequence) / self.device_limit:.2f} or more, or raise "
+                    "rollout.tensor_parallel_size"
                 )
-        elif self.engine.sequences < 1:
+        elif engine.missing:
             found.append(
-                f"vLLM: rollout.kv_cache_gib = {_gib(self.engine.kv_cache)} does not hold one sequence of "
-                f"{self.engine.max_model_len} tokens "
-                f"({_gib(self.engine.kv_bytes_a_token * self.engine.max_model_len)} GiB); raise it"
+                f"vLLM: rollout.kv_cache_gib = {_gib(engine.kv_cache)} does not hold one sequence of "
+                f"{engine.max_model_len} tokens ({_gib(engine.one_sequence)} GiB); raise it"
             )
         if self.host.total > self.host.limit:
             largest = max(self.host.terms, key=lambda name: self.host.terms[name])
@@ -149,6 +177,24 @@ def _device_problem(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
         f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) needs {_gib(phase.total)} GiB, "
         f"{_gib(phase.total - limit)} more than the {_gib(limit)} of a device; largest: {terms} GiB"
     )
+
+
+def _tight_device(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
+    return (
+        f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) leaves {_gib(limit - phase.total)} of "
+        f"{_gib(limit)} GiB free, less than the {_gib(spare(limit, phase))} for holes between blocks and what is not "
+        "counted: it may run out"
+    )
+
+
+def margin(phase: PhaseMemory) -> float:
+    """Bytes that a phase may need beside what is counted, the share of the device apart."""
+    return ACTIVATION_MARGIN * phase.terms.get("activations", 0)
+
+
+def spare(limit: float, phase: PhaseMemory) -> float:
+    """Bytes that should be free of a device in a phase."""
+    return SAFETY * limit + margin(phase)
 
 
 def _gib(count: float) -> str:
@@ -237,6 +283,7 @@ def _only(terms: Mapping[str, int], *kinds: str) -> dict[str, int]:
 
 def _engine_terms(job: Job, engine: EngineMemory, resident: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """What an engine beside training adds while it serves and while it is loaded; one that never sleeps is resident."""
+    resident["vLLM context"] = engine.outside
     if not job.config.rollout.sleep:
         resident["vLLM"] = engine.total
         return {}, {}
@@ -266,7 +313,7 @@ def _model_phases(
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
     """An engine rank on a device of its own."""
     first = job.training_devices
-    resident = {"vLLM": engine.total}
+    resident = {"vLLM context": engine.outside, "vLLM": engine.total}
     buckets = {"buckets": SLOTS * job.sync_bucket_bytes}
     phases = (PhaseMemory("generate", resident), PhaseMemory("sync_weights", resident | buckets))
     return RankMemory(tuple(range(first, first + job.engine_ranks)), "vLLM", {}, resident, phases)

@@ -5,8 +5,10 @@ Invariant: a plan is a value, computed from a configuration, a model's shape and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
@@ -30,7 +32,20 @@ class Plan:
 
     job: Job
     memory: MemoryPlan
-    time: TimePlan
+    time: TimePlan | None
+    """None where the engines cannot start."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step; infinite where there is none."""
+        return math.inf if self.time is None else self.time.step_s
+
+    @property
+    def verdict(self) -> Literal["fits", "tight", "does not fit"]:
+        """tight: it fits, with less to spare than what is not counted may take."""
+        if self.problems:
+            return "does not fit"
+        return "tight" if self.memory.tight else "fits"
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -53,7 +68,8 @@ def make_plan(
     for model in job.models:
         check_layout(model.spec, model.layout, model.settings.sequence_parallel)
     check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
-    return Plan(job, plan_memory(job), plan_time(job))
+    memory = plan_memory(job)
+    return Plan(job, memory, None if memory.engine.missing else plan_time(job))
 
 
 def find_spec(config: Config, model_config: Path | None = None) -> tuple[ModelSpec, Path]:

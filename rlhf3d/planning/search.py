@@ -21,7 +21,7 @@ from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import GIB, Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
-from rlhf3d.planning.memory import training_memory
+from rlhf3d.planning.memory import spare, training_memory
 from rlhf3d.planning.plan import Plan, make_plan
 from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, longest_sequence, on_cluster, rests
 from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
@@ -106,8 +106,8 @@ class Search:
         if self.config.needs_critic:
             fitting += [better for option in fitting[:CRITICS] if (better := self._critic_apart(option))]
         best = self._plans(sorted(fitting, key=lambda option: option.seconds), fits=True)
-        fastest = best[0].time.step_s if best else math.inf
-        near = [option for option in sorted(too_big, key=lambda option: option.excess) if option.seconds < fastest]
+        fastest = best[0].step_s if best else math.inf
+        near = [option for option in sorted(too_big, key=lambda option: option.excess) if option.seconds <= fastest]
         return Found(best, self._plans(near, fits=False), counts)
 
     def _layouts(self, devices: int) -> list[LayoutConfig]:
@@ -128,7 +128,7 @@ class Search:
                 gpu_memory_utilization=APART_UTILIZATION,
             )
             memory = engine_memory(make_job(replace(config, rollout=settings), self.spec, self.cluster))
-            least = (memory.total - memory.kv_cache + memory.kv_bytes_a_token * memory.max_model_len) / self.limit
+            least = (memory.weights + memory.activations + memory.one_sequence) / self.limit
             found.append((math.ceil(least / STEP) * STEP, settings))
         return found
 
@@ -174,16 +174,17 @@ class Search:
         config = replace(job.config, rollout=rollout)
         job = replace(job, config=config)
         if rollout not in self.generate_s:
-            self.generate_s[rollout] = generate_time(job).total
+            serves = not engine_memory(job).missing
+            self.generate_s[rollout] = generate_time(job).total if serves else math.inf
         return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
 
     def _training_peak(self, job: Job) -> int:
-        """Bytes of the fullest training device without its engine, where that does not sleep meanwhile."""
+        """Bytes of the fullest training device with its margin, but without an engine that stays awake."""
         training = training_memory(job, engine_memory(job), ends=True)
         sleeps = job.config.rollout.sleep and job.colocated
         beside = ("generate", "sync_weights")
         return max(
-            phase.total - phase.terms.get("vLLM", 0)
+            int(phase.total - phase.terms.get("vLLM", 0) + spare(self.limit, phase))
             for rank in training
             for phase in rank.phases
             if not sleeps or phase.phase in beside or phase.total > self.limit
@@ -197,12 +198,12 @@ class Search:
             if option.kind in kinds:
                 continue
             plan = make_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
-            if fits != bool(plan.problems):
+            if fits == (plan.verdict == "fits"):
                 found.append(plan)
                 kinds.add(option.kind)
             if len(found) == SHOWN:
                 break
-        return tuple(sorted(found, key=lambda plan: plan.time.step_s) if fits else found)
+        return tuple(sorted(found, key=lambda plan: plan.step_s) if fits else found)
 
 
 def training_seconds(job: Job) -> float:

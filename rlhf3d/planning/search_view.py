@@ -30,7 +30,9 @@ def render(found: Found, cluster: Cluster, shape: Path) -> Group:
         parts.append(Text("nothing fits: take more GPUs, or shorten the sequences"))
     if found.near:
         parts.append(_table("faster, but too big", found.near))
-        parts.append(Text("\n".join(f"  {i}. {plan.problems[0]}" for i, plan in enumerate(found.near, 1))))
+        parts.append(
+            Text("\n".join(f"  {i}. {[*plan.problems, *plan.memory.tight][0]}" for i, plan in enumerate(found.near, 1)))
+        )
     return Group(*parts)
 
 
@@ -41,19 +43,24 @@ def _table(title: str, plans: tuple[Plan, ...]) -> Table:
         text = name in ("training", "micro-batch", "engines")
         table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for number, plan in enumerate(plans, 1):
-        seconds = {phase.phase: phase.total for phase in plan.time.phases}
+        seconds = _seconds(plan)
         passes, updates = (sum(seconds.get(name, 0.0) for name in names) for names in (FORWARD, UPDATE))
-        rest = plan.time.step_s - passes - updates - seconds["generate"]
-        figures = (plan.time.step_s, seconds["generate"], passes, updates, rest)
+        rest = plan.step_s - passes - updates - seconds.get("generate", 0.0)
+        figures = (plan.step_s, seconds.get("generate", 0.0), passes, updates, rest)
         table.add_row(
             str(number),
             _training(plan),
             _micro_batch(plan),
             _engines(plan),
             f"{plan.memory.peak[1].total / GIB:.1f}",
-            *(f"{figure:.1f}" for figure in figures),
+            *(f"{figure:.1f}" if seconds else "" for figure in figures),
         )
     return table
+
+
+def _seconds(plan: Plan) -> dict[str, float]:
+    """By phase; nothing where the engines cannot start."""
+    return {} if plan.time is None else {phase.phase: phase.total for phase in plan.time.phases}
 
 
 def _training(plan: Plan) -> str:
@@ -85,8 +92,8 @@ def _why(plans: tuple[Plan, ...]) -> str:
     first = plans[0]
     lines = [f"1. peak {first.memory.peak[1].phase} on {first.memory.peak[0].place}; {_bubble(first)}"]
     if len(plans) > 1:
-        other = {phase.phase: phase.total for phase in plans[1].time.phases}
-        differences = {phase.phase: phase.total - other.get(phase.phase, 0.0) for phase in first.time.phases}
+        other = _seconds(plans[1])
+        differences = {name: seconds - other.get(name, 0.0) for name, seconds in _seconds(first).items()}
         told = sorted(differences.items(), key=lambda item: -abs(item[1]))[:4]
         shown = ", ".join(f"{name} {seconds:+.1f} s" for name, seconds in told if abs(seconds) >= 0.05)
         lines.append(f"   against 2: {shown or 'the same within 0.05 s a phase'}")
@@ -95,7 +102,7 @@ def _why(plans: tuple[Plan, ...]) -> str:
 
 def _bubble(plan: Plan) -> str:
     waiting, talking, total = 0.0, 0.0, 0.0
-    for phase in plan.time.phases:
+    for phase in plan.time.phases if plan.time is not None else ():
         if phase.phase in UPDATE:
             waiting += phase.parts.get("bubble", 0.0)
             talking += phase.parts.get("messages", 0.0)

@@ -6,6 +6,7 @@ the schedule makes (pipeline bubble, longest completion). Lengths are the job's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,14 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import engine_elements, engine_memory, engine_weight_bytes, kv_bytes_a_token
-from rlhf3d.planning.flops import decoder_weights_read, head_flops, layer_flops, mlp_flops
+from rlhf3d.planning.flops import (
+    attention_products,
+    decoder_weights_read,
+    expert_bytes,
+    head_flops,
+    layer_flops,
+    mlp_products,
+)
 from rlhf3d.planning.job import Job, Model
 from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
 from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes, model_states
@@ -25,6 +33,12 @@ FORWARD = ("score", "old_logprobs", "ref_logprobs", "values")
 UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
+UNFILLED = 0.25
+"""Sequences of mean length that are missing from a packed micro-batch: what is left of its budget is too short."""
+EXPERT_SPREAD = 0.7
+"""Standard deviation of the experts' loads over their mean, on texts of one kind (rule of thumb)."""
+KERNELS = {"dense": 10, "experts": 20}
+"""Kernels of a decoder layer in a decoding step: a small one takes as long as it takes to start."""
 HEAD_BACKWARD = 3.0
 """The head computes its logits again."""
 
@@ -106,18 +120,30 @@ def plan_time(job: Job) -> TimePlan:
     return TimePlan(tuple(phases), tokens, job.derived.total_steps, devices)
 
 
-def _padded(job: Job, model: Model) -> float:
-    """Positions of a sequence of mean length."""
-    mean = job.lengths.total
-    if model.batching.micro_batching.packed:
+def _padded(job: Job, model: Model, backward: bool) -> float:
+    """Positions of a sequence of mean length.
+
+    A micro-batch's rows are neighbours in the order of lengths, of an optimizer step's or of a step's sequences on a
+    rank; as far apart as if lengths were spread evenly up to the longest.
+    """
+    mean, longest, rule = job.lengths.total, job.derived.max_sequence_length, model.batching.micro_batching
+    if rule.packed:
         return mean
-    return (mean + job.derived.max_sequence_length) / 2 if job.lengths.padded is None else job.lengths.padded
+    if job.lengths.padded is not None:
+        return job.lengths.padded
+    batch = model.batching.sequences_per_mini_batch if backward else job.derived.sequences_per_step
+    ordered = batch / model.layout.dp
+    rows = min(ordered, rule.rows if rule.tokens is None else rule.tokens / mean)
+    return min(longest, mean + max(0.0, rows - 1) / 2 * longest / ordered + (rule.multiple_of - 1) / 2)
 
 
-def _micro(job: Job, model: Model) -> tuple[float, int]:
+def _micro(job: Job, model: Model, backward: bool) -> tuple[float, int]:
     """Sequences of a micro-batch, and micro-batches of a rank in one pass over a step's batch."""
     rule, per_rank = model.batching.micro_batching, job.derived.sequences_per_step / model.layout.dp
-    rows = rule.rows if rule.tokens is None else max(1.0, rule.tokens / _padded(job, model))
+    rows = float(rule.rows) if rule.tokens is None else rule.tokens / _padded(job, model, backward)
+    if rule.tokens is not None and rule.packed:
+        rows = max(1.0, rows - UNFILLED)
+    rows = max(1.0, rows)
     rows = min(rows, per_rank)
     return rows, max(1, round(per_rank / rows))
 
@@ -125,22 +151,23 @@ def _micro(job: Job, model: Model) -> tuple[float, int]:
 def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     """Each pipeline stage's part of a micro-batch, forward or forward and backward."""
     spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
-    rows, _ = _micro(job, model)
-    width, item = _padded(job, model), ITEM_BYTES[job.config.model.dtype]
+    rows, _ = _micro(job, model, backward)
+    width, item = _padded(job, model, backward), ITEM_BYTES[job.config.model.dtype]
     positions, responses = rows * width, rows * job.lengths.response
     local = positions / layout.cp
-    passes = 1.0 + BACKWARD * backward
-    flops = layer_flops(spec, local, width / 2)
+    passes, again = 1.0 + BACKWARD * backward, 0.0
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
+    of_attention_s, of_mlp_s = _layer_s(job, model, local, width / 2, rate)
     of_attention, of_mlp = _layer_messages(job, model, local * spec.hidden_size * item)
     of_attention += _context_messages_s(job, model, local, width / 2 / rate)
     collectives = (of_attention + of_mlp) * passes
     if backward and model.settings.recompute != "none":
         full = model.settings.recompute == "full"
-        passes += 1 if full else mlp_flops(spec, local) / flops
+        again = of_mlp_s + of_attention_s * full
         collectives += of_mlp + of_attention * full
-    layer = (flops / layout.tp / rate + hardware.layer_overhead_s) * passes
+    layer = (of_attention_s + of_mlp_s) * passes + again
     bandwidth = job.cluster.bandwidth(2, stride=layout.stage_size)
+    latency_s = job.cluster.latency_s(2, stride=layout.stage_size)
     message = local * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
     found = []
     sizes = layout.stage_layers(spec.num_layers)
@@ -150,23 +177,50 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
         if last and model.head == "lm":
             compute += head_flops(spec, responses / layout.cp) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
         sends = layout.vpp * (1 + backward) if layout.pp > 1 else 0
-        found.append(Stage(compute, layers * collectives + sends * (message + hardware.latency_s)))
+        found.append(Stage(compute, layers * collectives + sends * (message + latency_s)))
     return found
+
+
+def _layer_s(job: Job, model: Model, positions: float, context: float, rate: float) -> tuple[float, float]:
+    """One layer's forward pass, products and host: its attention, and its MLP or its router and experts.
+
+    The busiest expert-parallel rank is waited for by all. Half of the host's time of a layer is each one's.
+    """
+    spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
+    scores = positions * 4 * spec.num_heads * spec.head_dim * context / layout.tp
+    projections = attention_products(spec, layout.tp)
+    attention = (sum(hardware.product_flops(positions, *sides) for sides in projections) + scores) / rate
+    host = hardware.layer_overhead_s / 2
+    if not spec.num_experts:
+        products = sum(hardware.product_flops(positions, *sides) for sides in mlp_products(spec, layout.tp))
+        return attention + host, products / rate + host
+    own, busiest = positions / layout.tp, busiest_rank(spec, layout.ep)
+    here = spec.num_experts / layout.ep
+    rows = own * spec.experts_per_token / here
+    experts = here * sum(hardware.product_flops(rows, *sides) for sides in mlp_products(spec, 1)) / rate
+    router = 2 * own * spec.hidden_size * spec.num_experts / rate
+    moved = own * expert_bytes(spec, ITEM_BYTES[job.config.model.dtype]) / hardware.read_bytes_s if job.on_gpu else 0.0
+    return attention + host, router + (experts + moved) * busiest + host + hardware.expert_overhead_s
+
+
+def busiest_rank(spec: ModelSpec, ep: int) -> float:
+    """Tokens of the busiest expert-parallel rank over the mean, where the experts' loads differ by EXPERT_SPREAD."""
+    return 1 + EXPERT_SPREAD * math.sqrt(2 * math.log(ep) * ep / max(spec.num_experts, 1))
 
 
 def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> tuple[float, float]:
     """Collectives of one layer's forward pass, of its attention and of its MLP.
 
-    A sum over tensor ranks each; two exchanges between expert ranks.
+    A sum over tensor ranks each; instead of the MLP's, two exchanges between expert ranks.
     """
-    layout, hardware, total, exchanges = model.layout, job.cluster.hardware, 0.0, 0.0
+    layout, cluster, total, exchanges = model.layout, job.cluster, 0.0, 0.0
     if layout.tp > 1:
-        ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / job.cluster.bandwidth(layout.tp)
-        total = ring + hardware.latency_s
+        ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / cluster.bandwidth(layout.tp)
+        total = ring + cluster.latency_s(layout.tp)
     if layout.ep > 1:
         copies = model.spec.experts_per_token * hidden_bytes / layout.tp
-        exchanges = 2 * (copies * (layout.ep - 1) / layout.ep / job.cluster.bandwidth(layout.ep) + hardware.latency_s)
-    return total, total + exchanges
+        exchanges = 2 * cluster.exchange_s(layout.ep, copies * busiest_rank(model.spec, layout.ep))
+    return total, exchanges if model.spec.num_experts else total
 
 
 def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop: float) -> float:
@@ -177,7 +231,8 @@ def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop
         return 0.0
     item = ITEM_BYTES[job.config.model.dtype]
     received = (layout.cp - 1) * 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
-    seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp) + job.cluster.hardware.latency_s
+    seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp)
+    seconds += job.cluster.latency_s(layout.cp, stride=layout.tp)
     attention = 4 * positions * spec.num_heads * spec.head_dim / layout.tp * seconds_a_flop
     return max(0.0, seconds - attention) if job.on_gpu else seconds
 
@@ -223,7 +278,7 @@ def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
 
 def forward_time(job: Job, model: Model) -> PhaseTime:
     """A pass without gradients over a step's batch."""
-    _, micro_batches = _micro(job, model)
+    _, micro_batches = _micro(job, model, backward=False)
     parts = _scheduled(job, model, stages(job, model, backward=False), micro_batches)
     return PhaseTime(FORWARD_PHASES[model.role], parts | {"states moved": _moved_s(job, model, optimizer=False)})
 
@@ -231,7 +286,7 @@ def forward_time(job: Job, model: Model) -> PhaseTime:
 def update_time(job: Job, model: Model) -> PhaseTime:
     """All optimizer steps of a model."""
     layout, hardware, plan = model.layout, job.cluster.hardware, model.batching
-    _, of_batch = _micro(job, model)
+    _, of_batch = _micro(job, model, backward=True)
     per_step = max(1, round(of_batch / plan.mini_batches))
     by_stage = stages(job, model, backward=True)
     steps = plan.optimizer_steps_per_step
@@ -296,9 +351,15 @@ def generate_time(job: Job) -> PhaseTime:
     if tp > 1:
         size = decoded / steps * spec.hidden_size * item
         ring = 2 * (tp - 1) / tp * size / job.cluster.bandwidth(tp)
-        messages = steps * 2 * spec.num_layers * (ring + hardware.latency_s / 2)
+        # In a node vLLM's own all-reduce takes half as long as NCCL's.
+        latency = hardware.latency_s / 2 if job.cluster.inside(tp) else hardware.network_latency_s
+        messages = steps * 2 * spec.num_layers * (ring + latency)
     parts = {"prompts": prefill, "tokens": max(compute, memory) if job.on_gpu else compute + memory}
-    return PhaseTime("generate", {**parts, "messages": messages, "host": steps * hardware.decode_overhead_s})
+    host = steps * hardware.decode_overhead_s + decoded * hardware.decode_sequence_s
+    kernels = KERNELS["experts" if spec.num_experts else "dense"] * hardware.decode_kernel_s
+    layer = hardware.decode_eager_s if rollout.enforce_eager else kernels
+    parts |= {"messages": messages, "kernels": steps * spec.num_layers * layer, "host": host}
+    return PhaseTime("generate", parts)
 
 
 def sync_time(job: Job) -> PhaseTime:
@@ -314,7 +375,9 @@ def sync_time(job: Job) -> PhaseTime:
     local = 1 / (actor.tp * actor.pp) if job.colocated and job.on_gpu else 0.0
     received = needed * max(0.0, 1 - local * rollout.tensor_parallel_size)
     streams = 1 if job.on_gpu else rollout.tensor_parallel_size  # engines read the same buckets
-    parts = {"buckets": needed * streams / (hardware.sync_gbs * 1e9)}
+    buckets = needed / job.sync_bucket_bytes
+    parts = {"buckets": needed * streams / (hardware.sync_gbs * 1e9) + buckets * hardware.sync_bucket_s}
+    parts["sleep and wake-up"] = hardware.rest_s * rollout.sleep
     if job.on_gpu:
         parts["between devices"] = received / job.cluster.bandwidth(actor.world_size)
     parts["states moved"] = _moved_s(job, job.models[0], optimizer=False)

@@ -16,7 +16,7 @@ from rich.text import Text
 from rlhf3d.config.derived import summary_lines
 from rlhf3d.parallel.layout import ranges
 from rlhf3d.planning.hardware import GIB
-from rlhf3d.planning.memory import MemoryPlan, RankMemory
+from rlhf3d.planning.memory import MemoryPlan, RankMemory, spare
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.times import TimePlan
 
@@ -37,7 +37,7 @@ def render(plan: Plan, shape: Path) -> Group:
         Text("\n".join(lines)),
         _memory_table(memory),
         Text("\n".join(after)),
-        time_table(plan.time),
+        *([] if plan.time is None else [time_table(plan.time)]),
         Text("\n".join([*_time_lines(plan), *_verdict(plan)])),
     )
 
@@ -49,7 +49,7 @@ def show_memory(plan: Plan) -> None:
     """Print the memory of a plan on stderr."""
     console = Console(stderr=True)
     console.print(_memory_table(plan.memory))
-    console.print(Text("\n".join(_memory_lines(plan))))
+    console.print(Text("\n".join([*_memory_lines(plan), *(f"warning: {text}" for text in plan.memory.tight)])))
 
 
 def _memory_table(memory: MemoryPlan) -> Table:
@@ -61,7 +61,7 @@ def _memory_table(memory: MemoryPlan) -> Table:
     table.add_column("", justify="left", no_wrap=True)
     for rank in ranks:
         table.add_column(f"{noun} {ranges(rank.ranks)}\n{rank.place}", justify="right")
-    for kind in ("process", *_KINDS, "vLLM", "vLLM asleep"):
+    for kind in ("process", *_KINDS, "vLLM context", "vLLM", "vLLM asleep"):
         sizes = [sum(size for name, size in rank.resident.items() if name.endswith(kind)) for rank in ranks]
         if any(sizes):
             table.add_row(kind, *map(_gib, sizes))
@@ -70,13 +70,20 @@ def _memory_table(memory: MemoryPlan) -> Table:
         if any(rank.own(name) for rank in ranks):
             table.add_row(f"+ {name}", *(_gib(rank.own(name)) for rank in ranks))
     table.add_section()
-    over = ["bold red" if memory.device_limit and rank.peak.total > memory.device_limit else "" for rank in ranks]
+    over = [_style(memory.device_limit, rank) for rank in ranks]
     peaks = (Text(_gib(rank.peak.total), style) for rank, style in zip(ranks, over, strict=True))
     table.add_row("peak", *peaks)
     table.add_row("in", *(rank.peak.phase for rank in ranks))
     if len(ranks) < len(memory.ranks):
         table.caption = f"{len(ranks)} of {len(memory.ranks)} kinds of ranks; --json has all"
     return table
+
+
+def _style(limit: int | None, rank: RankMemory) -> str:
+    """Red where it does not fit, yellow where it is tight."""
+    if limit is None or rank.tightest.total + spare(limit, rank.tightest) <= limit:
+        return ""
+    return "bold red" if rank.peak.total > limit else "bold yellow"
 
 
 def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
@@ -115,6 +122,8 @@ def time_table(time: TimePlan) -> Table:
 
 def _time_lines(plan: Plan) -> list[str]:
     time, lengths = plan.time, plan.job.lengths
+    if time is None:
+        return ["time       none: the engines cannot start"]
     noun = "GPU" if plan.job.on_gpu else "machine"
     lines = [
         f"lengths    {lengths.prompt:.0f} + {lengths.response:.0f} tokens on average (--prompt-tokens, "
@@ -127,9 +136,8 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    if not plan.problems:
-        return ["fits"]
-    return ["does not fit:", *(f"  - {problem}" for problem in plan.problems)]
+    reasons = [*plan.problems, *plan.memory.tight]
+    return [plan.verdict + (":" if reasons else ""), *(f"  - {reason}" for reason in reasons)]
 
 
 def _gib(size: int) -> str:
@@ -142,7 +150,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
     rank, phase = memory.peak
     return {
         "fits": not plan.problems,
+        "verdict": plan.verdict,
         "problems": list(plan.problems),
+        "tight": list(plan.memory.tight),
         "devices": {"hardware": job.cluster.hardware.name, "found": job.cluster.devices, "needed": job.devices_needed},
         "layouts": {model.role: str(model.layout) for model in job.models},
         "memory": {
@@ -160,12 +170,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "engine": asdict(memory.engine) | {"sequences": memory.engine.sequences},
             "host": {"phase": memory.host.phase, "limit": memory.host.limit, "terms": dict(memory.host.terms)},
         },
-        "time": {
-            "phases": {phase.phase: dict(phase.parts) for phase in plan.time.phases},
-            "step_s": plan.time.step_s,
-            "tokens_s": plan.time.tokens_s,
-            "steps": plan.time.steps,
-            "hours": plan.time.hours,
-            "device_hours": plan.time.device_hours,
-        },
+        "time": None if plan.time is None else _time_json(plan.time),
+    }
+
+
+def _time_json(time: TimePlan) -> dict[str, Any]:
+    return {
+        "phases": {phase.phase: dict(phase.parts) for phase in time.phases},
+        "step_s": time.step_s,
+        "tokens_s": time.tokens_s,
+        "steps": time.steps,
+        "hours": time.hours,
+        "device_hours": time.device_hours,
     }

@@ -17,12 +17,14 @@ COMMENT = re.compile(r"# plan on (\S+): .*")
 
 
 def comment(plan: Plan, gpus: str) -> str:
-    """The line that a configuration carries; `python tests/unit/planning/test_configs.py` prints those of today."""
+    """The line that a configuration carries; `python tests/unit/planning/test_configs.py` writes those of today."""
     rank, phase = plan.memory.peak
     assert plan.memory.device_limit is not None
+    longest = sorted(plan.time.phases, key=lambda phase: -phase.total)[:3]
+    most = ", ".join(f"{phase.phase} {phase.total:.0f}" for phase in longest)
     return (
         f"# plan on {gpus}: {phase.total / GIB:.0f} of {plan.memory.device_limit / GIB:.0f} GiB at most "
-        f"({phase.phase} on {rank.place}), {plan.time.step_s:.0f} s a step, not measured"
+        f"({phase.phase} on {rank.place}), {plan.step_s:.0f} s a step ({most}), not measured"
     )
 
 
@@ -43,7 +45,7 @@ def test_every_gpu_job_is_planned() -> None:
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_shipped_job_fits_and_its_comment_is_true(path: Path) -> None:
     plan, gpus = planned(path)
-    assert plan.problems == ()
+    assert plan.verdict == "fits"
     assert plan.job.devices_needed == plan.job.cluster.devices
     found = COMMENT.search(path.read_text())
     assert found is not None and found.group(1) == gpus
@@ -73,4 +75,5 @@ if __name__ == "__main__":
     for file in sorted((ROOT / "configs").glob("*.yaml")):
         if load_config(file, files=False).cluster.platform == "cuda":
             made, name = planned(file)
-            print(file.name, comment(made, name), made.problems)
+            file.write_text(COMMENT.sub(comment(made, name), file.read_text()))
+            print(file.name, made.verdict, comment(made, name), *made.problems, *made.memory.tight)
