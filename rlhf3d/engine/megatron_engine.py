@@ -23,7 +23,7 @@ from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
-from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch
+from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch, token_shape
 from rlhf3d.engine.param_gather import ParamGather
 from rlhf3d.engine.residence import EngineResidence
 from rlhf3d.models.boxes import Box
@@ -292,6 +292,8 @@ class MegatronEngine:
         """Drive Megatron's schedule over the micro-batches; the `finish` data of each, on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        from rlhf3d.parallel.pipeline import schedule_arguments
+
         move = partial(self.context.platform.to_device, device=self.context.device)
 
         def make(rows: Sequence[int]) -> MicroBatch:
@@ -303,16 +305,19 @@ class MegatronEngine:
             output = model(micro.input_ids, micro.position_ids, None, packed_seq_params=_packing(micro))
             return output, partial(finish, micro)
 
-        first = make(micro_batches[0])
+        cp, tp = self.context.layout.cp, self.context.layout.tp if self.config.sequence_parallel else 1
+        sizes = [token_shape(batch, rows, self.widths, cp) for rows in micro_batches]
+        shapes = [(s // tp, b, self.config.hidden_size) for b, s in sizes]
         streams = [map(make, micro_batches) for _ in self.models]
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=streams if len(self.models) > 1 else streams[0],
             model=self.models if len(self.models) > 1 else self.models[0],
             num_microbatches=len(micro_batches),
-            seq_length=first.input_ids.shape[1],
-            micro_batch_size=first.input_ids.shape[0],
+            seq_length=sizes[0][1],
+            micro_batch_size=sizes[0][0],
             forward_only=forward_only,
+            **schedule_arguments(self.config, shapes),
         )
         return result
 

@@ -56,6 +56,14 @@ class MicroBatch:
         return hidden.flatten(0, 1).index_select(0, self.hidden_index)
 
 
+def token_shape(batch: Batch, rows: Sequence[int], rule: MicroBatching, cp: int = 1) -> tuple[int, int]:
+    """(b, s) of a micro-batch's tokens on one context-parallel rank, without making it."""
+    lengths = batch.only(("prompt_lengths", "response_lengths")).select(rows).lengths() if rows else [1]
+    if rule.packed:
+        return 1, _packed_ends(lengths, rule)[-1] // cp
+    return len(lengths), rule.width(max(lengths)) // cp
+
+
 def make_microbatch(
     batch: Batch,
     rows: Sequence[int],

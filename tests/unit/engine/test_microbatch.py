@@ -9,7 +9,7 @@ import torch
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.engine.microbatch import make_microbatch
+from rlhf3d.engine.microbatch import make_microbatch, token_shape
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 BATCH = from_sequences(
@@ -72,6 +72,15 @@ def test_no_rows_make_a_filler(packed: bool, batch) -> None:
     assert micro.labels.numel() == micro.hidden_index.numel() == 0
     assert micro.rows["response_mask"].tolist() == [[0]] and micro.rows["old"].tolist() == [[0]]
     assert micro.scatter(torch.zeros(0)).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("rows", [[1, 0], [2], [0, 1, 2], []], ids=str)
+def test_a_micro_batch_has_the_shape_that_is_planned(rows: list[int], cp: int, packed: bool) -> None:
+    rule = MicroBatching(1, packed=packed, multiple_of=4, row_multiple_of=4)
+    made = make_microbatch(BATCH, rows, CPU, rule, cp, cp - 1)
+    assert token_shape(BATCH, rows, rule, cp) == tuple(made.input_ids.shape)
 
 
 @pytest.mark.parametrize("packed", [False, True])
