@@ -2,6 +2,7 @@
 
 Invariant: only modules of megatron.core are rewritten, line numbers are kept, and torch is never touched.
 Rewritten: 'cuda' and 'torch.cuda.XTensor' literals, `torch.cuda` (now `cpu_cuda`), `.cuda()`, pinned memory.
+Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations

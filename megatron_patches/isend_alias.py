@@ -1,7 +1,9 @@
 """Patch `isend_alias`: a pipeline send keeps the memory it is sending.
 
-Invariant: an activation is not freed before gloo has sent it. The schedule swaps `.data` of an output for
-an empty tensor while an overlapped send is in flight; gloo holds that object, an alias holds the storage.
+Invariant: an activation is not freed before it is sent. The schedule swaps `.data` of an output for an empty tensor
+while an overlapped send is in flight; gloo and NCCL hold that object until then, an alias holds the storage. (NCCL of
+old marked the storage as used by its stream, which it no longer does.) From 0.18 on the schedule itself waits for the
+send before it frees the output (Megatron-LM#4047).
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ def _apply() -> None:
 
 PATCH = Patch(
     name="isend_alias",
-    versions=">=0.16,<0.20",
-    reason="silent corruption: gloo may send an activation that the schedule has freed",
+    versions=">=0.16,<0.18",
+    reason="silent corruption: a stage may send an activation that the schedule has freed",
     targets=(
         Target(f"{_MODULE}:_p2p_ops", "tensor=tensor_send_next"),
         Target(f"{_MODULE}:_batched_p2p_ops", "torch.distributed.isend, tensor_send_next"),
         Target("megatron.core.pipeline_parallel.schedules:deallocate_output_tensor", "out.data ="),
     ),
     apply=_apply,
+    cpu_only=False,
 )

@@ -1,6 +1,7 @@
 """Patch `moe_split_sizes`: split sizes of the experts' all-to-all become host numbers on CPU too.
 
 Invariant: where upstream asks for a numpy array it gets one, whatever device the tensor was on.
+Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations

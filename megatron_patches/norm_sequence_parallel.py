@@ -2,6 +2,7 @@
 
 Invariant: a norm under sequence parallelism sees a part of the tokens, so its weights are marked and
 `finalize_model_grads` sums their gradients over the tensor-parallel ranks.
+Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Patch `rng_tracker`: Megatron's named random states live in the CPU generator.
 
 Invariant: `fork` draws from the named state and leaves the default one where it was, as on a GPU.
+Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ layout can load it. Between `start_save` and `finish_save` the model may change:
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
@@ -29,7 +30,8 @@ METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-RANK_0_FILES = (".metadata", "common.pt", "metadata.json")
+COMMON_FILE = "common.pt"
+RANK_0_FILES = (".metadata", COMMON_FILE, "metadata.json")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class PendingSave:
 def model_state(engine: MegatronEngine) -> dict[str, Any]:
     """Sharded state dict of each chunk of the model, with Megatron's own names whatever wraps it."""
     names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
-    return {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in zip(names, engine.chunks, strict=True)}
+    return {
+        name: chunk.sharded_state_dict(metadata=dict(METADATA))
+        for name, chunk in zip(names, engine.chunks, strict=True)
+    }
 
 
 def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor) -> PendingSave:
@@ -61,9 +66,12 @@ def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: E
         common |= {"scheduler_steps": engine.scheduler.num_steps}
     state |= {"rng": _rng_object(_rng_state())}
     request = dist_checkpointing.save(
-        {**state, **common}, str(folder), async_sharded_save=True, content_metadata=METADATA
+        {**state, **common}, str(folder), async_sharded_save=True, content_metadata=METADATA, **_own_writer()
     )
     assert request is not None
+    if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():
+        # Newer versions keep it among the tensors, where older ones do not look; this file all of them read.
+        torch.save({**common, "content_metadata": METADATA}, folder / COMMON_FILE)
     live = _storages([p for model in engine.models for p in model.parameters()])
     live |= _storages(tensor for s in states for tensor in s.tensors.values())
     if request.async_fn is None:
@@ -72,6 +80,14 @@ def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: E
     copies = [(path, name, (data, [(item, _copied(t, live)) for item, t in ts])) for path, name, (data, ts) in buckets]
     written = threads.submit(_write, request.async_fn, (rank, copies, results))
     return PendingSave(folder, request, written)
+
+
+def _own_writer() -> dict[str, Any]:
+    """The argument by which newer versions of Megatron write as older ones do, without nvidia-resiliency-ext."""
+    from megatron.core import dist_checkpointing
+
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:

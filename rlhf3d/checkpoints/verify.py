@@ -171,7 +171,7 @@ def _megatron_scores(
     chunks = build_chunks(*place, "policy" if role == "actor" else "value", config, platform, torch.device("cpu"))
     (model,) = chunks
     prefix = WRAPPER_PREFIX if wrapped else ""
-    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=METADATA)}
+    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=dict(METADATA))}
     loaded = dist_checkpointing.load(state, str(folder))["model"]
     model.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()})
     for _, entry, param in bound_params(chunks, *place, HEADS[role]) if cast else ():

@@ -76,7 +76,6 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=_softmax_scale(spec),
-        use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
@@ -97,6 +96,7 @@ def transformer_config(
         # With two stages both neighbours are one rank, and batched sends of interleaved chunks get mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # waits for the device after each message, for the sake of old versions of torch
         calculate_per_token_loss=True,
         **_recompute_config(spec, recompute),
         **_expert_config(spec),

@@ -81,7 +81,7 @@ class Platform(ABC):
 
     @abstractmethod
     def transformer_config_overrides(self) -> dict[str, Any]:
-        """Fields of Megatron's `TransformerConfig` that depend on the platform: which fused kernels exist."""
+        """Fields of Megatron's `TransformerConfig` that depend on the platform: fusions, where weights are made."""
 
     @property
     @abstractmethod
@@ -150,7 +150,7 @@ class CPUPlatform(Platform):
         return spec
 
     def transformer_config_overrides(self) -> dict[str, Any]:
-        return _fusions(False) | {"gradient_accumulation_fusion": False}
+        return _fusions(False) | {"use_cpu_initialization": True}
 
     @property
     def fast_dtype(self) -> str:
@@ -214,9 +214,8 @@ class CUDAPlatform(Platform):
         )
 
     def transformer_config_overrides(self) -> dict[str, Any]:
-        # Fusing gradient accumulation needs a kernel that only an Apex built from source has.
-        has_apex_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-        return _fusions(True) | {"gradient_accumulation_fusion": has_apex_kernel}
+        # On the host each rank would make whole float32 matrices first.
+        return _fusions(True) | {"use_cpu_initialization": False}
 
     @property
     def fast_dtype(self) -> str:
@@ -249,9 +248,9 @@ class CUDAPlatform(Platform):
 
 
 def _fusions(enabled: bool) -> dict[str, Any]:
-    """Megatron's kernel fusions: compiled or CUDA code that CPU ranks have not."""
+    """Megatron's kernel fusions: compiled, CUDA or Transformer Engine's code that CPU ranks have not."""
     names = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion")
-    return dict.fromkeys(names, enabled)
+    return dict.fromkeys((*names, "gradient_accumulation_fusion", "moe_permute_fusion"), enabled)
 
 
 def use_torchs_cudnn() -> None:

@@ -78,6 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"critic": classifier(root / "critic", plain)}
 
 
+@pytest.mark.gpu_set
 @pytest.mark.parametrize(
     ("name", "layout"), [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts], ids=str
 )

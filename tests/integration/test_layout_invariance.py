@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ranks import run_ranks
@@ -85,6 +86,22 @@ BATCHING_CASES = [
 ]
 
 
+GPU_SET = [
+    Case(tp=2, sp=True, micro_batch_size=1),
+    Case(pp=4),
+    Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
+    Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
+    Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
+    Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
+    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
+]
+"""Of both lists, those that the GPU set's Megatron is tested with as well."""
+
+
+def parameters(cases: list[Case]) -> list[Any]:
+    return [pytest.param(case, id=str(case), marks=pytest.mark.gpu_set if case in GPU_SET else ()) for case in cases]
+
+
 def batchings(case: Case) -> dict[str, MicroBatching]:
     """Fixed, by budget and packed; ranks need different numbers of micro-batches for their rows."""
     rules = {
@@ -121,7 +138,7 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
     return {model: one_process(folders[model], PPO, SEQUENCES // 2) for model in {case.model for case in CASES}}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_same_update_in_every_layout(case: Case, folders: dict[str, Path], references: dict[str, dict]) -> None:
     updates = {role: Update(case.fixed, objective) for role, objective in PPO.items()}
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
@@ -146,7 +163,7 @@ def algorithm_references(folders: dict[str, Path]) -> dict[str, dict]:
     return {model: one_process(folders[model], every_algorithm(), INCOMPLETE) for model in models}
 
 
-@pytest.mark.parametrize("case", BATCHING_CASES, ids=str)
+@pytest.mark.parametrize("case", parameters(BATCHING_CASES))
 def test_same_update_in_every_batching(
     case: Case, folders: dict[str, Path], algorithm_references: dict[str, dict]
 ) -> None:

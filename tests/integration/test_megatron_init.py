@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import astuple
 
 import pytest
+from support import gpu_set
 from support.ranks import free_port, run_ranks
 
 import megatron_patches
@@ -13,7 +15,18 @@ from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.megatron_init import destroy_megatron, initialize_megatron
 from rlhf3d.parallel.platform import CPUPlatform
 
+pytestmark = pytest.mark.gpu_set
 PLATFORM = CPUPlatform("test")
+
+
+def test_megatron_is_the_one_that_was_put_first() -> None:
+    import megatron.core
+
+    folder = str(gpu_set.folder("megatron-core"))
+    assert megatron.core.__version__ == megatron_patches.installed_version()
+    if folder in os.environ.get("PYTHONPATH", "").split(":"):
+        assert megatron.core.__version__ == gpu_set.version("megatron-core")
+        assert str(megatron.core.__file__).startswith(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)

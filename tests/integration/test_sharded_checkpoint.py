@@ -13,6 +13,8 @@ from support.updates import PPO, Case, full_weights
 
 import megatron_patches
 
+pytestmark = pytest.mark.gpu_set
+
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:

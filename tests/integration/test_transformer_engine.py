@@ -1,7 +1,8 @@
 """The layers that GPUs train with: Transformer Engine's own Python over stand-ins for its kernels, on CPU ranks.
 
-An update and a resumed one give what Megatron's local layers give, so weights are where the table says, and Megatron's
-and Transformer Engine's code is called as it wants to be. Its kernels, its fused attention and speed are not tested.
+It and Megatron are those of the GPU set. An update and a resumed one give what the CPU set's Megatron gives with its
+local layers, so weights are where the table says, and Megatron's and Transformer Engine's code is called as it wants to
+be. Its kernels, its fused attention and speed are not tested.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import gpu_set, te_kernels
 from support.checkpoints import load_tensors, same_tensors
 from support.ranks import run_ranks
 from support.saving import STEPS_BEFORE, load_and_save, train_and_save
@@ -81,22 +83,25 @@ def local(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks save, by case."""
+    return tmp_path_factory.mktemp("te")
+
+
+@pytest.fixture(scope="module")
 def computed(
-    folders: dict[str, Path],
-    converted: dict[str, tuple[Path, Path]],
-    local: tuple[Path, list],
-    tmp_path_factory: pytest.TempPathFactory,
+    folders: dict[str, Path], converted: dict[str, tuple[Path, Path]], local: tuple[Path, list], saved: Path
 ) -> dict[str, list]:
     """What the ranks of all jobs return."""
-    folder = tmp_path_factory.mktemp("te")
+    folder = saved
     jobs: dict[str, tuple] = {}
     for name, (case, packed) in UPDATES.items():
         updates = {role: Update(replace(case.fixed, packed=packed), objective) for role, objective in PPO.items()}
         jobs[name] = (case.layout.world_size, run_updates, (case, folders[case.model], updates))
     for name, case in SAVED.items():
-        size, model, saved = case.layout.world_size, folders[case.model], folder / name
-        jobs[f"whole {name}"] = (size, train_and_save, (case, model, None, saved, STEPS_BEFORE))
-        jobs[f"resumed {name}"] = (size, train_and_save, (case, model, saved, None, 0))
+        size, model = case.layout.world_size, folders[case.model]
+        jobs[f"whole {name}"] = (size, train_and_save, (case, model, None, folder / name, STEPS_BEFORE))
+        jobs[f"resumed {name}"] = (size, train_and_save, (case, model, folder / name, None, 0))
     jobs["from local"] = (1, train_and_save, (Case(platform=TE), folders[LOCAL.model], local[0], None, 0))
     for name, layout in CONVERTED.items():
         jobs[f"converted {name}"] = (
@@ -104,9 +109,12 @@ def computed(
             load_and_save,
             (TE, folders[name], layout, "policy", *converted[name]),
         )
+    jobs["permutation"] = (1, te_kernels.compare_permutation, (gpu_set.folder("transformer-engine"),))
     torch.save(jobs, folder / "jobs.pt")
-    command = [sys.executable, "-m", "support.te_runs", ROOT / ".venv/te", folder / "jobs.pt", folder / "results.pt"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "OMP_NUM_THREADS": "1"}
+    files = (folder / "jobs.pt", folder / "results.pt")
+    command = [sys.executable, "-m", "support.te_runs", gpu_set.folder("transformer-engine"), *files]
+    path = f"{gpu_set.folder('megatron-core')}:{ROOT}/tests:{ROOT}"
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     results: dict[str, list] = torch.load(folder / "results.pt", weights_only=False)
@@ -126,6 +134,10 @@ def test_updates_are_those_of_the_local_layers(name: str, computed: dict, refere
     for role in PPO:
         metric, norm, weight = compare(assemble(case, computed[name], role), references[case.model][role])
         print(f"TE {name} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+
+
+def test_experts_are_sorted_as_by_the_triton_kernels(computed: dict) -> None:
+    assert computed["permutation"] == [dict.fromkeys(("permute", "unpermute", "sort", "sort back"), True)]
 
 
 def largest_difference(ours: list, theirs: list, role: str) -> float:
@@ -148,6 +160,16 @@ def test_goes_on_from_what_local_layers_saved(computed: dict, local: tuple[Path,
     for role in PPO:
         worst = largest_difference(computed["from local"], local[1], role)
         print(f"TE from local layers, {role}: weights {worst:.1e}")
+        assert worst < 1e-5
+
+
+def test_local_layers_go_on_from_what_it_saved(computed: dict, folders: dict[str, Path], saved: Path) -> None:
+    """And from GPUs to CPU ranks, whose Megatron is older."""
+    name, case = next(iter(SAVED.items()))
+    resumed = run_ranks(LOCAL.layout.world_size, train_and_save, LOCAL, folders[case.model], saved / name, None, 0)
+    for role in PPO:
+        worst = largest_difference(resumed, computed[f"whole {name}"], role)
+        print(f"local layers from TE, {role}: weights {worst:.1e}")
         assert worst < 1e-5
 
 

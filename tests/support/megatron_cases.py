@@ -58,7 +58,7 @@ def build_model(layout: ParallelLayout, *, sequence_parallel: bool = False, expe
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, pipeline_dtype=torch.float32,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-        sequence_parallel=sequence_parallel, **platform.transformer_config_overrides(), **config,
+        sequence_parallel=sequence_parallel, **platform.transformer_config_overrides() | config,
     )  # fmt: skip
     model = GPTModel(
         transformer_config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE,
@@ -266,6 +266,13 @@ def moe_split_sizes(rank: int, port: int) -> float:
     return _experts(rank, port, 2)
 
 
+def output_layer_fusion(rank: int, port: int) -> bool:
+    """Whether the output layer of a model with fused weight gradients asks for Apex's kernel."""
+    layout = ParallelLayout()
+    join(rank, port, layout)
+    return bool(build_model(layout, gradient_accumulation_fusion=True).output_layer.gradient_accumulation_fusion)
+
+
 @dataclass(frozen=True)
 class Case:
     """What shows that one patch is needed, and that it works."""
@@ -283,6 +290,7 @@ CASES: dict[str, Case] = {
     "checkpoint_writer": Case(_processes_of_a_save),
     "moe_router_gemm": Case(moe_router_gemm),
     "moe_split_sizes": Case(moe_split_sizes, 2),
+    "output_layer_fusion": Case(output_layer_fusion),
 }
 
 

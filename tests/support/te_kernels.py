@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
+import os
 import sys
 import types
+import zlib
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -28,15 +31,12 @@ class DType(IntEnum):
     """Element types."""
 
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -44,7 +44,6 @@ class FusedAttention(IntEnum):
     """cuDNN's attention kernels."""
 
     NVTE_No_Backend = -1
-    NVTE_F16_max512_seqlen = 0
     NVTE_F16_arbitrary_seqlen = 1
     NVTE_FP8 = 2
 
@@ -59,6 +58,9 @@ class _Absent:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Absent(f"{self._name}.{name}")
+
+    def __int__(self) -> int:
+        return zlib.crc32(self._name.encode())  # members of enumerations are put into tables by number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{self._name} has no stand-in")
@@ -92,6 +94,7 @@ def generic_gemm(A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor |
     accumulate = rest[4]
     a = A.flatten(0, -2) if A.dim() > 2 else A
     b = B.flatten(0, -2) if transb and B.dim() > 2 else B
+    a, b = (a, b) if out is None else (a.to(out.dtype), b.to(out.dtype))
     product = (b.t() if transb else b) @ (a.t() if transa else a)
     if out is None:
         return product, None, None, None
@@ -103,7 +106,8 @@ def te_general_grouped_gemm(A: list, transa: bool, B: list, transb: bool, out: l
                             bias: Any, bias_dtype: Any, single_output: bool, gelu: Any, grad: bool, workspaces: Any,
                             size: int, accumulate: bool, *_: Any) -> Any:  # fmt: skip
     """A product a group, into one tensor after the other or the rows of one."""
-    products = [(b.t() if transb else b) @ (a.t() if transa else a) for a, b in zip(A, B, strict=True)]
+    pairs = [(a.to(out[0].dtype), b.to(out[0].dtype)) for a, b in zip(A, B, strict=True)]
+    products = [(b.t() if transb else b) @ (a.t() if transa else a) for a, b in pairs]
     targets = out[0].split(splits) if single_output else out
     for target, product in zip(targets, products, strict=True):
         target.copy_(target + product if accumulate else product)
@@ -161,7 +165,7 @@ def multi_tensor_l2norm(chunk: int, noop: Tensor, lists: list[list[Tensor]], per
     return norms.norm()[None], norms if per_tensor else None
 
 
-def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float | Tensor) -> None:
     """The second list's tensors from the first's."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
@@ -176,6 +180,95 @@ def multi_tensor_adam(chunk: int, noop: Tensor, lists: list, lr: float, beta1: f
         v.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)
         denominator = (v / (1 - beta2**step)).sqrt() + eps
         weight.sub_(lr * (m / (1 - beta1**step) / denominator + weight_decay * weight))
+
+
+def make_row_id_map(routing_map: Tensor, tokens: int, experts: int) -> Tensor:
+    """[t, 2e + 1] of which the first e columns are used here: where an expert's copy of a token goes, or -1."""
+    mask = routing_map.bool()
+    rows = mask.t().flatten().cumsum(0).view(experts, tokens).t() - 1
+    return torch.cat([torch.where(mask, rows, -1), rows.new_full((tokens, experts + 1), -1)], 1).int()
+
+
+def _copies(row_id_map: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, expert and row of each copy."""
+    token, expert = (row_id_map[:, :experts] >= 0).nonzero(as_tuple=True)
+    return token, expert, row_id_map[token, expert].long()
+
+
+def permute_with_mask_map(inp: Tensor, row_id_map: Tensor, probs: Tensor | None, scale: Any, pad_offsets: Any,
+                          tokens: int, experts: int, rows: int, *_: Any) -> tuple:  # fmt: skip
+    """Copies of tokens by expert, nothing, and their probabilities."""
+    assert scale is None and pad_offsets is None
+    token, expert, row = _copies(row_id_map, experts)
+    source = torch.empty_like(token).index_copy_(0, row, torch.arange(rows))
+    return inp[token[source]], None, None if probs is None else probs[token[source], expert[source]]
+
+
+def unpermute_with_mask_map(inp: Tensor, row_id_map: Tensor, merging_probs: Any, probs: Tensor | None, pad_offsets: Any,
+                            tokens: int, experts: int, hidden: int) -> tuple:  # fmt: skip
+    """Sums of each token's copies, and their probabilities [t, e]."""
+    assert merging_probs is None and pad_offsets is None
+    token, expert, row = _copies(row_id_map, experts)
+    out = torch.zeros(tokens, hidden).index_add_(0, token, inp[row].float()).to(inp.dtype)
+    back = None if probs is None else probs.new_zeros(tokens, experts).index_put_((token, expert), probs[row])
+    return out, back
+
+
+def make_chunk_sort_map(split_sizes: Tensor, sorted_indices: Tensor, tokens: int, splits: int) -> Tensor:
+    """Where each row goes when chunks are put into this order."""
+    chunks = torch.arange(tokens).split(split_sizes.tolist())
+    return torch.cat([chunks[number] for number in sorted_indices.tolist()]).argsort().int()
+
+
+def sort_chunks_by_map(inp: Tensor, row_id_map: Tensor, probs: Tensor | None, tokens: int, hidden: int,
+                       is_forward: bool) -> tuple:  # fmt: skip
+    """Rows and probabilities in the new order, or back."""
+    source = row_id_map.long().argsort() if is_forward else row_id_map.long()
+    return inp[source], None if probs is None else probs[source]
+
+
+PERMUTATION = f"{PACKAGE}.pytorch.triton.permutation"
+PERMUTATION_KERNELS = (
+    make_row_id_map,
+    permute_with_mask_map,
+    unpermute_with_mask_map,
+    make_chunk_sort_map,
+    sort_chunks_by_map,
+)
+
+
+def compare_permutation(rank: int, port: int, folder: Path) -> dict[str, bool]:
+    """Whether each stand-in for a Triton kernel gives what the kernel gives in Triton's interpreter.
+
+    In a process that was started with TRITON_INTERPRET=1.
+    """
+    import triton
+
+    autotune = triton.autotune  # the interpreter cannot measure which configuration is best
+    triton.autotune = lambda configs, key, **options: autotune(configs[:1], key, **options)
+    path = folder / f"{PERMUTATION.replace('.', '/')}.py"
+    spec = importlib.util.spec_from_loader("kernels", _Loader("kernels", str(path)))
+    assert spec and spec.loader
+    real = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real)
+    torch.manual_seed(0)
+    tokens, experts, hidden = 5, 4, 8
+    inp, probs = torch.randn(tokens, hidden), torch.rand(tokens, experts)
+    routing = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, probs.topk(2).indices, True)
+    found: dict[str, list] = {}
+    for kernels in (real, sys.modules[PERMUTATION]):
+        rows = kernels.make_row_id_map(routing, tokens, experts)
+        out, _, weights = kernels.permute_with_mask_map(
+            inp, rows, probs, None, None, tokens, experts, 2 * tokens, hidden, None
+        )
+        back = kernels.unpermute_with_mask_map(out, rows, None, weights, None, tokens, experts, hidden)
+        order = kernels.make_chunk_sort_map(torch.tensor([3, 0, 5, 2]), torch.tensor([2, 0, 3, 1]), 2 * tokens, 4)
+        there = kernels.sort_chunks_by_map(out, order, weights, 2 * tokens, hidden, is_forward=True)
+        again = kernels.sort_chunks_by_map(*there[:1], order, there[1], 2 * tokens, hidden, is_forward=False)
+        results = {"permute": (out, weights), "unpermute": back, "sort": there, "sort back": again}
+        for name, tensors in results.items():
+            found.setdefault(name, []).append(tensors)
+    return {name: all(map(torch.equal, *pair)) for name, pair in found.items()}
 
 
 KERNELS = (
@@ -213,6 +306,18 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _common(folder: Path) -> types.ModuleType:
+    """The package's common module, as while it is built: no library is loaded."""
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    name, path = f"{PACKAGE}.common", folder / PACKAGE / "common"
+    spec = importlib.util.spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    assert spec and spec.loader
+    sys.modules[name] = common = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(common)
+    common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
+    return common
+
+
 def install(folder: Path) -> None:
     """Make `import transformer_engine` find the sources in `folder`, with the stand-ins for their kernels."""
     sys.path.append(str(folder))  # for its metadata
@@ -224,14 +329,16 @@ def install(folder: Path) -> None:
     for kernel in KERNELS:
         setattr(kernels, kernel.__name__, kernel)
     # No fused attention and no flash-attn: Transformer Engine's own attention of torch operations.
-    kernels.get_fused_attn_backend = lambda *args: kernels.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    kernels.get_fused_attn_backend = lambda *args: (FusedAttention.NVTE_No_Backend, "no kernels")
     kernels.get_num_cublas_streams = lambda: 1
     kernels.get_cudnn_version = lambda: 91400
-    common = types.ModuleType(f"{PACKAGE}.common")
-    common.__path__ = [str(folder / PACKAGE / "common")]
-    common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
     onnx = f"{PACKAGE}.pytorch.onnx_extensions"  # wants onnxscript
-    sys.modules |= {"transformer_engine_torch": kernels, f"{PACKAGE}.common": common, onnx: _Names(onnx)}
+    sys.modules |= {"transformer_engine_torch": kernels, onnx: _Names(onnx)}
+    sys.modules[PERMUTATION] = permutation = _Names(PERMUTATION)
+    for kernel in PERMUTATION_KERNELS:
+        setattr(permutation, kernel.__name__, kernel)
+    kernels.multi_tensor_scale_tensor = multi_tensor_scale
+    common = _common(folder)
     properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=1)
     for name, value in {
         "is_available": lambda: True,

@@ -60,8 +60,12 @@ def test_where_patches_are_needed() -> None:
         return {p.name for p in PATCHES if p.not_needed_because(kind, version) is None}
 
     assert names("cpu", "0.16.1") == {p.name for p in PATCHES}
-    assert names("cpu", "0.19.2") == names("cpu", "0.16.1") - {"checkpoint_writer", "moe_router_gemm"}
-    assert names("cuda", "0.19.2") == {"checkpoint_queue"}
+    fixed = {"checkpoint_writer", "moe_router_gemm", "isend_alias"}
+    assert names("cpu", "0.19.2") == names("cpu", "0.16.1") - fixed
+    on_cuda = {"checkpoint_queue", "output_layer_fusion"}
+    assert names("cuda", "0.16.1") == on_cuda | fixed
+    assert names("cuda", "0.17.1") == on_cuda | {"isend_alias"}
+    assert names("cuda", "0.19.2") == on_cuda
     assert names("cpu", "0.20.0") == set()
 
 

@@ -75,8 +75,9 @@ def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(monkeypa
 
 def test_cpu_turns_every_fusion_off_and_cuda_the_same_ones_on() -> None:
     cpu, cuda = (p("test").transformer_config_overrides() for p in (CPUPlatform, CUDAPlatform))
-    assert cpu.keys() == cuda.keys() and not any(cpu.values())
-    assert cuda["bias_activation_fusion"] and cuda["apply_rope_fusion"]
+    assert cpu.pop("use_cpu_initialization") and not cuda.pop("use_cpu_initialization")
+    assert cpu.keys() == cuda.keys() and not any(cpu.values()) and all(cuda.values())
+    assert {"gradient_accumulation_fusion", "moe_permute_fusion", "apply_rope_fusion"} < cuda.keys()
 
 
 def test_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
