@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Ten minutes on a machine with one NVIDIA GPU: does the CUDA path work, how fast, how much memory against the plan?
-#   bash tools/gpu_smoke.sh [FOLDER]     (an environment with requirements/gpu.txt must be active; results in FOLDER)
+#   bash tools/gpu_smoke.sh [FOLDER]     (in the environment of `make setup`; results in FOLDER)
 set -euo pipefail
 out=${1:-gpu_smoke}
 mkdir -p "$out"
 command -v nvidia-smi >/dev/null || { echo "no nvidia-smi here: this script needs an NVIDIA GPU" >&2; exit 2; }
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-    echo "torch sees no GPU: install requirements/gpu.txt and check the driver" >&2; exit 2; }
+    echo "torch sees no GPU: `rlhf3d doctor` says why" >&2; exit 2; }
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/gpu.csv"
 rlhf3d doctor | tee "$out/doctor.txt"
