@@ -160,6 +160,9 @@ def plan(
         Path | None, typer.Option(help="A config.json, or its folder, instead of model.path.")
     ] = None,
     hardware: Annotated[Path | None, typer.Option(help="YAML file with hardware of your own.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Numbers measured on this GPU; default runs/gpu_measured.json, if it is there.")
+    ] = None,
     prompt_tokens: Annotated[float | None, typer.Option(help="Mean prompt; default half of the longest.")] = None,
     response_tokens: Annotated[float | None, typer.Option(help="Mean completion; default half of the longest.")] = None,
     rows: Annotated[int | None, typer.Option(help="Training prompts; default those of data.train_files.")] = None,
@@ -174,7 +177,7 @@ def plan(
     loaded = load_config(config, overrides or [], files=False)
     longest = loaded.data.max_prompt_length, loaded.data.max_response_length
     lengths = Lengths(prompt_tokens or longest[0] / 2, response_tokens or longest[1] / 2)
-    fits = plan_command(loaded, gpus, hardware, model_config, lengths, rows, search, write, as_json)
+    fits = plan_command(loaded, gpus, hardware, measured, model_config, lengths, rows, search, write, as_json)
     raise typer.Exit(2 if check and not fits else 0)
 
 

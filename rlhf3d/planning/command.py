@@ -14,6 +14,7 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.planning import search_view, view
 from rlhf3d.planning.job import Lengths
+from rlhf3d.planning.measured import with_measured
 from rlhf3d.planning.plan import find_cluster, find_spec, make_plan, train_rows
 from rlhf3d.planning.search import Search
 
@@ -22,6 +23,7 @@ def plan_command(
     config: Config,
     gpus: str | None,
     hardware: Path | None,
+    measured: Path | None,
     model_config: Path | None,
     lengths: Lengths,
     rows: int | None,
@@ -31,7 +33,8 @@ def plan_command(
 ) -> bool:
     """Print; whether the run, or with `search` any layout of it, fits."""
     spec, shape = find_spec(config, model_config)
-    cluster, rows = find_cluster(config, gpus, hardware), rows or train_rows(config)
+    cluster = with_measured(find_cluster(config, gpus, hardware), measured)
+    rows = rows or train_rows(config)
     if not search:
         if write is not None:
             raise ValueError("--write writes what --search found: give --search as well")

@@ -60,9 +60,11 @@ class Hardware:
     decode_sequence_s: float
     decode_kernel_s: float
     decode_eager_s: float
+    measured_here: str = ""
+    """Which of these were measured on this device (`rlhf3d.planning.measured`), and how; empty for none."""
 
     def __hash__(self) -> int:
-        return hash((self.name, self.source))
+        return hash((self.name, self.source, self.measured_here))
 
     def matmul_flops(self, dtype: str) -> float:
         """FLOP/s that large matrix products reach."""
@@ -123,7 +125,7 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
     if not path.is_file():
         raise ValueError(f"--hardware: no file {path}; {FILE} shows the form")
     raw = yaml.safe_load(path.read_text())
-    wanted = {item.name for item in fields(Hardware)} - {"name"}
+    wanted = {item.name for item in fields(Hardware)} - {"name", "measured_here"}
     found = {}
     for name, entry in raw.items():
         if not isinstance(entry, dict) or set(entry) != wanted:

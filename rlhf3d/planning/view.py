@@ -28,7 +28,8 @@ def render(plan: Plan, shape: Path) -> Group:
     """Tables for the terminal."""
     job, memory = plan.job, plan.memory
     hardware = job.cluster.hardware
-    numbers = "measured" if hardware.measured else "from data sheets, not measured"
+    assumed = "measured" if hardware.measured else "from data sheets, not measured"
+    numbers = hardware.measured_here or assumed
     lines = [line for line in summary_lines(job.config, job.derived) if line.split()[0] in _SHOWN]
     lines.append(f"shape      {shape.name}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
     lines.append(f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed")
@@ -153,7 +154,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "verdict": plan.verdict,
         "problems": list(plan.problems),
         "tight": list(plan.memory.tight),
-        "devices": {"hardware": job.cluster.hardware.name, "found": job.cluster.devices, "needed": job.devices_needed},
+        "devices": {
+            "hardware": job.cluster.hardware.name,
+            "measured": job.cluster.hardware.measured_here,
+            "found": job.cluster.devices,
+            "needed": job.devices_needed,
+        },
         "layouts": {model.role: str(model.layout) for model in job.models},
         "memory": {
             "peak": {"rank": rank.ranks[0], "phase": phase.phase, "bytes": phase.total},

@@ -1,0 +1,149 @@
+"""Numbers of a GPU that were measured here, in place of those that `hardware.yaml` assumes.
+
+Invariant: a file is written and read by the same checks: only numbers of `MEASURED`, each within its
+range, of one device; what it does not hold stays assumed. Pure: JSON and numbers, no torch.
+
+The file (`rlhf3d plan --measured FILE`; without it `runs/gpu_measured.json`, where that is there and
+of the planned device) is one JSON object:
+
+    {
+      "format": 1,
+      "device": "NVIDIA H100 80GB HBM3",
+      "source": "pytest -m gpu at 12a74c1, driver 580.95, 2026-11-28",
+      "numbers": {"process_gib": 2.4, "matmul_efficiency": 0.47, "sync_gbs": 14.2}
+    }
+
+`device` is `torch.cuda.get_device_name()`: the entry of `hardware.yaml` (or of `--hardware`) whose
+name is one of its words is the one that is replaced. `source` says how and when, for people.
+`numbers` are any of these, in the units that their names end with (`hardware.yaml` says what each is):
+
+    memory_gib           torch.cuda.get_device_properties(0).total_memory / 2**30
+    process_gib          NVML's memory of a training process that has built its groups and done one
+                         step, less torch's max_memory_allocated
+    engine_context_gib   NVML's memory of an engine process just before vLLM's first snapshot, one rank
+    engine_comm_gib      what a second rank adds to that
+    matmul_efficiency    of the dense peak, by a decoder layer's forward pass at 4,096 tokens
+    memory_efficiency    of memory_gbs, by decoding steps with one sequence
+    link_efficiency      of link_gbs, by an all-reduce of 64 MiB (bytes x 2 (n - 1) / n / seconds)
+    exchange_efficiency  of link_gbs, by an all-to-all of 64 MiB
+    latency_s            of an all-reduce of 8 bytes in a node
+    network_latency_s    and between nodes
+    host_gbs             pinned host memory to the device and back, 1e9 bytes a second
+    sync_gbs             of a weight sync: the engine's bytes over its seconds, less sync_bucket_s a bucket
+    sync_bucket_s        seconds of a sync of empty buckets, a bucket
+    rest_s               an engine's sleep and wake-up
+    layer_overhead_s     host seconds of a decoder layer's forward pass (of one token)
+    expert_overhead_s    what router and experts add to that
+    decode_overhead_s    a decoding step of one sequence, less its kernels
+    decode_sequence_s    what each further sequence adds
+    decode_kernel_s      a layer of a decoding step of a tiny model with CUDA graphs, a kernel
+    decode_eager_s       a layer of a decoding step without CUDA graphs
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.planning.hardware import Cluster, Hardware, with_numbers
+
+FORMAT = 1
+DEFAULT = Path("runs/gpu_measured.json")
+"""Where a file is looked for when none is given."""
+MEASURED = {
+    **dict.fromkeys(("memory_gib", "process_gib", "engine_context_gib", "engine_comm_gib"), 4096.0),
+    **dict.fromkeys(("matmul_efficiency", "memory_efficiency", "link_efficiency", "exchange_efficiency"), 1.0),
+    **dict.fromkeys(("latency_s", "network_latency_s", "layer_overhead_s", "expert_overhead_s"), 1.0),
+    **dict.fromkeys(("decode_overhead_s", "decode_sequence_s", "decode_kernel_s", "decode_eager_s"), 1.0),
+    **dict.fromkeys(("host_gbs", "sync_gbs"), 10_000.0),
+    **dict.fromkeys(("sync_bucket_s", "rest_s"), 600.0),
+}
+"""The most that each can be; all are above 0."""
+KEYS = ("format", "device", "source", "numbers")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a file holds."""
+
+    device: str
+    source: str
+    numbers: Mapping[str, float]
+
+
+def check_measured(raw: Any, where: str) -> Measured:
+    """A file's content. ValueError, naming `where` and the key, for anything else than the form above."""
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ValueError(f'{where}: expected a JSON object with "format": {FORMAT}; write it again with pytest -m gpu')
+    if missing := [key for key in KEYS if key not in raw]:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    if unknown := sorted(set(raw) - set(KEYS)):
+        raise ValueError(f"{where}: has {', '.join(unknown)}; only {', '.join(KEYS)} are known")
+    for key in ("device", "source"):
+        if not isinstance(raw[key], str) or not raw[key].strip():
+            raise ValueError(f"{where}: {key} = {raw[key]!r} is not a text")
+    if not isinstance(raw["numbers"], dict):
+        raise ValueError(f"{where}: numbers = {raw['numbers']!r} is not an object of names and numbers")
+    for name, value in raw["numbers"].items():
+        _check_number(name, value, where)
+    return Measured(raw["device"], raw["source"], {name: float(value) for name, value in raw["numbers"].items()})
+
+
+def _check_number(name: str, value: Any, where: str) -> None:
+    if name not in MEASURED:
+        near = difflib.get_close_matches(name, MEASURED, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join(sorted(MEASURED))
+        raise ValueError(f"{where}: numbers.{name} is not known; {hint}Known are {known}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= MEASURED[name]:
+        most = f"{MEASURED[name]:g}"
+        raise ValueError(f"{where}: numbers.{name} = {value!r} is not a number above 0 and up to {most}")
+
+
+def read_measured(path: Path) -> Measured:
+    """A file. ValueError where it is not there, not JSON, or not of the form."""
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--measured: {path} cannot be read: {error}") from error
+    return check_measured(raw, str(path))
+
+
+def write_measured(path: Path, device: str, source: str, numbers: Mapping[str, float]) -> None:
+    """Write a file that `read_measured` accepts. ValueError as there, before anything is written."""
+    raw = {"format": FORMAT, "device": device, "source": source, "numbers": dict(numbers)}
+    check_measured(raw, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def of_device(measured: Measured, hardware: Hardware) -> bool:
+    """Whether the measured device is this one."""
+    return hardware.name.lower() in measured.device.lower().replace("-", " ").split()
+
+
+def with_measured(cluster: Cluster, given: Path | None) -> Cluster:
+    """The cluster with numbers from the file `given`, or from `DEFAULT` where that is there and of
+    this device.
+
+    ValueError as `read_measured`, and where the file that was given is of another device.
+    """
+    if given is None and not DEFAULT.is_file():
+        return cluster
+    path = given or DEFAULT
+    measured, hardware = read_measured(path), cluster.hardware
+    if not of_device(measured, hardware):
+        if given is None:
+            return cluster
+        raise ValueError(
+            f"--measured: {path} is of {measured.device}, the plan for {hardware.name}; "
+            "plan for that device with --gpus, or leave it out"
+        )
+    names = ", ".join(sorted(measured.numbers))
+    note = f"{names} measured ({path}: {measured.source}), others from data sheets"
+    return replace(cluster, hardware=with_numbers(hardware, measured_here=note, **measured.numbers))
