@@ -72,6 +72,9 @@ def train(
         except KeyboardInterrupt:
             typer.echo("interrupted: every process of the run has ended, what it wrote stays", err=True)
             code = 130
+        except SystemExit as error:  # of a user's code, such as an estimator: nothing of ours raises it
+            typer.echo(f"the run failed: code that it called ended the process with {error.code!r}", err=True)
+            code = 1
         except RuntimeError as error:
             if stopping.signal is None or not _raised_by_us(error):
                 raise

@@ -8,12 +8,11 @@ Invariant: a file is executed once a process; after that its names are as good a
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 from rlhf3d.algorithms.advantages import ADVANTAGES
 from rlhf3d.algorithms.losses import POLICY_LOSSES
+from rlhf3d.user_code import load_file
 
 _KEY = "algorithm.custom_path"
 _LOADED: set[Path] = set()
@@ -27,23 +26,15 @@ def load_custom_algorithms(path: str | Path) -> None:
     file = Path(path).resolve()
     if file in _LOADED:
         return
-    if not file.is_file():
-        raise ValueError(f"{_KEY} = {path}: no such Python file")
-    module_name = f"rlhf3d_custom_algorithms_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{_KEY} = {path}: not a Python file (*.py)")
     advantages, losses = ADVANTAGES.entries(), POLICY_LOSSES.entries()
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        load_file(file, _KEY)
         if (ADVANTAGES.entries(), POLICY_LOSSES.entries()) == (advantages, losses):
-            raise ValueError("it registers nothing; decorate a function with @register_advantage(name)")
-    except Exception as error:
+            raise ValueError(f"{_KEY}: {file} registers nothing; decorate a function with @register_advantage(name)")
+    except ValueError:
         ADVANTAGES.restore(advantages)
         POLICY_LOSSES.restore(losses)
-        raise ValueError(f"{_KEY} = {path}: {type(error).__name__}: {error}") from error
+        raise
     _LOADED.add(file)
 
 

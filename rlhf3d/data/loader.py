@@ -17,6 +17,7 @@ from rlhf3d.data.dataset import OVERLONG, ChatTokenizer, Prompt, PromptDataset
 from rlhf3d.data.order import make_order
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.custom import load_function
+from rlhf3d.user_code import guarded
 
 __all__ = ["OVERLONG", "ChatTokenizer", "Curriculum", "Prompt", "PromptDataset", "PromptLoader"]
 
@@ -25,16 +26,19 @@ class Curriculum:
     """A user's function from a row and the epoch to its place: low numbers first, null for not in this epoch."""
 
     def __init__(self, path: str | Path, name: str = "difficulty", kwargs: dict[str, Any] | None = None) -> None:
-        self._function = load_function(Path(path).resolve(), name, "data.curriculum")
+        self._function = guarded(load_function(Path(path).resolve(), name, "data.curriculum"), path)
         self._kwargs = dict(kwargs or {})
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.identity = f"{name}:{sorted(self._kwargs.items())}:{digest}"
 
     def __call__(self, row: PromptRow, epoch: int) -> float | None:
-        """Place of a row; ValueError where the function fails or returns no number."""
+        """Place of a row; ValueError where the function fails or returns no finite number."""
         try:
             value = self._function(row, epoch, **self._kwargs)
-            return None if value is None else float(value)
+            place = None if value is None else float(value)
+            if place is not None and not math.isfinite(place):
+                raise ValueError(f"it returned {place}")
+            return place
         except Exception as error:
             raise ValueError(
                 f"data.curriculum: the function fails on {str(row)[:200]}: {type(error).__name__}: {error}"

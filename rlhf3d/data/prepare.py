@@ -19,11 +19,15 @@ from typing import Any
 
 from rlhf3d.data.rows import ROW_GROUP_SIZE, PromptRow, iter_rows, row_of, write_parquet
 from rlhf3d.data.sources import HUB, SourceSplit, file_sha256, open_source
-from rlhf3d.rewards.custom import import_file
+from rlhf3d.user_code import guarded, load_file
 
 SETS = ("arithmetic", "gsm8k", "limr", "math", "math500")
 DEFAULT_SPLITS = ("train", "test")
 EXCLUDED = "its question is in an excluded file"
+
+
+class BrokenSet(ValueError):
+    """A user's data set failed otherwise than by refusing a row."""
 
 
 @dataclass
@@ -89,7 +93,7 @@ def prepare(
 def load_set(name: str) -> Any:
     """The module of a data set: a shipped one, or a user's file with a `make_map_fn`."""
     if name.endswith(".py"):
-        module = import_file(Path(name).resolve(), "data set")
+        module = load_file(name, "data set")
         if not callable(getattr(module, "make_map_fn", None)):
             raise ValueError(
                 f"{name}: no function make_map_fn(split) in it; it must return fn(row, index) -> prompt row"
@@ -128,9 +132,10 @@ def _splits(
 ) -> list[tuple[SourceSplit, ToRow]]:
     """Each split with what makes prompts of its rows."""
     if hasattr(module, "generate"):
+        generate = _guarded(name, module.generate)
         if source is not None:
             raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
-        parts = zip(DEFAULT_SPLITS, module.generate(**options), strict=True)
+        parts = zip(DEFAULT_SPLITS, generate(**options), strict=True)
         origin = {"source": "generated"}
         return [(SourceSplit(part, rows, dict(origin)), lambda row, index: row) for part, rows in parts if rows]
     hub = getattr(module, "HUB", None)
@@ -141,7 +146,26 @@ def _splits(
     if split is not None and split not in known:
         raise ValueError(f"--split {split}: {name} has {', '.join(known)}")
     found = open_source(name, str(source), hub, known, split, revision)
-    return [(part, module.make_map_fn(part.name, **options)) for part in found]
+    make = _guarded(name, module.make_map_fn)
+    return [(part, _guarded(name, make(part.name, **options))) for part in found]
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the set `name`; ValueErrors of a user's pass, all else it raises is one that says so."""
+    if not name.endswith(".py"):
+        return function
+    guard = guarded(function, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return guard(*args, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:
+            asked = f" on row {args[1]} {str(args[0])[:200]}" if len(args) == 2 else ""
+            raise BrokenSet(f"{name}: make_map_fn fails{asked}: {type(error).__name__}: {error}") from error
+
+    return call
 
 
 def _write(
@@ -184,6 +208,8 @@ def _rows(part: SourceSplit, to_row: ToRow, left_out: set[str], reasons: Counter
         try:
             made = to_row(source_row, index)
             row = made if isinstance(made, PromptRow) else row_of(made, "make_map_fn's result")
+        except BrokenSet:
+            raise
         except ValueError as error:
             reasons[str(error)[:120]] += 1
             continue

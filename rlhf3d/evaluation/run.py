@@ -25,10 +25,13 @@ from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.items import decode, score_item
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
-from rlhf3d.rewards.scoring import RewardFunction, Score
+from rlhf3d.rewards.scoring import RewardFunction, Score, check_outcomes
+from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, request_seed
 
 SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
+MAX_ERROR_RATE = 0.05
+"""Share of an evaluation's completions that may go without a score, as reward.max_error_rate."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,11 @@ def evaluate(
             for mode, n, sampling, missing in todo:
                 total = len(prompts) * n
                 finished = total - sum(len(samples) for _, samples in missing)
+                failed: list[Score] = []
                 for part in _parts(missing, batch):
-                    made = _generate(engine, pool, tokenizer, prompts, part, mode, sampling, settings.seed)
+                    made, scores = _generate(engine, pool, tokenizer, prompts, part, mode, sampling, settings.seed)
+                    failed += [score for score in scores if score.failed]
+                    check_outcomes(failed, MAX_ERROR_RATE, total, "Fix the reward function and evaluate again.")
                     append_generations(output, made)
                     done += made
                     finished += len(made)
@@ -197,7 +203,7 @@ def _generate(
     mode: Mode,
     sampling: SamplingSettings,
     seed: int,
-) -> list[Generation]:
+) -> tuple[list[Generation], list[Score]]:
     wanted: list[tuple[Prompt, int]] = [(prompts[position], s) for position, samples in part for s in samples]
     requests = [Request(p.prompt_ids, request_seed(seed, 0, p.index, sample)) for p, sample in wanted]
     completions: dict[int, Completion] = {}
@@ -209,10 +215,11 @@ def _generate(
         completions |= some
         texts |= decoded
     scores = scoring.finish()
-    return [
+    made = [
         _record(mode, prompt, sample, completions[number], texts[number], scores[number])
         for number, (prompt, sample) in enumerate(wanted)
     ]
+    return made, scores
 
 
 def _record(mode: Mode, prompt: Prompt, sample: int, completion: Completion, text: str, score: Score) -> Generation:
@@ -224,7 +231,7 @@ def _record(mode: Mode, prompt: Prompt, sample: int, completion: Completion, tex
         data_source=prompt.data_source,
         prompt=prompt.text,
         response=text,
-        ground_truth=str(prompt.ground_truth),
+        ground_truth=shown(prompt.ground_truth),
         answer=None if answer is None else str(answer),
         score=score.accuracy,
         outcome=score.outcome.value,

@@ -6,7 +6,6 @@ known, and is raised where one call scored several. Running out of memory is nev
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
         return [_score_one(fn, item) for item in items]
     try:
         results = many(items)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and KeyboardInterrupt of the function's own too
         if isinstance(error, MemoryError) or len(items) > 1:
             raise
         return [_failure(error)]
@@ -38,7 +37,7 @@ def _score_one(fn: RewardFunction, item: ScoreItem) -> Score:
         )
     except MemoryError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         return _failure(error)
     return _result(result)
 
@@ -48,11 +47,11 @@ def _result(result: Any) -> Score:
     if isinstance(result, BaseException):
         return _failure(result)
     try:
-        score = to_score(result)
-        pickle.dumps(score.extra)
+        return to_score(result)
+    except MemoryError:
+        raise
     except Exception as error:
         return _failure(error)
-    return score
 
 
 def _failure(error: BaseException) -> Score:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scoring import MODEL_PART as PART
 from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
-
-PART = "reward_model"
 
 
 @dataclass(frozen=True)

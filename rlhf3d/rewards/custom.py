@@ -1,21 +1,22 @@
 """A user's own reward function: found, checked against what it will be called with, and called.
 
-Invariant: it pickles as its recipe (file, name, arguments), so that any process can load it; a mistake in it is told
-before the run starts.
+Invariant: it pickles as its recipe (file, name, arguments), so that any process can load it; a mistake in it is
+reported before the run starts. All its coroutines in one process run in one event loop, which stays open between calls:
+what the file keeps for them (semaphores, clients) stays usable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf3d.rewards.scoring import ExtraInfo, ScoreItem
+from rlhf3d.user_code import Ended, load_file, running
 
 ASYNC_CHUNK = 64
 """Calls of an async function that are under way at once in one process."""
@@ -32,6 +33,7 @@ class CustomReward:
 
     def __init__(self, recipe: tuple[str, str, dict[str, Any]], function: Callable[..., Any], batch: bool) -> None:
         self._recipe = recipe
+        self._folder = Path(recipe[0]).parent
         self._function = function
         self._batch = batch
         self._async = _is_async(function)
@@ -42,6 +44,10 @@ class CustomReward:
 
     def score_items(self, items: Sequence[ScoreItem]) -> list[Any]:
         """What the function returns for each; of an async one, an exception may stand in a result's place."""
+        with running(self._folder):
+            return self._call(items)
+
+    def _call(self, items: Sequence[ScoreItem]) -> list[Any]:
         columns = (
             [i.data_source for i in items],
             [i.solution_str for i in items],
@@ -51,21 +57,43 @@ class CustomReward:
         kwargs = self._recipe[2]
         if self._batch:
             results = self._function(**dict(zip(_BATCH, columns, strict=True)), **kwargs)
-            results = list(asyncio.run(results) if inspect.iscoroutine(results) else results)
+            results = list(_loop().run_until_complete(results) if inspect.isawaitable(results) else results)
             if len(results) != len(items):
                 raise ValueError(f"the reward function returned {len(results)} scores for {len(items)} completions")
             return results
         calls = [dict(zip(_SINGLE, row, strict=True)) | kwargs for row in zip(*columns, strict=True)]
-        if self._async:
-            return asyncio.run(_gather(self._function, calls))
-        return [self._function(**call) for call in calls]
+        results = [self._function(**call) for call in calls]
+        if any(map(inspect.isawaitable, results)):
+            return _loop().run_until_complete(_gather(results))
+        return results
 
     def __reduce__(self) -> tuple[Callable[..., CustomReward], tuple[str, str, dict[str, Any]]]:
-        return load_custom_reward, self._recipe
+        return _load_to_call, self._recipe
 
 
-async def _gather(function: Callable[..., Any], calls: list[dict[str, Any]]) -> list[Any]:
-    return list(await asyncio.gather(*(function(**call) for call in calls), return_exceptions=True))
+def _load_to_call(path: str, name: str, kwargs: dict[str, Any]) -> CustomReward:
+    """The function where it will be called: its file finds the event loop there."""
+    _loop()
+    return load_custom_reward(path, name, kwargs)
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of this process."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    return loop
+
+
+async def _gather(results: list[Any]) -> list[Any]:
+    return list(await asyncio.gather(*map(_result, results), return_exceptions=True))
+
+
+async def _result(value: Any) -> Any:
+    try:
+        return await value if isinstance(value, Awaitable) else value
+    except SystemExit as error:
+        raise Ended(f"it ends the process: sys.exit({error.code!r})") from error
 
 
 def _is_async(function: Any) -> bool:
@@ -96,7 +124,7 @@ def load_custom_reward(
 
 def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
     """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
-    function = getattr(module := import_file(file, key), name, None)
+    function = getattr(module := load_file(file, f"{key}.path"), name, None)
     if function is None:
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
@@ -115,20 +143,3 @@ def _takes(function: Callable[..., Any], names: Sequence[str], kwargs: dict[str,
     except TypeError as error:
         return error
     return None
-
-
-def import_file(file: Path, key: str) -> Any:
-    """A Python file as a module; ValueError, naming `key`.path, where that fails."""
-    if not file.is_file():
-        raise ValueError(f"{key}.path: no such file: {file}")
-    module_name = f"rlhf3d_{key.replace('.', '_')}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{key}.path: {file} is not a Python file (*.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{key}.path: {file} does not import: {type(error).__name__}: {error}") from error
-    return module

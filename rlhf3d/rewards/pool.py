@@ -249,11 +249,12 @@ def serve(file_descriptor: int) -> None:
     """Life of a scoring process: load the function, say so, then score items until the parent is gone."""
     listen_again()
     connection: Connection[Any, Any] = Connection(file_descriptor)
+    os.dup2(2, 1)  # what the function prints is no part of the command's output
     pickled_fn, timeout_s = connection.recv()
     try:
         fn: RewardFunction = pickle.loads(pickled_fn)
         getattr(fn, "prepare", lambda: None)()
-    except Exception:
+    except (Exception, SystemExit):
         connection.send(traceback.format_exc())
         return
     if memory_gib := getattr(fn, "memory_gib", None):
@@ -280,7 +281,7 @@ def _call(fn: RewardFunction, items: list[ScoreItem]) -> list[Score] | Score:
         return score_items(fn, items)
     except MemoryError:
         raise
-    except (Exception, SystemExit):
+    except BaseException:
         return Score(0.0, Outcome.ERROR, message=traceback.format_exc())
 
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Any, Protocol
 
 ExtraInfo = dict[str, Any] | None
 _MESSAGE_LINES = 25
 """Lines of one failure's message that fit a screen."""
+MODEL_PART = "reward_model"
+"""Key of a reward model's score in `Score.extra`."""
+_LARGEST = 3.4028234663852886e38
+"""Of 32-bit floats, in which rewards are computed."""
+_LONGEST_TEXT, _MOST, _DEEPEST = 2000, 100, 3
+"""Characters, entries and levels that are kept of what a reward function returns beside its score."""
 
 
 class Outcome(StrEnum):
@@ -87,26 +94,71 @@ class RewardFunction(Protocol):
 
 
 def to_score(result: Any) -> Score:
-    """A reward function's return value as a `Score`; ValueError where it holds no finite number."""
+    """A reward function's return value as a `Score` of plain values, which any process can read.
+
+    ValueError where `score`, or `acc` beside it, is not a finite number. Of what else it returned, numbers keep their
+    value, containers their first entries, and all other objects become text.
+    """
     if isinstance(result, Score):
         return result
-    extra: dict[str, Any] = {}
-    value = result
-    if isinstance(result, dict):
-        if "score" not in result:
-            raise ValueError(f"the reward function returned no 'score' but {sorted(map(str, result))}")
-        extra = {key: item for key, item in result.items() if key != "score"}
-        value = result["score"]
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"the reward function returned {str(value)[:80]!r}, not a finite number")
+    if not isinstance(result, dict):
+        return Score(_finite(result, "the reward function returned"), Outcome.SCORED)
+    if "score" not in result:
+        raise ValueError(f"the reward function returned no 'score' but {sorted(map(str, result))}")
+    number = _finite(result["score"], "the reward function returned score =")
+    extra = {_key(key): _plain(item) for key, item in result.items() if key not in ("score", "acc")}
+    if "acc" in result:
+        extra["acc"] = _finite(result["acc"], "the reward function returned acc =")
     return Score(number, Outcome.SCORED, extra)
 
 
-def check_outcomes(scores: Sequence[Score], max_error_rate: float, total: int | None = None) -> None:
+def _finite(value: Any, what: str) -> float:
+    """A number, also of numpy or torch, that 32 bits can hold."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:
+        raise ValueError(f"{what} {str(value)[:80]!r}, not a finite number")
+    return number
+
+
+def _key(key: Any) -> str:
+    """A key as text, and not one of those that a reward model's part has."""
+    name = str(key)[:_LONGEST_TEXT]
+    return f"returned_{name}" if name.startswith(MODEL_PART) else name
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """`value` made of None, booleans, numbers, text, lists and dicts alone, cut to a size that is quick to send."""
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if isinstance(value, bool | int | float):  # a class of the user's own
+        return float(value) if isinstance(value, float) else int(value)
+    if isinstance(value, str):
+        return str.__str__(value)[:_LONGEST_TEXT]
+    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", (_MOST + 1,))) <= _MOST:  # numpy's, torch's
+        return _plain(value.tolist(), depth)
+    if isinstance(value, Mapping) and depth < _DEEPEST:
+        return {_key(key): _plain(item, depth + 1) for key, item in islice(value.items(), _MOST)}
+    if isinstance(value, list | tuple | set | frozenset) and depth < _DEEPEST:
+        return [_plain(item, depth + 1) for item in islice(value, _MOST)]
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str.__str__(repr(value))[:_LONGEST_TEXT]
+    except Exception:  # of a class of the user's own
+        return f"<{type(value).__name__}>"
+
+
+def check_outcomes(
+    scores: Sequence[Score],
+    max_error_rate: float,
+    total: int | None = None,
+    remedy: str = "Fix the reward function, or raise reward.timeout_s or reward.max_error_rate.",
+) -> None:
     """RewardError where more than `max_error_rate` of `total` completions (null: of `scores`) failed."""
     failures = [score for score in scores if score.failed]
     total = len(scores) if total is None else total
@@ -118,7 +170,7 @@ def check_outcomes(scores: Sequence[Score], max_error_rate: float, total: int | 
         f"{len(failures)} of {total} completions were not scored ({counted}); reward.max_error_rate="
         f"{max_error_rate} allows {math.floor(max_error_rate * total)}. The first:\n"
         f"{_one_screen(failures[0].message or 'no message')}\n"
-        "Mend the reward function, or raise reward.timeout_s or reward.max_error_rate."
+        f"{remedy}"
     )
 
 

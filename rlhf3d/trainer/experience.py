@@ -16,6 +16,7 @@ from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.data.loader import Prompt
 from rlhf3d.observability.samples import Sample
 from rlhf3d.rewards.scoring import Score
+from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Completion, Request, request_seed
 
 
@@ -52,7 +53,7 @@ class Experience:
             Sample(
                 prompt=p.text,
                 response=text,
-                ground_truth="" if p.ground_truth is None else p.ground_truth,
+                ground_truth=shown(p.ground_truth),
                 score=s.value,
                 outcome=s.outcome.value,
                 length=len(c.token_ids),

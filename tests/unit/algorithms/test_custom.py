@@ -46,9 +46,9 @@ def test_names_become_valid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no such Python file"),
+        (None, "no such file"),
         ("x = 1 / 0", "ZeroDivisionError: division by zero"),
-        ("x = 1", "it registers nothing"),
+        ("x = 1", "registers nothing"),
         (MINE.replace('"double"', '"vanilla"'), "'vanilla' is already registered"),
     ],
 )
@@ -58,5 +58,5 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, text: str | None, message
         file.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         custom.load_custom_algorithms(file)
-    assert f"algorithm.custom_path = {file}" in str(caught.value)
+    assert f"{file}" in str(caught.value) and "algorithm.custom_path: " in str(caught.value)
     assert "half" not in ADVANTAGES.names()

@@ -127,13 +127,13 @@ def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unru
     with ScoringPool(2, 20.0, load_custom_reward(unruly)) as pool:
         scores = pool.score_batch(items(*texts))
     messages = {text: score.message or "" for text, score in zip(texts, scores, strict=True)}
-    assert [s.value for s in scores if s.outcome is Outcome.SCORED] == [1.0, 2.0, 3.0]
-    assert sum(s.outcome is Outcome.ERROR for s in scores) == 7
+    assert [s.value for s in scores if s.outcome is Outcome.SCORED] == [1.0, 2.0, 1.0, 3.0]
+    assert sum(s.outcome is Outcome.ERROR for s in scores) == 6
     assert "sample 0" in messages["raise"] and "index 40" in messages["raise"]
     assert "KeyError: 'the reason'" in messages["raise"] and "unruly.py" in messages["raise"]
     assert "exit code 7" in messages["exit"] and "exit code -11" in messages["segfault"]
     assert "SystemExit" in messages["sys.exit"] and "RecursionError" in messages["recursion"]
-    assert "'1.0', not a finite number" in messages["text"] and "pickle" in messages["unpicklable"]
+    assert "'1.0', not a finite number" in messages["text"] and "lambda" in scores[8].extra["why"]
 
 
 def test_a_batch_is_given_up_as_soon_as_too_many_have_failed(unruly: Path) -> None:
@@ -296,6 +296,74 @@ def test_a_hanging_async_call_costs_its_own_sample(batch_file: Path) -> None:
     with ScoringPool(1, 1.0, load_custom_reward(batch_file, "judge")) as pool:
         scores = pool.score_batch(items("1", "hang", "2"))
     assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored"]
+
+
+ODD = """
+import asyncio, concurrent.futures, enum, multiprocessing
+slots = asyncio.Semaphore(2)
+class Colour(str, enum.Enum):
+    RED = "red"
+class Detail:
+    def __reduce__(self):
+        raise RuntimeError("cannot be sent")
+def judge(text):
+    return float(text)
+def args(**kwargs):
+    return kwargs["solution_str"]
+async def with_slots(data_source, solution_str, ground_truth, extra_info=None):
+    async with slots:
+        await asyncio.sleep(0.002)
+        return 1.0
+async def exits(data_source, solution_str, ground_truth, extra_info=None):
+    raise SystemExit(0) if solution_str == "1" else ValueError("no")
+def spawns(data_source, solution_str, ground_truth, extra_info=None):
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(judge, solution_str).result()
+def rich(data_source, solution_str, ground_truth, extra_info=None):
+    import numpy
+    print("said aloud")
+    more = {"colour": Colour.RED, "detail": Detail(), 3: numpy.arange(3), "reward_model": "judge"}
+    return {"score": numpy.float32(1), "acc": numpy.bool_(True), "log": "x" * 10_000_000, **more}
+def acc(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 1.0, "acc": {"none": None, "text": "1", "nan": float("nan"), "list": [1]}[solution_str]}
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    (tmp_path / "odd.py").write_text(ODD)
+    return tmp_path / "odd.py"
+
+
+def test_what_a_file_keeps_for_its_coroutines_stays_usable(odd: Path) -> None:
+    with ScoringPool(1, 30.0, load_custom_reward(odd, "with_slots")) as pool:
+        for _ in range(3):
+            assert [score.value for score in pool.score_batch(items(*"x" * 70))] == [1.0] * 70
+    with ScoringPool(1, 30.0, load_custom_reward(odd, "exits")) as pool:
+        ended, failed = pool.score_batch(items("1", "2"))
+    assert "it ends the process: sys.exit(0)" in ended.reason and failed.reason == "ValueError: no"
+
+
+def test_a_file_may_have_a_spawn_pool_of_its_own(odd: Path) -> None:
+    with ScoringPool(1, 60.0, load_custom_reward(odd, "spawns")) as pool:
+        assert pool.score_batch(items("0.5"))[0].value == 0.5
+
+
+def test_extras_cross_as_plain_values_and_prints_are_no_output(odd: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ScoringPool(1, 30.0, load_custom_reward(odd, "rich")) as pool:
+        (score,) = pool.score_batch(items("a"))
+    assert (score.value, score.accuracy, score.outcome) == (1.0, 1.0, Outcome.SCORED)
+    extra = score.extra
+    assert (extra["colour"], extra["3"], extra["returned_reward_model"]) == ("red", [0, 1, 2], "judge")
+    assert type(extra["colour"]) is str and "Detail" in extra["detail"] and len(extra["log"]) == 2000
+    captured = capfd.readouterr()
+    assert captured.out == "" and "said aloud" in captured.err
+
+
+def test_acc_is_checked_like_the_score(odd: Path) -> None:
+    with ScoringPool(1, 30.0, load_custom_reward(odd, "acc")) as pool:
+        for score in pool.score_batch(items("none", "text", "nan", "list")):
+            assert score.outcome is Outcome.ERROR and "returned acc = " in score.reason
 
 
 def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:

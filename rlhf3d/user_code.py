@@ -1,0 +1,174 @@
+"""A user's Python files: loaded, and called, as Python would run them from their folder.
+
+Invariant: a user's code never ends our process, never writes into our output and never moves our working folder. While
+it runs, its folder is first on the import path (helpers beside it are found, at once or later), what it prints goes to
+standard error, and `sys.exit`, as `os._exit` while it is loaded, is an error like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_FOLDERS: set[str] = set()
+"""Folders of the files loaded so far."""
+
+
+class Ended(Exception):
+    """A user's code asked for the end of the process."""
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Run code of a file in `folder`; raises Ended in the place of SystemExit."""
+    entry, cwd = str(folder), os.getcwd()
+    sys.path.insert(0, entry)
+    try:
+        with _quiet():
+            yield
+    except SystemExit as error:
+        raise Ended(f"it ends the process: sys.exit({error.code!r})") from error
+    finally:
+        sys.path.remove(entry)
+        if entry not in sys.path:
+            sys.path.append(entry)  # for imports of its threads, behind every package of ours
+        os.chdir(cwd)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard output is standard error: that of Python, and that of processes started meanwhile."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed: there is nothing to keep apart
+        yield
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def guarded(function: Callable[..., Any], file: str | Path) -> Callable[..., Any]:
+    """`function` of a user's file, to be called anywhere."""
+    folder = Path(file).resolve().parent
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with running(folder):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def load_file(path: str | Path, key: str) -> ModuleType:
+    """A Python file as a module; ValueError, naming `key`, where it is missing or does not load.
+
+    It has the name by which its folder's other files and its own child processes import it, unless that name is taken.
+    A file of a package is loaded as a part of it where it imports relatively.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise ValueError(f"{key}: no such file: {file}")
+    if file.suffix != ".py":
+        raise ValueError(f"{key}: {file} is not a Python file (*.py)")
+    try:
+        with running(file.parent), _no_exit():
+            _forget_namesakes(file.parent)
+            if (name := _package_name(file)) is not None:
+                return importlib.import_module(name)
+            return _execute(file)
+    except Exception as error:
+        raise ValueError(f"{key}: {file} does not import: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, Ended):
+        return f"{error}; keep what it runs as a script, such as argparse, under `if __name__ == '__main__':`"
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        text += "; its folder is on the import path, so write `from helper import …`, or make the folder a package"
+    return text
+
+
+def _execute(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_name_of(file), file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(spec.name)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        if before is not None:
+            sys.modules[spec.name] = before
+        raise
+    _FOLDERS.add(str(file.parent))
+    return module
+
+
+def _name_of(file: Path) -> str:
+    """The file's stem where an import of it finds this file, else a name that nothing else has."""
+    loaded = sys.modules.get(file.stem)
+    with suppress(ImportError, ValueError, AttributeError):
+        found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(file.stem)
+        if found is not None and found.origin == str(file):
+            return file.stem
+    return f"rlhf3d_user_{file.stem}_{abs(hash(str(file))):x}"
+
+
+def _package_name(file: Path) -> str | None:
+    """The dotted name of a file that imports relatively, where its folder is a package, whose parent joins the path."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # told when it is executed
+        return None
+    relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    if not relative or not (file.parent / "__init__.py").is_file():
+        return None
+    names, folder = [file.stem], file.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return ".".join(names)
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Helpers of another user's folder that are called as one in `folder`: each file gets its own."""
+    for name, module in list(sys.modules.items()):
+        origin = getattr(module, "__file__", None) or ""
+        of_user = os.path.dirname(origin) in _FOLDERS - {str(folder)}
+        if of_user and any((folder / own).exists() for own in (f"{name}.py", f"{name}/__init__.py")):
+            del sys.modules[name]
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """`os._exit` of this process raises; in a forked child it ends that child."""
+    really, pid = os._exit, os.getpid()
+
+    def ended(code: int) -> Any:
+        if os.getpid() != pid:
+            really(code)
+        raise Ended(f"it ends the process: os._exit({code})")
+
+    os._exit = ended  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = really
