@@ -94,13 +94,11 @@ def test_calls_that_end_the_process_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.curriculum: the function fails on .*sys\.exit\(0\)"):
         Curriculum(path)(row, 0)
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match=r"mine\.py fails on row 0 .*it ends the process: sys\.exit\(0\)"):
+    with pytest.raises(ValueError, match=r"make_map_fn fails on row 0 .*it ends the process: sys\.exit\(0\)"):
         prepare(str(path), tmp_path / "train.jsonl", tmp_path / "out")
-    with pytest.raises(Ended):
-        load_custom_reward(write(tmp_path, reward=f"import sys\n{REWARD}sys.exit(0)")).score_items(
-            []
-        )  # none: nothing runs
-        load_custom_reward(tmp_path / "reward.py")(data_source="s", solution_str="", ground_truth="")
+    reward = load_custom_reward(write(tmp_path, reward=f"import sys\n{REWARD}sys.exit(0)"))
+    with pytest.raises(Ended, match=r"it ends the process: sys\.exit\(0\)"):
+        reward(data_source="s", solution_str="", ground_truth="")
 
 
 def test_what_it_prints_is_no_output_and_the_folder_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
