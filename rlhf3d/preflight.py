@@ -19,6 +19,7 @@ from rlhf3d.machine import GIB, Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.hardware import Cluster, load_hardware
+from rlhf3d.planning.measured import default_problem, with_measured
 from rlhf3d.planning.memory import checkpoint_bytes
 from rlhf3d.planning.plan import DEFAULT_CPU, DEFAULT_GPU, Plan, find_spec, make_plan
 
@@ -39,7 +40,7 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     known, config = set(check(config)), resolve_platform(config, platform)
     problems = [problem for problem in check(config) if problem not in known]  # of the platform that `auto` became
     derived = derive(config)
-    problems += check_files(config)
+    problems += check_files(config) + (default_problem() if cuda else [])
     try:
         gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus)) if machine.gpus else None
         plan = plan_here(
@@ -63,15 +64,23 @@ def plan_here(
 ) -> Plan:
     """The plan on nodes like this one: with GPUs of that name and memory, GiB, or sharing `host_gib` of memory.
 
-    Raises ValueError where model and layout do not fit each other.
+    With what was measured here (`rlhf3d.planning.measured`). Raises ValueError where model and layout do not fit each
+    other.
     """
-    hardware = load_hardware()[DEFAULT_GPU if cuda else DEFAULT_CPU]
+    known = load_hardware()
+    hardware = known[DEFAULT_GPU if cuda else DEFAULT_CPU]
+    if cuda and gpu is not None:  # of a device that nobody knows the numbers of the default are taken
+        unknown = replace(hardware, name=gpu[0])
+        hardware = next((entry for entry in known.values() if entry.is_device(gpu[0])), unknown)
+    nodes, per_node = (config.cluster.num_nodes, config.cluster.gpus_per_node) if cuda else (1, 1)
+    cluster = Cluster(hardware, nodes * per_node, per_node)
+    if cuda:
+        cluster = with_measured(cluster, None)
     if cuda and gpu is not None:
-        hardware = replace(hardware, name=gpu[0], memory_gib=gpu[1])
+        cluster = replace(cluster, hardware=replace(cluster.hardware, memory_gib=gpu[1]))
     if host_gib is not None:
-        hardware = replace(hardware, host_memory_gib=host_gib)
-    per_node = config.cluster.gpus_per_node if cuda else 1
-    return make_plan(config, spec, Cluster(hardware, per_node * (config.cluster.num_nodes if cuda else 1), per_node))
+        cluster = replace(cluster, hardware=replace(cluster.hardware, host_memory_gib=host_gib))
+    return make_plan(config, spec, cluster)
 
 
 def _compare_devices(config: Config, derived: Derived, machine: Machine) -> list[str]:

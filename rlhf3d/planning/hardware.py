@@ -81,6 +81,10 @@ class Hardware:
         """Bytes a second that decoding reads of a device's memory."""
         return self.memory_gbs * 1e9 * self.memory_efficiency
 
+    def is_device(self, device: str) -> bool:
+        """Whether a device that its driver calls so ("NVIDIA A100-SXM4-80GB") is this hardware."""
+        return self.name == device or self.name.lower() in device.lower().replace("-", " ").split()
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -49,7 +49,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.planning.hardware import Cluster, Hardware, with_numbers
+from rlhf3d.planning.hardware import Cluster, with_numbers
 
 FORMAT = 1
 DEFAULT = Path("runs/gpu_measured.json")
@@ -78,7 +78,7 @@ class Measured:
 def check_measured(raw: Any, where: str) -> Measured:
     """A file's content. ValueError, naming `where` and the key, for anything else than the form above."""
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise ValueError(f'{where}: expected a JSON object with "format": {FORMAT}; write it again with pytest -m gpu')
+        raise ValueError(f'{where}: expected a JSON object with "format": {FORMAT}')
     if missing := [key for key in KEYS if key not in raw]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
     if unknown := sorted(set(raw) - set(KEYS)):
@@ -122,9 +122,14 @@ def write_measured(path: Path, device: str, source: str, numbers: Mapping[str, f
     path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def of_device(measured: Measured, hardware: Hardware) -> bool:
-    """Whether the measured device is this one."""
-    return hardware.name.lower() in measured.device.lower().replace("-", " ").split()
+def default_problem() -> list[str]:
+    """What is wrong with the file at `DEFAULT`, if it is there."""
+    try:
+        if DEFAULT.is_file():
+            read_measured(DEFAULT)
+    except ValueError as error:
+        return [f"{error}; remove the file, or write it again with pytest -m gpu"]
+    return []
 
 
 def with_measured(cluster: Cluster, given: Path | None) -> Cluster:
@@ -137,7 +142,7 @@ def with_measured(cluster: Cluster, given: Path | None) -> Cluster:
         return cluster
     path = given or DEFAULT
     measured, hardware = read_measured(path), cluster.hardware
-    if not of_device(measured, hardware):
+    if not hardware.is_device(measured.device):
         if given is None:
             return cluster
         raise ValueError(

@@ -14,6 +14,8 @@ from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
+from rlhf3d.planning.hardware import GIB
+from rlhf3d.planning.measured import DEFAULT, write_measured
 from rlhf3d.planning.plan import Plan
 from rlhf3d.preflight import preflight
 
@@ -110,6 +112,24 @@ def test_small_gpus_are_refused(tmp_path: Path, machine: list[Machine]) -> None:
     assert shown[0].memory.problems == (problem,)
     machine[0] = replace(node, gpus=(("H200", 140.0),) * 8)
     assert preflight(config) == []
+
+
+def test_the_plan_is_for_the_gpus_that_are_here(
+    tmp_path: Path, machine: list[Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own numbers, and what was measured on them; a file of measurements that is broken is reported."""
+    monkeypatch.chdir(tmp_path)
+    config = make(tmp_path, QWEN_7B, cluster={"platform": "cuda"}, rollout={"gpu_memory_utilization": 0.2})
+    machine[0] = replace(LAPTOP, gpus=(("NVIDIA A100-SXM4-80GB", 79.2),))
+    shown: list[Plan] = []
+    assert any("device memory" in problem for problem in preflight(config, shown.append))
+    assert shown[0].job.cluster.hardware.batched_tokens == 8192  # as vLLM takes on an A100
+    write_measured(DEFAULT, "NVIDIA A100-SXM4-80GB", "a test", {"process_gib": 1.5, "memory_gib": 10})
+    preflight(config, shown.append)
+    assert shown[1].memory.ranks[0].resident["process"] == 1.5 * GIB
+    assert shown[1].job.cluster.hardware.memory_gib == 79.2  # what the machine has counts
+    DEFAULT.write_text("{}")
+    assert any(problem.startswith("runs/gpu_measured.json: expected") for problem in preflight(config))
 
 
 def test_what_auto_becomes_is_checked(tmp_path: Path, machine: list[Machine]) -> None:

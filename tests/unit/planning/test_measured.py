@@ -49,8 +49,8 @@ def test_the_default_file_is_taken_for_its_device(tmp_path: Path, monkeypatch: p
     assert with_measured(other, None) is other
     with pytest.raises(ValueError, match="is of NVIDIA H100 80GB HBM3, the plan for A100"):
         with_measured(other, measured.DEFAULT)
-    a100 = measured.Measured("NVIDIA A100-SXM4-80GB", "x", {})
-    assert measured.of_device(a100, other.hardware) and not measured.of_device(a100, CLUSTER.hardware)
+    assert other.hardware.is_device("NVIDIA A100-SXM4-80GB")
+    assert not CLUSTER.hardware.is_device("NVIDIA A100-SXM4-80GB")
 
 
 GOOD = {"format": 1, "device": H100, "source": "x", "numbers": {"process_gib": 2.5}}
