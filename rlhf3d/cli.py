@@ -7,6 +7,7 @@ traceback. Imports nothing heavy before a command needs it.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -15,19 +16,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rlhf3d.launch.command import launch
+from rlhf3d.options import Commands, refuse_unused, scorers_of
+from rlhf3d.paths import check_output
 from rlhf3d.rehearsal.shrink import MAX_RANKS
+from rlhf3d.terminal import Terminal, tell, write_what_can_be_encoded
 
 if TYPE_CHECKING:
     from rlhf3d.trainer.stopping import Stopping
 
-app = typer.Typer(
+app = Commands(
     name="rlhf3d",
     help="PPO for language models with 3D-parallel training, vLLM rollouts and in-memory resharding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets as parquet files of prompts.", no_args_is_help=True)
+data_app = Commands(help="Data sets as parquet files of prompts.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(launch)
 
@@ -39,13 +43,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; what the user got wrong is told on stderr with exit code 2, what failed with 1."""
+    write_what_can_be_encoded()
     try:
         app()
     except (ValueError, RuntimeError) as error:
         if not _raised_by_us(error):
             raise
-        print(error, file=sys.stderr)
+        tell(str(error))
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell(f"{error.filename}: {error.strerror}")
+        sys.exit(1)
 
 
 def _raised_by_us(error: Exception) -> bool:
@@ -67,19 +77,19 @@ def train(
         try:
             code = _train(config, overrides or [], stopping)
         except Preempted:
-            typer.echo("stopped by a signal before the first step: the same command begins again", err=True)
+            tell("stopped by a signal before the first step: the same command begins again")
             code = PREEMPTED
         except KeyboardInterrupt:
-            typer.echo("interrupted: every process of the run has ended, what it wrote stays", err=True)
+            tell("interrupted: every process of the run has ended, what it wrote stays")
             code = 130
         except SystemExit as error:  # of a user's code, such as an estimator: nothing of ours raises it
-            typer.echo(f"the run failed: code that it called ended the process with {error.code!r}", err=True)
+            tell(f"the run failed: code that it called ended the process with {error.code!r}")
             code = 1
         except RuntimeError as error:
             if stopping.signal is None or not _raised_by_us(error):
                 raise
             # The signal may have ended others too: workers of a cluster, or what the step was waiting for.
-            typer.echo(f"{error}\n{stopping.signal} had come before: the same command goes on", err=True)
+            tell(f"{error}\n{stopping.signal} had come before: the same command goes on")
             code = PREEMPTED
     raise typer.Exit(code)
 
@@ -136,8 +146,6 @@ def reshard(
     """Show how a run moves its weights from training ranks into vLLM: bytes a rank, lower bound, routes."""
     import json
 
-    from rich.console import Console
-
     from rlhf3d.config.load import load_config
     from rlhf3d.resharding.explain import as_json as to_json
     from rlhf3d.resharding.explain import render, setup_of
@@ -147,11 +155,12 @@ def reshard(
     if as_json:
         typer.echo(json.dumps(to_json(setup, tensor)))
     else:
-        Console(soft_wrap=False).print(render(setup, loaded.model.path, tensor))
+        Terminal(soft_wrap=False).print(render(setup, loaded.model.path, tensor))
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")],
     overrides: Overrides = None,
     gpus: Annotated[
@@ -166,9 +175,11 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(help="Numbers measured on this GPU; default runs/gpu_measured.json, if it is there.")
     ] = None,
-    prompt_tokens: Annotated[float | None, typer.Option(help="Mean prompt; default half of the longest.")] = None,
-    response_tokens: Annotated[float | None, typer.Option(help="Mean completion; default half of the longest.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Training prompts; default those of data.train_files.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean prompt; default half the longest.")] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean completion; default half the longest.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -177,6 +188,11 @@ def plan(
     from rlhf3d.planning.command import plan_command
     from rlhf3d.planning.job import Lengths
 
+    if not search:
+        refuse_unused(context, ["write"], "it is for what --search finds; give --search as well")
+    if gpus is None:
+        refuse_unused(context, ["hardware"], "--gpus names what in it to plan for")
+    check_output("--write", write, is_file=True)
     loaded = load_config(config, overrides or [], files=False)
     longest = loaded.data.max_prompt_length, loaded.data.max_response_length
     lengths = Lengths(prompt_tokens or longest[0] / 2, response_tokens or longest[1] / 2)
@@ -192,9 +208,9 @@ def data_prepare(
     split: Annotated[str | None, typer.Option(help="train or test, where the file's name does not say it.")] = None,
     exclude: Annotated[list[Path] | None, typer.Option(help="Leave out the questions of this parquet file.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of generated data.")] = None,
-    train_size: Annotated[int | None, typer.Option(help="Training rows to generate.")] = None,
-    test_size: Annotated[int | None, typer.Option(help="Held-out rows to generate.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of generated data.")] = None,
+    train_size: Annotated[int | None, typer.Option(min=1, help="Training rows to generate.")] = None,
+    test_size: Annotated[int | None, typer.Option(min=0, help="Held-out rows to generate.")] = None,
     difficulty: Annotated[str | None, typer.Option(help="Difficulty of generated data.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Text appended to every question.")] = None,
 ) -> None:
@@ -210,6 +226,8 @@ def data_prepare(
     }
     given = {key: value for key, value in options.items() if value is not None}
     folder = output or Path("data") / Path(name).stem
+    check_output("--output", folder)
+    name, source = os.path.expanduser(name), source and os.path.expanduser(source)
     files = prepare(name, source, folder, split=split, exclude=exclude or (), revision=revision, **given)
     for written in files:
         typer.echo(f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}")
@@ -221,19 +239,18 @@ def data_prepare(
 
 @data_app.command("check")
 def data_check(
+    context: typer.Context,
     files: Annotated[list[Path], typer.Argument(help="Parquet files of prompts, also compared with each other.")],
     tokenizer: Annotated[str | None, typer.Option(help="Model folder whose chat template is applied.")] = None,
-    max_prompt_length: Annotated[int | None, typer.Option(help="Longest prompt, tokens.")] = None,
+    max_prompt_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt, tokens.")] = None,
     scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
     reward: Annotated[Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")] = None,
-    method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "strict",
-    workers: Annotated[int, typer.Option(help="Scoring processes.")] = 1,
+    method: Annotated[Literal["strict", "flexible"], typer.Option(help="As reward.method.")] = "strict",
+    workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
     import json
-
-    from rich.console import Console
 
     from rlhf3d.data.check import check_files
     from rlhf3d.data.check_view import render
@@ -243,14 +260,18 @@ def data_check(
     if tokenizer is not None:
         from rlhf3d.data.tokenizer import load_tokenizer
 
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(os.path.expanduser(tokenizer))
+    else:
+        refuse_unused(context, ["max_prompt_length"], "prompts have lengths by a --tokenizer")
+    if reward is not None:
+        refuse_unused(context, ["scorer", "method"], "--reward scores instead")
     custom = load_custom_reward(reward) if reward else None
-    scorers = dict(pair.rpartition("=")[::2] for pair in scorer or ())
+    scorers = scorers_of(scorer)
     checked = check_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
     if as_json:
         typer.echo(json.dumps(checked.to_json()))
     else:
-        Console().print(render(checked))
+        Terminal().print(render(checked))
     raise typer.Exit(2 if checked.problems else 0)
 
 
@@ -259,7 +280,7 @@ def rehearse(
     config: Annotated[Path, typer.Argument(help="The job's YAML file.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Folder, made anew; default rehearsals/CONFIG.")] = None,
-    max_ranks: Annotated[int, typer.Option(help="At most so many training processes.")] = MAX_RANKS,
+    max_ranks: Annotated[int, typer.Option(min=1, help="At most so many training processes.")] = MAX_RANKS,
     model_config: Annotated[Path | None, typer.Option(help="Folder with config.json, if not model.path.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")] = False,
 ) -> None:
@@ -272,6 +293,7 @@ def rehearse(
     from rlhf3d.rehearsal.run import rehearse as run
 
     folder = output or Path("rehearsals") / config.stem
+    check_output("--output", folder)
     if not (folder / "job.yaml").is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are no rehearsal: name another --output")
     miniature = prepare(config, overrides or [], folder, max_ranks, model_config)
@@ -287,38 +309,39 @@ def rehearse(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint (checkpoints/step_N) or run.")],
     data: Annotated[list[Path], typer.Argument(help="Parquet files of prompts.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default evaluations/MODEL-DATA.")] = None,
     greedy: Annotated[bool, typer.Option(help="Evaluate greedy decoding.")] = True,
-    n: Annotated[int, typer.Option(help="Also sample so many completions a prompt.")] = 0,
-    k: Annotated[list[int] | None, typer.Option("-k", help="pass@k and maj@k; default 1, 2, 4 … n.")] = None,
-    temperature: Annotated[float, typer.Option(help="Temperature of the samples.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 1024,
-    max_prompt_length: Annotated[int, typer.Option(help="Longest prompt, tokens.")] = 1024,
+    n: Annotated[int, typer.Option(min=0, help="Also sample so many completions a prompt.")] = 0,
+    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="pass@k and maj@k; default 1, 2, 4 … n.")] = None,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Temperature of the samples.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-3, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
+    max_prompt_length: Annotated[int, typer.Option(min=1, help="Longest prompt, tokens.")] = 1024,
     overlong: Annotated[
-        str, typer.Option(help="Longer prompts: error, filter, truncate_left, truncate_right.")
+        Literal["error", "filter", "truncate_left", "truncate_right"], typer.Option(help="What longer prompts do.")
     ] = "error",
-    limit: Annotated[int, typer.Option(help="Only the first so many prompts; -1 for all.")] = -1,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    method: Annotated[str, typer.Option(help="strict or flexible, as reward.method.")] = "flexible",
+    limit: Annotated[int, typer.Option(min=-1, help="Only the first N prompts; -1 for all.")] = -1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    method: Annotated[Literal["strict", "flexible"], typer.Option(help="As reward.method.")] = "flexible",
     scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
     reward: Annotated[
         Path | None, typer.Option(help="Python file with a reward function, as custom_reward_function.path.")
     ] = None,
     reward_name: Annotated[str, typer.Option(help="Its name.")] = "compute_score",
     reward_kwargs: Annotated[str, typer.Option(help="Its further arguments, as a JSON object.")] = "{}",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts generated, scored and saved at a time.")] = 64,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 64,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of vLLM; default all cores.")] = None,
-    kv_cache_gib: Annotated[float, typer.Option(help="KV cache on CPU, GiB.")] = 1.0,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory.")] = 0.9,
-    engines: Annotated[int, typer.Option(help="vLLM engines that share the prompts.")] = 1,
-    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks an engine.")] = 1,
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts generated, scored and saved at a time.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of vLLM; default all cores.")] = None,
+    kv_cache_gib: Annotated[float, typer.Option(min=1e-3, help="KV cache on CPU, GiB.")] = 1.0,
+    gpu_memory_utilization: Annotated[float, typer.Option(min=1e-3, max=1, help="Share of the GPU's memory.")] = 0.9,
+    engines: Annotated[int, typer.Option(min=1, help="vLLM engines that share the prompts.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks an engine.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster for the engines; default one made here.")] = None,
-    workers: Annotated[int, typer.Option(help="Scoring processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Replace what --output holds of an evaluation.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -328,13 +351,23 @@ def evaluate(
     """
     import json
 
-    from rich.console import Console
-
     from rlhf3d.evaluation.engine import EngineOptions, engine_maker
     from rlhf3d.evaluation.run import EvaluationSettings, find_model
     from rlhf3d.evaluation.run import evaluate as run
     from rlhf3d.evaluation.view import render
 
+    scorers = scorers_of(scorer)
+    if limit == 0:
+        raise ValueError("--limit 0: nothing would be evaluated; give a number of prompts, or -1 for all")
+    if not n:
+        refuse_unused(context, ["k", "temperature", "top_p"], "it is for samples: say how many a prompt by --n")
+    if reward is None:
+        refuse_unused(context, ["reward_name", "reward_kwargs"], "it is for the file that --reward names")
+    else:
+        refuse_unused(context, ["scorer", "method"], "--reward scores instead")
+    name = "-".join([model.resolve().name, *(path.resolve().parent.name for path in data)])
+    output = output or Path("evaluations") / name
+    check_output("--output", output)
     folder = find_model(model)
     settings = EvaluationSettings(
         greedy=greedy,
@@ -347,7 +380,7 @@ def evaluate(
         limit=limit,
         seed=seed,
         method=method,
-        scorers=dict(pair.rpartition("=")[::2] for pair in scorer or ()),
+        scorers=scorers,
         reward_path=None if reward is None else str(reward),
         reward_name=reward_name,
         reward_kwargs=_json_object(reward_kwargs, "--reward-kwargs"),
@@ -355,11 +388,10 @@ def evaluate(
     options = EngineOptions(
         dtype, max_num_seqs, threads, kv_cache_gib, gpu_memory_utilization, engines, tensor_parallel_size, ray_address
     )
-    name = "-".join([model.resolve().name, *(path.resolve().parent.name for path in data)])
     report = run(
         folder,
         data,
-        output or Path("evaluations") / name,
+        output,
         settings,
         engine_maker(folder, max_prompt_length + max_tokens, seed, options),
         ks=k,
@@ -371,7 +403,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        Console().print(render(report))
+        Terminal().print(render(report))
 
 
 def _json_object(text: str, option: str) -> dict[str, Any]:
@@ -389,32 +421,34 @@ def _json_object(text: str, option: str) -> dict[str, Any]:
 @app.command()
 def samples(
     run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir) or of an evaluation.")],
-    step: Annotated[int | None, typer.Option(help="Step of the run; default the last.")] = None,
-    kind: Annotated[str | None, typer.Option(help="train (default of a run), greedy or sampled.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of the run; default the last.")] = None,
+    kind: Annotated[
+        Literal["train", "greedy", "sampled"] | None, typer.Option(help="Default train, of an evaluation all.")
+    ] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only answers that are wrong.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Only answers that are right.")] = False,
     unparsable: Annotated[bool, typer.Option("--unparsable", help="Only completions without an answer.")] = False,
     failed: Annotated[bool, typer.Option("--failed", help="Only those whose scoring failed or timed out.")] = False,
     truncated: Annotated[bool, typer.Option("--truncated", help="Only those cut off at the limit.")] = False,
     contains: Annotated[str, typer.Option(help="Only those with this text in prompt or completion.")] = "",
-    limit: Annotated[int, typer.Option(help="Show at most so many.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most N.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Show generations with their scores."""
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from rlhf3d.evaluation.browse import Filter, load, render
 
+    if (right and (wrong or unparsable or failed)) or (wrong and (unparsable or failed)) or (unparsable and failed):
+        raise ValueError("of --right, --wrong, --unparsable and --failed give one: no answer is two of them")
     title, found = load(run, step, kind)
     wanted = Filter(wrong, right, unparsable, failed, truncated, contains)
     if as_json:
         for sample in [sample for sample in found if wanted.keeps(sample)][:limit]:
             typer.echo(json.dumps(asdict(sample)))
     else:
-        Console(highlight=False).print(render(title, found, wanted, limit))
+        Terminal(highlight=False).print(render(title, found, wanted, limit))
 
 
 @app.command()
@@ -427,12 +461,14 @@ def convert(
     role: Annotated[
         Literal["actor", "critic"] | None, typer.Option(help="Default the actor, or what the source is.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="stored (bit for bit), bfloat16, float16 or float32.")] = "stored",
-    max_shard_size: Annotated[float, typer.Option(help="Largest file, GiB.")] = 4.0,
+    dtype: Annotated[
+        Literal["stored", "bfloat16", "float16", "float32"], typer.Option(help="stored is bit for bit.")
+    ] = "stored",
+    max_shard_size: Annotated[float, typer.Option(min=1e-3, help="Largest file, GiB.")] = 4.0,
     reference: Annotated[
         Path | None, typer.Option(help="Folder with config.json and tokenizer; default that of the checkpoint.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Files written at a time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Files written at a time.")] = 2,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then compare every tensor, and the logits of Megatron and transformers.")
     ] = False,
@@ -511,6 +547,7 @@ def compare(
     from rlhf3d.observability.curves import draw_comparison
     from rlhf3d.observability.metrics import read_metrics
 
+    check_output("--output", output, is_file=True)
     names = {run.resolve(): run.resolve().name for run in runs}
     if len(set(names.values())) < len(names):  # runs of the same name: tell them apart by their whole paths
         names = {run: str(run) for run in names}

@@ -13,6 +13,7 @@ from typing import Any
 from rlhf3d.checkpoints.convert import Conversion, Options, plan_conversion
 from rlhf3d.checkpoints.stored import parameters
 from rlhf3d.checkpoints.verify import Verified, verify
+from rlhf3d.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,12 @@ def convert(
 
     Raises ValueError, VerifyError, and RuntimeError where the disk fails.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least one is needed")
     conversion = plan_conversion(source, destination, options)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     began = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Terminal(stderr=True)) as progress:
         seconds, verified = 0.0, None
         writing = progress.add_task(f"to {conversion.to}", total=conversion.num_bytes)
 

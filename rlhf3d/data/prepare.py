@@ -135,6 +135,8 @@ def _splits(
         generate = _guarded(name, module.generate)
         if source is not None:
             raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
+        if split is not None or revision is not None:
+            raise ValueError(f"{name} is generated: --split and --revision are for a source; leave them out")
         parts = zip(DEFAULT_SPLITS, generate(**options), strict=True)
         origin = {"source": "generated"}
         return [(SourceSplit(part, rows, dict(origin)), lambda row, index: row) for part, rows in parts if rows]

@@ -137,6 +137,9 @@ def evaluate(
     and written at a time. Raises ValueError where `output` holds another evaluation, unless `restart`.
     """
     modes = settings.modes()
+    if too_many := [k for k in ks or () if k > settings.n]:
+        k = max(too_many)
+        raise ValueError(f"-k {k}: more than the --n {settings.n} samples a prompt; set --n {k} or more")
     spec = load_spec(str(model))
     check_weights(model, spec, "lm")
     window = spec.max_position

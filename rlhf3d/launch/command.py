@@ -42,7 +42,9 @@ def launch(
     queue: Annotated[str | None, typer.Option(help="Kueue queue that admits all pods or none.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Kubernetes namespace.")] = None,
     hosts: Annotated[str | None, typer.Option(help="ssh: hosts with commas, the first is this one.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of Ray's head; default 6379, on Slurm by job number.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1024, max=65535, help="Port of Ray's head; default 6379, on Slurm by job number.")
+    ] = None,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for every process; several times.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the job; default that of CONFIG.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the file there instead of printing it.")] = None,

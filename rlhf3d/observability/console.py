@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy, validation_reward
 from rlhf3d.observability.samples import Sample, printable
+from rlhf3d.terminal import Terminal
 
 STEP_FIELDS = (
     ("reward", "critic/score/mean", "z.3f"),
@@ -55,9 +55,9 @@ class Console:
         if interactive is None:
             interactive = (file or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         self._rich = (
-            RichConsole(file=file, force_terminal=True, highlight=False)
+            Terminal(file=file, force_terminal=True, highlight=False)
             if interactive
-            else RichConsole(file=file, force_terminal=False, color_system=None, width=_PLAIN_WIDTH)
+            else Terminal(file=file, force_terminal=False, color_system=None, width=_PLAIN_WIDTH)
         )
         self._interactive = interactive
         self._clock = clock
@@ -115,7 +115,8 @@ class Console:
         for old, new in zip(before, after, strict=True):
             answers = (f"[{sample.score:g}] {sample.response}" for sample in (old, new))
             table.add_row(*(Text(printable(t)) for t in (old.prompt, old.ground_truth, *answers)))
-        self._rich.print(table)
+        with self._whoever_reads():
+            self._rich.print(table)
 
     def done(self, summary: Sequence[str]) -> None:
         """Take the bar away and print what the run came to."""
@@ -126,7 +127,8 @@ class Console:
     def close(self) -> None:
         """Take the bar away and give the terminal back."""
         if self._progress is not None:
-            self._progress.stop()
+            with self._whoever_reads():
+                self._progress.stop()
             self._progress = None
 
     def __enter__(self) -> Console:
@@ -136,7 +138,16 @@ class Console:
         self.close()
 
     def _line(self, text: str) -> None:
-        self._rich.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self._whoever_reads():
+            self._rich.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _whoever_reads(self) -> Iterator[None]:
+        """A terminal that has gone away is no reason to end a run."""
+        try:
+            yield
+        except OSError:
+            self._rich.quiet = True
 
     def _eta_s(self) -> float | None:
         if not self._step_seconds or self._total is None:
@@ -145,23 +156,24 @@ class Console:
 
     def _show(self, phase: str) -> None:
         """Redraw the bar for `phase`, which begins now ("" between phases)."""
-        if self._progress is None:
-            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(None))
-            self._progress = Progress(
-                *columns, _LiveColumn(self._clock), console=self._rich, transient=True, refresh_per_second=4
+        with self._whoever_reads():
+            if self._progress is None:
+                columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(None))
+                self._progress = Progress(
+                    *columns, _LiveColumn(self._clock), console=self._rich, transient=True, refresh_per_second=4
+                )
+                self._progress.add_task("")
+                self._progress.start()
+            now, eta_s = self._clock(), self._eta_s()
+            self._progress.update(
+                self._progress.task_ids[0],
+                description="" if self._total is None else f"{self._step}/{self._total} steps",
+                total=self._total,
+                completed=self._step,
+                phase=phase,
+                phase_began=now,
+                ends_at=None if eta_s is None else now + eta_s,
             )
-            self._progress.add_task("")
-            self._progress.start()
-        now, eta_s = self._clock(), self._eta_s()
-        self._progress.update(
-            self._progress.task_ids[0],
-            description="" if self._total is None else f"{self._step}/{self._total} steps",
-            total=self._total,
-            completed=self._step,
-            phase=phase,
-            phase_began=now,
-            ends_at=None if eta_s is None else now + eta_s,
-        )
 
 
 class _LiveColumn(ProgressColumn):

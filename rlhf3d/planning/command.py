@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.planning import search_view, view
@@ -17,6 +15,7 @@ from rlhf3d.planning.job import Lengths
 from rlhf3d.planning.measured import with_measured
 from rlhf3d.planning.plan import find_cluster, find_spec, make_plan, train_rows
 from rlhf3d.planning.search import Search
+from rlhf3d.terminal import Terminal
 
 
 def plan_command(
@@ -36,8 +35,6 @@ def plan_command(
     cluster = with_measured(find_cluster(config, gpus, hardware), measured)
     rows = rows or train_rows(config)
     if not search:
-        if write is not None:
-            raise ValueError("--write writes what --search found: give --search as well")
         plan = make_plan(config, spec, cluster, rows, lengths)
         _print(json.dumps(view.as_json(plan)) if as_json else view.render(plan, shape))
         return not plan.problems
@@ -55,4 +52,4 @@ def _print(shown: object) -> None:
     if isinstance(shown, str):
         print(shown)
     else:
-        Console(soft_wrap=False).print(shown)
+        Terminal(soft_wrap=False).print(shown)

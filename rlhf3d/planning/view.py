@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +19,7 @@ from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.memory import MemoryPlan, RankMemory, spare
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.times import TimePlan
+from rlhf3d.terminal import Terminal
 
 _KINDS = ("weights", "gradients", "optimizer")
 MOST_COLUMNS = 5
@@ -48,7 +49,7 @@ _SHOWN = {"layout", "rollout", "step", "actor", "critic"}
 
 def show_memory(plan: Plan) -> None:
     """Print the memory of a plan on stderr."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     console.print(_memory_table(plan.memory))
     console.print(Text("\n".join([*_memory_lines(plan), *(f"warning: {text}" for text in plan.memory.tight)])))
 
