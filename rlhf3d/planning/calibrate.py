@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.planning.hardware import Cluster, Hardware
+from rlhf3d.planning.hardware import NOT_IN_FILES, Cluster, Hardware
 from rlhf3d.planning.job import Lengths, make_job
 from rlhf3d.planning.plan import find_spec
 from rlhf3d.planning.times import TimePlan, plan_time
@@ -74,6 +75,12 @@ def predict(seen: Observation, hardware: Hardware) -> TimePlan:
 def planned_step_s(seen: Observation, hardware: Hardware) -> float:
     """Planned seconds of the phases that were measured."""
     return sum(phase.total for phase in predict(seen, hardware).phases if phase.phase in seen.seconds)
+
+
+def as_entry(hardware: Hardware, source: str) -> dict[str, Any]:
+    """Measured hardware as an entry of a file that `load_hardware` reads."""
+    entry = asdict(hardware) | {"measured": True, "source": source, "flops": dict(hardware.flops)}
+    return {key: value for key, value in entry.items() if key not in NOT_IN_FILES}
 
 
 def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import yaml
 
 GIB = 1 << 30
+NOT_IN_FILES = frozenset({"name", "measured_here"})
+"""Fields that an entry of a hardware file has not: its key, and what comes from elsewhere."""
 FILE = Path(__file__).with_name("hardware.yaml")
 
 
@@ -129,7 +131,7 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
     if not path.is_file():
         raise ValueError(f"--hardware: no file {path}; {FILE} shows the form")
     raw = yaml.safe_load(path.read_text())
-    wanted = {item.name for item in fields(Hardware)} - {"name", "measured_here"}
+    wanted = {item.name for item in fields(Hardware)} - NOT_IN_FILES
     found = {}
     for name, entry in raw.items():
         if not isinstance(entry, dict) or set(entry) != wanted:

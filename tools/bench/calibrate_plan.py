@@ -6,12 +6,11 @@ python tools/bench/calibrate_plan.py runs/quickstart runs/other --name laptop > 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from rlhf3d.planning.calibrate import fit, observe, planned_step_s
+from rlhf3d.planning.calibrate import as_entry, fit, observe, planned_step_s
 from rlhf3d.planning.hardware import load_hardware
 
 
@@ -27,12 +26,7 @@ def main() -> None:
         planned = planned_step_s(run, hardware)
         off = f"{planned / run.step_s - 1:+.0%}"
         print(f"# {run.folder}: measured {run.step_s:.1f} s a step, planned {planned:.1f} ({off})")
-    entry = {key: value for key, value in asdict(hardware).items() if key != "name"}
-    entry |= {
-        "measured": True,
-        "source": f"fitted to {', '.join(map(str, arguments.runs))}",
-        "flops": dict(hardware.flops),
-    }
+    entry = as_entry(hardware, f"fitted to {', '.join(map(str, arguments.runs))}")
     print(yaml.safe_dump({arguments.name: entry}, sort_keys=False), end="")
 
 

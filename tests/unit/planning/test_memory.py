@@ -246,8 +246,13 @@ def test_70b_on_16_devices_of_80_gb_is_not_said_to_fit() -> None:
     layout = {"tp": 8, "pp": 2, "sequence_parallel": True, "recompute": "full"}
     rollout = {"engines": 2, "tensor_parallel_size": 8, "sleep": True, "gpu_memory_utilization": 0.6}
     raw = {"model": {"offload": True}, "algorithm": {"adv_estimator": "grpo"}, "data": {"max_response_length": 1024}}
-    made = plan(parse_cluster("16xH100", HARDWARE), spec, actor={"layout": layout}, rollout=rollout, **raw)
-    assert made.verdict != "fits", made.memory.peak
+    raw["actor"] = {"layout": layout, "ppo_micro_batch_size_per_gpu": 1}
+    beside = plan(parse_cluster("16xH100", HARDWARE), spec, rollout=rollout, **raw)
+    assert beside.verdict == "does not fit"
+    assert beside.memory.peak[1].total / GIB - 79.1 < 1  # and would without what a sleeping engine keeps
+    rollout |= {"engines": 1, "sleep": False, "gpu_memory_utilization": 0.9, "placement": "disaggregated"}
+    apart = plan(parse_cluster("24xH100", HARDWARE), spec, rollout=rollout, **raw)
+    assert apart.verdict == "tight"
 
 
 def test_published_states_of_mixtral() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlhf3d.config.load import build, config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.planning.calibrate import FITTED, Observation, fit, observe, planned_step_s
+from rlhf3d.planning.calibrate import FITTED, Observation, as_entry, fit, observe, planned_step_s
 from rlhf3d.planning.flops import head_flops, layer_flops, layer_weights
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths, make_job
@@ -193,6 +194,9 @@ def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
         for run in seen:
             assert planned_step_s(run, hardware) == pytest.approx(run.step_s, rel=0.1)
     assert all(getattr(found, name) > 0 for name in FITTED)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"mine": as_entry(found, "a test")}))
+    mine = load_hardware(tmp_path / "mine.yaml")["mine"]
+    assert mine.measured and mine.matmul_efficiency == found.matmul_efficiency
 
 
 def test_a_run_of_one_step_is_refused(tmp_path: Path) -> None:
