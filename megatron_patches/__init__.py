@@ -138,10 +138,12 @@ _NOISE = (
     (FutureWarning, "Please use DTensor instead"),
     (UserWarning, "The argument order of load has been changed"),
     (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),
+    (UserWarning, "MimoModelConfig is experimental"),
 )
 """Megatron's use of older torch interfaces, about which its user can do nothing."""
 _NOISY_LOGS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }

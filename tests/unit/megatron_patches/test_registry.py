@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,14 @@ def test_where_patches_are_needed() -> None:
     assert names("cuda", "0.17.1") == on_cuda | {"isend_alias"}
     assert names("cuda", "0.19.2") == on_cuda
     assert names("cpu", "0.20.0") == set()
+
+
+def test_what_upstream_logs_of_its_plans_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    megatron_patches._silence("cuda")
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("something is wrong")
+    assert caplog.messages == ["something is wrong"]
 
 
 def make_patch(symbol: str, contains: str) -> Patch:
