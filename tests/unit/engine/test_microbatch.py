@@ -9,6 +9,8 @@ import torch
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.batching.micro import MicroBatching
+from rlhf3d.config.derived import width_multiples
+from rlhf3d.config.schema import LayoutConfig
 from rlhf3d.engine.microbatch import make_microbatch, token_shape
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
@@ -72,6 +74,14 @@ def test_no_rows_make_a_filler(packed: bool, batch) -> None:
     assert micro.labels.numel() == micro.hidden_index.numel() == 0
     assert micro.rows["response_mask"].tolist() == [[0]] and micro.rows["old"].tolist() == [[0]]
     assert micro.scatter(torch.zeros(0)).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [2], [0, 1, 2], []], ids=str)
+def test_segments_are_whole_chunks_of_every_context_parallel_rank(rows: list[int]) -> None:
+    """The padding's too: of a segment's tokens Transformer Engine gives each rank length // cp."""
+    rule = MicroBatching(1, packed=True, **width_multiples(LayoutConfig(cp=2, tp=2, sequence_parallel=True), "cuda"))
+    ends = make_microbatch(BATCH, rows, CPU, rule, 2, 0).segment_ends
+    assert ends is not None and not (ends.diff() % 4).any() and (ends.diff() > 0).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
