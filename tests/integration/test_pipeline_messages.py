@@ -1,4 +1,7 @@
-"""Pipeline stages work out the shapes of their messages and get what upstream's stages get by telling each other."""
+"""Pipeline stages work out the shapes of their messages and get what upstream's stages get by telling each other.
+
+Nor do they wait for the device in between.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def update(
     rank: int, port: int, case: Case, folder: Path, updates: dict[str, Update], planned: bool
-) -> tuple[dict[str, dict], int]:
-    """The updates, and how many shapes this rank sent or received."""
+) -> tuple[dict[str, dict], int, int]:
+    """The updates, how many shapes this rank sent or received, and how often it waited for the device."""
+    from megatron_patches import cpu_cuda
     from rlhf3d.parallel import pipeline
 
     if not planned:
         pipeline.schedule_arguments = lambda config, shapes: {}
-    shapes = 0
+    shapes = waits = 0
     operation = torch.distributed.P2POp
 
     def count(function, tensor, *place):  # type: ignore[no-untyped-def]
@@ -52,8 +56,12 @@ def update(
         shapes += tensor.dtype == torch.int64
         return operation(function, tensor, *place)
 
-    torch.distributed.P2POp = count
-    return run_updates(rank, port, case, folder, updates), shapes
+    def wait(device: object = None) -> None:
+        nonlocal waits
+        waits += 1
+
+    torch.distributed.P2POp, cpu_cuda.synchronize = count, wait
+    return run_updates(rank, port, case, folder, updates), shapes, waits
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,9 +71,9 @@ def test_stages_need_not_tell_each_other_a_shape(name: str, folder: Path) -> Non
     size = case.layout.world_size
     ours = run_ranks(size, update, case, folder, updates, True)
     theirs = run_ranks(size, update, case, folder, updates, False)
-    assert all(shapes > 0 for _, shapes in theirs)
-    assert [shapes for _, shapes in ours] == [0] * size
-    for (mine, _), (other, _) in zip(ours, theirs, strict=True):
+    assert all(shapes > 0 and waits > 0 for _, shapes, waits in theirs)
+    assert [counts for _, *counts in ours] == [[0, 0]] * size
+    for (mine, *_), (other, *_) in zip(ours, theirs, strict=True):
         for role in PPO:
             assert mine[role]["grad_norm"] == other[role]["grad_norm"]
             assert mine[role]["shares"] == other[role]["shares"]
