@@ -38,7 +38,8 @@ FAILURES = {
 @pytest.fixture(scope="module")
 def without() -> dict[str, dict[str, Any]]:
     """Outcome of every case with every patch but its own, from a fresh interpreter."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    path = f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'tests'}:{ROOT}"  # first what this process has first
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "support.megatron_cases"]
     done = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
