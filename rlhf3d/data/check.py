@@ -14,11 +14,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from rlhf3d.data.dataset import ChatTokenizer, PromptDataset
+from rlhf3d.data.messages import NEEDED, left_out, tokenise
 from rlhf3d.data.prepare import question_key
-from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_provenance, row_of
+from rlhf3d.data.rows import PromptRow, open_parquet, read_batches, read_provenance, record_of, row_of
+from rlhf3d.data.store import sources_of
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
 from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
@@ -68,6 +68,8 @@ class FileCheck:
     """Prompts by their tokens: upper bound of the bin -> count."""
     longest: int = 0
     overlong: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Parts of messages that the chat template does not write, and of how many prompts."""
     duplicates: int = 0
     overlap: dict[str, int] = field(default_factory=dict)
     """Questions shared with each other file that was checked."""
@@ -109,7 +111,7 @@ def check_files(
     clock = _Clock()
     for path in files:
         file = open_parquet(path)
-        fn = reward or BuiltinReward(method, _graded_sources(file, scorers), scorers or {})
+        fn = reward or BuiltinReward(method, _graded_sources(file, path, scorers), scorers or {})
         with ScoringPool(workers, timeout_s, fn) as pool:
             grader = _Grader(pool, scorers, reward is not None, clock)
             check, questions = _read(file, str(path), tokenizer, max_prompt_length, grader)
@@ -175,11 +177,11 @@ class _Grader:
         self._items = []
 
 
-def _graded_sources(file: Any, scorers: dict[str, str] | None) -> tuple[str, ...]:
+def _graded_sources(file: Any, path: str | Path, scorers: dict[str, str] | None) -> tuple[str, ...]:
     """The data sources of a file that have a scorer."""
     found: set[Any] = set()
-    for batch in file.iter_batches(columns=["data_source"], use_threads=False):
-        found.update(pc.unique(batch.column(0)).to_pylist())
+    for batch in read_batches(file, path, _BATCH):
+        found |= sources_of(batch)
     return tuple(sorted(source for source in found if source in {**DATA_SOURCES, **(scorers or {})}))
 
 
@@ -196,10 +198,15 @@ def _read(
         questions.add(key)
         if tokenizer is not None:
             try:
-                ids = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
+                ids = tokenise(tokenizer, row.prompt, row.tools)
+                missing = left_out(tokenizer, row.prompt, row.tools)
             except Exception as error:  # a template may raise anything
                 _unreadable(check, f"row {number}: the chat template does not take it: {error}")
                 continue
+            if needed := [key for key in missing if key in NEEDED]:
+                _unreadable(check, f"row {number}: the chat template does not write {' and '.join(needed)}")
+                continue
+            check.left_out.update(missing)
             lengths[len(ids)] += 1
         check.marks.setdefault(row.data_source, Marks()).rows += 1
         grader.add(check, row, number)
@@ -212,11 +219,11 @@ def _read(
 
 def _rows(file: Any, check: FileCheck) -> Iterator[tuple[int, PromptRow]]:
     """Usable rows; the others are counted in `check`."""
-    for batch in file.iter_batches(_BATCH, columns=prompt_columns(file.schema_arrow), use_threads=False):
-        for record in batch.to_pylist():
+    for batch in read_batches(file, check.path, _BATCH):
+        for offset in range(batch.num_rows):
             number, check.rows = check.rows, check.rows + 1
             try:
-                yield number, row_of(record, f"row {number}")
+                yield number, row_of(record_of(batch, offset, f"row {number}"), f"row {number}")
             except ValueError as error:
                 _unreadable(check, str(error))
 
@@ -255,6 +262,8 @@ def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
             f"{check.overlong} of {check.rows} prompts are over data.max_prompt_length={limit} (the longest has "
             f"{check.longest} tokens): data.overlong_prompts says what becomes of them"
         )
+    for key, count in check.left_out.items():
+        check.warnings.append(f"the chat template leaves {key} of {count} prompts out")
     if check.duplicates:
         check.warnings.append(f"{check.duplicates} questions stand in it more than once")
     for data_source, marks in check.marks.items():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf3d.data.messages import NEEDED, Message, begun, left_out, tokenise
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.store import RowStore
 
@@ -29,6 +31,9 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """Token ids of a conversation."""
 
+    def decode(self, token_ids: Any) -> Any:
+        """Text of token ids."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -43,9 +48,11 @@ class Prompt:
     index: int
     """Number of the row, counted through all the files."""
     text: str
-    """The last message, for people to read."""
-    messages: Sequence[dict[str, str]] = ()
+    """What is asked, for people to read: the last message that is not the assistant's."""
+    messages: Sequence[Message] = ()
     """The chat messages."""
+    begun: str = ""
+    """What the prompt's end holds of the answer: the template's opening, the assistant's own last words."""
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -77,6 +84,8 @@ class PromptDataset(Sequence[Prompt]):
         self.scanned = self.rows <= SCANNED
         """Whether all rows were looked at, so that `dropped` and `truncated` are final."""
         self.dropped = self.truncated = 0
+        self.left_out: Counter[str] = Counter()
+        """Parts of messages that the chat template does not write, and of how many prompts looked at."""
         self._kept: Sequence[int] = range(self.rows)
         self._fingerprint = ""
         self._scan()
@@ -101,6 +110,9 @@ class PromptDataset(Sequence[Prompt]):
         number = self._kept[index]
         row = self._store[number]
         ids = self._tokenise(row, number)
+        opening = begun(self._tokenizer, row.prompt, ids, row.tools)
+        if not self.scanned:
+            self._count_left_out(row, number)
         if len(ids) > self._limit:
             if self._overlong == "error":
                 raise ValueError(self._overlong_message(1, self.rows, number, len(ids), len(ids)))
@@ -110,8 +122,7 @@ class PromptDataset(Sequence[Prompt]):
             if self._overlong == "filter":
                 return None
             ids = ids[-self._limit :] if self._overlong == "truncate_left" else ids[: self._limit]
-        text = row.prompt[-1]["content"]
-        return Prompt(ids, row.data_source, row.ground_truth, row.extra_info, number, text, row.prompt)
+        return Prompt(ids, row.data_source, row.ground_truth, row.extra_info, number, row.question, row.prompt, opening)
 
     def row(self, index: int) -> PromptRow:
         """The row behind a prompt, not tokenised."""
@@ -142,10 +153,12 @@ class PromptDataset(Sequence[Prompt]):
     def summary(self) -> str:
         """One line on what was kept, for the run's header."""
         known = "" if self.scanned else f" (known of {PROBED}; the rest is looked at when it is served)"
-        return (
+        parts = [
             f"{self._key}: {len(self)} of {self.rows} prompts, {self.dropped} dropped and {self.truncated} truncated "
             f"over data.max_prompt_length={self._limit}{known}"
-        )
+        ]
+        parts += [f"the chat template leaves {key} of {n} prompts out" for key, n in self.left_out.items()]
+        return "; ".join(parts)
 
     def fingerprint(self) -> str:
         """A digest of token ids and ground truths in order: of all rows, or of the probed ones and their number."""
@@ -161,6 +174,7 @@ class PromptDataset(Sequence[Prompt]):
         for number in numbers:
             row = self._store[number]
             ids = self._tokenise(row, number)
+            self._count_left_out(row, number)
             if len(ids) > self._limit:
                 lengths.append(len(ids))
                 first = number if first < 0 else first
@@ -187,11 +201,20 @@ class PromptDataset(Sequence[Prompt]):
 
     def _tokenise(self, row: PromptRow, number: int) -> tuple[int, ...]:
         try:
-            ids = self._tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
+            return tokenise(self._tokenizer, row.prompt, row.tools)
         except Exception as error:  # a template may raise anything; without the row nobody could find the cause
             where = f"{self._key}: {self._store.where(number)}"
             raise ValueError(f"{where}: model.path's chat template does not take this prompt: {error}") from error
-        return tuple(ids)
+
+    def _count_left_out(self, row: PromptRow, number: int) -> None:
+        """Count what the template does not write; ValueError for what the prompt means something else without."""
+        for key in left_out(self._tokenizer, row.prompt, row.tools):
+            if key in NEEDED:
+                raise ValueError(
+                    f"{self._key}: {self._store.where(number)}: model.path's chat template does not write {key}; use a "
+                    "model whose template does, or leave the row out"
+                )
+            self.left_out[key] += 1
 
     def _overlong_message(self, count: int, of: int, first: int, length: int, longest: int) -> str:
         return (

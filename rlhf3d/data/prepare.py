@@ -107,7 +107,7 @@ def load_set(name: str) -> Any:
 def question_key(row: PromptRow) -> str:
     """The question of a row without what data sets change: instruction, spacing, case."""
     question = row.extra_info.get("question")
-    text = question if isinstance(question, str) and question else row.prompt[-1]["content"]
+    text = question if isinstance(question, str) and question else row.question
     return "".join(text.split()).lower()
 
 

@@ -18,9 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf3d.data.messages import asked, read_messages, read_tools
+
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
-OPTIONAL_COLUMNS = ("ability", "extra_info")
+OPTIONAL_COLUMNS = ("ability", "extra_info", "tools")
+NOT_TEXT_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "multi_modal_data")
+"""Parts of a prompt that nothing here takes: refused where a row has one."""
 ROW_GROUP_SIZE = 4096
 _PROVENANCE_KEY = b"rlhf3d.provenance"
 
@@ -31,33 +35,49 @@ class PromptRow:
 
     data_source: str
     """Names the scorer of this row."""
-    prompt: list[dict[str, str]]
-    """Chat messages, each {"role": ..., "content": ...}."""
+    prompt: list[dict[str, Any]]
+    """Chat messages, each {"role": ..., "content": ...} and perhaps name, tool_calls and the like."""
     ability: str
     """Kind of task, for example "math"."""
     reward_model: dict[str, Any]
     """{"style": "rule", "ground_truth": ...}; {"style": "model"} for a reward model alone."""
     extra_info: dict[str, Any] = field(default_factory=dict)
     """Anything else; usually split, index, question and answer."""
+    tools: list[Any] = field(default_factory=list)
+    """JSON schemas of the tools that the prompt offers."""
 
     @property
     def ground_truth(self) -> Any:
         """What a rule compares with; None in rows for a reward model."""
         return self.reward_model.get("ground_truth")
 
+    @property
+    def question(self) -> str:
+        """The last message that is not the assistant's."""
+        return asked(self.prompt)
+
 
 def schema_of(rows: Iterable[PromptRow]) -> pa.Schema:
-    """Arrow schema of `rows`: fixed but for the keys of `reward_model` and `extra_info`, which are theirs."""
+    """Arrow schema of `rows`: fixed except for the keys of `reward_model` and `extra_info`, which are theirs, and for
+    messages with more than a role and a text."""
     rows = list(rows)
+    plain = all(message.keys() == {"role", "content"} for row in rows for message in row.prompt)
     fields = [
         pa.field("data_source", pa.string()),
-        pa.field("prompt", pa.list_(MESSAGE)),
+        pa.field("prompt", pa.list_(MESSAGE) if plain else pa.infer_type([row.prompt for row in rows])),
         pa.field("ability", pa.string()),
         pa.field("reward_model", pa.infer_type([row.reward_model for row in rows])),
     ]
     if any(row.extra_info for row in rows):  # parquet has no struct without fields
         fields.append(pa.field("extra_info", pa.infer_type([row.extra_info for row in rows])))
+    if any(row.tools for row in rows):
+        fields.append(pa.field("tools", pa.string()))
     return pa.schema(fields)
+
+
+def _record(row: PromptRow) -> dict[str, Any]:
+    """A row as it is written: tools as JSON text, as their schemas differ."""
+    return {**asdict(row), "tools": json.dumps(row.tools) if row.tools else None}
 
 
 def write_parquet(
@@ -83,7 +103,7 @@ def write_parquet(
                     schema = schema_of(group)
                     writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
                 _check_keys(group, schema, count, path)
-                writer.write_table(pa.Table.from_pylist([asdict(row) for row in group], schema=schema))
+                writer.write_table(pa.Table.from_pylist([_record(row) for row in group], schema=schema))
                 count += len(group)
             if writer is None:
                 raise ValueError(f"{path}: no rows to write")
@@ -98,18 +118,24 @@ def write_parquet(
 
 def _check_keys(rows: list[PromptRow], schema: pa.Schema, first: int, path: Path) -> None:
     """pyarrow leaves keys that the schema lacks out in silence."""
-    known = {name: _struct_keys(schema, name) for name in ("reward_model", "extra_info")}
     for number, row in enumerate(rows, start=first):
-        for column, keys in known.items():
-            if extra := set(getattr(row, column)) - keys:
+        parts = {"reward_model": [row.reward_model], "extra_info": [row.extra_info], "prompt": row.prompt}
+        for column, structs in parts.items():
+            known = _struct_keys(schema, column)
+            if extra := {key for struct in structs for key in struct} - known:
                 raise ValueError(
                     f"{path}: row {number} has {column} {sorted(extra)}, which the first {ROW_GROUP_SIZE} rows lack; "
                     "give every row the same keys"
                 )
+        if row.tools and "tools" not in schema.names:
+            raise ValueError(f"{path}: row {number} has tools, which the first {ROW_GROUP_SIZE} rows lack")
 
 
 def _struct_keys(schema: pa.Schema, name: str) -> set[str]:
-    return {f.name for f in schema.field(name).type} if name in schema.names else set()
+    if name not in schema.names:
+        return set()
+    kind = schema.field(name).type
+    return {f.name for f in (kind.value_type if pa.types.is_list(kind) else kind)}
 
 
 def iter_rows(path: str | Path) -> Iterator[PromptRow]:
@@ -119,10 +145,41 @@ def iter_rows(path: str | Path) -> Iterator[PromptRow]:
     """
     file = open_parquet(path)
     number = 0
-    for batch in file.iter_batches(ROW_GROUP_SIZE, columns=prompt_columns(file.schema_arrow), use_threads=False):
-        for record in batch.to_pylist():
-            yield row_of(record, f"{path}: row {number}")
+    for batch in read_batches(file, path, ROW_GROUP_SIZE):
+        for offset in range(batch.num_rows):
+            yield row_of(record_of(batch, offset, f"{path}: row {number}"), f"{path}: row {number}")
             number += 1
+
+
+def read_batches(file: pq.ParquetFile, path: str | Path, size: int) -> Iterator[Any]:
+    """Batches of a file's prompt columns; ValueError, naming the file, where it is damaged."""
+    try:
+        yield from file.iter_batches(size, columns=prompt_columns(file.schema_arrow), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read: {_line(error)}; it is damaged, so copy or prepare it again"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    """A library's message in one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def record_of(batch: Any, offset: int, where: str) -> dict[str, Any]:
+    """One row of a batch; ValueError, starting with `where` and naming the column, where a value cannot be read."""
+    record = {}
+    for name in batch.schema.names:
+        try:
+            record[name] = batch.column(name)[offset].as_py()
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            text = (
+                "bytes that are not UTF-8"
+                if isinstance(error, UnicodeDecodeError)
+                else f"what cannot be read: {_line(error)}"
+            )
+            raise ValueError(f"{where}: {name} holds {text}; write the file again") from error
+    return record
 
 
 def read_parquet(path: str | Path) -> list[PromptRow]:
@@ -142,9 +199,12 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
         raise ValueError(f"{path}: no such file; `rlhf3d data prepare` writes prompt files")
     try:
         file = pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); `rlhf3d data prepare` writes them") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file ({_line(error)}); `rlhf3d data prepare` writes them") from error
     columns = file.schema_arrow.names
+    for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
+        if columns.count(column) > 1:
+            raise ValueError(f"{path}: column {column!r} stands in it {columns.count(column)} times; keep one of them")
     for column in REQUIRED_COLUMNS if rows_needed else ():
         if column not in columns:
             raise ValueError(
@@ -158,36 +218,51 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
 
 def prompt_columns(schema: pa.Schema) -> list[str]:
     """Those columns of a file that make a `PromptRow`."""
-    return [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in schema.names]
+    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *NOT_TEXT_COLUMNS)
+    return [name for name in known if name in schema.names]
 
 
 def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
     """A record as a row; ValueError, starting with `where`, for one that cannot be used."""
     if not isinstance(record["data_source"], str):
         raise ValueError(f"{where}: data_source must be text, not {record['data_source']!r}")
-    reward_model = record["reward_model"]
-    by_rule = not isinstance(reward_model, dict) or reward_model.get("style") != "model"
-    if by_rule and (not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None):
+    reward_model = _struct(record["reward_model"], f"{where}: reward_model")
+    if reward_model.get("style") != "model" and reward_model.get("ground_truth") is None:
         raise ValueError(
-            f"{where}: reward_model must be a struct with a ground_truth, or of style model, not {reward_model!r}"
+            f"{where}: reward_model must be a struct with a ground_truth, or of style model, not "
+            f"{record['reward_model']!r}"
         )
+    for column in NOT_TEXT_COLUMNS:
+        if record.get(column) not in (None, [], {}, "", b""):
+            raise ValueError(f"{where}: {column} is not empty: prompts are text alone; leave the row out")
     return PromptRow(
         data_source=record["data_source"],
-        prompt=_messages(record["prompt"], where),
-        ability=record.get("ability") or "",
+        prompt=read_messages(record["prompt"], where),
+        ability=_text(record.get("ability"), f"{where}: ability"),
         reward_model=reward_model,
-        extra_info=record.get("extra_info") or {},
+        extra_info=_struct(record.get("extra_info"), f"{where}: extra_info"),
+        tools=read_tools(record.get("tools"), where),
     )
 
 
-def _messages(prompt: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
-        raise ValueError(
-            f"{where}: prompt must be a list of chat messages with text, "
-            f'[{{"role": "user", "content": "..."}}], not {str(prompt)[:80]!r}'
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+def _struct(value: Any, what: str) -> dict[str, Any]:
+    """A struct, a map (which arrow gives as pairs) or a JSON object as text; ValueError for anything else."""
+    found = value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = value
+    elif isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        found = dict(value)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} must be a struct, not {type(value).__name__} {str(value)[:80]!r}")
+    return found
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+def _text(value: Any, what: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{what} must be text, not {type(value).__name__} {str(value)[:80]!r}")
+    return value or ""

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, row_of
+from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_batches, record_of, row_of
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Unpacked size up to which a file is kept in memory."""
@@ -42,8 +42,8 @@ class RowStore:
     def __getitem__(self, number: int) -> PromptRow:
         """The row; ValueError, naming file and row, where it cannot be used."""
         file = self.file_of(number)
-        record = self._batches[file].row(number - self._starts[file])
-        return row_of(record, self.where(number))
+        where = self.where(number)
+        return row_of(self._batches[file].row(number - self._starts[file], where), where)
 
     def iter_range(self, start: int, stop: int) -> Iterator[PromptRow]:
         """Rows from `start` to before `stop`."""
@@ -68,8 +68,16 @@ class RowStore:
         found: set[Any] = set()
         for batches in self._batches:
             for batch in batches:
-                found.update(pc.unique(batch.column("data_source")).to_pylist())
+                found |= sources_of(batch)
         return sorted(str(source) for source in found)
+
+
+def sources_of(batch: Any) -> set[Any]:
+    """The distinct data sources of a batch; those that are not UTF-8 are left to the reading of their rows."""
+    try:
+        return set(pc.unique(batch.column("data_source")).to_pylist())
+    except UnicodeDecodeError:
+        return set()
 
 
 class _Batches:
@@ -81,10 +89,9 @@ class _Batches:
     def __len__(self) -> int:
         return self._rows
 
-    def row(self, number: int) -> dict[str, Any]:
+    def row(self, number: int, where: str) -> dict[str, Any]:
         batch, offset = divmod(number, BATCH_ROWS)
-        record: dict[str, Any] = self._reader.get_batch(batch).slice(offset, 1).to_pylist()[0]
-        return record
+        return record_of(self._reader.get_batch(batch), offset, where)
 
     def __iter__(self) -> Iterator[Any]:
         return (self._reader.get_batch(i) for i in range(-(-self._rows // BATCH_ROWS)))
@@ -102,11 +109,11 @@ def _open(path: Path, cache: Path) -> _Batches:
     size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
     if size <= IN_MEMORY_BYTES:
         sink = pa.BufferOutputStream()
-        _unpack(file, sink)
+        _unpack(file, path, sink)
         return _Batches(pa.ipc.open_file(sink.getvalue()), rows)
     unpacked = cache / f"{_identity(path)}.arrow"
     if not unpacked.is_file():
-        _unpack_to(file, unpacked)
+        _unpack_to(file, path, unpacked)
     return _Batches(pa.ipc.open_file(pa.memory_map(str(unpacked))), rows)
 
 
@@ -116,12 +123,12 @@ def _identity(path: Path) -> str:
     return f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
-def _unpack_to(file: pq.ParquetFile, unpacked: Path) -> None:
+def _unpack_to(file: pq.ParquetFile, path: Path, unpacked: Path) -> None:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     partial = unpacked.with_name(f".{unpacked.name}.{os.getpid()}.tmp")
     try:
         with pa.OSFile(str(partial), "wb") as sink:
-            _unpack(file, sink)
+            _unpack(file, path, sink)
         os.replace(partial, unpacked)
     except OSError as error:
         raise ValueError(
@@ -131,14 +138,14 @@ def _unpack_to(file: pq.ParquetFile, unpacked: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _unpack(file: pq.ParquetFile, sink: Any) -> None:
+def _unpack(file: pq.ParquetFile, path: Path, sink: Any) -> None:
     """Write the prompt columns as Arrow, in batches of exactly `BATCH_ROWS` rows."""
     columns = prompt_columns(file.schema_arrow)
     schema = pa.schema([_plain(file.schema_arrow.field(name)) for name in columns])
     with pa.ipc.new_file(sink, schema) as writer:
         left: list[Any] = []
         rows = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+        for batch in read_batches(file, path, BATCH_ROWS):
             left.append(pa.Table.from_batches([batch]).select(columns).cast(schema))
             rows += batch.num_rows
             if rows >= BATCH_ROWS:

@@ -28,10 +28,11 @@ def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
 
 
 def _score_one(fn: RewardFunction, item: ScoreItem) -> Score:
+    begun = getattr(fn, "open_end", lambda text: "")(item.begun)
     try:
         result = fn(
             data_source=item.data_source,
-            solution_str=item.solution_str,
+            solution_str=begun + item.solution_str,
             ground_truth=item.ground_truth,
             extra_info=item.extra_info,
         )

@@ -21,4 +21,4 @@ def decode(completions: Mapping[int, Completion], tokenizer: Any) -> dict[int, s
 
 def score_item(prompt: Prompt, text: str) -> ScoreItem:
     """What the reward function is asked about a response."""
-    return ScoreItem(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, prompt.messages)
+    return ScoreItem(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, prompt.messages, prompt.begun)

@@ -29,13 +29,16 @@ def model_inputs(
 ) -> list[ModelInput]:
     """The conversations as token ids.
 
-    The completion's text is the assistant's message after the prompt's. Trailing `pad_id` are dropped: transformers'
-    classifiers take the output at the last token that is not padding, also where a template ends in that token.
+    The completion's text is the assistant's message after the prompt's, or goes on with its last one. Trailing
+    `pad_id` are dropped: transformers' classifiers take the output at the last token that is not padding, also where a
+    template ends in that token.
     RewardError for an input over `limit` tokens where `overlong` is error, and for a prompt the template refuses.
     """
     inputs = []
     for item in items:
-        messages = [*item.messages, {"role": "assistant", "content": item.solution_str}]
+        messages = [*item.messages]
+        own = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+        messages.append({"role": "assistant", "content": own + item.solution_str})
         try:
             ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=False))
         except Exception as error:  # a template may raise anything

@@ -19,11 +19,20 @@ from rlhf3d.rewards.scoring import ExtraInfo, RewardFunction, Score, ScoreItem
 FORMATS = ("boxed", "hashes", "think")
 PARTS = ("accuracy", "format")
 _THINK = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\S(?:(?!</?think>).)*", re.DOTALL)
+_BEGUN = {"think": re.compile(r"<think>.*", re.DOTALL), "boxed": re.compile(r"\\boxed\s*\{[^{}]*$")}
+"""What of a form the prompt's end may hold: the model goes on with it."""
 _HASHES = re.compile(r"####\s*-?\$?[0-9][0-9.,]*")
 
 
-def format_score(text: str, form: str) -> float:
-    r"""1.0 where `text` has the form: one `\boxed{}` answer, one after `####`, or one `<think>` block and then text."""
+def format_score(text: str, form: str, begun: str = "") -> float:
+    r"""1.0 where `text` has the form: one `\boxed{}` answer, one after `####`, or one `<think>` block and then text.
+
+    `begun` is what the prompt's end holds of the answer, where a template opens `<think>`, or closes it again.
+    """
+    if form in _BEGUN and (opened := _BEGUN[form].search(begun)):
+        text = opened[0] + text
+    if form == "hashes" and begun.rstrip().endswith("####"):
+        text = "####" + text
     if form == "boxed":
         return float(text.count("\\boxed") == 1 and bool(last_boxed(text)))
     if form == "hashes":
@@ -61,7 +70,7 @@ class WeightedReward:
     def _add(self, item: ScoreItem, score: Score) -> Score:
         if score.failed:
             return score
-        parts = {"accuracy": score.accuracy, "format": format_score(item.solution_str, self._form)}
+        parts = {"accuracy": score.accuracy, "format": format_score(item.solution_str, self._form, item.begun)}
         value = sum(self._weights.get(name, 0.0) * part for name, part in parts.items())
         extra = {**score.extra, **parts, "acc": parts["accuracy"]}
         return replace(score, value=value, extra=extra)  # one without an answer stays unparsable

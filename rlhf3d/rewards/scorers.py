@@ -6,6 +6,7 @@ source without a scorer is an error before the run starts. A scorer's libraries 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,7 @@ def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Sco
     return SCORERS[name]
 
 
+_OPEN_END = re.compile(r"(?:\\boxed\s*\{[^{}]*|####\s*)$")
 WITHOUT_TRUTH = (
     "a row has no ground truth (its reward_model is of style model), so a rule cannot score it; set reward.weights to "
     "{reward_model: 1.0} alone, or give it one"
@@ -127,6 +129,11 @@ class BuiltinReward:
         """Make the scorers of `data_sources` ready."""
         for data_source in self.data_sources:
             scorer_of(data_source, self.scorers).prepare()
+
+    def open_end(self, begun: str) -> str:
+        r"""Of what the prompt's end holds of the answer, the `\boxed{` or `####` that the completion goes on with."""
+        opened = _OPEN_END.search(begun)
+        return opened[0] if opened else ""
 
     def __call__(
         self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None

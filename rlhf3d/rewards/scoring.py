@@ -74,8 +74,10 @@ class ScoreItem:
     """Text of the completion, without the prompt."""
     ground_truth: Any
     extra_info: dict[str, Any] = field(default_factory=dict)
-    messages: Sequence[dict[str, str]] = ()
+    messages: Sequence[dict[str, Any]] = ()
     """The prompt, for a reward model."""
+    begun: str = ""
+    """What the prompt's end holds of the answer: the template's opening, the assistant's own last words."""
 
 
 class RewardError(RuntimeError):
@@ -86,7 +88,8 @@ class RewardFunction(Protocol):
     """What scores one completion: returns a number, a dict with `score`, or a `Score`.
 
     It may also have `score_items(items)`, which scores several in one call and returns as many results; `chunk_size`,
-    how many it wants at most; `prepare()`, called once in each scoring process; `memory_gib`, what one may use.
+    how many it wants at most; `prepare()`, called once in each scoring process; `memory_gib`, what one may use;
+    `open_end(begun)`, what of the prompt's end it reads before the completion.
     """
 
     def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:

@@ -53,7 +53,8 @@ def test_prompts_carry_ids_and_what_scoring_needs(tmp_path: Path, tokenizer: Pre
     files = [write(tmp_path / "1.parquet", ["a b", "c"]), write(tmp_path / "2.parquet", ["d"])]
     dataset = PromptDataset(files, tokenizer, 8)
     assert [p.prompt_ids for p in dataset] == [(1, 4, 5, 3), (1, 6, 3), (1, 7, 3)]
-    assert dataset[2] == Prompt((1, 7, 3), "mine", "0", {"index": 10}, 2, "d", [{"role": "user", "content": "d"}])
+    messages = [{"role": "user", "content": "d"}]
+    assert dataset[2] == Prompt((1, 7, 3), "mine", "0", {"index": 10}, 2, "d", messages, "<assistant>")
     assert (len(dataset), dataset.dropped, dataset.data_sources) == (3, 0, ["mine"])
     assert len(PromptDataset(files, tokenizer, 8, max_samples=2)) == 2
 

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf3d.data.check import check_files
 from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance, write_parquet
+from rlhf3d.data.store import RowStore
 
 
 def row(question: str = "1 + 1?", **extra_info: Any) -> PromptRow:
@@ -101,11 +103,17 @@ def test_a_missing_column_is_named_with_the_fix(tmp_path: Path, column: str) -> 
             {"reward_model": {"ground_truth": None}},
             "row 1: reward_model must be a struct with a ground_truth",
         ),
+        ({"reward_model": "2"}, "row 1: reward_model must be a struct, not str '2'"),
+        ({"extra_info": "level 3"}, "row 1: extra_info must be a struct, not str 'level 3'"),
+        ({"extra_info": [1, 2]}, "row 1: extra_info must be a struct, not list"),
+        ({"ability": 3}, "row 1: ability must be text, not int '3'"),
     ],
 )
 def test_an_unusable_row_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     path = tmp_path / "bad.parquet"
-    rows = [{**GOOD, "prompt": "hi"} if isinstance(changed.get("prompt"), str) else GOOD, {**GOOD, **changed}]
+    # A column has one type: where the change gives it another, both rows have it.
+    mixes = not isinstance(next(iter(changed.values())), dict | type(None)) and changed != {"prompt": []}
+    rows = [{**GOOD, **changed} if mixes else GOOD, {**GOOD, **changed}]
     pq.write_table(pa.Table.from_pylist(rows), path)
     with pytest.raises(ValueError, match=message.replace("row 1", "row [01]")):
         read_parquet(path)
@@ -137,3 +145,41 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 2 has extra_info \['more'\]"):
         write_parquet(late, path, {}, row_group_size=2)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_structs_as_maps_and_as_json_text_load(tmp_path: Path) -> None:
+    maps = pa.array([[("index", "7")]], pa.map_(pa.string(), pa.string()))
+    for name, extra in (("maps", maps), ("text", pa.array(['{"index": "7"}']))):
+        table = pa.Table.from_pylist([GOOD]).append_column("extra_info", extra)
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert read_parquet(tmp_path / f"{name}.parquet")[0].extra_info == {"index": "7"}
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.parquet"
+    broken = pa.array([b"mine", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.Table.from_pylist([GOOD, GOOD]).set_column(0, "data_source", broken), path)
+    wanted = r"latin1\.parquet.*row 1: data_source holds bytes that are not UTF-8"
+    with pytest.raises(ValueError, match=wanted):
+        read_parquet(path)
+    with pytest.raises(ValueError, match=wanted):
+        RowStore([path])[1]
+    (file,) = check_files([path]).files
+    assert file.unreadable == ["row 1: data_source holds bytes that are not UTF-8; write the file again"]
+
+
+def test_a_column_twice_and_damage_are_named(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([GOOD] * 3)
+    pq.write_table(table.append_column("prompt", table.column("prompt")), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: column 'prompt' stands in it 2 times"):
+        read_parquet(tmp_path / "twice.parquet")
+    many = [{**GOOD, "data_source": f"{i}" * 50} for i in range(999)]
+    pq.write_table(pa.Table.from_pylist(many), tmp_path / "d.parquet")
+    damaged = bytearray((tmp_path / "d.parquet").read_bytes())
+    damaged[4:2000] = b"\xff" * 1996
+    (tmp_path / "d.parquet").write_bytes(damaged)
+    for read in (read_parquet, lambda path: RowStore([path]), lambda path: check_files([path])):
+        with pytest.raises(ValueError, match=r"d\.parquet: cannot be read: .* copy or prepare it again"):
+            read(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"no such file|not a parquet file"):
+        read_parquet(tmp_path)

@@ -58,7 +58,7 @@ def test_nothing_is_left_of_an_unpacking_that_fails(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
     write_parquet(rows(5), tmp_path / "t.parquet", {})
 
-    def full(file: object, sink: pa.NativeFile) -> None:
+    def full(file: object, path: Path, sink: pa.NativeFile) -> None:
         sink.write(b"half")
         raise OSError(28, "No space left on device")
 
