@@ -112,6 +112,14 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return inherited
 
 
+def files_of(path: Path) -> list[Path]:
+    """A configuration file and those that it derives from."""
+    found = [path]
+    while isinstance(base := scalars.read(found[-1].read_text(encoding="utf-8-sig")).get("base"), str) and base:
+        found.append(found[-1].parent / Path(str(base)).expanduser())
+    return found
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """`a.b=c` as `{"a": {"b": c}}`, the value read by the type of the key."""
     key, equals, value = text.partition("=")

@@ -6,6 +6,7 @@ Invariant: nothing is started unless --submit is given, and then only after the 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import subprocess
@@ -14,8 +15,13 @@ from typing import Annotated
 
 import typer
 
+from rlhf3d.options import refuse_unused
+from rlhf3d.paths import check_output
+from rlhf3d.terminal import tell
+
 
 def launch(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(help="local, slurm, kuberay, skypilot or ssh.")],
     config: Annotated[str, typer.Argument(help="YAML file, as the job will find it from its working folder.")],
     overrides: Annotated[
@@ -53,11 +59,24 @@ def launch(
     """Write the job file that runs CONFIG on a cluster; refuse a CONFIG that does not fit the nodes."""
     from rlhf3d.launch.job import Options, make_job, parse_duration
     from rlhf3d.launch.render import render, target_of
+    from rlhf3d.launch.rules import USED_BY
 
     command = target_of(target).submit
+    for option, targets in USED_BY.items():
+        if target not in targets:
+            why = f"`{target}` has no use for it; it is for {', '.join(targets)}"
+            refuse_unused(context, [option], why)
+    if image is not None:
+        refuse_unused(context, ["venv"], "--image has its own environment")
+    if time is None and target != "slurm":
+        refuse_unused(context, ["grace"], "it is the end of --time")
+    check_output("--output", output, is_file=True)
     pairs = [pair.partition("=") for pair in env or ()]
-    if wrong := [name for name, equals, _ in pairs if not (equals and name.isidentifier())]:
+    if wrong := [name for name, equals, _ in pairs if not (equals and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name))]:
         raise ValueError(f"--env {wrong[0]}: expected NAME=VALUE")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--env {max(names, key=names.count)}: given twice")
     options = Options(
         rehearse=rehearse,
         name=name,
@@ -83,16 +102,25 @@ def launch(
         env={name: value for name, _, value in pairs},
     )
     text = render(target, make_job(target, config, overrides or [], options))
+    if target == "kuberay" and Path(config).is_absolute() and not Path(config).is_relative_to(mount):
+        tell(f"note: the pods look for {config} at that path, and have --mount {mount} alone: give a path in it")
     if output is None:
         if submit:
             raise ValueError("--submit needs --output FILE: the job file is kept beside the job")
         typer.echo(text, nl=False)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    _write(output, text)
     typer.echo(f"wrote {output}; {'running' if submit else 'submit it with'}: {shlex.join([*command, str(output)])}")
     if submit:
         _submit([*command, str(output)])
+
+
+def _write(path: Path, text: str) -> None:
+    """For nobody else's eyes: --env may hold a password."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
 
 
 def _submit(command: list[str]) -> None:

@@ -6,17 +6,20 @@ configuration, starts nothing.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from rlhf3d.config.checks import check
+from rlhf3d.config.checks import check, value_of
 from rlhf3d.config.groups import device_terms, worker_groups
-from rlhf3d.config.load import ConfigError, load_config
+from rlhf3d.config.load import PATHS, ConfigError, files_of, load_config
 from rlhf3d.config.schema import Config
+from rlhf3d.launch.rules import check_names, check_shared, default_name, is_below, mounts_of, named_paths
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.resources import place
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
@@ -87,6 +90,10 @@ class Job:
     image: str | None
     venv: str
     workdir: str
+    mounts: tuple[str, ...]
+    """Folders that a container of Slurm needs beside the working folder."""
+    made: tuple[str, ...]
+    """Those of them that the job makes."""
     volume: str | None
     mount: str
     time_s: int | None
@@ -115,12 +122,21 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if problems := [*check(config), *_check_nodes(config, gpus, options), *_check_target(target, config, options)]:
         raise ConfigError(problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each")
     time_s = _time_s(config, options)
+    workdir = options.workdir or _workdir(target, options)
+    if target == "slurm":  # which expands no ~
+        workdir = os.path.expanduser(workdir)
+    mounts: tuple[str, ...] = ()
+    if in_container := target == "slurm" and options.image is not None:
+        workdir = os.path.abspath(workdir)
+        mounts = mounts_of(config, workdir, files_of(Path(path)))
     places = [f"cluster.platform={config.cluster.platform}", f"cluster.num_nodes={nodes}"]
     places += [f"cluster.gpus_per_node={gpus}"] if gpus else []
-    if time_s is not None and config.trainer.max_wall_clock_s is None and target in ("kuberay", "skypilot"):
+    if time_s is not None and config.trainer.max_wall_clock_s is None and target != "slurm":
         places.append(f"trainer.max_wall_clock_s={max(1, time_s - config_startup_s(config) - options.grace_s)}")
+    if in_container:
+        places += _without_home(config)
     return Job(
-        name=options.name or _dns_name(Path(path).stem),
+        name=options.name or default_name(target, path),
         command=("rlhf3d", "rehearse" if options.rehearse else "train", path, *overrides, *places),
         nodes=nodes,
         gpus_per_node=gpus,
@@ -130,7 +146,9 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         gpu_type=options.gpu_type,
         image=options.image,
         venv=options.venv,
-        workdir=options.workdir or _workdir(target, options),
+        workdir=workdir,
+        mounts=mounts,
+        made=tuple(folder for folder in mounts if folder in _written(config, workdir)),
         volume=options.volume,
         mount=options.mount,
         time_s=time_s,
@@ -186,6 +204,30 @@ def _processes(config: Config) -> list[int]:
     return [int(bundle["CPU"]) for bundle in placed.bundles]
 
 
+def _processes_beside_gpus(config: Config, gpus: int) -> int:
+    """Ranks that share the GPUs of a node."""
+    rollout = config.rollout
+    colocated = [group for group in worker_groups(config) if group.colocated]
+    return gpus * (len(colocated) + (rollout.placement == "colocated"))
+
+
+def _written(config: Config, workdir: str) -> set[str]:
+    """Folders that the run makes."""
+    keys = ("trainer.output_dir", "data.cache_dir")
+    return {named.path for named in named_paths(config, workdir) if named.key in keys}
+
+
+def _without_home(config: Config) -> list[str]:
+    """Overrides that say what ~ is here: a container's home folder is another."""
+    home, said = os.path.expanduser("~"), []
+    for key in PATHS:
+        value = value_of(config, key)
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(text is not None and is_below(text, home) and text.startswith("/") for text in texts):
+            said.append(f"{key}={json.dumps(value) if isinstance(value, tuple) else value}")
+    return said
+
+
 def _cpus_per_node(config: Config, target: str, gpus: int) -> int | None:
     if not gpus:
         return max(_processes(config))
@@ -208,6 +250,12 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
         if len(processes) < nodes:
             problems.append(f"{nodes - len(processes)} of {nodes} node(s) would have no training rank; ask for fewer")
         return problems
+    cores, needed_cores = options.cpus_per_node, _processes_beside_gpus(config, gpus)
+    if cores and needed_cores > cores:
+        problems.append(
+            f"--cpus-per-node {cores}: {gpus} GPUs hold {needed_cores} training and engine ranks, each with a core; "
+            f"give {needed_cores} or more"
+        )
     if rollout.tensor_parallel_size > gpus:
         problems.append(
             f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: an engine's ranks must be on one node, "
@@ -232,7 +280,7 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
 def _check_target(target: str, config: Config, options: Options) -> list[str]:
     """What a target needs to know, and where it can write."""
     nodes, output = config.cluster.num_nodes, config.trainer.output_dir
-    problems = []
+    problems = list(check_names(target, options))
     if target == "local" and nodes > 1:
         problems.append(f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh")
     if target in ("local", "ssh") and options.image:
@@ -247,6 +295,8 @@ def _check_target(target: str, config: Config, options: Options) -> list[str]:
         problems.append("--gpu-type: SkyPilot needs the GPU's name, such as H100")
     if target in ("kuberay", "skypilot"):
         workdir = Path(options.workdir or _workdir(target, options))
+        if not options.rehearse:  # which makes a model and prompts where it finds none
+            problems += check_shared(target, config, str(workdir), options.mount)
         if not (workdir / output).is_relative_to(options.mount):
             problems.append(
                 f"trainer.output_dir = {output}: not under --mount {options.mount}, so it would be lost with its node "
@@ -277,8 +327,3 @@ def _time_s(config: Config, options: Options) -> int | None:
 def _workdir(target: str, options: Options) -> str:
     """The folder in which the job runs: here, or where a container or a rented machine has the project's files."""
     return {"kuberay": options.mount, "skypilot": "~/sky_workdir"}.get(target) or str(Path.cwd())
-
-
-def _dns_name(text: str) -> str:
-    """A name that Kubernetes, Slurm and SkyPilot take."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "rlhf3d"

@@ -51,7 +51,7 @@ def render(target: str, job: Job) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"sh": shlex.quote, "words": shlex.join, "yaml": json.dumps, "slurm_time": slurm_time}
-    environment.filters["sh_path"] = sh_path
+    environment.filters |= {"sh_path": sh_path, "kubernetes": kubernetes_text, "mounts": mounts}
     return environment.get_template(target_of(target).template).render(job=job, target=target)
 
 
@@ -59,6 +59,16 @@ def slurm_time(seconds: int) -> str:
     """Seconds as D-HH:MM:SS."""
     minutes, rest = divmod(seconds, 60)
     return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:{rest:02}"
+
+
+def kubernetes_text(value: str) -> str:
+    """A text for `env`, in which Kubernetes expands $(NAME) and takes $$ for $."""
+    return value.replace("$", "$$")
+
+
+def mounts(folders: tuple[str, ...]) -> str:
+    """More folders after the first in --container-mounts, each at its own path."""
+    return shlex.quote("".join(f",{folder}:{folder}" for folder in folders)) if folders else ""
 
 
 def sh_path(path: str) -> str:

@@ -24,6 +24,9 @@ from rlhf3d.processes import deaf_to_signals, find_marked, marked
 
 OBJECT_STORE_BYTES = 256 << 20
 NEEDED = ("raylet", "gcs_server")
+SOCKET_PATH_BYTES = 107
+SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12")
+"""What Ray adds to its temporary folder."""
 LOOK_S = 0.5
 UNWIND_S = 10.0
 """For the driver to come out of its wait on a Ray that has ended."""
@@ -51,6 +54,7 @@ class RayHere:
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=short_temporary_folder(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
@@ -109,6 +113,12 @@ class RayHere:
         for process in find_marked(self._mark):
             with suppress(psutil.Error):
                 process.kill()
+
+
+def short_temporary_folder() -> str | None:
+    """Ray's own choice (None) where its sockets' paths stay within what the kernel takes, else the usual folder."""
+    chosen = os.path.join(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+    return None if len(os.fsencode(chosen)) + SESSION_BYTES <= SOCKET_PATH_BYTES else "/tmp/ray"
 
 
 def _log(message: dict[str, Any], **_: object) -> None:

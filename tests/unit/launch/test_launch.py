@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -17,6 +20,7 @@ from rlhf3d import cli
 from rlhf3d.config.load import ConfigError, load_config
 from rlhf3d.launch.job import Options, make_job, parse_duration
 from rlhf3d.launch.render import TARGETS, render, slurm_time
+from rlhf3d.launch.rules import default_name
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 
 ROOT = Path(__file__).parents[3]
@@ -224,3 +228,148 @@ def test_local_runs_the_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 75, done.stderr
     assert f"{tmp_path} deep blue train configs/quickstart.yaml cluster.platform=cpu" in done.stdout
+
+
+def errors_by_schema(text: str) -> list[str]:
+    """What the Kubernetes API, which refuses unknown fields, would find in a RayJob."""
+    return [
+        f"{'/'.join(map(str, error.path))}: {error.message}"
+        for error in jsonschema.Draft7Validator(RAYJOB_SCHEMA).iter_errors(yaml.safe_load(text))
+    ]
+
+
+def as_strict_schema(node: Any) -> Any:
+    """An OpenAPI schema of a CustomResourceDefinition as JSON Schema, unknown fields being errors."""
+    if isinstance(node, list):
+        return [as_strict_schema(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    strict = {key: as_strict_schema(value) for key, value in node.items()}
+    if node.get("x-kubernetes-int-or-string") is True:
+        strict = {"type": ["integer", "string"]}
+    if isinstance(node.get("properties"), dict) and "additionalProperties" not in node:
+        strict["additionalProperties"] = False
+    return strict
+
+
+RAYJOB_SCHEMA = as_strict_schema(yaml.safe_load((GOLDEN.parent / "rayjob_schema.yaml").read_text()))
+RAYJOB_SCHEMA["properties"]["metadata"] = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--queue", "team", "--namespace", "ml", "--memory-gib-per-node", "64", "--time", "4h"), ("--rehearse",)],
+)
+def test_rayjobs_are_what_the_operator_takes(more: tuple[str, ...]) -> None:
+    text = launch("kuberay", "configs/math.yaml", SHARED, "--image", "i", "--volume", "v", "--nodes", "1", *more).stdout
+    assert errors_by_schema(text) == []
+    broken = text.replace("rayClusterSpec", "rayClusterspec").replace("backoffLimit: 3", "backoffLimit: many")
+    assert len(errors_by_schema(broken)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("base_math", "base-math"),
+        ("7b_math", "run-7b-math"),
+        ("grpo_qwen2_5_7b_instruct_math_lighteval_clip_higher_v3", "grpo-qwen2-5-7b-instruct-math-lighteval-c"),
+        ("x" * 40 + "_y", "x" * 40),
+        ("__final__", "final"),
+        ("実験", "rlhf3d"),
+    ],
+)
+def test_names_by_the_configuration(stem: str, expected: str) -> None:
+    """With the suffix of generateName at most 47 characters, and a DNS-1035 label."""
+    assert default_name("kuberay", f"some/{stem}.yaml") == expected
+    assert len(f"{expected}-abcde") <= 47 and re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", expected)
+
+
+POD = ("kuberay", "configs/math.yaml", SHARED, "--image", "i", "--volume", "v")
+SLURM = ("slurm", "configs/math.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((*POD, "--name", "My_Job"), "--name 'My_Job': `kuberay` takes a lower-case letter, then lower-case letters"),
+        ((*POD, "--name", "7b"), "--name '7b'"),
+        ((*POD, "--name", "x" * 42), "at most 41 characters"),
+        ((*POD, "--namespace", "Name Space"), "--namespace 'Name Space'"),
+        ((*POD, "--queue", "Q 1"), "--queue 'Q 1'"),
+        ((*POD[:5], "--volume", "My Claim"), "--volume 'My Claim'"),
+        ((*POD, "--mount", "shared"), "--mount shared: expected an absolute path"),
+        ((*POD, "--workdir", "~/exp"), "--workdir ~/exp: expected an absolute path of the pods"),
+        ((*POD, "--image", "a\nb"), "--image 'a\\nb': expected text in one line"),
+        ((*POD, "--partition", "gpu"), "--partition would be ignored: `kuberay` has no use for it; it is for slurm"),
+        ((*POD, "--venv", "env"), "--venv would be ignored: `kuberay` has no use for it"),
+        ((*POD, "--port", "6379"), "--port would be ignored"),
+        ((*POD, "--grace", "60s"), "--grace would be ignored: it is the end of --time"),
+        ((*POD, "--env", "A-B=c"), "--env A-B: expected NAME=VALUE"),
+        ((*POD, "--env", "A=1", "--env", "A=2"), "--env A: given twice"),
+        ((*POD, "model.path=/data/m"), "model.path = /data/m: not under --mount /shared, which is all that the nodes"),
+        ((*POD, "data.val_files=[/data/v.parquet]"), "data.val_files = /data/v.parquet: not under --mount /shared"),
+        ((*SLURM, "--name", "a/b"), "--name 'a/b': `slurm` takes letters, digits"),
+        ((*SLURM, "--name", "x\ntouch y"), "--name 'x\\ntouch y'"),
+        ((*SLURM, "--image", "i", "--venv", "e"), "--venv would be ignored: --image has its own environment"),
+        (
+            (*SLURM, "--volume", "v"),
+            "--volume would be ignored: `slurm` has no use for it; it is for kuberay, skypilot",
+        ),
+        ((*SLURM, "--grace", "0s"), "--grace 0: the run would not be told"),
+        ((*SLURM, "--cpus-per-node", "1"), "--cpus-per-node 1: 8 GPUs hold 16 training and engine ranks"),
+        ((*SLURM, "--image", "i", "model.path=/a,b/m"), "/a,b/m cannot be mounted into a container"),
+        (("ssh", *SLURM[1:], "--hosts", "-oProxyCommand=x"), "--hosts '-oProxyCommand=x'"),
+        (("ssh", *SLURM[1:], "--hosts", "a,a"), "a host is there twice"),
+        (("local", *SLURM[1:], "--retries", "2"), "--retries would be ignored"),
+    ],
+)
+def test_rules_of_a_target(arguments: tuple[str, ...], told: str) -> None:
+    assert told in refusal(*arguments)
+
+
+def test_a_container_has_what_the_configuration_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "base.yaml").write_text(f"base: {ROOT}/configs/math.yaml\n")
+    overrides = (
+        "trainer.output_dir=/scratch/me/runs/math",
+        "model.path=/data/models/Qwen 2",
+        "data.train_files=[/data/math/train.parquet, data/own.parquet]",
+        "custom_reward_function.path=/data/math/rewards/mine.py",
+        "data.cache_dir=~/cache",
+    )
+    place = ("--image", "i", "--workdir", "/home/me/exp")
+    text = launch("slurm", str(tmp_path / "base.yaml"), *overrides, *place).stdout
+    folders = ["/data/math", "/data/models/Qwen 2", "/home/me/cache", "/scratch/me/runs/math"]
+    folders = sorted([*folders, str(tmp_path), f"{ROOT}/configs"])
+    (line,) = [line for line in text.splitlines() if "--container-image" in line]
+    assert f"--container-mounts=\"$PWD:$PWD\"'{''.join(f',{f}:{f}' for f in folders)}'" in line
+    assert "mkdir -p /home/me/cache /scratch/me/runs/math\n" in text
+    assert words_of(next(line for line in text.splitlines() if "rlhf3d train" in line and line[0] == " ")[:-1])[-2] == (
+        "data.cache_dir=/home/me/cache"
+    )
+    assert "#SBATCH --chdir=/home/me/exp\n" in launch("slurm", "configs/math.yaml", "--workdir", "~/exp").stdout
+
+
+def test_home_is_the_machines_where_a_shell_expands_it() -> None:
+    text = launch("ssh", *SLURM[1:], "--hosts", "a", "--workdir", "~/my exp", "--venv", "~/env").stdout
+    assert "cd ~/'my exp' || exit 1\n" in text and "source ~/env/bin/activate\n" in text
+
+
+def test_a_secret_reaches_the_pods_as_it_is_and_nobody_else(tmp_path: Path) -> None:
+    """Kubernetes takes $$ for $ and expands $(NAME)."""
+    output = tmp_path / "job.yaml"
+    output.write_text("")
+    output.chmod(0o644)
+    assert launch(*POD, "--env", "PASSWORD=a$$b$(HOME)c$d", "--output", str(output)).exit_code == 0
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600
+    (container,) = yaml.safe_load(output.read_text())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
+        "containers"
+    ]
+    value = next(item["value"] for item in container["env"] if item["name"] == "PASSWORD")
+    assert value == "a$$$$b$$(HOME)c$$d"
+
+
+def test_the_time_limit_is_every_targets(tmp_path: Path) -> None:
+    for target in ("local", "ssh"):
+        options = Options(gpus_per_node=0, time_s=3600, hosts=("a",))
+        assert "trainer.max_wall_clock_s=3000" in make_job(target, "configs/quickstart.yaml", [], options).command

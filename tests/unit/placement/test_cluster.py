@@ -26,3 +26,12 @@ def test_kills_those_that_do_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         ray_here.wait_until_gone([psutil.Process(stuck.pid)])
     assert not psutil.pid_exists(stuck.pid)
     assert str(stuck.pid) in caplog.text
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_sockets_have_short_paths_whatever_the_temporary_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, "/scratch/local/me")
+    assert ray_here.short_temporary_folder() is None
+    monkeypatch.setenv(name, "/scratch/local/slurm/job-12345678/some-user/tmp")
+    assert ray_here.short_temporary_folder() == "/tmp/ray"

@@ -13,7 +13,8 @@ export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 
 
 workers=(node-2)
 port=6379
-ray_files=/tmp/rlhf3d-$port-$(hostname)
+# Short, whatever the host is called: sockets' paths below it have 107 characters at most.
+ray_files=/tmp/rlhf3d-$port-$(hostname | cksum | cut -d ' ' -f 1)
 ray=(--block --disable-usage-stats --temp-dir="$ray_files")
 ray+=(--num-gpus=4)
 
@@ -69,7 +70,7 @@ for host in "${workers[@]}"; do
 done
 
 # The run waits until all nodes are there (cluster.startup_timeout_s) and names those that are not.
-rlhf3d train configs/math.yaml trainer.output_dir=/shared/runs/math cluster.platform=cuda cluster.num_nodes=2 cluster.gpus_per_node=4 cluster.ray_address="$head_ip:$port" &
+rlhf3d train configs/math.yaml trainer.output_dir=/shared/runs/math cluster.platform=cuda cluster.num_nodes=2 cluster.gpus_per_node=4 trainer.max_wall_clock_s=13800 cluster.ray_address="$head_ip:$port" &
 driver=$!
 trap 'kill -s USR1 "$driver"' USR1
 trap 'kill -s TERM "$driver"' TERM
