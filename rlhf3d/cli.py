@@ -282,6 +282,9 @@ def rehearse(
     output: Annotated[Path | None, typer.Option(help="Folder, made anew; default rehearsals/CONFIG.")] = None,
     max_ranks: Annotated[int, typer.Option(min=1, help="At most so many training processes.")] = MAX_RANKS,
     model_config: Annotated[Path | None, typer.Option(help="Folder with config.json, if not model.path.")] = None,
+    as_gpu: Annotated[
+        bool, typer.Option("--as-gpu", help="One device a rank, and the order and rules of GPUs and NCCL.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")] = False,
 ) -> None:
     """Run a job in miniature on CPU: same layouts and code path, two steps, saved and resumed.
@@ -296,7 +299,7 @@ def rehearse(
     check_output("--output", folder)
     if not (folder / "job.yaml").is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are no rehearsal: name another --output")
-    miniature = prepare(config, overrides or [], folder, max_ranks, model_config)
+    miniature = prepare(config, overrides or [], folder, max_ranks, model_config, as_gpu)
     typer.echo(f"miniature  {miniature.summary}")
     for note in miniature.notes:
         typer.echo(f"otherwise  {note}")

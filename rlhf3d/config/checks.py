@@ -50,7 +50,7 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "reward_model.placement": PLACEMENTS,
     "reward_model.overlong": ("error", "truncate_left"),
     "reward.method": ("flexible", "strict"),
-    "cluster.platform": ("auto", "cpu", "cuda"),
+    "cluster.platform": ("auto", "cpu", "cuda", "as_gpu"),
 }
 LAYOUT_SIZES = "tp cp pp dp vpp ep first_stage_layers last_stage_layers".split()
 AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES] + (

@@ -442,7 +442,7 @@ class ClusterConfig:
     """Where the ranks run."""
 
     platform: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu or cuda; as_gpu: CPU processes under the rules of GPUs, for `rlhf3d rehearse --as-gpu`."""
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one for this run."""
     num_nodes: int = 1

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rlhf3d.models.weights import SpecStyle
     from rlhf3d.resharding.sites import Sites
 
+Backend = Literal["gloo", "nccl", "nccl_rules"]
+"""Back ends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
 _GIB = 1 << 30
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -36,7 +38,7 @@ class Platform(ABC):
 
     kind: ClassVar[str]
     """cpu or cuda."""
-    dist_backend: ClassVar[Literal["gloo", "nccl"]]
+    dist_backend: ClassVar[Backend]
     """torch.distributed back end."""
     spec_style: ClassVar[SpecStyle]
     """Whose parameter names `layer_spec` gives rise to."""
@@ -61,6 +63,15 @@ class Platform(ABC):
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
         """Device of the rank with this number on its node."""
+
+    def pretended_devices(self, needed: int) -> int | None:
+        """How many GPUs a Ray started on this machine is told of; None: those it finds."""
+        return None
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Further arguments of `VLLMEngine`."""
+        return {}
 
     def prepare_worker(self, local_rank: int, threads: int) -> None:
         """First call in a worker, before Megatron is imported: environment, threads, device, patches."""
@@ -114,7 +125,7 @@ class CPUPlatform(Platform):
     """Processes with gloo; Megatron's local layers with torch's own attention."""
 
     kind = "cpu"
-    dist_backend = "gloo"
+    dist_backend: ClassVar[Backend] = "gloo"
     spec_style = "local"
     resource = "CPU"
     head_chunk_elements = 1 << 24
@@ -185,7 +196,7 @@ class CUDAPlatform(Platform):
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
         from rlhf3d.resharding.sites import Sites
 
-        return Sites(tuple(range(len(node_of_rank))), tuple(node_of_rank))
+        return Sites.one_each(node_of_rank)
 
     def device(self, local_rank: int) -> torch.device:
         import torch
@@ -261,11 +272,15 @@ def use_torchs_cudnn() -> None:
 
 
 def choose_platform(requested: str) -> Platform:
-    """The platform for `cluster.platform`: auto, cpu or cuda. ValueError when it cannot be had here."""
+    """The platform for `cluster.platform`: auto, cpu, cuda or as_gpu. ValueError when it cannot be had here."""
     if requested == "cpu":
         return CPUPlatform(reason="cluster.platform=cpu")
+    if requested == "as_gpu":
+        from rlhf3d.parallel.as_gpu import AsGPUPlatform
+
+        return AsGPUPlatform(reason="cluster.platform=as_gpu")
     if requested not in ("auto", "cuda"):
-        raise ValueError(f"cluster.platform={requested!r} is not one of auto, cpu, cuda")
+        raise ValueError(f"cluster.platform={requested!r} is not one of auto, cpu, cuda, as_gpu")
     import torch
 
     if torch.cuda.is_available():

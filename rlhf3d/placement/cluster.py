@@ -38,9 +38,13 @@ LOSS_S = 90.0
 
 @contextmanager
 def ray_cluster(
-    config: ClusterConfig, local_cpus: int, on_sigterm: Callable[[int, FrameType | None], None] | None = None
+    config: ClusterConfig,
+    local_cpus: int,
+    on_sigterm: Callable[[int, FrameType | None], None] | None = None,
+    local_gpus: int | None = None,
 ) -> Iterator[None]:
-    """A Ray session; `local_cpus` logical CPUs when it is started here. SIGTERM without a handler is as Ctrl-C."""
+    """A Ray session; when it is started here, of `local_cpus` logical CPUs and `local_gpus` GPUs (None: those it
+    finds). SIGTERM without a handler is as Ctrl-C."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     heard = on_sigterm or _interrupt
@@ -49,7 +53,7 @@ def ray_cluster(
     try:
         try:
             if config.ray_address is None:
-                own.start(local_cpus, config.startup_timeout_s)
+                own.start(local_cpus, local_gpus, config.startup_timeout_s)
             else:
                 join(config.ray_address, config.startup_timeout_s)
                 wait_for_nodes(config.num_nodes, config.startup_timeout_s)

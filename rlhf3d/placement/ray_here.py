@@ -42,8 +42,8 @@ class RayHere:
         self._needed: dict[str, psutil.Process] = {}
         self._closing = threading.Event()
 
-    def start(self, cpus: int, timeout_s: float) -> None:
-        """Start Ray with `cpus` logical CPUs, connect to it, and watch it."""
+    def start(self, cpus: int, gpus: int | None, timeout_s: float) -> None:
+        """Start Ray with `cpus` logical CPUs and `gpus` GPUs (None: those it finds), connect to it, and watch it."""
         assert hasattr(ray_driver, "print_to_stdstream"), (
             "Ray no longer prints its nodes' messages by print_to_stdstream"
         )
@@ -52,6 +52,7 @@ class RayHere:
         with marked() as self._mark, deaf_to_signals(), bounded("start Ray on this machine", timeout_s):
             ray.init(
                 num_cpus=cpus,
+                num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=short_temporary_folder(),

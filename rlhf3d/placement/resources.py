@@ -39,6 +39,11 @@ class Placement:
         """CPUs of all bundles."""
         return int(sum(bundle["CPU"] for bundle in self.bundles))
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of all bundles."""
+        return int(sum(bundle.get("GPU", 0.0) for bundle in self.bundles))
+
 
 def place(
     platform: Platform, groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, colocated: bool, nodes: int
@@ -48,7 +53,7 @@ def place(
 
     Raises ValueError for a group that has more ranks than the actor's to share devices with.
     """
-    if platform.kind == "cpu":
+    if platform.resource == "CPU":
         return _place_on_hosts(groups, engines, engine_ranks, nodes)
     sharing = {group.name for group in groups if group is groups[0] or group.colocated}
     sharing |= {"engine"} if colocated else set()
@@ -101,7 +106,7 @@ def _place_on_hosts(groups: Sequence[WorkerGroup], engines: int, engine_ranks: i
 
 def place_engines(platform: Platform, engines: int, engine_ranks: int) -> Placement:
     """Placement of engines alone, each whole on a node."""
-    resources = {"CPU": 1.0} | ({"GPU": 1.0} if platform.kind != "cpu" else {})
+    resources = {"CPU": 1.0} | ({"GPU": 1.0} if platform.resource == "GPU" else {})
     options: dict[str, Any] = {f"num_{kind.lower()}s": amount for kind, amount in resources.items()}
     bundle = {kind: amount * engine_ranks for kind, amount in resources.items()}
     return Placement(

@@ -21,6 +21,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant, and you think.<|im_end|>\n"
+"""Before CHAT_TEMPLATE in a miniature whose model has none of its own: prompts begin alike, as those of most models."""
 STAND_IN_ROWS = 64
 
 
@@ -74,9 +76,9 @@ def write_model(folder: Path, shape: Mapping[str, Any], original: Path, seed: in
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     template = original / "chat_template.jinja"
-    byte_tokenizer(shape["vocab_size"], template.read_text() if template.is_file() else CHAT_TEMPLATE).save_pretrained(
-        folder
-    )
+    byte_tokenizer(
+        shape["vocab_size"], template.read_text() if template.is_file() else SYSTEM + CHAT_TEMPLATE
+    ).save_pretrained(folder)
 
 
 def write_prompts(files: Sequence[str], folder: Path, rows: int, seed: int) -> tuple[tuple[str, ...], list[str]]:

@@ -51,14 +51,21 @@ class RehearsalFailed(RuntimeError):
 
 
 def prepare(
-    path: Path, overrides: Sequence[str], folder: Path, max_ranks: int, shape_folder: Path | None = None
+    path: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    max_ranks: int,
+    shape_folder: Path | None = None,
+    as_gpu: bool = False,
 ) -> Miniature:
     """Write the miniature of a job into `folder`.
 
-    `shape_folder` holds the model's config.json, where model.path is not here. Raises ValueError (ConfigError) for what
-    is wrong with the job itself.
+    `shape_folder` holds the model's config.json, where model.path is not here; `as_gpu` has it run under the rules of
+    GPUs. Raises ValueError (ConfigError) for what is wrong with the job itself.
     """
     config = load_config(path, overrides, files=False)
+    if as_gpu and config.cluster.ray_address is not None:
+        raise ValueError("--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu")
 
     def beside(model: str) -> list[Path]:
         return [Path(model), path.parent / "models" / Path(model).name]
@@ -79,7 +86,7 @@ def prepare(
             problems.append(f"{key} = {file}: no such Python file")
     if problems:
         raise ConfigError(problems)
-    shrunk, seed = shrink_config(config, shape, max_ranks, reward_shape), config.trainer.seed
+    shrunk, seed = shrink_config(config, shape, max_ranks, reward_shape, as_gpu), config.trainer.seed
     for old in ("model", "reward_model", "train", "val"):
         shutil.rmtree(folder / old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ HEAD_DIM = 32
 VOCAB = 320
 """At least so many ids: all bytes, and special tokens."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 8
+AS_GPU_PROMPT_TOKENS = 192
+"""Of bytes: the start that a chat template gives all prompts is longer than a block of the prefix cache, as on GPUs."""
 MAX_RANKS = 16
 """At most so many training processes, unless the user says otherwise."""
 ENGINE_RANKS = 4
@@ -132,10 +134,14 @@ def _congruent(least: int, value: int, modulus: int) -> int:
 
 
 def shrink_config(
-    config: Config, model: Mapping[str, Any], room: int, reward: Mapping[str, Any] | None = None
+    config: Config,
+    model: Mapping[str, Any],
+    room: int,
+    reward: Mapping[str, Any] | None = None,
+    as_gpu: bool = False,
 ) -> Shrunk:
     """The miniature job on at most `room` training ranks; `model` and `reward` are the `config.json` of the job's model
-    and reward model."""
+    and reward model. With `as_gpu` each rank of the actor has a device that other groups and engines share."""
     spec = parse_config(dict(model), config.model.path)
     changes: list[Change] = []
 
@@ -148,6 +154,9 @@ def shrink_config(
     own_room = max(1, room // (2 + apart))  # of each group beside the actor's
     at_most = f"at most {room} training ranks"
     layout = cut_layout(config.actor.layout, room - apart * own_room, spec.num_layers)
+    devices = parallel_layout(layout).world_size
+    if as_gpu:
+        own_room = min(own_room, devices)
     note("actor.layout", _text(config.actor.layout), _text(layout), at_most)
     if critic_layout is not None and with_critic:
         critic_layout = cut_layout(critic_layout, own_room, spec.num_layers)
@@ -157,8 +166,13 @@ def shrink_config(
         reward_model, small_reward = _shrink_reward(reward_model, reward, own_room)
         note("reward_model.layout", _text(config.reward_model.layout), _text(reward_model.layout), at_most)
     rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
-    engines = max(1, min(config.rollout.engines, 2, ENGINE_RANKS // rollout_tp))
-    note("rollout.engines", config.rollout.engines, engines, f"at most {ENGINE_RANKS} vLLM processes")
+    of_engines = ENGINE_RANKS
+    if as_gpu and config.rollout.placement == "colocated":
+        of_engines = min(ENGINE_RANKS, devices)
+    while rollout_tp > of_engines:
+        rollout_tp = _divided(rollout_tp)
+    engines = max(1, min(config.rollout.engines, 2, of_engines // rollout_tp))
+    note("rollout.engines", config.rollout.engines, engines, f"at most {of_engines} vLLM processes")
     note("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same")
 
     layout, layers = shrink_layout(layout, spec.num_layers)
@@ -171,7 +185,9 @@ def shrink_config(
         note("algorithm.filter_groups.enable", True, False, "completions of random weights score alike")
     nodes = 1 if config.cluster.ray_address is None else config.cluster.num_nodes
     note("cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster")
-    note("cluster.platform", config.cluster.platform, "cpu", "without GPUs")
+    platform = "as_gpu" if as_gpu else "cpu"
+    note("cluster.platform", config.cluster.platform, platform, "without GPUs")
+    prompt_tokens = AS_GPU_PROMPT_TOKENS if as_gpu else PROMPT_TOKENS
     batches, n = _batches(config, [layout] if critic_layout is None else [layout, critic_layout])
     small = replace(
         config,
@@ -179,9 +195,9 @@ def shrink_config(
             config.data,
             train_batch_size=batches["train"],
             gen_batch_size=None,
-            max_prompt_length=min(config.data.max_prompt_length, PROMPT_TOKENS),
+            max_prompt_length=min(config.data.max_prompt_length, prompt_tokens),
             max_response_length=min(config.data.max_response_length, RESPONSE_TOKENS),
-            overlong_prompts="truncate_left",
+            overlong_prompts="truncate_right" if as_gpu else "truncate_left",
             val_max_samples=2,
         ),
         actor=replace(
@@ -190,7 +206,7 @@ def shrink_config(
             optim=_early(config.actor.optim),
             ppo_mini_batch_size=batches["actor"],
             ppo_micro_batch_size_per_gpu=1,
-            ppo_max_token_len_per_gpu=2 * (PROMPT_TOKENS + RESPONSE_TOKENS),
+            ppo_max_token_len_per_gpu=2 * (prompt_tokens + RESPONSE_TOKENS),
         ),
         critic=replace(
             config.critic,
@@ -227,7 +243,7 @@ def shrink_config(
             max_wall_clock_s=None,
         ),
         reward_model=reward_model,
-        cluster=replace(config.cluster, platform="cpu", num_nodes=nodes, threads_per_rank=1),
+        cluster=replace(config.cluster, platform=platform, num_nodes=nodes, threads_per_rank=1),
     )
     return Shrunk(small, small_model, small_reward, changes)
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from rlhf3d.models.boxes import volume
 from rlhf3d.parallel.meeting import host_meeting
+from rlhf3d.parallel.nccl_rules import NCCLRules
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
@@ -44,11 +45,15 @@ class Group:
         self._lost: str | None = None
         if backend == "gloo":
             self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
-        else:
+            return
+        # One communicator for all messages: else a lone message takes one of its pair's, where its peer's message,
+        # grouped with others, does not arrive.
+        if backend == "nccl":
             self._group = dist.ProcessGroupNCCL(store, rank, len(names), timeout)
-            # One communicator for all messages: else a lone message takes one of its pair's, where its peer's message,
-            # grouped with others, does not arrive.
             self._group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+        else:
+            self._group = NCCLRules(store, rank, len(names), timeout)
+            self._group.eager_connect_single_device()
 
     def exchange(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
         """Start to send and to receive (tensor, peer); the works in that order.
@@ -59,7 +64,7 @@ class Group:
         """
         if self._lost:
             raise SyncError(self._lost)
-        if self._backend != "nccl" or not (sends or receives):
+        if self._backend == "gloo" or not (sends or receives):
             return self._start(sends, receives)
         self._group._start_coalescing()
         count = len(self._start(sends, receives))
@@ -93,7 +98,7 @@ class Group:
     def _completed(self, work: Any, deadline: float) -> bool:
         """Wait for a work; whether it ended in time. Raises RuntimeError where it failed."""
         left_s = deadline - time.monotonic()
-        if left_s <= 0 or self._backend != "nccl":
+        if left_s <= 0 or self._backend == "gloo":
             return left_s > 0 and work.wait(timedelta(seconds=left_s))
         pause_s = FIRST_PAUSE_S
         while not work.is_completed():  # NCCL's own wait with a deadline looks once a millisecond

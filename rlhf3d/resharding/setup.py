@@ -20,7 +20,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import LocalParam, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.parallel.platform import Platform
+from rlhf3d.parallel.platform import Backend, Platform
 from rlhf3d.resharding.buckets import Bucket, Copy, copies_to, plan_buckets
 from rlhf3d.resharding.plan import ReshardPlan
 from rlhf3d.resharding.sites import Sites
@@ -104,7 +104,7 @@ class SyncSetup:
     expert_parallel: bool = False
     colocated: bool = True
     """Whether engines share devices with training ranks; else they have devices of their own."""
-    backend: Literal["gloo", "nccl"] = "gloo"
+    backend: Backend = "gloo"
     """What carries messages; with nccl, buckets and messages are in GPU memory."""
 
     @property

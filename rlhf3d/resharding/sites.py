@@ -30,8 +30,12 @@ class Sites:
     @classmethod
     def gpus(cls, world_size: int, per_node: int) -> Sites:
         """One training rank a GPU, `per_node` GPUs a node."""
-        ranks = range(world_size)
-        return cls(tuple(ranks), tuple(rank // per_node for rank in ranks))
+        return cls.one_each([rank // per_node for rank in range(world_size)])
+
+    @classmethod
+    def one_each(cls, node_of_rank: Sequence[int]) -> Sites:
+        """A device for each training rank."""
+        return cls(tuple(range(len(node_of_rank))), tuple(node_of_rank))
 
     @classmethod
     def hosts(cls, host_of_rank: Sequence[int]) -> Sites:

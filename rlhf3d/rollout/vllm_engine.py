@@ -56,12 +56,16 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.5,
         load_weights: bool = False,
         can_sleep: bool = False,
+        block_tokens: int | None = None,
+        forgets: bool = False,
     ) -> None:
         """`model_path` gives architecture and end-of-sequence tokens; its weights are read if `load_weights`.
 
         `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
-        `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does.
+        `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does; with
+        `forgets` it fills the weights with NaN instead. `block_tokens` is the size of the prefix cache's blocks on CPU;
+        None for vLLM's own.
         """
         assert platform_kind in ("cpu", "cuda"), platform_kind
         on_cpu = platform_kind == "cpu"
@@ -89,6 +93,7 @@ class VLLMEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, max_model_len),
             }
+            | ({} if block_tokens is None else {"block_size": block_tokens})
             if on_cpu
             # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
             else {
@@ -98,6 +103,7 @@ class VLLMEngine:
             }
         )
         self._can_sleep = can_sleep and not on_cpu
+        self._forgets = can_sleep and forgets
         self._asleep: list[str] = []
         self._params = SamplingParams
         self._max_model_len = max_model_len
@@ -186,6 +192,8 @@ class VLLMEngine:
         if self._can_sleep and not self._asleep:
             self._llm.sleep(level=2)  # the weights come anew: no copy is kept
             self._asleep = ["weights", "kv_cache"]
+        if self._forgets:
+            self._llm.collective_rpc("forget_weights")
 
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""

@@ -121,6 +121,16 @@ class WeightWriter:
             if isinstance(layer, ParallelLMHead):
                 _pack(layer, layer.weight)
 
+    def forget(self) -> None:
+        """Make every parameter NaN."""
+        for name, shape in self._shapes.items():
+            live = self.in_place(name)
+            if live is None:
+                self.load_packed(name, torch.full(shape, torch.nan, dtype=self._dtype))
+            else:
+                live.fill_(torch.nan)
+        self.finish()
+
     def _load_experts(self, name: str, whole: torch.Tensor) -> None:
         """Pack a layer's experts when both of their weights are here; the first one waits as a copy."""
         layer = self._slots[name].layer

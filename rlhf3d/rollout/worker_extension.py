@@ -57,6 +57,12 @@ class WeightSyncWorker:
         times = asdict(self._weight_receiver.times)
         return {**times, "load_s": time.perf_counter() - start - times["wait_s"] - times["verify_s"]}
 
+    @torch.no_grad()
+    def forget_weights(self) -> None:
+        """Make all weights NaN, so that one which is not received again shows."""
+        with set_current_vllm_config(self.vllm_config):
+            self._weight_writer.forget()
+
     def close_weights(self) -> None:
         """Let go of the stream's memory."""
         if hasattr(self, "_weight_inbox"):

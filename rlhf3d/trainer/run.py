@@ -163,7 +163,9 @@ def _start_processes(
         engines.placement == "colocated",
         1 if cluster.ray_address is None else cluster.num_nodes,
     )
-    stack.enter_context(ray_cluster(cluster, placement.cpus, stopping.handle))
+    stack.enter_context(
+        ray_cluster(cluster, placement.cpus, stopping.handle, platform.pretended_devices(placement.gpus))
+    )
     reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
     check_cluster(config, reserved)
     with console.phase("start"):
@@ -172,7 +174,7 @@ def _start_processes(
         setup = sync_setup(config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"])
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)
-        arguments = _engine_arguments(config, platform.kind)
+        arguments = _engine_arguments(config, platform.kind) | platform.engine_options
         steps = derived.total_steps
         assert steps is not None
 

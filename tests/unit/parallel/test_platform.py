@@ -40,7 +40,7 @@ def test_cuda_without_a_gpu_names_the_setting(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unknown_platform_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cluster\.platform='tpu' is not one of auto, cpu, cuda"):
+    with pytest.raises(ValueError, match=r"cluster\.platform='tpu' is not one of auto, cpu, cuda, as_gpu"):
         choose_platform("tpu")
 
 

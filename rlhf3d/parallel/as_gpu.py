@@ -1,0 +1,48 @@
+"""CPU processes under the order, the devices and the rules of GPUs: the platform of `rlhf3d rehearse --as-gpu`.
+
+Invariant: the numbers are those of the CPU platform. As on GPUs are: one training rank a device, which Ray counts and
+gives out in parts; what starts first; messages between devices, and their rules (`nccl_rules`); a sleeping engine's
+weights, which are lost; and the prefix cache's blocks, as small as vLLM's CPU kernels take them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf3d.parallel.platform import CPUPlatform
+
+if TYPE_CHECKING:
+    from rlhf3d.resharding.sites import Sites
+
+KV_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class AsGPUPlatform(CPUPlatform):
+    """CPU ranks that behave as GPUs' do."""
+
+    dist_backend = "nccl_rules"
+    resource = "GPU"
+    measures_cache = True
+
+    def sites(self, node_of_rank: Sequence[int]) -> Sites:
+        from rlhf3d.resharding.sites import Sites
+
+        return Sites.one_each(node_of_rank)
+
+    def _bind_device(self, local_rank: int) -> None:
+        from rlhf3d.parallel import nccl_rules
+
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        assert shown.isdigit(), f"Ray shows this rank the devices {shown!r}, not one"
+        nccl_rules.register()
+
+    def pretended_devices(self, needed: int) -> int | None:
+        return needed
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        return {"block_tokens": KV_BLOCK_TOKENS, "forgets": True}
