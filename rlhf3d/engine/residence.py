@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PART_BYTES = 1 << 20
+
 
 class Residents:
     """Storages that come and go together."""
@@ -26,7 +28,7 @@ class Residents:
             if storage._cdata not in others:
                 self._storages[storage._cdata] = storage
         self._keep = keep
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[int, list[Tensor]] = {}
         self._sizes: dict[int, int] = {}
         self.present = True
 
@@ -41,11 +43,11 @@ class Residents:
             self._sizes[number] = storage.nbytes()
             if self._keep:
                 # The copies stay allocated from one leave to the next: pinning memory is slow.
-                host = self._copies.get(number)
-                if host is None:
-                    pinned = storage.device.type != "cpu"
-                    host = self._copies[number] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
-                host.copy_(_bytes(storage))
+                if number not in self._copies:
+                    self._copies[number] = host_memory(storage.nbytes(), storage.device.type != "cpu")
+                content = _bytes(storage)
+                for part, host in _parts(content, self._copies[number]):
+                    host.copy_(part)
             storage.resize_(0)
         self.present = False
 
@@ -56,10 +58,29 @@ class Residents:
             storage.resize_(self._sizes[number])
             content = _bytes(storage)
             if self._keep:
-                content.copy_(self._copies[number])
+                for part, host in _parts(content, self._copies[number]):
+                    part.copy_(host)
             else:
                 content.zero_()
         self.present = True
+
+
+def host_memory(num_bytes: int, pinned: bool) -> list[Tensor]:
+    """Memory of `num_bytes` in all, in parts whose sizes are powers of two, but for less than PART_BYTES.
+
+    torch takes pinned memory in powers of two: of one part, nearly half could lie idle.
+    """
+    parts = []
+    while num_bytes:
+        size = 1 << (num_bytes.bit_length() - 1) if num_bytes > PART_BYTES else num_bytes
+        parts.append(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+        num_bytes -= size
+    return parts
+
+
+def _parts(content: Tensor, hosts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each piece of `content` with its place in host memory."""
+    return zip(content.split([host.numel() for host in hosts]), hosts, strict=True)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -124,6 +124,11 @@ class NCCLRules(dist.ProcessGroup):
         """Make the group's communicator; messages outside groups use it too from now on."""
         self._one_communicator = True
 
+    @property
+    def communicators(self) -> set[str]:
+        """Those that messages have opened: `all`, and pairs of ranks as `0-1`."""
+        return set(self._lanes)
+
     def _start_coalescing(self, device: torch.device | None = None) -> None:
         assert self._group is None, "a group of messages is open already"
         self._group = []

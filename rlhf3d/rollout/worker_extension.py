@@ -59,7 +59,10 @@ class WeightSyncWorker:
 
     @torch.no_grad()
     def forget_weights(self) -> None:
-        """Make all weights NaN, so that one which is not received again shows."""
+        """Make all weights NaN, so that one which is not received again shows; before the stream is open they are
+        vLLM's own, and no others were ever here."""
+        if not hasattr(self, "_weight_writer"):
+            return
         with set_current_vllm_config(self.vllm_config):
             self._weight_writer.forget()
 

@@ -62,7 +62,7 @@ class FullMessages(Group):
 
 
 def make_group(setup: SyncSetup, rank: int, port: int) -> Group:
-    return FullMessages("gloo", rank, setup.message_ranks, "127.0.0.1", port, TIMEOUT_S)
+    return FullMessages(setup.backend, rank, setup.message_ranks, "127.0.0.1", port, TIMEOUT_S)
 
 
 def weights(setup: SyncSetup, rank: int, version: int = 0) -> Params:
@@ -107,7 +107,7 @@ def rank_apart(rank: int, port: int, setup: SyncSetup) -> int:
     [
         {},
         {"bucket_bytes": 1 << 20, "dtype": "float32", "layout": ParallelLayout(pp=2, cp=2)},
-        {"spec": replace(QWEN2, hidden_size=7), "layout": ParallelLayout(tp=2, dp=2)},
+        {"spec": replace(QWEN2, hidden_size=7), "layout": ParallelLayout(tp=2, dp=2), "backend": "nccl_rules"},
         {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000, "expert_parallel": True},
     ],
     ids=["stages", "replicas, one bucket", "biases, unaligned", "experts"],
@@ -153,10 +153,19 @@ def two_hosts() -> Iterator[SyncSetup]:
     [
         {},
         {"engines": 1, "tensor_parallel_size": 4, "dtype": "bfloat16"},
+        {"sites": Sites.gpus(4, 4), "engines": 4, "backend": "nccl_rules"},
+        {"sites": Sites.gpus(4, 4), "engines": 2, "tensor_parallel_size": 2, "backend": "nccl_rules"},
         {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000},
         {"engines": 3, "bucket_bytes": 1 << 20, "layout": ParallelLayout(tp=4), "sites": Sites.hosts([0, 1, 0, 1])},
     ],
-    ids=["an engine on each host", "more ranks than key-value heads", "experts", "two engines share, one bucket"],
+    ids=[
+        "an engine on each host",
+        "more ranks than key-value heads",
+        "four GPUs, an engine on each",
+        "four GPUs, two engines",
+        "experts",
+        "two engines share, one bucket",
+    ],
 )
 def test_owners_pass_on_what_comes_from_another_host(two_hosts: SyncSetup, changes: dict[str, Any]) -> None:
     setup = replace(two_hosts, **changes)

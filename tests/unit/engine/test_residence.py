@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf3d.engine import residence
 from rlhf3d.engine.residence import EngineResidence, Residents
 
 
@@ -62,3 +63,30 @@ def test_what_torch_keeps_goes_after_work_where_others_want_the_device(shared: b
     with pytest.raises(RuntimeError, match="ours"), residence.at_work("weights", "gradients", "optimizer"):
         raise RuntimeError("ours")
     assert len(freed) == 3 * shared
+
+
+def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch rounds each piece up to one: what is idle is less than a mebibyte a storage."""
+    empty, asked = torch.empty, list[int]()
+
+    def pinned(size: int, pin_memory: bool, **kwargs: torch.dtype) -> torch.Tensor:
+        assert pin_memory
+        asked.append(size)
+        return empty(size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    for wanted in (0, 5, 1 << 20, (1 << 22) + 1, 3_000_001):
+        asked.clear()
+        parts = residence.host_memory(wanted, pinned=True)
+        assert sum(part.numel() for part in parts) == wanted
+        taken = sum(1 << (size - 1).bit_length() for size in asked)
+        assert taken - wanted < residence.PART_BYTES
+
+
+def test_a_storage_in_several_parts_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residence, "PART_BYTES", 16)
+    tensor = torch.randn(301)
+    before, residents = tensor.clone(), Residents([tensor])
+    residents.leave()
+    residents.enter()
+    assert torch.equal(tensor, before)
