@@ -72,6 +72,7 @@ def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
         cut,
         ep=gcd(cut.ep, cut.tp * cut.cp * cut.dp),
         vpp=cut.vpp if cut.pp > 1 else None,
+        sequence_parallel=cut.sequence_parallel and cut.tp > 1,
         first_stage_layers=cut.first_stage_layers if uneven else None,
         last_stage_layers=cut.last_stage_layers if uneven else None,
     )

@@ -1,4 +1,4 @@
-"""A rehearsal of a job for GPUs that cannot run here: whole, with its resume."""
+"""A rehearsal of a job for GPUs that cannot run here, under the rules of GPUs: whole, with its resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> Non
     (tmp_path / "models" / "Big-Model" / "model.safetensors").unlink()
     make_tiny_model(tmp_path / "models" / "Judge", "llama", heads=8, kv_heads=2, hidden=256, layers=6)
     (tmp_path / "job.yaml").write_text(JOB)
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "rehearse", "job.yaml", "--max-ranks", "4"]
+    command = [str(Path(sys.executable).with_name("rlhf3d")), "rehearse", "job.yaml", "--max-ranks", "4", "--as-gpu"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -51,7 +51,8 @@ def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> Non
         "otherwise  actor.layout: TP4×PP2×DP8 -> TP2×PP1×DP1 (at most 4 training ranks)",
         "otherwise  critic.layout: TP1×PP1×DP8 -> TP1×PP1×DP1 (at most 4 training ranks)",
         "otherwise  reward_model.layout: TP2×PP1×DP4 -> TP1×PP1×DP1 (at most 4 training ranks)",
-        "otherwise  rollout.engines: 64 -> 2 (at most 4 vLLM processes)",
+        "otherwise  rollout.engines: 64 -> 2 (at most 2 vLLM processes)",
+        "otherwise  cluster.platform: cuda -> as_gpu (without GPUs)",
         "otherwise  nowhere/train.parquet: not here; generated word problems stand in",
     ):
         assert note in done.stdout

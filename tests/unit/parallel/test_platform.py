@@ -14,6 +14,7 @@ import pytest
 from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
+from rlhf3d.parallel.as_gpu import AsGPUPlatform
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, choose_platform
 
 
@@ -116,3 +117,10 @@ def test_auto_dtype_follows_the_hardware() -> None:
     explicit = replace(Config(), model=replace(Config().model, dtype="float32"))
     resolved = resolve_platform(explicit, CUDAPlatform(reason="test"))
     assert (resolved.model.dtype, resolved.rollout.dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("shown", ["", "0,1"])
+def test_a_rank_as_on_gpus_has_one_device(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    with pytest.raises(AssertionError, match="not one"):
+        AsGPUPlatform("test")._bind_device(0)

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rlhf3d.config.checks import check, check_model
-from rlhf3d.config.groups import parallel_layout
+from rlhf3d.config.groups import parallel_layout, worker_groups
 from rlhf3d.config.schema import (
     ActorConfig,
     AlgorithmConfig,
@@ -26,7 +26,10 @@ from rlhf3d.config.schema import (
     RolloutConfig,
 )
 from rlhf3d.models.spec import parse_config
+from rlhf3d.parallel.platform import choose_platform
+from rlhf3d.placement.resources import place
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, cut_layout, shrink_config, shrink_layout, shrink_model
+from rlhf3d.resharding.sites import Sites
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -197,3 +200,22 @@ def test_nodes_are_kept_where_a_cluster_is_named() -> None:
     assert (made.config.cluster.ray_address, made.config.cluster.num_nodes) == ("head:6379", 3)
     made = shrink_config(job(cluster=ClusterConfig(num_nodes=3)), QWEN_7B, 16)
     assert made.config.cluster.num_nodes == 1 and "cluster.num_nodes" in [change.key for change in made.changes]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("engine_ranks", [1, 2, 8])
+def test_as_gpus_everything_has_a_device_of_the_actors_ranks(room: int, engine_ranks: int) -> None:
+    """Critic and engines share them, and Ray is told of so many."""
+    config = job(
+        rollout=replace(job().rollout, tensor_parallel_size=engine_ranks),
+        critic=CriticConfig(layout=LayoutConfig(tp=2, dp=4)),
+    )
+    shape = QWEN_7B | {"num_key_value_heads": 8, "num_attention_heads": 32}
+    small = shrink_config(config, shape, room, as_gpu=True).config
+    assert check(small) == [] and small.cluster.platform == "as_gpu"
+    platform, rollout = choose_platform(small.cluster.platform), small.rollout
+    placement = place(platform, worker_groups(small), rollout.engines, rollout.tensor_parallel_size, True, 1)
+    devices = parallel_layout(small.actor.layout).world_size
+    assert platform.pretended_devices(placement.gpus) == devices and platform.kind == "cpu"
+    assert rollout.engines * rollout.tensor_parallel_size <= devices == len(placement.bundles)
+    assert platform.sites([0] * devices) == Sites.gpus(devices, devices)
