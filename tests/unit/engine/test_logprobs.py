@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,11 +26,14 @@ class SmallChunks(CPUPlatform):
 class Wide(SmallChunks):
     """Products that are not rounded before they are added up, as on GPUs."""
 
+    added: ClassVar[list[int]] = []
+
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.float() @ b.float()
 
     def add_product(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         assert total.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+        self.added.append(b.shape[0])
         total.addmm_(a.float(), b.float())
 
 
@@ -103,6 +107,7 @@ def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardwar
     rounded, wide = (run(platform, torch.bfloat16) for platform in (SmallChunks("test"), Wide("test")))
     errors = [[(a - b).abs().mean() for a, b in zip(found, exact, strict=True)] for found in (rounded, wide)]
     assert errors[1][0] < 0.01 * errors[0][0] and errors[1][1] < errors[0][1]
+    assert Wide.added == [4] * 16
 
 
 def test_products_on_gpus_are_wide() -> None:
