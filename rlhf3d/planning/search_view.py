@@ -29,7 +29,7 @@ def render(found: Found, cluster: Cluster, shape: Path) -> Group:
     else:
         parts.append(Text("nothing fits: take more GPUs, or shorten the sequences"))
     if found.near:
-        parts.append(_table("faster, but too big", found.near))
+        parts.append(_table("faster, but too big or tight", found.near))
         parts.append(
             Text("\n".join(f"  {i}. {[*plan.problems, *plan.memory.tight][0]}" for i, plan in enumerate(found.near, 1)))
         )

@@ -34,7 +34,7 @@ UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
 UNFILLED = 0.25
-"""Sequences of mean length that are missing from a packed micro-batch: what is left of its budget is too short."""
+"""Sequences of mean length that are missing from a token budget: what is left of it is too short for another."""
 EXPERT_SPREAD = 0.7
 """Standard deviation of the experts' loads over their mean, on texts of one kind (rule of thumb)."""
 KERNELS = {"dense": 10, "experts": 20}
@@ -123,29 +123,37 @@ def plan_time(job: Job) -> TimePlan:
 def _padded(job: Job, model: Model, backward: bool) -> float:
     """Positions of a sequence of mean length.
 
-    A micro-batch's rows are neighbours in the order of lengths, of an optimizer step's or of a step's sequences on a
-    rank; as far apart as if lengths were spread evenly up to the longest.
+    A micro-batch's rows are neighbours in the order of lengths, as far apart as if these were spread evenly up to the
+    longest.
     """
     mean, longest, rule = job.lengths.total, job.derived.max_sequence_length, model.batching.micro_batching
     if rule.packed:
         return mean
     if job.lengths.padded is not None:
         return job.lengths.padded
-    batch = model.batching.sequences_per_mini_batch if backward else job.derived.sequences_per_step
-    ordered = batch / model.layout.dp
+    ordered = _sequences(job, model, backward)
     rows = min(ordered, rule.rows if rule.tokens is None else rule.tokens / mean)
-    return min(longest, mean + max(0.0, rows - 1) / 2 * longest / ordered + (rule.multiple_of - 1) / 2)
+    apart = max(0.0, rows - 1) / 2 * longest / ordered
+    return min(longest, mean + apart + (rule.multiple_of - 1) / 2)
+
+
+def _sequences(job: Job, model: Model, backward: bool) -> float:
+    """Sequences of a data-parallel rank that are cut into micro-batches together: an optimizer step's, or a step's."""
+    of_step = job.derived.sequences_per_step
+    return (model.batching.sequences_per_mini_batch if backward else of_step) / model.layout.dp
 
 
 def _micro(job: Job, model: Model, backward: bool) -> tuple[float, int]:
-    """Sequences of a micro-batch, and micro-batches of a rank in one pass over a step's batch."""
-    rule, per_rank = model.batching.micro_batching, job.derived.sequences_per_step / model.layout.dp
-    rows = float(rule.rows) if rule.tokens is None else rule.tokens / _padded(job, model, backward)
-    if rule.tokens is not None and rule.packed:
-        rows = max(1.0, rows - UNFILLED)
-    rows = max(1.0, rows)
-    rows = min(rows, per_rank)
-    return rows, max(1, round(per_rank / rows))
+    """Sequences of a micro-batch, and micro-batches of a rank in an optimizer step or in a pass over a step's batch."""
+    rule, layout, sequences = model.batching.micro_batching, model.layout, _sequences(job, model, backward)
+    if rule.tokens is None:
+        rows = float(rule.rows)
+    else:
+        rows = max(1.0, rule.tokens / _padded(job, model, backward) - UNFILLED)
+    count = max(1, math.ceil(sequences / rows - 1e-9))
+    if layout.vpp > 1:
+        count = -(-count // layout.pp) * layout.pp
+    return sequences / count, count
 
 
 def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
@@ -286,8 +294,7 @@ def forward_time(job: Job, model: Model) -> PhaseTime:
 def update_time(job: Job, model: Model) -> PhaseTime:
     """All optimizer steps of a model."""
     layout, hardware, plan = model.layout, job.cluster.hardware, model.batching
-    _, of_batch = _micro(job, model, backward=True)
-    per_step = max(1, round(of_batch / plan.mini_batches))
+    _, per_step = _micro(job, model, backward=True)
     by_stage = stages(job, model, backward=True)
     steps = plan.optimizer_steps_per_step
     once = _scheduled(job, model, by_stage, per_step)

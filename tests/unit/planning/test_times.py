@@ -110,6 +110,21 @@ def test_padding_is_that_of_neighbours_in_the_order_of_lengths() -> None:
     assert seconds(pairs, "old_logprobs") / seconds(one, "old_logprobs") == pytest.approx(ratio, rel=1e-3)
 
 
+def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:
+    """No more sequences in a micro-batch than an optimizer step has; as many as the interleaved schedule wants."""
+    layout = {"dp": 4, "pp": 2, "overlap_grad_reduce": True}
+    budget = {"use_dynamic_bsz": True, "ppo_mini_batch_size": 8}
+
+    def update(tokens: int, **more: int) -> dict[str, float]:
+        actor = {**budget, "layout": layout | more, "ppo_max_token_len_per_gpu": tokens}
+        made = times(data={"train_batch_size": 64}, actor=actor)
+        return dict(next(p for p in made.phases if p.phase == "update_actor").parts)
+
+    assert update(8192) == update(1 << 20)  # two sequences a rank and optimizer step, whatever the budget
+    one, two = update(8192), update(8192, vpp=2)
+    assert two["compute"] > one["compute"] and two["bubble"] < one["bubble"]  # two micro-batches of one
+
+
 def test_small_products_reach_less() -> None:
     """An expert's products take longer than their operations; where nothing is small they do not."""
     hardware = HARDWARE["H100"]
