@@ -356,6 +356,10 @@ def _check_retention(config: Config) -> list[str]:
             f"trainer.save_freq = {trainer.save_freq}: with trainer.keep_best it must be a multiple of "
             f"trainer.test_freq = {trainer.test_freq}, so that each checkpoint has a validation of its step"
         ]
+    if trainer.keep_best and not config.data.val_files:
+        return [
+            f"trainer.keep_best = {trainer.keep_best}: data.val_files is empty, so no checkpoint is better; name some"
+        ]
     return []
 
 

@@ -316,13 +316,13 @@ def histogram(lengths: Counter[int], bins: int = 10) -> dict[str, int]:
 
 
 def training_warnings(
-    train: PromptDataset, val: PromptDataset, reward: RewardFunction | None, pool: ScoringPool | None
+    train: PromptDataset, val: PromptDataset | None, reward: RewardFunction | None, pool: ScoringPool | None
 ) -> list[str]:
     """What a run says before it starts, from some of its rows: shared questions, truths that their scorer refuses.
 
     ValueError for rows without a ground truth where a built-in scorer needs one.
     """
-    train_rows, val_rows = train.sample(_LOOKED_AT), val.sample(_LOOKED_AT)
+    train_rows, val_rows = train.sample(_LOOKED_AT), val.sample(_LOOKED_AT) if val else []
     warnings = []
     shared = {question_key(row) for row in train_rows} & {question_key(row) for row in val_rows}
     if shared:
@@ -332,7 +332,7 @@ def training_warnings(
         )
     if not isinstance(reward, BuiltinReward) or pool is None:
         return warnings
-    rows = [*train.sample(_SCORED), *val.sample(_SCORED)]
+    rows = [*train.sample(_SCORED), *(val.sample(_SCORED) if val else [])]
     if any(row.ground_truth is None for row in rows):
         raise ValueError(f"data.train_files, data.val_files: {WITHOUT_TRUTH}")
     items = []

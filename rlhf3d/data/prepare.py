@@ -193,9 +193,8 @@ def _write(
         first = next(rows)
     except StopIteration:
         reasons = "; ".join(f"{count} because {reason}" for reason, count in file.reasons.most_common(3))
-        raise ValueError(
-            f"{name}: no usable row in the {part.name} split ({file.dropped} dropped: {reasons})"
-        ) from None
+        why = f"{file.dropped} dropped: {reasons}" if file.dropped else "its files are empty"
+        raise ValueError(f"{name}: no usable row in the {part.name} split ({why})") from None
     file.rows = write_parquet(_with_first(first, rows), path, provenance, row_group_size)
     file.sha256 = file_sha256(path)
 

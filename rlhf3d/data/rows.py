@@ -157,11 +157,11 @@ def read_batches(file: pq.ParquetFile, path: str | Path, size: int) -> Iterator[
         yield from file.iter_batches(size, columns=prompt_columns(file.schema_arrow), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: cannot be read: {_line(error)}; it is damaged, so copy or prepare it again"
+            f"{path}: cannot be read: {one_line(error)}; it is damaged, so copy or prepare it again"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """A library's message in one line."""
     return " ".join(str(error).split())[:200]
 
@@ -176,7 +176,7 @@ def record_of(batch: Any, offset: int, where: str) -> dict[str, Any]:
             text = (
                 "bytes that are not UTF-8"
                 if isinstance(error, UnicodeDecodeError)
-                else f"what cannot be read: {_line(error)}"
+                else f"what cannot be read: {one_line(error)}"
             )
             raise ValueError(f"{where}: {name} holds {text}; write the file again") from error
     return record
@@ -200,7 +200,9 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file ({_line(error)}); `rlhf3d data prepare` writes them") from error
+        raise ValueError(
+            f"{path}: not a parquet file ({one_line(error)}); `rlhf3d data prepare` writes them"
+        ) from error
     columns = file.schema_arrow.names
     for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if columns.count(column) > 1:

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlhf3d.data.rows import one_line, record_of
+
 HUB = "hub"
 """The source that means: download with the `datasets` package; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -129,55 +131,92 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        for batch in pq.ParquetFile(path, memory_map=True).iter_batches(_BATCH, use_threads=False):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
+        yield from _records(pq.ParquetFile(path, memory_map=True).iter_batches(_BATCH, use_threads=False), path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
 def _read_arrow(path: Path) -> Iterator[Row]:
-    with pa.memory_map(str(path)) as mapped:
-        try:
-            reader = pa.ipc.open_stream(mapped)
-            batches = iter(reader)
-        except pa.ArrowInvalid:
+    try:
+        with pa.memory_map(str(path)) as mapped:
             try:
+                batches = iter(pa.ipc.open_stream(mapped))
+            except pa.ArrowInvalid:
                 file = pa.ipc.open_file(mapped)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{path}: not an arrow file ({error})") from error
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        for batch in batches:
-            yield from batch.to_pylist()
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            yield from _records(batches, path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not an arrow file that can be read ({one_line(error)})") from error
+
+
+def _records(batches: Iterable[Any], path: Path) -> Iterator[Row]:
+    first = 0
+    for batch in batches:
+        for offset in range(batch.num_rows):
+            yield record_of(batch, offset, f"{path}: row {first + offset}")
+        first += batch.num_rows
 
 
 def _whole_json(path: Path) -> list[Any] | None:
     """The rows of a .json that is one document: an array, an object with one array `data`, or one row."""
-    with path.open(encoding="utf-8") as file:
-        start = file.read(1024).lstrip()[:1]
-        file.seek(0)
-        if start not in ("[", "{"):
-            return None
-        try:
-            document = json.load(file)
-        except json.JSONDecodeError as error:
-            if start == "{" and error.msg == "Extra data":
-                return None  # one object a line
-            raise ValueError(f"{path}: not JSON ({error})") from error
+    text = _text(path.read_bytes(), str(path))
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        document = _json(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return None  # one object a line
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON that can be read ({error})") from error
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
     return document if isinstance(document, list) else [document]
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            where = f"{path}:{number}"
+            text = _text(line, where)
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); each line must be one object") from error
-            yield _object(row, f"{path}:{number}")
+                row = _json(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({error}); each line must be one object") from error
+            yield _object(row, where)
+
+
+def _text(data: bytes, where: str) -> str:
+    """UTF-8 with or without a mark at its start; ValueError, starting with `where`, for other encodings."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.start} is not UTF-8 ({error.reason}); convert the file, as with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _json(text: str) -> Any:
+    """A JSON value; ValueError for a key that stands in an object twice, and for text that UTF-8 cannot hold."""
+    value = json.loads(text, object_pairs_hook=_once)
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character: {error.object[error.start]!r} without its other half") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
+        raise ValueError(f"the key {twice!r} stands in an object twice")
+    return found
 
 
 def _object(row: Any, where: str) -> Row:

@@ -56,14 +56,14 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
         axes = next(panels)
         for run, rows in runs.items():
             steps, values = series(rows, name)
-            axes.plot(steps, values, marker=".", label=run)
+            axes.plot(steps, values, marker=".", label=_literal(run))
         _finish(axes, title)
     for key in measures:
         axes = next(panels)
         for run, rows in runs.items():
             accuracy = [(row["step"], validation_accuracy(row)) for row in rows]
             measured = [(step, 100 * found[key]) for step, found in accuracy if key in found]
-            axes.plot([step for step, _ in measured], [value for _, value in measured], marker="o", label=run)
+            axes.plot([step for step, _ in measured], [value for _, value in measured], marker="o", label=_literal(run))
         _finish(axes, f"held-out accuracy, %: {' '.join(key)}")
     figure.savefig(path, dpi=90, format="png")
 
@@ -93,8 +93,13 @@ def _held_out(axes: Any, rows: Rows) -> None:
     points = [(row["step"], read(row)) for row in rows]
     for key in dict.fromkeys(key for _, found in points for key in found):
         measured = [(step, scale * found[key]) for step, found in points if key in found]
-        axes.plot(*zip(*measured, strict=True), marker="o", label=" ".join(key))
+        axes.plot(*zip(*measured, strict=True), marker="o", label=_literal(" ".join(key)))
     _finish(axes, "held-out accuracy, %" if by_rule else "held-out score of the reward model")
+
+
+def _literal(name: str) -> str:
+    """A name as it is: matplotlib reads what stands between dollars as TeX."""
+    return name.replace("$", r"\$")
 
 
 def _phases(axes: Any, rows: Rows) -> None:
@@ -109,7 +114,7 @@ def _phases(axes: Any, rows: Rows) -> None:
 
 
 def _finish(axes: Any, title: str, legend_outside: bool = False) -> None:
-    axes.set_title(title)
+    axes.set_title(_literal(title))
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if not axes.get_legend_handles_labels()[0]:

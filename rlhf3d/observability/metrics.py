@@ -157,7 +157,8 @@ def _held_out(metrics: Mapping[str, Any], what: str) -> dict[tuple[str, str], fl
     found = {}
     for name, value in metrics.items():
         source, separator, measure = name.removeprefix("val-core/").rpartition(f"/{what}/")
-        if name.startswith("val-core/") and separator and value is not None:
+        # A data source may have anything in its name, a measure has no slash.
+        if name.startswith("val-core/") and separator and "/" not in measure and value is not None:
             found[source, measure] = float(value)
     return found
 

@@ -85,7 +85,7 @@ def _gains(rows: Rows) -> str:
         measured = [(row, found[source, measure]) for row, found in points if (source, measure) in found]
         (first, start), (last, end) = measured[0], measured[-1]
         prompts = last.get(f"val-aux/{source}/num_prompts")
-        cells = [source, measure, f"{prompts:.0f}" if prompts else "not recorded"]
+        cells = [_cell(source), _cell(measure), f"{prompts:.0f}" if prompts else "not recorded"]
         cells += [f"{_percent(start, prompts)} (step {first['step']})", "–", "–"]
         if len(measured) > 1:
             cells[-2] = f"{_percent(end, prompts)} (step {last['step']})"
@@ -113,7 +113,7 @@ def _reward_gains(rows: Rows) -> list[str]:
             for (row, value), error in zip(measured, errors, strict=True)
         ]
         gain = f"{measured[-1][1] - measured[0][1]:+.3f} ± {math.hypot(errors[0], errors[-1]):.3f}"
-        body.append([*key, cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])])
+        body.append([*map(_cell, key), cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])])
     if not body:
         return []
     table = _table(["data source", "measure", "start", "end", "gain"], body)
@@ -129,8 +129,8 @@ def _learning_table(rows: Rows) -> str:
         "step",
         "reward",
         "length, tokens",
-        *(f"{s} {m}" for s, m in keys),
-        *(f"{s} {m}, reward model" for s, m in judged),
+        *(_cell(f"{s} {m}") for s, m in keys),
+        *(_cell(f"{s} {m}, reward model") for s, m in judged),
         *(f"{p}, s" for p in phases),
     ]
     body = []

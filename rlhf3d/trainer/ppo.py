@@ -7,7 +7,7 @@ was written by the policy version that is being trained.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from rlhf3d.batching.batch import Batch
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived
 from rlhf3d.config.schema import Config
-from rlhf3d.data.loader import Prompt, PromptDataset, PromptLoader
+from rlhf3d.data.loader import Prompt, PromptLoader
 from rlhf3d.evaluation.validation import validation_metrics
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
@@ -65,7 +65,7 @@ class Parts:
     sync: WeightSync
     scoring: Scorer
     loader: PromptLoader
-    val: PromptDataset
+    val: Sequence[Prompt]
     console: Console
     metrics: MetricsWriter
     checkpoints: CheckpointWriter
@@ -90,7 +90,7 @@ class PPOTrainer:
     def fit(self) -> str | None:
         """Train to the last step, validating and saving on their frequencies; why it stopped before, if it did."""
         trainer, total = self.config.trainer, self.parts.total_steps
-        if trainer.val_before_train and self.step == 0:
+        if trainer.val_before_train and self.step == 0 and self.parts.val:
             self._record(0, self.validate(0))
         metrics: dict[str, float] = {}
         while self.step < total:
@@ -321,7 +321,9 @@ class PPOTrainer:
             return metrics
 
     def validate(self, step: int) -> dict[str, float]:
-        """Held-out accuracy of the newest weights, greedy and sampled as the config asks."""
+        """Held-out accuracy of the newest weights, greedy and sampled as the config asks; nothing without prompts."""
+        if not self.parts.val:
+            return {}
         settings, tokens = self.config.validation, self.config.data.max_response_length
         metrics = self.sync_weights()
         with self._phase("validate"):

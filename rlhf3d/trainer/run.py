@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
-from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
+from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
@@ -59,14 +60,15 @@ def run_training(config: Config, stopping: Stopping) -> int:
     config = resolve_platform(config, platform)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files")
-    val_data = _dataset(config, tokenizer, "val_files")
+    val_data = _dataset(config, tokenizer, "val_files") if config.data.val_files else None
+    held_out = [] if val_data is None else [val_data]
     at_once = config.data.gen_batch_size or config.data.train_batch_size
     order = config.data.curriculum
     curriculum = Curriculum(order.path, order.name, order.kwargs) if order.path is not None else None
     loader = PromptLoader(
         train_data, at_once, config.trainer.seed, config.data.shuffle, config.data.train_weights, curriculum
     )
-    reward = make_reward(config, {*train_data.data_sources, *val_data.data_sources})
+    reward = make_reward(config, {source for data in (train_data, *held_out) for source in data.data_sources})
     derived = derive(config, len(train_data))
     total_steps = derived.total_steps
     assert total_steps is not None
@@ -89,13 +91,13 @@ def run_training(config: Config, stopping: Stopping) -> int:
         if reward is not None:
             rules = config.reward
             pool = stack.enter_context(ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate))
-        prompts = [train_data.summary(), val_data.summary()]
+        prompts = [data.summary() for data in (train_data, *held_out)]
         prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
         prompts += [f"warning: {text}" for text in weight_files(Path(config.model.path)).notes]
         lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
         console.header(lines, total_steps, found.manifest.step if found else 0)
         groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping)
-        canary = [prompt.prompt_ids for prompt in list(val_data)[:CANARY_PROMPTS]]
+        canary = canary_tokens(val_data or train_data)
         sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
         trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
         checkpoints = CheckpointWriter(config, spec, trained, sync)
@@ -114,7 +116,7 @@ def run_training(config: Config, stopping: Stopping) -> int:
                 sync=sync,
                 scoring=make_scorer(config, pool, groups.get("reward")),
                 loader=loader,
-                val=val_data,
+                val=val_data or (),
                 console=console,
                 metrics=metrics,
                 checkpoints=checkpoints,
@@ -133,6 +135,12 @@ def run_training(config: Config, stopping: Stopping) -> int:
             return PREEMPTED
         _show_results(output, console, checkpoints)
     return 0
+
+
+def canary_tokens(prompts: Iterable[Prompt]) -> list[Sequence[int]]:
+    """What both sides of a sync score: the first prompts, each of at least two tokens, as the first has no score."""
+    ids = [prompt.prompt_ids for prompt in islice(prompts, CANARY_PROMPTS)]
+    return [tokens if len(tokens) > 1 else tokens * 2 for tokens in ids]
 
 
 class _Processes(NamedTuple):

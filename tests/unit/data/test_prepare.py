@@ -342,3 +342,40 @@ def test_the_shipped_example_of_an_own_set_works(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert "1 rows, 0 dropped" in done.stdout
     assert read_parquet(tmp_path / "out" / "train.parquet")[0].reward_model["ground_truth"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"question": "caf\xe9?", "answer": "#### 4"}'.encode("latin-1"),
+            r"rows\.jsonl:1: byte 17 is not UTF-8 .*iconv",
+        ),
+        (b'{}\n{"question": "half \\ud83d"}', r"rows\.jsonl:2: .*half a character"),
+        (b'{"question": "a", "question": "b"}', r"rows\.jsonl:1: .*the key 'question' stands in an object twice"),
+        (b"[" * 100_000, r"rows\.jsonl:1: not JSON \(maximum recursion depth"),
+        (b'{"n": ' + b"9" * 6000 + b"}", r"rows\.jsonl:1: not JSON .*limit"),
+        (b"", r"no usable row in the train split \(its files are empty\)"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    for name in ("rows.jsonl", "rows.json") if len(content) > 1000 else ("rows.jsonl",):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message if name == "rows.jsonl" else r"rows\.json: not JSON"):
+            prepare("gsm8k", tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    row = b'\xef\xbb\xbf{"question": "a", "answer": "#### 4"}'
+    for name, content in (("rows.jsonl", row + b"\n"), ("rows.json", row)):
+        (tmp_path / name).write_bytes(content)
+        (file,) = prepare("gsm8k", tmp_path / name, tmp_path / name[-3:])
+        assert file.rows == 1
+
+
+def test_bytes_that_are_not_utf8_in_a_source_of_parquet_are_named(tmp_path: Path) -> None:
+    text = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"question": text, "answer": ["#### 4"] * 2}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet: row 1: question holds bytes that are not UTF-8"):
+        prepare("gsm8k", tmp_path / "rows.parquet", tmp_path / "out")

@@ -43,6 +43,17 @@ def write_run(folder: Path) -> None:
     write_samples(folder, 4, [replace(SAMPLE, response="5", score=1.0)], "greedy")
 
 
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    source = "org/$\\frac$_{|set[v2]/acc/of/reward_model/x"
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        for step in (0, 1):
+            writer.write(step, {f"val-core/{source}/acc/greedy": 0.5, "critic/score/mean": 0.5})
+    text = make_report(tmp_path).read_text()
+    cell = source.replace("|", "\\|")
+    assert f"| {cell} | greedy | not recorded | 50.0% (step 0) | 50.0% (step 1) |" in text
+    assert f"| {cell} greedy |" in text and "Held-out score of the reward model" not in text
+
+
 def test_report_of_a_whole_run(tmp_path: Path) -> None:
     write_run(tmp_path)
     path = make_report(tmp_path)

@@ -11,11 +11,12 @@ import pytest
 
 from rlhf3d.checkpoints.manifest import Manifest
 from rlhf3d.checkpoints.resume import Checkpoint
+from rlhf3d.data.loader import Prompt
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, read_metrics
 from rlhf3d.observability.samples import SAMPLES_DIR
 from rlhf3d.trainer import run as run_module
-from rlhf3d.trainer.run import _metrics, _say_finished, _show_results
+from rlhf3d.trainer.run import CANARY_PROMPTS, _metrics, _say_finished, _show_results, canary_tokens
 
 
 def checkpoint(run: Path, step: int) -> Checkpoint:
@@ -27,6 +28,11 @@ def steps_after(run: Path, output: Path) -> list[int]:
     with _metrics(output, checkpoint(run, 3)) as writer:
         writer.write(4, {"loss": 0.4})
     return [row["step"] for row in read_metrics(output)]
+
+
+def test_prompts_of_one_token_still_have_something_to_compare() -> None:
+    prompts = [Prompt(ids, "t", "", {}, 0, "q") for ids in ((7,), (1, 2, 3), *[(4, 5)] * 9)]
+    assert canary_tokens(prompts) == [(7, 7), (1, 2, 3), (4, 5), (4, 5)] and CANARY_PROMPTS == 4
 
 
 def test_rows_after_the_checkpoint_go(tmp_path: Path) -> None:

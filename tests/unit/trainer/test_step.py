@@ -125,6 +125,19 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
     return PPOTrainer(parts), parts
 
 
+def test_without_held_out_prompts_nothing_is_validated(tmp_path: Path) -> None:
+    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"test_freq": 1, "save_freq": 0, "save_at_end": False})
+    assert trainer.config.trainer.val_before_train
+    rows: list[int] = []
+    parts.total_steps, parts.val = 2, ()
+    parts.checkpoints = SimpleNamespace(save_s=0.0, poll=dict, finish=lambda: None)
+    parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
+    parts.metrics = SimpleNamespace(write=lambda step, metrics: rows.append(step))
+    parts.console.step = lambda *args: None
+    trainer.fit()
+    assert rows == [1, 2] and "validate" not in parts.rollout.events and trainer.validate(2) == {}
+
+
 def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
     trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0])
     parts.critic = FakeTrain()
