@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,8 @@ def from_sequences(
     width = max(max((len(r) for r in responses), default=0), 1)
     input_ids = torch.full((len(totals), max(totals)), pad_id, dtype=torch.long)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        input_ids[i, : totals[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
+        input_ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        input_ids[i, len(prompt) : totals[i]] = _tensor(response, np.int64)
     response_lengths = torch.tensor([len(r) for r in responses])
     columns = {
         "input_ids": input_ids,
@@ -74,6 +76,11 @@ def from_sequences(
         column = torch.zeros(len(totals), width)
         for i, row in enumerate(rows):
             assert len(row) == len(responses[i]), f"{name}[{i}]: {len(row)} values, {len(responses[i])} tokens"
-            column[i, : len(row)] = torch.tensor(row, dtype=torch.float32)
+            column[i, : len(row)] = _tensor(row, np.float32)
         columns[name] = column
     return Batch(columns)
+
+
+def _tensor(values: Sequence, dtype: type[np.generic]) -> Tensor:
+    """Of numbers; those of an array are read where they lie, not one by one."""
+    return torch.from_numpy(np.array(values, dtype))

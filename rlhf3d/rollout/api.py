@@ -53,10 +53,10 @@ class Request:
 class Completion:
     """One sampled completion."""
 
-    token_ids: tuple[int, ...]
-    """Generated tokens, the stop token included."""
-    logprobs: tuple[float, ...]
-    """log p(token | prompt, earlier tokens) under the sampling distribution, as many as tokens."""
+    token_ids: Sequence[int]
+    """Generated tokens, the stop token included; of an engine as `array("i")`, no object a token."""
+    logprobs: Sequence[float]
+    """log p(token | prompt, earlier tokens) under the sampling distribution, as many as tokens; `array("f")`."""
     finish_reason: FinishReason
     """stop: a stop token ended it; length: max_tokens did."""
     policy_version: int
