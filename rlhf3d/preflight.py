@@ -153,7 +153,7 @@ def _compare_shared_memory(config: Config, derived: Derived, machine: Machine, c
     platform, readers = (CUDAPlatform, 1) if cuda else (CPUPlatform, config.rollout.tensor_parallel_size + 1)
     buckets_gib = 2 * readers * (config.rollout.sync_bucket_mib or platform.sync_bucket_mib) / 1024
     needed_gib = _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB if cuda else SHARED_MEMORY_GIB
-    needed_gib += buckets_gib
+    needed_gib += buckets_gib + 2 * derived.batch_bytes / GIB  # on their way through Ray's object store
     if needed_gib <= machine.shared_memory_gib:
         return []
     return [

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WIDTH_MULTIPLE = {"cuda": 128}
 """By platform: cuDNN builds its attention anew (0.1 to 0.4 s) for every number of rows and width, and torch's allocator
 keeps blocks of every size; with few widths both stay few. Elsewhere any width will do."""
+COLUMN_BYTES_A_TOKEN = 48
+"""Of a batch: a token id and ten columns in fp32."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Derived:
     """The critic's update; None where the estimator needs no values."""
     total_steps: int | None
     """Training steps of the run; None while the number of training rows is not known."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """A step's rows with all of their columns, padded."""
+        return self.sequences_per_step * self.max_sequence_length * COLUMN_BYTES_A_TOKEN
 
     @property
     def layout(self) -> ParallelLayout:
@@ -266,4 +273,6 @@ def resolve_platform(config: Config, platform: Platform) -> Config:
     rollout = config.rollout
     if rollout.dtype == "auto":  # FP8 is quantised from bfloat16
         rollout = replace(rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16")
+    if rollout.enforce_eager == "auto":
+        rollout = replace(rollout, enforce_eager=platform.eager_engines)
     return replace(config, model=model, rollout=rollout, cluster=replace(config.cluster, platform=platform.kind))

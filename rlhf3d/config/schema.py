@@ -221,8 +221,8 @@ class RolloutConfig:
     """Share of GPU memory an engine may use."""
     threads: int | None = None
     """CPU threads an engine rank; null for a node's cores over the engine ranks there (trainers sleep meanwhile)."""
-    enforce_eager: bool = True
-    """Skip torch.compile and CUDA graphs."""
+    enforce_eager: bool | Literal["auto"] = "auto"
+    """Skip torch.compile and CUDA graphs; auto: on CPU."""
     sleep: bool = False
     """Engines give back their memory after generating, and get weights anew before the next time (on GPUs)."""
     sync_bucket_mib: int | None = None

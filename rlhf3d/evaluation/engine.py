@@ -6,6 +6,7 @@ engine of one rank lives in this process; more are processes that Ray places, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
             "max_num_seqs": options.max_num_seqs,
             "kv_cache_gib": options.kv_cache_gib,
             "seed": seed,
+            "enforce_eager": platform.eager_engines,
             "platform_kind": platform.kind,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "load_weights": True,
@@ -71,6 +73,7 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
             from rlhf3d.machine import cores
             from rlhf3d.rollout.vllm_engine import VLLMEngine
 
+            os.environ.update(platform.environment("engine", arguments["dtype"]))
             return VLLMEngine(**arguments, threads=options.threads or cores())
         return PlacedEngines(platform, options, arguments)
 
@@ -95,7 +98,8 @@ class PlacedEngines:
             reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
             cores = cores_of(reserved, cluster.startup_timeout_s)
             threads = engine_threads(bundles, nodes_of(reserved), cores, options.threads)
-            self._group = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments)
+            own = platform.environment("engine", arguments["dtype"])
+            self._group = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments, own)
             self._group.wait_ready()
             stack.callback(self._group.close)
             self._placed = stack.pop_all()

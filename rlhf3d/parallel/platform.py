@@ -51,10 +51,17 @@ class Platform(ABC):
     measures_cache: ClassVar[bool]
     """Whether vLLM takes what is free of the device for its cache: nothing else may load there meanwhile."""
 
+    eager_engines: ClassVar[bool]
+    """What auto means for `rollout.enforce_eager`: compiling costs a CPU user a minute and a C++ compiler."""
+
     @property
     def ray_resources(self) -> dict[str, float]:
         """Ray resources of one training rank, as in a placement group bundle."""
         return {self.resource: 1.0}
+
+    def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
+        """Variables that such a process must start with, since its libraries read them once: for Ray's runtime_env."""
+        return {}
 
     @abstractmethod
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
@@ -131,6 +138,7 @@ class CPUPlatform(Platform):
     head_chunk_elements = 1 << 24
     sync_bucket_mib = 64
     measures_cache = False
+    eager_engines = True
 
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
         from rlhf3d.resharding.sites import Sites
@@ -192,6 +200,18 @@ class CUDAPlatform(Platform):
     head_chunk_elements = 1 << 27  # fewer, larger products: half a GiB of logits
     sync_bucket_mib = 256
     measures_cache = True
+    eager_engines = False
+
+    def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
+        allocator = _allocator_options()
+        found = {"PYTORCH_ALLOC_CONF": allocator, "PYTORCH_CUDA_ALLOC_CONF": allocator}
+        if process == "trainer":
+            # One queue keeps the launch order that Megatron's overlap of tensor-parallel communication counts on.
+            found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if dtype == "float32":
+            # Transformer Engine's products and vLLM's attention would be TF32: 10 bits of each input.
+            found |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+        return found
 
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
         from rlhf3d.resharding.sites import Sites
@@ -205,8 +225,6 @@ class CUDAPlatform(Platform):
         return torch.device("cuda", local_rank % torch.cuda.device_count())
 
     def _bind_device(self, local_rank: int) -> None:
-        # One queue keeps the launch order that Megatron's overlap of tensor-parallel communication counts on.
-        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         import torch
 
         use_torchs_cudnn()
@@ -256,6 +274,19 @@ class CUDAPlatform(Platform):
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory) / _GIB
+
+
+def _allocator_options() -> str:
+    """The user's options of torch's allocator. Raises ValueError for one under which memory cannot be shared."""
+    options = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    parts = [part.strip() for part in options.split(",") if part.strip()]
+    if any(part.lower().replace(" ", "") == "expandable_segments:true" for part in parts):
+        raise ValueError(
+            f"PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) = {options}: weights go from trainer to engine in memory "
+            "that both have open, which expandable segments do not allow; take expandable_segments:True out of it"
+        )
+    # Said aloud: another node may have it in its own environment.
+    return ",".join([*(part for part in parts if "expandable_segments" not in part), "expandable_segments:False"])
 
 
 def _fusions(enabled: bool) -> dict[str, Any]:

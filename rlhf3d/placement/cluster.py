@@ -42,9 +42,10 @@ def ray_cluster(
     local_cpus: int,
     on_sigterm: Callable[[int, FrameType | None], None] | None = None,
     local_gpus: int | None = None,
+    batch_bytes: int = 0,
 ) -> Iterator[None]:
     """A Ray session; when it is started here, of `local_cpus` logical CPUs and `local_gpus` GPUs (None: those it
-    finds). SIGTERM without a handler is as Ctrl-C."""
+    finds), with room for two batches of `batch_bytes` between processes. SIGTERM without a handler is as Ctrl-C."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     heard = on_sigterm or _interrupt
@@ -53,7 +54,7 @@ def ray_cluster(
     try:
         try:
             if config.ray_address is None:
-                own.start(local_cpus, local_gpus, config.startup_timeout_s)
+                own.start(local_cpus, local_gpus, config.startup_timeout_s, batch_bytes)
             else:
                 join(config.ray_address, config.startup_timeout_s)
                 wait_for_nodes(config.num_nodes, config.startup_timeout_s)

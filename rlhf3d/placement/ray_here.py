@@ -42,8 +42,9 @@ class RayHere:
         self._needed: dict[str, psutil.Process] = {}
         self._closing = threading.Event()
 
-    def start(self, cpus: int, gpus: int | None, timeout_s: float) -> None:
-        """Start Ray with `cpus` logical CPUs and `gpus` GPUs (None: those it finds), connect to it, and watch it."""
+    def start(self, cpus: int, gpus: int | None, timeout_s: float, batch_bytes: int = 0) -> None:
+        """Start Ray with `cpus` logical CPUs, `gpus` GPUs (None: those it finds) and room for two batches of
+        `batch_bytes`, connect to it, and watch it."""
         assert hasattr(ray_driver, "print_to_stdstream"), (
             "Ray no longer prints its nodes' messages by print_to_stdstream"
         )
@@ -54,7 +55,7 @@ class RayHere:
                 num_cpus=cpus,
                 num_gpus=gpus,
                 include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES + 2 * batch_bytes,
                 _temp_dir=short_temporary_folder(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -5,7 +5,9 @@ Invariant: all engines serve the same `policy_version`; none serves before it wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.observability.logs import setup_logging
 from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.placement.cluster import use_node_interface
 from rlhf3d.placement.resources import Placement
@@ -34,10 +37,18 @@ class EngineRank(VLLMEngine):
         """Where this engine's ranks can meet; asked of its rank 0."""
         return ray.util.get_node_ip_address(), open_meeting()
 
-    def start(self, rank: int, meeting: tuple[str, int], arguments: dict[str, Any]) -> None:
-        """Start vLLM."""
+    def start(
+        self, name: str, rank: int, meeting: tuple[str, int], arguments: dict[str, Any], output_dir: str | None
+    ) -> None:
+        """Start vLLM; what it reports goes to `logs/` of the run's folder, if there is one."""
         use_node_interface()
-        VLLMEngine.__init__(self, rank=rank, meeting=meeting, **arguments)
+        if output_dir is not None:
+            os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its records then reach ours
+            setup_logging(output_dir, name.replace(" ", "_"))
+            # It tries a chat template without a tokenizer at its start, and tells of that by a traceback.
+            logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
+        host = ray.util.get_node_ip_address()
+        VLLMEngine.__init__(self, rank=rank, meeting=meeting, host=host, **arguments)
 
 
 class RolloutGroup:
@@ -51,9 +62,11 @@ class RolloutGroup:
         bundles: Sequence[Sequence[int]],
         threads: Sequence[Sequence[int]],
         arguments: dict[str, Any],
+        environment: Mapping[str, str],
+        output_dir: str | None = None,
     ) -> None:
         """Start the engines; `bundles` says where and `threads` with how many CPU threads, by engine and rank;
-        `arguments` are VLLMEngine's."""
+        `arguments` are VLLMEngine's, `environment` variables of their processes, `output_dir` the run's folder."""
         self.timeout_s = cluster.phase_timeout_s
         self.startup_timeout_s = cluster.startup_timeout_s
         actor = ray.remote(EngineRank)
@@ -61,7 +74,7 @@ class RolloutGroup:
             [
                 actor.options(
                     scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(own)}},
+                    runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": str(own)}},
                     **placement.options["engine"],
                 ).remote()
                 for bundle, own in zip(of_ranks, of_threads, strict=True)
@@ -71,7 +84,9 @@ class RolloutGroup:
         firsts = {f"engine {i}": ranks[0].rendezvous.remote() for i, ranks in enumerate(self.engines)}
         meetings = gather("start vLLM", firsts, self.startup_timeout_s)
         self._starting = {
-            self._name(i, rank): actor.start.remote(rank, meeting, {**arguments, "threads": threads[i][rank]})
+            (name := self._name(i, rank)): actor.start.remote(
+                name, rank, meeting, {**arguments, "threads": threads[i][rank]}, output_dir
+            )
             for i, (ranks, meeting) in enumerate(zip(self.engines, meetings, strict=True))
             for rank, actor in enumerate(ranks)
         }

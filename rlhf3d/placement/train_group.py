@@ -7,7 +7,7 @@ own row order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -41,8 +41,10 @@ class TrainGroup:
         reserved: PlacementGroup,
         threads: Sequence[int],
         total_steps: int,
+        environment: Mapping[str, str],
     ) -> None:
-        """Start the processes and begin to load their models, which `wait_ready` ends; CPU `threads` are by rank."""
+        """Start the processes, with these variables, and begin to load their models, which `wait_ready` ends; CPU
+        `threads` are by rank."""
         self.name, self.layout, self._reserved = group.name, group.layout, reserved
         self.timeout_s, self.startup_timeout_s = config.cluster.phase_timeout_s, config.cluster.startup_timeout_s
         self.micro_batching = {role: micro_batching_of(config, role) for role in group.roles}
@@ -54,7 +56,7 @@ class TrainGroup:
             ray.remote(TrainWorker)
             .options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads[rank])}},
+                runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": str(threads[rank])}},
                 **placement.options[group.name],
             )
             .remote(WorkerSetup(config, group, rank, total_steps, config.trainer.output_dir))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,6 +46,7 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         rank: int = 0,
         meeting: tuple[str, int] | None = None,
+        host: str = "127.0.0.1",
         expert_parallel: bool = False,
         max_model_len: int = 1024,
         max_num_seqs: int = 64,
@@ -61,7 +63,8 @@ class VLLMEngine:
     ) -> None:
         """`model_path` gives architecture and end-of-sequence tokens; its weights are read if `load_weights`.
 
-        `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port).
+        `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port)
+        and find this one at the address `host`.
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
         `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does; with
         `forgets` it fills the weights with NaN instead. `block_tokens` is the size of the prefix cache's blocks on CPU;
@@ -72,9 +75,7 @@ class VLLMEngine:
         os.environ.update(_environment(on_cpu, enforce_eager, threads))
         if tensor_parallel_size > 1:
             assert meeting is not None, "the ranks of an engine must know where to meet"
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(tensor_parallel_size), LOCAL_WORLD_SIZE="1"
-            )
+            os.environ.update(_rank_environment(rank, tensor_parallel_size, host))
             host_meeting(meeting[1], MEETING_S)
             meet_at(rank, *meeting)
             if not on_cpu:
@@ -99,9 +100,12 @@ class VLLMEngine:
             else {
                 "gpu_memory_utilization": gpu_memory_utilization,
                 "moe_backend": "triton",
+                # Logits in fp32, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
+                "hf_overrides": {"head_dtype": "float32"},
                 "enable_sleep_mode": can_sleep,
             }
         )
+        self._rank = rank
         self._can_sleep = can_sleep and not on_cpu
         self._forgets = can_sleep and forgets
         self._asleep: list[str] = []
@@ -142,9 +146,9 @@ class VLLMEngine:
         return self._policy_version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`; nothing comes of ranks after the first."""
         completions = {number: made for part in self.stream(requests, sampling) for number, made in part.items()}
-        return [completions[number] for number in range(len(requests))]
+        return [completions[number] for number in range(len(completions))]
 
     def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
         """See `RolloutEngine.stream`. Raises ValueError for a request that cannot fit max_model_len."""
@@ -164,12 +168,14 @@ class VLLMEngine:
             "max_tokens": sampling.max_tokens,
             "stop_token_ids": list(sampling.stop_token_ids),
             "logprobs": 0,
+            "flat_logprobs": True,
         }
         for part in self._stream(
             [request.prompt_ids for request in requests],
             [self._params(seed=request.seed, detokenize=False, **common) for request in requests],
         ):
-            yield {number: _completion(output.outputs[0], version) for number, output in part.items()}
+            if self._rank == 0:  # an engine's other ranks compute the same
+                yield {number: _completion(output.outputs[0], version) for number, output in part.items()}
         self._served_prompt = max((request.prompt_ids for request in requests), key=len)
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
@@ -208,16 +214,16 @@ class VLLMEngine:
         for sequence in token_ids:
             if not 2 <= len(sequence) < self._max_model_len:
                 raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {self._max_model_len - 1} are possible")
-        params = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         self._llm.collective_rpc("set_logit_scale", args=(1.0 / temperature,))
         try:
             outputs = self._run(token_ids, [params] * len(token_ids))
         finally:
             self._llm.collective_rpc("set_logit_scale", args=(1.0,))
-        return [
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for output, sequence in zip(outputs, token_ids, strict=True)
-        ]
+        found = [output.prompt_logprobs for output in outputs]
+        for flat, sequence in zip(found, token_ids, strict=True):
+            assert flat.token_ids == list(sequence[1:]), "vLLM's log-probs are of other tokens"
+        return [flat.logprobs for flat in found]
 
     def cached_tokens(self) -> int:
         """See `RolloutEngine.cached_tokens`; 0 where no prompt was served yet."""
@@ -265,17 +271,30 @@ class VLLMEngine:
 
 
 def _completion(output: Any, policy_version: int) -> Completion:
-    tokens = tuple(output.token_ids)
+    tokens, flat = array("i", output.token_ids), output.logprobs
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens")
-    logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
-    return Completion(tokens, logprobs, output.finish_reason, policy_version)
+    assert array("i", flat.token_ids) == tokens, "vLLM's log-probs are of other tokens"
+    return Completion(tokens, array("f", flat.logprobs), output.finish_reason, policy_version)
 
 
 def _forget_shared_memory(port: int) -> None:
     """Remove the names of what vLLM's CPU ranks share, now that all have opened it: it goes with its processes."""
     for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
         file.unlink(missing_ok=True)
+
+
+def _rank_environment(rank: int, ranks: int, host: str) -> dict[str, str]:
+    """What torchrun would set, each rank seeing one device; and where ranks on other nodes find this one."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": "1",
+        "VLLM_HOST_IP": host,
+        # torch's symmetric memory takes processes that all have a device 0 for one device, and would fail.
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    }
 
 
 def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:

@@ -171,9 +171,8 @@ def _start_processes(
         engines.placement == "colocated",
         1 if cluster.ray_address is None else cluster.num_nodes,
     )
-    stack.enter_context(
-        ray_cluster(cluster, placement.cpus, stopping.handle, platform.pretended_devices(placement.gpus))
-    )
+    devices = platform.pretended_devices(placement.gpus)
+    stack.enter_context(ray_cluster(cluster, placement.cpus, stopping.handle, devices, derived.batch_bytes))
     reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
     check_cluster(config, reserved)
     with console.phase("start"):
@@ -188,12 +187,18 @@ def _start_processes(
 
         def start_group(group: WorkerGroup) -> TrainGroup:
             threads_here = threads_of(places[group.name], cores, cluster.threads_per_rank)
-            return TrainGroup(config, group, placement, reserved, threads_here, steps)
+            own = platform.environment("trainer", config.model.dtype)
+            return TrainGroup(config, group, placement, reserved, threads_here, steps, own)
+
+        def start_engines() -> RolloutGroup:
+            own = platform.environment("engine", engines.dtype)
+            folder = os.path.abspath(config.trainer.output_dir)
+            return RolloutGroup(cluster, placement, reserved, bundles, threads, arguments, own, folder)
 
         rollout, groups = start_models(
             config,
             platform,
-            lambda: RolloutGroup(cluster, placement, reserved, bundles, threads, arguments),
+            start_engines,
             {group.name: partial(start_group, group) for group in derived.groups},
         )
     return _Processes(groups, rollout, setup)

@@ -155,3 +155,16 @@ def test_gspo_by_tokens_is_warned_about() -> None:
     assert warnings("seq-mean-token-mean") == []
     (line,) = warnings("token-mean")
     assert "actor.loss_agg_mode = token-mean" in line and "seq-mean-token-mean" in line
+
+
+def test_a_batch_has_room_for_all_of_its_columns() -> None:
+    import torch
+
+    from rlhf3d.batching.batch import from_sequences
+
+    derived = derive(CONFIG)
+    rows = derived.sequences_per_step
+    batch = from_sequences([[1] * 100] * rows, [[2] * 28] * rows, pad_id=0)
+    wide = batch.with_columns(**{f"column_{i}": torch.zeros(rows, 28) for i in range(8)})
+    size = sum(column.nbytes for column in wide.columns.values())
+    assert size <= derived.batch_bytes < 5 * size

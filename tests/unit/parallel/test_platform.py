@@ -114,6 +114,8 @@ def test_auto_dtype_follows_the_hardware() -> None:
     config = resolve_platform(Config(), CUDAPlatform(reason="test"))
     assert config.model.dtype == config.rollout.dtype == "bfloat16" and config.cluster.platform == "cuda"
     assert CPUPlatform(reason="test").fast_dtype in ("bfloat16", "float32")
+    assert config.rollout.enforce_eager is False
+    assert resolve_platform(Config(), CPUPlatform(reason="test")).rollout.enforce_eager is True
     explicit = replace(Config(), model=replace(Config().model, dtype="float32"))
     resolved = resolve_platform(explicit, CUDAPlatform(reason="test"))
     assert (resolved.model.dtype, resolved.rollout.dtype) == ("float32", "bfloat16")
@@ -124,3 +126,25 @@ def test_a_rank_as_on_gpus_has_one_device(shown: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     with pytest.raises(AssertionError, match="not one"):
         AsGPUPlatform("test")._bind_device(0)
+
+
+def test_processes_on_gpus_start_with_what_cuda_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512, expandable_segments:False")
+    cuda = CUDAPlatform("test")
+    exact = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+    for process in ("trainer", "engine"):
+        found = cuda.environment(process, "float32")  # type: ignore[arg-type]
+        assert found.items() >= exact.items()
+        assert not cuda.environment(process, "bfloat16").keys() & exact.keys()  # type: ignore[arg-type]
+        assert ("CUDA_DEVICE_MAX_CONNECTIONS" in found) == (process == "trainer")
+        assert found["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512,expandable_segments:False"
+    assert CPUPlatform("test").environment("trainer", "float32") == {}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_cannot_be_shared_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+    with pytest.raises(ValueError, match="take expandable_segments:True out of it"):
+        CUDAPlatform("test").environment("engine", "bfloat16")

@@ -35,3 +35,16 @@ def test_sockets_have_short_paths_whatever_the_temporary_folder(name: str, monke
     assert ray_here.short_temporary_folder() is None
     monkeypatch.setenv(name, "/scratch/local/slurm/job-12345678/some-user/tmp")
     assert ray_here.short_temporary_folder() == "/tmp/ray"
+
+
+def test_ray_has_room_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, int] = {}
+
+    def init(**settings: int) -> None:
+        told.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_here.ray, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        ray_here.RayHere().start(1, None, 5.0, batch_bytes=600 << 20)
+    assert told["object_store_memory"] > 2 * 600 << 20

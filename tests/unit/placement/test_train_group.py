@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.config.groups import worker_groups
+from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.engine.microbatch import UpdateResult
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.placement.worker import TrainWorker, WorkerSetup
 
 RULE = MicroBatching(4)
 
@@ -54,3 +59,17 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
     }
     again = group.update("actor", batch, plan)
     assert [name for name in again if "padding" in name] == ["perf/padding_share/update_actor"]
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_models_are_told_whether_engines_want_their_device_between_work(
+    sleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf3d.engine.megatron_engine.MegatronEngine", lambda context, *args: context)
+    monkeypatch.setattr("rlhf3d.models.spec.load_spec", lambda folder: None)
+    config = replace(Config(), rollout=RolloutConfig(sleep=sleep))
+    worker = TrainWorker.__new__(TrainWorker)
+    worker.setup = WorkerSetup(config, worker_groups(config)[0], 0, 1, "")
+    worker.platform, worker.engines = CPUPlatform("test"), {}
+    worker._load_models()
+    assert worker.engines["actor"].shared is sleep  # type: ignore[attr-defined]

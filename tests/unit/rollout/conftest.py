@@ -14,4 +14,7 @@ import pytest
 def in_vllm_process() -> Iterator[Callable[..., Any]]:
     """Runs a function of the test's module with its arguments there; loading vLLM is paid for once."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")  # read when Triton is loaded
+            pool.submit(int).result(timeout=60)
         yield lambda function, *args: pool.submit(function, *args).result(timeout=300)

@@ -99,6 +99,40 @@ def ask_another_all_reduce() -> None:
         ask_driver_for_peers()
 
 
+def settings(rank: int, port: int, kind: str) -> list[Any]:
+    """In a rank: what vLLM is told for an engine of two, what it makes of the head's dtype, where it can be found."""
+    import vllm
+    from vllm.config.model import _get_head_dtype
+
+    told: dict[str, Any] = {}
+
+    def make_llm(folder: str, **kwargs: Any) -> None:
+        told.update(kwargs)
+        raise Reached
+
+    vllm.LLM = make_llm
+    with pytest.raises(Reached):
+        VLLMEngine(
+            "model", platform_kind=kind, tensor_parallel_size=2, rank=0, meeting=("10.0.0.1", port), host="10.0.0.2"
+        )
+    config = SimpleNamespace(**told.get("hf_overrides", {}))
+    return [_get_head_dtype(config, torch.bfloat16, "generate"), os.environ["VLLM_HOST_IP"]]  # type: ignore[arg-type]
+
+
+def settings_of_a_rank(kind: str) -> list[Any]:
+    """In vLLM's process: in a process forked from it."""
+    import vllm.config.model  # noqa: F401
+
+    return run_ranks(1, settings, kind)[0]
+
+
+@pytest.mark.parametrize("kind, head", [("cuda", torch.float32), ("cpu", torch.bfloat16)])
+def test_logits_are_float32_on_gpus_and_ranks_on_other_nodes_find_this_one(
+    kind: str, head: torch.dtype, in_vllm_process: Callable[..., Any]
+) -> None:
+    assert in_vllm_process(settings_of_a_rank, kind) == [head, "10.0.0.2"]
+
+
 def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each(in_vllm_process: Callable[..., Any]) -> None:
     assert in_vllm_process(start_both, P2P_OK) == ["buffers"] * 2
     assert in_vllm_process(start_both, P2P_NOT_SUPPORTED) == ["disabled"] * 2
