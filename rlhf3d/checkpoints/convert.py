@@ -36,6 +36,7 @@ from rlhf3d.checkpoints.stored import (
     StoredModel,
     differences,
     files_of,
+    key_style,
     stored_model,
 )
 from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, TorchDistReader, finish_folder, write_tensors
@@ -150,11 +151,10 @@ class MegatronSource:
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         self.folder, self.spec, self.reader = folder, spec, TorchDistReader(folder)
-        keys = {
-            key.removeprefix(WRAPPER_PREFIX): key for key in self.reader.tensors if not key.startswith("optimizer.")
-        }
+        keys = {key.removeprefix(WRAPPER_PREFIX): key for key in self.reader.weight_keys()}
         self.role: Role = "critic" if "value_head.weight" in keys else "actor"
-        self.model = stored_model(self.spec, HEADS[self.role])
+        self.style = key_style(keys)
+        self.model = stored_model(self.spec, HEADS[self.role], self.style)
         shapes = {key: self.reader.tensors[stored].shape for key, stored in keys.items()}
         if problems := differences(self.model.shapes, shapes):
             raise MismatchError(folder, problems)
@@ -163,20 +163,23 @@ class MegatronSource:
             name: (self.reader.tensors[keys[self._places[name][0][0]]].dtype, shape)
             for name, shape in hf_tensors(self.spec, HEADS[self.role]).items()
         }
-        if problems := self._unpadded():
-            raise MismatchError(folder, problems)
+        self.notes = tuple(self._cut_rows())
+        """What is left out of the tensors."""
 
-    def _unpadded(self) -> list[str]:
-        """Vocabulary tensors whose further rows are not padding: they hold something."""
-        found = []
+    def _cut_rows(self) -> Iterator[str]:
+        """Rows beyond the vocabulary that hold something: a trainer that never zeroed its padding, or lost tokens."""
+        vocabulary, hidden = self.spec.vocab_size, self.spec.hidden_size
         for key in VOCABULARY_KEYS:
             rows = self.reader.tensors[self.keys[key]].shape[0] if key in self.keys else 0
-            if rows > self.spec.vocab_size:
-                extra = torch.empty(rows - self.spec.vocab_size, self.spec.hidden_size)
-                self.reader.read_into(self.keys[key], ((self.spec.vocab_size, rows), (0, self.spec.hidden_size)), extra)
+            if rows > vocabulary:
+                extra = torch.empty(rows - vocabulary, hidden)
+                self.reader.read_into(self.keys[key], ((vocabulary, rows), (0, hidden)), extra)
                 if extra.any():
-                    found.append(f"misshapen: {key} has {rows} rows, the vocabulary {self.spec.vocab_size}")
-        return found
+                    yield (
+                        f"left out {rows - vocabulary} rows of {key} that are not zero, beyond the vocabulary of "
+                        f"{vocabulary}: padding of the trainer; where tokens were added to the model, give "
+                        "--reference the folder whose config.json and tokenizer have them"
+                    )
 
     def read_into(self, name: str, box: Box, out: Tensor) -> None:
         """Copy the block `box` of a Hugging Face tensor into `out`."""
@@ -222,7 +225,9 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
             (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
     plan = _plan(folder, reference, "hf", megatron.role, options)
-    return Conversion(folder, destination, reference, "hf", megatron.role, megatron.spec, tasks, finish, plan)
+    return Conversion(
+        folder, destination, reference, "hf", megatron.role, megatron.spec, tasks, finish, plan, megatron.notes
+    )
 
 
 def _safetensors_names(count: int) -> list[str]:

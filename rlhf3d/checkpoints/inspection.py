@@ -17,7 +17,7 @@ import yaml
 
 from rlhf3d.checkpoints.blocks import FileTensor, row_blocks
 from rlhf3d.checkpoints.convert import MegatronSource, hf_source
-from rlhf3d.checkpoints.locate import ROLES, kind_of, reference_folder
+from rlhf3d.checkpoints.locate import ROLES, kind_of, megatron_folder, reference_folder
 from rlhf3d.checkpoints.manifest import MANIFEST, problems, read_manifest
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
@@ -95,12 +95,12 @@ def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _megatron(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _megatron_contents(path, deep))
+    return _attempt(lambda: _megatron_contents(megatron_folder(path, None), deep))
 
 
 def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     reader = TorchDistReader(path)
-    weights = {key: tensor for key, tensor in reader.tensors.items() if not key.startswith("optimizer.")}
+    weights = {key: reader.tensors[key] for key in reader.weight_keys()}
     found: dict[str, Any] = {
         "role": "critic" if any(key.endswith("value_head.weight") for key in weights) else "actor",
         "dtypes": _names({tensor.dtype for tensor in weights.values()}),
@@ -119,6 +119,7 @@ def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
         source = MegatronSource(path, load_spec(reference, with_weights=False))
         found |= _model(source.spec)
         found["parameters"] = sum(prod(shape) for _, shape in source.tensors.values())
+        found |= {"notes": list(source.notes)} if source.notes else {}
     corrupt = reader.corrupt_files() if deep else []
     return found | {"problems": [f"{path / name} is corrupt: a tensor's checksum differs" for name in corrupt]}
 

@@ -14,14 +14,23 @@ from rlhf3d.checkpoints.store import Store
 Kind = Literal["hf", "megatron", "checkpoint", "run"]
 Role = Literal["actor", "critic"]
 ROLES: tuple[Role, ...] = ("actor", "critic")
+TRACKER = "latest_checkpointed_iteration.txt"
+"""What Megatron-LM's trainer writes beside its folders iter_0000100 …, or release: the newest one's number."""
 
 
 def kind_of(path: Path) -> Kind:
     """What `path` is, told by the files in it."""
     if not path.is_dir():
         raise ValueError(f"no folder {str(path)!r}")
-    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")) or (path / TRACKER).is_file():
         return "megatron"
+    if any(path.glob("mp_rank_*")):
+        raise ValueError(
+            f"{path} is in Megatron-LM's older format (mp_rank_…, which only its own code can read): let Megatron-LM "
+            "save it with --ckpt-format torch_dist, then give that folder"
+        )
+    if iterations := sorted(path.glob("iter_*")):
+        raise ValueError(f"{path} has no {TRACKER}: give one of its folders, for example {iterations[-1]}")
     if (path / "config.json").is_file():
         return "hf"
     if (path / MANIFEST).is_file() or any((path / role).is_dir() for role in ROLES):
@@ -46,7 +55,7 @@ def megatron_folder(path: Path, role: Role | None) -> Path:
     """The Megatron folder that `path` is, or that its (newest) checkpoint holds for `role` (the actor, if not said)."""
     kind = kind_of(path)
     if kind == "megatron":
-        return path
+        return _newest_iteration(path) if (path / TRACKER).is_file() else path
     if kind == "hf":
         raise ValueError(f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)")
     checkpoint = latest_checkpoint(path) if kind == "run" else path
@@ -57,6 +66,17 @@ def megatron_folder(path: Path, role: Role | None) -> Path:
         there = [name for name in ROLES if (checkpoint / name).is_dir()]
         raise ValueError(f"{checkpoint} has no {wanted}; --role can be {' or '.join(there) or '(it has none)'}")
     return checkpoint / wanted
+
+
+def _newest_iteration(root: Path) -> Path:
+    """The folder that Megatron-LM's tracker file names."""
+    text = (root / TRACKER).read_text(errors="replace").strip()
+    if not text.isdigit() and text != "release":
+        raise ValueError(f"{root / TRACKER} says {text[:20]!r}: a number or 'release' is expected")
+    folder = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    if kind_of(folder) != "megatron":
+        raise ValueError(f"{folder}, the newest according to {root / TRACKER}, is not a Megatron folder")
+    return folder
 
 
 def reference_folder(megatron: Path, given: Path | None) -> Path:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlhf3d.checkpoints.blocks import FileTensor, InputFile
 from rlhf3d.checkpoints.manifest import FileInfo
+from rlhf3d.checkpoints.stored import OPTIMIZER_KEY
 from rlhf3d.models.boxes import Box, full_box, intersect
 
 INDEX, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
@@ -76,6 +77,10 @@ class TorchDistReader:
                 raise ValueError(f"{path} is cut off: it has {size} bytes, {chunk.offset + chunk.length} are needed")
         self._blobs: dict[Chunk, FileTensor] = {}
         self._by_row = {key: _by_row(tensor.chunks) for key, tensor in self.tensors.items()}
+
+    def weight_keys(self) -> list[str]:
+        """Keys of the model's tensors, without the optimizer's."""
+        return [key for key in self.tensors if not OPTIMIZER_KEY.match(key)]
 
     def _chunks(self) -> Iterator[Chunk]:
         return (chunk for tensor in self.tensors.values() for chunk in tensor.chunks)

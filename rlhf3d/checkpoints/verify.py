@@ -66,7 +66,8 @@ def verify(megatron: Path, hf: Path, to: To, on_bytes: Advance = lambda count: N
         cast = None if to == "megatron" else _dtypes(reader)
     theirs = _in_process(_hf_scores, hf, source.role)
     wrapped = all(key.startswith(WRAPPER_PREFIX) for key in source.keys.values())
-    ours = _in_process(_megatron_scores, megatron, wrapped, hf, source.role, cast)
+    keys = source.style.metadata()
+    ours = _in_process(_megatron_scores, megatron, wrapped, keys, hf, source.role, cast)
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not (ours.isfinite().all() and theirs.isfinite().all()) or difference > TOLERANCE * largest:
         raise VerifyError(
@@ -150,9 +151,17 @@ def _hf_scores(folder: Path, role: Role) -> Tensor:
 
 @torch.no_grad()
 def _megatron_scores(
-    folder: Path, wrapped: bool, reference: Path, role: Role, cast: dict[str, torch.dtype] | None
+    folder: Path,
+    wrapped: bool,
+    keys: dict[str, bool],
+    reference: Path,
+    role: Role,
+    cast: dict[str, torch.dtype] | None,
 ) -> Tensor:
-    """The same by Megatron on one rank, its weights rounded to the dtype that they have in `cast`."""
+    """The same by Megatron on one rank, its weights rounded to the dtype that they have in `cast`.
+
+    `wrapped` and `keys` (Megatron's metadata) say how the folder names its tensors.
+    """
     from rlhf3d.parallel.layout import ParallelLayout
     from rlhf3d.parallel.meeting import open_meeting
     from rlhf3d.parallel.megatron_init import initialize_megatron
@@ -171,7 +180,7 @@ def _megatron_scores(
     chunks = build_chunks(*place, "policy" if role == "actor" else "value", config, platform, torch.device("cpu"))
     (model,) = chunks
     prefix = WRAPPER_PREFIX if wrapped else ""
-    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=dict(METADATA))}
+    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=METADATA | keys)}
     loaded = dist_checkpointing.load(state, str(folder))["model"]
     model.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()})
     for _, entry, param in bound_params(chunks, *place, HEADS[role]) if cast else ():

@@ -18,7 +18,8 @@ SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """The dtypes of weights, by the name a safetensors header gives them."""
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_OF_OTHER_LIBRARIES = (".h5", ".msgpack", ".onnx", ".ot", ".distcp")
 _LFS = b"version https://git-lfs"
 
 
@@ -43,6 +44,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     """Its first byte in the file."""
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, of whatever format, or is an index or the settings of such files."""
+    endings = (*_WEIGHTS, *_OF_OTHER_LIBRARIES, ".index.json")
+    return name.endswith(endings) or name == "adapter_config.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def _shards_without_index(folder: Path) -> list[str]:
 
 
 def _no_weights(folder: Path) -> str:
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS)
     broken = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     pickles = [name for name in others if not name.endswith((".safetensors", ".gguf"))]
     if broken:
@@ -147,7 +154,7 @@ def _chosen(folder: Path, names: list[str], weight_map: dict[str, str]) -> Weigh
     ignored = sorted(
         path.name
         for path in folder.iterdir()
-        if path.name not in names and (path.suffix in _OTHER_WEIGHTS or path.name == "adapter_config.json")
+        if path.name not in names and (path.suffix in _WEIGHTS or path.name == "adapter_config.json")
     )
     if not weight_map and (folder / INDEX_NAME).is_file():
         ignored.append(INDEX_NAME)

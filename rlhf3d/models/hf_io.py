@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rlhf3d.models.boxes import Box, box_slices
-from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
+from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
 from rlhf3d.models.spec import FAMILIES, ModelSpec
 from rlhf3d.models.weights import Head, check_hf_tensors
 
-COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _COMPARED_ROWS = 4096
 """Of head and embedding at a time."""
 
@@ -126,8 +125,8 @@ def model_view(folder: Path | str) -> Iterator[Path]:
     folder = Path(folder).resolve()
     files = weight_files(folder)
     with tempfile.TemporaryDirectory(prefix="rlhf3d-model-") as view:
-        companions = [path.name for path in folder.iterdir() if _is_companion(path)]
-        for name in (*files.names, *companions):
+        for name in (*files.names, *companions(folder)):
+            (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(view) / name).symlink_to(folder / name)
         if len(files.names) > 1:
             weight_map = {name: info.file.name for name, info in model_tensors(files).items()}
@@ -162,15 +161,27 @@ def write_hf_folder(
 
 
 def copy_companions(source_folder: Path, destination: Path) -> None:
-    """Copy what a model folder holds beside weights: configuration, tokenizer, chat template."""
-    for file in source_folder.iterdir():
-        if _is_companion(file):
-            shutil.copyfile(file, destination / file.name)
+    """Copy what a model folder holds beside weights: configuration, tokenizer and its code, templates, license."""
+    for name in companions(source_folder):
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source_folder / name, destination / name)
 
 
-def _is_companion(file: Path) -> bool:
-    others = file.name.endswith(".index.json") or file.name == "adapter_config.json"
-    return file.is_file() and file.suffix in COMPANION_SUFFIXES and not others
+def companions(folder: Path) -> list[str]:
+    """Names of a model folder's files that are no weights, those of its subfolders included.
+
+    Hidden files and folders that hold weights (of another model) are not the model's.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "__")):
+            continue
+        if path.is_dir():
+            if not any(is_weights(file.name) for file in path.rglob("*")):
+                found += [f"{path.name}/{name}" for name in companions(path)]
+        elif path.is_file() and not is_weights(path.name):
+            found.append(path.name)
+    return found
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> set[torch.dtype]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlhf3d.checkpoints.stored import VOCABULARY_KEYS, stored_model
+from rlhf3d.checkpoints.stored import VOCABULARY_KEYS, KeyStyle, stored_model
 from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, finish_folder, write_tensors
 from rlhf3d.models.boxes import box_slices, full_box, intersect, locate, volume
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
@@ -26,10 +26,11 @@ def write_megatron_folder(
     layout: ParallelLayout,
     head: Head = "lm",
     prefix: str = "",
+    style: KeyStyle | None = None,
 ) -> Path:
     """Each rank's own pieces as chunks of one file a rank; vocabularies padded for the layout."""
     folder.mkdir(parents=True)
-    model = stored_model(spec, head)
+    model = stored_model(spec, head, style)
     shapes = dict(model.shapes)
     for key in VOCABULARY_KEYS:
         if key in shapes:

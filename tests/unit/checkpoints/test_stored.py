@@ -6,24 +6,28 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.checkpoints import write_megatron_folder
 from support.weights import LLAMA, QWEN3_MOE, Pair, numbered_tensors, pairs
 
-from rlhf3d.checkpoints.convert import MegatronSource, MismatchError
-from rlhf3d.checkpoints.stored import differences, files_of, stored_model
+from rlhf3d.checkpoints.convert import MegatronSource
+from rlhf3d.checkpoints.stored import KeyStyle, differences, files_of, key_style, stored_model
+from rlhf3d.checkpoints.torch_dist import StoredTensor, TorchDistReader, finish_folder, write_tensors
 from rlhf3d.models.boxes import full_box
 from rlhf3d.parallel.layout import ParallelLayout
 
+STACKED, OWN_LAYERS, ALL_OWN = KeyStyle(), KeyStyle(layers=True), KeyStyle(True, True, True)
+
 
 @settings(deadline=None, max_examples=40)
-@given(pairs())
-def test_a_checkpoint_of_any_layout_gives_every_tensor(pair: Pair) -> None:
+@given(pairs(), st.sampled_from([STACKED, OWN_LAYERS, ALL_OWN]))
+def test_a_checkpoint_of_any_layout_and_style_gives_every_tensor(pair: Pair, style: KeyStyle) -> None:
     tensors = numbered_tensors(pair.spec)
     with tempfile.TemporaryDirectory() as root:
-        folder = write_megatron_folder(Path(root) / "m", tensors, pair.spec, pair.layout, prefix="module.")
+        place = (tensors, pair.spec, pair.layout)
+        folder = write_megatron_folder(Path(root) / "m", *place, prefix="module.", style=style)
         source = MegatronSource(folder, pair.spec)
         assert source.role == "actor" and set(source.tensors) == set(tensors)
         for name, tensor in tensors.items():
@@ -51,6 +55,22 @@ def test_keys_by_hand() -> None:
     assert len(sparse.extra_states()) == 1 + 2 * (2 + 3 + 2 * 4)
 
 
+def test_keys_of_their_own_by_hand() -> None:
+    """As megatron-core names them with singleton_local_shards, the default of Megatron-LM's trainer since 0.15."""
+    dense, sparse = stored_model(LLAMA, "lm", ALL_OWN), stored_model(QWEN3_MOE, "lm", ALL_OWN)
+    assert dense.shapes["decoder.layers.3.mlp.linear_fc1.weight_w"] == (24, 8)
+    assert dense.shapes["decoder.layers.3.mlp.linear_fc1.weight_v"] == (24, 8)
+    assert dense.shapes["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"] == (8,)
+    assert "decoder.layers.mlp.linear_fc1.weight" not in dense.shapes
+    experts = "decoder.layers.1.mlp.experts.experts.3"
+    assert sparse.shapes[f"{experts}.linear_fc1.weight_v"] == sparse.shapes[f"{experts}.linear_fc1.weight_w"]
+    assert sparse.shapes[f"{experts}.linear_fc2.weight"] == (8, 12)
+    up = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert sparse.places()[up][0][0] == f"{experts}.linear_fc1.weight_v"
+    for style in (STACKED, OWN_LAYERS, ALL_OWN):
+        assert key_style(stored_model(QWEN3_MOE, "lm", style).shapes) == style
+
+
 def test_differences_lists_all() -> None:
     wanted = {"a": (2, 3), "b": (1,), "output_layer.weight": (5, 4)}
     assert differences(wanted, wanted | {"output_layer.weight": (8, 4)}) == []
@@ -62,12 +82,30 @@ def test_differences_lists_all() -> None:
     ]
 
 
-def test_rows_beyond_the_vocabulary_must_be_padding(tmp_path: Path) -> None:
-    larger = numbered_tensors(LLAMA)
-    folder = write_megatron_folder(tmp_path / "m", larger, LLAMA, ParallelLayout())
+def test_rows_beyond_the_vocabulary_are_left_out_with_a_note(tmp_path: Path) -> None:
+    """A Megatron trainer never zeroes its padding."""
+    tensors = numbered_tensors(LLAMA)
+    folder = write_megatron_folder(tmp_path / "m", tensors, LLAMA, ParallelLayout())
     smaller = replace(LLAMA, vocab_size=LLAMA.vocab_size - 2)
-    with pytest.raises(MismatchError, match=r"word_embeddings\.weight has 70 rows, the vocabulary 68"):
-        MegatronSource(folder, smaller)
+    source = MegatronSource(folder, smaller)
+    embedding = torch.empty(68, 8)
+    source.read_into("model.embed_tokens.weight", full_box((68, 8)), embedding)
+    assert torch.equal(embedding, tensors["model.embed_tokens.weight"][:68])
+    assert "left out 2 rows of embedding.word_embeddings.weight" in source.notes[0]
+    assert MegatronSource(folder, LLAMA).notes == ()
+
+
+def test_an_optimizer_s_tensors_are_no_weights(tmp_path: Path) -> None:
+    """Those of one of several optimizers (a mixture of experts has two) have a number."""
+    layout = ParallelLayout()
+    tensors = numbered_tensors(LLAMA) | {"extra": torch.zeros(3)}
+    folder = write_megatron_folder(tmp_path / "m", tensors, LLAMA, layout)
+    keys = ("chained_1.optimizer.state.exp_avg.x", "optimizer.state.exp_avg.x", "optimizer_of_mine")
+    written, _ = write_tensors(folder / "__optimizer.distcp", [(key, ((0, 3),), torch.zeros(3)) for key in keys])
+    reader = TorchDistReader(folder)
+    stored = reader.tensors | {key: StoredTensor(torch.float32, (3,), (chunk,)) for key, chunk in written}
+    finish_folder(folder, stored, [], {})
+    assert set(TorchDistReader(folder).weight_keys()) == {*reader.tensors, "optimizer_of_mine"}
 
 
 def test_files_of() -> None:

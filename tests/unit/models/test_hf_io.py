@@ -30,8 +30,13 @@ def source(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
     (folder / "chat_template.jinja").write_text("hello")
     (folder / "merges.txt").write_text("a b")
+    for name in ("additional_chat_templates/rag.jinja", "tokenization_own.py", "vocab.bpe", "LICENSE"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
     (folder / INDEX_NAME).write_text("stale")
-    (folder / "pytorch_model.bin").touch()
+    for name in ("pytorch_model.bin", ".git/HEAD", "original/params.json", "original/model.pth", "flax_model.msgpack"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     return folder
 
 
@@ -51,8 +56,11 @@ def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: in
     assert weights == (
         {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} if sharded else {"model.safetensors"}
     )
-    others = {file.name for file in folder.iterdir()} - weights - {INDEX_NAME}
-    assert others == {"config.json", "chat_template.jinja", "merges.txt"}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names - weights - {INDEX_NAME} == {
+        "config.json", "chat_template.jinja", "merges.txt", "additional_chat_templates/rag.jinja",
+        "tokenization_own.py", "vocab.bpe", "LICENSE",
+    }  # fmt: skip
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
 
 
