@@ -149,8 +149,11 @@ def hint(value: Any, kind: Any) -> str:
     """How to write what a value seems to mean, for messages; empty where that is plain."""
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     many = next((option for option in options if get_origin(option) is tuple), None)
+    if is_null(value) and many is not None:
+        return "; write [] for none"
     if isinstance(value, Plain) and many is not None and "," in value:
-        return f"; write [{value.strip('()[]')}], or quotes around one value with a comma"
+        one = ", or quotes around one value with a comma" if get_args(many)[0] is str else ""
+        return f"; write [{value.strip('()[]')}]{one}"
     if isinstance(value, Plain) and value.lower() == "none" and type(None) in options:
         return "; write null for none"
     doubtful = next((item for item in _leaves(value) if isinstance(item, Plain) and _is_doubtful(item)), None)

@@ -113,6 +113,8 @@ class Job:
 
 def make_job(target: str, path: str, overrides: Sequence[str], options: Options) -> Job:
     """The job of `rlhf3d train path overrides` for a target. Raises ConfigError when it does not fit."""
+    if problems := list(check_names(target, options)):
+        raise ConfigError(problems, f"`{target}` does not take these options")
     config = load_config(path, overrides, files=False)
     if options.rehearse:
         options = replace(options, gpus_per_node=0, cpus_per_node=options.cpus_per_node or MAX_RANKS + ENGINE_RANKS)
@@ -250,6 +252,12 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
         if len(processes) < nodes:
             problems.append(f"{nodes - len(processes)} of {nodes} node(s) would have no training rank; ask for fewer")
         return problems
+    memory_gib, shm_gib = options.memory_gib_per_node, SHM_GIB_PER_GPU * gpus
+    if memory_gib and memory_gib <= shm_gib:
+        problems.append(
+            f"--memory-gib-per-node {memory_gib}: /dev/shm, {SHM_GIB_PER_GPU} GiB a GPU = {shm_gib} GiB, is part of it; "
+            "give more (`rlhf3d plan` tells how much host memory a run takes)"
+        )
     cores, needed_cores = options.cpus_per_node, _processes_beside_gpus(config, gpus)
     if cores and needed_cores > cores:
         problems.append(
@@ -280,7 +288,7 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
 def _check_target(target: str, config: Config, options: Options) -> list[str]:
     """What a target needs to know, and where it can write."""
     nodes, output = config.cluster.num_nodes, config.trainer.output_dir
-    problems = list(check_names(target, options))
+    problems = []
     if target == "local" and nodes > 1:
         problems.append(f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh")
     if target in ("local", "ssh") and options.image:

@@ -258,7 +258,7 @@ RAYJOB_SCHEMA["properties"]["metadata"] = {"type": "object"}
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--queue", "team", "--namespace", "ml", "--memory-gib-per-node", "64", "--time", "4h"), ("--rehearse",)],
+    [(), ("--queue", "team", "--namespace", "ml", "--memory-gib-per-node", "96", "--time", "4h"), ("--rehearse",)],
 )
 def test_rayjobs_are_what_the_operator_takes(more: tuple[str, ...]) -> None:
     text = launch("kuberay", "configs/math.yaml", SHARED, "--image", "i", "--volume", "v", "--nodes", "1", *more).stdout
@@ -318,6 +318,10 @@ SLURM = ("slurm", "configs/math.yaml")
         ((*SLURM, "--grace", "0s"), "--grace 0: the run would not be told"),
         ((*SLURM, "--cpus-per-node", "1"), "--cpus-per-node 1: 8 GPUs hold 16 training and engine ranks"),
         ((*SLURM, "--image", "i", "model.path=/a,b/m"), "/a,b/m cannot be mounted into a container"),
+        (
+            (*SLURM, "--memory-gib-per-node", "1"),
+            "--memory-gib-per-node 1: /dev/shm, 8 GiB a GPU = 64 GiB, is",
+        ),
         (("ssh", *SLURM[1:], "--hosts", "-oProxyCommand=x"), "--hosts '-oProxyCommand=x'"),
         (("ssh", *SLURM[1:], "--hosts", "a,a"), "a host is there twice"),
         (("local", *SLURM[1:], "--retries", "2"), "--retries would be ignored"),
