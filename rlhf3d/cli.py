@@ -484,6 +484,7 @@ def convert(
     from rlhf3d.checkpoints.convert import Options
     from rlhf3d.checkpoints.convert_view import convert as run
 
+    check_output("DESTINATION", destination)
     options = Options(to, role, dtype, max_shard_size, reference)
     try:
         report = run(source, destination, options, workers, restart, verify)

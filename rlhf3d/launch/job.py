@@ -255,8 +255,8 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
     memory_gib, shm_gib = options.memory_gib_per_node, SHM_GIB_PER_GPU * gpus
     if memory_gib and memory_gib <= shm_gib:
         problems.append(
-            f"--memory-gib-per-node {memory_gib}: /dev/shm, {SHM_GIB_PER_GPU} GiB a GPU = {shm_gib} GiB, is part of it; "
-            "give more (`rlhf3d plan` tells how much host memory a run takes)"
+            f"--memory-gib-per-node {memory_gib}: /dev/shm, {SHM_GIB_PER_GPU} GiB a GPU = {shm_gib} GiB, is part of "
+            "it; give more (`rlhf3d plan` tells how much host memory a run takes)"
         )
     cores, needed_cores = options.cpus_per_node, _processes_beside_gpus(config, gpus)
     if cores and needed_cores > cores:

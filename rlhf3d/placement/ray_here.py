@@ -41,6 +41,7 @@ class RayHere:
         self._mark: str | None = None
         self._needed: dict[str, psutil.Process] = {}
         self._closing = threading.Event()
+        self._looking = threading.Lock()
 
     def start(self, cpus: int, gpus: int | None, timeout_s: float, batch_bytes: int = 0) -> None:
         """Start Ray with `cpus` logical CPUs, `gpus` GPUs (None: those it finds) and room for two batches of
@@ -66,16 +67,19 @@ class RayHere:
 
     def ended(self) -> str | None:
         """Why Ray can do nothing more, if so; looks now."""
-        if self._closing.is_set() or ray_ended():
-            return ray_ended()
-        for name, process in self._needed.items():
-            if how := _how_it_ended(process):
-                set_ray_ended(
-                    f"Ray's {name} on this machine (process {process.pid}) {how}, and with it the run: the same "
-                    "command goes on from its newest checkpoint"
-                )
-                self._kill()  # they could only wait and write pages about it
-        return ray_ended()
+        with self._looking:  # the first that ended is the cause
+            if self._closing.is_set() or ray_ended():
+                return ray_ended()
+            for name, process in self._needed.items():
+                if how := _how_it_ended(process):
+                    why = (
+                        f"Ray's {name} on this machine (process {process.pid}) {how}, and with it the run: the same "
+                        "command goes on from its newest checkpoint"
+                    )
+                    set_ray_ended(why)
+                    self._kill()  # the others could only wait and write pages about it
+                    return why
+        return None
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_S):

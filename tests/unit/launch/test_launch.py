@@ -320,7 +320,7 @@ SLURM = ("slurm", "configs/math.yaml")
         ((*SLURM, "--image", "i", "model.path=/a,b/m"), "/a,b/m cannot be mounted into a container"),
         (
             (*SLURM, "--memory-gib-per-node", "1"),
-            "--memory-gib-per-node 1: /dev/shm, 8 GiB a GPU = 64 GiB, is",
+            "--memory-gib-per-node 1: /dev/shm, 8 GiB a GPU = 64 GiB, is part of it",
         ),
         (("ssh", *SLURM[1:], "--hosts", "-oProxyCommand=x"), "--hosts '-oProxyCommand=x'"),
         (("ssh", *SLURM[1:], "--hosts", "a,a"), "a host is there twice"),

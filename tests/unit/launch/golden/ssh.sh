@@ -56,7 +56,8 @@ fail() {
 }
 
 head_ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())') || fail "python cannot import ray"
-ray start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false "${ray[@]}" \
+# A session of its own: Ctrl-C and what is sent to this script's processes is for the run, which needs Ray to save.
+setsid ray start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false "${ray[@]}" \
     >"$ray_files.log" 2>&1 &
 ray_head=$!
 deadline=$((SECONDS + 300))
