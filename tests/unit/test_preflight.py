@@ -17,7 +17,8 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.measured import DEFAULT, write_measured
 from rlhf3d.planning.plan import Plan
-from rlhf3d.preflight import preflight
+from rlhf3d.planning.view import show_memory
+from rlhf3d.preflight import plan_here, preflight
 
 LAPTOP = Machine(
     cores=2,
@@ -130,6 +131,24 @@ def test_the_plan_is_for_the_gpus_that_are_here(
     assert shown[1].job.cluster.hardware.memory_gib == 79.2  # what the machine has counts
     DEFAULT.write_text("{}")
     assert any(problem.startswith("runs/gpu_measured.json: expected") for problem in preflight(config))
+
+
+def test_tight_memory_is_shown_and_no_reason_against_a_run(
+    tmp_path: Path, machine: list[Machine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout = {"placement": "disaggregated"}  # whose engine does not share the GPU's memory
+    cluster = {"platform": "cuda", "gpus_per_node": 2}
+    config = make(tmp_path, QWEN_7B, cluster=cluster, rollout=rollout, actor={"ppo_micro_batch_size_per_gpu": 1})
+    big = replace(LAPTOP, gpus=(("NVIDIA H100 80GB HBM3", 1000.0),) * 2, memory_available_gib=1000.0, disk_gib=1000.0)
+    shown: list[Plan] = []
+    machine[0] = big
+    assert preflight(config, shown.append) == [] and shown == []
+    peak = plan_here(config, QWEN_7B, True, big.gpus[0]).memory.ranks[0].peak.total / GIB
+    machine[0] = replace(big, gpus=(("NVIDIA H100 80GB HBM3", peak + 0.5),) * 2)
+    assert preflight(config, shown.append) == []
+    assert [plan.verdict for plan in shown] == ["tight"]
+    show_memory(shown[0])
+    assert "warning: device memory: " in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_auto_becomes_is_checked(tmp_path: Path, machine: list[Machine]) -> None:
