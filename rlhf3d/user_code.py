@@ -8,6 +8,7 @@ standard error, and `sys.exit`, as `os._exit` while it is loaded, is an error li
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -127,7 +128,7 @@ def _name_of(file: Path) -> str:
         found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(file.stem)
         if found is not None and found.origin == str(file):
             return file.stem
-    return f"rlhf3d_user_{file.stem}_{abs(hash(str(file))):x}"
+    return f"rlhf3d_user_{file.stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
 def _package_name(file: Path) -> str | None:

@@ -103,8 +103,10 @@ class Console:
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Print held-out accuracies and mean scores of a reward model, e.g. under the name `before`."""
-        parts = [f"{s} {m} {value:.1%}" for (s, m), value in validation_accuracy(metrics).items()]
-        parts += [f"{s} {m} reward model {value:.3f}" for (s, m), value in validation_reward(metrics).items()]
+        parts = [f"{printable(s)} {m} {value:.1%}" for (s, m), value in validation_accuracy(metrics).items()]
+        parts += [
+            f"{printable(s)} {m} reward model {value:.3f}" for (s, m), value in validation_reward(metrics).items()
+        ]
         self._line(_SEPARATOR.join([f"validate {name}", *parts]))
 
     def samples(self, before: Sequence[Sample], after: Sequence[Sample]) -> None:

@@ -6,6 +6,7 @@ log-probs agreed with Megatron's on the same tokens and its prefix cache was see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -21,6 +22,15 @@ from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
 from rlhf3d.resharding.setup import SyncSetup
 
 CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1, "fp8_per_channel": 0.4}
+
+
+_TRY = (
+    "Try rollout.dtype=float32 and model.dtype=float32, without rollout.quantization: where they agree then, it was "
+    "rounding, and rollout.canary_max_abs_diff may be raised; else the engine lacks the trained weights: report this"
+)
+_NOT_FINITE = (
+    "The weights are not finite: look at those it began with (`rlhf3d inspect MODEL --deep`), or lower actor.optim.lr"
+)
 
 
 class CanaryError(RuntimeError):
@@ -165,9 +175,8 @@ class WeightSync:
             if not mean <= self.limit:
                 raise CanaryError(
                     f"after the sync of policy {self.trained_version}, engine {number} and the trainer give the same "
-                    f"{len(diffs)} tokens log-probs that differ by {mean:.3g} on average (limit {self.limit:g}): the "
-                    "engine does not hold the trained weights. Check rollout.dtype, then report it; "
-                    "rollout.canary_max_abs_diff sets the limit"
+                    f"{len(diffs)} tokens log-probs that differ by {mean:.3g} on average (limit {self.limit:g}). "
+                    f"{_TRY if math.isfinite(mean) else _NOT_FINITE}"
                 )
             worst = max(worst, mean)
         return worst

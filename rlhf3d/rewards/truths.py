@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -38,10 +39,16 @@ def shown(value: Any) -> str:
 def _list_in(text: str) -> Any:
     """The list of texts that `text` writes out, else null: [1, 2] is an interval, ["1", "2"] are two answers."""
     stripped = text.strip()
+    if re.fullmatch(r"\[\s*-?[0-9.]+\s*\]", stripped):  # one number in brackets is no interval
+        return [stripped[1:-1].strip()]
     if not (
         stripped.startswith(("[", "(")) and stripped.endswith(("]", ")")) and stripped[1:].lstrip()[:1] in ('"', "'")
     ):
         return None
+    if re.search(r"['\"]\s+['\"]", stripped):
+        raise ValueError(
+            f"reward_model.ground_truth: {text[:80]!r} looks like a printed numpy array; write the answers as a list"
+        )
     for read in (json.loads, ast.literal_eval):
         try:
             entries = read(stripped)

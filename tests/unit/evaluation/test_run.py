@@ -15,6 +15,7 @@ from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.evaluation.records import Generation, read_generations, results
 from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
 from rlhf3d.evaluation.view import render
+from rlhf3d.rewards.scoring import RewardError
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 
 SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method="strict")
@@ -189,3 +190,17 @@ def test_a_reward_function_of_ones_own_scores(tmp_path: Path, model: Path, token
         run(replace(settings, reward_name="wroth"))
     with pytest.raises(ValueError, match="no built-in scorer for data_source 'mine'"):
         run(replace(settings, reward_path=None))
+
+
+def test_a_reward_that_fails_stops_it_and_its_errors_are_no_wrong_answers(
+    tmp_path: Path, model: Path, tokenizer: object
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info): return no"
+    )
+    settings = replace(SETTINGS, reward_path=str(tmp_path / "own.py"))
+    with pytest.raises(RewardError, match=r"2 of 3 completions were not scored.*\n.*\n[\s\S]*NameError"):
+        evaluate(
+            model, [write(tmp_path, "445")], tmp_path / "out", settings, lambda: ScriptedEngine(tokenizer), batch=2
+        )
+    assert read_generations(tmp_path / "out") == []

@@ -65,7 +65,7 @@ def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(name: st
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize(
-    "truth", [["9"], '["9"]', "['9', '10.5']", ["10.5", "9"], ("9",), 9, 9.0, Decimal("9.00"), ["x", "9"][1:]]
+    "truth", [["9"], '["9"]', "['9', '10.5']", "[9]", ["10.5", "9"], ("9",), 9, 9.0, Decimal("9.00"), ["x", "9"][1:]]
 )
 def test_truths_of_any_type_are_what_they_say(name: str, truth: Any) -> None:
     scorer = SCORERS[name]
@@ -80,7 +80,7 @@ def test_numbers_keep_their_value_and_intervals_are_no_lists() -> None:
     assert shown([1, "½"]) == '[1, "½"]' and shown(None) == "" and shown(3.0) == "3" and shown(7) == "7"
 
 
-@pytest.mark.parametrize("truth", [[], [[]], {"target": "9"}, float("nan"), b"9", True, [None]])
+@pytest.mark.parametrize("truth", [[], [[]], {"target": "9"}, float("nan"), b"9", True, [None], "['9' '10']"])
 def test_truths_that_no_rule_compares_with_are_errors_not_zeros(truth: Any) -> None:
     for scorer in SCORERS.values():
         with pytest.raises(ValueError, match=r"reward_model\.ground_truth"):
