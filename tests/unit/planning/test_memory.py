@@ -15,6 +15,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.activations import in_flight
+from rlhf3d.planning.engines import GRAPHS_GIB
 from rlhf3d.planning.hardware import GIB, Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.memory import PHASES, spare
 from rlhf3d.planning.plan import Plan, make_plan
@@ -213,9 +214,10 @@ def test_an_engine_takes_more_than_its_share() -> None:
     one = plan(actor={"layout": LAYOUT}, rollout={"engines": 8}).memory.engine
     assert one.outside == int(hardware.engine_context_gib * GIB)
     a_token = 2 * (4 * 3584 + 3 * 18944 // 2)
-    assert engine.activations == 16384 * a_token + 3 * 64 * 4 * 76032
+    graphs = int(GRAPHS_GIB * GIB)
+    assert engine.activations == 16384 * a_token + 3 * 64 * 4 * 76032 + graphs
     few = plan(actor={"layout": LAYOUT}, rollout=COLOCATED["rollout"] | {"max_num_seqs": 2}).memory.engine
-    assert few.activations == 2 * 1024 * a_token + 3 * 2 * 4 * 76032  # of no more than all sequences
+    assert few.activations == 2 * 1024 * a_token + 3 * 2 * 4 * 76032 + graphs  # of no more than all sequences
 
 
 def test_tight_is_between_fitting_and_not() -> None:
