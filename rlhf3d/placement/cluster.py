@@ -61,11 +61,15 @@ def ray_cluster(
         except SystemExit:  # from the handler of SIGTERM that ray.init sets
             heard(signal.SIGTERM, None)
             raise
+        except SystemError as error:
+            _raise_swallowed(error)
+            raise
         signal.signal(signal.SIGTERM, heard)
         gone = set(_lost_nodes())
         try:
             yield
         except Exception as error:
+            _raise_swallowed(error)
             if why := own.ended():
                 raise WorkerFailure(why) from None
             lost_touch = isinstance(error, WorkerFailure) and error.lost_touch and config.num_nodes > 1
@@ -76,6 +80,12 @@ def ray_cluster(
     finally:
         own.end()
         signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_swallowed(error: Exception) -> None:
+    """What a signal's handler raised inside one of Ray's calls, which may return a result all the same."""
+    if isinstance(error, SystemError) and isinstance(error.__cause__, BaseException):
+        raise error.__cause__
 
 
 def join(address: str, timeout_s: float) -> None:
