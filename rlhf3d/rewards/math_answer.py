@@ -7,6 +7,7 @@ they cannot mean anything else: two answers that differ never get one form.
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 _BOXES = ("\\boxed", "\\fbox")
@@ -36,10 +37,15 @@ _SPELLINGS = (
     (re.compile(r"\^?\s*(?:°|\\degrees?(?![a-zA-Z]))"), r"^\\circ"),
     (re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])"), ""),  # sizes of brackets
     (re.compile(r"\\varnothing(?![a-zA-Z])|∅"), r"\\emptyset"),
-    (re.compile(r"\\(?:boldsymbol|bm|pmb)(?![a-zA-Z])\s*"), ""),  # leaves the group
+    (re.compile(r"\\(?:boldsymbol|bm|pmb|textbf|textit|emph|underline|mathsf)(?![a-zA-Z])\s*"), ""),  # leaves the group
+    (re.compile("²"), "^2"),
+    (re.compile("³"), "^3"),
+    (re.compile("∞"), r"\\infty"),
+    (re.compile("×"), r"\\times "),
 )
+_ONE_CHARACTER = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _GAP = r"(?:\s|~|\\[ ,:;!])+"
-_REPEATING = re.compile(r"(?<![0-9A-Za-z.}])([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar)\s*\{([0-9]{1,40})\}")
+_REPEATING = re.compile(r"(?<![0-9A-Za-z.}])([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar|dot)\s*\{([0-9]{1,40})\}")
 _MIXED = re.compile(rf"(-?[0-9]{{1,40}}){_GAP}([0-9]{{1,40}})/([0-9]{{1,40}})")
 _SPACED_THOUSANDS = re.compile(rf"-?[0-9]{{1,3}}(?:{_GAP}[0-9]{{3}}){{1,12}}(?:\.[0-9]+)?")
 
@@ -52,12 +58,17 @@ def tidy(answer: str) -> str:
     text = answer.strip()
     for pattern, plain in _SPELLINGS:
         text = pattern.sub(plain, text)
-    text = _REPEATING.sub(_as_fraction, text)
+    text = _REPEATING.sub(_as_fraction, _ONE_CHARACTER.sub(_spelled_out, text))
     if text.startswith("{") and _group_end(text) == len(text):
         text = text[1:-1].strip()
     if (match := _MIXED.fullmatch(text)) and int(match[2]) < int(match[3]):
         return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
     return re.sub(_GAP, "", text) if _SPACED_THOUSANDS.fullmatch(text) else text
+
+
+def _spelled_out(match: re.Match[str]) -> str:
+    value = Fraction(unicodedata.numeric(match[0])).limit_denominator(10)
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _as_fraction(match: re.Match[str]) -> str:
@@ -92,7 +103,8 @@ def bases(answer: str) -> set[str]:
 _UNIT_NAMES = (
     "mm millimeter millimeters|cm centimeter centimeters|m meter meters|km kilometer kilometers|in inch inches|"
     "ft foot feet|yd yard yards|mi mile miles|g gram grams|kg kilogram kilograms|lb lbs pound pounds|"
-    "s sec second seconds|min minute minutes|h hr hour hours"
+    "s sec second seconds|min minute minutes|h hr hour hours|day days|"
+    "week weeks|month months|year years|degree degrees|dollar dollars|cent cents|unit units"
 )
 UNITS = {name: names.split()[0] for names in _UNIT_NAMES.split("|") for name in names.split()}
 """Names of units -> the unit."""

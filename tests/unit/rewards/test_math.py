@@ -136,6 +136,16 @@ RIGHT = [
     (r"15\text{ cm}^2", "15 cm^2"),
     (r"15\text{ cm}", r"15 \mathrm{ centimeters}"),
     ("52_8", "52_{8}"),
+    ("90", "90 degrees"),
+    (r"\frac{1}{2}", "½"),
+    ("1.5", "1½"),
+    ("x^2", "x²"),
+    (r"(-\infty,2)", "(-∞,2)"),
+    ("300000", "3×10^5"),
+    (r"\frac{1}{3}", r"0.\dot{3}"),
+    ("1234567", "1 234 567"),
+    (r"\text{even}", r"\textbf{even}"),
+    ("7", "7 days"),
     # small numbers
     (r"\frac{1}{1004!}", r"\frac{1}{1004 \cdot 1003!}"),
     ("10^{-30}", r"\frac{1}{10^{30}}"),
@@ -182,6 +192,14 @@ WRONG = [
     (r"5\text{ cm}", r"5\text{ m}"),
     (r"5\text{ cm}", "5 mm"),
     ("15 cm^2", "15 cm^3"),
+    ("7 days", "7 weeks"),
+    ("5 cents", "5 dollars"),
+    ("3", "1½"),
+    (r"e^{-50}", r"e^{-60}"),
+    (r"\sin(10^{-20})", r"\sin(10^{-21})"),
+    (r"x^2+10^{-20}", "x^2"),
+    (r"\{1,10^{-16}\}", r"\{1,0\}"),
+    (r"2^{100}", "2^{100}+1"),
     # numbers side by side are not their sum
     ("512", "12 500"),
     ("7", "3 4"),
@@ -197,7 +215,9 @@ KNOWN_FAILURES = [
     ("1010_2", "1010", 1.0),  # a base that only one states is dropped
     (r"5\text{ pears}", r"5\text{ apples}", 1.0),  # so is a unit that is not known
     ("10", r"10\%", 1.0),  # and the percent sign, where the number fits
-    (r"\frac{1}{2}", "½", 0.0),
+    ("42", "**42**", 0.0),
+    (r"\sqrt{2}", "√2", 0.0),
+    ("15", "15 km/h", 0.0),
     ("300000", "3e5", 0.0),
     ("C", "C. 17", 0.0),
     (r"\frac{1}{2}", "0.500000001", 1.0),
