@@ -13,7 +13,7 @@ from rlhf3d.batching.micro import MicroBatching, plan_micro_batches
 BUDGET = 96
 RULES = [
     MicroBatching(rows=3, tokens=tokens, packed=packed, multiple_of=multiple)
-    for tokens, packed, multiple in product((None, BUDGET), (False, True), (1, 4))
+    for tokens, packed, multiple in product((None, BUDGET), (False, True), (1, 4, 32))
 ]
 
 

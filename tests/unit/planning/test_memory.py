@@ -258,11 +258,11 @@ def test_70b_on_16_devices_of_80_gb_is_not_said_to_fit() -> None:
 
 
 def test_published_states_of_mixtral() -> None:
-    """Mixtral 8x7B on 16 H100 as PP2, EP8: 53.0 GiB of weights, gradients and optimizer were measured a rank."""
+    """Mixtral 8x7B on 16 H100 as PP2, EP8: 54,251 MiB allocated between steps (NVIDIA/Megatron-LM, issue 756)."""
     spec = load_spec(ROOT / "configs/models/Mixtral-8x7B-Instruct-v0.1", with_weights=False)
     layout = ParallelLayout(pp=2, dp=8, ep=8)
     states = [model_states(spec, layout, layout.coords(rank), "lm", "bfloat16", style="te").total for rank in (0, 8)]
-    assert max(states) / GIB == pytest.approx(53.0, rel=0.01)
+    assert max(states) / GIB == pytest.approx(54_251 / 1024, rel=0.005)
 
 
 def test_cpu_ranks_share_the_host(tmp_path: Path) -> None:
