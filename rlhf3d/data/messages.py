@@ -35,6 +35,12 @@ def read_messages(prompt: Any, where: str) -> list[Message]:
         if not isinstance(message.get("role"), str) or not isinstance(text, str):
             raise _no_messages(prompt, where)
         messages.append(message)
+    return messages
+
+
+def read_prompt(prompt: Any, where: str) -> list[Message]:
+    """Messages that a completion can follow (see `read_messages`); ValueError for an empty last one."""
+    messages = read_messages(prompt, where)
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         raise ValueError(
             f"{where}: the prompt ends with an empty message or a tool call of the assistant; leave it out, or add the "

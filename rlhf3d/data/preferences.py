@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.data.messages import Message, read_messages
 from rlhf3d.data.sources import read_rows
 
 HELD_OUT_EVERY = 5
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     answers = [row.get(key) for key in ("chosen", "rejected")]
     prompt = row.get("prompt")
     if all(isinstance(answer, list) and answer for answer in answers):
-        prompt = answers[0][:-1] if prompt is None else prompt  # type: ignore[index]
-        answers = [answer[-1].get("content") for answer in answers]  # type: ignore[index]
+        chosen_talk, rejected_talk = (read_messages(answer, f"{where}: answer") for answer in answers)
+        if chosen_talk[:-1] != rejected_talk[:-1]:
+            raise ValueError(f"{where}: chosen and rejected differ before their last message: a pair has one prompt")
+        before = chosen_talk[:-1]
+        prompt = before if prompt is None else prompt
+        if len(before) > len(prompt_messages(prompt, where)):
+            raise ValueError(f"{where}: the answers hold turns that the prompt lacks; put them into it")
+        answers = [chosen_talk[-1]["content"], rejected_talk[-1]["content"]]
     chosen, rejected = answers
     if prompt is None or not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError(f"{where} needs prompt, chosen and rejected as text or messages, has {', '.join(sorted(row))}")
@@ -56,7 +63,7 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
 def prompt_messages(prompt: Any, where: str) -> Messages:
     """Messages as they are, a text as the user's; of `Human: … Assistant:` dialogues, their turns."""
     if isinstance(prompt, list):
-        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in prompt]
+        return read_messages(prompt, where)
     pieces = _TURN.split(prompt)
     if len(pieces) == 1:
         return [{"role": "user", "content": prompt.strip()}]

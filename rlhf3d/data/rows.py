@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf3d.data.messages import asked, read_messages, read_tools
+from rlhf3d.data.messages import asked, read_prompt, read_tools
 
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
@@ -239,7 +239,7 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
             raise ValueError(f"{where}: {column} is not empty: prompts are text alone; leave the row out")
     return PromptRow(
         data_source=record["data_source"],
-        prompt=read_messages(record["prompt"], where),
+        prompt=read_prompt(record["prompt"], where),
         ability=_text(record.get("ability"), f"{where}: ability"),
         reward_model=reward_model,
         extra_info=_struct(record.get("extra_info"), f"{where}: extra_info"),

@@ -88,7 +88,7 @@ def _group_end(text: str) -> int:
     return 0
 
 
-_BASE = re.compile(r"[0-9A-F]*[0-9][0-9A-F]*[\s_]*_[\s_]*([0-9]+|[a-z]+)")
+_BASE = re.compile(r"(?<![0-9A-F])([0-9A-F]+)\s*_[\s_]*([0-9]+|[a-z]+)")
 _BASE_NAMES = dict(
     zip("two three four five six seven eight nine ten eleven twelve".split(), map(str, range(2, 13)), strict=True)
 )
@@ -97,7 +97,8 @@ _BASE_NAMES = dict(
 def bases(answer: str) -> set[str]:
     r"""The bases its numbers are written in (52_8, 52_{\text{eight}}, 52 base 8): "8"; empty where none is stated."""
     plain = re.sub(r"\\(?:text|mbox|mathrm)|[{()]", "", answer).replace("base", "_").replace("}", " ")
-    return {_BASE_NAMES.get(base, base) for base in _BASE.findall(plain)}
+    stated = [base for number, base in _BASE.findall(plain) if re.search("[0-9]", number)]
+    return {_BASE_NAMES.get(base, base) for base in stated}
 
 
 _UNIT_NAMES = (

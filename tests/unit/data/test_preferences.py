@@ -37,6 +37,14 @@ def test_answers_as_text_or_conversations() -> None:
         for name, text in (("chosen", "good"), ("rejected", "bad"))
     }
     assert pair_of(chats, "w") == pair_of({"prompt": asked, **chats}, "w") == pair
+    named = [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": "Ann"}]
+    assert pair_of({**chats, "prompt": named}, "w").prompt == [{"role": "user", "content": "q", "name": "Ann"}]
+    other = {**chats, "rejected": [{"role": "user", "content": "p"}, chats["rejected"][1]]}
+    with pytest.raises(ValueError, match=r"w: chosen and rejected differ before their last message"):
+        pair_of(other, "w")
+    longer = {name: [*asked, {"role": "assistant", "content": "c"}, *talk] for name, talk in chats.items()}
+    with pytest.raises(ValueError, match=r"w: the answers hold turns that the prompt lacks"):
+        pair_of({**longer, "prompt": "q"}, "w")
     with pytest.raises(ValueError, match=r"file: row 3 needs prompt, chosen and rejected .* has chosen, prompt"):
         pair_of({"prompt": "q", "chosen": "good"}, "file: row 3")
 

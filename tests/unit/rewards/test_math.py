@@ -240,6 +240,13 @@ def test_known_failures_of_math_verify(truth: str, answer: str, said: float) -> 
     assert score_math(f"\\boxed{{{answer}}}", truth).value == said
 
 
+@pytest.mark.parametrize("piece", ["9", "9 ", " ", "{", "}", "9_", "\\\\text{", "0.\\\\overline{3}", "\\\\, 9", "1/"])
+def test_spellings_are_read_in_linear_time(piece: str) -> None:
+    started = time.monotonic()
+    scorer._quick((piece * 500)[: scorer.MAX_ANSWER], piece * 2000)
+    assert time.monotonic() - started < 1.0
+
+
 def test_quick_verdicts_are_math_verifys() -> None:
     verify = scorer._grader().verify
     answers = sorted({answer for pair in [*RIGHT, *WRONG] for answer in pair} | {"0.3333333", "1/3", "-0.5", "7/14"})
