@@ -6,6 +6,7 @@ sequences there can be, since a run meets them. Pure: no torch.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,12 +148,12 @@ class MemoryPlan:
                 if rank.peak.total > self.device_limit
             ]
             if engine.missing:
-                beside = engine.weights + engine.activations
+                least = (engine.weights + engine.activations + engine.one_sequence) / self.device_limit
                 found.append(
                     f"vLLM: rollout.gpu_memory_utilization leaves {_gib(engine.kv_cache)} GiB for keys and values "
                     f"beside {_gib(engine.weights)} GiB of weights and {_gib(engine.activations)} GiB of "
                     f"activations, {_gib(engine.missing)} GiB too little for one sequence of {engine.max_model_len} "
-                    f"tokens; give {(beside + engine.one_sequence) / self.device_limit:.2f} or more, or raise "
+                    f"tokens; give {math.ceil(100 * least) / 100:.2f} or more, or raise "
                     "rollout.tensor_parallel_size"
                 )
         elif engine.missing:
