@@ -84,7 +84,7 @@ def render(title: str, samples: Sequence[Sample], wanted: Filter, limit: int) ->
 
 def _sample(sample: Sample) -> list[RenderableType]:
     colour = "green" if sample.score >= 1.0 else "yellow" if sample.outcome == "scored" else "red"
-    verdict = f"{sample.outcome}, score {sample.score:g}, wanted {clean(sample.ground_truth)}"
+    verdict = f"{sample.outcome}, score {sample.mark}, wanted {clean(sample.ground_truth)}"
     cut = ", cut off" if sample.finish_reason == "length" else ""
     return [
         Text(clean(sample.prompt), style="cyan"),

@@ -115,7 +115,7 @@ class Console:
         for heading in ("prompt", "answer", "before", "after"):
             table.add_column(heading, overflow="fold")
         for old, new in zip(before, after, strict=True):
-            answers = (f"[{sample.score:g}] {sample.response}" for sample in (old, new))
+            answers = (f"[{sample.mark}] {sample.response}" for sample in (old, new))
             table.add_row(*(Text(printable(t)) for t in (old.prompt, old.ground_truth, *answers)))
         with self._whoever_reads():
             self._rich.print(table)

@@ -177,7 +177,7 @@ def _sample_table(folder: Path) -> str:
         [
             _cell(old.prompt),
             _cell(old.ground_truth),
-            *(f"[{s.score:g}] {_cell(s.response)}" for s in (old, new)),
+            *(f"[{s.mark}] {_cell(s.response)}" for s in (old, new)),
         ]
         for old, new in zip(before, after, strict=True)
     ]

@@ -40,6 +40,11 @@ class Sample:
     policy_version: int
     """Policy that wrote every token of it."""
 
+    @property
+    def mark(self) -> str:
+        """Its score; of one that the reward function gave none, why."""
+        return self.outcome if self.outcome in ("timeout", "error") else f"{self.score:g}"
+
 
 def samples_path(output_dir: str | Path, step: int, kind: Kind = "train") -> Path:
     """`samples/step_N.jsonl`; validation's files carry `greedy_` or `sampled_` in front."""

@@ -43,6 +43,12 @@ def write_run(folder: Path) -> None:
     write_samples(folder, 4, [replace(SAMPLE, response="5", score=1.0)], "greedy")
 
 
+def test_an_answer_without_a_score_is_not_shown_as_wrong(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_samples(tmp_path, 4, [replace(SAMPLE, response="5", outcome="error")], "greedy")
+    assert "| [0] it is 4 | [error] 5 |" in make_report(tmp_path).read_text()
+
+
 def test_names_are_no_markup(tmp_path: Path) -> None:
     source = "org/$\\frac$_{|set[v2]/acc/of/reward_model/x"
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
