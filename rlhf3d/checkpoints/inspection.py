@@ -77,7 +77,7 @@ def _own(found: dict[str, Any]) -> list[str]:
 def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """What the run's configuration says of each role's layout, without what is off; empty where there is none."""
     config_file = checkpoint / "config.yaml"
-    config = (yaml.safe_load(config_file.read_text()) or {}) if config_file.is_file() else {}
+    config = (yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}) if config_file.is_file() else {}
     sizes = ("tp", "pp", "dp", "cp", "vpp", "ep", "first_stage_layers", "last_stage_layers")
     given = {role: (config.get(role) or {}).get("layout") for role in ROLES}
     return {

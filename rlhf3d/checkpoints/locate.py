@@ -86,7 +86,7 @@ def reference_folder(megatron: Path, given: Path | None) -> Path:
     looked = [given] if given is not None else [megatron / "hf", megatron.parent / "hf"]
     run_config = megatron.parent / "config.yaml"
     if given is None and run_config.is_file():
-        model = yaml.safe_load(run_config.read_text()).get("model") or {}
+        model = yaml.safe_load(run_config.read_text(encoding="utf-8")).get("model") or {}
         looked += [Path(model["path"])] if "path" in model else []
     for folder in looked:
         if (folder / "config.json").is_file():

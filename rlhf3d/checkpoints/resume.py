@@ -125,7 +125,7 @@ def _read(folder: Path) -> Checkpoint:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The configuration in a run's folder or a checkpoint's, by dotted key."""
-    return dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text())))
+    return dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))))
 
 
 def set_aside(store: Store, step: int) -> list[str]:

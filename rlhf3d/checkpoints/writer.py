@@ -93,7 +93,7 @@ class CheckpointWriter:
         wait = wait or not self.config.trainer.async_save
         with self._removed_on_error(partial):
             (partial / DRIVER_FILE).write_text(json.dumps({"step": step, **self._identity, **state}, indent=1))
-            (partial / CONFIG_FILE).write_text(config_to_yaml(self.config))
+            (partial / CONFIG_FILE).write_text(config_to_yaml(self.config), encoding="utf-8")
             if export:
                 write_hf_folder(partial / HF_FOLDER, self.sync.export_tensors(), Path(self.config.model.path))
                 reached("exported")

@@ -55,6 +55,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
     return config
 
 
+def read_sections(path: Path, form: str) -> dict[str, Any]:
+    """The mapping that a YAML file is, its scalars as they stand; `form` shows what is expected."""
+    try:
+        raw = scalars.read(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
+    if scalars.is_null(raw):
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: expected sections ({form}), found {_type_name(raw)}"])
+    return raw
+
+
 PATHS = (
     "model.path data.train_files data.val_files data.curriculum.path data.cache_dir algorithm.custom_path "
     "custom_reward_function.path reward_model.path trainer.output_dir trainer.resume_mode"
@@ -90,18 +107,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         hint = f"; did you mean {Path('configs') / path}?" if (Path("configs") / path).is_file() else ""
         raise ConfigError([f"no configuration file {path}{hint}"])
-    try:
-        raw = scalars.read(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
-    if scalars.is_null(raw):
-        raw = {}
-    if not isinstance(raw, dict):
-        raise ConfigError([f"{path}: expected sections (`model:`, `data:` …), found {_type_name(raw)}"])
+    raw = read_sections(path, "`model:`, `data:` …")
     base = raw.pop("base", None)
     if scalars.is_null(base):
         return raw

@@ -266,7 +266,7 @@ def _open_output(
     """The generations that are there already, all of this very evaluation."""
     settings = output / SETTINGS_FILE
     if settings.is_file() and not restart:
-        found = json.loads(settings.read_text())["identity"]
+        found = json.loads(settings.read_text(encoding="utf-8"))["identity"]
         differing = [key for key, value in identity.items() if found.get(key) != value]
         if differing:
             raise ValueError(
@@ -285,5 +285,5 @@ def _open_output(
 
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, path)

@@ -43,7 +43,7 @@ def plan_command(
     if write is not None and found.best:
         best = found.best[0]
         title = f"# rlhf3d plan --search on {cluster}: {best.step_s:.0f} s a step planned"
-        write.write_text(f"{title}\n{config_to_yaml(best.job.config)}")
+        write.write_text(f"{title}\n{config_to_yaml(best.job.config)}", encoding="utf-8")
     return bool(found.best)
 
 

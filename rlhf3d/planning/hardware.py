@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-import yaml
+from rlhf3d.config.load import coerce, read_sections
 
 GIB = 1 << 30
 NOT_IN_FILES = frozenset({"name", "measured_here"})
@@ -30,7 +30,7 @@ class Hardware:
     kind: Literal["cpu", "cuda"]
     memory_gib: float | None
     """Of one device; None where ranks share the host's memory."""
-    flops: Mapping[str, float]
+    flops: dict[str, float]
     """FLOP/s of one device by dtype."""
     matmul_efficiency: float
     matmul_half: float
@@ -130,9 +130,9 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--hardware: no file {path}; {FILE} shows the form")
-    raw = yaml.safe_load(path.read_text())
+    raw = read_sections(path, f"as in {FILE}")
     wanted = {item.name for item in fields(Hardware)} - NOT_IN_FILES
-    found = {}
+    kinds, found = get_type_hints(Hardware), {}
     for name, entry in raw.items():
         if not isinstance(entry, dict) or set(entry) != wanted:
             given = set(entry) if isinstance(entry, dict) else set()
@@ -140,7 +140,11 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
                 f"{path}: {name} lacks {', '.join(sorted(wanted - given)) or 'nothing'} and has "
                 f"{', '.join(sorted(given - wanted)) or 'nothing'} too many; {FILE} shows the form"
             )
-        found[str(name)] = Hardware(name=str(name), **entry)
+        try:
+            values = {key: coerce(value, kinds[key]) for key, value in entry.items()}
+        except TypeError as error:
+            raise ValueError(f"{path}: {name} has {error}, which is no number or name; {FILE} shows the form") from None
+        found[str(name)] = Hardware(name=str(name), **values)
     return found
 
 

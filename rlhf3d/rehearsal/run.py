@@ -101,11 +101,11 @@ def prepare(
         trainer=replace(small.trainer, output_dir=str(folder / "run"), resume_mode="never"),
     )
     job, run, text = folder / "job.yaml", folder / "run", config_to_yaml(small)
-    same = config.trainer.resume_mode == "auto" and job.is_file() and job.read_text() == text
+    same = config.trainer.resume_mode == "auto" and job.is_file() and job.read_text(encoding="utf-8") == text
     goes_on = same and _interrupted(run)
     for old in ("resumed",) if goes_on else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    job.write_text(text)
+    job.write_text(text, encoding="utf-8")
     load_config(job)  # what shrinking got wrong is told here, and not by a worker
     notes = [str(change) for change in shrunk.changes]
     notes += [f"{name}: not here; generated word problems stand in" for name in absent]

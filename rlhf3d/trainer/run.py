@@ -81,7 +81,7 @@ def run_training(config: Config, stopping: Stopping) -> int:
         loader.load_state_dict(found.state["loader"])
     output = Path(config.trainer.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(config_to_yaml(config))
+    (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     setup_logging(output, "driver")
 
     with ExitStack() as stack:

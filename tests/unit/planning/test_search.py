@@ -130,3 +130,24 @@ def test_search_needs_gpus_and_write_needs_search() -> None:
     for extra, message in ((["--search"], "give --gpus"), (["--write", "x.yaml"], "give --search as well")):
         done = CliRunner().invoke(cli.app, ["plan", *quickstart, shape, *extra])
         assert message in str(done.exception)
+
+
+def test_a_hardware_file_is_read_as_a_configuration_is(tmp_path: Path) -> None:
+    from rlhf3d.planning.hardware import FILE, load_hardware
+
+    path = tmp_path / "own.yaml"
+    path.write_text(Path(FILE).read_text())
+    assert load_hardware(path) == load_hardware()
+    for old, new, told in (
+        ("cores: ", "cores: 1_", "which is no number or name"),
+        ("measured: ", "measured: yes #", "which is no number or name"),
+    ):
+        path.write_text(Path(FILE).read_text().replace(old, new, 1))
+        with pytest.raises(ValueError, match=told):
+            load_hardware(path)
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="expected sections"):
+        load_hardware(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_hardware(path)
