@@ -213,9 +213,18 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
                 f"{path}: no column {column!r} (it has: {', '.join(columns)}). Prompts need "
                 f"{', '.join(REQUIRED_COLUMNS)}; `rlhf3d data prepare` writes such files"
             )
+    if rows_needed and not _is_text(kind := file.schema_arrow.field("data_source").type):
+        raise ValueError(f"{path}: column 'data_source' must be text, not {kind}; write its names as text")
     if rows_needed and not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no rows; prepare it again or name another file")
     return file
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is some kind of text; of nulls, the rows say what is missing."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(is_kind(kind) for is_kind in texts)
 
 
 def prompt_columns(schema: pa.Schema) -> list[str]:

@@ -24,7 +24,7 @@ from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_batch
 IN_MEMORY_BYTES = 64 * 2**20
 """Unpacked size up to which a file is kept in memory."""
 BATCH_ROWS = 4096
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 class RowStore:

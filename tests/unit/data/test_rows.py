@@ -147,6 +147,14 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("source", [3, ["a"], {"name": "a"}, b"a"])
+def test_a_data_source_that_is_no_text_is_named(tmp_path: Path, source: Any) -> None:
+    pq.write_table(pa.Table.from_pylist([{**GOOD, "data_source": source}]), tmp_path / "t.parquet")
+    for read in (read_parquet, lambda path: RowStore([path]), lambda path: check_files([path])):
+        with pytest.raises(ValueError, match=r"t\.parquet: column 'data_source' must be text, not "):
+            read(tmp_path / "t.parquet")
+
+
 def test_structs_as_maps_and_as_json_text_load(tmp_path: Path) -> None:
     maps = pa.array([[("index", "7")]], pa.map_(pa.string(), pa.string()))
     for name, extra in (("maps", maps), ("text", pa.array(['{"index": "7"}']))):
