@@ -337,7 +337,12 @@ def training_warnings(
         raise ValueError(f"data.train_files, data.val_files: {WITHOUT_TRUTH}")
     items = []
     for row in rows:
-        for text in scorer_of(row.data_source, reward.scorers).statements(row.ground_truth):
+        try:
+            statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
+        except ValueError as error:
+            asked = f"data.train_files, data.val_files: the row that asks {row.question[:80]!r}"
+            raise ValueError(f"{asked}: {error} (`rlhf3d data check` names every such row)") from error
+        for text in statements:
             items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
     scores = pool.score_batch(items)
     refused = [item for item, score in zip(items, scores, strict=True) if not score.failed and score.value < 1.0]

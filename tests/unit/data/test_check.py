@@ -157,6 +157,9 @@ def test_training_says_what_the_check_would(tmp_path: Path) -> None:
     with ScoringPool(1, 10.0, reward) as pool:
         assert training_warnings(dataset("clean.parquet", row("a")), dataset("c.parquet", row("c")), reward, pool) == []
         shared, refused = training_warnings(train, dataset("val.parquet", row("a")), reward, pool)
+    broken = dataset("broken.parquet", replace(row("c"), reward_model={"ground_truth": {"target": "4"}}))
+    with ScoringPool(1, 10.0, reward) as pool, pytest.raises(ValueError, match=r"the row that asks 'c': .* not dict"):
+        training_warnings(broken, None, reward, pool)
     assert "1 of the questions looked at are in data.train_files and in data.val_files" in shared
     assert "1 of 3 ground truths looked at" in refused and "'five'" in refused
     assert [r.reward_model["ground_truth"] for r in train.sample(1)] == ["4"] and len(train.sample(5)) == 2
