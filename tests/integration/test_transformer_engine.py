@@ -8,6 +8,7 @@ be. Its kernels, its fused attention and speed are not tested.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,6 +135,18 @@ def test_updates_are_those_of_the_local_layers(name: str, computed: dict, refere
     for role in PPO:
         metric, norm, weight = compare(assemble(case, computed[name], role), references[case.model][role])
         print(f"TE {name} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+
+
+MATRICES = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_products_sum_the_gradients_of_all_matrices(name: str, computed: dict) -> None:
+    """And of nothing else."""
+    for result in computed[name]:
+        for role in PPO:
+            kinds = {".".join(weight.split(".")[-2:]) for weight in result[role]["fused"]}
+            assert {re.sub(r"\d+$", "", kind) for kind in kinds} == set(MATRICES)
 
 
 def test_experts_are_sorted_as_by_the_triton_kernels(computed: dict) -> None:

@@ -156,7 +156,7 @@ def join(rank: int, port: int, case: Case, folder: Path) -> Any:
 
 
 def one_update(context: Any, folder: Path, update: Update) -> dict:
-    """Forward pass, two optimizer steps, forward pass."""
+    """Forward pass, two optimizer steps, forward pass; `fused` are the weights whose gradients products summed."""
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
     batch, layout, cost = make_batch(), context.layout, SequenceCost(0.02)
@@ -173,7 +173,9 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
     with engine.residence.at_work("weights"):
         weights = [(name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()]
+    fused = [name for (_, name), param in engine.params().items() if getattr(param, "grad_added_to_main_grad", False)]
     return {
+        "fused": fused,
         "rows": forward.rows,
         "outputs": outputs,
         "after": engine.forward(batch.select(forward.rows), forward.micro_batches),
