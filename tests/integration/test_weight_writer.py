@@ -1,13 +1,8 @@
-"""The weight writer in real vLLM: after each of several updates its log-probs are those of the new weights.
-
-Oracle: transformers on the same folder, in float32. Every engine lives in one child process (vLLM patches torch and
-the environment), one after the other.
-"""
+"""The weight writer in real vLLM: after each of several updates its log-probs are those of the new weights."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,137 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import make_tiny_model
-from transformers import AutoModelForCausalLM
+from support.writer_rig import Rig, close_engine, start_engine
 
 from rlhf3d.models.engine_weights import engine_params
-from rlhf3d.models.spec import ModelSpec, load_spec
-
-# vLLM on CPU has no attention kernel for a head_dim below 32, and pads vocabularies to 64 rows.
-TINY = {"hidden": 64, "heads": 2, "layers": 2, "vocab": 150}
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-}
-TOKENS = [torch.randint(4, 150, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
-LLM: Any = None
-
-
-def start_engine(folder: Path, dtype: str, pack: bool = True, load_format: str = "dummy", **settings: Any) -> None:
-    """In the child: replace its engine; without `pack`, weights stay plain as on CUDA."""
-    global LLM
-    close_engine()
-    os.environ.update(ENVIRONMENT)
-    torch.set_num_threads(1)
-    import vllm
-    from vllm import _custom_ops
-
-    _custom_ops._supports_onednn = pack and hasattr(torch.ops._C, "create_onednn_mm_handler")
-    LLM = vllm.LLM(
-        str(folder),
-        dtype=dtype,
-        load_format=load_format,
-        skip_tokenizer_init=True,
-        max_model_len=64,
-        max_num_seqs=4,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=16 << 20,
-        worker_extension_cls="support.writer_worker.WriterWorker",
-        **settings,
-    )
-
-
-def close_engine() -> None:
-    """In the child: stop its engine, if any."""
-    global LLM
-    if LLM is not None:
-        LLM.llm_engine.engine_core.shutdown()
-        LLM = None
-
-
-def rpc(method: str, *args: Any, **kwargs: Any) -> list[Any]:
-    """In the child: a method of each worker."""
-    answers: list[Any] = LLM.collective_rpc(method, args=args, kwargs=kwargs)
-    return answers
-
-
-def score() -> list[list[float]]:
-    """In the child: log p of tokens 1, 2, ... of each of TOKENS."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    outputs = LLM.generate([{"prompt_token_ids": tokens} for tokens in TOKENS], params, use_tqdm=False)
-    return [
-        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
-        for output, tokens in zip(outputs, TOKENS, strict=True)
-    ]
-
-
-class Rig:
-    """A model that is trained (perturbed, here) and an engine in the child that follows it."""
-
-    def __init__(
-        self,
-        child: ProcessPoolExecutor,
-        folder: Path,
-        dtype: str = "float32",
-        engine: dict[str, Any] | None = None,
-        **model: Any,
-    ) -> None:
-        self.child, self.folder, self.updates = child, folder, 0
-        make_tiny_model(folder / "0", **TINY | model)
-        self.spec: ModelSpec = load_spec(folder / "0")
-        self.model = AutoModelForCausalLM.from_pretrained(folder / "0", dtype=torch.float32).eval()
-        self.engine = engine or {}
-        child.submit(start_engine, folder / "0", dtype, **self.engine).result()
-        for path in self.rpc("shared_memory")[0]:  # goes with its processes, now that all have opened it
-            os.unlink(path)
-
-    def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return self.child.submit(rpc, method, self.spec, *args, **kwargs).result()
-
-    def update(self, **settings: Any) -> list[list[int]]:
-        """Change every weight (what is stale shows), and write the new ones."""
-        self.updates += 1
-        generator = torch.Generator().manual_seed(self.updates)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-        self.model.save_pretrained(self.folder / str(self.updates))
-        if self.engine.get("enable_expert_parallel"):
-            settings["expert_parallel"] = True
-        return self.rpc("write_folder", self.folder / str(self.updates), **settings)
-
-    def score(self) -> torch.Tensor:
-        return torch.tensor(self.child.submit(score).result())
-
-    def expected(self) -> torch.Tensor:
-        tokens = torch.tensor(TOKENS)
-        with torch.no_grad():
-            logits = self.model(tokens).logits[:, :-1]
-        return torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
-
-    def check(self) -> None:
-        stale = self.expected()
-        for _ in range(2):
-            self.update()
-            expected = self.expected()
-            assert (expected - stale).abs().max() > 0.1, "the update must change the log-probs"
-            torch.testing.assert_close(self.score(), expected, atol=1e-4, rtol=0)
-            stale = expected
-
-    def check_memory(self) -> None:
-        """Packed copies of earlier weights are freed: 25 loads take less than two models more."""
-        weights = sum(weight.numel() * 4 for weight in self.model.parameters())
-        assert weights > 3e6, "a model that would not show in the resident bytes proves nothing"
-        ((*_, settled), (*_, end)) = (self.update(times=times)[0] for times in (5, 25))
-        assert end - settled < 2 * weights, f"{end - settled} bytes in 25 loads of {weights}"
 
 
 @pytest.fixture(scope="module")

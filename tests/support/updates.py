@@ -23,7 +23,7 @@ from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig, Recompute
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.parallel.platform import CPUPlatform, Platform
 
 MAX_RESPONSE_TOKENS = 12
 SEQUENCES = 16
@@ -58,7 +58,7 @@ class Case:
     offload: bool = False
     cp: int = 1
     dtype: str = "float32"
-    platform: CPUPlatform = CPU
+    platform: Platform = CPU
 
     @property
     def layout(self) -> ParallelLayout:
@@ -148,7 +148,7 @@ def join(rank: int, port: int, case: Case, folder: Path) -> Any:
         rank=rank,
         platform=case.platform,
         dtype=case.dtype,
-        device=torch.device("cpu"),
+        device=case.platform.device(0),
         temperature=0.9,
         total_steps=10,
         offload=case.offload,
@@ -172,7 +172,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
     updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
     with engine.residence.at_work("weights"):
-        weights = [(name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()]
+        weights = [(name, box, tensor.cpu().clone()) for name, box, tensor in engine.export_pieces()]
     fused = [name for (_, name), param in engine.params().items() if getattr(param, "grad_added_to_main_grad", False)]
     return {
         "fused": fused,
@@ -207,22 +207,23 @@ def full_weights(exported: list[list]) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parts) for name, parts in pieces.items()}
 
 
-def compare(ours: dict, theirs: dict, terms: int = 1) -> tuple[float, float, float]:
+def compare(ours: dict, theirs: dict, terms: int = 1, bound: float = 2e-6) -> tuple[float, float, float]:
     """Largest differences of metrics (relative above 1), gradient norm (relative) and weights; asserts their bounds.
 
-    Metrics that are sums of `terms` numbers of about 1, which cancel, are rounded like their terms.
+    Metrics that are sums of `terms` numbers of about 1, which cancel, are rounded like their terms. `bound` is that of
+    metrics and norm; weights may differ by 5 times, log-probs and values by 10 times as much.
     """
     assert ours["weights"].keys() == theirs["weights"].keys() and ours["metrics"].keys() == theirs["metrics"].keys()
     errors = {name: abs(ours["metrics"][name] - x) for name, x in theirs["metrics"].items()}
     metric = max(errors[name] / max(terms, abs(x)) for name, x in theirs["metrics"].items())
     norm = abs(ours["grad_norm"] - theirs["grad_norm"]) / theirs["grad_norm"]
     weight = max(float((ours["weights"][n] - x).abs().max()) for n, x in theirs["weights"].items())
-    assert metric < 2e-6
-    assert norm < 2e-6
-    assert weight < 1e-5
+    assert metric < bound
+    assert norm < bound
+    assert weight < 5 * bound
     for key in ("outputs", "after"):
         for name, value in theirs[key].items():
-            torch.testing.assert_close(ours[key][name], value, rtol=0, atol=2e-5)
+            torch.testing.assert_close(ours[key][name], value, rtol=0, atol=10 * bound)
     return metric, norm, weight
 
 

@@ -137,4 +137,4 @@ def _assemble(param: LocalParam, reader: HFReader, buffer: torch.Tensor) -> torc
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
