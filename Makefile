@@ -128,6 +128,7 @@ unit: setup ## tests that take seconds
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
 	$(BIN)/python -m pytest -q tests/integration
+	$(BIN)/python -m pytest -q tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
 	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) $(BIN)/python -m pytest -q -m gpu_set tests/integration
 
 # The GPU set's Megatron and Transformer Engine beside the CPU set, for the tests that put them first: both run on its
