@@ -85,7 +85,7 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path, measured: dict
     again, overrides_again = job(tmp_path / "again", target, "bfloat16" if target.is_gpu else "float32")
     overrides_again += overrides[len(overrides_again) :]
     first = path.parent / "run" / "checkpoints"
-    run(again, [*overrides_again, f"trainer.resume_from={first / 'step_2'}"])
+    run(again, [*overrides_again, f"trainer.resume_mode={first / 'step_2'}"])
     second = again.parent / "run" / "checkpoints"
     assert same_weights(first / f"step_{STEPS}" / "hf", second / f"step_{STEPS}" / "hf")
 
