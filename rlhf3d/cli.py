@@ -326,6 +326,8 @@ def evaluate(
     overlong: Annotated[
         Literal["error", "filter", "truncate_left", "truncate_right"], typer.Option(help="What longer prompts do.")
     ] = "error",
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion, as rollout.stop.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(min=0, help="As rollout.stop_token_ids.")] = None,
     limit: Annotated[int, typer.Option(min=-1, help="Only the first N prompts; -1 for all.")] = -1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     method: Annotated[Literal["strict", "flexible"], typer.Option(help="As reward.method.")] = "flexible",
@@ -382,6 +384,8 @@ def evaluate(
         overlong=overlong,
         limit=limit,
         seed=seed,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
         method=method,
         scorers=scorers,
         reward_path=None if reward is None else str(reward),
@@ -402,6 +406,7 @@ def evaluate(
         workers=workers,
         restart=restart,
         progress=lambda mode, done, of: typer.echo(f"{mode} {done}/{of}", err=True),
+        warn=lambda text: typer.echo(f"warning: {text}", err=True),
     )
     if as_json:
         typer.echo(json.dumps(report))

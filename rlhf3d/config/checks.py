@@ -270,6 +270,8 @@ def _check_sampling(config: Config) -> list[str]:
     if rollout.top_k != -1 and not corrected:
         problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
     problems += _check_quantization(config, corrected)
+    if "" in rollout.stop:
+        problems.append("rollout.stop holds an empty text, which would end every completion; remove it")
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:
         problems.append(f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more")
     if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
@@ -449,6 +451,11 @@ def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None
             f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} "
             f"tokens, more than the model's window of {spec.max_position}"
         )
+    problems += [
+        f"rollout.stop_token_ids holds {token}: the model's tokens are 0 to {spec.vocab_size - 1}"
+        for token in config.rollout.stop_token_ids
+        if not 0 <= token < spec.vocab_size
+    ]
     for group in worker_groups(config):
         try:
             of_group = (reward or load_reward_spec(group.model)) if group.name == "reward" else spec

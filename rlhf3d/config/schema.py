@@ -201,6 +201,10 @@ class RolloutConfig:
     """Nucleus sampling; 1.0 is off (anything else is refused in training)."""
     top_k: int = -1
     """Top-k sampling; -1 is off (anything else is refused in training)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they stay in it, as the tokens that were generated."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, beside those of tokenizer, generation_config.json and config.json."""
     engines: int = 1
     """vLLM engines that share the prompts."""
     tensor_parallel_size: int = 1

@@ -60,7 +60,8 @@ class PromptDataset(Sequence[Prompt]):
 
     `overlong` says what to do with prompts over `max_prompt_length` tokens: error, filter (left out and counted in
     `dropped`), truncate_left or truncate_right (the last or the first tokens are kept, counted in `truncated`).
-    `max_samples` uses only the first rows; -1 for all. Errors are ValueErrors that name `key`.
+    `max_samples` uses only the first rows; -1 for all. A prompt with a token beyond the model's `vocab_size` is
+    refused. Errors are ValueErrors that name `key`.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class PromptDataset(Sequence[Prompt]):
         max_samples: int = -1,
         key: str = "data.train_files",
         cache_dir: str | Path | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if overlong not in OVERLONG:
             raise ValueError(f"data.overlong_prompts: no {overlong!r}; choose one of {', '.join(OVERLONG)}")
         if not files:
             raise ValueError(f"{key}: no files named; give one or more parquet files of prompts")
         self._store = RowStore(files, cache_dir)
+        self._vocab_size = vocab_size
         self._tokenizer, self._limit, self._overlong, self._key = tokenizer, max_prompt_length, overlong, key
         self.rows = len(self._store) if max_samples < 0 else min(max_samples, len(self._store))
         """Rows of the files, kept or not."""
@@ -201,10 +204,13 @@ class PromptDataset(Sequence[Prompt]):
 
     def _tokenise(self, row: PromptRow, number: int) -> tuple[int, ...]:
         try:
-            return tokenise(self._tokenizer, row.prompt, row.tools)
+            ids = tokenise(self._tokenizer, row.prompt, row.tools)
         except Exception as error:  # a template may raise anything; without the row nobody could find the cause
             where = f"{self._key}: {self._store.where(number)}"
             raise ValueError(f"{where}: model.path's chat template does not take this prompt: {error}") from error
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            raise ValueError(self._unknown_token(max(ids), number, self._vocab_size))
+        return ids
 
     def _count_left_out(self, row: PromptRow, number: int) -> None:
         """Count what the template does not write; ValueError for what the prompt means something else without."""
@@ -215,6 +221,13 @@ class PromptDataset(Sequence[Prompt]):
                     "model whose template does, or leave the row out"
                 )
             self.left_out[key] += 1
+
+    def _unknown_token(self, token: int, number: int, vocab_size: int) -> str:
+        return (
+            f"{self._key}: {self._store.where(number)}: the prompt in the chat template holds token {token}, the model "
+            f"has embeddings for 0 to {vocab_size - 1} (vocab_size of its config.json): tokenizer and model do "
+            "not belong together; give the tokenizer that the model was trained with, or resize the model's embeddings"
+        )
 
     def _overlong_message(self, count: int, of: int, first: int, length: int, longest: int) -> str:
         return (

@@ -8,17 +8,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.models.folder import refuse_pointer
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""One of them holds the vocabulary."""
+
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The transformers tokenizer of a Hugging Face folder."""
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer: no such folder: {folder}; give a model folder (`make model` writes one)")
+    files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
+    if not files:
+        raise ValueError(
+            f"tokenizer: {folder} has none ({' or '.join(FILES)}); copy the tokenizer's files of the model that it was "
+            "made from"
+        )
+    for file in files:
+        refuse_pointer(file)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: {folder} has none that loads: {error}") from error
+    except Exception as error:  # the Rust library raises plain Exceptions, others what the file makes them
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat messages")
     return tokenizer
+
+
+def unknown_tokens(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+    """Tokens of the tokenizer for which a model of that vocabulary has no embedding, with their ids."""
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    return dict(sorted(beyond.items(), key=lambda item: item[1]))
+
+
+def vocabulary_notes(tokenizer: Any, vocab_size: int) -> list[str]:
+    """What the user should know where tokenizer and model do not have the same tokens."""
+    beyond = unknown_tokens(tokenizer, vocab_size)
+    if not beyond:
+        return []
+    token, number = next(iter(beyond.items()))
+    return [
+        f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size {vocab_size} (the first is {token!r}, "
+        f"{number}): prompts that contain one are refused"
+    ]

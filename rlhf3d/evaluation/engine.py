@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.evaluation.run import Engine
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops
 
 if TYPE_CHECKING:
     from rlhf3d.parallel.platform import Platform
@@ -49,10 +49,10 @@ class EngineOptions:
             )
 
 
-def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOptions) -> Callable[[], Engine]:
+def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOptions) -> Callable[[Stops], Engine]:
     """A function that starts what generates."""
 
-    def make() -> Engine:
+    def make(stops: Stops) -> Engine:
         from rlhf3d.parallel.platform import choose_platform
 
         platform = choose_platform("auto")
@@ -68,6 +68,7 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
             "platform_kind": platform.kind,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "load_weights": True,
+            "stops": stops,
         }
         if options.engines == options.tensor_parallel_size == 1 and options.ray_address is None:
             from rlhf3d.machine import cores

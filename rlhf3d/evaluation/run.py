@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf3d.data.dataset import Prompt, PromptDataset
-from rlhf3d.data.tokenizer import load_tokenizer
+from rlhf3d.data.end_tokens import end_tokens
+from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
 from rlhf3d.evaluation.records import Generation, Mode, append_generations, group_keys, read_generations, results
+from rlhf3d.models.folder import weight_files
 from rlhf3d.models.hf_io import check_weights
 from rlhf3d.models.spec import load_spec
 from rlhf3d.rewards.custom import load_custom_reward
@@ -27,7 +29,7 @@ from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
 from rlhf3d.rewards.scoring import RewardFunction, Score, check_outcomes
 from rlhf3d.rewards.truths import shown
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings, request_seed
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops, request_seed
 
 SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
 MAX_ERROR_RATE = 0.05
@@ -53,6 +55,10 @@ class EvaluationSettings:
     limit: int = -1
     """Only the first so many prompts; -1 for all."""
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    """As rollout.stop."""
+    stop_token_ids: tuple[int, ...] = ()
+    """As rollout.stop_token_ids."""
     method: str = "flexible"
     """As reward.method."""
     scorers: dict[str, str] = field(default_factory=dict)
@@ -72,9 +78,13 @@ class EvaluationSettings:
     def identity(self) -> dict[str, Any]:
         """What makes it another evaluation when it changes, the text of the reward function's file included."""
         path = self.reward_path
-        return asdict(self) | {
-            "reward_path": None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return self.to_json() | {
+            "reward_path": None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """As they are written to files."""
+        return asdict(self) | {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
 
     def modes(self) -> list[tuple[Mode, int, SamplingSettings]]:
         """(mode, completions a prompt, sampling)."""
@@ -122,7 +132,7 @@ def evaluate(
     files: Sequence[str | Path],
     output: Path,
     settings: EvaluationSettings,
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[Stops], Engine],
     *,
     ks: Sequence[int] | None = None,
     batch: int = 64,
@@ -130,11 +140,13 @@ def evaluate(
     timeout_s: float = 10.0,
     restart: bool = False,
     progress: Callable[[Mode, int, int], None] = lambda mode, done, of: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a model folder on prompt files; the results, which also are in `output`/results.json.
 
     What `output` holds of the same evaluation is kept and not generated again. `batch` prompts are generated, scored
-    and written at a time. Raises ValueError where `output` holds another evaluation, unless `restart`.
+    and written at a time; `warn` is given what is odd about the model folder. Raises ValueError where `output` holds
+    another evaluation, unless `restart`.
     """
     modes = settings.modes()
     if too_many := [k for k in ks or () if k > settings.n]:
@@ -149,14 +161,26 @@ def evaluate(
             f"{settings.max_prompt_length + settings.max_tokens} tokens, more than the model's window of {window}"
         )
     tokenizer = load_tokenizer(model)
-    prompts = PromptDataset(files, tokenizer, settings.max_prompt_length, settings.overlong, settings.limit, key="DATA")
+    prompts = PromptDataset(
+        files,
+        tokenizer,
+        settings.max_prompt_length,
+        settings.overlong,
+        settings.limit,
+        key="DATA",
+        vocab_size=spec.vocab_size,
+    )
+    ends = end_tokens(model, tokenizer, spec.vocab_size, settings.stop_token_ids)
+    stops = Stops(ends.ids, settings.stop)
+    for text in (*weight_files(model).notes, *vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes):
+        warn(text)
     reward = settings.reward(prompts.data_sources)
     identity = {"model": model_digest(model), "prompts": prompts.fingerprint(), **settings.identity()}
     done = _open_output(output, identity, model, files, restart)
     have = {(g.mode, g.index, g.sample) for g in done}
     todo = [(mode, n, sampling, _missing(prompts, mode, n, have)) for mode, n, sampling in modes]
     if any(missing for *_, missing in todo):
-        with ScoringPool(workers, timeout_s, reward) as pool, closing(make_engine()) as engine:
+        with ScoringPool(workers, timeout_s, reward) as pool, closing(make_engine(stops)) as engine:
             for mode, n, sampling, missing in todo:
                 total = len(prompts) * n
                 finished = total - sum(len(samples) for _, samples in missing)
@@ -172,7 +196,7 @@ def evaluate(
     report = {
         "model": str(model),
         "data": [str(file) for file in files],
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "prompts": {"used": len(prompts), "dropped": prompts.dropped, "truncated": prompts.truncated},
         **results(done, ks),
     }

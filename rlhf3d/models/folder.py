@@ -55,10 +55,8 @@ def is_weights(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. ValueError that names the file where it holds something else."""
     try:
-        data = path.read_bytes()
-        if data.startswith(_LFS):
-            raise ValueError(_lfs(path))
-        found = json.loads(data.decode())
+        refuse_pointer(path)
+        found = json.loads(path.read_bytes().decode())
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -66,6 +64,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object; download it again")
     return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError where git-lfs left a pointer in the place of a file."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -193,12 +198,11 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. ValueError naming the file where header and size do not agree."""
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(8)
-            if prefix == _LFS[:8]:
-                raise ValueError(_lfs(path))
             length = int.from_bytes(prefix, "little")
             text = file.read(length) if len(prefix) == 8 and length <= size else b""
     except OSError as error:
@@ -221,10 +225,6 @@ def _entry(path: Path, base: int, entry: dict[str, Any]) -> tuple[TensorInfo, in
     assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     assert dtype not in DTYPE_BYTES or stop - start == prod(shape) * DTYPE_BYTES[dtype]
     return TensorInfo(path, dtype, shape, base + start), base + stop
-
-
-def _lfs(path: Path) -> str:
-    return f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}"
 
 
 def _some(names: list[str]) -> str:

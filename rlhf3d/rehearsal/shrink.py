@@ -226,6 +226,7 @@ def shrink_config(
             kv_cache_gib=0.1,
             threads=1,
             enforce_eager=True,
+            stop_token_ids=(),  # of another vocabulary
         ),
         algorithm=replace(config.algorithm, filter_groups=replace(config.algorithm.filter_groups, enable=False)),
         reward=replace(

@@ -25,14 +25,20 @@ class ModelInput:
 
 
 def model_inputs(
-    items: Sequence[ScoreItem], tokenizer: ChatTokenizer, limit: int, overlong: str, pad_id: int | None
+    items: Sequence[ScoreItem],
+    tokenizer: ChatTokenizer,
+    limit: int,
+    overlong: str,
+    pad_id: int | None,
+    vocab_size: int | None = None,
 ) -> list[ModelInput]:
     """The conversations as token ids.
 
     The completion's text is the assistant's message after the prompt's, or goes on with its last one. Trailing
     `pad_id` are dropped: transformers' classifiers take the output at the last token that is not padding, also where a
     template ends in that token.
-    RewardError for an input over `limit` tokens where `overlong` is error, and for a prompt the template refuses.
+    RewardError for an input over `limit` tokens where `overlong` is error, for one with a token beyond the model's
+    `vocab_size`, and for a prompt the template refuses.
     """
     inputs = []
     for item in items:
@@ -45,6 +51,11 @@ def model_inputs(
             raise RewardError(
                 f"reward_model.path's chat template does not take {_shown(item)}: {error}; use prompts that it takes"
             ) from error
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            raise RewardError(
+                f"reward model: token {max(ids)} of {_shown(item)}, but it has embeddings for 0 to {vocab_size - 1}: "
+                "reward_model.path's tokenizer and model do not belong together"
+            )
         while len(ids) > 1 and ids[-1] == pad_id:
             ids = ids[:-1]
         if len(ids) > limit and overlong == "error":

@@ -31,13 +31,27 @@ class SamplingSettings:
     greedy: bool = False
     """Take the most likely token; its log-probabilities are those at temperature 1."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a completion besides the end-of-sequence tokens of the model folder."""
+    """Tokens that end a completion besides those of the engine (`Stops`)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token")
         if not self.greedy and self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: must be above 0; for the most likely token set greedy")
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends every completion of an engine before its limit."""
+
+    token_ids: tuple[int, ...] = ()
+    """Any of these tokens, which is then the completion's last."""
+    strings: tuple[str, ...] = ()
+    """Any of these texts: the token that completes it is the completion's last. All tokens up to it were generated, so
+    all are trained on, and the text that is scored contains the string."""
+
+
+NO_STOPS = Stops()
 
 
 @dataclass(frozen=True)

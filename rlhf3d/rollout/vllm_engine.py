@@ -24,7 +24,7 @@ import torch
 from rlhf3d.models.hf_io import model_view
 from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 
 STREAM_S = 0.25
@@ -60,15 +60,16 @@ class VLLMEngine:
         can_sleep: bool = False,
         block_tokens: int | None = None,
         forgets: bool = False,
+        stops: Stops = NO_STOPS,
     ) -> None:
-        """`model_path` gives architecture and end-of-sequence tokens; its weights are read if `load_weights`.
+        """`model_path` gives the architecture; its weights are read if `load_weights`.
 
         `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port)
         and find this one at the address `host`.
         `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
         `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does; with
         `forgets` it fills the weights with NaN instead. `block_tokens` is the size of the prefix cache's blocks on CPU;
-        None for vLLM's own.
+        None for vLLM's own. `stops` end completions; only for strings is the folder's tokenizer loaded.
         """
         assert platform_kind in ("cpu", "cuda"), platform_kind
         on_cpu = platform_kind == "cpu"
@@ -109,7 +110,7 @@ class VLLMEngine:
         self._can_sleep = can_sleep and not on_cpu
         self._forgets = can_sleep and forgets
         self._asleep: list[str] = []
-        self._params = SamplingParams
+        self._params, self._stops = SamplingParams, stops
         self._max_model_len = max_model_len
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
@@ -119,7 +120,7 @@ class VLLMEngine:
             "dtype": dtype,
             "quantization": None if quantization == "none" else quantization,
             "load_format": "safetensors" if load_weights else "dummy",
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": not stops.strings,
             "tensor_parallel_size": tensor_parallel_size,
             "distributed_executor_backend": "external_launcher" if tensor_parallel_size > 1 else None,
             "enable_expert_parallel": expert_parallel,
@@ -166,13 +167,16 @@ class VLLMEngine:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
+            "stop_token_ids": sorted({*self._stops.token_ids, *sampling.stop_token_ids}),
+            "stop": list(self._stops.strings),
+            "detokenize": bool(self._stops.strings),
+            "include_stop_str_in_output": True,
             "logprobs": 0,
             "flat_logprobs": True,
         }
         for part in self._stream(
             [request.prompt_ids for request in requests],
-            [self._params(seed=request.seed, detokenize=False, **common) for request in requests],
+            [self._params(seed=request.seed, **common) for request in requests],
         ):
             if self._rank == 0:  # an engine's other ranks compute the same
                 yield {number: _completion(output.outputs[0], version) for number, output in part.items()}

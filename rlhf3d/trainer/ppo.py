@@ -125,7 +125,7 @@ class PPOTrainer:
         """One step of the algorithm; its metrics."""
         metrics = self.sync_weights()
         scored, sampling_metrics = self.sample(step)
-        batch = scored.experience.batch(self.parts.tokenizer.pad_token_id or 0)
+        batch = scored.experience.batch(pad_id=0)
         batch = self.old_logprobs(batch)
         batch = self.ref_logprobs(batch)
         batch = self.values(batch)

@@ -5,7 +5,6 @@ Invariant: a score is the classifier's output at the last token of prompt and co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import Config, RewardModelConfig
 from rlhf3d.data.tokenizer import load_tokenizer
+from rlhf3d.models.folder import read_json
 from rlhf3d.models.spec import load_spec
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.rewards.combined import PART, ModelPart, ModelRewards, ModelScore, Scorer
@@ -27,14 +27,14 @@ class RewardModel:
     def __init__(self, config: RewardModelConfig, group: TrainGroup, tokenizer: Any) -> None:
         assert config.path is not None
         self._group, self._tokenizer, self._overlong = group, tokenizer, config.overlong
-        window = load_spec(config.path).max_position
-        self._limit = window if config.max_length is None else config.max_length
-        pad = json.loads((Path(config.path) / "config.json").read_text()).get("pad_token_id")
-        self._pad_id: int | None = pad
+        spec = load_spec(config.path)
+        self._limit = spec.max_position if config.max_length is None else config.max_length
+        self._vocab_size = spec.vocab_size
+        self._pad_id: int | None = read_json(Path(config.path) / "config.json").get("pad_token_id")
 
     def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
         """One for each item; RewardError where a score is not finite, or an input too long and not to be cut."""
-        inputs = model_inputs(items, self._tokenizer, self._limit, self._overlong, self._pad_id)
+        inputs = model_inputs(items, self._tokenizer, self._limit, self._overlong, self._pad_id, self._vocab_size)
         # The engine gives the value before each response token: a response of one token, whatever it is, makes that
         # the value at the last token of the input.
         batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)

@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
-
 from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
@@ -24,7 +22,9 @@ from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.data.check import training_warnings
+from rlhf3d.data.end_tokens import EndTokens, end_tokens
 from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
+from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
@@ -42,6 +42,7 @@ from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rollout.api import Stops
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
 from rlhf3d.trainer.reward_model import make_scorer
 from rlhf3d.trainer.stopping import PREEMPTED, Stopping
@@ -58,10 +59,11 @@ def run_training(config: Config, stopping: Stopping) -> int:
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
     config = resolve_platform(config, platform)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    train_data = _dataset(config, tokenizer, "train_files")
-    val_data = _dataset(config, tokenizer, "val_files") if config.data.val_files else None
+    spec, tokenizer = load_spec(config.model.path), load_tokenizer(config.model.path)
+    train_data = _dataset(config, tokenizer, "train_files", spec.vocab_size)
+    val_data = _dataset(config, tokenizer, "val_files", spec.vocab_size) if config.data.val_files else None
     held_out = [] if val_data is None else [val_data]
+    ends = end_tokens(config.model.path, tokenizer, spec.vocab_size, config.rollout.stop_token_ids)
     at_once = config.data.gen_batch_size or config.data.train_batch_size
     order = config.data.curriculum
     curriculum = Curriculum(order.path, order.name, order.kwargs) if order.path is not None else None
@@ -72,7 +74,6 @@ def run_training(config: Config, stopping: Stopping) -> int:
     derived = derive(config, len(train_data))
     total_steps = derived.total_steps
     assert total_steps is not None
-    spec = load_spec(config.model.path)
     start = choose_start(config, total_steps)
     if start.finished is not None:
         return _say_finished(start.finished)
@@ -93,10 +94,12 @@ def run_training(config: Config, stopping: Stopping) -> int:
             pool = stack.enter_context(ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate))
         prompts = [data.summary() for data in (train_data, *held_out)]
         prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
-        prompts += [f"warning: {text}" for text in weight_files(Path(config.model.path)).notes]
+        of_model = weight_files(Path(config.model.path)).notes
+        of_tokens = (*vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes)
+        prompts += [f"warning: {text}" for text in (*of_model, *of_tokens)]
         lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
         console.header(lines, total_steps, found.manifest.step if found else 0)
-        groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping)
+        groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping, ends)
         canary = canary_tokens(val_data or train_data)
         sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
         trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
@@ -160,6 +163,7 @@ def _start_processes(
     platform: Platform,
     console: Console,
     stopping: Stopping,
+    ends: EndTokens,
 ) -> _Processes:
     """Join Ray, reserve the cluster's devices, check its nodes, start ranks and engines; `stack` ends them again."""
     cluster, engines = config.cluster, config.rollout
@@ -181,7 +185,8 @@ def _start_processes(
         setup = sync_setup(config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"])
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)
-        arguments = _engine_arguments(config, platform.kind) | platform.engine_options
+        stops = Stops(ends.ids, config.rollout.stop)
+        arguments = _engine_arguments(config, platform.kind, stops) | platform.engine_options
         steps = derived.total_steps
         assert steps is not None
 
@@ -301,7 +306,7 @@ def _load(found: Checkpoint, trainer: PPOTrainer, models: Mapping[str, TrainGrou
     trainer.load_state_dict(found.state, found.manifest.policy_version)
 
 
-def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
+def _dataset(config: Config, tokenizer: Any, key: str, vocab_size: int) -> PromptDataset:
     data = config.data
     limit = data.val_max_samples if key == "val_files" else -1
     return PromptDataset(
@@ -312,10 +317,11 @@ def _dataset(config: Config, tokenizer: Any, key: str) -> PromptDataset:
         limit,
         key=f"data.{key}",
         cache_dir=data.cache_dir,
+        vocab_size=vocab_size,
     )
 
 
-def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
+def _engine_arguments(config: Config, platform_kind: str, stops: Stops) -> dict[str, Any]:
     rollout = config.rollout
     return {
         "model_path": os.path.abspath(config.model.path),
@@ -331,4 +337,5 @@ def _engine_arguments(config: Config, platform_kind: str) -> dict[str, Any]:
         "platform_kind": platform_kind,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "can_sleep": rollout.sleep,
+        "stops": stops,
     }

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from support.ranks import free_port
-from support.tiny_models import YARN_ROPE, make_tiny_model
+from support.tiny_models import YARN_ROPE, make_tiny_model, make_tiny_tokenizer
 from support.weights import rank_params
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ from rlhf3d.resharding.ring import SyncError
 from rlhf3d.resharding.sending import WeightSender
 from rlhf3d.resharding.setup import FILE_PREFIX, SyncSetup
 from rlhf3d.resharding.sites import Sites
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
 # vLLM on CPU has no attention kernel for a head_dim below 32.
@@ -82,7 +82,9 @@ class Rig:
 
     layout = ParallelLayout(tp=2, pp=2)
 
-    def __init__(self, children: list[ProcessPoolExecutor], folder: Path, **model: Any) -> None:
+    def __init__(
+        self, children: list[ProcessPoolExecutor], folder: Path, stops: Stops = NO_STOPS, **model: Any
+    ) -> None:
         """An engine of as many tensor-parallel ranks as there are children."""
         self.children, self.version, self.syncs = children, 0, 0
         make_tiny_model(folder, **TINY | model)
@@ -102,6 +104,7 @@ class Rig:
         self.cut()
         self.senders = [WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)]
         settings = {"model_path": folder, "tensor_parallel_size": len(children), "meeting": ("127.0.0.1", free_port())}
+        settings["stops"] = stops
         wait_all([child.submit(start_engine, rank=rank, **settings) for rank, child in enumerate(children)])
         for sender in self.senders:
             sender.open()
@@ -280,10 +283,22 @@ def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecuto
 
 
 def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:
-    rig = Rig(child, tmp_path, family="qwen2", tie=False, rope=YARN_ROPE)
+    """With YaRN, and with what ends its completions."""
+    letters = tuple("abcdefghij")
+    rig = Rig(child, tmp_path, Stops((50,), letters), family="qwen2", tie=False, rope=YARN_ROPE)
     for _ in range(2):
         rig.sync()
         rig.check()
+    tokenizer = make_tiny_tokenizer()
+    ends = set()
+    for _, completion in rig.generate(8, max_tokens=100):
+        before, last = completion.token_ids[:-1], completion.token_ids[-1]
+        assert 50 not in before and not set(letters) & set(tokenizer.decode(before)), "all up to the end, no more"
+        stopped = last == 50 or tokenizer.decode([last]) in letters
+        assert stopped == (completion.finish_reason == "stop")
+        assert len(completion.logprobs) == len(completion.token_ids)
+        ends.add(tokenizer.decode([last]))
+    assert ends & set(letters)
 
 
 def test_two_tensor_parallel_ranks_in_processes_of_their_own(

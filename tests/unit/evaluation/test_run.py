@@ -16,7 +16,7 @@ from rlhf3d.evaluation.records import Generation, read_generations, results
 from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
 from rlhf3d.evaluation.view import render
 from rlhf3d.rewards.scoring import RewardError
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops
 
 SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method="strict")
 
@@ -74,7 +74,7 @@ def write(folder: Path, truths: Sequence[str]) -> Path:
     return folder / "test.parquet"
 
 
-def never() -> ScriptedEngine:
+def never(stops: Stops) -> ScriptedEngine:
     raise AssertionError("nothing is left to generate")
 
 
@@ -83,7 +83,7 @@ def test_it_writes_generations_and_figures(tmp_path: Path, model: Path, tokenize
     engine = ScriptedEngine(tokenizer)
     steps: list[tuple[str, int, int]] = []
     report = evaluate(
-        model, [data], output, SETTINGS, lambda: engine, batch=2, progress=lambda *step: steps.append(step)
+        model, [data], output, SETTINGS, lambda stops: engine, batch=2, progress=lambda *step: steps.append(step)
     )
     assert engine.closed and steps == [("greedy", 2, 3), ("greedy", 3, 3), ("sampled", 8, 12), ("sampled", 12, 12)]
     assert report["greedy"]["by"]["openai/gsm8k"]["mean@1"] == pytest.approx(2 / 3)
@@ -107,18 +107,18 @@ def test_one_that_was_cut_off_continues_to_the_same_end(
 ) -> None:
     data = write(tmp_path, ["4", "5", "4"])
 
-    def run(output: str, make: Callable[[], ScriptedEngine]) -> dict[str, object]:
+    def run(output: str, make: Callable[[Stops], ScriptedEngine]) -> dict[str, object]:
         return evaluate(model, [data], tmp_path / output, SETTINGS, make, batch=2)
 
-    whole = run("whole", lambda: ScriptedEngine(tokenizer))
+    whole = run("whole", lambda stops: ScriptedEngine(tokenizer))
     with pytest.raises(RuntimeError, match="the power went"):
-        run("cut", lambda: ScriptedEngine(tokenizer, calls))
+        run("cut", lambda stops: ScriptedEngine(tokenizer, calls))
     if calls:
         with (tmp_path / "cut" / "generations.jsonl").open("a") as file:
             file.write('{"mode": "greedy", "ind')
     again, kept = ScriptedEngine(tokenizer), len(read_generations(tmp_path / "cut"))
     assert kept == [0, 2, 3, 11][calls]
-    assert run("cut", lambda: again) == whole
+    assert run("cut", lambda stops: again) == whole
     assert len(again.seen) == 15 - kept
     assert read_generations(tmp_path / "cut") == read_generations(tmp_path / "whole")
     assert run("cut", never) == whole
@@ -127,12 +127,12 @@ def test_one_that_was_cut_off_continues_to_the_same_end(
 def test_other_evaluations_and_other_files_are_not_overwritten(tmp_path: Path, model: Path, tokenizer: object) -> None:
     data, output = write(tmp_path, ["4"]), tmp_path / "out"
     settings = replace(SETTINGS, n=0)
-    evaluate(model, [data], output, settings, lambda: ScriptedEngine(tokenizer))
+    evaluate(model, [data], output, settings, lambda stops: ScriptedEngine(tokenizer))
     with pytest.raises(ValueError, match=r"another evaluation \(temperature, method differ\)"):
         evaluate(model, [data], output, replace(settings, temperature=0.5, method="flexible"), never)
     with pytest.raises(ValueError, match=r"another evaluation \(prompts differ\)"):
         evaluate(model, [write(tmp_path, ["5"])], output, settings, never)
-    evaluate(model, [data], output, settings, lambda: ScriptedEngine(tokenizer), restart=True)
+    evaluate(model, [data], output, settings, lambda stops: ScriptedEngine(tokenizer), restart=True)
     assert read_generations(output)[0].score == 0.0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
@@ -179,7 +179,7 @@ def test_a_reward_function_of_ones_own_scores(tmp_path: Path, model: Path, token
 
     def run(settings: EvaluationSettings) -> dict[str, Any]:
         return evaluate(
-            model, [tmp_path / "test.parquet"], tmp_path / "out", settings, lambda: ScriptedEngine(tokenizer)
+            model, [tmp_path / "test.parquet"], tmp_path / "out", settings, lambda stops: ScriptedEngine(tokenizer)
         )
 
     assert run(settings)["greedy"]["by"]["mine"]["mean@1"] == 0.25
@@ -201,6 +201,11 @@ def test_a_reward_that_fails_stops_it_and_its_errors_are_no_wrong_answers(
     settings = replace(SETTINGS, reward_path=str(tmp_path / "own.py"))
     with pytest.raises(RewardError, match=r"2 of 3 completions were not scored.*\n.*\n[\s\S]*NameError"):
         evaluate(
-            model, [write(tmp_path, "445")], tmp_path / "out", settings, lambda: ScriptedEngine(tokenizer), batch=2
+            model,
+            [write(tmp_path, "445")],
+            tmp_path / "out",
+            settings,
+            lambda stops: ScriptedEngine(tokenizer),
+            batch=2,
         )
     assert read_generations(tmp_path / "out") == []

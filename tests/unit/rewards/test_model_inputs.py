@@ -32,6 +32,13 @@ def test_trailing_padding_is_dropped_as_transformers_skips_it() -> None:
     assert read(pad_id=None).ids == read().ids
 
 
+def test_a_token_that_the_model_lacks_is_refused() -> None:
+    largest = max(read().ids)
+    assert model_inputs([ITEM], TOKENIZER, 1000, "error", 0, largest + 1) == [read()]
+    with pytest.raises(RewardError, match=rf"token {largest} of prompt .* has embeddings for 0 to {largest - 1}"):
+        model_inputs([ITEM], TOKENIZER, 1000, "error", 0, largest)
+
+
 def test_too_long_inputs_stop_the_run_or_are_cut_and_marked() -> None:
     length = len(read().ids)
     assert not read(limit=length).cut

@@ -1,0 +1,58 @@
+"""Model folders whose tokenizer is missing, broken, or another model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.tiny_models import make_tiny_tokenizer
+
+from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
+
+
+def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^tokenizer: .* has none \(tokenizer\.json or tokenizer\.model or .*; copy"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        load_tokenizer(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a git-lfs pointer.*git lfs pull"),
+        ("{", r"^tokenizer: that of .* does not load: "),
+        ('{"model": 3}', r"^tokenizer: that of .* does not load: "),
+        ("[]", r"^tokenizer: that of .* does not load: "),
+    ],
+)
+def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(tmp_path: Path) -> None:
+    """Tokens that were added without resizing the model: those in no prompt do no harm, the template's own do."""
+    rows = [
+        PromptRow("s", [{"role": "user", "content": text}], "", {"ground_truth": "1"}) for text in ("a", "b<|think|>")
+    ]
+    write_parquet(rows, tmp_path / "p.parquet", {})
+    tokenizer = make_tiny_tokenizer(128)
+    assert vocabulary_notes(tokenizer, 128) == []
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|think|>"]})
+    (note,) = vocabulary_notes(tokenizer, 128)
+    assert "1 tokens beyond the model's vocab_size 128 (the first is '<|think|>', 128)" in note
+
+    def read(vocab_size: int | None, rows: int) -> PromptDataset:
+        return PromptDataset([tmp_path / "p.parquet"], tokenizer, 99, max_samples=rows, vocab_size=vocab_size)
+
+    assert len(read(129, 2)) == len(read(None, 2)) == 2 and len(read(128, 1)) == 1
+    with pytest.raises(ValueError, match=r"p\.parquet row 1: .* token 128, the model has embeddings for 0 to 127"):
+        read(128, 2)
