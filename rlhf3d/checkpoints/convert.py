@@ -44,7 +44,7 @@ from rlhf3d.models.boxes import Box, Piece, intersect, locate, volume
 from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
 from rlhf3d.models.hf_io import HFReader, check_tied_head, copy_companions, record_dtype
 from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
-from rlhf3d.models.weights import Head, hf_tensors, refuse_fused_experts
+from rlhf3d.models.weights import Head, hf_tensors, refuse_odd_names
 
 To = Literal["hf", "megatron"]
 DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -281,7 +281,7 @@ def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[st
     spec, found = load_spec(folder), open_hf(folder)
     names = FAMILIES[spec.family].names
     role = role or ("critic" if names.value_head in found else "actor")
-    refuse_fused_experts(found, folder)
+    refuse_odd_names(found, spec, HEADS[role], folder)
     if spec.tie_embeddings and names.lm_head in found:
         with HFReader(folder) as reader:
             check_tied_head(reader, spec)

@@ -71,7 +71,7 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
     The value head may be absent (it then starts at zero); the other role's head and a written-out tied head
     may be present.
     """
-    refuse_fused_experts(found, source)
+    refuse_odd_names(found, spec, head, source)
     names = FAMILIES[spec.family].names
     wanted = hf_tensors(spec, head)
     unused = set(found) - set(wanted) - {names.lm_head, names.value_head}
@@ -82,11 +82,6 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
         ),
         "has wrong shapes:": [f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s],
     }
-    if problems["lacks"] == [names.lm_head]:
-        raise ValueError(
-            f"model.path: {source} lacks {names.lm_head}, and its config.json does not have tie_word_embeddings true: "
-            "set it where head and embedding are one, or download the weights again"
-        )
     for problem, tensors in problems.items():
         if tensors:
             raise ValueError(
@@ -95,8 +90,24 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
             )
 
 
-def refuse_fused_experts(found: Iterable[str], source: Path | str) -> None:
-    """Raise ValueError naming model.path where the experts of a layer are one tensor, as transformers 5 holds them."""
+def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: Path | str) -> None:
+    """Raise ValueError naming model.path where one reason stands behind many tensors, or the head alone, being absent.
+
+    Experts in one tensor a layer are how transformers 5 holds them, names without `model.` those of its base models.
+    """
+    names, found = FAMILIES[spec.family].names, set(found)
+    absent = set(hf_tensors(spec, head)) - found
+    if absent == {names.lm_head}:
+        raise ValueError(
+            f"model.path: {source} lacks {names.lm_head}, and its config.json does not have tie_word_embeddings true: "
+            "set it where head and embedding are one, or download the weights again"
+        )
+    other = [name for name in found if name.endswith(names.embedding.removeprefix("model."))]
+    if names.embedding in absent and other:
+        raise ValueError(
+            f"model.path: {source} names its embedding {other[0]}, not {names.embedding}, as a wrapper or a base model "
+            "saves it: rename its tensors, or save the causal language model itself"
+        )
     fused = next((name for name in found if _FUSED_EXPERTS.search(name)), None)
     if fused is not None:
         raise ValueError(

@@ -171,6 +171,7 @@ class VLLMEngine:
             "stop": list(self._stops.strings),
             "detokenize": bool(self._stops.strings),
             "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # a stop string may be one
             "logprobs": 0,
             "flat_logprobs": True,
         }

@@ -152,6 +152,10 @@ def test_check_hf_tensors_names_what_does_not_fit() -> None:
     check_hf_tensors(shapes, SMALL, "value", "F")  # no score.weight yet, and a vocabulary head to ignore
     with pytest.raises(ValueError, match=r"model\.path: F lacks lm_head\.weight"):
         check_hf_tensors(hf_tensors(SMALL, "none"), SMALL, "lm", "F")
+    for rename in (lambda name: f"module.{name}", lambda name: name.removeprefix("model.")):
+        renamed = {rename(name): shape for name, shape in shapes.items()}
+        with pytest.raises(ValueError, match=r"F names its embedding .*embed_tokens\.weight, not model\.embed_tokens"):
+            check_hf_tensors(renamed, SMALL, "lm", "F")
     with pytest.raises(ValueError, match=r"in one tensor \(m\.mlp\.experts\.gate_up_proj\); .*save_pretrained"):
         check_hf_tensors(shapes | {"m.mlp.experts.gate_up_proj": (4,)}, SMALL, "lm", "F")
     with pytest.raises(ValueError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
