@@ -43,7 +43,7 @@ from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, TorchDistReader, 
 from rlhf3d.models.boxes import Box, Piece, intersect, locate, volume
 from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
 from rlhf3d.models.hf_io import HFReader, check_tied_head, copy_companions, record_dtype
-from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
+from rlhf3d.models.spec import FAMILIES, ModelSpec, architecture, load_spec
 from rlhf3d.models.weights import Head, hf_tensors, refuse_odd_names
 
 To = Literal["hf", "megatron"]
@@ -259,8 +259,8 @@ def _safetensors_writer(
 def write_role(config_file: Path, role: Role) -> None:
     """Make config.json say which head the weights beside it have."""
     config = json.loads(config_file.read_text())
-    prefix = "".join(part.capitalize() for part in config["model_type"].split("_"))
-    config["architectures"] = [f"{prefix}{'ForCausalLM' if role == 'actor' else 'ForSequenceClassification'}"]
+    head: Literal["CausalLM", "SequenceClassification"] = "CausalLM" if role == "actor" else "SequenceClassification"
+    config["architectures"] = [architecture(config["model_type"], head)]
     for key in ("num_labels", "id2label", "label2id"):
         config.pop(key, None)
     if role == "critic":

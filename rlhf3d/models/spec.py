@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from rlhf3d.models.family import ExpertKeys, Family
@@ -195,6 +195,11 @@ def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
         "moe_ffn_size": fields.integer(keys.ffn_size),
         "norm_topk_prob": normalised,
     }
+
+
+def architecture(model_type: str, head: Literal["CausalLM", "SequenceClassification"]) -> str:
+    """The name of transformers' (and vLLM's) class of a model."""
+    return f"{''.join(part.capitalize() for part in model_type.split('_'))}For{head}"
 
 
 def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:

@@ -97,6 +97,11 @@ def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: 
     """
     names, found = FAMILIES[spec.family].names, set(found)
     absent = set(hf_tensors(spec, head)) - found
+    if head == "lm" and names.value_head in found and names.lm_head not in found:
+        raise ValueError(
+            f"model.path: {source} is a sequence classifier ({names.value_head}), not a language model: give the model "
+            "that it was made from"
+        )
     if absent == {names.lm_head}:
         raise ValueError(
             f"model.path: {source} lacks {names.lm_head}, and its config.json does not have tie_word_embeddings true: "

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +37,10 @@ def greedy_text(model: Path, prompt: str) -> str:
 
 def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=64, heads=2, kv_heads=2, layers=2)
+    # What vLLM would take instead, and a configuration that does not name its class.
+    save_file({"tok_embeddings.weight": torch.zeros(2, 2)}, model / "consolidated.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": None}))
     # Together more tokens than vLLM takes in one step, which on CPU must not cut a seeded request's prompt in two.
     questions = ["1+1?", "How many legs has a spider?", *(f"{i} {'and one ' * 8}" for i in range(80))]
     rows = [
@@ -48,6 +53,7 @@ def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> No
     arguments += ["--kv-cache-gib", "0.05", "--threads", "1"]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "not of the model and ignored: consolidated.safetensors" in done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["greedy"]["completions"], report["sampled"]["completions"]) == (82, 164)
     lines = [json.loads(line) for line in (output / "generations.jsonl").read_text().splitlines()]

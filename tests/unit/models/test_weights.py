@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,9 @@ def test_check_hf_tensors_names_what_does_not_fit() -> None:
     check_hf_tensors(shapes, SMALL, "value", "F")  # no score.weight yet, and a vocabulary head to ignore
     with pytest.raises(ValueError, match=r"model\.path: F lacks lm_head\.weight"):
         check_hf_tensors(hf_tensors(SMALL, "none"), SMALL, "lm", "F")
+    classifier = hf_tensors(replace(SMALL, tie_embeddings=True), "value")  # nothing that a tied model needs is missing
+    with pytest.raises(ValueError, match=r"F is a sequence classifier \(score\.weight\), not a language model"):
+        check_hf_tensors(classifier, replace(SMALL, tie_embeddings=True), "lm", "F")
     for rename in (lambda name: f"module.{name}", lambda name: name.removeprefix("model.")):
         renamed = {rename(name): shape for name, shape in shapes.items()}
         with pytest.raises(ValueError, match=r"F names its embedding .*embed_tokens\.weight, not model\.embed_tokens"):
