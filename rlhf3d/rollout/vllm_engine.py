@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from rlhf3d.models.hf_io import model_view
-from rlhf3d.models.spec import architecture, load_spec
+from rlhf3d.models.spec import architecture
 from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
@@ -116,11 +116,9 @@ class VLLMEngine:
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
         self._served_prompt: Sequence[int] = ()
-        spec = load_spec(model_path, with_weights=False)
         settings = {
             "config_format": "hf",
-            # By name vLLM would take another class, or none where config.json has no name.
-            "hf_overrides": {"architectures": [architecture(spec.family, "CausalLM")]},
+            "hf_overrides": _with_own_class,
             "dtype": dtype,
             "quantization": None if quantization == "none" else quantization,
             "load_format": "safetensors" if load_weights else "dummy",
@@ -277,6 +275,12 @@ class VLLMEngine:
         assert answered == len(prompts), f"vLLM answered {answered} of {len(prompts)} requests"
         if finished:
             yield finished
+
+
+def _with_own_class(config: Any) -> Any:
+    """Name the class of the model's type: by `architectures` vLLM would take another, or where that is null none."""
+    config.architectures = [architecture(config.model_type, "CausalLM")]
+    return config
 
 
 def _completion(output: Any, policy_version: int) -> Completion:
