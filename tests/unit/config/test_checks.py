@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,9 @@ def test_files(tmp_path: Path) -> None:
     assert "no file gone.parquet" in check_files(make(*present, "data.val_files=gone.parquet"))[0]
     assert "no such Python file" in check_files(make(*present, "custom_reward_function.path=gone.py"))[0]
     assert check_files(make(*present, "model.path=gone"))[0].startswith("model.path: no folder 'gone'")
+    os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size - 1)
+    (problem,) = check_files(make(*present))  # found here, before any process of a rank
+    assert problem.startswith("model.path: ") and "bytes, its header says" in problem
 
 
 def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
