@@ -52,6 +52,22 @@ def test_untied_qwen2_with_biases(child: ProcessPoolExecutor, tmp_path: Path) ->
     assert "lm_head.weight" in live and "model.layers.1.self_attn.qkv_proj.bias" in live
 
 
+def test_after_forgetting_each_weight_that_does_not_come_again_shows(
+    child: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """Live and packed, biases and heads; and nothing else is forgotten."""
+    rig = Rig(child, tmp_path, family="qwen2", tie=False, kv_heads=2)
+    rig.update()
+    ((live, packed),) = rig.rpc("live_and_packed")
+    for name in [*live, *packed]:
+        rig.rpc("forget")
+        rig.update(skip=[name])
+        assert rig.score().isnan().any(), name
+    rig.rpc("forget")
+    rig.update()
+    torch.testing.assert_close(rig.score(), rig.expected(), atol=1e-4, rtol=0)
+
+
 def test_plain_layout_as_on_cuda(child: ProcessPoolExecutor, tmp_path: Path) -> None:
     """Nothing packed: every parameter is live storage, written in row ranges."""
     rig = Rig(child, tmp_path, engine={"pack": False}, family="qwen3", tie=True, kv_heads=1)

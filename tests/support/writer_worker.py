@@ -59,6 +59,10 @@ class WriterWorker:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
         return resident
 
+    def forget(self, spec: ModelSpec) -> None:
+        """Make every weight NaN."""
+        self._writer.forget()
+
     def live_and_packed(self, spec: ModelSpec) -> tuple[list[str], list[str]]:
         """Names of the parameters written in place, and of those given whole."""
         names = [param.name for param in self._table(spec)]
