@@ -112,7 +112,7 @@ def test_float32_is_not_rounded(dtype: str, target: Target, tmp_path: Path) -> N
 LAYOUTS = {
     "tensor": ["actor.layout.tp=2", "actor.layout.sequence_parallel=true", "rollout.engines=2"],
     "pipeline": ["actor.layout.pp=2", "actor.layout.vpp=2", "rollout.engines=2"],
-    "context": ["actor.layout.cp=2", "actor.use_remove_padding=true", "rollout.engines=2"],
+    "context": ["actor.layout.cp=2", "model.use_remove_padding=true", "rollout.engines=2"],
     "one engine of two ranks": ["actor.layout.dp=2", "rollout.engines=1", "rollout.tensor_parallel_size=2"],
     "engine on a GPU of its own": ["rollout.placement=disaggregated"],
 }
@@ -125,7 +125,8 @@ def test_layouts_of_two_gpus(layout: str, target: Target, tmp_path: Path) -> Non
     """Messages between GPUs, relays, pipelines and engines of two ranks: engine and trainer agree after each sync."""
     path, overrides = job(tmp_path / "job", target, "bfloat16" if target.is_gpu else "float32")
     gpus = ["cluster.gpus_per_node=2"] if target.is_gpu else []
-    rows = run(path, [*overrides, *gpus, *LAYOUTS[layout], "trainer.total_training_steps=2"])
+    overrides += ["trainer.total_training_steps=2", "actor.ppo_micro_batch_size_per_gpu=8"]
+    rows = run(path, [*overrides, *gpus, *LAYOUTS[layout]])
     worst = max(row["sync/canary_abs_diff"] for row in rows if "sync/canary_abs_diff" in row)
     print(f"RUN {layout}: canary {worst:.1e}")
     assert worst < CANARY
