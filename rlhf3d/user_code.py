@@ -38,7 +38,8 @@ def running(folder: Path) -> Iterator[None]:
     except SystemExit as error:
         raise Ended(f"it ends the process: sys.exit({error.code!r})") from error
     finally:
-        sys.path.remove(entry)
+        with suppress(ValueError):  # the code may have changed the path
+            sys.path.remove(entry)
         if entry not in sys.path:
             sys.path.append(entry)  # for imports of its threads, behind every package of ours
         os.chdir(cwd)
@@ -48,6 +49,7 @@ def running(folder: Path) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Standard output is standard error: that of Python, and that of processes started meanwhile."""
     sys.stdout.flush()
+    stderr = sys.stderr
     try:
         kept = os.dup(1)
         os.dup2(2, 1)
@@ -55,10 +57,12 @@ def _quiet() -> Iterator[None]:
         yield
         return
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(stderr):
             yield
     finally:
-        sys.stderr.flush()
+        sys.stderr = stderr  # the code may have set another, or closed this one
+        with suppress(ValueError, OSError):
+            stderr.flush()
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -39,7 +39,9 @@ class Marks:
     without_truth: int = 0
     """Rows for a reward model, which have no ground truth."""
     graded: int = 0
-    """Texts scored; 0 where the data source has no scorer."""
+    """Texts scored."""
+    without_scorer: int = 0
+    """Rows with a ground truth that no scorer compares, as the data source has none."""
     truths: int = 0
     """Accepted answers that got a score: one a row, or each of its list."""
     truth_right: int = 0
@@ -148,7 +150,8 @@ class _Grader:
             check.marks[row.data_source].without_truth += 1
             return
         if not self._custom and row.data_source not in {**DATA_SOURCES, **(self._scorers or {})}:
-            return  # _judge says so
+            check.marks[row.data_source].without_scorer += 1
+            return
         try:
             scorer = None if self._custom else scorer_of(row.data_source, self._scorers)
             statements = [shown(truth)] if scorer is None else scorer.statements(truth)
@@ -272,11 +275,10 @@ def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
                 f"{data_source}: {marks.without_truth} of {marks.rows} rows have no ground truth: only a reward model "
                 "can score them"
             )
-        ruled = marks.rows - marks.without_truth
-        if ruled and not marks.graded:
+        if marks.without_scorer:
             check.problems.append(
-                f"no scorer for data_source {data_source!r} ({ruled} rows): name one in reward.scorers, or set "
-                "custom_reward_function.path"
+                f"no scorer for data_source {data_source!r} ({marks.without_scorer} rows): name one in "
+                "reward.scorers, or set custom_reward_function.path"
             )
         if marks.failed:
             check.problems.append(

@@ -13,6 +13,8 @@ from typing import Any
 Message = dict[str, Any]
 NEEDED = ("tools", "tool_calls")
 """Parts that a prompt means something else without."""
+NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio", "multi_modal_data")
+"""Parts of a row or a message that nothing here takes: refused where there is something in them."""
 
 
 def read_messages(prompt: Any, where: str) -> list[Message]:
@@ -25,6 +27,9 @@ def read_messages(prompt: Any, where: str) -> list[Message]:
     messages = []
     for number, given in enumerate(prompt):
         message = without_nulls(given)
+        for key in NOT_TEXT:
+            if message.get(key):
+                raise ValueError(f"{where}: message {number} has {key}: prompts are text alone; leave the row out")
         if isinstance(message.get("content"), list):
             message["content"] = _text_of(message["content"], f"{where}: message {number}")
         if message.get("tool_calls"):
@@ -134,7 +139,7 @@ def _text_of(parts: Sequence[Any], where: str) -> str:
 def _tool_call(call: Any) -> Any:
     """Arguments as a struct, which templates write as JSON; they come as JSON text too."""
     function = call.get("function", call) if isinstance(call, dict) else {}
-    arguments = function.get("arguments")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
     if isinstance(arguments, str):
         try:
             read = json.loads(arguments)

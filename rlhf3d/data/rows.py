@@ -18,13 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf3d.data.messages import asked, read_prompt, read_tools
+from rlhf3d.data.messages import NOT_TEXT, asked, read_prompt, read_tools, without_nulls
 
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 OPTIONAL_COLUMNS = ("ability", "extra_info", "tools")
-NOT_TEXT_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "multi_modal_data")
-"""Parts of a prompt that nothing here takes: refused where a row has one."""
 ROW_GROUP_SIZE = 4096
 _PROVENANCE_KEY = b"rlhf3d.provenance"
 
@@ -229,7 +227,7 @@ def _is_text(kind: Any) -> bool:
 
 def prompt_columns(schema: pa.Schema) -> list[str]:
     """Those columns of a file that make a `PromptRow`."""
-    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *NOT_TEXT_COLUMNS)
+    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *NOT_TEXT)
     return [name for name in known if name in schema.names]
 
 
@@ -243,8 +241,8 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
             f"{where}: reward_model must be a struct with a ground_truth, or of style model, not "
             f"{record['reward_model']!r}"
         )
-    for column in NOT_TEXT_COLUMNS:
-        if record.get(column) not in (None, [], {}, "", b""):
+    for column in NOT_TEXT:
+        if without_nulls(record.get(column)) not in (None, [], {}, "", b""):
             raise ValueError(f"{where}: {column} is not empty: prompts are text alone; leave the row out")
     return PromptRow(
         data_source=record["data_source"],

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf3d.rewards.scoring import Outcome, RewardFunction, Score, ScoreItem, to_score
+from rlhf3d.rewards.scoring import Outcome, RewardFunction, Score, ScoreItem, WrongCount, to_score
 
 
 def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
@@ -20,6 +20,8 @@ def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
         return [_score_one(fn, item) for item in items]
     try:
         results = many(items)
+    except WrongCount as error:  # halves of them would only hide it
+        return [_failure(error)] * len(items)
     except BaseException as error:  # SystemExit and KeyboardInterrupt of the function's own too
         if isinstance(error, MemoryError) or len(items) > 1:
             raise

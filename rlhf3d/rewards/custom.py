@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.rewards.scoring import ExtraInfo, ScoreItem
+from rlhf3d.rewards.scoring import ExtraInfo, ScoreItem, WrongCount
 from rlhf3d.user_code import Ended, load_file, running
 
 ASYNC_CHUNK = 64
@@ -57,10 +57,7 @@ class CustomReward:
         kwargs = self._recipe[2]
         if self._batch:
             results = self._function(**dict(zip(_BATCH, columns, strict=True)), **kwargs)
-            results = list(_loop().run_until_complete(results) if inspect.isawaitable(results) else results)
-            if len(results) != len(items):
-                raise ValueError(f"the reward function returned {len(results)} scores for {len(items)} completions")
-            return results
+            return _one_each(_loop().run_until_complete(results) if inspect.isawaitable(results) else results, items)
         calls = [dict(zip(_SINGLE, row, strict=True)) | kwargs for row in zip(*columns, strict=True)]
         results = [self._function(**call) for call in calls]
         if any(map(inspect.isawaitable, results)):
@@ -75,6 +72,17 @@ def _load_to_call(path: str, name: str, kwargs: dict[str, Any]) -> CustomReward:
     """The function where it will be called: its file finds the event loop there."""
     _loop()
     return load_custom_reward(path, name, kwargs)
+
+
+def _one_each(results: Any, items: Sequence[ScoreItem]) -> list[Any]:
+    """The scores of a batch; WrongCount where there is not one in order for each completion."""
+    expected = f"a batch function returns a list of one score for each of its {len(items)} completions"
+    if not isinstance(results, Iterable) or isinstance(results, Mapping | Set | str | bytes):
+        raise WrongCount(f"the reward function returned {type(results).__name__} {str(results)[:80]!r}; {expected}")
+    scores = list(results)
+    if len(scores) != len(items):
+        raise WrongCount(f"the reward function returned {len(scores)} scores; {expected}")
+    return scores
 
 
 @cache

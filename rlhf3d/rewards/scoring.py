@@ -60,9 +60,9 @@ class Score:
 
     @property
     def reason(self) -> str:
-        """The last line of a failure's message."""
-        lines = (self.message or "").strip().splitlines()
-        return lines[-1][:200] if lines else "no message"
+        """The last line of a failure's message that says something; groups of exceptions draw frames."""
+        lines = [line.strip(" |+-") for line in (self.message or "").splitlines()]
+        return next((line[:200] for line in reversed(lines) if line), "no message")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class ScoreItem:
 
 class RewardError(RuntimeError):
     """The reward function failed too often, or could not be loaded by the scoring processes."""
+
+
+class WrongCount(ValueError):
+    """A call for several completions returned no score for each: none of what it returned belongs to one of them."""
 
 
 class RewardFunction(Protocol):
@@ -122,7 +126,7 @@ def _finite(value: Any, what: str) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not abs(number) <= _LARGEST:
-        raise ValueError(f"{what} {str(value)[:80]!r}, not a finite number")
+        raise ValueError(f"{what} {type(value).__name__} {str(value)[:80]!r}, not a finite number")
     return number
 
 

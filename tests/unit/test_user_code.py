@@ -108,3 +108,13 @@ def test_what_it_prints_is_no_output_and_the_folder_stays(tmp_path: Path, capfd:
     found = capfd.readouterr()
     assert found.out == "" and all(word in found.err for word in ("loaded", "started", "called"))
     assert os.getcwd() == cwd
+
+
+def test_a_standard_error_of_its_own_is_not_ours(tmp_path: Path) -> None:
+    ours = sys.stderr
+    for name, how in {"null": "open(os.devnull, 'w')", "none": "None"}.items():
+        file = write(
+            tmp_path,
+            **{name: f"import os, sys\nsys.path = sys.path[1:]\nsys.stderr = {how}\nsys.stdout = None\nVALUE = 1"},
+        )
+        assert load_file(file, "key").VALUE == 1 and sys.stderr is ours and sys.stdout is not None

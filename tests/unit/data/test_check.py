@@ -123,6 +123,9 @@ def test_unusable_rows_are_counted_with_their_reason(tmp_path: Path) -> None:
     assert (file.rows, file.unreadable_count) == (3, 2)
     assert "row 1: prompt must be a list" in file.unreadable[0] and "row 2: reward_model" in file.unreadable[1]
     assert "2 of 3 rows cannot be used" in file.problems[0]
+    pq.write_table(pa.Table.from_pylist([{**good, "reward_model": {"ground_truth": b"1"}}]), tmp_path / "t.parquet")
+    (problem,) = check_files([tmp_path / "t.parquet"]).problems  # and none that says there is no scorer
+    assert "row 0: reward_model.ground_truth: a built-in scorer compares text, numbers and lists" in problem
 
 
 def test_histogram_counts_every_length_once() -> None:

@@ -12,6 +12,7 @@ from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.check import check_files
 from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.messages import read_messages, without_nulls
 from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
 from rlhf3d.rewards.items import score_item
 from rlhf3d.rewards.model_inputs import model_inputs
@@ -62,6 +63,7 @@ def test_names_tool_calls_tools_and_parts_reach_the_template(tmp_path: Path) -> 
     [
         ([{"role": "user", "content": [{"type": "image", "text": None}]}], {}, "message 0 has a part of type 'image'"),
         ([USER], {"images": [b"x"]}, "images is not empty"),
+        ([{**USER, "images": ["a.png"]}], {}, "message 0 has images"),
         ([USER], {"tools": "[1"}, "tools is not JSON"),
         (
             [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
@@ -80,6 +82,14 @@ def test_what_nothing_takes_is_refused_with_its_row(
 
 def test_empty_columns_of_images_are_nothing(tmp_path: Path) -> None:
     assert text(tmp_path, [USER], images=[], videos=None) == text(tmp_path, [USER])
+    nothing = {"bytes": None, "path": None}
+    assert text(tmp_path, [{**USER, "images": None}], image=nothing) == text(tmp_path, [USER])
+
+
+def test_a_tool_call_of_any_form_is_read(tmp_path: Path) -> None:
+    for call in ("add", {"function": "add"}, {"function": None}, {"function": {"name": "add", "arguments": "[1]"}}):
+        (_, message) = read_messages([USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "row 0")
+        assert message["tool_calls"] == [without_nulls(call)]
 
 
 def test_what_a_template_leaves_out_is_refused_or_counted(tmp_path: Path) -> None:

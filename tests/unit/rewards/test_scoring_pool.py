@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,7 @@ def batch(data_sources, solution_strs, ground_truths, extra_infos, factor=1.0):
     return [{"score": factor * float(text), "calls": calls, "pid": os.getpid()} for text in solution_strs]
 
 def short(data_sources, solution_strs, ground_truths, extra_infos):
-    return [1.0]
+    return {"one": [1.0], "dict": dict.fromkeys(range(len(solution_strs)), 1), "none": None}[data_sources[0]]
 
 async def judge(data_source, solution_str, ground_truth, extra_info=None):
     if solution_str == "hang":
@@ -270,10 +271,13 @@ def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) ->
     ]
 
 
-def test_too_few_scores_of_a_batch_are_errors(batch_file: Path) -> None:
+def test_scores_that_are_not_one_for_each_of_a_batch_are_errors(batch_file: Path) -> None:
+    said = {"one": "returned 1 scores", "dict": "returned dict", "none": "returned NoneType"}
     with ScoringPool(1, 20.0, load_custom_reward(batch_file, "short")) as pool:
-        scores = pool.score_batch(items("1", "2", "3"))
-    assert [s.outcome.value for s in scores] == ["scored"] * 3  # halved down to one each, where one score is right
+        for kind, message in said.items():
+            scores = pool.score_batch([replace(item, data_source=kind) for item in items("1", "2", "3")])
+            assert [s.outcome.value for s in scores] == ["error"] * 3
+            assert message in scores[0].reason and "for each of its 3 completions" in scores[0].reason
     with ScoringPool(1, 20.0, load_custom_reward(batch_file, "batch")) as pool:
         assert pool.score_batch([]) == []
 
