@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from rlhf3d.paths import expand_user
+
 
 class Commands(typer.Typer):
     """Commands whose paths may begin with ~ and whose numbers are finite."""
@@ -31,7 +33,7 @@ class _Command(TyperCommand):
             kind = hints.get(name)
             if value and (kind is Path or Path in get_args(kind) or list[Path] in get_args(kind) or kind == list[Path]):
                 many = isinstance(value, list | tuple)
-                expanded = [Path(path).expanduser() for path in (value if many else [value])]
+                expanded = [Path(expand_user(str(path))) for path in (value if many else [value])]
                 ctx.params[name] = expanded if many else expanded[0]
         return super().invoke(ctx)
 

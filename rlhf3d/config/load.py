@@ -63,7 +63,7 @@ def read_sections(path: Path, form: str) -> dict[str, Any]:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if scalars.is_null(raw):
         return {}
@@ -113,7 +113,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError([f"{path}: base: expected the name of a file, found {_type_name(base)}"])
-    inherited = read_yaml(path.parent / Path(str(base)).expanduser(), (*seen, path.resolve()))
+    try:
+        of = path.parent / expand_home(str(base))
+    except ValueError as error:
+        raise ConfigError([f"{path}: base: {base}: {error}"]) from None
+    inherited = read_yaml(of, (*seen, path.resolve()))
     merge(inherited, raw)
     return inherited
 
@@ -122,7 +126,7 @@ def files_of(path: Path) -> list[Path]:
     """A configuration file and those that it derives from."""
     found = [path]
     while isinstance(base := scalars.read(found[-1].read_text(encoding="utf-8-sig")).get("base"), str) and base:
-        found.append(found[-1].parent / Path(str(base)).expanduser())
+        found.append(found[-1].parent / expand_home(str(base)))
     return found
 
 

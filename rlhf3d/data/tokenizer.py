@@ -29,9 +29,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises plain Exceptions, others what the file makes them
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat messages")

@@ -21,6 +21,7 @@ from rlhf3d.config.load import PATHS, ConfigError, files_of, load_config
 from rlhf3d.config.schema import Config
 from rlhf3d.launch.rules import check_names, check_shared, default_name, is_below, mounts_of, named_paths
 from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.paths import expand_user
 from rlhf3d.placement.resources import place
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 
@@ -126,7 +127,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     time_s = _time_s(config, options)
     workdir = options.workdir or _workdir(target, options)
     if target == "slurm":  # which expands no ~
-        workdir = os.path.expanduser(workdir)
+        workdir = expand_user(workdir)
     mounts: tuple[str, ...] = ()
     if in_container := target == "slurm" and options.image is not None:
         workdir = os.path.abspath(workdir)

@@ -79,10 +79,24 @@ class HFReader:
 
 def check_weights(folder: Path | str, spec: ModelSpec, head: Head) -> None:
     """Raise ValueError naming model.path unless the folder's files hold the model of its config.json, complete."""
+    _check_config_class(Path(folder))
     with HFReader(folder) as reader:
         check_hf_tensors({name: reader.shape(name) for name in reader.names()}, spec, head, folder)
         if head == "lm":
             check_tied_head(reader, spec)
+
+
+def _check_config_class(folder: Path) -> None:
+    """Raise ValueError where the class of transformers, which vLLM builds too, refuses a config.json."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its checks and a wrong value may raise anything
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(
+            f"model.path: transformers does not read {folder}/config.json: {reason}; correct it"
+        ) from error
 
 
 def check_tied_head(reader: HFReader, spec: ModelSpec) -> None:

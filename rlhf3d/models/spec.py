@@ -111,8 +111,9 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
                 f"model.path: {source} has {key}={config[key]!r}; {model_type} is supported with "
                 f"{key}={wanted!r} only: choose a model published so"
             )
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"model.path: {source} is quantized (quantization_config); give the original weights")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key) is not None:
+            raise ValueError(f"model.path: {source} is quantized ({key}); give the original weights")
     fields = Fields({**family.defaults, **config}, source)
     layers, heads, hidden = (fields.integer(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     refuse_layers_of_other_kinds(fields, layers)

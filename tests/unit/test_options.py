@@ -98,6 +98,8 @@ def test_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path}/run holds no metrics.jsonl" in refusal("report", "~/run")
     assert f"no model at {tmp_path}/m:" in refusal("evaluate", "~/m", "d", "--output=~/o")
+    assert "no user has the home folder ~no-one" in refusal("inspect", "~no-one/run")
+    assert "no folder '/no/$HOME'" in refusal("inspect", "/no/$HOME")
 
 
 def test_only_the_terminal_makes_consoles() -> None:

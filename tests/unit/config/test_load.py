@@ -201,6 +201,8 @@ def test_base_of_itself_is_refused(tmp_path: Path) -> None:
         ("rollout:\n  n: 1\nmodel: {}\nrollout:\n  n: 2\n", "given twice: rollout"),
         ("just a text\n", "expected sections .* found str"),
         ("? [a, b]\n: 1\n", "is not YAML"),
+        ("base: ~no-one/a.yaml\n", "base: ~no-one/a.yaml: no user has the home folder ~no-one"),
+        ("rollout: " + "[" * 2000 + "]" * 2000, "is not YAML: maximum recursion depth"),
         ("base: [a.yaml]\n", "base: expected the name of a file, found list"),
         ("actor.optim.lr: 1e-5\n", "in a file keys are nested"),
         ("rollout: {n: 010}\n", f"rollout.n = 010: expected int{DIGITS}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path, content: str, messag
     with pytest.raises(ValueError, match=message) as refused:
         load_tokenizer(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the terminal"))
+    with pytest.raises(ValueError, match=r"^tokenizer: that of .* does not load: .*custom code"):
+        load_tokenizer(tmp_path)
 
 
 def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def test_experts_by_either_key(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, r"layer_types=.* 4 times full_attention"),
         ({"transformers_weights": "other.safetensors"}, r"transformers_weights='other\.safetensors'"),
         ({"logit_scale": 0.5}, r"logit_scale=0\.5"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"is quantized \(compression_config\)"),
         ({"sliding_window": 128}, r"sliding_window=128"),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",

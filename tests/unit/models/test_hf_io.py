@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path) -
         with pytest.raises(ValueError, match=r"^model\.path: .*tie_word_embeddings true, but a lm_head\.weight of its"):
             check_weights(folder, spec, "lm")
         check_weights(folder, spec, "value")  # a critic has no use for it
+
+
+@pytest.mark.parametrize("change", [{"eos_token_id": "2"}, {"attention_bias": None}, {"dtype": "float3"}], ids=str)
+def test_what_transformers_refuses_in_a_config_is_found_before_a_run(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Keys of which the trainer reads nothing, and for which vLLM would fail in its own process."""
+    folder = make_tiny_model(tmp_path / "m", layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"^model\.path: transformers does not read .*config\.json: .*; correct it"):
+        check_weights(folder, load_spec(folder), "lm")
 
 
 def test_a_value_beyond_the_dtypes_range_is_refused() -> None:

@@ -53,10 +53,10 @@ head_ip=$("${step[@]}" "${on_head[@]}" python -c 'import ray; print(ray.util.get
 "${step[@]}" "${on_head[@]}" --output="$logs/ray-%N.log" \
     ray start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false "${ray[@]}" &
 ray_head=$!
-deadline=$((SECONDS + 300))
+deadline=$((SECONDS + 900))
 until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
     kill -0 "$ray_head" 2>/dev/null || fail "the head of Ray ended"
-    ((SECONDS < deadline)) || fail "the head of Ray does not answer at $head_ip:$port after 300 s"
+    ((SECONDS < deadline)) || fail "the head of Ray does not answer at $head_ip:$port after 900 s"
     sleep 1
 done
 

@@ -60,10 +60,10 @@ head_ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())') || fail
 setsid ray start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false "${ray[@]}" \
     >"$ray_files.log" 2>&1 &
 ray_head=$!
-deadline=$((SECONDS + 300))
+deadline=$((SECONDS + 900))
 until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
     kill -0 "$ray_head" 2>/dev/null || fail "the head of Ray ended"
-    ((SECONDS < deadline)) || fail "the head of Ray does not answer at $head_ip:$port after 300 s"
+    ((SECONDS < deadline)) || fail "the head of Ray does not answer at $head_ip:$port after 900 s"
     sleep 1
 done
 for host in "${workers[@]}"; do
@@ -71,7 +71,7 @@ for host in "${workers[@]}"; do
 done
 
 # The run waits until all nodes are there (cluster.startup_timeout_s) and names those that are not.
-rlhf3d train configs/math.yaml trainer.output_dir=/shared/runs/math cluster.platform=cuda cluster.num_nodes=2 cluster.gpus_per_node=4 trainer.max_wall_clock_s=13800 cluster.ray_address="$head_ip:$port" &
+rlhf3d train configs/math.yaml trainer.output_dir=/shared/runs/math cluster.platform=cuda cluster.num_nodes=2 cluster.gpus_per_node=4 trainer.max_wall_clock_s=13200 cluster.ray_address="$head_ip:$port" &
 driver=$!
 trap 'kill -s USR1 "$driver"' USR1
 trap 'kill -s TERM "$driver"' TERM
