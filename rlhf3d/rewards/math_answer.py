@@ -42,6 +42,15 @@ _SPELLINGS = (
     (re.compile("³"), "^3"),
     (re.compile("∞"), r"\\infty"),
     (re.compile("×"), r"\\times "),
+    (re.compile(r"√\s*([0-9]{1,40}|[a-zA-Z](?![a-zA-Z]))(?![.,][0-9])"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*(?=\{)"), r"\\sqrt"),
+    (re.compile(r"(\\sqrt\s*\[[^\[\]]{1,40}\])\s*([0-9a-zA-Z])"), r"\1{\2}"),
+    (re.compile(r"\\(?:nice|s|c)frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]{1,40}\}"), ""),  # leaves the group
+    (re.compile(r"\\mathrm\s*\{\s*i\s*\}"), "i"),
+    (re.compile(r"\A[–—](?=\s*[0-9.\\])"), "-"),  # at the start no dash is a range
+    (re.compile(r"\A(?:~|\\[ ,:;!])+|(?:~|\\[ ,:;!]|\\\\|\\quad)*\\?\s*\Z"), ""),  # spaces and line ends around it
+    (re.compile(r"\\(overline|bar|dot)\s*([0-9])"), r"\\\1{\2}"),
 )
 _ONE_CHARACTER = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _GAP = r"(?:\s|~|\\[ ,:;!])+"
@@ -63,6 +72,8 @@ def tidy(answer: str) -> str:
         text = text[1:-1].strip()
     if (match := _MIXED.fullmatch(text)) and int(match[2]) < int(match[3]):
         return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
+    if match := _WITH_BASE.fullmatch(text):
+        return f"{match[1]}_{{{_BASE_NAMES.get(match[2], match[2])}}}"
     return re.sub(_GAP, "", text) if _SPACED_THOUSANDS.fullmatch(text) else text
 
 
@@ -88,6 +99,11 @@ def _group_end(text: str) -> int:
     return 0
 
 
+_WITH_BASE = re.compile(
+    r"\(?\s*([0-9A-F]{1,100})\s*\)?\s*_\s*\{?\s*\(?(?:\\(?:text|mbox|mathrm)\s*\{)?\s*"
+    r"([0-9]{1,2}|[a-z]{3,6})\s*\}?\)?\s*\}?"
+)
+"""One number and its base, however that is written."""
 _BASE = re.compile(r"(?<![0-9A-F])([0-9A-F]+)\s*_[\s_]*([0-9]+|[a-z]+)")
 _BASE_NAMES = dict(
     zip("two three four five six seven eight nine ten eleven twelve".split(), map(str, range(2, 13)), strict=True)
@@ -105,7 +121,7 @@ _UNIT_NAMES = (
     "mm millimeter millimeters|cm centimeter centimeters|m meter meters|km kilometer kilometers|in inch inches|"
     "ft foot feet|yd yard yards|mi mile miles|g gram grams|kg kilogram kilograms|lb lbs pound pounds|"
     "s sec second seconds|min minute minutes|h hr hour hours|day days|"
-    "week weeks|month months|year years|degree degrees|dollar dollars|cent cents|unit units"
+    "week weeks|month months|year years|degree degrees|radian radians|dollar dollars|cent cents|unit units"
 )
 UNITS = {name: names.split()[0] for names in _UNIT_NAMES.split("|") for name in names.split()}
 """Names of units -> the unit."""
@@ -123,6 +139,15 @@ def split_unit(answer: str) -> tuple[str, str | None]:
     if match is None or name not in UNITS or (match["bare"] and len(name) == 1):  # one bare letter may be a variable
         return answer, None
     return match["number"], UNITS[name] + (match["power"] or "")
+
+
+_HALF_OF_DAY = re.compile(r"[0-9](?:\s|~|\\[ ,:;!]|\\(?:text|mbox|mathrm)|\{){0,10}([aApP])\.?\s?[mM](?![a-zA-Z])")
+
+
+def half_of_day(answer: str) -> str | None:
+    """Of a time of day, "a" or "p" (5 PM, 5 p.m.); null where none is stated."""
+    match = _HALF_OF_DAY.search(answer)
+    return match[1].lower() if match else None
 
 
 _UNITS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*[^{}]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")

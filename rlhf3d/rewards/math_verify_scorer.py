@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from rlhf3d.rewards.math_answer import bases, last_boxed, normalise, split_unit, tidy
+from rlhf3d.rewards.math_answer import bases, half_of_day, last_boxed, normalise, split_unit, tidy
 from rlhf3d.rewards.scoring import Outcome, Score
 
 MAX_ANSWER = 500
@@ -81,9 +81,12 @@ def _is_sane(text: str) -> bool:
 
 
 def _quick(answer: str, truth: str) -> bool | None:
-    """The verdict where it needs no algebra: the same text, two numbers, or numbers of other bases or units."""
+    """The verdict where it needs no algebra: the same text, two numbers, or other bases, units or halves of the day."""
     stated = bases(answer), bases(truth)
     if all(stated) and stated[0] != stated[1]:
+        return False
+    halves = half_of_day(answer), half_of_day(truth)
+    if all(halves) and halves[0] != halves[1]:
         return False
     (answer, unit), (truth, wanted) = split_unit(tidy(answer)), split_unit(tidy(truth))
     if unit and wanted and unit != wanted:
