@@ -16,6 +16,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,6 @@ class VLLMEngine:
             else {
                 "gpu_memory_utilization": gpu_memory_utilization,
                 "moe_backend": "triton",
-                # Logits in fp32, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
-                "hf_overrides": {"head_dtype": "float32"},
                 "enable_sleep_mode": can_sleep,
             }
         )
@@ -118,7 +117,8 @@ class VLLMEngine:
         self._served_prompt: Sequence[int] = ()
         settings = {
             "config_format": "hf",
-            "hf_overrides": _with_own_class,
+            # Logits in fp32 on GPUs, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
+            "hf_overrides": partial(_complete_config, head_dtype="model" if on_cpu else "float32"),
             "dtype": dtype,
             "quantization": None if quantization == "none" else quantization,
             "load_format": "safetensors" if load_weights else "dummy",
@@ -277,9 +277,11 @@ class VLLMEngine:
             yield finished
 
 
-def _with_own_class(config: Any) -> Any:
-    """Name the class of the model's type: by `architectures` vLLM would take another, or where that is null none."""
+def _complete_config(config: Any, head_dtype: str) -> Any:
+    """Name the class of the model's type (by `architectures` vLLM would take another, or where that is null none) and
+    the dtype of the logits."""
     config.architectures = [architecture(config.model_type, "CausalLM")]
+    config.head_dtype = head_dtype
     return config
 
 

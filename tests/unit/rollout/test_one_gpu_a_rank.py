@@ -115,7 +115,8 @@ def settings(rank: int, port: int, kind: str) -> list[Any]:
         VLLMEngine(
             "model", platform_kind=kind, tensor_parallel_size=2, rank=0, meeting=("10.0.0.1", port), host="10.0.0.2"
         )
-    config = SimpleNamespace(**told.get("hf_overrides", {}))
+    config = told["hf_overrides"](SimpleNamespace(model_type="qwen2"))
+    assert config.architectures == ["Qwen2ForCausalLM"]
     return [_get_head_dtype(config, torch.bfloat16, "generate"), os.environ["VLLM_HOST_IP"]]  # type: ignore[arg-type]
 
 
