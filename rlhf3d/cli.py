@@ -195,6 +195,11 @@ def plan(
     check_output("--write", write, is_file=True)
     loaded = load_config(config, overrides or [], files=False)
     longest = loaded.data.max_prompt_length, loaded.data.max_response_length
+    for option, mean, most in zip(
+        ("--prompt-tokens", "--response-tokens"), (prompt_tokens, response_tokens), longest, strict=True
+    ):
+        if mean is not None and mean > most:
+            raise ValueError(f"{option} {mean:g}: a mean above the longest that the configuration allows, {most}")
     lengths = Lengths(prompt_tokens or longest[0] / 2, response_tokens or longest[1] / 2)
     fits = plan_command(loaded, gpus, hardware, measured, model_config, lengths, rows, search, write, as_json)
     raise typer.Exit(2 if check and not fits else 0)

@@ -140,6 +140,8 @@ def plan_conversion(source: Path, destination: Path, options: Options) -> Conver
     if options.max_shard_gib <= 0:
         raise ValueError(f"--max-shard-size {options.max_shard_gib}: it must be more than 0")
     to = options.to or ("megatron" if kind_of(source) == "hf" else "hf")
+    if to == "megatron" and options.reference is not None:
+        raise ValueError("--reference would be ignored: a Hugging Face folder has config.json and tokenizer of its own")
     return (_to_hf if to == "hf" else _to_megatron)(source, destination, options)
 
 

@@ -74,8 +74,9 @@ def _newest_iteration(root: Path) -> Path:
     if not text.isdigit() and text != "release":
         raise ValueError(f"{root / TRACKER} says {text[:20]!r}: a number or 'release' is expected")
     folder = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
-    if kind_of(folder) != "megatron":
-        raise ValueError(f"{folder}, the newest according to {root / TRACKER}, is not a Megatron folder")
+    if not folder.is_dir() or kind_of(folder) != "megatron":
+        fault = "is not a Megatron folder" if folder.is_dir() else "is not there; copy it, or give one that is"
+        raise ValueError(f"{folder}, the newest according to {root / TRACKER}, {fault}")
     return folder
 
 

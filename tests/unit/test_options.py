@@ -70,6 +70,8 @@ def test_every_number_has_a_range() -> None:
         ("data prepare arithmetic --split test", "--split and --revision are for a source; leave them out"),
         ("plan configs/quickstart.yaml --write x.yaml", "--write would be ignored: it is for what --search finds"),
         ("plan configs/quickstart.yaml --hardware x.yaml", "--hardware would be ignored: --gpus names what in it"),
+        ("plan configs/quickstart.yaml --prompt-tokens 97", "--prompt-tokens 97: a mean above the longest"),
+        ("plan configs/quickstart.yaml --response-tokens 1e9", "--response-tokens 1e+09: a mean above the longest"),
         ("samples r --right --wrong", "of --right, --wrong, --unparsable and --failed give one"),
     ],
 )

@@ -259,6 +259,8 @@ def test_what_is_not_there_is_named(llama: Path, tmp_path: Path) -> None:
     shutil.move(megatron / "actor", tmp_path / "bare")
     with pytest.raises(ValueError, match="with --reference"):
         plan_conversion(tmp_path / "bare", tmp_path / "out", Options())
+    with pytest.raises(ValueError, match="--reference would be ignored"):
+        plan_conversion(llama, tmp_path / "out", Options(reference=tmp_path / "no"))
     cut = tmp_path / "cut"
     shutil.copytree(llama, cut)
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 1)
