@@ -25,7 +25,7 @@ from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
 from rlhf3d.rewards.truths import shown
 
 _BATCH = 2048
-_LOOKED_AT, _SCORED = 20_000, 128
+LOOKED_AT, _SCORED = 20_000, 128
 """Rows of each file list that a run compares, and has scored, before it starts."""
 _SHOWN = 10
 """Examples of one kind that are listed."""
@@ -324,7 +324,7 @@ def training_warnings(
 
     ValueError for rows without a ground truth where a built-in scorer needs one.
     """
-    train_rows, val_rows = train.sample(_LOOKED_AT), val.sample(_LOOKED_AT) if val else []
+    train_rows, val_rows = train.sample(LOOKED_AT), val.sample(LOOKED_AT) if val else []
     warnings = []
     shared = {question_key(row) for row in train_rows} & {question_key(row) for row in val_rows}
     if shared:
@@ -335,17 +335,7 @@ def training_warnings(
     if not isinstance(reward, BuiltinReward) or pool is None:
         return warnings
     rows = [*train.sample(_SCORED), *(val.sample(_SCORED) if val else [])]
-    if any(row.ground_truth is None for row in rows):
-        raise ValueError(f"data.train_files, data.val_files: {WITHOUT_TRUTH}")
-    items = []
-    for row in rows:
-        try:
-            statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
-        except ValueError as error:
-            asked = f"data.train_files, data.val_files: the row that asks {row.question[:80]!r}"
-            raise ValueError(f"{asked}: {error} (`rlhf3d data check` names every such row)") from error
-        for text in statements:
-            items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
+    items = stated_truths(rows, reward, "data.train_files, data.val_files")
     scores = pool.score_batch(items)
     refused = [item for item, score in zip(items, scores, strict=True) if not score.failed and score.value < 1.0]
     if refused:
@@ -359,3 +349,19 @@ def training_warnings(
             f"{failed[0].reason}: see `rlhf3d data check`"
         )
     return warnings
+
+
+def stated_truths(rows: Sequence[PromptRow], reward: BuiltinReward, key: str) -> list[ScoreItem]:
+    """Completions that state the accepted answers of `rows`; ValueError where no rule compares with one of them."""
+    if any(row.ground_truth is None for row in rows):
+        raise ValueError(f"{key}: {WITHOUT_TRUTH}")
+    items = []
+    for row in rows:
+        try:
+            statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
+        except ValueError as error:
+            asked = f"{key}: the row that asks {row.question[:80]!r}"
+            raise ValueError(f"{asked}: {error} (`rlhf3d data check` names every such row)") from error
+        for text in statements:
+            items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
+    return items

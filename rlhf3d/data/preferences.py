@@ -64,6 +64,8 @@ def prompt_messages(prompt: Any, where: str) -> Messages:
     """Messages as they are, a text as the user's; of `Human: … Assistant:` dialogues, their turns."""
     if isinstance(prompt, list):
         return read_messages(prompt, where)
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: prompt must be text or messages, not {type(prompt).__name__} {str(prompt)[:80]!r}")
     pieces = _TURN.split(prompt)
     if len(pieces) == 1:
         return [{"role": "user", "content": prompt.strip()}]

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf3d.data.check import LOOKED_AT, stated_truths
 from rlhf3d.data.dataset import Prompt, PromptDataset
 from rlhf3d.data.end_tokens import end_tokens
 from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
@@ -175,6 +176,8 @@ def evaluate(
     for text in (*weight_files(model).notes, *vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes):
         warn(text)
     reward = settings.reward(prompts.data_sources)
+    if isinstance(reward, BuiltinReward):  # told before anything is generated
+        stated_truths(prompts.sample(LOOKED_AT), reward, "DATA")
     identity = {"model": model_digest(model), "prompts": prompts.fingerprint(), **settings.identity()}
     done = _open_output(output, identity, model, files, restart)
     have = {(g.mode, g.index, g.sample) for g in done}

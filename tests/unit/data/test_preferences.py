@@ -45,6 +45,8 @@ def test_answers_as_text_or_conversations() -> None:
     longer = {name: [*asked, {"role": "assistant", "content": "c"}, *talk] for name, talk in chats.items()}
     with pytest.raises(ValueError, match=r"w: the answers hold turns that the prompt lacks"):
         pair_of({**longer, "prompt": "q"}, "w")
+    with pytest.raises(ValueError, match=r"w: prompt must be text or messages, not dict"):
+        pair_of({"prompt": {"a": 1}, "chosen": "a", "rejected": "b"}, "w")
     with pytest.raises(ValueError, match=r"file: row 3 needs prompt, chosen and rejected .* has chosen, prompt"):
         pair_of({"prompt": "q", "chosen": "good"}, "file: row 3")
 

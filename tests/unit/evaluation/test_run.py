@@ -151,6 +151,16 @@ def test_mistakes_are_named(tmp_path: Path, model: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_truths_that_no_rule_compares_with_are_told_before_generation(tmp_path: Path, model: Path) -> None:
+    row = PromptRow("openai/gsm8k", [{"role": "user", "content": "why"}], "", {"ground_truth": {"target": 4}})
+    write_parquet([row], tmp_path / "test.parquet", {})
+    with pytest.raises(
+        ValueError, match=r"DATA: the row that asks 'why': reward_model.ground_truth: a built-in scorer"
+    ):
+        evaluate(model, [tmp_path / "test.parquet"], tmp_path / "out", SETTINGS, never)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_are_found_and_told_apart(tmp_path: Path, model: Path) -> None:
     assert find_model(model) == model
     for step in (2, 10):
