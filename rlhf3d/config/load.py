@@ -38,14 +38,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
     `files=False` leaves out the checks that look at the disk (model, data and reward files).
     Raises ConfigError with all problems at once.
     """
-    raw = read_yaml(Path(path))
     problems: list[str] = []
-    for override in overrides:
-        try:
-            merge(raw, parse_override(override))
-        except ValueError as error:
-            problems.append(str(error))
-    config = _expand_paths(build(Config(), raw, "", problems), problems)
+    try:
+        config = _expand_paths(_read(Path(path), overrides, problems), problems)
+    except RecursionError:
+        raise ConfigError([f"{path}: a value is nested too deeply, or an alias (*name) stands within itself"]) from None
     # A key that could not be read has its default here: what the checks say about it is not the user's doing.
     unread = [doc.name for doc in field_docs() if any(doc.name in problem for problem in problems)]
     checked = check(config) + (check_files(config) if files else [])
@@ -53,6 +50,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _read(path: Path, overrides: Sequence[str], problems: list[str]) -> Config:
+    raw = read_yaml(path)
+    for override in overrides:
+        try:
+            merge(raw, parse_override(override))
+        except ValueError as error:
+            problems.append(str(error))
+    return build(Config(), raw, "", problems)
 
 
 def read_sections(path: Path, form: str) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def read_sections(path: Path, form: str) -> dict[str, Any]:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if scalars.is_null(raw):
         return {}

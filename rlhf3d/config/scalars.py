@@ -124,6 +124,8 @@ def as_anything(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_anything(item) for item in value]
     if not isinstance(value, Plain):
+        if value is not None and not isinstance(value, str | int | float):  # of an explicit tag, such as !!timestamp
+            raise TypeError(value)
         return value
     if is_null(value):
         return None
