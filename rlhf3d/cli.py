@@ -365,7 +365,12 @@ def evaluate(
     from rlhf3d.evaluation.run import EvaluationSettings, find_model
     from rlhf3d.evaluation.run import evaluate as run
     from rlhf3d.evaluation.view import render
+    from rlhf3d.parallel.platform import choose_platform
 
+    platform = choose_platform("auto")
+    unused = {"kv_cache_gib", "gpu_memory_utilization"} - {platform.cache_setting}
+    cache_option = f"--{platform.cache_setting.replace('_', '-')}"
+    refuse_unused(context, unused, f"{cache_option} sizes the cache of engines on {platform.kind} ({platform.reason})")
     scorers = scorers_of(scorer)
     if limit == 0:
         raise ValueError("--limit 0: nothing would be evaluated; give a number of prompts, or -1 for all")

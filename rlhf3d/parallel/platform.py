@@ -51,6 +51,8 @@ class Platform(ABC):
     measures_cache: ClassVar[bool]
     """Whether vLLM takes what is free of the device for its cache: nothing else may load there meanwhile."""
 
+    cache_setting: ClassVar[Literal["kv_cache_gib", "gpu_memory_utilization"]]
+    """What says how large an engine's KV cache is; the other has no effect."""
     eager_engines: ClassVar[bool]
     """What auto means for `rollout.enforce_eager`: compiling costs a CPU user a minute and a C++ compiler."""
 
@@ -138,6 +140,7 @@ class CPUPlatform(Platform):
     head_chunk_elements = 1 << 24
     sync_bucket_mib = 64
     measures_cache = False
+    cache_setting = "kv_cache_gib"
     eager_engines = True
 
     def sites(self, node_of_rank: Sequence[int]) -> Sites:
@@ -200,6 +203,7 @@ class CUDAPlatform(Platform):
     head_chunk_elements = 1 << 27  # fewer, larger products: half a GiB of logits
     sync_bucket_mib = 256
     measures_cache = True
+    cache_setting = "gpu_memory_utilization"
     eager_engines = False
 
     def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:

@@ -62,6 +62,10 @@ def test_every_number_has_a_range() -> None:
         ("evaluate m d -k 4", "-k would be ignored: it is for samples: say how many a prompt by --n"),
         ("evaluate m d --top-p 0.9", "--top-p would be ignored"),
         ("evaluate m d --reward-kwargs {}", "--reward-kwargs would be ignored: it is for the file that --reward names"),
+        (
+            "evaluate m d --gpu-memory-utilization 0.5",
+            "--gpu-memory-utilization would be ignored: --kv-cache-gib sizes",
+        ),
         ("evaluate m d --reward r.py --scorer a=gsm8k", "--scorer would be ignored: --reward scores instead"),
         ("evaluate m d --scorer math_verify", "--scorer math_verify: expected DATA_SOURCE=SCORER"),
         ("data check d --max-prompt-length 9", "--max-prompt-length would be ignored: prompts have lengths by a"),
