@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf3d.data.messages import NOT_TEXT, asked, read_prompt, read_tools, without_nulls
+from rlhf3d.models.folder import refuse_pointer
 
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
@@ -194,7 +195,9 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
     """A file of prompts, memory-mapped; ValueError where it is missing, unreadable, without a needed column or row."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; `rlhf3d data prepare` writes prompt files")
+        problem = "a folder; name the files in it" if Path(path).is_dir() else "no such file"
+        raise ValueError(f"{path}: {problem}; `rlhf3d data prepare` writes prompt files")
+    refuse_pointer(Path(path))
     try:
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf3d.data.rows import one_line, record_of
+from rlhf3d.models.folder import refuse_pointer
 
 HUB = "hub"
 """The source that means: download with the `datasets` package; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""
@@ -118,6 +119,7 @@ def _chain(paths: Sequence[Path]) -> Iterator[Row]:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Rows of one file, streamed (but for a .json that is one array)."""
+    refuse_pointer(path)
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".arrow":

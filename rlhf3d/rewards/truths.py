@@ -61,6 +61,8 @@ def _list_in(text: str) -> Any:
 
 def _one(value: Any) -> str:
     if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("reward_model.ground_truth: an accepted answer is empty; fix the row")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError(

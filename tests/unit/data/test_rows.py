@@ -11,6 +11,7 @@ import pytest
 
 from rlhf3d.data.check import check_files
 from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance, write_parquet
+from rlhf3d.data.sources import read_rows
 from rlhf3d.data.store import RowStore
 
 
@@ -124,6 +125,14 @@ def test_empty_missing_and_other_files(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([GOOD]).slice(0, 0), empty)
     with pytest.raises(ValueError, match=r"empty\.parquet: the file has no rows"):
         read_parquet(empty)
+    pointer = tmp_path / "pointer.parquet"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    with pytest.raises(ValueError, match=r"pointer\.parquet is a git-lfs pointer"):
+        read_parquet(pointer)
+    with pytest.raises(ValueError, match=r"pointer\.parquet is a git-lfs pointer"):
+        list(read_rows(pointer))
+    with pytest.raises(ValueError, match="a folder; name the files in it"):
+        read_parquet(tmp_path)
     with pytest.raises(ValueError, match=r"nothing\.parquet: no such file"):
         read_parquet(tmp_path / "nothing.parquet")
     (tmp_path / "text.parquet").write_text("question,answer")
@@ -189,5 +198,5 @@ def test_a_column_twice_and_damage_are_named(tmp_path: Path) -> None:
     for read in (read_parquet, lambda path: RowStore([path]), lambda path: check_files([path])):
         with pytest.raises(ValueError, match=r"d\.parquet: cannot be read: .* copy or prepare it again"):
             read(tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"no such file|not a parquet file"):
+    with pytest.raises(ValueError, match=r"a folder; name the files in it"):
         read_parquet(tmp_path)

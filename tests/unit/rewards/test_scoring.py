@@ -80,7 +80,9 @@ def test_numbers_keep_their_value_and_intervals_are_no_lists() -> None:
     assert shown([1, "½"]) == '[1, "½"]' and shown(None) == "" and shown(3.0) == "3" and shown(7) == "7"
 
 
-@pytest.mark.parametrize("truth", [[], [[]], {"target": "9"}, float("nan"), b"9", True, [None], "['9' '10']"])
+@pytest.mark.parametrize(
+    "truth", [[], [[]], "", " ", ["9", ""], {"target": "9"}, float("nan"), b"9", True, [None], "['9' '10']"]
+)
 def test_truths_that_no_rule_compares_with_are_errors_not_zeros(truth: Any) -> None:
     for scorer in SCORERS.values():
         with pytest.raises(ValueError, match=r"reward_model\.ground_truth"):
