@@ -102,10 +102,13 @@ def this_host(hardware: Hardware) -> Cluster:
 
 
 def train_rows(config: Config) -> int | None:
-    """Prompts of data.train_files, from the files' footers; None where one is not there."""
+    """Prompts of data.train_files, from the files' footers; None where one is not there.
+
+    ValueError naming the file that holds no prompts.
+    """
     files = [Path(name) for name in config.data.train_files]
     if not files or not all(file.is_file() for file in files):
         return None
-    from pyarrow.parquet import read_metadata
+    from rlhf3d.data.rows import open_parquet
 
-    return sum(int(read_metadata(file).num_rows) for file in files)
+    return sum(int(open_parquet(file).metadata.num_rows) for file in files)

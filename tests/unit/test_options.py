@@ -100,6 +100,15 @@ def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "is a folder, not a file" in refusal("compare", str(tmp_path), "--output", str(tmp_path))
 
 
+def test_a_plan_names_the_file_that_is_no_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "train.parquet"
+    file.write_text("x")
+    model = ("--model-config", "configs/models/" + sorted(os.listdir("configs/models"))[0])
+    told = refusal("plan", "configs/quickstart.yaml", f"data.train_files=[{file}]", *model)
+    assert told.startswith(f"{file}: not a parquet file (")
+
+
 def test_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"{tmp_path}/run holds no metrics.jsonl" in refusal("report", "~/run")
