@@ -18,7 +18,9 @@ from rlhf3d.rewards.scoring import ExtraInfo, RewardFunction, Score, ScoreItem
 
 FORMATS = ("boxed", "hashes", "think")
 PARTS = ("accuracy", "format")
-_THINK = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\S(?:(?!</?think>).)*", re.DOTALL)
+_THINK = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*(?!</?think>)\S(?:(?!</?think>).)*", re.DOTALL
+)
 _BEGUN = {"think": re.compile(r"<think>.*", re.DOTALL), "boxed": re.compile(r"\\boxed\s*\{[^{}]*$")}
 """What of a form the prompt's end may hold: the model goes on with it."""
 _HASHES = re.compile(r"####\s*-?\$?[0-9][0-9.,]*")
