@@ -297,6 +297,8 @@ def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[st
 def _to_megatron(source: Path, destination: Path, options: Options) -> Conversion:
     if kind_of(source) != "hf":
         raise ValueError(f"{source} is a Megatron checkpoint already; give a Hugging Face folder, or --to hf")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{destination} would be one of the model's own files: choose a folder outside of {source}")
     spec, role, found = hf_source(source, options.role)
     model, wanted = stored_model(spec, HEADS[role]), DTYPES[options.dtype]
     dtypes = _key_dtypes(model, found, wanted)

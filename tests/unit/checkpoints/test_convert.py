@@ -248,6 +248,8 @@ def test_a_full_disk_is_told_before_writing(llama: Path, tmp_path: Path, monkeyp
 def test_wrong_options(options: Options, message: str, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         plan_conversion(llama, tmp_path / "out", options)
+    with pytest.raises(ValueError, match="one of the model's own files"):
+        plan_conversion(llama, llama / "megatron", Options())
 
 
 def test_what_is_not_there_is_named(llama: Path, tmp_path: Path) -> None:
