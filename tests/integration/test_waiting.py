@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from integration.test_learning import MARKED, left_behind
 
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import ray_cluster, reserve
@@ -152,6 +151,8 @@ print(time.monotonic() - began)
 @pytest.mark.parametrize("name", ["raylet", "gcs_server", "SIGTERM"])
 def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str) -> None:
     """So is a signal in a wait on Ray, whose calls may return a result though its handler raised."""
+    from integration.test_learning import MARKED, left_behind  # Ray's workers, which import this file, cannot
+
     done = subprocess.run(
         [sys.executable, "-c", LOSES_RAY, name], env=MARKED, capture_output=True, text=True, timeout=120, check=True
     )
