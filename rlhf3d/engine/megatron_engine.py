@@ -237,6 +237,8 @@ class MegatronEngine:
         for result in results if self.is_last_stage else ():
             for name, value in result.items():
                 shares[name] = shares.get(name, 0.0) + float(value)
+        # step() prepares them and takes their norm again, under 1 % of a step: only before it can a
+        # gradient that is not finite be refused, on every rank, without redoing Megatron's own steps.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite(shares, grad_norm, seen, self.context.device)
