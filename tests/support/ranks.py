@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import os
 import pickle
+import random
 import selectors
 import signal
 import socket
@@ -18,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -29,10 +31,15 @@ class RankError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free a moment ago, and that no connection takes meanwhile.
+
+    Those that the kernel chooses for connections begin at 32768.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
