@@ -25,6 +25,10 @@ BY_NAME = re.compile(rb"libcudnn_\w+\.so")
 """Libraries that cuDNN opens by name, so that no header lists them."""
 
 
+SYMBOL = re.compile(r" (UND|\d+) ([^\s@]+)@@?(lib\S+)")
+"""A line of `readelf --dyn-syms`: defined or not, a function, and the library that is its version."""
+
+
 class Owned(NamedTuple):
     """One line of a package's RECORD."""
 
@@ -89,6 +93,27 @@ def find_needs(folder: Path, records: list[Owned]) -> dict[str, dict[str, list[s
     }
 
 
+def find_unresolved(folder: Path, records: list[Owned]) -> dict[str, list[str]]:
+    """Functions of shipped libraries that packages call and the shipped versions do not have, and those packages."""
+    shipped, defined = set(), set[str]()
+    called: dict[str, set[str]] = defaultdict(set)
+    for package, path, _ in records:
+        if ".so" in path.suffixes:
+            shipped.add(path.name)
+            for section, function, library in _versioned_symbols(folder / path):
+                if section == "UND":
+                    called[f"{function}@{library}"].add(package)
+                else:
+                    defined.add(f"{function}@{library}")
+    missing = {call for call in called.keys() - defined if call.partition("@")[2] in shipped}
+    return {call: sorted(called[call]) for call in sorted(missing)}
+
+
+def _versioned_symbols(library: Path) -> list[tuple[str, str, str]]:
+    table = subprocess.run(["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True)
+    return SYMBOL.findall(table.stdout)
+
+
 def _needed(library: Path) -> set[str]:
     header = subprocess.run(["readelf", "-d", library], capture_output=True, text=True)
     names = set(re.findall(r"\(NEEDED\).*\[(.*)\]", header.stdout))
@@ -110,6 +135,7 @@ def main() -> int:
             "lock": fingerprint(lock),
             "conflicts": find_conflicts(records),
             "needs": find_needs(Path(folder), records),
+            "unresolved": find_unresolved(Path(folder), records),
             "modules": find_modules(records),
         }
     (ROOT / "requirements/gpu_wheels.json").write_text(json.dumps(table, indent=1) + "\n")

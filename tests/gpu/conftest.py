@@ -42,11 +42,11 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 @pytest.fixture(scope="session")
-def measured(target: Target) -> Iterator[dict[str, float]]:
-    """Numbers by the names of `rlhf3d.planning.measured`; those of a GPU are kept."""
+def measured(target: Target, request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
+    """Numbers by the names of `rlhf3d.planning.measured`; those of a GPU are kept, unless a test failed."""
     numbers: dict[str, float] = {}
     yield numbers
-    if target.is_gpu and numbers:
+    if target.is_gpu and numbers and not request.session.testsfailed:
         commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
         source = f"pytest -m gpu at {commit.stdout.strip() or 'an installed version'}, {date.today()}"
         write_measured(DEFAULT, find_gpus()[0], source, numbers)

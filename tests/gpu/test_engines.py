@@ -32,6 +32,7 @@ def engine(target: Target, dtype: str, **settings: Any) -> dict[str, Any]:
     if not target.is_gpu:
         return {"pack": False, "environment": environment}
     common = {"moe_backend": "triton", "hf_overrides": {"head_dtype": "float32"}, "kv_cache_memory_bytes": 256 << 20}
+    common["max_num_seqs"] = 64  # graphs of up to 128 tokens, which hold the three prompts that are scored
     return {"environment": environment, **common, **settings}
 
 

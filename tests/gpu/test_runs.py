@@ -66,7 +66,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-def test_trains_rests_and_resumes(target: Target, tmp_path: Path, measured: dict[str, float]) -> None:
+def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
     """Two steps, a checkpoint, two more are four steps; engine and trainer agree; memory is what the plan says."""
     path, overrides = job(tmp_path / "whole", target, "bfloat16" if target.is_gpu else "float32")
     overrides += ["rollout.sleep=true", "model.offload=true", "trainer.save_hf=always", "trainer.save_freq=2"]
@@ -74,14 +74,16 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path, measured: dict
         rows = run(path, overrides)
     steps = [row for row in rows if row["step"] > 0]
     canaries = [row["sync/canary_abs_diff"] for row in steps if "sync/canary_abs_diff" in row]
-    times = [row["timing_s/step"] for row in steps]
-    print(f"RUN canary {max(canaries):.1e}, seconds a step {times}, peak {max(samples, default=0)} MiB")
+    # Of a step's work alone: the last step also validates and exports.
+    times = [row["timing_s/old_logprobs"] + row["timing_s/update_actor"] for row in steps]
+    print(
+        f"RUN canary {max(canaries):.1e}, seconds of old_logprobs and update_actor {times}, peak {max(samples, default=0)} MiB"
+    )
     assert max(canaries) < CANARY
     if target.is_gpu:
-        assert times[-1] < 1.2 * times[-2]
+        assert times[-1] < 1.2 * times[-2] + 0.2
         planned = plan_peak_mib(path, overrides)
         assert abs(max(samples) - planned) < 0.1 * planned + 512, f"planned {planned:.0f} MiB"
-        measured["sync_gbs"] = steps[-1]["sync/sent_bytes"] / 1e9 / steps[-1]["timing_s/sync_weights"]
     again, overrides_again = job(tmp_path / "again", target, "bfloat16" if target.is_gpu else "float32")
     overrides_again += overrides[len(overrides_again) :]
     first = path.parent / "run" / "checkpoints"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ def _on_device(
 ) -> Any:
     os.environ["CUDA_VISIBLE_DEVICES"] = "0" if shared else str(rank)
     os.environ.update(platform.environment("trainer", dtype))
+    if platform.kind == "cpu":
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Megatron would take its CUDA kernels
     platform.prepare_worker(0, 1)
     return function(rank, port, *args)
 

@@ -39,6 +39,8 @@ def start_engine(
     global LLM
     close_engine()
     os.environ.update(ENVIRONMENT | (environment or {}))
+    if torch.version.cuda:
+        os.environ.pop("TORCH_COMPILE_DISABLE", None)  # else there would be no graphs
     torch.set_num_threads(1)
     import vllm
     from vllm import _custom_ops

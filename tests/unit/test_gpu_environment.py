@@ -194,6 +194,10 @@ def test_every_gpu_library_that_a_package_needs_is_shipped_by_one() -> None:
     assert {name: need["of"] for name, need in needs.items() if len(need["of"]) > 1} == {}
 
 
+def test_every_function_of_a_gpu_library_that_a_package_calls_is_in_the_version_shipped() -> None:
+    assert TABLE["unresolved"] == {}
+
+
 def imported(path: Path) -> set[str]:
     """Top-level modules that a file imports, also inside functions."""
     found = set()
