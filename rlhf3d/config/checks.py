@@ -7,6 +7,7 @@ Invariant: each problem is a sentence with key, value, arithmetic and fix. Only 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -270,6 +271,11 @@ def _check_sampling(config: Config) -> list[str]:
     if rollout.top_k != -1 and not corrected:
         problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
     problems += _check_quantization(config, corrected)
+    for text in rollout.stop:
+        if re.fullmatch(r"(\\[nrt])+", text):
+            problems.append(
+                f'rollout.stop = {text}: a backslash and a letter are no line end; write rollout.stop=["{text}"]'
+            )
     if "" in rollout.stop:
         problems.append("rollout.stop holds an empty text, which would end every completion; remove it")
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:

@@ -132,7 +132,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def files_of(path: Path) -> list[Path]:
     """A configuration file and those that it derives from."""
     found = [path]
-    while isinstance(base := scalars.read(found[-1].read_text(encoding="utf-8-sig")).get("base"), str) and base:
+    while (
+        isinstance(base := read_sections(found[-1], "sections").get("base"), str) and base and not scalars.is_null(base)
+    ):
         found.append(found[-1].parent / expand_home(str(base)))
     return found
 

@@ -16,8 +16,9 @@ import yaml
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _BOOL = {**dict.fromkeys(("true", "True", "TRUE"), True), **dict.fromkeys(("false", "False", "FALSE"), False)}
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+# Bounded, since Python itself refuses to read thousands of digits.
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][-+]?[0-9]{1,9})?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _YAML_1_1 = yaml.resolver.Resolver()
 _TEXT_TAG, _BOOL_TAG, _MERGE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "merge"))

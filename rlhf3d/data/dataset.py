@@ -205,6 +205,8 @@ class PromptDataset(Sequence[Prompt]):
     def _tokenise(self, row: PromptRow, number: int) -> tuple[int, ...]:
         try:
             ids = tokenise(self._tokenizer, row.prompt, row.tools)
+            if row.prompt[-1]["role"] == "assistant":  # its words are found by rendering the prompt without them
+                begun(self._tokenizer, row.prompt, ids, row.tools)
         except Exception as error:  # a template may raise anything; without the row nobody could find the cause
             where = f"{self._key}: {self._store.where(number)}"
             raise ValueError(f"{where}: model.path's chat template does not take this prompt: {error}") from error

@@ -132,7 +132,8 @@ def _splits(
 ) -> list[tuple[SourceSplit, ToRow]]:
     """Each split with what makes prompts of its rows."""
     if hasattr(module, "generate"):
-        generate = _guarded(name, module.generate)
+        # Read at once: the body of a generator would run outside of the guard.
+        generate = _guarded(name, lambda **given: [list(rows) for rows in module.generate(**given)])
         if source is not None:
             raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
         if split is not None or revision is not None:

@@ -138,6 +138,9 @@ def model_view(folder: Path | str) -> Iterator[Path]:
     """A folder of links to the model's files alone, for libraries that choose among files by rules of their own."""
     folder = Path(folder).resolve()
     files = weight_files(folder)
+    if not files.notes and (len(files.names) == 1 or (folder / INDEX_NAME).is_file()):
+        yield folder  # nothing else to choose: and caches that go by the path know it again
+        return
     with tempfile.TemporaryDirectory(prefix="rlhf3d-model-") as view:
         for name in (*files.names, *companions(folder)):
             (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ def last_boxed(text: str) -> str | None:
 
 
 _SPELLINGS = (
-    (re.compile(r"\^?\s*(?:°|\\degrees?(?![a-zA-Z]))"), r"^\\circ"),
+    (re.compile(r"\^\s*\{\s*(?:°|\\degrees?)\s*\}"), r"^\\circ "),
+    (re.compile(r"\^?\s*(?:°|\\degrees?(?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])"), ""),  # sizes of brackets
     (re.compile(r"\\varnothing(?![a-zA-Z])|∅"), r"\\emptyset"),
     (re.compile(r"\\(?:boldsymbol|bm|pmb|textbf|textit|emph|underline|mathsf)(?![a-zA-Z])\s*"), ""),  # leaves the group
@@ -42,7 +43,7 @@ _SPELLINGS = (
     (re.compile("³"), "^3"),
     (re.compile("∞"), r"\\infty"),
     (re.compile("×"), r"\\times "),
-    (re.compile(r"√\s*([0-9]{1,40}|[a-zA-Z](?![a-zA-Z]))(?![.,][0-9])"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s*([0-9]{1,40}+|[a-zA-Z](?![a-zA-Z]))(?![.,]?[0-9])"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(?=\{)"), r"\\sqrt"),
     (re.compile(r"(\\sqrt\s*\[[^\[\]]{1,40}\])\s*([0-9a-zA-Z])"), r"\1{\2}"),
     (re.compile(r"\\(?:nice|s|c)frac(?![a-zA-Z])"), r"\\frac"),
@@ -54,7 +55,9 @@ _SPELLINGS = (
 )
 _ONE_CHARACTER = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _GAP = r"(?:\s|~|\\[ ,:;!])+"
-_REPEATING = re.compile(r"(?<![0-9A-Za-z.}])([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar|dot)\s*\{([0-9]{1,40})\}")
+_REPEATING = re.compile(
+    r"(?<![0-9A-Za-z.,}])([0-9]{0,40})\.([0-9]{0,40})\\(?:overline|bar|dot)\s*\{([0-9]{1,40})\}(?!\s*[0-9])"
+)
 _MIXED = re.compile(rf"(-?[0-9]{{1,40}}){_GAP}([0-9]{{1,40}})/([0-9]{{1,40}})")
 _SPACED_THOUSANDS = re.compile(rf"-?[0-9]{{1,3}}(?:{_GAP}[0-9]{{3}}){{1,12}}(?:\.[0-9]+)?")
 

@@ -47,7 +47,7 @@ def score_math(solution_str: str, ground_truth: str, method: str = "flexible") -
         return _unparsable(boxed)
     if boxed is not None and (quick := _quick(boxed, ground_truth)) is not None:
         return Score(float(quick), Outcome.SCORED, {"answer": boxed})
-    found = _parse(_box(split_unit(tidy(answer))[0]) if boxed is not None else tidy(answer))
+    found = _parse(_box(_without_unit(answer)[0]) if boxed is not None else tidy(answer))
     if not found:
         return _unparsable(boxed)
     gold = _parse_truth(ground_truth)
@@ -88,7 +88,7 @@ def _quick(answer: str, truth: str) -> bool | None:
     halves = half_of_day(answer), half_of_day(truth)
     if all(halves) and halves[0] != halves[1]:
         return False
-    (answer, unit), (truth, wanted) = split_unit(tidy(answer)), split_unit(tidy(truth))
+    (answer, unit), (truth, wanted) = _without_unit(answer), _without_unit(truth)
     if unit and wanted and unit != wanted:
         return False
     if normalise(answer) == normalise(truth):
@@ -101,6 +101,12 @@ def _quick(answer: str, truth: str) -> bool | None:
     if one == other:
         return True
     return None if abs(one - other) <= _CLOSE * max(abs(one), abs(other)) else False
+
+
+def _without_unit(answer: str) -> tuple[str, str | None]:
+    """The tidy number, and its unit; what is spelled oddly (1 4/5 cm) is seen only when the unit is off."""
+    number, unit = split_unit(tidy(answer))
+    return (tidy(number) if unit else number), unit
 
 
 def _rational(text: str) -> Fraction | None:
@@ -124,7 +130,7 @@ def _box(answer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse_truth(truth: str) -> list[Any]:
-    gold = _parse(_box(split_unit(tidy(truth))[0]))
+    gold = _parse(_box(_without_unit(truth)[0]))
     if not gold:
         raise ValueError(f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; fix the row")
     return list(gold)

@@ -54,7 +54,7 @@ def _list_in(text: str) -> Any:
             entries = read(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(entries, list | tuple) and all(isinstance(entry, str) for entry in entries):
+        if isinstance(entries, list | tuple):  # it begins with a quoted text, so it is no interval
             return entries
     return None
 

@@ -76,9 +76,8 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
     canaries = [row["sync/canary_abs_diff"] for row in steps if "sync/canary_abs_diff" in row]
     # Of a step's work alone: the last step also validates and exports.
     times = [row["timing_s/old_logprobs"] + row["timing_s/update_actor"] for row in steps]
-    print(
-        f"RUN canary {max(canaries):.1e}, seconds of old_logprobs and update_actor {times}, peak {max(samples, default=0)} MiB"
-    )
+    peak_mib = max(samples, default=0)
+    print(f"RUN canary {max(canaries):.1e}, old_logprobs and update_actor {times} s, peak {peak_mib} MiB")
     assert max(canaries) < CANARY
     if target.is_gpu:
         assert times[-1] < 1.2 * times[-2] + 0.2

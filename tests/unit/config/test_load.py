@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from rlhf3d.config.checks import value_of
 from rlhf3d.config.docs import field_docs
-from rlhf3d.config.load import PATHS, ConfigError, _expand_paths, build, coerce, config_to_yaml, load_config, with_value
+from rlhf3d.config.load import (
+    PATHS,
+    ConfigError,
+    _expand_paths,
+    build,
+    coerce,
+    config_to_yaml,
+    files_of,
+    load_config,
+    with_value,
+)
 from rlhf3d.config.schema import Config, LayoutConfig
 
 DIGITS = "; write decimal digits alone: no leading 0, no underscore, no colon"
@@ -289,3 +299,21 @@ def test_every_key_is_documented() -> None:
     assert docs["critic.optim.lr"].default == 1e-5
     assert docs["actor.layout.tp"].doc.startswith("Tensor-parallel size")
     assert docs["rollout.threads"].kind == "int or null"
+
+
+def test_what_only_just_reads_as_a_number_is_told_by_its_key(tmp_path: Path) -> None:
+    """Python refuses to read thousands of digits."""
+    (problem,) = problems(tmp_path, f"rollout.n={'1' * 5000}")
+    assert problem.startswith("rollout.n = 1111") and "expected int" in problem
+
+
+def test_an_empty_file_derives_from_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing yet\n")
+    assert files_of(path) == [path]
+
+
+def test_a_stop_text_of_backslashes_is_no_line_end(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, r"rollout.stop=[\n\n]")
+    assert "a backslash and a letter are no line end" in problem
+    assert load(tmp_path, r'rollout.stop=["\n\n"]').rollout.stop == ("\n\n",)

@@ -219,3 +219,10 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"config\.json (is|holds) .*{message}"):
             read_json(tmp_path / "config.json")
+
+
+def test_a_folder_of_the_model_alone_is_its_own_view(tmp_path: Path) -> None:
+    """Caches that go by the path know it again."""
+    folder = make_tiny_model(tmp_path / "m")
+    with model_view(folder) as view:
+        assert view == folder.resolve()

@@ -241,6 +241,15 @@ KNOWN_FAILURES = [
 ]
 
 
+RIGHT += [
+    (r"\frac{9}{5}", "1 4/5 cm"),
+    ("12500", r"12 500\text{ km}"),
+    (r"90^\circ", r"90^{\degree}"),
+    (r"90^\circ", "90^{°}"),
+]
+WRONG += [("2.5", "√12.5"), ("1.1", r"0.\dot{1}4285\dot{7}")]
+
+
 @pytest.mark.parametrize(("truth", "answer"), RIGHT)
 def test_equivalent_answers_are_right(truth: str, answer: str) -> None:
     score = score_math(f"I think \\boxed{{0}}, no: $\\boxed{{{answer}}}$.", truth)

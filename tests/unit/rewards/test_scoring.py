@@ -76,6 +76,7 @@ def test_truths_of_any_type_are_what_they_say(name: str, truth: Any) -> None:
 
 def test_numbers_keep_their_value_and_intervals_are_no_lists() -> None:
     assert accepted(1e20) == ["1" + "0" * 20] and accepted(1e-7) == ["0.0000001"] and accepted(-0.5) == ["-0.5"]
+    assert accepted("['a', 1]") == ["a", "1"] and accepted('["7", 7.5]') == ["7", "7.5"]
     assert accepted("[1, 2]") == ["[1, 2]"] and accepted("('a') + x") == ["('a') + x"]
     assert shown([1, "½"]) == '[1, "½"]' and shown(None) == "" and shown(3.0) == "3" and shown(7) == "7"
 
