@@ -89,7 +89,9 @@ def apply(platform_kind: str, *, skip: Collection[str] = ()) -> None:
     if _applied_kind == platform_kind:
         return
     if _applied_kind is not None:
-        raise PatchError(f"megatron-core is already patched for {_applied_kind}: use a new process for {platform_kind}")
+        raise PatchError(
+            f"megatron-core is already patched for {_applied_kind}: use a new process for {platform_kind}"
+        )
     version = installed_version()
     if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
         raise PatchError(
@@ -121,7 +123,8 @@ def _apply_one(patch: Patch, platform_kind: str, version: str, skip: Collection[
 def table() -> list[PatchStatus]:
     """Every patch with its status in this process. Imports nothing."""
     return [
-        PatchStatus(p.name, _status.get(p.name, "not applied yet"), p.versions, p.symbols, p.reason) for p in PATCHES
+        PatchStatus(p.name, _status.get(p.name, "not applied yet"), p.versions, p.symbols, p.reason)
+        for p in PATCHES
     ]
 
 
@@ -130,7 +133,9 @@ def installed_version() -> str:
     try:
         return metadata.version("megatron-core")
     except metadata.PackageNotFoundError as error:
-        raise PatchError(f"megatron-core is not installed: pip install --no-deps 'megatron-core{SUPPORTED}'") from error
+        raise PatchError(
+            f"megatron-core is not installed: pip install --no-deps 'megatron-core{SUPPORTED}'"
+        ) from error
 
 
 _NOISE = (
@@ -151,7 +156,10 @@ _NOISY_LOGS = {
 _NOISE_ON_CPU = (
     (UserWarning, "Transformer Engine and Apex are not installed"),
     (UserWarning, "Apex is not installed"),
-    (UserWarning, "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONN"),
+    (
+        UserWarning,
+        "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONN",
+    ),
     (UserWarning, "full scope is deprecated"),  # about CUDA graphs, printed for the default
     (
         UserWarning,

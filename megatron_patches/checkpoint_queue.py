@@ -27,7 +27,10 @@ PATCH = Patch(
     reason="the first save spawns one Python process a rank just for a queue",
     targets=(
         Target(_MODULE, "if _results_queue is None:"),
-        Target(f"{_MODULE}:FileSystemWriterAsync.retrieve_write_results", "self.results_queue.get_nowait()"),
+        Target(
+            f"{_MODULE}:FileSystemWriterAsync.retrieve_write_results",
+            "self.results_queue.get_nowait()",
+        ),
     ),
     apply=_apply,
     cpu_only=False,

@@ -37,7 +37,9 @@ class _Retarget(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        is_torch_cuda = node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        is_torch_cuda = (
+            node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        )
         return ast.copy_location(ast.Name(_ALIAS, ast.Load()), node) if is_torch_cuda else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -75,7 +77,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
             return code
         except (OSError, EOFError, ValueError, TypeError):  # absent or damaged: compile
             code = retarget(source, str(self.path))
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next process this step
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that cannot be written costs the next process this step
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}")
             partial.write_bytes(marshal.dumps(code))

@@ -25,7 +25,11 @@ def _apply() -> None:
     def wrap(send: Any) -> Any:
         @functools.wraps(send)
         def wrapped(*, tensor_send_prev: Any, tensor_send_next: Any, **kwargs: Any) -> Any:
-            return send(tensor_send_prev=alias(tensor_send_prev), tensor_send_next=alias(tensor_send_next), **kwargs)
+            return send(
+                tensor_send_prev=alias(tensor_send_prev),
+                tensor_send_next=alias(tensor_send_next),
+                **kwargs,
+            )
 
         return wrapped
 

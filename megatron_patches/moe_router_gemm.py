@@ -27,7 +27,9 @@ PATCH = Patch(
     name="moe_router_gemm",
     versions=">=0.16,<0.17",
     reason="without Transformer Engine the router raises NameError: te_general_gemm",
-    targets=(Target(f"{_MODULE}:RouterGatingLinearFunction.forward", "if te_general_gemm is not None"),),
+    targets=(
+        Target(f"{_MODULE}:RouterGatingLinearFunction.forward", "if te_general_gemm is not None"),
+    ),
     apply=_apply,
     cpu_only=False,
     needed=_lacks_name,

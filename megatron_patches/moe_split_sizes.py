@@ -27,7 +27,9 @@ PATCH = Patch(
     versions=">=0.16,<0.20",
     reason="all_to_all_single gets tensors as split sizes: TypeError in expert parallelism",
     targets=(
-        Target("megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu", "tensor.is_cuda"),
+        Target(
+            "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu", "tensor.is_cuda"
+        ),
         Target("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu,"),
     ),
     apply=_apply,

@@ -42,8 +42,14 @@ PATCH = Patch(
     versions=">=0.16,<0.20",
     reason="the output layer refuses Transformer Engine's gradient accumulation fusion where there is no Apex",
     targets=(
-        Target(f"{_MODULE}:ColumnParallelLinear.__init__", "fusion and not _grad_accum_fusion_available"),
-        Target(f"{_MODULE}:ColumnParallelLinear.__init__", "self.gradient_accumulation_fusion = config.grad"),
+        Target(
+            f"{_MODULE}:ColumnParallelLinear.__init__",
+            "fusion and not _grad_accum_fusion_available",
+        ),
+        Target(
+            f"{_MODULE}:ColumnParallelLinear.__init__",
+            "self.gradient_accumulation_fusion = config.grad",
+        ),
     ),
     apply=_apply,
     cpu_only=False,

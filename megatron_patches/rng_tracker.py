@@ -18,7 +18,9 @@ def _apply() -> None:
     import torch
     from megatron.core.tensor_parallel import random
 
-    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(
+        device: Any = "cpu", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
@@ -27,7 +29,9 @@ def _apply() -> None:
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
     # Upstream warns when a region meant for the GPU generator moves the CPU generator: here they are one.
-    logging.getLogger(_MODULE).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+    logging.getLogger(_MODULE).addFilter(
+        lambda record: "CPU RNG state changed" not in str(record.msg)
+    )
 
 
 PATCH = Patch(

@@ -36,7 +36,8 @@ app.add_typer(data_app, name="data")
 app.command()(launch)
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -61,7 +62,9 @@ def main() -> None:
 def _raised_by_us(error: Exception) -> bool:
     """Whether a `raise` of this package made the error, not a library below it and not a mistake in our own code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise")
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (
+        last.line or ""
+    ).startswith("raise")
 
 
 @app.command()
@@ -82,7 +85,9 @@ def train(
         except KeyboardInterrupt:
             tell("interrupted: every process of the run has ended, what it wrote stays")
             code = 130
-        except SystemExit as error:  # of a user's code, such as an estimator: nothing of ours raises it
+        except (
+            SystemExit
+        ) as error:  # of a user's code, such as an estimator: nothing of ours raises it
             tell(f"the run failed: code that it called ended the process with {error.code!r}")
             code = 1
         except RuntimeError as error:
@@ -109,7 +114,9 @@ def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
 
 @app.command("config")
 def show_config(
-    config: Annotated[Path | None, typer.Argument(help="YAML file to resolve; without it, all keys.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file to resolve; without it, all keys.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """List every configuration key with default and meaning, or print a CONFIG as a run would see it."""
@@ -121,7 +128,9 @@ def show_config(
 
     if config is None:
         for item in field_docs():
-            default = yaml.safe_dump(item.default, default_flow_style=True).removesuffix("...\n").strip()
+            default = (
+                yaml.safe_dump(item.default, default_flow_style=True).removesuffix("...\n").strip()
+            )
             typer.echo(f"{item.name} = {default}  ({item.kind})\n    {item.doc}")
         return
     loaded = load_config(config, overrides or [], files=False)
@@ -132,12 +141,16 @@ def show_config(
 
 @app.command()
 def reshard(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")
+    ],
     overrides: Overrides = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the plan (the default; nothing is started).")
     ] = True,
-    gpus: Annotated[bool, typer.Option("--gpus", help="Plan for GPUs, one a training rank, whatever is here.")] = False,
+    gpus: Annotated[
+        bool, typer.Option("--gpus", help="Plan for GPUs, one a training rank, whatever is here.")
+    ] = False,
     tensor: Annotated[
         str | None, typer.Option(help="Print the routes of these tensors; * stands for any text.")
     ] = None,
@@ -161,26 +174,44 @@ def reshard(
 @app.command()
 def plan(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")
+    ],
     overrides: Overrides = None,
     gpus: Annotated[
-        str | None, typer.Option(help="Devices, such as 8xH100; default those of the configuration.")
+        str | None,
+        typer.Option(help="Devices, such as 8xH100; default those of the configuration."),
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Look for the fastest layout that fits.")] = False,
-    write: Annotated[Path | None, typer.Option(help="With --search: write the best as YAML.")] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for the fastest layout that fits.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --search: write the best as YAML.")
+    ] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="A config.json, or its folder, instead of model.path.")
     ] = None,
-    hardware: Annotated[Path | None, typer.Option(help="YAML file with hardware of your own.")] = None,
-    measured: Annotated[
-        Path | None, typer.Option(help="Numbers measured on this GPU; default runs/gpu_measured.json, if it is there.")
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML file with hardware of your own.")
     ] = None,
-    prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean prompt; default half the longest.")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="Numbers measured on this GPU; default runs/gpu_measured.json, if it is there."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean prompt; default half the longest.")
+    ] = None,
     response_tokens: Annotated[
         float | None, typer.Option(min=1, help="Mean completion; default half the longest.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")] = False,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Memory of a run by rank and phase, and its time, before it starts and without GPUs or weights."""
@@ -196,25 +227,43 @@ def plan(
     loaded = load_config(config, overrides or [], files=False)
     longest = loaded.data.max_prompt_length, loaded.data.max_response_length
     for option, mean, most in zip(
-        ("--prompt-tokens", "--response-tokens"), (prompt_tokens, response_tokens), longest, strict=True
+        ("--prompt-tokens", "--response-tokens"),
+        (prompt_tokens, response_tokens),
+        longest,
+        strict=True,
     ):
         if mean is not None and mean > most:
-            raise ValueError(f"{option} {mean:g}: a mean above the longest that the configuration allows, {most}")
+            raise ValueError(
+                f"{option} {mean:g}: a mean above the longest that the configuration allows, {most}"
+            )
     lengths = Lengths(prompt_tokens or longest[0] / 2, response_tokens or longest[1] / 2)
-    fits = plan_command(loaded, gpus, hardware, measured, model_config, lengths, rows, search, write, as_json)
+    fits = plan_command(
+        loaded, gpus, hardware, measured, model_config, lengths, rows, search, write, as_json
+    )
     raise typer.Exit(2 if check and not fits else 0)
 
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn.")],
-    source: Annotated[str | None, typer.Option(help="Folder or file of the data set, or hub.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn."),
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="Folder or file of the data set, or hub.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; default data/NAME.")] = None,
-    split: Annotated[str | None, typer.Option(help="train or test, where the file's name does not say it.")] = None,
-    exclude: Annotated[list[Path] | None, typer.Option(help="Leave out the questions of this parquet file.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train or test, where the file's name does not say it.")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Leave out the questions of this parquet file.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of generated data.")] = None,
-    train_size: Annotated[int | None, typer.Option(min=1, help="Training rows to generate.")] = None,
+    train_size: Annotated[
+        int | None, typer.Option(min=1, help="Training rows to generate.")
+    ] = None,
     test_size: Annotated[int | None, typer.Option(min=0, help="Held-out rows to generate.")] = None,
     difficulty: Annotated[str | None, typer.Option(help="Difficulty of generated data.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Text appended to every question.")] = None,
@@ -233,9 +282,13 @@ def data_prepare(
     folder = output or Path("data") / Path(name).stem
     check_output("--output", folder)
     name, source = os.path.expanduser(name), source and os.path.expanduser(source)
-    files = prepare(name, source, folder, split=split, exclude=exclude or (), revision=revision, **given)
+    files = prepare(
+        name, source, folder, split=split, exclude=exclude or (), revision=revision, **given
+    )
     for written in files:
-        typer.echo(f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}")
+        typer.echo(
+            f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}"
+        )
         for reason, count in written.reasons.most_common():
             typer.echo(f"  {count} dropped: {reason}")
     for note in dict.fromkeys(note for written in files for note in written.notes):
@@ -245,12 +298,24 @@ def data_prepare(
 @data_app.command("check")
 def data_check(
     context: typer.Context,
-    files: Annotated[list[Path], typer.Argument(help="Parquet files of prompts, also compared with each other.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Model folder whose chat template is applied.")] = None,
-    max_prompt_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt, tokens.")] = None,
-    scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
-    reward: Annotated[Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")] = None,
-    method: Annotated[Literal["strict", "flexible"], typer.Option(help="As reward.method.")] = "strict",
+    files: Annotated[
+        list[Path], typer.Argument(help="Parquet files of prompts, also compared with each other.")
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model folder whose chat template is applied.")
+    ] = None,
+    max_prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt, tokens.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")
+    ] = None,
+    reward: Annotated[
+        Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")
+    ] = None,
+    method: Annotated[
+        Literal["strict", "flexible"], typer.Option(help="As reward.method.")
+    ] = "strict",
     workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -284,13 +349,24 @@ def data_check(
 def rehearse(
     config: Annotated[Path, typer.Argument(help="The job's YAML file.")],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="Folder, made anew; default rehearsals/CONFIG.")] = None,
-    max_ranks: Annotated[int, typer.Option(min=1, help="At most so many training processes.")] = MAX_RANKS,
-    model_config: Annotated[Path | None, typer.Option(help="Folder with config.json, if not model.path.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder, made anew; default rehearsals/CONFIG.")
+    ] = None,
+    max_ranks: Annotated[
+        int, typer.Option(min=1, help="At most so many training processes.")
+    ] = MAX_RANKS,
+    model_config: Annotated[
+        Path | None, typer.Option(help="Folder with config.json, if not model.path.")
+    ] = None,
     as_gpu: Annotated[
-        bool, typer.Option("--as-gpu", help="One device a rank, and the order and rules of GPUs and NCCL.")
+        bool,
+        typer.Option(
+            "--as-gpu", help="One device a rank, and the order and rules of GPUs and NCCL."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the miniature, do not run it.")
+    ] = False,
 ) -> None:
     """Run a job in miniature on CPU: same layouts and code path, two steps, saved and resumed.
 
@@ -318,41 +394,73 @@ def rehearse(
 @app.command()
 def evaluate(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint (checkpoints/step_N) or run.")],
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, checkpoint (checkpoints/step_N) or run.")
+    ],
     data: Annotated[list[Path], typer.Argument(help="Parquet files of prompts.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; default evaluations/MODEL-DATA.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default evaluations/MODEL-DATA.")
+    ] = None,
     greedy: Annotated[bool, typer.Option(help="Evaluate greedy decoding.")] = True,
     n: Annotated[int, typer.Option(min=0, help="Also sample so many completions a prompt.")] = 0,
-    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="pass@k and maj@k; default 1, 2, 4 … n.")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("-k", min=1, help="pass@k and maj@k; default 1, 2, 4 … n.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Temperature of the samples.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=1e-3, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-3, max=1, help="Nucleus sampling; 1 is off.")
+    ] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longest prompt, tokens.")] = 1024,
     overlong: Annotated[
-        Literal["error", "filter", "truncate_left", "truncate_right"], typer.Option(help="What longer prompts do.")
+        Literal["error", "filter", "truncate_left", "truncate_right"],
+        typer.Option(help="What longer prompts do."),
     ] = "error",
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion, as rollout.stop.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(min=0, help="As rollout.stop_token_ids.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a completion, as rollout.stop.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(min=0, help="As rollout.stop_token_ids.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=-1, help="Only the first N prompts; -1 for all.")] = -1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
-    method: Annotated[Literal["strict", "flexible"], typer.Option(help="As reward.method.")] = "flexible",
-    scorer: Annotated[list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")] = None,
+    method: Annotated[
+        Literal["strict", "flexible"], typer.Option(help="As reward.method.")
+    ] = "flexible",
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")
+    ] = None,
     reward: Annotated[
-        Path | None, typer.Option(help="Python file with a reward function, as custom_reward_function.path.")
+        Path | None,
+        typer.Option(help="Python file with a reward function, as custom_reward_function.path."),
     ] = None,
     reward_name: Annotated[str, typer.Option(help="Its name.")] = "compute_score",
-    reward_kwargs: Annotated[str, typer.Option(help="Its further arguments, as a JSON object.")] = "{}",
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights.")] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts generated, scored and saved at a time.")] = 64,
+    reward_kwargs: Annotated[
+        str, typer.Option(help="Its further arguments, as a JSON object.")
+    ] = "{}",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights.")
+    ] = "auto",
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts generated, scored and saved at a time.")
+    ] = 64,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of vLLM; default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of vLLM; default all cores.")
+    ] = None,
     kv_cache_gib: Annotated[float, typer.Option(min=1e-3, help="KV cache on CPU, GiB.")] = 1.0,
-    gpu_memory_utilization: Annotated[float, typer.Option(min=1e-3, max=1, help="Share of the GPU's memory.")] = 0.9,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=1e-3, max=1, help="Share of the GPU's memory.")
+    ] = 0.9,
     engines: Annotated[int, typer.Option(min=1, help="vLLM engines that share the prompts.")] = 1,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks an engine.")] = 1,
-    ray_address: Annotated[str | None, typer.Option(help="Ray cluster for the engines; default one made here.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster for the engines; default one made here.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
-    restart: Annotated[bool, typer.Option("--restart", help="Replace what --output holds of an evaluation.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Replace what --output holds of an evaluation.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on prompt files: mean@n with intervals, pass@k, maj@k by source, level and type.
@@ -370,14 +478,26 @@ def evaluate(
     platform = choose_platform("auto")
     unused = {"kv_cache_gib", "gpu_memory_utilization"} - {platform.cache_setting}
     cache_option = f"--{platform.cache_setting.replace('_', '-')}"
-    refuse_unused(context, unused, f"{cache_option} sizes the cache of engines on {platform.kind} ({platform.reason})")
+    refuse_unused(
+        context,
+        unused,
+        f"{cache_option} sizes the cache of engines on {platform.kind} ({platform.reason})",
+    )
     scorers = scorers_of(scorer)
     if limit == 0:
-        raise ValueError("--limit 0: nothing would be evaluated; give a number of prompts, or -1 for all")
+        raise ValueError(
+            "--limit 0: nothing would be evaluated; give a number of prompts, or -1 for all"
+        )
     if not n:
-        refuse_unused(context, ["k", "temperature", "top_p"], "it is for samples: say how many a prompt by --n")
+        refuse_unused(
+            context,
+            ["k", "temperature", "top_p"],
+            "it is for samples: say how many a prompt by --n",
+        )
     if reward is None:
-        refuse_unused(context, ["reward_name", "reward_kwargs"], "it is for the file that --reward names")
+        refuse_unused(
+            context, ["reward_name", "reward_kwargs"], "it is for the file that --reward names"
+        )
     else:
         refuse_unused(context, ["scorer", "method"], "--reward scores instead")
     name = "-".join([model.resolve().name, *(path.resolve().parent.name for path in data)])
@@ -403,7 +523,14 @@ def evaluate(
         reward_kwargs=_json_object(reward_kwargs, "--reward-kwargs"),
     )
     options = EngineOptions(
-        dtype, max_num_seqs, threads, kv_cache_gib, gpu_memory_utilization, engines, tensor_parallel_size, ray_address
+        dtype,
+        max_num_seqs,
+        threads,
+        kv_cache_gib,
+        gpu_memory_utilization,
+        engines,
+        tensor_parallel_size,
+        ray_address,
     )
     report = run(
         folder,
@@ -438,17 +565,30 @@ def _json_object(text: str, option: str) -> dict[str, Any]:
 
 @app.command()
 def samples(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir) or of an evaluation.")],
-    step: Annotated[int | None, typer.Option(min=0, help="Step of the run; default the last.")] = None,
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run (trainer.output_dir) or of an evaluation.")
+    ],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Step of the run; default the last.")
+    ] = None,
     kind: Annotated[
-        Literal["train", "greedy", "sampled"] | None, typer.Option(help="Default train, of an evaluation all.")
+        Literal["train", "greedy", "sampled"] | None,
+        typer.Option(help="Default train, of an evaluation all."),
     ] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Only answers that are wrong.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Only answers that are right.")] = False,
-    unparsable: Annotated[bool, typer.Option("--unparsable", help="Only completions without an answer.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Only those whose scoring failed or timed out.")] = False,
-    truncated: Annotated[bool, typer.Option("--truncated", help="Only those cut off at the limit.")] = False,
-    contains: Annotated[str, typer.Option(help="Only those with this text in prompt or completion.")] = "",
+    unparsable: Annotated[
+        bool, typer.Option("--unparsable", help="Only completions without an answer.")
+    ] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only those whose scoring failed or timed out.")
+    ] = False,
+    truncated: Annotated[
+        bool, typer.Option("--truncated", help="Only those cut off at the limit.")
+    ] = False,
+    contains: Annotated[
+        str, typer.Option(help="Only those with this text in prompt or completion.")
+    ] = "",
     limit: Annotated[int, typer.Option(min=1, help="Show at most N.")] = 10,
     as_json: AsJson = False,
 ) -> None:
@@ -458,8 +598,14 @@ def samples(
 
     from rlhf3d.evaluation.browse import Filter, load, render
 
-    if (right and (wrong or unparsable or failed)) or (wrong and (unparsable or failed)) or (unparsable and failed):
-        raise ValueError("of --right, --wrong, --unparsable and --failed give one: no answer is two of them")
+    if (
+        (right and (wrong or unparsable or failed))
+        or (wrong and (unparsable or failed))
+        or (unparsable and failed)
+    ):
+        raise ValueError(
+            "of --right, --wrong, --unparsable and --failed give one: no answer is two of them"
+        )
     title, found = load(run, step, kind)
     wanted = Filter(wrong, right, unparsable, failed, truncated, contains)
     if as_json:
@@ -472,25 +618,39 @@ def samples(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Run, checkpoint (checkpoints/step_N), Megatron or Hugging Face folder.")
+        Path,
+        typer.Argument(
+            help="Run, checkpoint (checkpoints/step_N), Megatron or Hugging Face folder."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    to: Annotated[Literal["hf", "megatron"] | None, typer.Option(help="Default what the source is not.")] = None,
+    to: Annotated[
+        Literal["hf", "megatron"] | None, typer.Option(help="Default what the source is not.")
+    ] = None,
     role: Annotated[
-        Literal["actor", "critic"] | None, typer.Option(help="Default the actor, or what the source is.")
+        Literal["actor", "critic"] | None,
+        typer.Option(help="Default the actor, or what the source is."),
     ] = None,
     dtype: Annotated[
-        Literal["stored", "bfloat16", "float16", "float32"], typer.Option(help="stored is bit for bit.")
+        Literal["stored", "bfloat16", "float16", "float32"],
+        typer.Option(help="stored is bit for bit."),
     ] = "stored",
     max_shard_size: Annotated[float, typer.Option(min=1e-3, help="Largest file, GiB.")] = 4.0,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder with config.json and tokenizer; default that of the checkpoint.")
+        Path | None,
+        typer.Option(help="Folder with config.json and tokenizer; default that of the checkpoint."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Files written at a time.")] = 2,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then compare every tensor, and the logits of Megatron and transformers.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Then compare every tensor, and the logits of Megatron and transformers.",
+        ),
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted conversion wrote.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what an interrupted conversion wrote.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a Megatron checkpoint into a Hugging Face folder or back; goes on where it was interrupted."""
@@ -512,7 +672,9 @@ def convert(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Run, checkpoint, Megatron or Hugging Face folder.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Also read every file and compare its checksum.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read every file and compare its checksum.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a folder holds: model, size, layout, step, metric, and whether it is complete."""
@@ -531,7 +693,10 @@ def inspect(
 @app.command()
 def doctor(
     cluster: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster (host:port, or auto): check every node of it instead.")
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster (host:port, or auto): check every node of it instead."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -550,7 +715,9 @@ def doctor(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")],
+) -> None:
     """Write a run's report: curves, phases, samples before and after."""
     from rlhf3d.observability.report import make_report
 
@@ -568,7 +735,9 @@ def compare(
 
     check_output("--output", output, is_file=True)
     names = {run.resolve(): run.resolve().name for run in runs}
-    if len(set(names.values())) < len(names):  # runs of the same name: tell them apart by their whole paths
+    if len(set(names.values())) < len(
+        names
+    ):  # runs of the same name: tell them apart by their whole paths
         names = {run: str(run) for run in names}
     draw_comparison({name: read_metrics(run) for run, name in names.items()}, output)
     typer.echo(output)

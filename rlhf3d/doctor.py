@@ -94,7 +94,9 @@ def diagnose() -> Diagnosis:
 
 def installed_packages() -> set[str]:
     """Names of all distributions that are installed here."""
-    return {distribution.name.lower().replace("_", "-") for distribution in metadata.distributions()}
+    return {
+        distribution.name.lower().replace("_", "-") for distribution in metadata.distributions()
+    }
 
 
 def choose_set(installed: set[str], driver: bool) -> PackageSet:
@@ -123,15 +125,23 @@ def check_packages(requirements: list[str], package_set: PackageSet) -> list[Fin
     return sorted(findings, key=lambda finding: finding.name)
 
 
-def check_gpu_libraries(program: Sequence[str] = (sys.executable, "-m", "rlhf3d.gpu_check")) -> list[Finding]:
+def check_gpu_libraries(
+    program: Sequence[str] = (sys.executable, "-m", "rlhf3d.gpu_check"),
+) -> list[Finding]:
     """Whether Transformer Engine loads and computes here, and with which libraries."""
     repair = f"remove this environment, then {SETUP['gpu']}"
     try:
         ran = subprocess.run(program, capture_output=True, text=True, timeout=GPU_CHECK_S)
     except subprocess.TimeoutExpired:
-        return [_finding("Transformer Engine", "loads", f"no answer in {GPU_CHECK_S:.0f} s", False, repair)]
+        return [
+            _finding(
+                "Transformer Engine", "loads", f"no answer in {GPU_CHECK_S:.0f} s", False, repair
+            )
+        ]
     if ran.returncode:
-        why = (ran.stderr.strip().splitlines() or [f"ended by signal or exit code {ran.returncode}"])[-1]
+        why = (
+            ran.stderr.strip().splitlines() or [f"ended by signal or exit code {ran.returncode}"]
+        )[-1]
         return [_finding("Transformer Engine", "loads", why, False, repair)]
     facts = json.loads(ran.stdout.splitlines()[-1])
     core = f"transformer-engine-cu{facts['torch_cuda'].split('.')[0]}"
@@ -144,7 +154,9 @@ def check_gpu_libraries(program: Sequence[str] = (sys.executable, "-m", "rlhf3d.
     ]
     if (error := facts.get("attention_error")) is not None:
         ok = error < ATTENTION_ERROR
-        findings.append(_finding("attention", f"error < {ATTENTION_ERROR}", f"error {error:.3f}", ok, repair))
+        findings.append(
+            _finding("attention", f"error < {ATTENTION_ERROR}", f"error {error:.3f}", ok, repair)
+        )
     return findings
 
 
@@ -159,14 +171,33 @@ def check_machine(machine: Machine, package_set: PackageSet = "cpu") -> list[Fin
     driver_fix = "nvidia-smi must list them, with driver 580 or newer (CUDA 13)"
     shm, disk = machine.shared_memory_gib, machine.disk_gib
     shm_wanted = 10 if on_gpus else 1
-    nvcc = shutil.which("nvcc") or next(filter(Path.exists, [Path("/usr/local/cuda/bin/nvcc")]), None)
+    nvcc = shutil.which("nvcc") or next(
+        filter(Path.exists, [Path("/usr/local/cuda/bin/nvcc")]), None
+    )
     nvcc_fix = "install the CUDA 13 toolkit: FlashInfer compiles kernels when an engine starts"
     return [
-        _finding("python", pythons, python, SpecifierSet(pythons).contains(python), SETUP[package_set]),
-        _finding("C++ compiler", "any", machine.compiler or "none", bool(machine.compiler), compiler_fix),
-        *([_finding("nvcc", "CUDA 13", str(nvcc or "none"), nvcc is not None, nvcc_fix, False)] if on_gpus else []),
-        _finding("CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps", False),
-        _finding("memory", "8 GiB", memory, machine.memory_available_gib >= 8, "close other programs", False),
+        _finding(
+            "python", pythons, python, SpecifierSet(pythons).contains(python), SETUP[package_set]
+        ),
+        _finding(
+            "C++ compiler", "any", machine.compiler or "none", bool(machine.compiler), compiler_fix
+        ),
+        *(
+            [_finding("nvcc", "CUDA 13", str(nvcc or "none"), nvcc is not None, nvcc_fix, False)]
+            if on_gpus
+            else []
+        ),
+        _finding(
+            "CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps", False
+        ),
+        _finding(
+            "memory",
+            "8 GiB",
+            memory,
+            machine.memory_available_gib >= 8,
+            "close other programs",
+            False,
+        ),
         _finding(
             "/dev/shm",
             f"{shm_wanted} GiB",
@@ -177,12 +208,18 @@ def check_machine(machine: Machine, package_set: PackageSet = "cpu") -> list[Fin
         ),
         _finding("disk", "5 GiB", f"{disk:.1f} GiB free", disk >= 5, "free some space", False),
         _finding(
-            "GPUs", "at least one" if on_gpus else "none needed", gpus or "none", bool(gpus) or not on_gpus, driver_fix
+            "GPUs",
+            "at least one" if on_gpus else "none needed",
+            gpus or "none",
+            bool(gpus) or not on_gpus,
+            driver_fix,
         ),
     ]
 
 
-def _finding(name: str, wanted: str, found: str, ok: bool, fix: str = "", required: bool = True) -> Finding:
+def _finding(
+    name: str, wanted: str, found: str, ok: bool, fix: str = "", required: bool = True
+) -> Finding:
     """A finding that keeps its fix only where it is needed."""
     return Finding(name, wanted, found, ok, "" if ok else fix, required)
 
@@ -221,11 +258,15 @@ def render(diagnosis: Diagnosis) -> str:
     lines += [f"  {patch['name']:{width}}  {patch['use']}" for patch in diagnosis.patches]
     fixes = {
         finding.fix: finding.required
-        for finding in sorted([*diagnosis.packages, *diagnosis.machine], key=lambda finding: finding.required)
+        for finding in sorted(
+            [*diagnosis.packages, *diagnosis.machine], key=lambda finding: finding.required
+        )
         if not finding.ok
     }
     lines += ["", "all is well" if diagnosis.healthy else "a run is not possible yet"]
-    return "\n".join(lines + [f"  {'run' if required else 'optional'}: {fix}" for fix, required in fixes.items()])
+    return "\n".join(
+        lines + [f"  {'run' if required else 'optional'}: {fix}" for fix, required in fixes.items()]
+    )
 
 
 def _line(finding: Finding, width: int) -> str:

@@ -40,7 +40,11 @@ def attention_error(attention: Callable[..., torch.Tensor], device: str) -> floa
     result = attention(*inputs)
     result.float().square().mean().backward()
     query, key, value = (x.permute(1, 2, 0, 3) for x in exact)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+    expected = (
+        scaled_dot_product_attention(query, key, value, is_causal=True)
+        .permute(2, 0, 1, 3)
+        .flatten(2)
+    )
     expected.square().mean().backward()
     assert inputs.grad is not None and exact.grad is not None
     scale = exact.grad.abs().max()

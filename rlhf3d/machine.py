@@ -60,7 +60,9 @@ def read_machine(output: str | Path = ".") -> Machine:
         cores=cores(),
         memory_gib=total / GIB,
         memory_available_gib=available / GIB,
-        shared_memory_gib=shutil.disk_usage(_SHARED_MEMORY).free / GIB if _SHARED_MEMORY.is_dir() else 0.0,
+        shared_memory_gib=shutil.disk_usage(_SHARED_MEMORY).free / GIB
+        if _SHARED_MEMORY.is_dir()
+        else 0.0,
         disk_gib=shutil.disk_usage(folder).free / GIB,
         gpus=_gpus(),
         compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
@@ -80,7 +82,11 @@ def _gpus() -> tuple[tuple[str, float], ...]:
 
 def loaded_from(library: str) -> Path | None:
     """Folder of the shared library `library`* that this process has loaded. ValueError when there are two."""
-    files = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    files = {
+        Path(line.split()[-1])
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/" in line
+    }
     folders = sorted({str(file.parent) for file in files if file.name.startswith(library)})
     if len(folders) > 1:
         raise ValueError(

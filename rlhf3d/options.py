@@ -31,7 +31,12 @@ class _Command(TyperCommand):
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} {value}: no finite number")
             kind = hints.get(name)
-            if value and (kind is Path or Path in get_args(kind) or list[Path] in get_args(kind) or kind == list[Path]):
+            if value and (
+                kind is Path
+                or Path in get_args(kind)
+                or list[Path] in get_args(kind)
+                or kind == list[Path]
+            ):
                 many = isinstance(value, list | tuple)
                 expanded = [Path(expand_user(str(path))) for path in (value if many else [value])]
                 ctx.params[name] = expanded if many else expanded[0]
@@ -53,7 +58,9 @@ def scorers_of(pairs: Iterable[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         source, equals, scorer = pair.rpartition("=")
         if not (source and equals and scorer):
-            raise ValueError(f"--scorer {pair}: expected DATA_SOURCE=SCORER, such as my/data=math_verify")
+            raise ValueError(
+                f"--scorer {pair}: expected DATA_SOURCE=SCORER, such as my/data=math_verify"
+            )
         if found.setdefault(source, scorer) != scorer:
             raise ValueError(f"--scorer {pair}: {source} has {found[source]} already")
     return found

@@ -15,7 +15,9 @@ _VARIABLE = re.compile(r"\$(\w|\{)")
 def expand_home(text: str) -> str:
     """A leading ~ or ~user as the home folder. Raises ValueError for what only a shell would expand."""
     if _VARIABLE.search(text):
-        raise ValueError("variables are not expanded here: write the path itself, or leave it to the shell (no quotes)")
+        raise ValueError(
+            "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
+        )
     return expand_user(text)
 
 
@@ -23,7 +25,9 @@ def expand_user(text: str) -> str:
     """As `expand_home`, of what a shell has seen already: a $ is one. Raises ValueError where ~user is nobody."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not text.startswith("~/"):
-        raise ValueError(f"no user has the home folder {text.partition('/')[0]}; ./{text} is the name itself")
+        raise ValueError(
+            f"no user has the home folder {text.partition('/')[0]}; ./{text} is the name itself"
+        )
     return expanded
 
 

@@ -35,21 +35,37 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     `show` is given the plan where memory is short, or tight: that is no reason against it.
     """
     machine = read_machine(config.trainer.output_dir)
-    cuda = config.cluster.platform == "cuda" or (config.cluster.platform == "auto" and bool(machine.gpus))
+    cuda = config.cluster.platform == "cuda" or (
+        config.cluster.platform == "auto" and bool(machine.gpus)
+    )
     platform = CUDAPlatform(reason="preflight") if cuda else CPUPlatform(reason="preflight")
     known, config = set(check(config)), resolve_platform(config, platform)
-    problems = [problem for problem in check(config) if problem not in known]  # of the platform that `auto` became
+    problems = [
+        problem for problem in check(config) if problem not in known
+    ]  # of the platform that `auto` became
     derived = derive(config)
     problems += check_files(config) + (default_problem() if cuda else [])
     try:
-        gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus)) if machine.gpus else None
-        plan = plan_here(
-            config, find_spec(config)[0], cuda, gpu, machine.memory_available_gib if cuda else machine.memory_gib
+        gpu = (
+            (machine.gpus[0][0], min(memory for _, memory in machine.gpus))
+            if machine.gpus
+            else None
         )
-    except ValueError:  # reported by check_files; what does not depend on the model is still compared
+        plan = plan_here(
+            config,
+            find_spec(config)[0],
+            cuda,
+            gpu,
+            machine.memory_available_gib if cuda else machine.memory_gib,
+        )
+    except (
+        ValueError
+    ):  # reported by check_files; what does not depend on the model is still compared
         plan = None
     short: list[str] = []
-    if config.cluster.ray_address is None or not cuda:  # a remote cluster's nodes cannot be read from here
+    if (
+        config.cluster.ray_address is None or not cuda
+    ):  # a remote cluster's nodes cannot be read from here
         problems += _compare_devices(config, derived, machine) if cuda else _compare_kernels(config)
         if plan is not None:
             short = _compare_gpus(plan, machine) if cuda else _compare_host(plan, derived, machine)
@@ -60,7 +76,11 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
 
 
 def plan_here(
-    config: Config, spec: ModelSpec, cuda: bool, gpu: tuple[str, float] | None = None, host_gib: float | None = None
+    config: Config,
+    spec: ModelSpec,
+    cuda: bool,
+    gpu: tuple[str, float] | None = None,
+    host_gib: float | None = None,
 ) -> Plan:
     """The plan on nodes like this one: with GPUs of that name and memory, GiB, or sharing `host_gib` of memory.
 
@@ -69,7 +89,9 @@ def plan_here(
     """
     known = load_hardware()
     hardware = known[DEFAULT_GPU if cuda else DEFAULT_CPU]
-    if cuda and gpu is not None:  # of a device that nobody knows the numbers of the default are taken
+    if (
+        cuda and gpu is not None
+    ):  # of a device that nobody knows the numbers of the default are taken
         unknown = replace(hardware, name=gpu[0])
         hardware = next((entry for entry in known.values() if entry.is_device(gpu[0])), unknown)
     nodes, per_node = (config.cluster.num_nodes, config.cluster.gpus_per_node) if cuda else (1, 1)
@@ -120,11 +142,17 @@ def _compare_host(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
         )
         for group in derived.groups
     }
-    parts |= {name: size for name, size in plan.memory.host.terms.items() if name in ("engines", "offloaded states")}
+    parts |= {
+        name: size
+        for name, size in plan.memory.host.terms.items()
+        if name in ("engines", "offloaded states")
+    }
     cluster = plan.job.config.cluster
     hosts = 1 if cluster.ray_address is None else cluster.num_nodes
     problems = [problem for problem in plan.memory.problems if problem.startswith("vLLM")]
-    return problems + _compare_memory(machine, {name: size / hosts / GIB for name, size in parts.items()})
+    return problems + _compare_memory(
+        machine, {name: size / hosts / GIB for name, size in parts.items()}
+    )
 
 
 def _compare_kernels(config: Config) -> list[str]:
@@ -148,12 +176,20 @@ def _compare_memory(machine: Machine, parts_gib: dict[str, float]) -> list[str]:
     ]
 
 
-def _compare_shared_memory(config: Config, derived: Derived, machine: Machine, cuda: bool) -> list[str]:
+def _compare_shared_memory(
+    config: Config, derived: Derived, machine: Machine, cuda: bool
+) -> list[str]:
     """Ray, NCCL and vLLM; and two buckets for the reader of an export, on CPU for each rank of an engine too."""
-    platform, readers = (CUDAPlatform, 1) if cuda else (CPUPlatform, config.rollout.tensor_parallel_size + 1)
+    platform, readers = (
+        (CUDAPlatform, 1) if cuda else (CPUPlatform, config.rollout.tensor_parallel_size + 1)
+    )
     buckets_gib = 2 * readers * (config.rollout.sync_bucket_mib or platform.sync_bucket_mib) / 1024
-    needed_gib = _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB if cuda else SHARED_MEMORY_GIB
-    needed_gib += buckets_gib + 2 * derived.batch_bytes / GIB  # on their way through Ray's object store
+    needed_gib = (
+        _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB if cuda else SHARED_MEMORY_GIB
+    )
+    needed_gib += (
+        buckets_gib + 2 * derived.batch_bytes / GIB
+    )  # on their way through Ray's object store
     if needed_gib <= machine.shared_memory_gib:
         return []
     return [

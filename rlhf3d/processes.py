@@ -34,14 +34,18 @@ def deaf_to_signals() -> Iterator[None]:
 def listen_again() -> None:
     """In a process started deaf that runs the user's code: ignore STOP_SIGNALS, but not in what that code starts."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda signum, frame: None)  # unlike SIG_IGN, not inherited through exec
+        signal.signal(
+            number, lambda signum, frame: None
+        )  # unlike SIG_IGN, not inherited through exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     os.register_at_fork(after_in_child=_as_by_default)
 
 
 def _as_by_default() -> None:
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
 
 
 @contextmanager

@@ -23,7 +23,9 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Whoever read the output is gone: be silent (rich would end the process)."""
         self.quiet = True
-        with suppress(OSError, ValueError):  # so that the interpreter's last flush does not fail either
+        with suppress(
+            OSError, ValueError
+        ):  # so that the interpreter's last flush does not fail either
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 

@@ -158,7 +158,9 @@ def _forget_namesakes(folder: Path) -> None:
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None) or ""
         of_user = os.path.dirname(origin) in _FOLDERS - {str(folder)}
-        if of_user and any((folder / own).exists() for own in (f"{name}.py", f"{name}/__init__.py")):
+        if of_user and any(
+            (folder / own).exists() for own in (f"{name}.py", f"{name}/__init__.py")
+        ):
             del sys.modules[name]
 
 

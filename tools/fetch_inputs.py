@@ -21,7 +21,10 @@ PREPARED = {
     "gsm8k": (),
     "math": (),
     "math500": (),
-    "limr": ("--exclude", "data/math500/test.parquet"),  # 502 of its problems are MATH's test problems
+    "limr": (
+        "--exclude",
+        "data/math500/test.parquet",
+    ),  # 502 of its problems are MATH's test problems
 }
 """Data sets in the order in which to prepare them, and with what besides."""
 
@@ -32,10 +35,22 @@ def missing(config: Config) -> list[list[str]]:
     owner = next((owner for family, owner in OWNERS.items() if model.name.startswith(family)), None)
     commands = []
     if owner and model.parent == Path("models") and not (model / "config.json").is_file():
-        hub = ["hf", "download", f"{owner}/{model.name}", "--local-dir", str(model), "--exclude", "original/*"]
+        hub = [
+            "hf",
+            "download",
+            f"{owner}/{model.name}",
+            "--local-dir",
+            str(model),
+            "--exclude",
+            "original/*",
+        ]
         commands.append(hub)
     files = [Path(name) for name in (*config.data.train_files, *config.data.val_files)]
-    absent = {file.parent.name for file in files if file.parent.parent == Path("data") and not file.is_file()}
+    absent = {
+        file.parent.name
+        for file in files
+        if file.parent.parent == Path("data") and not file.is_file()
+    }
     for name, options in PREPARED.items():
         if name in absent:
             commands.append(["rlhf3d", "data", "prepare", name, "--source", "hub", *options])
@@ -54,7 +69,8 @@ def main() -> int:
         program = Path(sys.executable).parent / command[0]
         if subprocess.run([program, *command[1:]]).returncode:
             print(
-                f"error: bring it here by hand, or where the hub can be reached: {' '.join(command)}", file=sys.stderr
+                f"error: bring it here by hand, or where the hub can be reached: {' '.join(command)}",
+                file=sys.stderr,
             )
             return 1
     return 0

@@ -39,7 +39,11 @@ class Owned(NamedTuple):
 
 def read_lock() -> list[str]:
     """The pins of requirements/gpu.lock."""
-    return [line for line in (ROOT / "requirements/gpu.lock").read_text().splitlines() if not line.startswith("#")]
+    return [
+        line
+        for line in (ROOT / "requirements/gpu.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
 
 
 def fingerprint(lock: list[str]) -> str:
@@ -49,7 +53,11 @@ def fingerprint(lock: list[str]) -> str:
 
 def read_records(folder: Path) -> list[Owned]:
     """Every file of every package installed in `folder`, but for the packages' own metadata."""
-    return [owned for record in sorted(folder.glob("*.dist-info/RECORD")) for owned in _read_record(record)]
+    return [
+        owned
+        for record in sorted(folder.glob("*.dist-info/RECORD"))
+        for owned in _read_record(record)
+    ]
 
 
 def _read_record(record: Path) -> Iterator[Owned]:
@@ -64,7 +72,11 @@ def find_conflicts(records: list[Owned]) -> dict[str, list[str]]:
     owners: dict[str, dict[str, str]] = defaultdict(dict)
     for package, path, digest in records:
         owners[str(path)][package] = digest
-    return {path: sorted(found) for path, found in sorted(owners.items()) if len(set(found.values())) > 1}
+    return {
+        path: sorted(found)
+        for path, found in sorted(owners.items())
+        if len(set(found.values())) > 1
+    }
 
 
 def find_modules(records: list[Owned]) -> dict[str, list[str]]:
@@ -110,7 +122,9 @@ def find_unresolved(folder: Path, records: list[Owned]) -> dict[str, list[str]]:
 
 
 def _versioned_symbols(library: Path) -> list[tuple[str, str, str]]:
-    table = subprocess.run(["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True)
+    table = subprocess.run(
+        ["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True
+    )
     return SYMBOL.findall(table.stdout)
 
 
@@ -127,8 +141,23 @@ def main() -> int:
     lock = read_lock()
     wheels = [line for line in lock if not line.startswith(f"{BUILT}==")]
     with tempfile.TemporaryDirectory(prefix="gpu_wheels.") as folder:
-        uv = [Path(sys.executable).parent / "uv", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-        where = ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_31", "--requirements", "-"]
+        uv = [
+            Path(sys.executable).parent / "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+        ]
+        where = [
+            "--python-version",
+            "3.12",
+            "--python-platform",
+            "x86_64-manylinux_2_31",
+            "--requirements",
+            "-",
+        ]
         subprocess.run([*uv, *where], input="\n".join(wheels), text=True, check=True)
         records = read_records(Path(folder))
         table = {

@@ -73,7 +73,9 @@ def make_tokenizer(field: Any) -> PreTrainedTokenizerFast:
     """Byte-level BPE that splits every digit off (the GGUF's `pre: smollm`), with its chat template."""
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -81,7 +83,9 @@ def make_tokenizer(field: Any) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, field("tokenizer.ggml.token_type"), strict=True) if kind == 3]
+    control = [
+        t for t, kind in zip(tokens, field("tokenizer.ggml.token_type"), strict=True) if kind == 3
+    ]
     backend.add_special_tokens(control)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -117,7 +121,9 @@ def write_folder(gguf: Path, output: Path) -> None:
     reader = GGUFReader(gguf)
     metadata = {name: entry.contents() for name, entry in reader.fields.items()}
     config = make_config(metadata.__getitem__)
-    weights = dict(hf_weight(t.name, dequantize(t.data, t.tensor_type), config) for t in reader.tensors)
+    weights = dict(
+        hf_weight(t.name, dequantize(t.data, t.tensor_type), config) for t in reader.tensors
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -141,7 +147,9 @@ def write_folder(gguf: Path, output: Path) -> None:
 def main() -> int:
     """Command line; prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder to write"
+    )
     parser.add_argument("--force", action="store_true", help="write even if the folder is there")
     args = parser.parse_args()
     if (args.output / "config.json").is_file() and not args.force:

@@ -62,20 +62,32 @@ def batches_of(pairs: list[Encoded], size: int, rng: random.Random) -> list[list
 def accuracy(model: Any, pairs: list[Encoded], size: int) -> str:
     """Share of pairs whose chosen answer scores higher, with its 95 % interval, as text."""
     model.eval()
-    right = [float(m > 0) for batch in batches_of(pairs, size, random.Random(0)) for m in margins(model, batch)]
+    right = [
+        float(m > 0)
+        for batch in batches_of(pairs, size, random.Random(0))
+        for m in margins(model, batch)
+    ]
     low, high = interval(right)
     return f"{sum(right) / len(right):.1%} ({low:.1%} to {high:.1%}) of {len(right)} held-out pairs"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="Hugging Face folder of a language model with chat template")
-    parser.add_argument("pairs", type=Path, help="jsonl, json or parquet with prompt, chosen and rejected")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", type=Path, help="Hugging Face folder of a language model with chat template"
+    )
+    parser.add_argument(
+        "pairs", type=Path, help="jsonl, json or parquet with prompt, chosen and rejected"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
-    parser.add_argument("--max-length", type=int, default=512, help="longer pairs are left out and counted, tokens")
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="longer pairs are left out and counted, tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.output.exists():
@@ -84,11 +96,19 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32).to(device)
-    model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(
+        args.model, num_labels=1, dtype=torch.float32
+    ).to(device)
+    model.config.pad_token_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
     pairs = read_pairs(args.pairs)
-    train = encode([p for i, p in enumerate(pairs) if not is_held_out(i)], tokenizer, args.max_length)
-    held_out = encode([p for i, p in enumerate(pairs) if is_held_out(i)], tokenizer, args.max_length)
+    train = encode(
+        [p for i, p in enumerate(pairs) if not is_held_out(i)], tokenizer, args.max_length
+    )
+    held_out = encode(
+        [p for i, p in enumerate(pairs) if is_held_out(i)], tokenizer, args.max_length
+    )
     print(f"{len(pairs)} pairs: {len(train)} to learn from, {len(held_out)} held out, "
           f"{len(pairs) - len(train) - len(held_out)} over {args.max_length} tokens left out")  # fmt: skip
     longer = [float(len(chosen) > len(rejected)) for chosen, rejected in held_out]
@@ -98,7 +118,9 @@ def main() -> None:
     rng = random.Random(args.seed)
     plan = [batch for _ in range(args.epochs) for batch in batches_of(train, args.batch, rng)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=len(plan), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=len(plan), pct_start=0.1
+    )
     model.train()
     began, losses = time.monotonic(), []
     for step, batch in enumerate(plan, start=1):

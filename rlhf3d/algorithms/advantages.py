@@ -145,7 +145,9 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """s minus the mean of the group's other scores (arXiv 2402.14740); a lone response gets 0."""
     scores, counted = _outcomes(inputs)
     centred, size = _centred(scores, counted, inputs.group_ids)
-    return _on_every_token(centred * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs)
+    return _on_every_token(
+        centred * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs
+    )
 
 
 @register_advantage("reinforce_plus_plus")

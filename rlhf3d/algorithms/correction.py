@@ -78,13 +78,21 @@ def correction_settings(
     """
     if rollout_is is not None and rollout_is not in IS_LEVELS:
         raise unknown_name(f"{_SECTION}.rollout_is", rollout_is, IS_LEVELS)
-    is_bounds = _ratio_bounds("rollout_is_threshold", rollout_is_threshold, low_of_single=lambda high: 0.0)
-    kinds = [] if rollout_rs is None else list(dict.fromkeys(kind.strip() for kind in rollout_rs.split(",")))
+    is_bounds = _ratio_bounds(
+        "rollout_is_threshold", rollout_is_threshold, low_of_single=lambda high: 0.0
+    )
+    kinds = (
+        []
+        if rollout_rs is None
+        else list(dict.fromkeys(kind.strip() for kind in rollout_rs.split(",")))
+    )
     if not kinds:
         return CorrectionSettings(rollout_is, is_bounds, batch_normalize)
     key = "rollout_rs_threshold"
     if rollout_rs_threshold is None:
-        raise ValueError(f"{_SECTION}.{key} is not set: {_SECTION}.rollout_rs = {rollout_rs} needs it")
+        raise ValueError(
+            f"{_SECTION}.{key} is not set: {_SECTION}.rollout_rs = {rollout_rs} needs it"
+        )
     texts = [text.strip() for text in str(rollout_rs_threshold).split(",")]
     if len(texts) not in (1, len(kinds)):
         raise ValueError(
@@ -93,7 +101,10 @@ def correction_settings(
         )
     texts = texts * len(kinds) if len(texts) == 1 else texts
     return CorrectionSettings(
-        rollout_is, is_bounds, batch_normalize, tuple(_rejection(*pair) for pair in zip(kinds, texts, strict=True))
+        rollout_is,
+        is_bounds,
+        batch_normalize,
+        tuple(_rejection(*pair) for pair in zip(kinds, texts, strict=True)),
     )
 
 
@@ -101,7 +112,9 @@ def _rejection(kind: str, text: str) -> Rejection:
     if kind not in RS_KINDS:
         raise unknown_name(f"{_SECTION}.rollout_rs", kind, RS_KINDS)
     if kind.endswith("k1"):
-        return Rejection(kind, _ratio_bounds("rollout_rs_threshold", text, low_of_single=lambda high: 1.0 / high))
+        return Rejection(
+            kind, _ratio_bounds("rollout_rs_threshold", text, low_of_single=lambda high: 1.0 / high)
+        )
     if "_" in text:
         raise ValueError(
             f"{_SECTION}.rollout_rs_threshold = {text}: {kind} is a divergence and has an upper bound only; "
@@ -117,16 +130,24 @@ def _bounds(key: str, value: float | str, low_of_single: Callable[[float], float
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or not all(math.isfinite(x) and x > 0 for x in numbers):
-        raise ValueError(f"{_SECTION}.{key} = {value}: expected a number above 0, or low_high such as 0.5_2.0")
-    bounds = Bounds(*numbers) if len(numbers) == 2 else Bounds(low_of_single(numbers[0]), numbers[0])
+        raise ValueError(
+            f"{_SECTION}.{key} = {value}: expected a number above 0, or low_high such as 0.5_2.0"
+        )
+    bounds = (
+        Bounds(*numbers) if len(numbers) == 2 else Bounds(low_of_single(numbers[0]), numbers[0])
+    )
     if bounds.low > bounds.high:
-        raise ValueError(f"{_SECTION}.{key} = {value}: low {bounds.low:g} is above high {bounds.high:g}; swap them")
+        raise ValueError(
+            f"{_SECTION}.{key} = {value}: low {bounds.low:g} is above high {bounds.high:g}; swap them"
+        )
     return bounds
 
 
 def _ratio_bounds(key: str, value: float | str, low_of_single: Callable[[float], float]) -> Bounds:
     bounds = _bounds(key, value, low_of_single)
-    if bounds.high < 1 or bounds.low > 1:  # also what YAML makes of 0.5_2, which it reads as the number 0.52
+    if (
+        bounds.high < 1 or bounds.low > 1
+    ):  # also what YAML makes of 0.5_2, which it reads as the number 0.52
         raise ValueError(
             f"{_SECTION}.{key} = {value}: engines that agree have ratio 1, which must lie within; "
             "write a range as 0.5_2.0, with both decimal points"
@@ -154,7 +175,11 @@ def importance_weights(
         logs, counted = log_ratio.sum(-1), sequences
     ratio = logs.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     low, high = settings.is_bounds.low, settings.is_bounds.high
-    weights = ratio.clamp(max=high) if low == 0 else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    weights = (
+        ratio.clamp(max=high)
+        if low == 0
+        else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    )
     on_tokens = ratio if settings.is_level == "token" else ratio[:, None].expand_as(log_ratio)
     metrics = _ratio_metrics(ratio[counted], on_tokens[mask.bool()], low or 1 / high, high)
     if settings.batch_normalize:
@@ -234,7 +259,9 @@ def _trusted(log_ratio: Tensor, mask: Tensor, rejection: Rejection) -> Tensor:
     return ((value >= low) & (value <= high)).expand_as(log_ratio)
 
 
-def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+def mismatch_metrics(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
+) -> dict[str, float]:
     """How far apart the two engines are, before anything is corrected; all arguments [N, R].
 
     kl and k3_kl estimate KL(rollout, old) a token; training_ppl and rollout_ppl are means over sequences of
@@ -245,7 +272,9 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
     sequences = mask.bool().any(-1)
     tokens = log_ratio[mask.bool()]
     clamped = tokens.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    old, rollout = (-masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs))
+    old, rollout = (
+        -masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs)
+    )
     products = log_ratio.sum(-1)[sequences].clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return {
         "kl": float(-tokens.mean()),

@@ -30,7 +30,9 @@ def load_custom_algorithms(path: str | Path) -> None:
     try:
         load_file(file, _KEY)
         if (ADVANTAGES.entries(), POLICY_LOSSES.entries()) == (advantages, losses):
-            raise ValueError(f"{_KEY}: {file} registers nothing; decorate a function with @register_advantage(name)")
+            raise ValueError(
+                f"{_KEY}: {file} registers nothing; decorate a function with @register_advantage(name)"
+            )
     except ValueError:
         ADVANTAGES.restore(advantages)
         POLICY_LOSSES.restore(losses)

@@ -21,7 +21,9 @@ def groups_with_signal(values: Tensor, counted: Tensor, n: int) -> Tensor:
     `values` [G * n], the n of a group side by side; `counted` [G * n] False for empty responses. DAPO's dynamic
     sampling (arXiv 2503.14476, eq. 11: 0 < number correct < n) keeps the groups with signal.
     """
-    assert values.shape == counted.shape and len(values) % n == 0, f"{tuple(values.shape)} in groups of {n}"
+    assert values.shape == counted.shape and len(values) % n == 0, (
+        f"{tuple(values.shape)} in groups of {n}"
+    )
     inside = counted.bool().view(-1, n)
     grouped = values.double().view(-1, n)
     highest = grouped.masked_fill(~inside, -torch.inf).amax(1)

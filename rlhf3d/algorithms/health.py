@@ -16,7 +16,9 @@ from torch import Tensor
 from rlhf3d.algorithms.kl import kl_estimate
 
 
-def logprob_mismatch(rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+def logprob_mismatch(
+    rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor
+) -> dict[str, float]:
     """Difference between the log-probs the engine sampled with and those training computes, both [N, R].
 
     abs_diff_mean and abs_diff_max in nats; kl_k3, the k3 estimate of KL(rollout, train); prob_diff_mean and
@@ -26,7 +28,9 @@ def logprob_mismatch(rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Ten
     inside = mask.bool()
     rollout, train = rollout_logprobs[inside].double(), train_logprobs[inside].double()
     if rollout.numel() == 0:
-        raise ValueError("no response token to compare log-probs on: every completion of the batch is empty")
+        raise ValueError(
+            "no response token to compare log-probs on: every completion of the batch is empty"
+        )
     diff = (rollout - train).abs()
     prob_diff = (rollout.exp() - train.exp()).abs()
     return {

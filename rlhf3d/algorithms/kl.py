@@ -32,7 +32,9 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, mask: Tensor | None =
     the reverse divergence. With `mask` the estimate is 0 outside it. ValueError for another kind.
     """
     if kind not in KL_KINDS:
-        raise unknown_name("KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS)
+        raise unknown_name(
+            "KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS
+        )
     log_ratio = logp - ref_logp
     if mask is not None:
         log_ratio = zero_outside(log_ratio, mask)
@@ -90,7 +92,9 @@ class AdaptiveKLController:
 
     def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
         if target_kl <= 0 or horizon <= 0:
-            raise ValueError(f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive")
+            raise ValueError(
+                f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive"
+            )
         self.value = kl_coef
         self.target_kl = target_kl
         self.horizon = horizon
@@ -98,7 +102,9 @@ class AdaptiveKLController:
     def update(self, current_kl: float, n_steps: int) -> None:
         """Move the coefficient; ValueError when the KL is not finite or `value` could turn negative."""
         if not math.isfinite(current_kl):
-            raise ValueError(f"the measured KL is {current_kl}: the policy's log-probabilities are broken")
+            raise ValueError(
+                f"the measured KL is {current_kl}: the policy's log-probabilities are broken"
+            )
         if 0.2 * n_steps >= self.horizon:
             raise ValueError(
                 f"algorithm.kl_ctrl.horizon={self.horizon} is too short for steps of {n_steps} sequences: "

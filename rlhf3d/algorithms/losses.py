@@ -80,10 +80,14 @@ def compute_policy_loss(
     The function sees inputs that are 0 outside the mask. `rollout_is_weights` [b, R] multiply its loss (see
     `correction`). ValueError for an unknown name.
     """
-    new, old, weights = (zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages))
+    new, old, weights = (
+        zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages)
+    )
     terms = POLICY_LOSSES[name](new, old, weights, response_mask, settings)
     loss = terms.loss if rollout_is_weights is None else terms.loss * rollout_is_weights
-    metrics = {key: zero_outside(value.detach(), response_mask) for key, value in terms.metrics.items()}
+    metrics = {
+        key: zero_outside(value.detach(), response_mask) for key, value in terms.metrics.items()
+    }
     return PolicyLossTerms(zero_outside(loss, response_mask), metrics)
 
 
@@ -113,7 +117,9 @@ def gspo(
     Each token carries its sequence's ratio and its own gradient; meant for seq-mean-token-mean.
     """
     mean = masked_mean((logprobs - old_logprobs).detach(), response_mask, dim=-1)
-    log_ratio = mean.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)[:, None] + logprobs - logprobs.detach()
+    log_ratio = (
+        mean.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)[:, None] + logprobs - logprobs.detach()
+    )
     return _clipped(log_ratio, advantages, settings, bounded=False)
 
 
@@ -146,14 +152,22 @@ def pg(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
 ) -> tuple[Tensor, Tensor]:
     """Per-token ½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²) and 1 where the clip decided.
 
     All [b, R]; both results are 0 outside the mask and the second is detached (arXiv 1707.06347's code).
     """
-    values, old_values, returns = (zero_outside(x, response_mask) for x in (values, old_values, returns))
-    clipped = torch.maximum(torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value)
+    values, old_values, returns = (
+        zero_outside(x, response_mask) for x in (values, old_values, returns)
+    )
+    clipped = torch.maximum(
+        torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value
+    )
     plain, bounded = (values - returns).square(), (clipped - returns).square()
     return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(values.dtype)
 
@@ -162,7 +176,9 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
-def _clipped(log_ratio: Tensor, advantages: Tensor, settings: PolicyLossSettings, bounded: bool) -> PolicyLossTerms:
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, settings: PolicyLossSettings, bounded: bool
+) -> PolicyLossTerms:
     """max(-A r, -A clip(r)) per token, with the dual-clip bound where `bounded`."""
     ratio = log_ratio.exp()
     plain = -advantages * ratio

@@ -18,7 +18,9 @@ def token_level_rewards(scores: Tensor, response_mask: Tensor) -> Tensor:
     An empty response has no token to carry its score, so it carries none. ValueError when the score of a
     non-empty response is not finite.
     """
-    assert scores.is_floating_point() and scores.shape == response_mask.shape[:1], f"{tuple(scores.shape)}"
+    assert scores.is_floating_point() and scores.shape == response_mask.shape[:1], (
+        f"{tuple(scores.shape)}"
+    )
     mask = response_mask.bool()
     rows = mask.any(-1)
     bad = (rows & ~scores.isfinite()).nonzero().flatten().tolist()
@@ -44,7 +46,9 @@ def apply_kl_penalty(
     return zero_outside(token_rewards - coef * kl, mask), float(mean_kl)
 
 
-def overlong_penalty(lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float) -> Tensor:
+def overlong_penalty(
+    lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float
+) -> Tensor:
     """[N] soft penalty (0 or negative) on responses of `lengths` [N] that reach into the last `buffer_len` tokens.
 
     min(0, (max_response_length - buffer_len - length) / buffer_len) * penalty_factor: DAPO's soft overlong

@@ -56,7 +56,10 @@ class Batch:
 
 
 def from_sequences(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, **per_token: Sequence
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    **per_token: Sequence,
 ) -> Batch:
     """Pad token lists into a batch; each `per_token` is N lists of floats aligned with the responses."""
     totals = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
@@ -75,7 +78,9 @@ def from_sequences(
     for name, rows in per_token.items():
         column = torch.zeros(len(totals), width)
         for i, row in enumerate(rows):
-            assert len(row) == len(responses[i]), f"{name}[{i}]: {len(row)} values, {len(responses[i])} tokens"
+            assert len(row) == len(responses[i]), (
+                f"{name}[{i}]: {len(row)} values, {len(responses[i])} tokens"
+            )
             column[i, : len(row)] = _tensor(row, np.float32)
         columns[name] = column
     return Batch(columns)

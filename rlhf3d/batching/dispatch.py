@@ -59,9 +59,13 @@ class _Shard:
     rows: list[int]
     positions: int = 0
 
-    def add(self, micro_batches: list[list[int]], lengths: Sequence[int], rule: MicroBatching) -> list[list[int]]:
+    def add(
+        self, micro_batches: list[list[int]], lengths: Sequence[int], rule: MicroBatching
+    ) -> list[list[int]]:
         """Append the rows of these micro-batches (numbers in the batch); the same by their numbers in the shard."""
-        self.positions += sum(rule.positions([lengths[row] for row in rows]) for rows in micro_batches)
+        self.positions += sum(
+            rule.positions([lengths[row] for row in rows]) for rows in micro_batches
+        )
         here = []
         for rows in micro_batches:
             here.append(list(range(len(self.rows), len(self.rows) + len(rows))))
@@ -70,16 +74,24 @@ class _Shard:
 
 
 def _cut(
-    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, layout: ParallelLayout, cost: SequenceCost
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    rule: MicroBatching,
+    layout: ParallelLayout,
+    cost: SequenceCost,
 ) -> list[list[list[int]]]:
     """Micro-batches of `rows`, by data-parallel rank: a budget lets ranks have unequal numbers of rows."""
-    parts = split_rows([cost(lengths[row]) for row in rows], layout.dp, equal_counts=rule.tokens is None)
+    parts = split_rows(
+        [cost(lengths[row]) for row in rows], layout.dp, equal_counts=rule.tokens is None
+    )
     # The interleaved schedule wants a multiple of the pipeline stages.
     multiple = layout.pp if layout.vpp > 1 else 1
     return plan_micro_batches(lengths, [[rows[i] for i in part] for part in parts], rule, multiple)
 
 
-def split_forward(batch: Batch, rule: MicroBatching, layout: ParallelLayout, cost: SequenceCost) -> list[ForwardShare]:
+def split_forward(
+    batch: Batch, rule: MicroBatching, layout: ParallelLayout, cost: SequenceCost
+) -> list[ForwardShare]:
     """Shares of a forward pass, by data-parallel rank; ValueError for a sequence over the token budget."""
     lengths = batch.lengths()
     shares = []
@@ -91,7 +103,11 @@ def split_forward(batch: Batch, rule: MicroBatching, layout: ParallelLayout, cos
 
 
 def split_update(
-    batch: Batch, plan: UpdatePlan, layout: ParallelLayout, max_response_tokens: int, cost: SequenceCost
+    batch: Batch,
+    plan: UpdatePlan,
+    layout: ParallelLayout,
+    max_response_tokens: int,
+    cost: SequenceCost,
 ) -> list[UpdateShare]:
     """Shares of an update, by data-parallel rank; ValueError for a sequence over the token budget.
 

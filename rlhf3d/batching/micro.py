@@ -50,7 +50,10 @@ class MicroBatching:
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], rows_of: Sequence[Sequence[int]], rule: MicroBatching, multiple_of: int = 1
+    lengths: Sequence[int],
+    rows_of: Sequence[Sequence[int]],
+    rule: MicroBatching,
+    multiple_of: int = 1,
 ) -> list[list[list[int]]]:
     """Micro-batches of each rank, whose rows (indices into `lengths`) are `rows_of[rank]`; as many on every rank.
 
@@ -73,7 +76,11 @@ def _round_up(number: int, multiple: int) -> int:
 def _check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:
     longest = max(lengths, default=0)
     if rule.tokens is not None and rule.width(longest) > rule.tokens:
-        rounded = f" (rounded up to a multiple of {rule.multiple_of})" if rule.width(longest) != longest else ""
+        rounded = (
+            f" (rounded up to a multiple of {rule.multiple_of})"
+            if rule.width(longest) != longest
+            else ""
+        )
         raise ValueError(
             f"ppo_max_token_len_per_gpu = {rule.tokens}: a sequence of {longest} tokens takes {rule.width(longest)} "
             f"positions{rounded}; set at least {rule.width(longest)}"
@@ -93,7 +100,9 @@ def _fewest(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) ->
     return _padded_runs(lengths, rows, rule)
 
 
-def _exactly(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int) -> list[list[int]]:
+def _exactly(
+    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
+) -> list[list[int]]:
     """`count` micro-batches, biggest first; `count` is at least what `_fewest` needs."""
     if rule.packed:
         batches = _even_parts(lengths, rows, rule, count)
@@ -101,7 +110,9 @@ def _exactly(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, c
         batches = _even_runs(_descending(lengths, rows), count)
     else:
         batches = _split_up(lengths, _padded_runs(lengths, rows, rule), rule, count)
-    return sorted(batches, key=lambda batch: -rule.positions([lengths[row] for row in batch]) if batch else 0)
+    return sorted(
+        batches, key=lambda batch: -rule.positions([lengths[row] for row in batch]) if batch else 0
+    )
 
 
 def _even_runs(order: list[int], count: int) -> list[list[int]]:
@@ -110,12 +121,16 @@ def _even_runs(order: list[int], count: int) -> list[list[int]]:
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def _even_parts(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int) -> list[list[int]]:
+def _even_parts(
+    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
+) -> list[list[int]]:
     """`count` packed micro-batches of about as many tokens each; first fit's, split up, where even ones break the
     budget."""
     parts = split_rows([lengths[row] for row in rows], count, equal_counts=rule.tokens is None)
     batches = [[rows[i] for i in part] for part in parts]
-    if rule.tokens is None or all(rule.positions([lengths[r] for r in b]) <= rule.tokens for b in batches):
+    if rule.tokens is None or all(
+        rule.positions([lengths[r] for r in b]) <= rule.tokens for b in batches
+    ):
         return batches
     return _split_up(lengths, _fewest(lengths, rows, rule), rule, count)
 
@@ -135,7 +150,9 @@ def _first_fit(lengths: Sequence[int], rows: Sequence[int], capacity: int) -> li
     return batches
 
 
-def _padded_runs(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) -> list[list[int]]:
+def _padded_runs(
+    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching
+) -> list[list[int]]:
     """The fewest padded micro-batches within the budget and, of those, the ones with fewest positions.
 
     Rows of like length belong together, so these are runs of the rows from longest to shortest; best[i] is the best
@@ -161,7 +178,9 @@ def _padded_runs(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatchin
     return batches[::-1]
 
 
-def _split_up(lengths: Sequence[int], batches: list[list[int]], rule: MicroBatching, count: int) -> list[list[int]]:
+def _split_up(
+    lengths: Sequence[int], batches: list[list[int]], rule: MicroBatching, count: int
+) -> list[list[int]]:
     """The same rows in exactly `count` micro-batches: the biggest that can be split is, until there are enough."""
     batches = [_descending(lengths, batch) for batch in batches]
     while len(batches) < count:
@@ -174,5 +193,9 @@ def _split_up(lengths: Sequence[int], batches: list[list[int]], rule: MicroBatch
             batches.append([])
             continue
         whole = batches.pop(big)
-        batches += [whole[::2], whole[1::2]] if rule.packed else [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+        batches += (
+            [whole[::2], whole[1::2]]
+            if rule.packed
+            else [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+        )
     return batches

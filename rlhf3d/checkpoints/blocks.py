@@ -60,7 +60,9 @@ class InputFile:
                 count = os.preadv(file.fileno(), [target[done:]], offset + done)
                 if count == 0:
                     end = offset + len(target)
-                    raise ValueError(f"{self.path} is cut off: it has {self.size} bytes, {end} are needed")
+                    raise ValueError(
+                        f"{self.path} is cut off: it has {self.size} bytes, {end} are needed"
+                    )
                 done += count
 
     def read(self, offset: int, length: int) -> bytes:
@@ -86,11 +88,15 @@ class FileTensor:
         span = 1 + sum((b - 1 - a) * step for (a, b), step in zip(box, self.stride, strict=True))
         direct = out.dtype == self.dtype and out.is_contiguous() and span == out.numel()
         buffer = torch.empty(0, dtype=self.dtype) if direct else torch.empty(span, dtype=self.dtype)
-        block = (out.view(-1) if direct else buffer).as_strided([b - a for a, b in box], self.stride)
+        block = (out.view(-1) if direct else buffer).as_strided(
+            [b - a for a, b in box], self.stride
+        )
         if direct and not block.is_contiguous():  # as many elements, in another order
             direct, buffer = False, torch.empty(span, dtype=self.dtype)
             block = buffer.as_strided(block.shape, self.stride)
-        self.file.read_into(raw(out if direct else buffer), self.start + first * self.dtype.itemsize)
+        self.file.read_into(
+            raw(out if direct else buffer), self.start + first * self.dtype.itemsize
+        )
         if not direct:
             copy_in_range(out, block, f"{self.file.path} holds a value")
 
@@ -100,7 +106,9 @@ def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def row_blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int = BLOCK_BYTES) -> Iterator[Box]:
+def row_blocks(
+    shape: tuple[int, ...], itemsize: int, limit_bytes: int = BLOCK_BYTES
+) -> Iterator[Box]:
     """`shape` cut along its first dimension into boxes of at most `limit_bytes` (and at least one row)."""
     if not shape:
         yield ()
@@ -115,7 +123,9 @@ def file_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, FileTensor]:
     """Tensors of safetensors files, to be read block by block."""
     files = {path: InputFile(path) for path in {info.file for info in tensors.values()}}
     return {
-        name: FileTensor(files[info.file], info.start, DTYPES[info.dtype], info.shape, row_strides(info.shape))
+        name: FileTensor(
+            files[info.file], info.start, DTYPES[info.dtype], info.shape, row_strides(info.shape)
+        )
         for name, info in tensors.items()
     }
 
@@ -127,7 +137,11 @@ def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
     offset = 0
     for name, (dtype, shape) in tensors.items():
         size = prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": names[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

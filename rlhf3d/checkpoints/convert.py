@@ -39,7 +39,13 @@ from rlhf3d.checkpoints.stored import (
     key_style,
     stored_model,
 )
-from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, TorchDistReader, finish_folder, write_tensors
+from rlhf3d.checkpoints.torch_dist import (
+    Chunk,
+    StoredTensor,
+    TorchDistReader,
+    finish_folder,
+    write_tensors,
+)
 from rlhf3d.models.boxes import Box, Piece, intersect, locate, volume
 from rlhf3d.models.folder import INDEX_NAME, model_tensors, weight_files
 from rlhf3d.models.hf_io import HFReader, check_tied_head, copy_companions, record_dtype
@@ -47,7 +53,12 @@ from rlhf3d.models.spec import FAMILIES, ModelSpec, architecture, load_spec
 from rlhf3d.models.weights import Head, hf_tensors, refuse_odd_names
 
 To = Literal["hf", "megatron"]
-DTYPES = {"stored": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "stored": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 HEADS: dict[Role, Head] = {"actor": "lm", "critic": "value"}
 CHUNK_BYTES = 256 << 20
 """Larger parameters are stored in several chunks, which bounds what a writer and a loader hold."""
@@ -64,7 +75,9 @@ class MismatchError(ValueError):
 
     def __init__(self, source: Path, lines: list[str]) -> None:
         self.lines = lines
-        listed = "\n  ".join(lines[:LISTED] + [f"and {len(lines) - LISTED} more"] * (len(lines) > LISTED))
+        listed = "\n  ".join(
+            lines[:LISTED] + [f"and {len(lines) - LISTED} more"] * (len(lines) > LISTED)
+        )
         super().__init__(
             f"{source} does not hold the model that its config.json describes; {len(lines)} tensors differ:\n  {listed}"
         )
@@ -141,7 +154,9 @@ def plan_conversion(source: Path, destination: Path, options: Options) -> Conver
         raise ValueError(f"--max-shard-size {options.max_shard_gib}: it must be more than 0")
     to = options.to or ("megatron" if kind_of(source) == "hf" else "hf")
     if to == "megatron" and options.reference is not None:
-        raise ValueError("--reference would be ignored: a Hugging Face folder has config.json and tokenizer of its own")
+        raise ValueError(
+            "--reference would be ignored: a Hugging Face folder has config.json and tokenizer of its own"
+        )
     return (_to_hf if to == "hf" else _to_megatron)(source, destination, options)
 
 
@@ -213,7 +228,11 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
     files = files_of(sizes, int(options.max_shard_gib * 2**30))
     names = _safetensors_names(len(files))
     tasks = [
-        FileTask(name, sum(sizes[t] for t in held), _safetensors_writer(megatron, {t: tensors[t] for t in held}))
+        FileTask(
+            name,
+            sum(sizes[t] for t in held),
+            _safetensors_writer(megatron, {t: tensors[t] for t in held}),
+        )
         for name, held in zip(names, files, strict=True)
     ]
 
@@ -222,13 +241,24 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
         write_role(partial / "config.json", megatron.role)
         record_dtype(partial / "config.json", {dtype for dtype, _ in tensors.values()})
         if len(files) > 1:
-            weight_map = {tensor: name for name, held in zip(names, files, strict=True) for tensor in held}
+            weight_map = {
+                tensor: name for name, held in zip(names, files, strict=True) for tensor in held
+            }
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
     plan = _plan(folder, reference, "hf", megatron.role, options)
     return Conversion(
-        folder, destination, reference, "hf", megatron.role, megatron.spec, tasks, finish, plan, megatron.notes
+        folder,
+        destination,
+        reference,
+        "hf",
+        megatron.role,
+        megatron.spec,
+        tasks,
+        finish,
+        plan,
+        megatron.notes,
     )
 
 
@@ -261,12 +291,17 @@ def _safetensors_writer(
 def write_role(config_file: Path, role: Role) -> None:
     """Make config.json say which head the weights beside it have."""
     config = json.loads(config_file.read_text())
-    head: Literal["CausalLM", "SequenceClassification"] = "CausalLM" if role == "actor" else "SequenceClassification"
+    head: Literal["CausalLM", "SequenceClassification"] = (
+        "CausalLM" if role == "actor" else "SequenceClassification"
+    )
     config["architectures"] = [architecture(config["model_type"], head)]
     for key in ("num_labels", "id2label", "label2id"):
         config.pop(key, None)
     if role == "critic":
-        config |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}  # transformers counts labels by these
+        config |= {
+            "id2label": {"0": "value"},
+            "label2id": {"value": 0},
+        }  # transformers counts labels by these
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -288,7 +323,9 @@ def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[st
         with HFReader(folder) as reader:
             check_tied_head(reader, spec)
         del found[names.lm_head]  # written out though tied
-    problems = differences(hf_tensors(spec, HEADS[role]), {name: tensor.shape for name, tensor in found.items()})
+    problems = differences(
+        hf_tensors(spec, HEADS[role]), {name: tensor.shape for name, tensor in found.items()}
+    )
     if problems:
         raise MismatchError(folder, problems)
     return spec, role, found
@@ -296,9 +333,13 @@ def hf_source(folder: Path, role: Role | None) -> tuple[ModelSpec, Role, dict[st
 
 def _to_megatron(source: Path, destination: Path, options: Options) -> Conversion:
     if kind_of(source) != "hf":
-        raise ValueError(f"{source} is a Megatron checkpoint already; give a Hugging Face folder, or --to hf")
+        raise ValueError(
+            f"{source} is a Megatron checkpoint already; give a Hugging Face folder, or --to hf"
+        )
     if destination.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{destination} would be one of the model's own files: choose a folder outside of {source}")
+        raise ValueError(
+            f"{destination} would be one of the model's own files: choose a folder outside of {source}"
+        )
     spec, role, found = hf_source(source, options.role)
     model, wanted = stored_model(spec, HEADS[role]), DTYPES[options.dtype]
     dtypes = _key_dtypes(model, found, wanted)
@@ -325,13 +366,19 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         copy_companions(source, partial / "hf")
         write_role(partial / "hf" / "config.json", role)
         record_dtype(partial / "hf" / "config.json", set(dtypes.values()))
-        names = [str(p.relative_to(partial)) for p in sorted(partial.rglob("*")) if _lasting(p, partial)]
+        names = [
+            str(p.relative_to(partial)) for p in sorted(partial.rglob("*")) if _lasting(p, partial)
+        ]
         files = {name: known.get(name) or file_info(partial / name) for name in names}
-        write_manifest(partial, Manifest(0, 0, (role,), optimizer=False, versions=versions(), files=files))
+        write_manifest(
+            partial, Manifest(0, 0, (role,), optimizer=False, versions=versions(), files=files)
+        )
 
     plan = _plan(source, source, "megatron", role, options)
     notes = weight_files(source).notes
-    return Conversion(source, destination, source, "megatron", role, spec, tasks, finish, plan, notes)
+    return Conversion(
+        source, destination, source, "megatron", role, spec, tasks, finish, plan, notes
+    )
 
 
 def _lasting(path: Path, partial: Path) -> bool:
@@ -348,18 +395,25 @@ def _key_dtypes(
         for key, _ in places:
             dtype = wanted or found[name].dtype
             if dtypes.setdefault(key, dtype) != dtype:
-                raise ValueError(f"{name} is {dtype}, other layers' are {dtypes[key]}: choose one with --dtype")
+                raise ValueError(
+                    f"{name} is {dtype}, other layers' are {dtypes[key]}: choose one with --dtype"
+                )
     return dtypes
 
 
 def _chunk_boxes(slab: Slab, itemsize: int) -> Iterator[Box]:
     """A slab cut by rows into chunks of at most CHUNK_BYTES."""
     lead, inner = slab.box[: slab.lead], slab.box[slab.lead :]
-    return ((*lead, *rows) for rows in row_blocks(tuple(stop for _, stop in inner), itemsize, CHUNK_BYTES))
+    return (
+        (*lead, *rows)
+        for rows in row_blocks(tuple(stop for _, stop in inner), itemsize, CHUNK_BYTES)
+    )
 
 
 def _distcp_writer(
-    found: Mapping[str, FileTensor], dtypes: Mapping[str, torch.dtype], chunks: list[tuple[Slab, Box]]
+    found: Mapping[str, FileTensor],
+    dtypes: Mapping[str, torch.dtype],
+    chunks: list[tuple[Slab, Box]],
 ) -> Callable[[Path, Advance], None]:
     def tensors(advance: Advance) -> Iterator[tuple[str, Box, Tensor]]:
         for slab, box in chunks:
@@ -400,7 +454,10 @@ def _finish_megatron(
         for key, chunk in notes["chunks"]:
             box = tuple((start, stop) for start, stop in chunk.pop("box"))
             chunks[key].append(Chunk(box, **chunk))
-    tensors = {key: StoredTensor(dtypes[key], shape, tuple(chunks[key])) for key, shape in model.shapes.items()}
+    tensors = {
+        key: StoredTensor(dtypes[key], shape, tuple(chunks[key]))
+        for key, shape in model.shapes.items()
+    }
     finish_folder(partial / role, tensors, model.extra_states(), {"content_metadata": METADATA})
     TorchDistReader(partial / role)  # what was written can be read, and its chunks tile
     return known

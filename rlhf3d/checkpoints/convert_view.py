@@ -49,25 +49,46 @@ class Report:
             f"{parameters(done.spec, done.head):,} parameters, {gib:.2f} GiB in {self.seconds:.1f} s"
         ]
         if (proof := self.verified) is not None:
-            lines.append(f"verified: {proof.tensors} tensors, {proof.elements:,} elements, bit for bit")
+            lines.append(
+                f"verified: {proof.tensors} tensors, {proof.elements:,} elements, bit for bit"
+            )
             if proof.skipped is None:
-                lines[-1] += f"; logits differ by at most {proof.max_logit_diff:.1e} (largest {proof.max_logit:.1e})"
+                lines[-1] += (
+                    f"; logits differ by at most {proof.max_logit_diff:.1e} (largest {proof.max_logit:.1e})"
+                )
             else:
                 lines.append(f"not verified: logits of Megatron and transformers ({proof.skipped})")
         return "\n".join(lines + [f"note: {text}" for text in done.notes])
 
 
 def convert(
-    source: Path, destination: Path, options: Options, workers: int = 2, restart: bool = False, proof: bool = False
+    source: Path,
+    destination: Path,
+    options: Options,
+    workers: int = 2,
+    restart: bool = False,
+    proof: bool = False,
 ) -> Report:
     """Convert with a progress bar; with `proof`, what was written gets its name once it is verified.
 
     Raises ValueError, VerifyError, and RuntimeError where the disk fails.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     conversion = plan_conversion(source, destination, options)
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     began = time.monotonic()
     with Progress(*columns, console=Terminal(stderr=True)) as progress:
         seconds, verified = 0.0, None
@@ -79,7 +100,9 @@ def convert(
             if proof:
                 reading = progress.add_task("verifying", total=conversion.num_bytes)
                 pair = conversion.pair(written)
-                verified = verify(*pair, conversion.to, lambda count: progress.advance(reading, count))
+                verified = verify(
+                    *pair, conversion.to, lambda count: progress.advance(reading, count)
+                )
 
         conversion.run(workers, restart, lambda count: progress.advance(writing, count), check)
     return Report(conversion, seconds, verified)

@@ -93,7 +93,10 @@ def write_files(folder: Path, tasks: list[FileTask], workers: int, on_bytes: Adv
     Raises ValueError beforehand where they do not fit on the disk.
     """
     missing = [task for task in tasks if not (folder / task.name).is_file()]
-    needed, free = sum(task.num_bytes for task in missing) + SPARE_BYTES, shutil.disk_usage(folder).free
+    needed, free = (
+        sum(task.num_bytes for task in missing) + SPARE_BYTES,
+        shutil.disk_usage(folder).free,
+    )
     if needed > free:
         raise ValueError(
             f"{folder.parent} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed: "

@@ -34,4 +34,7 @@ def model_identity(folder: Path | str) -> str:
 def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
     """What `check_resume` compares, beside the configuration; part of the driver's state."""
     layouts = {role: str(group.layout) for group in worker_groups(config) for role in group.roles}
-    return {"model": {"identity": model_identity(config.model.path), "spec": asdict(spec)}, "layouts": layouts}
+    return {
+        "model": {"identity": model_identity(config.model.path), "spec": asdict(spec)},
+        "layouts": layouts,
+    }

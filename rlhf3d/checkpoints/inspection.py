@@ -34,7 +34,10 @@ def inspect(path: Path, deep: bool = False) -> dict[str, Any]:
     look = {"hf": _hf, "megatron": _megatron, "checkpoint": _checkpoint, "run": _run}[kind]
     found = {"path": str(path), "kind": kind, **look(path, deep)}
     skipped = [] if deep else ["contents of files (--deep reads them)"]
-    last = {"not_compared": skipped + found.pop("not_compared", []), "problems": found.pop("problems", [])}
+    last = {
+        "not_compared": skipped + found.pop("not_compared", []),
+        "problems": found.pop("problems", []),
+    }
     return {**found, **last}
 
 
@@ -43,7 +46,9 @@ def _run(path: Path, deep: bool) -> dict[str, Any]:
     complete = [store.path(step) for step in store.steps()]
     found = {
         "steps": store.steps(),
-        "unfinished": sorted(p.name for p in store.folder.iterdir() if p.is_dir() and not (p / MANIFEST).is_file()),
+        "unfinished": sorted(
+            p.name for p in store.folder.iterdir() if p.is_dir() and not (p / MANIFEST).is_file()
+        ),
     }
     if not complete:
         return {**found, "problems": [f"{store.folder} has no complete checkpoint"]}
@@ -58,7 +63,10 @@ def _checkpoint(path: Path, deep: bool) -> dict[str, Any]:
 def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
     manifest = read_manifest(path)
     damaged = problems(path, manifest, contents=deep)
-    found = asdict(manifest) | {"files": len(manifest.files), "bytes": sum(f.bytes for f in manifest.files.values())}
+    found = asdict(manifest) | {
+        "files": len(manifest.files),
+        "bytes": sum(f.bytes for f in manifest.files.values()),
+    }
     found["layout"] = _layouts(path)
     for part in (*ROLES, "hf"):
         if (path / part).is_dir() and (part in ROLES or any((path / part).glob("*.safetensors"))):
@@ -77,7 +85,11 @@ def _own(found: dict[str, Any]) -> list[str]:
 def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """What the run's configuration says of each role's layout, without what is off; empty where there is none."""
     config_file = checkpoint / "config.yaml"
-    config = (yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}) if config_file.is_file() else {}
+    config = (
+        (yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+        if config_file.is_file()
+        else {}
+    )
     sizes = ("tp", "pp", "dp", "cp", "vpp", "ep", "first_stage_layers", "last_stage_layers")
     given = {role: (config.get(role) or {}).get("layout") for role in ROLES}
     return {
@@ -114,14 +126,18 @@ def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     except ValueError:
         reference = None
     if reference is None:
-        found["not_compared"] = [f"tensors of {path} with those of a model (there is no config.json beside it)"]
+        found["not_compared"] = [
+            f"tensors of {path} with those of a model (there is no config.json beside it)"
+        ]
     else:
         source = MegatronSource(path, load_spec(reference, with_weights=False))
         found |= _model(source.spec)
         found["parameters"] = sum(prod(shape) for _, shape in source.tensors.values())
         found |= {"notes": list(source.notes)} if source.notes else {}
     corrupt = reader.corrupt_files() if deep else []
-    return found | {"problems": [f"{path / name} is corrupt: a tensor's checksum differs" for name in corrupt]}
+    return found | {
+        "problems": [f"{path / name} is corrupt: a tensor's checksum differs" for name in corrupt]
+    }
 
 
 def _hf(path: Path, deep: bool) -> dict[str, Any]:
@@ -165,17 +181,29 @@ def _names(dtypes: Iterable[Any]) -> list[str]:
 def _model(spec: ModelSpec) -> dict[str, Any]:
     """The model's shape."""
     shape = {"layers": spec.num_layers, "hidden": spec.hidden_size, "vocabulary": spec.vocab_size}
-    return {"family": spec.family, **shape, **({"experts": spec.num_experts} if spec.num_experts else {})}
+    return {
+        "family": spec.family,
+        **shape,
+        **({"experts": spec.num_experts} if spec.num_experts else {}),
+    }
 
 
 def _short(value: Any) -> str:
-    return "×".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value)
+    return (
+        "×".join(f"{name}{size}" for name, size in value.items())
+        if isinstance(value, dict)
+        else str(value)
+    )
 
 
 def _verdict(problems: list[str], not_compared: list[str]) -> str:
     if problems:
         return "NOT COMPLETE"
-    return f"nothing is missing; not compared: {'; '.join(not_compared)}" if not_compared else "complete"
+    return (
+        f"nothing is missing; not compared: {'; '.join(not_compared)}"
+        if not_compared
+        else "complete"
+    )
 
 
 def render(found: dict[str, Any], indent: str = "") -> str:
@@ -189,7 +217,9 @@ def render(found: dict[str, Any], indent: str = "") -> str:
         elif isinstance(value, dict) and "kind" in value:
             lines += [f"{indent}{key}", render(value, indent + "  ")]
         elif isinstance(value, dict):
-            lines.append(f"{indent}{key}: {', '.join(f'{name} {_short(part)}' for name, part in value.items())}")
+            lines.append(
+                f"{indent}{key}: {', '.join(f'{name} {_short(part)}' for name, part in value.items())}"
+            )
         elif isinstance(value, list):
             lines.append(f"{indent}{key}: {', '.join(map(str, value))}")
         elif key == "bytes":

@@ -30,7 +30,9 @@ def kind_of(path: Path) -> Kind:
             "save it with --ckpt-format torch_dist, then give that folder"
         )
     if iterations := sorted(path.glob("iter_*")):
-        raise ValueError(f"{path} has no {TRACKER}: give one of its folders, for example {iterations[-1]}")
+        raise ValueError(
+            f"{path} has no {TRACKER}: give one of its folders, for example {iterations[-1]}"
+        )
     if (path / "config.json").is_file():
         return "hf"
     if (path / MANIFEST).is_file() or any((path / role).is_dir() for role in ROLES):
@@ -47,7 +49,9 @@ def latest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run."""
     store = Store(run / "checkpoints")
     if not store.steps():
-        raise ValueError(f"{store.folder} has no complete checkpoint (a folder step_N with {MANIFEST})")
+        raise ValueError(
+            f"{store.folder} has no complete checkpoint (a folder step_N with {MANIFEST})"
+        )
     return store.path(store.steps()[-1])
 
 
@@ -57,14 +61,20 @@ def megatron_folder(path: Path, role: Role | None) -> Path:
     if kind == "megatron":
         return _newest_iteration(path) if (path / TRACKER).is_file() else path
     if kind == "hf":
-        raise ValueError(f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)")
+        raise ValueError(
+            f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)"
+        )
     checkpoint = latest_checkpoint(path) if kind == "run" else path
     if not (checkpoint / MANIFEST).is_file():
-        raise ValueError(f"{checkpoint} has no {MANIFEST}: it was not finished; give another checkpoint")
+        raise ValueError(
+            f"{checkpoint} has no {MANIFEST}: it was not finished; give another checkpoint"
+        )
     wanted = role or "actor"
     if not (checkpoint / wanted).is_dir():
         there = [name for name in ROLES if (checkpoint / name).is_dir()]
-        raise ValueError(f"{checkpoint} has no {wanted}; --role can be {' or '.join(there) or '(it has none)'}")
+        raise ValueError(
+            f"{checkpoint} has no {wanted}; --role can be {' or '.join(there) or '(it has none)'}"
+        )
     return checkpoint / wanted
 
 
@@ -75,7 +85,11 @@ def _newest_iteration(root: Path) -> Path:
         raise ValueError(f"{root / TRACKER} says {text[:20]!r}: a number or 'release' is expected")
     folder = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
     if not folder.is_dir() or kind_of(folder) != "megatron":
-        fault = "is not a Megatron folder" if folder.is_dir() else "is not there; copy it, or give one that is"
+        fault = (
+            "is not a Megatron folder"
+            if folder.is_dir()
+            else "is not there; copy it, or give one that is"
+        )
         raise ValueError(f"{folder}, the newest according to {root / TRACKER}, {fault}")
     return folder
 

@@ -71,7 +71,9 @@ def _shared(optimizer: Any) -> Iterator[ParamState]:
             share = bucket.grad_data.numel() // group.size()
             cuts = [bucket.offset + rank * share for rank in range(group.size() + 1)]
             spans = [(max(start, low), min(end, high)) for low, high in pairwise(cuts)]
-            parts = tuple(Part(rank, a - start, b - start) for rank, (a, b) in enumerate(spans) if a < b)
+            parts = tuple(
+                Part(rank, a - start, b - start) for rank, (a, b) in enumerate(spans) if a < b
+            )
             tensors: dict[str, Tensor] = {}
             if param in optimizer.model_param_group_index_map:
                 number, order = optimizer.model_param_group_index_map[param]
@@ -85,8 +87,15 @@ def _whole(optimizer: Any) -> Iterator[ParamState]:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    halves, masters = getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", [])
-    model = {id(m): p for ps, ms in zip(halves, masters, strict=True) for p, m in zip(ps, ms, strict=True)}
+    halves, masters = (
+        getattr(optimizer, "float16_groups", []),
+        getattr(optimizer, "fp32_from_float16_groups", []),
+    )
+    model = {
+        id(m): p
+        for ps, ms in zip(halves, masters, strict=True)
+        for p, m in zip(ps, ms, strict=True)
+    }
     for main in (main for group_ in optimizer.optimizer.param_groups for main in group_["params"]):
         param = model.get(id(main), main)
         expert = not getattr(param, "allreduce", True)
@@ -116,14 +125,22 @@ def _groups(optimizer: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Inner optimizers with each of their groups that has parameters."""
     for megatron in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = megatron.optimizer
-        yield from ((inner, group) for group in (inner.param_groups if inner is not None else ()) if group["params"])
+        yield from (
+            (inner, group)
+            for group in (inner.param_groups if inner is not None else ())
+            if group["params"]
+        )
 
 
 def step_of(optimizer: Any) -> int:
     """Optimizer steps taken."""
     steps = set()
     for inner, group in _groups(optimizer):
-        counters = [inner.state.get(main, {}) for main in group["params"]] if _counts_by_param(inner) else [group]
+        counters = (
+            [inner.state.get(main, {}) for main in group["params"]]
+            if _counts_by_param(inner)
+            else [group]
+        )
         steps |= {int(counter.get("step", 0)) for counter in counters}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {sorted(steps)}"
     return steps.pop() if steps else 0
@@ -145,12 +162,19 @@ def entries_by_param(model_state: dict[str, Any]) -> dict[int, Any]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     entries = nested_values(model_state)
-    return {id(entry.data): entry for entry in entries if isinstance(getattr(entry, "data", None), torch.Tensor)}
+    return {
+        id(entry.data): entry
+        for entry in entries
+        if isinstance(getattr(entry, "data", None), torch.Tensor)
+    }
 
 
 def _sharded(entry: Any, name: str, data: Tensor, replica_id: tuple[int, ...]) -> Any:
     """A tensor of the state, cut over ranks as `entry`, its parameter, is."""
-    fields: dict[str, Any] = {"key": f"{PREFIX}.{name}.{entry.key}", "data": data.view(entry.data.shape)}
+    fields: dict[str, Any] = {
+        "key": f"{PREFIX}.{name}.{entry.key}",
+        "data": data.view(entry.data.shape),
+    }
     if hasattr(entry, "dtype"):
         fields["dtype"] = data.dtype
     return replace(entry, **fields, replica_id=replica_id)
@@ -184,11 +208,20 @@ def collect(state: ParamState, name: str) -> Tensor | None:
     each pair of ranks, when GPUs are at their fullest.
     """
     rank, mine = dist.get_rank(state.group), state.tensors.get(name)
-    if any(part.rank == state.owner and part.end - part.start == state.param.numel() for part in state.parts):
+    if any(
+        part.rank == state.owner and part.end - part.start == state.param.numel()
+        for part in state.parts
+    ):
         return mine
     if rank != state.owner:
         if mine is not None:
-            _exchange([dist.P2POp(dist.isend, mine.contiguous(), group=state.group, group_peer=state.owner)])
+            _exchange(
+                [
+                    dist.P2POp(
+                        dist.isend, mine.contiguous(), group=state.group, group_peer=state.owner
+                    )
+                ]
+            )
         return None
     assert mine is not None
     whole, coming = mine.new_empty(state.param.numel()), []

@@ -73,7 +73,11 @@ def choose_start(config: Config, total_steps: int) -> Start:
         note = f"{run} is finished, with another configuration: a new run in a folder beside it"
         return Start(_fresh(config), None, [*notes, note], run if same else None)
     if found is None:
-        return Start(_fresh(config), None, [*notes, f"{run} has no whole checkpoint: a new run in a folder beside it"])
+        return Start(
+            _fresh(config),
+            None,
+            [*notes, f"{run} has no whole checkpoint: a new run in a folder beside it"],
+        )
     return Start(_in_folder(config, run), found, notes)
 
 
@@ -83,7 +87,9 @@ def _start_from(config: Config, path: Path) -> Start:
         found: Checkpoint | None = _read(path)
         notes: list[str] = []
         if wrong := problems(path, read_manifest(path)):
-            raise ValueError(f"trainer.resume_mode = {path}: {_listed(wrong)}; copy it again or resume an earlier one")
+            raise ValueError(
+                f"trainer.resume_mode = {path}: {_listed(wrong)}; copy it again or resume an earlier one"
+            )
     else:
         found, notes = newest_whole(Store(path / CHECKPOINTS))
     if found is None:
@@ -145,8 +151,14 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
     refused = []
     saved, manifest = found.state["model"], found.manifest
     now = json.loads(json.dumps(asdict(spec)))
-    if shapes := [f"{key} {saved['spec'].get(key)} -> {now[key]}" for key in now if saved["spec"].get(key) != now[key]]:
-        refused.append(f"model.path = {config.model.path} is a model of another shape ({', '.join(shapes)})")
+    if shapes := [
+        f"{key} {saved['spec'].get(key)} -> {now[key]}"
+        for key in now
+        if saved["spec"].get(key) != now[key]
+    ]:
+        refused.append(
+            f"model.path = {config.model.path} is a model of another shape ({', '.join(shapes)})"
+        )
     elif saved["identity"] != model_identity(config.model.path):
         refused.append(
             f"model.path = {config.model.path} holds other weights than this run began with, from which the reference "
@@ -154,10 +166,14 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
         )
     dtype = found.config["model.dtype"]
     if dtype != config.model.dtype:
-        refused.append(f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: set model.dtype={dtype}")
+        refused.append(
+            f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: set model.dtype={dtype}"
+        )
     kl = found.config["algorithm.kl_ctrl.type"]
     if kl != (kl_now := config.algorithm.kl_ctrl.type):
-        refused.append(f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a {kl} controller")
+        refused.append(
+            f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a {kl} controller"
+        )
     wanted = [role for group in worker_groups(config) for role in group.roles if role in TRAINABLE]
     if missing := [role for role in wanted if role not in manifest.models]:
         refused.append(
@@ -182,7 +198,11 @@ def _changes(before: dict[str, Any], config: Config) -> list[str]:
     """One line a key that has changed since a run's configuration."""
     now = dict(_flat(yaml.safe_load(config_to_yaml(config))))
     keys = [key for key in sorted({*now, *before}) if key not in _UNSAID]
-    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

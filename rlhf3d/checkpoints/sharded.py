@@ -45,14 +45,18 @@ class PendingSave:
 
 def model_state(engine: MegatronEngine) -> dict[str, Any]:
     """Sharded state dict of each chunk of the model, with Megatron's own names whatever wraps it."""
-    names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+    names = (
+        ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+    )
     return {
         name: chunk.sharded_state_dict(metadata=dict(METADATA))
         for name, chunk in zip(names, engine.chunks, strict=True)
     }
 
 
-def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor) -> PendingSave:
+def start_save(
+    folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor
+) -> PendingSave:
     """Copy this rank's share and begin to write it to the empty `folder`, on shared storage. All ranks call it."""
     from megatron.core import dist_checkpointing
 
@@ -61,12 +65,18 @@ def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: E
     states = []
     if optimizer:
         states = list(optimizer_state.param_states(engine.optimizer))
-        state |= {"optimizer": optimizer_state.to_save(states, optimizer_state.entries_by_param(state))}
+        state |= {
+            "optimizer": optimizer_state.to_save(states, optimizer_state.entries_by_param(state))
+        }
         common |= {"optimizer_step": optimizer_state.step_of(engine.optimizer)}
         common |= {"scheduler_steps": engine.scheduler.num_steps}
     state |= {"rng": _rng_object(_rng_state())}
     request = dist_checkpointing.save(
-        {**state, **common}, str(folder), async_sharded_save=True, content_metadata=METADATA, **_own_writer()
+        {**state, **common},
+        str(folder),
+        async_sharded_save=True,
+        content_metadata=METADATA,
+        **_own_writer(),
     )
     assert request is not None
     if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():
@@ -77,7 +87,10 @@ def start_save(folder: Path, engine: MegatronEngine, optimizer: bool, threads: E
     if request.async_fn is None:
         return PendingSave(folder, request, threads.submit(dict))
     rank, buckets, results = request.async_fn_args
-    copies = [(path, name, (data, [(item, _copied(t, live)) for item, t in ts])) for path, name, (data, ts) in buckets]
+    copies = [
+        (path, name, (data, [(item, _copied(t, live)) for item, t in ts]))
+        for path, name, (data, ts) in buckets
+    ]
     written = threads.submit(_write, request.async_fn, (rank, copies, results))
     return PendingSave(folder, request, written)
 
@@ -134,7 +147,9 @@ def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
     loaded = dist_checkpointing.load(wanted, str(folder))
     for name, chunk in zip(wanted, engine.chunks, strict=True):
         missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
-        assert not [*_without_extra_state(dict.fromkeys(missing)), *unexpected], f"{missing}, {unexpected}"
+        assert not [*_without_extra_state(dict.fromkeys(missing)), *unexpected], (
+            f"{missing}, {unexpected}"
+        )
     if optimizer:
         _load_optimizer(folder, engine, loaded)
     else:

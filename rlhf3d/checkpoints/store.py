@@ -34,14 +34,20 @@ class Store:
     def steps(self) -> list[int]:
         """Steps with a manifest, ascending."""
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
-        return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+        return sorted(
+            int(match[1])
+            for match in found
+            if match and (self.folder / match[0] / MANIFEST).is_file()
+        )
 
     def metrics(self) -> dict[int, float]:
         """The metric of each step that was validated; a checkpoint that is damaged has none."""
         found: dict[int, float] = {}
         for step in self.steps():
             with suppress(ValueError):
-                found.update(zip([step], read_manifest(self.path(step)).metric.values(), strict=False))
+                found.update(
+                    zip([step], read_manifest(self.path(step)).metric.values(), strict=False)
+                )
         return found
 
     def path(self, step: int) -> Path:
@@ -94,10 +100,14 @@ class Store:
         return sorted(path.name for path in left)
 
 
-def expendable(steps: list[int], last: int | None, best: int, metrics: Mapping[int, float]) -> list[int]:
+def expendable(
+    steps: list[int], last: int | None, best: int, metrics: Mapping[int, float]
+) -> list[int]:
     """Which of the ascending `steps` to remove; never the newest. `last` None keeps all."""
     if last is None:
         return []
-    ranked = sorted((step for step in steps if step in metrics), key=lambda step: (-metrics[step], -step))
+    ranked = sorted(
+        (step for step in steps if step in metrics), key=lambda step: (-metrics[step], -step)
+    )
     kept = {*steps[-max(last, 1) :], *ranked[:best]}
     return [step for step in steps if step not in kept]

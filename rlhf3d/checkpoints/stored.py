@@ -97,17 +97,23 @@ def key_style(keys: Iterable[str]) -> KeyStyle:
 def stored_model(spec: ModelSpec, head: Head, style: KeyStyle | None = None) -> StoredModel:
     """What a checkpoint of the model holds."""
     layout, style = ParallelLayout(), style or KeyStyle()
-    table = local_params(spec, layout, layout.coords(0), 0, head, "te")  # the names of every layer spec's checkpoints
+    table = local_params(
+        spec, layout, layout.coords(0), 0, head, "te"
+    )  # the names of every layer spec's checkpoints
     slabs, shapes = [], {}
     for param in table:
         key, lead, full = _stacked(param.name, spec, style)
-        for suffix, part in _halves(param) if style.gates and "linear_fc1.weight" in key else [("", param)]:
+        for suffix, part in (
+            _halves(param) if style.gates and "linear_fc1.weight" in key else [("", param)]
+        ):
             shapes[key + suffix] = (*full, *part.shape)
             slabs.append(_slab(key + suffix, tuple((i, i + 1) for i in lead), part))
     return StoredModel(shapes, tuple(slabs))
 
 
-def _stacked(name: str, spec: ModelSpec, style: KeyStyle) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+def _stacked(
+    name: str, spec: ModelSpec, style: KeyStyle
+) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """Key of a parameter, its place in the stack, and the stack's size."""
     layer = _LAYER.fullmatch(name)
     if layer is None:
@@ -140,13 +146,19 @@ def _halves(param: LocalParam) -> Iterator[tuple[str, LocalParam]]:
 
 
 def _slab(key: str, lead: Box, param: LocalParam) -> Slab:
-    pieces = tuple(Piece(piece.hf_name, piece.hf_box, lead + piece.local_box) for piece in param.pieces)
+    pieces = tuple(
+        Piece(piece.hf_name, piece.hf_box, lead + piece.local_box) for piece in param.pieces
+    )
     return Slab(key, lead + full_box(param.shape), pieces)
 
 
-def differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def differences(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     """Every tensor that is missing, extra or of the wrong shape; further rows that may pad a vocabulary are neither."""
-    lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
+    lines = [
+        f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found
+    ]
     lines += [f"extra: {name} {list(shape)}" for name, shape in found.items() if name not in wanted]
     for name, shape in wanted.items():
         if name in found and found[name] != shape and not _padded(name, shape, found[name]):
@@ -170,7 +182,9 @@ def files_of(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
             filled += size
             yield file, name
 
-    return [[name for _, name in group] for _, group in groupby(numbered(), key=lambda pair: pair[0])]
+    return [
+        [name for _, name in group] for _, group in groupby(numbered(), key=lambda pair: pair[0])
+    ]
 
 
 def parameters(spec: ModelSpec, head: Head) -> int:

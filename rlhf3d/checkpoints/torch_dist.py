@@ -70,11 +70,15 @@ class TorchDistReader:
             chunks = tuple(_chunk(key, chunk, index.storage_data, folder) for chunk in entry.chunks)
             self.tensors[key] = StoredTensor(entry.properties.dtype, tuple(entry.size), chunks)
             _check_tiling(key, self.tensors[key], folder)
-        self._files = {name: InputFile(folder / name) for name in sorted({c.file for c in self._chunks()})}
+        self._files = {
+            name: InputFile(folder / name) for name in sorted({c.file for c in self._chunks()})
+        }
         for chunk in self._chunks():
             if self._files[chunk.file].size < chunk.offset + chunk.length:
                 path, size = folder / chunk.file, self._files[chunk.file].size
-                raise ValueError(f"{path} is cut off: it has {size} bytes, {chunk.offset + chunk.length} are needed")
+                raise ValueError(
+                    f"{path} is cut off: it has {size} bytes, {chunk.offset + chunk.length} are needed"
+                )
         self._blobs: dict[Chunk, FileTensor] = {}
         self._by_row = {key: _by_row(tensor.chunks) for key, tensor in self.tensors.items()}
 
@@ -93,8 +97,14 @@ class TorchDistReader:
             for chunk in chunks:
                 common = intersect(chunk.box, box)
                 if common is not None:
-                    at = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
-                    inside = tuple((a - start, b - start) for (a, b), (start, _) in zip(common, chunk.box, strict=True))
+                    at = tuple(
+                        slice(a - start, b - start)
+                        for (a, b), (start, _) in zip(common, box, strict=True)
+                    )
+                    inside = tuple(
+                        (a - start, b - start)
+                        for (a, b), (start, _) in zip(common, chunk.box, strict=True)
+                    )
                     self.blob(chunk).read_into(inside, out[at])
 
     def blob(self, chunk: Chunk) -> FileTensor:
@@ -102,7 +112,9 @@ class TorchDistReader:
         if chunk not in self._blobs:
             found = _locate_blob(self._files[chunk.file], chunk)
             if found.shape != tuple(b - a for a, b in chunk.box):
-                raise ValueError(f"{self.folder / chunk.file} holds {found.shape} where its index says {chunk.box}")
+                raise ValueError(
+                    f"{self.folder / chunk.file} holds {found.shape} where its index says {chunk.box}"
+                )
             self._blobs[chunk] = found
         return self._blobs[chunk]
 
@@ -138,7 +150,9 @@ def _chunk(key: str, chunk: Any, storage: Mapping[Any, Any], folder: Path) -> Ch
     entry = storage.get(MetadataIndex(key, chunk.offsets))
     if entry is None:
         raise ValueError(f"{folder / INDEX} says in no file where {key} {list(chunk.offsets)} is")
-    box = tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    box = tuple(
+        (start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+    )
     return Chunk(box, entry.relative_path, entry.offset, entry.length)
 
 
@@ -157,19 +171,30 @@ class _IndexUnpickler(pickle.Unpickler):
     """Reads an index: the data classes and enumerations of torch.distributed.checkpoint, sizes, dtypes and paths."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"):
+        if module in (
+            "torch.distributed.checkpoint.metadata",
+            "torch.distributed.checkpoint.planner",
+        ):
             found = getattr(import_module(module), name)
             if is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum)):
                 return found
         if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
             return getattr(import_module(module), name)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+        if module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "PurePosixPath", "WindowsPath"):
+        if module in ("pathlib", "pathlib._local") and name in (
+            "PosixPath",
+            "PurePosixPath",
+            "WindowsPath",
+        ):
             return Path
-        if module.startswith("megatron.core.dist_checkpointing"):  # what older versions put beside the tensors
+        if module.startswith(
+            "megatron.core.dist_checkpointing"
+        ):  # what older versions put beside the tensors
             return type(name, (), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -178,16 +203,22 @@ def _read_index(folder: Path) -> Any:
     backend = folder / BACKEND
     found = json.loads(backend.read_text()) if backend.is_file() else {}
     if found.get("sharded_backend") != _BACKEND["sharded_backend"]:
-        raise ValueError(f"{backend} does not say sharded_backend torch_dist: not a checkpoint that can be read here")
+        raise ValueError(
+            f"{backend} does not say sharded_backend torch_dist: not a checkpoint that can be read here"
+        )
     try:
         with open(folder / INDEX, "rb") as file:
             index = _IndexUnpickler(file).load()
             index.state_dict_metadata, index.storage_data  # noqa: B018 - absent in another pickle
             return index
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it") from error
+        raise ValueError(
+            f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it"
+        ) from error
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again") from error
+        raise ValueError(
+            f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again"
+        ) from error
 
 
 class _Slice(io.RawIOBase):
@@ -226,7 +257,12 @@ class _BlobUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda dtype, offset, shape, stride, *_: (dtype, offset, tuple(shape), tuple(stride))
+            return lambda dtype, offset, shape, stride, *_: (
+                dtype,
+                offset,
+                tuple(shape),
+                tuple(stride),
+            )
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch" and name in _STORAGES:
@@ -244,15 +280,26 @@ def _locate_blob(file: InputFile, chunk: Chunk) -> FileTensor:
     try:
         with zipfile.ZipFile(_Slice(file, chunk.offset, chunk.length)) as archive:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            dtype, first, shape, stride = _BlobUnpickler(io.BytesIO(archive.read(entries["data.pkl"]))).load()
+            dtype, first, shape, stride = _BlobUnpickler(
+                io.BytesIO(archive.read(entries["data.pkl"]))
+            ).load()
             data = entries["data/0"]
             if data.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile("its data is compressed")
         lengths = file.read(chunk.offset + data.header_offset + 26, 4)
         name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
         start = chunk.offset + data.header_offset + 30 + name + extra
-    except (zipfile.BadZipFile, KeyError, pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
-        raise ValueError(f"{file.path}: no tensor at byte {chunk.offset} ({error}): copy it again") from error
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        pickle.UnpicklingError,
+        EOFError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{file.path}: no tensor at byte {chunk.offset} ({error}): copy it again"
+        ) from error
     return FileTensor(file, start + first * dtype.itemsize, dtype, shape, stride)
 
 
@@ -270,7 +317,9 @@ class _Checksummed:
         self.file.flush()
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Box, Tensor]]) -> tuple[list[tuple[str, Chunk]], FileInfo]:
+def write_tensors(
+    path: Path, tensors: Iterable[tuple[str, Box, Tensor]]
+) -> tuple[list[tuple[str, Chunk]], FileInfo]:
     """Write blocks of global tensors as one file of a folder: where each came to lie, and the file's checksum."""
     written = []
     with open(path, "wb") as raw:
@@ -306,8 +355,12 @@ def finish_folder(
         for chunk in tensor.chunks:
             offsets = torch.Size(start for start, _ in chunk.box)
             chunks.append(ChunkStorageMetadata(offsets, torch.Size(b - a for a, b in chunk.box)))
-            storage[MetadataIndex(key, offsets)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
-        state[key] = TensorStorageMetadata(TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks)
+            storage[MetadataIndex(key, offsets)] = _StorageInfo(
+                chunk.file, chunk.offset, chunk.length
+            )
+        state[key] = TensorStorageMetadata(
+            TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks
+        )
     objects = "__0_objects.distcp"
     with open(folder / objects, "wb") as file:
         for key in empty_objects:

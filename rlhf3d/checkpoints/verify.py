@@ -89,15 +89,21 @@ def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: Advance
                 blob = torch.load(io.BytesIO(source.reader.blob_bytes(chunk)), weights_only=True)
                 for slab in slabs[key]:
                     for piece in slab.pieces if intersect(slab.box, chunk.box) else ():
-                        compared[piece.hf_name] += _compare_piece(piece, slab.lead, chunk.box, blob, reader, to)
+                        compared[piece.hf_name] += _compare_piece(
+                            piece, slab.lead, chunk.box, blob, reader, to
+                        )
                 on_bytes(blob.nbytes)
     for name, (_, shape) in source.tensors.items():
         if compared[name] != prod(shape):
-            raise VerifyError(f"{name}: {compared[name]} of {prod(shape)} elements are in {source.folder}")
+            raise VerifyError(
+                f"{name}: {compared[name]} of {prod(shape)} elements are in {source.folder}"
+            )
     return sum(compared.values())
 
 
-def _compare_piece(piece: Piece, lead: int, box: Box, blob: Tensor, reader: HFReader, to: To) -> int:
+def _compare_piece(
+    piece: Piece, lead: int, box: Box, blob: Tensor, reader: HFReader, to: To
+) -> int:
     part = intersect(piece.local_box, box)
     if part is None:
         return 0
@@ -107,7 +113,9 @@ def _compare_piece(piece: Piece, lead: int, box: Box, blob: Tensor, reader: HFRe
     ours = blob[box_slices(inside)].view(theirs.shape) if blob.dim() else blob
     one, other = (ours.to(theirs.dtype), theirs) if to == "hf" else (ours, theirs.to(ours.dtype))
     if not torch.equal(_bits(one), _bits(other)):
-        raise VerifyError(f"{piece.hf_name}{show(hf_box)} differs from what {reader.folder} was made from or into")
+        raise VerifyError(
+            f"{piece.hf_name}{show(hf_box)} differs from what {reader.folder} was made from or into"
+        )
     return volume(part)
 
 
@@ -116,7 +124,10 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _dtypes(reader: HFReader) -> dict[str, torch.dtype]:
-    return {name: reader.read(name, tuple((0, 1) for _ in reader.shape(name))).dtype for name in reader.names()}
+    return {
+        name: reader.read(name, tuple((0, 1) for _ in reader.shape(name))).dtype
+        for name in reader.names()
+    }
 
 
 def _in_process(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -141,10 +152,15 @@ def _hf_scores(folder: Path, role: Role) -> Tensor:
     auto = AutoModelForCausalLM if role == "actor" else AutoModelForSequenceClassification
     with model_view(folder) as view:
         model, info = auto.from_pretrained(view, dtype=torch.float32, output_loading_info=True)
-    left = {problem: sorted(info[problem]) for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    left = {
+        problem: sorted(info[problem])
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(left.values()):
         raise VerifyError(f"transformers loads {folder} with {left}")
-    hidden = getattr(model, model.base_model_prefix)(random_tokens(load_spec(folder))).last_hidden_state
+    hidden = getattr(model, model.base_model_prefix)(
+        random_tokens(load_spec(folder))
+    ).last_hidden_state
     scores: Tensor = (model.lm_head if role == "actor" else model.score)(hidden)
     return scores
 
@@ -167,7 +183,11 @@ def _megatron_scores(
     from rlhf3d.parallel.megatron_init import initialize_megatron
     from rlhf3d.parallel.platform import CPUPlatform
 
-    platform, layout, spec = CPUPlatform("verify"), ParallelLayout(), load_spec(reference, with_weights=False)
+    platform, layout, spec = (
+        CPUPlatform("verify"),
+        ParallelLayout(),
+        load_spec(reference, with_weights=False),
+    )
     platform.prepare_worker(0, torch.get_num_threads())
     initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=open_meeting())
     from megatron.core import dist_checkpointing
@@ -177,7 +197,9 @@ def _megatron_scores(
 
     place = (spec, layout, layout.coords(0))
     config = transformer_config(spec, layout, "float32", platform)
-    chunks = build_chunks(*place, "policy" if role == "actor" else "value", config, platform, torch.device("cpu"))
+    chunks = build_chunks(
+        *place, "policy" if role == "actor" else "value", config, platform, torch.device("cpu")
+    )
     (model,) = chunks
     prefix = WRAPPER_PREFIX if wrapped else ""
     state = {"model": model.sharded_state_dict(prefix=prefix, metadata=METADATA | keys)}

@@ -53,7 +53,9 @@ class _Save:
 class CheckpointWriter:
     """Writes `checkpoints/step_N`: `actor/`, `critic/` (sharded), `hf/` (the actor), `driver.json`, `config.yaml`."""
 
-    def __init__(self, config: Config, spec: ModelSpec, models: Mapping[str, TrainGroup], sync: WeightSync) -> None:
+    def __init__(
+        self, config: Config, spec: ModelSpec, models: Mapping[str, TrainGroup], sync: WeightSync
+    ) -> None:
         """`models`: the trainable ones and the groups that hold them. ValueError where there is no room for a save."""
         self.config, self.sync, self.models = config, sync, dict(models)
         self.store = Store(Path(config.trainer.output_dir) / "checkpoints")
@@ -62,7 +64,10 @@ class CheckpointWriter:
         self._save: _Save | None = None
         self._sizes = ({role: parameters(spec, role) for role in models}, config.model.dtype)
         self._identity = identity_state(config, spec)
-        self.save_s = checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False) / _GUESSED_BYTES_PER_S
+        self.save_s = (
+            checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False)
+            / _GUESSED_BYTES_PER_S
+        )
         """Seconds of the latest save, whether the loop waited for it or not; a guess before the first."""
 
     def check_room(self, export: bool) -> None:
@@ -92,14 +97,20 @@ class CheckpointWriter:
         save = _Save(step, partial, manifest, began)
         wait = wait or not self.config.trainer.async_save
         with self._removed_on_error(partial):
-            (partial / DRIVER_FILE).write_text(json.dumps({"step": step, **self._identity, **state}, indent=1))
+            (partial / DRIVER_FILE).write_text(
+                json.dumps({"step": step, **self._identity, **state}, indent=1)
+            )
             (partial / CONFIG_FILE).write_text(config_to_yaml(self.config), encoding="utf-8")
             if export:
-                write_hf_folder(partial / HF_FOLDER, self.sync.export_tensors(), Path(self.config.model.path))
+                write_hf_folder(
+                    partial / HF_FOLDER, self.sync.export_tensors(), Path(self.config.model.path)
+                )
                 reached("exported")
             for role, group in self.models.items():
                 (partial / role).mkdir()
-                group.call_all("save_checkpoint", "start_save", role, str((partial / role).resolve()))
+                group.call_all(
+                    "save_checkpoint", "start_save", role, str((partial / role).resolve())
+                )
                 save.writing.append(role)
                 if wait:
                     self._collect(save)
@@ -163,7 +174,9 @@ class CheckpointWriter:
             yield
         except (OSError, RuntimeError) as error:
             # torch's own writer calls a full disk an iostream error.
-            full = shutil.disk_usage(self.store.folder).free < _FULL_BYTES or "No space left on device" in str(error)
+            full = shutil.disk_usage(
+                self.store.folder
+            ).free < _FULL_BYTES or "No space left on device" in str(error)
             shutil.rmtree(partial, ignore_errors=True)
             if full and isinstance(error, WorkerFailure | OSError):
                 raise RuntimeError(
@@ -176,7 +189,10 @@ class CheckpointWriter:
 
 def parameters(spec: ModelSpec, role: str) -> int:
     """Weights of a trainable model."""
-    return sum(math.prod(shape) for shape in hf_tensors(spec, "value" if role == "critic" else "lm").values())
+    return sum(
+        math.prod(shape)
+        for shape in hf_tensors(spec, "value" if role == "critic" else "lm").values()
+    )
 
 
 def checkpoint_bytes(weights: Mapping[str, int], dtype: str, optimizer: bool, export: bool) -> int:

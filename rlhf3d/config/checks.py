@@ -13,14 +13,28 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.config.derived import WIDTH_MULTIPLE, Batching, actor_batching, critic_batching, micro_batching
+from rlhf3d.config.derived import (
+    WIDTH_MULTIPLE,
+    Batching,
+    actor_batching,
+    critic_batching,
+    micro_batching,
+)
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
 from rlhf3d.paths import folder_problem
 
-ADV_ESTIMATORS = ("gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
+ADV_ESTIMATORS = (
+    "gae",
+    "grpo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "opo",
+)
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
 POLICY_LOSSES = ("vanilla", "gspo", "cispo", "pg")
 _KL_ESTIMATORS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
@@ -54,7 +68,9 @@ ONE_OF: dict[str, tuple[str, ...]] = {
     "cluster.platform": ("auto", "cpu", "cuda", "as_gpu"),
 }
 LAYOUT_SIZES = "tp cp pp dp vpp ep first_stage_layers last_stage_layers".split()
-AT_LEAST_1 = [f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES] + (
+AT_LEAST_1 = [
+    f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES
+] + (
     "data.train_batch_size data.gen_batch_size data.max_prompt_length data.max_response_length "
     "actor.ppo_mini_batch_size "
     "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
@@ -109,7 +125,11 @@ def check(config: Config) -> list[str]:
 
 def value_of(config: Config, name: str) -> Any:
     """The value under a dotted name; None under a section that is null."""
-    return reduce(lambda section, key: None if section is None else getattr(section, key), name.split("."), config)
+    return reduce(
+        lambda section, key: None if section is None else getattr(section, key),
+        name.split("."),
+        config,
+    )
 
 
 def _names(config: Config) -> dict[str, tuple[str, ...]]:
@@ -117,9 +137,15 @@ def _names(config: Config) -> dict[str, tuple[str, ...]]:
     path = config.algorithm.custom_path
     if path is None:
         return ONE_OF
-    from rlhf3d.algorithms.custom import advantage_names, policy_loss_names  # loads torch, as the user's file does
+    from rlhf3d.algorithms.custom import (
+        advantage_names,
+        policy_loss_names,
+    )  # loads torch, as the user's file does
 
-    own = {"algorithm.adv_estimator": advantage_names(path), "actor.policy_loss": policy_loss_names(path)}
+    own = {
+        "algorithm.adv_estimator": advantage_names(path),
+        "actor.policy_loss": policy_loss_names(path),
+    }
     return ONE_OF | {key: tuple(values) for key, values in own.items()}
 
 
@@ -152,11 +178,15 @@ def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str
         if not all(0 <= beta < 1 for beta in optim.betas):
             problems.append(f"{role}.optim.betas = {list(optim.betas)}: each must be in [0, 1)")
         if optim.min_lr > optim.lr:
-            problems.append(f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}")
+            problems.append(
+                f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}"
+            )
     if config.actor.clip_ratio_c <= 1:
         problems.append(f"actor.clip_ratio_c = {config.actor.clip_ratio_c}: must be above 1")
     if not config.model.path:
-        problems.append("model.path is not set: give a folder with config.json, safetensors and tokenizer")
+        problems.append(
+            "model.path is not set: give a folder with config.json, safetensors and tokenizer"
+        )
     if not config.trainer.output_dir:
         problems.append("trainer.output_dir is empty: give a folder for what the run writes")
     if not config.data.train_files:
@@ -165,7 +195,11 @@ def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str
 
 
 def _check_batching(config: Config, role: str, batching: Batching, group: WorkerGroup) -> list[str]:
-    batch, mini, mini_key = config.data.train_batch_size, batching.mini_batch_size, f"{role}.ppo_mini_batch_size"
+    batch, mini, mini_key = (
+        config.data.train_batch_size,
+        batching.mini_batch_size,
+        f"{role}.ppo_mini_batch_size",
+    )
     problems = []
     if batch % mini:
         problems.append(
@@ -228,7 +262,10 @@ def _check_layout(group: WorkerGroup) -> list[str]:
     if layout.sequence_parallel and layout.tp == 1:
         problems.append(f"{key}.sequence_parallel = true: needs {key}.tp above 1")
     if layout.overlap_param_gather:
-        for name in ("distributed_optimizer", "overlap_grad_reduce"):  # which gathers, and which cuts into buckets
+        for name in (
+            "distributed_optimizer",
+            "overlap_grad_reduce",
+        ):  # which gathers, and which cuts into buckets
             if not getattr(layout, name):
                 problems.append(f"{key}.overlap_param_gather = true: needs {key}.{name} = true")
     return problems
@@ -264,12 +301,20 @@ def _check_devices(config: Config) -> list[str]:
 def _check_sampling(config: Config) -> list[str]:
     rollout, estimator = config.rollout, config.algorithm.adv_estimator
     correction = config.algorithm.rollout_correction
-    corrected = correction.rollout_is is not None or correction.rollout_rs is not None or correction.bypass_mode
+    corrected = (
+        correction.rollout_is is not None
+        or correction.rollout_rs is not None
+        or correction.bypass_mode
+    )
     problems = []
     if rollout.top_p != 1.0 and not corrected:
-        problems.append(f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)")
+        problems.append(
+            f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)"
+        )
     if rollout.top_k != -1 and not corrected:
-        problems.append(f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)")
+        problems.append(
+            f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)"
+        )
     problems += _check_quantization(config, corrected)
     for text in rollout.stop:
         if re.fullmatch(r"(\\[nrt])+", text):
@@ -277,11 +322,17 @@ def _check_sampling(config: Config) -> list[str]:
                 f'rollout.stop = {text}: a backslash and a letter are no line end; write rollout.stop=["{text}"]'
             )
     if "" in rollout.stop:
-        problems.append("rollout.stop holds an empty text, which would end every completion; remove it")
+        problems.append(
+            "rollout.stop holds an empty text, which would end every completion; remove it"
+        )
     if estimator in GROUP_ESTIMATORS and rollout.n == 1:
-        problems.append(f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more")
+        problems.append(
+            f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more"
+        )
     if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
-        problems.append(f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)")
+        problems.append(
+            f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)"
+        )
     return problems
 
 
@@ -311,13 +362,19 @@ def _check_algorithm(config: Config) -> list[str]:
     groups, correction = algorithm.filter_groups, algorithm.rollout_correction
     problems = []
     if groups.enable and config.rollout.n == 1:
-        problems.append("rollout.n = 1: algorithm.filter_groups compares a prompt's completions; set 2 or more")
+        problems.append(
+            "rollout.n = 1: algorithm.filter_groups compares a prompt's completions; set 2 or more"
+        )
     if groups.enable and groups.metric == "seq_final_reward" and algorithm.use_kl_in_reward:
         problems.append(
             "algorithm.filter_groups.metric = seq_final_reward with algorithm.use_kl_in_reward: groups are chosen "
             "before the log-probs that the KL needs are computed; set metric=seq_reward, or use actor.use_kl_loss"
         )
-    if data.gen_batch_size is not None and not groups.enable and data.gen_batch_size != data.train_batch_size:
+    if (
+        data.gen_batch_size is not None
+        and not groups.enable
+        and data.gen_batch_size != data.train_batch_size
+    ):
         problems.append(
             f"data.gen_batch_size = {data.gen_batch_size}: without algorithm.filter_groups a step generates its "
             f"data.train_batch_size = {data.train_batch_size} prompts; set null"
@@ -328,7 +385,11 @@ def _check_algorithm(config: Config) -> list[str]:
             f"{data.max_response_length}"
         )
     sequences, horizon = data.train_batch_size * config.rollout.n, algorithm.kl_ctrl.horizon
-    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type == "adaptive" and sequences >= 5 * horizon:
+    if (
+        algorithm.use_kl_in_reward
+        and algorithm.kl_ctrl.type == "adaptive"
+        and sequences >= 5 * horizon
+    ):
         problems.append(
             f"algorithm.kl_ctrl.horizon = {horizon}: too short for steps of data.train_batch_size x rollout.n = "
             f"{sequences} sequences; set it above {sequences // 5}"
@@ -358,7 +419,9 @@ def _check_algorithm(config: Config) -> list[str]:
 def _check_retention(config: Config) -> list[str]:
     trainer = config.trainer
     if trainer.keep_best and trainer.keep_last is None:
-        return [f"trainer.keep_best = {trainer.keep_best}: every checkpoint is kept; set trainer.keep_last too"]
+        return [
+            f"trainer.keep_best = {trainer.keep_best}: every checkpoint is kept; set trainer.keep_last too"
+        ]
     if trainer.keep_best and (not trainer.test_freq or trainer.save_freq % trainer.test_freq):
         return [
             f"trainer.save_freq = {trainer.save_freq}: with trainer.keep_best it must be a multiple of "
@@ -386,7 +449,9 @@ def _check_schedule(config: Config) -> list[str]:
             "has no critic; set 0"
         )
     if total is not None and warmup >= total:
-        problems.append(f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor")
+        problems.append(
+            f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor"
+        )
     return problems
 
 
@@ -395,9 +460,13 @@ def _check_reward(config: Config) -> list[str]:
     weights, path = config.reward.weights, config.reward_model.path
     problems = []
     if not weights:
-        problems.append("reward.weights = {}: nothing is rewarded; set {accuracy: 1.0} or {reward_model: 1.0}")
+        problems.append(
+            "reward.weights = {}: nothing is rewarded; set {accuracy: 1.0} or {reward_model: 1.0}"
+        )
     if "reward_model" in weights and path is None:
-        problems.append("reward.weights has reward_model, but reward_model.path is not set: name its folder")
+        problems.append(
+            "reward.weights has reward_model, but reward_model.path is not set: name its folder"
+        )
     if "reward_model" not in weights and path is not None:
         problems.append(
             f"reward_model.path = {path}: reward.weights gives it no weight; set reward.weights={{reward_model: 1.0}}, "
@@ -429,9 +498,14 @@ def check_files(config: Config) -> list[str]:
 def _check_output(config: Config) -> list[str]:
     """The run's folder, and those in it."""
     output = Path(config.trainer.output_dir)
-    folders = [output, *(output / name for name in ("checkpoints", "logs", "samples", "tensorboard"))]
+    folders = [
+        output,
+        *(output / name for name in ("checkpoints", "logs", "samples", "tensorboard")),
+    ]
     found = list(dict.fromkeys(filter(None, map(folder_problem, folders))))
-    return [f"trainer.output_dir = {output}: {problem}; name another folder" for problem in found[:1]]
+    return [
+        f"trainer.output_dir = {output}: {problem}; name another folder" for problem in found[:1]
+    ]
 
 
 def _check_model_folder(config: Config) -> list[str]:
@@ -473,7 +547,9 @@ def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None
         except ValueError as error:
             problems.append(f"{group.key.removesuffix('layout')}{error}")
     try:
-        check_engine_layout(spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel)
+        check_engine_layout(
+            spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel
+        )
         check_quantization(spec, config.rollout.quantization)
     except ValueError as error:
         problems.append(str(error))

@@ -128,13 +128,17 @@ def actor_batching(config: Config) -> Batching:
     """Batch sizes of the actor, and of the reference."""
     actor = config.actor
     budget = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None
-    return Batching(actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu, actor.ppo_epochs, budget)
+    return Batching(
+        actor.ppo_mini_batch_size, actor.ppo_micro_batch_size_per_gpu, actor.ppo_epochs, budget
+    )
 
 
 def critic_batching(config: Config) -> Batching:
     """Batch sizes of the critic: the actor's unless given."""
     sizes = "ppo_mini_batch_size ppo_micro_batch_size_per_gpu ppo_epochs use_dynamic_bsz ppo_max_token_len_per_gpu"
-    given = {name: value for name in sizes.split() if (value := getattr(config.critic, name)) is not None}
+    given = {
+        name: value for name in sizes.split() if (value := getattr(config.critic, name)) is not None
+    }
     return actor_batching(replace(config, actor=replace(config.actor, **given)))
 
 
@@ -153,7 +157,10 @@ def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     a part of what those hold under sequence parallelism, kernels of the platform (cpu, cuda) few different ones."""
     chunks = 2 * layout.cp if layout.cp > 1 else 1
     shared = chunks * (layout.tp if layout.sequence_parallel else 1)
-    return {"multiple_of": math.lcm(shared, WIDTH_MULTIPLE.get(platform, 1)), "row_multiple_of": chunks}
+    return {
+        "multiple_of": math.lcm(shared, WIDTH_MULTIPLE.get(platform, 1)),
+        "row_multiple_of": chunks,
+    }
 
 
 def micro_batching_of(config: Config, role: str) -> MicroBatching:
@@ -195,7 +202,11 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         *[f"every {trainer.test_freq} steps"] * (trainer.test_freq > 0),
         "after the last",
     ]
-    run = f"{derived.total_steps} steps" if derived.total_steps else f"{trainer.total_epochs} epoch(s) of the data"
+    run = (
+        f"{derived.total_steps} steps"
+        if derived.total_steps
+        else f"{trainer.total_epochs} epoch(s) of the data"
+    )
     lines = [
         f"model      {config.model.path} in {config.model.dtype}",
         *[f"layout     {_group_line(group)}" for group in derived.groups],
@@ -230,7 +241,12 @@ def _warning_lines(config: Config) -> list[str]:
 
 
 def _group_line(group: WorkerGroup) -> str:
-    names = ("sequence_parallel", "distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    names = (
+        "sequence_parallel",
+        "distributed_optimizer",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+    )
     extras = [name for name in names if getattr(group.layout_config, name)]
     if group.layout_config.recompute != "none":
         extras.append(f"{group.layout_config.recompute} recompute")
@@ -244,7 +260,8 @@ def _algorithm_extras(config: Config) -> str:
     correction = config.algorithm.rollout_correction
     extras = {
         "dynamic sampling": config.algorithm.filter_groups.enable,
-        f"reward of {' and '.join(config.reward.weights)}": dict(config.reward.weights) != {"accuracy": 1.0},
+        f"reward of {' and '.join(config.reward.weights)}": dict(config.reward.weights)
+        != {"accuracy": 1.0},
         "overlong penalty": config.reward.overlong_buffer.enable,
         f"importance weights by {correction.rollout_is}": correction.rollout_is is not None,
         f"rejection by {correction.rollout_rs}": correction.rollout_rs is not None,
@@ -269,10 +286,19 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
 def resolve_platform(config: Config, platform: Platform) -> Config:
     """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
     fast_dtype = platform.fast_dtype
-    model = replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
+    model = (
+        replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
+    )
     rollout = config.rollout
     if rollout.dtype == "auto":  # FP8 is quantised from bfloat16
-        rollout = replace(rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16")
+        rollout = replace(
+            rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16"
+        )
     if rollout.enforce_eager == "auto":
         rollout = replace(rollout, enforce_eager=platform.eager_engines)
-    return replace(config, model=model, rollout=rollout, cluster=replace(config.cluster, platform=platform.kind))
+    return replace(
+        config,
+        model=model,
+        rollout=rollout,
+        cluster=replace(config.cluster, platform=platform.kind),
+    )

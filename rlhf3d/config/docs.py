@@ -47,7 +47,10 @@ def _field_docs(section: Any, where: str, docs: dict[tuple[str, str], str]) -> I
 
 def optional_section(kind: Any) -> type[Any] | None:
     """The section of a field that is a section or null."""
-    return next((option for option in get_args(kind) if is_dataclass(option) and isinstance(option, type)), None)
+    return next(
+        (option for option in get_args(kind) if is_dataclass(option) and isinstance(option, type)),
+        None,
+    )
 
 
 def _attribute_docs() -> dict[tuple[str, str], str]:
@@ -58,7 +61,9 @@ def _attribute_docs() -> dict[tuple[str, str], str]:
             continue
         for statement, following in zip(node.body, node.body[1:], strict=False):
             match statement, following:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    value=ast.Constant(value=str(doc))
+                ):
                     docs[node.name, name] = doc
     return docs
 
@@ -71,7 +76,11 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(args)}"
     if origin is tuple:
-        return f"list of {describe(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)} {describe(args[0])}"
+        return (
+            f"list of {describe(args[0])}"
+            if args[-1] is Ellipsis
+            else f"list of {len(args)} {describe(args[0])}"
+        )
     if origin is dict:
         return "mapping"
     if is_dataclass(kind):
@@ -84,5 +93,7 @@ def nearest_key(name: str) -> str:
     known = [doc.name for doc in field_docs()]
     known += sorted({key.rpartition(".")[0] for key in known} - {""})
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    nearest = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)
+    nearest = difflib.get_close_matches(
+        name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5
+    )
     return f"did you mean {nearest[0]}?" if nearest else "`rlhf3d config` lists all keys"

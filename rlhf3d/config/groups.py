@@ -68,11 +68,17 @@ def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
     groups = [WorkerGroup("actor", "actor.layout", roles, model, config.actor.layout)]
     if apart and critic.layout is not None:
         colocated = critic.placement == "colocated"
-        groups.append(WorkerGroup("critic", "critic.layout", ("critic",), model, critic.layout, colocated))
+        groups.append(
+            WorkerGroup("critic", "critic.layout", ("critic",), model, critic.layout, colocated)
+        )
     reward = config.reward_model
     if reward.path is not None:
         colocated = reward.placement == "colocated"
-        groups.append(WorkerGroup("reward", "reward_model.layout", ("reward",), reward.path, reward.layout, colocated))
+        groups.append(
+            WorkerGroup(
+                "reward", "reward_model.layout", ("reward",), reward.path, reward.layout, colocated
+            )
+        )
     return tuple(groups)
 
 
@@ -84,7 +90,9 @@ def group_of(config: Config, role: str) -> WorkerGroup:
 def device_terms(config: Config) -> list[tuple[str, int]]:
     """What takes devices of its own on GPUs: the product that says how many, and how many."""
     groups = worker_groups(config)
-    terms = [(g.size_text, g.layout.world_size) for g in groups if g is groups[0] or not g.colocated]
+    terms = [
+        (g.size_text, g.layout.world_size) for g in groups if g is groups[0] or not g.colocated
+    ]
     rollout = config.rollout
     ranks = rollout.engines * rollout.tensor_parallel_size
     text = (

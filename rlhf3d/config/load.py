@@ -27,7 +27,9 @@ T = TypeVar("T")
 class ConfigError(ValueError):
     """Every problem of one configuration, a line each under a title."""
 
-    def __init__(self, problems: Sequence[str], title: str = "The configuration has problems") -> None:
+    def __init__(
+        self, problems: Sequence[str], title: str = "The configuration has problems"
+    ) -> None:
         self.problems = list(problems)
         super().__init__("\n".join([f"{title}:", *(f"  - {problem}" for problem in self.problems)]))
 
@@ -42,7 +44,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
     try:
         config = _expand_paths(_read(Path(path), overrides, problems), problems)
     except RecursionError:
-        raise ConfigError([f"{path}: a value is nested too deeply, or an alias (*name) stands within itself"]) from None
+        raise ConfigError(
+            [f"{path}: a value is nested too deeply, or an alias (*name) stands within itself"]
+        ) from None
     # A key that could not be read has its default here: what the checks say about it is not the user's doing.
     unread = [doc.name for doc in field_docs() if any(doc.name in problem for problem in problems)]
     checked = check(config) + (check_files(config) if files else [])
@@ -69,7 +73,9 @@ def read_sections(path: Path, form: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
+        raise ConfigError(
+            [f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"]
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from error
     if scalars.is_null(raw):
@@ -104,7 +110,9 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
 def with_value(section: Any, name: str, value: Any) -> Any:
     """A section with another value under a dotted name."""
     key, _, rest = name.partition(".")
-    return replace(section, **{key: with_value(getattr(section, key), rest, value) if rest else value})
+    return replace(
+        section, **{key: with_value(getattr(section, key), rest, value) if rest else value}
+    )
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -112,7 +120,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError([f"base: {path} derives from itself"])
     if not path.is_file():
-        hint = f"; did you mean {Path('configs') / path}?" if (Path("configs") / path).is_file() else ""
+        hint = (
+            f"; did you mean {Path('configs') / path}?"
+            if (Path("configs") / path).is_file()
+            else ""
+        )
         raise ConfigError([f"no configuration file {path}{hint}"])
     raw = read_sections(path, "`model:`, `data:` …")
     base = raw.pop("base", None)
@@ -133,7 +145,9 @@ def files_of(path: Path) -> list[Path]:
     """A configuration file and those that it derives from."""
     found = [path]
     while (
-        isinstance(base := read_sections(found[-1], "sections").get("base"), str) and base and not scalars.is_null(base)
+        isinstance(base := read_sections(found[-1], "sections").get("base"), str)
+        and base
+        and not scalars.is_null(base)
     ):
         found.append(found[-1].parent / expand_home(str(base)))
     return found
@@ -152,7 +166,9 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = scalars.read_as(value, kind)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"override {text!r}: the value is not YAML ({' '.join(str(error).split())})"
+        ) from error
     except ValueError as error:
         raise ValueError(f"override {text!r}: {error}") from error
     for name in reversed(names):
@@ -188,14 +204,20 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
     if scalars.is_null(raw):
         return default
     if not isinstance(raw, dict):
-        problems.append(f"{where} = {scalars.shown(raw)}: expected a section of keys, found {_type_name(raw)}")
+        problems.append(
+            f"{where} = {scalars.shown(raw)}: expected a section of keys, found {_type_name(raw)}"
+        )
         return default
     hints = get_type_hints(type(default))
     changes: dict[str, Any] = {}
     for key, value in raw.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            nested = "; in a file keys are nested, with dots they are overrides" if "." in str(key) else ""
+            nested = (
+                "; in a file keys are nested, with dots they are overrides"
+                if "." in str(key)
+                else ""
+            )
             problems.append(f"{name}: no such key; {nearest_key(name)}{nested}")
         elif is_dataclass(getattr(default, key)):
             changes[key] = build(getattr(default, key), value, name, problems)
@@ -206,7 +228,9 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
                 changes[key] = coerce(value, hints[key])
             except TypeError:
                 fix = scalars.hint(value, hints[key])
-                problems.append(f"{name} = {scalars.shown(value)}: expected {describe(hints[key])}{fix}")
+                problems.append(
+                    f"{name} = {scalars.shown(value)}: expected {describe(hints[key])}{fix}"
+                )
     return replace(default, **changes)  # type: ignore[type-var]
 
 

@@ -15,13 +15,20 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 _NULL = ("", "~", "null", "Null", "NULL")
-_BOOL = {**dict.fromkeys(("true", "True", "TRUE"), True), **dict.fromkeys(("false", "False", "FALSE"), False)}
+_BOOL = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
 # Bounded, since Python itself refuses to read thousands of digits.
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
-_FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][-+]?[0-9]{1,9})?")
+_FLOAT = re.compile(
+    r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][-+]?[0-9]{1,9})?"
+)
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _YAML_1_1 = yaml.resolver.Resolver()
-_TEXT_TAG, _BOOL_TAG, _MERGE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "merge"))
+_TEXT_TAG, _BOOL_TAG, _MERGE_TAG = (
+    f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "merge")
+)
 
 
 class Plain(str):
@@ -91,7 +98,9 @@ def read_as(text: str, kind: Any) -> Any:
         raise ValueError("no value is given; write null for none, '' for an empty text")
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     scalars = (str, bool, int, float, type(None))
-    simple = all(option in scalars or get_origin(option) not in (dict, tuple, None) for option in options)
+    simple = all(
+        option in scalars or get_origin(option) not in (dict, tuple, None) for option in options
+    )
     many = any(get_origin(option) is tuple for option in options)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return Plain(text) if (simple or (many and text[0] != "[")) and not quoted else read(text)
@@ -125,7 +134,9 @@ def as_anything(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_anything(item) for item in value]
     if not isinstance(value, Plain):
-        if value is not None and not isinstance(value, str | int | float):  # of an explicit tag, such as !!timestamp
+        if value is not None and not isinstance(
+            value, str | int | float
+        ):  # of an explicit tag, such as !!timestamp
             raise TypeError(value)
         return value
     if is_null(value):
@@ -159,21 +170,31 @@ def hint(value: Any, kind: Any) -> str:
         return f"; write [{value.strip('()[]')}]{one}"
     if isinstance(value, Plain) and value.lower() == "none" and type(None) in options:
         return "; write null for none"
-    doubtful = next((item for item in _leaves(value) if isinstance(item, Plain) and _is_doubtful(item)), None)
+    doubtful = next(
+        (item for item in _leaves(value) if isinstance(item, Plain) and _is_doubtful(item)), None
+    )
     if doubtful is None:
         return ""
     anything = kind is Any or (get_origin(kind) is dict and get_args(kind)[1] is Any)
     if bool in options or (anything and _tag(doubtful) == _BOOL_TAG):
-        return f"; write true or false, not {doubtful}" + (", or quotes for the word" if anything else "")
+        return f"; write true or false, not {doubtful}" + (
+            ", or quotes for the word" if anything else ""
+        )
     if anything:
-        return f"; {doubtful} is no plain number: write decimal digits alone, or quotes for the text"
+        return (
+            f"; {doubtful} is no plain number: write decimal digits alone, or quotes for the text"
+        )
     return "; write decimal digits alone: no leading 0, no underscore, no colon"
 
 
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         value = list(value.values())
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list | tuple) else [value]
+    return (
+        [leaf for item in value for leaf in _leaves(item)]
+        if isinstance(value, list | tuple)
+        else [value]
+    )
 
 
 def _is_doubtful(value: Plain) -> bool:

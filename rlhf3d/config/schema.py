@@ -484,7 +484,9 @@ class Config:
         estimator, path = self.algorithm.adv_estimator, self.algorithm.custom_path
         if path is None:
             return estimator == "gae"
-        from rlhf3d.algorithms.custom import custom_needs_values  # loads torch, as the user's file does
+        from rlhf3d.algorithms.custom import (
+            custom_needs_values,
+        )  # loads torch, as the user's file does
 
         return custom_needs_values(path, estimator)
 

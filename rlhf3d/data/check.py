@@ -17,7 +17,14 @@ from typing import Any
 from rlhf3d.data.dataset import ChatTokenizer, PromptDataset
 from rlhf3d.data.messages import NEEDED, left_out, tokenise
 from rlhf3d.data.prepare import question_key
-from rlhf3d.data.rows import PromptRow, open_parquet, read_batches, read_provenance, record_of, row_of
+from rlhf3d.data.rows import (
+    PromptRow,
+    open_parquet,
+    read_batches,
+    read_provenance,
+    record_of,
+    row_of,
+)
 from rlhf3d.data.store import sources_of
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
@@ -138,7 +145,9 @@ class _Clock:
 class _Grader:
     """Scores the truths and worked solutions of rows, a batch at a time."""
 
-    def __init__(self, pool: ScoringPool, scorers: dict[str, str] | None, custom: bool, clock: _Clock) -> None:
+    def __init__(
+        self, pool: ScoringPool, scorers: dict[str, str] | None, custom: bool, clock: _Clock
+    ) -> None:
         self._pool, self._scorers, self._custom, self._clock = pool, scorers, custom, clock
         self._items: list[tuple[str, str, ScoreItem]] = []
         self._warm = False
@@ -159,10 +168,14 @@ class _Grader:
             _unreadable(check, f"{where}: {error}")
             return
         for text in statements:
-            self._items.append(("truth", where, ScoreItem(row.data_source, text, truth, row.extra_info)))
+            self._items.append(
+                ("truth", where, ScoreItem(row.data_source, text, truth, row.extra_info))
+            )
         solution = row.extra_info.get("answer")
         if isinstance(solution, str) and solution:
-            self._items.append(("solution", where, ScoreItem(row.data_source, solution, truth, row.extra_info)))
+            self._items.append(
+                ("solution", where, ScoreItem(row.data_source, solution, truth, row.extra_info))
+            )
         if len(self._items) >= _BATCH:
             self.flush(check)
 
@@ -185,7 +198,9 @@ def _graded_sources(file: Any, path: str | Path, scorers: dict[str, str] | None)
     found: set[Any] = set()
     for batch in read_batches(file, path, _BATCH):
         found |= sources_of(batch)
-    return tuple(sorted(source for source in found if source in {**DATA_SOURCES, **(scorers or {})}))
+    return tuple(
+        sorted(source for source in found if source in {**DATA_SOURCES, **(scorers or {})})
+    )
 
 
 def _read(
@@ -207,7 +222,9 @@ def _read(
                 _unreadable(check, f"row {number}: the chat template does not take it: {error}")
                 continue
             if needed := [key for key in missing if key in NEEDED]:
-                _unreadable(check, f"row {number}: the chat template does not write {' and '.join(needed)}")
+                _unreadable(
+                    check, f"row {number}: the chat template does not write {' and '.join(needed)}"
+                )
                 continue
             check.left_out.update(missing)
             lengths[len(ids)] += 1
@@ -215,7 +232,9 @@ def _read(
         grader.add(check, row, number)
     grader.flush(check)
     check.longest = max(lengths, default=0)
-    check.overlong = sum(count for length, count in lengths.items() if limit is not None and length > limit)
+    check.overlong = sum(
+        count for length, count in lengths.items() if limit is not None and length > limit
+    )
     check.lengths = histogram(lengths)
     return check, questions
 
@@ -253,13 +272,17 @@ def _mark(marks: Marks, kind: str, where: str, item: ScoreItem, score: Score) ->
         marks.solutions_right += right
     if not right and len(marks.misses) < _SHOWN:
         found = f"{score.outcome.value}, answer {str(score.extra.get('answer'))[:80]!r}"
-        marks.misses.append(f"{where}: {kind} of {str(item.ground_truth)[:80]!r} gets {score.value:g} ({found})")
+        marks.misses.append(
+            f"{where}: {kind} of {str(item.ground_truth)[:80]!r} gets {score.value:g} ({found})"
+        )
 
 
 def _judge(check: FileCheck, limit: int | None, custom: bool) -> None:
     """Turn counts into problems and warnings."""
     if check.unreadable_count:
-        check.problems.append(f"{check.unreadable_count} of {check.rows} rows cannot be used: {check.unreadable[0]}")
+        check.problems.append(
+            f"{check.unreadable_count} of {check.rows} rows cannot be used: {check.unreadable[0]}"
+        )
     if check.overlong:
         check.warnings.append(
             f"{check.overlong} of {check.rows} prompts are over data.max_prompt_length={limit} (the longest has "
@@ -318,7 +341,10 @@ def histogram(lengths: Counter[int], bins: int = 10) -> dict[str, int]:
 
 
 def training_warnings(
-    train: PromptDataset, val: PromptDataset | None, reward: RewardFunction | None, pool: ScoringPool | None
+    train: PromptDataset,
+    val: PromptDataset | None,
+    reward: RewardFunction | None,
+    pool: ScoringPool | None,
 ) -> list[str]:
     """What a run says before it starts, from some of its rows: shared questions, truths that their scorer refuses.
 
@@ -337,7 +363,11 @@ def training_warnings(
     rows = [*train.sample(_SCORED), *(val.sample(_SCORED) if val else [])]
     items = stated_truths(rows, reward, "data.train_files, data.val_files")
     scores = pool.score_batch(items)
-    refused = [item for item, score in zip(items, scores, strict=True) if not score.failed and score.value < 1.0]
+    refused = [
+        item
+        for item, score in zip(items, scores, strict=True)
+        if not score.failed and score.value < 1.0
+    ]
     if refused:
         warnings.append(
             f"{len(refused)} of {len(items)} ground truths looked at do not get full marks from their own scorer, the "
@@ -361,7 +391,9 @@ def stated_truths(rows: Sequence[PromptRow], reward: BuiltinReward, key: str) ->
             statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
         except ValueError as error:
             asked = f"{key}: the row that asks {row.question[:80]!r}"
-            raise ValueError(f"{asked}: {error} (`rlhf3d data check` names every such row)") from error
+            raise ValueError(
+                f"{asked}: {error} (`rlhf3d data check` names every such row)"
+            ) from error
         for text in statements:
             items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
     return items

@@ -25,7 +25,10 @@ def render(report: CheckReport) -> RenderableType:
 def _file(file: FileCheck) -> list[RenderableType]:
     source = file.provenance.get("name", "another writer")
     parts: list[RenderableType] = [
-        Text(f"{file.path}: {file.rows} rows, {file.unreadable_count} unusable, from {source}", style="bold")
+        Text(
+            f"{file.path}: {file.rows} rows, {file.unreadable_count} unusable, from {source}",
+            style="bold",
+        )
     ]
     dropped = file.provenance.get("dropped")
     for reason, count in dropped.items() if isinstance(dropped, dict) else ():
@@ -42,7 +45,14 @@ def _file(file: FileCheck) -> list[RenderableType]:
 
 
 def _histogram(file: FileCheck) -> Table:
-    table = Table("prompt tokens up to", "prompts", "", title=f"longest {file.longest}", title_justify="left", box=None)
+    table = Table(
+        "prompt tokens up to",
+        "prompts",
+        "",
+        title=f"longest {file.longest}",
+        title_justify="left",
+        box=None,
+    )
     most = max(file.lengths.values())
     for bound, count in file.lengths.items():
         table.add_row(bound, str(count), "█" * round(_BAR * count / most))
@@ -50,9 +60,13 @@ def _histogram(file: FileCheck) -> Table:
 
 
 def _marks(file: FileCheck) -> Table:
-    table = Table("data source", "rows", "truths right", "worked solutions right", "not scored", box=None)
+    table = Table(
+        "data source", "rows", "truths right", "worked solutions right", "not scored", box=None
+    )
     for data_source, marks in file.marks.items():
-        solutions = f"{marks.solutions_right} of {marks.solutions}" if marks.solutions else "none given"
+        solutions = (
+            f"{marks.solutions_right} of {marks.solutions}" if marks.solutions else "none given"
+        )
         right = f"{marks.truth_right} of {marks.truths}"
         table.add_row(Text(data_source), str(marks.rows), right, solutions, str(marks.failed))
     return table

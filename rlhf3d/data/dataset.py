@@ -76,12 +76,19 @@ class PromptDataset(Sequence[Prompt]):
         vocab_size: int | None = None,
     ) -> None:
         if overlong not in OVERLONG:
-            raise ValueError(f"data.overlong_prompts: no {overlong!r}; choose one of {', '.join(OVERLONG)}")
+            raise ValueError(
+                f"data.overlong_prompts: no {overlong!r}; choose one of {', '.join(OVERLONG)}"
+            )
         if not files:
             raise ValueError(f"{key}: no files named; give one or more parquet files of prompts")
         self._store = RowStore(files, cache_dir)
         self._vocab_size = vocab_size
-        self._tokenizer, self._limit, self._overlong, self._key = tokenizer, max_prompt_length, overlong, key
+        self._tokenizer, self._limit, self._overlong, self._key = (
+            tokenizer,
+            max_prompt_length,
+            overlong,
+            key,
+        )
         self.rows = len(self._store) if max_samples < 0 else min(max_samples, len(self._store))
         """Rows of the files, kept or not."""
         self.scanned = self.rows <= SCANNED
@@ -102,7 +109,9 @@ class PromptDataset(Sequence[Prompt]):
             return [self[i] for i in range(len(self))[index]]
         prompt = self.get(index)
         if prompt is None:
-            raise ValueError(f"{self._key}: {self._store.where(self._kept[index])} is over data.max_prompt_length")
+            raise ValueError(
+                f"{self._key}: {self._store.where(self._kept[index])} is over data.max_prompt_length"
+            )
         return prompt
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -125,7 +134,16 @@ class PromptDataset(Sequence[Prompt]):
             if self._overlong == "filter":
                 return None
             ids = ids[-self._limit :] if self._overlong == "truncate_left" else ids[: self._limit]
-        return Prompt(ids, row.data_source, row.ground_truth, row.extra_info, number, row.question, row.prompt, opening)
+        return Prompt(
+            ids,
+            row.data_source,
+            row.ground_truth,
+            row.extra_info,
+            number,
+            row.question,
+            row.prompt,
+            opening,
+        )
 
     def row(self, index: int) -> PromptRow:
         """The row behind a prompt, not tokenised."""
@@ -150,17 +168,23 @@ class PromptDataset(Sequence[Prompt]):
     @property
     def file_ranges(self) -> list[range]:
         """The indices of each file's prompts."""
-        stops = [bisect.bisect_left(self._kept, numbers.stop) for numbers in self._store.file_ranges]
+        stops = [
+            bisect.bisect_left(self._kept, numbers.stop) for numbers in self._store.file_ranges
+        ]
         return [range(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
     def summary(self) -> str:
         """One line on what was kept, for the run's header."""
-        known = "" if self.scanned else f" (known of {PROBED}; the rest is looked at when it is served)"
+        known = (
+            "" if self.scanned else f" (known of {PROBED}; the rest is looked at when it is served)"
+        )
         parts = [
             f"{self._key}: {len(self)} of {self.rows} prompts, {self.dropped} dropped and {self.truncated} truncated "
             f"over data.max_prompt_length={self._limit}{known}"
         ]
-        parts += [f"the chat template leaves {key} of {n} prompts out" for key, n in self.left_out.items()]
+        parts += [
+            f"the chat template leaves {key} of {n} prompts out" for key, n in self.left_out.items()
+        ]
         return "; ".join(parts)
 
     def fingerprint(self) -> str:
@@ -183,12 +207,18 @@ class PromptDataset(Sequence[Prompt]):
                 first = number if first < 0 else first
             if len(ids) <= self._limit or self._overlong != "filter":
                 kept.append(number)
-                cut = ids[-self._limit :] if self._overlong != "truncate_right" else ids[: self._limit]
+                cut = (
+                    ids[-self._limit :]
+                    if self._overlong != "truncate_right"
+                    else ids[: self._limit]
+                )
                 digest.update(array("q", (len(cut), *cut)).tobytes())
                 digest.update(repr(row.ground_truth).encode())
                 self._sources.add(row.data_source)
         if lengths and self._overlong == "error":
-            raise ValueError(self._overlong_message(len(lengths), len(numbers), first, lengths[0], max(lengths)))
+            raise ValueError(
+                self._overlong_message(len(lengths), len(numbers), first, lengths[0], max(lengths))
+            )
         if not kept:
             raise ValueError(
                 f"{self._key}: no prompt left of {len(numbers)} rows ({len(lengths)} over data.max_prompt_length="
@@ -205,11 +235,17 @@ class PromptDataset(Sequence[Prompt]):
     def _tokenise(self, row: PromptRow, number: int) -> tuple[int, ...]:
         try:
             ids = tokenise(self._tokenizer, row.prompt, row.tools)
-            if row.prompt[-1]["role"] == "assistant":  # its words are found by rendering the prompt without them
+            if (
+                row.prompt[-1]["role"] == "assistant"
+            ):  # its words are found by rendering the prompt without them
                 begun(self._tokenizer, row.prompt, ids, row.tools)
-        except Exception as error:  # a template may raise anything; without the row nobody could find the cause
+        except (
+            Exception
+        ) as error:  # a template may raise anything; without the row nobody could find the cause
             where = f"{self._key}: {self._store.where(number)}"
-            raise ValueError(f"{where}: model.path's chat template does not take this prompt: {error}") from error
+            raise ValueError(
+                f"{where}: model.path's chat template does not take this prompt: {error}"
+            ) from error
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
             raise ValueError(self._unknown_token(max(ids), number, self._vocab_size))
         return ids

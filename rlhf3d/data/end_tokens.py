@@ -24,7 +24,9 @@ class EndTokens:
     notes: tuple[str, ...]
 
 
-def end_tokens(folder: Path | str, tokenizer: Any, vocab_size: int, further: Sequence[int] = ()) -> EndTokens:
+def end_tokens(
+    folder: Path | str, tokenizer: Any, vocab_size: int, further: Sequence[int] = ()
+) -> EndTokens:
     """The union of what the model's files name, and `further` token ids of the user's.
 
     Ids that the model cannot generate are left out and named. ValueError naming file and value where it is no token.
@@ -39,9 +41,13 @@ def end_tokens(folder: Path | str, tokenizer: Any, vocab_size: int, further: Seq
     notes = _differences(named, tokenizer)
     if len(ids) < len(every):
         beyond = ", ".join(str(token) for token in sorted(every - set(ids)))
-        notes.append(f"end tokens {beyond} are beyond the model's vocabulary of {vocab_size}: it cannot generate them")
+        notes.append(
+            f"end tokens {beyond} are beyond the model's vocabulary of {vocab_size}: it cannot generate them"
+        )
     if not ids:
-        notes.append("no end token: the model's files name none, so each completion runs to its limit")
+        notes.append(
+            "no end token: the model's files name none, so each completion runs to its limit"
+        )
     elif (closing := _turn_end(tokenizer)) and not set(closing) & set(ids):
         notes.append(
             f"the chat template ends a turn with {_shown(closing, tokenizer)}, which is none of the end tokens "
@@ -54,7 +60,9 @@ def end_tokens(folder: Path | str, tokenizer: Any, vocab_size: int, further: Seq
 def _ids(source: str, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and token >= 0 for token in ids):
-        raise ValueError(f"{source}: eos_token_id = {value!r}: it must be a token id, or a list of them")
+        raise ValueError(
+            f"{source}: eos_token_id = {value!r}: it must be a token id, or a list of them"
+        )
     return tuple(ids)
 
 
@@ -70,7 +78,9 @@ def _turn_end(tokenizer: Any) -> list[int]:
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template may raise anything; prompts that it does not take are refused with their row
+    except (
+        Exception
+    ):  # a template may raise anything; prompts that it does not take are refused with their row
         return []
     _, found, after = text.rpartition(_PROBE)
     return list(tokenizer(after, add_special_tokens=False)["input_ids"]) if found else []

@@ -25,7 +25,9 @@ __all__ = ["OVERLONG", "ChatTokenizer", "Curriculum", "Prompt", "PromptDataset",
 class Curriculum:
     """A user's function from a row and the epoch to its place: low numbers first, null for not in this epoch."""
 
-    def __init__(self, path: str | Path, name: str = "difficulty", kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, name: str = "difficulty", kwargs: dict[str, Any] | None = None
+    ) -> None:
         self._function = guarded(load_function(Path(path).resolve(), name, "data.curriculum"), path)
         self._kwargs = dict(kwargs or {})
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -71,8 +73,14 @@ class PromptLoader:
         self._weights = _checked(weights, dataset)
         ranges = dataset.file_ranges if weights else [range(len(dataset))]
         names = [f"{seed}:{number}" for number in range(len(ranges))] if weights else [str(seed)]
-        difficulty = None if curriculum is None else lambda index, epoch: curriculum(dataset.row(index), epoch)
-        self._streams = [_Stream(*part, shuffle, difficulty) for part in zip(ranges, names, strict=True)]
+        difficulty = (
+            None
+            if curriculum is None
+            else lambda index, epoch: curriculum(dataset.row(index), epoch)
+        )
+        self._streams = [
+            _Stream(*part, shuffle, difficulty) for part in zip(ranges, names, strict=True)
+        ]
         self._served = 0
         self._identity = {
             "seed": seed,
@@ -131,17 +139,26 @@ class _Stream:
     """Position in the endless epochs of some rows."""
 
     def __init__(
-        self, rows: range, name: str, shuffle: bool, difficulty: Callable[[int, int], float | None] | None
+        self,
+        rows: range,
+        name: str,
+        shuffle: bool,
+        difficulty: Callable[[int, int], float | None] | None,
     ) -> None:
         self._rows, self._name, self._shuffle, self._difficulty = rows, name, shuffle, difficulty
         self.move_to(0, 0)
 
     def move_to(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
-        difficulty = None if self._difficulty is None else lambda index: self._difficulty(index, epoch)  # type: ignore[misc]
+        rate = self._difficulty
+        difficulty: Callable[[int], float | None] | None = None
+        if rate is not None:
+            difficulty = lambda index: rate(index, epoch)  # noqa: E731
         self._order = make_order(self._rows, f"{self._name}:{epoch}", self._shuffle, difficulty)
         if not self._order:
-            raise ValueError(f"data.curriculum: the function leaves every prompt out of epoch {epoch}")
+            raise ValueError(
+                f"data.curriculum: the function leaves every prompt out of epoch {epoch}"
+            )
 
     def next(self) -> int:
         index = self._order[self.position]
@@ -159,5 +176,7 @@ def _checked(weights: Sequence[float], dataset: PromptDataset) -> tuple[float, .
             "data.train_files, 0 or more and not all 0"
         )
     if weights and any(weight and not rows for weight, rows in zip(weights, ranges, strict=True)):
-        raise ValueError(f"data.train_weights={list(weights)}: a file with a weight above 0 has no prompt left")
+        raise ValueError(
+            f"data.train_weights={list(weights)}: a file with a weight above 0 has no prompt left"
+        )
     return tuple(weights)

@@ -29,14 +29,18 @@ def read_messages(prompt: Any, where: str) -> list[Message]:
         message = without_nulls(given)
         for key in NOT_TEXT:
             if message.get(key):
-                raise ValueError(f"{where}: message {number} has {key}: prompts are text alone; leave the row out")
+                raise ValueError(
+                    f"{where}: message {number} has {key}: prompts are text alone; leave the row out"
+                )
         if isinstance(message.get("content"), list):
             message["content"] = _text_of(message["content"], f"{where}: message {number}")
         if message.get("tool_calls"):
             message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
         else:
             message.pop("tool_calls", None)
-        text = message.setdefault("content", "") if "tool_calls" in message else message.get("content")
+        text = (
+            message.setdefault("content", "") if "tool_calls" in message else message.get("content")
+        )
         if not isinstance(message.get("role"), str) or not isinstance(text, str):
             raise _no_messages(prompt, where)
         messages.append(message)
@@ -74,20 +78,30 @@ def asked(messages: Sequence[Message]) -> str:
     return text
 
 
-def tokenise(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:
+def tokenise(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()
+) -> tuple[int, ...]:
     """Token ids of a prompt; where it ends with the assistant's words, what follows goes on with them."""
     goes_on = messages[-1]["role"] == "assistant"
-    options: dict[str, Any] = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+    options: dict[str, Any] = (
+        {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+    )
     return _template(tokenizer, messages, tools, **options)
 
 
-def begun(tokenizer: Any, messages: Sequence[Message], ids: Sequence[int], tools: Sequence[Any] = ()) -> str:
+def begun(
+    tokenizer: Any, messages: Sequence[Message], ids: Sequence[int], tools: Sequence[Any] = ()
+) -> str:
     """What the prompt `ids` holds of the answer already: the template's opening, and the assistant's last words."""
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not before:
         return str(tokenizer.decode(list(ids)))
     asked_ids = _template(tokenizer, before, tools, add_generation_prompt=False)
-    differing = [place for place, (one, other) in enumerate(zip(ids, asked_ids, strict=False)) if one != other]
+    differing = [
+        place
+        for place, (one, other) in enumerate(zip(ids, asked_ids, strict=False))
+        if one != other
+    ]
     shared = differing[0] if differing else min(len(ids), len(asked_ids))
     return str(tokenizer.decode(list(ids[shared:])))
 
@@ -100,22 +114,30 @@ def left_out(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] =
     ids = tokenise(tokenizer, messages, tools)
     found = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
     for key in sorted(keys):
-        bare = [{name: value for name, value in message.items() if name != key} for message in messages]
+        bare = [
+            {name: value for name, value in message.items() if name != key} for message in messages
+        ]
         if _same(tokenizer, bare, tools, ids):
             found.append(key)
     return found
 
 
-def _same(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], ids: tuple[int, ...]) -> bool:
+def _same(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], ids: tuple[int, ...]
+) -> bool:
     try:
         return tokenise(tokenizer, messages, tools) == ids
     except Exception:  # the template needs the part
         return False
 
 
-def _template(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], **options: Any) -> tuple[int, ...]:
+def _template(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], **options: Any
+) -> tuple[int, ...]:
     given = {"tools": list(tools)} if tools else {}
-    return tuple(tokenizer.apply_chat_template(list(messages), return_dict=False, **given, **options))
+    return tuple(
+        tokenizer.apply_chat_template(list(messages), return_dict=False, **given, **options)
+    )
 
 
 def without_nulls(value: Any) -> Any:
@@ -128,10 +150,16 @@ def without_nulls(value: Any) -> Any:
 def _text_of(parts: Sequence[Any], where: str) -> str:
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        text = (
+            part.get("text")
+            if isinstance(part, dict) and part.get("type", "text") == "text"
+            else part
+        )
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"{where} has a part of type {kind!r}: prompts are text alone; leave the row out")
+            raise ValueError(
+                f"{where} has a part of type {kind!r}: prompts are text alone; leave the row out"
+            )
         texts.append(text)
     return "".join(texts)
 

@@ -20,7 +20,9 @@ Difficulty = Callable[[int], float | None]
 """Of a row's number: rows are served from the lowest to the highest; null leaves the row out of this epoch."""
 
 
-def make_order(rows: range, key: str, shuffle: bool, difficulty: Difficulty | None = None) -> Sequence[int]:
+def make_order(
+    rows: range, key: str, shuffle: bool, difficulty: Difficulty | None = None
+) -> Sequence[int]:
     """The rows' numbers as served under `key` (seed and epoch)."""
     order: Sequence[int]
     if not shuffle:

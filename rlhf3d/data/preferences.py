@@ -46,17 +46,25 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     answers = [row.get(key) for key in ("chosen", "rejected")]
     prompt = row.get("prompt")
     if all(isinstance(answer, list) and answer for answer in answers):
-        chosen_talk, rejected_talk = (read_messages(answer, f"{where}: answer") for answer in answers)
+        chosen_talk, rejected_talk = (
+            read_messages(answer, f"{where}: answer") for answer in answers
+        )
         if chosen_talk[:-1] != rejected_talk[:-1]:
-            raise ValueError(f"{where}: chosen and rejected differ before their last message: a pair has one prompt")
+            raise ValueError(
+                f"{where}: chosen and rejected differ before their last message: a pair has one prompt"
+            )
         before = chosen_talk[:-1]
         prompt = before if prompt is None else prompt
         if len(before) > len(prompt_messages(prompt, where)):
-            raise ValueError(f"{where}: the answers hold turns that the prompt lacks; put them into it")
+            raise ValueError(
+                f"{where}: the answers hold turns that the prompt lacks; put them into it"
+            )
         answers = [chosen_talk[-1]["content"], rejected_talk[-1]["content"]]
     chosen, rejected = answers
     if prompt is None or not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise ValueError(f"{where} needs prompt, chosen and rejected as text or messages, has {', '.join(sorted(row))}")
+        raise ValueError(
+            f"{where} needs prompt, chosen and rejected as text or messages, has {', '.join(sorted(row))}"
+        )
     return Pair(prompt_messages(prompt, where), chosen.strip(), rejected.strip())
 
 
@@ -65,7 +73,9 @@ def prompt_messages(prompt: Any, where: str) -> Messages:
     if isinstance(prompt, list):
         return read_messages(prompt, where)
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: prompt must be text or messages, not {type(prompt).__name__} {str(prompt)[:80]!r}")
+        raise ValueError(
+            f"{where}: prompt must be text or messages, not {type(prompt).__name__} {str(prompt)[:80]!r}"
+        )
     pieces = _TURN.split(prompt)
     if len(pieces) == 1:
         return [{"role": "user", "content": prompt.strip()}]
@@ -73,5 +83,7 @@ def prompt_messages(prompt: Any, where: str) -> Messages:
     if turns[-1] == ("Assistant", ""):
         turns.pop()
     if not turns or turns[-1][0] != "Human" or pieces[0].strip():
-        raise ValueError(f"{where}: a dialogue must begin with Human: and end with Human's turn and Assistant:")
+        raise ValueError(
+            f"{where}: a dialogue must begin with Human: and end with Human's turn and Assistant:"
+        )
     return [{"role": _ROLES[name], "content": text} for name, text in turns]

@@ -77,7 +77,9 @@ def prepare(
     try:
         written = []
         for part, to_row in splits:
-            file = PreparedFile(part.name, str(partial / f"{part.name}.parquet"), notes=getattr(module, "NOTES", ()))
+            file = PreparedFile(
+                part.name, str(partial / f"{part.name}.parquet"), notes=getattr(module, "NOTES", ())
+            )
             _write(name, part, to_row, left_out, options, row_group_size, file)
             written.append(file)
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,9 @@ def load_set(name: str) -> Any:
             )
         return module
     if name not in SETS:
-        raise ValueError(f"no data set {name!r}; known are {', '.join(SETS)}, or give a Python file with a make_map_fn")
+        raise ValueError(
+            f"no data set {name!r}; known are {', '.join(SETS)}, or give a Python file with a make_map_fn"
+        )
     return importlib.import_module(f"rlhf3d.data.sets.{name}")
 
 
@@ -116,7 +120,9 @@ def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:
     known = [p for p in inspect.signature(function).parameters if p not in ("split", "data_source")]
     for option in options:
         if option not in known:
-            raise ValueError(f"data set {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"data set {name} has no option {option!r}; it has {', '.join(known) or 'none'}"
+            )
 
 
 ToRow = Callable[[Any, int], Any]
@@ -135,16 +141,30 @@ def _splits(
         # Read at once: the body of a generator would run outside of the guard.
         generate = _guarded(name, lambda **given: [list(rows) for rows in module.generate(**given)])
         if source is not None:
-            raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
+            raise ValueError(
+                f"{name} is generated and takes no source (got {source}); leave it out"
+            )
         if split is not None or revision is not None:
-            raise ValueError(f"{name} is generated: --split and --revision are for a source; leave them out")
+            raise ValueError(
+                f"{name} is generated: --split and --revision are for a source; leave them out"
+            )
         parts = zip(DEFAULT_SPLITS, generate(**options), strict=True)
         origin = {"source": "generated"}
-        return [(SourceSplit(part, rows, dict(origin)), lambda row, index: row) for part, rows in parts if rows]
+        return [
+            (SourceSplit(part, rows, dict(origin)), lambda row, index: row)
+            for part, rows in parts
+            if rows
+        ]
     hub = getattr(module, "HUB", None)
     if source is None:
-        where = f" from https://huggingface.co/datasets/{hub[0]}, or {HUB!r} to download it" if hub else ""
-        raise ValueError(f"{name} needs a source: a folder with its files (jsonl, json, parquet or arrow){where}")
+        where = (
+            f" from https://huggingface.co/datasets/{hub[0]}, or {HUB!r} to download it"
+            if hub
+            else ""
+        )
+        raise ValueError(
+            f"{name} needs a source: a folder with its files (jsonl, json, parquet or arrow){where}"
+        )
     known = getattr(module, "SPLITS", DEFAULT_SPLITS)
     if split is not None and split not in known:
         raise ValueError(f"--split {split}: {name} has {', '.join(known)}")
@@ -166,7 +186,9 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:
             asked = f" on row {args[1]} {str(args[0])[:200]}" if len(args) == 2 else ""
-            raise BrokenSet(f"{name}: make_map_fn fails{asked}: {type(error).__name__}: {error}") from error
+            raise BrokenSet(
+                f"{name}: make_map_fn fails{asked}: {type(error).__name__}: {error}"
+            ) from error
 
     return call
 
@@ -193,7 +215,9 @@ def _write(
     try:
         first = next(rows)
     except StopIteration:
-        reasons = "; ".join(f"{count} because {reason}" for reason, count in file.reasons.most_common(3))
+        reasons = "; ".join(
+            f"{count} because {reason}" for reason, count in file.reasons.most_common(3)
+        )
         why = f"{file.dropped} dropped: {reasons}" if file.dropped else "its files are empty"
         raise ValueError(f"{name}: no usable row in the {part.name} split ({why})") from None
     file.rows = write_parquet(_with_first(first, rows), path, provenance, row_group_size)
@@ -205,7 +229,9 @@ def _with_first(first: PromptRow, rest: Iterator[PromptRow]) -> Iterator[PromptR
     yield from rest
 
 
-def _rows(part: SourceSplit, to_row: ToRow, left_out: set[str], reasons: Counter[str]) -> Iterator[PromptRow]:
+def _rows(
+    part: SourceSplit, to_row: ToRow, left_out: set[str], reasons: Counter[str]
+) -> Iterator[PromptRow]:
     for index, source_row in enumerate(part.rows):
         try:
             made = to_row(source_row, index)

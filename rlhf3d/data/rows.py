@@ -63,7 +63,9 @@ def schema_of(rows: Iterable[PromptRow]) -> pa.Schema:
     plain = all(message.keys() == {"role", "content"} for row in rows for message in row.prompt)
     fields = [
         pa.field("data_source", pa.string()),
-        pa.field("prompt", pa.list_(MESSAGE) if plain else pa.infer_type([row.prompt for row in rows])),
+        pa.field(
+            "prompt", pa.list_(MESSAGE) if plain else pa.infer_type([row.prompt for row in rows])
+        ),
         pa.field("ability", pa.string()),
         pa.field("reward_model", pa.infer_type([row.reward_model for row in rows])),
     ]
@@ -102,14 +104,20 @@ def write_parquet(
                     schema = schema_of(group)
                     writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
                 _check_keys(group, schema, count, path)
-                writer.write_table(pa.Table.from_pylist([_record(row) for row in group], schema=schema))
+                writer.write_table(
+                    pa.Table.from_pylist([_record(row) for row in group], schema=schema)
+                )
                 count += len(group)
             if writer is None:
                 raise ValueError(f"{path}: no rows to write")
-            writer.add_key_value_metadata({_PROVENANCE_KEY: json.dumps(provenance, sort_keys=True).encode()})
+            writer.add_key_value_metadata(
+                {_PROVENANCE_KEY: json.dumps(provenance, sort_keys=True).encode()}
+            )
         os.replace(temporary, path)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: give each key of reward_model and extra_info one type: {error}") from error
+        raise ValueError(
+            f"{path}: give each key of reward_model and extra_info one type: {error}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return count
@@ -118,7 +126,11 @@ def write_parquet(
 def _check_keys(rows: list[PromptRow], schema: pa.Schema, first: int, path: Path) -> None:
     """pyarrow leaves keys that the schema lacks out in silence."""
     for number, row in enumerate(rows, start=first):
-        parts = {"reward_model": [row.reward_model], "extra_info": [row.extra_info], "prompt": row.prompt}
+        parts = {
+            "reward_model": [row.reward_model],
+            "extra_info": [row.extra_info],
+            "prompt": row.prompt,
+        }
         for column, structs in parts.items():
             known = _struct_keys(schema, column)
             if extra := {key for struct in structs for key in struct} - known:
@@ -127,7 +139,9 @@ def _check_keys(rows: list[PromptRow], schema: pa.Schema, first: int, path: Path
                     "give every row the same keys"
                 )
         if row.tools and "tools" not in schema.names:
-            raise ValueError(f"{path}: row {number} has tools, which the first {ROW_GROUP_SIZE} rows lack")
+            raise ValueError(
+                f"{path}: row {number} has tools, which the first {ROW_GROUP_SIZE} rows lack"
+            )
 
 
 def _struct_keys(schema: pa.Schema, name: str) -> set[str]:
@@ -153,7 +167,9 @@ def iter_rows(path: str | Path) -> Iterator[PromptRow]:
 def read_batches(file: pq.ParquetFile, path: str | Path, size: int) -> Iterator[Any]:
     """Batches of a file's prompt columns; ValueError, naming the file, where it is damaged."""
     try:
-        yield from file.iter_batches(size, columns=prompt_columns(file.schema_arrow), use_threads=False)
+        yield from file.iter_batches(
+            size, columns=prompt_columns(file.schema_arrow), use_threads=False
+        )
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read: {one_line(error)}; it is damaged, so copy or prepare it again"
@@ -207,7 +223,9 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
     columns = file.schema_arrow.names
     for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if columns.count(column) > 1:
-            raise ValueError(f"{path}: column {column!r} stands in it {columns.count(column)} times; keep one of them")
+            raise ValueError(
+                f"{path}: column {column!r} stands in it {columns.count(column)} times; keep one of them"
+            )
     for column in REQUIRED_COLUMNS if rows_needed else ():
         if column not in columns:
             raise ValueError(
@@ -215,7 +233,9 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
                 f"{', '.join(REQUIRED_COLUMNS)}; `rlhf3d data prepare` writes such files"
             )
     if rows_needed and not _is_text(kind := file.schema_arrow.field("data_source").type):
-        raise ValueError(f"{path}: column 'data_source' must be text, not {kind}; write its names as text")
+        raise ValueError(
+            f"{path}: column 'data_source' must be text, not {kind}; write its names as text"
+        )
     if rows_needed and not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no rows; prepare it again or name another file")
     return file
@@ -224,7 +244,12 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
 def _is_text(kind: Any) -> bool:
     """Whether an Arrow type is some kind of text; of nulls, the rows say what is missing."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    texts = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_null,
+    )
     return any(is_kind(kind) for is_kind in texts)
 
 
@@ -246,7 +271,9 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
         )
     for column in NOT_TEXT:
         if without_nulls(record.get(column)) not in (None, [], {}, "", b""):
-            raise ValueError(f"{where}: {column} is not empty: prompts are text alone; leave the row out")
+            raise ValueError(
+                f"{where}: {column} is not empty: prompts are text alone; leave the row out"
+            )
     return PromptRow(
         data_source=record["data_source"],
         prompt=read_prompt(record["prompt"], where),
@@ -265,7 +292,9 @@ def _struct(value: Any, what: str) -> dict[str, Any]:
             found = json.loads(value)
         except (ValueError, RecursionError):
             found = value
-    elif isinstance(value, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+    elif isinstance(value, list) and all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in value
+    ):
         found = dict(value)
     if found is None:
         return {}

@@ -22,7 +22,12 @@ HUB = "hub"
 """The source that means: download with the `datasets` package; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
-_NOT_ROWS = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}  # of datasets.save_to_disk
+_NOT_ROWS = {
+    "dataset_info.json",
+    "dataset_dict.json",
+    "dataset_infos.json",
+    "state.json",
+}  # of datasets.save_to_disk
 _MANY_FILES = 20
 _BATCH = 1024
 
@@ -40,7 +45,12 @@ class SourceSplit:
 
 
 def open_source(
-    name: str, source: str, hub: tuple[str, str] | None, splits: Sequence[str], split: str | None, revision: str | None
+    name: str,
+    source: str,
+    hub: tuple[str, str] | None,
+    splits: Sequence[str],
+    split: str | None,
+    revision: str | None,
 ) -> list[SourceSplit]:
     """The splits of data set `name` that `source` has; ValueError with the fix where there is none.
 
@@ -49,7 +59,9 @@ def open_source(
     if source == HUB or source.startswith(f"{HUB}:"):
         return _open_hub(name, source, hub, splits, revision)
     if revision is not None:
-        raise ValueError(f"{name}: --revision {revision} is for the source {HUB!r}, not for {source}")
+        raise ValueError(
+            f"{name}: --revision {revision} is for the source {HUB!r}, not for {source}"
+        )
     return [
         SourceSplit(found, _chain(paths), {"source": _digests(paths)})
         for found, paths in _split_files(name, Path(source), splits, split).items()
@@ -63,7 +75,9 @@ def _open_hub(
         repository, _, config = source.removeprefix(f"{HUB}:").partition(":")
         hub = (repository, config or "default")
     if hub is None:
-        raise ValueError(f"{name} does not say where it is on the hub: give {HUB}:OWNER/NAME, a folder or a file")
+        raise ValueError(
+            f"{name} does not say where it is on the hub: give {HUB}:OWNER/NAME, a folder or a file"
+        )
     try:
         import datasets
     except ImportError as error:
@@ -74,22 +88,38 @@ def _open_hub(
     try:
         for split in splits:
             loaded = datasets.load_dataset(*hub, split=split, revision=revision)
-            version = {"revision": revision, "version": str(loaded.version), "fingerprint": loaded._fingerprint}
+            version = {
+                "revision": revision,
+                "version": str(loaded.version),
+                "fingerprint": loaded._fingerprint,
+            }
             found.append(SourceSplit(split, loaded, {"source": ":".join(hub), **version}))
     except Exception as error:  # the network, the hub and the data set each fail in their own ways
-        raise ValueError(f"{name}: the hub did not give {':'.join(hub)} ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name}: the hub did not give {':'.join(hub)} ({type(error).__name__}: {error})"
+        ) from error
     return found
 
 
-def _split_files(name: str, source: Path, splits: Sequence[str], split: str | None) -> dict[str, list[Path]]:
+def _split_files(
+    name: str, source: Path, splits: Sequence[str], split: str | None
+) -> dict[str, list[Path]]:
     """Files of each split; a lone file is the only split of the set, or train unless its name says otherwise."""
     if source.is_file():
         if split is None:
-            split = splits[0] if len(splits) == 1 else (_split_of(Path(source.name), splits) or splits[0])
+            split = (
+                splits[0]
+                if len(splits) == 1
+                else (_split_of(Path(source.name), splits) or splits[0])
+            )
         return {split: [source]}
     if not source.is_dir():
         raise ValueError(f"{name}: no such source: {source}; give a folder, a file or {HUB!r}")
-    files = sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES and p.name not in _NOT_ROWS and p.is_file())
+    files = sorted(
+        p
+        for p in source.rglob("*")
+        if p.suffix in SUFFIXES and p.name not in _NOT_ROWS and p.is_file()
+    )
     found: dict[str, list[Path]] = {s: [] for s in splits}
     for path in files:
         if of := split or _split_of(path.relative_to(source), splits):
@@ -99,7 +129,9 @@ def _split_files(name: str, source: Path, splits: Sequence[str], split: str | No
     if not found[splits[0]]:
         names = ", ".join(sorted(p.name for p in source.iterdir())[:10])
         wanted = " or ".join(f"{splits[0]}*{suffix}" for suffix in SUFFIXES)
-        raise ValueError(f"{name}: no {wanted} in {source} (has: {names or 'nothing'}); name one file, with --split")
+        raise ValueError(
+            f"{name}: no {wanted} in {source} (has: {names or 'nothing'}); name one file, with --split"
+        )
     return {of: paths for of, paths in found.items() if paths}
 
 
@@ -133,9 +165,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        yield from _records(pq.ParquetFile(path, memory_map=True).iter_batches(_BATCH, use_threads=False), path)
+        yield from _records(
+            pq.ParquetFile(path, memory_map=True).iter_batches(_BATCH, use_threads=False), path
+        )
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
+        raise ValueError(
+            f"{path}: not a parquet file that can be read ({one_line(error)})"
+        ) from error
 
 
 def _read_arrow(path: Path) -> Iterator[Row]:
@@ -148,7 +184,9 @@ def _read_arrow(path: Path) -> Iterator[Row]:
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
             yield from _records(batches, path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not an arrow file that can be read ({one_line(error)})") from error
+        raise ValueError(
+            f"{path}: not an arrow file that can be read ({one_line(error)})"
+        ) from error
 
 
 def _records(batches: Iterable[Any], path: Path) -> Iterator[Row]:
@@ -187,7 +225,9 @@ def _read_lines(path: Path) -> Iterator[Row]:
             try:
                 row = _json(text)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error}); each line must be one object") from error
+                raise ValueError(
+                    f"{where}: not JSON ({error}); each line must be one object"
+                ) from error
             yield _object(row, where)
 
 
@@ -209,14 +249,18 @@ def _json(text: str) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"half a character: {error.object[error.start]!r} without its other half") from None
+            raise ValueError(
+                f"half a character: {error.object[error.start]!r} without its other half"
+            ) from None
     return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
+        twice = next(
+            key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])
+        )
         raise ValueError(f"the key {twice!r} stands in an object twice")
     return found
 

@@ -19,7 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rlhf3d.data.rows import PromptRow, open_parquet, prompt_columns, read_batches, record_of, row_of
+from rlhf3d.data.rows import (
+    PromptRow,
+    open_parquet,
+    prompt_columns,
+    read_batches,
+    record_of,
+    row_of,
+)
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Unpacked size up to which a file is kept in memory."""
@@ -61,7 +68,9 @@ class RowStore:
     @property
     def file_ranges(self) -> list[range]:
         """The numbers of each file's rows."""
-        return [range(start, stop) for start, stop in zip(self._starts, self._starts[1:], strict=False)]
+        return [
+            range(start, stop) for start, stop in zip(self._starts, self._starts[1:], strict=False)
+        ]
 
     def data_sources(self) -> list[str]:
         """The distinct data sources, sorted; reads that column alone."""

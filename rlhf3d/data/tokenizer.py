@@ -17,7 +17,9 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken
 def load_tokenizer(folder: str | Path) -> Any:
     """The transformers tokenizer of a Hugging Face folder."""
     if not Path(folder).is_dir():
-        raise ValueError(f"tokenizer: no such folder: {folder}; give a model folder (`make model` writes one)")
+        raise ValueError(
+            f"tokenizer: no such folder: {folder}; give a model folder (`make model` writes one)"
+        )
     files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
     if not files:
         raise ValueError(
@@ -29,18 +31,26 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library raises plain Exceptions, others what the file makes them
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # the Rust library raises plain Exceptions, others what the file makes them
         reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat messages")
+        raise ValueError(
+            f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat messages"
+        )
     return tokenizer
 
 
 def unknown_tokens(tokenizer: Any, vocab_size: int) -> dict[str, int]:
     """Tokens of the tokenizer for which a model of that vocabulary has no embedding, with their ids."""
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    beyond = {
+        token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size
+    }
     return dict(sorted(beyond.items(), key=lambda item: item[1]))
 
 

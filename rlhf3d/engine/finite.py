@@ -44,7 +44,9 @@ def require_finite(
     dist.all_gather_object(gathered, (terms, _broken_sequences(seen)))
     all_terms = list(dict.fromkeys(term for part, _ in gathered for term in part))
     sequences = list(dict.fromkeys(text for _, part in gathered for text in part))
-    where = "; ".join(sequences[:_SHOWN]) + (f"; and {len(sequences) - _SHOWN} more" if sequences[_SHOWN:] else "")
+    where = "; ".join(sequences[:_SHOWN]) + (
+        f"; and {len(sequences) - _SHOWN} more" if sequences[_SHOWN:] else ""
+    )
     raise NonFiniteUpdate(
         f"not finite: loss terms {', '.join(all_terms) or 'none'}, gradient norm {grad_norm:g}, "
         f"{where or 'every input and output of the loss is finite: the backward pass overflowed'}"
@@ -56,8 +58,12 @@ def _broken_sequences(seen: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> lis
     texts = []
     for rows, outputs in seen:
         mask = rows["response_mask"]
-        inputs = {name: column for name, column in rows.columns.items() if column.shape == mask.shape}
+        inputs = {
+            name: column for name, column in rows.columns.items() if column.shape == mask.shape
+        }
         for row, names in nonfinite_rows({**inputs, **outputs}, mask).items():
-            number = f"sequence {int(rows['sequence'][row])}" if "sequence" in rows else "a sequence"
+            number = (
+                f"sequence {int(rows['sequence'][row])}" if "sequence" in rows else "a sequence"
+            )
             texts.append(f"{number} ({', '.join(names)})")
     return texts

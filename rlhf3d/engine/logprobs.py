@@ -15,7 +15,9 @@ from torch import Tensor
 
 from rlhf3d.parallel.platform import Platform
 
-_MASKED = torch.finfo(torch.float32).min  # of padded columns: probability 0, and finite, so that 0 times it is 0
+_MASKED = torch.finfo(
+    torch.float32
+).min  # of padded columns: probability 0, and finite, so that 0 times it is 0
 
 
 def vocab_parallel_logprobs(
@@ -36,8 +38,14 @@ def vocab_parallel_logprobs(
     to `hidden` is this rank's share: summing it over the group is the caller's (Megatron's
     `copy_to_tensor_model_parallel_region` does).
     """
-    real = weight.shape[0] if vocab_size is None else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    return _VocabParallelLogprobs.apply(hidden, weight, labels, 1.0 / temperature, vocab_start, real, group, platform)
+    real = (
+        weight.shape[0]
+        if vocab_size is None
+        else max(0, min(weight.shape[0], vocab_size - vocab_start))
+    )
+    return _VocabParallelLogprobs.apply(
+        hidden, weight, labels, 1.0 / temperature, vocab_start, real, group, platform
+    )
 
 
 def _chunks(tokens: int, vocab: int, elements: int) -> list[tuple[int, int]]:
@@ -98,7 +106,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start, stop in _chunks(hidden.shape[0], vocab, platform.head_chunk_elements):
             part = hidden[start:stop]
-            log_p = platform.product(part, weight.t()).mul_(ctx.inverse_temperature).sub_(log_z[start:stop, None])
+            log_p = (
+                platform.product(part, weight.t())
+                .mul_(ctx.inverse_temperature)
+                .sub_(log_z[start:stop, None])
+            )
             log_p[:, ctx.real :] = _MASKED
             p = log_p.exp()
             grad = torch.zeros_like(p)

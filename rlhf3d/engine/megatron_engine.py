@@ -70,7 +70,9 @@ class EngineContext:
 class MegatronEngine:
     """A policy or value model on this rank; trainable when it has an optimizer config."""
 
-    def __init__(self, context: EngineContext, role: Role, folder: str, optim: OptimConfig | None) -> None:
+    def __init__(
+        self, context: EngineContext, role: Role, folder: str, optim: OptimConfig | None
+    ) -> None:
         from megatron.core import parallel_state
 
         self.context = context
@@ -80,7 +82,9 @@ class MegatronEngine:
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         layout = context.layout_config
-        self.widths = MicroBatching(1, packed=context.packed, **width_multiples(layout, context.platform.kind))
+        self.widths = MicroBatching(
+            1, packed=context.packed, **width_multiples(layout, context.platform.kind)
+        )
         self.config = transformer_config(
             context.spec,
             context.layout,
@@ -102,7 +106,11 @@ class MegatronEngine:
             for model in self.models:
                 model.requires_grad_(False)
         self.residence = EngineResidence(
-            self.models, self.optimizer, context.platform.free_cached, context.offload, context.shared
+            self.models,
+            self.optimizer,
+            context.platform.free_cached,
+            context.offload,
+            context.shared,
         )
 
     def _wrap(self, chunk: torch.nn.Module) -> torch.nn.Module:
@@ -133,8 +141,8 @@ class MegatronEngine:
         ]
         self.gather = ParamGather(self.models if layout.overlap_param_gather else [])
         # Shares of the loss are already normalised: no division by tokens, micro-batches or replicas.
-        self.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: finalize_model_grads(
-            models, None, **kwargs
+        self.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: (
+            finalize_model_grads(models, None, **kwargs)
         )
         if layout.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]
@@ -171,7 +179,9 @@ class MegatronEngine:
         )
 
     @torch.no_grad()
-    def forward(self, batch: Batch, micro_batches: Sequence[Sequence[int]]) -> dict[str, Tensor] | None:
+    def forward(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor] | None:
         """Response-aligned outputs [N, R] of the batch's rows: logprobs and entropy, or values.
 
         Every row must stand in exactly one micro-batch; an empty one runs a filler (see `make_microbatch`). None on
@@ -182,7 +192,11 @@ class MegatronEngine:
 
         def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             data = {name: column.cpu() for name, column in self._columns(micro, output).items()}
-            return output.new_zeros(()), torch.zeros((), dtype=torch.int, device=output.device), data
+            return (
+                output.new_zeros(()),
+                torch.zeros((), dtype=torch.int, device=output.device),
+                data,
+            )
 
         with self.residence.at_work("weights"):
             results = self._run(batch, micro_batches, keep, forward_only=True)
@@ -195,7 +209,9 @@ class MegatronEngine:
                 merged[name][list(rows), : result[name].shape[1]] = result[name]
         return merged
 
-    def update(self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective) -> UpdateResult:
+    def update(
+        self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective
+    ) -> UpdateResult:
         """One optimizer step a mini-batch.
 
         A step whose loss or gradient is not finite is taken on no rank: NonFiniteUpdate, or with the context's
@@ -216,11 +232,16 @@ class MegatronEngine:
                     skipped.append(str(problem))
             self.gather.finish()
         steps = max(len(taken), 1)
-        totals = {name: sum(shares[name] for shares, _ in taken) / steps for name in (taken[0][0] if taken else ())}
+        totals = {
+            name: sum(shares[name] for shares, _ in taken) / steps
+            for name in (taken[0][0] if taken else ())
+        }
         grad_norm = sum(norm for _, norm in taken) / steps if taken else math.nan
         return UpdateResult(totals, grad_norm, self.optimizer.param_groups[0]["lr"], tuple(skipped))
 
-    def _optimizer_step(self, batch: Batch, mini: MiniBatch, objective: Objective) -> tuple[dict[str, float], float]:
+    def _optimizer_step(
+        self, batch: Batch, mini: MiniBatch, objective: Objective
+    ) -> tuple[dict[str, float], float]:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -249,17 +270,23 @@ class MegatronEngine:
     def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
         """(HF tensor, box in it, view of the local weight) of all that this rank is the one to export."""
         context = self.context
-        return export_pieces(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
+        return export_pieces(
+            self.chunks, context.spec, context.layout, self.coords, HEADS[self.role]
+        )
 
     def params(self) -> dict[tuple[int, str], torch.nn.Parameter]:
         """(model chunk, name in the weight table) -> local weights."""
         context = self.context
-        bound = bound_params(self.chunks, context.spec, context.layout, self.coords, HEADS[self.role])
+        bound = bound_params(
+            self.chunks, context.spec, context.layout, self.coords, HEADS[self.role]
+        )
         return {(chunk, entry.name): param for chunk, entry, param in bound}
 
     def _columns(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
         """Outputs [b, r] of the last stage in fp32, the same on all context-parallel ranks; zero beside responses."""
-        columns = {name: micro.scatter(value) for name, value in self._outputs(micro, output).items()}
+        columns = {
+            name: micro.scatter(value) for name, value in self._outputs(micro, output).items()
+        }
         if self.context.layout.cp == 1:
             return columns
         whole = sum_shares(torch.stack(list(columns.values())), self.cp_group)
@@ -304,10 +331,15 @@ class MegatronEngine:
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
             micro = next(iterator)
-            output = model(micro.input_ids, micro.position_ids, None, packed_seq_params=_packing(micro))
+            output = model(
+                micro.input_ids, micro.position_ids, None, packed_seq_params=_packing(micro)
+            )
             return output, partial(finish, micro)
 
-        cp, tp = self.context.layout.cp, self.context.layout.tp if self.config.sequence_parallel else 1
+        cp, tp = (
+            self.context.layout.cp,
+            self.context.layout.tp if self.config.sequence_parallel else 1,
+        )
         sizes = [token_shape(batch, rows, self.widths, cp) for rows in micro_batches]
         shapes = [(s // tp, b, self.config.hidden_size) for b, s in sizes]
         streams = [map(make, micro_batches) for _ in self.models]

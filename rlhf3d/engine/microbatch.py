@@ -56,9 +56,13 @@ class MicroBatch:
         return hidden.flatten(0, 1).index_select(0, self.hidden_index)
 
 
-def token_shape(batch: Batch, rows: Sequence[int], rule: MicroBatching, cp: int = 1) -> tuple[int, int]:
+def token_shape(
+    batch: Batch, rows: Sequence[int], rule: MicroBatching, cp: int = 1
+) -> tuple[int, int]:
     """(b, s) of a micro-batch's tokens on one context-parallel rank, without making it."""
-    lengths = batch.only(("prompt_lengths", "response_lengths")).select(rows).lengths() if rows else [1]
+    lengths = (
+        batch.only(("prompt_lengths", "response_lengths")).select(rows).lengths() if rows else [1]
+    )
     if rule.packed:
         return 1, _packed_ends(lengths, rule)[-1] // cp
     return len(lengths), rule.width(max(lengths)) // cp
@@ -81,7 +85,9 @@ def make_microbatch(
     part = batch.select(rows) if rows else _filler(batch)
     prompts, responses = part["prompt_lengths"], part["response_lengths"]
     r = max(int(responses.max()), 1)
-    assert r <= part["response_mask"].shape[1], f"responses of {r} tokens in columns of {part['response_mask'].shape}"
+    assert r <= part["response_mask"].shape[1], (
+        f"responses of {r} tokens in columns of {part['response_mask'].shape}"
+    )
     row, t = torch.nonzero(torch.arange(r)[None, :] < responses[:, None], as_tuple=True)
     position = prompts[row] + t
     lengths = (prompts + responses).tolist()
@@ -110,14 +116,18 @@ def make_microbatch(
 
 def _filler(batch: Batch) -> Batch:
     """One row of one prompt token and no response."""
-    columns = {name: column.new_zeros(1, *column.shape[1:]) for name, column in batch.columns.items()}
+    columns = {
+        name: column.new_zeros(1, *column.shape[1:]) for name, column in batch.columns.items()
+    }
     return Batch({**columns, "prompt_lengths": torch.ones(1, dtype=torch.long)})
 
 
 def _aligned(part: Batch, r: int) -> dict[str, Tensor]:
     """All columns but the tokens, response-aligned ones trimmed to r."""
     columns = {name: column for name, column in part.columns.items() if name != "input_ids"}
-    return {name: column[:, :r] if column.dim() == 2 else column for name, column in columns.items()}
+    return {
+        name: column[:, :r] if column.dim() == 2 else column for name, column in columns.items()
+    }
 
 
 def _packed_ends(lengths: Sequence[int], rule: MicroBatching) -> list[int]:
@@ -130,12 +140,17 @@ def _packed_ends(lengths: Sequence[int], rule: MicroBatching) -> list[int]:
 def _padded(part: Batch, width: int) -> tuple[Tensor, Tensor]:
     """Token and position ids [b, s]."""
     ids = part["input_ids"][:, :width]
-    return torch.nn.functional.pad(ids, (0, width - ids.shape[1])), torch.arange(width).expand(len(part), width)
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1])), torch.arange(width).expand(
+        len(part), width
+    )
 
 
 def _packed(part: Batch, lengths: Sequence[int], ends: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Token and position ids [1, s]; each segment counts from 0, padding too."""
-    ids, positions = torch.zeros(ends[-1], dtype=torch.long), torch.zeros(ends[-1], dtype=torch.long)
+    ids, positions = (
+        torch.zeros(ends[-1], dtype=torch.long),
+        torch.zeros(ends[-1], dtype=torch.long),
+    )
     for row, (start, stop) in enumerate(pairwise(ends)):
         positions[start:stop] = torch.arange(stop - start)
         if row < len(lengths):

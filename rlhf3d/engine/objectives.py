@@ -45,7 +45,10 @@ class PolicyObjective:
             rows.columns.get("rollout_is_weights"),
         )
         loss = pg_loss = aggregate(terms.loss, mask, self.loss_agg_mode, norm)
-        mean = {name: aggregate(value, mask, "token-mean", norm) for name, value in terms.metrics.items()}
+        mean = {
+            name: aggregate(value, mask, "token-mean", norm)
+            for name, value in terms.metrics.items()
+        }
         mean["pg_loss"] = pg_loss
         mean["entropy"] = aggregate(entropy, mask, "token-mean", norm)
         if self.entropy_coeff:
@@ -55,7 +58,9 @@ class PolicyObjective:
             kl_loss = aggregate(kl, mask, self.loss_agg_mode, norm)
             loss = loss + self.kl_loss_coef * kl_loss
             mean["kl_loss"] = kl_loss
-        return loss, {f"actor/{name}": value.detach() for name, value in {**mean, "loss": loss}.items()}
+        return loss, {
+            f"actor/{name}": value.detach() for name, value in {**mean, "loss": loss}.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,14 @@ class ValueObjective:
     cliprange_value: float
     loss_agg_mode: str
 
-    def __call__(self, batch: MicroBatch, values: Tensor, norm: LossNorm) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, batch: MicroBatch, values: Tensor, norm: LossNorm
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss share (a scalar with gradient) and metric shares; `values` [b, r]."""
         rows, mask = batch.rows, batch.rows["response_mask"]
-        per_token, clipped = value_loss(values, rows["values"], rows["returns"], mask, self.cliprange_value)
+        per_token, clipped = value_loss(
+            values, rows["values"], rows["returns"], mask, self.cliprange_value
+        )
         loss = aggregate(per_token, mask, self.loss_agg_mode, norm)
         mean = {
             "vf_loss": loss,

@@ -19,7 +19,9 @@ PART_BYTES = 1 << 20
 class Residents:
     """Storages that come and go together."""
 
-    def __init__(self, tensors: Iterable[Tensor], keep: bool = True, without: Iterable[Residents] = ()) -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor], keep: bool = True, without: Iterable[Residents] = ()
+    ) -> None:
         """Those of `tensors`, each once, less those of `without`; unless `keep`, they come back as zeros."""
         others = {number for residents in without for number in residents._storages}
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -44,7 +46,9 @@ class Residents:
             if self._keep:
                 # The copies stay allocated from one leave to the next: pinning memory is slow.
                 if number not in self._copies:
-                    self._copies[number] = host_memory(storage.nbytes(), storage.device.type != "cpu")
+                    self._copies[number] = host_memory(
+                        storage.nbytes(), storage.device.type != "cpu"
+                    )
                 content = _bytes(storage)
                 for part, host in _parts(content, self._copies[number]):
                     host.copy_(part)
@@ -100,7 +104,12 @@ class EngineResidence:
     ) -> None:
         """Of these models and Megatron's optimizer, if they learn; `free_cached` gives the device's cache back, also
         of states that stay, where others want the device's memory between work (`shared`)."""
-        self._models, self._optimizer, self._free_cached, self._enabled = models, optimizer, free_cached, enabled
+        self._models, self._optimizer, self._free_cached, self._enabled = (
+            models,
+            optimizer,
+            free_cached,
+            enabled,
+        )
         self._shared = shared
         self._states: dict[str, Residents] = {}
         if enabled:
@@ -142,7 +151,9 @@ class EngineResidence:
         found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
         # What is known already keeps its copies' memory.
         self._states = {
-            name: known if (known := self._states.get(name)) is not None and known.same_as(residents) else residents
+            name: known
+            if (known := self._states.get(name)) is not None and known.same_as(residents)
+            else residents
             for name, residents in found.items()
         }
 
@@ -152,7 +163,9 @@ def _weights(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
         yield from (parameter.data for parameter in model.parameters())
         for module in model.modules():  # model.buffers() is something else in Megatron's DDP
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-        yield from (buffer.param_data for buffer in _ddp_buffers(model) if buffer.param_data is not None)
+        yield from (
+            buffer.param_data for buffer in _ddp_buffers(model) if buffer.param_data is not None
+        )
 
 
 def _gradients(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:

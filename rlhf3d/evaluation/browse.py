@@ -14,7 +14,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from rlhf3d.evaluation.records import GENERATIONS_FILE, read_generations
-from rlhf3d.observability.samples import SAMPLES_DIR, Kind, Sample, read_samples, sample_steps, samples_path
+from rlhf3d.observability.samples import (
+    SAMPLES_DIR,
+    Kind,
+    Sample,
+    read_samples,
+    sample_steps,
+    samples_path,
+)
 
 KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
 
@@ -42,7 +49,10 @@ class Filter:
             (self.unparsable, sample.outcome == "unparsable"),
             (self.failed, sample.outcome in ("timeout", "error")),
             (self.truncated, sample.finish_reason == "length"),
-            (bool(self.contains), self.contains.lower() in f"{sample.prompt}\n{sample.response}".lower()),
+            (
+                bool(self.contains),
+                self.contains.lower() in f"{sample.prompt}\n{sample.response}".lower(),
+            ),
         )
         return all(holds for asked, holds in conditions if asked)
 
@@ -59,7 +69,16 @@ def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sa
             raise ValueError(f"--step {step}: {folder} is an evaluation, which has no steps")
         found = [g for g in read_generations(folder, repair=False) if kind in (None, g.mode)]
         shown = [
-            Sample(g.prompt, g.response, g.ground_truth, g.score, g.outcome, g.length, g.finish_reason, 0)
+            Sample(
+                g.prompt,
+                g.response,
+                g.ground_truth,
+                g.score,
+                g.outcome,
+                g.length,
+                g.finish_reason,
+                0,
+            )
             for g in found
         ]
         return f"{folder} {kind or 'all'}", shown
@@ -67,7 +86,9 @@ def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sa
     steps = sample_steps(folder, chosen)
     if not steps:
         other = ", ".join(k for k in KINDS if sample_steps(folder, k)) or "none"
-        raise ValueError(f"{folder}: no {chosen} samples in {SAMPLES_DIR}/ (kinds there: {other}); name a run's folder")
+        raise ValueError(
+            f"{folder}: no {chosen} samples in {SAMPLES_DIR}/ (kinds there: {other}); name a run's folder"
+        )
     if step is not None and step not in steps:
         raise ValueError(f"--step {step}: {chosen} samples are there for {_ranges(steps)}")
     step = steps[-1] if step is None else step
@@ -78,7 +99,12 @@ def render(title: str, samples: Sequence[Sample], wanted: Filter, limit: int) ->
     """The first `limit` samples that `wanted` keeps, in full."""
     kept = [sample for sample in samples if wanted.keeps(sample)]
     parts: list[RenderableType] = [part for sample in kept[:limit] for part in _sample(sample)]
-    parts.append(Text(f"{title}: {min(limit, len(kept))} of {len(kept)} shown, {len(samples)} in all", style="bold"))
+    parts.append(
+        Text(
+            f"{title}: {min(limit, len(kept))} of {len(kept)} shown, {len(samples)} in all",
+            style="bold",
+        )
+    )
     return Group(*parts)
 
 
@@ -96,7 +122,9 @@ def _sample(sample: Sample) -> list[RenderableType]:
 
 def clean(text: object) -> str:
     """Text as it stands, line breaks kept, control characters shown as ·."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "·" for c in str(text))
+    return "".join(
+        c if c.isprintable() or c == "\n" else " " if c == "\t" else "·" for c in str(text)
+    )
 
 
 def _ranges(steps: Sequence[int]) -> str:

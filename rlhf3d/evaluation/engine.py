@@ -49,7 +49,9 @@ class EngineOptions:
             )
 
 
-def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOptions) -> Callable[[Stops], Engine]:
+def engine_maker(
+    model: Path, max_model_len: int, seed: int, options: EngineOptions
+) -> Callable[[Stops], Engine]:
     """A function that starts what generates."""
 
     def make(stops: Stops) -> Engine:
@@ -84,7 +86,9 @@ def engine_maker(model: Path, max_model_len: int, seed: int, options: EngineOpti
 class PlacedEngines:
     """Engines in processes of their own."""
 
-    def __init__(self, platform: Platform, options: EngineOptions, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, platform: Platform, options: EngineOptions, arguments: dict[str, Any]
+    ) -> None:
         from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
         from rlhf3d.placement.resources import engine_threads, place_engines
         from rlhf3d.placement.rollout_group import RolloutGroup
@@ -100,12 +104,16 @@ class PlacedEngines:
             cores = cores_of(reserved, cluster.startup_timeout_s)
             threads = engine_threads(bundles, nodes_of(reserved), cores, options.threads)
             own = platform.environment("engine", arguments["dtype"])
-            self._group = RolloutGroup(cluster, placement, reserved, bundles, threads, arguments, own)
+            self._group = RolloutGroup(
+                cluster, placement, reserved, bundles, threads, arguments, own
+            )
             self._group.wait_ready()
             stack.callback(self._group.close)
             self._placed = stack.pop_all()
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         """See `RolloutEngine.stream`."""
         return self._group.stream("generate", requests, sampling)
 

@@ -76,7 +76,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     spread = sum((value - mean) ** 2 for value in values) / count
     size = count * mean * (1 - mean) / spread if spread > 0 else count
     centre = (mean + Z_95**2 / (2 * size)) / (1 + Z_95**2 / size)
-    half = Z_95 / (1 + Z_95**2 / size) * math.sqrt(max(0.0, mean * (1 - mean)) / size + (Z_95 / (2 * size)) ** 2)
+    half = (
+        Z_95
+        / (1 + Z_95**2 / size)
+        * math.sqrt(max(0.0, mean * (1 - mean)) / size + (Z_95 / (2 * size)) ** 2)
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -96,7 +100,12 @@ def summarise(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
     (n,) = sizes
     means = [prompt.mean for prompt in prompts]
     low, high = interval([min(1.0, max(0.0, mean)) for mean in means])
-    figures = {f"mean@{n}": sum(means) / len(means), "ci_low": low, "ci_high": high, "prompts": float(len(prompts))}
+    figures = {
+        f"mean@{n}": sum(means) / len(means),
+        "ci_low": low,
+        "ci_high": high,
+        "prompts": float(len(prompts)),
+    }
     if n == 1:
         return figures
     figures[f"std@{n}"] = sum(map(_std, prompts)) / len(prompts)
@@ -109,4 +118,6 @@ def summarise(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
 
 
 def _std(prompt: Answers) -> float:
-    return math.sqrt(sum((score - prompt.mean) ** 2 for score in prompt.scores) / (len(prompt.scores) - 1))
+    return math.sqrt(
+        sum((score - prompt.mean) ** 2 for score in prompt.scores) / (len(prompt.scores) - 1)
+    )

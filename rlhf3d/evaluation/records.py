@@ -69,7 +69,9 @@ def read_generations(folder: Path, repair: bool = True) -> list[Generation]:
 
 def append_generations(folder: Path, generations: Iterable[Generation]) -> None:
     """Add generations; they are on the disk when this returns."""
-    with (folder / GENERATIONS_FILE).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+    with (folder / GENERATIONS_FILE).open(
+        "a", encoding="utf-8", errors="backslashreplace", newline="\n"
+    ) as file:
         file.writelines(json.dumps(asdict(generation)) + "\n" for generation in generations)
         file.flush()
         os.fsync(file.fileno())

@@ -20,7 +20,14 @@ from rlhf3d.data.check import LOOKED_AT, stated_truths
 from rlhf3d.data.dataset import Prompt, PromptDataset
 from rlhf3d.data.end_tokens import end_tokens
 from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
-from rlhf3d.evaluation.records import Generation, Mode, append_generations, group_keys, read_generations, results
+from rlhf3d.evaluation.records import (
+    Generation,
+    Mode,
+    append_generations,
+    group_keys,
+    read_generations,
+    results,
+)
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.hf_io import check_weights
 from rlhf3d.models.spec import load_spec
@@ -80,7 +87,9 @@ class EvaluationSettings:
         """What makes it another evaluation when it changes, the text of the reward function's file included."""
         path = self.reward_path
         return self.to_json() | {
-            "reward_path": None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "reward_path": None
+            if path is None
+            else hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +102,9 @@ class EvaluationSettings:
             raise ValueError(f"--n {self.n}: must be 0 or more, and above 0 with --no-greedy")
         found: list[tuple[Mode, int, SamplingSettings]] = []
         if self.greedy:
-            found.append(("greedy", 1, SamplingSettings(1.0, 1.0, -1, self.max_tokens, greedy=True)))
+            found.append(
+                ("greedy", 1, SamplingSettings(1.0, 1.0, -1, self.max_tokens, greedy=True))
+            )
         if self.n:
             sampling = SamplingSettings(self.temperature, self.top_p, self.top_k, self.max_tokens)
             found.append(("sampled", self.n, sampling))
@@ -103,7 +114,9 @@ class EvaluationSettings:
 class Engine(Protocol):
     """What generates."""
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         """One completion a request, in parts as they finish, by number of the request."""
 
     def close(self) -> None:
@@ -152,7 +165,9 @@ def evaluate(
     modes = settings.modes()
     if too_many := [k for k in ks or () if k > settings.n]:
         k = max(too_many)
-        raise ValueError(f"-k {k}: more than the --n {settings.n} samples a prompt; set --n {k} or more")
+        raise ValueError(
+            f"-k {k}: more than the --n {settings.n} samples a prompt; set --n {k} or more"
+        )
     spec = load_spec(str(model))
     check_weights(model, spec, "lm")
     window = spec.max_position
@@ -173,12 +188,20 @@ def evaluate(
     )
     ends = end_tokens(model, tokenizer, spec.vocab_size, settings.stop_token_ids)
     stops = Stops(ends.ids, settings.stop)
-    for text in (*weight_files(model).notes, *vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes):
+    for text in (
+        *weight_files(model).notes,
+        *vocabulary_notes(tokenizer, spec.vocab_size),
+        *ends.notes,
+    ):
         warn(text)
     reward = settings.reward(prompts.data_sources)
     if isinstance(reward, BuiltinReward):  # told before anything is generated
         stated_truths(prompts.sample(LOOKED_AT), reward, "DATA")
-    identity = {"model": model_digest(model), "prompts": prompts.fingerprint(), **settings.identity()}
+    identity = {
+        "model": model_digest(model),
+        "prompts": prompts.fingerprint(),
+        **settings.identity(),
+    }
     done = _open_output(output, identity, model, files, restart)
     have = {(g.mode, g.index, g.sample) for g in done}
     todo = [(mode, n, sampling, _missing(prompts, mode, n, have)) for mode, n, sampling in modes]
@@ -189,9 +212,13 @@ def evaluate(
                 finished = total - sum(len(samples) for _, samples in missing)
                 failed: list[Score] = []
                 for part in _parts(missing, batch):
-                    made, scores = _generate(engine, pool, tokenizer, prompts, part, mode, sampling, settings.seed)
+                    made, scores = _generate(
+                        engine, pool, tokenizer, prompts, part, mode, sampling, settings.seed
+                    )
                     failed += [score for score in scores if score.failed]
-                    check_outcomes(failed, MAX_ERROR_RATE, total, "Fix the reward function and evaluate again.")
+                    check_outcomes(
+                        failed, MAX_ERROR_RATE, total, "Fix the reward function and evaluate again."
+                    )
                     append_generations(output, made)
                     done += made
                     finished += len(made)
@@ -200,7 +227,11 @@ def evaluate(
         "model": str(model),
         "data": [str(file) for file in files],
         "settings": settings.to_json(),
-        "prompts": {"used": len(prompts), "dropped": prompts.dropped, "truncated": prompts.truncated},
+        "prompts": {
+            "used": len(prompts),
+            "dropped": prompts.dropped,
+            "truncated": prompts.truncated,
+        },
         **results(done, ks),
     }
     _write_json(output / RESULTS_FILE, report)
@@ -211,7 +242,9 @@ _Missing = list[tuple[int, list[int]]]
 """(index of a prompt in the set, numbers of the samples it lacks)."""
 
 
-def _missing(prompts: PromptDataset, mode: Mode, n: int, have: set[tuple[Mode, int, int]]) -> _Missing:
+def _missing(
+    prompts: PromptDataset, mode: Mode, n: int, have: set[tuple[Mode, int, int]]
+) -> _Missing:
     missing = []
     for position in range(len(prompts)):
         number = prompts.number(position)
@@ -234,14 +267,20 @@ def _generate(
     sampling: SamplingSettings,
     seed: int,
 ) -> tuple[list[Generation], list[Score]]:
-    wanted: list[tuple[Prompt, int]] = [(prompts[position], s) for position, samples in part for s in samples]
-    requests = [Request(p.prompt_ids, request_seed(seed, 0, p.index, sample)) for p, sample in wanted]
+    wanted: list[tuple[Prompt, int]] = [
+        (prompts[position], s) for position, samples in part for s in samples
+    ]
+    requests = [
+        Request(p.prompt_ids, request_seed(seed, 0, p.index, sample)) for p, sample in wanted
+    ]
     completions: dict[int, Completion] = {}
     texts: dict[int, str] = {}
     scoring = pool.start(len(wanted))
     for some in engine.stream(requests, sampling):
         decoded = decode(some, tokenizer)
-        scoring.add({number: score_item(wanted[number][0], text) for number, text in decoded.items()})
+        scoring.add(
+            {number: score_item(wanted[number][0], text) for number, text in decoded.items()}
+        )
         completions |= some
         texts |= decoded
     scores = scoring.finish()
@@ -252,7 +291,9 @@ def _generate(
     return made, scores
 
 
-def _record(mode: Mode, prompt: Prompt, sample: int, completion: Completion, text: str, score: Score) -> Generation:
+def _record(
+    mode: Mode, prompt: Prompt, sample: int, completion: Completion, text: str, score: Score
+) -> Generation:
     answer = score.extra.get("answer")
     return Generation(
         mode=mode,
@@ -306,7 +347,9 @@ def _open_output(
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} holds files that are no evaluation: name another --output")
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(settings, {"identity": identity, "model": str(model), "data": [str(file) for file in files]})
+    _write_json(
+        settings, {"identity": identity, "model": str(model), "data": [str(file) for file in files]}
+    )
     return []
 
 

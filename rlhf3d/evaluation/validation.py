@@ -16,7 +16,9 @@ from rlhf3d.rewards.math_answer import normalise
 from rlhf3d.rewards.scoring import Outcome, Score
 
 
-def validation_metrics(data_sources: Sequence[str], scores: Sequence[Score], n: int, kind: str) -> dict[str, float]:
+def validation_metrics(
+    data_sources: Sequence[str], scores: Sequence[Score], n: int, kind: str
+) -> dict[str, float]:
     """Figures by data source of n completions a prompt, which stand side by side.
 
     `val-core/SOURCE/acc/KIND` is the mean; its interval, pass@k, maj@k and std@n are `val-aux/SOURCE/acc/KIND/…`. Of a
@@ -39,7 +41,9 @@ def validation_metrics(data_sources: Sequence[str], scores: Sequence[Score], n: 
     return metrics
 
 
-def _reward_model_metrics(data_sources: Sequence[str], scores: Sequence[Score], n: int, kind: str) -> dict[str, float]:
+def _reward_model_metrics(
+    data_sources: Sequence[str], scores: Sequence[Score], n: int, kind: str
+) -> dict[str, float]:
     means: dict[str, list[float]] = {}
     for start in range(0, len(scores), n):
         said = [s.extra[PART] for s in scores[start : start + n] if PART in s.extra]
@@ -58,4 +62,6 @@ def _reward_model_metrics(data_sources: Sequence[str], scores: Sequence[Score], 
 def vote(score: Score) -> str | None:
     """The answer of a completion in the form that is counted for maj@k; null where it has none."""
     answer = score.extra.get("answer")
-    return normalise(str(answer)) if score.outcome is Outcome.SCORED and answer is not None else None
+    return (
+        normalise(str(answer)) if score.outcome is Outcome.SCORED and answer is not None else None
+    )

@@ -16,7 +16,9 @@ def render(report: dict[str, Any]) -> RenderableType:
     """A table for each mode: data sources, and their levels and types."""
     used = report["prompts"]
     lines: list[RenderableType] = [
-        Text(f"{report['model']}: {used['used']} prompts, {used['dropped']} dropped, {used['truncated']} truncated")
+        Text(
+            f"{report['model']}: {used['used']} prompts, {used['dropped']} dropped, {used['truncated']} truncated"
+        )
     ]
     for mode in ("greedy", "sampled"):
         if mode in report:
@@ -26,8 +28,12 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 def _mode(mode: str, figures: dict[str, Any]) -> list[RenderableType]:
     groups = figures["by"]
-    names = [name for name in next(iter(groups.values())) if name not in ("ci_low", "ci_high", "prompts")]
-    table = Table(Column(mode, overflow="fold"), "prompts", *names[:1], "95 %", *names[1:], box=None)
+    names = [
+        name for name in next(iter(groups.values())) if name not in ("ci_low", "ci_high", "prompts")
+    ]
+    table = Table(
+        Column(mode, overflow="fold"), "prompts", *names[:1], "95 %", *names[1:], box=None
+    )
     for group, values in groups.items():
         cells = [f"{100 * values[name]:.1f}" for name in names]
         interval = f"{100 * values['ci_low']:.1f} to {100 * values['ci_high']:.1f}"

@@ -19,7 +19,14 @@ from rlhf3d.config.checks import check, value_of
 from rlhf3d.config.groups import device_terms, worker_groups
 from rlhf3d.config.load import PATHS, ConfigError, files_of, load_config
 from rlhf3d.config.schema import Config
-from rlhf3d.launch.rules import check_names, check_shared, default_name, is_below, mounts_of, named_paths
+from rlhf3d.launch.rules import (
+    check_names,
+    check_shared,
+    default_name,
+    is_below,
+    mounts_of,
+    named_paths,
+)
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.paths import expand_user
 from rlhf3d.placement.resources import place
@@ -118,12 +125,22 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         raise ConfigError(problems, f"`{target}` does not take these options")
     config = load_config(path, overrides, files=False)
     if options.rehearse:
-        options = replace(options, gpus_per_node=0, cpus_per_node=options.cpus_per_node or MAX_RANKS + ENGINE_RANKS)
+        options = replace(
+            options,
+            gpus_per_node=0,
+            cpus_per_node=options.cpus_per_node or MAX_RANKS + ENGINE_RANKS,
+        )
     config = _with_nodes(config, target, options)
     gpus = 0 if config.cluster.platform == "cpu" else config.cluster.gpus_per_node
     nodes = config.cluster.num_nodes
-    if problems := [*check(config), *_check_nodes(config, gpus, options), *_check_target(target, config, options)]:
-        raise ConfigError(problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each")
+    if problems := [
+        *check(config),
+        *_check_nodes(config, gpus, options),
+        *_check_target(target, config, options),
+    ]:
+        raise ConfigError(
+            problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each"
+        )
     time_s = _time_s(config, options)
     workdir = options.workdir or _workdir(target, options)
     if target == "slurm":  # which expands no ~
@@ -135,7 +152,9 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     places = [f"cluster.platform={config.cluster.platform}", f"cluster.num_nodes={nodes}"]
     places += [f"cluster.gpus_per_node={gpus}"] if gpus else []
     if time_s is not None and config.trainer.max_wall_clock_s is None and target != "slurm":
-        places.append(f"trainer.max_wall_clock_s={max(1, time_s - config_startup_s(config) - options.grace_s)}")
+        places.append(
+            f"trainer.max_wall_clock_s={max(1, time_s - config_startup_s(config) - options.grace_s)}"
+        )
     if in_container:
         places += _without_home(config)
     return Job(
@@ -202,7 +221,12 @@ def _processes(config: Config) -> list[int]:
     """Training and engine ranks of each node that has any, on CPU, each with a core of its own."""
     rollout, nodes = config.rollout, config.cluster.num_nodes
     placed = place(
-        CPUPlatform(reason="launch"), worker_groups(config), rollout.engines, rollout.tensor_parallel_size, True, nodes
+        CPUPlatform(reason="launch"),
+        worker_groups(config),
+        rollout.engines,
+        rollout.tensor_parallel_size,
+        True,
+        nodes,
     )
     return [int(bundle["CPU"]) for bundle in placed.bundles]
 
@@ -226,7 +250,9 @@ def _without_home(config: Config) -> list[str]:
     for key in PATHS:
         value = value_of(config, key)
         texts = value if isinstance(value, tuple) else (value,)
-        if any(text is not None and is_below(text, home) and text.startswith("/") for text in texts):
+        if any(
+            text is not None and is_below(text, home) and text.startswith("/") for text in texts
+        ):
             said.append(f"{key}={json.dumps(value) if isinstance(value, tuple) else value}")
     return said
 
@@ -251,7 +277,9 @@ def _check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
                 f"{max(processes)} cores, more than --cpus-per-node {cores}"
             )
         if len(processes) < nodes:
-            problems.append(f"{nodes - len(processes)} of {nodes} node(s) would have no training rank; ask for fewer")
+            problems.append(
+                f"{nodes - len(processes)} of {nodes} node(s) would have no training rank; ask for fewer"
+            )
         return problems
     memory_gib, shm_gib = options.memory_gib_per_node, SHM_GIB_PER_GPU * gpus
     if memory_gib and memory_gib <= shm_gib:
@@ -291,15 +319,21 @@ def _check_target(target: str, config: Config, options: Options) -> list[str]:
     nodes, output = config.cluster.num_nodes, config.trainer.output_dir
     problems = []
     if target == "local" and nodes > 1:
-        problems.append(f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh")
+        problems.append(
+            f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh"
+        )
     if target in ("local", "ssh") and options.image:
         problems.append(f"--image: `{target}` uses --venv; start it inside a container yourself")
     if target == "ssh" and len(options.hosts) != nodes:
         problems.append(f"--hosts names {len(options.hosts)} host(s), the job has {nodes} node(s)")
     if target == "kuberay" and not options.image:
-        problems.append("--image: KubeRay needs a container image with rlhf3d (docker/Dockerfile.gpu makes one)")
+        problems.append(
+            "--image: KubeRay needs a container image with rlhf3d (docker/Dockerfile.gpu makes one)"
+        )
     if target == "kuberay" and not options.volume:
-        problems.append("--volume: KubeRay needs a ReadWriteMany persistent volume claim with model, data and outputs")
+        problems.append(
+            "--volume: KubeRay needs a ReadWriteMany persistent volume claim with model, data and outputs"
+        )
     if target == "skypilot" and config.cluster.platform != "cpu" and not options.gpu_type:
         problems.append("--gpu-type: SkyPilot needs the GPU's name, such as H100")
     if target in ("kuberay", "skypilot"):
@@ -318,7 +352,9 @@ def _check_target(target: str, config: Config, options: Options) -> list[str]:
                 f"trainer.max_wall_clock_s {limit_s:g} + cluster.startup_timeout_s {startup_s} = "
                 f"{limit_s + startup_s:g} s, more than --time {options.time_s} s"
             )
-    elif options.time_s is not None and options.time_s <= options.grace_s + config_startup_s(config):
+    elif options.time_s is not None and options.time_s <= options.grace_s + config_startup_s(
+        config
+    ):
         problems.append(
             f"--time {options.time_s} s leaves nothing beside --grace {options.grace_s} s and "
             f"cluster.startup_timeout_s {config_startup_s(config)} s"

@@ -26,7 +26,9 @@ TARGETS = {
     "local": Target("local.sh.j2", ("bash",)),
     "slurm": Target("slurm.sh.j2", ("sbatch",)),
     "kuberay": Target("kuberay.yaml.j2", ("kubectl", "create", "-f")),
-    "skypilot": Target("skypilot.yaml.j2", ("sky", "jobs", "launch", "--yes", "--secret", "RAY_AUTH_TOKEN")),
+    "skypilot": Target(
+        "skypilot.yaml.j2", ("sky", "jobs", "launch", "--yes", "--secret", "RAY_AUTH_TOKEN")
+    ),
     "ssh": Target("ssh.sh.j2", ("bash",)),
 }
 
@@ -50,7 +52,12 @@ def render(target: str, job: Job) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"sh": shlex.quote, "words": shlex.join, "yaml": json.dumps, "slurm_time": slurm_time}
+    environment.filters |= {
+        "sh": shlex.quote,
+        "words": shlex.join,
+        "yaml": json.dumps,
+        "slurm_time": slurm_time,
+    }
     environment.filters |= {"sh_path": sh_path, "kubernetes": kubernetes_text, "mounts": mounts}
     return environment.get_template(target_of(target).template).render(job=job, target=target)
 

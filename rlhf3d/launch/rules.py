@@ -58,12 +58,18 @@ def default_name(target: str, path: str) -> str:
 
 def check_names(target: str, options: Options) -> Iterator[str]:
     """What the target would not take, or take for something else."""
-    texts = {name: getattr(options, name) for name in "image venv workdir volume mount gpu_type".split()}
+    texts = {
+        name: getattr(options, name) for name in "image venv workdir volume mount gpu_type".split()
+    }
     for name, text in texts.items():
         if text is not None and (not text or not text.isprintable()):
             yield f"--{name.replace('_', '-')} {text!r}: expected text in one line"
     in_kubernetes = target in ("kuberay", "skypilot")
-    job = (_LETTER_FIRST, RAYJOB_NAME - SUFFIX, "a lower-case letter, then lower-case letters, digits and -")
+    job = (
+        _LETTER_FIRST,
+        RAYJOB_NAME - SUFFIX,
+        "a lower-case letter, then lower-case letters, digits and -",
+    )
     word = (_WORD, 128, "letters, digits, _ . + and -, no hyphen first")
     label = (_LABEL, 63, "lower-case letters, digits and -")
     rules = [
@@ -74,7 +80,10 @@ def check_names(target: str, options: Options) -> Iterator[str]:
         ("gpu-type", options.gpu_type, word),
         ("partition", options.partition, (r"[\w.,+-]+", 128, word[2])),
         ("account", options.account, (r"[\w.,+-]+", 128, word[2])),
-        *(("hosts", host, (r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*", 253, "names of hosts")) for host in options.hosts),
+        *(
+            ("hosts", host, (r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*", 253, "names of hosts"))
+            for host in options.hosts
+        ),
     ]
     for option, text, (pattern, longest, told) in rules:
         if text is not None and (len(text) > longest or not re.fullmatch(pattern, text)):
@@ -140,7 +149,9 @@ def mounts_of(config: Config, workdir: str, config_files: Iterable[Path]) -> tup
     outside = sorted(folder for folder in folders if not is_below(folder, workdir))
     for folder in [*outside, workdir]:
         if folder == "/" or set(folder) & set(",:"):
-            raise ValueError(f"{folder} cannot be mounted into a container: use a folder without a comma or a colon")
+            raise ValueError(
+                f"{folder} cannot be mounted into a container: use a folder without a comma or a colon"
+            )
     kept: list[str] = []
     for folder in outside:  # a folder comes before those in it
         if not any(is_below(folder, other) for other in kept):

@@ -51,7 +51,9 @@ def locate(piece: Piece, hf_box: Box) -> Box:
     """
     lead = len(piece.local_box) - len(piece.hf_box)
     inner = zip(piece.local_box[lead:], piece.hf_box, hf_box, strict=True)
-    return piece.local_box[:lead] + tuple((own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner)
+    return piece.local_box[:lead] + tuple(
+        (own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner
+    )
 
 
 def split_rows(box: Box, parts: int) -> list[Box]:

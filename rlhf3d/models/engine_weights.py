@@ -20,7 +20,9 @@ VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share them out."""
 
 
-def engine_params(spec: ModelSpec, tp_size: int, tp_rank: int, expert_parallel: bool = False) -> list[LocalParam]:
+def engine_params(
+    spec: ModelSpec, tp_size: int, tp_rank: int, expert_parallel: bool = False
+) -> list[LocalParam]:
     """vLLM's parameters of one tensor-parallel rank, in vLLM's names, in forward order.
 
     A tied head has no entry: it is the embedding's storage. `primary` is False for copies of what rank 0 holds. Where
@@ -51,7 +53,9 @@ def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = F
     """Raise ValueError naming rollout.tensor_parallel_size unless vLLM can cut the model over `tp_size` ranks."""
     assert tp_size >= 1, tp_size
     if expert_parallel and not spec.num_experts:
-        raise ValueError("rollout.expert_parallel true: the model is dense and has no experts to share out; set false")
+        raise ValueError(
+            "rollout.expert_parallel true: the model is dense and has no experts to share out; set false"
+        )
     wrong = _misfits(spec, tp_size, expert_parallel)
     if wrong:
         legal = [n for n in range(1, spec.num_heads + 1) if not _misfits(spec, n, expert_parallel)]
@@ -73,7 +77,10 @@ def check_quantization(spec: ModelSpec, quantization: str) -> None:
 def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
     """What `tp` ranks do not share out evenly, with the arithmetic."""
     vocab = engine_vocab_size(spec.vocab_size)
-    sizes = {"num_attention_heads": spec.num_heads, f"vocab_size {spec.vocab_size} padded to": vocab}
+    sizes = {
+        "num_attention_heads": spec.num_heads,
+        f"vocab_size {spec.vocab_size} padded to": vocab,
+    }
     if not spec.num_experts:
         sizes["intermediate_size"] = spec.ffn_size
     elif expert_parallel:
@@ -128,11 +135,18 @@ class _RankTable:
             params.append(self.qkv([_bias(name) for name in projections], bias=True))
         if spec.qk_norm:
             assert names.query_norm and names.key_norm
-            params += [self.replicated(hf(names.query_norm), head), self.replicated(hf(names.key_norm), head)]
+            params += [
+                self.replicated(hf(names.query_norm), head),
+                self.replicated(hf(names.key_norm), head),
+            ]
         params.append(self.columns(hf(names.attention_output), spec.num_heads * spec.head_dim))
         params.append(self.replicated(hf(names.post_attention_norm), hidden))
         if not spec.num_experts:
-            return [*params, self.gate_up(hf(names.gate), hf(names.up)), self.columns(hf(names.down), spec.ffn_size)]
+            return [
+                *params,
+                self.gate_up(hf(names.gate), hf(names.up)),
+                self.columns(hf(names.down), spec.ffn_size),
+            ]
         assert names.router, f"{spec.family} has experts but no name for their router"
         params.append(self.replicated(hf(names.router), (spec.num_experts, spec.hidden_size)))
         return [*params, *self.experts(layer)]
@@ -149,7 +163,11 @@ class _RankTable:
         start = min(self.rank * rows, spec.vocab_size)
         stop = min(start + rows, spec.vocab_size)
         columns = (0, spec.hidden_size)
-        pieces = (Piece(name, ((start, stop), columns), ((0, stop - start), columns)),) if stop > start else ()
+        pieces = (
+            (Piece(name, ((start, stop), columns), ((0, stop - start), columns)),)
+            if stop > start
+            else ()
+        )
         return LocalParam(name, (rows, spec.hidden_size), pieces, primary=True, tp_dim=0)
 
     def qkv(self, projections: Sequence[str], bias: bool) -> LocalParam:
@@ -161,7 +179,11 @@ class _RankTable:
         kv_heads = max(1, spec.num_kv_heads // self.tp)
         kv_start = self.rank * spec.num_kv_heads // self.tp
         query_heads = spec.num_heads // self.tp
-        blocks = ((self.rank * query_heads, query_heads), (kv_start, kv_heads), (kv_start, kv_heads))
+        blocks = (
+            (self.rank * query_heads, query_heads),
+            (kv_start, kv_heads),
+            (kv_start, kv_heads),
+        )
         rest = () if bias else (spec.hidden_size,)
         pieces, row = [], 0
         for hf_name, (first, heads) in zip(projections, blocks, strict=True):
@@ -169,14 +191,18 @@ class _RankTable:
             hf_box = ((start, start + count), *full_box(rest))
             pieces.append(Piece(hf_name, hf_box, ((row, row + count), *full_box(rest))))
             row += count
-        return LocalParam(_fused(query, "qkv_proj"), (row, *rest), tuple(pieces), primary=True, tp_dim=0)
+        return LocalParam(
+            _fused(query, "qkv_proj"), (row, *rest), tuple(pieces), primary=True, tp_dim=0
+        )
 
     def gate_up(self, gate: str, up: str) -> LocalParam:
         """This rank's rows of gate, then those of up."""
         share, columns = self.spec.ffn_size // self.tp, (0, self.spec.hidden_size)
         start = self.rank * share
         pieces = tuple(
-            Piece(hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns))
+            Piece(
+                hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns)
+            )
             for i, hf_name in enumerate((gate, up))
         )
         shape = (2 * share, self.spec.hidden_size)
@@ -199,7 +225,8 @@ class _RankTable:
         gate_up, down = [], []
         for slot in range(count):
             gate, up, down_name = (
-                template.format(layer=layer, expert=first + slot) for template in (names.gate, names.up, names.down)
+                template.format(layer=layer, expert=first + slot)
+                for template in (names.gate, names.up, names.down)
             )
             expert = (slot, slot + 1)
             gate_up.append(Piece(gate, (cut, whole), (expert, (0, share), whole)))
@@ -210,7 +237,9 @@ class _RankTable:
         cut_dims = (0, 0) if self.expert_parallel else (1, 2)
         return [
             LocalParam(prefix + name, shape, tuple(pieces), primary=True, tp_dim=dim)
-            for (name, shape), pieces, dim in zip(shapes.items(), (gate_up, down), cut_dims, strict=True)
+            for (name, shape), pieces, dim in zip(
+                shapes.items(), (gate_up, down), cut_dims, strict=True
+            )
         ]
 
     def columns(self, name: str, size: int) -> LocalParam:

@@ -62,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__}, not an object; download it again")
+        raise ValueError(
+            f"{path} holds a JSON {type(found).__name__}, not an object; download it again"
+        )
     return found
 
 
@@ -70,7 +72,9 @@ def refuse_pointer(path: Path) -> None:
     """Raise ValueError where git-lfs left a pointer in the place of a file."""
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}"
+            )
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -111,7 +115,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} has no weight_map of tensors and their files; download it again")
     for tensor, name in found.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} gives {name!r} as the file of {tensor}: a name in the same folder is needed")
+            raise ValueError(
+                f"{index} gives {name!r} as the file of {tensor}: a name in the same folder is needed"
+            )
     return found
 
 
@@ -130,7 +136,9 @@ def _shards_without_index(folder: Path) -> list[str]:
         raise ValueError(_no_weights(folder))
     ((count, names),) = sets.items()
     if len(names) != count:
-        raise ValueError(f"{folder} has {len(names)} of {count} shards ({_some(names)}); download the others")
+        raise ValueError(
+            f"{folder} has {len(names)} of {count} shards ({_some(names)}); download the others"
+        )
     return names
 
 
@@ -139,7 +147,9 @@ def _no_weights(folder: Path) -> str:
     broken = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     pickles = [name for name in others if not name.endswith((".safetensors", ".gguf"))]
     if broken:
-        return f"{folder}: {_some(broken)} links to a file that is not there; download the model again"
+        return (
+            f"{folder}: {_some(broken)} links to a file that is not there; download the model again"
+        )
     if "adapter_model.safetensors" in others:
         return (
             f"{folder} holds an adapter (adapter_model.safetensors) and no model; merge it into its base model first "
@@ -159,7 +169,8 @@ def _chosen(folder: Path, names: list[str], weight_map: dict[str, str]) -> Weigh
     ignored = sorted(
         path.name
         for path in folder.iterdir()
-        if path.name not in names and (path.suffix in _WEIGHTS or path.name == "adapter_config.json")
+        if path.name not in names
+        and (path.suffix in _WEIGHTS or path.name == "adapter_config.json")
     )
     if not weight_map and (folder / INDEX_NAME).is_file():
         ignored.append(INDEX_NAME)
@@ -179,14 +190,20 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
             if tensor.endswith("rotary_emb.inv_freq"):
                 continue
             if tensor in found:
-                raise ValueError(f"{tensor} is both in {found[tensor].file} and in {info.file}; download them again")
+                raise ValueError(
+                    f"{tensor} is both in {found[tensor].file} and in {info.file}; download them again"
+                )
             if info.dtype not in DTYPE_BYTES:
                 raise ValueError(
                     f"{info.file} holds {tensor} as {info.dtype}: weights are {', '.join(DTYPE_BYTES)}; give the "
                     "original weights, not quantized ones"
                 )
             found[tensor] = info
-    lost = [name for name, file in files.weight_map.items() if name not in found and not name.endswith("inv_freq")]
+    lost = [
+        name
+        for name, file in files.weight_map.items()
+        if name not in found and not name.endswith("inv_freq")
+    ]
     if lost:
         raise ValueError(
             f"{files.folder / INDEX_NAME} names tensors that are not there: {_some(lost)} should be in "
@@ -211,8 +228,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no safetensors file, or is cut off ({size} bytes); download it again") from error
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or is cut off ({size} bytes); download it again"
+        ) from error
     needed = max((stop for _, stop in entries.values()), default=8 + length)
     if size != needed:
         raise ValueError(f"{path} has {size} bytes, its header says {needed}: copy it again")

@@ -95,7 +95,9 @@ class Fields:
 
     def _needed(self, key: str) -> Any:
         if not self.given(key):
-            raise ValueError(f"model.path: {self.source}/config.json lacks {self.within}{key}; download it again")
+            raise ValueError(
+                f"model.path: {self.source}/config.json lacks {self.within}{key}; download it again"
+            )
         return self.values[key]
 
 
@@ -119,17 +121,25 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
     theta = rope.number("rope_theta")
     if theta <= 1:
         raise rope.wrong("rope_theta", "above 1")
-    if parameters is not None and parameters.given("rope_theta") and parameters.number("rope_theta") != theta:
+    if (
+        parameters is not None
+        and parameters.given("rope_theta")
+        and parameters.number("rope_theta") != theta
+    ):
         raise ValueError(
             f"model.path: {config.source} has rope_theta={parameters.values['rope_theta']} in rope_parameters, which "
             f"its rope_scaling replaces: transformers would take {theta:g}; put both into rope_parameters"
         )
     if any(isinstance(value, dict) for value in rope.values.values()):
-        raise ValueError(f"model.path: {config.source} has rotary positions by kind of layer, which is not supported")
+        raise ValueError(
+            f"model.path: {config.source} has rotary positions by kind of layer, which is not supported"
+        )
     for where in (rope, config):
         if where.values.get("partial_rotary_factor") not in (None, 1.0):
             partial = where.values["partial_rotary_factor"]
-            raise ValueError(f"model.path: {config.source} has partial_rotary_factor={partial}; only 1.0 is supported")
+            raise ValueError(
+                f"model.path: {config.source} has partial_rotary_factor={partial}; only 1.0 is supported"
+            )
     return theta, _read_scaling(config, rope)
 
 
@@ -137,7 +147,9 @@ def _read_scaling(config: Fields, rope: Fields) -> RopeScaling | None:
     kinds = [rope.values[key] for key in ("rope_type", "type") if rope.given(key)] or ["default"]
     kind = kinds[0]
     if kinds[-1] != kind:
-        raise ValueError(f"model.path: {config.source} has rope_type={kind!r} and type={kinds[-1]!r}; remove one")
+        raise ValueError(
+            f"model.path: {config.source} has rope_type={kind!r} and type={kinds[-1]!r}; remove one"
+        )
     if kind == "default":
         return None
     if kind not in ("llama3", "yarn"):
@@ -146,7 +158,9 @@ def _read_scaling(config: Fields, rope: Fields) -> RopeScaling | None:
             f"(where the stretching is optional, remove it from config.json for the model's native context)"
         )
     key = "original_max_position_embeddings"
-    original = rope.integer(key) if key in rope.values else config.integer("max_position_embeddings")
+    original = (
+        rope.integer(key) if key in rope.values else config.integer("max_position_embeddings")
+    )
     if config.given(key) and config.values[key] != original:
         raise config.wrong(key, f"{original}, as for its rotary positions")
     if kind == "llama3":
@@ -162,7 +176,9 @@ def _read_yarn(rope: Fields, original: int) -> YarnRopeScaling:
     if rope.given("attention_factor"):
         attention = rope.number("attention_factor")
     elif rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
-        attention = _mscale(factor, rope.number("mscale")) / _mscale(factor, rope.number("mscale_all_dim"))
+        attention = _mscale(factor, rope.number("mscale")) / _mscale(
+            factor, rope.number("mscale_all_dim")
+        )
     else:
         attention = _mscale(factor, 1.0)
     fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)

@@ -65,14 +65,19 @@ class HFReader:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"model.path: cannot read {file} ({error}); download it again") from error
+                raise ValueError(
+                    f"model.path: cannot read {file} ({error}); download it again"
+                ) from error
         return self._handles[file]
 
     def __enter__(self) -> HFReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._handles.clear()
 
@@ -109,7 +114,9 @@ def check_tied_head(reader: HFReader, spec: ModelSpec) -> None:
         return
     shape = reader.shape(names.lm_head)
     if shape != reader.shape(names.embedding) or not all(
-        torch.equal(reader.read(names.lm_head, box).double(), reader.read(names.embedding, box).double())
+        torch.equal(
+            reader.read(names.lm_head, box).double(), reader.read(names.embedding, box).double()
+        )
         for box in _row_boxes(*shape)
     ):
         raise ValueError(
@@ -129,8 +136,13 @@ def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
     if out.dtype == block.dtype or torch.finfo(out.dtype).max >= torch.finfo(block.dtype).max:
         return
     if bool((out.isinf() & block.isfinite()).any()):
-        name, largest = str(out.dtype).removeprefix("torch."), float(block.abs().nan_to_num(0, 0).max())
-        raise ValueError(f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range")
+        name, largest = (
+            str(out.dtype).removeprefix("torch."),
+            float(block.abs().nan_to_num(0, 0).max()),
+        )
+        raise ValueError(
+            f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range"
+        )
 
 
 @contextmanager
@@ -147,7 +159,9 @@ def model_view(folder: Path | str) -> Iterator[Path]:
             (Path(view) / name).symlink_to(folder / name)
         if len(files.names) > 1:
             weight_map = {name: info.file.name for name, info in model_tensors(files).items()}
-            (Path(view) / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            (Path(view) / INDEX_NAME).write_text(
+                json.dumps({"metadata": {}, "weight_map": weight_map})
+            )
         yield Path(view)
 
 
@@ -201,7 +215,9 @@ def companions(folder: Path) -> list[str]:
     return found
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> set[torch.dtype]:
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
+) -> set[torch.dtype]:
     """Write the shards (one file without index if they fit in one) and return the dtypes written."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -219,7 +235,9 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], lim
         tensor = tensor.detach().to("cpu").contiguous()
         if pending and pending_bytes + tensor.nbytes > limit_bytes:
             flush()
-        assert name not in pending and not any(name in shard for shard in shards), f"{name} written twice"
+        assert name not in pending and not any(name in shard for shard in shards), (
+            f"{name} written twice"
+        )
         pending[name] = tensor
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes

@@ -23,6 +23,12 @@ NAMES = WeightNames(
 FAMILY = Family(
     model_type="llama",
     names=NAMES,
-    required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bias": False, "sliding_window": None},
+    required={
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bias": False,
+        "sliding_window": None,
+    },
     heads_divide_hidden=True,
 )

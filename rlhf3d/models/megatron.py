@@ -27,7 +27,14 @@ from rlhf3d.models.boxes import Box, box_slices
 from rlhf3d.models.hf_config import Llama3RopeScaling, YarnRopeScaling
 from rlhf3d.models.hf_io import HFReader, copy_in_range
 from rlhf3d.models.spec import ModelSpec, check_layout, padded_vocab_size
-from rlhf3d.models.weights import VALUE_HEAD, Head, LocalParam, SpecStyle, check_hf_tensors, local_params
+from rlhf3d.models.weights import (
+    VALUE_HEAD,
+    Head,
+    LocalParam,
+    SpecStyle,
+    check_hf_tensors,
+    local_params,
+)
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
 from rlhf3d.parallel.platform import Platform
 
@@ -36,7 +43,9 @@ HEADS: dict[Role, Head] = {"policy": "lm", "value": "value"}
 
 _POSTPROCESS = ["self", "hidden_states", "input_ids", "position_ids", "labels"]
 _found = list(inspect.signature(GPTModel._postprocess).parameters)[: len(_POSTPROCESS)]
-assert _found == _POSTPROCESS, f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
+assert _found == _POSTPROCESS, (
+    f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
+)
 
 
 def transformer_config(
@@ -84,7 +93,8 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
-        sequence_parallel=sequence_parallel and layout.tp > 1,  # one tensor rank already holds the sequence
+        sequence_parallel=sequence_parallel
+        and layout.tp > 1,  # one tensor rank already holds the sequence
         num_layers_in_first_pipeline_stage=stages[0] if uneven else None,
         # Of two stages Megatron derives the last itself; given both it divides by zero where they interleave.
         num_layers_in_last_pipeline_stage=stages[-1] if uneven and layout.pp > 2 else None,
@@ -107,9 +117,16 @@ def transformer_config(
 def _recompute_config(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
     """What a backward pass computes again; not `core_attn`: both platforms' attention keeps next to nothing."""
     if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if spec.num_experts else "mlp"]}
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe" if spec.num_experts else "mlp"],
+        }
     if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return {}
 
 
@@ -134,16 +151,22 @@ class PolicyModel(GPTModel):
     The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist at once.
     """
 
-    def _postprocess(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
         # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor ranks.
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden_states, group=tp_group).transpose(0, 1)
+            return gather_from_sequence_parallel_region(hidden_states, group=tp_group).transpose(
+                0, 1
+            )
         # Transposed first: where its gradient is not contiguous, upstream's backward all-reduces a copy and
         # loses it.
-        return copy_to_tensor_model_parallel_region(hidden_states.transpose(0, 1).contiguous(), group=tp_group)
+        return copy_to_tensor_model_parallel_region(
+            hidden_states.transpose(0, 1).contiguous(), group=tp_group
+        )
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the vocabulary head, [padded vocab/tp, h]; only on the last stage."""
@@ -166,10 +189,14 @@ class ValueModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         if self.post_process:
             del self.output_layer
-            self.value_head = ValueHead(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+            self.value_head = ValueHead(
+                config.hidden_size, 1, bias=False, dtype=config.params_dtype
+            )
             torch.nn.init.zeros_(self.value_head.weight)
 
-    def _postprocess(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
         # Every tensor rank computes the same values, so each already has the whole gradient: sum nothing.
@@ -180,7 +207,10 @@ class ValueModel(GPTModel):
         return self.value_head(hidden_states).squeeze(-1).transpose(0, 1)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> Any:
         """Megatron's own, without the steps for an output layer, which a critic has not."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
@@ -217,12 +247,16 @@ def build_chunks(
         _scale_rope(model, spec)
         layers = layout.layers(spec.num_layers, coords.pp, chunk)
         built = [layer.layer_number - 1 for layer in model.decoder.layers]
-        assert built == list(layers), f"Megatron built layers {built}, the layout says {list(layers)}"
+        assert built == list(layers), (
+            f"Megatron built layers {built}, the layout says {list(layers)}"
+        )
         chunks.append(model.to(device))
     # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank > 0 would
     # be taken for replicas and left out of the gradient norm.
     for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
-        if (entry.tp_dim is not None or entry.expert) and not hasattr(param, "tensor_model_parallel"):
+        if (entry.tp_dim is not None or entry.expert) and not hasattr(
+            param, "tensor_model_parallel"
+        ):
             set_tensor_model_parallel_attributes(param, True, entry.tp_dim or 0, 1)
         if entry.expert:
             # With ep 1 Megatron takes experts for dense weights and never sums their gradients over tensor ranks.
@@ -245,7 +279,9 @@ def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
         rotary.inv_freq = yarn_frequencies(rotary.inv_freq, scaling, spec.rope_theta)
 
 
-def yarn_frequencies(frequencies: torch.Tensor, scaling: YarnRopeScaling, theta: float) -> torch.Tensor:
+def yarn_frequencies(
+    frequencies: torch.Tensor, scaling: YarnRopeScaling, theta: float
+) -> torch.Tensor:
     """Rotary frequencies [head / 2], radians a token, as YaRN stretches them (arXiv 2309.00071, eqs. 17 to 20)."""
 
     def dimension(rotations: float) -> float:
@@ -258,7 +294,9 @@ def yarn_frequencies(frequencies: torch.Tensor, scaling: YarnRopeScaling, theta:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
     width = high - low or 0.001
-    stretched = ((torch.arange(len(frequencies), device=frequencies.device) - low) / width).clamp(0, 1)
+    stretched = ((torch.arange(len(frequencies), device=frequencies.device) - low) / width).clamp(
+        0, 1
+    )
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 
 
@@ -280,13 +318,19 @@ def bound_params(
         assert not different, f"weight table and model chunk {i} differ in {sorted(different)}"
         for entry in table:
             param = params[entry.name]
-            assert tuple(param.shape) == entry.shape, f"{entry.name}: {tuple(param.shape)}, table {entry.shape}"
+            assert tuple(param.shape) == entry.shape, (
+                f"{entry.name}: {tuple(param.shape)}, table {entry.shape}"
+            )
             yield i, entry, param
 
 
 def spec_style(chunk: GPTModel) -> SpecStyle:
     """Which layer spec a chunk was built from, told by where its norm weights are."""
-    return "te" if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters()) else "local"
+    return (
+        "te"
+        if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters())
+        else "local"
+    )
 
 
 @torch.no_grad()

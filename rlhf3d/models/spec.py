@@ -14,7 +14,13 @@ from typing import Any, Literal
 from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from rlhf3d.models.family import ExpertKeys, Family
 from rlhf3d.models.folder import read_json, weight_files
-from rlhf3d.models.hf_config import Fields, RopeScaling, YarnRopeScaling, read_rope, refuse_layers_of_other_kinds
+from rlhf3d.models.hf_config import (
+    Fields,
+    RopeScaling,
+    YarnRopeScaling,
+    read_rope,
+    refuse_layers_of_other_kinds,
+)
 from rlhf3d.parallel.layout import ParallelLayout
 
 FAMILIES: dict[str, Family] = {
@@ -64,7 +70,9 @@ def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
         )
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"model.path: {folder} has no config.json; give the folder with config and weights")
+        raise ValueError(
+            f"model.path: {folder} has no config.json; give the folder with config and weights"
+        )
     try:
         config = read_json(config_file)
         if with_weights:
@@ -106,16 +114,22 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
         )
     for key, wanted in {**_REQUIRED, **family.required}.items():
         given = config.get(key)
-        if given is not None and (given != wanted or isinstance(wanted, bool) != isinstance(given, bool)):
+        if given is not None and (
+            given != wanted or isinstance(wanted, bool) != isinstance(given, bool)
+        ):
             raise ValueError(
                 f"model.path: {source} has {key}={config[key]!r}; {model_type} is supported with "
                 f"{key}={wanted!r} only: choose a model published so"
             )
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
-            raise ValueError(f"model.path: {source} is quantized ({key}); give the original weights")
+            raise ValueError(
+                f"model.path: {source} is quantized ({key}); give the original weights"
+            )
     fields = Fields({**family.defaults, **config}, source)
-    layers, heads, hidden = (fields.integer(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers, heads, hidden = (
+        fields.integer(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     refuse_layers_of_other_kinds(fields, layers)
     theta, scaling = read_rope(fields, family.default_rope_theta)
     window = fields.integer("max_position_embeddings")
@@ -149,7 +163,9 @@ _REQUIRED: dict[str, object] = {
 
 
 def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
-    as_many = family.experts is None and not fields.given("num_key_value_heads")  # with experts null is no value
+    as_many = family.experts is None and not fields.given(
+        "num_key_value_heads"
+    )  # with experts null is no value
     kv_heads = heads if as_many else fields.integer("num_key_value_heads")
     if heads % kv_heads:
         raise ValueError(
@@ -160,7 +176,11 @@ def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
 
 
 def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
-    head_dim = fields.integer("head_dim") if "head_dim" in family.defaults or fields.given("head_dim") else None
+    head_dim = (
+        fields.integer("head_dim")
+        if "head_dim" in family.defaults or fields.given("head_dim")
+        else None
+    )
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):
         raise ValueError(
             f"model.path: {fields.source} has hidden_size={hidden} and num_attention_heads={heads}: "
@@ -168,7 +188,9 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
         )
     head_dim = head_dim or hidden // heads
     if head_dim % 2:
-        raise ValueError(f"model.path: {fields.source} has heads of {head_dim}, which rotary positions cannot halve")
+        raise ValueError(
+            f"model.path: {fields.source} has heads of {head_dim}, which rotary positions cannot halve"
+        )
     return head_dim
 
 
@@ -210,7 +232,11 @@ def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout, sequence_parallel: bool = True) -> None:
     """Raise ValueError with every size of `spec` that `layout` does not divide and the nearest legal ones."""
-    problems = _tensor_problems(spec, layout) + _pipeline_problems(spec, layout) + _expert_problems(spec, layout)
+    problems = (
+        _tensor_problems(spec, layout)
+        + _pipeline_problems(spec, layout)
+        + _expert_problems(spec, layout)
+    )
     if spec.num_experts and layout.tp > 1 and not sequence_parallel:
         problems.append(
             (
@@ -269,7 +295,9 @@ def _pipeline_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]
 def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
     first, last = layout.first_stage_layers, layout.last_stage_layers
     others = layout.pp - (first is not None) - (last is not None)
-    given = " - ".join(f"{name} {n}" for name, n in (("first", first), ("last", last)) if n is not None)
+    given = " - ".join(
+        f"{name} {n}" for name, n in (("first", first), ("last", last)) if n is not None
+    )
     left = spec.num_layers - (first or 0) - (last or 0)
     whole = "" if layout.vpp == 1 else f", each stage a multiple of vpp {layout.vpp}"
     return (

@@ -65,7 +65,9 @@ def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str) -> None:
+def check_hf_tensors(
+    found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str
+) -> None:
     """Raise ValueError naming model.path unless the folder's tensors (name -> shape) are the model's.
 
     The value head may be absent (it then starts at zero); the other role's head and a written-out tied head
@@ -80,7 +82,9 @@ def check_hf_tensors(found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head
         "holds tensors that the model does not use:": sorted(
             n for n in unused if not n.endswith("rotary_emb.inv_freq")
         ),
-        "has wrong shapes:": [f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s],
+        "has wrong shapes:": [
+            f"{n} {found[n]} for {s}" for n, s in wanted.items() if n in found and found[n] != s
+        ],
     }
     for problem, tensors in problems.items():
         if tensors:
@@ -143,7 +147,9 @@ def _layer_tensors(spec: ModelSpec, names: WeightNames) -> Iterator[tuple[str, t
         yield from _mlp_tensors(spec.ffn_size, hidden, names)
 
 
-def _mlp_tensors(ffn: int, hidden: int, names: WeightNames) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _mlp_tensors(
+    ffn: int, hidden: int, names: WeightNames
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield names.gate, (ffn, hidden)
     yield names.up, (ffn, hidden)
     yield names.down, (hidden, ffn)
@@ -176,7 +182,11 @@ def local_params(
     for local, layer in enumerate(layers):
         params += table.layer(f"decoder.layers.{local}.", layer, spec_style)
     if last:
-        params.append(table.replicated("decoder.final_layernorm.weight", names.final_norm, (spec.hidden_size,)))
+        params.append(
+            table.replicated(
+                "decoder.final_layernorm.weight", names.final_norm, (spec.hidden_size,)
+            )
+        )
         if head == "value":
             params.append(table.replicated(VALUE_HEAD, names.value_head, (1, spec.hidden_size)))
         # On a single stage the tied head is the embedding parameter itself.
@@ -228,20 +238,39 @@ class _RankTable:
         if spec.qk_norm:
             assert names.query_norm and names.key_norm
             head = (spec.head_dim,)
-            params.append(self.replicated(prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head))
-            params.append(self.replicated(prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head))
+            params.append(
+                self.replicated(
+                    prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head
+                )
+            )
+            params.append(
+                self.replicated(
+                    prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head
+                )
+            )
         params.append(self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden))
         if spec.num_experts:
             params += self.experts(prefix + "mlp.", layer, style)
         else:
-            params.append(self.rows(prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size))
-            params.append(self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size))
+            params.append(
+                self.rows(
+                    prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size
+                )
+            )
+            params.append(
+                self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size)
+            )
         return params
 
     def replicated(self, name: str, hf_name: str, shape: tuple[int, ...]) -> LocalParam:
         """The whole tensor on every tensor-parallel rank."""
         box = full_box(shape)
-        return LocalParam(name, shape, (Piece(hf_name, box, box),), self.coords.first_replica and self.coords.tp == 0)
+        return LocalParam(
+            name,
+            shape,
+            (Piece(hf_name, box, box),),
+            self.coords.first_replica and self.coords.tp == 0,
+        )
 
     def experts(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
         """The router, and each expert of this rank: gate and up stacked, and down."""
@@ -255,18 +284,34 @@ class _RankTable:
         fc1_box, fc2_box = full_box((ffn, hidden)), full_box((hidden, ffn))
         for local in range(share):
             at = {"layer": layer, "expert": self.coords.ep * share + local}
-            gate, up, down = (template.format(**at) for template in (names.gate, names.up, names.down))
-            pieces = (Piece(gate, fc1_box, fc1_box), Piece(up, fc1_box, ((ffn, 2 * ffn), (0, hidden))))
-            fc1, fc2 = (prefix + _EXPERT_NAMES[style].format(expert=local, linear=n) for n in (1, 2))
+            gate, up, down = (
+                template.format(**at) for template in (names.gate, names.up, names.down)
+            )
+            pieces = (
+                Piece(gate, fc1_box, fc1_box),
+                Piece(up, fc1_box, ((ffn, 2 * ffn), (0, hidden))),
+            )
+            fc1, fc2 = (
+                prefix + _EXPERT_NAMES[style].format(expert=local, linear=n) for n in (1, 2)
+            )
             yield LocalParam(fc1, (2 * ffn, hidden), pieces, primary, expert=True)
-            yield LocalParam(fc2, (hidden, ffn), (Piece(down, fc2_box, fc2_box),), primary, expert=True)
+            yield LocalParam(
+                fc2, (hidden, ffn), (Piece(down, fc2_box, fc2_box),), primary, expert=True
+            )
 
     def vocabulary(self, name: str, hf_name: str, exported: bool = True) -> LocalParam:
         """This rank's share of the rows of a [vocabulary, hidden] tensor; its last rows may be padding."""
-        share, columns = padded_vocab_size(self.spec, self.layout) // self.tp, (0, self.spec.hidden_size)
+        share, columns = (
+            padded_vocab_size(self.spec, self.layout) // self.tp,
+            (0, self.spec.hidden_size),
+        )
         start = self.coords.tp * share
         real = min(share, self.spec.vocab_size - start)
-        pieces = (Piece(hf_name, ((start, start + real), columns), ((0, real), columns)),) if real > 0 else ()
+        pieces = (
+            (Piece(hf_name, ((start, start + real), columns), ((0, real), columns)),)
+            if real > 0
+            else ()
+        )
         shape = (share, self.spec.hidden_size)
         return LocalParam(name, shape, pieces, exported and self.coords.first_replica, tp_dim=0)
 
@@ -275,7 +320,9 @@ class _RankTable:
         share, columns = size // self.tp, (0, self.spec.hidden_size)
         start = self.coords.tp * share
         pieces = tuple(
-            Piece(hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns))
+            Piece(
+                hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns)
+            )
             for i, hf_name in enumerate(hf_names)
         )
         shape = (len(hf_names) * share, self.spec.hidden_size)
@@ -286,7 +333,9 @@ class _RankTable:
         share, rows = size // self.tp, (0, self.spec.hidden_size)
         start = self.coords.tp * share
         piece = Piece(hf_name, (rows, (start, start + share)), (rows, (0, share)))
-        return LocalParam(name, (self.spec.hidden_size, share), (piece,), self.coords.first_replica, tp_dim=1)
+        return LocalParam(
+            name, (self.spec.hidden_size, share), (piece,), self.coords.first_replica, tp_dim=1
+        )
 
     def qkv(self, name: str, layer: int, bias: bool) -> LocalParam:
         """Fused attention input: for each KV group of this rank its query heads, key head and value head."""
@@ -294,7 +343,11 @@ class _RankTable:
         groups = spec.num_kv_heads // self.tp
         query_rows = spec.num_heads // spec.num_kv_heads * spec.head_dim
         rest: Box = () if bias else ((0, spec.hidden_size),)
-        parts = ((names.query, query_rows), (names.key, spec.head_dim), (names.value, spec.head_dim))
+        parts = (
+            (names.query, query_rows),
+            (names.key, spec.head_dim),
+            (names.value, spec.head_dim),
+        )
         pieces, row = [], 0
         for group in range(self.coords.tp * groups, (self.coords.tp + 1) * groups):
             for template, rows in parts:

@@ -68,7 +68,9 @@ class Console:
         self._steps_printed = 0
         self._progress: Progress | None = None
 
-    def header(self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0) -> None:
+    def header(
+        self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0
+    ) -> None:
         """Print what the run is; `total_steps` and the steps a resumed run has behind it set the bar."""
         self._step, self._total = done_steps, total_steps
         for line in lines:
@@ -103,9 +105,13 @@ class Console:
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Print held-out accuracies and mean scores of a reward model, e.g. under the name `before`."""
-        parts = [f"{printable(s)} {m} {value:.1%}" for (s, m), value in validation_accuracy(metrics).items()]
+        parts = [
+            f"{printable(s)} {m} {value:.1%}"
+            for (s, m), value in validation_accuracy(metrics).items()
+        ]
         parts += [
-            f"{printable(s)} {m} reward model {value:.3f}" for (s, m), value in validation_reward(metrics).items()
+            f"{printable(s)} {m} reward model {value:.3f}"
+            for (s, m), value in validation_reward(metrics).items()
         ]
         self._line(_SEPARATOR.join([f"validate {name}", *parts]))
 
@@ -160,9 +166,17 @@ class Console:
         """Redraw the bar for `phase`, which begins now ("" between phases)."""
         with self._whoever_reads():
             if self._progress is None:
-                columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(None))
+                columns = (
+                    SpinnerColumn(),
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(None),
+                )
                 self._progress = Progress(
-                    *columns, _LiveColumn(self._clock), console=self._rich, transient=True, refresh_per_second=4
+                    *columns,
+                    _LiveColumn(self._clock),
+                    console=self._rich,
+                    transient=True,
+                    refresh_per_second=4,
                 )
                 self._progress.add_task("")
                 self._progress.start()
@@ -198,7 +212,9 @@ class _LiveColumn(ProgressColumn):
 def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | None = None) -> str:
     """One readable line: `step 12/40 │ reward 0.340 │ len 31 │ … │ gen 5.1s upd 18.2s │ 26 s, eta 12:10`."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
-    parts += [f"{label} {metrics[name]:{spec}}" for label, name, spec in STEP_FIELDS if name in metrics]
+    parts += [
+        f"{label} {metrics[name]:{spec}}" for label, name, spec in STEP_FIELDS if name in metrics
+    ]
     seconds = []
     for label, phases in STEP_PHASES:
         ran = [metrics[TIMING + phase] for phase in phases if TIMING + phase in metrics]

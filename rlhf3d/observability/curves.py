@@ -36,9 +36,20 @@ def draw_curves(rows: Rows, path: Path) -> None:
         {"critic/score/mean": "score", "critic/rewards/mean": "with KL"},
     )
     _held_out(figure.add_subplot(grid[0, 1]), rows)
-    _lines(figure.add_subplot(grid[0, 2]), rows, "response length, tokens", {"response_length/mean": "mean"})
+    _lines(
+        figure.add_subplot(grid[0, 2]),
+        rows,
+        "response length, tokens",
+        {"response_length/mean": "mean"},
+    )
     kl = {"actor/ppo_kl": "KL to the sampling policy", "actor/kl_loss": "KL to the reference"}
-    _lines(figure.add_subplot(grid[1, 0]), rows, "KL and entropy, nats a token", kl, {"actor/entropy": "entropy"})
+    _lines(
+        figure.add_subplot(grid[1, 0]),
+        rows,
+        "KL and entropy, nats a token",
+        kl,
+        {"actor/entropy": "entropy"},
+    )
     _phases(figure.add_subplot(grid[1, 1:]), rows)
     figure.savefig(path, dpi=110, format="png")
 
@@ -48,11 +59,16 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measures = dict.fromkeys(key for rows in runs.values() for row in rows for key in validation_accuracy(row))
+    measures = dict.fromkeys(
+        key for rows in runs.values() for row in rows for key in validation_accuracy(row)
+    )
     figure = Figure(figsize=(4.5 * (2 + len(measures)), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = iter(figure.subplots(1, 2 + len(measures), squeeze=False)[0])
-    for name, title in (("critic/score/mean", "reward"), ("response_length/mean", "response length, tokens")):
+    for name, title in (
+        ("critic/score/mean", "reward"),
+        ("response_length/mean", "response length, tokens"),
+    ):
         axes = next(panels)
         for run, rows in runs.items():
             steps, values = series(rows, name)
@@ -63,13 +79,22 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
         for run, rows in runs.items():
             accuracy = [(row["step"], validation_accuracy(row)) for row in rows]
             measured = [(step, 100 * found[key]) for step, found in accuracy if key in found]
-            axes.plot([step for step, _ in measured], [value for _, value in measured], marker="o", label=_literal(run))
+            axes.plot(
+                [step for step, _ in measured],
+                [value for _, value in measured],
+                marker="o",
+                label=_literal(run),
+            )
         _finish(axes, f"held-out accuracy, %: {' '.join(key)}")
     figure.savefig(path, dpi=90, format="png")
 
 
 def _lines(
-    axes: Any, rows: Rows, title: str, labels: Mapping[str, str], right: Mapping[str, str] | None = None
+    axes: Any,
+    rows: Rows,
+    title: str,
+    labels: Mapping[str, str],
+    right: Mapping[str, str] | None = None,
 ) -> None:
     """Plot metrics by name; those in `right` are dashed, with their own scale on the right."""
     for name, label in labels.items():
@@ -88,7 +113,9 @@ def _lines(
 
 def _held_out(axes: Any, rows: Rows) -> None:
     """Accuracy; where nothing is right or wrong, the reward model's mean score."""
-    by_rule = any(validation_accuracy(row) for row in rows) or not any(validation_reward(row) for row in rows)
+    by_rule = any(validation_accuracy(row) for row in rows) or not any(
+        validation_reward(row) for row in rows
+    )
     read, scale = (validation_accuracy, 100) if by_rule else (validation_reward, 1)
     points = [(row["step"], read(row)) for row in rows]
     for key in dict.fromkeys(key for _, found in points for key in found):

@@ -45,7 +45,9 @@ def setup_logging(output_dir: str | Path, process: str, level: int = logging.INF
         old.close()
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.name = _HANDLER_NAME
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {process} %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s {process} %(levelname)s %(name)s: %(message)s")
+    )
     root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)

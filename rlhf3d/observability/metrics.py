@@ -61,7 +61,9 @@ class MetricsWriter:
     without rows (ValueError).
     """
 
-    def __init__(self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True
+    ) -> None:
         path = Path(output_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.last_step = -1
@@ -103,7 +105,10 @@ class MetricsWriter:
         except Exception as error:
             self._tensorboard = None
             logging.getLogger(__name__).warning(
-                "no more TensorBoard files (%s: %s); %s has all metrics", type(error).__name__, error, METRICS_FILE
+                "no more TensorBoard files (%s: %s); %s has all metrics",
+                type(error).__name__,
+                error,
+                METRICS_FILE,
             )
 
     def close(self) -> None:
@@ -139,7 +144,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): restore or delete it") from error
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error}): restore or delete it"
+            ) from error
     return rows
 
 

@@ -14,7 +14,13 @@ from statistics import fmean
 from typing import Any
 
 from rlhf3d.observability.curves import draw_curves, series
-from rlhf3d.observability.metrics import STEP_TIME, phase_seconds, read_metrics, validation_accuracy, validation_reward
+from rlhf3d.observability.metrics import (
+    STEP_TIME,
+    phase_seconds,
+    read_metrics,
+    validation_accuracy,
+    validation_reward,
+)
 from rlhf3d.observability.samples import before_after, printable
 
 CURVES_FILE = "curves.png"
@@ -79,10 +85,16 @@ def _gains(rows: Rows) -> str:
     keys = list(dict.fromkeys(key for _, found in points for key in found))
     if not keys:
         judged = any(validation_reward(row) for row in rows)
-        return "Only a reward model scored: nothing is right or wrong." if judged else "The run has not validated."
+        return (
+            "Only a reward model scored: nothing is right or wrong."
+            if judged
+            else "The run has not validated."
+        )
     body = []
     for source, measure in keys:
-        measured = [(row, found[source, measure]) for row, found in points if (source, measure) in found]
+        measured = [
+            (row, found[source, measure]) for row, found in points if (source, measure) in found
+        ]
         (first, start), (last, end) = measured[0], measured[-1]
         prompts = last.get(f"val-aux/{source}/num_prompts")
         cells = [_cell(source), _cell(measure), f"{prompts:.0f}" if prompts else "not recorded"]
@@ -98,7 +110,11 @@ def _gains(rows: Rows) -> str:
         "± is one binomial standard error over prompts; that of the gain takes start and end as independent, "
         "so it is on the safe side when both answer the same prompts."
     )
-    return _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body) + "\n\n" + note
+    return (
+        _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body)
+        + "\n\n"
+        + note
+    )
 
 
 def _reward_gains(rows: Rows) -> list[str]:
@@ -113,11 +129,15 @@ def _reward_gains(rows: Rows) -> list[str]:
             for (row, value), error in zip(measured, errors, strict=True)
         ]
         gain = f"{measured[-1][1] - measured[0][1]:+.3f} ± {math.hypot(errors[0], errors[-1]):.3f}"
-        body.append([*map(_cell, key), cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])])
+        body.append(
+            [*map(_cell, key), cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])]
+        )
     if not body:
         return []
     table = _table(["data source", "measure", "start", "end", "gain"], body)
-    note = "± is one standard error over prompts; that of the gain takes start and end as independent."
+    note = (
+        "± is one standard error over prompts; that of the gain takes start and end as independent."
+    )
     return ["## Held-out score of the reward model", f"{table}\n\n{note}"]
 
 
@@ -138,7 +158,10 @@ def _learning_table(rows: Rows) -> str:
         last = span[-1]
         accuracy, judgement = validation_accuracy(last), validation_reward(last)
         seconds = [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
-        means = [_mean(span, "critic/score/mean", ".3f"), _mean(span, "response_length/mean", ".0f")]
+        means = [
+            _mean(span, "critic/score/mean", ".3f"),
+            _mean(span, "response_length/mean", ".0f"),
+        ]
         measured = [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in keys]
         measured += [f"{judgement[key]:.3f}" if key in judgement else "–" for key in judged]
         body.append([str(last["step"]), *means, *measured, *seconds])
@@ -147,7 +170,9 @@ def _learning_table(rows: Rows) -> str:
 
 def _spans(rows: Rows) -> list[Rows]:
     """Cut the rows so that each span ends where the learning table has a row."""
-    validated = [i for i, row in enumerate(rows) if validation_accuracy(row) or validation_reward(row)]
+    validated = [
+        i for i, row in enumerate(rows) if validation_accuracy(row) or validation_reward(row)
+    ]
     stride = math.ceil(len(rows) / _TABLE_ROWS)
     ends = validated if len(validated) > 2 else [*validated, *range(0, len(rows), stride)]
     cuts = [0, *(end + 1 for end in sorted({*ends, len(rows) - 1}))]
@@ -165,7 +190,15 @@ def _phase_table(rows: Rows) -> str:
     body = []
     for phase, total in sorted(totals.items(), key=lambda item: -item[1]):
         times = series(rows, f"timing_s/{phase}")[1]
-        body.append([phase, f"{fmean(times):.1f}", str(len(times)), f"{total:.0f}", f"{total / everything:.0%}"])
+        body.append(
+            [
+                phase,
+                f"{fmean(times):.1f}",
+                str(len(times)),
+                f"{total:.0f}",
+                f"{total / everything:.0%}",
+            ]
+        )
     return _table(["phase", "mean, s", "times", "total, s", "share"], body)
 
 

@@ -51,7 +51,9 @@ def samples_path(output_dir: str | Path, step: int, kind: Kind = "train") -> Pat
     return Path(output_dir) / SAMPLES_DIR / f"{_PREFIX[kind]}step_{step}.jsonl"
 
 
-def write_samples(output_dir: str | Path, step: int, samples: Iterable[Sample], kind: Kind = "train") -> Path:
+def write_samples(
+    output_dir: str | Path, step: int, samples: Iterable[Sample], kind: Kind = "train"
+) -> Path:
     """Write (or replace, after a resume) one step's completions; returns the file."""
     path = samples_path(output_dir, step, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,11 @@ def write_samples(output_dir: str | Path, step: int, samples: Iterable[Sample], 
 def read_samples(path: str | Path) -> list[Sample]:
     """Completions of one file, in the order written."""
     # Split on newlines alone: completions may hold other characters that str.splitlines() breaks at.
-    return [_sample(json.loads(line)) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    return [
+        _sample(json.loads(line))
+        for line in Path(path).read_text(encoding="utf-8").split("\n")
+        if line
+    ]
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
@@ -98,7 +104,9 @@ def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], 
     for kind in kinds:
         steps = sample_steps(output_dir, kind)
         if len(steps) >= 2:
-            first, last = (_first_answers(samples_path(output_dir, steps[end], kind)) for end in (0, -1))
+            first, last = (
+                _first_answers(samples_path(output_dir, steps[end], kind)) for end in (0, -1)
+            )
             prompts = [prompt for prompt in first if prompt in last][:limit]
             return [first[prompt] for prompt in prompts], [last[prompt] for prompt in prompts]
     return [], []

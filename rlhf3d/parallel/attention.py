@@ -40,10 +40,16 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(f"attention_dropout={dropout}: set it to 0, policy ratios need repeatable log-probs")
+            raise ValueError(
+                f"attention_dropout={dropout}: set it to 0, policy ratios need repeatable log-probs"
+            )
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-            raise ValueError(f"attn_mask_type={attn_mask_type}: the CPU platform supports causal attention")
-        self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+            raise ValueError(
+                f"attn_mask_type={attn_mask_type}: the CPU platform supports causal attention"
+            )
+        self.softmax_scale = (
+            1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        )
         self.cp = config.context_parallel_size
 
     def forward(
@@ -60,11 +66,15 @@ class SDPACoreAttention(MegatronModule):
 
         Packed (`qkv_format="thd"`): query [t, h, d], key and value [t, g, d] -> [t, h*d], one by one.
         """
-        assert attention_mask is None and attention_bias is None, "only the causal mask is supported"
+        assert attention_mask is None and attention_bias is None, (
+            "only the causal mask is supported"
+        )
         if packed_seq_params is None:
             return self._over_sequences(query, key, value, [0, query.shape[0] * self.cp])
         ends = packed_seq_params.cu_seqlens_q.tolist()
-        assert ends[-1] == query.shape[0] * self.cp, f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"
+        assert ends[-1] == query.shape[0] * self.cp, (
+            f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"
+        )
         return self._over_sequences(query[:, None], key[:, None], value[:, None], ends)[:, 0]
 
     def _over_sequences(
@@ -73,17 +83,24 @@ class SDPACoreAttention(MegatronModule):
         """[s, b, h, d] with g key/value heads -> [s, b, h*d]; `ends` of the whole sequences along s."""
         rank = 0
         if self.cp > 1:
-            group, order = parallel_state.get_context_parallel_group(), gathered_order(ends, self.cp)
+            group, order = (
+                parallel_state.get_context_parallel_group(),
+                gathered_order(ends, self.cp),
+            )
             rank = group.rank()
             key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(0, order)
+                gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(
+                    0, order
+                )
                 for x in (key, value)
             )
         parts, done = [], 0
         for chunk in held_chunks(ends, self.cp, rank):
             size = chunk.stop - chunk.start
             own, seen = query[done : done + size], slice(chunk.sequence, chunk.stop)
-            parts.append(self._attend(*(x.permute(1, 2, 0, 3) for x in (own, key[seen], value[seen]))))
+            parts.append(
+                self._attend(*(x.permute(1, 2, 0, 3) for x in (own, key[seen], value[seen])))
+            )
             done += size
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [b, h, s, d]
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
@@ -93,5 +110,11 @@ class SDPACoreAttention(MegatronModule):
         grouped, (q, k) = query.shape[1] != key.shape[1], (query.shape[2], key.shape[2])
         mask = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
         return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
+            query,
+            key,
+            value,
+            mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=grouped,
         )

@@ -43,7 +43,9 @@ def held_chunks(ends: Sequence[int], cp: int, rank: int) -> list[Chunk]:
 
 def held_positions(ends: Sequence[int], cp: int, rank: int) -> Tensor:
     """[s / cp] positions of the run that the rank holds, in its order."""
-    return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in held_chunks(ends, cp, rank)])
+    return torch.cat(
+        [torch.arange(chunk.start, chunk.stop) for chunk in held_chunks(ends, cp, rank)]
+    )
 
 
 def gathered_order(ends: Sequence[int], cp: int) -> Tensor:

@@ -99,7 +99,9 @@ class ParallelLayout:
         first, last = self.first_stage_layers, self.last_stage_layers
         middle_stages = self.pp - (first is not None) - (last is not None)
         middle_layers = num_layers - (first or 0) - (last or 0)
-        if middle_stages < 0 or (middle_layers if middle_stages == 0 else middle_layers % middle_stages):
+        if middle_stages < 0 or (
+            middle_layers if middle_stages == 0 else middle_layers % middle_stages
+        ):
             return None
         middle = [middle_layers // middle_stages] * middle_stages if middle_stages else []
         sizes = [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
@@ -107,10 +109,14 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         uneven = {"first": self.first_stage_layers, "last": self.last_stage_layers}
-        given = ", ".join(f"{name} {layers}" for name, layers in uneven.items() if layers is not None)
+        given = ", ".join(
+            f"{name} {layers}" for name, layers in uneven.items() if layers is not None
+        )
         text = f"TP{self.tp}×PP{self.pp}{f'({given})' if given else ''}×DP{self.dp}"
         return text + "".join(
-            f"×{name}{n}" for name, n in (("CP", self.cp), ("VPP", self.vpp), ("EP", self.ep)) if n > 1
+            f"×{name}{n}"
+            for name, n in (("CP", self.cp), ("VPP", self.vpp), ("EP", self.ep))
+            if n > 1
         )
 
 
@@ -122,5 +128,7 @@ def ranges(numbers: Sequence[int], most: int = 3) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:most])
+    shown = ", ".join(
+        str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:most]
+    )
     return shown + (", …" if len(runs) > most else "")

@@ -59,9 +59,13 @@ def initialize_megatron(
         ep=parallel_state.get_expert_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
     )
-    assert ours == layout.coords(rank), f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
+    assert ours == layout.coords(rank), (
+        f"rank {rank}: Megatron says {ours}, layout {layout.coords(rank)}"
+    )
     replica = parallel_state.get_expert_data_parallel_rank()
-    assert replica == layout.expert_replica(ours), f"rank {rank}: Megatron says expert replica {replica}"
+    assert replica == layout.expert_replica(ours), (
+        f"rank {rank}: Megatron says expert replica {replica}"
+    )
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -97,7 +97,9 @@ class Unit:
             if message.kind == "receive":
                 place = message.view()
                 if place is None:
-                    raise RuleBroken(f"a message from rank {message.peer} was received into memory that was freed")
+                    raise RuleBroken(
+                        f"a message from rank {message.peer} was received into memory that was freed"
+                    )
                 place.copy_(message.arrived.view(place.dtype).view(place.shape))
 
 
@@ -109,8 +111,12 @@ class NCCLRules(dist.ProcessGroup):
         self._rank, self._timeout = rank, timeout
         self._collectives = dist.ProcessGroup(store, rank, size)
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("collectives", store), rank, size, timeout)
-        self._collectives._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        self._messages = dist.ProcessGroupGloo(dist.PrefixStore("messages", store), rank, size, timeout)
+        self._collectives._register_backend(
+            torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo
+        )
+        self._messages = dist.ProcessGroupGloo(
+            dist.PrefixStore("messages", store), rank, size, timeout
+        )
         self._lanes: dict[str, queue.SimpleQueue[Unit]] = {}
         self._group: list[Message] | None = None
         self._one_communicator = False
@@ -182,7 +188,13 @@ class NCCLRules(dist.ProcessGroup):
             sends = message.kind == "send"
             own, theirs = torch.tensor([message.num_bytes]), torch.zeros(1, dtype=torch.long)
             works.append(self._messages.send([own], message.peer, tag if sends else tag + 1))
-            asked.append((message, theirs, self._messages.recv([theirs], message.peer, tag + 1 if sends else tag)))
+            asked.append(
+                (
+                    message,
+                    theirs,
+                    self._messages.recv([theirs], message.peer, tag + 1 if sends else tag),
+                )
+            )
         for message, theirs, work in asked:
             self._meet(message, work)
             if int(theirs) != message.num_bytes:
@@ -197,7 +209,9 @@ class NCCLRules(dist.ProcessGroup):
                 works.append(self._messages.recv([message.arrived], message.peer, tag + 2))
                 continue
             memory = message.view()
-            content = message.arrived.fill_(POISON) if memory is None else _as_bytes(memory.contiguous())
+            content = (
+                message.arrived.fill_(POISON) if memory is None else _as_bytes(memory.contiguous())
+            )
             works.append(self._messages.send([content.flatten()], message.peer, tag + 2))
         for work in works:
             work.wait(self._timeout)
@@ -222,7 +236,10 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _refuse_shared_devices(store: Any, rank: int, size: int) -> None:
     """Each rank tells its host and device. Raises RuleBroken where two have one."""
     device = os.environ.get("CUDA_VISIBLE_DEVICES")
-    store.set(f"device of {rank}", f"{os.uname().nodename} GPU {device}" if device else f"process {os.getpid()}")
+    store.set(
+        f"device of {rank}",
+        f"{os.uname().nodename} GPU {device}" if device else f"process {os.getpid()}",
+    )
     devices = [store.get(f"device of {other}").decode() for other in range(size)]
     twins = [other for other in range(size) if devices[other] == devices[rank] and other != rank]
     if twins:
@@ -237,7 +254,10 @@ def _delegate(name: str) -> Any:
 
 
 for _name in dir(dist.ProcessGroup):
-    if re.match("all|barrier|broadcast|gather|reduce|scatter|monitored|_allgather|_reduce|_get_backend", _name):
+    if re.match(
+        "all|barrier|broadcast|gather|reduce|scatter|monitored|_allgather|_reduce|_get_backend",
+        _name,
+    ):
         setattr(NCCLRules, _name, _delegate(_name))
 
 

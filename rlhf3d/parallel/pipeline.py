@@ -41,11 +41,19 @@ class PlannedCommunicator(P2PCommunicator):
     def _communicate_shapes(
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[Shape | None, Shape | None]:
-        for tensor, planned in ((tensor_send_next, self._to_next), (tensor_send_prev, self._to_prev)):
+        for tensor, planned in (
+            (tensor_send_next, self._to_next),
+            (tensor_send_prev, self._to_prev),
+        ):
             if tensor is not None:
                 expected = next(planned)
-                assert tuple(tensor.shape) == expected, f"message of shape {tuple(tensor.shape)}, planned {expected}"
-        return (next(self._from_prev) if recv_prev else None, next(self._from_next) if recv_next else None)
+                assert tuple(tensor.shape) == expected, (
+                    f"message of shape {tuple(tensor.shape)}, planned {expected}"
+                )
+        return (
+            next(self._from_prev) if recv_prev else None,
+            next(self._from_next) if recv_next else None,
+        )
 
 
 def schedule_arguments(config: Any, shapes: Sequence[Shape]) -> dict[str, Any]:

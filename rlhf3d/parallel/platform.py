@@ -240,10 +240,14 @@ class CUDAPlatform(Platform):
                 "cluster.platform=cuda needs Transformer Engine, which is not installed: "
                 "pip install 'transformer-engine[pytorch]', or set cluster.platform=cpu"
             )
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
 
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts or None, moe_grouped_gemm=num_experts > 0, qk_layernorm=qk_layernorm
+            num_experts=num_experts or None,
+            moe_grouped_gemm=num_experts > 0,
+            qk_layernorm=qk_layernorm,
         )
 
     def transformer_config_overrides(self) -> dict[str, Any]:
@@ -290,12 +294,22 @@ def _allocator_options() -> str:
             "that both have open, which expandable segments do not allow; take expandable_segments:True out of it"
         )
     # Said aloud: another node may have it in its own environment.
-    return ",".join([*(part for part in parts if "expandable_segments" not in part), "expandable_segments:False"])
+    return ",".join(
+        [
+            *(part for part in parts if "expandable_segments" not in part),
+            "expandable_segments:False",
+        ]
+    )
 
 
 def _fusions(enabled: bool) -> dict[str, Any]:
     """Megatron's kernel fusions: compiled, CUDA or Transformer Engine's code that CPU ranks have not."""
-    names = ("bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion")
+    names = (
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "apply_rope_fusion",
+    )
     return dict.fromkeys((*names, "gradient_accumulation_fusion", "moe_permute_fusion"), enabled)
 
 
@@ -321,7 +335,11 @@ def choose_platform(requested: str) -> Platform:
     if torch.cuda.is_available():
         found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
         return CUDAPlatform(reason=f"cluster.platform={requested}, found {found}")
-    built = "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+    built = (
+        "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+    )
     if requested == "cuda":
-        raise ValueError(f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is")
+        raise ValueError(
+            f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is"
+        )
     return CPUPlatform(reason=f"cluster.platform=auto, {built}")

@@ -72,8 +72,12 @@ def ray_cluster(
             _raise_swallowed(error)
             if why := own.ended():
                 raise WorkerFailure(why) from None
-            lost_touch = isinstance(error, WorkerFailure) and error.lost_touch and config.num_nodes > 1
-            if isinstance(error, WorkerFailure) and (lost := _wait_for_loss(gone, LOSS_S if lost_touch else 0.0)):
+            lost_touch = (
+                isinstance(error, WorkerFailure) and error.lost_touch and config.num_nodes > 1
+            )
+            if isinstance(error, WorkerFailure) and (
+                lost := _wait_for_loss(gone, LOSS_S if lost_touch else 0.0)
+            ):
                 text = f"{'; '.join(lost)}; the same command goes on when it is back\n{error}"
                 raise WorkerFailure(text) from None
             raise
@@ -91,7 +95,9 @@ def _raise_swallowed(error: Exception) -> None:
 def join(address: str, timeout_s: float) -> None:
     """Connect to a running cluster. Raises ValueError when there is none."""
     try:
-        with bounded(f"connect to Ray at {address}: its head there does not serve this driver", timeout_s):
+        with bounded(
+            f"connect to Ray at {address}: its head there does not serve this driver", timeout_s
+        ):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, AuthenticationError) as error:
         raise ValueError(
@@ -123,7 +129,10 @@ def node_name(node: dict[str, Any]) -> str:
 def _lost_nodes() -> dict[str, str]:
     """Nodes that the cluster has had and that are gone: by id, who and why."""
     lost = [node for node in ray.nodes() if not node["Alive"]]
-    return {node["NodeID"]: f"node {node_name(node)} was lost ({node['DeathReasonMessage']})" for node in lost}
+    return {
+        node["NodeID"]: f"node {node_name(node)} was lost ({node['DeathReasonMessage']})"
+        for node in lost
+    }
 
 
 def _wait_for_loss(known: set[str], timeout_s: float) -> list[str]:
@@ -153,10 +162,16 @@ def reserve(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
     group = placement_group(placement.bundles, strategy=placement.strategy)
     try:
         if not group.wait(timeout_s):
-            wanted = Counter(", ".join(f"{n:g} {kind}" for kind, n in bundle.items()) for bundle in placement.bundles)
+            wanted = Counter(
+                ", ".join(f"{n:g} {kind}" for kind, n in bundle.items())
+                for bundle in placement.bundles
+            )
             apart = ", each on a node of its own" if placement.strategy == "STRICT_SPREAD" else ""
             nodes = [(node_name(node), node["Resources"]) for node in ray.nodes() if node["Alive"]]
-            offers = [", ".join(f"{has.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU")) for _, has in nodes]
+            offers = [
+                ", ".join(f"{has.get(kind, 0):g} {kind}" for kind in ("GPU", "CPU"))
+                for _, has in nodes
+            ]
             raise ValueError(
                 f"the run needs {' and '.join(f'{count} x ({text})' for text, count in wanted.items())}{apart}, but "
                 f"after {timeout_s:.0f} s (cluster.startup_timeout_s) the Ray cluster does not offer it; it has "

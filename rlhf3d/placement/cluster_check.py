@@ -19,7 +19,10 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import ClusterConfig, Config
@@ -70,7 +73,9 @@ class Probe:
 
         timeout = timedelta(seconds=ALL_REDUCE_S)
         host_meeting(meeting[1], ALL_REDUCE_S)
-        store = dist.TCPStore(*meeting, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True)
+        store = dist.TCPStore(
+            *meeting, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
+        )
         on_gpu = bool(ray.get_gpu_ids())
         group: Any = (
             dist.ProcessGroupNCCL(store, rank, world_size)
@@ -83,7 +88,9 @@ class Probe:
         group.allreduce([tensor]).wait(timeout)
         total = float(tensor[-1])
         if total != world_size**2:
-            raise RuntimeError(f"the sum of ones, twice over {world_size} nodes, came out as {total}")
+            raise RuntimeError(
+                f"the sum of ones, twice over {world_size} nodes, came out as {total}"
+            )
         return time.monotonic() - start
 
 
@@ -133,7 +140,11 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
             smallest = min(report.gpus, key=lambda gpu: gpu[1])
             found = plan_here(config, spec, True, smallest).memory.problems
             # What a host has is not in the report.
-            problems += [f"node {report.name}: {text}" for text in found if not text.startswith("host memory")]
+            problems += [
+                f"node {report.name}: {text}"
+                for text in found
+                if not text.startswith("host memory")
+            ]
     if problems:
         raise ConfigError(problems, "The cluster cannot run this as it stands")
     kind, shares = ("GPU" if on_gpu else "CPU"), dict.fromkeys(bundle_of, 0.0)
@@ -141,7 +152,9 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
         shares[node] += table["bundles"][bundle][kind]
     named = zip(shares.values(), checked.reports, strict=True)
     text = ", ".join(f"{report.name}: {count:g} {kind}" for count, report in named)
-    logging.getLogger(__name__).info("checked %s; all-reduce of 4 MiB in %.4f s", text, checked.all_reduce_s or 0.0)
+    logging.getLogger(__name__).info(
+        "checked %s; all-reduce of 4 MiB in %.4f s", text, checked.all_reduce_s or 0.0
+    )
 
 
 def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:
@@ -149,7 +162,11 @@ def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:
     with ray_cluster(ClusterConfig(ray_address=address, startup_timeout_s=timeout_s), local_cpus=0):
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         here = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
-        return probe({n: {"scheduling_strategy": at, "num_cpus": 0} for n, at in here.items()}, Wanted(), timeout_s)
+        return probe(
+            {n: {"scheduling_strategy": at, "num_cpus": 0} for n, at in here.items()},
+            Wanted(),
+            timeout_s,
+        )
 
 
 def render_cluster(checked: Checked) -> str:
@@ -157,9 +174,14 @@ def render_cluster(checked: Checked) -> str:
     lines = []
     for report in checked.reports:
         gpus = ", ".join(name for name, _ in report.gpus or ()) or "no GPU"
-        lines.append(f"node {report.name}: {gpus}; " + ", ".join(f"{k} {v}" for k, v in report.versions.items()))
+        lines.append(
+            f"node {report.name}: {gpus}; "
+            + ", ".join(f"{k} {v}" for k, v in report.versions.items())
+        )
     if checked.all_reduce_s is not None:
-        lines.append(f"all-reduce of 4 MiB by gloo over {len(checked.reports)} nodes: {checked.all_reduce_s:.4f} s")
+        lines.append(
+            f"all-reduce of 4 MiB by gloo over {len(checked.reports)} nodes: {checked.all_reduce_s:.4f} s"
+        )
     lines += ["", "these nodes cannot run one job" if checked.problems else "all is well"]
     return "\n".join(lines + [f"  - {problem}" for problem in checked.problems])
 
@@ -172,10 +194,13 @@ def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: fl
     listed = {node["NodeID"]: node for node in ray.nodes()}
     names = _names({node: node_name(listed[node]) for node in places})
     told = {node: int(listed[node]["Resources"].get("GPU", 0)) for node in places}
-    actors = {node: ray.remote(Probe).options(**options).remote() for node, options in places.items()}
+    actors = {
+        node: ray.remote(Probe).options(**options).remote() for node, options in places.items()
+    }
     try:
         looks = {
-            f"node {names[node]}": actor.look.remote(wanted, names[node], told[node]) for node, actor in actors.items()
+            f"node {names[node]}": actor.look.remote(wanted, names[node], told[node])
+            for node, actor in actors.items()
         }
         reports: list[NodeReport] = gather("cluster check", looks, timeout_s)
         driver = look(replace(wanted, folder=None), "of the driver", 0)
@@ -204,10 +229,16 @@ def _names(named: Mapping[str, str]) -> dict[str, str]:
 
 def _check_ports(probes: Mapping[str, Any]) -> list[str]:
     """Whether each node reaches a fresh port of each other."""
-    opened = gather("cluster check (ports)", {f"node {n}": p.listen.remote() for n, p in probes.items()}, CONNECT_S * 4)
+    opened = gather(
+        "cluster check (ports)",
+        {f"node {n}": p.listen.remote() for n, p in probes.items()},
+        CONNECT_S * 4,
+    )
     places = dict(zip(probes, opened, strict=True))
     calls = {
-        f"node {name}": probe.connect.remote({other: at for other, at in places.items() if other != name})
+        f"node {name}": probe.connect.remote(
+            {other: at for other, at in places.items() if other != name}
+        )
         for name, probe in probes.items()
     }
     failures = gather("cluster check (ports)", calls, CONNECT_S * (len(probes) + 4))
@@ -221,7 +252,9 @@ def _check_ports(probes: Mapping[str, Any]) -> list[str]:
 
 def _check_all_reduce(probes: Mapping[str, Any]) -> tuple[float | None, list[str]]:
     first = next(iter(probes))
-    (meeting,) = gather("cluster check", {f"node {first}": probes[first].meeting_place.remote()}, CONNECT_S * 4)
+    (meeting,) = gather(
+        "cluster check", {f"node {first}": probes[first].meeting_place.remote()}, CONNECT_S * 4
+    )
     calls = {
         f"node {name}": probe.all_reduce.remote(rank, len(probes), meeting)
         for rank, (name, probe) in enumerate(probes.items())
@@ -237,7 +270,11 @@ def _check_all_reduce(probes: Mapping[str, Any]) -> tuple[float | None, list[str
 
 def _files(config: Config) -> dict[str, int]:
     """Sizes of the files that the configuration names, by path."""
-    folders = [Path(folder) for folder in (config.model.path, config.reward_model.path) if folder is not None]
+    folders = [
+        Path(folder)
+        for folder in (config.model.path, config.reward_model.path)
+        if folder is not None
+    ]
     paths = [str(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     own = (config.custom_reward_function.path, config.algorithm.custom_path)
     paths += [*config.data.train_files, *config.data.val_files, *filter(None, own)]
@@ -247,7 +284,12 @@ def _files(config: Config) -> dict[str, int]:
 @contextmanager
 def _canary(folder: str, wanted: Wanted) -> Iterator[Wanted]:
     """A file with a token in the run's folder, which every node must see, and beside which it must write."""
-    wanted = replace(wanted, folder=folder, canary=f".cluster-check-{secrets.token_hex(4)}", token=secrets.token_hex(8))
+    wanted = replace(
+        wanted,
+        folder=folder,
+        canary=f".cluster-check-{secrets.token_hex(4)}",
+        token=secrets.token_hex(8),
+    )
     (Path(folder) / wanted.canary).write_text(wanted.token)
     try:
         yield wanted
@@ -262,5 +304,7 @@ def _lost_files(reports: list[NodeReport], wanted: Wanted) -> list[str]:
         f"node {report.name}: the driver does not see what it writes to trainer.output_dir = {wanted.folder}: it must "
         "be on a file system that all nodes share"
         for report in reports
-        if report.token == wanted.token and report.writable is None and not written_by(wanted, report.name).is_file()
+        if report.token == wanted.token
+        and report.writable is None
+        and not written_by(wanted, report.name).is_file()
     ]

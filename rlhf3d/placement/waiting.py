@@ -66,7 +66,9 @@ def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> lis
     return [results[name] for name in calls]
 
 
-def stream(phase: str, streams: dict[str, ray.ObjectRefGenerator], timeout_s: float) -> Iterator[tuple[str, Any]]:
+def stream(
+    phase: str, streams: dict[str, ray.ObjectRefGenerator], timeout_s: float
+) -> Iterator[tuple[str, Any]]:
     """(name, item) of the named streams as items come. Raises WorkerFailure as `gather` does."""
     return _arrivals(phase, dict(streams), timeout_s)
 
@@ -106,13 +108,18 @@ def _arrivals(
 
 
 def _first_failure(
-    phase: str, errors: dict[str, Exception], pending: Mapping[str, ray.ObjectRef | ray.ObjectRefGenerator]
+    phase: str,
+    errors: dict[str, Exception],
+    pending: Mapping[str, ray.ObjectRef | ray.ObjectRefGenerator],
 ) -> WorkerFailure:
     """The failure that explains the others: a worker that raised by itself before one that lost its peer."""
     ends = {
-        name: waited if isinstance(waited, ray.ObjectRef) else waited.completed() for name, waited in pending.items()
+        name: waited if isinstance(waited, ray.ObjectRef) else waited.completed()
+        for name, waited in pending.items()
     }
-    ready, _ = ray.wait(list(ends.values()), num_returns=len(ends), timeout=GRACE_S) if ends else ([], [])
+    ready, _ = (
+        ray.wait(list(ends.values()), num_returns=len(ends), timeout=GRACE_S) if ends else ([], [])
+    )
     for name, end in ends.items():
         if end in ready:
             try:
@@ -129,7 +136,10 @@ def _first_failure(
 
 def _is_echo(error: Exception) -> bool:
     text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Timed out"))
+    return any(
+        sign in text
+        for sign in ("Connection closed by peer", "Connection reset by peer", "Timed out")
+    )
 
 
 def _traceback(error: Exception) -> str:

@@ -117,7 +117,9 @@ class TrainWorker:
         self.engines = {role: make[role]() for role in self.setup.group.roles}
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
 
-    def forward(self, role: str, batch: Batch, micro_batches: list[list[int]]) -> dict[str, Tensor] | None:
+    def forward(
+        self, role: str, batch: Batch, micro_batches: list[list[int]]
+    ) -> dict[str, Tensor] | None:
         """Outputs of `role` for the rows of this data-parallel rank; see MegatronEngine.forward."""
         return self.engines[role].forward(batch, micro_batches)
 
@@ -131,7 +133,9 @@ class TrainWorker:
         high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
         objective = PolicyObjective(
             loss_name=actor.policy_loss,
-            settings=PolicyLossSettings(low, high, actor.clip_ratio_c, self.setup.config.algorithm.custom_kwargs),
+            settings=PolicyLossSettings(
+                low, high, actor.clip_ratio_c, self.setup.config.algorithm.custom_kwargs
+            ),
             loss_agg_mode=actor.loss_agg_mode,
             entropy_coeff=actor.entropy_coeff,
             kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
@@ -152,7 +156,9 @@ class TrainWorker:
         """Make what this rank owns of a weight stream."""
         from rlhf3d.resharding.sending import WeightSender
 
-        self.streams[setup.name] = WeightSender(setup, self.setup.rank, self.engines["actor"].params())
+        self.streams[setup.name] = WeightSender(
+            setup, self.setup.rank, self.engines["actor"].params()
+        )
 
     def open_stream(self, name: str, meeting: tuple[str, int] | None) -> None:
         """Open what others own; `meeting` is where the senders of messages meet, if there are any."""
@@ -162,7 +168,9 @@ class TrainWorker:
         group = None
         if meeting is not None:
             setup = stream.setup
-            group = Group(setup.backend, self.setup.rank, setup.message_ranks, *meeting, setup.timeout_s)
+            group = Group(
+                setup.backend, self.setup.rank, setup.message_ranks, *meeting, setup.timeout_s
+            )
         stream.open(group)
 
     def seal_stream(self, name: str) -> None:
@@ -182,7 +190,9 @@ class TrainWorker:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
         optimizer = self.setup.config.trainer.save_optimizer
         with self.engines[role].residence.at_work("weights", "optimizer"):
-            self._saves.append(start_save(Path(folder), self.engines[role], optimizer, self._writer))
+            self._saves.append(
+                start_save(Path(folder), self.engines[role], optimizer, self._writer)
+            )
 
     def written(self) -> bool:
         """Whether every model under way is written."""

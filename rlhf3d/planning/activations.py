@@ -96,7 +96,9 @@ class Activations:
         if self.style == "te":
             return kept + S * self.item * (q + 3 * g + (q + g) * spec.qk_norm)
         # Under context parallelism torch's attention keeps keys and values of all ranks, and nothing the projection.
-        kept += self.item * (S * (q + 3 * g) if self.layout.cp == 1 else self.micro.positions * 2 * g)
+        kept += self.item * (
+            S * (q + 3 * g) if self.layout.cp == 1 else self.micro.positions * 2 * g
+        )
         if spec.qk_norm:
             kept += S * (8 * (q + g) if self.dtype == "bfloat16" else 4 * (2 * q + g))
         return kept + 4 * self.micro.width / self.layout.cp * spec.head_dim * self.item
@@ -139,7 +141,11 @@ class Activations:
         else:
             gradients = 2 * S * spec.ffn_size / tp * self.item
             rows = 2 * spec.ffn_size / tp
-        weight = max(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp) * spec.hidden_size * self.item
+        weight = (
+            max(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp)
+            * spec.hidden_size
+            * self.item
+        )
         gathered = S * spec.hidden_size * self.item if self.sequence_parallel else 0.0
         return 2 * self.hidden + gradients + weight + gathered + self._again()
 
@@ -155,14 +161,20 @@ class Activations:
         weight = rows * spec.hidden_size
         low = self.dtype == "bfloat16"
         entropy = 4 * chunk * self.entropy
-        first = max(14 * chunk + entropy, 10 * chunk + 2 * weight) if low else 12 * chunk + entropy + 4 * weight
+        first = (
+            max(14 * chunk + entropy, 10 * chunk + 2 * weight)
+            if low
+            else 12 * chunk + entropy + 4 * weight
+        )
         later = 16 * chunk + entropy if chunks > 1 else 0
         return final + 2 * tokens + 4 * weight + max(first, later)
 
     def forward_only(self) -> float:
         """A layer at its widest, without a backward pass."""
         spec, S = self.spec, self.positions
-        q, g = (heads * spec.head_dim / self.layout.tp for heads in (spec.num_heads, spec.num_kv_heads))
+        q, g = (
+            heads * spec.head_dim / self.layout.tp for heads in (spec.num_heads, spec.num_kv_heads)
+        )
         attention = 3 * S * (q + g) * self.item
         if spec.num_experts:
             copies = self.sharded * spec.experts_per_token
@@ -179,7 +191,9 @@ class Activations:
     def head_forward(self) -> float:
         """The head without a backward pass: its input, and logits twice in fp32."""
         spec = self.spec
-        whole = self.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
+        whole = (
+            self.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
+        )
         if self.head == "value":
             return 2 * whole
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
@@ -207,7 +221,9 @@ class Activations:
         peak = flying * kept + top
         if pp == 0:  # when the last layer is done, the gradient of the embedding
             rows = padded_vocab_size(self.spec, layout) // layout.tp
-            peak = max(peak, (flying - 1) * kept + self.hidden + rows * self.spec.hidden_size * self.item)
+            peak = max(
+                peak, (flying - 1) * kept + self.hidden + rows * self.spec.hidden_size * self.item
+            )
         return peak + messages + self.columns(micro_batches if last else 1)
 
     def forward_peak(self, pp: int, micro_batches: int) -> float:

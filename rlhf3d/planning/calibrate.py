@@ -52,7 +52,9 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("step", 0) >= first_step]
     if not rows:
-        raise ValueError(f"{folder}/metrics.jsonl has no step {first_step} or later: give a longer run")
+        raise ValueError(
+            f"{folder}/metrics.jsonl has no step {first_step} or later: give a longer run"
+        )
     config = load_config(folder / "config.yaml", files=False)
     phases = {name for row in rows for name in row if name.startswith("timing_s/")}
     seconds = {
@@ -60,7 +62,9 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
         for name in sorted(phases)
         if name.removeprefix("timing_s/") in PHASES
     }
-    prompt, response = (median(row[f"{kind}_length/mean"] for row in rows) for kind in ("prompt", "response"))
+    prompt, response = (
+        median(row[f"{kind}_length/mean"] for row in rows) for kind in ("prompt", "response")
+    )
     padding = median(row.get("perf/padding_share/update_actor", 0.0) for row in rows)
     spec, _ = find_spec(config)
     lengths = Lengths(prompt, response, (prompt + response) / (1 - padding))
@@ -69,12 +73,16 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
 
 def predict(seen: Observation, hardware: Hardware) -> TimePlan:
     """What the time model says of that run."""
-    return plan_time(make_job(seen.config, seen.spec, Cluster(hardware, 1, 1), lengths=seen.lengths))
+    return plan_time(
+        make_job(seen.config, seen.spec, Cluster(hardware, 1, 1), lengths=seen.lengths)
+    )
 
 
 def planned_step_s(seen: Observation, hardware: Hardware) -> float:
     """Planned seconds of the phases that were measured."""
-    return sum(phase.total for phase in predict(seen, hardware).phases if phase.phase in seen.seconds)
+    return sum(
+        phase.total for phase in predict(seen, hardware).phases if phase.phase in seen.seconds
+    )
 
 
 def as_entry(hardware: Hardware, source: str) -> dict[str, Any]:
@@ -87,14 +95,17 @@ def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:
     """`hardware` with the numbers of FITTED under which the phases come closest: coordinate descent on logarithms."""
 
     def moved(shifts: Mapping[str, float]) -> Hardware:
-        return replace(hardware, **{name: getattr(hardware, name) * math.exp(shifts[name]) for name in FITTED})
+        return replace(
+            hardware, **{name: getattr(hardware, name) * math.exp(shifts[name]) for name in FITTED}
+        )
 
     def misfit(shifts: Mapping[str, float]) -> float:
         total = PRIOR_WEIGHT * sum(shift**2 for shift in shifts.values())
         for run in seen:
             planned = {phase.phase: phase.total for phase in predict(run, moved(shifts)).phases}
             total += sum(
-                seconds / run.step_s * math.log(planned[name] / seconds) ** 2 for name, seconds in run.seconds.items()
+                seconds / run.step_s * math.log(planned[name] / seconds) ** 2
+                for name, seconds in run.seconds.items()
             )
         return total
 

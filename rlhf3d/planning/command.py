@@ -39,7 +39,11 @@ def plan_command(
         _print(json.dumps(view.as_json(plan)) if as_json else view.render(plan, shape))
         return not plan.problems
     found = Search(config, spec, cluster, rows, lengths).run()
-    _print(json.dumps(search_view.as_json(found)) if as_json else search_view.render(found, cluster, shape))
+    _print(
+        json.dumps(search_view.as_json(found))
+        if as_json
+        else search_view.render(found, cluster, shape)
+    )
     if write is not None and found.best:
         best = found.best[0]
         title = f"# rlhf3d plan --search on {cluster}: {best.step_s:.0f} s a step planned"

@@ -70,7 +70,11 @@ def engine_weight_bytes(spec: ModelSpec, rollout: RolloutConfig) -> int:
     check_quantization(spec, rollout.quantization)
     if rollout.quantization == "none":
         return size
-    shapes = [p.shape for p in engine_params(spec, rollout.tensor_parallel_size, 0) if p.name.endswith("_proj.weight")]
+    shapes = [
+        p.shape
+        for p in engine_params(spec, rollout.tensor_parallel_size, 0)
+        if p.name.endswith("_proj.weight")
+    ]
     return size + sum(4 * rows - (item - 1) * rows * columns for rows, columns in shapes)
 
 
@@ -86,14 +90,22 @@ def engine_memory(job: Job) -> EngineMemory:
     tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
     weights = engine_weight_bytes(spec, config)
     length = job.derived.max_sequence_length
-    batched = min(hardware.batched_tokens, config.max_num_seqs * length) if job.on_gpu else max(4096, length)
+    batched = (
+        min(hardware.batched_tokens, config.max_num_seqs * length)
+        if job.on_gpu
+        else max(4096, length)
+    )
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
     rows = engine_vocab_size(spec.vocab_size) // tp
-    activations = batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4
+    activations = (
+        batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4
+    )
     a_token = kv_bytes_a_token(spec, tp, config.dtype)
     if not job.on_gpu:
         room = int(config.kv_cache_gib * GIB)
-        return EngineMemory(weights, weights, activations, room, a_token, length, 0, max(0, a_token * length - room))
+        return EngineMemory(
+            weights, weights, activations, room, a_token, length, 0, max(0, a_token * length - room)
+        )
     assert hardware.memory_gib is not None
     activations += 0 if config.enforce_eager else int(GRAPHS_GIB * GIB)
     room = int(config.gpu_memory_utilization * hardware.memory_gib * GIB) - weights - activations

@@ -112,17 +112,28 @@ class Cluster:
 
     def latency_s(self, ranks: int, stride: int = 1) -> float:
         """Of a collective or message in such a group."""
-        return self.hardware.latency_s if self.inside(ranks, stride) else self.hardware.network_latency_s
+        return (
+            self.hardware.latency_s
+            if self.inside(ranks, stride)
+            else self.hardware.network_latency_s
+        )
 
     def exchange_s(self, ranks: int, size: float) -> float:
         """An all-to-all of `size` bytes a rank, equal parts to each: those to other nodes go over the network
         meanwhile."""
         hardware, near = self.hardware, ranks if self.inside(ranks) else self.devices_per_node
-        link, network = (gbs * 1e9 * hardware.exchange_efficiency for gbs in (hardware.link_gbs, hardware.network_gbs))
-        return max(size * (near - 1) / ranks / link, size * (ranks - near) / ranks / network) + self.latency_s(ranks)
+        link, network = (
+            gbs * 1e9 * hardware.exchange_efficiency
+            for gbs in (hardware.link_gbs, hardware.network_gbs)
+        )
+        return max(
+            size * (near - 1) / ranks / link, size * (ranks - near) / ranks / network
+        ) + self.latency_s(ranks)
 
     def __str__(self) -> str:
-        return f"{self.devices} x {self.hardware.name}" + (f" on {self.nodes} nodes" if self.nodes > 1 else "")
+        return f"{self.devices} x {self.hardware.name}" + (
+            f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        )
 
 
 def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
@@ -143,7 +154,9 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
         try:
             values = {key: coerce(value, kinds[key]) for key, value in entry.items()}
         except TypeError as error:
-            raise ValueError(f"{path}: {name} has {error}, which is no number or name; {FILE} shows the form") from None
+            raise ValueError(
+                f"{path}: {name} has {error}, which is no number or name; {FILE} shows the form"
+            ) from None
         found[str(name)] = Hardware(name=str(name), **values)
     return found
 
@@ -153,7 +166,9 @@ def parse_cluster(text: str, known: Mapping[str, Hardware]) -> Cluster:
     count, times, name = text.replace("×", "x").partition("x")
     matches = [hardware for key, hardware in known.items() if key.lower() == name.lower()]
     if not times or not count.strip().isdigit() or int(count) < 1 or not matches:
-        raise ValueError(f"--gpus {text!r}: expected a number, x and one of {', '.join(known)}, such as 8xH100")
+        raise ValueError(
+            f"--gpus {text!r}: expected a number, x and one of {', '.join(known)}, such as 8xH100"
+        )
     hardware, devices = matches[0], int(count)
     return Cluster(hardware, devices, hardware.devices_per_node)
 

@@ -191,7 +191,11 @@ class Job:
 
 
 def make_job(
-    config: Config, spec: ModelSpec, cluster: Cluster, rows: int | None = None, lengths: Lengths | None = None
+    config: Config,
+    spec: ModelSpec,
+    cluster: Cluster,
+    rows: int | None = None,
+    lengths: Lengths | None = None,
 ) -> Job:
     """The job of a checked configuration on `cluster`; `rows` of training data for a run in epochs.
 
@@ -207,7 +211,9 @@ def make_job(
             entropy = role == "actor" and config.actor.entropy_coeff != 0
             of = _reward_spec(group.model) if role == "reward" else spec
             head: Head = "value" if role in ("critic", "reward") else "lm"
-            models.append(Model(role, of, head, group, update, role in ("actor", "critic"), entropy))
+            models.append(
+                Model(role, of, head, group, update, role in ("actor", "critic"), entropy)
+            )
     data = config.data
     half = Lengths(data.max_prompt_length / 2, data.max_response_length / 2)
     return Job(config, spec, cluster, tuple(models), derived, lengths or half)

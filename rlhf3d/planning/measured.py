@@ -56,9 +56,15 @@ DEFAULT = Path("runs/gpu_measured.json")
 """Where a file is looked for when none is given."""
 MEASURED = {
     **dict.fromkeys(("memory_gib", "process_gib", "engine_context_gib", "engine_comm_gib"), 4096.0),
-    **dict.fromkeys(("matmul_efficiency", "memory_efficiency", "link_efficiency", "exchange_efficiency"), 1.0),
-    **dict.fromkeys(("latency_s", "network_latency_s", "layer_overhead_s", "expert_overhead_s"), 1.0),
-    **dict.fromkeys(("decode_overhead_s", "decode_sequence_s", "decode_kernel_s", "decode_eager_s"), 1.0),
+    **dict.fromkeys(
+        ("matmul_efficiency", "memory_efficiency", "link_efficiency", "exchange_efficiency"), 1.0
+    ),
+    **dict.fromkeys(
+        ("latency_s", "network_latency_s", "layer_overhead_s", "expert_overhead_s"), 1.0
+    ),
+    **dict.fromkeys(
+        ("decode_overhead_s", "decode_sequence_s", "decode_kernel_s", "decode_eager_s"), 1.0
+    ),
     **dict.fromkeys(("host_gbs", "sync_gbs"), 10_000.0),
     **dict.fromkeys(("sync_bucket_s", "rest_s"), 600.0),
 }
@@ -87,10 +93,14 @@ def check_measured(raw: Any, where: str) -> Measured:
         if not isinstance(raw[key], str) or not raw[key].strip():
             raise ValueError(f"{where}: {key} = {raw[key]!r} is not a text")
     if not isinstance(raw["numbers"], dict):
-        raise ValueError(f"{where}: numbers = {raw['numbers']!r} is not an object of names and numbers")
+        raise ValueError(
+            f"{where}: numbers = {raw['numbers']!r} is not an object of names and numbers"
+        )
     for name, value in raw["numbers"].items():
         _check_number(name, value, where)
-    return Measured(raw["device"], raw["source"], {name: float(value) for name, value in raw["numbers"].items()})
+    return Measured(
+        raw["device"], raw["source"], {name: float(value) for name, value in raw["numbers"].items()}
+    )
 
 
 def _check_number(name: str, value: Any, where: str) -> None:
@@ -102,7 +112,9 @@ def _check_number(name: str, value: Any, where: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= MEASURED[name]:
         most = f"{MEASURED[name]:g}"
-        raise ValueError(f"{where}: numbers.{name} = {value!r} is not a number above 0 and up to {most}")
+        raise ValueError(
+            f"{where}: numbers.{name} = {value!r} is not a number above 0 and up to {most}"
+        )
 
 
 def read_measured(path: Path) -> Measured:

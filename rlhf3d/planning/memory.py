@@ -35,11 +35,24 @@ SAVED_BYTES = {"bfloat16": 12, "float32": 8}
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
 PHASES = (
-    *("generate", "score", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"),
+    *(
+        "generate",
+        "score",
+        "old_logprobs",
+        "ref_logprobs",
+        "values",
+        "update_critic",
+        "update_actor",
+    ),
     *("sync_weights", "save_checkpoint"),
 )
 """In the order of a step."""
-FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values", "reward": "score"}
+FORWARD_PHASES = {
+    "actor": "old_logprobs",
+    "ref": "ref_logprobs",
+    "critic": "values",
+    "reward": "score",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,12 @@ class RankMemory:
     def own(self, name: str) -> int:
         """Bytes of a phase beside the resident terms; 0 of one in which these ranks have no part."""
         found = (phase for phase in self.phases if phase.phase == name)
-        return sum(size for phase in found for term, size in phase.terms.items() if term not in self.resident)
+        return sum(
+            size
+            for phase in found
+            for term, size in phase.terms.items()
+            if term not in self.resident
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +139,9 @@ class MemoryPlan:
     def _fullest(self) -> list[RankMemory]:
         """Of the devices that hold the same models, those that need most."""
         found: dict[tuple[str, ...], RankMemory] = {}
-        for rank in sorted(self.ranks, key=lambda rank: rank.tightest.total + margin(rank.tightest)):
+        for rank in sorted(
+            self.ranks, key=lambda rank: rank.tightest.total + margin(rank.tightest)
+        ):
             found[tuple(rank.states)] = rank
         return list(found.values())
 
@@ -148,7 +168,9 @@ class MemoryPlan:
                 if rank.peak.total > self.device_limit
             ]
             if engine.missing:
-                least = (engine.weights + engine.activations + engine.one_sequence) / self.device_limit
+                least = (
+                    engine.weights + engine.activations + engine.one_sequence
+                ) / self.device_limit
                 found.append(
                     f"vLLM: rollout.gpu_memory_utilization leaves {_gib(engine.kv_cache)} GiB for keys and values "
                     f"beside {_gib(engine.weights)} GiB of weights and {_gib(engine.activations)} GiB of "
@@ -261,7 +283,9 @@ def _training_ranks(job: Job, runs: Sequence[Run], engine: EngineMemory) -> Rank
         weights = _only(at_work.get("actor", {}), "weights")
         phases.append(PhaseMemory("sync_weights", resident | weights | loading | buckets))
         saved = [
-            _only(of_role, "weights", "optimizer") for role, of_role in at_work.items() if role in ("actor", "critic")
+            _only(of_role, "weights", "optimizer")
+            for role, of_role in at_work.items()
+            if role in ("actor", "critic")
         ]
         most = max(saved, key=lambda found: sum(found.values()), default={})
         phases.append(PhaseMemory("save_checkpoint", resident | most | buckets))
@@ -282,7 +306,9 @@ def _only(terms: Mapping[str, int], *kinds: str) -> dict[str, int]:
     return {name: size for name, size in terms.items() if name.endswith(kinds)}
 
 
-def _engine_terms(job: Job, engine: EngineMemory, resident: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+def _engine_terms(
+    job: Job, engine: EngineMemory, resident: dict[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
     """What an engine beside training adds while it serves and while it is loaded; one that never sleeps is resident."""
     resident["vLLM context"] = engine.outside
     if not job.config.rollout.sleep:
@@ -303,7 +329,10 @@ def _model_phases(
     forward = PhaseMemory(FORWARD_PHASES[model.role], resident | _only(at_work, "weights") | kept)
     if not model.trained:
         return [forward]
-    chunks = [chunk_sizes(model.spec, model.layout, pp, n, model.head, job.style) for n in range(model.layout.vpp)]
+    chunks = [
+        chunk_sizes(model.spec, model.layout, pp, n, model.head, job.style)
+        for n in range(model.layout.vpp)
+    ]
     layers = len(model.layout.layers(model.spec.num_layers, pp))
     activations = int(passes.update_peak(pp, count, layers))
     step = 0 if job.on_gpu else ADAM_TEMPORARIES * 4 * max(chunk.largest for chunk in chunks)
@@ -326,14 +355,20 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
     # Each engine rank's, and those of an export; on GPUs the former are in their memory.
     shared = SLOTS * (1 if job.on_gpu else rollout.tensor_parallel_size + 1) * job.sync_bucket_bytes
     offloaded = job.config.model.offload * sum(
-        len(rank.ranks) * (state.weights + state.optimizer) for rank in ranks for state in rank.states.values()
+        len(rank.ranks) * (state.weights + state.optimizer)
+        for rank in ranks
+        for state in rank.states.values()
     )
     if not job.on_gpu:
         terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": shared}
         if offloaded:
             terms["offloaded states"] = offloaded
         terms["engines"] = int(
-            rollout.engines * (rollout.tensor_parallel_size * (hardware.engine_process_gib * GIB + engine.weights * 2))
+            rollout.engines
+            * (
+                rollout.tensor_parallel_size
+                * (hardware.engine_process_gib * GIB + engine.weights * 2)
+            )
         ) + int(rollout.engines * rollout.kv_cache_gib * GIB)
         resident = sum(len(r.ranks) * sum(r.resident.values()) for r in ranks)
         of_phase = {
@@ -342,7 +377,9 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
         }
         of_phase["save_checkpoint"] += _save_copies(job)
         phase = max(of_phase, key=lambda name: of_phase[name])
-        return HostMemory(phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB))
+        return HostMemory(
+            phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB)
+        )
     per_node = min(job.cluster.devices_per_node, job.devices_needed)
     engines = min(per_node, job.engine_ranks)
     trained = min(per_node, job.training_devices) * len(job.runs[0].ranks)
@@ -381,7 +418,9 @@ def stored_elements(job: Job, model: Model) -> int:
 @cache
 def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
     chunks = [
-        chunk_sizes(spec, layout, pp, chunk, head, style) for pp in range(layout.pp) for chunk in range(layout.vpp)
+        chunk_sizes(spec, layout, pp, chunk, head, style)
+        for pp in range(layout.pp)
+        for chunk in range(layout.vpp)
     ]
     experts = sum(sum(chunk.experts) for chunk in chunks)
     return (sum(chunk.total for chunk in chunks) - experts) * layout.tp + experts * layout.ep

@@ -15,7 +15,14 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 from rlhf3d.parallel.platform import CPUPlatform
-from rlhf3d.planning.hardware import FILE, Cluster, Hardware, load_hardware, parse_cluster, with_numbers
+from rlhf3d.planning.hardware import (
+    FILE,
+    Cluster,
+    Hardware,
+    load_hardware,
+    parse_cluster,
+    with_numbers,
+)
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import MemoryPlan, plan_memory
 from rlhf3d.planning.times import TimePlan, plan_time
@@ -58,7 +65,11 @@ class Plan:
 
 
 def make_plan(
-    config: Config, spec: ModelSpec, cluster: Cluster, rows: int | None = None, lengths: Lengths | None = None
+    config: Config,
+    spec: ModelSpec,
+    cluster: Cluster,
+    rows: int | None = None,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """The plan of a checked configuration; `rows` of training data for a run in epochs.
 
@@ -92,13 +103,17 @@ def find_cluster(config: Config, gpus: str | None, hardware: Path | None = None)
     if gpus is not None:
         return parse_cluster(gpus, known)
     if wanted.platform == "cuda":
-        return Cluster(known[DEFAULT_GPU], wanted.num_nodes * wanted.gpus_per_node, wanted.gpus_per_node)
+        return Cluster(
+            known[DEFAULT_GPU], wanted.num_nodes * wanted.gpus_per_node, wanted.gpus_per_node
+        )
     return this_host(known[DEFAULT_CPU])
 
 
 def this_host(hardware: Hardware) -> Cluster:
     """One host without GPUs, with the memory of this one."""
-    return Cluster(with_numbers(hardware, host_memory_gib=CPUPlatform(reason="plan").memory_gib()), 1, 1)
+    return Cluster(
+        with_numbers(hardware, host_memory_gib=CPUPlatform(reason="plan").memory_gib()), 1, 1
+    )
 
 
 def train_rows(config: Config) -> int | None:

@@ -23,7 +23,15 @@ from rlhf3d.planning.hardware import GIB, Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
 from rlhf3d.planning.plan import Plan, make_plan
-from rlhf3d.planning.space import batchings, engine_shares, engine_sizes, layouts, longest_sequence, on_cluster, rests
+from rlhf3d.planning.space import (
+    batchings,
+    engine_shares,
+    engine_sizes,
+    layouts,
+    longest_sequence,
+    on_cluster,
+    rests,
+)
 from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
 
 APART_UTILIZATION = 0.9
@@ -49,7 +57,12 @@ class Option(NamedTuple):
     def kind(self) -> tuple[str, int, LayoutConfig, bool]:
         """What distinguishes it from others worth showing: of each layout one is enough."""
         rollout, layout = self.config.rollout, self.config.actor.layout
-        return rollout.placement, rollout.engines, replace(layout, recompute="none"), self.config.critic.layout is None
+        return (
+            rollout.placement,
+            rollout.engines,
+            replace(layout, recompute="none"),
+            self.config.critic.layout is None,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,9 @@ class Search:
             allowed = self._layouts(self.cluster.devices - apart)
             for resting in rests(base, apart):
                 engines = self._engines(resting, apart)
-                for config in (config for layout in allowed for config in batchings(resting, layout)):
+                for config in (
+                    config for layout in allowed for config in batchings(resting, layout)
+                ):
                     if check(replace(config, rollout=engines[0][1])):
                         counts["refused"] += 1
                         continue
@@ -104,21 +119,33 @@ class Search:
                     (fitting if fit else too_big).append(fit or small)
         fitting.sort(key=lambda option: option.seconds)
         if self.config.needs_critic:
-            fitting += [better for option in fitting[:CRITICS] if (better := self._critic_apart(option))]
+            fitting += [
+                better for option in fitting[:CRITICS] if (better := self._critic_apart(option))
+            ]
         best = self._plans(sorted(fitting, key=lambda option: option.seconds), fits=True)
         fastest = best[0].step_s if best else math.inf
-        near = [option for option in sorted(too_big, key=lambda option: option.excess) if option.seconds <= fastest]
+        near = [
+            option
+            for option in sorted(too_big, key=lambda option: option.excess)
+            if option.seconds <= fastest
+        ]
         return Found(best, self._plans(near, fits=False), counts)
 
     def _layouts(self, devices: int) -> list[LayoutConfig]:
-        return layouts(self.spec, devices, self.cluster.devices_per_node, longest_sequence(self.config))
+        return layouts(
+            self.spec, devices, self.cluster.devices_per_node, longest_sequence(self.config)
+        )
 
     def _engines(self, config: Config, apart: int) -> list[tuple[float, RolloutConfig]]:
         """Engines that use the devices, (utilization they need at least, settings)."""
         ranks, found = apart or self.cluster.devices, []
         rollout = config.rollout
         # The ranks of an engine beside training share a node; FP8 is for engines of one rank.
-        most = self.cluster.devices_per_node * (2 if apart else 1) if rollout.quantization == "none" else 1
+        most = (
+            self.cluster.devices_per_node * (2 if apart else 1)
+            if rollout.quantization == "none"
+            else 1
+        )
         for tp in engine_sizes(self.spec, ranks, most, rollout.expert_parallel):
             settings = replace(
                 rollout,
@@ -127,7 +154,9 @@ class Search:
                 tensor_parallel_size=tp,
                 gpu_memory_utilization=APART_UTILIZATION,
             )
-            memory = engine_memory(make_job(replace(config, rollout=settings), self.spec, self.cluster))
+            memory = engine_memory(
+                make_job(replace(config, rollout=settings), self.spec, self.cluster)
+            )
             least = (memory.weights + memory.activations + memory.one_sequence) / self.limit
             found.append((math.ceil(least / STEP) * STEP, settings))
         return found
@@ -136,13 +165,19 @@ class Search:
         self, config: Config, engines: Sequence[tuple[float, RolloutConfig]]
     ) -> tuple[Option | None, Option]:
         """With the fastest engines that the memory left by training allows, and with the smallest ones."""
-        job = make_job(replace(config, rollout=engines[0][1]), self.spec, self.cluster, lengths=self.lengths)
+        job = make_job(
+            replace(config, rollout=engines[0][1]), self.spec, self.cluster, lengths=self.lengths
+        )
         training, peak = training_seconds(job), self._training_peak(job)
         free = 1 - peak / self.limit
         fitting = []
         for least, rollout in engines:
             colocated = rollout.placement == "colocated"
-            most = math.floor((free - STEP / 4) / STEP) * STEP if colocated else APART_UTILIZATION * (free >= 0)
+            most = (
+                math.floor((free - STEP / 4) / STEP) * STEP
+                if colocated
+                else APART_UTILIZATION * (free >= 0)
+            )
             if least <= min(most, APART_UTILIZATION):
                 share = min(most, APART_UTILIZATION)
                 fitting.append(self._option(job, rollout, share, training, 0.0))
@@ -157,18 +192,29 @@ class Search:
         best, devices = option, parallel_layout(option.config.actor.layout).world_size
         for layout in self._layouts(devices):
             for recompute in get_args(Recompute):
-                own = replace(option.config.critic, layout=replace(layout, recompute=recompute), placement="colocated")
+                own = replace(
+                    option.config.critic,
+                    layout=replace(layout, recompute=recompute),
+                    placement="colocated",
+                )
                 config = replace(option.config, critic=own)
                 if check(config):
                     continue
-                job, rollout = make_job(config, self.spec, self.cluster, lengths=self.lengths), config.rollout
+                job, rollout = (
+                    make_job(config, self.spec, self.cluster, lengths=self.lengths),
+                    config.rollout,
+                )
                 beside = rollout.gpu_memory_utilization * (rollout.placement == "colocated")
                 if self._training_peak(job) <= (1 - beside) * self.limit:
-                    tried = self._option(job, rollout, rollout.gpu_memory_utilization, training_seconds(job), 0.0)
+                    tried = self._option(
+                        job, rollout, rollout.gpu_memory_utilization, training_seconds(job), 0.0
+                    )
                     best = tried if tried.seconds < (1 - WORTHWHILE) * best.seconds else best
         return None if best is option else best
 
-    def _option(self, job: Job, rollout: RolloutConfig, share: float, training_s: float, excess: float) -> Option:
+    def _option(
+        self, job: Job, rollout: RolloutConfig, share: float, training_s: float, excess: float
+    ) -> Option:
         """The job with these engines; `training_s` is what its passes and updates take."""
         rollout = replace(rollout, gpu_memory_utilization=round(share, 2))
         config = replace(job.config, rollout=rollout)

@@ -31,7 +31,12 @@ def render(found: Found, cluster: Cluster, shape: Path) -> Group:
     if found.near:
         parts.append(_table("faster, but too big or tight", found.near))
         parts.append(
-            Text("\n".join(f"  {i}. {[*plan.problems, *plan.memory.tight][0]}" for i, plan in enumerate(found.near, 1)))
+            Text(
+                "\n".join(
+                    f"  {i}. {[*plan.problems, *plan.memory.tight][0]}"
+                    for i, plan in enumerate(found.near, 1)
+                )
+            )
         )
     return Group(*parts)
 
@@ -39,12 +44,27 @@ def render(found: Found, cluster: Cluster, shape: Path) -> Group:
 def _table(title: str, plans: tuple[Plan, ...]) -> Table:
     """A layout a row: how it is cut, what it fills, where its seconds go."""
     table = Table(title=title, title_justify="left")
-    for name in ("", "training", "micro-batch", "engines", "GiB", "step s", "generate", "passes", "updates", "other"):
+    for name in (
+        "",
+        "training",
+        "micro-batch",
+        "engines",
+        "GiB",
+        "step s",
+        "generate",
+        "passes",
+        "updates",
+        "other",
+    ):
         text = name in ("training", "micro-batch", "engines")
-        table.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        table.add_column(
+            name, justify="left" if text else "right", overflow="fold", no_wrap=not text
+        )
     for number, plan in enumerate(plans, 1):
         seconds = _seconds(plan)
-        passes, updates = (sum(seconds.get(name, 0.0) for name in names) for names in (FORWARD, UPDATE))
+        passes, updates = (
+            sum(seconds.get(name, 0.0) for name in names) for names in (FORWARD, UPDATE)
+        )
         rest = plan.step_s - passes - updates - seconds.get("generate", 0.0)
         figures = (plan.step_s, seconds.get("generate", 0.0), passes, updates, rest)
         table.add_row(
@@ -77,25 +97,40 @@ def _micro_batch(plan: Plan) -> str:
         else f"{actor.ppo_micro_batch_size_per_gpu}"
     )
     recompute = actor.layout.recompute
-    extras = {f"{recompute} recompute": recompute != "none", "offload": plan.job.config.model.offload}
+    extras = {
+        f"{recompute} recompute": recompute != "none",
+        "offload": plan.job.config.model.offload,
+    }
     return ", ".join([size, *(name for name, on in extras.items() if on)])
 
 
 def _engines(plan: Plan) -> str:
     rollout = plan.job.config.rollout
-    where = "apart" if rollout.placement == "disaggregated" else "asleep between" if rollout.sleep else "beside"
+    where = (
+        "apart"
+        if rollout.placement == "disaggregated"
+        else "asleep between"
+        if rollout.sleep
+        else "beside"
+    )
     return f"{rollout.engines} x TP{rollout.tensor_parallel_size} {where}, {rollout.gpu_memory_utilization:g}"
 
 
 def _why(plans: tuple[Plan, ...]) -> str:
     """The first against the second, phase by phase."""
     first = plans[0]
-    lines = [f"1. peak {first.memory.peak[1].phase} on {first.memory.peak[0].place}; {_bubble(first)}"]
+    lines = [
+        f"1. peak {first.memory.peak[1].phase} on {first.memory.peak[0].place}; {_bubble(first)}"
+    ]
     if len(plans) > 1:
         other = _seconds(plans[1])
-        differences = {name: seconds - other.get(name, 0.0) for name, seconds in _seconds(first).items()}
+        differences = {
+            name: seconds - other.get(name, 0.0) for name, seconds in _seconds(first).items()
+        }
         told = sorted(differences.items(), key=lambda item: -abs(item[1]))[:4]
-        shown = ", ".join(f"{name} {seconds:+.1f} s" for name, seconds in told if abs(seconds) >= 0.05)
+        shown = ", ".join(
+            f"{name} {seconds:+.1f} s" for name, seconds in told if abs(seconds) >= 0.05
+        )
         lines.append(f"   against 2: {shown or 'the same within 0.05 s a phase'}")
     return "\n".join(lines)
 
@@ -114,6 +149,10 @@ def as_json(found: Found) -> dict[str, Any]:
     """The plans as plain data, each with its configuration as YAML."""
     return {
         "counts": dict(found.counts),
-        "best": [plan_as_json(plan) | {"config": config_to_yaml(plan.job.config)} for plan in found.best],
-        "near": [plan_as_json(plan) | {"config": config_to_yaml(plan.job.config)} for plan in found.near],
+        "best": [
+            plan_as_json(plan) | {"config": config_to_yaml(plan.job.config)} for plan in found.best
+        ],
+        "near": [
+            plan_as_json(plan) | {"config": config_to_yaml(plan.job.config)} for plan in found.near
+        ],
     }

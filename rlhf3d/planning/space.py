@@ -33,7 +33,10 @@ def on_cluster(config: Config, cluster: Cluster) -> Config:
     """The configuration with the cluster's nodes."""
     per_node = min(cluster.devices, cluster.devices_per_node)
     return replace(
-        config, cluster=replace(config.cluster, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node)
+        config,
+        cluster=replace(
+            config.cluster, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node
+        ),
     )
 
 
@@ -42,7 +45,13 @@ def engine_shares(cluster: Cluster) -> list[int]:
     unit = cluster.devices_per_node if cluster.nodes > 1 else 1
     return [
         0,
-        *sorted({n for share in APART if 0 < (n := round(share * cluster.devices / unit) * unit) < cluster.devices}),
+        *sorted(
+            {
+                n
+                for share in APART
+                if 0 < (n := round(share * cluster.devices / unit) * unit) < cluster.devices
+            }
+        ),
     ]
 
 
@@ -51,7 +60,11 @@ def rests(config: Config, apart: int) -> list[Config]:
     if apart:
         return [replace(config, rollout=replace(config.rollout, sleep=False))]
     return [
-        replace(config, rollout=replace(config.rollout, sleep=sleep), model=replace(config.model, offload=offload))
+        replace(
+            config,
+            rollout=replace(config.rollout, sleep=sleep),
+            model=replace(config.model, offload=offload),
+        )
         for sleep, offload in ((False, False), (True, False), (True, True))
     ]
 
@@ -135,7 +148,9 @@ def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
 
 def engine_sizes(spec: ModelSpec, ranks: int, most: int, expert_parallel: bool) -> list[int]:
     """Tensor-parallel sizes of engines, `most` or a divisor of it, that share out so many ranks."""
-    return [n for n in _divisors(most) if ranks % n == 0 and _engine_legal(spec, n, expert_parallel)]
+    return [
+        n for n in _divisors(most) if ranks % n == 0 and _engine_legal(spec, n, expert_parallel)
+    ]
 
 
 @cache

@@ -64,7 +64,12 @@ class Sizes:
 
 @cache
 def chunk_sizes(
-    spec: ModelSpec, layout: ParallelLayout, pp: int, chunk: int, head: Head, style: SpecStyle = "local"
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    pp: int,
+    chunk: int,
+    head: Head,
+    style: SpecStyle = "local",
 ) -> Sizes:
     """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as many.
 
@@ -76,11 +81,15 @@ def chunk_sizes(
     dp = layout.ep // math.gcd(layout.ep, layout.tp)
     smallest = ParallelLayout(tp=layout.tp, pp=stages, dp=dp, ep=layout.ep)
     layers = len(layout.layers(spec.num_layers, pp, chunk))
-    return _chunk_sizes(replace(spec, num_layers=stages), smallest, 0 if first else 1, layers, head, style)
+    return _chunk_sizes(
+        replace(spec, num_layers=stages), smallest, 0 if first else 1, layers, head, style
+    )
 
 
 @cache
-def _chunk_sizes(spec: ModelSpec, layout: ParallelLayout, pp: int, layers: int, head: Head, style: SpecStyle) -> Sizes:
+def _chunk_sizes(
+    spec: ModelSpec, layout: ParallelLayout, pp: int, layers: int, head: Head, style: SpecStyle
+) -> Sizes:
     """`spec` has one layer a stage; its layer counts `layers` times."""
     params = local_params(spec, layout, RankCoords(0, pp, 0), 0, head, style)
     sizes = [(param, math.prod(param.shape)) for param in params]
@@ -93,7 +102,9 @@ def _chunk_sizes(spec: ModelSpec, layout: ParallelLayout, pp: int, layers: int, 
     return Sizes(
         dense=tuple(size for _, size in dense),
         experts=experts,
-        tied=next((i for i, (param, _) in enumerate(dense) if shared and _is_vocabulary(param)), None),
+        tied=next(
+            (i for i, (param, _) in enumerate(dense) if shared and _is_vocabulary(param)), None
+        ),
         largest=max(size for _, size in sizes),
         total=sum(size for _, size in sizes),
     )
@@ -123,7 +134,9 @@ def model_states(
     """
     item = ITEM_BYTES[dtype]
     master = 4 if dtype == "bfloat16" else 0
-    chunks = [chunk_sizes(spec, layout, coords.pp, chunk, head, style) for chunk in range(layout.vpp)]
+    chunks = [
+        chunk_sizes(spec, layout, coords.pp, chunk, head, style) for chunk in range(layout.vpp)
+    ]
     elements = sum(chunk.total for chunk in chunks)
     if not trained:
         return States(elements * item)
@@ -131,7 +144,9 @@ def model_states(
         return States(elements * item, elements * 4, elements * master, elements * 8)
     buffered = owned = 0
     expert_dp = layout.stage_size // layout.ep
-    limit = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_REPLICA * layout.dp) if overlap_grad_reduce else None
+    limit = (
+        max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_REPLICA * layout.dp) if overlap_grad_reduce else None
+    )
     for number, chunk in enumerate(chunks):
         bucketed = limit if number == 0 and coords.pp == 0 else None
         for sizes, tied, replicas, replica in (

@@ -14,7 +14,12 @@ from functools import cache
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.planning.engines import engine_elements, engine_memory, engine_weight_bytes, kv_bytes_a_token
+from rlhf3d.planning.engines import (
+    engine_elements,
+    engine_memory,
+    engine_weight_bytes,
+    kv_bytes_a_token,
+)
 from rlhf3d.planning.flops import (
     attention_products,
     decoder_weights_read,
@@ -113,7 +118,11 @@ def plan_time(job: Job) -> TimePlan:
         model = job.model(role)
         if model is not None and not (role == "actor" and skip_old):
             phases.append(forward_time(job, model))
-    phases += [update_time(job, model) for role in ("critic", "actor") if (model := job.model(role)) is not None]
+    phases += [
+        update_time(job, model)
+        for role in ("critic", "actor")
+        if (model := job.model(role)) is not None
+    ]
     if job.config.trainer.save_freq:
         phases.append(save_time(job))
     tokens = job.derived.sequences_per_step * job.lengths.total
@@ -127,7 +136,11 @@ def _padded(job: Job, model: Model, backward: bool) -> float:
     A micro-batch's rows are neighbours in the order of lengths, as far apart as if these were spread evenly up to the
     longest.
     """
-    mean, longest, rule = job.lengths.total, job.derived.max_sequence_length, model.batching.micro_batching
+    mean, longest, rule = (
+        job.lengths.total,
+        job.derived.max_sequence_length,
+        model.batching.micro_batching,
+    )
     if rule.packed:
         return mean
     if job.lengths.padded is not None:
@@ -146,7 +159,11 @@ def _sequences(job: Job, model: Model, backward: bool) -> float:
 
 def _micro(job: Job, model: Model, backward: bool) -> tuple[float, int]:
     """Sequences of a micro-batch, and micro-batches of a rank in an optimizer step or in a pass over a step's batch."""
-    rule, layout, sequences = model.batching.micro_batching, model.layout, _sequences(job, model, backward)
+    rule, layout, sequences = (
+        model.batching.micro_batching,
+        model.layout,
+        _sequences(job, model, backward),
+    )
     if rule.tokens is None:
         rows = float(rule.rows)
     else:
@@ -177,20 +194,33 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     layer = (of_attention_s + of_mlp_s) * passes + again
     bandwidth = job.cluster.bandwidth(2, stride=layout.stage_size)
     latency_s = job.cluster.latency_s(2, stride=layout.stage_size)
-    message = local * spec.hidden_size * item / (layout.tp if model.settings.sequence_parallel else 1) / bandwidth
+    message = (
+        local
+        * spec.hidden_size
+        * item
+        / (layout.tp if model.settings.sequence_parallel else 1)
+        / bandwidth
+    )
     found = []
     sizes = layout.stage_layers(spec.num_layers)
     assert sizes is not None, f"{layout} does not fit {spec.num_layers} layers"
     for pp, layers in enumerate(sizes):
         compute, last = layers * layer, pp == layout.pp - 1
         if last and model.head == "lm":
-            compute += head_flops(spec, responses / layout.cp) / layout.tp * (1 + HEAD_BACKWARD * backward) / rate
+            compute += (
+                head_flops(spec, responses / layout.cp)
+                / layout.tp
+                * (1 + HEAD_BACKWARD * backward)
+                / rate
+            )
         sends = layout.vpp * (1 + backward) if layout.pp > 1 else 0
         found.append(Stage(compute, layers * collectives + sends * (message + latency_s)))
     return found
 
 
-def _layer_s(job: Job, model: Model, positions: float, context: float, rate: float) -> tuple[float, float]:
+def _layer_s(
+    job: Job, model: Model, positions: float, context: float, rate: float
+) -> tuple[float, float]:
     """One layer's forward pass, products and host: its attention, and its MLP or its router and experts.
 
     The busiest expert-parallel rank is waited for by all. Half of the host's time of a layer is each one's.
@@ -198,18 +228,30 @@ def _layer_s(job: Job, model: Model, positions: float, context: float, rate: flo
     spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
     scores = positions * 4 * spec.num_heads * spec.head_dim * context / layout.tp
     projections = attention_products(spec, layout.tp)
-    attention = (sum(hardware.product_flops(positions, *sides) for sides in projections) + scores) / rate
+    attention = (
+        sum(hardware.product_flops(positions, *sides) for sides in projections) + scores
+    ) / rate
     host = hardware.layer_overhead_s / 2
     if not spec.num_experts:
-        products = sum(hardware.product_flops(positions, *sides) for sides in mlp_products(spec, layout.tp))
+        products = sum(
+            hardware.product_flops(positions, *sides) for sides in mlp_products(spec, layout.tp)
+        )
         return attention + host, products / rate + host
     own, busiest = positions / layout.tp, busiest_rank(spec, layout.ep)
     here = spec.num_experts / layout.ep
     rows = own * spec.experts_per_token / here
-    experts = here * sum(hardware.product_flops(rows, *sides) for sides in mlp_products(spec, 1)) / rate
+    experts = (
+        here * sum(hardware.product_flops(rows, *sides) for sides in mlp_products(spec, 1)) / rate
+    )
     router = 2 * own * spec.hidden_size * spec.num_experts / rate
-    moved = own * expert_bytes(spec, ITEM_BYTES[job.config.model.dtype]) / hardware.read_bytes_s if job.on_gpu else 0.0
-    return attention + host, router + (experts + moved) * busiest + host + hardware.expert_overhead_s
+    moved = (
+        own * expert_bytes(spec, ITEM_BYTES[job.config.model.dtype]) / hardware.read_bytes_s
+        if job.on_gpu
+        else 0.0
+    )
+    return attention + host, router + (
+        experts + moved
+    ) * busiest + host + hardware.expert_overhead_s
 
 
 def busiest_rank(spec: ModelSpec, ep: int) -> float:
@@ -242,7 +284,9 @@ def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop
     if layout.cp == 1:
         return 0.0
     item = ITEM_BYTES[job.config.model.dtype]
-    received = (layout.cp - 1) * 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
+    received = (
+        (layout.cp - 1) * 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
+    )
     seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp)
     seconds += job.cluster.latency_s(layout.cp, stride=layout.tp)
     attention = 4 * positions * spec.num_heads * spec.head_dim / layout.tp * seconds_a_flop
@@ -292,7 +336,9 @@ def forward_time(job: Job, model: Model) -> PhaseTime:
     """A pass without gradients over a step's batch."""
     _, micro_batches = _micro(job, model, backward=False)
     parts = _scheduled(job, model, stages(job, model, backward=False), micro_batches)
-    return PhaseTime(FORWARD_PHASES[model.role], parts | {"states moved": _moved_s(job, model, optimizer=False)})
+    return PhaseTime(
+        FORWARD_PHASES[model.role], parts | {"states moved": _moved_s(job, model, optimizer=False)}
+    )
 
 
 def update_time(job: Job, model: Model) -> PhaseTime:
@@ -306,12 +352,19 @@ def update_time(job: Job, model: Model) -> PhaseTime:
     fullest = max(elements)
     reduced = 0.0
     if (replicas := layout.replicas) > 1:
-        bandwidth, share = job.cluster.bandwidth(replicas, stride=layout.tp), (replicas - 1) / replicas
-        gradients = 4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
+        bandwidth, share = (
+            job.cluster.bandwidth(replicas, stride=layout.tp),
+            (replicas - 1) / replicas,
+        )
+        gradients = (
+            4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
+        )
         if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
             gradients = max(0.0, gradients - max(stage.compute_s for stage in by_stage) * 2 / 3)
         weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
-        if model.settings.overlap_param_gather:  # behind the next step's first forward pass, if there is one
+        if (
+            model.settings.overlap_param_gather
+        ):  # behind the next step's first forward pass, if there is one
             forward = max(stage.compute_s for stage in by_stage) / 3
             weights -= min(weights, forward) * (steps - 1) / steps
         reduced = gradients + weights * model.settings.distributed_optimizer
@@ -321,11 +374,15 @@ def update_time(job: Job, model: Model) -> PhaseTime:
         traffic *= sum(elements) / fullest * layout.stage_size  # ranks share the memory's bandwidth
     once |= {"gradients over replicas": reduced, "optimizer": traffic / hardware.read_bytes_s}
     parts = {name: seconds * steps for name, seconds in once.items()}
-    return PhaseTime(f"update_{model.role}", parts | {"states moved": _moved_s(job, model, optimizer=True)})
+    return PhaseTime(
+        f"update_{model.role}", parts | {"states moved": _moved_s(job, model, optimizer=True)}
+    )
 
 
 @cache
-def stage_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> tuple[int, ...]:
+def stage_elements(
+    spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle
+) -> tuple[int, ...]:
     """Weights of a rank, by pipeline stage."""
     return tuple(
         sum(chunk_sizes(spec, layout, pp, chunk, head, style).total for chunk in range(layout.vpp))
@@ -353,10 +410,17 @@ def generate_time(job: Job) -> PhaseTime:
     decoded = sequences * job.lengths.response
     longest = max(job.lengths.response, job.config.data.max_response_length * (sequences > 1))
     steps = max(longest, decoded / batch)
-    a_weight = engine_weight_bytes(spec, rollout) / engine_elements(spec, tp, rollout.expert_parallel)
+    a_weight = engine_weight_bytes(spec, rollout) / engine_elements(
+        spec, tp, rollout.expert_parallel
+    )
     weights = decoder_weights_read(spec, decoded / steps) * a_weight / tp
     cache = decoded * context * a_token
-    compute = decoded * (spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1)) / tp / rate
+    compute = (
+        decoded
+        * (spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1))
+        / tp
+        / rate
+    )
     memory = (steps * weights + cache) / read
     messages = 0.0
     if tp > 1:
@@ -387,7 +451,9 @@ def sync_time(job: Job) -> PhaseTime:
     received = needed * max(0.0, 1 - local * rollout.tensor_parallel_size)
     streams = 1 if job.on_gpu else rollout.tensor_parallel_size  # engines read the same buckets
     buckets = needed / job.sync_bucket_bytes
-    parts = {"buckets": needed * streams / (hardware.sync_gbs * 1e9) + buckets * hardware.sync_bucket_s}
+    parts = {
+        "buckets": needed * streams / (hardware.sync_gbs * 1e9) + buckets * hardware.sync_bucket_s
+    }
     parts["sleep and wake-up"] = hardware.rest_s * rollout.sleep
     if job.on_gpu:
         parts["between devices"] = received / job.cluster.bandwidth(actor.world_size)

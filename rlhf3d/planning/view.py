@@ -32,8 +32,12 @@ def render(plan: Plan, shape: Path) -> Group:
     assumed = "measured" if hardware.measured else "from data sheets, not measured"
     numbers = hardware.measured_here or assumed
     lines = [line for line in summary_lines(job.config, job.derived) if line.split()[0] in _SHOWN]
-    lines.append(f"shape      {shape.name}/config.json: {job.spec.family}, {job.spec.num_layers} layers")
-    lines.append(f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed")
+    lines.append(
+        f"shape      {shape.name}/config.json: {job.spec.family}, {job.spec.num_layers} layers"
+    )
+    lines.append(
+        f"devices    {job.cluster} ({numbers}), {job.devices_needed if job.on_gpu else 1} needed"
+    )
     after = [*_memory_lines(plan), ""]
     return Group(
         Text("\n".join(lines)),
@@ -51,7 +55,9 @@ def show_memory(plan: Plan) -> None:
     """Print the memory of a plan on stderr."""
     console = Terminal(stderr=True)
     console.print(_memory_table(plan.memory))
-    console.print(Text("\n".join([*_memory_lines(plan), *(f"warning: {text}" for text in plan.memory.tight)])))
+    console.print(
+        Text("\n".join([*_memory_lines(plan), *(f"warning: {text}" for text in plan.memory.tight)]))
+    )
 
 
 def _memory_table(memory: MemoryPlan) -> Table:
@@ -64,7 +70,10 @@ def _memory_table(memory: MemoryPlan) -> Table:
     for rank in ranks:
         table.add_column(f"{noun} {ranges(rank.ranks)}\n{rank.place}", justify="right")
     for kind in ("process", *_KINDS, "vLLM context", "vLLM", "vLLM asleep"):
-        sizes = [sum(size for name, size in rank.resident.items() if name.endswith(kind)) for rank in ranks]
+        sizes = [
+            sum(size for name, size in rank.resident.items() if name.endswith(kind))
+            for rank in ranks
+        ]
         if any(sizes):
             table.add_row(kind, *map(_gib, sizes))
     table.add_section()
@@ -91,7 +100,11 @@ def _style(limit: int | None, rank: RankMemory) -> str:
 def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
     """The first ones, the fullest and the last."""
     fullest = max(ranks, key=lambda rank: rank.peak.total)
-    return [r for i, r in enumerate(ranks) if i < MOST_COLUMNS - 2 or r is fullest or i == len(ranks) - 1]
+    return [
+        r
+        for i, r in enumerate(ranks)
+        if i < MOST_COLUMNS - 2 or r is fullest or i == len(ranks) - 1
+    ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:
@@ -115,7 +128,9 @@ def time_table(time: TimePlan) -> Table:
     table.add_column("s", justify="right")
     table.add_column("of that", justify="left")
     for phase in time.phases:
-        parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in phase.parts.items() if seconds >= 0.005)
+        parts = ", ".join(
+            f"{name} {seconds:.2g}" for name, seconds in phase.parts.items() if seconds >= 0.005
+        )
         table.add_row(phase.phase, f"{phase.total:.1f}", parts)
     table.add_section()
     table.add_row("step", f"{time.step_s:.1f}", "without scoring and validation")
@@ -132,9 +147,15 @@ def _time_lines(plan: Plan) -> list[str]:
         f"--response-tokens): {time.tokens_s:,.0f} tokens/s, {time.tokens_s / time.devices:,.0f} a {noun}"
     ]
     if time.hours is None or time.device_hours is None:
-        return [*lines, "run        its steps are not known: data.train_files are not here; give --rows"]
+        return [
+            *lines,
+            "run        its steps are not known: data.train_files are not here; give --rows",
+        ]
     run = f"{time.steps} steps, {time.hours:.1f} hours"
-    return [*lines, f"run        {run}" + (f", {time.device_hours:.1f} GPU-hours" if plan.job.on_gpu else "")]
+    return [
+        *lines,
+        f"run        {run}" + (f", {time.device_hours:.1f} GPU-hours" if plan.job.on_gpu else ""),
+    ]
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -175,7 +196,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 for group in memory.ranks
             ],
             "engine": asdict(memory.engine) | {"sequences": memory.engine.sequences},
-            "host": {"phase": memory.host.phase, "limit": memory.host.limit, "terms": dict(memory.host.terms)},
+            "host": {
+                "phase": memory.host.phase,
+                "limit": memory.host.limit,
+                "terms": dict(memory.host.terms),
+            },
         },
         "time": None if plan.time is None else _time_json(plan.time),
     }

@@ -32,11 +32,17 @@ def byte_tokenizer(vocab: int, chat_template: str = CHAT_TEMPLATE) -> PreTrained
     from transformers import PreTrainedTokenizerFast
 
     assert vocab >= 100, f"{vocab} ids cannot hold the specials and printable ASCII"
-    ascii_tokens = ["Ċ", "Ġ", *(chr(c) for c in range(33, 127))]  # byte-level names of newline, space, ! to ~
+    ascii_tokens = [
+        "Ċ",
+        "Ġ",
+        *(chr(c) for c in range(33, 127)),
+    ]  # byte-level names of newline, space, ! to ~
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_tokens))
     fillers = [f"<{i}>" for i in range(vocab)]
     tokens = [*SPECIAL_TOKENS, *ascii_tokens, *others, *fillers][:vocab]
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>"))
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unk|>")
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))
@@ -64,7 +70,9 @@ def read_shape(key: str, folders: Sequence[Path]) -> tuple[Path, dict[str, Any]]
     return found, json.loads((found / "config.json").read_text())
 
 
-def write_model(folder: Path, shape: Mapping[str, Any], original: Path, seed: int, classifier: bool = False) -> None:
+def write_model(
+    folder: Path, shape: Mapping[str, Any], original: Path, seed: int, classifier: bool = False
+) -> None:
     """A random language model or `classifier` of a shape, with a byte tokenizer and the chat template of `original`, if
     that has one."""
     import torch
@@ -81,7 +89,9 @@ def write_model(folder: Path, shape: Mapping[str, Any], original: Path, seed: in
     ).save_pretrained(folder)
 
 
-def write_prompts(files: Sequence[str], folder: Path, rows: int, seed: int) -> tuple[tuple[str, ...], list[str]]:
+def write_prompts(
+    files: Sequence[str], folder: Path, rows: int, seed: int
+) -> tuple[tuple[str, ...], list[str]]:
     """The first `rows` prompts of each file in a file of its own, and which files are not here: there stand generated
     word problems."""
     from rlhf3d.data.sets import arithmetic

@@ -65,7 +65,9 @@ def prepare(
     """
     config = load_config(path, overrides, files=False)
     if as_gpu and config.cluster.ray_address is not None:
-        raise ValueError("--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu")
+        raise ValueError(
+            "--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu"
+        )
 
     def beside(model: str) -> list[Path]:
         return [Path(model), path.parent / "models" / Path(model).name]
@@ -86,22 +88,33 @@ def prepare(
             problems.append(f"{key} = {file}: no such Python file")
     if problems:
         raise ConfigError(problems)
-    shrunk, seed = shrink_config(config, shape, max_ranks, reward_shape, as_gpu), config.trainer.seed
+    shrunk, seed = (
+        shrink_config(config, shape, max_ranks, reward_shape, as_gpu),
+        config.trainer.seed,
+    )
     for old in ("model", "reward_model", "train", "val"):
         shutil.rmtree(folder / old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model", shrunk.model, original, seed)
     small, absent = _with_prompts(shrunk.config, folder)
     if shrunk.reward is not None:
-        write_model(folder / "reward_model", shrunk.reward, judge_original, seed + 1, classifier=True)
-        small = replace(small, reward_model=replace(small.reward_model, path=str(folder / "reward_model")))
+        write_model(
+            folder / "reward_model", shrunk.reward, judge_original, seed + 1, classifier=True
+        )
+        small = replace(
+            small, reward_model=replace(small.reward_model, path=str(folder / "reward_model"))
+        )
     small = replace(
         small,
         model=replace(small.model, path=str(folder / "model")),
         trainer=replace(small.trainer, output_dir=str(folder / "run"), resume_mode="never"),
     )
     job, run, text = folder / "job.yaml", folder / "run", config_to_yaml(small)
-    same = config.trainer.resume_mode == "auto" and job.is_file() and job.read_text(encoding="utf-8") == text
+    same = (
+        config.trainer.resume_mode == "auto"
+        and job.is_file()
+        and job.read_text(encoding="utf-8") == text
+    )
     goes_on = same and _interrupted(run)
     for old in ("resumed",) if goes_on else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
@@ -139,10 +152,14 @@ def rehearse(miniature: Miniature, say: Callable[[str], None]) -> None:
     _train(miniature, again, str(miniature.run / "checkpoints" / f"step_{STEPS - 1}"), say)
     steps = [row["step"] for row in read_metrics(again)]
     if steps != [STEPS]:
-        raise RehearsalFailed(f"the resumed run has steps {steps}, not {STEPS} alone: it did not resume")
+        raise RehearsalFailed(
+            f"the resumed run has steps {steps}, not {STEPS} alone: it did not resume"
+        )
     differing = differences(miniature.run, again, STEPS)
     if differing:
-        raise RehearsalFailed(f"step {STEPS} of the resumed run is not that of the first: {'; '.join(differing[:5])}")
+        raise RehearsalFailed(
+            f"step {STEPS} of the resumed run is not that of the first: {'; '.join(differing[:5])}"
+        )
 
 
 def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str], None]) -> None:
@@ -156,7 +173,9 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
     if code == PREEMPTED:
         raise SystemExit(PREEMPTED)
     if code:
-        raise RehearsalFailed(f"the miniature ended with exit code {code}; its logs are in {output / 'logs'}")
+        raise RehearsalFailed(
+            f"the miniature ended with exit code {code}; its logs are in {output / 'logs'}"
+        )
     if not (output / METRICS_FILE).is_file():
         raise RehearsalFailed(f"the miniature wrote no {output / METRICS_FILE}")
 
@@ -168,9 +187,13 @@ def differences(run: Path, other: Path, step: int) -> list[str]:
         found = [row for row in read_metrics(folder) if row["step"] == step]
         if not found:
             return [f"{folder} has no step {step}"]
-        rows.append({name: value for name, value in found[-1].items() if not name.startswith(NOT_COMPARED)})
+        rows.append(
+            {name: value for name, value in found[-1].items() if not name.startswith(NOT_COMPARED)}
+        )
     first, second = rows
-    found_in_one = [f"{name} is in one of them only" for name in sorted(first.keys() ^ second.keys())]
+    found_in_one = [
+        f"{name} is in one of them only" for name in sorted(first.keys() ^ second.keys())
+    ]
     unlike = [
         f"{name} {first[name]} and {second[name]}"
         for name in first.keys() & second.keys()

@@ -99,7 +99,9 @@ def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]
     return shrunk, sum(small)
 
 
-def shrink_model(config: Mapping[str, Any], tensor_parallel: Sequence[int], expert_parallel: int, layers: int) -> dict:
+def shrink_model(
+    config: Mapping[str, Any], tensor_parallel: Sequence[int], expert_parallel: int, layers: int
+) -> dict:
     """`config.json` of the miniature, for these tensor-parallel sizes (of training and of vLLM).
 
     Heads, KV heads and the vocabulary keep their remainders by each of the sizes; queries a KV head stay.
@@ -150,7 +152,10 @@ def shrink_config(
         if was != is_now:
             changes.append(Change(key, was, is_now, reason))
 
-    critic_layout, with_critic = config.critic.layout, config.critic.layout is not None and config.needs_critic
+    critic_layout, with_critic = (
+        config.critic.layout,
+        config.critic.layout is not None and config.needs_critic,
+    )
     apart = with_critic + (reward is not None)
     own_room = max(1, room // (2 + apart))  # of each group beside the actor's
     at_most = f"at most {room} training ranks"
@@ -165,7 +170,12 @@ def shrink_config(
     reward_model, small_reward = config.reward_model, None
     if reward is not None:
         reward_model, small_reward = _shrink_reward(reward_model, reward, own_room)
-        note("reward_model.layout", _text(config.reward_model.layout), _text(reward_model.layout), at_most)
+        note(
+            "reward_model.layout",
+            _text(config.reward_model.layout),
+            _text(reward_model.layout),
+            at_most,
+        )
     rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
     of_engines = ENGINE_RANKS
     if as_gpu and config.rollout.placement == "colocated":
@@ -174,18 +184,29 @@ def shrink_config(
         rollout_tp = _divided(rollout_tp)
     engines = max(1, min(config.rollout.engines, 2, of_engines // rollout_tp))
     note("rollout.engines", config.rollout.engines, engines, f"at most {of_engines} vLLM processes")
-    note("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same")
+    note(
+        "rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same"
+    )
 
     layout, layers = shrink_layout(layout, spec.num_layers)
     if critic_layout is not None:
         critic_layout, of_critic = shrink_layout(critic_layout, spec.num_layers)
         layers = lcm(layers, of_critic) if layers % of_critic else layers
     sizes = [layout.tp, rollout_tp, *([critic_layout.tp] if critic_layout is not None else [])]
-    small_model = shrink_model(model, sizes, max(layout.ep, critic_layout.ep if critic_layout else 1), layers)
+    small_model = shrink_model(
+        model, sizes, max(layout.ep, critic_layout.ep if critic_layout else 1), layers
+    )
     if config.algorithm.filter_groups.enable:
-        note("algorithm.filter_groups.enable", True, False, "completions of random weights score alike")
+        note(
+            "algorithm.filter_groups.enable",
+            True,
+            False,
+            "completions of random weights score alike",
+        )
     nodes = 1 if config.cluster.ray_address is None else config.cluster.num_nodes
-    note("cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster")
+    note(
+        "cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster"
+    )
     platform = "as_gpu" if as_gpu else "cpu"
     note("cluster.platform", config.cluster.platform, platform, "without GPUs")
     prompt_tokens = AS_GPU_PROMPT_TOKENS if as_gpu else PROMPT_TOKENS
@@ -213,8 +234,12 @@ def shrink_config(
             config.critic,
             layout=critic_layout,
             optim=_early(config.critic.optim),
-            ppo_mini_batch_size=None if config.critic.ppo_mini_batch_size is None else batches["critic"],
-            ppo_micro_batch_size_per_gpu=None if config.critic.ppo_micro_batch_size_per_gpu is None else 1,
+            ppo_mini_batch_size=None
+            if config.critic.ppo_mini_batch_size is None
+            else batches["critic"],
+            ppo_micro_batch_size_per_gpu=None
+            if config.critic.ppo_micro_batch_size_per_gpu is None
+            else 1,
             ppo_max_token_len_per_gpu=None,
         ),
         rollout=replace(
@@ -228,11 +253,15 @@ def shrink_config(
             enforce_eager=True,
             stop_token_ids=(),  # of another vocabulary
         ),
-        algorithm=replace(config.algorithm, filter_groups=replace(config.algorithm.filter_groups, enable=False)),
+        algorithm=replace(
+            config.algorithm, filter_groups=replace(config.algorithm.filter_groups, enable=False)
+        ),
         reward=replace(
             config.reward,
             workers=1,
-            overlong_buffer=replace(config.reward.overlong_buffer, len=min(4, config.reward.overlong_buffer.len)),
+            overlong_buffer=replace(
+                config.reward.overlong_buffer, len=min(4, config.reward.overlong_buffer.len)
+            ),
         ),
         trainer=replace(
             config.trainer,
@@ -255,7 +284,9 @@ def _shrink_reward(
 ) -> tuple[RewardModelConfig, dict[str, Any]]:
     """The section of the reward model, its path left as it is, and its `config.json`."""
     spec = parse_config(dict(shape), str(settings.path))
-    layout, layers = shrink_layout(cut_layout(settings.layout, room, spec.num_layers), spec.num_layers)
+    layout, layers = shrink_layout(
+        cut_layout(settings.layout, room, spec.num_layers), spec.num_layers
+    )
     small = replace(
         settings,
         layout=layout,

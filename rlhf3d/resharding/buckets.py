@@ -59,7 +59,9 @@ class Copy:
     hf_box: Box
 
 
-def plan_buckets(table: Sequence[LocalParam], itemsize: int, budget_bytes: int) -> tuple[Bucket, ...]:
+def plan_buckets(
+    table: Sequence[LocalParam], itemsize: int, budget_bytes: int
+) -> tuple[Bucket, ...]:
     """Buckets of at most `budget_bytes` for the parameters of one engine rank, `itemsize` bytes an element.
 
     Raises ValueError when not one row of a parameter fits.
@@ -84,7 +86,9 @@ def plan_buckets(table: Sequence[LocalParam], itemsize: int, budget_bytes: int) 
                 continue
             end = min(stop, start + room)
             whole = (start, end) == (0, param.shape[0])
-            segments.append(Segment(number, (start, end), (end - start, *param.shape[1:]), used, whole))
+            segments.append(
+                Segment(number, (start, end), (end - start, *param.shape[1:]), used, whole)
+            )
             used = _align(used + (end - start) * row_bytes)
             start = end
     if segments:
@@ -97,9 +101,13 @@ def real_rows(param: LocalParam) -> int:
     return max((piece.local_box[0][1] for piece in param.pieces), default=0)
 
 
-def copies_to(plan: ReshardPlan, dst: int, sender: int, buckets: Sequence[Bucket]) -> list[list[Copy]]:
+def copies_to(
+    plan: ReshardPlan, dst: int, sender: int, buckets: Sequence[Bucket]
+) -> list[list[Copy]]:
     """By bucket: what `sender` copies to destination `dst`."""
-    numbers = {param.name: i for i, param in enumerate(plan.engine_tables[plan.destinations[dst].index])}
+    numbers = {
+        param.name: i for i, param in enumerate(plan.engine_tables[plan.destinations[dst].index])
+    }
     segments: dict[int, list[tuple[int, Segment]]] = {}
     for number, bucket in enumerate(buckets):
         for segment in bucket.segments:
@@ -142,7 +150,9 @@ def _same_part(box: Box, dst_box: Box, part: Box) -> Box:
     dims = min(len(box), len(dst_box))
     lead = box[: len(box) - dims]
     inner = zip(box[len(box) - dims :], dst_box[-dims:], part[-dims:], strict=True)
-    return lead + tuple((own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner)
+    return lead + tuple(
+        (own + a - start, own + b - start) for (own, _), (start, _), (a, b) in inner
+    )
 
 
 def _align(offset: int) -> int:

@@ -109,7 +109,8 @@ def explain(setup: SyncSetup) -> Explanation:
     return Explanation(
         model_bytes=model,
         formula_bytes=model * (shards - engine) // (shards * engine) if nested else None,
-        buffer_bytes=SLOTS * max(b.num_bytes for d in plan.destinations for b in setup.buckets(d.number)),
+        buffer_bytes=SLOTS
+        * max(b.num_bytes for d in plan.destinations for b in setup.buckets(d.number)),
         ranks=tuple(ranks),
         sent=tuple(elements * size for elements in traffic.sent),
     )
@@ -138,7 +139,9 @@ def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
         f"memory     {_size(facts.buffer_bytes)} of buckets an engine rank",
     ]
     if facts.formula_bytes is not None and sites.slots is not None:
-        lines.append(f"formula    (n - g) / (n g) of the model, evenly cut: {_size(facts.formula_bytes)} a rank")
+        lines.append(
+            f"formula    (n - g) / (n g) of the model, evenly cut: {_size(facts.formula_bytes)} a rank"
+        )
     parts: list[Text | Table] = [Text("\n".join(lines)), _rank_table(facts)]
     if pattern is not None:
         parts.append(_route_table(plan, pattern))
@@ -146,9 +149,21 @@ def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
 
 
 def _rank_table(facts: Explanation) -> Table:
-    unit, size = next((u, n) for u, n in _UNITS if n == 1 or max(r.needed for r in facts.ranks) >= n)
+    unit, size = next(
+        (u, n) for u, n in _UNITS if n == 1 or max(r.needed for r in facts.ranks) >= n
+    )
     table = Table(title=f"an engine rank's bytes, {unit}", title_justify="left")
-    for name in ("engines", "rank", "needs", "local", "receives", "bound", "full gather", "senders", "ops"):
+    for name in (
+        "engines",
+        "rank",
+        "needs",
+        "local",
+        "receives",
+        "bound",
+        "full gather",
+        "senders",
+        "ops",
+    ):
         table.add_column(name, justify="left" if name == "engines" else "right", overflow="fold")
     rows: dict[tuple[int, ...], list[RankBytes]] = defaultdict(list)
     for rank in facts.ranks:
@@ -158,7 +173,10 @@ def _rank_table(facts: Explanation) -> Table:
         table.add_row(
             ranges(sorted({engine for rank in some for engine in rank.engines}), most=6),
             str(first.rank),
-            *(f"{n / size:.2f}" for n in (first.needed, first.local, first.received, first.bound, first.full_gather)),
+            *(
+                f"{n / size:.2f}"
+                for n in (first.needed, first.local, first.received, first.bound, first.full_gather)
+            ),
             str(first.senders),
             str(first.ops),
         )

@@ -52,7 +52,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 def _as_words(block: torch.Tensor) -> torch.Tensor:
     """The block as int64 [rows, words]; a copy only where its memory does not allow a view."""
     per_word = WORD_BYTES // block.element_size()
-    aligned = block.stride(1) == 1 and block.stride(0) % per_word == 0 and block.data_ptr() % WORD_BYTES == 0
+    aligned = (
+        block.stride(1) == 1
+        and block.stride(0) % per_word == 0
+        and block.data_ptr() % WORD_BYTES == 0
+    )
     if not aligned or block.storage_offset() % per_word:
         block = block.clone(memory_format=torch.contiguous_format)
     return block.view(torch.int64)
@@ -61,7 +65,9 @@ def _as_words(block: torch.Tensor) -> torch.Tensor:
 @cache
 def _cached_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
     """`count` odd int64 numbers: SplitMix64's mixer (Steele et al. 2014) over positions of `stream`."""
-    x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)).to(device)

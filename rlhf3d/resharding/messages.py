@@ -34,13 +34,21 @@ class Group:
     """Processes that send each other messages, apart from the process's default group."""
 
     def __init__(
-        self, backend: str, rank: int, names: Sequence[str], address: str, port: int, timeout_s: float
+        self,
+        backend: str,
+        rank: int,
+        names: Sequence[str],
+        address: str,
+        port: int,
+        timeout_s: float,
     ) -> None:
         """Meet the others at `address:port`, where rank 0 listens. `names` of all ranks are for messages."""
         self.names, self._backend = tuple(names), backend
         timeout = timedelta(seconds=timeout_s)
         host_meeting(port, timeout_s)
-        store = dist.TCPStore(address, port, len(names), is_master=rank == 0, timeout=timeout, multi_tenant=True)
+        store = dist.TCPStore(
+            address, port, len(names), is_master=rank == 0, timeout=timeout, multi_tenant=True
+        )
         self._store = store
         self._lost: str | None = None
         if backend == "gloo":
@@ -50,7 +58,9 @@ class Group:
         # grouped with others, does not arrive.
         if backend == "nccl":
             self._group = dist.ProcessGroupNCCL(store, rank, len(names), timeout)
-            self._group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+            self._group.eager_connect_single_device(
+                torch.device("cuda", torch.cuda.current_device())
+            )
         else:
             self._group = NCCLRules(store, rank, len(names), timeout)
             self._group.eager_connect_single_device()
@@ -73,7 +83,9 @@ class Group:
 
     def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
         started = [self._begin(self._group.send, "a message to", post) for post in sends]
-        return started + [self._begin(self._group.recv, "a message from", post) for post in receives]
+        return started + [
+            self._begin(self._group.recv, "a message from", post) for post in receives
+        ]
 
     def _begin(self, start: Callable[..., Any], what: str, post: Post) -> Any:
         """Start one message. Raises SyncError that names the peer when it is gone already."""
@@ -138,4 +150,6 @@ class MessageLayout:
     def block(self, message: torch.Tensor, number: int, dtype: torch.dtype) -> torch.Tensor:
         """The block of copy `number`, in the shape it has in its segment."""
         box, start = self.copies[number].box, self.offsets[number]
-        return message[start : start + volume(box) * dtype.itemsize].view(dtype).view(box_shape(box))
+        return (
+            message[start : start + volume(box) * dtype.itemsize].view(dtype).view(box_shape(box))
+        )

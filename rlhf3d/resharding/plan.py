@@ -164,7 +164,9 @@ class ReshardPlan:
             for share in shares:
                 if only is None or share.sender == only:
                     for cell in self._part(index, number, share):
-                        source = next(s for s in cell.sources if share.sender in self.shards.ranks[s.shard])
+                        source = next(
+                            s for s in cell.sources if share.sender in self.shards.ranks[s.shard]
+                        )
                         yield TransferOp(
                             share.sender, source.chunk, source.param, source.box,
                             dst, table[cell.param].name, cell.param_box, cell.tensor, cell.box,
@@ -194,7 +196,11 @@ class ReshardPlan:
                 for share in shares:
                     part = self._part(place.index, number, share)
                     count += len(part)
-                    size = bundles[number].elements if share.parts == 1 else sum(cell.elements for cell in part)
+                    size = (
+                        bundles[number].elements
+                        if share.parts == 1
+                        else sum(cell.elements for cell in part)
+                    )
                     if self.sites.device_of_rank[share.sender] == place.device:
                         kept += size
                     else:
@@ -250,11 +256,15 @@ def build_plan(
     bundles = tuple(_bundles(table, sources, shards) for table in tables)
     if colocated:
         held = _held(bundles, sites)
-        best = devices or assign_engines(sites, engines, len(tables), lambda device, index: held[device, index])
+        best = devices or assign_engines(
+            sites, engines, len(tables), lambda device, index: held[device, index]
+        )
         destinations = _destinations(best)
     else:
         each = [(engine, index) for engine in range(engines) for index in range(len(tables))]
-        destinations = tuple(Destination(i, index, None, (engine,)) for i, (engine, index) in enumerate(each))
+        destinations = tuple(
+            Destination(i, index, None, (engine,)) for i, (engine, index) in enumerate(each)
+        )
     shares = _share_out(destinations, bundles, sites)
     return ReshardPlan(shards, sites, tables, destinations, bundles, shares)
 
@@ -293,7 +303,9 @@ def _bundles(
                 f"{piece.hf_name}{show(piece.hf_box)}, which {param.name} needs"
             )
     return tuple(
-        Bundle(tuple(sorted(rank for shard in holding for rank in shards.ranks[shard])), tuple(some))
+        Bundle(
+            tuple(sorted(rank for shard in holding for rank in shards.ranks[shard])), tuple(some)
+        )
         for holding, some in sorted(cells.items())
     )
 
@@ -351,7 +363,9 @@ def _share_out(
             parts = len(pool) // gcd(demand[key], len(pool))
             start = taken[key]
             taken[key] += parts
-            row.append(tuple(Share(pool[(start + part) % len(pool)], part, parts) for part in range(parts)))
+            row.append(
+                tuple(Share(pool[(start + part) % len(pool)], part, parts) for part in range(parts))
+            )
         shares.append(tuple(row))
     return tuple(shares)
 
@@ -368,7 +382,9 @@ def _pool(holders: tuple[int, ...], place: Destination, sites: Sites) -> tuple[i
 def _cut(bundle: Bundle, parts: int) -> list[tuple[Cell, ...]]:
     """The bundle's cells in `parts` lists of nearly equal size; large cells are cut by rows."""
     limit = max(1, bundle.elements // (4 * parts))
-    pieces = [small for cell in bundle.cells for small in _split_cell(cell, -(-cell.elements // limit))]
+    pieces = [
+        small for cell in bundle.cells for small in _split_cell(cell, -(-cell.elements // limit))
+    ]
     sizes, lists = [0] * parts, [[] for _ in range(parts)]  # type: list[int], list[list[Cell]]
     for cell in sorted(pieces, key=lambda cell: -cell.elements):
         least = sizes.index(min(sizes))
@@ -386,7 +402,8 @@ def _split_cell(cell: Cell, parts: int) -> list[Cell]:
         (a, b), start = box[0], cell.box[0][0]
         place = _cut_dim(cell.param_box, row, a - start, b - start)
         sources = tuple(
-            s._replace(box=_cut_dim(s.box, len(s.box) - len(cell.box), a - start, b - start)) for s in cell.sources
+            s._replace(box=_cut_dim(s.box, len(s.box) - len(cell.box), a - start, b - start))
+            for s in cell.sources
         )
         pieces.append(Cell(cell.tensor, box, cell.param, place, sources))
     return pieces

@@ -86,10 +86,14 @@ class MessageInbox:
         self.group, self.dtype = group, getattr(torch, setup.dtype)
         self.senders = setup.plan.senders_to(dst)
         self.layouts = [
-            [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)] for sender in self.senders
+            [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)]
+            for sender in self.senders
         ]
         longest = [max(layout.num_bytes for layout in layouts) for layouts in self.layouts]
-        self.messages = [[torch.empty(size, dtype=torch.uint8, device=device) for size in longest] for _ in range(2)]
+        self.messages = [
+            [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
+            for _ in range(2)
+        ]
         self.rounds = len(setup.buckets(dst))
         self._coming: list[tuple[Any, int, MessageLayout, torch.Tensor]] = []
         self.slot = torch.empty(
@@ -103,7 +107,9 @@ class MessageInbox:
         arrivals: list[Arrival] = []
         for work, sender, layout, message in coming:
             self.group.finish(work, sender, "a message from", deadline)
-            for i, (copy, row) in enumerate(zip(layout.copies, layout.table(message).tolist(), strict=True)):
+            for i, (copy, row) in enumerate(
+                zip(layout.copies, layout.table(message).tolist(), strict=True)
+            ):
                 view_in(self.slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
                 arrivals.append((copy, row[0], row[1]))
         return self.slot, arrivals
@@ -114,7 +120,9 @@ class MessageInbox:
             return []
         coming = [
             (sender, layouts[number], whole[: layouts[number].num_bytes])
-            for sender, layouts, whole in zip(self.senders, self.layouts, self.messages[number % 2], strict=True)
+            for sender, layouts, whole in zip(
+                self.senders, self.layouts, self.messages[number % 2], strict=True
+            )
             if layouts[number].copies
         ]
         works = self.group.exchange([], [(message, sender) for sender, _, message in coming])
@@ -184,7 +192,9 @@ class WeightReceiver:
                     whole = None
         writer.finish()
 
-    def stream_params(self, policy_version: int, sync: int) -> Iterator[tuple[LocalParam, torch.Tensor]]:
+    def stream_params(
+        self, policy_version: int, sync: int
+    ) -> Iterator[tuple[LocalParam, torch.Tensor]]:
         """Verified whole parameters in order, padding zero; a tensor is valid until the next is asked for."""
         partial: torch.Tensor | None = None
         for segment, rows in self.stream(policy_version, sync):
@@ -200,20 +210,28 @@ class WeightReceiver:
             if not real_rows(param):  # a rank whose share of the vocabulary is all padding
                 yield param, torch.zeros(param.shape, dtype=self.dtype)
 
-    def _assemble(self, whole: torch.Tensor | None, segment: Segment, rows: torch.Tensor) -> torch.Tensor:
+    def _assemble(
+        self, whole: torch.Tensor | None, segment: Segment, rows: torch.Tensor
+    ) -> torch.Tensor:
         """A parameter that comes in several buckets, padding zero."""
         if whole is None:
-            whole = torch.zeros(self.table[segment.param].shape, dtype=self.dtype, device=rows.device)
+            whole = torch.zeros(
+                self.table[segment.param].shape, dtype=self.dtype, device=rows.device
+            )
         whole[slice(*segment.rows)].copy_(rows)
         return whole
 
-    def _check(self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int) -> None:
+    def _check(
+        self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int
+    ) -> None:
         where = f"{copy.tensor}{show(copy.hf_box)} from training rank {copy.sender}"
         if version != wanted:
             was = "was never sent" if version < 0 else f"is of policy version {version}"
             raise SyncError(f"sync_weights: {where} {was}; wanted policy version {wanted}")
         if fingerprint(view_in(slot, copy, self.dtype), copy.hf_box) != checksum:
-            raise SyncError(f"sync_weights: {where} differs from what was sent for policy version {version}")
+            raise SyncError(
+                f"sync_weights: {where} differs from what was sent for policy version {version}"
+            )
 
     def _view(self, slot: torch.Tensor, segment: Segment) -> torch.Tensor:
         size = math.prod(segment.shape) * self.dtype.itemsize

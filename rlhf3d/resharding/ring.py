@@ -50,7 +50,9 @@ class Ring:
         self._digest = self._numbers(0, 1)
         self._filled = self._numbers(RING_HEADER_BYTES, senders)
         self._taken = self._numbers(RING_HEADER_BYTES + 8 * senders, readers)
-        self._table = self._numbers(shape.table_offset, 2 * senders * shape.rows).view(senders, shape.rows, 2)
+        self._table = self._numbers(shape.table_offset, 2 * senders * shape.rows).view(
+            senders, shape.rows, 2
+        )
         self._slots = self._bytes[shape.slots_offset :]
 
     @classmethod
@@ -103,7 +105,9 @@ class Ring:
 
     def wait_free(self, number: int, deadline: float) -> None:
         """Wait until every reader has taken what was in the slot of bucket `number`."""
-        self._wait(lambda: int(self._taken.min()) > number - SLOTS, "read", number - SLOTS, deadline)
+        self._wait(
+            lambda: int(self._taken.min()) > number - SLOTS, "read", number - SLOTS, deadline
+        )
 
     def fill(self, sender: int, number: int) -> None:
         """`sender` has put its part into bucket `number`."""
@@ -136,7 +140,9 @@ class Ring:
         """Unmap. Raises BufferError while a view is alive, which would otherwise become a dangling pointer."""
         if self._mmap.closed:
             return
-        self._slots = self._bytes = self._digest = self._filled = self._taken = self._table = torch.empty(0)
+        self._slots = self._bytes = self._digest = self._filled = self._taken = self._table = (
+            torch.empty(0)
+        )
         self._mmap.close()
         os.close(self._fd)
 
@@ -149,13 +155,22 @@ class Ring:
         return self._bytes[offset : offset + 8 * count].view(torch.int64)
 
     def _wait(self, done: Callable[[], bool], what: str, number: int, deadline: float) -> None:
-        pause_s, longest_s = FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S if self.shape.on_gpu else _LONGEST_PAUSE_S
+        pause_s, longest_s = (
+            FIRST_PAUSE_S,
+            LONGEST_PAUSE_ON_GPU_S if self.shape.on_gpu else _LONGEST_PAUSE_S,
+        )
         while not done():
             if time.monotonic() > deadline:
                 counts, names = (
-                    (self._filled, self.shape.senders) if what == "filled" else (self._taken, self.shape.readers)
+                    (self._filled, self.shape.senders)
+                    if what == "filled"
+                    else (self._taken, self.shape.readers)
                 )
-                late = [name for name, count in zip(names, counts.tolist(), strict=True) if count <= number]
+                late = [
+                    name
+                    for name, count in zip(names, counts.tolist(), strict=True)
+                    if count <= number
+                ]
                 raise SyncError(
                     f"sync_weights: bucket {number} was not {what} in time by {', '.join(late)}; raise "
                     "rollout.sync_timeout_s if the weights are really that large, or look into logs/"

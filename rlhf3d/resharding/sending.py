@@ -56,7 +56,9 @@ class WeightSender:
         self.group: Group | None = None
         self.dtype: torch.dtype = getattr(torch, setup.dtype)
         # gloo sends from host memory.
-        self._device = next(iter(params.values())).device if setup.backend == "nccl" else torch.device("cpu")
+        self._device = (
+            next(iter(params.values())).device if setup.backend == "nccl" else torch.device("cpu")
+        )
         self._rings: dict[int, Ring] = {}
         self._near: list[_RingOutbox] = []
         self._far: list[_MessageOutbox] = []
@@ -74,15 +76,22 @@ class WeightSender:
             dst, senders = place.number, setup.plan.senders_to(place.number)
             owner = None if place.device is None else setup.owner(dst)
             if rank in senders and setup.is_near(rank, dst):
-                ring = self._rings.get(dst) or self._rings.setdefault(dst, Ring.open(setup.ring_shape(dst)))
-                self._near.append(_RingOutbox(ring, senders.index(rank), setup.copies(dst, rank), self.dtype))
+                ring = self._rings.get(dst) or self._rings.setdefault(
+                    dst, Ring.open(setup.ring_shape(dst))
+                )
+                self._near.append(
+                    _RingOutbox(ring, senders.index(rank), setup.copies(dst, rank), self.dtype)
+                )
             elif rank in senders:
                 peer = setup.plan.shards.world_size + dst if owner is None else owner
                 self._far.append(_MessageOutbox(setup, dst, rank, peer, self.dtype, self._device))
             if rank == owner:
                 far = [sender for sender in senders if not setup.is_near(sender, dst)]
                 self._relays += [
-                    _Relay(setup, dst, sender, senders.index(sender), self._rings[dst], self._device) for sender in far
+                    _Relay(
+                        setup, dst, sender, senders.index(sender), self._rings[dst], self._device
+                    )
+                    for sender in far
                 ]
         assert self.group or not (self._far or self._relays), "messages need a group"
 
@@ -108,10 +117,18 @@ class WeightSender:
                 continue
             if len(unfinished) == 2:  # the messages of two buckets are under way at most
                 self._finish(unfinished.pop(0), deadline)
-            sends = [(far.fill(number, policy_version, block), far.peer) for far in self._far if far.has(number)]
+            sends = [
+                (far.fill(number, policy_version, block), far.peer)
+                for far in self._far
+                if far.has(number)
+            ]
             relays = [relay for relay in self._relays if number < relay.rounds]
             messages = [relay.empty(number) for relay in relays]
-            coming = [(message, relay.sender) for message, relay in zip(messages, relays, strict=True) if len(message)]
+            coming = [
+                (message, relay.sender)
+                for message, relay in zip(messages, relays, strict=True)
+                if len(message)
+            ]
             started = self.group.exchange(sends, coming)
             unfinished.append([(work, *post) for work, post in zip(started, sends, strict=False)])
             arriving = iter(started[len(sends) :])
@@ -141,7 +158,9 @@ class WeightSender:
         known: dict[tuple[Any, ...], int] = {}
 
         def block(copy: Copy) -> tuple[torch.Tensor, int]:
-            tensor = self.params[copy.src_chunk, copy.src_param][box_slices(copy.src_box)].to(self.dtype)
+            tensor = self.params[copy.src_chunk, copy.src_param][box_slices(copy.src_box)].to(
+                self.dtype
+            )
             key = (copy.src_chunk, copy.src_param, copy.src_box)
             if key not in known:
                 known[key] = fingerprint(tensor, copy.hf_box)
@@ -157,7 +176,9 @@ def _bytes_of(copies: list[list[Copy]], dtype: torch.dtype) -> int:
 class _RingOutbox:
     """Writes into the shared memory of one destination."""
 
-    def __init__(self, ring: Ring, position: int, copies: list[list[Copy]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, ring: Ring, position: int, copies: list[list[Copy]], dtype: torch.dtype
+    ) -> None:
         self.ring, self.position, self.copies, self.dtype = ring, position, copies, dtype
         self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
 
@@ -178,7 +199,13 @@ class _MessageOutbox:
     """Writes messages to one destination."""
 
     def __init__(
-        self, setup: SyncSetup, dst: int, rank: int, peer: int, dtype: torch.dtype, device: torch.device
+        self,
+        setup: SyncSetup,
+        dst: int,
+        rank: int,
+        peer: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         copies = setup.copies(dst, rank)
         self.peer, self.dtype = peer, dtype
@@ -204,7 +231,13 @@ class _Relay:
     """Passes one far sender's messages on into the shared memory of a destination."""
 
     def __init__(
-        self, setup: SyncSetup, dst: int, sender: int, position: int, ring: Ring, device: torch.device
+        self,
+        setup: SyncSetup,
+        dst: int,
+        sender: int,
+        position: int,
+        ring: Ring,
+        device: torch.device,
     ) -> None:
         copies = setup.copies(dst, sender)
         self.sender, self.position, self.ring = sender, position, ring

@@ -77,7 +77,9 @@ class RingShape:
         for folder in (shm, temporary):
             if (folder / f"{FILE_PREFIX}{self.name}").exists():
                 return folder / f"{FILE_PREFIX}{self.name}"
-        has_room = shm.is_dir() and os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize > self.total_bytes
+        has_room = (
+            shm.is_dir() and os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize > self.total_bytes
+        )
         return (shm if has_room else temporary) / f"{FILE_PREFIX}{self.name}"
 
 
@@ -152,7 +154,9 @@ class SyncSetup:
 
     def destination_of(self, engine: int, index: int) -> int:
         """Where an engine's tensor-parallel rank reads."""
-        return next(d.number for d in self.plan.destinations if engine in d.engines and d.index == index)
+        return next(
+            d.number for d in self.plan.destinations if engine in d.engines and d.index == index
+        )
 
     def owner(self, dst: int) -> int:
         """The training rank that makes a colocated destination's shared memory: the first on its device."""
@@ -164,7 +168,9 @@ class SyncSetup:
     def needs_messages(self) -> bool:
         """Whether any rank sends to a destination whose shared memory it cannot reach."""
         return any(
-            not self.is_near(r, d.number) for d in self.plan.destinations for r in self.plan.senders_to(d.number)
+            not self.is_near(r, d.number)
+            for d in self.plan.destinations
+            for r in self.plan.senders_to(d.number)
         )
 
     @property
@@ -180,7 +186,12 @@ class SyncSetup:
 
 
 def sync_setup(
-    config: Config, spec: ModelSpec, layout: ParallelLayout, platform: Platform, name: str, node_of_rank: Sequence[int]
+    config: Config,
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    platform: Platform,
+    name: str,
+    node_of_rank: Sequence[int],
 ) -> SyncSetup:
     """What the processes of a run agree on; nodes are numbered from 0 in the order of ranks."""
     rollout = config.rollout
@@ -231,7 +242,14 @@ def _copies(setup: SyncSetup, dst: int, sender: int) -> list[list[Copy]]:
 def _digest(setup: SyncSetup) -> int:
     """63 bits that identify what was derived, not only what it was derived from."""
     plan = setup.plan
-    text = repr((setup, plan.destinations, plan.shares, [_buckets(setup, i) for i in range(len(plan.engine_tables))]))
+    text = repr(
+        (
+            setup,
+            plan.destinations,
+            plan.shares,
+            [_buckets(setup, i) for i in range(len(plan.engine_tables))],
+        )
+    )
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -74,7 +74,9 @@ def assign_engines(
     placed: list[tuple[int, ...]] = []
     for devices, count in zip(groups, counts, strict=True):
         if count:
-            weights = tuple(tuple(overlap(device, index) for index in range(engine_tp)) for device in devices)
+            weights = tuple(
+                tuple(overlap(device, index) for index in range(engine_tp)) for device in devices
+            )
             if (count, weights) not in solved:
                 solved[count, weights] = _solve(weights, count, sites.slots)
             taken = [devices[position] for position in solved[count, weights]]
@@ -101,7 +103,9 @@ def _room(sites: Sites, devices: Sequence[int], engine_tp: int) -> int:
     return (sites.slots or 0) * len(devices) // engine_tp
 
 
-def _spread(sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_tp: int) -> list[int]:
+def _spread(
+    sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_tp: int
+) -> list[int]:
     """Engines of each group, as equal as their room allows. Raises ValueError where there are too many."""
     rooms, counts = [_room(sites, devices, engine_tp) for devices in groups], [0] * len(groups)
     if engines > sum(rooms):
@@ -111,7 +115,9 @@ def _spread(sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_
             "or set rollout.placement = disaggregated"
         )
     for _ in range(engines):
-        counts[min((n for n, room in enumerate(rooms) if counts[n] < room), key=counts.__getitem__)] += 1
+        counts[
+            min((n for n, room in enumerate(rooms) if counts[n] < room), key=counts.__getitem__)
+        ] += 1
     return counts
 
 

@@ -29,7 +29,8 @@ _TRY = (
     "rounding, and rollout.canary_max_abs_diff may be raised; else the engine lacks the trained weights: report this"
 )
 _NOT_FINITE = (
-    "The weights are not finite: look at those it began with (`rlhf3d inspect MODEL --deep`), or lower actor.optim.lr"
+    "The weights are not finite: look at those it began with (`rlhf3d inspect MODEL --deep`), "
+    "or lower actor.optim.lr"
 )
 
 

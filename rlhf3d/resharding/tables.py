@@ -16,7 +16,9 @@ from rlhf3d.resharding.plan import ReshardPlan, TrainingShards, build_plan
 from rlhf3d.resharding.sites import Sites
 
 
-def training_shards(spec: ModelSpec, layout: ParallelLayout, style: SpecStyle = "local") -> TrainingShards:
+def training_shards(
+    spec: ModelSpec, layout: ParallelLayout, style: SpecStyle = "local"
+) -> TrainingShards:
     """The policy's distinct shards under `layout`, which must have passed `check_layout`."""
     holders: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
@@ -32,9 +34,14 @@ def training_shards(spec: ModelSpec, layout: ParallelLayout, style: SpecStyle = 
     return TrainingShards(tables, tuple(map(tuple, holders.values())))
 
 
-def engine_tables(spec: ModelSpec, tensor_parallel_size: int, expert_parallel: bool = False) -> list[list[LocalParam]]:
+def engine_tables(
+    spec: ModelSpec, tensor_parallel_size: int, expert_parallel: bool = False
+) -> list[list[LocalParam]]:
     """vLLM's parameters by tensor-parallel rank. Raises ValueError as `check_engine_layout` does."""
-    return [engine_params(spec, tensor_parallel_size, rank, expert_parallel) for rank in range(tensor_parallel_size)]
+    return [
+        engine_params(spec, tensor_parallel_size, rank, expert_parallel)
+        for rank in range(tensor_parallel_size)
+    ]
 
 
 def whole_tensors(spec: ModelSpec) -> list[LocalParam]:
@@ -62,8 +69,14 @@ def plan_sync(
 
 
 def plan_export(
-    spec: ModelSpec, layout: ParallelLayout, sites: Sites, style: SpecStyle = "local", beside: int = 0
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    sites: Sites,
+    style: SpecStyle = "local",
+    beside: int = 0,
 ) -> ReshardPlan:
     """The plan from the policy under `layout` to one reader of whole tensors, on the device of rank `beside`."""
     shards, devices = training_shards(spec, layout, style), [(sites.device_of_rank[beside],)]
-    return build_plan(shards, [whole_tensors(spec)], sites, engines=1, colocated=True, devices=devices)
+    return build_plan(
+        shards, [whole_tensors(spec)], sites, engines=1, colocated=True, devices=devices
+    )

@@ -47,7 +47,9 @@ class ModelPart:
             return Score(part, Outcome.SCORED, extra)
         if score.failed:
             return score
-        return replace(score, value=score.value + part, extra={**score.extra, **extra, "acc": score.accuracy})
+        return replace(
+            score, value=score.value + part, extra={**score.extra, **extra, "acc": score.accuracy}
+        )
 
 
 class ScoringBatch(Protocol):
@@ -75,11 +77,15 @@ class ModelRewards:
 
     def start(self, total: int) -> ScoringBatch:
         """A batch of so many items: the rule scores them as they come, the model when all are there."""
-        return _ModelBatch(self._pool.start(total) if self._pool else None, self._model, self._part, total)
+        return _ModelBatch(
+            self._pool.start(total) if self._pool else None, self._model, self._part, total
+        )
 
 
 class _ModelBatch:
-    def __init__(self, ruled: ScoringBatch | None, model: ScoreModel, part: ModelPart, total: int) -> None:
+    def __init__(
+        self, ruled: ScoringBatch | None, model: ScoreModel, part: ModelPart, total: int
+    ) -> None:
         self._ruled, self._model, self._part, self._total = ruled, model, part, total
         self._items: dict[int, ScoreItem] = {}
 
@@ -90,11 +96,18 @@ class _ModelBatch:
 
     def finish(self) -> list[Score]:
         items = [self._items[number] for number in range(self._total)]
-        ruled: Sequence[Score | None] = [None] * self._total if self._ruled is None else self._ruled.finish()
+        ruled: Sequence[Score | None] = (
+            [None] * self._total if self._ruled is None else self._ruled.finish()
+        )
         said = self._model.scores(items)
-        return [self._part.add(score, model_score) for score, model_score in zip(ruled, said, strict=True)]
+        return [
+            self._part.add(score, model_score)
+            for score, model_score in zip(ruled, said, strict=True)
+        ]
 
 
 def only_model(scores: Sequence[Score]) -> bool:
     """Whether the scores are a reward model's alone: there is no right or wrong in them."""
-    return bool(scores) and all(PART in score.extra and "acc" not in score.extra for score in scores)
+    return bool(scores) and all(
+        PART in score.extra and "acc" not in score.extra for score in scores
+    )

@@ -31,7 +31,9 @@ class CustomReward:
 
     memory_gib: float | None = None
 
-    def __init__(self, recipe: tuple[str, str, dict[str, Any]], function: Callable[..., Any], batch: bool) -> None:
+    def __init__(
+        self, recipe: tuple[str, str, dict[str, Any]], function: Callable[..., Any], batch: bool
+    ) -> None:
         self._recipe = recipe
         self._folder = Path(recipe[0]).parent
         self._function = function
@@ -39,8 +41,17 @@ class CustomReward:
         self._async = _is_async(function)
         self.chunk_size = BATCH_CHUNK if batch else ASYNC_CHUNK if self._async else 1
 
-    def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
-        return self.score_items([ScoreItem(data_source, solution_str, ground_truth, extra_info or {})])[0]
+    def __call__(
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: ExtraInfo = None,
+    ) -> Any:
+        return self.score_items(
+            [ScoreItem(data_source, solution_str, ground_truth, extra_info or {})]
+        )[0]
 
     def score_items(self, items: Sequence[ScoreItem]) -> list[Any]:
         """What the function returns for each; of an async one, an exception may stand in a result's place."""
@@ -57,8 +68,13 @@ class CustomReward:
         kwargs = self._recipe[2]
         if self._batch:
             results = self._function(**dict(zip(_BATCH, columns, strict=True)), **kwargs)
-            return _one_each(_loop().run_until_complete(results) if inspect.isawaitable(results) else results, items)
-        calls = [dict(zip(_SINGLE, row, strict=True)) | kwargs for row in zip(*columns, strict=True)]
+            return _one_each(
+                _loop().run_until_complete(results) if inspect.isawaitable(results) else results,
+                items,
+            )
+        calls = [
+            dict(zip(_SINGLE, row, strict=True)) | kwargs for row in zip(*columns, strict=True)
+        ]
         results = [self._function(**call) for call in calls]
         if any(map(inspect.isawaitable, results)):
             return _loop().run_until_complete(_gather(results))
@@ -76,9 +92,13 @@ def _load_to_call(path: str, name: str, kwargs: dict[str, Any]) -> CustomReward:
 
 def _one_each(results: Any, items: Sequence[ScoreItem]) -> list[Any]:
     """The scores of a batch; WrongCount where there is not one in order for each completion."""
-    expected = f"a batch function returns a list of one score for each of its {len(items)} completions"
+    expected = (
+        f"a batch function returns a list of one score for each of its {len(items)} completions"
+    )
     if not isinstance(results, Iterable) or isinstance(results, Mapping | Set | str | bytes):
-        raise WrongCount(f"the reward function returned {type(results).__name__} {str(results)[:80]!r}; {expected}")
+        raise WrongCount(
+            f"the reward function returned {type(results).__name__} {str(results)[:80]!r}; {expected}"
+        )
     scores = list(results)
     if len(scores) != len(items):
         raise WrongCount(f"the reward function returned {len(scores)} scores; {expected}")
@@ -105,7 +125,9 @@ async def _result(value: Any) -> Any:
 
 
 def _is_async(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )
 
 
 def load_custom_reward(
@@ -134,17 +156,23 @@ def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
     """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
     function = getattr(module := load_file(file, f"{key}.path"), name, None)
     if function is None:
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        names = [
+            n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
+        ]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else "; it defines no function"
         raise ValueError(f"{key}.name: no {name!r} in {file}{hint}")
     if not callable(function):
-        raise ValueError(f"{key}.name: {name!r} in {file} is a {type(function).__name__}, not callable")
+        raise ValueError(
+            f"{key}.name: {name!r} in {file} is a {type(function).__name__}, not callable"
+        )
     loaded: Callable[..., Any] = function
     return loaded
 
 
-def _takes(function: Callable[..., Any], names: Sequence[str], kwargs: dict[str, Any]) -> TypeError | None:
+def _takes(
+    function: Callable[..., Any], names: Sequence[str], kwargs: dict[str, Any]
+) -> TypeError | None:
     """Why `function` does not take these arguments, or null."""
     try:
         inspect.signature(function).bind(**dict.fromkeys(names), **kwargs)

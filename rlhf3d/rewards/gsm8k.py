@@ -18,7 +18,9 @@ _LAST_NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].%])[-\u2212]\$?)?"
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
-_HASHED_NUMBER = re.compile(r"####\s*\$?(?P<sign>[-\u2212])?\$?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_HASHED_NUMBER = re.compile(
+    r"####\s*\$?(?P<sign>[-\u2212])?\$?(?P<number>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def compute_score(solution_str: str, ground_truth: str, method: str = "flexible"
     The ground truth is a number, perhaps with text around it, or a worked answer that ends with `#### number`.
     Raises ValueError where it holds no number or several (1/2), or the method is unknown.
     """
-    truths = {canonical(match["sign"], match["number"]) for match in _LAST_NUMBER.finditer(ground_truth)}
+    truths = {
+        canonical(match["sign"], match["number"]) for match in _LAST_NUMBER.finditer(ground_truth)
+    }
     truth = extract_answer(ground_truth, "strict") or (truths.pop() if len(truths) == 1 else None)
     if truth is None:
         raise ValueError(

@@ -15,10 +15,19 @@ from rlhf3d.rollout.api import Completion
 
 def decode(completions: Mapping[int, Completion], tokenizer: Any) -> dict[int, str]:
     """Responses as text, under the same numbers, special tokens left out."""
-    texts = tokenizer.batch_decode([list(c.token_ids) for c in completions.values()], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        [list(c.token_ids) for c in completions.values()], skip_special_tokens=True
+    )
     return dict(zip(completions, texts, strict=True))
 
 
 def score_item(prompt: Prompt, text: str) -> ScoreItem:
     """What the reward function is asked about a response."""
-    return ScoreItem(prompt.data_source, text, prompt.ground_truth, prompt.extra_info, prompt.messages, prompt.begun)
+    return ScoreItem(
+        prompt.data_source,
+        text,
+        prompt.ground_truth,
+        prompt.extra_info,
+        prompt.messages,
+        prompt.begun,
+    )

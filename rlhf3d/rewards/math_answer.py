@@ -38,7 +38,10 @@ _SPELLINGS = (
     (re.compile(r"\^?\s*(?:°|\\degrees?(?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])"), ""),  # sizes of brackets
     (re.compile(r"\\varnothing(?![a-zA-Z])|∅"), r"\\emptyset"),
-    (re.compile(r"\\(?:boldsymbol|bm|pmb|textbf|textit|emph|underline|mathsf)(?![a-zA-Z])\s*"), ""),  # leaves the group
+    (
+        re.compile(r"\\(?:boldsymbol|bm|pmb|textbf|textit|emph|underline|mathsf)(?![a-zA-Z])\s*"),
+        "",
+    ),  # leaves the group
     (re.compile("²"), "^2"),
     (re.compile("³"), "^3"),
     (re.compile("∞"), r"\\infty"),
@@ -50,7 +53,10 @@ _SPELLINGS = (
     (re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]{1,40}\}"), ""),  # leaves the group
     (re.compile(r"\\mathrm\s*\{\s*i\s*\}"), "i"),
     (re.compile(r"\A[–—](?=\s*[0-9.\\])"), "-"),  # at the start no dash is a range
-    (re.compile(r"\A(?:~|\\[ ,:;!])+|(?:~|\\[ ,:;!]|\\\\|\\quad)*\\?\s*\Z"), ""),  # spaces and line ends around it
+    (
+        re.compile(r"\A(?:~|\\[ ,:;!])+|(?:~|\\[ ,:;!]|\\\\|\\quad)*\\?\s*\Z"),
+        "",
+    ),  # spaces and line ends around it
     (re.compile(r"\\(overline|bar|dot)\s*([0-9])"), r"\\\1{\2}"),
 )
 _ONE_CHARACTER = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
@@ -88,7 +94,9 @@ def _spelled_out(match: re.Match[str]) -> str:
 def _as_fraction(match: re.Match[str]) -> str:
     """0.1\\overline{6} as a fraction: its digits without the period's, over nines and zeros."""
     head, rest, period = match[1] or "0", match[2], match[3]
-    value = Fraction(int(head + rest + period) - int(head + rest), 10 ** len(rest + period) - 10 ** len(rest))
+    value = Fraction(
+        int(head + rest + period) - int(head + rest), 10 ** len(rest + period) - 10 ** len(rest)
+    )
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -109,13 +117,19 @@ _WITH_BASE = re.compile(
 """One number and its base, however that is written."""
 _BASE = re.compile(r"(?<![0-9A-F])([0-9A-F]+)\s*_[\s_]*([0-9]+|[a-z]+)")
 _BASE_NAMES = dict(
-    zip("two three four five six seven eight nine ten eleven twelve".split(), map(str, range(2, 13)), strict=True)
+    zip(
+        "two three four five six seven eight nine ten eleven twelve".split(),
+        map(str, range(2, 13)),
+        strict=True,
+    )
 )
 
 
 def bases(answer: str) -> set[str]:
     r"""The bases its numbers are written in (52_8, 52_{\text{eight}}, 52 base 8): "8"; empty where none is stated."""
-    plain = re.sub(r"\\(?:text|mbox|mathrm)|[{()]", "", answer).replace("base", "_").replace("}", " ")
+    plain = (
+        re.sub(r"\\(?:text|mbox|mathrm)|[{()]", "", answer).replace("base", "_").replace("}", " ")
+    )
     stated = [base for number, base in _BASE.findall(plain) if re.search("[0-9]", number)]
     return {_BASE_NAMES.get(base, base) for base in stated}
 
@@ -139,12 +153,16 @@ def split_unit(answer: str) -> tuple[str, str | None]:
     """The answer without its unit, and that unit with its power (cm2); null where it has none that is known."""
     match = _WITH_UNIT.fullmatch(answer.strip())
     name = match and (match["bare"] or match["text"])
-    if match is None or name not in UNITS or (match["bare"] and len(name) == 1):  # one bare letter may be a variable
+    if (
+        match is None or name not in UNITS or (match["bare"] and len(name) == 1)
+    ):  # one bare letter may be a variable
         return answer, None
     return match["number"], UNITS[name] + (match["power"] or "")
 
 
-_HALF_OF_DAY = re.compile(r"[0-9](?:\s|~|\\[ ,:;!]|\\(?:text|mbox|mathrm)|\{){0,10}([aApP])\.?\s?[mM](?![a-zA-Z])")
+_HALF_OF_DAY = re.compile(
+    r"[0-9](?:\s|~|\\[ ,:;!]|\\(?:text|mbox|mathrm)|\{){0,10}([aApP])\.?\s?[mM](?![a-zA-Z])"
+)
 
 
 def half_of_day(answer: str) -> str | None:
@@ -172,7 +190,9 @@ def normalise(answer: str) -> str:
 
     In the spirit of the string comparison of the MATH paper (Hendrycks et al., 2021); nothing is computed.
     """
-    text = tidy(answer.strip().rstrip(".")).replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
+    text = (
+        tidy(answer.strip().rstrip(".")).replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
+    )
     bare = _UNITS.sub("", text).strip()
     text = _TEXT.sub(r"\1", bare or text)
     text = _DROPPED.sub("", _THIN_COMMA.sub(",", text)).strip()

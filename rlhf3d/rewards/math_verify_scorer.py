@@ -52,7 +52,9 @@ def score_math(solution_str: str, ground_truth: str, method: str = "flexible") -
         return _unparsable(boxed)
     gold = _parse_truth(ground_truth)
     right = _grader().verify(gold, list(found), timeout_seconds=None)
-    return Score(float(right), Outcome.SCORED, {"answer": boxed if boxed is not None else str(found[-1])})
+    return Score(
+        float(right), Outcome.SCORED, {"answer": boxed if boxed is not None else str(found[-1])}
+    )
 
 
 def prepare() -> None:
@@ -61,7 +63,14 @@ def prepare() -> None:
         score_math(f"\\boxed{{{text}}}", "(1,2)")
 
 
-_TYPICAL = (r"\frac{\sqrt{3}}{2}", r"2\pi x^2+1", r"\left(1,\frac{1}{2}\right]", r"\{1,-2\}", r"\text{even}", "y=2x")
+_TYPICAL = (
+    r"\frac{\sqrt{3}}{2}",
+    r"2\pi x^2+1",
+    r"\left(1,\frac{1}{2}\right]",
+    r"\{1,-2\}",
+    r"\text{even}",
+    "y=2x",
+)
 
 
 def state(answer: str) -> str:
@@ -132,7 +141,9 @@ def _box(answer: str) -> str:
 def _parse_truth(truth: str) -> list[Any]:
     gold = _parse(_box(_without_unit(truth)[0]))
     if not gold:
-        raise ValueError(f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; fix the row")
+        raise ValueError(
+            f"reward_model.ground_truth: Math-Verify reads nothing in {truth[:200]!r}; fix the row"
+        )
     return list(gold)
 
 
@@ -155,9 +166,16 @@ def _grader() -> Any:
     theirs = grader.sympy_numeric_eq
 
     def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
-        return bool(theirs(a, b, float_rounding, numeric_precision)) and _same_size(a, b, grader.get_pct_val)
+        return bool(theirs(a, b, float_rounding, numeric_precision)) and _same_size(
+            a, b, grader.get_pct_val
+        )
 
-    assert tuple(inspect.signature(theirs).parameters) == ("a", "b", "float_rounding", "numeric_precision")
+    assert tuple(inspect.signature(theirs).parameters) == (
+        "a",
+        "b",
+        "float_rounding",
+        "numeric_precision",
+    )
     grader.sympy_numeric_eq = numeric_eq
     return grader
 
@@ -167,8 +185,15 @@ def _same_size(a: Any, b: Any, without_percent: Callable[[Any, Any], Any]) -> bo
 
     False leaves the verdict to algebra.
     """
-    if not all(getattr(value, "is_number", False) for value in (a, b)):  # matrices come again by element
-        return not hasattr(a, "free_symbols") or not a.free_symbols or (a - b).expand() == 0 or _has_decimals(a, b)
+    if not all(
+        getattr(value, "is_number", False) for value in (a, b)
+    ):  # matrices come again by element
+        return (
+            not hasattr(a, "free_symbols")
+            or not a.free_symbols
+            or (a - b).expand() == 0
+            or _has_decimals(a, b)
+        )
     if without_percent(a, a) == without_percent(b, b):  # 9% is 9
         return True
     a, b = a.doit(), b.doit()
@@ -188,5 +213,7 @@ def _extraction() -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
     for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs a traceback for every text it cannot read
+        logging.getLogger(name).setLevel(
+            logging.CRITICAL
+        )  # it logs a traceback for every text it cannot read
     return [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

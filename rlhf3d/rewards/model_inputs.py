@@ -46,7 +46,11 @@ def model_inputs(
         own = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
         messages.append({"role": "assistant", "content": own + item.solution_str})
         try:
-            ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=False))
+            ids = tuple(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=False, return_dict=False
+                )
+            )
         except Exception as error:  # a template may raise anything
             raise RewardError(
                 f"reward_model.path's chat template does not take {_shown(item)}: {error}; use prompts that it takes"
@@ -81,4 +85,6 @@ def require_finite(items: Sequence[ScoreItem], scores: Sequence[float]) -> None:
 
 def _shown(item: ScoreItem) -> str:
     asked = item.messages[-1]["content"] if item.messages else ""
-    return f"prompt {asked[:200]!r} of {item.data_source} with completion {item.solution_str[:200]!r}"
+    return (
+        f"prompt {asked[:200]!r} of {item.data_source} with completion {item.solution_str[:200]!r}"
+    )

@@ -19,7 +19,8 @@ from rlhf3d.rewards.scoring import ExtraInfo, RewardFunction, Score, ScoreItem
 FORMATS = ("boxed", "hashes", "think")
 PARTS = ("accuracy", "format")
 _THINK = re.compile(
-    r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*(?!</?think>)\S(?:(?!</?think>).)*", re.DOTALL
+    r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*(?!</?think>)\S(?:(?!</?think>).)*",
+    re.DOTALL,
 )
 _BEGUN = {"think": re.compile(r"<think>.*", re.DOTALL), "boxed": re.compile(r"\\boxed\s*\{[^{}]*$")}
 """What of a form the prompt's end may hold: the model goes on with it."""
@@ -61,18 +62,31 @@ class WeightedReward:
         getattr(self._base, "prepare", lambda: None)()
 
     def __call__(
-        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: ExtraInfo = None,
     ) -> Score:
-        return self.score_items([ScoreItem(data_source, solution_str, ground_truth, extra_info or {})])[0]
+        return self.score_items(
+            [ScoreItem(data_source, solution_str, ground_truth, extra_info or {})]
+        )[0]
 
     def score_items(self, items: Sequence[ScoreItem]) -> list[Score]:
         """Score each item."""
-        return [self._add(item, score) for item, score in zip(items, score_items(self._base, items), strict=True)]
+        return [
+            self._add(item, score)
+            for item, score in zip(items, score_items(self._base, items), strict=True)
+        ]
 
     def _add(self, item: ScoreItem, score: Score) -> Score:
         if score.failed:
             return score
-        parts = {"accuracy": score.accuracy, "format": format_score(item.solution_str, self._form, item.begun)}
+        parts = {
+            "accuracy": score.accuracy,
+            "format": format_score(item.solution_str, self._form, item.begun),
+        }
         value = sum(self._weights.get(name, 0.0) * part for name, part in parts.items())
         extra = {**score.extra, **parts, "acc": parts["accuracy"]}
         return replace(score, value=value, extra=extra)  # one without an answer stays unparsable

@@ -26,7 +26,14 @@ from typing import Any
 
 from rlhf3d.processes import deaf_to_signals, listen_again
 from rlhf3d.rewards.calls import score_items
-from rlhf3d.rewards.scoring import Outcome, RewardError, RewardFunction, Score, ScoreItem, check_outcomes
+from rlhf3d.rewards.scoring import (
+    Outcome,
+    RewardError,
+    RewardFunction,
+    Score,
+    ScoreItem,
+    check_outcomes,
+)
 
 _ORPHAN_GRACE_S = 2.0
 _OUT_OF_MEMORY = 77
@@ -52,11 +59,15 @@ class ScoringPool:
         startup_timeout_s: float = 120.0,
     ) -> None:
         if workers < 1 or timeout_s <= 0:
-            raise ValueError(f"reward.workers={workers} must be >= 1 and reward.timeout_s={timeout_s} > 0")
+            raise ValueError(
+                f"reward.workers={workers} must be >= 1 and reward.timeout_s={timeout_s} > 0"
+            )
         try:
             self._pickled_fn = pickle.dumps(fn)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(f"the reward function cannot be sent to another process: {error}") from error
+            raise ValueError(
+                f"the reward function cannot be sent to another process: {error}"
+            ) from error
         self._chunk_size = int(getattr(fn, "chunk_size", 1))
         self._timeout_s = timeout_s
         self._max_error_rate = max_error_rate
@@ -68,7 +79,10 @@ class ScoringPool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -114,7 +128,9 @@ class ScoringPool:
         awaited = [worker for worker in self._workers if worker.job is not None or not worker.ready]
         if not awaited:
             return []
-        patience_s = min(worker.deadline for worker in awaited) - time.monotonic() if patient else 0.0
+        patience_s = (
+            min(worker.deadline for worker in awaited) - time.monotonic() if patient else 0.0
+        )
         events = set(wait([worker.connection for worker in awaited], max(0.0, patience_s)))
         ended: list[tuple[int, Score]] = []
         for number, worker in enumerate(self._workers):
@@ -143,7 +159,9 @@ class ScoringPool:
             message = worker.connection.recv()
         except (EOFError, OSError):
             code = worker.kill(grace_s=1.0)
-            reason = "out of memory" if code == _OUT_OF_MEMORY else "os._exit, a crash, or out of memory"
+            reason = (
+                "out of memory" if code == _OUT_OF_MEMORY else "os._exit, a crash, or out of memory"
+            )
             text = f"the scoring process ended with exit code {code} ({reason})"
             if not worker.ready:
                 raise RewardError(f"{text} while it loaded the reward function") from None
@@ -159,13 +177,19 @@ class ScoringPool:
 
     def _expire(self, number: int) -> Score:
         if not self._workers[number].ready:
-            raise RewardError(f"the reward function did not load within {self._startup_timeout_s} s")
+            raise RewardError(
+                f"the reward function did not load within {self._startup_timeout_s} s"
+            )
         self._workers[number].kill()
         self._workers[number] = self._start()
-        return Score(0.0, Outcome.TIMEOUT, message=f"no score within reward.timeout_s={self._timeout_s}")
+        return Score(
+            0.0, Outcome.TIMEOUT, message=f"no score within reward.timeout_s={self._timeout_s}"
+        )
 
     def _start(self) -> _Worker:
-        return _Worker(self._pickled_fn, self._timeout_s, time.monotonic() + self._startup_timeout_s)
+        return _Worker(
+            self._pickled_fn, self._timeout_s, time.monotonic() + self._startup_timeout_s
+        )
 
 
 class Scoring:
@@ -178,7 +202,9 @@ class Scoring:
 
     def add(self, items: Mapping[int, ScoreItem]) -> None:
         """Add items under their numbers in the batch; waits for nothing."""
-        assert not self._items.keys() & items.keys() and all(0 <= number < self._total for number in items)
+        assert not self._items.keys() & items.keys() and all(
+            0 <= number < self._total for number in items
+        )
         self._items.update(items)
         self._pool.put(list(items))
         # Twice: processes that have just answered get work at once.
@@ -187,7 +213,9 @@ class Scoring:
 
     def finish(self) -> list[Score]:
         """Wait for the last score; all of them, in order."""
-        assert len(self._items) == self._total, f"{len(self._items)} of {self._total} items were added"
+        assert len(self._items) == self._total, (
+            f"{len(self._items)} of {self._total} items were added"
+        )
         while len(self._scores) < self._total:
             self._advance(patient=True)
         self._pool.end()
@@ -198,7 +226,9 @@ class Scoring:
             for number, score in self._pool.advance(self._items, patient=patient):
                 self._scores[number] = _name(score, number, self._items[number])
                 if score.failed:
-                    check_outcomes(list(self._scores.values()), self._max_error_rate, total=self._total)
+                    check_outcomes(
+                        list(self._scores.values()), self._max_error_rate, total=self._total
+                    )
         except BaseException:
             self._pool.close()  # a process still at work would answer into the next batch
             raise

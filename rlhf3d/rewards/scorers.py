@@ -67,7 +67,9 @@ def _score_boxed_exact(solution_str: str, ground_truth: str, method: str) -> Sco
 
 SCORERS: dict[str, Scorer] = {
     "gsm8k": Scorer(_score_gsm8k, lambda truth: f"#### {truth}"),
-    "math_verify": Scorer(math_verify_scorer.score_math, math_verify_scorer.state, math_verify_scorer.prepare),
+    "math_verify": Scorer(
+        math_verify_scorer.score_math, math_verify_scorer.state, math_verify_scorer.prepare
+    ),
     "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.state),
 }
 DATA_SOURCES: dict[str, str] = {
@@ -91,7 +93,9 @@ def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Sco
             f"reward.scorers ({', '.join(SCORERS)}), or set custom_reward_function.path to score it yourself"
         )
     if name not in SCORERS:
-        raise ValueError(f"reward.scorers: no scorer {name!r} for {data_source!r}; choose one of {', '.join(SCORERS)}")
+        raise ValueError(
+            f"reward.scorers: no scorer {name!r} for {data_source!r}; choose one of {', '.join(SCORERS)}"
+        )
     return SCORERS[name]
 
 
@@ -118,7 +122,9 @@ class BuiltinReward:
     def __post_init__(self) -> None:
         """ValueError for a method or a scorer that there is not."""
         if self.method not in gsm8k.METHODS:
-            raise ValueError(f"reward.method: no {self.method!r}; choose one of {', '.join(gsm8k.METHODS)}")
+            raise ValueError(
+                f"reward.method: no {self.method!r}; choose one of {', '.join(gsm8k.METHODS)}"
+            )
         for data_source, name in self.scorers.items():
             if name not in SCORERS or not data_source:
                 raise ValueError(
@@ -136,14 +142,21 @@ class BuiltinReward:
         return opened[0] if opened else ""
 
     def __call__(
-        self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: ExtraInfo = None,
     ) -> Score:
         if ground_truth is None:
             raise ValueError(WITHOUT_TRUTH)
         return scorer_of(data_source, self.scorers).score(solution_str, ground_truth, self.method)
 
 
-def check_data_sources(data_sources: Iterable[str], scorers: Mapping[str, str] | None = None) -> None:
+def check_data_sources(
+    data_sources: Iterable[str], scorers: Mapping[str, str] | None = None
+) -> None:
     """ValueError for the first data source without a built-in scorer."""
     for data_source in data_sources:
         scorer_of(data_source, scorers)

@@ -96,7 +96,14 @@ class RewardFunction(Protocol):
     `open_end(begun)`, what of the prompt's end it reads before the completion.
     """
 
-    def __call__(self, *, data_source: str, solution_str: str, ground_truth: Any, extra_info: ExtraInfo = None) -> Any:
+    def __call__(
+        self,
+        *,
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: ExtraInfo = None,
+    ) -> Any:
         """Score of `solution_str`."""
 
 
@@ -144,7 +151,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return float(value) if isinstance(value, float) else int(value)
     if isinstance(value, str):
         return str.__str__(value)[:_LONGEST_TEXT]
-    if hasattr(value, "tolist") and math.prod(getattr(value, "shape", (_MOST + 1,))) <= _MOST:  # numpy's, torch's
+    if (
+        hasattr(value, "tolist") and math.prod(getattr(value, "shape", (_MOST + 1,))) <= _MOST
+    ):  # numpy's, torch's
         return _plain(value.tolist(), depth)
     if isinstance(value, Mapping) and depth < _DEEPEST:
         return {_key(key): _plain(item, depth + 1) for key, item in islice(value.items(), _MOST)}

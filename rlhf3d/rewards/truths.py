@@ -23,7 +23,9 @@ def accepted(ground_truth: Any) -> list[str]:
     if not isinstance(entries, list | tuple):
         return [_one(ground_truth)]
     if not entries:
-        raise ValueError("reward_model.ground_truth: the list of accepted answers is empty; fix the row")
+        raise ValueError(
+            "reward_model.ground_truth: the list of accepted answers is empty; fix the row"
+        )
     return [_one(entry) for entry in entries]
 
 
@@ -42,7 +44,9 @@ def _list_in(text: str) -> Any:
     if re.fullmatch(r"\[\s*-?[0-9.]+\s*\]", stripped):  # one number in brackets is no interval
         return [stripped[1:-1].strip()]
     if not (
-        stripped.startswith(("[", "(")) and stripped.endswith(("]", ")")) and stripped[1:].lstrip()[:1] in ('"', "'")
+        stripped.startswith(("[", "("))
+        and stripped.endswith(("]", ")"))
+        and stripped[1:].lstrip()[:1] in ('"', "'")
     ):
         return None
     if re.search(r"['\"]\s+['\"]", stripped):

@@ -37,7 +37,9 @@ class SamplingSettings:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token")
         if not self.greedy and self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: must be above 0; for the most likely token set greedy")
+            raise ValueError(
+                f"temperature={self.temperature}: must be above 0; for the most likely token set greedy"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """Sample one completion a request, in order. Raises RuntimeError when nothing is published."""
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         """As `generate`, in parts as they finish: by number of the request."""
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
@@ -124,7 +128,9 @@ class RolloutEngine(Protocol):
     def publish(self, policy_version: int) -> None:
         """Serve what was loaded. Raises RuntimeError unless `policy_version` is what was loaded last."""
 
-    def score(self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
         """log p(token t | tokens before t) at `temperature` for t = 1, 2, ... of each sequence."""
 
     def cached_tokens(self) -> int:

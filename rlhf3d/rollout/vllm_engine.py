@@ -88,7 +88,9 @@ class VLLMEngine:
         from torch._dynamo import config as dynamo
         from vllm import LLM, SamplingParams
 
-        dynamo.disable = dynamo.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # read at its import
+        dynamo.disable = (
+            dynamo.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+        )  # read at its import
 
         memory: dict[str, Any] = (
             {
@@ -124,7 +126,9 @@ class VLLMEngine:
             "load_format": "safetensors" if load_weights else "dummy",
             "skip_tokenizer_init": not stops.strings,
             "tensor_parallel_size": tensor_parallel_size,
-            "distributed_executor_backend": "external_launcher" if tensor_parallel_size > 1 else None,
+            "distributed_executor_backend": "external_launcher"
+            if tensor_parallel_size > 1
+            else None,
             "enable_expert_parallel": expert_parallel,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
@@ -150,14 +154,22 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """See `RolloutEngine.generate`; nothing comes of ranks after the first."""
-        completions = {number: made for part in self.stream(requests, sampling) for number, made in part.items()}
+        completions = {
+            number: made
+            for part in self.stream(requests, sampling)
+            for number, made in part.items()
+        }
         return [completions[number] for number in range(len(completions))]
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         """See `RolloutEngine.stream`. Raises ValueError for a request that cannot fit max_model_len."""
         version = self._policy_version
         if version is None:
-            raise RuntimeError("this engine serves no policy yet: update_weights, then publish, come before generate")
+            raise RuntimeError(
+                "this engine serves no policy yet: update_weights, then publish, come before generate"
+            )
         for request in requests:
             if len(request.prompt_ids) + sampling.max_tokens > self._max_model_len:
                 raise ValueError(
@@ -182,7 +194,10 @@ class VLLMEngine:
             [self._params(seed=request.seed, **common) for request in requests],
         ):
             if self._rank == 0:  # an engine's other ranks compute the same
-                yield {number: _completion(output.outputs[0], version) for number, output in part.items()}
+                yield {
+                    number: _completion(output.outputs[0], version)
+                    for number, output in part.items()
+                }
         self._served_prompt = max((request.prompt_ids for request in requests), key=len)
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
@@ -195,7 +210,9 @@ class VLLMEngine:
         self._wake("weights")
         times = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))[0]
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, computed with the old weights: are requests running?")
+            raise RuntimeError(
+                "vLLM kept its prefix cache, computed with the old weights: are requests running?"
+            )
         self._loaded_version = policy_version
         return SyncReport(policy_version=policy_version, **times)
 
@@ -211,17 +228,25 @@ class VLLMEngine:
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""
         if policy_version != self._loaded_version:
-            raise RuntimeError(f"cannot publish policy {policy_version}: loaded is {self._loaded_version}")
+            raise RuntimeError(
+                f"cannot publish policy {policy_version}: loaded is {self._loaded_version}"
+            )
         self._policy_version = policy_version
 
-    def score(self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
         """See `RolloutEngine.score`; each sequence has 2 to max_model_len - 1 tokens."""
         if self._loaded_version is None:
             raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
         for sequence in token_ids:
             if not 2 <= len(sequence) < self._max_model_len:
-                raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {self._max_model_len - 1} are possible")
-        params = self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+                raise ValueError(
+                    f"cannot score {len(sequence)} tokens: 2 to {self._max_model_len - 1} are possible"
+                )
+        params = self._params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
         self._llm.collective_rpc("set_logit_scale", args=(1.0 / temperature,))
         try:
             outputs = self._run(token_ids, [params] * len(token_ids))
@@ -256,17 +281,34 @@ class VLLMEngine:
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         """vLLM's output of each prompt, in order."""
-        outputs = {number: output for part in self._stream(prompts, params) for number, output in part.items()}
+        outputs = {
+            number: output
+            for part in self._stream(prompts, params)
+            for number, output in part.items()
+        }
         return [outputs[number] for number in range(len(prompts))]
 
-    def _stream(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[dict[int, Any]]:
+    def _stream(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[Any]
+    ) -> Iterator[dict[int, Any]]:
         """vLLM's outputs by number of their prompt, what has finished every STREAM_S."""
         self._wake("kv_cache")
         first = self._llm.request_counter.counter  # vLLM names requests by counting them
-        self._llm.enqueue([{"prompt_token_ids": list(prompt)} for prompt in prompts], list(params), use_tqdm=False)
-        engine, answered, finished, since = self._llm.llm_engine, 0, dict[int, Any](), time.monotonic()
+        self._llm.enqueue(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], list(params), use_tqdm=False
+        )
+        engine, answered, finished, since = (
+            self._llm.llm_engine,
+            0,
+            dict[int, Any](),
+            time.monotonic(),
+        )
         while engine.has_unfinished_requests():
-            finished |= {int(output.request_id) - first: output for output in engine.step() if output.finished}
+            finished |= {
+                int(output.request_id) - first: output
+                for output in engine.step()
+                if output.finished
+            }
             if finished and time.monotonic() - since > STREAM_S:
                 answered, since = answered + len(finished), time.monotonic()
                 yield finished
@@ -288,7 +330,9 @@ def _complete_config(config: Any, head_dtype: str) -> Any:
 def _completion(output: Any, policy_version: int) -> Completion:
     tokens, flat = array("i", output.token_ids), output.logprobs
     if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens")
+        raise RuntimeError(
+            f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens"
+        )
     assert array("i", flat.token_ids) == tokens, "vLLM's log-probs are of other tokens"
     return Completion(tokens, array("f", flat.logprobs), output.finish_reason, policy_version)
 

@@ -19,7 +19,9 @@ def meet_at(rank: int, address: str, port: int) -> None:
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher as Launcher
 
-    assert hasattr(Launcher, "_distributed_args"), "vLLM's external launcher no longer asks _distributed_args"
+    assert hasattr(Launcher, "_distributed_args"), (
+        "vLLM's external launcher no longer asks _distributed_args"
+    )
     # A rank sees only its own GPU, which then is number 0.
     Launcher._distributed_args = lambda self: (f"tcp://{address}:{port}", rank, 0)
 
@@ -33,7 +35,9 @@ def ask_driver_for_peers() -> None:
 
     asked = getattr(custom_all_reduce, "_can_p2p", None)
     names = list(inspect.signature(asked).parameters) if asked else []
-    assert names == ["rank", "world_size"], f"vLLM's all-reduce no longer asks _can_p2p(rank, world_size): {names}"
+    assert names == ["rank", "world_size"], (
+        f"vLLM's all-reduce no longer asks _can_p2p(rank, world_size): {names}"
+    )
     custom_all_reduce._can_p2p = lambda rank, world_size: _gpus_reach_each_other()
 
 
@@ -44,7 +48,9 @@ def _gpus_reach_each_other() -> bool:
     nvml = import_pynvml()
     nvml.nvmlInit()
     try:
-        gpus = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        gpus = [
+            nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())
+        ]
         return all(
             nvml.nvmlDeviceGetP2PStatus(one, other, NVML_P2P_READ) == nvml.NVML_P2P_STATUS_OK
             for one, other in combinations(gpus, 2)

@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
-from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.pytorch import (
+    ChannelWiseTorchFP8ScaledMMLinearKernel,
+)
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -59,7 +63,9 @@ class WeightWriter:
     parameters does not matter. The model must not run in between.
     """
 
-    def __init__(self, model: torch.nn.Module, params: Sequence[LocalParam], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: torch.nn.Module, params: Sequence[LocalParam], dtype: torch.dtype
+    ) -> None:
         """`params` as `engine_params` tells them for this rank; `dtype` is that of the tensors to come.
 
         Raises RuntimeError naming the parameter whose name, shape or dtype is not the model's, or whose layer keeps
@@ -76,9 +82,13 @@ class WeightWriter:
         for param in params:
             slot = self._slots[param.name]
             if isinstance(slot.layer, VocabParallelEmbedding):
-                self._real_rows[param.name] = max((piece.local_box[0][1] for piece in param.pieces), default=0)
+                self._real_rows[param.name] = max(
+                    (piece.local_box[0][1] for piece in param.pieces), default=0
+                )
                 if not isinstance(slot.layer, ParallelLMHead):
-                    vars(slot.layer).pop("cpu_linear", None)  # a packed copy that nothing multiplies by
+                    vars(slot.layer).pop(
+                        "cpu_linear", None
+                    )  # a packed copy that nothing multiplies by
 
     def in_place(self, name: str) -> torch.Tensor | None:
         """The live storage of a parameter, of its shape, to `copy_` rows into (a bias may be float32: it casts).
@@ -95,7 +105,11 @@ class WeightWriter:
         """
         slot = self._slots[name]
         assert slot.packed, f"{name} is not packed: write to in_place"
-        assert whole.shape == self._shapes[name] and whole.dtype == self._dtype and whole.is_contiguous(), name
+        assert (
+            whole.shape == self._shapes[name]
+            and whole.dtype == self._dtype
+            and whole.is_contiguous()
+        ), name
         if isinstance(slot.layer, RoutedExperts):
             self._load_experts(name, whole)
         elif _is_quantised(slot.layer):
@@ -103,7 +117,9 @@ class WeightWriter:
         else:
             _pack(slot.layer, whole)
         if slot.tensor.data_ptr() == whole.data_ptr():
-            raise RuntimeError(f"{name}: vLLM kept the plain weight where it kept a packed copy at its start")
+            raise RuntimeError(
+                f"{name}: vLLM kept the plain weight where it kept a packed copy at its start"
+            )
 
     def finish(self) -> None:
         """Pack what depends on several parameters: heads, tied or not, from the weights now in place.
@@ -147,7 +163,11 @@ class WeightWriter:
 def _pack(layer: Any, weight: torch.Tensor) -> None:
     """Let vLLM pack `weight` for a linear layer or head; on CUDA there is nothing to pack."""
     vars(layer).pop("cpu_linear", None)  # frees the old packed copy before the new one is made
-    layer.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight = (
+        weight
+        if isinstance(weight, torch.nn.Parameter)
+        else torch.nn.Parameter(weight, requires_grad=False)
+    )
     layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -168,14 +188,18 @@ def _is_quantised(layer: Any) -> bool:
 
 def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
     found = {name for name, _ in model.named_parameters()}
-    found -= {f"{name}.weight_scale" for name, layer in model.named_modules() if _is_quantised(layer)}
+    found -= {
+        f"{name}.weight_scale" for name, layer in model.named_modules() if _is_quantised(layer)
+    }
     problems = [
         f"{problem} {', '.join(sorted(names)[:5])} ({len(names)} in all)"
         for problem, names in (("lacks", found - set(wanted)), ("has besides", set(wanted) - found))
         if names
     ]
     if problems:
-        raise RuntimeError(f"vLLM's {type(model).__name__} differs: the weight table {' and '.join(problems)}")
+        raise RuntimeError(
+            f"vLLM's {type(model).__name__} differs: the weight table {' and '.join(problems)}"
+        )
 
 
 def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slot:
@@ -185,12 +209,18 @@ def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slo
     # vLLM records parameters (but no biases, which are never packed) before the kernels change them.
     recorded = get_layerwise_info(layer).restore_metadata[0].get(leaf, live)
     if tuple(recorded.shape) != param.shape:
-        raise RuntimeError(f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the table")
+        raise RuntimeError(
+            f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the table"
+        )
     if recorded.dtype != dtype and leaf != "bias":
-        raise RuntimeError(f"{param.name} is {recorded.dtype} in vLLM; the weights to come are {dtype}")
+        raise RuntimeError(
+            f"{param.name} is {recorded.dtype} in vLLM; the weights to come are {dtype}"
+        )
     packed = _is_packed(layer, live, param.name)
     if not packed and tuple(live.shape) != param.shape:
-        raise RuntimeError(f"{param.name}: vLLM keeps it as {tuple(live.shape)}, which is no plain {param.shape}")
+        raise RuntimeError(
+            f"{param.name}: vLLM keeps it as {tuple(live.shape)}, which is no plain {param.shape}"
+        )
     return _Slot(layer, leaf, packed)
 
 
@@ -199,7 +229,10 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
     method: Any = getattr(layer, "quant_method", None)
     if type(method) is UnquantizedFusedMoEMethod:
         backend = method.unquantized_backend
-        if backend == UnquantizedMoeBackend.CPU and not method.moe_kernel.fused_experts._use_zentorch:
+        if (
+            backend == UnquantizedMoeBackend.CPU
+            and not method.moe_kernel.fused_experts._use_zentorch
+        ):
             return True
         if backend in PLAIN_MOE_BACKENDS and live.device.type == "cuda" and live.is_contiguous():
             return False
@@ -214,7 +247,10 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
                 "written to; set rollout.quantization=none"
             )
         return name.endswith(".weight")
-    if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+    if method is not None and type(method) not in (
+        UnquantizedLinearMethod,
+        UnquantizedEmbeddingMethod,
+    ):
         raise RuntimeError(
             f"{name}: weights of {type(method).__name__} cannot be written to; unquantised and fp8_per_channel ones can"
         )

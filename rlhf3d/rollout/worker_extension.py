@@ -34,7 +34,9 @@ class WeightSyncWorker:
         Raises RuntimeError, naming the parameter, where vLLM's model is not what the weight table says.
         """
         dst = setup.destination_of(engine, get_tensor_model_parallel_rank())
-        self._weight_writer = WeightWriter(self.model_runner.get_model(), setup.table(dst), getattr(torch, setup.dtype))
+        self._weight_writer = WeightWriter(
+            self.model_runner.get_model(), setup.table(dst), getattr(torch, setup.dtype)
+        )
         place = setup.plan.destinations[dst]
         if setup.colocated:
             self._weight_inbox: Any = RingInbox(setup, dst, place.engines.index(engine))
@@ -50,12 +52,17 @@ class WeightSyncWorker:
     def receive_weights(self, policy_version: int, sync: int) -> dict[str, float]:
         """Load one sync; where its seconds went. After a SyncError the engine is unusable: half of it is new."""
         if not hasattr(self, "_weight_receiver"):
-            raise RuntimeError("this engine has not opened a weight stream: it was started anew since the run began")
+            raise RuntimeError(
+                "this engine has not opened a weight stream: it was started anew since the run began"
+            )
         start = time.perf_counter()
         with set_current_vllm_config(self.vllm_config):
             self._weight_receiver.load(self._weight_writer, policy_version, sync)
         times = asdict(self._weight_receiver.times)
-        return {**times, "load_s": time.perf_counter() - start - times["wait_s"] - times["verify_s"]}
+        return {
+            **times,
+            "load_s": time.perf_counter() - start - times["wait_s"] - times["verify_s"],
+        }
 
     @torch.no_grad()
     def forget_weights(self) -> None:
@@ -74,7 +81,9 @@ class WeightSyncWorker:
     def set_logit_scale(self, scale: float) -> None:
         """Multiply logits by `scale` (1 / temperature) before anything reads them; 1.0 restores the model's own."""
         processor: Any = getattr(self.model_runner.get_model(), "logits_processor", None)
-        assert hasattr(processor, "scale"), "vLLM's model has no logits_processor.scale to score at a temperature"
+        assert hasattr(processor, "scale"), (
+            "vLLM's model has no logits_processor.scale to score at a temperature"
+        )
         if not hasattr(self, "_own_logit_scale"):
             self._own_logit_scale = processor.scale
         processor.scale = self._own_logit_scale * scale

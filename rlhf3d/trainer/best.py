@@ -24,7 +24,9 @@ class Best:
         if self.name is None:
             self.name = next(iter(accuracies), None)
         elif self._wanted is not None and self.name not in metrics:
-            raise ValueError(f"trainer.best_metric = {self.name}: validation has {', '.join(sorted(metrics))}")
+            raise ValueError(
+                f"trainer.best_metric = {self.name}: validation has {', '.join(sorted(metrics))}"
+            )
         value = metrics.get(self.name, math.nan) if self.name else math.nan
         if value > self.value:
             self.value, self.step = value, step

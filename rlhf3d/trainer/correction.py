@@ -29,7 +29,9 @@ def settings_of(config: RolloutCorrectionConfig) -> CorrectionSettings:
     )
 
 
-def correct(batch: Batch, settings: CorrectionSettings, plan: UpdatePlan) -> tuple[Batch, dict[str, float]]:
+def correct(
+    batch: Batch, settings: CorrectionSettings, plan: UpdatePlan
+) -> tuple[Batch, dict[str, float]]:
     """(the batch for the actor's update; `rollout_corr/…`): with `rollout_is_weights`, or a smaller `response_mask`.
 
     RuntimeError when rejection leaves one of the update's mini-batches without a token.

@@ -48,7 +48,9 @@ def fill_with_signal(
     }
 
 
-def _too_few(found: int, groups: int, generated: int, batches: int, metric: str, rewards: torch.Tensor) -> str:
+def _too_few(
+    found: int, groups: int, generated: int, batches: int, metric: str, rewards: torch.Tensor
+) -> str:
     return (
         f"algorithm.filter_groups: after {batches} batches only {found} of {generated} groups differ in {metric}, "
         f"{groups} are needed (algorithm.filter_groups.max_num_gen_batches = {batches}). Scores are between "

@@ -60,7 +60,9 @@ class Experience:
                 finish_reason=c.finish_reason,
                 policy_version=c.policy_version,
             )
-            for p, c, text, s in zip(self.prompts, self.completions, self.texts, scores, strict=True)
+            for p, c, text, s in zip(
+                self.prompts, self.completions, self.texts, scores, strict=True
+            )
         ]
 
 
@@ -85,14 +87,20 @@ class Scored:
         """[N] acc (what the reward function returned as `acc`, else its score), score, seq_reward, seq_final_reward."""
         if name in ("seq_reward", "seq_final_reward"):
             return self.rewards
-        return torch.tensor([s.accuracy if name == "acc" else s.value for s in self.scores], dtype=torch.float32)
+        return torch.tensor(
+            [s.accuracy if name == "acc" else s.value for s in self.scores], dtype=torch.float32
+        )
 
     def take(self, groups: Iterable[int], n: int) -> Scored:
         """The given groups of n completions, in the given order."""
         rows = [group * n + i for group in groups for i in range(n)]
         e = self.experience
         return Scored(
-            Experience([e.prompts[r] for r in rows], [e.completions[r] for r in rows], [e.texts[r] for r in rows]),
+            Experience(
+                [e.prompts[r] for r in rows],
+                [e.completions[r] for r in rows],
+                [e.texts[r] for r in rows],
+            ),
             [self.scores[r] for r in rows],
             self.rewards[rows],
             None if self.greedy_rewards is None else self.greedy_rewards[rows],
@@ -127,7 +135,10 @@ def make_requests(
     for p in prompts:
         first = seen[p.index] * n
         seen[p.index] += 1
-        requests += [Request(p.prompt_ids, request_seed(seed, step, p.index, first + sample)) for sample in range(n)]
+        requests += [
+            Request(p.prompt_ids, request_seed(seed, step, p.index, first + sample))
+            for sample in range(n)
+        ]
     return requests
 
 
@@ -138,7 +149,11 @@ def make_experience(
     n, rest = divmod(len(completions), len(prompts))
     assert rest == 0, f"{len(completions)} completions of {len(prompts)} prompts"
     rows = range(len(completions))
-    return Experience([prompts[row // n] for row in rows], [completions[row] for row in rows], [texts[r] for r in rows])
+    return Experience(
+        [prompts[row // n] for row in rows],
+        [completions[row] for row in rows],
+        [texts[r] for r in rows],
+    )
 
 
 def group_ids(experience: Experience, n: int) -> Tensor:

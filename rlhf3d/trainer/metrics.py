@@ -37,7 +37,9 @@ def _spread(name: str, values: Tensor) -> dict[str, float]:
     }
 
 
-def rollout_metrics(scored: Scored, n: int, overlong: bool, max_response_length: int) -> dict[str, float]:
+def rollout_metrics(
+    scored: Scored, n: int, overlong: bool, max_response_length: int
+) -> dict[str, float]:
     """Figures of what was generated and what it is worth; `overlong`: with those of the overlong penalty."""
     metrics = score_metrics(scored, n) | length_metrics(scored.experience, max_response_length)
     if overlong:
@@ -104,8 +106,12 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     }
     if "values" in batch:
         metrics |= _spread("critic/values", batch["values"][mask])
-        metrics["critic/vf_explained_var"] = explained_variance(batch["values"], batch["returns"], mask)
-    if batch["old_logprobs"] is batch["rollout_logprobs"]:  # two policies: the trainer's were not computed
+        metrics["critic/vf_explained_var"] = explained_variance(
+            batch["values"], batch["returns"], mask
+        )
+    if (
+        batch["old_logprobs"] is batch["rollout_logprobs"]
+    ):  # two policies: the trainer's were not computed
         return metrics
     mismatch = logprob_mismatch(batch["rollout_logprobs"], batch["old_logprobs"], mask)
     return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}

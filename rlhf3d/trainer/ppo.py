@@ -174,7 +174,9 @@ class PPOTrainer:
         else:
             scored = self.score(*self.generate(step, seen))
         self.rest_engines()
-        write_samples(self.config.trainer.output_dir, step, scored.experience.samples(scored.scores))
+        write_samples(
+            self.config.trainer.output_dir, step, scored.experience.samples(scored.scores)
+        )
         self.watch.scores(step, scored, n)
         return scored, metrics
 
@@ -189,18 +191,26 @@ class PPOTrainer:
 
         `seen` counts the prompts of the step, see `make_requests`. Completions go to be scored as they finish.
         """
-        rollout, trainer, tokens = self.config.rollout, self.config.trainer, self.config.data.max_response_length
+        rollout, trainer, tokens = (
+            self.config.rollout,
+            self.config.trainer,
+            self.config.data.max_response_length,
+        )
         baseline = needs_greedy_baseline(self.config.algorithm.adv_estimator)
         with self._phase("generate"):
             prompts = self.parts.loader.next_batch()
-            sampling = SamplingSettings(rollout.temperature, rollout.top_p, rollout.top_k, tokens, greedy=False)
+            sampling = SamplingSettings(
+                rollout.temperature, rollout.top_p, rollout.top_k, tokens, greedy=False
+            )
             requests = make_requests(prompts, rollout.n, trainer.seed, step, seen)
             scoring = self.parts.scoring.start(len(requests) + (len(prompts) if baseline else 0))
             experience = self._complete("generate", prompts, requests, sampling, scoring)
             if baseline:
                 greedy = SamplingSettings(1.0, 1.0, -1, tokens, greedy=True)
                 requests = make_requests(prompts, 1, trainer.seed, step)
-                answers = self._complete("generate", prompts, requests, greedy, scoring, len(experience.completions))
+                answers = self._complete(
+                    "generate", prompts, requests, greedy, scoring, len(experience.completions)
+                )
                 experience = replace(experience, greedy=answers)
             return experience, scoring
 
@@ -219,9 +229,13 @@ class PPOTrainer:
         n = len(requests) // len(prompts)
         for part in self.parts.rollout.stream(phase, requests, sampling):
             stale = {c.policy_version for c in part.values()} - {self.parts.sync.trained_version}
-            assert not stale, f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
+            assert not stale, (
+                f"completions of policies {stale} in a step of {self.parts.sync.trained_version}"
+            )
             decoded = decode(part, self.parts.tokenizer)
-            scoring.add({first + row: score_item(prompts[row // n], text) for row, text in decoded.items()})
+            scoring.add(
+                {first + row: score_item(prompts[row // n], text) for row, text in decoded.items()}
+            )
             completions |= part
             texts |= decoded
         return make_experience(prompts, completions, texts)
@@ -235,7 +249,9 @@ class PPOTrainer:
             sampled = scores[: len(experience.completions)]
             if greedy is None:
                 return Scored(experience, sampled, self._rewards(experience, sampled))
-            baseline = self._rewards(greedy, scores[len(sampled) :]).repeat_interleave(self.config.rollout.n)
+            baseline = self._rewards(greedy, scores[len(sampled) :]).repeat_interleave(
+                self.config.rollout.n
+            )
             return Scored(experience, sampled, self._rewards(experience, sampled), baseline)
 
     def _rewards(self, experience: Experience, scores: list[Score]) -> Tensor:
@@ -254,21 +270,27 @@ class PPOTrainer:
         if self.config.algorithm.rollout_correction.bypass_mode:
             return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
         with self._phase("old_logprobs"):
-            return batch.with_columns(old_logprobs=self.parts.train.forward("old_logprobs", "actor", batch)["logprobs"])
+            return batch.with_columns(
+                old_logprobs=self.parts.train.forward("old_logprobs", "actor", batch)["logprobs"]
+            )
 
     def ref_logprobs(self, batch: Batch) -> Batch:
         """The reference's log-probs, where a KL term uses them."""
         if not self.config.needs_reference:
             return batch
         with self._phase("ref_logprobs"):
-            return batch.with_columns(ref_logprobs=self.parts.train.forward("ref_logprobs", "ref", batch)["logprobs"])
+            return batch.with_columns(
+                ref_logprobs=self.parts.train.forward("ref_logprobs", "ref", batch)["logprobs"]
+            )
 
     def values(self, batch: Batch) -> Batch:
         """The critic's values, where the advantage estimator uses them."""
         if not self.config.needs_critic:
             return batch
         with self._phase("values"):
-            return batch.with_columns(values=self.parts.critic.forward("values", "critic", batch)["values"])
+            return batch.with_columns(
+                values=self.parts.critic.forward("values", "critic", batch)["values"]
+            )
 
     def advantages(self, batch: Batch, scored: Scored) -> tuple[Batch, dict[str, float]]:
         """Token rewards, KL penalty, advantages and returns."""
@@ -279,10 +301,18 @@ class PPOTrainer:
             if algorithm.use_kl_in_reward:
                 coef = self.kl_controller.value
                 rewards, mean_kl = apply_kl_penalty(
-                    rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, coef, algorithm.kl_penalty
+                    rewards,
+                    batch["old_logprobs"],
+                    batch["ref_logprobs"],
+                    mask,
+                    coef,
+                    algorithm.kl_penalty,
                 )
                 self.kl_controller.update(mean_kl, len(batch))
-                metrics = {"actor/reward_kl_penalty": mean_kl, "actor/reward_kl_penalty_coeff": coef}
+                metrics = {
+                    "actor/reward_kl_penalty": mean_kl,
+                    "actor/reward_kl_penalty_coeff": coef,
+                }
             advantages, returns = compute_advantages(
                 algorithm.adv_estimator,
                 AdvantageInputs(
@@ -297,7 +327,9 @@ class PPOTrainer:
                     custom=algorithm.custom_kwargs,
                 ),
             )
-            batch = batch.with_columns(token_level_rewards=rewards, advantages=advantages, returns=returns)
+            batch = batch.with_columns(
+                token_level_rewards=rewards, advantages=advantages, returns=returns
+            )
             return batch, metrics
 
     def update_critic(self, batch: Batch) -> dict[str, float]:
@@ -338,7 +370,9 @@ class PPOTrainer:
         self.best.see(step, metrics)
         return metrics
 
-    def _accuracy(self, step: int, kind: Kind, sampling: SamplingSettings, n: int) -> dict[str, float]:
+    def _accuracy(
+        self, step: int, kind: Kind, sampling: SamplingSettings, n: int
+    ) -> dict[str, float]:
         """Accuracy by data source, as `val-core/<source>/acc/<kind>`, with its interval, pass@k and maj@k."""
         prompts: list[Prompt] = list(self.parts.val)
         # A fixed step number: the same seeds at every validation, so that points differ by the policy alone.
@@ -354,9 +388,13 @@ class PPOTrainer:
         """Save all that a resume needs, `metrics` being the step's so far; with `ends` wait until it is whole."""
         with self._phase("save_checkpoint"):
             wanted = self.config.trainer.save_hf
-            export = wanted == "always" or (wanted == "last" and self.step == self.parts.total_steps)
+            export = wanted == "always" or (
+                wanted == "last" and self.step == self.parts.total_steps
+            )
             metric = self.best.of(metrics)
-            return self.parts.checkpoints.save(self.step, self.state_dict(metrics), metric, export, wait=ends)
+            return self.parts.checkpoints.save(
+                self.step, self.state_dict(metrics), metric, export, wait=ends
+            )
 
     def state_dict(self, metrics: dict[str, float]) -> dict[str, Any]:
         """The driver's state after a step, as JSON."""
@@ -381,7 +419,11 @@ class PPOTrainer:
         """Keep the step before one that cannot be taken, whose figures these are, unless it is saved already."""
         self.step -= 1
         self.rest_engines()
-        if metrics and self.config.trainer.save_at_end and not self._due(self.config.trainer.save_freq):
+        if (
+            metrics
+            and self.config.trainer.save_at_end
+            and not self._due(self.config.trainer.save_freq)
+        ):
             self.save_checkpoint(metrics, ends=True)
             self.parts.console.note(f"step {self.step} is saved: {self.parts.checkpoints.last}")
 

@@ -34,7 +34,9 @@ class RewardModel:
 
     def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
         """One for each item; RewardError where a score is not finite, or an input too long and not to be cut."""
-        inputs = model_inputs(items, self._tokenizer, self._limit, self._overlong, self._pad_id, self._vocab_size)
+        inputs = model_inputs(
+            items, self._tokenizer, self._limit, self._overlong, self._pad_id, self._vocab_size
+        )
         # The engine gives the value before each response token: a response of one token, whatever it is, makes that
         # the value at the last token of the input.
         batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)

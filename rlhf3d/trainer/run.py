@@ -14,7 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, choose_start, set_aside
+from rlhf3d.checkpoints.resume import (
+    CHECKPOINTS,
+    Checkpoint,
+    Start,
+    check_resume,
+    choose_start,
+    set_aside,
+)
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
 from rlhf3d.config.derived import Derived, derive, resolve_platform, summary_lines
@@ -61,16 +68,27 @@ def run_training(config: Config, stopping: Stopping) -> int:
     config = resolve_platform(config, platform)
     spec, tokenizer = load_spec(config.model.path), load_tokenizer(config.model.path)
     train_data = _dataset(config, tokenizer, "train_files", spec.vocab_size)
-    val_data = _dataset(config, tokenizer, "val_files", spec.vocab_size) if config.data.val_files else None
+    val_data = (
+        _dataset(config, tokenizer, "val_files", spec.vocab_size) if config.data.val_files else None
+    )
     held_out = [] if val_data is None else [val_data]
     ends = end_tokens(config.model.path, tokenizer, spec.vocab_size, config.rollout.stop_token_ids)
     at_once = config.data.gen_batch_size or config.data.train_batch_size
     order = config.data.curriculum
-    curriculum = Curriculum(order.path, order.name, order.kwargs) if order.path is not None else None
-    loader = PromptLoader(
-        train_data, at_once, config.trainer.seed, config.data.shuffle, config.data.train_weights, curriculum
+    curriculum = (
+        Curriculum(order.path, order.name, order.kwargs) if order.path is not None else None
     )
-    reward = make_reward(config, {source for data in (train_data, *held_out) for source in data.data_sources})
+    loader = PromptLoader(
+        train_data,
+        at_once,
+        config.trainer.seed,
+        config.data.shuffle,
+        config.data.train_weights,
+        curriculum,
+    )
+    reward = make_reward(
+        config, {source for data in (train_data, *held_out) for source in data.data_sources}
+    )
     derived = derive(config, len(train_data))
     total_steps = derived.total_steps
     assert total_steps is not None
@@ -91,18 +109,33 @@ def run_training(config: Config, stopping: Stopping) -> int:
         pool = None
         if reward is not None:
             rules = config.reward
-            pool = stack.enter_context(ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate))
+            pool = stack.enter_context(
+                ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate)
+            )
         prompts = [data.summary() for data in (train_data, *held_out)]
-        prompts += [f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)]
+        prompts += [
+            f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)
+        ]
         of_model = weight_files(Path(config.model.path)).notes
         of_tokens = (*vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes)
         prompts += [f"warning: {text}" for text in (*of_model, *of_tokens)]
-        lines = [*summary_lines(config, derived), *prompts, f"platform {platform.kind}: {platform.reason}", *notes]
+        lines = [
+            *summary_lines(config, derived),
+            *prompts,
+            f"platform {platform.kind}: {platform.reason}",
+            *notes,
+        ]
         console.header(lines, total_steps, found.manifest.step if found else 0)
-        groups, rollout, setup = _start_processes(stack, config, derived, spec, platform, console, stopping, ends)
+        groups, rollout, setup = _start_processes(
+            stack, config, derived, spec, platform, console, stopping, ends
+        )
         canary = canary_tokens(val_data or train_data)
-        sync = stack.enter_context(closing(WeightSync(config, setup, groups["actor"], rollout, canary)))
-        trained = {role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE}
+        sync = stack.enter_context(
+            closing(WeightSync(config, setup, groups["actor"], rollout, canary))
+        )
+        trained = {
+            role: groups[g.name] for g in derived.groups for role in g.roles if role in TRAINABLE
+        }
         checkpoints = CheckpointWriter(config, spec, trained, sync)
         checkpoints.check_room(export=config.trainer.save_hf != "never")
         if config.trainer.save_hf != "never":
@@ -131,10 +164,18 @@ def run_training(config: Config, stopping: Stopping) -> int:
                 _load(found, trainer, trained)
         with stopping.loop():
             stopped = trainer.fit()
-        with _spared(console, "the engines did not end in order", "every process is ended all the same"):
+        with _spared(
+            console, "the engines did not end in order", "every process is ended all the same"
+        ):
             rollout.close()
         if stopped is not None:
-            console.done([f"stopped: {stopped}", f"checkpoint {checkpoints.last}", "the same command goes on from it"])
+            console.done(
+                [
+                    f"stopped: {stopped}",
+                    f"checkpoint {checkpoints.last}",
+                    "the same command goes on from it",
+                ]
+            )
             return PREEMPTED
         _show_results(output, console, checkpoints)
     return 0
@@ -176,13 +217,19 @@ def _start_processes(
         1 if cluster.ray_address is None else cluster.num_nodes,
     )
     devices = platform.pretended_devices(placement.gpus)
-    stack.enter_context(ray_cluster(cluster, placement.cpus, stopping.handle, devices, derived.batch_bytes))
+    stack.enter_context(
+        ray_cluster(cluster, placement.cpus, stopping.handle, devices, derived.batch_bytes)
+    )
     reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
     check_cluster(config, reserved)
     with console.phase("start"):
         nodes, cores = nodes_of(reserved), cores_of(reserved, cluster.startup_timeout_s)
-        places = {name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()}
-        setup = sync_setup(config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"])
+        places = {
+            name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()
+        }
+        setup = sync_setup(
+            config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"]
+        )
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)
         stops = Stops(ends.ids, config.rollout.stop)
@@ -198,7 +245,9 @@ def _start_processes(
         def start_engines() -> RolloutGroup:
             own = platform.environment("engine", engines.dtype)
             folder = os.path.abspath(config.trainer.output_dir)
-            return RolloutGroup(cluster, placement, reserved, bundles, threads, arguments, own, folder)
+            return RolloutGroup(
+                cluster, placement, reserved, bundles, threads, arguments, own, folder
+            )
 
         rollout, groups = start_models(
             config,
@@ -234,7 +283,11 @@ def start_models(
 def _show_results(output: Path, console: Console, checkpoints: CheckpointWriter) -> None:
     """Report, curves, and answers before and after."""
     lines = _make_report(output, console)
-    with _spared(console, "answers before and after cannot be shown", f"`rlhf3d samples {output}` shows answers"):
+    with _spared(
+        console,
+        "answers before and after cannot be shown",
+        f"`rlhf3d samples {output}` shows answers",
+    ):
         before, after = before_after(output)
         if before:
             console.samples(before, after)
@@ -244,7 +297,9 @@ def _show_results(output: Path, console: Console, checkpoints: CheckpointWriter)
 def _make_report(output: Path, console: Console) -> list[str]:
     """Lines that say where report and curves are."""
     lines = []
-    with _spared(console, "there is no report", f"`rlhf3d report {output}` makes it when that is put right"):
+    with _spared(
+        console, "there is no report", f"`rlhf3d report {output}` makes it when that is put right"
+    ):
         lines = [f"report {make_report(output)}", f"curves {output / CURVES_FILE}"]
     return lines
 
@@ -257,7 +312,9 @@ def _spared(console: Console, what: str, then: str) -> Iterator[None]:
     except Exception as error:
         logging.getLogger(__name__).exception(what)
         first_line = str(error).partition("\n")[0]
-        console.note(f"warning: {what} ({type(error).__name__}: {first_line}); the run is complete, {then}")
+        console.note(
+            f"warning: {what} ({type(error).__name__}: {first_line}); the run is complete, {then}"
+        )
 
 
 def _say_finished(run: Path) -> int:
@@ -265,7 +322,9 @@ def _say_finished(run: Path) -> int:
     with Console() as console:
         _make_report(run, console)
         again = "trainer.resume_mode=never runs it again, in a folder beside it"
-        console.done([f"{run} is a finished run of this configuration, so nothing was done; {again}"])
+        console.done(
+            [f"{run} is a finished run of this configuration, so nothing was done; {again}"]
+        )
     return 0
 
 
@@ -274,7 +333,11 @@ def _start(start: Start, spec: ModelSpec) -> tuple[Config, Checkpoint | None, li
     config, found, notes = start.config, start.checkpoint, start.notes
     if found is not None:
         changes = check_resume(found, config, spec)
-        notes = [*notes, f"resume from step {found.manifest.step}: {found.folder}", *(f"changed {c}" for c in changes)]
+        notes = [
+            *notes,
+            f"resume from step {found.manifest.step}: {found.folder}",
+            *(f"changed {c}" for c in changes),
+        ]
     store = Store(Path(config.trainer.output_dir) / CHECKPOINTS)
     if left := store.clean():
         notes.append(f"removed what a killed run left of {', '.join(left)}")
@@ -300,9 +363,13 @@ def _load(found: Checkpoint, trainer: PPOTrainer, models: Mapping[str, TrainGrou
     same_ranks = True
     for role, group in models.items():
         folder = str((found.folder / role).resolve())
-        same_ranks &= all(group.call_all("load_checkpoint", "load", role, folder, found.manifest.optimizer))
+        same_ranks &= all(
+            group.call_all("load_checkpoint", "load", role, folder, found.manifest.optimizer)
+        )
     if not same_ranks:
-        trainer.parts.console.note("other ranks than saved the checkpoint: equal to rounding, with fresh random state")
+        trainer.parts.console.note(
+            "other ranks than saved the checkpoint: equal to rounding, with fresh random state"
+        )
     trainer.load_state_dict(found.state, found.manifest.policy_version)
 
 

@@ -34,7 +34,9 @@ class Preempted(BaseException):
 class Stopping:
     """Asked at each step boundary."""
 
-    def __init__(self, limit_s: float | None, age_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limit_s: float | None, age_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`limit_s`: trainer.max_wall_clock_s; `age_s`: seconds that the process has run."""
         self.limit_s, self._clock = limit_s, clock
         self._boundary = clock()

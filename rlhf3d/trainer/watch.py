@@ -21,7 +21,9 @@ _SHOWN = 5
 class Watch:
     """Looks at each step; `say` puts a line before the user."""
 
-    def __init__(self, say: Callable[[str], None], on_nonfinite: str, grad_spike_factor: float) -> None:
+    def __init__(
+        self, say: Callable[[str], None], on_nonfinite: str, grad_spike_factor: float
+    ) -> None:
         self._say = say
         self._stop = on_nonfinite == "stop"
         self._factor = grad_spike_factor
@@ -35,7 +37,11 @@ class Watch:
             self._without_signal = 0
             return
         self._without_signal += 1
-        what = f"all {len(scored.scores) // n} groups of {n} have" if n > 1 else f"all {size} completions have"
+        what = (
+            f"all {len(scored.scores) // n} groups of {n} have"
+            if n > 1
+            else f"all {size} completions have"
+        )
         rewards = scored.rewards
         self._tell(
             f"step {step}: {what} equal rewards (between {rewards.min():g} and {rewards.max():g}), so there is "
@@ -46,17 +52,23 @@ class Watch:
     def batch(self, step: int, batch: Batch) -> None:
         """Numbers that the update would be fed with: RuntimeError when some are not finite and the run is to stop."""
         mask = batch["response_mask"]
-        columns = {name: column for name, column in batch.columns.items() if column.shape == mask.shape}
+        columns = {
+            name: column for name, column in batch.columns.items() if column.shape == mask.shape
+        }
         broken = nonfinite_rows(columns, mask)
         if not broken:
             return
-        rows = "; ".join(f"sequence {row} ({', '.join(names)})" for row, names in list(broken.items())[:_SHOWN])
+        rows = "; ".join(
+            f"sequence {row} ({', '.join(names)})" for row, names in list(broken.items())[:_SHOWN]
+        )
         text = (
             f"step {step}: numbers of {len(broken)} of {len(batch)} sequences are not finite: {rows}. "
             f"Sequence k is line k + 1 of samples/step_{step}.jsonl"
         )
         if self._stop:
-            raise RuntimeError(f"{text}. trainer.on_nonfinite=skip leaves out the optimizer steps that hold them")
+            raise RuntimeError(
+                f"{text}. trainer.on_nonfinite=skip leaves out the optimizer steps that hold them"
+            )
         self._tell(text)
 
     def update(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -64,13 +76,17 @@ class Watch:
         found = {}
         for role in ROLES:
             if skipped := metrics.get(f"{role}/skipped_steps"):
-                self._tell(f"step {step}: {skipped:.0f} optimizer step(s) of the {role} left out; why: logs/driver.log")
+                self._tell(
+                    f"step {step}: {skipped:.0f} optimizer step(s) of the {role} left out; why: logs/driver.log"
+                )
             norm = metrics.get(f"{role}/grad_norm")
             if norm is None:
                 continue
             ratio = found[f"{role}/grad_norm_ratio"] = self._spikes[role].ratio(norm)
             if ratio > self._factor:
-                self._tell(f"step {step}: gradient norm of the {role} {norm:.3g}, {ratio:.1f} times its usual size")
+                self._tell(
+                    f"step {step}: gradient norm of the {role} {norm:.3g}, {ratio:.1f} times its usual size"
+                )
         return found
 
     def _tell(self, text: str) -> None:

@@ -23,7 +23,9 @@ NO_GPU = "no GPU: nvidia-smi finds {found} of {needed} (pytest tests/gpu --on-cp
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--on-cpu", action="store_true", help="run the GPU suite on CPU processes, to try it")
+    parser.addoption(
+        "--on-cpu", action="store_true", help="run the GPU suite on CPU processes, to try it"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,7 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> Target:
     """The devices of this session."""
-    return cpu_target() if request.config.getoption("--on-cpu", default=False) else gpu_target(find_gpus())
+    return (
+        cpu_target()
+        if request.config.getoption("--on-cpu", default=False)
+        else gpu_target(find_gpus())
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +53,11 @@ def measured(target: Target, request: pytest.FixtureRequest) -> Iterator[dict[st
     numbers: dict[str, float] = {}
     yield numbers
     if target.is_gpu and numbers and not request.session.testsfailed:
-        commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
-        source = f"pytest -m gpu at {commit.stdout.strip() or 'an installed version'}, {date.today()}"
+        commit = subprocess.run(
+            ["git", "describe", "--always"], capture_output=True, text=True, check=False
+        )
+        source = (
+            f"pytest -m gpu at {commit.stdout.strip() or 'an installed version'}, {date.today()}"
+        )
         write_measured(DEFAULT, find_gpus()[0], source, numbers)
         print(f"measured numbers: {DEFAULT}")

@@ -31,8 +31,14 @@ def engine(target: Target, dtype: str, **settings: Any) -> dict[str, Any]:
     environment = target.platform.environment("engine", dtype)
     if not target.is_gpu:
         return {"pack": False, "environment": environment}
-    common = {"moe_backend": "triton", "hf_overrides": {"head_dtype": "float32"}, "kv_cache_memory_bytes": 256 << 20}
-    common["max_num_seqs"] = 64  # graphs of up to 128 tokens, which hold the three prompts that are scored
+    common = {
+        "moe_backend": "triton",
+        "hf_overrides": {"head_dtype": "float32"},
+        "kv_cache_memory_bytes": 256 << 20,
+    }
+    common["max_num_seqs"] = (
+        64  # graphs of up to 128 tokens, which hold the three prompts that are scored
+    )
     return {"environment": environment, **common, **settings}
 
 
@@ -53,11 +59,22 @@ def test_log_probs_follow_the_weights(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_other_models(family: str, target: Target, child: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_other_models(
+    family: str, target: Target, child: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     """A tied head, and experts (Triton's kernels keep them where they are written)."""
     model = {"norm_topk_prob": False, "ffn": 96} if family == "qwen3_moe" else {}
     settings = engine(target, "bfloat16")
-    rig = Rig(child, tmp_path, "bfloat16", settings, family=family, tie=family == "llama", kv_heads=2, **model)
+    rig = Rig(
+        child,
+        tmp_path,
+        "bfloat16",
+        settings,
+        family=family,
+        tie=family == "llama",
+        kv_heads=2,
+        **model,
+    )
     print(f"ENGINE {family}: log-probs {rig.check(ERROR['bfloat16']):.1e}")
 
 
@@ -83,6 +100,8 @@ def test_sleeps_and_wakes(
 
 def test_fp8(target: Target, child: ProcessPoolExecutor, tmp_path: Path) -> None:
     """Quantized by vLLM's own code at each write."""
-    settings = engine(target, "bfloat16", quantization="fp8_per_channel") | {"quantization": "fp8_per_channel"}
+    settings = engine(target, "bfloat16", quantization="fp8_per_channel") | {
+        "quantization": "fp8_per_channel"
+    }
     rig = Rig(child, tmp_path, "bfloat16", settings, family="qwen2", tie=False, kv_heads=2)
     print(f"ENGINE fp8: log-probs {rig.check(0.3):.1e}")

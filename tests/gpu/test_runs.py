@@ -24,9 +24,17 @@ def job(folder: Path, target: Target, dtype: str) -> tuple[Path, list[str]]:
     """A tiny PPO job for the target's devices."""
     folder.mkdir(parents=True, exist_ok=True)
     path = write_job(folder)
-    overrides = [f"trainer.total_training_steps={STEPS}", f"model.dtype={dtype}", f"rollout.dtype={dtype}"]
+    overrides = [
+        f"trainer.total_training_steps={STEPS}",
+        f"model.dtype={dtype}",
+        f"rollout.dtype={dtype}",
+    ]
     if target.is_gpu:
-        overrides += ["cluster.platform=cuda", "cluster.gpus_per_node=1", "rollout.gpu_memory_utilization=0.3"]
+        overrides += [
+            "cluster.platform=cuda",
+            "cluster.gpus_per_node=1",
+            "rollout.gpu_memory_utilization=0.3",
+        ]
     return path, overrides
 
 
@@ -61,7 +69,9 @@ def same_weights(one: Path, other: Path) -> bool:
     with HFReader(one) as ours, HFReader(other) as theirs:
         names = ours.names()
         full = [(name, tuple((0, n) for n in ours.shape(name))) for name in names]
-        return names == theirs.names() and all(ours.read(*at).equal(theirs.read(*at)) for at in full)
+        return names == theirs.names() and all(
+            ours.read(*at).equal(theirs.read(*at)) for at in full
+        )
 
 
 @pytest.mark.gpu
@@ -69,7 +79,12 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
     """Two steps, a checkpoint, two more are four steps; engine and trainer agree; memory is what the plan says."""
     path, overrides = job(tmp_path / "whole", target, "bfloat16" if target.is_gpu else "float32")
-    overrides += ["rollout.sleep=true", "model.offload=true", "trainer.save_hf=always", "trainer.save_freq=2"]
+    overrides += [
+        "rollout.sleep=true",
+        "model.offload=true",
+        "trainer.save_hf=always",
+        "trainer.save_freq=2",
+    ]
     with peak_memory(target) as samples:
         rows = run(path, overrides)
     steps = [row for row in rows if row["step"] > 0]
@@ -77,13 +92,17 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
     # Of a step's work alone: the last step also validates and exports.
     times = [row["timing_s/old_logprobs"] + row["timing_s/update_actor"] for row in steps]
     peak_mib = max(samples, default=0)
-    print(f"RUN canary {max(canaries):.1e}, old_logprobs and update_actor {times} s, peak {peak_mib} MiB")
+    print(
+        f"RUN canary {max(canaries):.1e}, old_logprobs and update_actor {times} s, peak {peak_mib} MiB"
+    )
     assert max(canaries) < CANARY
     if target.is_gpu:
         assert times[-1] < 1.2 * times[-2] + 0.2
         planned = plan_peak_mib(path, overrides)
         assert abs(max(samples) - planned) < 0.1 * planned + 512, f"planned {planned:.0f} MiB"
-    again, overrides_again = job(tmp_path / "again", target, "bfloat16" if target.is_gpu else "float32")
+    again, overrides_again = job(
+        tmp_path / "again", target, "bfloat16" if target.is_gpu else "float32"
+    )
     overrides_again += overrides[len(overrides_again) :]
     first = path.parent / "run" / "checkpoints"
     run(again, [*overrides_again, f"trainer.resume_mode={first / 'step_2'}"])
@@ -93,7 +112,13 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
 
 def plan_peak_mib(path: Path, overrides: list[str]) -> float:
     """What `rlhf3d plan` says of the fullest phase of the first GPU."""
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "plan", str(path), *overrides, "--json"]
+    command = [
+        str(Path(sys.executable).with_name("rlhf3d")),
+        "plan",
+        str(path),
+        *overrides,
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return float(json.loads(done.stdout)["memory"]["peak"]["bytes"]) / 2**20
 
@@ -114,7 +139,11 @@ LAYOUTS = {
     "tensor": ["actor.layout.tp=2", "actor.layout.sequence_parallel=true", "rollout.engines=2"],
     "pipeline": ["actor.layout.pp=2", "actor.layout.vpp=2", "rollout.engines=2"],
     "context": ["actor.layout.cp=2", "model.use_remove_padding=true", "rollout.engines=2"],
-    "one engine of two ranks": ["actor.layout.dp=2", "rollout.engines=1", "rollout.tensor_parallel_size=2"],
+    "one engine of two ranks": [
+        "actor.layout.dp=2",
+        "rollout.engines=1",
+        "rollout.tensor_parallel_size=2",
+    ],
     "engine on a GPU of its own": ["rollout.placement=disaggregated"],
 }
 

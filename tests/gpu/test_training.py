@@ -25,7 +25,13 @@ pytestmark = pytest.mark.gpu
 MODELS = {
     "heads4": {"heads": 4, "kv_heads": 2, "layers": 2},
     "normed": {"family": "qwen3", "tie": False, "layers": 2},
-    "experts": {"family": "qwen3_moe", "tie": False, "layers": 2, "vocab": 115, "norm_topk_prob": False},
+    "experts": {
+        "family": "qwen3_moe",
+        "tie": False,
+        "layers": 2,
+        "vocab": 115,
+        "norm_topk_prob": False,
+    },
 }
 # cuDNN's attention of packed sequences is for bfloat16.
 UPDATES = [
@@ -70,22 +76,33 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
 
 @pytest.mark.parametrize(("case", "packed", "bound"), UPDATES, ids=lambda value: str(value))
 def test_updates(
-    case: Case, packed: bool, bound: float, target: Target, folders: dict[str, Path], references: dict[str, dict]
+    case: Case,
+    packed: bool,
+    bound: float,
+    target: Target,
+    folders: dict[str, Path],
+    references: dict[str, dict],
 ) -> None:
     ours = run_case(target, replace(case, platform=target.platform), packed, folders[case.model])
     for role in PPO:
         metric, norm, weight = compare(ours[role], references[case.model][role], bound=bound)
-        print(f"UPDATE {case} packed={packed} {role}: metrics {metric:.1e} norm {norm:.1e} weights {weight:.1e}")
+        print(
+            f"UPDATE {case} packed={packed} {role}: metrics {metric:.1e} norm {norm:.1e} weights {weight:.1e}"
+        )
 
 
-def head_errors(rank: int, port: int, target: Target, dtype: torch.dtype) -> tuple[float, float, float | None]:
+def head_errors(
+    rank: int, port: int, target: Target, dtype: torch.dtype
+) -> tuple[float, float, float | None]:
     """Largest errors against float64 of log-probs, and of gradients relative to the largest; peak GiB on a GPU."""
     from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 
     platform, device = target.platform, target.platform.device(0)
     tokens, width, vocab = 700, 256, 20_000
     make = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, width, generator=make).div(4).to(dtype) for n in (tokens, vocab))
+    hidden, weight = (
+        torch.randn(n, width, generator=make).div(4).to(dtype) for n in (tokens, vocab)
+    )
     labels = torch.randint(vocab, (tokens,), generator=make)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     log_p = torch.log_softmax(exact[0] @ exact[1].t(), -1)
@@ -97,9 +114,12 @@ def head_errors(rank: int, port: int, target: Target, dtype: torch.dtype) -> tup
         torch.cuda.reset_peak_memory_stats()
     ours = vocab_parallel_logprobs(*there, labels.to(device), platform=platform)
     (ours[0].sum() + 0.5 * ours[1].sum()).backward()
-    values = max(float((a.cpu() - b).abs().max()) for a, b in zip(ours, (picked, entropy), strict=True))
+    values = max(
+        float((a.cpu() - b).abs().max()) for a, b in zip(ours, (picked, entropy), strict=True)
+    )
     gradients = max(
-        float((a.grad.cpu() - b.grad).abs().max() / b.grad.abs().max()) for a, b in zip(there, exact, strict=True)
+        float((a.grad.cpu() - b.grad).abs().max() / b.grad.abs().max())
+        for a, b in zip(there, exact, strict=True)
     )
     return values, gradients, torch.cuda.max_memory_allocated() / 2**30 if target.is_gpu else None
 
@@ -108,7 +128,9 @@ def head_errors(rank: int, port: int, target: Target, dtype: torch.dtype) -> tup
 def test_head(dtype: str, target: Target) -> None:
     """Log-probs from logits in fp32 (rounded to bfloat16 they would be off by 1e-2) in chunks of bounded memory."""
     ((values, gradients, peak),) = target.run(1, dtype, head_errors, target, getattr(torch, dtype))
-    print(f"HEAD {dtype}: log-probs and entropy {values:.1e}, gradients {gradients:.1e}, peak {peak} GiB")
+    print(
+        f"HEAD {dtype}: log-probs and entropy {values:.1e}, gradients {gradients:.1e}, peak {peak} GiB"
+    )
     if target.is_gpu or dtype == "float32":  # CPU ranks multiply in bfloat16
         assert values < 5e-4
     assert gradients < HEAD_ERROR[dtype]
@@ -121,7 +143,10 @@ def resting(rank: int, port: int, target: Target) -> list[tuple[float, float]]:
     from rlhf3d.engine.residence import Residents
 
     device = target.platform.device(0)
-    states = [torch.randn(40_000_001, device=device), torch.randn(3, 5, 7, device=device).bfloat16()]
+    states = [
+        torch.randn(40_000_001, device=device),
+        torch.randn(3, 5, 7, device=device).bfloat16(),
+    ]
     before = [state.cpu().clone() for state in states]
     rounds = []
     residents = Residents(states)
@@ -204,7 +229,10 @@ def rates(rank: int, port: int, target: Target, seconds: float) -> dict[str, flo
     device = target.platform.device(0)
     pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=target.is_gpu)
     there = torch.empty_like(pinned, device=device)
-    a, b = (torch.randn(4096 if target.is_gpu else 256, 4096, device=device).bfloat16() for _ in range(2))
+    a, b = (
+        torch.randn(4096 if target.is_gpu else 256, 4096, device=device).bfloat16()
+        for _ in range(2)
+    )
     work = {
         "flops": (lambda: a @ b.t(), 2.0 * a.shape[0] * b.shape[0] * 4096),
         "host": (lambda: pinned.copy_(there.copy_(pinned)), 2.0 * pinned.numel()),
@@ -233,7 +261,11 @@ def test_rates(target: Target, measured: dict[str, float]) -> None:
     ((found),) = target.run(1, "bfloat16", rates, target, 2.0 if target.is_gpu else 0.2)
     print(f"RATES {found['flops'] / 1e12:.1f} TFLOP/s, host {found['host'] / 1e9:.1f} GB/s")
     measured |= {"memory_gib": found["memory_gib"], "host_gbs": found["host"] / 1e9}
-    known = [h for h in load_hardware().values() if target.is_gpu and h.is_device(target.platform.reason)]
+    known = [
+        h for h in load_hardware().values() if target.is_gpu and h.is_device(target.platform.reason)
+    ]
     for hardware in known:
         share = found["flops"] / hardware.flops["bfloat16"]
-        assert 0.3 < share <= 1.0, "a plain product is far from the data sheet: is the GPU shared or throttled?"
+        assert 0.3 < share <= 1.0, (
+            "a plain product is far from the data sheet: is the GPU shared or throttled?"
+        )

@@ -35,7 +35,10 @@ CASES: dict[str, tuple[dict[str, Any], list[ParallelLayout]]] = {
         {"tie": True, "vocab": 101},
         [ParallelLayout(), ParallelLayout(tp=2, pp=2, vpp=2)],
     ),
-    "qwen2": ({"family": "qwen2", "tie": False}, [ParallelLayout(tp=2, pp=2, first_stage_layers=3)]),
+    "qwen2": (
+        {"family": "qwen2", "tie": False},
+        [ParallelLayout(tp=2, pp=2, first_stage_layers=3)],
+    ),
     "qwen3": ({"family": "qwen3", "tie": False, "vocab": 103}, [ParallelLayout(tp=2, dp=2)]),
     "mixtral": ({"family": "mixtral", "tie": False, "layers": 2}, [ParallelLayout(dp=2, ep=2)]),
     "qwen3_moe": (
@@ -73,14 +76,20 @@ def classifier(folder: Path, source: Path) -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders, by case."""
     root = tmp_path_factory.mktemp("models")
-    made = {name: make_tiny_model(root / name, **model) for name, (model, _) in CASES.items() if name != "critic"}
+    made = {
+        name: make_tiny_model(root / name, **model)
+        for name, (model, _) in CASES.items()
+        if name != "critic"
+    }
     plain = make_tiny_model(root / "plain", **CASES["critic"][0])
     return made | {"critic": classifier(root / "critic", plain)}
 
 
 @pytest.mark.gpu_set
 @pytest.mark.parametrize(
-    ("name", "layout"), [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts], ids=str
+    ("name", "layout"),
+    [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts],
+    ids=str,
 )
 def test_megatron_loads_and_saves_what_is_converted(
     name: str, layout: ParallelLayout, folders: dict[str, Path], tmp_path: Path
@@ -89,14 +98,20 @@ def test_megatron_loads_and_saves_what_is_converted(
     folder = "critic" if name == "critic" else "actor"
     converted = convert(hf, tmp_path / "converted") / folder
     saved = tmp_path / "saved"
-    assert all(run_ranks(layout.world_size, load_and_save, PLATFORM, hf, layout, role, converted, saved))
-    assert same_tensors(load_tensors(convert(saved, tmp_path / "back", reference=hf)), load_tensors(hf))
+    assert all(
+        run_ranks(layout.world_size, load_and_save, PLATFORM, hf, layout, role, converted, saved)
+    )
+    assert same_tensors(
+        load_tensors(convert(saved, tmp_path / "back", reference=hf)), load_tensors(hf)
+    )
 
 
 def rlhf3d(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tools/convert_checkpoint.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def test_command_verifies_an_actor_in_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -120,13 +135,21 @@ def test_command_verifies_an_actor_in_bfloat16(folders: dict[str, Path], tmp_pat
 def test_critic_has_transformers_values(folders: dict[str, Path], tmp_path: Path) -> None:
     megatron = convert(folders["critic"], tmp_path / "megatron")
     proof = verify(megatron / "critic", folders["critic"], "megatron")
-    assert proof.skipped is None and proof.max_logit_diff is not None and proof.max_logit_diff < 1e-5
+    assert (
+        proof.skipped is None and proof.max_logit_diff is not None and proof.max_logit_diff < 1e-5
+    )
 
 
 def vllm_scores(folder: Path, tokens: list[list[int]]) -> list[list[float]]:
     from rlhf3d.rollout.vllm_engine import VLLMEngine
 
-    settings = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "kv_cache_gib": 0.05, "threads": 1}
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "kv_cache_gib": 0.05,
+        "threads": 1,
+    }
     engine = VLLMEngine(folder, load_weights=True, **settings)
     try:
         return engine.score(tokens)

@@ -58,10 +58,15 @@ def packed_and_separate(rank: int, port: int) -> float:
     ids = torch.randint(0, VOCAB, (1, SEQUENCE), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     ends = torch.tensor([0, 5, 6, 16], dtype=torch.int32)
-    packing = PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=10, max_seqlen_kv=10)
+    packing = PackedSeqParams(
+        "thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=10, max_seqlen_kv=10
+    )
     with torch.no_grad():
         packed = model(ids, positions, None, packed_seq_params=packing)[0]
-        alone = [model(part, torch.arange(part.shape[1])[None], None)[0] for part in ids.split(lengths, dim=1)]
+        alone = [
+            model(part, torch.arange(part.shape[1])[None], None)[0]
+            for part in ids.split(lengths, dim=1)
+        ]
     return (packed - torch.cat(alone)).abs().max().item()
 
 

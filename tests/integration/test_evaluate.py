@@ -22,13 +22,18 @@ TOKENS = 12
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rlhf3d.cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def greedy_text(model: Path, prompt: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
     )
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     made = reference.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :]
@@ -42,13 +47,27 @@ def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> No
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": None}))
     # Together more tokens than vLLM takes in one step, which on CPU must not cut a seeded request's prompt in two.
-    questions = ["1+1?", "How many legs has a spider?", *(f"{i} {'and one ' * 8}" for i in range(80))]
+    questions = [
+        "1+1?",
+        "How many legs has a spider?",
+        *(f"{i} {'and one ' * 8}" for i in range(80)),
+    ]
     rows = [
-        PromptRow("openai/gsm8k", [{"role": "user", "content": q}], "math", {"ground_truth": "2"}) for q in questions
+        PromptRow("openai/gsm8k", [{"role": "user", "content": q}], "math", {"ground_truth": "2"})
+        for q in questions
     ]
     write_parquet(rows, tmp_path / "test.parquet", {})
     output = tmp_path / "out"
-    arguments = ["evaluate", str(model), str(tmp_path / "test.parquet"), "--output", str(output), "--json", "--n", "2"]
+    arguments = [
+        "evaluate",
+        str(model),
+        str(tmp_path / "test.parquet"),
+        "--output",
+        str(output),
+        "--json",
+        "--n",
+        "2",
+    ]
     arguments += ["--max-tokens", str(TOKENS), "--max-prompt-length", "100", "--dtype", "float32"]
     arguments += ["--kv-cache-gib", "0.05", "--threads", "1"]
     done = run(*arguments)
@@ -72,17 +91,38 @@ def test_engines_of_several_ranks_give_the_same(tmp_path: Path) -> None:
     """Two engines of two ranks each, scored by a function of one's own."""
     model = make_tiny_model(tmp_path / "model", hidden=64, heads=2, kv_heads=2, layers=2)
     questions = [f"{i} and {i}?" for i in range(5)]
-    rows = [PromptRow("mine", [{"role": "user", "content": q}], "math", {"ground_truth": "2"}) for q in questions]
+    rows = [
+        PromptRow("mine", [{"role": "user", "content": q}], "math", {"ground_truth": "2"})
+        for q in questions
+    ]
     write_parquet(rows, tmp_path / "test.parquet", {})
     (tmp_path / "reward.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return len(solution_str)\n"
     )
     output = tmp_path / "out"
-    arguments = ["evaluate", str(model), str(tmp_path / "test.parquet"), "--output", str(output), "--json"]
-    arguments += ["--max-tokens", str(TOKENS), "--max-prompt-length", "100", "--dtype", "float32", "--threads", "1"]
+    arguments = [
+        "evaluate",
+        str(model),
+        str(tmp_path / "test.parquet"),
+        "--output",
+        str(output),
+        "--json",
+    ]
+    arguments += [
+        "--max-tokens",
+        str(TOKENS),
+        "--max-prompt-length",
+        "100",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+    ]
     arguments += ["--kv-cache-gib", "0.05", "--engines", "2", "--tensor-parallel-size", "2"]
     done = run(*arguments, "--reward", str(tmp_path / "reward.py"))
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (output / "generations.jsonl").read_text().splitlines()]
-    assert {line["prompt"]: line["response"] for line in lines} == {q: greedy_text(model, q) for q in questions}
+    assert {line["prompt"]: line["response"] for line in lines} == {
+        q: greedy_text(model, q) for q in questions
+    }
     assert all(line["score"] == len(line["response"]) for line in lines)

@@ -40,11 +40,15 @@ def every_algorithm() -> dict[str, PolicyObjective | ValueObjective]:
     modes, kinds = cycle(AGGREGATION_MODES), cycle(KL_KINDS)
     chosen = [(loss, next(modes)) for loss in POLICY_LOSSES.names()]
     chosen += [("vanilla", mode) for mode in AGGREGATION_MODES if ("vanilla", mode) not in chosen]
-    policies = [PolicyObjective(loss, SETTINGS, mode, 0.01, 0.1, next(kinds)) for loss, mode in chosen]
+    policies = [
+        PolicyObjective(loss, SETTINGS, mode, 0.01, 0.1, next(kinds)) for loss, mode in chosen
+    ]
     objectives: dict[str, PolicyObjective | ValueObjective] = {
         f"{p.loss_name} {p.loss_agg_mode} {p.kl_loss_type}": p for p in policies
     }
-    return objectives | {f"value {mode}": ValueObjective(0.2, mode) for mode in AGGREGATION_MODES[:2]}
+    return objectives | {
+        f"value {mode}": ValueObjective(0.2, mode) for mode in AGGREGATION_MODES[:2]
+    }
 
 
 CASES = [
@@ -99,7 +103,10 @@ GPU_SET = [
 
 
 def parameters(cases: list[Case]) -> list[Any]:
-    return [pytest.param(case, id=str(case), marks=pytest.mark.gpu_set if case in GPU_SET else ()) for case in cases]
+    return [
+        pytest.param(case, id=str(case), marks=pytest.mark.gpu_set if case in GPU_SET else ())
+        for case in cases
+    ]
 
 
 def batchings(case: Case) -> dict[str, MicroBatching]:
@@ -127,27 +134,40 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=8),
         "shallow": make_tiny_model(root / "shallow", heads=4, kv_heads=2, layers=4),
-        "heads9": make_tiny_model(root / "h9", heads=9, kv_heads=3, hidden=72, ffn=96, vocab=120, layers=4),
-        "experts": make_tiny_model(root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False),
+        "heads9": make_tiny_model(
+            root / "h9", heads=9, kv_heads=3, hidden=72, ffn=96, vocab=120, layers=4
+        ),
+        "experts": make_tiny_model(
+            root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False
+        ),
     }
 
 
 @pytest.fixture(scope="module")
 def references(folders: dict[str, Path]) -> dict[str, dict]:
     """The update of PPO."""
-    return {model: one_process(folders[model], PPO, SEQUENCES // 2) for model in {case.model for case in CASES}}
+    return {
+        model: one_process(folders[model], PPO, SEQUENCES // 2)
+        for model in {case.model for case in CASES}
+    }
 
 
 @pytest.mark.parametrize("case", parameters(CASES))
-def test_same_update_in_every_layout(case: Case, folders: dict[str, Path], references: dict[str, dict]) -> None:
+def test_same_update_in_every_layout(
+    case: Case, folders: dict[str, Path], references: dict[str, dict]
+) -> None:
     updates = {role: Update(case.fixed, objective) for role, objective in PPO.items()}
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
     for role in PPO:
         metric, norm, weight = compare(assemble(case, results, role), references[case.model][role])
-        print(f"LAYOUT {case} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+        print(
+            f"LAYOUT {case} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
+        )
 
 
-def test_the_update_moves_the_weights(folders: dict[str, Path], references: dict[str, dict]) -> None:
+def test_the_update_moves_the_weights(
+    folders: dict[str, Path], references: dict[str, dict]
+) -> None:
     for role in PPO:
         before, after = references["heads4"][role]["outputs"], references["heads4"][role]["after"]
         assert all(float((before[name] - after[name]).abs().max()) > 1e-3 for name in before)
@@ -184,7 +204,9 @@ def test_same_update_in_every_batching(
             for name, objective in objectives.items()
         ]
         metric, norm, weight = (max(column) for column in zip(*worst, strict=True))
-        print(f"BATCHING {case} {batching}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
+        print(
+            f"BATCHING {case} {batching}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
+        )
 
 
 def test_algorithms_differ(algorithm_references: dict[str, dict]) -> None:

@@ -50,8 +50,15 @@ def left_behind() -> set[str]:
         with suppress(psutil.Error):
             if process.environ().get(MARK) == str(os.getpid()):
                 found.add(f"{process.name()} {process.pid}")
-    files = {path.name: path.name.removeprefix(FILE_PREFIX).split("-")[0] for path in SHM.glob(f"{FILE_PREFIX}*")}
-    return found | {name for name, driver in files.items() if driver.isdigit() and not psutil.pid_exists(int(driver))}
+    files = {
+        path.name: path.name.removeprefix(FILE_PREFIX).split("-")[0]
+        for path in SHM.glob(f"{FILE_PREFIX}*")
+    }
+    return found | {
+        name
+        for name, driver in files.items()
+        if driver.isdigit() and not psutil.pid_exists(int(driver))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     done = {}
     critic = ("critic.layout.dp=2", "critic.ppo_micro_batch_size_per_gpu=8")
     apart = ("rollout.placement=disaggregated", "rollout.engines=2", *critic)
-    for name, layout in (("tp1", ()), ("tp2pp2", ("actor.layout.tp=2", "actor.layout.pp=2", *apart))):
+    for name, layout in (
+        ("tp1", ()),
+        ("tp2pp2", ("actor.layout.tp=2", "actor.layout.pp=2", *apart)),
+    ):
         folder = tmp_path_factory.mktemp(name)
         finished = train(write_job(folder), *layout, "cluster.threads_per_rank=1")
         assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
@@ -71,7 +81,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.timeout(900)
 def test_learns_in_both_layouts_with_the_same_curve(runs: dict[str, Path]) -> None:
-    curves = {name: [row["critic/score/mean"] for row in read_rows(run)[1:]] for name, run in runs.items()}
+    curves = {
+        name: [row["critic/score/mean"] for row in read_rows(run)[1:]] for name, run in runs.items()
+    }
     for name, curve in curves.items():
         print(f"LEARNING {name}: first {curve[0]:.3f} last {curve[-1]:.3f}")
         assert curve[0] < 0.4
@@ -103,7 +115,9 @@ def test_mixture_of_experts_runs_whole(tmp_path: Path) -> None:
     """Experts over two ranks in training, which share out each sequence; each expert cut over two ranks in vLLM."""
     job = write_job(tmp_path, "qwen3_moe")
     layout = ("actor.layout.cp=2", "actor.layout.ep=2", "actor.ppo_micro_batch_size_per_gpu=16")
-    finished = train(job, *layout, "rollout.tensor_parallel_size=2", "trainer.total_training_steps=2")
+    finished = train(
+        job, *layout, "rollout.tensor_parallel_size=2", "trainer.total_training_steps=2"
+    )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     rows = read_rows(tmp_path / "run")
     assert max(row["sync/canary_abs_diff"] for row in rows if "sync/canary_abs_diff" in row) < 1e-4
@@ -112,13 +126,18 @@ def test_mixture_of_experts_runs_whole(tmp_path: Path) -> None:
 
 def test_weights_do_not_depend_on_the_layout(runs: dict[str, Path]) -> None:
     """After 30 steps that move them by up to 0.09, and with the critic in a group of its own in one of the runs."""
-    first, second = (load_file(run / f"checkpoints/step_{STEPS}/hf/model.safetensors") for run in runs.values())
+    first, second = (
+        load_file(run / f"checkpoints/step_{STEPS}/hf/model.safetensors") for run in runs.values()
+    )
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-3
 
 
 def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
     folder = runs["tp2pp2"] / "checkpoints" / f"step_{STEPS}" / "hf"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "word 1"}], add_generation_prompt=True, return_dict=False
     )
@@ -130,16 +149,28 @@ def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
 
 def test_own_algorithm_with_dynamic_sampling_on_two_ranks(tmp_path: Path) -> None:
     """A user's estimator and loss, groups refilled, truncated importance weights, on PP2."""
-    job = write_job(tmp_path, algorithm={"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")})
+    job = write_job(
+        tmp_path, algorithm={"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")}
+    )
     (tmp_path / "own.py").write_text(OWN_ALGORITHM)
-    sizes = ("data.train_batch_size=16", "data.gen_batch_size=20", "actor.ppo_mini_batch_size=8", "rollout.n=4")
-    chosen = ("actor.policy_loss=squared_clip", "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}")
+    sizes = (
+        "data.train_batch_size=16",
+        "data.gen_batch_size=20",
+        "actor.ppo_mini_batch_size=8",
+        "rollout.n=4",
+    )
+    chosen = (
+        "actor.policy_loss=squared_clip",
+        "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}",
+    )
     more = ("algorithm.filter_groups.enable=true", "algorithm.rollout_correction.rollout_is=token")
     place = ("actor.layout.pp=2", "cluster.threads_per_rank=1", "trainer.save_at_end=false")
     finished = train(job, *sizes, *chosen, *more, *place, "trainer.total_training_steps=10")
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     rows = read_rows(tmp_path / "run")[1:]
-    assert rows[0]["critic/score/mean"] < 0.4 and rows[-1]["filter_groups/generated_score/mean"] > 0.7
+    assert (
+        rows[0]["critic/score/mean"] < 0.4 and rows[-1]["filter_groups/generated_score/mean"] > 0.7
+    )
     for row in rows:
         assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
         assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
@@ -154,7 +185,11 @@ def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
     )
     failed = train(job, "trainer.val_before_train=false")
     assert failed.returncode == 1
-    for wanted in ("ZeroDivisionError", "reward.max_error_rate", "4 of 64 completions were not scored"):
+    for wanted in (
+        "ZeroDivisionError",
+        "reward.max_error_rate",
+        "4 of 64 completions were not scored",
+    ):
         assert wanted in failed.stderr
     assert len(failed.stderr.splitlines()) < 50
     assert left_behind() == set()
@@ -162,8 +197,15 @@ def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
 
 def test_interrupt_ends_everything(tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), "trainer.total_training_steps=10000"]
-    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs are made deaf to it
+    command = [
+        str(Path(sys.executable).with_name("rlhf3d")),
+        "train",
+        str(job),
+        "trainer.total_training_steps=10000",
+    ]
+    listening = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # background jobs are made deaf to it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=MARKED, preexec_fn=listening, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None

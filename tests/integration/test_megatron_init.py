@@ -23,7 +23,9 @@ def test_megatron_is_the_one_that_was_put_first() -> None:
     import megatron.core
 
     first = str(gpu_set.folder("megatron-core")) in os.environ.get("PYTHONPATH", "").split(":")
-    found = megatron.core.__version__.partition("+")[0]  # then the commit of whatever repository it lies in
+    found = megatron.core.__version__.partition("+")[
+        0
+    ]  # then the commit of whatever repository it lies in
     assert found == megatron_patches.installed_version()
     assert (found == gpu_set.version("megatron-core")) == first
 

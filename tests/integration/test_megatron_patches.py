@@ -21,7 +21,9 @@ from rlhf3d.parallel.layout import ParallelLayout
 pytestmark = pytest.mark.gpu_set
 ROOT = Path(__file__).parents[2]
 VERSION = megatron_patches.installed_version()
-FIXED = [p.name for p in megatron_patches.PATCHES if p.not_needed_because("cpu", VERSION) is not None]
+FIXED = [
+    p.name for p in megatron_patches.PATCHES if p.not_needed_because("cpu", VERSION) is not None
+]
 """Patches that this version of Megatron does not need."""
 
 FAILURES = {
@@ -41,7 +43,9 @@ def without() -> dict[str, dict[str, Any]]:
     path = f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'tests'}:{ROOT}"  # first what this process has first
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "support.megatron_cases"]
-    done = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, check=False, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return outcomes
@@ -100,7 +104,9 @@ def test_upstream_forks_writers_without(name: str, without: dict[str, dict[str, 
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("name", [name for name in FIXED if name != "isend_alias"])
-def test_upstream_is_right_without_what_it_does_not_need(name: str, without: dict[str, dict[str, Any]]) -> None:
+def test_upstream_is_right_without_what_it_does_not_need(
+    name: str, without: dict[str, dict[str, Any]]
+) -> None:
     assert without[name].get("value") == with_patch(name), without[name]
 
 
@@ -108,10 +114,14 @@ def test_upstream_is_right_without_what_it_does_not_need(name: str, without: dic
 @pytest.mark.skipif("isend_alias" not in FIXED, reason=f"megatron-core {VERSION} needs isend_alias")
 def test_upstream_waits_for_a_send_before_it_frees_what_is_sent() -> None:
     """In both places that start one: warm-up and steady state."""
-    from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving as schedule
+    from megatron.core.pipeline_parallel.schedules import (
+        forward_backward_pipelining_with_interleaving as schedule,
+    )
 
     source = inspect.getsource(schedule)
-    waits = re.findall(r"config\.deallocate_pipeline_outputs:\n +send_next_wait_handle\.wait\(\)", source)
+    waits = re.findall(
+        r"config\.deallocate_pipeline_outputs:\n +send_next_wait_handle\.wait\(\)", source
+    )
     assert len(waits) == source.count('fwd_wait_handles.pop("send_next")') == 2
 
 
@@ -171,6 +181,12 @@ def test_cuda_gets_only_what_is_wrong_there_too(without: dict[str, dict[str, Any
     status = result["status"]
     assert not result["rewritten"]
     assert status["device"] == status["rng_tracker"] == "not needed: CPU only"
-    everywhere = {"checkpoint_queue", "checkpoint_writer", "moe_router_gemm", "isend_alias", "output_layer_fusion"}
+    everywhere = {
+        "checkpoint_queue",
+        "checkpoint_writer",
+        "moe_router_gemm",
+        "isend_alias",
+        "output_layer_fusion",
+    }
     everywhere -= set(FIXED)
     assert {name for name in status if status[name] == "applied"} == everywhere

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from support.ranks import RankError, run_ranks
 from support.tiny_models import make_tiny_model
-from support.updates import PPO, SEQUENCES, Case, Update, assemble, compare, one_process, run_updates
+from support.updates import (
+    PPO,
+    SEQUENCES,
+    Case,
+    Update,
+    assemble,
+    compare,
+    one_process,
+    run_updates,
+)
 
 import megatron_patches
 from rlhf3d.parallel import nccl_rules
@@ -35,11 +44,15 @@ def imported() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "model", heads=4, kv_heads=2, layers=4)
+    return make_tiny_model(
+        tmp_path_factory.mktemp("models") / "model", heads=4, kv_heads=2, layers=4
+    )
 
 
 def update(case: Case) -> dict[str, Update]:
-    return {name: Update(case.fixed, objective, SEQUENCES // 2) for name, objective in POLICY.items()}
+    return {
+        name: Update(case.fixed, objective, SEQUENCES // 2) for name, objective in POLICY.items()
+    }
 
 
 @pytest.mark.parametrize("case", [*CASES, INTERLEAVED], ids=str)

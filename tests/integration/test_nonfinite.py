@@ -25,7 +25,9 @@ LAYOUTS = [ParallelLayout(pp=2), ParallelLayout(dp=2)]
 def make_batch() -> Batch:
     """Two mini-batches of four; the reference's log-prob of the second one's sequence 6 is NaN."""
     rng = torch.Generator().manual_seed(0)
-    responses = [torch.randint(4, 100, (n,), generator=rng).tolist() for n in (3, 5, 2, 4, 4, 1, 3, 5)]
+    responses = [
+        torch.randint(4, 100, (n,), generator=rng).tolist() for n in (3, 5, 2, 4, 4, 1, 3, 5)
+    ]
     batch = from_sequences([[7, 8]] * 8, responses, pad_id=0)
     shape = batch["response_mask"].shape
     ref_logprobs = torch.full(shape, -4.5)
@@ -52,7 +54,13 @@ def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
     torch.set_num_threads(1)
     platform = choose_platform("cpu")
     initialize_megatron(
-        layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
+        layout,
+        rank,
+        seed=0,
+        platform=platform,
+        master_addr="127.0.0.1",
+        master_port=port,
+        timeout_s=60,
     )
     stopping = EngineContext(
         spec=load_spec(folder),
@@ -95,7 +103,9 @@ def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
 def test_no_rank_takes_the_step(layout: ParallelLayout, tmp_path: Path) -> None:
     results = run_ranks(2, update, layout, make_tiny_model(tmp_path / "m"))
     texts = {text for result in results for text in result["texts"]}
-    assert len(texts) == 1 and all(len(result["texts"]) == 1 for result in results), "one text, on every rank"
+    assert len(texts) == 1 and all(len(result["texts"]) == 1 for result in results), (
+        "one text, on every rank"
+    )
     (text,) = texts
     assert f"sequence {BROKEN} (ref_logprobs)" in text and "actor/kl_loss, actor/loss" in text
     for result in results:

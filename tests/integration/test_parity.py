@@ -34,15 +34,29 @@ CASES: dict[str, dict[str, Any]] = {
 }
 MOE_CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral", "tie": False, "layers": 2},
-    "qwen3_moe": {"family": "qwen3_moe", "tie": True, "layers": 2, "ffn": 48, "experts": 8, "experts_per_token": 3},
-    "qwen3_moe-unscaled": {"family": "qwen3_moe", "tie": False, "layers": 2, "norm_topk_prob": False},
+    "qwen3_moe": {
+        "family": "qwen3_moe",
+        "tie": True,
+        "layers": 2,
+        "ffn": 48,
+        "experts": 8,
+        "experts_per_token": 3,
+    },
+    "qwen3_moe-unscaled": {
+        "family": "qwen3_moe",
+        "tie": False,
+        "layers": 2,
+        "norm_topk_prob": False,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_model(root / name, **case) for name, case in (CASES | MOE_CASES).items()}
+    return {
+        name: make_tiny_model(root / name, **case) for name, case in (CASES | MOE_CASES).items()
+    }
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -55,11 +69,18 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def random_tokens(folder: Path, shape: tuple[int, int]) -> torch.Tensor:
-    return torch.randint(0, load_spec(folder).vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, load_spec(folder).vocab_size, shape, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def start_rank(
-    rank: int, port: int, folder: Path, layout: ParallelLayout, role: Any, sequence_parallel: bool = False
+    rank: int,
+    port: int,
+    folder: Path,
+    layout: ParallelLayout,
+    role: Any,
+    sequence_parallel: bool = False,
 ) -> list[Any]:
     """Join the world, build this rank's chunks and fill them from the folder."""
     from rlhf3d.models.megatron import build_chunks, load_hf_weights, transformer_config
@@ -73,7 +94,9 @@ def start_rank(
     return chunks
 
 
-def run_forward(chunks: list[Any], tokens: torch.Tensor, loss: Any, forward_only: bool = True) -> list[Any]:
+def run_forward(
+    chunks: list[Any], tokens: torch.Tensor, loss: Any, forward_only: bool = True
+) -> list[Any]:
     """One micro-batch through Megatron's own schedule; what `loss` reports on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -97,7 +120,12 @@ def run_forward(chunks: list[Any], tokens: torch.Tensor, loss: Any, forward_only
 
 
 def logits_rank(
-    rank: int, port: int, folder: Path, layout: ParallelLayout, sequence_parallel: bool, tokens: list[torch.Tensor]
+    rank: int,
+    port: int,
+    folder: Path,
+    layout: ParallelLayout,
+    sequence_parallel: bool,
+    tokens: list[torch.Tensor],
 ) -> torch.Tensor | None:
     """Full logits [b, s, vocab] of this data-parallel rank's tokens, on the last stage's tensor rank 0."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -105,7 +133,9 @@ def logits_rank(
     chunks = start_rank(rank, port, folder, layout, "policy", sequence_parallel)
     coords = layout.coords(rank)
 
-    def report(model: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def report(
+        model: Any, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         logits = gather_from_tensor_model_parallel_region(hidden @ model.head_weight().T)
         return logits.sum(), torch.tensor(1), {"logits": logits}
 
@@ -119,13 +149,19 @@ def logits_rank(
 
 
 def max_difference(
-    name: str, folder: Path, layout: ParallelLayout, shape: tuple[int, int], sequence_parallel: bool = False
+    name: str,
+    folder: Path,
+    layout: ParallelLayout,
+    shape: tuple[int, int],
+    sequence_parallel: bool = False,
 ) -> float:
     rows, width = shape  # data-parallel ranks have sequences of different lengths
     tokens = [random_tokens(folder, (rows, width + 8 * dp)) for dp in range(layout.dp)]
     results = run_ranks(layout.world_size, logits_rank, folder, layout, sequence_parallel, tokens)
     logits = [results[rank] for rank in layout.collectors()]
-    difference = max(float((a - hf_logits(folder, t)).abs().max()) for a, t in zip(logits, tokens, strict=True))
+    difference = max(
+        float((a - hf_logits(folder, t)).abs().max()) for a, t in zip(logits, tokens, strict=True)
+    )
     print(f"\n{name} {layout}{' SP' if sequence_parallel else ''}: max|Δlogit| {difference:.2e}")
     return difference
 
@@ -140,8 +176,12 @@ def test_tp2_pp2_matches_transformers(name: str, folders: dict[str, Path]) -> No
     assert max_difference(name, folders[name], ParallelLayout(tp=2, pp=2), (2, 96)) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(tp=2), ParallelLayout(tp=2, pp=2, vpp=2)], ids=str)
-def test_sequence_parallel_and_interleaved_match_transformers(layout: ParallelLayout, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(tp=2), ParallelLayout(tp=2, pp=2, vpp=2)], ids=str
+)
+def test_sequence_parallel_and_interleaved_match_transformers(
+    layout: ParallelLayout, folders: dict[str, Path]
+) -> None:
     folder = folders["llama-tied"]
     assert max_difference("llama-tied", folder, layout, (2, 96), sequence_parallel=True) <= 1e-5
 
@@ -163,8 +203,13 @@ def test_tp3_pp2_of_nine_heads_matches_transformers(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_experts_match_transformers(name: str, layout: ParallelLayout, folders: dict[str, Path]) -> None:
-    assert max_difference(name, folders[name], layout, (2, 32), sequence_parallel=layout.tp > 1) <= 1e-5
+def test_experts_match_transformers(
+    name: str, layout: ParallelLayout, folders: dict[str, Path]
+) -> None:
+    assert (
+        max_difference(name, folders[name], layout, (2, 32), sequence_parallel=layout.tp > 1)
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +230,10 @@ def test_uneven_stages_match_transformers(layout: ParallelLayout, tmp_path: Path
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_padded_vocabulary_matches_transformers(tie: bool, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "m", tie=tie, vocab=101, layers=2)
-    assert max_difference(f"llama 101 tokens tie={tie}", folder, ParallelLayout(tp=2, pp=2), (2, 32)) <= 1e-5
+    assert (
+        max_difference(f"llama 101 tokens tie={tie}", folder, ParallelLayout(tp=2, pp=2), (2, 32))
+        <= 1e-5
+    )
 
 
 def export_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> list[Any]:
@@ -199,10 +247,15 @@ def export_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> l
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("qwen2-tied", ParallelLayout(tp=2, pp=2, vpp=2)), ("mixtral", ParallelLayout(tp=2, pp=2, dp=2, ep=2))],
+    [
+        ("qwen2-tied", ParallelLayout(tp=2, pp=2, vpp=2)),
+        ("mixtral", ParallelLayout(tp=2, pp=2, dp=2, ep=2)),
+    ],
     ids=str,
 )
-def test_export_of_all_ranks_is_the_loaded_file(name: str, layout: ParallelLayout, folders: dict[str, Path]) -> None:
+def test_export_of_all_ranks_is_the_loaded_file(
+    name: str, layout: ParallelLayout, folders: dict[str, Path]
+) -> None:
     folder = folders[name]
     loaded = load_file(folder / "model.safetensors")
     exported = {name: torch.full_like(tensor, math.nan) for name, tensor in loaded.items()}
@@ -227,14 +280,19 @@ def gradient_rank(
     """Scores (values, or this rank's share of the logits) and gradients of sum(scores**2) at both ends."""
     chunks = start_rank(rank, port, folder, layout, role, sequence_parallel)
 
-    def loss(model: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(
+        model: Any, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         scores = output.unsqueeze(-1) if role == "value" else output @ model.head_weight().T
         return scores.square().sum(), torch.tensor(1), {"scores": scores.detach()}
 
     reports = run_forward(chunks, tokens, loss, forward_only=False)
     grads = {name: param.grad for chunk in chunks for name, param in chunk.named_parameters()}
     head = "value_head.weight" if role == "value" else "output_layer.weight"
-    return reports[0] | {"embedding": grads["embedding.word_embeddings.weight"], "head": grads[head]}
+    return reports[0] | {
+        "embedding": grads["embedding.word_embeddings.weight"],
+        "head": grads[head],
+    }
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence-parallel"])
@@ -255,11 +313,17 @@ def test_gradients_match_transformers(
     expected = trunk(tokens).last_hidden_state @ head.T
     expected.square().sum().backward()
 
-    ranks = run_ranks(2, gradient_rank, folder, ParallelLayout(tp=2), role, sequence_parallel, tokens)
+    ranks = run_ranks(
+        2, gradient_rank, folder, ParallelLayout(tp=2), role, sequence_parallel, tokens
+    )
     embedding_grad = torch.cat([rank["embedding"] for rank in ranks])
     padding = 1  # transformers gives the padding token, number 0, no gradient
-    assert relative_error(embedding_grad[padding:], trunk.embed_tokens.weight.grad[padding:]) <= 1e-5
-    for i, rank in enumerate(ranks):  # a value head is whole on every rank, a vocabulary head shared out
+    assert (
+        relative_error(embedding_grad[padding:], trunk.embed_tokens.weight.grad[padding:]) <= 1e-5
+    )
+    for i, rank in enumerate(
+        ranks
+    ):  # a value head is whole on every rank, a vocabulary head shared out
         share = slice(None) if role == "value" else slice(64 * i, 64 * (i + 1))
         assert relative_error(rank["scores"], expected.detach()[..., share]) <= 1e-5
         assert relative_error(rank["head"], head.grad[share]) <= 1e-5

@@ -67,7 +67,10 @@ def update(
 @pytest.mark.parametrize("name", CASES)
 def test_stages_need_not_tell_each_other_a_shape(name: str, folder: Path) -> None:
     case, packed = CASES[name]
-    updates = {role: Update(replace(case.fixed, packed=packed), objective) for role, objective in PPO.items()}
+    updates = {
+        role: Update(replace(case.fixed, packed=packed), objective)
+        for role, objective in PPO.items()
+    }
     size = case.layout.world_size
     ours = run_ranks(size, update, case, folder, updates, True)
     theirs = run_ranks(size, update, case, folder, updates, False)

@@ -68,9 +68,17 @@ class Case:
         return MicroBatching(ROWS, packed=self.packed, **width_multiples(self.settings, "cpu"))
 
     def __str__(self) -> str:
-        on = [name for name in ("sequence_parallel", "overlap_grad_reduce") if getattr(self.settings, name)]
+        on = [
+            name
+            for name in ("sequence_parallel", "overlap_grad_reduce")
+            if getattr(self.settings, name)
+        ]
         on += [f"{self.settings.recompute} recompute"] * (self.settings.recompute != "none")
-        on += ["packed"] * self.packed + ["tied"] * self.tie + ["ddp"] * (not self.settings.distributed_optimizer)
+        on += (
+            ["packed"] * self.packed
+            + ["tied"] * self.tie
+            + ["ddp"] * (not self.settings.distributed_optimizer)
+        )
         return "-".join([self.family, self.dtype, str(self.layout), *on])
 
 
@@ -91,7 +99,9 @@ CASES = [
         hidden=128,
         ffn=384,
     ),
-    Case("qwen2", "float32", L(tp=2, recompute="full", sequence_parallel=True), vocab=5000, layers=2),
+    Case(
+        "qwen2", "float32", L(tp=2, recompute="full", sequence_parallel=True), vocab=5000, layers=2
+    ),
     Case("qwen2", "bfloat16", L(tp=2, recompute="selective", sequence_parallel=True), layers=6),
     Case("llama", "float32", L(pp=2, recompute="selective"), packed=True, layers=6),
     Case("mixtral", "bfloat16", L(dp=2, ep=2)),
@@ -120,11 +130,14 @@ def make_batch(sequences: int) -> Batch:
     """Rows of equal length."""
     generator = torch.Generator().manual_seed(1)
     prompts, responses = (
-        torch.randint(4, 100, (sequences, length), generator=generator).tolist() for length in (PROMPT, RESPONSE)
+        torch.randint(4, 100, (sequences, length), generator=generator).tolist()
+        for length in (PROMPT, RESPONSE)
     )
     batch = from_sequences(prompts, responses, pad_id=0)
     columns = ("old_logprobs", "ref_logprobs", "advantages", "values", "returns")
-    return batch.with_columns(**{name: torch.zeros(batch["response_mask"].shape) for name in columns})
+    return batch.with_columns(
+        **{name: torch.zeros(batch["response_mask"].shape) for name in columns}
+    )
 
 
 def measure(rank: int, port: int, case: Case, folder: Path) -> dict[str, Measured]:
@@ -135,7 +148,9 @@ def measure(rank: int, port: int, case: Case, folder: Path) -> dict[str, Measure
 
     torch.set_num_threads(1)
     platform = choose_platform("cpu")
-    initialize_megatron(case.layout, rank, seed=0, platform=platform, master_port=port, timeout_s=60)
+    initialize_megatron(
+        case.layout, rank, seed=0, platform=platform, master_port=port, timeout_s=60
+    )
     context = EngineContext(
         spec=load_spec(folder),
         layout=case.layout,
@@ -157,7 +172,9 @@ def measure_model(context, case: Case, folder: Path, role: str) -> Measured:
     engine = MegatronEngine(context, role, str(folder), OptimConfig(lr=1e-3))
     batch = make_batch(ROWS * case.micro_batches * case.layout.dp)
     sequences, dp = len(batch), case.layout.coords(context.rank).dp
-    plan = UpdatePlan(sequences, 1, sequences, sequences // case.layout.dp, case.rule, case.micro_batches, 1, 1)
+    plan = UpdatePlan(
+        sequences, 1, sequences, sequences // case.layout.dp, case.rule, case.micro_batches, 1, 1
+    )
     objective = (
         ValueObjective(0.2, "token-mean")
         if role == "value"
@@ -166,7 +183,9 @@ def measure_model(context, case: Case, folder: Path, role: str) -> Measured:
     forward = split_forward(batch, case.rule, case.layout, SequenceCost())[dp]
     update = split_update(batch, plan, case.layout, RESPONSE, SequenceCost())[dp]
     rows, update_rows = batch.select(forward.rows), batch.select(update.rows)
-    engine.update(update_rows, update.mini_batches, objective)  # Adam's state exists from the first step on
+    engine.update(
+        update_rows, update.mini_batches, objective
+    )  # Adam's state exists from the first step on
     with LiveBytes() as passed:
         engine.forward(rows, forward.micro_batches)
     with LiveBytes() as updated:
@@ -189,12 +208,27 @@ def peak_before_step(engine, meter: LiveBytes) -> None:
 def states_of(engine) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients, master weights and moments, as they lie in memory."""
     weights = [param.data for model in engine.models for param in model.parameters()]
-    buffers = [b for model in engine.models for b in (*model.buffers, *model.expert_parallel_buffers)]
-    inner = [chained.optimizer for chained in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
+    buffers = [
+        b for model in engine.models for b in (*model.buffers, *model.expert_parallel_buffers)
+    ]
+    inner = [
+        chained.optimizer
+        for chained in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+    ]
     own = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    stepped = [param for optimizer in inner for group in optimizer.param_groups for param in group["params"]]
+    stepped = [
+        param
+        for optimizer in inner
+        for group in optimizer.param_groups
+        for param in group["params"]
+    ]
     master = [param for param in stepped if param.untyped_storage().data_ptr() not in own]
-    moments = [state[name] for o in inner for state in o.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        state[name]
+        for o in inner
+        for state in o.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
     return (
         storage_bytes(weights),
         storage_bytes(buffer.grad_data for buffer in buffers),
@@ -220,7 +254,9 @@ def imported() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_plan_is_what_the_ranks_hold(case: Case, tmp_path: Path) -> None:
     shape = {"layers": case.layers, "hidden": case.hidden, "ffn": case.ffn, "vocab": case.vocab}
-    folder = make_tiny_model(tmp_path / "model", case.family, tie=case.tie, heads=4, kv_heads=2, **shape)
+    folder = make_tiny_model(
+        tmp_path / "model", case.family, tie=case.tie, heads=4, kv_heads=2, **shape
+    )
     spec, layout, settings = load_spec(folder), case.layout, case.settings
     micro = Micro(ROWS * (PROMPT + RESPONSE), ROWS * (PROMPT + RESPONSE), ROWS * RESPONSE)
     micro = micro if case.packed else replace(micro, width=PROMPT + RESPONSE)
@@ -232,7 +268,12 @@ def test_plan_is_what_the_ranks_hold(case: Case, tmp_path: Path) -> None:
                 distributed_optimizer=settings.distributed_optimizer, overlap_grad_reduce=settings.overlap_grad_reduce,
             )  # fmt: skip
             ours = (states.weights, states.gradients, states.master, states.moments)
-            assert ours == (measured.weights, measured.gradients, measured.master, measured.moments), (rank, role)
+            assert ours == (
+                measured.weights,
+                measured.gradients,
+                measured.master,
+                measured.moments,
+            ), (rank, role)
             passes = Activations(
                 spec, layout, HEADS[role], case.dtype, "local",
                 settings.sequence_parallel, settings.recompute, False, micro,

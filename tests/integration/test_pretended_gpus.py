@@ -65,7 +65,9 @@ def test_halves_of_a_bundle_see_one_gpu_and_start_with_their_environment(
 
     monkeypatch.setattr(train_group, "TrainWorker", Process)
     monkeypatch.setattr(rollout_group, "EngineRank", Process)
-    spec = ModelSpec("llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64)
+    spec = ModelSpec(
+        "llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64
+    )
     monkeypatch.setattr(train_group, "load_spec", lambda folder: spec)
     config = replace(
         Config(),

@@ -31,11 +31,22 @@ cluster: {platform: cuda, num_nodes: 8}
 
 @pytest.mark.timeout(600)
 def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path / "models" / "Big-Model", "qwen2", heads=8, kv_heads=4, hidden=512, layers=8)
+    make_tiny_model(
+        tmp_path / "models" / "Big-Model", "qwen2", heads=8, kv_heads=4, hidden=512, layers=8
+    )
     (tmp_path / "models" / "Big-Model" / "model.safetensors").unlink()
-    make_tiny_model(tmp_path / "models" / "Judge", "llama", heads=8, kv_heads=2, hidden=256, layers=6)
+    make_tiny_model(
+        tmp_path / "models" / "Judge", "llama", heads=8, kv_heads=2, hidden=256, layers=6
+    )
     (tmp_path / "job.yaml").write_text(JOB)
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "rehearse", "job.yaml", "--max-ranks", "4", "--as-gpu"]
+    command = [
+        str(Path(sys.executable).with_name("rlhf3d")),
+        "rehearse",
+        "job.yaml",
+        "--max-ranks",
+        "4",
+        "--as-gpu",
+    ]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -58,5 +69,7 @@ def test_a_job_of_64_gpus_is_rehearsed_on_a_few_processes(tmp_path: Path) -> Non
         assert note in done.stdout
     folder = tmp_path / "rehearsals" / "job"
     assert read_parquet(folder / "train" / "train_0.parquet")[0].data_source == "rlhf3d/arithmetic"
-    assert all(-1 < row["reward_model/score/mean"] < 1 for row in read_rows(folder / "run") if row["step"])
+    assert all(
+        -1 < row["reward_model/score/mean"] < 1 for row in read_rows(folder / "run") if row["step"]
+    )
     assert (folder / "resumed" / "checkpoints" / "step_2" / "manifest.json").is_file()

@@ -48,7 +48,12 @@ APART = SyncSetup(
 )
 """Four training ranks and one engine of two ranks that shares no device with them."""
 TWO_HOSTS = replace(
-    APART, sites=Sites.hosts([0, 0, 1, 1]), dtype="float32", engines=2, tensor_parallel_size=1, colocated=True
+    APART,
+    sites=Sites.hosts([0, 0, 1, 1]),
+    dtype="float32",
+    engines=2,
+    tensor_parallel_size=1,
+    colocated=True,
 )
 """Each host has one pipeline stage and one engine: half of what an engine needs is on the other host."""
 
@@ -85,7 +90,9 @@ def receive_and_compare(setup: SyncSetup, dst: int, inbox: Inbox) -> int:
     receiver, dtype = WeightReceiver(setup, dst, inbox), getattr(torch, setup.dtype)
     for sync, version in enumerate(VERSIONS):
         wanted = cut(numbered_tensors(setup.spec, version), receiver.table)
-        got = {param.name: tensor.clone() for param, tensor in receiver.stream_params(version, sync)}
+        got = {
+            param.name: tensor.clone() for param, tensor in receiver.stream_params(version, sync)
+        }
         assert set(got) == set(wanted)
         for name, weight in wanted.items():
             assert torch.equal(got[name], weight.to(dtype)), f"{name} of version {version}"
@@ -95,7 +102,9 @@ def receive_and_compare(setup: SyncSetup, dst: int, inbox: Inbox) -> int:
 def rank_apart(rank: int, port: int, setup: SyncSetup) -> int:
     group, world = make_group(setup, rank, port), setup.layout.world_size
     if rank >= world:
-        return receive_and_compare(setup, rank - world, MessageInbox(setup, rank - world, group, torch.device("cpu")))
+        return receive_and_compare(
+            setup, rank - world, MessageInbox(setup, rank - world, group, torch.device("cpu"))
+        )
     params = weights(setup, rank)
     sender = WeightSender(setup, rank, params)
     sender.open(group)
@@ -107,8 +116,17 @@ def rank_apart(rank: int, port: int, setup: SyncSetup) -> int:
     [
         {},
         {"bucket_bytes": 1 << 20, "dtype": "float32", "layout": ParallelLayout(pp=2, cp=2)},
-        {"spec": replace(QWEN2, hidden_size=7), "layout": ParallelLayout(tp=2, dp=2), "backend": "nccl_rules"},
-        {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000, "expert_parallel": True},
+        {
+            "spec": replace(QWEN2, hidden_size=7),
+            "layout": ParallelLayout(tp=2, dp=2),
+            "backend": "nccl_rules",
+        },
+        {
+            "spec": QWEN3_MOE,
+            "layout": ParallelLayout(tp=2, dp=2, ep=4),
+            "bucket_bytes": 3000,
+            "expert_parallel": True,
+        },
     ],
     ids=["stages", "replicas, one bucket", "biases, unaligned", "experts"],
 )
@@ -154,9 +172,19 @@ def two_hosts() -> Iterator[SyncSetup]:
         {},
         {"engines": 1, "tensor_parallel_size": 4, "dtype": "bfloat16"},
         {"sites": Sites.gpus(4, 4), "engines": 4, "backend": "nccl_rules"},
-        {"sites": Sites.gpus(4, 4), "engines": 2, "tensor_parallel_size": 2, "backend": "nccl_rules"},
+        {
+            "sites": Sites.gpus(4, 4),
+            "engines": 2,
+            "tensor_parallel_size": 2,
+            "backend": "nccl_rules",
+        },
         {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000},
-        {"engines": 3, "bucket_bytes": 1 << 20, "layout": ParallelLayout(tp=4), "sites": Sites.hosts([0, 1, 0, 1])},
+        {
+            "engines": 3,
+            "bucket_bytes": 1 << 20,
+            "layout": ParallelLayout(tp=4),
+            "sites": Sites.hosts([0, 1, 0, 1]),
+        },
     ],
     ids=[
         "an engine on each host",
@@ -167,14 +195,18 @@ def two_hosts() -> Iterator[SyncSetup]:
         "two engines share, one bucket",
     ],
 )
-def test_owners_pass_on_what_comes_from_another_host(two_hosts: SyncSetup, changes: dict[str, Any]) -> None:
+def test_owners_pass_on_what_comes_from_another_host(
+    two_hosts: SyncSetup, changes: dict[str, Any]
+) -> None:
     setup = replace(two_hosts, **changes)
     processes = 4 + setup.engines * setup.tensor_parallel_size
     assert setup.needs_messages and sum(setup.plan.traffic.received) > 0
     step = multiprocessing.get_context("fork").Barrier(processes)
     results = run_ranks(processes, rank_on_two_hosts, setup, step, timeout_s=TIMEOUT_S)
     assert sum(results[:4]) == sum(setup.plan.traffic.needed) * setup.item_bytes
-    assert not any(setup.ring_shape(place.number).path().exists() for place in setup.plan.destinations)
+    assert not any(
+        setup.ring_shape(place.number).path().exists() for place in setup.plan.destinations
+    )
 
 
 def outcome(work: Any, *args: Any) -> tuple[str, float]:
@@ -197,7 +229,9 @@ def rank_apart_with_a_loss(
         mine = WeightSender(setup, rank, weights(setup, rank))
         mine.open(group)
     else:
-        mine = WeightReceiver(setup, rank - world, MessageInbox(setup, rank - world, group, torch.device("cpu")))
+        mine = WeightReceiver(
+            setup, rank - world, MessageInbox(setup, rank - world, group, torch.device("cpu"))
+        )
 
     def work(version: int, sync: int) -> None:
         if isinstance(mine, WeightSender):
@@ -211,7 +245,9 @@ def rank_apart_with_a_loss(
     result = None
     if rank != lost:
         result = outcome(work, 1, 1)
-        assert outcome(work, 2, 2)[0] == result[0], "whoever lost a message sends and takes no others"
+        assert outcome(work, 2, 2)[0] == result[0], (
+            "whoever lost a message sends and takes no others"
+        )
     elif gone:
         return None
     end.wait(TIMEOUT_S)
@@ -232,7 +268,9 @@ def test_a_lost_peer_is_named(lost: int, gone: bool) -> None:
     setup = replace(APART, name=f"test-{os.getpid()}")
     context = multiprocessing.get_context("fork")
     synced, end = context.Barrier(6), context.Barrier(5 if gone else 6)
-    results = run_ranks(6, rank_apart_with_a_loss, setup, lost, gone, synced, end, timeout_s=TIMEOUT_S)
+    results = run_ranks(
+        6, rank_apart_with_a_loss, setup, lost, gone, synced, end, timeout_s=TIMEOUT_S
+    )
     how = ": .*[Cc]onnection" if gone else r" did not end in time; raise rollout\.sync_timeout_s"
     if lost == 3:
         named(results, [4, 5], rf"^sync_weights: a message from training rank 3{how}")
@@ -240,7 +278,9 @@ def test_a_lost_peer_is_named(lost: int, gone: bool) -> None:
         named(results, [0, 1, 2, 3], rf"^sync_weights: a message to engine 0 rank 1{how}")
 
 
-def rank_on_two_hosts_with_a_loss(rank: int, port: int, setup: SyncSetup, step: Barrier, end: Barrier) -> Any:
+def rank_on_two_hosts_with_a_loss(
+    rank: int, port: int, setup: SyncSetup, step: Barrier, end: Barrier
+) -> Any:
     """Training rank 3, on host 1, ends before it sends anything."""
     if rank >= 4:
         step.wait(TIMEOUT_S)
@@ -260,9 +300,13 @@ def rank_on_two_hosts_with_a_loss(rank: int, port: int, setup: SyncSetup, step: 
 
 
 def test_a_lost_sender_on_another_host_is_named(two_hosts: SyncSetup) -> None:
-    setup = replace(two_hosts, timeout_s=SHORT_S, bucket_bytes=1 << 20)  # one bucket: all wait for all
+    setup = replace(
+        two_hosts, timeout_s=SHORT_S, bucket_bytes=1 << 20
+    )  # one bucket: all wait for all
     context = multiprocessing.get_context("fork")
-    results = run_ranks(6, rank_on_two_hosts_with_a_loss, setup, context.Barrier(6), context.Barrier(5))
+    results = run_ranks(
+        6, rank_on_two_hosts_with_a_loss, setup, context.Barrier(6), context.Barrier(5)
+    )
     named(results, [0], r"^sync_weights: a message from training rank 3")
     named(results, [4, 5], r"^sync_weights: bucket \d+ was not filled in time by .*training rank 3")
 
@@ -310,9 +354,13 @@ def rank_with_a_fault(rank: int, port: int, setup: SyncSetup, fault: str, step: 
         ("changed", "differs from what was sent for policy ver"),
     ],
 )
-def test_old_and_changed_messages_are_refused(two_hosts: SyncSetup, fault: str, problem: str, colocated: bool) -> None:
+def test_old_and_changed_messages_are_refused(
+    two_hosts: SyncSetup, fault: str, problem: str, colocated: bool
+) -> None:
     base = two_hosts if colocated else replace(APART, name=two_hosts.name)
-    setup = replace(base, bucket_bytes=1 << 20)  # one bucket: no sender waits for a reader that has given up
+    setup = replace(
+        base, bucket_bytes=1 << 20
+    )  # one bucket: no sender waits for a reader that has given up
     step = multiprocessing.get_context("fork").Barrier(6)
     errors = run_ranks(6, rank_with_a_fault, setup, fault, step, timeout_s=TIMEOUT_S)
     first = r"^sync_weights: model\.\S+\[.*\] from training rank 2 "

@@ -45,10 +45,14 @@ def job(folder: Path) -> Path:
     )
 
 
-def stop_at(command: Path, step: int, act: Callable[[subprocess.Popen[str]], None], *overrides: str) -> tuple[int, str]:
+def stop_at(
+    command: Path, step: int, act: Callable[[subprocess.Popen[str]], None], *overrides: str
+) -> tuple[int, str]:
     """Run until the line of a step is out, act on the process; exit code and the end of what it printed."""
     line = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(command), *overrides]
-    with subprocess.Popen(line, env=MARKED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        line, env=MARKED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout is not None
         seen = []
         for text in process.stdout:
@@ -94,15 +98,23 @@ def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
     assert f"resume from step {SAVED}: {run}/checkpoints/step_{SAVED}" in resumed.stdout
     assert "changed trainer.async_save: False -> True" in resumed.stdout
-    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_5", "step_6"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == [
+        "step_5",
+        "step_6",
+    ]
     assert untimed(run) == untimed(whole / "run")
     for step in range(1, STEPS + 1):
         name = f"samples/step_{step}.jsonl"
         assert (run / name).read_bytes() == (whole / "run" / name).read_bytes()
-    ours, theirs = (read_manifest(folder / "run" / "checkpoints" / f"step_{STEPS}") for folder in (tmp_path, whole))
+    ours, theirs = (
+        read_manifest(folder / "run" / "checkpoints" / f"step_{STEPS}")
+        for folder in (tmp_path, whole)
+    )
     tensors = [name for name in theirs.files if name.endswith((".distcp", ".safetensors"))]
     assert {name.split("/")[0] for name in tensors} == {"actor", "critic", "hf"}
-    assert {name: ours.files[name] for name in tensors} == {name: theirs.files[name] for name in tensors}
+    assert {name: ours.files[name] for name in tensors} == {
+        name: theirs.files[name] for name in tensors
+    }
     assert ours.policy_version == theirs.policy_version == STEPS
     first = next(row for row in read_rows(run) if row["step"] == SAVED + 1)
     assert first["sync/canary_abs_diff"] < 1e-4
@@ -112,20 +124,32 @@ def test_killed_and_resumed_is_the_same_run(whole: Path, tmp_path: Path) -> None
 def test_preempted_by_signal_and_by_time(tmp_path: Path) -> None:
     """SIGUSR1 ends after a checkpoint; a time limit after one step more; two signals at once, and leave nothing."""
     command, run = job(tmp_path), tmp_path / "run"
-    shape = ("algorithm.adv_estimator=reinforce_plus_plus", "actor.layout.dp=1", "trainer.total_training_steps=10000")
+    shape = (
+        "algorithm.adv_estimator=reinforce_plus_plus",
+        "actor.layout.dp=1",
+        "trainer.total_training_steps=10000",
+    )
     shape += ("trainer.save_freq=0",)
 
     def steps() -> list[int]:
-        return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+        return sorted(
+            int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")
+        )
 
     code, text = stop_at(command, 1, lambda _: tell_everyone(signal.SIGUSR1), *shape)
-    assert code == 75 and "stopped: SIGUSR1 was received" in text and "the same command goes on from it" in text, text
+    assert (
+        code == 75
+        and "stopped: SIGUSR1 was received" in text
+        and "the same command goes on from it" in text
+    ), text
     (first,) = steps()
     assert [row["step"] for row in read_rows(run)] == list(range(1, first + 1))
     assert not (run / "checkpoints" / f"step_{first}" / "hf").exists()
 
     timed = train(command, *shape, "trainer.max_wall_clock_s=1")
-    assert timed.returncode == 75 and "would pass trainer.max_wall_clock_s = 1" in timed.stdout, timed.stderr[-4000:]
+    assert timed.returncode == 75 and "would pass trainer.max_wall_clock_s = 1" in timed.stdout, (
+        timed.stderr[-4000:]
+    )
     assert steps() == [first, first + 1]
     assert "changed trainer.max_wall_clock_s: None -> 1" in timed.stdout
 

@@ -24,7 +24,13 @@ from rlhf3d.rewards.scoring import ScoreItem
 
 ITEMS = [
     ScoreItem("t", "x" * n, None, messages=[{"role": "user", "content": "word"}, *extra])
-    for n, extra in ((0, []), (3, []), (17, [{"role": "user", "content": "more"}]), (40, []), (1, []))
+    for n, extra in (
+        (0, []),
+        (3, []),
+        (17, [{"role": "user", "content": "more"}]),
+        (40, []),
+        (1, []),
+    )
 ]
 
 
@@ -32,8 +38,12 @@ def hf_scores(folder: Path, items: list[ScoreItem]) -> torch.Tensor:
     """Transformers' logits of the conversations as one padded batch."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    chats = [[*item.messages, {"role": "assistant", "content": item.solution_str}] for item in items]
-    encoded = tokenizer.apply_chat_template(chats, padding=True, return_dict=True, return_tensors="pt")
+    chats = [
+        [*item.messages, {"role": "assistant", "content": item.solution_str}] for item in items
+    ]
+    encoded = tokenizer.apply_chat_template(
+        chats, padding=True, return_dict=True, return_tensors="pt"
+    )
     with torch.no_grad():
         logits: torch.Tensor = model(**encoded).logits
     return logits[:, 0]
@@ -50,7 +60,13 @@ def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> to
 
     platform = choose_platform("cpu")
     initialize_megatron(
-        layout, rank, seed=0, platform=platform, master_addr="127.0.0.1", master_port=port, timeout_s=60
+        layout,
+        rank,
+        seed=0,
+        platform=platform,
+        master_addr="127.0.0.1",
+        master_port=port,
+        timeout_s=60,
     )
     context = EngineContext(
         spec=load_reward_spec(folder),
@@ -65,17 +81,23 @@ def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> to
     )
     inputs = model_inputs(ITEMS, AutoTokenizer.from_pretrained(folder), 1024, "error", pad_id=0)
     batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)
-    outputs = MegatronEngine(context, "value", str(folder), None).forward(batch, [[0, 3], [1, 2], [4]])
+    outputs = MegatronEngine(context, "value", str(folder), None).forward(
+        batch, [[0, 3], [1, 2], [4]]
+    )
     return None if outputs is None else outputs["values"][:, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tp=2, pp=2)], ids=str)
-def test_scores_are_those_of_transformers(family: str, layout: ParallelLayout, tmp_path: Path) -> None:
+def test_scores_are_those_of_transformers(
+    family: str, layout: ParallelLayout, tmp_path: Path
+) -> None:
     folder = make_tiny_model(tmp_path / "m", family, tie=False, classifier=True)
     expected = hf_scores(folder, ITEMS)
     scores = run_ranks(layout.world_size, score_rank, folder, layout)[layout.collectors()[0]]
-    print(f"\n{family} {layout}: max|Δscore| {float((scores - expected).abs().max()):.2e} of {expected.tolist()}")
+    print(
+        f"\n{family} {layout}: max|Δscore| {float((scores - expected).abs().max()):.2e} of {expected.tolist()}"
+    )
     assert float(expected.std()) > 0.1
     assert torch.allclose(scores, expected, atol=1e-5, rtol=0)
 
@@ -99,7 +121,9 @@ def test_the_tool_trains_what_a_run_loads(tmp_path: Path) -> None:
     assert "after: 100.0% (83.9% to 100.0%) of 20 held-out pairs" in done.stdout, done.stdout
     assert load_reward_spec(tmp_path / "judge").num_layers == 2
     asked = [{"role": "user", "content": "q7"}]
-    good, bad = hf_scores(tmp_path / "judge", [ScoreItem("t", f"7 is {x}", None, messages=asked) for x in "ab"])
+    good, bad = hf_scores(
+        tmp_path / "judge", [ScoreItem("t", f"7 is {x}", None, messages=asked) for x in "ab"]
+    )
     assert good > bad
 
 
@@ -111,10 +135,20 @@ def test_a_run_on_a_reward_model_alone(tmp_path: Path) -> None:
         algorithm={"adv_estimator": "remax"},
         custom_reward_function={"path": None},
         reward={"weights": {"reward_model": 2.0}},
-        reward_model={"path": str(tmp_path / "judge"), "layout": {"tp": 2}, "mean": 0.5, "std": 4.0},
+        reward_model={
+            "path": str(tmp_path / "judge"),
+            "layout": {"tp": 2},
+            "mean": 0.5,
+            "std": 4.0,
+        },
     )
-    make_tiny_model(tmp_path / "judge", "qwen2", tie=False, heads=2, kv_heads=2, seed=5, classifier=True)
-    rows = [PromptRow("hh", [{"role": "user", "content": f"word {i}"}], "", {"style": "model"}) for i in range(64)]
+    make_tiny_model(
+        tmp_path / "judge", "qwen2", tie=False, heads=2, kv_heads=2, seed=5, classifier=True
+    )
+    rows = [
+        PromptRow("hh", [{"role": "user", "content": f"word {i}"}], "", {"style": "model"})
+        for i in range(64)
+    ]
     write_parquet(rows, tmp_path / "prompts.parquet", {})
     finished = train(job, "trainer.total_training_steps=2", "cluster.threads_per_rank=1")
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
@@ -122,9 +156,15 @@ def test_a_run_on_a_reward_model_alone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     before, *steps = read_rows(run)
     for step in steps:
-        samples = [json.loads(line) for line in (run / f"samples/step_{step['step']}.jsonl").read_text().splitlines()]
+        samples = [
+            json.loads(line)
+            for line in (run / f"samples/step_{step['step']}.jsonl").read_text().splitlines()
+        ]
         items = [
-            ScoreItem("hh", s["response"], None, messages=[{"role": "user", "content": s["prompt"]}]) for s in samples
+            ScoreItem(
+                "hh", s["response"], None, messages=[{"role": "user", "content": s["prompt"]}]
+            )
+            for s in samples
         ]
         expected = hf_scores(tmp_path / "judge", items)
         found = torch.tensor([s["score"] for s in samples])

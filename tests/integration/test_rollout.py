@@ -44,7 +44,9 @@ def start_engine(**settings: Any) -> None:
     global ENGINE
     if ENGINE is not None:
         close_engine()
-    ENGINE = VLLMEngine(dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.05, **settings)
+    ENGINE = VLLMEngine(
+        dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.05, **settings
+    )
 
 
 def close_engine() -> list[str]:
@@ -83,7 +85,11 @@ class Rig:
     layout = ParallelLayout(tp=2, pp=2)
 
     def __init__(
-        self, children: list[ProcessPoolExecutor], folder: Path, stops: Stops = NO_STOPS, **model: Any
+        self,
+        children: list[ProcessPoolExecutor],
+        folder: Path,
+        stops: Stops = NO_STOPS,
+        **model: Any,
     ) -> None:
         """An engine of as many tensor-parallel ranks as there are children."""
         self.children, self.version, self.syncs = children, 0, 0
@@ -102,10 +108,21 @@ class Rig:
         )
         self.params: list[dict[tuple[int, str], torch.Tensor]] = [{} for _ in range(4)]
         self.cut()
-        self.senders = [WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)]
-        settings = {"model_path": folder, "tensor_parallel_size": len(children), "meeting": ("127.0.0.1", free_port())}
+        self.senders = [
+            WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)
+        ]
+        settings = {
+            "model_path": folder,
+            "tensor_parallel_size": len(children),
+            "meeting": ("127.0.0.1", free_port()),
+        }
         settings["stops"] = stops
-        wait_all([child.submit(start_engine, rank=rank, **settings) for rank, child in enumerate(children)])
+        wait_all(
+            [
+                child.submit(start_engine, rank=rank, **settings)
+                for rank, child in enumerate(children)
+            ]
+        )
         for sender in self.senders:
             sender.open()
         self.call("open_weights", self.setup, 0, None)
@@ -132,9 +149,14 @@ class Rig:
 
     def load(self) -> SyncReport:
         """Send the weights and have the engine load them, without publishing."""
-        loading = [child.submit(call, "update_weights", self.version, self.syncs) for child in self.children]
+        loading = [
+            child.submit(call, "update_weights", self.version, self.syncs)
+            for child in self.children
+        ]
         with ThreadPoolExecutor(len(self.senders)) as threads:
-            sending = [threads.submit(sender.send, self.version, self.syncs) for sender in self.senders]
+            sending = [
+                threads.submit(sender.send, self.version, self.syncs) for sender in self.senders
+            ]
         self.syncs += 1
         report = wait_all(loading)[0]
         assert all(work.result().sent_bytes for work in sending)
@@ -158,7 +180,9 @@ class Rig:
         """log p of tokens 1, 2, ... by transformers."""
         with torch.no_grad():
             logits = self.model(torch.tensor([tokens])).logits[0, :-1]
-        return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[1:, None])[:, 0]
+        return torch.log_softmax(logits / temperature, -1).gather(
+            1, torch.tensor(tokens)[1:, None]
+        )[:, 0]
 
     def check(self, temperature: float = 1.0, greedy: bool = False) -> None:
         """Sampled and scored log-probs are transformers' on the current weights."""
@@ -177,7 +201,10 @@ class Rig:
 @pytest.fixture(scope="module")
 def children() -> Iterator[list[ProcessPoolExecutor]]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+    with (
+        ProcessPoolExecutor(1, mp_context=context) as first,
+        ProcessPoolExecutor(1, mp_context=context) as second,
+    ):
         yield [first, second]
         wait_all([child.submit(close_engine) for child in (first, second)])
         assert first.submit(close_engine).result() == []
@@ -219,9 +246,13 @@ def test_temperature_and_greedy(llama: Rig) -> None:
     for request, completion in pairs:
         tokens = (*request.prompt_ids, *completion.token_ids)
         with torch.no_grad():
-            best = torch.log_softmax(llama.model(torch.tensor([tokens])).logits[0, PROMPT_TOKENS - 1 : -1], -1).max(-1)
+            best = torch.log_softmax(
+                llama.model(torch.tensor([tokens])).logits[0, PROMPT_TOKENS - 1 : -1], -1
+            ).max(-1)
         assert best.indices.tolist() == list(completion.token_ids)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), best.values, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs), best.values, atol=1e-4, rtol=0
+        )
 
 
 def test_seeds_and_stops(llama: Rig) -> None:
@@ -233,7 +264,10 @@ def test_seeds_and_stops(llama: Rig) -> None:
     tokens = once[0][1].token_ids
     assert once[0][1].finish_reason == "length" and len(tokens) == 8
     _, stopped = llama.generate(1, stop_token_ids=(tokens[3],))[0]
-    assert stopped.finish_reason == "stop" and stopped.token_ids == tokens[: tokens.index(tokens[3]) + 1]
+    assert (
+        stopped.finish_reason == "stop"
+        and stopped.token_ids == tokens[: tokens.index(tokens[3]) + 1]
+    )
     with pytest.raises(ValueError, match="do not fit max_model_len=256"):
         llama.generate(1, max_tokens=200)
 
@@ -242,7 +276,9 @@ def test_loaded_but_unpublished_scores_only(llama: Rig) -> None:
     llama.perturb()
     llama.load()
     scored = llama.call("score", [tuple(range(5, 45))])
-    torch.testing.assert_close(torch.tensor(scored[0]), llama.expected(tuple(range(5, 45))), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(scored[0]), llama.expected(tuple(range(5, 45))), atol=1e-4, rtol=0
+    )
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         llama.generate()
 
@@ -259,7 +295,9 @@ def test_stale_prefix_cache_shows(llama: Rig) -> None:
     assert llama.call("cached_tokens") > 0
 
 
-def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecutor], tmp_path: Path) -> None:
+def test_faults_are_refused_with_the_tensors_name(
+    child: list[ProcessPoolExecutor], tmp_path: Path
+) -> None:
     rig = Rig(child, tmp_path, family="llama", tie=True)
     rig.sync()
     rig.check()
@@ -268,7 +306,9 @@ def test_faults_are_refused_with_the_tensors_name(child: list[ProcessPoolExecuto
     for outbox in outboxes:  # dropped ops: their rows keep the old version
         outbox.copies = [[copy for copy in some if copy.tensor != name] for some in outbox.copies]
     rig.perturb()
-    with pytest.raises(SyncError, match=rf"{re.escape(name)}\[.* is of policy version {rig.version - 1}"):
+    with pytest.raises(
+        SyncError, match=rf"{re.escape(name)}\[.* is of policy version {rig.version - 1}"
+    ):
         rig.load()
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         rig.generate()
@@ -296,10 +336,14 @@ def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_
 
     made = [completion for _, completion in rig.generate(8, max_tokens=100)]
     for completion in made:
-        assert not ends(completion.token_ids[:-1]), "all tokens up to the one that ends it, and no more"
+        assert not ends(completion.token_ids[:-1]), (
+            "all tokens up to the one that ends it, and no more"
+        )
         assert ends(completion.token_ids) == (completion.finish_reason == "stop")
         assert len(completion.logprobs) == len(completion.token_ids)
-    assert {completion.token_ids[-1] for completion in made if completion.finish_reason == "stop"} - {50}
+    assert {
+        completion.token_ids[-1] for completion in made if completion.finish_reason == "stop"
+    } - {50}
 
 
 def test_two_tensor_parallel_ranks_in_processes_of_their_own(

@@ -40,13 +40,19 @@ ROUTES = {
 def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
     saved, experts = tmp_path / "saved", {"family": "qwen3_moe", "tie": False, "layers": 2}
     model = make_tiny_model(tmp_path / "model", **(experts if source.ep > 1 else {"layers": 4}))
-    whole = run_ranks(source.layout.world_size, train_and_save, source, model, None, saved, STEPS_BEFORE)
+    whole = run_ranks(
+        source.layout.world_size, train_and_save, source, model, None, saved, STEPS_BEFORE
+    )
     for target in ROUTES[source]:
         resumed = run_ranks(target.layout.world_size, train_and_save, target, model, saved, None, 0)
         for role in PPO:
-            ours, theirs = (full_weights([r[role]["weights"] for r in found]) for found in (resumed, whole))
+            ours, theirs = (
+                full_weights([r[role]["weights"] for r in found]) for found in (resumed, whole)
+            )
             assert ours.keys() == theirs.keys()
-            worst = max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in theirs)
+            worst = max(
+                float((ours[name].float() - theirs[name].float()).abs().max()) for name in theirs
+            )
             curves = [results[0][role]["curve"] for results in (resumed, whole)]
             norm = max(abs(a[0] - b[0]) / b[0] for a, b in zip(*curves, strict=True))
             print(f"RESUME {source} -> {target} {role}: weights {worst:.1e} grad-norm {norm:.1e}")
@@ -63,7 +69,9 @@ def test_a_full_disk_is_told_by_the_save(tmp_path: Path) -> None:
     """And does not hang: Python's files and torch's say it each in their own way."""
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode:
         pytest.skip(f"mount: {done.stderr.decode().strip()}")
     try:

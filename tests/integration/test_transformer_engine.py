@@ -22,7 +22,17 @@ from support.ranks import run_ranks
 from support.saving import STEPS_BEFORE, load_and_save, train_and_save
 from support.te_runs import TransformerEnginePlatform
 from support.tiny_models import make_tiny_model
-from support.updates import PPO, SEQUENCES, Case, Update, assemble, compare, full_weights, one_process, run_updates
+from support.updates import (
+    PPO,
+    SEQUENCES,
+    Case,
+    Update,
+    assemble,
+    compare,
+    full_weights,
+    one_process,
+    run_updates,
+)
 
 import megatron_patches
 from rlhf3d.checkpoints.convert import Options, plan_conversion
@@ -43,7 +53,10 @@ UPDATES = {
 }
 SAVED = {
     str(case): case
-    for case in (Case(tp=2, dp=2, platform=TE), Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE))
+    for case in (
+        Case(tp=2, dp=2, platform=TE),
+        Case(dp=2, distributed_optimizer=False, dtype="bfloat16", platform=TE),
+    )
 }
 LOCAL = Case(pp=2)
 CONVERTED = {"heads4": ParallelLayout(tp=2, pp=2), "experts": ParallelLayout(dp=2, ep=2)}
@@ -56,7 +69,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=2),
         "normed": make_tiny_model(root / "normed", "qwen3", tie=False, layers=2),
-        "experts": make_tiny_model(root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False),
+        "experts": make_tiny_model(
+            root / "moe", "qwen3_moe", tie=False, layers=2, vocab=115, norm_topk_prob=False
+        ),
     }
 
 
@@ -66,10 +81,15 @@ def convert(source: Path, destination: Path, **options: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def converted(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
     """Of a model: the Megatron checkpoint that its folder was converted to, and where ranks save what they loaded."""
     root = tmp_path_factory.mktemp("converted")
-    return {name: (convert(folders[name], root / name) / "actor", root / f"{name} saved") for name in CONVERTED}
+    return {
+        name: (convert(folders[name], root / name) / "actor", root / f"{name} saved")
+        for name in CONVERTED
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +100,9 @@ def local(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     import rlhf3d.engine.megatron_engine  # noqa: F401
 
     saved = tmp_path_factory.mktemp("local") / "saved"
-    return saved, run_ranks(2, train_and_save, LOCAL, folders[LOCAL.model], None, saved, STEPS_BEFORE)
+    return saved, run_ranks(
+        2, train_and_save, LOCAL, folders[LOCAL.model], None, saved, STEPS_BEFORE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,29 +113,53 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def computed(
-    folders: dict[str, Path], converted: dict[str, tuple[Path, Path]], local: tuple[Path, list], saved: Path
+    folders: dict[str, Path],
+    converted: dict[str, tuple[Path, Path]],
+    local: tuple[Path, list],
+    saved: Path,
 ) -> dict[str, list]:
     """What the ranks of all jobs return."""
     folder = saved
     jobs: dict[str, tuple] = {}
     for name, (case, packed) in UPDATES.items():
-        updates = {role: Update(replace(case.fixed, packed=packed), objective) for role, objective in PPO.items()}
+        updates = {
+            role: Update(replace(case.fixed, packed=packed), objective)
+            for role, objective in PPO.items()
+        }
         jobs[name] = (case.layout.world_size, run_updates, (case, folders[case.model], updates))
     for name, case in SAVED.items():
         size, model = case.layout.world_size, folders[case.model]
-        jobs[f"whole {name}"] = (size, train_and_save, (case, model, None, folder / name, STEPS_BEFORE))
+        jobs[f"whole {name}"] = (
+            size,
+            train_and_save,
+            (case, model, None, folder / name, STEPS_BEFORE),
+        )
         jobs[f"resumed {name}"] = (size, train_and_save, (case, model, folder / name, None, 0))
-    jobs["from local"] = (1, train_and_save, (Case(platform=TE), folders[LOCAL.model], local[0], None, 0))
+    jobs["from local"] = (
+        1,
+        train_and_save,
+        (Case(platform=TE), folders[LOCAL.model], local[0], None, 0),
+    )
     for name, layout in CONVERTED.items():
         jobs[f"converted {name}"] = (
             layout.world_size,
             load_and_save,
             (TE, folders[name], layout, "policy", *converted[name]),
         )
-    jobs["permutation"] = (1, te_kernels.compare_permutation, (gpu_set.folder("transformer-engine"),))
+    jobs["permutation"] = (
+        1,
+        te_kernels.compare_permutation,
+        (gpu_set.folder("transformer-engine"),),
+    )
     torch.save(jobs, folder / "jobs.pt")
     files = (folder / "jobs.pt", folder / "results.pt")
-    command = [sys.executable, "-m", "support.te_runs", gpu_set.folder("transformer-engine"), *files]
+    command = [
+        sys.executable,
+        "-m",
+        "support.te_runs",
+        gpu_set.folder("transformer-engine"),
+        *files,
+    ]
     path = f"{gpu_set.folder('megatron-core')}:{ROOT}/tests:{ROOT}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -130,10 +176,14 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_are_those_of_the_local_layers(name: str, computed: dict, references: dict[str, dict]) -> None:
+def test_updates_are_those_of_the_local_layers(
+    name: str, computed: dict, references: dict[str, dict]
+) -> None:
     case, _ = UPDATES[name]
     for role in PPO:
-        metric, norm, weight = compare(assemble(case, computed[name], role), references[case.model][role])
+        metric, norm, weight = compare(
+            assemble(case, computed[name], role), references[case.model][role]
+        )
         print(f"TE {name} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}")
 
 
@@ -150,12 +200,16 @@ def test_products_sum_the_gradients_of_all_matrices(name: str, computed: dict) -
 
 
 def test_experts_are_sorted_as_by_the_triton_kernels(computed: dict) -> None:
-    assert computed["permutation"] == [dict.fromkeys(("permute", "unpermute", "sort", "sort back"), True)]
+    assert computed["permutation"] == [
+        dict.fromkeys(("permute", "unpermute", "sort", "sort back"), True)
+    ]
 
 
 def largest_difference(ours: list, theirs: list, role: str) -> float:
     """Of weights after the last update."""
-    mine, other = (full_weights([result[role]["weights"] for result in results]) for results in (ours, theirs))
+    mine, other = (
+        full_weights([result[role]["weights"] for result in results]) for results in (ours, theirs)
+    )
     assert mine.keys() == other.keys()
     return max(float((mine[name] - other[name]).abs().max()) for name in other)
 
@@ -176,10 +230,14 @@ def test_goes_on_from_what_local_layers_saved(computed: dict, local: tuple[Path,
         assert worst < 1e-5
 
 
-def test_local_layers_go_on_from_what_it_saved(computed: dict, folders: dict[str, Path], saved: Path) -> None:
+def test_local_layers_go_on_from_what_it_saved(
+    computed: dict, folders: dict[str, Path], saved: Path
+) -> None:
     """And from GPUs to CPU ranks, whose Megatron is older."""
     name, case = next(iter(SAVED.items()))
-    resumed = run_ranks(LOCAL.layout.world_size, train_and_save, LOCAL, folders[case.model], saved / name, None, 0)
+    resumed = run_ranks(
+        LOCAL.layout.world_size, train_and_save, LOCAL, folders[case.model], saved / name, None, 0
+    )
     for role in PPO:
         worst = largest_difference(resumed, computed[f"whole {name}"], role)
         print(f"local layers from TE, {role}: weights {worst:.1e}")

@@ -24,7 +24,9 @@ SIZES = ("rollout.n=2", "actor.layout.pp=2", "trainer.val_before_train=false")
 HEALTH = {"initial_delay": 1000, "period": 500, "timeout": 2000}
 FAKE = "megatron_core-0.15.0.dist-info"
 
-pytestmark = pytest.mark.skipif(not possible(), reason="needs root, ip, unshare and nsenter to make networks")
+pytestmark = pytest.mark.skipif(
+    not possible(), reason="needs root, ip, unshare and nsenter to make networks"
+)
 
 
 @pytest.fixture
@@ -38,11 +40,27 @@ def launch(nodes: Network, folder: Path, *arguments: str) -> subprocess.Popen[st
     """Render the script that runs the job on both nodes, and start it on the first."""
     if not (folder / "job.yaml").exists():
         write_job(folder, algorithm={"adv_estimator": "grpo"})
-    resources = ("--gpus-per-node", "0", "--cpus-per-node", "2", "--workdir", str(folder), "--venv", str(BIN.parent))
+    resources = (
+        "--gpus-per-node",
+        "0",
+        "--cpus-per-node",
+        "2",
+        "--workdir",
+        str(folder),
+        "--venv",
+        str(BIN.parent),
+    )
     command = [str(BIN / "rlhf3d"), "launch", "ssh", str(folder / "job.yaml"), *SIZES, *arguments]
-    checks = [part for name, ms in HEALTH.items() for part in ("--env", f"RAY_health_check_{name}_ms={ms}")]
+    checks = [
+        part
+        for name, ms in HEALTH.items()
+        for part in ("--env", f"RAY_health_check_{name}_ms={ms}")
+    ]
     script = folder / "job.sh"
-    subprocess.run([*command, *resources, *checks, "--hosts", "node-a,node-b", "--output", str(script)], check=True)
+    subprocess.run(
+        [*command, *resources, *checks, "--hosts", "node-a,node-b", "--output", str(script)],
+        check=True,
+    )
     return subprocess.Popen(
         nodes.enter("node-a", "bash", str(script)),
         env=nodes.environment(),
@@ -63,7 +81,9 @@ def wait_for(file: Path, process: subprocess.Popen[str], timeout_s: float) -> No
 
 
 @pytest.mark.timeout(600)
-def test_a_rehearsal_over_two_nodes_goes_on_after_the_loss_of_one(nodes: Network, tmp_path: Path) -> None:
+def test_a_rehearsal_over_two_nodes_goes_on_after_the_loss_of_one(
+    nodes: Network, tmp_path: Path
+) -> None:
     nodes.add("node-b")
     folder = tmp_path / "rehearsals" / "job"
     with launch(nodes, tmp_path, "--rehearse") as process:
@@ -84,11 +104,15 @@ def test_a_rehearsal_over_two_nodes_goes_on_after_the_loss_of_one(nodes: Network
     assert "two steps, saved, resumed and repeated exactly" in output
     for run in ("run", "resumed"):
         checked = re.findall(
-            r"checked node-. .*: (\d) CPU, node-. .*: (\d) CPU;", (folder / run / "logs" / "driver.log").read_text()
+            r"checked node-. .*: (\d) CPU, node-. .*: (\d) CPU;",
+            (folder / run / "logs" / "driver.log").read_text(),
         )
         assert checked and set(checked) == {("2", "1")}
         for row in read_rows(folder / run):
-            assert row.get("sync/canary_abs_diff", 0.0) < 1e-4 and row["training/rollout_logprobs_diff_max"] < 1e-3
+            assert (
+                row.get("sync/canary_abs_diff", 0.0) < 1e-4
+                and row["training/rollout_logprobs_diff_max"] < 1e-3
+            )
 
 
 @pytest.mark.timeout(300)

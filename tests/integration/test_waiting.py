@@ -66,11 +66,19 @@ def count_on(workers: list, *ranges: tuple[int, int]) -> dict[str, ray.ObjectRef
 
 def test_streams_give_all_they_have(workers: list) -> None:
     items = list(stream("generate", count_on(workers, (0, 3), (3, 5)), 60))
-    assert sorted(items) == [("engine 0", 0), ("engine 0", 1), ("engine 0", 2), ("engine 1", 3), ("engine 1", 4)]
+    assert sorted(items) == [
+        ("engine 0", 0),
+        ("engine 0", 1),
+        ("engine 0", 2),
+        ("engine 1", 3),
+        ("engine 1", 4),
+    ]
 
 
 def test_a_stream_that_breaks_off_is_told(workers: list) -> None:
-    with pytest.raises(WorkerFailure, match=r"(?s)generate failed on engine 1:.*KeyError: 'the cause'"):
+    with pytest.raises(
+        WorkerFailure, match=r"(?s)generate failed on engine 1:.*KeyError: 'the cause'"
+    ):
         list(stream("generate", count_on(workers, (0, 3), (3, 7)), 60))
 
 
@@ -85,7 +93,9 @@ def test_a_stream_has_a_deadline(workers: list) -> None:
 
 def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
     calls = {"rank 0": workers[0].lose_peer.remote(), "rank 1": workers[1].fail.remote()}
-    with pytest.raises(WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*KeyError: 'the cause'.*rank 0"):
+    with pytest.raises(
+        WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*KeyError: 'the cause'.*rank 0"
+    ):
         gather("update_actor", calls, 60)
 
 
@@ -98,7 +108,10 @@ def test_a_node_is_suspected_where_only_a_lost_peer_is_known(workers: list) -> N
 
 def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
     too_many = Placement([{"CPU": 1.0}] * 9, "PACK", {}, [[bundle] for bundle in range(9)], {})
-    with pytest.raises(ValueError, match=r"the run needs 9 x \(1 CPU\), but after 2 s"), reserve(too_many, timeout_s=2):
+    with (
+        pytest.raises(ValueError, match=r"the run needs 9 x \(1 CPU\), but after 2 s"),
+        reserve(too_many, timeout_s=2),
+    ):
         pass
 
 
@@ -151,10 +164,18 @@ print(time.monotonic() - began)
 @pytest.mark.parametrize("name", ["raylet", "gcs_server", "SIGTERM"])
 def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str) -> None:
     """So is a signal in a wait on Ray, whose calls may return a result though its handler raised."""
-    from integration.test_learning import MARKED, left_behind  # Ray's workers, which import this file, cannot
+    from integration.test_learning import (
+        MARKED,
+        left_behind,
+    )  # Ray's workers, which import this file, cannot
 
     done = subprocess.run(
-        [sys.executable, "-c", LOSES_RAY, name], env=MARKED, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", LOSES_RAY, name],
+        env=MARKED,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     told, seconds = done.stdout.splitlines()
     sentence = rf"Ray's {name} on this machine \(process \d+\) was ended by SIGKILL, .*checkpoint"

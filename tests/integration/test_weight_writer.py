@@ -34,10 +34,15 @@ def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
         "layers.0.post_attention_layernorm.weight",
     ]
     (rows,) = rig.rpc("row_sums", "model.embed_tokens.weight")
-    assert len(rows) == 192 and all(rows[:150]) and not any(rows[150:]), "the vocabulary's padding is zero"
+    assert len(rows) == 192 and all(rows[:150]) and not any(rows[150:]), (
+        "the vocabulary's padding is zero"
+    )
     assert len(packed) == 8 and len(live) + len(packed) == len(engine_params(rig.spec, 1, 0))
     name = "model.layers.1.mlp.down_proj.weight"
-    assert f"{name} has shape (64, 2048) in vLLM and (64, 127)" in rig.rpc("refusal", name, {"shape": (64, 127)})[0]
+    assert (
+        f"{name} has shape (64, 2048) in vLLM and (64, 127)"
+        in rig.rpc("refusal", name, {"shape": (64, 127)})[0]
+    )
     assert f"the weight table lacks {name} (1 in all)" in rig.rpc("refusal", name, {})[0]
     renamed = rig.rpc("refusal", name, {"name": "model.typo.weight"})[0]
     assert f"lacks {name} (1 in all) and has besides model.typo.weight (1 in all)" in renamed
@@ -77,7 +82,15 @@ def test_plain_layout_as_on_cuda(child: ProcessPoolExecutor, tmp_path: Path) -> 
 
 
 def test_bfloat16_equals_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: Path) -> None:
-    rig = Rig(child, tmp_path, dtype="bfloat16", engine={"load_format": "auto"}, family="qwen3", tie=False, kv_heads=2)
+    rig = Rig(
+        child,
+        tmp_path,
+        dtype="bfloat16",
+        engine={"load_format": "auto"},
+        family="qwen3",
+        tie=False,
+        kv_heads=2,
+    )
     own = rig.score()
     rig.update()
     assert not torch.equal(rig.score(), own)
@@ -108,7 +121,9 @@ def test_fp8_equals_vllms_own_quantisation(child: ProcessPoolExecutor, tmp_path:
 def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> None:
     """An expert size that is not a multiple of the CPU kernel's 32 columns: it is padded before it is packed."""
     model = {"norm_topk_prob": False} if family == "qwen3_moe" else {"experts": 8}
-    rig = Rig(child, tmp_path, family=family, tie=family == "mixtral", kv_heads=1, ffn=1008, **model)
+    rig = Rig(
+        child, tmp_path, family=family, tie=family == "mixtral", kv_heads=1, ffn=1008, **model
+    )
     rig.check()
     rig.check_memory()
     ((_, packed),) = rig.rpc("live_and_packed")
@@ -131,15 +146,21 @@ TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     ],
     ids=lambda model: model["family"],
 )
-def test_two_tensor_parallel_ranks(child: ProcessPoolExecutor, tmp_path: Path, model: dict[str, Any]) -> None:
+def test_two_tensor_parallel_ranks(
+    child: ProcessPoolExecutor, tmp_path: Path, model: dict[str, Any]
+) -> None:
     """Shards of everything; with fewer key-value heads than ranks, copies of them."""
     Rig(child, tmp_path, engine=TWO_RANKS, **model).check()
 
 
-def test_whole_experts_on_two_ranks_equal_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_whole_experts_on_two_ranks_equal_vllms_own_loader(
+    child: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     """By the bits of the packed experts: vLLM's CPU kernel crashes on experts that are elsewhere."""
     engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
-    rig = Rig(child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1)
+    rig = Rig(
+        child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1
+    )
     own = rig.rpc("expert_digests")
     assert own[0].keys() == own[1].keys() and len({*own[0].values(), *own[1].values()}) == 8
     rig.update()

@@ -55,13 +55,24 @@ def write_megatron_folder(
         if key in shapes and shapes[key][0] > spec.vocab_size:
             box = ((spec.vocab_size, shapes[key][0]), (0, spec.hidden_size))
             dtype = next(iter(tensors.values())).dtype
-            padding.append((key, box, torch.zeros(shapes[key][0] - spec.vocab_size, spec.hidden_size, dtype=dtype)))
+            padding.append(
+                (
+                    key,
+                    box,
+                    torch.zeros(shapes[key][0] - spec.vocab_size, spec.hidden_size, dtype=dtype),
+                )
+            )
     for key, written in write_tensors(folder / "__padding.distcp", padding)[0]:
         chunks[key].append(written)
     for key, shape in shapes.items():
         assert sum(volume(chunk.box) for chunk in chunks[key]) == volume(full_box(shape)), key
-    dtype_of = {key: tensors[found[0].pieces[0].hf_name].dtype for key, found in _slabs(model).items()}
-    stored = {f"{prefix}{key}": StoredTensor(dtype_of[key], shape, tuple(chunks[key])) for key, shape in shapes.items()}
+    dtype_of = {
+        key: tensors[found[0].pieces[0].hf_name].dtype for key, found in _slabs(model).items()
+    }
+    stored = {
+        f"{prefix}{key}": StoredTensor(dtype_of[key], shape, tuple(chunks[key]))
+        for key, shape in shapes.items()
+    }
     finish_folder(folder, stored, model.extra_states(), {})
     return folder
 
@@ -85,6 +96,8 @@ def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
     """Whether two models have the same tensors, bit for bit."""
     return set(one) == set(other) and all(
         one[name].dtype == other[name].dtype
-        and torch.equal(one[name].view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8))
+        and torch.equal(
+            one[name].view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8)
+        )
         for name in one
     )

@@ -29,9 +29,13 @@ class Target:
     def is_gpu(self) -> bool:
         return self.platform.kind == "cuda"
 
-    def run(self, ranks: int, dtype: str, function: Callable[..., Any], *args: Any, shared: bool = False) -> list[Any]:
+    def run(
+        self, ranks: int, dtype: str, function: Callable[..., Any], *args: Any, shared: bool = False
+    ) -> list[Any]:
         """`function(rank, port, *args)` on forked ranks, one a device (or all on the first), ready for Megatron."""
-        return run_ranks(ranks, _on_device, self.platform, dtype, shared, function, args, timeout_s=280.0)
+        return run_ranks(
+            ranks, _on_device, self.platform, dtype, shared, function, args, timeout_s=280.0
+        )
 
 
 def _on_device(
@@ -56,7 +60,10 @@ def find_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return listed.stdout.strip().splitlines() if listed.returncode == 0 else []
 

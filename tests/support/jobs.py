@@ -29,9 +29,23 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """A tiny PPO job: model, prompts, reward function and configuration."""
-    make_tiny_model(folder / "model", family, tie=family == "llama", layers=4, hidden=64, heads=2, kv_heads=2, ffn=128)
+    make_tiny_model(
+        folder / "model",
+        family,
+        tie=family == "llama",
+        layers=4,
+        hidden=64,
+        heads=2,
+        kv_heads=2,
+        ffn=128,
+    )
     rows = [
-        PromptRow("tiny", [{"role": "user", "content": f"word {i}"}], "letters", {"ground_truth": "", "style": "rule"})
+        PromptRow(
+            "tiny",
+            [{"role": "user", "content": f"word {i}"}],
+            "letters",
+            {"ground_truth": "", "style": "rule"},
+        )
         for i in range(64)
     ]
     write_parquet(rows, folder / "prompts.parquet", {})
@@ -55,7 +69,11 @@ def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
         "rollout": {"dtype": "float32", "kv_cache_gib": 0.1, "threads": 1, "n": 1},
         "algorithm": {"use_kl_in_reward": True},
         "custom_reward_function": {"path": str(folder / "reward.py")},
-        "trainer": {"total_training_steps": STEPS, "output_dir": str(folder / "run"), "test_freq": 0},
+        "trainer": {
+            "total_training_steps": STEPS,
+            "output_dir": str(folder / "run"),
+            "test_freq": 0,
+        },
         "cluster": {"platform": "cpu"},
         **changes,
     }
@@ -67,7 +85,9 @@ def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
 def train(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would."""
     command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *overrides]
-    return subprocess.run(command, env=MARKED, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, env=MARKED, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:

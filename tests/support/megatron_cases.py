@@ -38,7 +38,9 @@ def join(rank: int, port: int, layout: ParallelLayout) -> None:
     initialize_megatron(layout, rank, 7, CPUPlatform("test"), timeout_s=60, master_port=port)
 
 
-def build_model(layout: ParallelLayout, *, sequence_parallel: bool = False, experts: int = 0, **config: Any) -> Any:
+def build_model(
+    layout: ParallelLayout, *, sequence_parallel: bool = False, experts: int = 0, **config: Any
+) -> Any:
     """A two-layer GPT whose weights depend on their names only: every tensor-parallel size starts alike."""
     import torch
     from megatron.core import parallel_state
@@ -48,9 +50,15 @@ def build_model(layout: ParallelLayout, *, sequence_parallel: bool = False, expe
 
     platform = CPUPlatform("test")
     if experts:
-        config |= {"num_moe_experts": experts, "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall"}
+        config |= {
+            "num_moe_experts": experts,
+            "moe_router_topk": 2,
+            "moe_token_dispatcher_type": "alltoall",
+        }
         config |= {"expert_tensor_parallel_size": 1, "moe_ffn_hidden_size": HIDDEN}
-        spec = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm"
+        )
     else:
         spec = platform.layer_spec(qk_layernorm=False)
     transformer_config = TransformerConfig(
@@ -85,7 +93,10 @@ def set_weights(model: Any, layout: ParallelLayout) -> None:
         full = torch.randn(shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0)
         if dim >= 0:
             halves = full.chunk(2) if "linear_fc1" in name else (full,)
-            full = torch.cat([half.chunk(layout.tp, dim)[tp_rank] for half in halves], 0 if len(halves) == 2 else dim)
+            full = torch.cat(
+                [half.chunk(layout.tp, dim)[tp_rank] for half in halves],
+                0 if len(halves) == 2 else dim,
+            )
         parameter.data.copy_(full)
 
 
@@ -93,7 +104,9 @@ def tokens(step: int, rows: int = 4) -> Any:
     """[rows, SEQUENCE + 1] token ids of a step."""
     import torch
 
-    return torch.randint(0, VOCAB, (rows, SEQUENCE + 1), generator=torch.Generator().manual_seed(step))
+    return torch.randint(
+        0, VOCAB, (rows, SEQUENCE + 1), generator=torch.Generator().manual_seed(step)
+    )
 
 
 def forward(model: Any, ids: Any) -> Any:
@@ -113,10 +126,16 @@ class Trainer:
 
         self.layout = layout
         self.model = build_model(layout, **model_kwargs)
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        )
         self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
         config = OptimizerConfig(
-            optimizer="adam", lr=1e-2, clip_grad=1.0, weight_decay=0.0, use_distributed_optimizer=True
+            optimizer="adam",
+            lr=1e-2,
+            clip_grad=1.0,
+            weight_decay=0.0,
+            use_distributed_optimizer=True,
         )
         self.optimizer = get_megatron_optimizer(config, [self.ddp])
 
@@ -144,7 +163,9 @@ class Trainer:
         dist_checkpointing.save(state, folder, content_metadata=CHECKPOINT_METADATA)
 
 
-def train(rank: int, port: int, layout: ParallelLayout, steps: int, **model_kwargs: Any) -> list[tuple[float, float]]:
+def train(
+    rank: int, port: int, layout: ParallelLayout, steps: int, **model_kwargs: Any
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     join(rank, port, layout)
     trainer = Trainer(layout, **model_kwargs)
@@ -179,7 +200,13 @@ def rng_tracker(rank: int, port: int) -> dict[str, Any]:
     first, second = draw(), draw()
     moved = not torch.equal(before, torch.get_rng_state())
     model_parallel_cuda_manual_seed(7)
-    return {"first": first, "second": second, "again": draw(), "default_moved": moved, "logged": logged}
+    return {
+        "first": first,
+        "second": second,
+        "again": draw(),
+        "default_moved": moved,
+        "logged": logged,
+    }
 
 
 def norm_sequence_parallel(rank: int, port: int) -> list[tuple[float, float]]:
@@ -243,14 +270,18 @@ def _experts(rank: int, port: int, expert_parallel: int) -> float:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=expert_parallel
     )
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1)
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = build_model(ParallelLayout(), experts=4, expert_model_parallel_size=expert_parallel)
     for expert in (m for m in model.modules() if type(m).__name__ == "SequentialMLP"):
         for index, mlp in enumerate(expert.local_experts):  # weights by global expert number
             scale = 1.0 + index + rank * len(expert.local_experts)
             for number, weight in enumerate(mlp.parameters()):
-                torch.nn.init.normal_(weight, std=0.05 * scale, generator=torch.Generator().manual_seed(number))
+                torch.nn.init.normal_(
+                    weight, std=0.05 * scale, generator=torch.Generator().manual_seed(number)
+                )
     loss = forward(model, tokens(0)).mean()
     loss.backward()
     return float(loss.detach())
@@ -270,7 +301,11 @@ def output_layer_fusion(rank: int, port: int) -> bool:
     """Whether the output layer of a model with fused weight gradients asks for Apex's kernel."""
     layout = ParallelLayout()
     join(rank, port, layout)
-    return bool(build_model(layout, gradient_accumulation_fusion=True).output_layer.gradient_accumulation_fusion)
+    return bool(
+        build_model(
+            layout, gradient_accumulation_fusion=True
+        ).output_layer.gradient_accumulation_fusion
+    )
 
 
 @dataclass(frozen=True)
@@ -312,7 +347,10 @@ def apply_cuda(rank: int, port: int) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import p2p_communication
 
     rewritten = hasattr(p2p_communication, "_cpu_cuda")
-    return {"rewritten": rewritten, "status": {row.name: row.status for row in megatron_patches.table()}}
+    return {
+        "rewritten": rewritten,
+        "status": {row.name: row.status for row in megatron_patches.table()},
+    }
 
 
 def main() -> None:
@@ -326,7 +364,9 @@ def main() -> None:
             import megatron.core.models.gpt
             import megatron.core.optimizer  # noqa: F401
         try:
-            outcomes[name] = {"value": run_ranks(case.world_size, run_without, name, timeout_s=60)[-1]}
+            outcomes[name] = {
+                "value": run_ranks(case.world_size, run_without, name, timeout_s=60)[-1]
+            }
         except RankError as error:
             outcomes[name] = {"error": str(error)}
     json.dump(outcomes, sys.stdout)

@@ -30,7 +30,12 @@ def possible() -> bool:
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
         return False
     made = "ip link add br0 type bridge && ip link add link0 type veth peer name link1"
-    return subprocess.run(["unshare", "--net", "bash", "-c", made], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "--net", "bash", "-c", made], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 @dataclass
@@ -57,9 +62,22 @@ class Network:
         """
         number = list(self.nodes).index(name) if name in self.nodes else len(self.nodes)
         spaces = [] if shared_processes else ["--pid", "--mount-proc"]
-        mounts = "mount -t tmpfs tmpfs /dev/shm" + (f" && mount -t tmpfs tmpfs {hide}" if hide else "")
+        mounts = "mount -t tmpfs tmpfs /dev/shm" + (
+            f" && mount -t tmpfs tmpfs {hide}" if hide else ""
+        )
         script = f"hostname {name} && {mounts} && echo ready && exec sleep infinity"
-        command = ["unshare", "--net", "--uts", "--mount", *spaces, "--fork", "--kill-child", "bash", "-c", script]
+        command = [
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            *spaces,
+            "--fork",
+            "--kill-child",
+            "bash",
+            "-c",
+            script,
+        ]
         holder = self.stack.enter_context(_process(command))
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         self.nodes[name] = psutil.Process(holder.pid).children()[0].pid
@@ -70,7 +88,10 @@ class Network:
         self._on_switch(f"ip link set {link} master br0 up")
         address = f"ip addr add 10.77.0.{number + 1}/24 dev eth0 && ip link set eth0 up && ip link set lo up"
         # Nobody is there; but Ray learns a node's own address from the route to elsewhere.
-        subprocess.run(self.enter(name, "bash", "-c", f"{address} && ip route add default via 10.77.0.254"), check=True)
+        subprocess.run(
+            self.enter(name, "bash", "-c", f"{address} && ip route add default via 10.77.0.254"),
+            check=True,
+        )
 
     def enter(self, name: str, *command: str) -> list[str]:
         """The command line that runs a command on a node, in this process's folder."""
@@ -89,7 +110,9 @@ class Network:
         return {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}"}
 
     def _on_switch(self, command: str) -> None:
-        subprocess.run(["nsenter", "--target", str(self.switch), "--net", "--", *command.split()], check=True)
+        subprocess.run(
+            ["nsenter", "--target", str(self.switch), "--net", "--", *command.split()], check=True
+        )
 
 
 @contextmanager
@@ -97,7 +120,9 @@ def network(folder: Path) -> Iterator[Network]:
     """A switch without nodes; `folder` is for its files."""
     with ExitStack() as stack:
         made = Network(folder, stack)
-        script = "ip link add br0 type bridge && ip link set br0 up && echo ready && exec sleep infinity"
+        script = (
+            "ip link add br0 type bridge && ip link set br0 up && echo ready && exec sleep infinity"
+        )
         switch = stack.enter_context(_process(["unshare", "--net", "bash", "-c", script]))
         assert switch.stdout is not None and switch.stdout.readline() == "ready\n"
         made.switch = switch.pid
@@ -108,7 +133,9 @@ def network(folder: Path) -> Iterator[Network]:
 
 @contextmanager
 def _process(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             yield process
         finally:

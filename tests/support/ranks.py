@@ -42,7 +42,9 @@ def free_port() -> int:
             return port
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
     """Fork `world_size` ranks, call `fn(rank, port, *args)` on each; its (picklable) results in rank order.
 
     `port` is a free port for the rendezvous at 127.0.0.1; `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`
@@ -87,7 +89,9 @@ def _child(
             os._exit(1)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stacks)
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in env.items()}, MASTER_ADDR="127.0.0.1")
+        os.environ.update(
+            {name: str(value) for name, value in env.items()}, MASTER_ADDR="127.0.0.1"
+        )
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(1)
         try:
@@ -103,7 +107,9 @@ def _child(
         os._exit(status)
 
 
-def _collect(pids: list[int], pipes: list[int], stacks: list[IO[bytes]], deadline: float) -> list[Any]:
+def _collect(
+    pids: list[int], pipes: list[int], stacks: list[IO[bytes]], deadline: float
+) -> list[Any]:
     """Read every rank's reply until end of file; the first reply that is no success ends the wait."""
     world_size = len(pipes)
     received = [bytearray() for _ in pipes]
@@ -136,7 +142,9 @@ def _post_mortem(rank: int, pid: int, stacks: list[IO[bytes]], results: dict[int
     """What is known about a rank that ended without a reply: its status and what the watchdogs wrote."""
     time.sleep(0.5)  # ranks that hang together reach their watchdogs together
     info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    text = [f"rank {rank} of {len(stacks)} ended without a result (status {info.si_status if info else '?'})"]
+    text = [
+        f"rank {rank} of {len(stacks)} ended without a result (status {info.si_status if info else '?'})"
+    ]
     for other, file in enumerate(stacks):
         file.seek(0)
         dump = file.read().decode(errors="replace")

@@ -53,17 +53,24 @@ def train_and_save(
         for role in engines:  # while it is being written
             result[role] = {"curve": update(role, STEPS_AFTER)}
         files = {
-            f"{role}/{name}": info for role, p in pending.items() for name, info in sharded.finish_save(p, 60).items()
+            f"{role}/{name}": info
+            for role, p in pending.items()
+            for name, info in sharded.finish_save(p, 60).items()
         }
     for role, engine in engines.items():
-        result[role]["weights"] = [(name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()]
+        result[role]["weights"] = [
+            (name, box, tensor.clone()) for name, box, tensor in engine.export_pieces()
+        ]
         result[role]["files"] = files
     return result
 
 
 def same_world(folder: Path) -> bool:
     """Whether the checkpoint is of as many ranks as this one's world."""
-    return torch.load(folder / "common.pt", weights_only=False)["world_size"] == torch.distributed.get_world_size()
+    return (
+        torch.load(folder / "common.pt", weights_only=False)["world_size"]
+        == torch.distributed.get_world_size()
+    )
 
 
 def load_and_save(
@@ -105,5 +112,7 @@ def load_and_save(
         out.mkdir()
     torch.distributed.barrier()
     with ThreadPoolExecutor(1) as threads:
-        sharded.finish_save(sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60)
+        sharded.finish_save(
+            sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60
+        )
     return len(expected)

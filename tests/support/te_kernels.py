@@ -60,7 +60,9 @@ class _Absent:
         return _Absent(f"{self._name}.{name}")
 
     def __int__(self) -> int:
-        return zlib.crc32(self._name.encode())  # members of enumerations are put into tables by number
+        return zlib.crc32(
+            self._name.encode()
+        )  # members of enumerations are put into tables by number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{self._name} has no stand-in")
@@ -73,14 +75,18 @@ class _Names(types.ModuleType):
         return _Absent(f"{self.__name__}.{name}")
 
 
-def rmsnorm_fwd(x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, *_: Any) -> tuple:
+def rmsnorm_fwd(
+    x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, *_: Any
+) -> tuple:
     """Normalised rows, nothing, and 1 / root mean square."""
     assert out is None and quantizer is None
     rsigma = (x.float().square().mean(-1) + eps).rsqrt()
     return (x.float() * rsigma[:, None] * weight.float()).to(x.dtype), None, rsigma
 
 
-def rmsnorm_bwd(dy: Tensor, x: Tensor, rsigma: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def rmsnorm_bwd(
+    dy: Tensor, x: Tensor, rsigma: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     """Gradients of the rows and of the weight."""
     normal, scaled = x.float() * rsigma[:, None], dy.float() * weight.float()
     dx = rsigma[:, None] * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
@@ -123,7 +129,9 @@ def _angles(freqs: Tensor, lengths: Sequence[int], cp: int, rank: int) -> Tensor
     return torch.cat(parts)
 
 
-def _rotate(t: Tensor, freqs: Tensor, cu_seqlens: Tensor | None, cp: int, rank: int, sign: int) -> Tensor:
+def _rotate(
+    t: Tensor, freqs: Tensor, cu_seqlens: Tensor | None, cp: int, rank: int, sign: int
+) -> Tensor:
     packed = cu_seqlens is not None
     angles = _angles(freqs, cu_seqlens.diff().tolist(), cp, rank) if packed else freqs[: t.shape[0]]
     x = t.float()
@@ -148,7 +156,9 @@ def fused_rope_backward(t: Tensor, freqs: Tensor, start: Any, layout: Any, inter
 def convert_thd_to_bshd(t: Tensor, cu_seqlens: Tensor, batch: int, width: int) -> Tensor:
     """[t, h, d] -> [b, s, h, d], zeros behind each row."""
     out = t.new_zeros(batch, width, *t.shape[1:])
-    for row, (start, stop) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+    for row, (start, stop) in enumerate(
+        zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+    ):
         out[row, : stop - start] = t[start:stop]
     return out
 
@@ -159,13 +169,17 @@ def convert_bshd_to_thd(t: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.cat([t[row, :length] for row, length in enumerate(lengths)])
 
 
-def multi_tensor_l2norm(chunk: int, noop: Tensor, lists: list[list[Tensor]], per_tensor: bool, *_: Any) -> tuple:
+def multi_tensor_l2norm(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], per_tensor: bool, *_: Any
+) -> tuple:
     """Norm of all tensors, and of each."""
     norms = torch.stack([tensor.float().norm() for tensor in lists[0]])
     return norms.norm()[None], norms if per_tensor else None
 
 
-def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float | Tensor) -> None:
+def multi_tensor_scale(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], scale: float | Tensor
+) -> None:
     """The second list's tensors from the first's."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
@@ -186,7 +200,9 @@ def make_row_id_map(routing_map: Tensor, tokens: int, experts: int) -> Tensor:
     """[t, 2e + 1] of which the first e columns are used here: where an expert's copy of a token goes, or -1."""
     mask = routing_map.bool()
     rows = mask.t().flatten().cumsum(0).view(experts, tokens).t() - 1
-    return torch.cat([torch.where(mask, rows, -1), rows.new_full((tokens, experts + 1), -1)], 1).int()
+    return torch.cat(
+        [torch.where(mask, rows, -1), rows.new_full((tokens, experts + 1), -1)], 1
+    ).int()
 
 
 def _copies(row_id_map: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,11 +226,17 @@ def unpermute_with_mask_map(inp: Tensor, row_id_map: Tensor, merging_probs: Any,
     assert merging_probs is None and pad_offsets is None
     token, expert, row = _copies(row_id_map, experts)
     out = torch.zeros(tokens, hidden).index_add_(0, token, inp[row].float()).to(inp.dtype)
-    back = None if probs is None else probs.new_zeros(tokens, experts).index_put_((token, expert), probs[row])
+    back = (
+        None
+        if probs is None
+        else probs.new_zeros(tokens, experts).index_put_((token, expert), probs[row])
+    )
     return out, back
 
 
-def make_chunk_sort_map(split_sizes: Tensor, sorted_indices: Tensor, tokens: int, splits: int) -> Tensor:
+def make_chunk_sort_map(
+    split_sizes: Tensor, sorted_indices: Tensor, tokens: int, splits: int
+) -> Tensor:
     """Where each row goes when chunks are put into this order."""
     chunks = torch.arange(tokens).split(split_sizes.tolist())
     return torch.cat([chunks[number] for number in sorted_indices.tolist()]).argsort().int()
@@ -254,17 +276,25 @@ def compare_permutation(rank: int, port: int, folder: Path) -> dict[str, bool]:
     torch.manual_seed(0)
     tokens, experts, hidden = 5, 4, 8
     inp, probs = torch.randn(tokens, hidden), torch.rand(tokens, experts)
-    routing = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, probs.topk(2).indices, True)
+    routing = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(
+        1, probs.topk(2).indices, True
+    )
     found: dict[str, list] = {}
     for kernels in (real, sys.modules[PERMUTATION]):
         rows = kernels.make_row_id_map(routing, tokens, experts)
         out, _, weights = kernels.permute_with_mask_map(
             inp, rows, probs, None, None, tokens, experts, 2 * tokens, hidden, None
         )
-        back = kernels.unpermute_with_mask_map(out, rows, None, weights, None, tokens, experts, hidden)
-        order = kernels.make_chunk_sort_map(torch.tensor([3, 0, 5, 2]), torch.tensor([2, 0, 3, 1]), 2 * tokens, 4)
+        back = kernels.unpermute_with_mask_map(
+            out, rows, None, weights, None, tokens, experts, hidden
+        )
+        order = kernels.make_chunk_sort_map(
+            torch.tensor([3, 0, 5, 2]), torch.tensor([2, 0, 3, 1]), 2 * tokens, 4
+        )
         there = kernels.sort_chunks_by_map(out, order, weights, 2 * tokens, hidden, is_forward=True)
-        again = kernels.sort_chunks_by_map(*there[:1], order, there[1], 2 * tokens, hidden, is_forward=False)
+        again = kernels.sort_chunks_by_map(
+            *there[:1], order, there[1], 2 * tokens, hidden, is_forward=False
+        )
         results = {"permute": (out, weights), "unpermute": back, "sort": there, "sort back": again}
         for name, tensors in results.items():
             found.setdefault(name, []).append(tensors)
@@ -297,7 +327,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname.split(".")[0] != PACKAGE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path or [str(self.folder)])
@@ -310,7 +342,9 @@ def _common(folder: Path) -> types.ModuleType:
     """The package's common module, as while it is built: no library is loaded."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     name, path = f"{PACKAGE}.common", folder / PACKAGE / "common"
-    spec = importlib.util.spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    spec = importlib.util.spec_from_file_location(
+        name, path / "__init__.py", submodule_search_locations=[str(path)]
+    )
     assert spec and spec.loader
     sys.modules[name] = common = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(common)

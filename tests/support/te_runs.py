@@ -43,10 +43,14 @@ def main(folder: str, jobs: str, results: str) -> None:
     import rlhf3d.parallel.megatron_init  # noqa: F401
 
     wanted = torch.load(jobs, weights_only=False)
-    torch.save({name: run_ranks(size, run, *args) for name, (size, run, args) in wanted.items()}, results)
+    torch.save(
+        {name: run_ranks(size, run, *args) for name, (size, run, args) in wanted.items()}, results
+    )
 
 
 if __name__ == "__main__":
-    from support.te_runs import main as run  # as a module of that name, so that jobs can name its platform
+    from support.te_runs import (
+        main as run,
+    )  # as a module of that name, so that jobs can name its platform
 
     run(*sys.argv[1:])

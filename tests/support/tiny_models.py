@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf3d.rehearsal.miniature import SPECIAL_TOKENS, byte_tokenizer
 
@@ -79,10 +84,16 @@ def make_tiny_model(
         assert norm_topk_prob, "Mixtral always scales the chosen probabilities to sum to 1"
         shape |= {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
     if family == "qwen3_moe":
-        shape |= {"num_experts": experts, "num_experts_per_tok": experts_per_token, "norm_topk_prob": norm_topk_prob}
+        shape |= {
+            "num_experts": experts,
+            "num_experts_per_tok": experts_per_token,
+            "norm_topk_prob": norm_topk_prob,
+        }
         shape |= {"moe_intermediate_size": ffn, "intermediate_size": 2 * ffn}
     config = AutoConfig.for_model(family, **shape, **({"num_labels": 1} if classifier else {}))
-    model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
+    model = (
+        AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    ).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -75,7 +75,9 @@ class Case:
     @property
     def fixed(self) -> MicroBatching:
         """Padded, by number."""
-        return MicroBatching(self.micro_batch_size, **width_multiples(self.layout_config, self.platform.kind))
+        return MicroBatching(
+            self.micro_batch_size, **width_multiples(self.layout_config, self.platform.kind)
+        )
 
     def __str__(self) -> str:
         flags = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}", f"mbs{self.micro_batch_size}"]
@@ -86,7 +88,9 @@ class Case:
         flags += [self.dtype] if self.dtype != "float32" else []
         names = ("sp", "overlap", "gather", "offload")
         return "-".join(
-            flags + [n for n in names if getattr(self, n)] + ([] if self.distributed_optimizer else ["ddp"])
+            flags
+            + [n for n in names if getattr(self, n)]
+            + ([] if self.distributed_optimizer else ["ddp"])
         )
 
 
@@ -122,7 +126,9 @@ class Update:
     """Sequences; the second step has what is left."""
 
 
-def run_updates(rank: int, port: int, case: Case, folder: Path, updates: dict[str, Update]) -> dict[str, dict]:
+def run_updates(
+    rank: int, port: int, case: Case, folder: Path, updates: dict[str, Update]
+) -> dict[str, dict]:
     """Each update on one rank; metrics, outputs and this rank's weights."""
     context = join(rank, port, case, folder)
     if case.gather:  # every weight in a bucket of its own; else all of a tiny model are whole when the first one is
@@ -130,7 +136,10 @@ def run_updates(rank: int, port: int, case: Case, folder: Path, updates: dict[st
 
         whole = distributed.DistributedDataParallelConfig
         distributed.DistributedDataParallelConfig = partial(whole, bucket_size=BUCKET_ELEMENTS)
-    return {name: one_update(replace(context, packed=u.rule.packed), folder, u) for name, u in updates.items()}
+    return {
+        name: one_update(replace(context, packed=u.rule.packed), folder, u)
+        for name, u in updates.items()
+    }
 
 
 def join(rank: int, port: int, case: Case, folder: Path) -> Any:
@@ -140,7 +149,9 @@ def join(rank: int, port: int, case: Case, folder: Path) -> Any:
     from rlhf3d.parallel.megatron_init import initialize_megatron
 
     torch.set_num_threads(1)
-    initialize_megatron(case.layout, rank, seed=0, platform=case.platform, master_port=port, timeout_s=60)
+    initialize_megatron(
+        case.layout, rank, seed=0, platform=case.platform, master_port=port, timeout_s=60
+    )
     return EngineContext(
         spec=load_spec(folder),
         layout=case.layout,
@@ -162,18 +173,31 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     batch, layout, cost = make_batch(), context.layout, SequenceCost(0.02)
     dp = layout.coords(context.rank).dp
     sizes = {"mini_batch_size": update.mini_batch, "sequences_per_mini_batch": update.mini_batch}
-    counts = {"mini_batches": 2, "optimizer_steps_per_step": 2, "sequences_per_rank": 0, "micro_batches_per_rank": None}
+    counts = {
+        "mini_batches": 2,
+        "optimizer_steps_per_step": 2,
+        "sequences_per_rank": 0,
+        "micro_batches_per_rank": None,
+    }
     plan = UpdatePlan(**sizes, **counts, micro_batching=update.rule, epochs=1)
     role = "value" if isinstance(update.objective, ValueObjective) else "policy"
     # A large epsilon keeps Adam from turning round-off in tiny gradients into whole steps.
-    engine = MegatronEngine(context, role, str(folder), OptimConfig(lr=1e-3, eps=1e-3, clip_grad=1.0))
+    engine = MegatronEngine(
+        context, role, str(folder), OptimConfig(lr=1e-3, eps=1e-3, clip_grad=1.0)
+    )
     forward = split_forward(batch, update.rule, layout, cost)[dp]
     share = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS, cost)[dp]
     outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
     updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
     with engine.residence.at_work("weights"):
-        weights = [(name, box, tensor.cpu().clone()) for name, box, tensor in engine.export_pieces()]
-    fused = [name for (_, name), param in engine.params().items() if getattr(param, "grad_added_to_main_grad", False)]
+        weights = [
+            (name, box, tensor.cpu().clone()) for name, box, tensor in engine.export_pieces()
+        ]
+    fused = [
+        name
+        for (_, name), param in engine.params().items()
+        if getattr(param, "grad_added_to_main_grad", False)
+    ]
     return {
         "fused": fused,
         "rows": forward.rows,
@@ -194,7 +218,9 @@ def assemble(case: Case, results: list[dict], name: str) -> dict:
             for column, value in part[key].items():
                 full = merged[key].setdefault(column, torch.zeros(SEQUENCES, value.shape[1]))
                 full[part["rows"]] = value
-    merged["metrics"] = {metric: sum(part["shares"][metric] for part in last) for metric in last[0]["shares"]}
+    merged["metrics"] = {
+        metric: sum(part["shares"][metric] for part in last) for metric in last[0]["shares"]
+    }
     merged["weights"] = full_weights([result[name]["weights"] for result in results])
     return merged
 
@@ -207,13 +233,18 @@ def full_weights(exported: list[list]) -> dict[str, torch.Tensor]:
     return {name: full_tensor(parts) for name, parts in pieces.items()}
 
 
-def compare(ours: dict, theirs: dict, terms: int = 1, bound: float = 2e-6) -> tuple[float, float, float]:
+def compare(
+    ours: dict, theirs: dict, terms: int = 1, bound: float = 2e-6
+) -> tuple[float, float, float]:
     """Largest differences of metrics (relative above 1), gradient norm (relative) and weights; asserts their bounds.
 
     Metrics that are sums of `terms` numbers of about 1, which cancel, are rounded like their terms. `bound` is that of
     metrics and norm; weights may differ by 5 times, log-probs and values by 10 times as much.
     """
-    assert ours["weights"].keys() == theirs["weights"].keys() and ours["metrics"].keys() == theirs["metrics"].keys()
+    assert (
+        ours["weights"].keys() == theirs["weights"].keys()
+        and ours["metrics"].keys() == theirs["metrics"].keys()
+    )
     errors = {name: abs(ours["metrics"][name] - x) for name, x in theirs["metrics"].items()}
     metric = max(errors[name] / max(terms, abs(x)) for name, x in theirs["metrics"].items())
     norm = abs(ours["grad_norm"] - theirs["grad_norm"]) / theirs["grad_norm"]
@@ -239,6 +270,8 @@ def full_tensor(pieces: list) -> torch.Tensor:
 def one_process(folder: Path, objectives: dict, mini_batch: int) -> dict[str, dict]:
     """What one process computes with whole mini-batches at once, padded."""
     case = Case(micro_batch_size=SEQUENCES)
-    updates = {name: Update(case.fixed, objective, mini_batch) for name, objective in objectives.items()}
+    updates = {
+        name: Update(case.fixed, objective, mini_batch) for name, objective in objectives.items()
+    }
     results = run_ranks(1, run_updates, case, folder, updates)
     return {name: assemble(case, results, name) for name in updates}

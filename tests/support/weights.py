@@ -24,9 +24,27 @@ Params = dict[tuple[int, str], torch.Tensor]
 """(chunk, name) -> weights of a training rank."""
 
 LLAMA = ModelSpec(
-    "llama", 4, 8, num_heads=8, num_kv_heads=4, head_dim=4, ffn_size=24, vocab_size=70, tie_embeddings=True
+    "llama",
+    4,
+    8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    ffn_size=24,
+    vocab_size=70,
+    tie_embeddings=True,
 )
-QWEN2 = ModelSpec("qwen2", 2, 12, num_heads=4, num_kv_heads=2, head_dim=3, ffn_size=8, vocab_size=130, qkv_bias=True)
+QWEN2 = ModelSpec(
+    "qwen2",
+    2,
+    12,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=3,
+    ffn_size=8,
+    vocab_size=130,
+    qkv_bias=True,
+)
 QWEN3_MOE = ModelSpec(
     "qwen3_moe", 2, 8, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=1, vocab_size=65, qk_norm=True,
     num_experts=4, experts_per_token=2, moe_ffn_size=12,
@@ -56,17 +74,23 @@ def numbered_tensors(spec: ModelSpec, version: int = 0) -> dict[str, torch.Tenso
     return tensors
 
 
-def cut(tensors: Mapping[str, torch.Tensor], params: Iterable[LocalParam]) -> dict[str, torch.Tensor]:
+def cut(
+    tensors: Mapping[str, torch.Tensor], params: Iterable[LocalParam]
+) -> dict[str, torch.Tensor]:
     """The parameters that a table describes, padding zero."""
     made = {}
     for param in params:
         made[param.name] = torch.zeros(param.shape)
         for piece in param.pieces:
-            made[param.name][box_slices(piece.local_box)] = tensors[piece.hf_name][box_slices(piece.hf_box)]
+            made[param.name][box_slices(piece.local_box)] = tensors[piece.hf_name][
+                box_slices(piece.hf_box)
+            ]
     return made
 
 
-def rank_params(tensors: Mapping[str, torch.Tensor], spec: ModelSpec, layout: ParallelLayout, rank: int) -> Params:
+def rank_params(
+    tensors: Mapping[str, torch.Tensor], spec: ModelSpec, layout: ParallelLayout, rank: int
+) -> Params:
     """(chunk, name) -> weights of a training rank."""
     at = layout.coords(rank)
     return {
@@ -109,7 +133,11 @@ def pairs(draw: st.DrawFn) -> Pair:
     sparse = FAMILIES[family].experts is not None
     tp, pp, dp = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     vpp = draw(st.integers(1, 2)) if pp > 1 else 1
-    ep = draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0])) if sparse else 1
+    ep = (
+        draw(st.sampled_from([n for n in range(1, tp * dp + 1) if tp * dp % n == 0]))
+        if sparse
+        else 1
+    )
     uneven = (draw(st.booleans()), draw(st.booleans())) if pp > 1 else (False, False)
     first, last = (vpp * draw(st.integers(1, 2)) if given else None for given in uneven)
     engine_tp = draw(st.sampled_from([1, 2, 3, 4, 6]))
@@ -130,6 +158,8 @@ def pairs(draw: st.DrawFn) -> Pair:
         qkv_bias=FAMILIES[family].qkv_bias,
         qk_norm=FAMILIES[family].qk_norm,
         num_experts=math.lcm(ep, engine_tp if expert_parallel else 1) if sparse else 0,
-        moe_ffn_size=(1 if expert_parallel else engine_tp) * draw(st.integers(1, 2)) if sparse else 0,
+        moe_ffn_size=(1 if expert_parallel else engine_tp) * draw(st.integers(1, 2))
+        if sparse
+        else 0,
     )
     return Pair(spec, ParallelLayout(tp, pp, dp, vpp, ep, first, last), engine_tp, expert_parallel)

@@ -28,12 +28,19 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
-TOKENS = [torch.randint(4, 150, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
+TOKENS = [
+    torch.randint(4, 150, (40,), generator=torch.Generator().manual_seed(i)).tolist()
+    for i in range(3)
+]
 LLM: Any = None
 
 
 def start_engine(
-    folder: Path, dtype: str, pack: bool = True, environment: dict[str, str] | None = None, **settings: Any
+    folder: Path,
+    dtype: str,
+    pack: bool = True,
+    environment: dict[str, str] | None = None,
+    **settings: Any,
 ) -> None:
     """In the child: replace its engine; without `pack`, weights stay plain as on CUDA."""
     global LLM
@@ -89,9 +96,14 @@ def score() -> list[list[float]]:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    outputs = LLM.generate([{"prompt_token_ids": tokens} for tokens in TOKENS], params, use_tqdm=False)
+    outputs = LLM.generate(
+        [{"prompt_token_ids": tokens} for tokens in TOKENS], params, use_tqdm=False
+    )
     return [
-        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
+        [
+            entry[token].logprob
+            for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
+        ]
         for output, tokens in zip(outputs, TOKENS, strict=True)
     ]
 
@@ -113,7 +125,9 @@ class Rig:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "0", dtype=torch.float32).eval()
         self.engine = engine or {}
         child.submit(start_engine, folder / "0", dtype, **self.engine).result()
-        for path in self.rpc("shared_memory")[0]:  # goes with its processes, now that all have opened it
+        for path in self.rpc("shared_memory")[
+            0
+        ]:  # goes with its processes, now that all have opened it
             os.unlink(path)
 
     def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:

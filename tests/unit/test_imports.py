@@ -27,5 +27,7 @@ PURE = (
 )
 def test_pure_modules_load_nothing_heavy(modules: str, heavy: set[str]) -> None:
     script = f"import sys; import {modules}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
     assert not heavy & set(loaded.stdout.split())

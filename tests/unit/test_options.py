@@ -59,23 +59,50 @@ def test_every_number_has_a_range() -> None:
         ("evaluate m d --n 2 --top-p 1.5", "Invalid value for '--top-p'"),
         ("evaluate m d --limit 0", "--limit 0: nothing would be evaluated"),
         ("evaluate m d --method magic", "is not one of 'strict', 'flexible'"),
-        ("evaluate m d -k 4", "-k would be ignored: it is for samples: say how many a prompt by --n"),
+        (
+            "evaluate m d -k 4",
+            "-k would be ignored: it is for samples: say how many a prompt by --n",
+        ),
         ("evaluate m d --top-p 0.9", "--top-p would be ignored"),
-        ("evaluate m d --reward-kwargs {}", "--reward-kwargs would be ignored: it is for the file that --reward names"),
+        (
+            "evaluate m d --reward-kwargs {}",
+            "--reward-kwargs would be ignored: it is for the file that --reward names",
+        ),
         (
             "evaluate m d --gpu-memory-utilization 0.5",
             "--gpu-memory-utilization would be ignored: --kv-cache-gib sizes",
         ),
-        ("evaluate m d --reward r.py --scorer a=gsm8k", "--scorer would be ignored: --reward scores instead"),
+        (
+            "evaluate m d --reward r.py --scorer a=gsm8k",
+            "--scorer would be ignored: --reward scores instead",
+        ),
         ("evaluate m d --scorer math_verify", "--scorer math_verify: expected DATA_SOURCE=SCORER"),
-        ("data check d --max-prompt-length 9", "--max-prompt-length would be ignored: prompts have lengths by a"),
+        (
+            "data check d --max-prompt-length 9",
+            "--max-prompt-length would be ignored: prompts have lengths by a",
+        ),
         ("data check d --reward r.py --method strict", "--method would be ignored"),
         ("data check d --scorer a=gsm8k --scorer a=math_verify", "a has gsm8k already"),
-        ("data prepare arithmetic --split test", "--split and --revision are for a source; leave them out"),
-        ("plan configs/quickstart.yaml --write x.yaml", "--write would be ignored: it is for what --search finds"),
-        ("plan configs/quickstart.yaml --hardware x.yaml", "--hardware would be ignored: --gpus names what in it"),
-        ("plan configs/quickstart.yaml --prompt-tokens 97", "--prompt-tokens 97: a mean above the longest"),
-        ("plan configs/quickstart.yaml --response-tokens 1e9", "--response-tokens 1e+09: a mean above the longest"),
+        (
+            "data prepare arithmetic --split test",
+            "--split and --revision are for a source; leave them out",
+        ),
+        (
+            "plan configs/quickstart.yaml --write x.yaml",
+            "--write would be ignored: it is for what --search finds",
+        ),
+        (
+            "plan configs/quickstart.yaml --hardware x.yaml",
+            "--hardware would be ignored: --gpus names what in it",
+        ),
+        (
+            "plan configs/quickstart.yaml --prompt-tokens 97",
+            "--prompt-tokens 97: a mean above the longest",
+        ),
+        (
+            "plan configs/quickstart.yaml --response-tokens 1e9",
+            "--response-tokens 1e+09: a mean above the longest",
+        ),
         ("samples r --right --wrong", "of --right, --wrong, --unparsable and --failed give one"),
     ],
 )
@@ -86,7 +113,19 @@ def test_refused(arguments: str, told: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_than_there_are_samples_is_told_before_the_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    told = refusal("evaluate", str(tmp_path), "d", "--output", str(tmp_path / "o"), "--n", "4", "-k", "2", "-k", "8")
+    told = refusal(
+        "evaluate",
+        str(tmp_path),
+        "d",
+        "--output",
+        str(tmp_path / "o"),
+        "--n",
+        "4",
+        "-k",
+        "2",
+        "-k",
+        "8",
+    )
     assert told == "-k 8: more than the --n 4 samples a prompt; set --n 8 or more"
 
 
@@ -100,7 +139,9 @@ def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "is a folder, not a file" in refusal("compare", str(tmp_path), "--output", str(tmp_path))
 
 
-def test_a_plan_names_the_file_that_is_no_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_names_the_file_that_is_no_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "train.parquet"
     file.write_text("x")
@@ -121,7 +162,11 @@ def test_only_the_terminal_makes_consoles() -> None:
     """Any other would take the brackets in names for markup."""
     for path in (ROOT / "rlhf3d").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "rich.console" and path.name != "terminal.py":
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "rich.console"
+                and path.name != "terminal.py"
+            ):
                 assert "Console" not in [name.name for name in node.names], path
 
 
@@ -132,7 +177,10 @@ def test_names_are_no_markup() -> None:
     table = Table("[bold]x", title="org/set[v2]")
     table.add_row("[/hard] :smile:")
     Terminal(file=file, width=80).print(table, "[red]y[/red]")
-    assert all(text in file.getvalue() for text in ("[bold]x", "org/set[v2]", "[/hard] :smile:", "[red]y[/red]"))
+    assert all(
+        text in file.getvalue()
+        for text in ("[bold]x", "org/set[v2]", "[/hard] :smile:", "[red]y[/red]")
+    )
 
 
 @pytest.mark.parametrize("interactive", [False, True])

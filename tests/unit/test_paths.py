@@ -25,5 +25,7 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files(tmp_path: Path) -> None:
     assert file_problem(tmp_path / "a" / "b.yaml") is None
     assert file_problem(tmp_path) == f"{tmp_path} is a folder, not a file"
-    with pytest.raises(ValueError, match=f"--output {tmp_path}: {tmp_path} is a folder, not a file; name another"):
+    with pytest.raises(
+        ValueError, match=f"--output {tmp_path}: {tmp_path} is a folder, not a file; name another"
+    ):
         check_output("--output", tmp_path, is_file=True)

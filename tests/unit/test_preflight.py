@@ -72,12 +72,16 @@ def test_quickstart_fits_a_laptop(tmp_path: Path, machine: list[Machine]) -> Non
     assert preflight(make(tmp_path, actor={"layout": {"pp": 2, "dp": 2}})) == []
 
 
-def test_nodes_of_a_cluster_share_what_cpu_ranks_hold(tmp_path: Path, machine: list[Machine]) -> None:
+def test_nodes_of_a_cluster_share_what_cpu_ranks_hold(
+    tmp_path: Path, machine: list[Machine]
+) -> None:
     machine[0] = replace(LAPTOP, memory_available_gib=12.0)
     layout = {"actor": {"layout": {"pp": 2, "dp": 8}}}
     (problem,) = preflight(make(tmp_path, **layout))
     assert problem.startswith("host memory: needs about")
-    assert preflight(make(tmp_path, **layout, cluster={"ray_address": "head:1", "num_nodes": 4})) == []
+    assert (
+        preflight(make(tmp_path, **layout, cluster={"ray_address": "head:1", "num_nodes": 4})) == []
+    )
 
 
 def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[Machine]) -> None:
@@ -120,17 +124,23 @@ def test_the_plan_is_for_the_gpus_that_are_here(
 ) -> None:
     """Their own numbers, and what was measured on them; a file of measurements that is broken is reported."""
     monkeypatch.chdir(tmp_path)
-    config = make(tmp_path, QWEN_7B, cluster={"platform": "cuda"}, rollout={"gpu_memory_utilization": 0.2})
+    config = make(
+        tmp_path, QWEN_7B, cluster={"platform": "cuda"}, rollout={"gpu_memory_utilization": 0.2}
+    )
     machine[0] = replace(LAPTOP, gpus=(("NVIDIA A100-SXM4-80GB", 79.2),))
     shown: list[Plan] = []
     assert any("device memory" in problem for problem in preflight(config, shown.append))
     assert shown[0].job.cluster.hardware.batched_tokens == 8192  # as vLLM takes on an A100
-    write_measured(DEFAULT, "NVIDIA A100-SXM4-80GB", "a test", {"process_gib": 1.5, "memory_gib": 10})
+    write_measured(
+        DEFAULT, "NVIDIA A100-SXM4-80GB", "a test", {"process_gib": 1.5, "memory_gib": 10}
+    )
     preflight(config, shown.append)
     assert shown[1].memory.ranks[0].resident["process"] == 1.5 * GIB
     assert shown[1].job.cluster.hardware.memory_gib == 79.2  # what the machine has counts
     DEFAULT.write_text("{}")
-    assert any(problem.startswith("runs/gpu_measured.json: expected") for problem in preflight(config))
+    assert any(
+        problem.startswith("runs/gpu_measured.json: expected") for problem in preflight(config)
+    )
 
 
 def test_tight_memory_is_shown_and_no_reason_against_a_run(
@@ -138,8 +148,19 @@ def test_tight_memory_is_shown_and_no_reason_against_a_run(
 ) -> None:
     rollout = {"placement": "disaggregated"}  # whose engine does not share the GPU's memory
     cluster = {"platform": "cuda", "gpus_per_node": 2}
-    config = make(tmp_path, QWEN_7B, cluster=cluster, rollout=rollout, actor={"ppo_micro_batch_size_per_gpu": 1})
-    big = replace(LAPTOP, gpus=(("NVIDIA H100 80GB HBM3", 1000.0),) * 2, memory_available_gib=1000.0, disk_gib=1000.0)
+    config = make(
+        tmp_path,
+        QWEN_7B,
+        cluster=cluster,
+        rollout=rollout,
+        actor={"ppo_micro_batch_size_per_gpu": 1},
+    )
+    big = replace(
+        LAPTOP,
+        gpus=(("NVIDIA H100 80GB HBM3", 1000.0),) * 2,
+        memory_available_gib=1000.0,
+        disk_gib=1000.0,
+    )
     shown: list[Plan] = []
     machine[0] = big
     assert preflight(config, shown.append) == [] and shown == []
@@ -153,11 +174,17 @@ def test_tight_memory_is_shown_and_no_reason_against_a_run(
 
 def test_what_auto_becomes_is_checked(tmp_path: Path, machine: list[Machine]) -> None:
     budget = {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 1000}
-    data = {"train_files": str(tmp_path / "t.parquet"), "max_prompt_length": 500, "max_response_length": 500}
+    data = {
+        "train_files": str(tmp_path / "t.parquet"),
+        "max_prompt_length": 500,
+        "max_response_length": 500,
+    }
     config = make(tmp_path, actor=budget, data=data, rollout={"kv_cache_gib": 0.5})
     assert preflight(config) == []
     machine[0] = replace(LAPTOP, gpus=(("NVIDIA H100 80GB HBM3", 79.1),))
-    assert any("rounded up to a multiple of 128 = 1024 tokens" in problem for problem in preflight(config))
+    assert any(
+        "rounded up to a multiple of 128 = 1024 tokens" in problem for problem in preflight(config)
+    )
 
 
 def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[Machine]) -> None:
@@ -169,11 +196,17 @@ def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[M
     gpus, beside, apart = preflight(config)
     assert "needs 8 GPUs" in gpus and "actor group TP4×PP1×DP1, critic group TP2×PP1×DP2" in gpus
     assert beside.startswith("device memory: update_actor on device 0 (actor pp0) needs ")
-    assert apart.startswith("device memory: update_critic on device 4 (critic pp0) needs ") and "vLLM" not in apart
+    assert (
+        apart.startswith("device memory: update_critic on device 4 (critic pp0) needs ")
+        and "vLLM" not in apart
+    )
     together = replace(config, critic=replace(config.critic, placement="colocated"))
     (problem,) = preflight(together)
     assert "on device 0 (actor pp0, critic pp0)" in problem
-    dtypes: dict = {"model": {"path": str(tmp_path), "dtype": "bfloat16"}, "rollout": {"dtype": "bfloat16"}}
+    dtypes: dict = {
+        "model": {"path": str(tmp_path), "dtype": "bfloat16"},
+        "rollout": {"dtype": "bfloat16"},
+    }
     small = make(tmp_path, actor={"layout": {"pp": 2}}, critic={"layout": {"dp": 3}}, **dtypes)
     machine[0] = replace(LAPTOP, memory_available_gib=3.0)
     (memory,) = preflight(small)

@@ -57,11 +57,15 @@ def test_a_signal_meanwhile_is_heard_afterwards() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def slow(data_source: str, solution_str: str, ground_truth: str, extra_info: object = None) -> float:
+def slow(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None
+) -> float:
     """Is sent every signal, then uses processes of its own as anybody would."""
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
-    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=30)
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=30
+    )
     child = subprocess.Popen(SLEEP)
     child.terminate()
     return float(child.wait(10) == -signal.SIGTERM and ended.stdout.strip() == str(-signal.SIGTERM))

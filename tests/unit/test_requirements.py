@@ -16,7 +16,10 @@ SETS = ("cpu", "gpu")
 
 
 def read(name: str) -> dict[str, str]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in (ROOT / "requirements" / name).read_text().splitlines()
+    )
     return pins([line for line in lines if line])
 
 
@@ -42,6 +45,8 @@ def test_a_set_pins_what_the_package_declares_and_its_lock_holds_it(name: str) -
 @pytest.mark.parametrize("name", SETS)
 def test_overrides_keep_what_they_exclude_out_of_the_lock(name: str) -> None:
     lines = (ROOT / "requirements" / f"{name}-overrides.txt").read_text().splitlines()
-    excluded = {line.split(";")[0].strip() for line in lines if line.endswith("; sys_platform == 'never'")}
+    excluded = {
+        line.split(";")[0].strip() for line in lines if line.endswith("; sys_platform == 'never'")
+    }
     assert excluded
     assert excluded & set(read(f"{name}.lock")) == set()

@@ -29,7 +29,9 @@ def write(folder: Path, **files: str) -> Path:
 
 def test_helpers_beside_it_are_found_at_once_and_late(tmp_path: Path) -> None:
     plain = write(
-        tmp_path / "a", mine="import helper_of_mine\nVALUE = helper_of_mine.VALUE", helper_of_mine="VALUE = 1"
+        tmp_path / "a",
+        mine="import helper_of_mine\nVALUE = helper_of_mine.VALUE",
+        helper_of_mine="VALUE = 1",
     )
     late = write(
         tmp_path / "b",
@@ -38,7 +40,9 @@ def test_helpers_beside_it_are_found_at_once_and_late(tmp_path: Path) -> None:
     )
     assert load_file(plain, "key").VALUE == 1
     assert guarded(load_file(late, "key").value, late)() == 2
-    assert str(plain.parent) not in sys.path[:1] and os.path.samefile(load_file(plain, "key").__file__, plain)
+    assert str(plain.parent) not in sys.path[:1] and os.path.samefile(
+        load_file(plain, "key").__file__, plain
+    )
 
 
 def test_each_file_has_its_own_folders_helper(tmp_path: Path) -> None:
@@ -48,16 +52,24 @@ def test_each_file_has_its_own_folders_helper(tmp_path: Path) -> None:
 
 
 def test_a_file_of_a_package_may_import_relatively(tmp_path: Path) -> None:
-    inside = write(tmp_path / "user_package", mine="from .beside import VALUE", beside="VALUE = 3", __init__="")
+    inside = write(
+        tmp_path / "user_package", mine="from .beside import VALUE", beside="VALUE = 3", __init__=""
+    )
     assert load_file(inside, "key").VALUE == 3
     lone = write(tmp_path / "lone", mine="from .beside import VALUE", beside="VALUE = 3")
-    with pytest.raises(ValueError, match=r"key: .*mine\.py does not import: ImportError.*write `from helper import"):
+    with pytest.raises(
+        ValueError, match=r"key: .*mine\.py does not import: ImportError.*write `from helper import"
+    ):
         load_file(lone, "key")
 
 
 def test_a_file_named_like_a_library_takes_nothing_over(tmp_path: Path) -> None:
     module = load_file(write(tmp_path, random="VALUE = 4"), "key")
-    assert module.VALUE == 4 and sys.modules["random"] is standard_random and sys.modules[module.__name__] is module
+    assert (
+        module.VALUE == 4
+        and sys.modules["random"] is standard_random
+        and sys.modules[module.__name__] is module
+    )
 
 
 EXITS = {
@@ -91,17 +103,23 @@ def test_calls_that_end_the_process_are_errors(tmp_path: Path) -> None:
         mine="import sys\ndef difficulty(row, epoch): sys.exit(0)\ndef make_map_fn(split):\n    return difficulty",
     )
     row = PromptRow("s", [{"role": "user", "content": "q"}], "", {"ground_truth": "1"})
-    with pytest.raises(ValueError, match=r"data\.curriculum: the function fails on .*sys\.exit\(0\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.curriculum: the function fails on .*sys\.exit\(0\)"
+    ):
         Curriculum(path)(row, 0)
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match=r"make_map_fn fails on row 0 .*it ends the process: sys\.exit\(0\)"):
+    with pytest.raises(
+        ValueError, match=r"make_map_fn fails on row 0 .*it ends the process: sys\.exit\(0\)"
+    ):
         prepare(str(path), tmp_path / "train.jsonl", tmp_path / "out")
     reward = load_custom_reward(write(tmp_path, reward=f"import sys\n{REWARD}sys.exit(0)"))
     with pytest.raises(Ended, match=r"it ends the process: sys\.exit\(0\)"):
         reward(data_source="s", solution_str="", ground_truth="")
 
 
-def test_what_it_prints_is_no_output_and_the_folder_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_it_prints_is_no_output_and_the_folder_stays(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     text = "import os\nprint('loaded')\nos.system('echo started')\nos.chdir('/')\ndef call():\n    print('called')"
     cwd = os.getcwd()
     guarded(load_file(write(tmp_path, mine=text), "key").call, tmp_path / "mine.py")()
@@ -115,6 +133,8 @@ def test_a_standard_error_of_its_own_is_not_ours(tmp_path: Path) -> None:
     for name, how in {"null": "open(os.devnull, 'w')", "none": "None"}.items():
         file = write(
             tmp_path,
-            **{name: f"import os, sys\nsys.path = sys.path[1:]\nsys.stderr = {how}\nsys.stdout = None\nVALUE = 1"},
+            **{
+                name: f"import os, sys\nsys.path = sys.path[1:]\nsys.stderr = {how}\nsys.stdout = None\nVALUE = 1"
+            },
         )
         assert load_file(file, "key").VALUE == 1 and sys.stderr is ours and sys.stdout is not None

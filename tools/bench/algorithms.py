@@ -36,12 +36,19 @@ ALGORITHMS = {
     "ppo": ["algorithm.adv_estimator=gae", "algorithm.use_kl_in_reward=true"],
     "grpo": _grouped("grpo", "actor.use_kl_loss=true"),
     "dr_grpo": _grouped(
-        "grpo", "algorithm.norm_adv_by_std_in_grpo=false", "actor.loss_agg_mode=seq-mean-token-sum-norm"
+        "grpo",
+        "algorithm.norm_adv_by_std_in_grpo=false",
+        "actor.loss_agg_mode=seq-mean-token-sum-norm",
     ),
     "rloo": _grouped("rloo"),
     "opo": _grouped("opo"),
-    "reinforce_plus_plus": ["algorithm.adv_estimator=reinforce_plus_plus", "algorithm.use_kl_in_reward=true"],
-    "reinforce_plus_plus_baseline": _grouped("reinforce_plus_plus_baseline", "actor.policy_loss=pg"),
+    "reinforce_plus_plus": [
+        "algorithm.adv_estimator=reinforce_plus_plus",
+        "algorithm.use_kl_in_reward=true",
+    ],
+    "reinforce_plus_plus_baseline": _grouped(
+        "reinforce_plus_plus_baseline", "actor.policy_loss=pg"
+    ),
     "remax": ["algorithm.adv_estimator=remax"],
     "gspo": _grouped("grpo", "actor.policy_loss=gspo", "actor.loss_agg_mode=seq-mean-token-mean"),
     "cispo": _grouped("grpo", "actor.policy_loss=cispo"),
@@ -61,16 +68,34 @@ LAYOUTS = {
     "one rank": [],
     "TP2 x PP2 x DP2, packed, token budget": [
         *(f"actor.layout.{axis}=2" for axis in ("tp", "pp", "dp")),
-        *("model.use_remove_padding=true", "actor.use_dynamic_bsz=true", "actor.ppo_max_token_len_per_gpu=256"),
+        *(
+            "model.use_remove_padding=true",
+            "actor.use_dynamic_bsz=true",
+            "actor.ppo_max_token_len_per_gpu=256",
+        ),
     ],
 }
-COMPARED = ["critic/score/mean", "actor/pg_loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm"]
+COMPARED = [
+    "critic/score/mean",
+    "actor/pg_loss",
+    "actor/grad_norm",
+    "critic/vf_loss",
+    "critic/grad_norm",
+]
 
 
-def run(job: Path, algorithm: str, seed: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
+def run(
+    job: Path, algorithm: str, seed: int, steps: int, overrides: list[str]
+) -> list[dict[str, float]]:
     """Metrics of every step."""
     output = Path(tempfile.mkdtemp(dir=job.parent))
-    chosen = [*QUICK, *ALGORITHMS[algorithm], *overrides, f"trainer.seed={seed}", f"trainer.output_dir={output}"]
+    chosen = [
+        *QUICK,
+        *ALGORITHMS[algorithm],
+        *overrides,
+        f"trainer.seed={seed}",
+        f"trainer.output_dir={output}",
+    ]
     done = train(job, *chosen, f"trainer.total_training_steps={steps}")
     solved = algorithm == "dapo" and "groups" in done.stderr
     if done.returncode and not solved:
@@ -87,8 +112,13 @@ def learning(job: Path, algorithms: list[str], seeds: list[int], steps: int = 16
             start = time.monotonic()
             rewards = [row["critic/score/mean"] for row in run(job, algorithm, seed, steps, [])]
             seconds, done = f"{time.monotonic() - start:.0f}", str(len(rewards))
-            table.add_row(algorithm, str(seed), f"{rewards[0]:.3f}", f"{rewards[-1]:.3f}", done, seconds)
-            print(f"{algorithm} seed {seed}: {rewards[0]:.3f} -> {rewards[-1]:.3f} in {done} steps", file=sys.stderr)
+            table.add_row(
+                algorithm, str(seed), f"{rewards[0]:.3f}", f"{rewards[-1]:.3f}", done, seconds
+            )
+            print(
+                f"{algorithm} seed {seed}: {rewards[0]:.3f} -> {rewards[-1]:.3f} in {done} steps",
+                file=sys.stderr,
+            )
             worst = min(worst, rewards[-1])
     Console(width=120).print(table)
     return worst >= 0.9
@@ -99,14 +129,18 @@ def invariance(job: Path, algorithms: list[str], seeds: list[int], steps: int = 
     table = Table("algorithm", *COMPARED)
     worst = 0.0
     for algorithm in algorithms:
-        one, other = (run(job, algorithm, seeds[0], steps, overrides) for overrides in LAYOUTS.values())
+        one, other = (
+            run(job, algorithm, seeds[0], steps, overrides) for overrides in LAYOUTS.values()
+        )
         largest = {}
         for name in [name for name in COMPARED if name in one[0]]:
             pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True)]
             # A loss may be next to nothing: relative to 1 at least there.
             scale = [1.0 if name.endswith("loss") else abs(a) for a, _ in pairs]
             largest[name] = max(abs(a - b) / by for (a, b), by in zip(pairs, scale, strict=True))
-        table.add_row(algorithm, *(f"{largest[name]:.1e}" if name in largest else "" for name in COMPARED))
+        table.add_row(
+            algorithm, *(f"{largest[name]:.1e}" if name in largest else "" for name in COMPARED)
+        )
         print(algorithm, largest, file=sys.stderr)
         worst = max(worst, *largest.values())
     Console(width=120).print(table)
@@ -115,7 +149,9 @@ def invariance(job: Path, algorithms: list[str], seeds: list[int], steps: int = 
 
 def main() -> None:
     """Run all and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["learning", "invariance"])
     parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -16,9 +16,18 @@ from rlhf3d.planning.hardware import load_hardware
 
 def main() -> None:
     """Print the entry; on its first lines how near each run comes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs (trainer.output_dir) of two steps or more.")
-    parser.add_argument("--name", default="laptop", help="Hardware to start from, and the entry's name.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="Folders of runs (trainer.output_dir) of two steps or more.",
+    )
+    parser.add_argument(
+        "--name", default="laptop", help="Hardware to start from, and the entry's name."
+    )
     arguments = parser.parse_args()
     seen = [observe(folder) for folder in arguments.runs]
     hardware = fit(load_hardware()[arguments.name], seen)

@@ -102,7 +102,9 @@ def copy(source: Path, destination: Path) -> tuple[float, float]:
     return copied.seconds + seconds, copied.cpu_s + cpu_s
 
 
-def measure(source: Path, destination: Path, scratch: Path, gb: float, workers: int) -> dict[str, float]:
+def measure(
+    source: Path, destination: Path, scratch: Path, gb: float, workers: int
+) -> dict[str, float]:
     """A conversion beside a copy of its source."""
     copy_s, copy_cpu_s = copy(source, scratch / "copy")
     forget(source)
@@ -128,7 +130,10 @@ def same(one: Path, other: Path) -> bool:
         return False
     for name, tensor in first.items():
         for box in row_blocks(tensor.shape, tensor.dtype.itemsize):
-            a, b = (torch.empty([stop - start for start, stop in box], dtype=tensor.dtype) for _ in range(2))
+            a, b = (
+                torch.empty([stop - start for start, stop in box], dtype=tensor.dtype)
+                for _ in range(2)
+            )
             tensor.read_into(box, a)
             second[name].read_into(box, b)
             if raw(a) != raw(b):
@@ -138,7 +143,9 @@ def same(one: Path, other: Path) -> bool:
 
 def main() -> None:
     """Measure, print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="folder with config.json")
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
@@ -152,7 +159,9 @@ def main() -> None:
         rows = {}
         for name, source, destination in (("to_megatron", hf, megatron), ("to_hf", megatron, back)):
             rows[name] = measure(source, destination, scratch, gb, options.workers)
-        print(json.dumps({"model": options.model.name, "gb": gb, **rows, "bitwise": same(hf, back)}))
+        print(
+            json.dumps({"model": options.model.name, "gb": gb, **rows, "bitwise": same(hf, back)})
+        )
     finally:
         if not options.keep:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from reshard_speed import gathered_area
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.worker_extension import WeightSyncWorker

@@ -33,7 +33,9 @@ SHORT = (
 
 def main() -> None:
     """Make runs if asked to, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="Folders of runs (trainer.output_dir).")
     parser.add_argument("--run", type=Path, help="Folder to make the four runs in.")
     parser.add_argument("--config", default="configs/quickstart.yaml", help="What they run.")
@@ -44,7 +46,9 @@ def main() -> None:
     seen = [observe(folder) for folder in folders]
     if len(seen) < 2:
         parser.error("give two runs or more: each is planned from the others")
-    print("| run | layout | measured s | planned s | off | phases, measured → planned |\n|---|---|---|---|---|---|")
+    print(
+        "| run | layout | measured s | planned s | off | phases, measured → planned |\n|---|---|---|---|---|---|"
+    )
     for run in seen:
         print(row(run, [other for other in seen if other is not run]))
 
@@ -71,7 +75,9 @@ def row(run: Observation, others: list[Observation]) -> str:
     hardware = fit(load_hardware()["laptop"], others)
     planned, plan = planned_step_s(run, hardware), predict(run, hardware)
     phases = {phase.phase: phase.total for phase in plan.phases}
-    each = ", ".join(f"{name} {seconds:.1f} → {phases[name]:.1f}" for name, seconds in run.seconds.items())
+    each = ", ".join(
+        f"{name} {seconds:.1f} → {phases[name]:.1f}" for name, seconds in run.seconds.items()
+    )
     layout = run.config.actor.layout
     return (
         f"| {run.folder.name} | TP{layout.tp}×PP{layout.pp}×DP{layout.dp} | {run.step_s:.1f} | {planned:.1f} | "

@@ -48,15 +48,32 @@ class Job:
 
 
 LLAMA3_405B = ModelSpec(
-    "llama", 126, 16384, num_heads=128, num_kv_heads=8, head_dim=128, ffn_size=53248, vocab_size=128256
+    "llama",
+    126,
+    16384,
+    num_heads=128,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=53248,
+    vocab_size=128256,
 )
-LLAMA3_70B = ModelSpec("llama", 80, 8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672, vocab_size=128256)
+LLAMA3_70B = ModelSpec(
+    "llama", 80, 8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672, vocab_size=128256
+)
 QWEN3_235B = ModelSpec(
     "qwen3_moe", 94, 4096, num_heads=64, num_kv_heads=4, head_dim=128, ffn_size=12288, vocab_size=151936, qk_norm=True,
     num_experts=128, experts_per_token=8, moe_ffn_size=1536,
 )  # fmt: skip
 SMOLLM2 = ModelSpec(
-    "llama", 30, 576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_size=1536, vocab_size=49152, tie_embeddings=True
+    "llama",
+    30,
+    576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    ffn_size=1536,
+    vocab_size=49152,
+    tie_embeddings=True,
 )
 JOBS = {
     "llama-3-405b": Job(LLAMA3_405B, ParallelLayout(8, 16, 8, first_stage_layers=7, last_stage_layers=7), 8),
@@ -73,7 +90,9 @@ def measure(name: str) -> dict[str, Any]:
     job = JOBS[name]
     check_layout(job.spec, job.layout)
     start = time.process_time()
-    plan = plan_sync(job.spec, job.layout, Sites.gpus(job.layout.world_size, 8), job.engines, job.engine_tp)
+    plan = plan_sync(
+        job.spec, job.layout, Sites.gpus(job.layout.world_size, 8), job.engines, job.engine_tp
+    )
     traffic = plan.traffic
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -132,11 +151,20 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(caption="GB of bfloat16 per engine rank and sync; CPU seconds of one core")
     table.add_column("model")
     table.add_column("training → engines")
-    for column in ("plan s", "peak MiB", "ops", "received GB", "bound GB", "full gather GB", "saved"):
+    for column in (
+        "plan s",
+        "peak MiB",
+        "ops",
+        "received GB",
+        "bound GB",
+        "full gather GB",
+        "saved",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         low, high, bound, full = (
-            row[f"{key}_bytes"] / 1e9 for key in ("received_min", "received_max", "bound", "full_gather")
+            row[f"{key}_bytes"] / 1e9
+            for key in ("received_min", "received_max", "bound", "full_gather")
         )
         table.add_row(
             row["model"],
@@ -154,8 +182,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=JOBS, action="append", help="this job alone (may be repeated)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=JOBS, action="append", help="this job alone (may be repeated)"
+    )
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--here", choices=JOBS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -87,7 +87,9 @@ class Trainer:
         self.table = local_params(self.spec, self.layout, self.at)
         with HFReader(folder) as reader:
             self.params = {(0, param.name): self._read(reader, param) for param in self.table}
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=self.rank, world_size=self.world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=self.rank, world_size=self.world
+        )
         ranks = torch.arange(self.world).view(self.layout.pp, self.layout.tp)
         self.tp_groups = [dist.new_group(row.tolist()) for row in ranks]
         self.pp_groups = [dist.new_group(column.tolist()) for column in ranks.T]
@@ -100,7 +102,9 @@ class Trainer:
     def _read(self, reader: HFReader, param: LocalParam) -> torch.Tensor:
         weight = torch.empty(param.shape, dtype=self.dtype)
         for piece in param.pieces:
-            weight[box_slices(piece.local_box)] = reader.read(piece.hf_name, piece.hf_box).to(self.dtype)
+            weight[box_slices(piece.local_box)] = reader.read(piece.hf_name, piece.hf_box).to(
+                self.dtype
+            )
         return weight
 
     def open(self) -> None:
@@ -120,13 +124,18 @@ class Trainer:
         start = time.perf_counter()
         area = gathered_area(self.setup) if self.rank == 0 else {}
         for stage in range(self.layout.pp):
-            tables = [local_params(self.spec, self.layout, self.layout.coords(r)) for r in self._ranks(stage)]
+            tables = [
+                local_params(self.spec, self.layout, self.layout.coords(r))
+                for r in self._ranks(stage)
+            ]
             for number, param in enumerate(tables[0]):
                 shards = self._whole(stage, param, tables[0][number])
                 if self.rank == 0:
                     for table, shard in zip(tables, shards, strict=True):
                         for piece in table[number].pieces:
-                            area[piece.hf_name][box_slices(piece.hf_box)] = shard[box_slices(piece.local_box)]
+                            area[piece.hf_name][box_slices(piece.hf_box)] = shard[
+                                box_slices(piece.local_box)
+                            ]
         return time.perf_counter() - start
 
     def _ranks(self, stage: int) -> list[int]:
@@ -143,7 +152,9 @@ class Trainer:
             else:
                 dist.all_gather(shards, own, group=self.tp_groups[stage])
         for shard in shards:
-            dist.broadcast(shard, self.layout.rank(self.at.tp, stage, 0), group=self.pp_groups[self.at.tp])
+            dist.broadcast(
+                shard, self.layout.rank(self.at.tp, stage, 0), group=self.pp_groups[self.at.tp]
+            )
         return shards * (self.layout.tp // tp)
 
 
@@ -205,7 +216,9 @@ class Engine:
         from rlhf3d.rollout import vllm_engine
 
         vllm_engine.WORKER_EXTENSION = "gathered_worker.GatheredWorker"
-        self.engine = vllm_engine.VLLMEngine(folder, dtype=self.setup.dtype, max_model_len=256, kv_cache_gib=0.1)
+        self.engine = vllm_engine.VLLMEngine(
+            folder, dtype=self.setup.dtype, max_model_len=256, kv_cache_gib=0.1
+        )
 
     def open(self) -> None:
         self.engine.open_weights(self.setup, 0, None)
@@ -229,7 +242,13 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     """One dict of seconds a repeat; the first repeat (cold memory) is left out."""
     folder, spec = options.model, load_spec(options.model)
     layout = ParallelLayout(tp=options.tp, pp=options.pp)
-    common = {"spec": spec, "layout": layout, "style": "local", "dtype": options.dtype, "timeout_s": 60.0}
+    common = {
+        "spec": spec,
+        "layout": layout,
+        "style": "local",
+        "dtype": options.dtype,
+        "timeout_s": 60.0,
+    }
     sites, bucket = Sites.hosts([0] * layout.world_size), options.bucket_mib << 20
     to_engine = SyncSetup(name=f"bench-{os.getpid()}-e", sites=sites, bucket_bytes=bucket, **common)
     to_reader = SyncSetup(name=f"bench-{os.getpid()}-r", sites=sites, bucket_bytes=bucket, **common)
@@ -238,7 +257,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     reader = Child(Reader, to_reader)
     sets = {
         setup.name: [
-            Child(Trainer, (setup, folder, rank, f"{meetings}/{setup.name}")) for rank in range(layout.world_size)
+            Child(Trainer, (setup, folder, rank, f"{meetings}/{setup.name}"))
+            for rank in range(layout.world_size)
         ]
         for setup in (to_engine, to_reader)
     }
@@ -251,7 +271,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     num_bytes = sum(math.prod(s) for s in hf_tensors(spec, "lm").values()) * to_engine.item_bytes
     print(f"{Path(folder).name}, {layout}, {options.dtype}: {num_bytes / 2**20:.0f} MiB")
 
-    def timed(senders: list[Child], order: tuple[Any, ...], target: Child, call: tuple[Any, ...]) -> tuple[float, Any]:
+    def timed(
+        senders: list[Child], order: tuple[Any, ...], target: Child, call: tuple[Any, ...]
+    ) -> tuple[float, Any]:
         start = time.perf_counter()
         for child in senders:
             child.start(*order)
@@ -266,8 +288,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
         reader.start("memcpy", num_bytes)
         row["memcpy"] = reader.wait()
         senders = sets[to_reader.name]
-        row["transfer"], _ = timed(senders, ("send", 2 * repeat, False), reader, ("drain", 2 * repeat, False))
-        row["verified"], _ = timed(senders, ("send", 2 * repeat + 1, True), reader, ("drain", 2 * repeat + 1, True))
+        row["transfer"], _ = timed(
+            senders, ("send", 2 * repeat, False), reader, ("drain", 2 * repeat, False)
+        )
+        row["verified"], _ = timed(
+            senders, ("send", 2 * repeat + 1, True), reader, ("drain", 2 * repeat + 1, True)
+        )
         senders = sets[to_engine.name]
         row["ours"], (_, parts) = timed(senders, ("send", repeat, True), engine, ("update", repeat))
         row |= {f"ours: {name}": seconds for name, seconds in parts.items()}
@@ -288,7 +314,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--tp", type=int, default=3)
     parser.add_argument("--pp", type=int, default=2)

@@ -19,7 +19,12 @@ def make_map_fn(split, suffix="Put the final answer within \\boxed{}."):
             "prompt": [{"role": "user", "content": f"{row['question']} {suffix}"}],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": answer},
-            "extra_info": {"split": split, "index": index, "question": row["question"], "answer": row["solution"]},
+            "extra_info": {
+                "split": split,
+                "index": index,
+                "question": row["question"],
+                "answer": row["solution"],
+            },
         }
 
     return to_row

@@ -42,7 +42,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file")
     parser.add_argument("--others", type=int, default=3, help="wrong answers for each right one")
     parser.add_argument("--workers", type=int, default=2)
@@ -61,7 +63,9 @@ def main() -> None:
     half = len(items) // 2
     seconds, processor, outcomes = measure(items[:half], items[half:], arguments.workers, reward)
     count = len(items) - half
-    print(f"{count} answers, {arguments.workers} processes: {count / seconds:.0f} a second by the clock,")
+    print(
+        f"{count} answers, {arguments.workers} processes: {count / seconds:.0f} a second by the clock,"
+    )
     print(f"{count / processor:.0f} a second of processor time; {dict(outcomes)}")
 
 

@@ -42,24 +42,67 @@ class Template:
 
 
 TEMPLATES = (
-    Template("boxes", "*", "There are {a} boxes with {b} apples each. How many apples are there in total?"),
-    Template("marbles", "-", "{name} has {a} marbles and gives away {b}. How many marbles are left?"),
+    Template(
+        "boxes",
+        "*",
+        "There are {a} boxes with {b} apples each. How many apples are there in total?",
+    ),
+    Template(
+        "marbles", "-", "{name} has {a} marbles and gives away {b}. How many marbles are left?"
+    ),
     Template("pens", "*", "A pen costs {a} dollars. How many dollars do {b} pens cost?"),
-    Template("pages", "+", "{name} reads {a} pages on Monday and {b} on Tuesday. How many pages in total?"),
-    Template("cookies", "/", "{a} cookies are shared equally by {b} children. How many does each child get?"),
-    Template("birds", "+", "{a} birds sit in a tree and {b} more come. How many birds are there now?"),
-    Template("savings", "+", "{name} has {a} dollars and earns {b} more. How many dollars is that in total?"),
+    Template(
+        "pages",
+        "+",
+        "{name} reads {a} pages on Monday and {b} on Tuesday. How many pages in total?",
+    ),
+    Template(
+        "cookies",
+        "/",
+        "{a} cookies are shared equally by {b} children. How many does each child get?",
+    ),
+    Template(
+        "birds", "+", "{a} birds sit in a tree and {b} more come. How many birds are there now?"
+    ),
+    Template(
+        "savings",
+        "+",
+        "{name} has {a} dollars and earns {b} more. How many dollars is that in total?",
+    ),
     Template("age", "+", "{name} is {a} years old. How old will {name} be in {b} years?"),
-    Template("bus", "-", "A bus carries {a} people and {b} get off. How many people are still on the bus?"),
-    Template("ribbon", "-", "A ribbon is {a} cm long. {name} cuts off {b} cm. How many cm are left?"),
-    Template("difference", "-", "{name} has {a} cards and a friend has {b}. How many more has {name}?"),
+    Template(
+        "bus",
+        "-",
+        "A bus carries {a} people and {b} get off. How many people are still on the bus?",
+    ),
+    Template(
+        "ribbon", "-", "A ribbon is {a} cm long. {name} cuts off {b} cm. How many cm are left?"
+    ),
+    Template(
+        "difference", "-", "{name} has {a} cards and a friend has {b}. How many more has {name}?"
+    ),
     Template("chairs", "*", "A hall has {a} rows of {b} chairs. How many chairs is that?"),
-    Template("running", "*", "{name} runs {a} km every day. How many km does {name} run in {b} days?"),
+    Template(
+        "running", "*", "{name} runs {a} km every day. How many km does {name} run in {b} days?"
+    ),
     Template("teams", "/", "{a} players form teams of {b}. How many teams are there?"),
     Template("eggs", "/", "{a} eggs are packed in cartons of {b}. How many cartons are filled?"),
-    Template("shelves", "/", "{name} puts {a} books on {b} shelves, as many on each. How many on each?"),
+    Template(
+        "shelves", "/", "{name} puts {a} books on {b} shelves, as many on each. How many on each?"
+    ),
 )
-EASY_TEMPLATES = ("boxes", "pens", "chairs", "running", "pages", "birds", "savings", "marbles", "bus", "cookies")
+EASY_TEMPLATES = (
+    "boxes",
+    "pens",
+    "chairs",
+    "running",
+    "pages",
+    "birds",
+    "savings",
+    "marbles",
+    "bus",
+    "cookies",
+)
 """Templates of the easy difficulty: those that a 135M model sometimes solves before it is trained."""
 
 PREAMBLE: tuple[dict[str, str], ...] = (
@@ -94,7 +137,9 @@ def generate(
     if difficulty not in NUMBER_RANGES:
         raise ValueError(f"difficulty: no {difficulty!r}; known are {', '.join(NUMBER_RANGES)}")
     if train_size < 1 or test_size < 0:
-        raise ValueError(f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0")
+        raise ValueError(
+            f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0"
+        )
     rng = random.Random(f"{DATA_SOURCE}:{difficulty}:{seed}")
     decks = [
         (template, list(template.pairs(*NUMBER_RANGES[difficulty])))
@@ -102,7 +147,9 @@ def generate(
     ]
     for _, pairs in decks:
         rng.shuffle(pairs)
-    test = _deal([[_Problem(t, a, b, rng.choice(NAMES)) for a, b in pairs] for t, pairs in decks], test_size)
+    test = _deal(
+        [[_Problem(t, a, b, rng.choice(NAMES)) for a, b in pairs] for t, pairs in decks], test_size
+    )
     taken = {(p.template.key, p.a, p.b) for p in test}
     train_decks = []
     for template, pairs in decks:

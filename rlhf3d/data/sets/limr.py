@@ -23,14 +23,24 @@ def make_map_fn(split: str, suffix: str = SUFFIX) -> Callable[[Mapping[str, Any]
 
     def to_row(row: Mapping[str, Any], index: int) -> PromptRow:
         problem, answer = row.get("prompt"), row.get("answer")
-        if not isinstance(problem, str) or not problem.strip() or answer is None or not str(answer).strip():
+        if (
+            not isinstance(problem, str)
+            or not problem.strip()
+            or answer is None
+            or not str(answer).strip()
+        ):
             raise ValueError(f"it needs a prompt and an answer, has {', '.join(sorted(row))}")
         return PromptRow(
             data_source=DATA_SOURCE,
             prompt=[{"role": "user", "content": f"{problem} {suffix}".strip()}],
             ability="math",
             reward_model={"style": "rule", "ground_truth": str(answer)},
-            extra_info={"split": split, "index": index, "origin": str(row.get("source") or ""), "question": problem},
+            extra_info={
+                "split": split,
+                "index": index,
+                "origin": str(row.get("source") or ""),
+                "question": problem,
+            },
         )
 
     return to_row

@@ -31,13 +31,22 @@ def make_map_fn(
         answer = row.get("answer") or last_boxed(solution)
         if not answer:
             raise ValueError("its solution has no \\boxed{answer}")
-        extra = {"level": str(row.get("level") or ""), "type": str(row.get("type") or row.get("subject") or "")}
+        extra = {
+            "level": str(row.get("level") or ""),
+            "type": str(row.get("type") or row.get("subject") or ""),
+        }
         return PromptRow(
             data_source=data_source,
             prompt=[{"role": "user", "content": f"{problem} {suffix}".strip()}],
             ability="math",
             reward_model={"style": "rule", "ground_truth": str(answer)},
-            extra_info={"split": split, "index": index, **extra, "question": problem, "answer": solution},
+            extra_info={
+                "split": split,
+                "index": index,
+                **extra,
+                "question": problem,
+                "answer": solution,
+            },
         )
 
     return to_row

@@ -13,6 +13,8 @@ HUB = ("HuggingFaceH4/MATH-500", "default")
 SPLITS = ("test",)
 
 
-def make_map_fn(split: str, suffix: str = math.SUFFIX) -> Callable[[Mapping[str, Any], int], PromptRow]:
+def make_map_fn(
+    split: str, suffix: str = math.SUFFIX
+) -> Callable[[Mapping[str, Any], int], PromptRow]:
     """As MATH's: {problem, solution, answer, subject or type, level}."""
     return math.make_map_fn(split, suffix, DATA_SOURCE)

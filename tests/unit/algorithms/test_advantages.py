@@ -24,13 +24,23 @@ from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.masked import masked_whiten
 from rlhf3d.algorithms.rewards import token_level_rewards
 
-BUILT_IN = ["gae", "grpo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "rloo"]
+BUILT_IN = [
+    "gae",
+    "grpo",
+    "opo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+]
 
 
 def outcome_inputs(scores: list[float], groups: list[int], lengths: list[int]) -> AdvantageInputs:
     """One score a sequence on its last token."""
     mask = (torch.arange(max(max(lengths), 1)) < torch.tensor(lengths)[:, None]).float()
-    return AdvantageInputs(token_level_rewards(torch.tensor(scores), mask), mask, torch.tensor(groups))
+    return AdvantageInputs(
+        token_level_rewards(torch.tensor(scores), mask), mask, torch.tensor(groups)
+    )
 
 
 def random_inputs(seed: int, rows: int = 6, width: int = 7) -> AdvantageInputs:
@@ -74,7 +84,9 @@ def test_gae_equals_its_definition(seed: int, gamma: float, lam: float) -> None:
     advantages, returns = compute_advantages("gae", inputs)
     np.testing.assert_allclose(returns.numpy(), expected_returns, atol=1e-5)
     inside = raw[inputs.response_mask.bool().numpy()]
-    whitened = (raw - inside.mean()) / np.sqrt(inside.var(ddof=1) + 1e-8) * inputs.response_mask.numpy()
+    whitened = (
+        (raw - inside.mean()) / np.sqrt(inside.var(ddof=1) + 1e-8) * inputs.response_mask.numpy()
+    )
     np.testing.assert_allclose(advantages.numpy(), whitened, atol=1e-4)
 
 
@@ -100,7 +112,9 @@ def test_gae_without_discount_is_return_minus_value() -> None:
     to_go = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1) * inputs.response_mask
     assert torch.allclose(returns, to_go, atol=1e-6)
     assert inputs.values is not None
-    assert torch.allclose(advantages, masked_whiten(to_go - inputs.values, inputs.response_mask), atol=1e-5)
+    assert torch.allclose(
+        advantages, masked_whiten(to_go - inputs.values, inputs.response_mask), atol=1e-5
+    )
 
 
 def test_grpo_by_hand() -> None:
@@ -114,7 +128,9 @@ def test_grpo_by_hand() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=8, unique=True), st.booleans())
 def test_grpo_sums_to_zero_in_a_group(scores: list[float], by_std: bool) -> None:
-    inputs = replace(outcome_inputs(scores, [0] * len(scores), [1] * len(scores)), norm_by_std=by_std)
+    inputs = replace(
+        outcome_inputs(scores, [0] * len(scores), [1] * len(scores)), norm_by_std=by_std
+    )
     advantages = compute_advantages("grpo", inputs)[0].double()
     assert advantages.sum().item() == pytest.approx(0, abs=1e-4)
     if by_std and np.std(scores) > 1e-2:
@@ -137,14 +153,18 @@ def test_equal_scores_give_exactly_zero() -> None:
 def test_rloo_is_the_leave_one_out_mean(scores: list[float]) -> None:
     inputs = outcome_inputs(scores, [4] * len(scores), [1] * len(scores))
     expected = [s - (sum(scores) - s) / (len(scores) - 1) for s in scores]
-    assert compute_advantages("rloo", inputs)[0].flatten().tolist() == pytest.approx(expected, abs=1e-4)
+    assert compute_advantages("rloo", inputs)[0].flatten().tolist() == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_rloo_is_scaled_dr_grpo() -> None:
     """n/(n-1) · (s - mean): of scores 1, 0, 2 the mean is 1, so 0, -3/2, 3/2."""
     inputs = replace(outcome_inputs([1.0, 0.0, 2.0], [0, 0, 0], [1, 1, 1]), norm_by_std=False)
     assert compute_advantages("rloo", inputs)[0].flatten().tolist() == [0.0, -1.5, 1.5]
-    assert torch.equal(compute_advantages("rloo", inputs)[0], 1.5 * compute_advantages("grpo", inputs)[0])
+    assert torch.equal(
+        compute_advantages("rloo", inputs)[0], 1.5 * compute_advantages("grpo", inputs)[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo"])
@@ -198,7 +218,9 @@ def test_nothing_outside_the_mask_counts(name: str) -> None:
         token_level_rewards=inputs.token_level_rewards.masked_fill(outside, math.nan),
         values=inputs.values.masked_fill(outside, math.inf),
     )
-    for clean_out, dirty_out in zip(compute_advantages(name, inputs), compute_advantages(name, dirty), strict=True):
+    for clean_out, dirty_out in zip(
+        compute_advantages(name, inputs), compute_advantages(name, dirty), strict=True
+    ):
         assert torch.equal(clean_out, dirty_out)
         assert clean_out[outside].abs().max() == 0
 
@@ -216,7 +238,9 @@ def test_order_of_rows_does_not_matter(name: str) -> None:
         values=inputs.values[order],
         greedy_scores=inputs.greedy_scores[order],
     )
-    for straight, other in zip(compute_advantages(name, inputs), compute_advantages(name, shuffled), strict=True):
+    for straight, other in zip(
+        compute_advantages(name, inputs), compute_advantages(name, shuffled), strict=True
+    ):
         assert torch.allclose(straight[order], other, atol=1e-5)
 
 
@@ -234,7 +258,9 @@ def test_registry() -> None:
     assert [name for name in BUILT_IN if needs_values(name)] == ["gae"]
     assert [name for name in BUILT_IN if needs_greedy_baseline(name)] == ["remax"]
     inputs = outcome_inputs([1.0, 0.0], [0, 0], [1, 1])
-    with pytest.raises(ValueError, match=r"adv_estimator: unknown 'grop'; did you mean 'grpo'\? known: gae, grpo"):
+    with pytest.raises(
+        ValueError, match=r"adv_estimator: unknown 'grop'; did you mean 'grpo'\? known: gae, grpo"
+    ):
         compute_advantages("grop", inputs)
     with pytest.raises(ValueError, match="needs values"):
         compute_advantages("gae", inputs)

@@ -48,7 +48,10 @@ def test_shares_of_any_split_sum_to_the_whole(mode: str, seed: int, assignment: 
     losses = torch.randn(8, 5, generator=rng, dtype=torch.float64).requires_grad_()
     norm = loss_norm(mask, 5)
     whole = aggregate(losses, mask, mode, norm)
-    rows = [torch.tensor([i for i, part in enumerate(assignment) if part == p], dtype=torch.long) for p in range(4)]
+    rows = [
+        torch.tensor([i for i, part in enumerate(assignment) if part == p], dtype=torch.long)
+        for p in range(4)
+    ]
     total = torch.stack([aggregate(losses[part], mask[part], mode, norm) for part in rows]).sum()
     assert total.item() == pytest.approx(whole.item(), rel=1e-12, abs=1e-12)
     gradients = [torch.autograd.grad(loss, losses)[0] for loss in (whole, total)]

@@ -39,7 +39,9 @@ def test_token_weights_are_truncated() -> None:
     """Ratios 4, ½, ¼ become weights 3, ½, ¼; the statistics are verl's: the mean is that of the ratios, the
     deviation and the sample size are those of 3, ½, ⅓, the ratios clamped to [1/3, 3]."""
     old, rollout = logprobs(RATIOS)
-    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("token", Bounds(0, 3)))
+    weights, metrics = importance_weights(
+        old, rollout, MASK, CorrectionSettings("token", Bounds(0, 3))
+    )
     assert torch.allclose(weights, torch.tensor([[3.0, 0.5, 0], [0.25, 0, 0], [0, 0, 0]]))
     clamped = torch.tensor([3.0, 1 / 2, 1 / 3])
     assert metrics == {
@@ -57,16 +59,22 @@ def test_sequence_weights_are_products() -> None:
     """4 · ½ = 2 truncated at 1.5, and ¼; the empty sequence does not count. The mean is over the three tokens,
     2, 2 and ¼, the deviation over 1.5, 1.5 and 2/3, and the shares over the two sequences."""
     old, rollout = logprobs(RATIOS)
-    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("sequence", Bounds(0, 1.5)))
+    weights, metrics = importance_weights(
+        old, rollout, MASK, CorrectionSettings("sequence", Bounds(0, 1.5))
+    )
     assert torch.allclose(weights, torch.tensor([[1.5, 1.5, 0], [0.25, 0, 0], [0, 0, 0]]))
     assert metrics["rollout_is_mean"] == pytest.approx(17 / 12)
     assert metrics["rollout_is_std"] == pytest.approx((1.5 - 2 / 3) * 2**0.5 / 3)
-    assert metrics["rollout_is_ratio_fraction_high"] == metrics["rollout_is_ratio_fraction_low"] == 0.5
+    assert (
+        metrics["rollout_is_ratio_fraction_high"] == metrics["rollout_is_ratio_fraction_low"] == 0.5
+    )
 
 
 def test_icepop_masks_outside_its_range() -> None:
     old, rollout = logprobs(RATIOS)
-    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings("token", Bounds(0.4, 3)))
+    weights, metrics = importance_weights(
+        old, rollout, MASK, CorrectionSettings("token", Bounds(0.4, 3))
+    )
     assert torch.allclose(weights, torch.tensor([[0.0, 0.5, 0], [0, 0, 0], [0, 0, 0]]))
     assert metrics["rollout_is_ratio_fraction_high"] == pytest.approx(1 / 3)
     assert metrics["rollout_is_ratio_fraction_low"] == pytest.approx(1 / 3)
@@ -78,7 +86,9 @@ def test_icepop_masks_outside_its_range() -> None:
 def test_batch_normalize_makes_the_mean_one(level: str) -> None:
     old, rollout = logprobs(RATIOS)
     plain, _ = importance_weights(old, rollout, MASK, CorrectionSettings(level, Bounds(0, 2)))
-    weights, metrics = importance_weights(old, rollout, MASK, CorrectionSettings(level, Bounds(0, 2), True))
+    weights, metrics = importance_weights(
+        old, rollout, MASK, CorrectionSettings(level, Bounds(0, 2), True)
+    )
     assert torch.allclose(weights * metrics["rollout_is_batch_norm_factor"], plain)
     of_level = weights[MASK.bool()] if level == "token" else weights[:2, 0]
     assert of_level.mean().item() == pytest.approx(1)
@@ -104,7 +114,9 @@ def test_weights_never_exceed_the_threshold(logs: list[float], threshold: float)
         )
         assert weights.max() <= threshold
         assert 0 < metrics["rollout_is_eff_sample_size"] <= 1 + 1e-12
-    same, metrics = importance_weights(old, old, mask, CorrectionSettings("token", Bounds(0, threshold)))
+    same, metrics = importance_weights(
+        old, old, mask, CorrectionSettings("token", Bounds(0, threshold))
+    )
     assert torch.equal(same, mask) and metrics["rollout_is_eff_sample_size"] == 1
 
 
@@ -119,7 +131,11 @@ def test_effective_sample_size() -> None:
     [
         ("token_k1", Bounds(0.3, 3), [[0, 1, 0], [0, 0, 0]]),
         ("token_k2", Bounds(0, 0.9), [[0, 1, 0], [0, 0, 0]]),  # ½ln²4 = 0.961, ½ln²2 = 0.240
-        ("token_k3", Bounds(0, 0.7), [[0, 1, 0], [1, 0, 0]]),  # 3 - ln 4, -½ + ln 2, -¾ + ln 4 = 0.636
+        (
+            "token_k3",
+            Bounds(0, 0.7),
+            [[0, 1, 0], [1, 0, 0]],
+        ),  # 3 - ln 4, -½ + ln 2, -¾ + ln 4 = 0.636
         ("seq_sum_k1", Bounds(0.5, 3), [[1, 1, 0], [0, 0, 0]]),  # 4 · ½ = 2, ¼
         ("seq_sum_k2", Bounds(0, 1.1), [[0, 0, 0], [1, 0, 0]]),  # 0.961 + 0.240, 0.961
         ("seq_mean_k1", Bounds(0.5, 1.5), [[1, 1, 0], [0, 0, 0]]),  # sqrt 2, ¼
@@ -149,7 +165,9 @@ def test_rejected_tokens_are_in_neither_numerator_nor_divisor() -> None:
     kept, _ = rejection_mask(old, rollout, MASK, (Rejection("token_k1", Bounds(0.5, 2)),))
     assert aggregate(loss, kept, "token-mean", loss_norm(kept, 3)).item() == 4
     weights, _ = importance_weights(old, rollout, MASK, CorrectionSettings("token", Bounds(0.5, 2)))
-    assert aggregate(loss * weights, MASK, "token-mean", loss_norm(MASK, 3)).item() == pytest.approx(8 / 3)
+    assert aggregate(
+        loss * weights, MASK, "token-mean", loss_norm(MASK, 3)
+    ).item() == pytest.approx(8 / 3)
     whole, _ = rejection_mask(old, rollout, MASK, (Rejection("seq_sum_k1", Bounds(0.5, 2)),))
     assert aggregate(loss, whole, "seq-mean-token-mean", loss_norm(whole, 3)).item() == 5
 
@@ -183,7 +201,9 @@ def test_settings_from_texts() -> None:
         Rejection("seq_mean_k1", Bounds(0.999, 1.001)),
         Rejection("token_k2", Bounds(0.0, 0.1)),
     )
-    assert correction_settings(None, 2.0, False, "token_k1", 4).rejections[0].bounds == Bounds(0.25, 4)
+    assert correction_settings(None, 2.0, False, "token_k1", 4).rejections[0].bounds == Bounds(
+        0.25, 4
+    )
     assert all(correction_settings(None, 2.0, False, kind, 2.0).rejections for kind in RS_KINDS)
 
 
@@ -193,10 +213,16 @@ def test_settings_from_texts() -> None:
         (("tokens", 2.0, False, None, None), "rollout_is: unknown 'tokens'; did you mean 'token'"),
         (("token", 0.52, False, None, None), "write a range as 0.5_2.0"),
         (("token", "2.0_0.5", False, None, None), "low 2 is above high 0.5"),
-        (("token", "high", False, None, None), "rollout_is_threshold = high: expected a number above 0"),
+        (
+            ("token", "high", False, None, None),
+            "rollout_is_threshold = high: expected a number above 0",
+        ),
         ((None, 2.0, False, "token_k4", 2.0), "rollout_rs: unknown 'token_k4'; did you mean"),
         ((None, 2.0, False, "token_k1", None), "rollout_rs_threshold is not set"),
-        ((None, 2.0, False, "token_k2", "0.1_0.5"), "token_k2 is a divergence and has an upper bound only"),
+        (
+            (None, 2.0, False, "token_k2", "0.1_0.5"),
+            "token_k2 is a divergence and has an upper bound only",
+        ),
         ((None, 2.0, False, "token_k1,token_k2,token_k3", "2,3"), "2 values for 3 criteria"),
     ],
 )

@@ -39,8 +39,12 @@ def test_names_become_valid(tmp_path: Path) -> None:
     assert "half" not in custom.advantage_names(None)
     assert {"half", "gae"} <= set(custom.advantage_names(str(file)))
     assert "double" in custom.policy_loss_names(str(file))
-    assert custom.custom_needs_values(str(file), "half") and custom.custom_needs_values(str(file), "gae")
-    assert not custom.custom_needs_values(str(file), "grpo") and not custom.custom_needs_values(str(file), "hal")
+    assert custom.custom_needs_values(str(file), "half") and custom.custom_needs_values(
+        str(file), "gae"
+    )
+    assert not custom.custom_needs_values(str(file), "grpo") and not custom.custom_needs_values(
+        str(file), "hal"
+    )
 
 
 @pytest.mark.parametrize(

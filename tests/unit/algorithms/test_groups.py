@@ -26,12 +26,19 @@ def test_an_empty_response_is_no_signal() -> None:
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo"])
 def test_signal_is_what_makes_advantages(name: str) -> None:
     """A group has an advantage other than 0 exactly when it has signal."""
-    scores, lengths = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.2, 0.2, 0.0, 0.0]), [2, 1, 2, 1, 2, 2, 2, 0]
+    scores, lengths = (
+        torch.tensor([0.1, 0.1, 0.1, 0.3, 0.2, 0.2, 0.0, 0.0]),
+        [2, 1, 2, 1, 2, 2, 2, 0],
+    )
     mask = (torch.arange(2) < torch.tensor(lengths)[:, None]).float()
     inputs = AdvantageInputs(token_level_rewards(scores, mask), mask, torch.arange(8) // 2)
     advantages, _ = compute_advantages(name, inputs)
     learns = (advantages.view(4, -1).abs() > 0).any(-1)
-    assert learns.tolist() == groups_with_signal(scores, mask.any(-1), 2).tolist() == [False, True, False, False]
+    assert (
+        learns.tolist()
+        == groups_with_signal(scores, mask.any(-1), 2).tolist()
+        == [False, True, False, False]
+    )
 
 
 def test_overlong_penalty_by_hand() -> None:

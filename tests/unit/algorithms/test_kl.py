@@ -76,7 +76,9 @@ def test_unbiased_over_the_whole_distribution(kind: str) -> None:
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
     exact = (p * (p / q).log()).sum()
-    assert (p * kl_estimate(p.log(), q.log(), kind)).sum().item() == pytest.approx(exact.item(), rel=1e-12)
+    assert (p * kl_estimate(p.log(), q.log(), kind)).sum().item() == pytest.approx(
+        exact.item(), rel=1e-12
+    )
 
 
 def test_k3_is_clamped_and_finite() -> None:
@@ -110,7 +112,12 @@ def test_fixed_controller_stays() -> None:
 
 @pytest.mark.parametrize(
     ("kl", "expected"),
-    [(0.11, 0.01 * 1.01), (1.0, 0.01 * 1.02), (0.0, 0.01 * 0.98), (0.1, 0.01)],  # error 0.1, 0.2, -0.2, 0
+    [
+        (0.11, 0.01 * 1.01),
+        (1.0, 0.01 * 1.02),
+        (0.0, 0.01 * 0.98),
+        (0.1, 0.01),
+    ],  # error 0.1, 0.2, -0.2, 0
 )
 def test_adaptive_controller_by_hand(kl: float, expected: float) -> None:
     controller = make_kl_controller("adaptive", 0.01, 0.1, 100)

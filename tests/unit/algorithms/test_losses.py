@@ -74,7 +74,9 @@ def test_gspo_uses_the_geometric_mean_of_the_sequence() -> None:
     terms, grad = run("gspo", [2.0, 0.6], [1.0, 1.0])
     assert torch.allclose(terms.loss, torch.full((1, 2), -math.sqrt(1.2)))
     assert torch.allclose(grad, torch.full((1, 2), -math.sqrt(1.2)))
-    terms, grad = run("gspo", [2.0, 1.0], [1.0, 1.0])  # sqrt(2) > 1.3: the whole sequence is clipped
+    terms, grad = run(
+        "gspo", [2.0, 1.0], [1.0, 1.0]
+    )  # sqrt(2) > 1.3: the whole sequence is clipped
     assert terms.metrics["pg_clipfrac"].tolist() == [[1.0, 1.0]] and grad.abs().max() == 0
     assert run("gspo", [5.0], [-2.0])[0].loss.item() == pytest.approx(10.0)  # no dual clip
 
@@ -94,7 +96,9 @@ def test_nothing_outside_the_mask(name: str) -> None:
     advantages = torch.where(mask.bool(), torch.tensor(1.5), math.nan)
     terms = compute_policy_loss(name, logprobs, old, advantages, mask, SETTINGS)
     (grad,) = torch.autograd.grad(terms.loss.sum(), logprobs)
-    clean = compute_policy_loss(name, data[:1, :2], old[:1, :2], advantages[:1, :2], mask[:1, :2], SETTINGS)
+    clean = compute_policy_loss(
+        name, data[:1, :2], old[:1, :2], advantages[:1, :2], mask[:1, :2], SETTINGS
+    )
     assert torch.equal(terms.loss[:1, :2], clean.loss)
     for outside in (terms.loss, grad, *terms.metrics.values()):
         assert outside[mask == 0].abs().max() == 0
@@ -106,7 +110,10 @@ def test_rollout_weights_multiply_the_loss_alone() -> None:
     logprobs = (old + torch.tensor([[1.1, 2.0]]).log()).requires_grad_()
     arguments = (logprobs, old, torch.tensor([[2.0, 1.0]]), torch.ones(1, 2), SETTINGS)
     weights = torch.tensor([[0.5, 3.0]])
-    plain, weighted = compute_policy_loss("vanilla", *arguments), compute_policy_loss("vanilla", *arguments, weights)
+    plain, weighted = (
+        compute_policy_loss("vanilla", *arguments),
+        compute_policy_loss("vanilla", *arguments, weights),
+    )
     assert torch.allclose(weighted.loss, torch.tensor([[-1.1, -3.9]]))  # ½ · -2.2 and 3 · -1.3
     assert all(torch.equal(plain.metrics[name], weighted.metrics[name]) for name in plain.metrics)
 
@@ -136,7 +143,9 @@ def test_settings_refused(kwargs: dict[str, float], key: str) -> None:
 
 
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"actor\.policy_loss: unknown 'vanila'; did you mean 'vanilla'"):
+    with pytest.raises(
+        ValueError, match=r"actor\.policy_loss: unknown 'vanila'; did you mean 'vanilla'"
+    ):
         run("vanila", [1.0], [1.0])
     monkeypatch.setattr(POLICY_LOSSES, "_entries", dict(POLICY_LOSSES._entries))
 

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from rlhf3d.algorithms.masked import masked_mean, masked_sum, masked_var, masked_whiten, zero_outside
+from rlhf3d.algorithms.masked import (
+    masked_mean,
+    masked_sum,
+    masked_var,
+    masked_whiten,
+    zero_outside,
+)
 
 NAN, INF = math.nan, math.inf
 X = torch.tensor([[1.0, 3.0, NAN], [5.0, INF, NAN], [NAN, NAN, NAN]])
@@ -22,7 +28,9 @@ def test_numbers_by_hand(mask: torch.Tensor) -> None:
     assert masked_mean(X, mask, dim=-1).tolist() == [2.0, 5.0, 0.0]
     assert masked_var(X, mask).item() == 4.0  # ((-2)² + 0² + 2²) / (3 - 1)
     whitened = masked_whiten(X, mask)
-    assert torch.allclose(whitened, torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert torch.allclose(
+        whitened, torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    )
 
 
 def test_whitening_a_constant_gives_zero() -> None:

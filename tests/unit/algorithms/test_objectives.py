@@ -22,14 +22,23 @@ def batch() -> Batch:
     """Six responses of 0 to 5 tokens; two tokens of row 3 are rejected."""
     rng = torch.Generator().manual_seed(0)
     rows = from_sequences([[1, 2]] * 6, [[3] * length for length in (5, 1, 0, 4, 2, 3)], 0)
-    names = ("old_logprobs", "ref_logprobs", "advantages", "values", "returns", "rollout_is_weights")
+    names = (
+        "old_logprobs",
+        "ref_logprobs",
+        "advantages",
+        "values",
+        "returns",
+        "rollout_is_weights",
+    )
     draws = {name: torch.randn(rows["response_mask"].shape, generator=rng) for name in names}
     mask = rows["response_mask"].clone()
     mask[3, :2] = 0
     return rows.with_columns(**draws, response_mask=mask)
 
 
-def total(objective: PolicyObjective | ValueObjective, cut: list[list[int]]) -> tuple[dict[str, float], Tensor]:
+def total(
+    objective: PolicyObjective | ValueObjective, cut: list[list[int]]
+) -> tuple[dict[str, float], Tensor]:
     """Metrics and gradient to the model's outputs, summed over the parts."""
     rows = batch()
     rng = torch.Generator().manual_seed(1)
@@ -40,7 +49,9 @@ def total(objective: PolicyObjective | ValueObjective, cut: list[list[int]]) -> 
     for part in cut:
         micro = make_microbatch(rows, part, Tensor.contiguous, MicroBatching(1))
         r = micro.rows["response_mask"].shape[1]
-        columns = [outputs[part][:, :r]] + ([entropy[part][:, :r]] if isinstance(objective, PolicyObjective) else [])
+        columns = [outputs[part][:, :r]] + (
+            [entropy[part][:, :r]] if isinstance(objective, PolicyObjective) else []
+        )
         loss, shares = objective(micro, *columns, norm)
         loss.backward()
         for name, value in shares.items():
@@ -55,8 +66,12 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, ValueObjective(0.2, "seq-mean-token-mean")], ids=str)
-def test_no_cut_changes_loss_gradient_or_metrics(objective: PolicyObjective | ValueObjective) -> None:
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES, ValueObjective(0.2, "seq-mean-token-mean")], ids=str
+)
+def test_no_cut_changes_loss_gradient_or_metrics(
+    objective: PolicyObjective | ValueObjective,
+) -> None:
     whole, gradient = total(objective, CUTS[0])
     assert gradient[3, :2].abs().max() == 0 and gradient[3, 2:4].abs().min() >= 0
     for cut in CUTS[1:]:
@@ -66,6 +81,10 @@ def test_no_cut_changes_loss_gradient_or_metrics(objective: PolicyObjective | Va
 
 
 def test_loss_is_the_sum_of_its_terms() -> None:
-    metrics, _ = total(PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", 0.01, 0.1, "k2"), CUTS[0])
-    expected = metrics["actor/pg_loss"] - 0.01 * metrics["actor/entropy"] + 0.1 * metrics["actor/kl_loss"]
+    metrics, _ = total(
+        PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", 0.01, 0.1, "k2"), CUTS[0]
+    )
+    expected = (
+        metrics["actor/pg_loss"] - 0.01 * metrics["actor/entropy"] + 0.1 * metrics["actor/kl_loss"]
+    )
     assert metrics["actor/loss"] == pytest.approx(expected, rel=1e-5)

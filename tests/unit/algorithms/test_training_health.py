@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf3d.algorithms.health import SpikeMonitor, explained_variance, logprob_mismatch, nonfinite_rows
+from rlhf3d.algorithms.health import (
+    SpikeMonitor,
+    explained_variance,
+    logprob_mismatch,
+    nonfinite_rows,
+)
 
 
 def test_mismatch_by_hand() -> None:

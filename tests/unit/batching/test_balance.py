@@ -14,7 +14,14 @@ from rlhf3d.models.spec import ModelSpec
 
 COSTS = st.lists(st.integers(0, 500), max_size=48)
 SPEC = ModelSpec(
-    "llama", num_layers=3, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=5, ffn_size=16, vocab_size=9
+    "llama",
+    num_layers=3,
+    hidden_size=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=5,
+    ffn_size=16,
+    vocab_size=9,
 )
 
 
@@ -34,7 +41,9 @@ def test_equal_counts(costs: list[int], parts: int) -> None:
 
 
 @given(COSTS, st.integers(1, 6), st.booleans())
-def test_totals_differ_by_at_most_the_dearest_row(costs: list[int], parts: int, equal: bool) -> None:
+def test_totals_differ_by_at_most_the_dearest_row(
+    costs: list[int], parts: int, equal: bool
+) -> None:
     totals = [sum(costs[row] for row in rows) for rows in split_rows(costs, parts, equal)]
     bound = max(costs, default=0)
     if equal and len(costs) % parts == 0:

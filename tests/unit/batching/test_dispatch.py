@@ -26,7 +26,9 @@ LAYOUTS = [
     ParallelLayout(dp=3),
     ParallelLayout(pp=4, dp=4, vpp=2),
 ]
-RULES = [MicroBatching(3, tokens, packed) for tokens, packed in product((None, BUDGET), (False, True))]
+RULES = [
+    MicroBatching(3, tokens, packed) for tokens, packed in product((None, BUDGET), (False, True))
+]
 
 
 def batch_of(lengths: list[int]) -> Batch:
@@ -50,21 +52,27 @@ def plan(mini: int, rule: MicroBatching, epochs: int = 1) -> UpdatePlan:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.integers(1, BUDGET - PROMPT), min_size=1, max_size=12))
-def test_forward_places_every_row_once(layout: ParallelLayout, rule: MicroBatching, lengths: list[int]) -> None:
+def test_forward_places_every_row_once(
+    layout: ParallelLayout, rule: MicroBatching, lengths: list[int]
+) -> None:
     """Whatever the number of rows: the ranks need not divide it."""
     batch = batch_of(lengths)
     shares = split_forward(batch, rule, layout, COST)
     assert sorted(row for share in shares for row in share.rows) == list(range(len(batch)))
     assert len({len(share.micro_batches) for share in shares}) == 1
     for share in shares:
-        assert sorted(r for micro in share.micro_batches for r in micro) == list(range(len(share.rows)))
+        assert sorted(r for micro in share.micro_batches for r in micro) == list(
+            range(len(share.rows))
+        )
         if layout.vpp > 1:
             assert len(share.micro_batches) % layout.pp == 0
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_update_runs_through_mini_batches_in_order(layout: ParallelLayout, rule: MicroBatching) -> None:
+def test_update_runs_through_mini_batches_in_order(
+    layout: ParallelLayout, rule: MicroBatching
+) -> None:
     """As the loop dealt them, groups whole; the last is incomplete and still trained on."""
     lengths = [5, 1, 3, 2, 9, 7, 4, 8, 6]
     shares = split_update(batch_of(lengths), plan(4, rule, epochs=2), layout, 16, COST)
@@ -93,7 +101,9 @@ def test_a_budget_balances_work_rather_than_rows() -> None:
     work = {}
     for tokens in (None, 64):
         shares = split_forward(batch, MicroBatching(2, tokens), ParallelLayout(dp=2), COST)
-        work[tokens] = sorted(sum(COST(batch.lengths()[row]) for row in share.rows) for share in shares)
+        work[tokens] = sorted(
+            sum(COST(batch.lengths()[row]) for row in share.rows) for share in shares
+        )
     assert work[64][1] / work[64][0] < 1.1 < 1.5 < work[None][1] / work[None][0]
 
 
@@ -110,9 +120,9 @@ def test_padding_share_by_hand() -> None:
     assert share(MicroBatching(4, packed=True)) == 0.0
     assert share(MicroBatching(4, packed=True, multiple_of=5)) == pytest.approx(1 - 24 / 25)
     assert share(MicroBatching(1), two) == 0.0
-    assert padding_share(batch, split_update(batch, plan(4, MicroBatching(2), epochs=3), one, 16, COST)) == (
-        pytest.approx(1 - 24 / 26)
-    )
+    assert padding_share(
+        batch, split_update(batch, plan(4, MicroBatching(2), epochs=3), one, 16, COST)
+    ) == (pytest.approx(1 - 24 / 26))
     # Three rows over two ranks, one at a time: the second rank's filler is one position.
     three = batch.select([0, 1, 2])
     shares = split_forward(three, MicroBatching(1), two, COST)

@@ -40,7 +40,9 @@ def test_every_row_once_in_as_many_micro_batches_on_every_rank(
     for rows, batches in zip(rows_of, plan, strict=True):
         assert len(batches) == count
         assert sorted(row for batch in batches for row in batch) == sorted(rows)
-        sizes = [rule.positions([lengths[row] for row in batch]) if batch else 0 for batch in batches]
+        sizes = [
+            rule.positions([lengths[row] for row in batch]) if batch else 0 for batch in batches
+        ]
         assert sizes == sorted(sizes, reverse=True), "the biggest come first, fillers last"
         if rule.tokens is None:
             assert all(len(batch) <= rule.rows for batch in batches)
@@ -60,17 +62,25 @@ def test_fixed_by_hand() -> None:
     lengths = [3, 9, 4, 8, 100, 100]
     assert plan_micro_batches(lengths, [[0, 1, 2, 3]], MicroBatching(2)) == [[[1, 3], [2, 0]]]
     # packed there is nothing to pad: two micro-batches of 12 tokens instead of 17 and 7
-    assert plan_micro_batches(lengths, [[0, 1, 2, 3]], MicroBatching(2, packed=True)) == [[[0, 1], [2, 3]]]
+    assert plan_micro_batches(lengths, [[0, 1, 2, 3]], MicroBatching(2, packed=True)) == [
+        [[0, 1], [2, 3]]
+    ]
 
 
 def test_budget_by_hand() -> None:
     lengths = [2, 9, 4, 3, 3]
     # Padded: 9 | 4 3 3 2 is 9 and 16 positions.
-    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=16)) == [[[2, 3, 4, 0], [1]]]
+    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=16)) == [
+        [[2, 3, 4, 0], [1]]
+    ]
     # With 12 also 9 | 4 3 3 | 2 and 9 | 4 3 | 3 2 would do, but 9 | 4 | 3 3 2 has fewest positions: 22.
-    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=12)) == [[[1], [3, 4, 0], [2]]]
+    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=12)) == [
+        [[1], [3, 4, 0], [2]]
+    ]
     # Packed: 21 tokens fill two of 12, evenly 9 + 2 and 4 + 3 + 3.
-    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=12, packed=True)) == [[[0, 1], [2, 3, 4]]]
+    assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=12, packed=True)) == [
+        [[0, 1], [2, 3, 4]]
+    ]
 
 
 def test_budget_counts_the_rounding_of_sequence_parallelism() -> None:
@@ -85,14 +95,22 @@ def test_budget_counts_the_rounding_of_sequence_parallelism() -> None:
 
 def test_even_packing_falls_back_where_it_would_break_the_budget() -> None:
     """6 5 5 | 8 8 fits 16 twice; dealt evenly, longest first, 8 6 5 would be 19."""
-    (batches,) = plan_micro_batches([8, 8, 6, 5, 5], [range(5)], MicroBatching(1, tokens=16, packed=True))
+    (batches,) = plan_micro_batches(
+        [8, 8, 6, 5, 5], [range(5)], MicroBatching(1, tokens=16, packed=True)
+    )
     assert sorted(map(sorted, batches)) == [[0, 1], [2, 3, 4]]
 
 
 def test_the_number_is_the_busiest_ranks_and_others_split_up_or_idle() -> None:
     lengths = [8, 8, 8, 2, 2, 1]
-    plan = plan_micro_batches(lengths, [[0, 1, 2], [3, 4, 5], []], MicroBatching(1, tokens=8), multiple_of=2)
-    assert [[len(batch) for batch in batches] for batches in plan] == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    plan = plan_micro_batches(
+        lengths, [[0, 1, 2], [3, 4, 5], []], MicroBatching(1, tokens=8), multiple_of=2
+    )
+    assert [[len(batch) for batch in batches] for batches in plan] == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 0],
+        [0, 0, 0, 0],
+    ]
 
 
 @settings(deadline=None)
@@ -125,7 +143,11 @@ def test_packing_wastes_little(lengths: list[int]) -> None:
 
 
 def test_a_sequence_over_the_budget_is_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ValueError, match=r"ppo_max_token_len_per_gpu = 8: a sequence of 9 tokens takes 9 positions"):
+    with pytest.raises(
+        ValueError, match=r"ppo_max_token_len_per_gpu = 8: a sequence of 9 tokens takes 9 positions"
+    ):
         plan_micro_batches([3, 9], [[0, 1]], MicroBatching(1, tokens=8))
-    with pytest.raises(ValueError, match=r"takes 12 positions \(rounded up to a multiple of 4\); set at least 12"):
+    with pytest.raises(
+        ValueError, match=r"takes 12 positions \(rounded up to a multiple of 4\); set at least 12"
+    ):
         plan_micro_batches([3, 9], [[0, 1]], MicroBatching(1, tokens=11, multiple_of=4))

@@ -68,7 +68,9 @@ def test_round_trip_is_bitwise(name: str, folders: dict[str, Path], tmp_path: Pa
     assert companions <= {file.name for file in back.iterdir()}
     for file in companions - {"config.json"}:
         assert (back / file).read_bytes() == (source / file).read_bytes(), file
-    assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
     index = json.loads((back / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in back.glob("*.safetensors")}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_tensors(source).values())
@@ -76,7 +78,9 @@ def test_round_trip_is_bitwise(name: str, folders: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(tp=2, pp=2), ParallelLayout(pp=2, vpp=1, first_stage_layers=1)], ids=str
+    "layout",
+    [ParallelLayout(tp=2, pp=2), ParallelLayout(pp=2, vpp=1, first_stage_layers=1)],
+    ids=str,
 )
 def test_other_layouts_and_dtypes(layout: ParallelLayout, llama: Path, tmp_path: Path) -> None:
     tensors, spec = load_tensors(llama), load_spec(llama)
@@ -86,7 +90,9 @@ def test_other_layouts_and_dtypes(layout: ParallelLayout, llama: Path, tmp_path:
     (checkpoint / "config.yaml").write_text(f"model: {{path: {llama}}}")
     assert same_tensors(load_tensors(convert(tmp_path / "run", tmp_path / "out")), tensors)
     wide = convert(checkpoint, tmp_path / "wide", dtype="float32")
-    assert same_tensors(load_tensors(wide), {name: tensor.float() for name, tensor in tensors.items()})
+    assert same_tensors(
+        load_tensors(wide), {name: tensor.float() for name, tensor in tensors.items()}
+    )
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -96,7 +102,9 @@ def test_critic_is_a_sequence_classifier(llama: Path, tmp_path: Path) -> None:
     tensors = load_tensors(llama)
     del tensors["lm_head.weight"]
     tensors["score.weight"] = torch.randn(1, 32, dtype=torch.bfloat16)
-    megatron = write_megatron_folder(tmp_path / "critic", tensors, load_spec(llama), ParallelLayout(tp=2), "value")
+    megatron = write_megatron_folder(
+        tmp_path / "critic", tensors, load_spec(llama), ParallelLayout(tp=2), "value"
+    )
     hf = convert(megatron, tmp_path / "hf", reference=llama)
     model = AutoModelForSequenceClassification.from_pretrained(hf)
     assert model.config.num_labels == 1 and type(model).__name__ == "LlamaForSequenceClassification"
@@ -105,7 +113,10 @@ def test_critic_is_a_sequence_classifier(llama: Path, tmp_path: Path) -> None:
     assert same_tensors(load_tensors(convert(back, tmp_path / "again", role="critic")), tensors)
     with pytest.raises(ValueError, match="has no actor; --role can be critic"):
         plan_conversion(back, tmp_path / "x", Options())
-    with pytest.raises(MismatchError, match=r"missing: score\.weight \[1, 32\]\n  extra: lm_head\.weight \[103, 32\]"):
+    with pytest.raises(
+        MismatchError,
+        match=r"missing: score\.weight \[1, 32\]\n  extra: lm_head\.weight \[103, 32\]",
+    ):
         plan_conversion(llama, tmp_path / "x", Options(role="critic"))
 
 
@@ -120,7 +131,9 @@ def test_architectures_are_those_of_transformers(tmp_path: Path) -> None:
         for role, names in classes.items():
             (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
             write_role(tmp_path / "config.json", role)
-            assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [names[family]]
+            assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+                names[family]
+            ]
 
 
 def change(folder: Path, destination: Path, edit: Any) -> Path:
@@ -133,7 +146,10 @@ def change(folder: Path, destination: Path, edit: Any) -> Path:
 
 def test_every_wrong_tensor_is_listed_and_nothing_written(llama: Path, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
+        del (
+            tensors["model.layers.0.mlp.up_proj.weight"],
+            tensors["model.layers.1.self_attn.k_proj.weight"],
+        )
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
         tensors["model.norm.weight"] = torch.zeros(31)
 
@@ -146,9 +162,13 @@ def test_every_wrong_tensor_is_listed_and_nothing_written(llama: Path, tmp_path:
         "misshapen: model.norm.weight is [31], the model's is [32]",
     ]
     # A Megatron folder of three layers against a configuration of two.
-    three = make_tiny_model(tmp_path / "three", **{**SMALL, "tie": False, "vocab": 103, "layers": 3})
+    three = make_tiny_model(
+        tmp_path / "three", **{**SMALL, "tie": False, "vocab": 103, "layers": 3}
+    )
     megatron = convert(three, tmp_path / "megatron")
-    with pytest.raises(MismatchError, match=r"linear_fc2\.weight is \[3, 32, 48\], the model's is \[2, 32, 48\]"):
+    with pytest.raises(
+        MismatchError, match=r"linear_fc2\.weight is \[3, 32, 48\], the model's is \[2, 32, 48\]"
+    ):
         plan_conversion(megatron, tmp_path / "out", Options(reference=llama))
     assert not (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
 
@@ -156,9 +176,15 @@ def test_every_wrong_tensor_is_listed_and_nothing_written(llama: Path, tmp_path:
 def test_tied_head_that_is_written_out(folders: dict[str, Path], tmp_path: Path) -> None:
     tied = folders["qwen3"]
     name, source = "lm_head.weight", "model.embed_tokens.weight"
-    same = change(tied, tmp_path / "same", lambda tensors: tensors.update({name: tensors[source].clone()}))
-    assert same_tensors(load_tensors(convert(convert(same, tmp_path / "m"), tmp_path / "b")), load_tensors(tied))
-    other = change(tied, tmp_path / "other", lambda tensors: tensors.update({name: tensors[source] + 1}))
+    same = change(
+        tied, tmp_path / "same", lambda tensors: tensors.update({name: tensors[source].clone()})
+    )
+    assert same_tensors(
+        load_tensors(convert(convert(same, tmp_path / "m"), tmp_path / "b")), load_tensors(tied)
+    )
+    other = change(
+        tied, tmp_path / "other", lambda tensors: tensors.update({name: tensors[source] + 1})
+    )
     with pytest.raises(ValueError, match=r"lm_head\.weight of its own"):
         plan_conversion(other, tmp_path / "x", Options())
 
@@ -182,7 +208,9 @@ plan_conversion(source, destination, Options(max_shard_gib=8_000 / 2**30)).run(w
 def test_a_killed_conversion_goes_on(to: str, llama: Path, tmp_path: Path) -> None:
     source = llama if to == "megatron" else convert(llama, tmp_path / "source")
     destination = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(destination), "30000"], check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(destination), "30000"], check=False
+    )
     assert killed.returncode == -signal.SIGKILL and not destination.exists()
     partial = partial_folder(destination)
     done = {
@@ -196,7 +224,11 @@ def test_a_killed_conversion_goes_on(to: str, llama: Path, tmp_path: Path) -> No
     convert(source, destination, max_shard_gib=TINY_SHARD_GIB)
     kept = {destination / file.relative_to(partial): inode for file, inode in done.items()}
     assert all(file.stat().st_ino == inode for file, inode in kept.items())
-    assert not partial.exists() and not list(destination.rglob(".*s")) and not list(destination.rglob("*.unfinished"))
+    assert (
+        not partial.exists()
+        and not list(destination.rglob(".*s"))
+        and not list(destination.rglob("*.unfinished"))
+    )
     result = destination if to == "hf" else convert(destination, tmp_path / "back")
     assert same_tensors(load_tensors(result), load_tensors(llama))
 
@@ -208,7 +240,9 @@ def test_failure_stops_the_other_files_and_restart_forgets(llama: Path, tmp_path
         if count:
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(RuntimeError, match=r"cannot write .*__0_0\.distcp \(No space left on device\)"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot write .*__0_0\.distcp \(No space left on device\)"
+    ):
         plan_conversion(llama, destination, Options()).run(on_bytes=fail)
     assert not destination.exists()
     plan_conversion(llama, destination, Options(dtype="float32")).run(restart=True)
@@ -226,10 +260,14 @@ def test_what_is_not_verified_gets_no_name(llama: Path, tmp_path: Path) -> None:
         plan_conversion(llama, tmp_path / "out", Options()).run(check=check)
     assert not (tmp_path / "out").exists()
     plan_conversion(llama, tmp_path / "out", Options()).run()
-    assert same_tensors(load_tensors(convert(tmp_path / "out", tmp_path / "back")), load_tensors(llama))
+    assert same_tensors(
+        load_tensors(convert(tmp_path / "out", tmp_path / "back")), load_tensors(llama)
+    )
 
 
-def test_a_full_disk_is_told_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_before_writing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"has 0\.0 GiB free"):

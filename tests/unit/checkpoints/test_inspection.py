@@ -25,12 +25,16 @@ def run(tmp_path: Path) -> Path:
     """A run with one whole checkpoint, its manifest with checksums, and one that was not finished."""
     hf = make_tiny_model(tmp_path / "model", layers=2, vocab=101)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
-    write_megatron_folder(checkpoint / "actor", load_tensors(hf), load_spec(hf), ParallelLayout(tp=2))
+    write_megatron_folder(
+        checkpoint / "actor", load_tensors(hf), load_spec(hf), ParallelLayout(tp=2)
+    )
     (checkpoint / "config.yaml").write_text(
         f"model: {{path: {hf}}}\nactor: {{layout: {{tp: 2, pp: 1, dp: 4, vpp: null}}}}"
     )
     files = infos_below(checkpoint, {})
-    write_manifest(checkpoint, Manifest(3, 6, ("actor",), optimizer=False, metric={"acc": 0.5}, files=files))
+    write_manifest(
+        checkpoint, Manifest(3, 6, ("actor",), optimizer=False, metric={"acc": 0.5}, files=files)
+    )
     (tmp_path / "run" / "checkpoints" / "step_4.partial").mkdir()
     return tmp_path / "run"
 
@@ -49,13 +53,23 @@ def test_whole_folders(run: Path) -> None:
     tensors = load_tensors(run.parent / "model")
     parameters = sum(tensor.numel() for tensor in tensors.values())
     for model in (latest["actor"], inspect(run.parent / "model")):
-        assert model["family"] == "llama" and model["parameters"] == parameters and model["dtypes"] == ["float32"]
+        assert (
+            model["family"] == "llama"
+            and model["parameters"] == parameters
+            and model["dtypes"] == ["float32"]
+        )
     assert latest["actor"]["optimizer"] is False and latest["actor"]["role"] == "actor"
     text = CliRunner().invoke(cli.app, ["inspect", str(run)]).stdout
     assert "metric: acc 0.5" in text and "layout: actor tp2×pp1×dp4" in text
-    assert text.endswith("nothing is missing; not compared: contents of files (--deep reads them)\n")
+    assert text.endswith(
+        "nothing is missing; not compared: contents of files (--deep reads them)\n"
+    )
     for path in (run, run.parent / "model"):
-        assert CliRunner().invoke(cli.app, ["inspect", str(path), "--deep"]).stdout.endswith("\ncomplete\n")
+        assert (
+            CliRunner()
+            .invoke(cli.app, ["inspect", str(path), "--deep"])
+            .stdout.endswith("\ncomplete\n")
+        )
 
 
 def test_damage_is_named_with_exit_code_1(run: Path) -> None:
@@ -66,7 +80,11 @@ def test_damage_is_named_with_exit_code_1(run: Path) -> None:
     assert command(run)[0] == 0  # sizes agree
     for path in (run, checkpoint):
         code, found, told = command(path, "--deep")
-        assert code == 1 and f"{file} has other contents than were written" in told and len(found["problems"]) == 1
+        assert (
+            code == 1
+            and f"{file} has other contents than were written" in told
+            and len(found["problems"]) == 1
+        )
     os.truncate(file, 100)
     code, _, told = command(checkpoint)
     assert code == 1 and f"{file} has 100 bytes, not {len(whole)}" in told
@@ -93,7 +111,10 @@ def test_bare_megatron_folder_is_checked_by_its_own_checksums(run: Path) -> None
     file.write_bytes(content)
     code, found, _ = command(actor)
     assert code == 0 and "family" not in found
-    assert found["not_compared"][1] == f"tensors of {actor} with those of a model (there is no config.json beside it)"
+    assert (
+        found["not_compared"][1]
+        == f"tensors of {actor} with those of a model (there is no config.json beside it)"
+    )
     code, _, told = command(actor, "--deep")
     assert code == 1 and f"{file} is corrupt" in told
 

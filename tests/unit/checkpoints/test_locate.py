@@ -27,7 +27,9 @@ def test_the_newest_iteration_of_a_root(tracker: str, newest: str, tmp_path: Pat
 
 
 def test_roots_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"iter_0000300, the newest according to .*, is not there; copy it"):
+    with pytest.raises(
+        ValueError, match=r"iter_0000300, the newest according to .*, is not there; copy it"
+    ):
         megatron_folder(make_root(tmp_path / "a", "300", "iter_0000100"), None)
     with pytest.raises(ValueError, match="says 'soon': a number or 'release'"):
         megatron_folder(make_root(tmp_path / "b", "soon", "iter_0000100"), None)

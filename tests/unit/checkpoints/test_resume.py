@@ -14,7 +14,14 @@ from rlhf3d.checkpoints.manifest import Manifest, infos_below, write_manifest
 from rlhf3d.checkpoints.resume import Start, check_resume, choose_start, set_aside
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.load import config_to_yaml
-from rlhf3d.config.schema import AlgorithmConfig, Config, KLCtrlConfig, LayoutConfig, ModelConfig, TrainerConfig
+from rlhf3d.config.schema import (
+    AlgorithmConfig,
+    Config,
+    KLCtrlConfig,
+    LayoutConfig,
+    ModelConfig,
+    TrainerConfig,
+)
 from rlhf3d.models.spec import load_spec
 
 TOTAL = 10
@@ -28,7 +35,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> Config:
-    return Config(model=ModelConfig(str(model), "float32"), trainer=TrainerConfig(output_dir=str(tmp_path / "run")))
+    return Config(
+        model=ModelConfig(str(model), "float32"),
+        trainer=TrainerConfig(output_dir=str(tmp_path / "run")),
+    )
 
 
 def add_checkpoint(
@@ -47,7 +57,9 @@ def add_checkpoint(
 def write_rows(config: Config, steps: int) -> None:
     folder = Path(config.trainer.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, steps + 1)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}}}\n' for step in range(1, steps + 1))
+    )
 
 
 def with_mode(config: Config, mode: str) -> Config:
@@ -56,7 +68,9 @@ def with_mode(config: Config, mode: str) -> Config:
 
 def outcome(start: Start) -> tuple[str, int | None]:
     """Name of the folder, step resumed from."""
-    return Path(start.config.trainer.output_dir).name, start.checkpoint.manifest.step if start.checkpoint else None
+    return Path(
+        start.config.trainer.output_dir
+    ).name, start.checkpoint.manifest.step if start.checkpoint else None
 
 
 def test_a_first_run_takes_the_folder(config: Config) -> None:
@@ -96,10 +110,14 @@ def test_without_a_checkpoint_a_run_starts_beside(config: Config) -> None:
     write_rows(config, 3)
     start = choose_start(config, TOTAL)
     assert outcome(start) == ("run-2", None) and "run has no whole checkpoint" in start.notes[-1]
-    later = replace(config, trainer=replace(config.trainer, output_dir=start.config.trainer.output_dir))
+    later = replace(
+        config, trainer=replace(config.trainer, output_dir=start.config.trainer.output_dir)
+    )
     add_checkpoint(later, 2)
     write_rows(later, 2)
-    assert outcome(choose_start(config, TOTAL)) == ("run-2", 2), "the newest of these folders counts"
+    assert outcome(choose_start(config, TOTAL)) == ("run-2", 2), (
+        "the newest of these folders counts"
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed", "manifest"])
@@ -135,7 +153,9 @@ def test_a_model_alone_is_no_run(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "converted"
     folder.mkdir()
     write_manifest(folder, Manifest(0, 0, ("actor",), False))
-    with pytest.raises(ValueError, match=r"has no driver\.json and no config\.yaml: it holds a model"):
+    with pytest.raises(
+        ValueError, match=r"has no driver\.json and no config\.yaml: it holds a model"
+    ):
         choose_start(with_mode(config, str(folder)), TOTAL)
 
 
@@ -149,7 +169,10 @@ def test_later_checkpoints_are_set_aside(config: Config) -> None:
 
 
 def refusal(
-    config: Config, saved: Config, optimizer: bool = True, models: tuple[str, ...] = ("actor", "critic")
+    config: Config,
+    saved: Config,
+    optimizer: bool = True,
+    models: tuple[str, ...] = ("actor", "critic"),
 ) -> str:
     add_checkpoint(saved, 3, optimizer, models)
     found = choose_start(saved, TOTAL).checkpoint
@@ -168,7 +191,10 @@ def test_says_what_changed(config: Config) -> None:
     changed = replace(config, actor=replace(config.actor, optim=optim, layout=LayoutConfig(tp=2)))
     spec = load_spec(config.model.path)
     assert check_resume(found, config, spec) == []
-    assert check_resume(found, changed, spec) == ["actor.layout.tp: 1 -> 2", "actor.optim.lr: 1e-06 -> 0.001"]
+    assert check_resume(found, changed, spec) == [
+        "actor.layout.tp: 1 -> 2",
+        "actor.optim.lr: 1e-06 -> 0.001",
+    ]
 
 
 def test_refuses_another_model(config: Config, tmp_path: Path) -> None:
@@ -176,7 +202,9 @@ def test_refuses_another_model(config: Config, tmp_path: Path) -> None:
     text = refusal(replace(config, model=ModelConfig(str(deeper), "float32")), config)
     assert "is a model of another shape (num_layers 1 -> 2)" in text
     other = make_tiny_model(tmp_path / "other", layers=1, hidden=32, ffn=32, seed=1)
-    assert "holds other weights" in refusal(replace(config, model=ModelConfig(str(other), "float32")), config)
+    assert "holds other weights" in refusal(
+        replace(config, model=ModelConfig(str(other), "float32")), config
+    )
     moved = make_tiny_model(tmp_path / "moved", layers=1, hidden=32, ffn=32)
     assert model_identity(moved) == model_identity(config.model.path)
 
@@ -184,17 +212,27 @@ def test_refuses_another_model(config: Config, tmp_path: Path) -> None:
 def test_refuses_what_was_not_saved(config: Config) -> None:
     grpo = replace(config, algorithm=AlgorithmConfig(adv_estimator="grpo"))
     text = refusal(config, grpo, models=("actor",))
-    assert "adv_estimator = gae trains a critic, which the checkpoint does not hold (it was grpo)" in text
+    assert (
+        "adv_estimator = gae trains a critic, which the checkpoint does not hold (it was grpo)"
+        in text
+    )
     assert "trainer.resume_fresh_optimizer=true" in refusal(config, config, optimizer=False)
     fresh = replace(config, trainer=replace(config.trainer, resume_fresh_optimizer=True))
     found = choose_start(config, TOTAL).checkpoint
     assert found is not None
-    assert check_resume(found, fresh, load_spec(config.model.path)) == ["trainer.resume_fresh_optimizer: False -> True"]
+    assert check_resume(found, fresh, load_spec(config.model.path)) == [
+        "trainer.resume_fresh_optimizer: False -> True"
+    ]
 
 
 def test_refuses_another_kl_controller(config: Config) -> None:
-    adaptive = replace(config, algorithm=replace(config.algorithm, kl_ctrl=KLCtrlConfig(type="adaptive")))
-    assert "kl_ctrl.type = adaptive, the checkpoint holds the state of a fixed controller" in refusal(adaptive, config)
+    adaptive = replace(
+        config, algorithm=replace(config.algorithm, kl_ctrl=KLCtrlConfig(type="adaptive"))
+    )
+    assert (
+        "kl_ctrl.type = adaptive, the checkpoint holds the state of a fixed controller"
+        in refusal(adaptive, config)
+    )
 
 
 def test_refuses_another_dtype(config: Config) -> None:

@@ -14,7 +14,12 @@ from support.weights import LLAMA, QWEN3_MOE, Pair, numbered_tensors, pairs
 
 from rlhf3d.checkpoints.convert import MegatronSource
 from rlhf3d.checkpoints.stored import KeyStyle, differences, files_of, key_style, stored_model
-from rlhf3d.checkpoints.torch_dist import StoredTensor, TorchDistReader, finish_folder, write_tensors
+from rlhf3d.checkpoints.torch_dist import (
+    StoredTensor,
+    TorchDistReader,
+    finish_folder,
+    write_tensors,
+)
 from rlhf3d.models.boxes import full_box
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -23,7 +28,9 @@ STACKED, OWN_LAYERS, ALL_OWN = KeyStyle(), KeyStyle(layers=True), KeyStyle(True,
 
 @settings(deadline=None, max_examples=40)
 @given(pairs(), st.sampled_from([STACKED, OWN_LAYERS, ALL_OWN]))
-def test_a_checkpoint_of_any_layout_and_style_gives_every_tensor(pair: Pair, style: KeyStyle) -> None:
+def test_a_checkpoint_of_any_layout_and_style_gives_every_tensor(
+    pair: Pair, style: KeyStyle
+) -> None:
     tensors = numbered_tensors(pair.spec)
     with tempfile.TemporaryDirectory() as root:
         place = (tensors, pair.spec, pair.layout)
@@ -48,9 +55,16 @@ def test_keys_by_hand() -> None:
     assert dense.shapes["value_head.weight"] == (1, 8) and "output_layer.weight" not in dense.shapes
     assert sparse.shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (2, 4, 8, 12)
     assert sparse.shapes["decoder.layers.pre_mlp_layernorm.weight"] == (2, 8)
-    assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.3_2.4" in sparse.extra_states()
-    assert "decoder.layers.self_attention.linear_proj._extra_state/shard_3_4" in dense.extra_states()
-    assert "decoder.layers.self_attention.q_layernorm._extra_state/shard_0_2" in sparse.extra_states()
+    assert (
+        "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.3_2.4"
+        in sparse.extra_states()
+    )
+    assert (
+        "decoder.layers.self_attention.linear_proj._extra_state/shard_3_4" in dense.extra_states()
+    )
+    assert (
+        "decoder.layers.self_attention.q_layernorm._extra_state/shard_0_2" in sparse.extra_states()
+    )
     assert "decoder.final_layernorm._extra_state/shard_0_1" in sparse.extra_states()
     assert len(sparse.extra_states()) == 1 + 2 * (2 + 3 + 2 * 4)
 
@@ -63,7 +77,10 @@ def test_keys_of_their_own_by_hand() -> None:
     assert dense.shapes["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"] == (8,)
     assert "decoder.layers.mlp.linear_fc1.weight" not in dense.shapes
     experts = "decoder.layers.1.mlp.experts.experts.3"
-    assert sparse.shapes[f"{experts}.linear_fc1.weight_v"] == sparse.shapes[f"{experts}.linear_fc1.weight_w"]
+    assert (
+        sparse.shapes[f"{experts}.linear_fc1.weight_v"]
+        == sparse.shapes[f"{experts}.linear_fc1.weight_w"]
+    )
     assert sparse.shapes[f"{experts}.linear_fc2.weight"] == (8, 12)
     up = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert sparse.places()[up][0][0] == f"{experts}.linear_fc1.weight_v"
@@ -101,9 +118,13 @@ def test_an_optimizer_s_tensors_are_no_weights(tmp_path: Path) -> None:
     tensors = numbered_tensors(LLAMA) | {"extra": torch.zeros(3)}
     folder = write_megatron_folder(tmp_path / "m", tensors, LLAMA, layout)
     keys = ("chained_1.optimizer.state.exp_avg.x", "optimizer.state.exp_avg.x", "optimizer_of_mine")
-    written, _ = write_tensors(folder / "__optimizer.distcp", [(key, ((0, 3),), torch.zeros(3)) for key in keys])
+    written, _ = write_tensors(
+        folder / "__optimizer.distcp", [(key, ((0, 3),), torch.zeros(3)) for key in keys]
+    )
     reader = TorchDistReader(folder)
-    stored = reader.tensors | {key: StoredTensor(torch.float32, (3,), (chunk,)) for key, chunk in written}
+    stored = reader.tensors | {
+        key: StoredTensor(torch.float32, (3,), (chunk,)) for key, chunk in written
+    }
     finish_folder(folder, stored, [], {})
     assert set(TorchDistReader(folder).weight_keys()) == {*reader.tensors, "optimizer_of_mine"}
 

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from rlhf3d.checkpoints.torch_dist import StoredTensor, TorchDistReader, finish_folder, write_tensors
+from rlhf3d.checkpoints.torch_dist import (
+    StoredTensor,
+    TorchDistReader,
+    finish_folder,
+    write_tensors,
+)
 from rlhf3d.models.boxes import Box
 
 A = torch.arange(120.0).reshape(2, 6, 10)
@@ -20,7 +25,9 @@ B = torch.arange(7).bfloat16()
 def write(folder: Path) -> Path:
     """`a` as a grid of chunks over two files, `b` whole, and an empty object."""
     folder.mkdir()
-    boxes: list[Box] = [((i, i + 1), (r, r + 3), (c, c + 5)) for i in (0, 1) for r in (0, 3) for c in (0, 5)]
+    boxes: list[Box] = [
+        ((i, i + 1), (r, r + 3), (c, c + 5)) for i in (0, 1) for r in (0, 3) for c in (0, 5)
+    ]
     blocks = [("a", box, A[tuple(slice(x, y) for x, y in box)].contiguous()) for box in boxes]
     one, _ = write_tensors(folder / "__0_0.distcp", blocks[:3])
     two, _ = write_tensors(folder / "__1_0.distcp", [*blocks[3:], ("b", ((0, 7),), B)])
@@ -100,7 +107,9 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_chunks_that_do_not_tile_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    ((_, chunk),), _ = write_tensors(tmp_path / "m" / "f.distcp", [("a", ((0, 2),), torch.zeros(2))])
+    ((_, chunk),), _ = write_tensors(
+        tmp_path / "m" / "f.distcp", [("a", ((0, 2),), torch.zeros(2))]
+    )
     finish_folder(tmp_path / "m", {"a": StoredTensor(torch.float32, (3,), (chunk,))}, [], {})
     with pytest.raises(ValueError, match="chunks of a do not tile it: 2 of 3 elements"):
         TorchDistReader(tmp_path / "m")

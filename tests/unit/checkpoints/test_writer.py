@@ -69,7 +69,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_writer(model: Path, output: Path, group: Any = None, **trainer: Any) -> CheckpointWriter:
-    config = Config(model=ModelConfig(str(model), "float32"), trainer=TrainerConfig(output_dir=str(output), **trainer))
+    config = Config(
+        model=ModelConfig(str(model), "float32"),
+        trainer=TrainerConfig(output_dir=str(output), **trainer),
+    )
     sync = SimpleNamespace(trained_version=4, export_tensors=lambda: iter([("w", torch.ones(4))]))
     group = group or FakeGroup()
     return CheckpointWriter(config, load_spec(model), {"actor": group, "critic": group}, sync)  # type: ignore[arg-type]
@@ -97,19 +100,28 @@ def killed_at(stage: str, run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(stage: str, model: Path, tmp_path: Path) -> None:
+def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(
+    stage: str, model: Path, tmp_path: Path
+) -> None:
     made = make_writer(model, tmp_path, keep_last=1)
     save(made, 2)
     assert killed_at(stage, lambda: save(made, 4)) == signal.SIGKILL
     kept = Store(tmp_path / "checkpoints")
     found, notes = newest_whole(kept)
     assert found is not None and notes == []
-    assert found.manifest.step == (4 if stage in NEW_IS_THERE else 2) and found.state["loader"] == found.manifest.step
+    assert (
+        found.manifest.step == (4 if stage in NEW_IS_THERE else 2)
+        and found.state["loader"] == found.manifest.step
+    )
     left = kept.clean()
-    assert left == {"latest": [], "renamed": [], "removing": ["step_2.deleted"]}.get(stage, ["step_4.partial"])
+    assert left == {"latest": [], "renamed": [], "removing": ["step_2.deleted"]}.get(
+        stage, ["step_4.partial"]
+    )
     names = {path.name for path in kept.folder.iterdir()}
     assert names <= {"latest", "step_2", "step_4"} and f"step_{found.manifest.step}" in names
-    again = make_writer(model, tmp_path, keep_last=1)  # and the next save of the same step goes through
+    again = make_writer(
+        model, tmp_path, keep_last=1
+    )  # and the next save of the same step goes through
     save(again, 4)
     assert kept.steps() == [4] and (kept.folder / "latest").read_text() == "step_4"
 
@@ -122,8 +134,14 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
     assert made.last == folder and problems(folder, manifest) == []
     assert (manifest.step, manifest.policy_version, manifest.metric) == (3, 4, {"acc": 0.5})
     assert manifest.models == ("actor", "critic") and manifest.optimizer
-    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert set(manifest.files) == on_disk > {"driver.json", "config.yaml", "actor/__1_0.distcp", "hf/config.json"}
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {
+        "manifest.json"
+    }
+    assert (
+        set(manifest.files)
+        == on_disk
+        > {"driver.json", "config.yaml", "actor/__1_0.distcp", "hf/config.json"}
+    )
     assert metrics["checkpoint/bytes"] == sum(info.bytes for info in manifest.files.values())
     assert metrics["checkpoint/held_s"] == pytest.approx(metrics["checkpoint/save_s"], abs=0.05)
 
@@ -131,7 +149,9 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
 def test_retention_goes_by_the_metric_of_checkpoints_before(model: Path, tmp_path: Path) -> None:
     save(make_writer(model, tmp_path), 1, acc=0.9)
     save(make_writer(model, tmp_path), 0, acc=1.0)
-    (tmp_path / "checkpoints" / "step_0" / "manifest.json").write_text("{}")  # damaged: it counts for nothing
+    (tmp_path / "checkpoints" / "step_0" / "manifest.json").write_text(
+        "{}"
+    )  # damaged: it counts for nothing
     made = make_writer(model, tmp_path, keep_last=1, keep_best=1)
     for step, value in ((2, 0.2), (3, 0.3)):
         save(made, step, acc=value)
@@ -146,7 +166,9 @@ def test_in_the_background_one_at_a_time(model: Path, tmp_path: Path) -> None:
     group.done = True
     assert made.poll()["checkpoint/bytes"] > 0 and made.store.steps() == [1]
     save(made, 2)
-    assert set(save(made, 3)) == {"checkpoint/save_s", "checkpoint/held_s", "checkpoint/bytes"}, "of step 2"
+    assert set(save(made, 3)) == {"checkpoint/save_s", "checkpoint/held_s", "checkpoint/bytes"}, (
+        "of step 2"
+    )
     assert made.store.steps() == [1, 2]
     made.finish()
     assert made.store.steps() == [1, 2, 3] and made.finish() == {}
@@ -157,7 +179,9 @@ class FullGroup(FakeGroup):
 
     def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
         if method == "finish_save":
-            raise writer.WorkerFailure("save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device")
+            raise writer.WorkerFailure(
+                "save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device"
+            )
         return super().call_all(phase, method, *args)
 
 
@@ -165,7 +189,10 @@ def test_a_background_failure_is_raised_at_the_next_boundary(model: Path, tmp_pa
     save(make_writer(model, tmp_path), 1)
     made = make_writer(model, tmp_path, FullGroup(), async_save=True)
     save(made, 2)
-    with pytest.raises(RuntimeError, match="is full; the checkpoint under way was removed, those before it are whole"):
+    with pytest.raises(
+        RuntimeError,
+        match="is full; the checkpoint under way was removed, those before it are whole",
+    ):
         made.poll()
     assert made.store.steps() == [1] and made.store.clean() == [] and made.finish() == {}
 
@@ -175,7 +202,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of half a MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode:
         pytest.skip(f"mount: {done.stderr.decode().strip()}")
     yield folder
@@ -187,10 +216,16 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
 ) -> None:
     monkeypatch.setattr(CheckpointWriter, "check_room", lambda self, export: None)
     save(make_writer(model, small_disk), 1)
-    with pytest.raises(RuntimeError, match=r"is full; .* whole \(newest: none of this process\).*trainer.keep_last"):
+    with pytest.raises(
+        RuntimeError, match=r"is full; .* whole \(newest: none of this process\).*trainer.keep_last"
+    ):
         save(make_writer(model, small_disk, FakeGroup(size=200_000)), 2)
     found, _ = newest_whole(Store(small_disk / "checkpoints"))
-    assert found is not None and found.manifest.step == 1 and Store(small_disk / "checkpoints").clean() == []
+    assert (
+        found is not None
+        and found.manifest.step == 1
+        and Store(small_disk / "checkpoints").clean() == []
+    )
 
 
 def test_too_little_room_is_said_before_anything_is_written(
@@ -198,7 +233,9 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     made = make_writer(model, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
-    with pytest.raises(ValueError, match=r"a checkpoint takes about 0\.00 GiB and 0\.00 GiB are free\. Make room"):
+    with pytest.raises(
+        ValueError, match=r"a checkpoint takes about 0\.00 GiB and 0\.00 GiB are free\. Make room"
+    ):
         save(made, 1)
     assert list(made.store.folder.iterdir()) == []
 

@@ -22,7 +22,10 @@ GOOD = (
     "data.train_batch_size=16",
     "actor.ppo_mini_batch_size=16",
 )
-QUANTISED = ("rollout.quantization=fp8_per_channel", "algorithm.rollout_correction.rollout_is=token")
+QUANTISED = (
+    "rollout.quantization=fp8_per_channel",
+    "algorithm.rollout_correction.rollout_is=token",
+)
 
 
 def make(*overrides: str) -> Config:
@@ -103,11 +106,18 @@ def test_good_configuration_passes() -> None:
             "set 1152 or more",
         ),
         (
-            ["actor.layout.cp=2", "cluster={platform: cuda, gpus_per_node: 8}", "model.dtype=float32"],
+            [
+                "actor.layout.cp=2",
+                "cluster={platform: cuda, gpus_per_node: 8}",
+                "model.dtype=float32",
+            ],
             "actor.layout.cp = 2 with model.dtype = float32: Transformer Engine's context-parallel attention is for "
             "bfloat16; set model.dtype=bfloat16, or cp=1",
         ),
-        (["actor.layout.vpp=2"], "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null"),
+        (
+            ["actor.layout.vpp=2"],
+            "actor.layout.vpp = 2: needs actor.layout.pp above 1; set vpp=null",
+        ),
         (
             ["actor.layout.sequence_parallel=true"],
             "actor.layout.sequence_parallel = true: needs actor.layout.tp above 1",
@@ -117,10 +127,15 @@ def test_good_configuration_passes() -> None:
             "actor.layout.overlap_param_gather = true: needs actor.layout.overlap_grad_reduce = true",
         ),
         (
-            ["critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, distributed_optimizer: false}"],
+            [
+                "critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, distributed_optimizer: false}"
+            ],
             "critic.layout.overlap_param_gather = true: needs critic.layout.distributed_optimizer = true",
         ),
-        (["critic.layout={pp: 1, vpp: 2}"], "critic.layout.vpp = 2: needs critic.layout.pp above 1; set vpp=null"),
+        (
+            ["critic.layout={pp: 1, vpp: 2}"],
+            "critic.layout.vpp = 2: needs critic.layout.pp above 1; set vpp=null",
+        ),
         (
             ["critic.layout.dp=3"],
             "critic.ppo_mini_batch_size = 16 prompts x rollout.n = 1 = 16 sequences do not divide over "
@@ -170,7 +185,11 @@ def test_good_configuration_passes() -> None:
             "with a rule {accuracy: 1.0, reward_model: 0.5}",
         ),
         (
-            ["reward_model.path=judge", "reward.weights={reward_model: 1.0}", "custom_reward_function.path=mine.py"],
+            [
+                "reward_model.path=judge",
+                "reward.weights={reward_model: 1.0}",
+                "custom_reward_function.path=mine.py",
+            ],
             "custom_reward_function.path = mine.py: reward.weights gives accuracy, which is what it scores, no weight; "
             "add accuracy to reward.weights, or set path=null",
         ),
@@ -197,8 +216,14 @@ def test_good_configuration_passes() -> None:
             "rollout.quantization = fp8_per_channel: a weight's scales are those of all its columns, so it must be on "
             "one rank; set rollout.tensor_parallel_size=1, not 2, and more rollout.engines",
         ),
-        (["rollout.top_p=0.9"], "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)"),
-        (["rollout.top_k=50"], "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)"),
+        (
+            ["rollout.top_p=0.9"],
+            "rollout.top_p = 0.9: training needs the full vocabulary; set 1.0 (off)",
+        ),
+        (
+            ["rollout.top_k=50"],
+            "rollout.top_k = 50: training needs the full vocabulary; set -1 (off)",
+        ),
         (
             ["algorithm.adv_estimator=grpo"],
             "rollout.n = 1: algorithm.adv_estimator = grpo compares completions; set 2 or more",
@@ -241,12 +266,23 @@ def test_good_configuration_passes() -> None:
         (["algorithm.lam=1.5"], "algorithm.lam = 1.5: must be at most 1"),
         (["algorithm.gamma=-0.5"], "algorithm.gamma = -0.5: must be 0 or more"),
         (["model.dtype=fp8"], "model.dtype = 'fp8': must be one of auto, bfloat16, float32"),
-        (["actor.optim.betas=[0.9, 1.0]"], "actor.optim.betas = [0.9, 1.0]: each must be in [0, 1)"),
+        (
+            ["actor.optim.betas=[0.9, 1.0]"],
+            "actor.optim.betas = [0.9, 1.0]: each must be in [0, 1)",
+        ),
         (["actor.optim.min_lr=1"], "actor.optim.min_lr = 1.0: above actor.optim.lr = 1e-06"),
         (["data.val_max_samples=0"], "data.val_max_samples = 0: must be 1 or more, or -1 (all)"),
-        (["trainer.keep_best=1"], "trainer.keep_best = 1: every checkpoint is kept; set trainer.keep_last too"),
         (
-            ["trainer.keep_best=1", "trainer.keep_last=1", "trainer.save_freq=15", "trainer.test_freq=10"],
+            ["trainer.keep_best=1"],
+            "trainer.keep_best = 1: every checkpoint is kept; set trainer.keep_last too",
+        ),
+        (
+            [
+                "trainer.keep_best=1",
+                "trainer.keep_last=1",
+                "trainer.save_freq=15",
+                "trainer.test_freq=10",
+            ],
             "trainer.save_freq = 15: with trainer.keep_best it must be a multiple of trainer.test_freq = 10, so that "
             "each checkpoint has a validation of its step",
         ),
@@ -296,7 +332,9 @@ def test_a_users_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_this_name\n")
     (problem,) = check(make(f"algorithm.custom_path={broken}"))
-    assert problem.startswith(f"algorithm.custom_path: {broken} does not import: ModuleNotFoundError")
+    assert problem.startswith(
+        f"algorithm.custom_path: {broken} does not import: ModuleNotFoundError"
+    )
 
 
 def test_a_token_budget_needs_no_divisible_counts() -> None:
@@ -347,8 +385,13 @@ def test_files(tmp_path: Path) -> None:
     present = (f"model.path={model}", f"data.train_files={data}")
     assert check_files(make(*present)) == []
     assert "no file gone.parquet" in check_files(make(*present, "data.val_files=gone.parquet"))[0]
-    assert "no such Python file" in check_files(make(*present, "custom_reward_function.path=gone.py"))[0]
-    assert check_files(make(*present, "model.path=gone"))[0].startswith("model.path: no folder 'gone'")
+    assert (
+        "no such Python file"
+        in check_files(make(*present, "custom_reward_function.path=gone.py"))[0]
+    )
+    assert check_files(make(*present, "model.path=gone"))[0].startswith(
+        "model.path: no folder 'gone'"
+    )
     os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size - 1)
     (problem,) = check_files(make(*present))  # found here, before any process of a rank
     assert problem.startswith("model.path: ") and "bytes, its header says" in problem
@@ -362,9 +405,14 @@ def test_model_against_layout_and_lengths(tmp_path: Path) -> None:
     assert "6 % pp 4 = 2" in check_files(make(*present, "actor.layout.pp=4"))[0]
     of_critic = check_files(make(*present, "critic.layout.tp=2"))[0]
     assert of_critic.startswith("critic.layout: TP2") and "9 % tp 2 = 1" in of_critic
-    assert "ep 2, but the model is dense" in check_files(make(*present, "actor.layout={dp: 2, ep: 2}"))[0]
+    assert (
+        "ep 2, but the model is dense"
+        in check_files(make(*present, "actor.layout={dp: 2, ep: 2}"))[0]
+    )
     uneven = "actor.layout={pp: 4, first_stage_layers: 1}"
-    assert "6 - first 1 = 5 layers for the other 3 of pp 4" in check_files(make(*present, uneven))[0]
+    assert (
+        "6 - first 1 = 5 layers for the other 3 of pp 4" in check_files(make(*present, uneven))[0]
+    )
     assert (
         "rollout.tensor_parallel_size 2 does not fit this model: num_attention_heads 9 % 2 = 1"
         in (check_files(make(*present, "rollout.tensor_parallel_size=2"))[0])

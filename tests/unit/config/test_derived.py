@@ -50,11 +50,17 @@ def test_counts_by_hand() -> None:
     assert derived.sequences_per_step == 240
     assert derived.max_sequence_length == 128
     actor = derived.actor
-    assert (actor.mini_batches, actor.sequences_per_mini_batch, actor.sequences_per_rank) == (3, 80, 20)
+    assert (actor.mini_batches, actor.sequences_per_mini_batch, actor.sequences_per_rank) == (
+        3,
+        80,
+        20,
+    )
     assert (actor.micro_batches_per_rank, actor.optimizer_steps_per_step) == (10, 6)
     assert derived.critic is not None
     assert (derived.critic.mini_batches, derived.critic.micro_batches_per_rank) == (1, 12)
-    assert derived.critic.optimizer_steps_per_step == 2, "epochs are the actor's where none are given"
+    assert derived.critic.optimizer_steps_per_step == 2, (
+        "epochs are the actor's where none are given"
+    )
 
 
 def test_micro_batches_of_the_critic_are_the_actors_unless_given() -> None:
@@ -63,11 +69,19 @@ def test_micro_batches_of_the_critic_are_the_actors_unless_given() -> None:
     config = Config(actor=actor, model=ModelConfig(use_remove_padding=True))
     derived = derive(config)
     assert derived.critic is not None
-    assert derived.actor.micro_batching == derived.critic.micro_batching == MicroBatching(4, 4096, True, 2)
+    assert (
+        derived.actor.micro_batching
+        == derived.critic.micro_batching
+        == MicroBatching(4, 4096, True, 2)
+    )
     assert derived.actor.micro_batches_per_rank is None
-    assert "micro-batches of at most 4096 tokens, packed" in "\n".join(summary_lines(config, derived))
+    assert "micro-batches of at most 4096 tokens, packed" in "\n".join(
+        summary_lines(config, derived)
+    )
     budget = derive(replace(config, critic=CriticConfig(ppo_max_token_len_per_gpu=8192))).critic
-    fixed = derive(replace(config, critic=CriticConfig(use_dynamic_bsz=False, ppo_micro_batch_size_per_gpu=8))).critic
+    fixed = derive(
+        replace(config, critic=CriticConfig(use_dynamic_bsz=False, ppo_micro_batch_size_per_gpu=8))
+    ).critic
     assert budget is not None and budget.micro_batching == MicroBatching(4, 8192, True, 2)
     assert fixed is not None and fixed.micro_batching == MicroBatching(8, None, True, 2)
     assert fixed.micro_batches_per_rank == 8
@@ -88,7 +102,9 @@ def test_gpus_get_few_widths() -> None:
 
     def rule(**layout: Any) -> MicroBatching:
         actor = ActorConfig(layout=LayoutConfig(**layout))
-        return derive(replace(Config(actor=actor), cluster=ClusterConfig(platform="cuda"))).actor.micro_batching
+        return derive(
+            replace(Config(actor=actor), cluster=ClusterConfig(platform="cuda"))
+        ).actor.micro_batching
 
     assert (rule().multiple_of, rule().row_multiple_of) == (128, 1)
     context = rule(tp=2, cp=3, sequence_parallel=True)
@@ -102,7 +118,10 @@ def test_a_critic_with_a_layout_of_its_own() -> None:
     own = replace(CONFIG.critic, layout=LayoutConfig(tp=2, dp=6, sequence_parallel=True))
     config = replace(CONFIG, critic=own, algorithm=AlgorithmConfig(use_kl_in_reward=True))
     derived = derive(config)
-    assert [(g.name, g.roles) for g in derived.groups] == [("actor", ("actor", "ref")), ("critic", ("critic",))]
+    assert [(g.name, g.roles) for g in derived.groups] == [
+        ("actor", ("actor", "ref")),
+        ("critic", ("critic",)),
+    ]
     assert derived.world_size == 24 + 12 and derived.layout.world_size == 24
     assert derived.devices == 24  # the critic's ranks are on the actor's GPUs
     assert derived.critic is not None and derived.critic.micro_batching.multiple_of == 2
@@ -125,7 +144,9 @@ def test_total_steps() -> None:
     assert derive(epochs, train_rows=100).total_steps == 6, "an epoch is 100 // 48 batches"
     steps = replace(CONFIG, trainer=TrainerConfig(total_training_steps=7))
     assert derive(steps, train_rows=100).total_steps == 7
-    with pytest.raises(ValueError, match=r"hold 47 usable prompts, fewer than data.train_batch_size = 48"):
+    with pytest.raises(
+        ValueError, match=r"hold 47 usable prompts, fewer than data.train_batch_size = 48"
+    ):
         derive(CONFIG, train_rows=47)
 
 
@@ -149,8 +170,12 @@ def test_dedicated_engines_and_critics_have_devices_of_their_own() -> None:
 
 def test_gspo_by_tokens_is_warned_about() -> None:
     def warnings(mode: str) -> list[str]:
-        config = replace(CONFIG, actor=replace(CONFIG.actor, policy_loss="gspo", loss_agg_mode=mode))
-        return [line for line in summary_lines(config, derive(config)) if line.startswith("warning")]
+        config = replace(
+            CONFIG, actor=replace(CONFIG.actor, policy_loss="gspo", loss_agg_mode=mode)
+        )
+        return [
+            line for line in summary_lines(config, derive(config)) if line.startswith("warning")
+        ]
 
     assert warnings("seq-mean-token-mean") == []
     (line,) = warnings("token-mean")

@@ -32,7 +32,9 @@ ONE = ", or quotes around one value with a comma"
 QUOTES = " is no plain number: write decimal digits alone, or quotes for the text"
 WORD = ", or quotes for the word"
 KWARGS = "custom_reward_function.kwargs"
-SHELL = "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
+SHELL = (
+    "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
+)
 MINIMAL = "model: {path: m}\ndata: {train_files: [t.parquet]}\n"
 
 
@@ -73,7 +75,21 @@ def test_values_keep_their_meaning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a/b #3", "2026-01-01", "20260101", "1.10", "a/b: c", "@a", "C:\\a\\b", "no", "[x", "*", "a,b", "1e1", "a 'b"],
+    [
+        "a/b #3",
+        "2026-01-01",
+        "20260101",
+        "1.10",
+        "a/b: c",
+        "@a",
+        "C:\\a\\b",
+        "no",
+        "[x",
+        "*",
+        "a,b",
+        "1e1",
+        "a 'b",
+    ],
 )
 def test_text_is_what_it_says(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, f"trainer.output_dir={text}").trainer.output_dir == text
@@ -95,7 +111,9 @@ def test_names_in_a_mapping_have_dots_and_anything_is_read_by_yaml_1_2(tmp_path:
         f"{KWARGS}.many=[1, 2.5, true, null, .inf, a b]",
         "algorithm.rollout_correction.rollout_is_threshold=0.5_2",
     )
-    assert config.reward.scorers == {"my.org/data.v2": "math_verify"} and config.reward.weights == {"accuracy": 1.0}
+    assert config.reward.scorers == {"my.org/data.v2": "math_verify"} and config.reward.weights == {
+        "accuracy": 1.0
+    }
     many = [1, 2.5, True, None, math.inf, "a b"]
     assert config.custom_reward_function.kwargs == {"a": {"b": 1e-6}, "mark": "no", "many": many}
     assert config.algorithm.rollout_correction.rollout_is_threshold == "0.5_2"
@@ -106,7 +124,11 @@ def test_names_in_a_mapping_have_dots_and_anything_is_read_by_yaml_1_2(tmp_path:
 def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in lists and nested; and no key of a path is forgotten."""
     monkeypatch.setenv("HOME", "/home/me")
-    named = {doc.name for doc in field_docs() if re.search(r"path|files?|dir|folder", doc.name.rpartition(".")[2])}
+    named = {
+        doc.name
+        for doc in field_docs()
+        if re.search(r"path|files?|dir|folder", doc.name.rpartition(".")[2])
+    }
     assert named | {"trainer.resume_mode"} == set(PATHS)
     for name in PATHS:
         many = isinstance(value_of(Config(), name), tuple)
@@ -137,25 +159,67 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ("model.path=null", "model.path = None: expected str"),
         ("rollout.n=010", f"rollout.n = 010: expected int{DIGITS}"),
         ("trainer.seed=0123", f"trainer.seed = 0123: expected int{DIGITS}"),
-        ("trainer.total_training_steps=1_000", f"trainer.total_training_steps = 1_000: expected int or null{DIGITS}"),
-        ("trainer.max_wall_clock_s=1:30:00", f"trainer.max_wall_clock_s = 1:30:00: expected float or null{DIGITS}"),
+        (
+            "trainer.total_training_steps=1_000",
+            f"trainer.total_training_steps = 1_000: expected int or null{DIGITS}",
+        ),
+        (
+            "trainer.max_wall_clock_s=1:30:00",
+            f"trainer.max_wall_clock_s = 1:30:00: expected float or null{DIGITS}",
+        ),
         ("trainer.seed=0x10", f"trainer.seed = 0x10: expected int{DIGITS}"),
         ("trainer.seed='010'", "trainer.seed = '010': expected int"),
         ("data.shuffle=no", "data.shuffle = no: expected bool; write true or false, not no"),
         ("data.shuffle='false'", "data.shuffle = 'false': expected bool"),
-        ("trainer.best_metric=None", "trainer.best_metric = 'None': expected str or null; write null for none"),
-        ("rollout.threads=none", "rollout.threads = 'none': expected int or null; write null for none"),
-        ("trainer.seed=", "override 'trainer.seed=': no value is given; write null for none, '' for an empty text"),
-        ("data.train_files=a,b", f"data.train_files = 'a,b': expected list of str; write [a,b]{ONE}"),
-        ("actor.optim.betas=(0.9,1)", "actor.optim.betas = '(0.9,1)': expected list of 2 float; write [0.9,1]"),
+        (
+            "trainer.best_metric=None",
+            "trainer.best_metric = 'None': expected str or null; write null for none",
+        ),
+        (
+            "rollout.threads=none",
+            "rollout.threads = 'none': expected int or null; write null for none",
+        ),
+        (
+            "trainer.seed=",
+            "override 'trainer.seed=': no value is given; write null for none, '' for an empty text",
+        ),
+        (
+            "data.train_files=a,b",
+            f"data.train_files = 'a,b': expected list of str; write [a,b]{ONE}",
+        ),
+        (
+            "actor.optim.betas=(0.9,1)",
+            "actor.optim.betas = '(0.9,1)': expected list of 2 float; write [0.9,1]",
+        ),
         ("data.val_files=null", "data.val_files = None: expected list of str; write [] for none"),
-        (f"{KWARGS}.flag=no", f"{KWARGS} = {{'flag': 'no'}}: expected mapping; write true or false, not no{WORD}"),
-        (f"{KWARGS}={{d: 2024-05-06}}", f"{KWARGS} = {{'d': '2024-05-06'}}: expected mapping; 2024-05-06{QUOTES}"),
-        (f"{KWARGS}={{a: [22:22]}}", f"{KWARGS} = {{'a': ['22:22']}}: expected mapping; 22:22{QUOTES}"),
-        (f"{KWARGS}.a=b #2", f"override '{KWARGS}.a=b #2': YAML takes '#2' for a comment: put the text in quotes"),
-        ("+trainer.foo=1", "override '+trainer.foo=1': Hydra's +, ++ and ~ are not used here: write trainer.foo=1"),
-        ("~trainer.seed", "override '~trainer.seed': Hydra's +, ++ and ~ are not used here: write trainer.seed=VALUE"),
-        ("trainer.output_dir=''", "trainer.output_dir is empty: give a folder for what the run writes"),
+        (
+            f"{KWARGS}.flag=no",
+            f"{KWARGS} = {{'flag': 'no'}}: expected mapping; write true or false, not no{WORD}",
+        ),
+        (
+            f"{KWARGS}={{d: 2024-05-06}}",
+            f"{KWARGS} = {{'d': '2024-05-06'}}: expected mapping; 2024-05-06{QUOTES}",
+        ),
+        (
+            f"{KWARGS}={{a: [22:22]}}",
+            f"{KWARGS} = {{'a': ['22:22']}}: expected mapping; 22:22{QUOTES}",
+        ),
+        (
+            f"{KWARGS}.a=b #2",
+            f"override '{KWARGS}.a=b #2': YAML takes '#2' for a comment: put the text in quotes",
+        ),
+        (
+            "+trainer.foo=1",
+            "override '+trainer.foo=1': Hydra's +, ++ and ~ are not used here: write trainer.foo=1",
+        ),
+        (
+            "~trainer.seed",
+            "override '~trainer.seed': Hydra's +, ++ and ~ are not used here: write trainer.seed=VALUE",
+        ),
+        (
+            "trainer.output_dir=''",
+            "trainer.output_dir is empty: give a folder for what the run writes",
+        ),
         ("trainer.output_dir=$HOME/x", f"trainer.output_dir = $HOME/x: {SHELL}"),
         ("data.val_files=[a, '${V}/b']", f"data.val_files = a, ${{V}}/b: {SHELL}"),
         (
@@ -163,19 +227,29 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
             "model.path = ~no-one/x: no user has the home folder ~no-one; ./~no-one/x is the name itself",
         ),
         ("rollout.threads=x", "rollout.threads = 'x': expected int or null"),
-        ("actor.layout.recompute=true", "actor.layout.recompute = True: expected one of none, selective, full"),
-        ("critic.layout.recompute=most", "critic.layout.recompute = 'most': expected one of none, selective, full"),
+        (
+            "actor.layout.recompute=true",
+            "actor.layout.recompute = True: expected one of none, selective, full",
+        ),
+        (
+            "critic.layout.recompute=most",
+            "critic.layout.recompute = 'most': expected one of none, selective, full",
+        ),
         ("rollout=3", "rollout = 3: expected a section of keys, found int"),
         ("seed", "override 'seed': expected key.name=value"),
         ("=1", "override '=1': expected key.name=value"),
     ],
 )
-def test_a_mistake_is_told_with_key_value_and_fix(tmp_path: Path, override: str, message: str) -> None:
+def test_a_mistake_is_told_with_key_value_and_fix(
+    tmp_path: Path, override: str, message: str
+) -> None:
     assert message in problems(tmp_path, override)
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
-    found = problems(tmp_path, "trainer.sed=1", "rollout.n=x", "rollout.top_p=0.9", "reward.method=magic")
+    found = problems(
+        tmp_path, "trainer.sed=1", "rollout.n=x", "rollout.top_p=0.9", "reward.method=magic"
+    )
     assert len(found) == 4
     for key in ("trainer.sed:", "rollout.n =", "rollout.top_p = 0.9", "reward.method = 'magic'"):
         assert any(problem.startswith(key) for problem in found), key
@@ -184,7 +258,9 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 def test_an_unread_key_causes_no_second_complaint(tmp_path: Path) -> None:
     """The default mini-batch of 64 does not divide 16, but the user did not ask for it."""
     found = problems(tmp_path, "data.train_batch_size=16", "actor.ppo_mini_batch_sizee=16")
-    assert found == ["actor.ppo_mini_batch_sizee: no such key; did you mean actor.ppo_mini_batch_size?"]
+    assert found == [
+        "actor.ppo_mini_batch_sizee: no such key; did you mean actor.ppo_mini_batch_size?"
+    ]
 
 
 def test_base_is_inherited(tmp_path: Path) -> None:
@@ -213,7 +289,10 @@ def test_base_of_itself_is_refused(tmp_path: Path) -> None:
         ("? [a, b]\n: 1\n", "is not YAML"),
         ("rollout: &r {n: *r}\n", r"or an alias \(\*name\) stands within itself"),
         ("custom_reward_function: {kwargs: &k {a: *k}}\n", "stands within itself"),
-        ("custom_reward_function: {kwargs: {a: !!timestamp 2024-01-01}}\n", "kwargs = .*: expected mapping"),
+        (
+            "custom_reward_function: {kwargs: {a: !!timestamp 2024-01-01}}\n",
+            "kwargs = .*: expected mapping",
+        ),
         ("custom_reward_function: {kwargs: {a: !!set {x}}}\n", "kwargs = .*: expected mapping"),
         ("base: ~no-one/a.yaml\n", "base: ~no-one/a.yaml: no user has the home folder ~no-one"),
         ("rollout: " + "[" * 2000 + "]" * 2000, "a value is nested too deeply"),
@@ -241,7 +320,9 @@ def test_missing_file() -> None:
         load_config("nowhere.yaml")
 
 
-LEAVES = st.sampled_from([doc for doc in field_docs() if doc.kind in ("int", "float", "bool", "str")])
+LEAVES = st.sampled_from(
+    [doc for doc in field_docs() if doc.kind in ("int", "float", "bool", "str")]
+)
 VALUES = {
     "int": st.integers(-(2**53), 2**53),
     "float": st.floats(allow_nan=False, allow_infinity=False),
@@ -273,12 +354,16 @@ def test_a_section_that_may_be_null(tmp_path: Path) -> None:
     critic = load(tmp_path, "critic.layout.dp=2").critic
     assert critic.layout == LayoutConfig(dp=2)
     assert load(tmp_path, "critic.layout.dp=2", "critic.layout=null").critic.layout is None
-    (tmp_path / "again.yaml").write_text(config_to_yaml(load(tmp_path, "critic.layout={dp: 2, vpp: null}")))
+    (tmp_path / "again.yaml").write_text(
+        config_to_yaml(load(tmp_path, "critic.layout={dp: 2, vpp: null}"))
+    )
     assert load_config(tmp_path / "again.yaml", files=False).critic == critic
     assert problems(tmp_path, "critic.layout.ttp=2") == [
         "critic.layout.ttp: no such key; did you mean critic.layout.tp?"
     ]
-    assert problems(tmp_path, "critic.layout=2") == ["critic.layout = 2: expected a section of keys, found int"]
+    assert problems(tmp_path, "critic.layout=2") == [
+        "critic.layout = 2: expected a section of keys, found int"
+    ]
     docs = {doc.name: doc for doc in field_docs()}
     assert (docs["critic.layout"].kind, docs["critic.layout"].default) == ("section or null", None)
     assert docs["critic.layout.dp"].doc == docs["actor.layout.dp"].doc

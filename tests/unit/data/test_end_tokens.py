@@ -16,7 +16,11 @@ END, UNK = 2, 3
 
 
 def find(
-    folder: Path, config: Any = None, generation: Any = None, eos: str | None = "<|im_end|>", **kwargs: Any
+    folder: Path,
+    config: Any = None,
+    generation: Any = None,
+    eos: str | None = "<|im_end|>",
+    **kwargs: Any,
 ) -> EndTokens:
     for name, value in (("config.json", config), ("generation_config.json", generation)):
         if value is not None:
@@ -57,14 +61,19 @@ def test_further_tokens_of_the_user_are_no_difference(tmp_path: Path) -> None:
 
 def test_tokens_that_cannot_be_generated_are_left_out_and_named(tmp_path: Path) -> None:
     found = find(tmp_path, [END, 128])
-    assert found.ids == (END,) and "end tokens 128 are beyond the model's vocabulary of 128" in found.notes[1]
+    assert (
+        found.ids == (END,)
+        and "end tokens 128 are beyond the model's vocabulary of 128" in found.notes[1]
+    )
 
 
 def test_a_template_that_ends_turns_with_another_token_is_named(tmp_path: Path) -> None:
     """A base model's end of text under an instruction template: it would be trained on turns that never end."""
     found = find(tmp_path, UNK, eos="<|unk|>")
     assert found.ids == (UNK,)
-    assert "ends a turn with '<|im_end|>' (2)" in found.notes[0] and "stop_token_ids" in found.notes[0]
+    assert (
+        "ends a turn with '<|im_end|>' (2)" in found.notes[0] and "stop_token_ids" in found.notes[0]
+    )
     assert find(tmp_path, UNK, eos="<|unk|>", further=(END,)).notes == ()
     for template in ("{{ raise_exception('no assistant') }}", "{{ messages[0].content }}"):
         assert find(tmp_path, UNK, eos="<|unk|>", template=template).notes == ()
@@ -77,5 +86,7 @@ def test_no_end_token_at_all_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["2", [2, "3"], 2.0, True, -1, {"id": 2}])
 def test_what_is_no_token_is_refused(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(ValueError, match=r"config\.json: eos_token_id = .*: it must be a token id, or a list"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: eos_token_id = .*: it must be a token id, or a list"
+    ):
         find(tmp_path, value)

@@ -31,7 +31,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write(path: Path, contents: list[str], role: str = "user") -> Path:
     rows = [
-        PromptRow("mine", [{"role": role, "content": text}], "math", {"ground_truth": str(i)}, {"index": 10 + i})
+        PromptRow(
+            "mine",
+            [{"role": role, "content": text}],
+            "math",
+            {"ground_truth": str(i)},
+            {"index": 10 + i},
+        )
         for i, text in enumerate(contents)
     ]
     write_parquet(rows, path, {})
@@ -49,12 +55,16 @@ def make_loader(
     return PromptLoader(PromptDataset([file], tokenizer, 8), size, seed, shuffle)
 
 
-def test_prompts_carry_ids_and_what_scoring_needs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_carry_ids_and_what_scoring_needs(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     files = [write(tmp_path / "1.parquet", ["a b", "c"]), write(tmp_path / "2.parquet", ["d"])]
     dataset = PromptDataset(files, tokenizer, 8)
     assert [p.prompt_ids for p in dataset] == [(1, 4, 5, 3), (1, 6, 3), (1, 7, 3)]
     messages = [{"role": "user", "content": "d"}]
-    assert dataset[2] == Prompt((1, 7, 3), "mine", "0", {"index": 10}, 2, "d", messages, "<assistant>")
+    assert dataset[2] == Prompt(
+        (1, 7, 3), "mine", "0", {"index": 10}, 2, "d", messages, "<assistant>"
+    )
     assert (len(dataset), dataset.dropped, dataset.data_sources) == (3, 0, ["mine"])
     assert len(PromptDataset(files, tokenizer, 8, max_samples=2)) == 2
 
@@ -111,7 +121,13 @@ def test_an_incomplete_batch_is_completed_from_the_next_epoch(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     loader = make_loader(tmp_path, tokenizer, 4, shuffle=False)
-    assert [texts(loader.next_batch()) for _ in range(5)] == ["abcd", "efgh", "ijab", "cdef", "ghij"]
+    assert [texts(loader.next_batch()) for _ in range(5)] == [
+        "abcd",
+        "efgh",
+        "ijab",
+        "cdef",
+        "ghij",
+    ]
     assert (loader.epoch, loader.steps(1), loader.steps(2)) == (2, 3, 5)
     shuffled = make_loader(tmp_path, tokenizer, 4)
     served = "".join(texts(shuffled.next_batch()) for _ in range(5))
@@ -119,7 +135,9 @@ def test_an_incomplete_batch_is_completed_from_the_next_epoch(
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 5, 7])
-def test_resume_continues_exactly(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, done: int) -> None:
+def test_resume_continues_exactly(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, done: int
+) -> None:
     loader = make_loader(tmp_path, tokenizer, 4)
     for _ in range(done):
         loader.next_batch()
@@ -139,8 +157,12 @@ def test_resume_refuses_other_data(tmp_path: Path, tokenizer: PreTrainedTokenize
         PromptLoader(other, 4, 0).load_state_dict(state)
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"data\.train_batch_size=11 must be between 1 and the 10 prompts"):
+def test_a_batch_larger_than_the_data_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.train_batch_size=11 must be between 1 and the 10 prompts"
+    ):
         make_loader(tmp_path, tokenizer, 11)
     assert len(make_loader(tmp_path, tokenizer, 10).next_batch()) == 10
 
@@ -167,7 +189,9 @@ def test_rows_of_a_set_too_large_to_scan_are_counted_when_served(
         strict.next_batch()
 
 
-def make_weighted(folder: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]) -> PromptLoader:
+def make_weighted(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]
+) -> PromptLoader:
     files = [write(folder / "1.parquet", list("abc")), write(folder / "2.parquet", list("defghij"))]
     return PromptLoader(PromptDataset(files, tokenizer, 8), 10, 0, weights=weights)
 
@@ -178,11 +202,15 @@ def test_files_with_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
     share = sum(text in "abc" for text in served) / len(served)
     assert share == pytest.approx(0.75, abs=0.04)
     first = [text for text in served if text in "abc"]
-    assert all(sorted(first[i : i + 3]) == ["a", "b", "c"] for i in range(0, 1200, 3))  # epochs of its own
+    assert all(
+        sorted(first[i : i + 3]) == ["a", "b", "c"] for i in range(0, 1200, 3)
+    )  # epochs of its own
     assert set(texts(make_weighted(tmp_path, tokenizer, [0.0, 1.0]).next_batch())) <= set("defghij")
 
 
-def test_a_weighted_position_resumes_exactly(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_weighted_position_resumes_exactly(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     loader = make_weighted(tmp_path, tokenizer, [3.0, 1.0])
     for _ in range(7):
         loader.next_batch()
@@ -195,8 +223,12 @@ def test_a_weighted_position_resumes_exactly(tmp_path: Path, tokenizer: PreTrain
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0]])
-def test_weights_that_do_not_fit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"data\.train_weights=.*one number for each of the 2 files"):
+def test_weights_that_do_not_fit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, weights: list[float]
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.train_weights=.*one number for each of the 2 files"
+    ):
         make_weighted(tmp_path, tokenizer, weights)
 
 
@@ -212,13 +244,23 @@ def difficulty(row, epoch, easy="abcde"):
 def make_curriculum(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PromptLoader:
     (folder / "order.py").write_text(CURRICULUM)
     file = write(folder / "t.parquet", list("abcdefghij"))
-    return PromptLoader(PromptDataset([file], tokenizer, 8), 5, 0, curriculum=Curriculum(folder / "order.py"))
+    return PromptLoader(
+        PromptDataset([file], tokenizer, 8), 5, 0, curriculum=Curriculum(folder / "order.py")
+    )
 
 
-def test_a_curriculum_orders_rows_and_may_hold_them_back(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_curriculum_orders_rows_and_may_hold_them_back(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     loader = make_curriculum(tmp_path, tokenizer)
     batches = [texts(loader.next_batch()) for _ in range(5)]
-    assert ["".join(sorted(batch)) for batch in batches] == ["abcde", "abcde", "fghij", "abcde", "fghij"]
+    assert ["".join(sorted(batch)) for batch in batches] == [
+        "abcde",
+        "abcde",
+        "fghij",
+        "abcde",
+        "fghij",
+    ]
     assert batches[0] != batches[1] or batches[1] != batches[3]  # shuffled among equals
     resumed = make_curriculum(tmp_path, tokenizer)
     before = make_curriculum(tmp_path, tokenizer)
@@ -226,7 +268,9 @@ def test_a_curriculum_orders_rows_and_may_hold_them_back(tmp_path: Path, tokeniz
     resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert texts(resumed.next_batch()) == batches[1]
     (tmp_path / "order.py").write_text("def difficulty(row, epoch): return row.nothing")
-    with pytest.raises(ValueError, match=r"data\.curriculum: the function fails on .*AttributeError"):
+    with pytest.raises(
+        ValueError, match=r"data\.curriculum: the function fails on .*AttributeError"
+    ):
         PromptLoader(loader._dataset, 5, 0, curriculum=Curriculum(tmp_path / "order.py"))
     (tmp_path / "order.py").write_text("def difficulty(row, epoch): return None")
     with pytest.raises(ValueError, match="leaves every prompt out of epoch 0"):

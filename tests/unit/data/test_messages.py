@@ -33,7 +33,12 @@ TOOL = {"type": "function", "function": {"name": "add"}}
 
 
 def dataset(folder: Path, prompt: Any, tokenizer: Any = FULL, **columns: Any) -> PromptDataset:
-    record = {"data_source": "openai/gsm8k", "prompt": prompt, "reward_model": {"ground_truth": "4"}, **columns}
+    record = {
+        "data_source": "openai/gsm8k",
+        "prompt": prompt,
+        "reward_model": {"ground_truth": "4"},
+        **columns,
+    }
     pq.write_table(pa.Table.from_pylist([record]), folder / "p.parquet")
     return PromptDataset([folder / "p.parquet"], tokenizer, 1000)
 
@@ -50,10 +55,14 @@ def test_names_tool_calls_tools_and_parts_reach_the_template(tmp_path: Path) -> 
     ]
     wanted = 'user(Ann):why/assistant:[add {"a": 1}]/tool:2/assistant:<think>'
     assert text(tmp_path, named) == wanted
-    named[1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+    named[1]["tool_calls"] = [
+        {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    ]
     assert text(tmp_path, named) == wanted, "arguments as JSON text"
     for tools in ([TOOL], '[{"type": "function", "function": {"name": "add"}}]'):
-        assert text(tmp_path, [USER], tools=tools).startswith('T{"type": "function", "function": {"name": "add"}};user')
+        assert text(tmp_path, [USER], tools=tools).startswith(
+            'T{"type": "function", "function": {"name": "add"}};user'
+        )
     parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]
     assert text(tmp_path, [{"role": "user", "content": parts}]) == text(tmp_path, [USER])
 
@@ -61,7 +70,11 @@ def test_names_tool_calls_tools_and_parts_reach_the_template(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("prompt", "columns", "message"),
     [
-        ([{"role": "user", "content": [{"type": "image", "text": None}]}], {}, "message 0 has a part of type 'image'"),
+        (
+            [{"role": "user", "content": [{"type": "image", "text": None}]}],
+            {},
+            "message 0 has a part of type 'image'",
+        ),
         ([USER], {"images": [b"x"]}, "images is not empty"),
         ([{**USER, "images": ["a.png"]}], {}, "message 0 has images"),
         ([USER], {"tools": "[1"}, "tools is not JSON"),
@@ -87,16 +100,28 @@ def test_empty_columns_of_images_are_nothing(tmp_path: Path) -> None:
 
 
 def test_a_tool_call_of_any_form_is_read(tmp_path: Path) -> None:
-    for call in ("add", {"function": "add"}, {"function": None}, {"function": {"name": "add", "arguments": "[1]"}}):
-        (_, message) = read_messages([USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "row 0")
+    for call in (
+        "add",
+        {"function": "add"},
+        {"function": None},
+        {"function": {"name": "add", "arguments": "[1]"}},
+    ):
+        (_, message) = read_messages(
+            [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "row 0"
+        )
         assert message["tool_calls"] == [without_nulls(call)]
 
 
 def test_what_a_template_leaves_out_is_refused_or_counted(tmp_path: Path) -> None:
     for prompt, columns in (([{**USER, "tool_calls": [CALL]}], {}), ([USER], {"tools": [TOOL]})):
-        with pytest.raises(ValueError, match=r"row 0: model\.path's chat template does not write tool"):
+        with pytest.raises(
+            ValueError, match=r"row 0: model\.path's chat template does not write tool"
+        ):
             dataset(tmp_path, prompt, PLAIN, **columns)
-        assert "does not write tool" in check_files([tmp_path / "p.parquet"], PLAIN).files[0].unreadable[0]
+        assert (
+            "does not write tool"
+            in check_files([tmp_path / "p.parquet"], PLAIN).files[0].unreadable[0]
+        )
     found = dataset(tmp_path, [{**USER, "name": "Ann"}], PLAIN)
     assert found.summary().endswith("the chat template leaves name of 1 prompts out")
     assert (
@@ -123,8 +148,13 @@ def test_rewards_see_what_the_prompt_began(tmp_path: Path) -> None:
     assert [score.value for score in scores] == [1.0, 0.0]
     assert reward.score_items([score_item(plain, f"<think>{text}")])[0].value == 1.0
     begun = dataset(tmp_path, [USER, {"role": "assistant", "content": "So \\boxed{"}], PLAIN)[0]
-    boxed = WeightedReward(BuiltinReward("strict", scorers={"openai/gsm8k": "math_verify"}), {"accuracy": 1.0}, "boxed")
-    assert [score.value for score in boxed.score_items([score_item(begun, "4}"), score_item(begun, "5}")])] == [
+    boxed = WeightedReward(
+        BuiltinReward("strict", scorers={"openai/gsm8k": "math_verify"}), {"accuracy": 1.0}, "boxed"
+    )
+    assert [
+        score.value
+        for score in boxed.score_items([score_item(begun, "4}"), score_item(begun, "5}")])
+    ] == [
         1.0,
         0.0,
     ]
@@ -136,4 +166,6 @@ def test_messages_and_tools_are_written_as_they_are_read(tmp_path: Path) -> None
     assert read_parquet(tmp_path / "t.parquet") == [row]
     late = PromptRow("s", [{**USER, "name": "Ann"}], "", {"ground_truth": "4"})
     with pytest.raises(ValueError, match=r"row 1 has prompt \['name'\], which the first"):
-        write_parquet([PromptRow("s", [USER], "", {"ground_truth": "4"}), late], tmp_path / "t.parquet", {}, 1)
+        write_parquet(
+            [PromptRow("s", [USER], "", {"ground_truth": "4"}), late], tmp_path / "t.parquet", {}, 1
+        )

@@ -15,7 +15,9 @@ TOOL = Path(__file__).parents[3] / "tools" / "data" / "preference_prompts.py"
 
 
 def test_dialogues_become_turns() -> None:
-    assert prompt_messages("\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d: Human: e\n\nAssistant:", "w") == [
+    assert prompt_messages(
+        "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d: Human: e\n\nAssistant:", "w"
+    ) == [
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": "c"},
         {"role": "user", "content": "d: Human: e"},
@@ -38,28 +40,43 @@ def test_answers_as_text_or_conversations() -> None:
     }
     assert pair_of(chats, "w") == pair_of({"prompt": asked, **chats}, "w") == pair
     named = [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": "Ann"}]
-    assert pair_of({**chats, "prompt": named}, "w").prompt == [{"role": "user", "content": "q", "name": "Ann"}]
+    assert pair_of({**chats, "prompt": named}, "w").prompt == [
+        {"role": "user", "content": "q", "name": "Ann"}
+    ]
     other = {**chats, "rejected": [{"role": "user", "content": "p"}, chats["rejected"][1]]}
-    with pytest.raises(ValueError, match=r"w: chosen and rejected differ before their last message"):
+    with pytest.raises(
+        ValueError, match=r"w: chosen and rejected differ before their last message"
+    ):
         pair_of(other, "w")
-    longer = {name: [*asked, {"role": "assistant", "content": "c"}, *talk] for name, talk in chats.items()}
+    longer = {
+        name: [*asked, {"role": "assistant", "content": "c"}, *talk] for name, talk in chats.items()
+    }
     with pytest.raises(ValueError, match=r"w: the answers hold turns that the prompt lacks"):
         pair_of({**longer, "prompt": "q"}, "w")
     with pytest.raises(ValueError, match=r"w: prompt must be text or messages, not dict"):
         pair_of({"prompt": {"a": 1}, "chosen": "a", "rejected": "b"}, "w")
-    with pytest.raises(ValueError, match=r"file: row 3 needs prompt, chosen and rejected .* has chosen, prompt"):
+    with pytest.raises(
+        ValueError, match=r"file: row 3 needs prompt, chosen and rejected .* has chosen, prompt"
+    ):
         pair_of({"prompt": "q", "chosen": "good"}, "file: row 3")
 
 
 def test_prompts_for_training_and_for_tests_are_disjoint(tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"\n\nHuman: q{i}\n\nAssistant:", "chosen": "a", "rejected": "b"} for i in range(12)]
+    rows = [
+        {"prompt": f"\n\nHuman: q{i}\n\nAssistant:", "chosen": "a", "rejected": "b"}
+        for i in range(12)
+    ]
     source.write_text("\n".join(map(json.dumps, rows)))
     found = {}
     for split in ("train", "test"):
         (file,) = prepare(str(TOOL), source, tmp_path / "out", split=split)
         found[split] = {row.prompt[0]["content"] for row in read_parquet(file.path)}
         assert all(row.ground_truth is None for row in read_parquet(file.path))
-    assert found["test"] == {f"q{i}" for i in (0, 5, 10)} == {f"q{i}" for i in range(12) if is_held_out(i)}
+    assert (
+        found["test"]
+        == {f"q{i}" for i in (0, 5, 10)}
+        == {f"q{i}" for i in range(12) if is_held_out(i)}
+    )
     assert found["train"] == {f"q{i}" for i in range(12)} - found["test"]
     assert len(read_pairs(source)) == 12

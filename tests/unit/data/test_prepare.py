@@ -22,7 +22,10 @@ from rlhf3d.rewards.gsm8k import compute_score
 
 EXCERPTS = Path(__file__).parents[2] / "data"
 EXAMPLES = [
-    {"question": "A pot holds 3 cups. How many in 4 pots?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
+    {
+        "question": "A pot holds 3 cups. How many in 4 pots?",
+        "answer": "3*4 = <<3*4=12>>12\n#### 12",
+    },
     {"question": "How far is it?", "answer": "Far: #### 9 no.\n#### 1,080"},
     {"question": "What is lost?", "answer": "It sinks.\n#### -5"},
 ]
@@ -50,7 +53,9 @@ def test_gsm8k_row_is_verls() -> None:
     assert make_map_fn("test")(EXAMPLES[2], 0).reward_model["ground_truth"] == "-5"
 
 
-@pytest.mark.parametrize("example", [{"question": "?", "answer": "12"}, {"question": "?"}, {"answer": "#### 1"}])
+@pytest.mark.parametrize(
+    "example", [{"question": "?", "answer": "12"}, {"question": "?"}, {"answer": "#### 1"}]
+)
 def test_gsm8k_refuses_unusable_examples(example: dict[str, str]) -> None:
     with pytest.raises(ValueError):
         make_map_fn("train")(example, 0)
@@ -71,12 +76,20 @@ def test_arithmetic_splits_are_disjoint_and_right(difficulty: str) -> None:
         numbers = [int(n) for n in re.findall(r"\d+", question(row))]
         assert numbers == [int(a), int(b)]
         assert low <= int(b) <= high and (op == "/" or low <= int(a) <= high)
-        assert compute_score(row.extra_info["answer"], row.reward_model["ground_truth"], "strict").score == 1.0
+        assert (
+            compute_score(
+                row.extra_info["answer"], row.reward_model["ground_truth"], "strict"
+            ).score
+            == 1.0
+        )
 
 
 def test_arithmetic_covers_its_templates_evenly() -> None:
     assert len(arithmetic.TEMPLATES) >= 12 and {t.op for t in arithmetic.TEMPLATES} == set("+-*/")
-    for difficulty, keys in (("easy", arithmetic.EASY_TEMPLATES), ("hard", [t.key for t in arithmetic.TEMPLATES])):
+    for difficulty, keys in (
+        ("easy", arithmetic.EASY_TEMPLATES),
+        ("hard", [t.key for t in arithmetic.TEMPLATES]),
+    ):
         train, test = arithmetic.generate(20 * len(keys), 4 * len(keys), difficulty=difficulty)
         for rows, each in ((train, 20), (test, 4)):
             found = [row.extra_info["template"] for row in rows]
@@ -142,26 +155,34 @@ def test_prepare_gsm8k_from_one_file(tmp_path: Path) -> None:
 def test_prepare_names_the_mistake_and_the_fix(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(
-        ValueError, match="no data set 'gsm9k'; known are arithmetic, gsm8k, limr, math, math500, or give"
+        ValueError,
+        match="no data set 'gsm9k'; known are arithmetic, gsm8k, limr, math, math500, or give",
     ):
         prepare("gsm9k", None, out)
     with pytest.raises(ValueError, match="no option 'difficulty'; it has suffix"):
         prepare("gsm8k", None, out, difficulty="easy")
-    with pytest.raises(ValueError, match=r"needs a source: a folder with its files .*openai/gsm8k, or 'hub'"):
+    with pytest.raises(
+        ValueError, match=r"needs a source: a folder with its files .*openai/gsm8k, or 'hub'"
+    ):
         prepare("gsm8k", None, out)
     with pytest.raises(ValueError, match="takes no source"):
         prepare("arithmetic", tmp_path, out)
     with pytest.raises(ValueError, match=r"no such source: .*nowhere"):
         prepare("gsm8k", tmp_path / "nowhere", out)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no train\*\.jsonl or .* or train\*\.arrow in .*notes\.txt"):
+    with pytest.raises(
+        ValueError, match=r"no train\*\.jsonl or .* or train\*\.arrow in .*notes\.txt"
+    ):
         prepare("gsm8k", tmp_path, out)
     bad = tmp_path / "train.jsonl"
     bad.write_text(json.dumps(EXAMPLES[0]) + "\n{not json\n")
     with pytest.raises(ValueError, match=r"train\.jsonl:2: not JSON"):
         prepare("gsm8k", bad, out)
     write_jsonl(bad, [{"question": "?", "answer": "none"}])
-    with pytest.raises(ValueError, match="no usable row in the train split \\(1 dropped: 1 because no `#### number`"):
+    with pytest.raises(
+        ValueError,
+        match="no usable row in the train split \\(1 dropped: 1 because no `#### number`",
+    ):
         prepare("gsm8k", bad, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "train.jsonl"]
 
@@ -179,13 +200,20 @@ def test_math_row_is_verls() -> None:
     )
     assert f"\\boxed{{{row.reward_model['ground_truth']}}}" in source["solution"]
     assert row.extra_info["index"] == 3 and row.extra_info["level"] == source["level"]
-    assert row.extra_info["type"] == source["type"] and row.extra_info["answer"] == source["solution"]
+    assert (
+        row.extra_info["type"] == source["type"] and row.extra_info["answer"] == source["solution"]
+    )
 
 
 def test_math_takes_the_last_box_and_names_what_it_lacks() -> None:
     make = math.make_map_fn("train", suffix="")
-    row = make({"problem": "?", "solution": "\\boxed{1}, no \\boxed{\\frac{1}{2}}", "subject": "Algebra"}, 0)
-    assert row.reward_model["ground_truth"] == "\\frac{1}{2}" and row.extra_info["type"] == "Algebra"
+    row = make(
+        {"problem": "?", "solution": "\\boxed{1}, no \\boxed{\\frac{1}{2}}", "subject": "Algebra"},
+        0,
+    )
+    assert (
+        row.reward_model["ground_truth"] == "\\frac{1}{2}" and row.extra_info["type"] == "Algebra"
+    )
     with pytest.raises(ValueError, match=r"no \\boxed"):
         make({"problem": "?", "solution": "1"}, 0)
     with pytest.raises(ValueError, match="needs a problem and a solution, has question"):
@@ -208,14 +236,19 @@ def test_math500_and_limr_have_one_split_whatever_the_file_is_called(tmp_path: P
 def test_questions_of_an_excluded_file_are_left_out_and_counted(tmp_path: Path) -> None:
     (test,) = prepare("math500", EXCERPTS / "math500_excerpt.jsonl", tmp_path / "math500")
     contaminated = tmp_path / "train.jsonl"
-    stolen = {"prompt": problems("math500_excerpt.jsonl")[2]["problem"].replace(" ", "  "), "answer": "1"}
+    stolen = {
+        "prompt": problems("math500_excerpt.jsonl")[2]["problem"].replace(" ", "  "),
+        "answer": "1",
+    }
     write_jsonl(contaminated, [*problems("limr_excerpt.jsonl"), stolen])
     (train,) = prepare("limr", contaminated, tmp_path / "limr", exclude=[test.path])
     assert (train.rows, dict(train.reasons)) == (4, {EXCLUDED: 1})
     assert read_provenance(train.path)["dropped"] == {EXCLUDED: 1}
 
 
-@pytest.mark.parametrize("layout", ["parquet", "json", "arrow", "arrow stream", "one a file", "json lines"])
+@pytest.mark.parametrize(
+    "layout", ["parquet", "json", "arrow", "arrow stream", "one a file", "json lines"]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, layout: str) -> None:
     examples = problems("math_train_excerpt.jsonl")
     table, source = pa.Table.from_pylist(examples), tmp_path / "source"
@@ -261,11 +294,16 @@ def test_a_users_own_file_with_a_make_map_fn_works_by_path(tmp_path: Path) -> No
     write_jsonl(tmp_path / "rows.jsonl", [{"q": "a", "a": "1"}, {"q": "b", "a": ""}])
     (file,) = prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out", suffix="?")
     assert (file.rows, dict(file.reasons)) == (1, {"it has no answer": 1})
-    assert question(read_parquet(file.path)[0]) == "a?" and read_provenance(file.path)["name"] == "own.py"
+    assert (
+        question(read_parquet(file.path)[0]) == "a?"
+        and read_provenance(file.path)["name"] == "own.py"
+    )
     (held,) = prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out", split="test")
     assert Path(held.path).name == "test.parquet"
     write_jsonl(tmp_path / "rows.jsonl", [{"question": "a"}])
-    with pytest.raises(ValueError, match=r"make_map_fn fails on row 0 .*'question': 'a'.*KeyError: 'a'"):
+    with pytest.raises(
+        ValueError, match=r"make_map_fn fails on row 0 .*'question': 'a'.*KeyError: 'a'"
+    ):
         prepare(str(own), tmp_path / "rows.jsonl", tmp_path / "out")
     own.write_text("def map_fn(split): ...")
     with pytest.raises(ValueError, match="no function make_map_fn"):
@@ -292,10 +330,16 @@ def test_the_hub_is_asked_through_datasets(tmp_path: Path, monkeypatch: pytest.M
     (file,) = prepare("math500", "hub", tmp_path / "out", revision="abc")
     assert hub.asked == [("HuggingFaceH4/MATH-500", "default", "test", "abc")] and file.rows == 9
     provenance = read_provenance(file.path)
-    assert (provenance["source"], provenance["revision"]) == ("HuggingFaceH4/MATH-500:default", "abc")
+    assert (provenance["source"], provenance["revision"]) == (
+        "HuggingFaceH4/MATH-500:default",
+        "abc",
+    )
     prepare("math500", "hub:me/mine:cfg", tmp_path / "out")
     assert hub.asked[-1] == ("me/mine", "cfg", "test", None)
-    with pytest.raises(ValueError, match=r"limr: the hub did not give GAIR/LIMR:default \(ConnectionError: no network"):
+    with pytest.raises(
+        ValueError,
+        match=r"limr: the hub did not give GAIR/LIMR:default \(ConnectionError: no network",
+    ):
         prepare("limr", "hub", tmp_path / "limr")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the `datasets` package"):
@@ -316,7 +360,9 @@ def test_both_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
 def test_every_set_has_a_make_map_fn_or_a_generator() -> None:
     for name in SETS:
         module = load_set(name)
-        assert callable(getattr(module, "make_map_fn", None)) or callable(getattr(module, "generate", None))
+        assert callable(getattr(module, "make_map_fn", None)) or callable(
+            getattr(module, "generate", None)
+        )
         assert module.DATA_SOURCE
 
 
@@ -328,7 +374,9 @@ def test_preparing_streams_its_rows(tmp_path: Path) -> None:
             if taken in (250, 950):
                 (partial,) = tmp_path.glob(".a.parquet.*.tmp")
                 sizes[taken] = partial.stat().st_size
-            yield PromptRow("mine", [{"role": "user", "content": str(taken)}], "", {"ground_truth": "1"})
+            yield PromptRow(
+                "mine", [{"role": "user", "content": str(taken)}], "", {"ground_truth": "1"}
+            )
 
     assert write_parquet(rows(), tmp_path / "a.parquet", {}, row_group_size=100) == 1000
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 10
@@ -338,8 +386,16 @@ def test_preparing_streams_its_rows(tmp_path: Path) -> None:
 def test_the_shipped_example_of_an_own_set_works(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"question": "1+1?", "solution": "\\boxed{2}"}])
     tools = Path(__file__).parents[3] / "tools" / "data"
-    command = [sys.executable, str(tools / "prepare.py"), str(tools / "own_set.py"), "--source", str(tmp_path)]
-    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        str(tools / "prepare.py"),
+        str(tools / "own_set.py"),
+        "--source",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
     assert "1 rows, 0 dropped" in done.stdout
     assert read_parquet(tmp_path / "out" / "train.parquet")[0].reward_model["ground_truth"] == "2"
 
@@ -352,16 +408,23 @@ def test_the_shipped_example_of_an_own_set_works(tmp_path: Path) -> None:
             r"rows\.jsonl:1: byte 17 is not UTF-8 .*iconv",
         ),
         (b'{}\n{"question": "half \\ud83d"}', r"rows\.jsonl:2: .*half a character"),
-        (b'{"question": "a", "question": "b"}', r"rows\.jsonl:1: .*the key 'question' stands in an object twice"),
+        (
+            b'{"question": "a", "question": "b"}',
+            r"rows\.jsonl:1: .*the key 'question' stands in an object twice",
+        ),
         (b"[" * 100_000, r"rows\.jsonl:1: not JSON \(maximum recursion depth"),
         (b'{"n": ' + b"9" * 6000 + b"}", r"rows\.jsonl:1: not JSON .*limit"),
         (b"", r"no usable row in the train split \(its files are empty\)"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_what_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     for name in ("rows.jsonl", "rows.json") if len(content) > 1000 else ("rows.jsonl",):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message if name == "rows.jsonl" else r"rows\.json: not JSON"):
+        with pytest.raises(
+            ValueError, match=message if name == "rows.jsonl" else r"rows\.json: not JSON"
+        ):
             prepare("gsm8k", tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -376,6 +439,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 def test_bytes_that_are_not_utf8_in_a_source_of_parquet_are_named(tmp_path: Path) -> None:
     text = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"question": text, "answer": ["#### 4"] * 2}), tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"rows\.parquet: row 1: question holds bytes that are not UTF-8"):
+    pq.write_table(
+        pa.table({"question": text, "answer": ["#### 4"] * 2}), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(
+        ValueError, match=r"rows\.parquet: row 1: question holds bytes that are not UTF-8"
+    ):
         prepare("gsm8k", tmp_path / "rows.parquet", tmp_path / "out")

@@ -64,7 +64,9 @@ def test_a_file_of_another_writer_loads(tmp_path: Path) -> None:
     table = pa.table(
         {
             "level": pa.array([5]),
-            "extra_info": pa.array([{"index": 7, "interaction_kwargs": {"name": "x"}, "tools": ["t"]}]),
+            "extra_info": pa.array(
+                [{"index": 7, "interaction_kwargs": {"name": "x"}, "tools": ["t"]}]
+            ),
             "reward_model": pa.array([{"ground_truth": "2", "style": "rule", "weight": 0.5}]),
             "prompt": pa.array([[{"content": "1 + 1?", "role": "user"}]], pa.list_(message)),
             "data_source": pa.array(["mine"]).dictionary_encode(),
@@ -98,7 +100,10 @@ def test_a_missing_column_is_named_with_the_fix(tmp_path: Path, column: str) -> 
     [
         ({"prompt": "hi"}, "row 1: prompt must be a list of chat messages"),
         ({"prompt": []}, "row 1: prompt must be a list of chat messages"),
-        ({"prompt": [{"role": "user", "content": None}]}, "row 1: prompt must be a list of chat messages"),
+        (
+            {"prompt": [{"role": "user", "content": None}]},
+            "row 1: prompt must be a list of chat messages",
+        ),
         ({"data_source": None}, "row 1: data_source must be text"),
         (
             {"reward_model": {"ground_truth": None}},
@@ -113,7 +118,9 @@ def test_a_missing_column_is_named_with_the_fix(tmp_path: Path, column: str) -> 
 def test_an_unusable_row_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     path = tmp_path / "bad.parquet"
     # A column has one type: where the change gives it another, both rows have it.
-    mixes = not isinstance(next(iter(changed.values())), dict | type(None)) and changed != {"prompt": []}
+    mixes = not isinstance(next(iter(changed.values())), dict | type(None)) and changed != {
+        "prompt": []
+    }
     rows = [{**GOOD, **changed} if mixes else GOOD, {**GOOD, **changed}]
     pq.write_table(pa.Table.from_pylist(rows), path)
     with pytest.raises(ValueError, match=message.replace("row 1", "row [01]")):
@@ -160,7 +167,9 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
 def test_a_data_source_that_is_no_text_is_named(tmp_path: Path, source: Any) -> None:
     pq.write_table(pa.Table.from_pylist([{**GOOD, "data_source": source}]), tmp_path / "t.parquet")
     for read in (read_parquet, lambda path: RowStore([path]), lambda path: check_files([path])):
-        with pytest.raises(ValueError, match=r"t\.parquet: column 'data_source' must be text, not "):
+        with pytest.raises(
+            ValueError, match=r"t\.parquet: column 'data_source' must be text, not "
+        ):
             read(tmp_path / "t.parquet")
 
 
@@ -182,12 +191,16 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=wanted):
         RowStore([path])[1]
     (file,) = check_files([path]).files
-    assert file.unreadable == ["row 1: data_source holds bytes that are not UTF-8; write the file again"]
+    assert file.unreadable == [
+        "row 1: data_source holds bytes that are not UTF-8; write the file again"
+    ]
 
 
 def test_a_column_twice_and_damage_are_named(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([GOOD] * 3)
-    pq.write_table(table.append_column("prompt", table.column("prompt")), tmp_path / "twice.parquet")
+    pq.write_table(
+        table.append_column("prompt", table.column("prompt")), tmp_path / "twice.parquet"
+    )
     with pytest.raises(ValueError, match=r"twice\.parquet: column 'prompt' stands in it 2 times"):
         read_parquet(tmp_path / "twice.parquet")
     many = [{**GOOD, "data_source": f"{i}" * 50} for i in range(999)]
@@ -196,7 +209,9 @@ def test_a_column_twice_and_damage_are_named(tmp_path: Path) -> None:
     damaged[4:2000] = b"\xff" * 1996
     (tmp_path / "d.parquet").write_bytes(damaged)
     for read in (read_parquet, lambda path: RowStore([path]), lambda path: check_files([path])):
-        with pytest.raises(ValueError, match=r"d\.parquet: cannot be read: .* copy or prepare it again"):
+        with pytest.raises(
+            ValueError, match=r"d\.parquet: cannot be read: .* copy or prepare it again"
+        ):
             read(tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"a folder; name the files in it"):
         read_parquet(tmp_path)

@@ -19,7 +19,13 @@ from rlhf3d.data.store import RowStore
 
 def rows(count: int, first: int = 0) -> list[PromptRow]:
     return [
-        PromptRow("mine", [{"role": "user", "content": f"q{i}"}], "math", {"ground_truth": str(i)}, {"index": i})
+        PromptRow(
+            "mine",
+            [{"role": "user", "content": f"q{i}"}],
+            "math",
+            {"ground_truth": str(i)},
+            {"index": i},
+        )
         for i in range(first, first + count)
     ]
 
@@ -41,7 +47,9 @@ def test_rows_come_by_number_over_files_and_batches(
     assert (tmp_path / "cache").exists() is not in_memory
 
 
-def test_the_unpacked_file_is_reused_until_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unpacked_file_is_reused_until_the_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
     path, cache = tmp_path / "t.parquet", tmp_path / "cache"
     write_parquet(rows(5), path, {})
@@ -54,7 +62,9 @@ def test_the_unpacked_file_is_reused_until_the_source_changes(tmp_path: Path, mo
     assert len(RowStore([path], cache)) == 6 and len(list(cache.iterdir())) == 2
 
 
-def test_nothing_is_left_of_an_unpacking_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_an_unpacking_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
     write_parquet(rows(5), tmp_path / "t.parquet", {})
 
@@ -73,7 +83,9 @@ def test_files_of_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_parquet(rows(20), tmp_path / "t.parquet", {})
     table = pq.read_table(tmp_path / "t.parquet")
     table = table.set_column(0, "data_source", table.column("data_source").dictionary_encode())
-    pq.write_table(table.append_column("more", pa.array(range(20))), tmp_path / "t.parquet", row_group_size=3)
+    pq.write_table(
+        table.append_column("more", pa.array(range(20))), tmp_path / "t.parquet", row_group_size=3
+    )
     both = RowStore([tmp_path / "t.parquet"], tmp_path / "cache")
     assert [both[i] for i in range(20)] == read_parquet(tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="no such file"):
@@ -91,7 +103,10 @@ def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
     )
     with pq.ParquetWriter(tmp_path / "t.parquet", schema) as writer:
         for start in range(0, 400_000, 50_000):
-            prompts = [[{"content": f"{i} " + "x" * 350, "role": "user"}] for i in range(start, start + 50_000)]
+            prompts = [
+                [{"content": f"{i} " + "x" * 350, "role": "user"}]
+                for i in range(start, start + 50_000)
+            ]
             truths = [{"ground_truth": str(i)} for i in range(start, start + 50_000)]
             columns = {"data_source": ["mine"] * 50_000, "prompt": prompts, "reward_model": truths}
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))

@@ -16,7 +16,10 @@ from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"^tokenizer: .* has none \(tokenizer\.json or tokenizer\.model or .*; copy"):
+    with pytest.raises(
+        ValueError,
+        match=r"^tokenizer: .* has none \(tokenizer\.json or tokenizer\.model or .*; copy",
+    ):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
@@ -25,7 +28,10 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a git-lfs pointer.*git lfs pull"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            r"is a git-lfs pointer.*git lfs pull",
+        ),
         ("{", r"^tokenizer: that of .* does not load: "),
         ('{"model": 3}', r"^tokenizer: that of .* does not load: "),
         ("[]", r"^tokenizer: that of .* does not load: "),
@@ -51,10 +57,13 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
         load_tokenizer(tmp_path)
 
 
-def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(tmp_path: Path) -> None:
+def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(
+    tmp_path: Path,
+) -> None:
     """Tokens that were added without resizing the model: those in no prompt do no harm, the template's own do."""
     rows = [
-        PromptRow("s", [{"role": "user", "content": text}], "", {"ground_truth": "1"}) for text in ("a", "b<|think|>")
+        PromptRow("s", [{"role": "user", "content": text}], "", {"ground_truth": "1"})
+        for text in ("a", "b<|think|>")
     ]
     write_parquet(rows, tmp_path / "p.parquet", {})
     tokenizer = make_tiny_tokenizer(128)
@@ -64,8 +73,12 @@ def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(tmp
     assert "1 tokens beyond the model's vocab_size 128 (the first is '<|think|>', 128)" in note
 
     def read(vocab_size: int | None, rows: int) -> PromptDataset:
-        return PromptDataset([tmp_path / "p.parquet"], tokenizer, 99, max_samples=rows, vocab_size=vocab_size)
+        return PromptDataset(
+            [tmp_path / "p.parquet"], tokenizer, 99, max_samples=rows, vocab_size=vocab_size
+        )
 
     assert len(read(129, 2)) == len(read(None, 2)) == 2 and len(read(128, 1)) == 1
-    with pytest.raises(ValueError, match=r"p\.parquet row 1: .* token 128, the model has embeddings for 0 to 127"):
+    with pytest.raises(
+        ValueError, match=r"p\.parquet row 1: .* token 128, the model has embeddings for 0 to 127"
+    ):
         read(128, 2)

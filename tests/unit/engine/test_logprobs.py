@@ -55,7 +55,9 @@ def test_values_and_gradients(platform: CPUPlatform, temperature: float) -> None
         loss = (outputs[0] * scale[0]).sum() + (outputs[1] * scale[1]).sum()
         return torch.autograd.grad(loss, (hidden, weight))
 
-    ours = vocab_parallel_logprobs(hidden, weight, labels, temperature=temperature, platform=platform)
+    ours = vocab_parallel_logprobs(
+        hidden, weight, labels, temperature=temperature, platform=platform
+    )
     theirs = reference(hidden, weight, labels, temperature)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -69,11 +71,15 @@ def test_padded_rows_take_no_part(vocab: int) -> None:
     hidden = torch.randn(7, 5, requires_grad=True)
     padded = torch.randn(11, 5, requires_grad=True)
     labels = torch.randint(0, vocab, (7,))
-    ours = vocab_parallel_logprobs(hidden, padded, labels + 100, vocab_start=100, vocab_size=100 + vocab)
+    ours = vocab_parallel_logprobs(
+        hidden, padded, labels + 100, vocab_start=100, vocab_size=100 + vocab
+    )
     theirs = reference(hidden, padded[:vocab], labels, 1.0)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    grads = [torch.autograd.grad(o[0].sum() + 0.3 * o[1].sum(), (hidden, padded)) for o in (ours, theirs)]
+    grads = [
+        torch.autograd.grad(o[0].sum() + 0.3 * o[1].sum(), (hidden, padded)) for o in (ours, theirs)
+    ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not grads[0][1][vocab:].any()
@@ -89,7 +95,9 @@ def test_only_logprobs_used() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardware_allows_it() -> None:
+def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardware_allows_it() -> (
+    None
+):
     """In bfloat16, and of many chunks, against float64; on CPU the products come rounded."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32).bfloat16() * 4, torch.randn(11, 32).bfloat16()
@@ -104,8 +112,13 @@ def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardwar
         return [logprobs.detach().double(), torch.autograd.grad(logprobs.sum(), matrix)[0].double()]
 
     exact = run(CPU, torch.float64)
-    rounded, wide = (run(platform, torch.bfloat16) for platform in (SmallChunks("test"), Wide("test")))
-    errors = [[(a - b).abs().mean() for a, b in zip(found, exact, strict=True)] for found in (rounded, wide)]
+    rounded, wide = (
+        run(platform, torch.bfloat16) for platform in (SmallChunks("test"), Wide("test"))
+    )
+    errors = [
+        [(a - b).abs().mean() for a, b in zip(found, exact, strict=True)]
+        for found in (rounded, wide)
+    ]
     assert errors[1][0] < 0.01 * errors[0][0] and errors[1][1] < errors[0][1]
     assert Wide.added == [4] * 16
 
@@ -128,7 +141,9 @@ def test_no_tokens() -> None:
     assert weight.grad is not None and weight.grad.abs().sum() == 0
 
 
-def padded_share(rank: int, port: int, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list:
+def padded_share(
+    rank: int, port: int, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> list:
     """Log-probs, entropy and gradients on the rank that holds rows 2 rank and 2 rank + 1 of a padded weight."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     padded = torch.cat([weight, torch.full((3, 4), 7.0)])[2 * rank : 2 * rank + 2].requires_grad_()

@@ -15,7 +15,10 @@ from rlhf3d.engine.microbatch import make_microbatch, token_shape
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 BATCH = from_sequences(
-    [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11], []], pad_id=0, old=[[0.1, 0.2], [0.3, 0.4, 0.5], []]
+    [[1, 2, 3], [4], [5, 6]],
+    [[7, 8], [9, 10, 11], []],
+    pad_id=0,
+    old=[[0.1, 0.2], [0.3, 0.4, 0.5], []],
 )
 CPU = partial(CPUPlatform("test").to_device, device=torch.device("cpu"))
 
@@ -63,11 +66,18 @@ def test_padding_of_packed_rows_is_a_segment_of_its_own() -> None:
     exact = make_microbatch(BATCH, [1], CPU, MicroBatching(1, packed=True, multiple_of=4))
     assert exact.segment_ends is not None and exact.segment_ends.tolist() == [0, 4]
     # The longest segment can be the padding: rotary tables are cut to it.
-    assert make_microbatch(BATCH, [2], CPU, MicroBatching(1, packed=True, multiple_of=8)).longest_segment == 6
+    assert (
+        make_microbatch(
+            BATCH, [2], CPU, MicroBatching(1, packed=True, multiple_of=8)
+        ).longest_segment
+        == 6
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("batch", [BATCH, BATCH.select([])], ids=["rows elsewhere", "no rows at all"])
+@pytest.mark.parametrize(
+    "batch", [BATCH, BATCH.select([])], ids=["rows elsewhere", "no rows at all"]
+)
 def test_no_rows_make_a_filler(packed: bool, batch) -> None:
     micro = make_microbatch(batch, [], CPU, MicroBatching(1, packed=packed, multiple_of=2))
     assert micro.input_ids.shape == micro.position_ids.shape == (1, 2)
@@ -79,7 +89,9 @@ def test_no_rows_make_a_filler(packed: bool, batch) -> None:
 @pytest.mark.parametrize("rows", [[1, 0], [2], [0, 1, 2], []], ids=str)
 def test_segments_are_whole_chunks_of_every_context_parallel_rank(rows: list[int]) -> None:
     """The padding's too: of a segment's tokens Transformer Engine gives each rank length // cp."""
-    rule = MicroBatching(1, packed=True, **width_multiples(LayoutConfig(cp=2, tp=2, sequence_parallel=True), "cuda"))
+    rule = MicroBatching(
+        1, packed=True, **width_multiples(LayoutConfig(cp=2, tp=2, sequence_parallel=True), "cuda")
+    )
     ends = make_microbatch(BATCH, rows, CPU, rule, 2, 0).segment_ends
     assert ends is not None and not (ends.diff() % 4).any() and (ends.diff() > 0).all()
 
@@ -87,7 +99,9 @@ def test_segments_are_whole_chunks_of_every_context_parallel_rank(rows: list[int
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cp", [1, 2])
 @pytest.mark.parametrize("rows", [[1, 0], [2], [0, 1, 2], []], ids=str)
-def test_a_micro_batch_has_the_shape_that_is_planned(rows: list[int], cp: int, packed: bool) -> None:
+def test_a_micro_batch_has_the_shape_that_is_planned(
+    rows: list[int], cp: int, packed: bool
+) -> None:
     rule = MicroBatching(1, packed=packed, multiple_of=4, row_multiple_of=4)
     made = make_microbatch(BATCH, rows, CPU, rule, cp, cp - 1)
     assert token_shape(BATCH, rows, rule, cp) == tuple(made.input_ids.shape)
@@ -102,10 +116,15 @@ def test_context_parallel_ranks_share_out_rows_and_response_tokens(packed: bool)
     columns = []
     for part in parts:
         assert part.input_ids.shape[1] * 2 == whole.input_ids.shape[1]
-        assert part.segment_ends is whole.segment_ends or part.segment_ends.tolist() == whole.segment_ends.tolist()
+        assert (
+            part.segment_ends is whole.segment_ends
+            or part.segment_ends.tolist() == whole.segment_ends.tolist()
+        )
         before = part.gather(part.input_ids[..., None].float())[:, 0]
         columns.append(part.scatter(before) + 100 * part.scatter(part.labels.float()))
-    expected = whole.scatter(whole.gather(whole.input_ids[..., None].float())[:, 0] + 100 * whole.labels.float())
+    expected = whole.scatter(
+        whole.gather(whole.input_ids[..., None].float())[:, 0] + 100 * whole.labels.float()
+    )
     assert torch.equal(columns[0] + columns[1], expected)
     assert all(column.count_nonzero() > 0 for column in columns)
 
@@ -141,5 +160,8 @@ def test_all_columns_reach_a_gpu_from_pinned_memory_without_a_wait(
     monkeypatch.setattr(torch.Tensor, "to", copy)
     move = partial(CUDAPlatform("test").to_device, device=torch.device("meta"))
     micro = make_microbatch(BATCH, [1, 0], move, MicroBatching(1, packed=packed))
-    tensors = [*micro.rows.columns.values(), *(v for v in vars(micro).values() if isinstance(v, torch.Tensor))]
+    tensors = [
+        *micro.rows.columns.values(),
+        *(v for v in vars(micro).values() if isinstance(v, torch.Tensor)),
+    ]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and len(copied) == len(tensors)

@@ -56,11 +56,16 @@ def test_coming_twice_is_an_error_of_ours() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_torch_keeps_goes_after_work_where_others_want_the_device(shared: bool) -> None:
     freed: list[int] = []
-    residence = EngineResidence([torch.nn.Linear(2, 2)], None, lambda: freed.append(1), enabled=False, shared=shared)
+    residence = EngineResidence(
+        [torch.nn.Linear(2, 2)], None, lambda: freed.append(1), enabled=False, shared=shared
+    )
     assert len(freed) == shared  # what loading left
     with residence.at_work("weights"):
         assert len(freed) == shared
-    with pytest.raises(RuntimeError, match="ours"), residence.at_work("weights", "gradients", "optimizer"):
+    with (
+        pytest.raises(RuntimeError, match="ours"),
+        residence.at_work("weights", "gradients", "optimizer"),
+    ):
         raise RuntimeError("ours")
     assert len(freed) == 3 * shared
 

@@ -54,7 +54,9 @@ def cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch,
         "mm",
-        lambda a, b, out_dtype=None: own(a, b) if out_dtype is None else own(a.to(out_dtype), b.to(out_dtype)),
+        lambda a, b, out_dtype=None: (
+            own(a, b) if out_dtype is None else own(a.to(out_dtype), b.to(out_dtype))
+        ),
     )
 
 
@@ -68,7 +70,9 @@ class Network:
             return torch.randn(rows, columns, generator=draw) / rows**0.5
 
         self.inputs = torch.randn(TOKENS, HIDDEN, generator=draw)
-        self.layers = [(matrix(HIDDEN, 4 * HIDDEN), matrix(4 * HIDDEN, HIDDEN)) for _ in range(LAYERS)]
+        self.layers = [
+            (matrix(HIDDEN, 4 * HIDDEN), matrix(4 * HIDDEN, HIDDEN)) for _ in range(LAYERS)
+        ]
         self.head = matrix(HIDDEN, VOCABULARY)
         sampled = torch.multinomial(self.logits(exact).softmax(-1), 1, generator=draw)
         self.tokens = sampled[:, 0]
@@ -81,7 +85,12 @@ class Network:
 
     def logprobs(self, product: Product, head: Product | None = None) -> Tensor:
         """Of tokens drawn from the exact distribution, as an engine draws them."""
-        return self.logits(product, head).double().log_softmax(-1).gather(1, self.tokens[:, None])[:, 0]
+        return (
+            self.logits(product, head)
+            .double()
+            .log_softmax(-1)
+            .gather(1, self.tokens[:, None])[:, 0]
+        )
 
 
 def mean_diff(one: Tensor, other: Tensor) -> float:

@@ -55,13 +55,21 @@ def test_a_runs_last_step_is_shown_unless_another_is_asked(tmp_path: Path) -> No
     assert "step 1: 1 of 1" in " ".join(show(tmp_path, "--step", 1).split())
     assert "six" not in show(tmp_path, "--kind", "greedy")
     limited = show(tmp_path, "--limit", 1, "--wrong")
-    assert "six" in limited and "dunno" not in limited and "1 of 1 shown, 4 in all" in " ".join(limited.split())
-    assert [json.loads(line)["response"] for line in show(tmp_path, "--json", "--failed").splitlines()] == ["9^9^9"]
+    assert (
+        "six" in limited
+        and "dunno" not in limited
+        and "1 of 1 shown, 4 in all" in " ".join(limited.split())
+    )
+    assert [
+        json.loads(line)["response"] for line in show(tmp_path, "--json", "--failed").splitlines()
+    ] == ["9^9^9"]
 
 
 def test_an_evaluations_generations_are_shown(tmp_path: Path) -> None:
     base = Generation("greedy", 0, 0, "m", "2+3?", "It is 5", "5", "5", 1.0, "scored", 7, "stop")
-    append_generations(tmp_path, [base, replace(base, mode="sampled", response="six", answer="6", score=0.0)])
+    append_generations(
+        tmp_path, [base, replace(base, mode="sampled", response="six", answer="6", score=0.0)]
+    )
     with (tmp_path / "generations.jsonl").open("a") as file:
         file.write('{"mode": "gre')  # still being written: shown without, and left as it is
     before = (tmp_path / "generations.jsonl").read_bytes()

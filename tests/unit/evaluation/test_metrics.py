@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from rlhf3d.evaluation.metrics import Answers, default_ks, interval, maj_at_k, majority_score, pass_at_k, summarise
+from rlhf3d.evaluation.metrics import (
+    Answers,
+    default_ks,
+    interval,
+    maj_at_k,
+    majority_score,
+    pass_at_k,
+    summarise,
+)
 
 
 @pytest.mark.parametrize(("n", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 3), (6, 6)])
@@ -67,7 +75,10 @@ def test_intervals_cover(chance: float, prompts: int, n: int) -> None:
 
 
 def test_summary() -> None:
-    prompts = [Answers((1, 0, 1, 0), ("a", "b", "a", "c")), Answers((0, 0, 0, 0), ("x", None, None, None))]
+    prompts = [
+        Answers((1, 0, 1, 0), ("a", "b", "a", "c")),
+        Answers((0, 0, 0, 0), ("x", None, None, None)),
+    ]
     figures = summarise(prompts)
     assert figures["mean@4"] == 0.25 and figures["prompts"] == 2
     assert figures["pass@1"] == pytest.approx(0.25) and figures["pass@4"] == 0.5
@@ -75,7 +86,15 @@ def test_summary() -> None:
     assert figures["maj@4"] == 0.5 and "maj@1" not in figures
     assert figures["std@4"] == pytest.approx((1 / 3) ** 0.5 / 2)
     assert 0.0 < figures["ci_low"] < 0.25 < figures["ci_high"] < 1.0
-    assert set(summarise(prompts, [2])) == {"mean@4", "ci_low", "ci_high", "prompts", "std@4", "pass@2", "maj@2"}
+    assert set(summarise(prompts, [2])) == {
+        "mean@4",
+        "ci_low",
+        "ci_high",
+        "prompts",
+        "std@4",
+        "pass@2",
+        "maj@2",
+    }
     assert set(summarise([Answers((1,))])) == {"mean@1", "ci_low", "ci_high", "prompts"}
     assert "maj@2" not in summarise([Answers((1, 0))])
     with pytest.raises(ValueError, match=r"prompts have \[1, 2\] answers"):

@@ -29,7 +29,9 @@ class ScriptedEngine:
         self.seen: list[tuple[bool, int]] = []
         self.closed = False
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingSettings) -> Iterator[dict[int, Completion]]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
         if not self.calls:
             raise RuntimeError("the power went")
         self.calls -= 1
@@ -39,7 +41,9 @@ class ScriptedEngine:
             self.seen.append((sampling.greedy, request.seed))
             text = texts[0] if sampling.greedy else texts[request.seed % 4]
             ids = tuple(self.tokenizer(text)["input_ids"])  # type: ignore[operator]
-            made.append(Completion(ids, (0.0,) * len(ids), "length" if text == texts[3] else "stop", 0))
+            made.append(
+                Completion(ids, (0.0,) * len(ids), "length" if text == texts[3] else "stop", 0)
+            )
         for number in reversed(range(len(made))):
             yield {number: made[number]}
 
@@ -83,11 +87,26 @@ def test_it_writes_generations_and_figures(tmp_path: Path, model: Path, tokenize
     engine = ScriptedEngine(tokenizer)
     steps: list[tuple[str, int, int]] = []
     report = evaluate(
-        model, [data], output, SETTINGS, lambda stops: engine, batch=2, progress=lambda *step: steps.append(step)
+        model,
+        [data],
+        output,
+        SETTINGS,
+        lambda stops: engine,
+        batch=2,
+        progress=lambda *step: steps.append(step),
     )
-    assert engine.closed and steps == [("greedy", 2, 3), ("greedy", 3, 3), ("sampled", 8, 12), ("sampled", 12, 12)]
+    assert engine.closed and steps == [
+        ("greedy", 2, 3),
+        ("greedy", 3, 3),
+        ("sampled", 8, 12),
+        ("sampled", 12, 12),
+    ]
     assert report["greedy"]["by"]["openai/gsm8k"]["mean@1"] == pytest.approx(2 / 3)
-    assert set(report["greedy"]["by"]) == {"openai/gsm8k", "openai/gsm8k level=Level 0", "openai/gsm8k level=Level 1"}
+    assert set(report["greedy"]["by"]) == {
+        "openai/gsm8k",
+        "openai/gsm8k level=Level 0",
+        "openai/gsm8k level=Level 1",
+    }
     assert report["greedy"]["by"]["openai/gsm8k level=Level 0"]["mean@1"] == 1.0
     generations = read_generations(output)
     assert len(generations) == 3 + 12 and len(set(engine.seen)) == 3 + 12
@@ -124,12 +143,16 @@ def test_one_that_was_cut_off_continues_to_the_same_end(
     assert run("cut", never) == whole
 
 
-def test_other_evaluations_and_other_files_are_not_overwritten(tmp_path: Path, model: Path, tokenizer: object) -> None:
+def test_other_evaluations_and_other_files_are_not_overwritten(
+    tmp_path: Path, model: Path, tokenizer: object
+) -> None:
     data, output = write(tmp_path, ["4"]), tmp_path / "out"
     settings = replace(SETTINGS, n=0)
     evaluate(model, [data], output, settings, lambda stops: ScriptedEngine(tokenizer))
     with pytest.raises(ValueError, match=r"another evaluation \(temperature, method differ\)"):
-        evaluate(model, [data], output, replace(settings, temperature=0.5, method="flexible"), never)
+        evaluate(
+            model, [data], output, replace(settings, temperature=0.5, method="flexible"), never
+        )
     with pytest.raises(ValueError, match=r"another evaluation \(prompts differ\)"):
         evaluate(model, [write(tmp_path, ["5"])], output, settings, never)
     evaluate(model, [data], output, settings, lambda stops: ScriptedEngine(tokenizer), restart=True)
@@ -151,11 +174,16 @@ def test_mistakes_are_named(tmp_path: Path, model: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_truths_that_no_rule_compares_with_are_told_before_generation(tmp_path: Path, model: Path) -> None:
-    row = PromptRow("openai/gsm8k", [{"role": "user", "content": "why"}], "", {"ground_truth": {"target": 4}})
+def test_truths_that_no_rule_compares_with_are_told_before_generation(
+    tmp_path: Path, model: Path
+) -> None:
+    row = PromptRow(
+        "openai/gsm8k", [{"role": "user", "content": "why"}], "", {"ground_truth": {"target": 4}}
+    )
     write_parquet([row], tmp_path / "test.parquet", {})
     with pytest.raises(
-        ValueError, match=r"DATA: the row that asks 'why': reward_model.ground_truth: a built-in scorer"
+        ValueError,
+        match=r"DATA: the row that asks 'why': reward_model.ground_truth: a built-in scorer",
     ):
         evaluate(model, [tmp_path / "test.parquet"], tmp_path / "out", SETTINGS, never)
     assert not (tmp_path / "out").exists()
@@ -167,7 +195,10 @@ def test_models_are_found_and_told_apart(tmp_path: Path, model: Path) -> None:
         make_tiny_model(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf", seed=step)
     assert find_model(tmp_path / "run").parent.name == "step_10"
     assert find_model(tmp_path / "run" / "checkpoints" / "step_2").name == "hf"
-    digests = {model_digest(find_model(tmp_path / "run" / "checkpoints" / f"step_{step}")) for step in (2, 10)}
+    digests = {
+        model_digest(find_model(tmp_path / "run" / "checkpoints" / f"step_{step}"))
+        for step in (2, 10)
+    }
     assert len({model_digest(model), *digests}) == 3
 
 
@@ -179,17 +210,29 @@ def test_equal_answers_vote_together() -> None:
     assert figures["maj@4"] == 1.0 and figures["mean@4"] == 0.5
 
 
-def test_a_reward_function_of_ones_own_scores(tmp_path: Path, model: Path, tokenizer: object) -> None:
+def test_a_reward_function_of_ones_own_scores(
+    tmp_path: Path, model: Path, tokenizer: object
+) -> None:
     """Of a data source that nothing built in knows; a change in its file is another evaluation."""
-    row = PromptRow("mine", [{"role": "user", "content": "question"}], "math", {"ground_truth": "4"})
+    row = PromptRow(
+        "mine", [{"role": "user", "content": "question"}], "math", {"ground_truth": "4"}
+    )
     write_parquet([row], tmp_path / "test.parquet", {})
     reward = tmp_path / "reward.py"
-    reward.write_text("def worth(data_source, solution_str, ground_truth, extra_info=None, by=1.0):\n    return by\n")
-    settings = replace(SETTINGS, n=0, reward_path=str(reward), reward_name="worth", reward_kwargs={"by": 0.25})
+    reward.write_text(
+        "def worth(data_source, solution_str, ground_truth, extra_info=None, by=1.0):\n    return by\n"
+    )
+    settings = replace(
+        SETTINGS, n=0, reward_path=str(reward), reward_name="worth", reward_kwargs={"by": 0.25}
+    )
 
     def run(settings: EvaluationSettings) -> dict[str, Any]:
         return evaluate(
-            model, [tmp_path / "test.parquet"], tmp_path / "out", settings, lambda stops: ScriptedEngine(tokenizer)
+            model,
+            [tmp_path / "test.parquet"],
+            tmp_path / "out",
+            settings,
+            lambda stops: ScriptedEngine(tokenizer),
         )
 
     assert run(settings)["greedy"]["by"]["mine"]["mean@1"] == 0.25
@@ -209,7 +252,9 @@ def test_a_reward_that_fails_stops_it_and_its_errors_are_no_wrong_answers(
         "def compute_score(data_source, solution_str, ground_truth, extra_info): return no"
     )
     settings = replace(SETTINGS, reward_path=str(tmp_path / "own.py"))
-    with pytest.raises(RewardError, match=r"2 of 3 completions were not scored.*\n.*\n[\s\S]*NameError"):
+    with pytest.raises(
+        RewardError, match=r"2 of 3 completions were not scored.*\n.*\n[\s\S]*NameError"
+    ):
         evaluate(
             model,
             [write(tmp_path, "445")],

@@ -16,18 +16,30 @@ def score(value: float, answer: str | None, **extra: float) -> Score:
 
 def test_figures_by_source() -> None:
     sources = ["a"] * 4 + ["b"] * 2
-    scores = [score(1, "4"), score(0, "5"), score(0, "5"), score(1, "4.0"), score(0, None), score(1, "\\frac12")]
+    scores = [
+        score(1, "4"),
+        score(0, "5"),
+        score(0, "5"),
+        score(1, "4.0"),
+        score(0, None),
+        score(1, "\\frac12"),
+    ]
     figures = validation_metrics(sources, scores, 2, "sampled")
     assert figures["val-core/a/acc/sampled"] == 0.5 and figures["val-core/b/acc/sampled"] == 0.5
     assert (figures["val-aux/a/num_prompts"], figures["val-aux/b/num_prompts"]) == (2, 1)
-    assert figures["val-aux/a/acc/sampled/pass@2"] == 1.0 and figures["val-aux/a/acc/sampled/maj@2"] == 0.5
+    assert (
+        figures["val-aux/a/acc/sampled/pass@2"] == 1.0
+        and figures["val-aux/a/acc/sampled/maj@2"] == 0.5
+    )
     assert figures["val-aux/b/acc/sampled/maj@2"] == 1.0
     bounds = figures["val-aux/a/acc/sampled/ci_low"], figures["val-aux/a/acc/sampled/ci_high"]
     assert bounds == pytest.approx(interval([0.5, 0.5]))
 
 
 def test_accuracy_leaves_the_other_parts_of_the_reward_out() -> None:
-    figures = validation_metrics(["a", "a"], [score(1.2, "4", acc=1.0), score(0.2, "5", acc=0.0)], 1, "greedy")
+    figures = validation_metrics(
+        ["a", "a"], [score(1.2, "4", acc=1.0), score(0.2, "5", acc=0.0)], 1, "greedy"
+    )
     assert figures["val-core/a/acc/greedy"] == 0.5
     assert set(figures) == {
         "val-core/a/acc/greedy",
@@ -46,6 +58,8 @@ def test_a_reward_model_has_a_mean_and_its_error_and_alone_no_accuracy() -> None
         "val-aux/a/reward_model/sampled/se": pytest.approx(2.0),
         "val-aux/a/num_prompts": 2.0,
     }
-    with_rule = [Score(s.value, s.outcome, {**s.extra, "acc": float(i > 1)}) for i, s in enumerate(said)]
+    with_rule = [
+        Score(s.value, s.outcome, {**s.extra, "acc": float(i > 1)}) for i, s in enumerate(said)
+    ]
     both = validation_metrics(["a"] * 4, with_rule, 2, "sampled")
     assert both["val-core/a/acc/sampled"] == 0.5 and figures.items() <= both.items()

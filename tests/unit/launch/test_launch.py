@@ -70,10 +70,14 @@ def test_golden(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith(".sh")])
 def test_bash_reads_the_scripts(name: str) -> None:
-    checked = subprocess.run(["bash", "-n"], input=rendered(name), capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["bash", "-n"], input=rendered(name), capture_output=True, text=True, check=False
+    )
     assert (checked.returncode, checked.stderr) == (0, "")
     if shutil.which("shellcheck"):
-        checked = subprocess.run(["shellcheck", "-"], input=rendered(name), capture_output=True, text=True, check=False)
+        checked = subprocess.run(
+            ["shellcheck", "-"], input=rendered(name), capture_output=True, text=True, check=False
+        )
         assert checked.returncode == 0, checked.stdout
 
 
@@ -96,8 +100,13 @@ def test_rayjob() -> None:
     assert spec["submissionMode"] == "HTTPMode" and spec["shutdownAfterJobFinishes"] is True
     assert spec["activeDeadlineSeconds"] == 4 * 3600
     words = words_of(spec["entrypoint"].split("exec ")[1])
-    assert words[:3] == ["rlhf3d", "train", "configs/math.yaml"] and words[-1] == "cluster.ray_address=auto"
-    limit_s = next(int(word.split("=")[1]) for word in words if word.startswith("trainer.max_wall_clock_s="))
+    assert (
+        words[:3] == ["rlhf3d", "train", "configs/math.yaml"]
+        and words[-1] == "cluster.ray_address=auto"
+    )
+    limit_s = next(
+        int(word.split("=")[1]) for word in words if word.startswith("trainer.max_wall_clock_s=")
+    )
     assert limit_s == 4 * 3600 - 900 - 300, "the run saves itself before Kubernetes ends it"
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
@@ -119,7 +128,10 @@ def test_rayjob_of_one_node_with_a_queue() -> None:
     case = ("kuberay", "configs/math.yaml", "--image", "i", "--volume", "v", "--queue", "team")
     job = yaml.safe_load(launch(*case).stdout)
     assert "workerGroupSpecs" not in job["spec"]["rayClusterSpec"]
-    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"} and job["spec"]["suspend"] is True
+    assert (
+        job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+        and job["spec"]["suspend"] is True
+    )
 
 
 def test_skypilot() -> None:
@@ -130,7 +142,9 @@ def test_skypilot() -> None:
     assert task["volumes"] == {"/shared": "v"}
     assert "make setup GPU=1 VENV=.venv" in task["setup"] and "pip install -r" not in task["setup"]
     for script in (task["setup"], task["run"]):
-        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        checked = subprocess.run(
+            ["bash", "-n"], input=script, capture_output=True, text=True, check=False
+        )
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
@@ -138,15 +152,22 @@ def test_skypilot() -> None:
 def test_an_override_reaches_the_command_whole(target: str, tmp_path: Path) -> None:
     """Spaces, quotes and dollar signs are the run's, not the shell's or YAML's."""
     override = "custom_reward_function.kwargs={mark: 'a $HOME \"b\"'}"
-    options = Options(gpus_per_node=0, image="i" if target == "kuberay" else None, volume="v", hosts=("a",))
+    options = Options(
+        gpus_per_node=0, image="i" if target == "kuberay" else None, volume="v", hosts=("a",)
+    )
     text = render(
-        target, make_job(target, "configs/quickstart.yaml", [override, "trainer.output_dir=/shared/x"], options)
+        target,
+        make_job(
+            target, "configs/quickstart.yaml", [override, "trainer.output_dir=/shared/x"], options
+        ),
     )
     if target == "kuberay":
         text = yaml.safe_load(text)["spec"]["entrypoint"].split("exec ")[1]
     elif target == "skypilot":
         text = yaml.safe_load(text)["run"]
-    (line,) = [line for line in text.splitlines() if "rlhf3d train" in line and not line.startswith("#")]
+    (line,) = [
+        line for line in text.splitlines() if "rlhf3d train" in line and not line.startswith("#")
+    ]
     command = line.strip().removeprefix("exec ").removesuffix(" &")
     assert override in words_of(command)
 
@@ -162,40 +183,80 @@ def test_a_rehearsal_runs_on_the_cpus_of_the_nodes() -> None:
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     text = refusal("slurm", "configs/math.yaml", "--nodes", "2", "--gpus-per-node", "2")
     assert "does not fit 2 node(s) with 2 GPU(s) each" in text
-    assert "tp 2 x pp 2 x dp 2 = 8 ranks, more than cluster.num_nodes 2 x gpus_per_node 2 = 4 GPUs" in text
+    assert (
+        "tp 2 x pp 2 x dp 2 = 8 ranks, more than cluster.num_nodes 2 x gpus_per_node 2 = 4 GPUs"
+        in text
+    )
     text = refusal("slurm", "configs/math.yaml", "--nodes", "3", "--time", "5m")
     assert "8 GPUs are on 1 node(s) with 8 each, so 2 of 3 node(s) would be idle" in text
-    assert "--time 300 s leaves nothing beside --grace 300 s and cluster.startup_timeout_s 900 s" in text
+    assert (
+        "--time 300 s leaves nothing beside --grace 300 s and cluster.startup_timeout_s 900 s"
+        in text
+    )
     text = refusal("slurm", "configs/math.yaml", "--nodes", "8", "--gpus-per-node", "1")
-    assert "rollout.tensor_parallel_size = 2: an engine's ranks must be on one node, which has 1 GPUs" in text
+    assert (
+        "rollout.tensor_parallel_size = 2: an engine's ranks must be on one node, which has 1 GPUs"
+        in text
+    )
     assert "actor.layout.tp = 2: does not divide the 1 GPUs of a node" in text
-    on_cpu = ("slurm", "configs/quickstart.yaml", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-node", "2")
-    assert "3 + 2 training and engine ranks on 2 node(s): 3 cores, more than --cpus-per-node 2" in refusal(*on_cpu)
+    on_cpu = (
+        "slurm",
+        "configs/quickstart.yaml",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--cpus-per-node",
+        "2",
+    )
+    assert (
+        "3 + 2 training and engine ranks on 2 node(s): 3 cores, more than --cpus-per-node 2"
+        in refusal(*on_cpu)
+    )
     assert "5 of 7 node(s) would have no training rank" in refusal(
-        "slurm", "configs/quickstart.yaml", "actor.layout.dp=1", "--nodes", "7", "--gpus-per-node", "0"
+        "slurm",
+        "configs/quickstart.yaml",
+        "actor.layout.dp=1",
+        "--nodes",
+        "7",
+        "--gpus-per-node",
+        "0",
     )
     text = refusal("slurm", "configs/math.yaml", "trainer.max_wall_clock_s=3600", "--time", "1h")
-    assert "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 900 = 4500 s, more than --time 3600 s" in text
+    assert (
+        "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 900 = 4500 s, more than --time 3600 s"
+        in text
+    )
 
 
 def test_what_a_target_lacks_is_named() -> None:
     assert "`local` is one machine" in refusal("local", "configs/math.yaml", *TWO_NODES)
-    assert "--hosts names 1 host(s), the job has 2" in refusal("ssh", "configs/math.yaml", *TWO_NODES, "--hosts", "a")
+    assert "--hosts names 1 host(s), the job has 2" in refusal(
+        "ssh", "configs/math.yaml", *TWO_NODES, "--hosts", "a"
+    )
     text = refusal("kuberay", "configs/math.yaml", "--workdir", "/opt")
     assert "--image: KubeRay needs" in text and "--volume: KubeRay needs" in text
     assert "trainer.output_dir=/shared/runs/math" in text
     assert "--gpu-type" in refusal("skypilot", "configs/math.yaml", SHARED)
     assert "known are local, slurm" in refusal("pbs", "configs/math.yaml")
-    assert "--submit needs --output" in refusal("local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--submit")
+    assert "--submit needs --output" in refusal(
+        "local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--submit"
+    )
     assert "--env A" in refusal("local", "configs/quickstart.yaml", "--env", "A")
     with pytest.raises(ConfigError, match="no such key"):
         make_job("slurm", "configs/math.yaml", ["trainer.sed=1"], Options())
 
 
 def test_the_run_of_the_job_loads_as_the_launcher_checked_it() -> None:
-    job = make_job("slurm", "configs/math.yaml", ["trainer.seed=3"], Options(nodes=2, gpus_per_node=4))
+    job = make_job(
+        "slurm", "configs/math.yaml", ["trainer.seed=3"], Options(nodes=2, gpus_per_node=4)
+    )
     config = load_config(job.command[2], job.command[3:], files=False)
-    assert (config.cluster.num_nodes, config.cluster.gpus_per_node, config.trainer.seed) == (2, 4, 3)
+    assert (config.cluster.num_nodes, config.cluster.gpus_per_node, config.trainer.seed) == (
+        2,
+        4,
+        3,
+    )
     assert config.cluster.platform == "cuda"
 
 
@@ -218,13 +279,36 @@ def test_local_runs_the_command(tmp_path: Path) -> None:
     """The written script, with a `train` that only tells what it was called with."""
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "activate").write_text(f'PATH="{tmp_path}/env/bin:$PATH"\n')
-    (tmp_path / "env" / "bin" / "rlhf3d").write_text('#!/bin/bash\necho "$PWD $COLOUR $*"\nexit 75\n')
+    (tmp_path / "env" / "bin" / "rlhf3d").write_text(
+        '#!/bin/bash\necho "$PWD $COLOUR $*"\nexit 75\n'
+    )
     (tmp_path / "env" / "bin" / "rlhf3d").chmod(0o755)
-    options = ("--workdir", str(tmp_path), "--venv", "env", "--gpus-per-node", "0", "--env", "COLOUR=deep blue")
+    options = (
+        "--workdir",
+        str(tmp_path),
+        "--venv",
+        "env",
+        "--gpus-per-node",
+        "0",
+        "--env",
+        "COLOUR=deep blue",
+    )
     script = tmp_path / "jobs" / "job.sh"
-    command = [sys.executable, "-m", "rlhf3d.cli", "launch", "local", "configs/quickstart.yaml", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf3d.cli",
+        "launch",
+        "local",
+        "configs/quickstart.yaml",
+        *options,
+    ]
     done = subprocess.run(
-        [*command, "--output", str(script), "--submit"], capture_output=True, text=True, check=False, cwd=ROOT
+        [*command, "--output", str(script), "--submit"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 75, done.stderr
     assert f"{tmp_path} deep blue train configs/quickstart.yaml cluster.platform=cpu" in done.stdout
@@ -258,12 +342,29 @@ RAYJOB_SCHEMA["properties"]["metadata"] = {"type": "object"}
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--queue", "team", "--namespace", "ml", "--memory-gib-per-node", "96", "--time", "4h"), ("--rehearse",)],
+    [
+        (),
+        ("--queue", "team", "--namespace", "ml", "--memory-gib-per-node", "96", "--time", "4h"),
+        ("--rehearse",),
+    ],
 )
 def test_rayjobs_are_what_the_operator_takes(more: tuple[str, ...]) -> None:
-    text = launch("kuberay", "configs/math.yaml", SHARED, "--image", "i", "--volume", "v", "--nodes", "1", *more).stdout
+    text = launch(
+        "kuberay",
+        "configs/math.yaml",
+        SHARED,
+        "--image",
+        "i",
+        "--volume",
+        "v",
+        "--nodes",
+        "1",
+        *more,
+    ).stdout
     assert errors_by_schema(text) == []
-    broken = text.replace("rayClusterSpec", "rayClusterspec").replace("backoffLimit: 3", "backoffLimit: many")
+    broken = text.replace("rayClusterSpec", "rayClusterspec").replace(
+        "backoffLimit: 3", "backoffLimit: many"
+    )
     assert len(errors_by_schema(broken)) >= 2
 
 
@@ -272,7 +373,10 @@ def test_rayjobs_are_what_the_operator_takes(more: tuple[str, ...]) -> None:
     [
         ("base_math", "base-math"),
         ("7b_math", "run-7b-math"),
-        ("grpo_qwen2_5_7b_instruct_math_lighteval_clip_higher_v3", "grpo-qwen2-5-7b-instruct-math-lighteval-c"),
+        (
+            "grpo_qwen2_5_7b_instruct_math_lighteval_clip_higher_v3",
+            "grpo-qwen2-5-7b-instruct-math-lighteval-c",
+        ),
         ("x" * 40 + "_y", "x" * 40),
         ("__final__", "final"),
         ("実験", "rlhf3d"),
@@ -291,7 +395,10 @@ SLURM = ("slurm", "configs/math.yaml")
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((*POD, "--name", "My_Job"), "--name 'My_Job': `kuberay` takes a lower-case letter, then lower-case letters"),
+        (
+            (*POD, "--name", "My_Job"),
+            "--name 'My_Job': `kuberay` takes a lower-case letter, then lower-case letters",
+        ),
         ((*POD, "--name", "7b"), "--name '7b'"),
         ((*POD, "--name", "x" * 42), "at most 41 characters"),
         ((*POD, "--namespace", "Name Space"), "--namespace 'Name Space'"),
@@ -300,24 +407,42 @@ SLURM = ("slurm", "configs/math.yaml")
         ((*POD, "--mount", "shared"), "--mount shared: expected an absolute path"),
         ((*POD, "--workdir", "~/exp"), "--workdir ~/exp: expected an absolute path of the pods"),
         ((*POD, "--image", "a\nb"), "--image 'a\\nb': expected text in one line"),
-        ((*POD, "--partition", "gpu"), "--partition would be ignored: `kuberay` has no use for it; it is for slurm"),
+        (
+            (*POD, "--partition", "gpu"),
+            "--partition would be ignored: `kuberay` has no use for it; it is for slurm",
+        ),
         ((*POD, "--venv", "env"), "--venv would be ignored: `kuberay` has no use for it"),
         ((*POD, "--port", "6379"), "--port would be ignored"),
         ((*POD, "--grace", "60s"), "--grace would be ignored: it is the end of --time"),
         ((*POD, "--env", "A-B=c"), "--env A-B: expected NAME=VALUE"),
         ((*POD, "--env", "A=1", "--env", "A=2"), "--env A: given twice"),
-        ((*POD, "model.path=/data/m"), "model.path = /data/m: not under --mount /shared, which is all that the nodes"),
-        ((*POD, "data.val_files=[/data/v.parquet]"), "data.val_files = /data/v.parquet: not under --mount /shared"),
+        (
+            (*POD, "model.path=/data/m"),
+            "model.path = /data/m: not under --mount /shared, which is all that the nodes",
+        ),
+        (
+            (*POD, "data.val_files=[/data/v.parquet]"),
+            "data.val_files = /data/v.parquet: not under --mount /shared",
+        ),
         ((*SLURM, "--name", "a/b"), "--name 'a/b': `slurm` takes letters, digits"),
         ((*SLURM, "--name", "x\ntouch y"), "--name 'x\\ntouch y'"),
-        ((*SLURM, "--image", "i", "--venv", "e"), "--venv would be ignored: --image has its own environment"),
+        (
+            (*SLURM, "--image", "i", "--venv", "e"),
+            "--venv would be ignored: --image has its own environment",
+        ),
         (
             (*SLURM, "--volume", "v"),
             "--volume would be ignored: `slurm` has no use for it; it is for kuberay, skypilot",
         ),
         ((*SLURM, "--grace", "0s"), "--grace 0: the run would not be told"),
-        ((*SLURM, "--cpus-per-node", "1"), "--cpus-per-node 1: 8 GPUs hold 16 training and engine ranks"),
-        ((*SLURM, "--image", "i", "model.path=/a,b/m"), "/a,b/m cannot be mounted into a container"),
+        (
+            (*SLURM, "--cpus-per-node", "1"),
+            "--cpus-per-node 1: 8 GPUs hold 16 training and engine ranks",
+        ),
+        (
+            (*SLURM, "--image", "i", "model.path=/a,b/m"),
+            "/a,b/m cannot be mounted into a container",
+        ),
         (
             (*SLURM, "--memory-gib-per-node", "1"),
             "--memory-gib-per-node 1: /dev/shm, 8 GiB a GPU = 64 GiB, is part of it",
@@ -331,7 +456,9 @@ def test_rules_of_a_target(arguments: tuple[str, ...], told: str) -> None:
     assert told in refusal(*arguments)
 
 
-def test_a_container_has_what_the_configuration_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_has_what_the_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "base.yaml").write_text(f"base: {ROOT}/configs/math.yaml\n")
     overrides = (
@@ -348,15 +475,22 @@ def test_a_container_has_what_the_configuration_names(tmp_path: Path, monkeypatc
     (line,) = [line for line in text.splitlines() if "--container-image" in line]
     assert f"--container-mounts=\"$PWD:$PWD\"'{''.join(f',{f}:{f}' for f in folders)}'" in line
     assert "mkdir -p /home/me/cache /scratch/me/runs/math\n" in text
-    assert words_of(next(line for line in text.splitlines() if "rlhf3d train" in line and line[0] == " ")[:-1])[-2] == (
-        "data.cache_dir=/home/me/cache"
+    assert words_of(
+        next(line for line in text.splitlines() if "rlhf3d train" in line and line[0] == " ")[:-1]
+    )[-2] == ("data.cache_dir=/home/me/cache")
+    assert (
+        "#SBATCH --chdir=/home/me/exp\n"
+        in launch("slurm", "configs/math.yaml", "--workdir", "~/exp").stdout
     )
-    assert "#SBATCH --chdir=/home/me/exp\n" in launch("slurm", "configs/math.yaml", "--workdir", "~/exp").stdout
-    assert "no user has the home" in str(launch("slurm", "configs/math.yaml", "--workdir", "~no-one/e").exception)
+    assert "no user has the home" in str(
+        launch("slurm", "configs/math.yaml", "--workdir", "~no-one/e").exception
+    )
 
 
 def test_home_is_the_machines_where_a_shell_expands_it() -> None:
-    text = launch("ssh", *SLURM[1:], "--hosts", "a", "--workdir", "~/my exp", "--venv", "~/env").stdout
+    text = launch(
+        "ssh", *SLURM[1:], "--hosts", "a", "--workdir", "~/my exp", "--venv", "~/env"
+    ).stdout
     assert "cd ~/'my exp' || exit 1\n" in text and "source ~/env/bin/activate\n" in text
 
 
@@ -367,9 +501,9 @@ def test_a_secret_reaches_the_pods_as_it_is_and_nobody_else(tmp_path: Path) -> N
     output.chmod(0o644)
     assert launch(*POD, "--env", "PASSWORD=a$$b$(HOME)c$d", "--output", str(output)).exit_code == 0
     assert stat.S_IMODE(output.stat().st_mode) == 0o600
-    (container,) = yaml.safe_load(output.read_text())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
-        "containers"
-    ]
+    (container,) = yaml.safe_load(output.read_text())["spec"]["rayClusterSpec"]["headGroupSpec"][
+        "template"
+    ]["spec"]["containers"]
     value = next(item["value"] for item in container["env"] if item["name"] == "PASSWORD")
     assert value == "a$$$$b$$(HOME)c$$d"
 
@@ -377,4 +511,7 @@ def test_a_secret_reaches_the_pods_as_it_is_and_nobody_else(tmp_path: Path) -> N
 def test_the_time_limit_is_every_targets(tmp_path: Path) -> None:
     for target in ("local", "ssh"):
         options = Options(gpus_per_node=0, time_s=3600, hosts=("a",))
-        assert "trainer.max_wall_clock_s=3000" in make_job(target, "configs/quickstart.yaml", [], options).command
+        assert (
+            "trainer.max_wall_clock_s=3000"
+            in make_job(target, "configs/quickstart.yaml", [], options).command
+        )

@@ -57,7 +57,9 @@ def test_line_numbers_docstring_and_other_text_are_kept() -> None:
 
 
 def test_module_without_docstring() -> None:
-    assert run("import torch\ndevice = torch.cuda.current_device()\n")["device"] == torch.device("cpu")
+    assert run("import torch\ndevice = torch.cuda.current_device()\n")["device"] == torch.device(
+        "cpu"
+    )
 
 
 def test_torch_itself_is_untouched() -> None:
@@ -90,7 +92,9 @@ def test_cached_code_is_used_again_and_follows_the_source(
     (entry,) = (tmp_path / "cache" / "rlhf3d" / "megatron_patches").iterdir()
     compiled: list[str] = []
     original = device.retarget
-    monkeypatch.setattr(device, "retarget", lambda source, path: compiled.append(path) or original(source, path))
+    monkeypatch.setattr(
+        device, "retarget", lambda source, path: compiled.append(path) or original(source, path)
+    )
     assert load(sample_module).device_type == "cpu" and not compiled
     entry.write_bytes(b"damaged")
     assert load(sample_module).device_type == "cpu" and len(compiled) == 1

@@ -29,9 +29,13 @@ def test_one_file_and_one_row_a_patch() -> None:
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.20.0", "1.0"])
 @pytest.mark.usefixtures("fresh")
-def test_unsupported_version_is_refused_with_the_way_out(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_version_is_refused_with_the_way_out(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(megatron_patches, "installed_version", lambda: version)
-    with pytest.raises(PatchError, match=rf"megatron-core {version} is outside .*pip install 'megatron-core>="):
+    with pytest.raises(
+        PatchError, match=rf"megatron-core {version} is outside .*pip install 'megatron-core>="
+    ):
         megatron_patches.apply("cpu")
 
 

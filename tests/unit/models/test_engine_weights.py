@@ -11,12 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf3d.models.boxes import box_slices
-from rlhf3d.models.engine_weights import check_engine_layout, check_quantization, engine_params, engine_vocab_size
+from rlhf3d.models.engine_weights import (
+    check_engine_layout,
+    check_quantization,
+    engine_params,
+    engine_vocab_size,
+)
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import LocalParam, hf_tensors
 
 SMALL = ModelSpec("llama", 2, 4, num_heads=4, num_kv_heads=2, head_dim=1, ffn_size=6, vocab_size=8)
-EXPERTS = replace(SMALL, family="qwen3_moe", qk_norm=True, num_experts=6, experts_per_token=2, moe_ffn_size=4)
+EXPERTS = replace(
+    SMALL, family="qwen3_moe", qk_norm=True, num_experts=6, experts_per_token=2, moe_ffn_size=4
+)
 
 Case = tuple[ModelSpec, int, bool]
 """A model, the number of ranks, and whether experts are whole on their rank."""
@@ -60,7 +67,9 @@ def is_vocabulary(param: LocalParam) -> bool:
 @given(cases())
 def test_pieces_of_all_ranks_tile_every_tensor(case: Case) -> None:
     spec, tp, expert_parallel = case
-    covered: dict[str, np.ndarray] = {name: np.zeros(shape, int) for name, shape in hf_tensors(spec, "lm").items()}
+    covered: dict[str, np.ndarray] = {
+        name: np.zeros(shape, int) for name, shape in hf_tensors(spec, "lm").items()
+    }
     for rank in range(tp):
         for param in engine_params(spec, tp, rank, expert_parallel):
             for piece in param.pieces:
@@ -74,14 +83,19 @@ def test_pieces_of_all_ranks_tile_every_tensor(case: Case) -> None:
 @given(cases())
 def test_pieces_tile_every_parameter_but_the_padding(case: Case) -> None:
     spec, tp, expert_parallel = case
-    names = [[param.name for param in engine_params(spec, tp, rank, expert_parallel)] for rank in range(tp)]
+    names = [
+        [param.name for param in engine_params(spec, tp, rank, expert_parallel)]
+        for rank in range(tp)
+    ]
     assert all(rank_names == names[0] for rank_names in names)
     assert len(set(names[0])) == len(names[0])
     for rank in range(tp):
         for param in engine_params(spec, tp, rank, expert_parallel):
             counts: np.ndarray = np.zeros(param.shape, int)
             for piece in param.pieces:
-                volumes = [math.prod(b - a for a, b in box) for box in (piece.hf_box, piece.local_box)]
+                volumes = [
+                    math.prod(b - a for a, b in box) for box in (piece.hf_box, piece.local_box)
+                ]
                 assert volumes[0] == volumes[1] > 0
                 counts[box_slices(piece.local_box)] += 1
             real = len(counts)
@@ -97,10 +111,13 @@ def test_a_fused_qkv_serves_its_own_query_heads(case: Case) -> None:
     spec, tp, expert_parallel = case
     group = spec.num_heads // spec.num_kv_heads
     for rank in range(tp):
-        (qkv, *_) = [p for p in engine_params(spec, tp, rank, expert_parallel) if "qkv_proj.weight" in p.name]
+        (qkv, *_) = [
+            p for p in engine_params(spec, tp, rank, expert_parallel) if "qkv_proj.weight" in p.name
+        ]
         query, key, value = qkv.pieces
         heads = [
-            [row // spec.head_dim for row in range(*piece.hf_box[0], spec.head_dim)] for piece in (query, key, value)
+            [row // spec.head_dim for row in range(*piece.hf_box[0], spec.head_dim)]
+            for piece in (query, key, value)
         ]
         assert heads[1] == heads[2]
         local_group = len(heads[0]) // len(heads[1])
@@ -116,7 +133,9 @@ def test_a_fused_qkv_serves_its_own_query_heads(case: Case) -> None:
 def test_forward_order_and_shapes_by_hand() -> None:
     qwen2 = replace(SMALL, family="qwen2", qkv_bias=True)
     params = engine_params(qwen2, tp_size=2, tp_rank=1)
-    layer = [(p.name.removeprefix("model.layers.0."), p.shape, p.primary, p.tp_dim) for p in params[1:8]]
+    layer = [
+        (p.name.removeprefix("model.layers.0."), p.shape, p.primary, p.tp_dim) for p in params[1:8]
+    ]
     assert layer == [
         ("input_layernorm.weight", (4,), False, None),
         ("self_attn.qkv_proj.weight", (4, 4), True, 0),
@@ -154,11 +173,15 @@ def test_experts_are_cut_or_whole() -> None:
         ("model.layers.1.mlp.experts.3.gate_proj.weight", (0, 4), ((0, 1), (0, 4))),
         ("model.layers.1.mlp.experts.3.up_proj.weight", (0, 4), ((0, 1), (4, 8))),
     ]
-    assert cut[w2].pieces[3].hf_box == ((0, 4), (2, 4)) and whole[w2].pieces[0].hf_name.endswith("3.down_proj.weight")
+    assert cut[w2].pieces[3].hf_box == ((0, 4), (2, 4)) and whole[w2].pieces[0].hf_name.endswith(
+        "3.down_proj.weight"
+    )
     router = cut["model.layers.0.mlp.gate.weight"]
     assert router.shape == (6, 4) and not router.primary
     mixtral = engine_params(replace(EXPERTS, family="mixtral", qk_norm=False), 1, 0)
-    assert "model.layers.0.block_sparse_moe.experts.routed_experts.w2_weight" in {p.name for p in mixtral}
+    assert "model.layers.0.block_sparse_moe.experts.routed_experts.w2_weight" in {
+        p.name for p in mixtral
+    }
 
 
 def test_vocabulary_is_padded_and_a_tied_head_has_no_entry() -> None:
@@ -191,7 +214,9 @@ def test_vocabulary_is_padded_and_a_tied_head_has_no_entry() -> None:
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(spec: ModelSpec, tp: int, message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(
+    spec: ModelSpec, tp: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_engine_layout(spec, tp)
     with pytest.raises(ValueError, match=message):
@@ -200,7 +225,9 @@ def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(spec: ModelSpec, 
 
 def test_experts_that_do_not_fit_are_refused() -> None:
     spec = replace(EXPERTS, moe_ffn_size=3, ffn_size=5)
-    with pytest.raises(ValueError, match=r"size 2 .*: intermediate_size of an expert 3 % 2 = 1\. Nearest legal: 1$"):
+    with pytest.raises(
+        ValueError, match=r"size 2 .*: intermediate_size of an expert 3 % 2 = 1\. Nearest legal: 1$"
+    ):
         check_engine_layout(spec, 2)
     check_engine_layout(spec, 2, expert_parallel=True)
     with pytest.raises(ValueError, match=r"size 4 .*: num_experts 6 % 4 = 2\. Nearest legal: 2$"):
@@ -212,5 +239,7 @@ def test_experts_that_do_not_fit_are_refused() -> None:
 def test_experts_are_not_quantised() -> None:
     check_quantization(EXPERTS, "none")
     check_quantization(SMALL, "fp8_per_channel")
-    with pytest.raises(ValueError, match=r"rollout\.quantization = fp8_per_channel: the model has experts"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.quantization = fp8_per_channel: the model has experts"
+    ):
         check_quantization(EXPERTS, "fp8_per_channel")

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from rlhf3d.models.folder import INDEX_NAME, SINGLE_NAME, model_tensors, read_header, read_json, weight_files
+from rlhf3d.models.folder import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    model_tensors,
+    read_header,
+    read_json,
+    weight_files,
+)
 from rlhf3d.models.hf_io import HFReader, model_view
 
 Tensors = dict[str, torch.Tensor]
@@ -34,9 +41,16 @@ def shards(folder: Path, tensors: Tensors, count: int, index: bool = True) -> No
     """Write numbered shards in place of the single file."""
     (folder / SINGLE_NAME).unlink(missing_ok=True)
     names = list(tensors)
-    files = {name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in set(files.values()):
-        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {n: tensors[n] for n in names if files[n] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     if index:
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
@@ -56,7 +70,9 @@ def adapter_beside(folder: Path, tensors: Tensors) -> None:
 
 
 def index_of_removed_shards(folder: Path, tensors: Tensors) -> None:
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-1-of-1.safetensors")}))
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "model-1-of-1.safetensors")})
+    )
 
 
 def index_that_is_broken(folder: Path, tensors: Tensors) -> None:
@@ -104,12 +120,16 @@ def test_the_files_are_those_that_transformers_loads(
     with HFReader(folder) as reader:
         assert set(reader.names()) == set(tensors)
         for name in reader.names():
-            assert torch.equal(reader.read(name, tuple((0, n) for n in reader.shape(name))), loaded[name]), name
+            assert torch.equal(
+                reader.read(name, tuple((0, n) for n in reader.shape(name))), loaded[name]
+            ), name
     assert bool(reader.notes) == bool(ignored) and all(ignored in note for note in reader.notes)
     with model_view(folder) as view:  # what is handed to vLLM: nothing to choose from
         there = {file.name for file in view.iterdir()}
         assert there >= {*weight_files(folder).names, "config.json", "tokenizer.json"}
-        assert {name for name in there if name.endswith(".safetensors")} == set(weight_files(folder).names)
+        assert {name for name in there if name.endswith(".safetensors")} == set(
+            weight_files(folder).names
+        )
         assert "adapter_config.json" not in there
         again = AutoModelForCausalLM.from_pretrained(view).state_dict()
     assert all(torch.equal(again[name], loaded[name]) for name in loaded)
@@ -136,7 +156,9 @@ def test_two_models_in_a_folder_are_refused_with_both_names(folder: Path) -> Non
     (folder / SINGLE_NAME).unlink()
     (folder / INDEX_NAME).unlink()
     shards(folder, tensors, 3, index=False)
-    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors and model-00001-of-00003\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"model-00001-of-00002\.safetensors and model-00001-of-00003\.safetensors"
+    ):
         weight_files(folder)
 
 
@@ -148,7 +170,10 @@ def test_two_models_in_a_folder_are_refused_with_both_names(folder: Path) -> Non
         ("{}", r"has no weight_map"),
         ('{"weight_map": ["a"]}', r"has no weight_map"),
         ('{"weight_map": {"a": 3}}', r"gives 3 as the file of a"),
-        ('{"weight_map": {"a": "../a.safetensors"}}', r"gives '\.\./a\.safetensors' as the file of a"),
+        (
+            '{"weight_map": {"a": "../a.safetensors"}}',
+            r"gives '\.\./a\.safetensors' as the file of a",
+        ),
         ('{"weight_map": {"a": "gone.safetensors"}}', r"lacks gone\.safetensors, 1 of the 1 files"),
         (POINTER, r"is a git-lfs pointer.*git lfs pull"),
     ],
@@ -163,7 +188,10 @@ def test_an_index_and_its_files_must_agree(folder: Path) -> None:
     tensors = load_file(folder / SINGLE_NAME)
     shards(folder, tensors, 2)
     save_file({"model.norm.weight": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is both in|names tensors that are not there: model\."):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.norm\.weight is both in|names tensors that are not there: model\.",
+    ):
         model_tensors(weight_files(folder))
 
 
@@ -192,12 +220,17 @@ def test_what_is_no_weight_file_says_what_it_is(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("adapter_model.safetensors", r"holds an adapter .*merge it into its base"),
-        ("model.fp16.safetensors", r"has neither model\.safetensors nor .*; model\.fp16\.safetensors is not"),
+        (
+            "model.fp16.safetensors",
+            r"has neither model\.safetensors nor .*; model\.fp16\.safetensors is not",
+        ),
         ("model.gguf", r"model\.gguf is not what transformers loads"),
         ("pytorch_model.bin", r"only as pickles"),
     ],
 )
-def test_a_folder_without_the_model_says_what_it_has(tmp_path: Path, name: str, message: str) -> None:
+def test_a_folder_without_the_model_says_what_it_has(
+    tmp_path: Path, name: str, message: str
+) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message):
         weight_files(tmp_path)

@@ -31,11 +31,22 @@ def source(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
     (folder / "chat_template.jinja").write_text("hello")
     (folder / "merges.txt").write_text("a b")
-    for name in ("additional_chat_templates/rag.jinja", "tokenization_own.py", "vocab.bpe", "LICENSE"):
+    for name in (
+        "additional_chat_templates/rag.jinja",
+        "tokenization_own.py",
+        "vocab.bpe",
+        "LICENSE",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     (folder / INDEX_NAME).write_text("stale")
-    for name in ("pytorch_model.bin", ".git/HEAD", "original/params.json", "original/model.pth", "flax_model.msgpack"):
+    for name in (
+        "pytorch_model.bin",
+        ".git/HEAD",
+        "original/params.json",
+        "original/model.pth",
+        "flax_model.msgpack",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     return folder
@@ -55,7 +66,9 @@ def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: in
         assert torch.equal(reader.read("b", ((4, 5),)), TENSORS["b"][4:5])
     weights = {file.name for file in folder.iterdir() if file.suffix == ".safetensors"}
     assert weights == (
-        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} if sharded else {"model.safetensors"}
+        {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+        if sharded
+        else {"model.safetensors"}
     )
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names - weights - {INDEX_NAME} == {
@@ -97,24 +110,35 @@ def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path) -
         check_weights(folder, spec, "lm")
     for head in (embedding + 1, embedding[1:].clone()):
         save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=r"^model\.path: .*tie_word_embeddings true, but a lm_head\.weight of its"):
+        with pytest.raises(
+            ValueError,
+            match=r"^model\.path: .*tie_word_embeddings true, but a lm_head\.weight of its",
+        ):
             check_weights(folder, spec, "lm")
         check_weights(folder, spec, "value")  # a critic has no use for it
 
 
-@pytest.mark.parametrize("change", [{"eos_token_id": "2"}, {"attention_bias": None}, {"dtype": "float3"}], ids=str)
-def test_what_transformers_refuses_in_a_config_is_found_before_a_run(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"eos_token_id": "2"}, {"attention_bias": None}, {"dtype": "float3"}], ids=str
+)
+def test_what_transformers_refuses_in_a_config_is_found_before_a_run(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     """Keys of which the trainer reads nothing, and for which vLLM would fail in its own process."""
     folder = make_tiny_model(tmp_path / "m", layers=1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=r"^model\.path: transformers does not read .*config\.json: .*; correct it"):
+    with pytest.raises(
+        ValueError, match=r"^model\.path: transformers does not read .*config\.json: .*; correct it"
+    ):
         check_weights(folder, load_spec(folder), "lm")
 
 
 def test_a_value_beyond_the_dtypes_range_is_refused() -> None:
     out, block = torch.zeros(3, dtype=torch.float16), torch.tensor([1.0, -1e6, float("inf")])
-    with pytest.raises(ValueError, match=r"^X holds a value of 1e\+06, beyond the range of float16"):
+    with pytest.raises(
+        ValueError, match=r"^X holds a value of 1e\+06, beyond the range of float16"
+    ):
         copy_in_range(out, block, "X holds a value")
     copy_in_range(out, torch.tensor([65504.0, float("inf"), float("nan")]), "X")
     assert out[0] == 65504 and out[1].isinf() and out[2].isnan(), "what was infinite stays so"

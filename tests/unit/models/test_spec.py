@@ -75,7 +75,12 @@ def test_llama3_rope(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_families(tmp_path: Path) -> None:
     qwen2 = load_spec(write(tmp_path, model_type="qwen2", head_dim=None, num_key_value_heads=None))
-    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.num_kv_heads, qwen2.head_dim) == (True, False, 9, 64)
+    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.num_kv_heads, qwen2.head_dim) == (
+        True,
+        False,
+        9,
+        64,
+    )
     qwen3 = load_spec(write(tmp_path, model_type="qwen3", head_dim=128))
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
 
@@ -101,7 +106,10 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
     mixtral = load_spec(write(tmp_path, **MIXTRAL))
     assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.moe_ffn_size) == (8, 2, 1536)
     assert mixtral.norm_topk_prob and not mixtral.qk_norm and mixtral.rope_theta == 1e6
-    for renamed in ({}, {"num_experts": None, "num_local_experts": 128}):  # as published; as transformers 5 writes
+    for renamed in (
+        {},
+        {"num_experts": None, "num_local_experts": 128},
+    ):  # as published; as transformers 5 writes
         qwen = load_spec(write(tmp_path, **QWEN3_MOE | renamed))
         assert (qwen.num_experts, qwen.experts_per_token, qwen.moe_ffn_size) == (128, 8, 768)
         assert qwen.norm_topk_prob and qwen.qk_norm
@@ -113,16 +121,31 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (MIXTRAL | {"sliding_window": 4096}, r"sliding_window=4096; mixtral is supported with sliding_window=None"),
+        (
+            MIXTRAL | {"sliding_window": 4096},
+            r"sliding_window=4096; mixtral is supported with sliding_window=None",
+        ),
         (MIXTRAL | {"num_local_experts": None}, r"lacks num_local_experts;"),
         (MIXTRAL | {"num_experts_per_tok": 9}, r"num_experts_per_tok=9 of 8 experts"),
-        (MIXTRAL | {"num_experts_per_tok": 1}, r"num_experts_per_tok=1 with probabilities scaled to sum to 1"),
+        (
+            MIXTRAL | {"num_experts_per_tok": 1},
+            r"num_experts_per_tok=1 with probabilities scaled to sum to 1",
+        ),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, r"decoder_sparse_step=2"),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
-        (QWEN3_MOE | {"shared_expert_intermediate_size": 64}, r"shared_expert_intermediate_size=64"),
+        (
+            QWEN3_MOE | {"shared_expert_intermediate_size": 64},
+            r"shared_expert_intermediate_size=64",
+        ),
         (QWEN3_MOE | {"moe_intermediate_size": None}, r"lacks moe_intermediate_size;"),
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'; supported are llama, mixtral, qwen2, qwen3, qwen3_moe"),
-        ({"attention_bias": True}, r"attention_bias=True; llama is supported with attention_bias=False only"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type 'gpt2'; supported are llama, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
+        (
+            {"attention_bias": True},
+            r"attention_bias=True; llama is supported with attention_bias=False only",
+        ),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"model_type": "qwen2", "use_sliding_window": True}, r"use_sliding_window=True"),
         (
@@ -149,7 +172,9 @@ def test_refuses_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path: .* has no model\.safetensors"):
         load_spec(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"only as pickles \(pytorch_model\.bin\).*save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"only as pickles \(pytorch_model\.bin\).*save_pretrained"
+    ):
         load_spec(tmp_path)
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text("{")
@@ -168,9 +193,13 @@ def test_check_layout_lists_every_violation_with_the_nearest_legal_sizes(tmp_pat
         "num_key_value_heads 3 % tp 2 = 1; num_hidden_layers 30 % pp 4 = 2. "
         "Nearest legal: tp 1 or 3; pp 3 or 5"
     )
-    with pytest.raises(ValueError, match=r"key_value_heads 3 % tp 5 = 3; intermediate_size 1536 % tp 5 = 1\. "):
+    with pytest.raises(
+        ValueError, match=r"key_value_heads 3 % tp 5 = 3; intermediate_size 1536 % tp 5 = 1\. "
+    ):
         check_layout(spec, ParallelLayout(tp=5))
-    with pytest.raises(ValueError, match=r"30 % \(pp 2 x vpp 2\) = 2\. Nearest legal: pp x vpp 3 or 5"):
+    with pytest.raises(
+        ValueError, match=r"30 % \(pp 2 x vpp 2\) = 2\. Nearest legal: pp x vpp 3 or 5"
+    ):
         check_layout(spec, ParallelLayout(pp=2, vpp=2))
     with pytest.raises(ValueError, match=r"vpp 2 with pp 1"):
         check_layout(spec, ParallelLayout(vpp=2))

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.spec import FAMILIES, ModelSpec, check_layout
-from rlhf3d.models.weights import Head, LocalParam, SpecStyle, check_hf_tensors, hf_tensors, local_params
+from rlhf3d.models.weights import (
+    Head,
+    LocalParam,
+    SpecStyle,
+    check_hf_tensors,
+    hf_tensors,
+    local_params,
+)
 from rlhf3d.parallel.layout import ParallelLayout
 
 HEADS: list[Head] = ["lm", "value", "none"]
@@ -25,7 +32,12 @@ def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
     """Small legal combinations, head sizes that are not hidden / heads and vocabularies that need padding included."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     sparse = FAMILIES[family].experts is not None
-    tp, pp, dp, cp = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    tp, pp, dp, cp = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+    )
     vpp = draw(st.integers(1, 2)) if pp > 1 else 1
     stage = tp * dp * cp
     ep = draw(st.sampled_from([n for n in range(1, stage + 1) if stage % n == 0])) if sparse else 1
@@ -48,7 +60,9 @@ def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
         num_experts=ep * draw(st.integers(1, 2)) if sparse else 0,
         moe_ffn_size=draw(st.integers(1, 4)) if sparse else 0,
     )
-    layout = ParallelLayout(tp, pp, dp, vpp, ep, first if has_first else None, last if has_last else None, cp)
+    layout = ParallelLayout(
+        tp, pp, dp, vpp, ep, first if has_first else None, last if has_last else None, cp
+    )
     return spec, layout
 
 
@@ -77,7 +91,9 @@ def test_pieces_tile_tensors_and_parameters_exactly_once(
 ) -> None:
     spec, layout = case
     check_layout(spec, layout)
-    covered: dict[str, np.ndarray] = {name: np.zeros(shape, int) for name, shape in hf_tensors(spec, head).items()}
+    covered: dict[str, np.ndarray] = {
+        name: np.zeros(shape, int) for name, shape in hf_tensors(spec, head).items()
+    }
     for rank, _, param in all_params(spec, layout, head, style):
         local: np.ndarray = np.zeros(param.shape, int)
         for piece in param.pieces:
@@ -110,7 +126,9 @@ def test_loading_then_exporting_returns_every_tensor(
         assert np.array_equal(replica, local), f"replicas of {param.name} hold the same weights"
         if param.primary:
             for piece in param.pieces:
-                exported[piece.hf_name][box_slices(piece.hf_box)] = local[box_slices(piece.local_box)]
+                exported[piece.hf_name][box_slices(piece.hf_box)] = local[
+                    box_slices(piece.local_box)
+                ]
     for name, tensor in tensors.items():
         assert exported[name].tobytes() == tensor.tobytes(), name
 
@@ -149,34 +167,60 @@ def test_tied_embeddings_are_copied_to_the_last_stage_and_exported_once() -> Non
 
 def test_check_hf_tensors_names_what_does_not_fit() -> None:
     shapes = hf_tensors(SMALL, "lm")
-    check_hf_tensors(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (1,)}, SMALL, "lm", "F")
-    check_hf_tensors(shapes, SMALL, "value", "F")  # no score.weight yet, and a vocabulary head to ignore
+    check_hf_tensors(
+        shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (1,)}, SMALL, "lm", "F"
+    )
+    check_hf_tensors(
+        shapes, SMALL, "value", "F"
+    )  # no score.weight yet, and a vocabulary head to ignore
     with pytest.raises(ValueError, match=r"model\.path: F lacks lm_head\.weight"):
         check_hf_tensors(hf_tensors(SMALL, "none"), SMALL, "lm", "F")
-    classifier = hf_tensors(replace(SMALL, tie_embeddings=True), "value")  # nothing that a tied model needs is missing
-    with pytest.raises(ValueError, match=r"F is a sequence classifier \(score\.weight\), not a language model"):
+    classifier = hf_tensors(
+        replace(SMALL, tie_embeddings=True), "value"
+    )  # nothing that a tied model needs is missing
+    with pytest.raises(
+        ValueError, match=r"F is a sequence classifier \(score\.weight\), not a language model"
+    ):
         check_hf_tensors(classifier, replace(SMALL, tie_embeddings=True), "lm", "F")
     for rename in (lambda name: f"module.{name}", lambda name: name.removeprefix("model.")):
         renamed = {rename(name): shape for name, shape in shapes.items()}
-        with pytest.raises(ValueError, match=r"F names its embedding .*embed_tokens\.weight, not model\.embed_tokens"):
+        with pytest.raises(
+            ValueError,
+            match=r"F names its embedding .*embed_tokens\.weight, not model\.embed_tokens",
+        ):
             check_hf_tensors(renamed, SMALL, "lm", "F")
-    with pytest.raises(ValueError, match=r"in one tensor \(m\.mlp\.experts\.gate_up_proj\); .*save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"in one tensor \(m\.mlp\.experts\.gate_up_proj\); .*save_pretrained"
+    ):
         check_hf_tensors(shapes | {"m.mlp.experts.gate_up_proj": (4,)}, SMALL, "lm", "F")
-    with pytest.raises(ValueError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
+    with pytest.raises(
+        ValueError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"
+    ):
         check_hf_tensors(shapes | {"model.layers.0.self_attn.q_proj.bias": (4,)}, SMALL, "lm", "F")
     with pytest.raises(ValueError, match=r"wrong shapes: model\.norm\.weight \(5,\) for \(4,\)"):
         check_hf_tensors(shapes | {"model.norm.weight": (5,)}, SMALL, "lm", "F")
 
 
 MOE = ModelSpec(
-    "mixtral", 1, 4, num_heads=4, num_kv_heads=2, head_dim=1, ffn_size=3, vocab_size=8, num_experts=4, moe_ffn_size=3
+    "mixtral",
+    1,
+    4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=1,
+    ffn_size=3,
+    vocab_size=8,
+    num_experts=4,
+    moe_ffn_size=3,
 )
 
 
 def test_experts_by_hand() -> None:
     """Two tensor x two data ranks in groups of two: ranks 1 and 3 hold experts 2 and 3, and rank 1 exports them."""
     layout = ParallelLayout(tp=2, dp=2, ep=2)
-    one, three = ({p.name: p for p in local_params(MOE, layout, layout.coords(rank))} for rank in (1, 3))
+    one, three = (
+        {p.name: p for p in local_params(MOE, layout, layout.coords(rank))} for rank in (1, 3)
+    )
     experts = "decoder.layers.0.mlp.experts.local_experts"
     fc1 = one[f"{experts}.1.linear_fc1.weight"]
     assert fc1.shape == (6, 4) and fc1.expert and fc1.tp_dim is None
@@ -186,7 +230,9 @@ def test_experts_by_hand() -> None:
     ]
     fc2 = one[f"{experts}.0.linear_fc2.weight"]
     assert fc2.shape == (4, 3)
-    assert [p.hf_name for p in fc2.pieces] == ["model.layers.0.block_sparse_moe.experts.2.w2.weight"]
+    assert [p.hf_name for p in fc2.pieces] == [
+        "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    ]
     assert fc1.primary and not three[f"{experts}.1.linear_fc1.weight"].primary
     router = one["decoder.layers.0.mlp.router.weight"]
     assert router.shape == (4, 4) and not router.expert and not router.primary
@@ -195,9 +241,12 @@ def test_experts_by_hand() -> None:
 def test_transformer_engine_names_experts_as_one_group() -> None:
     layout = ParallelLayout(dp=2, ep=2)
     names = {
-        p.name.removeprefix("decoder.layers.0.") for p in local_params(MOE, layout, layout.coords(1), 0, "lm", "te")
+        p.name.removeprefix("decoder.layers.0.")
+        for p in local_params(MOE, layout, layout.coords(1), 0, "lm", "te")
     }
-    assert {f"mlp.experts.linear_fc{n}.weight{expert}" for n in (1, 2) for expert in (0, 1)} <= names
+    assert {
+        f"mlp.experts.linear_fc{n}.weight{expert}" for n in (1, 2) for expert in (0, 1)
+    } <= names
     assert {"pre_mlp_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"} <= names
     assert not any(name.startswith("mlp.linear_fc") for name in names)
 
@@ -206,6 +255,16 @@ def test_vocabulary_padding_by_hand() -> None:
     """Five rows over four ranks, two each: the third rank has one, the fourth none."""
     spec = ModelSpec(**{**vars(SMALL), "num_kv_heads": 4, "vocab_size": 5})
     layout = ParallelLayout(tp=4)
-    params = [p for rank in range(4) for p in local_params(spec, layout, layout.coords(rank)) if "word" in p.name]
+    params = [
+        p
+        for rank in range(4)
+        for p in local_params(spec, layout, layout.coords(rank))
+        if "word" in p.name
+    ]
     assert [p.shape for p in params] == [(2, 4)] * 4
-    assert [[piece.hf_box[0] for piece in p.pieces] for p in params] == [[(0, 2)], [(2, 4)], [(4, 5)], []]
+    assert [[piece.hf_box[0] for piece in p.pieces] for p in params] == [
+        [(0, 2)],
+        [(2, 4)],
+        [(4, 5)],
+        [],
+    ]

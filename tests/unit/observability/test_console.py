@@ -37,7 +37,10 @@ def test_plain_output_is_exact() -> None:
         console.header(["model [bold]x[/bold]", "layout TP3×PP2×DP1"], total_steps=40)
         with console.phase("validate"):
             clock[0] = 65.0
-        console.validation("before", {"val-core/arithmetic/acc/greedy": 0.21, "val-core/arithmetic/acc/mean@4": 0.0925})
+        console.validation(
+            "before",
+            {"val-core/arithmetic/acc/greedy": 0.21, "val-core/arithmetic/acc/mean@4": 0.0925},
+        )
         with console.phase("generate"):
             pass
         console.step(METRICS, 1, 40)
@@ -103,14 +106,20 @@ def test_live_bar_shows_phase_and_eta_and_goes_away(monkeypatch: pytest.MonkeyPa
 
 def test_the_terminal_is_given_back_when_a_phase_raises() -> None:
     out = io.StringIO()
-    with pytest.raises(RuntimeError), Console(out, interactive=True) as console, console.phase("generate"):
+    with (
+        pytest.raises(RuntimeError),
+        Console(out, interactive=True) as console,
+        console.phase("generate"),
+    ):
         raise RuntimeError
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")
 
 
 def test_every_metric_shown_is_documented() -> None:
     documented = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    shown = [name for _, name, _ in STEP_FIELDS] + [f"timing_s/{p}" for _, phases in STEP_PHASES for p in phases]
+    shown = [name for _, name, _ in STEP_FIELDS] + [
+        f"timing_s/{p}" for _, phases in STEP_PHASES for p in phases
+    ]
     assert [name for name in shown if f"`{name}`" not in documented] == []
 
 

@@ -54,7 +54,11 @@ def test_a_phase_that_raises_is_still_counted() -> None:
 
 def test_phases_do_not_nest() -> None:
     timer = PhaseTimer()
-    with timer.phase("generate"), pytest.raises(AssertionError, match="inside"), timer.phase("score"):
+    with (
+        timer.phase("generate"),
+        pytest.raises(AssertionError, match="inside"),
+        timer.phase("score"),
+    ):
         pass
 
 
@@ -86,7 +90,12 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
     with MetricsWriter(tmp_path, resume_step=3, tensorboard=False) as writer:
         writer.write(4, {"x": 40})
-    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
@@ -112,7 +121,11 @@ def test_tensorboard_has_the_same_curve_after_a_resume(tmp_path: Path) -> None:
         writer.write(3, {"critic/score/mean": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [(1, 0.25), (2, 0.5), (3, 1.0)]
+    assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 1.0),
+    ]
 
 
 def test_reading_what_is_no_run_or_broken(tmp_path: Path) -> None:
@@ -135,7 +148,9 @@ def test_names_are_taken_apart() -> None:
     assert phase_seconds(row) == {"generate": 2.0}
 
 
-def test_a_run_goes_on_without_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_without_tensorboard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Full:
         def add_scalar(self, *_: object) -> None:
             raise OSError(28, "No space left on device")
@@ -146,4 +161,7 @@ def test_a_run_goes_on_without_tensorboard(tmp_path: Path, caplog: pytest.LogCap
         for step in (1, 2):
             writer.write(step, {"loss": 0.5})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    assert caplog.text.count("no more TensorBoard files (OSError: [Errno 28] No space left on device)") == 1
+    assert (
+        caplog.text.count("no more TensorBoard files (OSError: [Errno 28] No space left on device)")
+        == 1
+    )

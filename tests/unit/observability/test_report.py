@@ -69,7 +69,10 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert len(picture) > 20_000
     text = path.read_text()
     # 0.2: sqrt(.2*.8/100) = 4.0 points; 0.5: 5.0 points; together sqrt(16 + 25) = 6.4
-    assert "| arithmetic | greedy | 100 | 20.0 ± 4.0 % (step 0) | 50.0 ± 5.0 % (step 4) | +30.0 ± 6.4 |" in text
+    assert (
+        "| arithmetic | greedy | 100 | 20.0 ± 4.0 % (step 0) | 50.0 ± 5.0 % (step 4) | +30.0 ± 6.4 |"
+        in text
+    )
     assert "Steps 0 to 4, 1.3 min." in text  # 6 + 4 * 18 = 78 s
     assert "| update_actor | 12.0 | 4 | 48 | 63% |" in text  # of 48 + 16 + 12 = 76 s
     assert "| validate | 6.0 | 2 | 12 | 16% |" in text
@@ -105,18 +108,28 @@ def test_partial_run_without_validation_or_samples(tmp_path: Path) -> None:
 def test_one_validation_has_no_gain(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(0, {"val-core/a/b/acc/greedy": 0.25})
-    assert "| a/b | greedy | not recorded | 25.0% (step 0) | – | – |" in make_report(tmp_path).read_text()
+    assert (
+        "| a/b | greedy | not recorded | 25.0% (step 0) | – | – |"
+        in make_report(tmp_path).read_text()
+    )
 
 
 def test_a_reward_model_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step, mean in ((0, -1.0), (5, 0.5)):
             writer.write(
-                step, {"val-core/hh/reward_model/greedy": mean, "val-aux/hh/reward_model/greedy/se": 0.3 + step}
+                step,
+                {
+                    "val-core/hh/reward_model/greedy": mean,
+                    "val-aux/hh/reward_model/greedy/se": 0.3 + step,
+                },
             )
     text = make_report(tmp_path).read_text()
     assert "Only a reward model scored: nothing is right or wrong." in text
-    assert "| hh | greedy | -1.000 ± 0.300 (step 0) | 0.500 ± 5.300 (step 5) | +1.500 ± 5.308 |" in text
+    assert (
+        "| hh | greedy | -1.000 ± 0.300 (step 0) | 0.500 ± 5.300 (step 5) | +1.500 ± 5.308 |"
+        in text
+    )
     assert "| 5 | – | – | 0.500 |" in learning_table(tmp_path)
 
 
@@ -145,7 +158,10 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path, capsys: pytest.CaptureFi
     with MetricsWriter(tmp_path / "c", tensorboard=False) as writer:
         writer.write(1, step_metrics(0.9))
     compare([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"], both)
-    assert alone.read_bytes()[:4] == both.read_bytes()[:4] == b"\x89PNG" and alone.read_bytes() != both.read_bytes()
+    assert (
+        alone.read_bytes()[:4] == both.read_bytes()[:4] == b"\x89PNG"
+        and alone.read_bytes() != both.read_bytes()
+    )
     assert capsys.readouterr().out.split() == [str(alone), str(both)]
     with pytest.raises(ValueError, match="is not the folder of a run"):
         compare([tmp_path / "nothing"], alone)

@@ -19,7 +19,9 @@ def test_a_rank_holds_a_chunk_from_either_end_of_each_sequence() -> None:
 
 @pytest.mark.parametrize("ends", RUNS)
 @pytest.mark.parametrize("cp", [2, 4])
-def test_ranks_hold_every_position_once_and_are_put_in_order_again(ends: list[int], cp: int) -> None:
+def test_ranks_hold_every_position_once_and_are_put_in_order_again(
+    ends: list[int], cp: int
+) -> None:
     gathered = torch.cat([held_positions(ends, cp, rank) for rank in range(cp)])
     assert sorted(gathered.tolist()) == list(range(ends[-1]))
     assert gathered[gathered_order(ends, cp)].tolist() == list(range(ends[-1]))
@@ -29,7 +31,9 @@ def test_ranks_hold_every_position_once_and_are_put_in_order_again(ends: list[in
 def test_every_rank_attends_to_as_many_positions(cp: int) -> None:
     def work(rank: int) -> int:
         held = ((range(c.start, c.stop), c.sequence) for c in held_chunks([0, 16, 48], cp, rank))
-        return sum(position - sequence + 1 for positions, sequence in held for position in positions)
+        return sum(
+            position - sequence + 1 for positions, sequence in held for position in positions
+        )
 
     assert len({work(rank) for rank in range(cp)}) == 1
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords, ranges
 
 SIZES = st.integers(1, 4)
-LAYOUTS = st.builds(ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3), cp=st.integers(1, 2))
+LAYOUTS = st.builds(
+    ParallelLayout, tp=SIZES, pp=SIZES, dp=SIZES, vpp=st.integers(1, 3), cp=st.integers(1, 2)
+)
 
 
 def test_tensor_ranks_are_neighbours_then_context_then_data_then_pipeline() -> None:
@@ -42,7 +44,16 @@ def test_expert_groups_are_runs_of_ranks_within_a_stage() -> None:
     assert [c.ep for c in coords] == [0, 1, 2, 3] * 4
     assert [layout.expert_replica(c) for c in coords] == [0, 0, 0, 0, 1, 1, 1, 1] * 2
     shared = ParallelLayout(tp=2, dp=2, cp=2, ep=4)
-    assert [shared.expert_replica(shared.coords(rank)) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [shared.expert_replica(shared.coords(rank)) for rank in range(8)] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 @settings(deadline=None)
@@ -56,7 +67,11 @@ def test_one_collector_a_data_rank_on_the_last_stage(layout: ParallelLayout) -> 
 @given(LAYOUTS, st.integers(1, 3))
 def test_layers_are_partitioned_over_stages(layout: ParallelLayout, per_chunk: int) -> None:
     total = layout.pp * layout.vpp * per_chunk
-    held = [list(layout.layers(total, p, chunk)) for chunk in range(layout.vpp) for p in range(layout.pp)]
+    held = [
+        list(layout.layers(total, p, chunk))
+        for chunk in range(layout.vpp)
+        for p in range(layout.pp)
+    ]
     # Chunk by chunk, rank by rank: the order of the forward pass.
     assert [layer for stage in held for layer in stage] == list(range(total))
 
@@ -73,7 +88,12 @@ def test_uneven_stages() -> None:
     assert [list(layout.layers(8, p)) for p in range(4)] == [[0], [1, 2], [3, 4], [5, 6, 7]]
     assert ParallelLayout(pp=2, last_stage_layers=2).stage_layers(5) == [3, 2]
     interleaved = ParallelLayout(pp=2, vpp=2, first_stage_layers=2)
-    assert [list(interleaved.layers(6, p, c)) for c in (0, 1) for p in (0, 1)] == [[0], [1, 2], [3], [4, 5]]
+    assert [list(interleaved.layers(6, p, c)) for c in (0, 1) for p in (0, 1)] == [
+        [0],
+        [1, 2],
+        [3],
+        [4, 5],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,10 +120,18 @@ def test_text() -> None:
     assert str(ParallelLayout(2, 3, 4)) == "TP2×PP3×DP4"
     assert str(ParallelLayout(2, 3, 4, vpp=2)) == "TP2×PP3×DP4×VPP2"
     assert str(ParallelLayout(2, 3, 4, ep=8)) == "TP2×PP3×DP4×EP8"
-    assert str(ParallelLayout(2, 3, 4, first_stage_layers=1, last_stage_layers=2)) == "TP2×PP3(first 1, last 2)×DP4"
+    assert (
+        str(ParallelLayout(2, 3, 4, first_stage_layers=1, last_stage_layers=2))
+        == "TP2×PP3(first 1, last 2)×DP4"
+    )
 
 
 def test_numbers_of_ranks_as_text() -> None:
-    assert [ranges(numbers) for numbers in ([3], [0, 1, 2, 3], [0, 1, 4, 5], [])] == ["3", "0-3", "0-1, 4-5", ""]
+    assert [ranges(numbers) for numbers in ([3], [0, 1, 2, 3], [0, 1, 4, 5], [])] == [
+        "3",
+        "0-3",
+        "0-1, 4-5",
+        "",
+    ]
     assert ranges([0, 2, 4, 6]) == "0, 2, 4, …"
     assert ranges([0, 2, 4, 6], most=4) == "0, 2, 4, 6"

@@ -23,7 +23,9 @@ def test_nobody_else_gets_the_port_and_who_comes_early_waits() -> None:
         other.bind(("", port))
     answers = []
     early = threading.Thread(
-        target=lambda: answers.append(TCPStore("127.0.0.1", port, 2, is_master=False, timeout=TEN_S).get("key"))
+        target=lambda: answers.append(
+            TCPStore("127.0.0.1", port, 2, is_master=False, timeout=TEN_S).get("key")
+        )
     )
     early.start()
     host_meeting(port, 10.0)

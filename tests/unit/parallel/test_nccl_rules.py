@@ -20,7 +20,11 @@ SHORT = timedelta(seconds=2)
 def run(rank: int, port: int, body: Callable[[int], Any]) -> Any:
     nccl_rules.register()
     dist.init_process_group(
-        nccl_rules.NAME, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=SHORT
+        nccl_rules.NAME,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=SHORT,
     )
     return body(rank)
 

@@ -24,7 +24,9 @@ def test_importing_and_choosing_cpu_loads_neither_torch_nor_megatron() -> None:
         "p.memory_gib(), p.ray_resources, p.transformer_config_overrides();"
         "assert not {'torch', 'megatron', 'ray'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(platform.__file__).parents[2], timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(platform.__file__).parents[2], timeout=60
+    )
 
 
 def test_auto_falls_back_to_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,12 +38,16 @@ def test_auto_falls_back_to_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_cuda_without_a_gpu_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"cluster\.platform=cuda, but .* set cluster\.platform=cpu"):
+    with pytest.raises(
+        ValueError, match=r"cluster\.platform=cuda, but .* set cluster\.platform=cpu"
+    ):
         choose_platform("cuda")
 
 
 def test_unknown_platform_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cluster\.platform='tpu' is not one of auto, cpu, cuda, as_gpu"):
+    with pytest.raises(
+        ValueError, match=r"cluster\.platform='tpu' is not one of auto, cpu, cuda, as_gpu"
+    ):
         choose_platform("tpu")
 
 
@@ -51,7 +57,11 @@ def test_gpu_is_chosen_where_there_is_one(requested: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H100")
     chosen = choose_platform(requested)
-    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == ("cuda", "nccl", {"GPU": 1.0})
+    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == (
+        "cuda",
+        "nccl",
+        {"GPU": 1.0},
+    )
     assert chosen.reason.endswith("found 8 x H100")
 
 
@@ -62,14 +72,18 @@ def test_cuda_device_index_within_what_the_worker_sees(monkeypatch: pytest.Monke
     assert str(CUDAPlatform("test").device(5)) == "cuda:0"
 
 
-def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[str] = []
     monkeypatch.setattr(platform.os, "environ", {})
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setattr(platform, "use_torchs_cudnn", lambda: done.append("cudnn"))
-    monkeypatch.setattr(platform.megatron_patches, "apply", lambda kind: done.append(f"patches for {kind}"))
+    monkeypatch.setattr(
+        platform.megatron_patches, "apply", lambda kind: done.append(f"patches for {kind}")
+    )
     CUDAPlatform("test").prepare_worker(local_rank=0, threads=1)
     assert done == ["cudnn", "patches for cuda"]
 
@@ -86,7 +100,9 @@ def test_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path:
     limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
     limit.write_text(f"{1 << 29}\n")
     unlimited.write_text("max\n")
-    monkeypatch.setattr(platform, "_CGROUP_LIMITS", (str(unlimited), str(limit), str(tmp_path / "absent")))
+    monkeypatch.setattr(
+        platform, "_CGROUP_LIMITS", (str(unlimited), str(limit), str(tmp_path / "absent"))
+    )
     assert CPUPlatform("test").memory_gib() == 0.5 < whole
 
 
@@ -112,7 +128,10 @@ def test_platforms_travel_to_workers() -> None:
 
 def test_auto_dtype_follows_the_hardware() -> None:
     config = resolve_platform(Config(), CUDAPlatform(reason="test"))
-    assert config.model.dtype == config.rollout.dtype == "bfloat16" and config.cluster.platform == "cuda"
+    assert (
+        config.model.dtype == config.rollout.dtype == "bfloat16"
+        and config.cluster.platform == "cuda"
+    )
     assert CPUPlatform(reason="test").fast_dtype in ("bfloat16", "float32")
     assert config.rollout.enforce_eager is False
     assert resolve_platform(Config(), CPUPlatform(reason="test")).rollout.enforce_eager is True
@@ -130,7 +149,9 @@ def test_a_rank_as_on_gpus_has_one_device(shown: str, monkeypatch: pytest.Monkey
 
 def test_processes_on_gpus_start_with_what_cuda_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512, expandable_segments:False")
+    monkeypatch.setenv(
+        "PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512, expandable_segments:False"
+    )
     cuda = CUDAPlatform("test")
     exact = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
     for process in ("trainer", "engine"):
@@ -143,7 +164,9 @@ def test_processes_on_gpus_start_with_what_cuda_reads_once(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_memory_that_cannot_be_shared_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_shared_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
     with pytest.raises(ValueError, match="take expandable_segments:True out of it"):

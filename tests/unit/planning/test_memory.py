@@ -60,10 +60,15 @@ def test_states_of_7b_by_hand() -> None:
 
 def test_replicas_share_the_optimizer_out() -> None:
     layout = ParallelLayout(dp=3, pp=2)
-    spec = replace(QWEN_7B, num_layers=2, hidden_size=24, ffn_size=20, num_heads=2, num_kv_heads=1, head_dim=6)
+    spec = replace(
+        QWEN_7B, num_layers=2, hidden_size=24, ffn_size=20, num_heads=2, num_kv_heads=1, head_dim=6
+    )
     for pp in (0, 1):
         ranks = [layout.rank(0, pp, dp) for dp in range(3)]
-        owned = [model_states(spec, layout, layout.coords(r), "lm", "bfloat16").master // 4 for r in ranks]
+        owned = [
+            model_states(spec, layout, layout.coords(r), "lm", "bfloat16").master // 4
+            for r in ranks
+        ]
         assert sum(owned) == chunk_sizes(spec, layout, pp, 0, "lm").total
 
 
@@ -74,9 +79,15 @@ def test_in_flight_micro_batches() -> None:
 
 
 def test_a_rank_has_every_model_and_every_phase() -> None:
-    made = plan(**COLOCATED, algorithm={"use_kl_in_reward": True}, critic={"ppo_micro_batch_size_per_gpu": 2})
+    made = plan(
+        **COLOCATED,
+        algorithm={"use_kl_in_reward": True},
+        critic={"ppo_micro_batch_size_per_gpu": 2},
+    )
     for rank in made.memory.ranks:
-        assert tuple(phase.phase for phase in rank.phases) == tuple(name for name in PHASES if name != "score")
+        assert tuple(phase.phase for phase in rank.phases) == tuple(
+            name for name in PHASES if name != "score"
+        )
         assert set(rank.states) == {"actor", "critic", "ref"}
         assert rank.states["ref"].gradients == rank.states["ref"].optimizer == 0
         assert all(set(rank.resident) <= set(phase.terms) for phase in rank.phases)
@@ -86,10 +97,14 @@ def test_a_rank_has_every_model_and_every_phase() -> None:
 
 
 def test_the_device_that_is_too_small_is_told_with_phase_rank_and_term() -> None:
-    made = plan(parse_cluster("8xA100", HARDWARE), **COLOCATED, algorithm={"use_kl_in_reward": True})
+    made = plan(
+        parse_cluster("8xA100", HARDWARE), **COLOCATED, algorithm={"use_kl_in_reward": True}
+    )
     (problem,) = made.problems
     rank, phase = made.memory.peak
-    assert problem.startswith(f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place})")
+    assert problem.startswith(
+        f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place})"
+    )
     assert f"{(phase.total - 79.2 * GIB) / GIB:.1f} more than the 79.2 of a device" in problem
 
 
@@ -108,7 +123,10 @@ def test_more_of_anything_needs_more() -> None:
 
 def test_context_ranks_share_out_activations() -> None:
     def activations(**layout: int) -> int:
-        made = plan(data={"max_response_length": 15360}, actor={"layout": layout, "ppo_micro_batch_size_per_gpu": 1})
+        made = plan(
+            data={"max_response_length": 15360},
+            actor={"layout": layout, "ppo_micro_batch_size_per_gpu": 1},
+        )
         return made.memory.ranks[0].own("update_actor")
 
     # But for the head, of which every rank has one chunk at once.
@@ -121,19 +139,33 @@ def test_fp8_engines_hold_bytes() -> None:
     whole = plan(**alone).memory.engine
     rollout = alone["rollout"] | {"quantization": "fp8_per_channel"}
     half = plan(**{**alone, "rollout": rollout}).memory.engine
-    layers, scales = 28 * (4608 * 3584 + 3584**2 + 3 * 18944 * 3584), 28 * (4608 + 2 * 3584 + 2 * 18944)
+    layers, scales = (
+        28 * (4608 * 3584 + 3584**2 + 3 * 18944 * 3584),
+        28 * (4608 + 2 * 3584 + 2 * 18944),
+    )
     assert whole.weights - half.weights == layers - 4 * scales
     assert half.kv_cache - whole.kv_cache == layers - 4 * scales
 
 
 def test_engines_on_devices_of_their_own() -> None:
-    apart = {"engines": 2, "tensor_parallel_size": 2, "placement": "disaggregated", "gpu_memory_utilization": 0.9}
+    apart = {
+        "engines": 2,
+        "tensor_parallel_size": 2,
+        "placement": "disaggregated",
+        "gpu_memory_utilization": 0.9,
+    }
     made = plan(parse_cluster("12xH100", HARDWARE), actor={"layout": LAYOUT}, rollout=apart)
     *training, engines = made.memory.ranks
     assert engines.ranks == (8, 9, 10, 11)
     assert all("vLLM" not in rank.resident for rank in training)
-    assert engines.resident["vLLM"] == made.memory.engine.total == pytest.approx(0.9 * 79.1 * GIB, abs=2)
-    assert any(p.startswith("devices:") for p in plan(actor={"layout": LAYOUT}, rollout=apart).problems)
+    assert (
+        engines.resident["vLLM"]
+        == made.memory.engine.total
+        == pytest.approx(0.9 * 79.1 * GIB, abs=2)
+    )
+    assert any(
+        p.startswith("devices:") for p in plan(actor={"layout": LAYOUT}, rollout=apart).problems
+    )
 
 
 def test_a_critic_of_its_own() -> None:
@@ -143,7 +175,11 @@ def test_a_critic_of_its_own() -> None:
         ((0, 1), "actor pp0, critic pp0"), ((2, 3), "actor pp0"), ((4, 5, 6, 7), "actor pp1"),
     ]  # fmt: skip
     assert beside[0].resident["process"] == 2 * beside[1].resident["process"]
-    apart = plan(parse_cluster("10xH100", HARDWARE), **COLOCATED, critic={**critic, "placement": "disaggregated"})
+    apart = plan(
+        parse_cluster("10xH100", HARDWARE),
+        **COLOCATED,
+        critic={**critic, "placement": "disaggregated"},
+    )
     *_, last = apart.memory.ranks
     assert (last.ranks, set(last.states)) == ((8, 9), {"critic"})
     assert [phase.phase for phase in last.phases] == ["generate", "values", "update_critic"]
@@ -155,20 +191,28 @@ def test_states_that_wait_on_the_host_and_engines_that_sleep() -> None:
     offloaded = plan(**COLOCATED, **kl, model={"offload": True})
     rank, other = base.memory.ranks[0], offloaded.memory.ranks[0]
     assert set(other.resident) == {"process", "vLLM context", "vLLM"}
-    terms = {phase.phase: set(phase.terms) - set(other.resident) - {"activations", "buckets"} for phase in other.phases}
+    terms = {
+        phase.phase: set(phase.terms) - set(other.resident) - {"activations", "buckets"}
+        for phase in other.phases
+    }
     assert terms["generate"] == set()
     assert terms["ref_logprobs"] == {"ref weights"}
     assert terms["sync_weights"] == {"actor weights"}
     assert terms["update_critic"] == {"critic weights", "critic gradients", "critic optimizer"}
     kept = sum(
-        state.weights + state.optimizer for r in base.memory.ranks for state in r.states.values() for _ in r.ranks
+        state.weights + state.optimizer
+        for r in base.memory.ranks
+        for state in r.states.values()
+        for _ in r.ranks
     )
     assert offloaded.memory.host.terms["offloaded states"] == kept
     assert offloaded.time.step_s > base.time.step_s
     rollout = {**COLOCATED["rollout"], "sleep": True, "gpu_memory_utilization": 0.8}
     asleep = plan(**{**COLOCATED, "rollout": rollout}, **kl, model={"offload": True})
     assert asleep.memory.ranks[0].peak.phase == "generate"
-    updates = next(phase for phase in asleep.memory.ranks[0].phases if phase.phase == "update_actor")
+    updates = next(
+        phase for phase in asleep.memory.ranks[0].phases if phase.phase == "update_actor"
+    )
     assert "vLLM" not in updates.terms and updates.terms["vLLM asleep"] == GIB // 2
     assert rank.peak.total > other.peak.total
 
@@ -180,7 +224,9 @@ def test_a_reward_model_has_its_own_shape_and_phase() -> None:
     assert first.place == "actor pp0, reward pp0" and second.place == "actor pp1"
     layout = ParallelLayout(dp=4)
     spec = load_spec(reward["path"], with_weights=False)
-    states = model_states(spec, layout, layout.coords(0), "value", "bfloat16", trained=False, style="te")
+    states = model_states(
+        spec, layout, layout.coords(0), "value", "bfloat16", trained=False, style="te"
+    )
     assert first.states["reward"] == states and states.gradients == 0
     assert [phase.phase for phase in first.phases][:2] == ["generate", "score"]
     assert "score" in [phase.phase for phase in made.time.phases]
@@ -190,7 +236,9 @@ def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
     small = {"engines": 8, "tensor_parallel_size": 1, "gpu_memory_utilization": 0.18}
     made = plan(actor={"layout": LAYOUT}, rollout=small)
     engine = made.memory.engine
-    assert engine.kv_cache == 0 and engine.missing > engine.one_sequence  # not even the weights have room
+    assert (
+        engine.kv_cache == 0 and engine.missing > engine.one_sequence
+    )  # not even the weights have room
     budget = int(0.18 * 79.1 * GIB)
     assert engine.missing == engine.weights + engine.activations + engine.one_sequence - budget
     (problem,) = (text for text in made.problems if text.startswith("vLLM"))
@@ -216,15 +264,23 @@ def test_an_engine_takes_more_than_its_share() -> None:
     a_token = 2 * (4 * 3584 + 3 * 18944 // 2)
     graphs = int(GRAPHS_GIB * GIB)
     assert engine.activations == 16384 * a_token + 3 * 64 * 4 * 76032 + graphs
-    few = plan(actor={"layout": LAYOUT}, rollout=COLOCATED["rollout"] | {"max_num_seqs": 2}).memory.engine
-    assert few.activations == 2 * 1024 * a_token + 3 * 2 * 4 * 76032 + graphs  # of no more than all sequences
+    few = plan(
+        actor={"layout": LAYOUT}, rollout=COLOCATED["rollout"] | {"max_num_seqs": 2}
+    ).memory.engine
+    assert (
+        few.activations == 2 * 1024 * a_token + 3 * 2 * 4 * 76032 + graphs
+    )  # of no more than all sequences
 
 
 def test_tight_is_between_fitting_and_not() -> None:
     """The peak is within the device, but little is left for holes between blocks and what is not counted."""
 
     def on(gib: float) -> Plan:
-        return plan(Cluster(replace(HARDWARE["H100"], memory_gib=gib), 8, 8), actor={"layout": LAYOUT}, rollout=apart)
+        return plan(
+            Cluster(replace(HARDWARE["H100"], memory_gib=gib), 8, 8),
+            actor={"layout": LAYOUT},
+            rollout=apart,
+        )
 
     apart = {"engines": 2, "placement": "disaggregated"}
     base = on(79.1).memory
@@ -234,7 +290,9 @@ def test_tight_is_between_fitting_and_not() -> None:
     devices = "devices: "
     cluster = [on(need - 0.1), on(need + 0.1), on(need + 2 * free)]
     assert [bool(made.memory.tight) for made in cluster] == [False, True, False]
-    fits = [not [text for text in made.problems if not text.startswith(devices)] for made in cluster]
+    fits = [
+        not [text for text in made.problems if not text.startswith(devices)] for made in cluster
+    ]
     assert fits == [False, True, True]
     (text,) = cluster[1].memory.tight
     assert text.startswith(
@@ -246,13 +304,29 @@ def test_70b_on_16_devices_of_80_gb_is_not_said_to_fit() -> None:
     """States of 16 bytes a weight alone leave a few GiB: people run out of memory here."""
     spec = load_spec(ROOT / "configs/models/Llama-3.1-70B-Instruct", with_weights=False)
     layout = {"tp": 8, "pp": 2, "sequence_parallel": True, "recompute": "full"}
-    rollout = {"engines": 2, "tensor_parallel_size": 8, "sleep": True, "gpu_memory_utilization": 0.6}
-    raw = {"model": {"offload": True}, "algorithm": {"adv_estimator": "grpo"}, "data": {"max_response_length": 1024}}
+    rollout = {
+        "engines": 2,
+        "tensor_parallel_size": 8,
+        "sleep": True,
+        "gpu_memory_utilization": 0.6,
+    }
+    raw = {
+        "model": {"offload": True},
+        "algorithm": {"adv_estimator": "grpo"},
+        "data": {"max_response_length": 1024},
+    }
     raw["actor"] = {"layout": layout, "ppo_micro_batch_size_per_gpu": 1}
     beside = plan(parse_cluster("16xH100", HARDWARE), spec, rollout=rollout, **raw)
     assert beside.verdict == "does not fit"
-    assert beside.memory.peak[1].total / GIB - 79.1 < 1  # and would without what a sleeping engine keeps
-    rollout |= {"engines": 1, "sleep": False, "gpu_memory_utilization": 0.9, "placement": "disaggregated"}
+    assert (
+        beside.memory.peak[1].total / GIB - 79.1 < 1
+    )  # and would without what a sleeping engine keeps
+    rollout |= {
+        "engines": 1,
+        "sleep": False,
+        "gpu_memory_utilization": 0.9,
+        "placement": "disaggregated",
+    }
     apart = plan(parse_cluster("24xH100", HARDWARE), spec, rollout=rollout, **raw)
     assert apart.verdict == "tight"
 
@@ -261,19 +335,32 @@ def test_published_states_of_mixtral() -> None:
     """Mixtral 8x7B on 16 H100 as PP2, EP8: 54,251 MiB allocated between steps (NVIDIA/Megatron-LM, issue 756)."""
     spec = load_spec(ROOT / "configs/models/Mixtral-8x7B-Instruct-v0.1", with_weights=False)
     layout = ParallelLayout(pp=2, dp=8, ep=8)
-    states = [model_states(spec, layout, layout.coords(rank), "lm", "bfloat16", style="te").total for rank in (0, 8)]
+    states = [
+        model_states(spec, layout, layout.coords(rank), "lm", "bfloat16", style="te").total
+        for rank in (0, 8)
+    ]
     assert max(states) / GIB == pytest.approx(54_251 / 1024, rel=0.005)
 
 
 def test_cpu_ranks_share_the_host(tmp_path: Path) -> None:
     host = Cluster(replace(HARDWARE["laptop"], host_memory_gib=24.0), 1, 1)
-    spec = replace(QWEN_7B, num_layers=4, hidden_size=256, ffn_size=512, num_heads=4, num_kv_heads=4, head_dim=64)
+    spec = replace(
+        QWEN_7B,
+        num_layers=4,
+        hidden_size=256,
+        ffn_size=512,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=64,
+    )
     made = plan(host, spec, cluster={"platform": "cpu"}, actor={"layout": {"dp": 2}})
     assert made.problems == ()
     trained = sum(len(rank.ranks) * rank.peak.total for rank in made.memory.ranks)
     assert made.memory.host.total > trained
     small = Cluster(replace(HARDWARE["laptop"], host_memory_gib=2.0), 1, 1)
-    (problem,) = plan(small, spec, cluster={"platform": "cpu"}, actor={"layout": {"dp": 2}}).problems
+    (problem,) = plan(
+        small, spec, cluster={"platform": "cpu"}, actor={"layout": {"dp": 2}}
+    ).problems
     assert problem.startswith("host memory: ")
 
 
@@ -291,5 +378,7 @@ def test_hardware_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--gpus '8xV100'"):
         parse_cluster("8xV100", HARDWARE)
     (tmp_path / "mine.yaml").write_text("V100: {memory_gib: 32}\n")
-    with pytest.raises(ValueError, match=r"mine\.yaml: V100 lacks batched_tokens, cores, decode_eager_s, "):
+    with pytest.raises(
+        ValueError, match=r"mine\.yaml: V100 lacks batched_tokens, cores, decode_eager_s, "
+    ):
         load_hardware(tmp_path / "mine.yaml")

@@ -71,7 +71,9 @@ def row(run: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['model']}-{run['gpus']}-{run['release']}")
+@pytest.mark.parametrize(
+    "run", RUNS, ids=lambda run: f"{run['model']}-{run['gpus']}-{run['release']}"
+)
 def test_within_a_quarter_of_what_was_measured(run: dict[str, Any]) -> None:
     made = planned(run)
     assert made.verdict == "fits"

@@ -59,7 +59,9 @@ def test_best_ones_are_accepted_and_fit_and_are_in_order() -> None:
 
 def test_best_is_no_slower_than_what_ships() -> None:
     spec = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
-    shipped = make_plan(MATH, spec, parse_cluster("8xH100", load_hardware()), 7500, Lengths(256, 600))
+    shipped = make_plan(
+        MATH, spec, parse_cluster("8xH100", load_hardware()), 7500, Lengths(256, 600)
+    )
     assert math_on_8().best[0].time.step_s <= shipped.time.step_s
 
 
@@ -90,15 +92,24 @@ def test_nothing_fits_a_device_that_is_too_small() -> None:
 
 def test_stages_of_a_model_that_does_not_divide() -> None:
     spec = load_spec(ROOT / "configs/models/Llama-3.1-405B-Instruct", with_weights=False)
-    uneven = [layout for layout in layouts(spec, 1024, 8, 4096) if layout.pp == 16 and layout.vpp is None]
+    uneven = [
+        layout for layout in layouts(spec, 1024, 8, 4096) if layout.pp == 16 and layout.vpp is None
+    ]
     assert {(layout.first_stage_layers, layout.last_stage_layers) for layout in uneven} == {(7, 7)}
 
 
 def test_long_sequences_are_shared_out_over_context_ranks() -> None:
     spec = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
-    sizes = {longest: {layout.cp for layout in layouts(spec, 8, 8, longest)} for longest in (4096, 8192, 32768)}
+    sizes = {
+        longest: {layout.cp for layout in layouts(spec, 8, 8, longest)}
+        for longest in (4096, 8192, 32768)
+    }
     assert sizes == {4096: {1}, 8192: {1, 2}, 32768: {1, 2, 4, 8}}
-    result = found("8xH100", "Qwen2.5-7B-Instruct", replace(MATH, data=replace(MATH.data, max_response_length=30720)))
+    result = found(
+        "8xH100",
+        "Qwen2.5-7B-Instruct",
+        replace(MATH, data=replace(MATH.data, max_response_length=30720)),
+    )
     assert any(plan.job.derived.layout.cp > 1 for plan in result.best)
 
 
@@ -111,7 +122,15 @@ def test_405b_on_1024_gpus_in_seconds() -> None:
 
 def test_command_writes_what_load_config_accepts(tmp_path: Path) -> None:
     target = tmp_path / "best.yaml"
-    arguments = ["plan", str(ROOT / "configs/math.yaml"), "--gpus", "8xH100", "--search", "--write", str(target)]
+    arguments = [
+        "plan",
+        str(ROOT / "configs/math.yaml"),
+        "--gpus",
+        "8xH100",
+        "--search",
+        "--write",
+        str(target),
+    ]
     shapes = ["--model-config", str(ROOT / "configs/models/Qwen2.5-7B-Instruct/config.json")]
     done = CliRunner().invoke(cli.app, [*arguments, *shapes, "--json"])
     assert done.exit_code == 0, done.exception
@@ -127,7 +146,10 @@ def test_command_writes_what_load_config_accepts(tmp_path: Path) -> None:
 def test_search_needs_gpus_and_write_needs_search() -> None:
     quickstart = [str(ROOT / "configs/quickstart.yaml"), "--model-config"]
     shape = str(ROOT / "configs/models/Qwen2.5-0.5B-Instruct")
-    for extra, message in ((["--search"], "give --gpus"), (["--write", "x.yaml"], "give --search as well")):
+    for extra, message in (
+        (["--search"], "give --gpus"),
+        (["--write", "x.yaml"], "give --search as well"),
+    ):
         done = CliRunner().invoke(cli.app, ["plan", *quickstart, shape, *extra])
         assert message in str(done.exception)
 

@@ -34,8 +34,14 @@ def config(**raw: Any) -> Config:
 
 
 def times(on: Cluster | None = None, lengths: Lengths = LENGTHS, **raw: Any) -> TimePlan:
-    made = {"data": {"train_batch_size": 64}, "actor": {"layout": {"dp": 8}}, "rollout": {"engines": 8}} | raw
-    return plan_time(make_job(config(**made), QWEN_7B, on or parse_cluster("8xH100", HARDWARE), lengths=lengths))
+    made = {
+        "data": {"train_batch_size": 64},
+        "actor": {"layout": {"dp": 8}},
+        "rollout": {"engines": 8},
+    } | raw
+    return plan_time(
+        make_job(config(**made), QWEN_7B, on or parse_cluster("8xH100", HARDWARE), lengths=lengths)
+    )
 
 
 def seconds(plan: TimePlan, phase: str) -> float:
@@ -44,7 +50,9 @@ def seconds(plan: TimePlan, phase: str) -> float:
 
 def test_operations_are_twice_the_weights() -> None:
     weights = QWEN_7B.num_layers * layer_weights(QWEN_7B) + QWEN_7B.vocab_size * QWEN_7B.hidden_size
-    assert weights == pytest.approx(7_615_616_512 - QWEN_7B.vocab_size * QWEN_7B.hidden_size, rel=1e-4)
+    assert weights == pytest.approx(
+        7_615_616_512 - QWEN_7B.vocab_size * QWEN_7B.hidden_size, rel=1e-4
+    )
     flops = QWEN_7B.num_layers * layer_flops(QWEN_7B, 1, 0) + head_flops(QWEN_7B, 1)
     assert flops == 2 * weights
     moe = load_spec(ROOT / "configs/models/Qwen3-30B-A3B", with_weights=False)
@@ -54,8 +62,13 @@ def test_operations_are_twice_the_weights() -> None:
 
 def test_an_update_on_one_rank_by_hand() -> None:
     free = replace(HARDWARE["H100"], layer_overhead_s=0.0, matmul_half=0.0, matmul_efficiency=0.42)
-    raw = {"data": {"train_batch_size": 8}, "actor": {"ppo_mini_batch_size": 8, "ppo_micro_batch_size_per_gpu": 8}}
-    job = make_job(config(**raw), QWEN_7B, Cluster(free, 1, 1), lengths=Lengths(256, 256, padded=512))
+    raw = {
+        "data": {"train_batch_size": 8},
+        "actor": {"ppo_mini_batch_size": 8, "ppo_micro_batch_size_per_gpu": 8},
+    }
+    job = make_job(
+        config(**raw), QWEN_7B, Cluster(free, 1, 1), lengths=Lengths(256, 256, padded=512)
+    )
     update = next(phase for phase in plan_time(job).phases if phase.phase == "update_actor")
     layers = 3 * QWEN_7B.num_layers * layer_flops(QWEN_7B, 8 * 512, 256)
     head = 4 * head_flops(QWEN_7B, 8 * 256)
@@ -65,16 +78,30 @@ def test_an_update_on_one_rank_by_hand() -> None:
 
 def test_what_makes_a_step_slower() -> None:
     base = times()
-    full, selective = (times(actor={"layout": {"dp": 8, "recompute": mode}}) for mode in ("full", "selective"))
-    assert seconds(full, "update_actor") == pytest.approx(seconds(base, "update_actor") * 4 / 3, rel=0.1)
-    assert seconds(base, "update_actor") < seconds(selective, "update_actor") < seconds(full, "update_actor")
-    assert seconds(full, "old_logprobs") == seconds(selective, "old_logprobs") == seconds(base, "old_logprobs")
-    fp8 = times(rollout={"engines": 8, "quantization": "fp8_per_channel"})
-    assert seconds(fp8, "generate") < seconds(base, "generate") and seconds(fp8, "sync_weights") == seconds(
-        base, "sync_weights"
+    full, selective = (
+        times(actor={"layout": {"dp": 8, "recompute": mode}}) for mode in ("full", "selective")
     )
+    assert seconds(full, "update_actor") == pytest.approx(
+        seconds(base, "update_actor") * 4 / 3, rel=0.1
+    )
+    assert (
+        seconds(base, "update_actor")
+        < seconds(selective, "update_actor")
+        < seconds(full, "update_actor")
+    )
+    assert (
+        seconds(full, "old_logprobs")
+        == seconds(selective, "old_logprobs")
+        == seconds(base, "old_logprobs")
+    )
+    fp8 = times(rollout={"engines": 8, "quantization": "fp8_per_channel"})
+    assert seconds(fp8, "generate") < seconds(base, "generate") and seconds(
+        fp8, "sync_weights"
+    ) == seconds(base, "sync_weights")
     buckets = {"dp": 8, "overlap_grad_reduce": True}
-    mini = {"ppo_mini_batch_size": 16}  # four optimizer steps; of the gathers the last is waited for
+    mini = {
+        "ppo_mini_batch_size": 16
+    }  # four optimizer steps; of the gathers the last is waited for
     late, early = (
         next(p for p in times(actor={"layout": buckets | {"overlap_param_gather": on}, **mini}).phases
              if p.phase == "update_actor").parts["gradients over replicas"]
@@ -85,13 +112,18 @@ def test_what_makes_a_step_slower() -> None:
     bubble = next(phase for phase in piped.phases if phase.phase == "update_actor").parts["bubble"]
     assert bubble > 0
     assert (
-        times(parse_cluster("8xA100", HARDWARE)).step_s > base.step_s > times(parse_cluster("8xB200", HARDWARE)).step_s
+        times(parse_cluster("8xA100", HARDWARE)).step_s
+        > base.step_s
+        > times(parse_cluster("8xB200", HARDWARE)).step_s
     )
 
 
 def test_context_ranks_share_out_a_sequence_and_exchange_keys_and_values() -> None:
     """Four ranks on one sequence take as long as a quarter of the sequences each, and their messages."""
-    long = {"data": {"train_batch_size": 64, "max_response_length": 16384}, "lengths": Lengths(256, 8192)}
+    long = {
+        "data": {"train_batch_size": 64, "max_response_length": 16384},
+        "lengths": Lengths(256, 8192),
+    }
     replicas = times(**long, actor={"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 1})
     shared = times(**long, actor={"layout": {"dp": 2, "cp": 4}, "ppo_micro_batch_size_per_gpu": 1})
     apart, together = seconds(replicas, "update_actor"), seconds(shared, "update_actor")
@@ -102,12 +134,17 @@ def test_padding_is_that_of_neighbours_in_the_order_of_lengths() -> None:
     """16 sequences a rank and step, whose lengths spread to 1,024: rows of a pair are 64 apart, and widths 128."""
     mean, alone = 768 + 127 / 2, {"actor": {"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 1}}
     on = Cluster(replace(HARDWARE["H100"], matmul_half=0.0, layer_overhead_s=0.0), 8, 8)
-    raw = {"data": {"train_batch_size": 128}, "actor": {"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 2}}
+    raw = {
+        "data": {"train_batch_size": 128},
+        "actor": {"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 2},
+    }
     one, pairs = (times(on, **raw | more) for more in (alone, {}))
     attended = [layer_flops(QWEN_7B, width, width / 2) for width in (mean, mean + 32)]
     head = head_flops(QWEN_7B, 512) / QWEN_7B.num_layers
     ratio = (attended[1] + head) / (attended[0] + head)
-    assert seconds(pairs, "old_logprobs") / seconds(one, "old_logprobs") == pytest.approx(ratio, rel=1e-3)
+    assert seconds(pairs, "old_logprobs") / seconds(one, "old_logprobs") == pytest.approx(
+        ratio, rel=1e-3
+    )
 
 
 def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:
@@ -120,26 +157,39 @@ def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:
         made = times(data={"train_batch_size": 64}, actor=actor)
         return dict(next(p for p in made.phases if p.phase == "update_actor").parts)
 
-    assert update(8192) == update(1 << 20)  # two sequences a rank and optimizer step, whatever the budget
+    assert update(8192) == update(
+        1 << 20
+    )  # two sequences a rank and optimizer step, whatever the budget
     one, two = update(8192), update(8192, vpp=2)
-    assert two["compute"] > one["compute"] and two["bubble"] < one["bubble"]  # two micro-batches of one
+    assert (
+        two["compute"] > one["compute"] and two["bubble"] < one["bubble"]
+    )  # two micro-batches of one
 
 
 def test_small_products_reach_less() -> None:
     """An expert's products take longer than their operations; where nothing is small they do not."""
     hardware = HARDWARE["H100"]
     assert hardware.product_flops(1 << 20, 1 << 20, 1 << 20) == pytest.approx(2 * 2.0**60, rel=1e-3)
-    assert hardware.product_flops(512, 2048, 1536) == pytest.approx(2 * 512 * 2048 * 1536 * (1 + 1 / 2 + 1 / 8 + 1 / 6))
+    assert hardware.product_flops(512, 2048, 1536) == pytest.approx(
+        2 * 512 * 2048 * 1536 * (1 + 1 / 2 + 1 / 8 + 1 / 6)
+    )
     assert HARDWARE["laptop"].product_flops(1, 8, 8) == 128
 
 
 def test_the_busiest_rank_of_experts_is_waited_for() -> None:
     moe = load_spec(ROOT / "configs/models/Qwen3-30B-A3B", with_weights=False)
     assert busiest_rank(moe, 1) == 1
-    assert 1.2 < busiest_rank(moe, 8) < busiest_rank(moe, 16) < 2  # fewer experts a rank differ more
-    on, raw = parse_cluster("16xH100", HARDWARE), {"actor": {"layout": {"dp": 16, "ep": 8}}, "rollout": {"engines": 16}}
+    assert (
+        1.2 < busiest_rank(moe, 8) < busiest_rank(moe, 16) < 2
+    )  # fewer experts a rank differ more
+    on, raw = (
+        parse_cluster("16xH100", HARDWARE),
+        {"actor": {"layout": {"dp": 16, "ep": 8}}, "rollout": {"engines": 16}},
+    )
     even = replace(on, hardware=replace(on.hardware, exchange_efficiency=1e9))
-    made, without = (plan_time(make_job(config(**raw), moe, cluster, lengths=LENGTHS)) for cluster in (on, even))
+    made, without = (
+        plan_time(make_job(config(**raw), moe, cluster, lengths=LENGTHS)) for cluster in (on, even)
+    )
     messages = next(p for p in made.phases if p.phase == "update_actor").parts["messages"]
     assert messages > next(p for p in without.phases if p.phase == "update_actor").parts["messages"]
 
@@ -157,8 +207,13 @@ def test_engines_without_graphs_and_across_nodes_are_slower() -> None:
     spec = load_spec(ROOT / "configs/models/Llama-3.1-8B-Instruct", with_weights=False)
     messages = []
     for tp in (8, 16):
-        raw = {"actor": {"layout": {"dp": 16}}, "rollout": {"engines": 16 // tp, "tensor_parallel_size": tp}}
-        made = plan_time(make_job(config(**raw), spec, parse_cluster("16xH100", HARDWARE), lengths=LENGTHS))
+        raw = {
+            "actor": {"layout": {"dp": 16}},
+            "rollout": {"engines": 16 // tp, "tensor_parallel_size": tp},
+        }
+        made = plan_time(
+            make_job(config(**raw), spec, parse_cluster("16xH100", HARDWARE), lengths=LENGTHS)
+        )
         messages.append(next(p for p in made.phases if p.phase == "generate").parts["messages"])
     assert messages[1] > 3 * messages[0]
 
@@ -174,9 +229,12 @@ def test_the_run_in_hours() -> None:
 def test_ranks_on_a_cpu_share_its_cores() -> None:
     cpu = Cluster(HARDWARE["laptop"], 1, 1)
     one, two, four = (
-        seconds(times(cpu, cluster={"platform": "cpu"}, actor={"layout": {"dp": dp}}), "values") for dp in (1, 2, 4)
+        seconds(times(cpu, cluster={"platform": "cpu"}, actor={"layout": {"dp": dp}}), "values")
+        for dp in (1, 2, 4)
     )
-    assert one == pytest.approx(2 * two, rel=0.05)  # neighbours in the order of lengths are nearer on one rank
+    assert one == pytest.approx(
+        2 * two, rel=0.05
+    )  # neighbours in the order of lengths are nearer on one rank
     assert two == pytest.approx(four, rel=0.1)
 
 
@@ -186,14 +244,19 @@ def make_run(folder: Path, plan: TimePlan, made: Config) -> Path:
     (folder / "config.yaml").write_text(config_to_yaml(made))
     row = {f"timing_s/{phase.phase}": phase.total for phase in plan.phases}
     lengths = {"prompt_length/mean": 256.0, "response_length/mean": 512.0}
-    rows = [{"step": step, **row, **lengths, "perf/padding_share/update_actor": 0.25} for step in (1, 2, 3)]
+    rows = [
+        {"step": step, **row, **lengths, "perf/padding_share/update_actor": 0.25}
+        for step in (1, 2, 3)
+    ]
     rows[0] |= dict.fromkeys(row, 1e6)  # the first step warms up
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
-    truth = replace(HARDWARE["laptop"], matmul_efficiency=0.3, layer_overhead_s=5e-3, memory_gbs=40.0)
+    truth = replace(
+        HARDWARE["laptop"], matmul_efficiency=0.3, layer_overhead_s=5e-3, memory_gbs=40.0
+    )
     seen: list[Observation] = []
     for name, layout in (("a", {"tp": 4}), ("b", {"pp": 2, "dp": 2}), ("c", {})):
         made = config(
@@ -216,5 +279,7 @@ def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
 
 def test_a_run_of_one_step_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has no step 2 or later: give a longer run"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl has no step 2 or later: give a longer run"
+    ):
         observe(tmp_path)

@@ -26,12 +26,22 @@ def write_job(folder: Path, **layout: int) -> Path:
     """A job whose model folder has its config alone, whose training file is here and whose validation file is not."""
     make_tiny_model(folder / "whole", "qwen3", layers=6, heads=8, kv_heads=4, hidden=256, vocab=999)
     (folder / "models" / "shape").mkdir(parents=True)
-    (folder / "models" / "shape" / "config.json").write_bytes((folder / "whole" / "config.json").read_bytes())
-    row = PromptRow("openai/gsm8k", [{"role": "user", "content": "What is 2 + 3?"}], "math", {"ground_truth": "5"})
+    (folder / "models" / "shape" / "config.json").write_bytes(
+        (folder / "whole" / "config.json").read_bytes()
+    )
+    row = PromptRow(
+        "openai/gsm8k",
+        [{"role": "user", "content": "What is 2 + 3?"}],
+        "math",
+        {"ground_truth": "5"},
+    )
     write_parquet([row] * 5, folder / "train.parquet", {})
     job = {
         "model": {"path": "elsewhere/shape"},
-        "data": {"train_files": [str(folder / "train.parquet")], "val_files": ["elsewhere/test.parquet"]},
+        "data": {
+            "train_files": [str(folder / "train.parquet")],
+            "val_files": ["elsewhere/test.parquet"],
+        },
         "actor": {"layout": layout, "ppo_mini_batch_size": 32},
         "trainer": {"output_dir": "runs/real"},
     }
@@ -44,10 +54,17 @@ def test_a_miniature_needs_neither_weights_nor_data(tmp_path: Path) -> None:
     made = prepare(write_job(tmp_path, tp=4, pp=3, dp=1), [], tmp_path / "out", 16)
     config = load_config(made.config)
     spec = load_spec(config.model.path)
-    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.vocab_size % 4) == (3, 8, 4, 999 % 4)
+    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.vocab_size % 4) == (
+        3,
+        8,
+        4,
+        999 % 4,
+    )
     assert config.trainer.output_dir == str(tmp_path / "out" / "run")
     (train,) = map(read_parquet, config.data.train_files)
-    assert {row.data_source for row in train} == {"openai/gsm8k"} and len(train) >= 2 * config.data.train_batch_size
+    assert {row.data_source for row in train} == {"openai/gsm8k"} and len(
+        train
+    ) >= 2 * config.data.train_batch_size
     assert any("elsewhere/test.parquet: not here" in note for note in made.notes)
     tokenizer = load_tokenizer(config.model.path)
     assert len(tokenizer) <= spec.vocab_size and tokenizer.decode(tokenizer.encode("5 é")) == "5 é"
@@ -55,9 +72,13 @@ def test_a_miniature_needs_neither_weights_nor_data(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_the_job_is_told_in_its_own_numbers(tmp_path: Path) -> None:
     job = write_job(tmp_path, tp=8, pp=4, dp=1)
-    with pytest.raises(ConfigError, match=r"num_key_value_heads 4 % tp 8 = 4.*num_hidden_layers 6 % pp 4 = 2"):
+    with pytest.raises(
+        ConfigError, match=r"num_key_value_heads 4 % tp 8 = 4.*num_hidden_layers 6 % pp 4 = 2"
+    ):
         prepare(job, ["custom_reward_function.path=no.py"], tmp_path / "out", 16)
-    with pytest.raises(ConfigError, match=r"custom_reward_function.path = no.py: no such Python file"):
+    with pytest.raises(
+        ConfigError, match=r"custom_reward_function.path = no.py: no such Python file"
+    ):
         prepare(job, ["custom_reward_function.path=no.py"], tmp_path / "out", 16)
     with pytest.raises(ValueError, match="which a rehearsal needs"):
         prepare(job, ["model.path=nowhere"], tmp_path / "out", 16)
@@ -78,11 +99,17 @@ def test_a_reward_model_is_rehearsed_by_its_shape_alone(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "judge", "llama", heads=4, kv_heads=2, layers=8)
     (tmp_path / "models" / "judge").mkdir()
     (tmp_path / "judge" / "config.json").rename(tmp_path / "models" / "judge" / "config.json")
-    asked = ["reward.weights={reward_model: 1.0}", "reward_model.path=elsewhere/judge", "reward_model.layout.tp=2"]
+    asked = [
+        "reward.weights={reward_model: 1.0}",
+        "reward_model.path=elsewhere/judge",
+        "reward_model.layout.tp=2",
+    ]
     config = load_config(prepare(job, asked, tmp_path / "out", 16).config)
     assert config.reward_model.path == str(tmp_path / "out" / "reward_model")
     assert load_reward_spec(config.reward_model.path).num_layers == 1
-    with pytest.raises(ConfigError, match=r"reward_model.layout: TP3.* num_attention_heads 4 % tp 3 = 1"):
+    with pytest.raises(
+        ConfigError, match=r"reward_model.layout: TP3.* num_attention_heads 4 % tp 3 = 1"
+    ):
         prepare(job, [*asked, "reward_model.layout.tp=3"], tmp_path / "out", 16)
     with pytest.raises(ValueError, match=r"reward_model.path: nowhere has no config.json"):
         prepare(job, [*asked, "reward_model.path=nowhere"], tmp_path / "out", 16)
@@ -116,13 +143,23 @@ def test_runs_are_compared_by_all_but_seconds(tmp_path: Path) -> None:
 
     def write(name: str, score: float, text: str = "5") -> Path:
         with MetricsWriter(tmp_path / name, tensorboard=False) as metrics:
-            metrics.write(2, {"critic/score/mean": score, "timing_s/step": score, "critic/vf_explained_var": math.nan})
+            metrics.write(
+                2,
+                {
+                    "critic/score/mean": score,
+                    "timing_s/step": score,
+                    "critic/vf_explained_var": math.nan,
+                },
+            )
         write_samples(tmp_path / name, 2, [replace(sample, response=text)])
         return tmp_path / name
 
     first = write("first", 0.5)
     assert differences(first, write("same", 0.5), 2) == []
-    assert differences(first, write("other", 0.75, "6"), 2) == ["critic/score/mean 0.5 and 0.75", "the completions"]
+    assert differences(first, write("other", 0.75, "6"), 2) == [
+        "critic/score/mean 0.5 and 0.75",
+        "the completions",
+    ]
     assert differences(first, tmp_path / "same", 3) == [f"{first} has no step 3"]
     row = json.loads((first / "metrics.jsonl").read_text())
     (first / "metrics.jsonl").write_text(json.dumps(row | {"actor/more": 1.0}) + "\n")

@@ -28,7 +28,13 @@ from rlhf3d.config.schema import (
 from rlhf3d.models.spec import parse_config
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.resources import place
-from rlhf3d.rehearsal.shrink import ENGINE_RANKS, cut_layout, shrink_config, shrink_layout, shrink_model
+from rlhf3d.rehearsal.shrink import (
+    ENGINE_RANKS,
+    cut_layout,
+    shrink_config,
+    shrink_layout,
+    shrink_model,
+)
 from rlhf3d.resharding.sites import Sites
 
 QWEN_7B = {
@@ -63,7 +69,9 @@ QWEN3_MOE = {
     vocab=st.integers(1000, 200000),
     tps=st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3),
 )
-def test_a_shrunk_model_divides_as_the_model(kv: int, group: int, ffn: int, vocab: int, tps: list[int]) -> None:
+def test_a_shrunk_model_divides_as_the_model(
+    kv: int, group: int, ffn: int, vocab: int, tps: list[int]
+) -> None:
     shape = QWEN_7B | {
         "num_attention_heads": kv * group,
         "num_key_value_heads": kv,
@@ -87,7 +95,9 @@ def test_a_shrunk_model_divides_as_the_model(kv: int, group: int, ffn: int, voca
     first=st.none() | st.integers(1, 20),
     last=st.none() | st.integers(1, 20),
 )
-def test_shrunk_stages_keep_their_shape(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> None:
+def test_shrunk_stages_keep_their_shape(
+    layers: int, pp: int, vpp: int, first: int | None, last: int | None
+) -> None:
     layout = LayoutConfig(pp=pp, vpp=vpp, first_stage_layers=first, last_stage_layers=last)
     stages = parallel_layout(layout).stage_layers(layers)
     assume(stages is not None)
@@ -134,7 +144,9 @@ def job(**changes: Any) -> Config:
             max_prompt_length=1024,
             max_response_length=2048,
         ),
-        actor=ActorConfig(layout=layout, ppo_mini_batch_size=256, optim=OptimConfig(lr_warmup_steps=10)),
+        actor=ActorConfig(
+            layout=layout, ppo_mini_batch_size=256, optim=OptimConfig(lr_warmup_steps=10)
+        ),
         rollout=RolloutConfig(engines=4, tensor_parallel_size=2),
     )
     return replace(config, **changes)
@@ -165,9 +177,12 @@ def test_experts_groups_and_a_critic_apart_are_kept() -> None:
     small, _ = shrunk(config, QWEN3_MOE)
     assert (small.actor.layout.ep, small.critic.layout and small.critic.layout.ep) == (4, 2)
     grouped = job(
-        algorithm=AlgorithmConfig(adv_estimator="grpo"), rollout=replace(job().rollout, n=8, tensor_parallel_size=8)
+        algorithm=AlgorithmConfig(adv_estimator="grpo"),
+        rollout=replace(job().rollout, n=8, tensor_parallel_size=8),
     )
-    small, changed = shrunk(grouped, QWEN_7B | {"num_key_value_heads": 4, "num_attention_heads": 32})
+    small, changed = shrunk(
+        grouped, QWEN_7B | {"num_key_value_heads": 4, "num_attention_heads": 32}
+    )
     assert small.rollout.n == 2 and "rollout.tensor_parallel_size" in changed
 
 
@@ -183,23 +198,44 @@ def test_interleaved_and_uneven_pipelines_get_whole_rounds() -> None:
 
 def test_a_reward_model_keeps_its_layout_and_divides_as_it_did() -> None:
     layout = LayoutConfig(tp=3, pp=2, dp=4)
-    config = job(reward=RewardConfig(weights={"reward_model": 1.0}), reward_model=RewardModelConfig("judge", layout))
-    shape = QWEN_7B | {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 768, "num_hidden_layers": 6}
+    config = job(
+        reward=RewardConfig(weights={"reward_model": 1.0}),
+        reward_model=RewardModelConfig("judge", layout),
+    )
+    shape = QWEN_7B | {
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "hidden_size": 768,
+        "num_hidden_layers": 6,
+    }
     shape["intermediate_size"] = 3 * 999
     made = shrink_config(config, QWEN_7B, 48, shape)
-    assert made.reward is not None and made.config.reward_model.layout == replace(layout, dp=2)  # a third of 48
+    assert made.reward is not None and made.config.reward_model.layout == replace(
+        layout, dp=2
+    )  # a third of 48
     judge = parse_config(made.reward, "judge")
-    assert made.reward["num_labels"] == 1 and (judge.num_layers, judge.num_heads, judge.num_kv_heads) == (2, 6, 3)
-    assert check(made.config) + check_model(made.config, parse_config(made.model, "small"), judge) == []
+    assert made.reward["num_labels"] == 1 and (
+        judge.num_layers,
+        judge.num_heads,
+        judge.num_kv_heads,
+    ) == (2, 6, 3)
+    assert (
+        check(made.config) + check_model(made.config, parse_config(made.model, "small"), judge)
+        == []
+    )
     assert made.config.reward_model.overlong == "truncate_left"
     assert "reward_model.layout" in [change.key for change in made.changes]
 
 
 def test_nodes_are_kept_where_a_cluster_is_named() -> None:
-    made = shrink_config(job(cluster=ClusterConfig(ray_address="head:6379", num_nodes=3)), QWEN_7B, 16)
+    made = shrink_config(
+        job(cluster=ClusterConfig(ray_address="head:6379", num_nodes=3)), QWEN_7B, 16
+    )
     assert (made.config.cluster.ray_address, made.config.cluster.num_nodes) == ("head:6379", 3)
     made = shrink_config(job(cluster=ClusterConfig(num_nodes=3)), QWEN_7B, 16)
-    assert made.config.cluster.num_nodes == 1 and "cluster.num_nodes" in [change.key for change in made.changes]
+    assert made.config.cluster.num_nodes == 1 and "cluster.num_nodes" in [
+        change.key for change in made.changes
+    ]
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 8, 16])
@@ -214,7 +250,9 @@ def test_as_gpus_everything_has_a_device_of_the_actors_ranks(room: int, engine_r
     small = shrink_config(config, shape, room, as_gpu=True).config
     assert check(small) == [] and small.cluster.platform == "as_gpu"
     platform, rollout = choose_platform(small.cluster.platform), small.rollout
-    placement = place(platform, worker_groups(small), rollout.engines, rollout.tensor_parallel_size, True, 1)
+    placement = place(
+        platform, worker_groups(small), rollout.engines, rollout.tensor_parallel_size, True, 1
+    )
     devices = parallel_layout(small.actor.layout).world_size
     assert platform.pretended_devices(placement.gpus) == devices and platform.kind == "cpu"
     assert rollout.engines * rollout.tensor_parallel_size <= devices == len(placement.bundles)

@@ -42,16 +42,22 @@ def test_buckets_hold_every_real_row_once(pair: Pair, itemsize: int, extra: int,
             shape = table[segment.param].shape
             first, last = segment.rows
             assert segment.shape == (last - first, *shape[1:])
-            assert segment.offset % ALIGNMENT_BYTES == 0 and segment.offset >= end, "segments lie apart"
+            assert segment.offset % ALIGNMENT_BYTES == 0 and segment.offset >= end, (
+                "segments lie apart"
+            )
             end = segment.offset + math.prod(segment.shape) * itemsize
             assert segment.whole == (segment.rows == (0, shape[0]))
             rows += [(segment.param, row) for row in range(first, last)]
         assert end <= bucket.num_bytes
-    assert rows == [(n, row) for n, p in enumerate(table) for row in range(real_rows(p))], "in the engine's order"
+    assert rows == [(n, row) for n, p in enumerate(table) for row in range(real_rows(p))], (
+        "in the engine's order"
+    )
     for number, p in enumerate(table):
         if real_rows(p) * math.prod(p.shape[1:]) * itemsize <= budget:
             parts = [s for bucket in buckets for s in bucket.segments if s.param == number]
-            assert len(parts) == (real_rows(p) > 0), f"{p.name} fits a bucket and is in {len(parts)}"
+            assert len(parts) == (real_rows(p) > 0), (
+                f"{p.name} fits a bucket and is in {len(parts)}"
+            )
 
 
 def test_a_large_budget_makes_one_bucket_and_a_small_one_fills_buckets() -> None:
@@ -73,7 +79,8 @@ def test_a_bucket_is_no_larger_than_a_budget_that_is_not_aligned() -> None:
 
 def test_a_budget_below_one_row_is_refused_by_name() -> None:
     with pytest.raises(
-        ValueError, match=r"sync_bucket_mib: a bucket of 31 bytes cannot hold one row of b \(32 bytes\)"
+        ValueError,
+        match=r"sync_bucket_mib: a bucket of 31 bytes cannot hold one row of b \(32 bytes\)",
     ):
         plan_buckets([param("a", 4, 4), param("b", 2, 8)], 4, 31)
 
@@ -101,7 +108,9 @@ def test_copies_fill_the_buckets_with_the_weights(
     spec: object, layout: ParallelLayout, tp: int, expert_parallel: bool, budget: int
 ) -> None:
     assert isinstance(spec, type(LLAMA))
-    plan = plan_sync(spec, layout, Sites.hosts([0] * layout.world_size), 1, tp, expert_parallel=expert_parallel)
+    plan = plan_sync(
+        spec, layout, Sites.hosts([0] * layout.world_size), 1, tp, expert_parallel=expert_parallel
+    )
     tensors = numbered_tensors(spec)
     training = [rank_params(tensors, spec, layout, rank) for rank in range(layout.world_size)]
     for place in plan.destinations:
@@ -111,12 +120,16 @@ def test_copies_fill_the_buckets_with_the_weights(
         for sender in plan.senders_to(place.number):
             by_bucket = copies_to(plan, place.number, sender, buckets)
             copies = [copy for some in by_bucket for copy in some]
-            assert sorted(copy.row for copy in copies) == list(range(len(copies))), "rows number a sender's copies"
+            assert sorted(copy.row for copy in copies) == list(range(len(copies))), (
+                "rows number a sender's copies"
+            )
             assert all(copy.sender == sender for copy in copies)
             for number, some in enumerate(by_bucket):
                 for copy in some:
                     assert volume(copy.src_box) == volume(copy.box) == volume(copy.hf_box)
-                    block = training[sender][copy.src_chunk, copy.src_param][box_slices(copy.src_box)]
+                    block = training[sender][copy.src_chunk, copy.src_param][
+                        box_slices(copy.src_box)
+                    ]
                     assert torch.equal(tensors[copy.tensor][box_slices(copy.hf_box)], block)
                     start, stop = copy.offset // 4, copy.offset // 4 + math.prod(copy.shape)
                     for memory, value in ((filled, block), (writes, torch.ones_like(block))):

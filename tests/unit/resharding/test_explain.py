@@ -13,7 +13,9 @@ from rlhf3d.resharding.explain import as_json, explain, render
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.resharding.sites import Sites
 
-SPEC = ModelSpec("llama", 4, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128)
+SPEC = ModelSpec(
+    "llama", 4, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128
+)
 SETUP = SyncSetup(
     "test", SPEC, ParallelLayout(tp=4), "local", Sites.gpus(4, 4), "bfloat16", 1 << 20, 1.0, engines=2,
     tensor_parallel_size=2,
@@ -35,7 +37,10 @@ def test_routes_of_a_tensor_are_shown() -> None:
     console = Console(width=200, record=True)
     console.print(render(SETUP, "tiny", "*layers.3.self_attn.k_proj.weight"))
     text = console.export_text()
-    assert "model.layers.3.self_attn.qkv_proj.weight" in text and "decoder.layers.3.self_attention.linear_qkv" in text
+    assert (
+        "model.layers.3.self_attn.qkv_proj.weight" in text
+        and "decoder.layers.3.self_attention.linear_qkv" in text
+    )
     routes = as_json(SETUP, "*layers.3.self_attn.k_proj.weight")["routes"]
     assert isinstance(routes, list) and len(routes) == 8  # four KV heads to each of two engines
 

@@ -40,7 +40,11 @@ def test_memory_layout_does_not_matter(shape: tuple[int, ...], dtype: torch.dtyp
     wide = torch.zeros((*shape, 2), dtype=dtype)
     wide[..., 1].copy_(tensor)
     memory = torch.zeros(tensor.nbytes + 8, dtype=torch.uint8)
-    shifted = memory[8 - tensor.element_size() : 8 - tensor.element_size() + tensor.nbytes].view(dtype).view(shape)
+    shifted = (
+        memory[8 - tensor.element_size() : 8 - tensor.element_size() + tensor.nbytes]
+        .view(dtype)
+        .view(shape)
+    )
     shifted.copy_(tensor)
     layouts = {
         "a copy": tensor.clone(),
@@ -65,31 +69,44 @@ def test_numpy_and_shared_memory_give_the_same(dtype: torch.dtype) -> None:
 
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.data())
-def test_a_flipped_bit_shows(shape: tuple[int, ...], dtype: torch.dtype, data: st.DataObject) -> None:
+def test_a_flipped_bit_shows(
+    shape: tuple[int, ...], dtype: torch.dtype, data: st.DataObject
+) -> None:
     tensor, box = made(shape, dtype), full_box(shape)
     value = fingerprint(tensor, box)
     flat = integers(tensor).view(-1)
     bit = data.draw(st.integers(0, 8 * tensor.element_size() - 1))
     place = data.draw(st.integers(0, len(flat) - 1))
     number = int(flat[place])
-    flat[place] = number ^ (1 << bit) if bit < 8 * tensor.element_size() - 1 else number ^ -(1 << bit)
+    flat[place] = (
+        number ^ (1 << bit) if bit < 8 * tensor.element_size() - 1 else number ^ -(1 << bit)
+    )
     assert int(flat[place]) != number
     assert fingerprint(tensor, box) != value
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
-@given(st.sampled_from([(6, 16), (5, 7), (9, 4)]), st.sampled_from(DTYPES), st.integers(0, 10**6), st.data())
+@given(
+    st.sampled_from([(6, 16), (5, 7), (9, 4)]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 10**6),
+    st.data(),
+)
 def test_exchanged_rows_columns_and_blocks_show(
     shape: tuple[int, int], dtype: torch.dtype, seed: int, data: st.DataObject
 ) -> None:
     tensor, box = made(shape, dtype, seed), full_box(shape)
     value = fingerprint(tensor, box)
     for dim in (0, 1):
-        a, b = data.draw(st.lists(st.integers(0, shape[dim] - 1), min_size=2, max_size=2, unique=True))
+        a, b = data.draw(
+            st.lists(st.integers(0, shape[dim] - 1), min_size=2, max_size=2, unique=True)
+        )
         order = list(range(shape[dim]))
         order[a], order[b] = order[b], order[a]
         other = tensor.index_select(dim, torch.tensor(order))
-        assert torch.equal(other, tensor) or fingerprint(other, box) != value, f"{'row column'.split()[dim]} {a}, {b}"
+        assert torch.equal(other, tensor) or fingerprint(other, box) != value, (
+            f"{'row column'.split()[dim]} {a}, {b}"
+        )
         half = shape[dim] // 2
         first, second, rest = tensor.split([half, half, shape[dim] - 2 * half], dim)
         assert fingerprint(torch.cat([second, first, rest], dim), box) != value, "halves"
@@ -114,7 +131,9 @@ def test_one_changed_element_among_small_integers_shows(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [(0, 8), (8, 16), (3, 8), (0, 5)])
-def test_the_same_bits_elsewhere_in_the_tensor_show(columns: tuple[int, int], dtype: torch.dtype) -> None:
+def test_the_same_bits_elsewhere_in_the_tensor_show(
+    columns: tuple[int, int], dtype: torch.dtype
+) -> None:
     block = made((4, columns[1] - columns[0]), dtype)
     places: list[Box] = [((row, row + 4), columns) for row in (0, 4, 5, 1000)]
     places.append(((0, 4), (columns[0] + 32, columns[1] + 32)))
@@ -132,7 +151,9 @@ def test_blocks_add_up(dtype: torch.dtype, data: st.DataObject) -> None:
     rows = sorted({0, 7, *data.draw(st.sets(st.integers(1, 6), max_size=3))})
     columns = sorted({0, 24, *data.draw(st.sets(st.sampled_from([4, 8, 12, 16, 20]), max_size=3))})
     boxes: list[Box] = [((a, b), (c, d)) for a, b in pairwise(rows) for c, d in pairwise(columns)]
-    total = sum(fingerprint(tensor[box_slices(box)], box) for box in data.draw(st.permutations(boxes)))
+    total = sum(
+        fingerprint(tensor[box_slices(box)], box) for box in data.draw(st.permutations(boxes))
+    )
     assert (total - fingerprint(tensor, full_box(shape))) % 2**64 == 0
 
 

@@ -21,7 +21,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.weights import LLAMA, QWEN2, QWEN3_MOE, Pair, Params, carry_out, cut, numbered_tensors, pairs, rank_params
+from support.weights import (
+    LLAMA,
+    QWEN2,
+    QWEN3_MOE,
+    Pair,
+    Params,
+    carry_out,
+    cut,
+    numbered_tensors,
+    pairs,
+    rank_params,
+)
 
 from rlhf3d.models.boxes import Piece, box_slices, intersect, volume
 from rlhf3d.models.engine_weights import check_engine_layout
@@ -49,7 +60,13 @@ class Case(NamedTuple):
     def plan(self) -> ReshardPlan:
         spec, layout, tp, expert_parallel = self.pair
         return plan_sync(
-            spec, layout, self.sites, self.engines, tp, colocated=self.colocated, expert_parallel=expert_parallel
+            spec,
+            layout,
+            self.sites,
+            self.engines,
+            tp,
+            colocated=self.colocated,
+            expert_parallel=expert_parallel,
         )
 
 
@@ -67,13 +84,24 @@ def cases(draw: st.DrawFn) -> Case:
         room = nodes * (per_node // pair.engine_tp) + rest // pair.engine_tp
         return Case(pair, Sites.gpus(world, per_node), draw(st.integers(1, max(1, room))), True)
     hosts = list(range(draw(st.integers(1, min(world, 3)))))
-    others = draw(st.lists(st.sampled_from(hosts), min_size=world - len(hosts), max_size=world - len(hosts)))
-    return Case(pair, Sites.hosts(draw(st.permutations(hosts + others))), draw(st.integers(1, 3)), place != "apart")
+    others = draw(
+        st.lists(st.sampled_from(hosts), min_size=world - len(hosts), max_size=world - len(hosts))
+    )
+    return Case(
+        pair,
+        Sites.hosts(draw(st.permutations(hosts + others))),
+        draw(st.integers(1, 3)),
+        place != "apart",
+    )
 
 
-def training_weights(spec: ModelSpec, layout: ParallelLayout) -> tuple[dict[str, torch.Tensor], dict[int, Params]]:
+def training_weights(
+    spec: ModelSpec, layout: ParallelLayout
+) -> tuple[dict[str, torch.Tensor], dict[int, Params]]:
     tensors = numbered_tensors(spec)
-    return tensors, {rank: rank_params(tensors, spec, layout, rank) for rank in range(layout.world_size)}
+    return tensors, {
+        rank: rank_params(tensors, spec, layout, rank) for rank in range(layout.world_size)
+    }
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -94,7 +122,9 @@ def test_carrying_out_the_ops_gives_every_engine_rank_its_weights(case: Case) ->
             assert torch.equal(tensors[op.tensor][box_slices(op.box)], block), op
             assert op.dst == place.number
         assert plan.senders_to(place.number) == sorted({op.src_rank for op in ops})
-        by_sender = [list(plan.ops_from(sender, place.number)) for sender in plan.senders_to(place.number)]
+        by_sender = [
+            list(plan.ops_from(sender, place.number)) for sender in plan.senders_to(place.number)
+        ]
         assert sorted(map(str, itertools.chain(*by_sender))) == sorted(map(str, ops))
         fed |= {(engine, place.index) for engine in place.engines}
     engines = {engine for engine, _ in fed}
@@ -124,7 +154,9 @@ def test_nothing_comes_from_farther_than_it_must(case: Case) -> None:
         on_device = [rank for rank in ranks if sites.device_of_rank[rank] == place.device]
         node = None if place.device is None else sites.node_of_device[place.device]
         here = held_by(on_device, plan.shards, tensors)
-        near = held_by([rank for rank in ranks if sites.node_of_rank(rank) == node], plan.shards, tensors)
+        near = held_by(
+            [rank for rank in ranks if sites.node_of_rank(rank) == node], plan.shards, tensors
+        )
         needed = local = 0
         for op in plan.ops_to(place.number):
             needed += volume(op.box)
@@ -132,14 +164,29 @@ def test_nothing_comes_from_farther_than_it_must(case: Case) -> None:
                 local += volume(op.box)
                 continue
             sent[op.src_rank] += volume(op.box)
-            assert not here[op.tensor][box_slices(op.box)].any(), f"{op} although device {place.device} has it"
+            assert not here[op.tensor][box_slices(op.box)].any(), (
+                f"{op} although device {place.device} has it"
+            )
             if sites.node_of_rank(op.src_rank) != node:
-                assert not near[op.tensor][box_slices(op.box)].any(), f"{op} although node {node} has it"
+                assert not near[op.tensor][box_slices(op.box)].any(), (
+                    f"{op} although node {node} has it"
+                )
         table = plan.engine_tables[place.index]
-        held = sum(int(here[p.hf_name][box_slices(p.hf_box)].sum()) for param in table for p in param.pieces)
-        assert (needed, local) == (sum(volume(p.hf_box) for param in table for p in param.pieces), held)
+        held = sum(
+            int(here[p.hf_name][box_slices(p.hf_box)].sum())
+            for param in table
+            for p in param.pieces
+        )
+        assert (needed, local) == (
+            sum(volume(p.hf_box) for param in table for p in param.pieces),
+            held,
+        )
         i = place.number
-        assert (traffic.needed[i], traffic.local[i], traffic.received[i]) == (needed, local, needed - local)
+        assert (traffic.needed[i], traffic.local[i], traffic.received[i]) == (
+            needed,
+            local,
+            needed - local,
+        )
     assert traffic.sent == tuple(sent)
     assert traffic.ops == tuple(len(list(plan.ops_to(place.number))) for place in plan.destinations)
 
@@ -175,7 +222,11 @@ def test_replicas_send_equally_much(case: Case) -> None:
     for place in plan.destinations:
         for op in plan.ops_to(place.number):
             shards = holding_shards(plan, op)
-            pool = nearest(sorted(rank for shard in shards for rank in plan.shards.ranks[shard]), place, plan.sites)
+            pool = nearest(
+                sorted(rank for shard in shards for rank in plan.shards.ranks[shard]),
+                place,
+                plan.sites,
+            )
             assert op.src_rank in pool, f"{op} from outside {pool}"
             sent[shards, place.index, pool].append(op)
             demand[shards, place.index, pool].add(place.number)
@@ -188,7 +239,10 @@ def test_replicas_send_equally_much(case: Case) -> None:
         parts = len(pool) // gcd(d, len(pool))
         row = max(volume(op.box) // (op.box[0][1] - op.box[0][0]) for op in ops)
         uneven = 0 if parts == 1 else max(1, each // (4 * parts)) + row
-        assert max(loads.values()) - min(loads.values()) <= d * parts // len(pool) * uneven, (key, loads)
+        assert max(loads.values()) - min(loads.values()) <= d * parts // len(pool) * uneven, (
+            key,
+            loads,
+        )
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 4, 8])
@@ -208,7 +262,10 @@ def even_shards(layout: ParallelLayout, layers: int, rows: int, columns: int) ->
         stage = layout.layers(layers, pp)
         box = ((tp * share, (tp + 1) * share), (0, columns))
         local = ((0, share), (0, columns))
-        params = [LocalParam(f"p{n}", (share, columns), (Piece(f"w{n}", box, local),), primary=True) for n in stage]
+        params = [
+            LocalParam(f"p{n}", (share, columns), (Piece(f"w{n}", box, local),), primary=True)
+            for n in stage
+        ]
         tables.append((tuple(params),))
         ranks.append(tuple(layout.rank(tp, pp, dp) for dp in range(layout.dp)))
     return TrainingShards(tuple(tables), tuple(ranks))
@@ -222,7 +279,13 @@ def even_engine(g: int, layers: int, rows: int, columns: int) -> list[list[Local
             LocalParam(
                 f"q{n}",
                 (share, columns),
-                (Piece(f"w{n}", ((i * share, (i + 1) * share), (0, columns)), ((0, share), (0, columns))),),
+                (
+                    Piece(
+                        f"w{n}",
+                        ((i * share, (i + 1) * share), (0, columns)),
+                        ((0, share), (0, columns)),
+                    ),
+                ),
                 primary=True,
             )
             for n in range(layers)
@@ -232,7 +295,12 @@ def even_engine(g: int, layers: int, rows: int, columns: int) -> list[list[Local
 
 
 EVEN = [
-    (tp, pp, dp, g) for tp in (1, 2, 4, 8) for pp in (1, 2, 3) for dp in (1, 2) for g in (1, 2, 4, 8) if tp % g == 0
+    (tp, pp, dp, g)
+    for tp in (1, 2, 4, 8)
+    for pp in (1, 2, 3)
+    for dp in (1, 2)
+    for g in (1, 2, 4, 8)
+    if tp % g == 0
 ]
 
 
@@ -241,7 +309,10 @@ def test_received_bytes_are_the_lower_bound(tp: int, pp: int, dp: int, g: int) -
     """(n - g) / (n g) of the model for every colocated rank, n = tp pp; 1 / g of it for every rank apart."""
     layers, rows, columns = 6, 64, 3
     layout = ParallelLayout(tp, pp, dp)
-    shards, engine = even_shards(layout, layers, rows, columns), even_engine(g, layers, rows, columns)
+    shards, engine = (
+        even_shards(layout, layers, rows, columns),
+        even_engine(g, layers, rows, columns),
+    )
     whole, n = layers * rows * columns, tp * pp
     sites = Sites.gpus(layout.world_size, per_node=tp)
     traffic = build_plan(shards, engine, sites, layout.world_size // g, colocated=True).traffic
@@ -279,17 +350,30 @@ SMALL_WORLDS = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "layout", "per_node", "engines", "tp", "expert_parallel"), SMALL_WORLDS)
+@pytest.mark.parametrize(
+    ("spec", "layout", "per_node", "engines", "tp", "expert_parallel"), SMALL_WORLDS
+)
 def test_no_other_mapping_keeps_more(
-    spec: ModelSpec, layout: ParallelLayout, per_node: int, engines: int, tp: int, expert_parallel: bool
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    per_node: int,
+    engines: int,
+    tp: int,
+    expert_parallel: bool,
 ) -> None:
     """Against every way to give the ranks an engine index or none, engines being whole on a node where they fit."""
     world = layout.world_size
-    plan = plan_sync(spec, layout, Sites.gpus(world, per_node), engines, tp, expert_parallel=expert_parallel)
+    plan = plan_sync(
+        spec, layout, Sites.gpus(world, per_node), engines, tp, expert_parallel=expert_parallel
+    )
     tensors = numbered_tensors(spec)
     keeps = [
         [
-            sum(int(held[p.hf_name][box_slices(p.hf_box)].sum()) for param in table for p in param.pieces)
+            sum(
+                int(held[p.hf_name][box_slices(p.hf_box)].sum())
+                for param in table
+                for p in param.pieces
+            )
             for table in plan.engine_tables
         ]
         for held in (held_by([rank], plan.shards, tensors) for rank in range(world))
@@ -300,7 +384,10 @@ def test_no_other_mapping_keeps_more(
         on_node = [mapping[start : start + size] for start in range(0, world, size)]
         whole = all(len({some.count(index) for index in range(tp)}) == 1 for some in on_node)
         if whole and sum(some.count(0) for some in on_node) == engines:
-            best = max(best, sum(keeps[rank][index] for rank, index in enumerate(mapping) if index is not None))
+            best = max(
+                best,
+                sum(keeps[rank][index] for rank, index in enumerate(mapping) if index is not None),
+            )
     assert sum(plan.traffic.local) == best
 
 
@@ -331,7 +418,9 @@ def test_a_training_side_that_lacks_or_doubles_a_block_is_refused() -> None:
     layout, engine = ParallelLayout(tp=2), even_engine(1, 2, 8, 2)
     shards = even_shards(layout, 2, 8, 2)
     lacking = TrainingShards(shards.tables[:1], shards.ranks[:1])
-    with pytest.raises(AssertionError, match=r"hold 8 of the 16 elements of w0\[0:8, 0:2\], which q0 needs"):
+    with pytest.raises(
+        AssertionError, match=r"hold 8 of the 16 elements of w0\[0:8, 0:2\], which q0 needs"
+    ):
         build_plan(lacking, engine, Sites.gpus(2, 2), 1, colocated=True)
     wider = even_shards(ParallelLayout(), 2, 8, 2)
     doubled = TrainingShards(shards.tables + wider.tables, (*shards.ranks, (2,)))
@@ -344,7 +433,9 @@ def test_ops_by_hand() -> None:
     shards = even_shards(ParallelLayout(tp=2), 1, 4, 1)
     engine = even_engine(2, 1, 4, 1)[::-1]
     plan = build_plan(shards, engine, Sites.hosts([0, 0]), 1, colocated=True)
-    assert [str(op) for op in plan.ops_to(0)] == ["w0[2:4, 0:1]: rank 1 p0[0:2, 0:1] -> destination 0 q0[0:2, 0:1]"]
+    assert [str(op) for op in plan.ops_to(0)] == [
+        "w0[2:4, 0:1]: rank 1 p0[0:2, 0:1] -> destination 0 q0[0:2, 0:1]"
+    ]
     assert [op.src_rank for op in plan.ops_to(1)] == [0]
     assert list(plan.ops_from(0, 0)) == []
 
@@ -353,13 +444,19 @@ def test_a_rank_left_without_a_row_is_no_sender() -> None:
     """Two replicas share one row: it cannot be cut, so one of them has nothing to send."""
     shards, engine = even_shards(ParallelLayout(dp=2), 1, 1, 4), even_engine(1, 1, 1, 4)
     plan = build_plan(shards, engine, Sites.hosts([0, 0]), 1, colocated=False)
-    assert plan.senders_to(0) == [op.src_rank for op in plan.ops_to(0)] and len(plan.senders_to(0)) == 1
+    assert (
+        plan.senders_to(0) == [op.src_rank for op in plan.ops_to(0)]
+        and len(plan.senders_to(0)) == 1
+    )
 
 
 def test_planning_a_thousand_ranks_stays_within_its_limits() -> None:
     """Llama 3 405B from TP8 PP16 DP8 to 128 engines, in a process of its own: 10 s, 2 GiB, received as the bound."""
     run = subprocess.run(
-        [sys.executable, str(BENCH), "--only", "llama-3-405b", "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(BENCH), "--only", "llama-3-405b", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     (row,) = json.loads(run.stdout)

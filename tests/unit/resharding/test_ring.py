@@ -48,16 +48,26 @@ def shape(request: pytest.FixtureRequest) -> Iterator[RingShape]:
 def test_shape_counts_every_byte(shape: RingShape) -> None:
     ring = Ring.create(shape)
     assert os.stat(shape.path()).st_size == shape.total_bytes
-    assert shape.table_offset >= 64 + 8 * 4 and shape.slots_offset >= shape.table_offset + 16 * 2 * 5
+    assert (
+        shape.table_offset >= 64 + 8 * 4 and shape.slots_offset >= shape.table_offset + 16 * 2 * 5
+    )
     assert shape.total_bytes == shape.slots_offset + SLOTS * 1024
-    assert os.stat(shape.path()).st_blocks * 512 >= shape.total_bytes, "reserved, so that no write can fail later"
+    assert os.stat(shape.path()).st_blocks * 512 >= shape.total_bytes, (
+        "reserved, so that no write can fail later"
+    )
     ring.slot(0).fill_(255)
     ring.slot(1).fill_(254)
     ring.record(1, 4, 7, -(2**63))
     other = Ring.open(shape)
-    assert (other.slot(0) == 255).all() and (other.slot(3) == 254).all() and other.slot(2).numel() == 1000
+    assert (
+        (other.slot(0) == 255).all()
+        and (other.slot(3) == 254).all()
+        and other.slot(2).numel() == 1000
+    )
     assert other.recorded(1, 4) == (7, -(2**63))
-    assert all(other.recorded(s, row)[0] == -1 for s in range(2) for row in range(5) if (s, row) != (1, 4))
+    assert all(
+        other.recorded(s, row)[0] == -1 for s in range(2) for row in range(5) if (s, row) != (1, 4)
+    )
     ring.close()
     other.close()
 
@@ -80,7 +90,9 @@ def test_a_slow_reader_is_never_overwritten(shape: RingShape) -> None:
         own, seen = Ring.open(shape), []
         for number in range(buckets):
             own.wait_filled(number, soon())
-            for _ in range(10 * reader):  # the second reader gives way again and again before it looks
+            for _ in range(
+                10 * reader
+            ):  # the second reader gives way again and again before it looks
                 time.sleep(0)
             first, second = own.slot(number)[:500].unique(), own.slot(number)[500:].unique()
             assert first.numel() == second.numel() == 1
@@ -99,7 +111,9 @@ def test_a_slow_reader_is_never_overwritten(shape: RingShape) -> None:
     ring.close()
 
 
-def test_a_sender_waits_for_the_slowest_reader_and_a_reader_for_the_last_sender(shape: RingShape) -> None:
+def test_a_sender_waits_for_the_slowest_reader_and_a_reader_for_the_last_sender(
+    shape: RingShape,
+) -> None:
     ring = Ring.create(shape)
     ring.wait_free(0, soon())
     ring.wait_free(1, soon())  # two slots
@@ -124,12 +138,17 @@ def test_a_sender_waits_for_the_slowest_reader_and_a_reader_for_the_last_sender(
 def test_deadlines_name_who_is_late(shape: RingShape) -> None:
     ring = Ring.create(shape)
     ring.fill(0, 0)
-    with pytest.raises(SyncError, match=r"bucket 0 was not filled in time by training rank 3; raise rollout\.sync_t"):
+    with pytest.raises(
+        SyncError,
+        match=r"bucket 0 was not filled in time by training rank 3; raise rollout\.sync_t",
+    ):
         ring.wait_filled(0, soon(0.01))
     ring.take(0, 0)
     with pytest.raises(SyncError, match=r"bucket 0 was not read in time by engine 2 rank 1;"):
         ring.wait_free(2, soon(0.01))
-    with pytest.raises(SyncError, match=r"bucket 1 was not filled in time by training rank 0, training rank 3;"):
+    with pytest.raises(
+        SyncError, match=r"bucket 1 was not filled in time by training rank 0, training rank 3;"
+    ):
         ring.wait_filled(1, soon(0.01))
     ring.close()
 
@@ -154,18 +173,24 @@ def test_a_name_in_use_is_refused(shape: RingShape) -> None:
     ring.close()
 
 
-def test_a_lack_of_memory_names_file_size_and_remedy(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_names_file_size_and_remedy(
+    shape: RingShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(fd: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     large = replace(shape, slot_bytes=3 << 20)
-    with pytest.raises(OSError, match=r"needs 6 MiB of shared memory \(No space left.*shm-size.*sync_bucket_mib") as e:
+    with pytest.raises(
+        OSError, match=r"needs 6 MiB of shared memory \(No space left.*shm-size.*sync_bucket_mib"
+    ) as e:
         Ring.create(large)
     assert e.value.errno == errno.ENOSPC and not large.path().exists()
 
 
-def test_abandoned_files_are_removed_and_others_kept(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoned_files_are_removed_and_others_kept(
+    shape: RingShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = time.time() - 3600
     # Looked for in folders of this test only: no file of a run beside it is touched.
     in_use = Ring.create(replace(shape, name=f"{shape.name}-in-use"))
@@ -177,7 +202,9 @@ def test_abandoned_files_are_removed_and_others_kept(shape: RingShape, monkeypat
     for path in (abandoned, stranger, in_use.path):
         os.utime(path, (old, old))
     glob = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: (p for p in glob(self, pattern) if shape.name in p.name))
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: (p for p in glob(self, pattern) if shape.name in p.name)
+    )
     ring = Ring.create(shape)
     kept = [path.exists() for path in (abandoned, young, stranger, in_use.path)]
     for path in (young, stranger):

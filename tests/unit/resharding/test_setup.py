@@ -10,7 +10,9 @@ from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.resharding.sites import Sites
 
-SPEC = ModelSpec("llama", 8, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128)
+SPEC = ModelSpec(
+    "llama", 8, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128
+)
 SETUP = SyncSetup(
     name="test",
     spec=SPEC,
@@ -30,7 +32,9 @@ def test_destinations_begin_at_different_places() -> None:
     assert len({order[0] for order in orders}) == len(orders) == 8
     assert all(order[0].segments[0].rows[0] == 0 for order in orders)
     assert all(sorted(order, key=repr) == sorted(orders[0], key=repr) for order in orders)
-    begun = [SETUP.copies(dst, sender)[0] for dst in range(8) for sender in SETUP.plan.senders_to(dst)]
+    begun = [
+        SETUP.copies(dst, sender)[0] for dst in range(8) for sender in SETUP.plan.senders_to(dst)
+    ]
     assert {copy.sender for copies in begun for copy in copies} == set(range(8))
 
 
@@ -45,8 +49,12 @@ def test_who_reaches_whom() -> None:
     for place in SETUP.plan.destinations:
         assert [rank for rank in range(8) if SETUP.is_near(rank, place.number)] == [place.device]
         assert SETUP.owner(place.number) == place.device
-    assert SETUP.needs_messages and SETUP.message_ranks == tuple(f"training rank {rank}" for rank in range(8))
+    assert SETUP.needs_messages and SETUP.message_ranks == tuple(
+        f"training rank {rank}" for rank in range(8)
+    )
     one_host = replace(SETUP, sites=Sites.hosts([0] * 8))
     assert not one_host.needs_messages and one_host.owner(0) == 0
     apart = replace(SETUP, colocated=False)
-    assert apart.message_ranks[8:] == tuple(f"engine {e} rank {r}" for e in range(4) for r in range(2))
+    assert apart.message_ranks[8:] == tuple(
+        f"engine {e} rank {r}" for e in range(4) for r in range(2)
+    )

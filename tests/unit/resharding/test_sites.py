@@ -73,7 +73,10 @@ def test_engines_are_whole_on_a_node(world: int, per_node: int, tp: int, engines
 def test_an_engine_larger_than_a_node_gets_neighbouring_nodes() -> None:
     sites = Sites.gpus(16, per_node=4)
     placed = assign_engines(sites, 2, 8, nothing)
-    assert [{sites.node_of_device[device] for device in engine} for engine in placed] == [{0, 1}, {2, 3}]
+    assert [{sites.node_of_device[device] for device in engine} for engine in placed] == [
+        {0, 1},
+        {2, 3},
+    ]
     (six,) = assign_engines(sites, 1, 6, nothing)
     assert len(set(six)) == 6 and {sites.node_of_device[device] for device in six} == {0, 1}
 

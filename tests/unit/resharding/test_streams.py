@@ -52,7 +52,11 @@ def make_setup(**changes: Any) -> SyncSetup:
     )
     setup = replace(base, **changes)
     world = setup.layout.world_size
-    return setup if len(setup.sites.device_of_rank) == world else replace(setup, sites=Sites.hosts([0] * world))
+    return (
+        setup
+        if len(setup.sites.device_of_rank) == world
+        else replace(setup, sites=Sites.hosts([0] * world))
+    )
 
 
 class Stream:
@@ -62,8 +66,12 @@ class Stream:
         self.setup = setup
         self.params: list[Params] = []
         for rank in range(setup.layout.world_size):
-            self.params.append(rank_params(numbered_tensors(setup.spec), setup.spec, setup.layout, rank))
-        self.senders = [WeightSender(setup, rank, params) for rank, params in enumerate(self.params)]
+            self.params.append(
+                rank_params(numbered_tensors(setup.spec), setup.spec, setup.layout, rank)
+            )
+        self.senders = [
+            WeightSender(setup, rank, params) for rank, params in enumerate(self.params)
+        ]
         for sender in self.senders:
             sender.open()
         self.receivers = [
@@ -77,23 +85,36 @@ class Stream:
         """Make the weights of this policy version the newest."""
         tensors = numbered_tensors(self.setup.spec, version)
         for rank, params in enumerate(self.params):
-            for key, weight in rank_params(tensors, self.setup.spec, self.setup.layout, rank).items():
+            for key, weight in rank_params(
+                tensors, self.setup.spec, self.setup.layout, rank
+            ).items():
                 params[key].copy_(weight)
 
-    def send(self, version: int, sync: int, ranks: list[int] | None = None) -> list[Future[SendReport]]:
+    def send(
+        self, version: int, sync: int, ranks: list[int] | None = None
+    ) -> list[Future[SendReport]]:
         chosen = self.senders if ranks is None else [self.senders[rank] for rank in ranks]
         return [self.pool.submit(sender.send, version, sync) for sender in chosen]
 
     def receive(self, version: int, sync: int, readers: int | None = None) -> list[Future[Weights]]:
         def take(receiver: WeightReceiver) -> Weights:
-            return {param.name: tensor.clone() for param, tensor in receiver.stream_params(version, sync)}
+            return {
+                param.name: tensor.clone()
+                for param, tensor in receiver.stream_params(version, sync)
+            }
 
         return [self.pool.submit(take, receiver) for receiver in self.receivers[:readers]]
 
     def wanted(self, version: int) -> list[Weights]:
         """What each receiver must get."""
-        tensors, dtype = numbered_tensors(self.setup.spec, version), getattr(torch, self.setup.dtype)
-        return [{n: w.to(dtype) for n, w in cut(tensors, receiver.table).items()} for receiver in self.receivers]
+        tensors, dtype = (
+            numbered_tensors(self.setup.spec, version),
+            getattr(torch, self.setup.dtype),
+        )
+        return [
+            {n: w.to(dtype) for n, w in cut(tensors, receiver.table).items()}
+            for receiver in self.receivers
+        ]
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -127,16 +148,31 @@ def done(*futures: Future[Any]) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "to fewer ranks": {"layout": ParallelLayout(tp=4, pp=2, vpp=2), "engines": 1, "tensor_parallel_size": 2},
-    "to more ranks than key-value heads": {"layout": ParallelLayout(tp=2, dp=2), "tensor_parallel_size": 8},
+    "to fewer ranks": {
+        "layout": ParallelLayout(tp=4, pp=2, vpp=2),
+        "engines": 1,
+        "tensor_parallel_size": 2,
+    },
+    "to more ranks than key-value heads": {
+        "layout": ParallelLayout(tp=2, dp=2),
+        "tensor_parallel_size": 8,
+    },
     "two engines share a destination": {"engines": 2, "tensor_parallel_size": 1},
-    "bfloat16": {"dtype": "bfloat16", "layout": ParallelLayout(tp=2, pp=1, dp=3), "tensor_parallel_size": 4},
+    "bfloat16": {
+        "dtype": "bfloat16",
+        "layout": ParallelLayout(tp=2, pp=1, dp=3),
+        "tensor_parallel_size": 4,
+    },
     "unaligned widths in bfloat16": {
         "spec": replace(QWEN2, hidden_size=7, head_dim=3),
         "dtype": "bfloat16",
         "tensor_parallel_size": 4,
     },
-    "experts cut": {"spec": QWEN3_MOE, "layout": ParallelLayout(tp=2, dp=2, ep=4), "bucket_bytes": 3000},
+    "experts cut": {
+        "spec": QWEN3_MOE,
+        "layout": ParallelLayout(tp=2, dp=2, ep=4),
+        "bucket_bytes": 3000,
+    },
     "experts whole": {
         "spec": QWEN3_MOE,
         "layout": ParallelLayout(pp=2, dp=2, ep=2),
@@ -145,7 +181,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "a parameter larger than a bucket": {"bucket_bytes": 200, "tensor_parallel_size": 1},
     "one bucket": {"bucket_bytes": 1 << 20},
-    "whole tensors": {"target": "export", "dtype": "bfloat16", "layout": ParallelLayout(tp=4, pp=2, dp=1)},
+    "whole tensors": {
+        "target": "export",
+        "dtype": "bfloat16",
+        "layout": ParallelLayout(tp=4, pp=2, dp=1),
+    },
 }
 
 
@@ -157,7 +197,9 @@ def test_every_sync_brings_exactly_the_newest_weights(name: str, streams: list[S
     if name == "two engines share a destination":
         assert len(setup.plan.destinations) == 1 and len(stream.receivers) == 2
     if name == "unaligned widths in bfloat16":
-        assert any(c.hf_box[-1][1] % 4 for some in setup.copies(0, 0) for c in some if len(c.hf_box) == 2)
+        assert any(
+            c.hf_box[-1][1] % 4 for some in setup.copies(0, 0) for c in some if len(c.hf_box) == 2
+        )
     for sync, version in enumerate([0, 1, 5]):
         stream.train(version)
         sends, receives = stream.send(version, sync), stream.receive(version, sync)
@@ -195,7 +237,9 @@ def test_senders_may_run_ahead_of_a_slow_reader(bucket_bytes: int, streams: list
 
     first = stream.pool.submit(read, fast)
     if buckets <= 2:
-        assert started.wait(30)  # the fast reader has all of the first sync before the slow one looks at any
+        assert started.wait(
+            30
+        )  # the fast reader has all of the first sync before the slow one looks at any
     results = read(slow), first.result(timeout=60)
     for got in itertools.chain(*results):
         same(got, stream.wanted(0)[0])
@@ -207,7 +251,11 @@ class Writer:
 
     def __init__(self, receiver: WeightReceiver) -> None:
         self.dtype = receiver.dtype
-        self.live = {p.name: torch.zeros(p.shape, dtype=self.dtype) for p in receiver.table if "down" not in p.name}
+        self.live = {
+            p.name: torch.zeros(p.shape, dtype=self.dtype)
+            for p in receiver.table
+            if "down" not in p.name
+        }
         self.packed: Weights = {}
         self.finished = 0
 
@@ -224,7 +272,9 @@ class Writer:
 
 @pytest.mark.parametrize("bucket_bytes", [200, 1 << 20])
 def test_weights_go_into_a_live_model(bucket_bytes: int, streams: list[Stream]) -> None:
-    stream = Stream(make_setup(bucket_bytes=bucket_bytes, layout=ParallelLayout(tp=2), tensor_parallel_size=4))
+    stream = Stream(
+        make_setup(bucket_bytes=bucket_bytes, layout=ParallelLayout(tp=2), tensor_parallel_size=4)
+    )
     streams.append(stream)
     writers = [Writer(receiver) for receiver in stream.receivers]
     for sync in range(2):
@@ -250,12 +300,18 @@ def test_memory_is_two_buckets_and_a_table(streams: list[Stream]) -> None:
     done(*stream.send(0, 0), *stream.receive(0, 0))
     for shape in shapes:
         found = os.stat(shape.path())
-        assert found.st_size == shape.total_bytes <= SLOTS * (setup.bucket_bytes + 64) + shape.slots_offset
+        assert (
+            found.st_size
+            == shape.total_bytes
+            <= SLOTS * (setup.bucket_bytes + 64) + shape.slots_offset
+        )
         assert found.st_blocks * 512 <= -(-shape.total_bytes // 4096) * 4096, "and nothing grew"
         rows = [sum(map(len, setup.copies(0, sender))) for sender in setup.plan.senders_to(0)]
         assert shape.slots_offset <= 256 + 16 * len(rows) * max(rows)
     stream.senders[0].seal()
-    assert not any(shape.path().exists() for shape in shapes), "the names go once all have opened them"
+    assert not any(shape.path().exists() for shape in shapes), (
+        "the names go once all have opened them"
+    )
 
 
 class TamperedInbox(RingInbox):
@@ -269,7 +325,9 @@ class TamperedInbox(RingInbox):
         slot, arrivals = super().wait(number, sync, deadline)
         if number == self.number:
             copy = arrivals[self.copy % len(arrivals)][0]
-            segment = torch.arange(copy.shape[0] * (volume(tuple((0, n) for n in copy.shape[1:])) or 1))
+            segment = torch.arange(
+                copy.shape[0] * (volume(tuple((0, n) for n in copy.shape[1:])) or 1)
+            )
             first = segment.view(copy.shape)[tuple(slice(a, b) for a, b in copy.box)].flatten()[0]
             slot[copy.offset + 4 * int(first)] ^= 1
             self.hit = f"{copy.tensor}["
@@ -277,7 +335,9 @@ class TamperedInbox(RingInbox):
 
 
 @pytest.mark.parametrize("copy", [0, 3, -1])
-def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(copy: int, streams: list[Stream]) -> None:
+def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(
+    copy: int, streams: list[Stream]
+) -> None:
     stream = Stream(make_setup(tensor_parallel_size=1, bucket_bytes=TWO_BUCKETS))
     streams.append(stream)
     assert len(stream.receivers[0].buckets) == 2
@@ -292,11 +352,15 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(copy: int, streams: 
             seen.add(segment.param)
     assert inbox.hit and inbox.hit in str(refused.value)
     assert "differs from what was sent for policy version 0" in str(refused.value)
-    assert seen == {s.param for s in receiver.buckets[0].segments}, "nothing of the bad bucket was handed on"
+    assert seen == {s.param for s in receiver.buckets[0].segments}, (
+        "nothing of the bad bucket was handed on"
+    )
     done(*sends)
 
 
-@pytest.mark.parametrize(("sync", "problem"), [(0, "was never sent"), (1, "is of policy version 0")])
+@pytest.mark.parametrize(
+    ("sync", "problem"), [(0, "was never sent"), (1, "is of policy version 0")]
+)
 def test_a_dropped_copy_is_refused_by_name(sync: int, problem: str, streams: list[Stream]) -> None:
     stream = Stream(make_setup(tensor_parallel_size=1, bucket_bytes=TWO_BUCKETS))
     streams.append(stream)
@@ -326,12 +390,16 @@ def test_a_sender_stuck_at_the_old_version_is_named(streams: list[Stream]) -> No
     streams.append(stream)
     done(*stream.send(4, 0), *stream.receive(4, 0))
     sends = stream.send(5, 1, [0, 1, 3]) + stream.send(4, 1, [2])
-    with pytest.raises(SyncError, match=r"\] from training rank 2 is of policy version 4; wanted policy version 5"):
+    with pytest.raises(
+        SyncError, match=r"\] from training rank 2 is of policy version 4; wanted policy version 5"
+    ):
         stream.receive(5, 1)[0].result(timeout=60)
     done(*sends)
 
 
-def test_weights_that_change_while_they_are_sent_are_sent_as_they_were(streams: list[Stream]) -> None:
+def test_weights_that_change_while_they_are_sent_are_sent_as_they_were(
+    streams: list[Stream],
+) -> None:
     """An optimizer step that overlaps a sync cannot pass for the version that was asked for."""
     stream = Stream(make_setup(tensor_parallel_size=1, bucket_bytes=1 << 20))
     streams.append(stream)
@@ -345,10 +413,14 @@ def test_a_sender_that_never_comes_is_named(streams: list[Stream]) -> None:
     streams.append(stream)
     sends, receives = stream.send(0, 0, [0, 1, 3]), stream.receive(0, 0)
     for receive in receives:
-        with pytest.raises(SyncError, match=r"bucket \d+ was not filled in time by .*training rank 2"):
+        with pytest.raises(
+            SyncError, match=r"bucket \d+ was not filled in time by .*training rank 2"
+        ):
             receive.result(timeout=60)
     for send in sends:
-        with pytest.raises(SyncError, match=r"bucket \d+ was not read in time by engine 0 rank [01]; raise"):
+        with pytest.raises(
+            SyncError, match=r"bucket \d+ was not read in time by engine 0 rank [01]; raise"
+        ):
             send.result(timeout=60)
 
 
@@ -359,14 +431,20 @@ def test_a_reader_that_never_comes_is_named(streams: list[Stream]) -> None:
     with pytest.raises(SyncError, match=r"bucket \d+ was not filled in time by training rank"):
         first.result(timeout=60)
     for send in sends:
-        with pytest.raises(SyncError, match=r"bucket \d+ was not read in time by .*engine 1 rank 0; raise"):
+        with pytest.raises(
+            SyncError, match=r"bucket \d+ was not read in time by .*engine 1 rank 0; raise"
+        ):
             send.result(timeout=60)
 
 
 def test_processes_with_different_plans_do_not_talk(streams: list[Stream]) -> None:
     stream = Stream(make_setup())
     streams.append(stream)
-    for changes in ({"bucket_bytes": 1001}, {"engines": 2}, {"spec": replace(LLAMA, rope_theta=5.0)}):
+    for changes in (
+        {"bucket_bytes": 1001},
+        {"engines": 2},
+        {"spec": replace(LLAMA, rope_theta=5.0)},
+    ):
         with pytest.raises(SyncError, match="made for another plan"):
             RingInbox(replace(stream.setup, **changes), 0)
 
@@ -375,7 +453,10 @@ class Backend:
     """Stands for a process group: `wait` of a work returns or raises what it is told to, after `seconds`."""
 
     def __init__(
-        self, result: bool | RuntimeError = True, seconds: float = 0.0, start: RuntimeError | None = None
+        self,
+        result: bool | RuntimeError = True,
+        seconds: float = 0.0,
+        start: RuntimeError | None = None,
     ) -> None:
         self.result, self.seconds, self.start, self.calls = result, seconds, start, list[str]()
 
@@ -410,7 +491,9 @@ class Backend:
 def make_stub_group(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: str = "gloo") -> Group:
     for kind in ("ProcessGroupGloo", "ProcessGroupNCCL", "TCPStore"):
         monkeypatch.setattr(torch.distributed, kind, lambda *args, **kwargs: backend, raising=False)
-    return Group(name, 0, ["training rank 0", "training rank 1", "engine 0 rank 0"], "127.0.0.1", 1, 1.0)
+    return Group(
+        name, 0, ["training rank 0", "training rank 1", "engine 0 rank 0"], "127.0.0.1", 1, 1.0
+    )
 
 
 MESSAGE = torch.zeros(4, dtype=torch.uint8)
@@ -420,7 +503,10 @@ GONE = RuntimeError("Connection closed by peer")
 def test_a_peer_gone_before_a_message_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     group = make_stub_group(monkeypatch, Backend(start=GONE))
     for _ in range(2):
-        with pytest.raises(SyncError, match=r"^sync_weights: a message to engine 0 rank 0: Connection closed by peer$"):
+        with pytest.raises(
+            SyncError,
+            match=r"^sync_weights: a message to engine 0 rank 0: Connection closed by peer$",
+        ):
             group.exchange([(MESSAGE, 2)], [])
 
 
@@ -428,12 +514,17 @@ def test_a_peer_gone_before_a_message_starts_is_named(monkeypatch: pytest.Monkey
     ("backend", "how"),
     [
         (Backend(GONE), ": Connection closed by peer"),
-        (Backend(RuntimeError("Timed out"), seconds=0.11), " did not end in time; raise rollout.sync_timeout_s"),
+        (
+            Backend(RuntimeError("Timed out"), seconds=0.11),
+            " did not end in time; raise rollout.sync_timeout_s",
+        ),
         (Backend(False), " did not end in time; raise rollout.sync_timeout_s"),
     ],
     ids=["gone", "late, as gloo says it", "late"],
 )
-def test_a_lost_message_ends_the_group(backend: Backend, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_message_ends_the_group(
+    backend: Backend, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = make_stub_group(monkeypatch, backend)
     (work,) = group.exchange([], [(MESSAGE, 1)])
     with pytest.raises(SyncError) as lost:
@@ -467,7 +558,9 @@ class Kernel:
         return True
 
 
-def test_a_message_of_nccl_is_looked_at_often_and_has_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_of_nccl_is_looked_at_often_and_has_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """NCCL's own wait with a deadline would sleep a millisecond between two looks."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     pauses: list[float] = []
@@ -476,7 +569,9 @@ def test_a_message_of_nccl_is_looked_at_often_and_has_its_deadline(monkeypatch: 
     ended = Kernel(40)
     group.finish(ended, 1, "a message from", time.monotonic() + 5)
     assert ended.waits == 1 and len(pauses) == 40 and max(pauses) <= 1e-4
-    with pytest.raises(SyncError, match="a message from training rank 1: Connection closed by peer"):
+    with pytest.raises(
+        SyncError, match="a message from training rank 1: Connection closed by peer"
+    ):
         group.finish(Kernel(1, GONE), 1, "a message from", time.monotonic() + 5)
     with pytest.raises(SyncError, match="a message from engine 0 rank 0 did not end in time"):
         group.finish(Kernel(float("inf")), 2, "a message from", time.monotonic() + 0.01)
@@ -488,7 +583,9 @@ def test_a_process_group_has_the_deadline_of_the_sync(monkeypatch: pytest.Monkey
     for backend, kind in (("gloo", "ProcessGroupGloo"), ("nccl", "ProcessGroupNCCL")):
         made: list[tuple[Any, ...]] = []
         make_stub_group(monkeypatch, Backend())
-        monkeypatch.setattr(torch.distributed, kind, lambda *args, made=made: made.append(args) or Backend())
+        monkeypatch.setattr(
+            torch.distributed, kind, lambda *args, made=made: made.append(args) or Backend()
+        )
         Group(backend, 0, ["training rank 0"], "127.0.0.1", 1, 7.0)
         assert made[0][1:] == (0, 1, timedelta(seconds=7))
 
@@ -496,7 +593,10 @@ def test_a_process_group_has_the_deadline_of_the_sync(monkeypatch: pytest.Monkey
 def test_nccl_takes_every_exchange_as_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one communicator, made at the start: lone and grouped messages would else miss each other."""
     real = torch.distributed.distributed_c10d.ProcessGroupGloo  # has the methods of every backend
-    assert all(hasattr(real, name) for name in ("eager_connect_single_device", "_start_coalescing", "_end_coalescing"))
+    assert all(
+        hasattr(real, name)
+        for name in ("eager_connect_single_device", "_start_coalescing", "_end_coalescing")
+    )
     assert "device" not in real._start_coalescing.__doc__ + real._end_coalescing.__doc__
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     backend = Backend()

@@ -18,9 +18,12 @@ from rlhf3d.resharding.setup import sync_setup
 from rlhf3d.resharding.sync import CanaryError, WeightSync
 from rlhf3d.rollout.api import SyncReport
 
-SPEC = ModelSpec("llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64)
+SPEC = ModelSpec(
+    "llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64
+)
 CONFIG = Config(
-    model=ModelConfig(dtype="float32"), rollout=RolloutConfig(dtype="float32", canary_steps=1, canary_every=3)
+    model=ModelConfig(dtype="float32"),
+    rollout=RolloutConfig(dtype="float32", canary_steps=1, canary_every=3),
 )
 
 
@@ -110,7 +113,9 @@ def test_canary_runs_on_its_steps(parts: tuple[WeightSync, Train, Rollout]) -> N
     assert rollout.published == list(range(7))
 
 
-def test_the_trainer_computes_before_engines_wake_their_caches(parts: tuple[WeightSync, Train, Rollout]) -> None:
+def test_the_trainer_computes_before_engines_wake_their_caches(
+    parts: tuple[WeightSync, Train, Rollout],
+) -> None:
     sync, train, rollout = parts
     rollout.events = train.events
     sync.run()
@@ -120,7 +125,10 @@ def test_the_trainer_computes_before_engines_wake_their_caches(parts: tuple[Weig
 def test_disagreement_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, train, rollout = parts
     train.logprobs = [-1.0, -2.1]
-    with pytest.raises(CanaryError, match=r"after the sync of policy 0, engine 0 and the trainer .* differ by 0\.05"):
+    with pytest.raises(
+        CanaryError,
+        match=r"after the sync of policy 0, engine 0 and the trainer .* differ by 0\.05",
+    ):
         sync.run()
     assert rollout.published == [] and sync.needed
 
@@ -136,7 +144,9 @@ def test_nan_is_disagreement(parts: tuple[WeightSync, Train, Rollout]) -> None:
 def test_stale_prefix_cache_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, _, rollout = parts
     rollout.stale = 128
-    with pytest.raises(CanaryError, match="engine 0 still took 128 tokens of a prompt from its prefix cache"):
+    with pytest.raises(
+        CanaryError, match="engine 0 still took 128 tokens of a prompt from its prefix cache"
+    ):
         sync.run()
     assert rollout.published == [] and sync.needed
 
@@ -152,5 +162,7 @@ def test_failed_load_is_not_published(parts: tuple[WeightSync, Train, Rollout]) 
 def test_an_export_without_a_training_rank_beside_the_driver_is_refused(
     parts: tuple[WeightSync, Train, Rollout],
 ) -> None:
-    with pytest.raises(ValueError, match=r"trainer.save_hf: .* on a node that trains, or set trainer.save_hf=never"):
+    with pytest.raises(
+        ValueError, match=r"trainer.save_hf: .* on a node that trains, or set trainer.save_hf=never"
+    ):
         parts[0].exporting_rank()

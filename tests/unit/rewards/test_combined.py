@@ -11,7 +11,10 @@ from rlhf3d.rewards.combined import ModelPart, ModelRewards, ModelScore, only_mo
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
 
-ITEMS = [ScoreItem("src", text, "4", messages=[{"role": "user", "content": "2 + 2"}]) for text in ("4", "five", "!")]
+ITEMS = [
+    ScoreItem("src", text, "4", messages=[{"role": "user", "content": "2 + 2"}])
+    for text in ("4", "five", "!")
+]
 
 
 class Lengths:
@@ -19,10 +22,14 @@ class Lengths:
 
     def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
         assert all(item.messages for item in items)
-        return [ModelScore(float(len(item.solution_str)), len(item.solution_str) == 1) for item in items]
+        return [
+            ModelScore(float(len(item.solution_str)), len(item.solution_str) == 1) for item in items
+        ]
 
 
-def rule(*, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> float:
+def rule(
+    *, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None
+) -> float:
     if solution_str == "!":
         raise ValueError("unreadable")
     return float(solution_str == ground_truth)
@@ -37,7 +44,11 @@ def test_both_by_weights() -> None:
     assert right.value == pytest.approx(1.0 + 0.5 * (1 - 2) / 4) and right.accuracy == 1.0
     assert wrong.value == pytest.approx(0.0 + 0.5 * (4 - 2) / 4) and wrong.accuracy == 0.0
     assert right.extra == {"reward_model": 1.0, "reward_model_cut": True, "acc": 1.0}
-    assert failed.outcome is Outcome.ERROR and failed.value == 0.0 and "reward_model" not in failed.extra
+    assert (
+        failed.outcome is Outcome.ERROR
+        and failed.value == 0.0
+        and "reward_model" not in failed.extra
+    )
     assert not only_model([right, wrong])
 
 

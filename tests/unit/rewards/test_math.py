@@ -65,7 +65,8 @@ def test_normal_form(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("3 4", "34"), ("1, 234", "1234"), (r"\text{even}", r"\text{odd}"), ("(1,2)", "[1,2]")]
+    ("one", "other"),
+    [("3 4", "34"), ("1, 234", "1234"), (r"\text{even}", r"\text{odd}"), ("(1,2)", "[1,2]")],
 )
 def test_normal_form_keeps_what_differs_apart(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
@@ -229,7 +230,11 @@ KNOWN_FAILURES = [
     # (truth, answer, what Math-Verify 0.9.0 says); a change here is news for docs/rewards.md
     (r"e^{i\pi}", "-1", 0.0),  # i stays a symbol
     (r"30^\circ", r"\frac{\pi}{6}", 0.0),  # degrees are dropped, not converted
-    (r"(-\infty, 3)", "x < 3", 0.0),  # an inequality for an interval, though not the other way round
+    (
+        r"(-\infty, 3)",
+        "x < 3",
+        0.0,
+    ),  # an inequality for an interval, though not the other way round
     ("1010_2", "1010", 1.0),  # a base that only one states is dropped
     (r"5\text{ pears}", r"5\text{ apples}", 1.0),  # so is a unit that is not known
     ("10", r"10\%", 1.0),  # and the percent sign, where the number fits
@@ -267,7 +272,22 @@ def test_known_failures_of_math_verify(truth: str, answer: str, said: float) -> 
 
 
 @pytest.mark.parametrize(
-    "piece", ["9", "9 ", " ", "{", "}", "9_", "\\\\text{", "0.\\\\overline{3}", "\\\\, 9", "1/", "\\", "~", "\\sqrt["]
+    "piece",
+    [
+        "9",
+        "9 ",
+        " ",
+        "{",
+        "}",
+        "9_",
+        "\\\\text{",
+        "0.\\\\overline{3}",
+        "\\\\, 9",
+        "1/",
+        "\\",
+        "~",
+        "\\sqrt[",
+    ],
 )
 def test_spellings_are_read_in_linear_time(piece: str) -> None:
     started = time.monotonic()
@@ -277,7 +297,10 @@ def test_spellings_are_read_in_linear_time(piece: str) -> None:
 
 def test_quick_verdicts_are_math_verifys() -> None:
     verify = scorer._grader().verify
-    answers = sorted({answer for pair in [*RIGHT, *WRONG] for answer in pair} | {"0.3333333", "1/3", "-0.5", "7/14"})
+    answers = sorted(
+        {answer for pair in [*RIGHT, *WRONG] for answer in pair}
+        | {"0.3333333", "1/3", "-0.5", "7/14"}
+    )
     stated = (bases, half_of_day, lambda one: split_unit(one)[1], scorer._SEVERAL.fullmatch)
     answers = [one for one in answers if not any(read(one) for read in stated)]
     quick = [
@@ -301,7 +324,9 @@ def test_without_a_box_flexible_looks_at_the_end_and_strict_does_not() -> None:
 
 
 def test_an_unreadable_ground_truth_is_an_error_not_a_zero() -> None:
-    with pytest.raises(ValueError, match=r"reward_model\.ground_truth: Math-Verify reads nothing in"):
+    with pytest.raises(
+        ValueError, match=r"reward_model\.ground_truth: Math-Verify reads nothing in"
+    ):
         score_math("\\boxed{x+1}", "")
 
 
@@ -354,7 +379,10 @@ HOSTILE = {
 
 
 def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
-    batch = [ScoreItem("lighteval/MATH", text, "4", {"index": i}) for i, text in enumerate(HOSTILE.values())]
+    batch = [
+        ScoreItem("lighteval/MATH", text, "4", {"index": i})
+        for i, text in enumerate(HOSTILE.values())
+    ]
     sane = ScoreItem("lighteval/MATH", r"\boxed{\frac{8}{2}}", "4")
     with ScoringPool(2, 2.0, BuiltinReward("flexible", ("lighteval/MATH",))) as pool:
         start = time.monotonic()
@@ -363,9 +391,11 @@ def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
         assert pool.score_batch([sane] * 4)[3].value == 1.0
     for name, score in zip(HOSTILE, scores, strict=True):
         assert score.value == 0.0, name
-        assert score.outcome in (Outcome.SCORED, Outcome.UNPARSABLE, Outcome.TIMEOUT) or "memory" in (
-            score.message or ""
-        ), f"{name}: {score.message}"
+        assert score.outcome in (
+            Outcome.SCORED,
+            Outcome.UNPARSABLE,
+            Outcome.TIMEOUT,
+        ) or "memory" in (score.message or ""), f"{name}: {score.message}"
 
 
 @settings(deadline=None, max_examples=200)

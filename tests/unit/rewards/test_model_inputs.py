@@ -11,18 +11,27 @@ from rlhf3d.rewards.model_inputs import model_inputs, require_finite
 from rlhf3d.rewards.scoring import RewardError, ScoreItem
 
 TOKENIZER = make_tiny_tokenizer()
-ITEM = ScoreItem("src", "yes", None, messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "why"}])
+ITEM = ScoreItem(
+    "src",
+    "yes",
+    None,
+    messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "why"}],
+)
 TEXT = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
 
 
-def read(item: ScoreItem = ITEM, limit: int = 1000, overlong: str = "error", pad_id: int | None = 0) -> Any:
+def read(
+    item: ScoreItem = ITEM, limit: int = 1000, overlong: str = "error", pad_id: int | None = 0
+) -> Any:
     (found,) = model_inputs([item], TOKENIZER, limit, overlong, pad_id)
     return found
 
 
 def test_the_completion_is_the_last_message_of_the_models_own_template() -> None:
     assert TOKENIZER.decode(read().ids) == TEXT and not read().cut
-    assert "assistant\n<|im_end|>" in TOKENIZER.decode(read(ScoreItem("src", "", None, messages=ITEM.messages)).ids)
+    assert "assistant\n<|im_end|>" in TOKENIZER.decode(
+        read(ScoreItem("src", "", None, messages=ITEM.messages)).ids
+    )
 
 
 def test_trailing_padding_is_dropped_as_transformers_skips_it() -> None:
@@ -35,7 +44,9 @@ def test_trailing_padding_is_dropped_as_transformers_skips_it() -> None:
 def test_a_token_that_the_model_lacks_is_refused() -> None:
     largest = max(read().ids)
     assert model_inputs([ITEM], TOKENIZER, 1000, "error", 0, largest + 1) == [read()]
-    with pytest.raises(RewardError, match=rf"token {largest} of prompt .* has embeddings for 0 to {largest - 1}"):
+    with pytest.raises(
+        RewardError, match=rf"token {largest} of prompt .* has embeddings for 0 to {largest - 1}"
+    ):
         model_inputs([ITEM], TOKENIZER, 1000, "error", 0, largest)
 
 
@@ -46,7 +57,13 @@ def test_too_long_inputs_stop_the_run_or_are_cut_and_marked() -> None:
     assert cut.cut and cut.ids == read().ids[5:]
     with pytest.raises(RewardError) as error:
         read(limit=length - 1)
-    for wanted in (f"{length} tokens", f"max_length = {length - 1}", "'why' of src", "'yes'", "truncate_left"):
+    for wanted in (
+        f"{length} tokens",
+        f"max_length = {length - 1}",
+        "'why' of src",
+        "'yes'",
+        "truncate_left",
+    ):
         assert wanted in str(error.value)
 
 
@@ -55,11 +72,15 @@ def test_a_prompt_that_the_template_refuses_is_named() -> None:
         def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
             raise ValueError("no system messages")
 
-    with pytest.raises(RewardError, match=r"does not take prompt 'why' of src .*: no system messages"):
+    with pytest.raises(
+        RewardError, match=r"does not take prompt 'why' of src .*: no system messages"
+    ):
         model_inputs([ITEM], Refuses(), 10, "error", None)
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
     require_finite([ITEM] * 2, [0.5, -3.0])
-    with pytest.raises(RewardError, match=r"gave nan for prompt 'why' of src with completion 'yes' \(2 of 3"):
+    with pytest.raises(
+        RewardError, match=r"gave nan for prompt 'why' of src with completion 'yes' \(2 of 3"
+    ):
         require_finite([ITEM] * 3, [1.0, float("nan"), float("inf")])

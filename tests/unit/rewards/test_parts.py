@@ -39,7 +39,12 @@ def test_forms(form: str, text: str, worth: float) -> None:
 
 
 def test_hostile_forms_are_quick() -> None:
-    for text in ("<think>" * 150_000, "<think>" + "a" * 1_000_000, "\\boxed{" * 150_000, "#" * 1_000_000):
+    for text in (
+        "<think>" * 150_000,
+        "<think>" + "a" * 1_000_000,
+        "\\boxed{" * 150_000,
+        "#" * 1_000_000,
+    ):
         for form in ("think", "boxed", "hashes"):
             assert format_score(text, form) == 0.0
 
@@ -73,7 +78,9 @@ def test_it_works_in_the_pool_and_failures_earn_nothing() -> None:
 
 
 def test_mistakes_in_weights_are_named() -> None:
-    with pytest.raises(ValueError, match=r"reward\.weights: no part 'style'; there are accuracy, format"):
+    with pytest.raises(
+        ValueError, match=r"reward\.weights: no part 'style'; there are accuracy, format"
+    ):
         weighted(style=1.0)
     with pytest.raises(ValueError, match=r"reward\.format: no 'prose'"):
         WeightedReward(BuiltinReward(), {"format": 1.0}, "prose")
@@ -81,7 +88,9 @@ def test_mistakes_in_weights_are_named() -> None:
 
 def test_a_configuration_becomes_the_right_function() -> None:
     assert make_reward(Config(), ["openai/gsm8k"]) == BuiltinReward("flexible", ("openai/gsm8k",))
-    summed = make_reward(Config(reward=RewardConfig(weights={"format": 0.5}, format="hashes")), ["openai/gsm8k"])
+    summed = make_reward(
+        Config(reward=RewardConfig(weights={"format": 0.5}, format="hashes")), ["openai/gsm8k"]
+    )
     assert isinstance(summed, WeightedReward)
     assert [s.value for s in summed.score_items([item("#### 5"), item("5")])] == [0.5, 0.0]
     with pytest.raises(ValueError, match="no built-in scorer for data_source 'mine'"):

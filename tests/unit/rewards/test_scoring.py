@@ -41,21 +41,34 @@ def test_unknown_data_source_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'mine'.*openai/gsm8k.*custom_reward_function"):
         check_data_sources(["openai/gsm8k", "mine"])
     check_data_sources(["mine"], {"mine": "boxed_exact"})
-    with pytest.raises(ValueError, match=r"reward\.scorers: no scorer 'boxed' for 'mine'; choose one of gsm8k, math_v"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward\.scorers: no scorer 'boxed' for 'mine'; choose one of gsm8k, math_v",
+    ):
         check_data_sources(["mine"], {"mine": "boxed"})
 
 
 def test_reward_scorers_names_or_changes_the_scorer() -> None:
     exact = BuiltinReward("strict", scorers={"mine": "boxed_exact", "openai/gsm8k": "math_verify"})
-    assert exact(data_source="mine", solution_str="\\boxed{\\frac12}", ground_truth="1/2").value == 1.0
+    assert (
+        exact(data_source="mine", solution_str="\\boxed{\\frac12}", ground_truth="1/2").value == 1.0
+    )
     assert exact(data_source="mine", solution_str="\\boxed{0.5}", ground_truth="1/2").value == 0.0
-    assert exact(data_source="mine", solution_str="1/2", ground_truth="1/2").outcome is Outcome.UNPARSABLE
-    assert exact(data_source="openai/gsm8k", solution_str="\\boxed{0.5}", ground_truth="1/2").value == 1.0
+    assert (
+        exact(data_source="mine", solution_str="1/2", ground_truth="1/2").outcome
+        is Outcome.UNPARSABLE
+    )
+    assert (
+        exact(data_source="openai/gsm8k", solution_str="\\boxed{0.5}", ground_truth="1/2").value
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("method", ["strict", "flexible"])
-def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(name: str, method: str) -> None:
+def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(
+    name: str, method: str
+) -> None:
     for truth in ("7", "-1,080", "2.50"):
         score = SCORERS[name].score(f"So it is: {SCORERS[name].state(truth)}", truth, method)
         assert (score.value, score.outcome) == (1.0, Outcome.SCORED)
@@ -65,24 +78,48 @@ def test_each_scorer_gives_full_marks_to_its_own_statement_of_the_truth(name: st
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize(
-    "truth", [["9"], '["9"]', "['9', '10.5']", "[9]", ["10.5", "9"], ("9",), 9, 9.0, Decimal("9.00"), ["x", "9"][1:]]
+    "truth",
+    [
+        ["9"],
+        '["9"]',
+        "['9', '10.5']",
+        "[9]",
+        ["10.5", "9"],
+        ("9",),
+        9,
+        9.0,
+        Decimal("9.00"),
+        ["x", "9"][1:],
+    ],
 )
 def test_truths_of_any_type_are_what_they_say(name: str, truth: Any) -> None:
     scorer = SCORERS[name]
     assert scorer.score(scorer.state("9"), truth, "strict").value == 1.0
     assert scorer.score(scorer.state("8"), truth, "strict").value == 0.0
-    assert all(scorer.score(text, truth, "strict").value == 1.0 for text in scorer.statements(truth))
+    assert all(
+        scorer.score(text, truth, "strict").value == 1.0 for text in scorer.statements(truth)
+    )
 
 
 def test_numbers_keep_their_value_and_intervals_are_no_lists() -> None:
-    assert accepted(1e20) == ["1" + "0" * 20] and accepted(1e-7) == ["0.0000001"] and accepted(-0.5) == ["-0.5"]
+    assert (
+        accepted(1e20) == ["1" + "0" * 20]
+        and accepted(1e-7) == ["0.0000001"]
+        and accepted(-0.5) == ["-0.5"]
+    )
     assert accepted("['a', 1]") == ["a", "1"] and accepted('["7", 7.5]') == ["7", "7.5"]
     assert accepted("[1, 2]") == ["[1, 2]"] and accepted("('a') + x") == ["('a') + x"]
-    assert shown([1, "½"]) == '[1, "½"]' and shown(None) == "" and shown(3.0) == "3" and shown(7) == "7"
+    assert (
+        shown([1, "½"]) == '[1, "½"]'
+        and shown(None) == ""
+        and shown(3.0) == "3"
+        and shown(7) == "7"
+    )
 
 
 @pytest.mark.parametrize(
-    "truth", [[], [[]], "", " ", ["9", ""], {"target": "9"}, float("nan"), b"9", True, [None], "['9' '10']"]
+    "truth",
+    [[], [[]], "", " ", ["9", ""], {"target": "9"}, float("nan"), b"9", True, [None], "['9' '10']"],
 )
 def test_truths_that_no_rule_compares_with_are_errors_not_zeros(truth: Any) -> None:
     for scorer in SCORERS.values():
@@ -92,7 +129,11 @@ def test_truths_that_no_rule_compares_with_are_errors_not_zeros(truth: Any) -> N
 
 def test_gsm8ks_truth_is_one_number() -> None:
     score = SCORERS["gsm8k"].score
-    assert score("#### 3", "3 pears", "strict").value == score("3", "6 / 2 = 3\n#### 3", "flexible").value == 1.0
+    assert (
+        score("#### 3", "3 pears", "strict").value
+        == score("3", "6 / 2 = 3\n#### 3", "flexible").value
+        == 1.0
+    )
     for truth in ("1/2", "5 or 6", "none"):
         with pytest.raises(ValueError, match="is not one number"):
             score("#### 2", truth, "strict")
@@ -101,7 +142,9 @@ def test_gsm8ks_truth_is_one_number() -> None:
 def test_options_that_there_are_not_are_refused_where_they_are_given() -> None:
     with pytest.raises(ValueError, match=r"reward\.method: no 'lenient'; choose one of"):
         BuiltinReward("lenient")
-    with pytest.raises(ValueError, match=r"reward\.scorers: 'a' = 'exact' must be a data source and one of"):
+    with pytest.raises(
+        ValueError, match=r"reward\.scorers: 'a' = 'exact' must be a data source and one of"
+    ):
         BuiltinReward(scorers={"a": "exact"})
 
 
@@ -121,7 +164,11 @@ def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> No
     [
         ("def compute_scores(**kw): return 0", "compute_score", "did you mean 'compute_scores'"),
         ("compute_score = 3", "compute_score", "is a int, not callable"),
-        ("async def compute_score(text): return 0", "compute_score", "or the same in the plural for batches"),
+        (
+            "async def compute_score(text): return 0",
+            "compute_score",
+            "or the same in the plural for batches",
+        ),
         ("def compute_score(text): return 0", "compute_score", "must take .*solution_str"),
         ("import no_such_module", "compute_score", "does not import: ModuleNotFoundError"),
         ("def f(:", "compute_score", "does not import: SyntaxError"),
@@ -136,7 +183,10 @@ def test_custom_reward_mistakes(tmp_path: Path, text: str, name: str, message: s
 def test_missing_file_and_unknown_kwargs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"custom_reward_function\.path: no such file"):
         load_custom_reward(tmp_path / "nothing.py")
-    path = write(tmp_path, "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 0")
+    path = write(
+        tmp_path,
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return 0",
+    )
     with pytest.raises(ValueError, match=r"custom_reward_function.kwargs.*'scale'"):
         load_custom_reward(path, kwargs={"scale": 2})
 
@@ -146,7 +196,9 @@ def test_numbers_become_scores(result: Any) -> None:
     assert to_score(result) == Score(1.0, Outcome.SCORED)
 
 
-@pytest.mark.parametrize("result", [None, "1.0", float("nan"), float("inf"), [1.0], {"score": None}, {"value": 1}])
+@pytest.mark.parametrize(
+    "result", [None, "1.0", float("nan"), float("inf"), [1.0], {"score": None}, {"value": 1}]
+)
 def test_anything_else_is_an_error_not_a_zero(result: Any) -> None:
     with pytest.raises(ValueError, match="the reward function returned"):
         to_score(result)
@@ -165,7 +217,11 @@ def test_failures_up_to_the_rate_pass_and_beyond_it_stop_the_run() -> None:
 
 
 def test_the_message_fits_a_screen() -> None:
-    long = "sample 0\n" + "\n".join(f"line {i} " + "x" * 1000 for i in range(1000)) + "\nRecursionError: the end"
+    long = (
+        "sample 0\n"
+        + "\n".join(f"line {i} " + "x" * 1000 for i in range(1000))
+        + "\nRecursionError: the end"
+    )
     with pytest.raises(RewardError) as caught:
         check_outcomes([Score(0.0, Outcome.ERROR, message=long)], 0.0)
     lines = str(caught.value).splitlines()

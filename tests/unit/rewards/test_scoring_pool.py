@@ -65,7 +65,10 @@ def unruly(tmp_path: Path) -> Path:
 
 
 def items(*texts: str, **extra_info: object) -> list[ScoreItem]:
-    return [ScoreItem("mine", text, "1", {"index": 40 + i, **extra_info}) for i, text in enumerate(texts)]
+    return [
+        ScoreItem("mine", text, "1", {"index": 40 + i, **extra_info})
+        for i, text in enumerate(texts)
+    ]
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
@@ -117,14 +120,31 @@ def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: P
         start = time.monotonic()
         scores = pool.score_batch(items("1", "sleep", "2", "regex", "3"))
         assert time.monotonic() - start < 30.0
-        assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored", "timeout", "scored"]
+        assert [s.outcome.value for s in scores] == [
+            "scored",
+            "timeout",
+            "scored",
+            "timeout",
+            "scored",
+        ]
         assert [s.value for s in scores] == [1.0, 0.0, 2.0, 0.0, 3.0]
         assert scores[3].message is not None
         assert "sample 3" in scores[3].message and "reward.timeout_s=0.5" in scores[3].message
 
 
 def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unruly: Path) -> None:
-    texts = ["raise", "1", "exit", "2", "sys.exit", "segfault", "recursion", "text", "unpicklable", "3"]
+    texts = [
+        "raise",
+        "1",
+        "exit",
+        "2",
+        "sys.exit",
+        "segfault",
+        "recursion",
+        "text",
+        "unpicklable",
+        "3",
+    ]
     with ScoringPool(2, 20.0, load_custom_reward(unruly)) as pool:
         scores = pool.score_batch(items(*texts))
     messages = {text: score.message or "" for text, score in zip(texts, scores, strict=True)}
@@ -206,7 +226,9 @@ def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
         f"pool.score_batch([ScoreItem('', {text!r}, '')])\n"
         "input()\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
@@ -265,7 +287,9 @@ def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) ->
         scores = pool.score_batch(items(*texts))
     outcomes = {i: s.outcome.value for i, s in enumerate(scores) if s.failed}
     assert outcomes == {17: "error", 31: "timeout"}
-    assert "sample 17" in (scores[17].message or "") and "could not convert" in (scores[17].message or "")
+    assert "sample 17" in (scores[17].message or "") and "could not convert" in (
+        scores[17].message or ""
+    )
     assert [s.value for i, s in enumerate(scores) if i not in outcomes] == [
         float(i) for i in range(40) if i not in outcomes
     ]
@@ -275,9 +299,13 @@ def test_scores_that_are_not_one_for_each_of_a_batch_are_errors(batch_file: Path
     said = {"one": "returned 1 scores", "dict": "returned dict", "none": "returned NoneType"}
     with ScoringPool(1, 20.0, load_custom_reward(batch_file, "short")) as pool:
         for kind, message in said.items():
-            scores = pool.score_batch([replace(item, data_source=kind) for item in items("1", "2", "3")])
+            scores = pool.score_batch(
+                [replace(item, data_source=kind) for item in items("1", "2", "3")]
+            )
             assert [s.outcome.value for s in scores] == ["error"] * 3
-            assert message in scores[0].reason and "for each of its 3 completions" in scores[0].reason
+            assert (
+                message in scores[0].reason and "for each of its 3 completions" in scores[0].reason
+            )
     with ScoringPool(1, 20.0, load_custom_reward(batch_file, "batch")) as pool:
         assert pool.score_batch([]) == []
 
@@ -353,13 +381,21 @@ def test_a_file_may_have_a_spawn_pool_of_its_own(odd: Path) -> None:
         assert pool.score_batch(items("0.5"))[0].value == 0.5
 
 
-def test_extras_cross_as_plain_values_and_prints_are_no_output(odd: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_extras_cross_as_plain_values_and_prints_are_no_output(
+    odd: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with ScoringPool(1, 30.0, load_custom_reward(odd, "rich")) as pool:
         (score,) = pool.score_batch(items("a"))
     assert (score.value, score.accuracy, score.outcome) == (1.0, 1.0, Outcome.SCORED)
     extra = score.extra
-    assert (extra["colour"], extra["3"], extra["returned_reward_model"]) == ("red", [0, 1, 2], "judge")
-    assert type(extra["colour"]) is str and "Detail" in extra["detail"] and len(extra["log"]) == 2000
+    assert (extra["colour"], extra["3"], extra["returned_reward_model"]) == (
+        "red",
+        [0, 1, 2],
+        "judge",
+    )
+    assert (
+        type(extra["colour"]) is str and "Detail" in extra["detail"] and len(extra["log"]) == 2000
+    )
     captured = capfd.readouterr()
     assert captured.out == "" and "said aloud" in captured.err
 
@@ -387,5 +423,7 @@ def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:
         "    for s in pool.score_batch([ScoreItem('', text, '') for text in ('10', str(2**32), '10')]):\n"
         "        print(s.outcome.value, 'out of memory' in (s.message or ''))\n"
     )
-    done = subprocess.run([sys.executable, "-c", driver, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", driver, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split("\n")[:3] == ["scored False", "error True", "scored False"]

@@ -16,13 +16,17 @@ def test_request_seed_never_changes() -> None:
 
 
 def test_request_seeds_are_distinct_and_63_bit() -> None:
-    seeds = [request_seed(*key) for key in itertools.product(range(2), range(12), range(12), range(12))]
+    seeds = [
+        request_seed(*key) for key in itertools.product(range(2), range(12), range(12), range(12))
+    ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}]
+)
 def test_settings_without_meaning_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         SamplingSettings(**settings)  # type: ignore[arg-type]

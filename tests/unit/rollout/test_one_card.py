@@ -35,7 +35,9 @@ class Card:
     def take(self, owner: str, gib: float) -> None:
         size = int(gib * GIB)
         if size > self.free:
-            raise RuntimeError(f"CUDA Error: out of memory: {owner} wants {gib:.1f} GiB of {self.free / GIB:.1f}")
+            raise RuntimeError(
+                f"CUDA Error: out of memory: {owner} wants {gib:.1f} GiB of {self.free / GIB:.1f}"
+            )
         self.held[owner] = self.held.get(owner, 0) + size
 
     def give(self, owner: str) -> None:
@@ -146,7 +148,9 @@ class Trainer:
         """As the actors' processes start: they load at once."""
         self.card = card
         card.take("states", STATES_GIB)
-        self.residence = EngineResidence([], None, lambda: card.give("kept by torch"), enabled=False, shared=sleep)
+        self.residence = EngineResidence(
+            [], None, lambda: card.give("kept by torch"), enabled=False, shared=sleep
+        )
 
     def wait_ready(self) -> None:
         pass
@@ -186,7 +190,9 @@ def start_together() -> None:
 
 def steps() -> list[dict[str, float]]:
     """In vLLM's process: engines that sleep, two steps; what the card holds at each wake-up's end."""
-    card, engine, trainer = start(CUDAPlatform("test"), config_of(gpu_memory_utilization=0.34, sleep=True))
+    card, engine, trainer = start(
+        CUDAPlatform("test"), config_of(gpu_memory_utilization=0.34, sleep=True)
+    )
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         card.patch(patch)
@@ -208,7 +214,9 @@ def test_the_cache_is_what_utilization_leaves_of_a_card_on_which_trainers_load_l
     assert cache == pytest.approx(0.3 * CARD_GIB - WEIGHTS_GIB - PEAK_GIB - GRAPHS_GIB, abs=0.01)
 
 
-def test_trainers_that_load_meanwhile_would_take_it_all(in_vllm_process: Callable[..., Any]) -> None:
+def test_trainers_that_load_meanwhile_would_take_it_all(
+    in_vllm_process: Callable[..., Any],
+) -> None:
     with pytest.raises(AssertionError, match=r"No available memory for the cache blocks: -\d"):
         in_vllm_process(start_together)
 

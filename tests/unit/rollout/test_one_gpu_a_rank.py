@@ -35,7 +35,9 @@ def fake_nvml(status: int) -> Any:
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: 8,
         nvmlDeviceGetHandleByIndex=lambda number: number,
-        nvmlDeviceGetP2PStatus=lambda one, other, asked: status if asked == 0 else P2P_NOT_SUPPORTED,
+        nvmlDeviceGetP2PStatus=lambda one, other, asked: (
+            status if asked == 0 else P2P_NOT_SUPPORTED
+        ),
     )
 
 
@@ -79,7 +81,13 @@ def start_engine(rank: int, port: int, status: int) -> str:
     import_utils.import_pynvml = lambda: fake_nvml(status)
     vllm.LLM = make_llm
     with pytest.raises(Reached) as reached:
-        VLLMEngine("model", platform_kind="cuda", tensor_parallel_size=2, rank=rank, meeting=("127.0.0.1", port))
+        VLLMEngine(
+            "model",
+            platform_kind="cuda",
+            tensor_parallel_size=2,
+            rank=rank,
+            meeting=("127.0.0.1", port),
+        )
     return str(reached.value)
 
 
@@ -113,7 +121,12 @@ def settings(rank: int, port: int, kind: str) -> list[Any]:
     vllm.LLM = make_llm
     with pytest.raises(Reached):
         VLLMEngine(
-            "model", platform_kind=kind, tensor_parallel_size=2, rank=0, meeting=("10.0.0.1", port), host="10.0.0.2"
+            "model",
+            platform_kind=kind,
+            tensor_parallel_size=2,
+            rank=0,
+            meeting=("10.0.0.1", port),
+            host="10.0.0.2",
         )
     config = told["hf_overrides"](SimpleNamespace(model_type="qwen2"))
     assert config.architectures == ["Qwen2ForCausalLM"]
@@ -134,11 +147,15 @@ def test_logits_are_float32_on_gpus_and_ranks_on_other_nodes_find_this_one(
     assert in_vllm_process(settings_of_a_rank, kind) == [head, "10.0.0.2"]
 
 
-def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each(in_vllm_process: Callable[..., Any]) -> None:
+def test_all_reduce_of_an_engine_whose_ranks_see_one_gpu_each(
+    in_vllm_process: Callable[..., Any],
+) -> None:
     assert in_vllm_process(start_both, P2P_OK) == ["buffers"] * 2
     assert in_vllm_process(start_both, P2P_NOT_SUPPORTED) == ["disabled"] * 2
 
 
-def test_an_all_reduce_that_asks_something_else_is_refused(in_vllm_process: Callable[..., Any]) -> None:
+def test_an_all_reduce_that_asks_something_else_is_refused(
+    in_vllm_process: Callable[..., Any],
+) -> None:
     with pytest.raises(AssertionError, match="no longer asks _can_p2p"):
         in_vllm_process(ask_another_all_reduce)

@@ -46,7 +46,9 @@ def engine_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return found[:, 0]
 
 
-def test_sampled_log_probs_are_the_trainers_at_each_temperature(in_vllm_process: Callable[..., Any]) -> None:
+def test_sampled_log_probs_are_the_trainers_at_each_temperature(
+    in_vllm_process: Callable[..., Any],
+) -> None:
     torch.manual_seed(0)
     # More columns than the kernels take at once, and not a multiple of it.
     hidden, weight = 4 * torch.randn(len(TEMPERATURES), 8), torch.randn(9001, 8)
@@ -54,9 +56,15 @@ def test_sampled_log_probs_are_the_trainers_at_each_temperature(in_vllm_process:
     sampled = in_vllm_process(engine_logprobs, hidden @ weight.t(), tokens)
     trained = [
         vocab_parallel_logprobs(
-            hidden[row, None], weight, tokens[row, None], temperature=temperature, platform=CPUPlatform("test")
+            hidden[row, None],
+            weight,
+            tokens[row, None],
+            temperature=temperature,
+            platform=CPUPlatform("test"),
         )[0]
         for row, temperature in enumerate(TEMPERATURES)
     ]
     torch.testing.assert_close(sampled, torch.cat(trained), atol=2e-5, rtol=1e-6)
-    assert not torch.allclose(sampled[1], (hidden @ weight.t()).log_softmax(-1)[1, tokens[1]], atol=1e-2)
+    assert not torch.allclose(
+        sampled[1], (hidden @ weight.t()).log_softmax(-1)[1, tokens[1]], atol=1e-2
+    )

@@ -56,14 +56,18 @@ def test_results_larger_than_a_pipe() -> None:
 
 def test_first_failure_is_raised_and_nobody_survives(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"(?s)rank 1 of 2 failed first.*second_rank_raises.*ValueError: boom"):
+    with pytest.raises(
+        RankError, match=r"(?s)rank 1 of 2 failed first.*second_rank_raises.*ValueError: boom"
+    ):
         run_ranks(2, second_rank_raises, tmp_path)
     assert time.monotonic() - start < 20
     assert not any(alive(int((tmp_path / rank).read_text())) for rank in "01")
 
 
 def test_rank_that_hangs_shows_its_stack() -> None:
-    with pytest.raises(RankError, match=r"(?s)stacks of rank 1 at the deadline.*in second_rank_hangs"):
+    with pytest.raises(
+        RankError, match=r"(?s)stacks of rank 1 at the deadline.*in second_rank_hangs"
+    ):
         run_ranks(2, second_rank_hangs, timeout_s=0.5)
 
 

@@ -35,7 +35,9 @@ def test_all_that_is_missing(tool: ModuleType) -> None:
         "rlhf3d data prepare math --source hub",
         "rlhf3d data prepare math500 --source hub",
     ]
-    assert commands(tool, "math_70b.yaml")[0].startswith("hf download meta-llama/Llama-3.1-70B-Instruct ")
+    assert commands(tool, "math_70b.yaml")[0].startswith(
+        "hf download meta-llama/Llama-3.1-70B-Instruct "
+    )
 
 
 def test_test_problems_leave_the_training_file(tool: ModuleType) -> None:
@@ -48,7 +50,11 @@ def test_test_problems_leave_the_training_file(tool: ModuleType) -> None:
 
 
 def test_nothing_that_is_here_or_is_the_users_own(tool: ModuleType) -> None:
-    for file in ("models/Qwen2.5-7B-Instruct/config.json", "data/math/train.parquet", "data/math500/test.parquet"):
+    for file in (
+        "models/Qwen2.5-7B-Instruct/config.json",
+        "data/math/train.parquet",
+        "data/math500/test.parquet",
+    ):
         Path(file).parent.mkdir(parents=True)
         Path(file).touch()
     assert commands(tool, "math.yaml") == []

@@ -17,7 +17,11 @@ def test_follows_the_first_accuracy() -> None:
     for step, value in ((0, 0.3), (2, 0.7), (4, 0.5)):
         best.see(step, {"val-core/gsm8k/count": 9, ACC: value, "val-core/math/acc/greedy": 1.0})
     assert (best.name, best.value, best.step) == (ACC, 0.7, 2)
-    assert best.of({ACC: 0.5}) == {ACC: 0.5} and best.of({"actor/loss": 1.0}) == {} and best.of({ACC: math.nan}) == {}
+    assert (
+        best.of({ACC: 0.5}) == {ACC: 0.5}
+        and best.of({"actor/loss": 1.0}) == {}
+        and best.of({ACC: math.nan}) == {}
+    )
 
 
 def test_goes_on_after_a_resume_unless_another_is_asked_for() -> None:
@@ -34,5 +38,7 @@ def test_goes_on_after_a_resume_unless_another_is_asked_for() -> None:
 
 
 def test_a_metric_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"trainer\.best_metric = acc: validation has val-core/gsm8k/acc/greedy"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.best_metric = acc: validation has val-core/gsm8k/acc/greedy"
+    ):
         Best("acc").see(1, {ACC: 0.5})

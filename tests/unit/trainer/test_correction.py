@@ -18,11 +18,15 @@ from rlhf3d.trainer.correction import correct, settings_of
 def batch() -> Batch:
     """Ratios 4 and 1 | 1."""
     rows = from_sequences([[1]] * 2, [[5, 6], [7]], 0, rollout_logprobs=[[-2.0, -1.0], [-1.0]])
-    return rows.with_columns(old_logprobs=rows["rollout_logprobs"] + torch.tensor([[math.log(4), 0], [0, 0]]))
+    return rows.with_columns(
+        old_logprobs=rows["rollout_logprobs"] + torch.tensor([[math.log(4), 0], [0, 0]])
+    )
 
 
 def plan(sequences: int) -> UpdatePlan:
-    return UpdatePlan(sequences, 2 // sequences, sequences, sequences, MicroBatching(rows=1), 1, 1, 1)
+    return UpdatePlan(
+        sequences, 2 // sequences, sequences, sequences, MicroBatching(rows=1), 1, 1, 1
+    )
 
 
 def test_nothing_asked_is_measured_only() -> None:
@@ -33,7 +37,9 @@ def test_nothing_asked_is_measured_only() -> None:
 
 
 def test_weights_and_rejection() -> None:
-    asked = RolloutCorrectionConfig(rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold="0.5_2.0")
+    asked = RolloutCorrectionConfig(
+        rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold="0.5_2.0"
+    )
     rows, metrics = correct(batch(), settings_of(asked), plan(2))
     assert rows["rollout_is_weights"].tolist() == [[2, 1], [1, 0]]
     assert rows["response_mask"].tolist() == [[0, 1], [1, 0]]
@@ -45,5 +51,7 @@ def test_weights_and_rejection() -> None:
 def test_a_mini_batch_without_tokens_is_an_error() -> None:
     asked = settings_of(RolloutCorrectionConfig(rollout_rs="seq_sum_k1", rollout_rs_threshold=2.0))
     assert correct(batch(), asked, plan(2))[0]["response_mask"].sum() == 1
-    with pytest.raises(RuntimeError, match=r"every token of a mini-batch of 1 sequences was rejected \(67% of the"):
+    with pytest.raises(
+        RuntimeError, match=r"every token of a mini-batch of 1 sequences was rejected \(67% of the"
+    ):
         correct(batch(), asked, plan(1))

@@ -23,13 +23,26 @@ def drawn(*scores: float, lengths: tuple[int, ...] | None = None) -> Scored:
     prompts = [Prompt((1,), "test", "", {}, indices[i - i % 2], "") for i in range(len(scores))]
     completions = [Completion((7,) * length, (0.0,) * length, "stop", 0) for length in lengths]
     experience = Experience(prompts, completions, [""] * len(scores))
-    return Scored(experience, [Score(s, Outcome.SCORED) for s in scores], torch.tensor([float(s) for s in scores]))
+    return Scored(
+        experience,
+        [Score(s, Outcome.SCORED) for s in scores],
+        torch.tensor([float(s) for s in scores]),
+    )
 
 
 def test_groups_without_signal_are_refilled() -> None:
-    draws: Iterator[Scored] = iter([drawn(1, 1, 0, 1), drawn(0, 0, 0, 0), drawn(0, 1, 1, 0), drawn(1, 0, 1, 0)])
-    scored, metrics = fill_with_signal(lambda: next(draws), groups=2, n=2, metric="acc", max_batches=4)
-    assert scored.rewards.tolist() == [0, 1, 0, 1]  # the second of the first draw, the first of the third
+    draws: Iterator[Scored] = iter(
+        [drawn(1, 1, 0, 1), drawn(0, 0, 0, 0), drawn(0, 1, 1, 0), drawn(1, 0, 1, 0)]
+    )
+    scored, metrics = fill_with_signal(
+        lambda: next(draws), groups=2, n=2, metric="acc", max_batches=4
+    )
+    assert scored.rewards.tolist() == [
+        0,
+        1,
+        0,
+        1,
+    ]  # the second of the first draw, the first of the third
     assert metrics == {
         "train/num_gen_batches": 3,
         "filter_groups/generated": 6,
@@ -50,5 +63,9 @@ def test_an_empty_response_is_no_signal() -> None:
 def test_what_cannot_be_filled_says_so() -> None:
     with pytest.raises(RuntimeError) as caught:
         fill_with_signal(lambda: drawn(0, 0, 0, 1), groups=4, n=2, metric="acc", max_batches=3)
-    for wanted in ("after 3 batches only 3 of 6 groups differ in acc, 4 are needed", "max_num_gen_batches = 3", "0.25"):
+    for wanted in (
+        "after 3 batches only 3 of 6 groups differ in acc, 4 are needed",
+        "max_num_gen_batches = 3",
+        "0.25",
+    ):
         assert wanted in str(caught.value)

@@ -26,7 +26,9 @@ def test_requests_have_their_own_repeatable_seeds() -> None:
     assert [r.prompt_ids for r in requests] == [(4, 5)] * 3 + [(6, 7, 8)] * 3
     assert len({r.seed for r in requests}) == 6
     assert requests == make_requests(PROMPTS, n=3, seed=1, step=2)
-    assert {r.seed for r in requests}.isdisjoint(r.seed for r in make_requests(PROMPTS, n=3, seed=1, step=3))
+    assert {r.seed for r in requests}.isdisjoint(
+        r.seed for r in make_requests(PROMPTS, n=3, seed=1, step=3)
+    )
 
 
 def test_a_prompt_that_comes_again_gets_new_samples() -> None:
@@ -43,12 +45,19 @@ def test_groups_are_taken_and_joined_whole() -> None:
     scores = [Score(float(i), Outcome.SCORED, {"acc": i % 2}) for i in range(4)]
     scored = Scored(experience, scores, torch.arange(4.0) - 1, torch.tensor([5.0, 5.0, 6.0, 6.0]))
     assert scored.metric("acc").tolist() == [0, 1, 0, 1]
-    assert scored.metric("score").tolist() == [0, 1, 2, 3] and scored.metric("seq_reward").tolist() == [-1, 0, 1, 2]
+    assert scored.metric("score").tolist() == [0, 1, 2, 3] and scored.metric(
+        "seq_reward"
+    ).tolist() == [-1, 0, 1, 2]
     both = join([scored.take([1], 2), scored.take([0], 2)])
     assert [c.token_ids[0] for c in both.experience.completions] == [2, 3, 0, 1]
     assert [p.index for p in both.experience.prompts] == [9, 9, 7, 7]
     assert both.rewards.tolist() == [1, 2, -1, 0] and both.greedy_rewards is not None
-    assert both.greedy_rewards.tolist() == [6, 6, 5, 5] and [s.value for s in both.scores] == [2, 3, 0, 1]
+    assert both.greedy_rewards.tolist() == [6, 6, 5, 5] and [s.value for s in both.scores] == [
+        2,
+        3,
+        0,
+        1,
+    ]
 
 
 def test_batch_holds_the_tokens_the_engine_wrote() -> None:
@@ -69,4 +78,9 @@ def test_batch_holds_the_tokens_the_engine_wrote() -> None:
     item = score_item(PROMPTS[1], experience.texts[2])
     assert (item.solution_str, item.ground_truth) == ("de", "9")
     sample = experience.samples([Score(1.0, Outcome.SCORED)] * 4)[2]
-    assert (sample.prompt, sample.response, sample.length, sample.policy_version) == ("question 9", "de", 3, 3)
+    assert (sample.prompt, sample.response, sample.length, sample.policy_version) == (
+        "question 9",
+        "de",
+        3,
+        3,
+    )

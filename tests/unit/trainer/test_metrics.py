@@ -24,7 +24,9 @@ def completion(tokens: int, reason: str = "stop") -> Completion:
 
 
 def experience(completions: list[Completion], prompt_lengths: list[int]) -> Experience:
-    prompts = [Prompt((1,) * length, "test", "", {}, i, "") for i, length in enumerate(prompt_lengths)]
+    prompts = [
+        Prompt((1,) * length, "test", "", {}, i, "") for i, length in enumerate(prompt_lengths)
+    ]
     return Experience(prompts, completions, [""] * len(completions))
 
 
@@ -44,12 +46,19 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
     assert metrics["critic/score/mean"] == 0.25
     assert metrics["reward/mixed_groups_share"] == 0.5
     counts = {outcome: metrics[f"reward/outcome/{outcome.value}"] for outcome in Outcome}
-    assert counts == {Outcome.SCORED: 2, Outcome.UNPARSABLE: 1, Outcome.ERROR: 1, Outcome.TIMEOUT: 0}
+    assert counts == {
+        Outcome.SCORED: 2,
+        Outcome.UNPARSABLE: 1,
+        Outcome.ERROR: 1,
+        Outcome.TIMEOUT: 0,
+    }
 
 
 def test_empty_responses_are_in_no_mean_of_scores() -> None:
     """Scores 1, 0 and, of nothing, 1: verl's mean leaves the last one out."""
-    rows = scored([Score(1.0, Outcome.SCORED), Score(0.0, Outcome.SCORED), Score(1.0, Outcome.SCORED)])
+    rows = scored(
+        [Score(1.0, Outcome.SCORED), Score(0.0, Outcome.SCORED), Score(1.0, Outcome.SCORED)]
+    )
     completions = [completion(2), completion(2), completion(0)]
     with_empty = Scored(experience(completions, [1, 1, 1]), rows.scores, rows.rewards)
     assert score_metrics(with_empty, n=1)["critic/score/mean"] == 0.5
@@ -63,7 +72,9 @@ def test_what_a_reward_model_said_is_told() -> None:
         Score(0.0, Outcome.ERROR),
         Score(9.0, Outcome.SCORED, {"reward_model": 5.0, "reward_model_cut": True}),
     ]
-    metrics = {k: v for k, v in score_metrics(scored(scores), n=1).items() if k.startswith("reward_model")}
+    metrics = {
+        k: v for k, v in score_metrics(scored(scores), n=1).items() if k.startswith("reward_model")
+    }
     assert metrics == {
         "reward_model/score/mean": 1.0,
         "reward_model/score/max": 5.0,
@@ -88,11 +99,17 @@ def test_length_metrics() -> None:
 def test_overlong_penalty_and_greedy_baseline_are_told() -> None:
     """Rewards 1 and 0 of scores 1 and ½: one of two was cut by ½."""
     rows = scored([Score(1.0, Outcome.SCORED), Score(0.5, Outcome.SCORED)])
-    penalised = Scored(rows.experience, rows.scores, torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75]))
+    penalised = Scored(
+        rows.experience, rows.scores, torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75])
+    )
     metrics = rollout_metrics(penalised, 1, overlong=True, max_response_length=4)
-    assert metrics["reward/overlong_penalty/mean"] == -0.25 and metrics["reward/overlong_share"] == 0.5
+    assert (
+        metrics["reward/overlong_penalty/mean"] == -0.25 and metrics["reward/overlong_share"] == 0.5
+    )
     assert metrics["critic/score/mean"] == 0.5 and metrics["reward/greedy_baseline/mean"] == 0.5
-    assert "reward/overlong_share" not in rollout_metrics(rows, 1, overlong=False, max_response_length=4)
+    assert "reward/overlong_share" not in rollout_metrics(
+        rows, 1, overlong=False, max_response_length=4
+    )
 
 
 def test_training_metrics_ignore_padding() -> None:

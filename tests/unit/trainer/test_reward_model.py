@@ -18,7 +18,10 @@ from rlhf3d.rewards.combined import ModelScore
 from rlhf3d.rewards.scoring import RewardError, ScoreItem
 from rlhf3d.trainer.reward_model import RewardModel
 
-ITEMS = [ScoreItem("s", text, None, messages=[{"role": "user", "content": "q"}]) for text in ("a", "longer")]
+ITEMS = [
+    ScoreItem("s", text, None, messages=[{"role": "user", "content": "q"}])
+    for text in ("a", "longer")
+]
 
 
 class LastToken:
@@ -45,12 +48,19 @@ def make(tmp_path: Path, group: Any, **changes: Any) -> RewardModel:
 
 def test_the_score_is_that_of_the_last_token_that_is_no_padding(tmp_path: Path) -> None:
     end = make_tiny_tokenizer().eos_token_id
-    assert make(tmp_path, LastToken(), max_length=100).scores(ITEMS) == [ModelScore(pytest.approx(end / 100))] * 2
+    assert (
+        make(tmp_path, LastToken(), max_length=100).scores(ITEMS)
+        == [ModelScore(pytest.approx(end / 100))] * 2
+    )
 
 
 def test_the_limit_is_the_window_unless_given(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match=r"max_length = 40, of prompt 'q' of s with completion 'longer"):
-        make(tmp_path, LastToken()).scores([ScoreItem("s", "longer" * 9, None, messages=ITEMS[0].messages)])
+    with pytest.raises(
+        RewardError, match=r"max_length = 40, of prompt 'q' of s with completion 'longer"
+    ):
+        make(tmp_path, LastToken()).scores(
+            [ScoreItem("s", "longer" * 9, None, messages=ITEMS[0].messages)]
+        )
     cut = make(tmp_path, LastToken(), max_length=8, overlong="truncate_left").scores(ITEMS)
     assert [score.cut for score in cut] == [True, True]
 

@@ -21,7 +21,9 @@ from rlhf3d.trainer.run import CANARY_PROMPTS, _metrics, _say_finished, _show_re
 
 def checkpoint(run: Path, step: int) -> Checkpoint:
     manifest = Manifest(step, step, ("actor",), True)
-    return Checkpoint(run / "checkpoints" / f"step_{step}", manifest, {"metrics": {"loss": 0.5}}, {})
+    return Checkpoint(
+        run / "checkpoints" / f"step_{step}", manifest, {"metrics": {"loss": 0.5}}, {}
+    )
 
 
 def steps_after(run: Path, output: Path) -> list[int]:
@@ -59,7 +61,14 @@ def finished_run(folder: Path) -> Path:
         for step in (1, 2):
             writer.write(step, {"critic/score/mean": 0.5, "timing_s/step": 1.0})
     (folder / SAMPLES_DIR).mkdir()
-    sample = {"prompt": "1 + 1", "response": "2", "ground_truth": 2, "score": 1.0, "outcome": "scored", "length": 1}
+    sample = {
+        "prompt": "1 + 1",
+        "response": "2",
+        "ground_truth": 2,
+        "score": 1.0,
+        "outcome": "scored",
+        "length": 1,
+    }
     line = json.dumps({**sample, "finish_reason": "stop", "policy_version": 0})
     for step in (1, 2):
         (folder / SAMPLES_DIR / f"greedy_step_{step}.jsonl").write_text(line + "\n")
@@ -68,7 +77,10 @@ def finished_run(folder: Path) -> Path:
 
 @pytest.mark.parametrize("broken", [None, "make_report", "before_after"])
 def test_nothing_that_comes_after_the_last_step_fails_a_run(
-    broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    broken: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise TypeError("int is not iterable\nmore")

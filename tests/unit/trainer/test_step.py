@@ -117,7 +117,9 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
         scoring=FakeScoring(scores),
         sync=SimpleNamespace(needed=False, trained_version=1, weights_changed=lambda: None),
         loader=SimpleNamespace(
-            next_batch=lambda: [Prompt((4, 5), "t", "", {}, next(counter), "q") for _ in range(PROMPTS)]
+            next_batch=lambda: [
+                Prompt((4, 5), "t", "", {}, next(counter), "q") for _ in range(PROMPTS)
+            ]
         ),
         console=SimpleNamespace(phase=phase, note=lambda text: None),
     )
@@ -126,7 +128,9 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
 
 
 def test_without_held_out_prompts_nothing_is_validated(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"test_freq": 1, "save_freq": 0, "save_at_end": False})
+    trainer, parts = make_trainer(
+        tmp_path, [1.0, 0.0], trainer={"test_freq": 1, "save_freq": 0, "save_at_end": False}
+    )
     assert trainer.config.trainer.val_before_train
     rows: list[int] = []
     parts.total_steps, parts.val = 2, ()
@@ -160,14 +164,28 @@ def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> Non
     parts.val = [Prompt((4, 5), "t", "", {}, 0, "q")]
     parts.sync.weights_lost = lambda: None
     parts.checkpoints = SimpleNamespace(
-        last="", save_s=0.0, poll=dict, finish=lambda: None, save=lambda *args, **kwargs: events.append("save") or {}
+        last="",
+        save_s=0.0,
+        poll=dict,
+        finish=lambda: None,
+        save=lambda *args, **kwargs: events.append("save") or {},
     )
     parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
     parts.loader.state_dict = dict
     parts.metrics = SimpleNamespace(write=lambda step, metrics: None)
     parts.console.step = parts.console.validation = lambda *args: None
     trainer.fit()
-    step = ["generate", "sleep", "old_logprobs", "values", "update_critic", "update_actor", "validate", "sleep", "save"]
+    step = [
+        "generate",
+        "sleep",
+        "old_logprobs",
+        "values",
+        "update_critic",
+        "update_actor",
+        "validate",
+        "sleep",
+        "save",
+    ]
     assert events == step * 2
 
 
@@ -177,13 +195,19 @@ def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(tmp_path: Path
         trainer, parts = make_trainer(
             tmp_path,
             [1.0, 0.0],
-            algorithm={"adv_estimator": "grpo", "filter_groups": {"enable": True, "max_num_gen_batches": 2}},
+            algorithm={
+                "adv_estimator": "grpo",
+                "filter_groups": {"enable": True, "max_num_gen_batches": 2},
+            },
             trainer={"val_before_train": False, "save_freq": save_freq},
         )
         calls: list[tuple[int, bool]] = []
         parts.total_steps = 9
         parts.checkpoints = SimpleNamespace(
-            last="gone", save_s=0.0, poll=dict, save=lambda step, *args, wait, to=calls: to.append((step, wait)) or {}
+            last="gone",
+            save_s=0.0,
+            poll=dict,
+            save=lambda step, *args, wait, to=calls: to.append((step, wait)) or {},
         )
         parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
         parts.loader.state_dict = dict
@@ -195,11 +219,21 @@ def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(tmp_path: Path
 
 
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0], algorithm={"use_kl_in_reward": True})
+    trainer, parts = make_trainer(
+        tmp_path, [1.0, 0.0, 0.0, 0.0], algorithm={"use_kl_in_reward": True}
+    )
     metrics = trainer.train_step(1)
-    assert parts.train.phases == ["old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor"]
+    assert parts.train.phases == [
+        "old_logprobs",
+        "ref_logprobs",
+        "values",
+        "update_critic",
+        "update_actor",
+    ]
     assert metrics["critic/score/mean"] == 0.25 and metrics["actor/reward_kl_penalty"] == 0
-    assert metrics["rollout_corr/kl"] == -0.5 and metrics["training/rollout_logprobs_diff_mean"] == 0.5
+    assert (
+        metrics["rollout_corr/kl"] == -0.5 and metrics["training/rollout_logprobs_diff_mean"] == 0.5
+    )
 
 
 def test_every_metric_is_documented(tmp_path: Path) -> None:
@@ -214,9 +248,17 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     for estimator in ("gae", "remax"):
         algorithm = {"adv_estimator": estimator, "use_kl_in_reward": True, **everything}
         buffer = {"overlong_buffer": {"enable": True, "len": 3}}
-        names |= make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm, reward=buffer)[0].train_step(1).keys()
+        names |= (
+            make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm, reward=buffer)[0]
+            .train_step(1)
+            .keys()
+        )
     for name in names:
-        mean = name.replace("/max", "/mean").replace("/min", "/mean").replace("_diff_max", "_diff_mean")
+        mean = (
+            name.replace("/max", "/mean")
+            .replace("/min", "/mean")
+            .replace("_diff_max", "_diff_mean")
+        )
         leaf = f"`/{name.rpartition('/')[2]}`"
         assert f"`{mean}`" in documented or leaf in documented, name
 
@@ -225,26 +267,45 @@ def test_critic_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
     trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
     for step in (1, 2, 3):
         trainer.train_step(step)
-    assert parts.train.phases.count("update_critic") == 3 and parts.train.phases.count("update_actor") == 1
+    assert (
+        parts.train.phases.count("update_critic") == 3
+        and parts.train.phases.count("update_actor") == 1
+    )
 
 
 def test_remax_subtracts_the_greedy_score(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.5, 0.25], algorithm={"adv_estimator": "remax"})
+    trainer, parts = make_trainer(
+        tmp_path, [1.0, 0.0, 0.5, 0.25], algorithm={"adv_estimator": "remax"}
+    )
     metrics = trainer.train_step(1)
     assert parts.train.phases == ["old_logprobs", "update_actor"], "no critic, no reference"
-    assert parts.train.updates["actor"]["advantages"].tolist() == [[0.75] * 2, [-0.25] * 2, [0.25] * 2, [0.0] * 2]
-    assert metrics["reward/greedy_baseline/mean"] == 0.25 and len(parts.rollout.seeds) == PROMPTS * N
+    assert parts.train.updates["actor"]["advantages"].tolist() == [
+        [0.75] * 2,
+        [-0.25] * 2,
+        [0.25] * 2,
+        [0.0] * 2,
+    ]
+    assert (
+        metrics["reward/greedy_baseline/mean"] == 0.25 and len(parts.rollout.seeds) == PROMPTS * N
+    )
 
 
 def test_dynamic_sampling_draws_again(tmp_path: Path) -> None:
     """Of each draw's two groups one has signal: two draws, and the step trains on the 1, 0 of both."""
-    algorithm = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False, "filter_groups": {"enable": True}}
+    algorithm = {
+        "adv_estimator": "grpo",
+        "norm_adv_by_std_in_grpo": False,
+        "filter_groups": {"enable": True},
+    }
     trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 1.0, 1.0], algorithm=algorithm)
     metrics = trainer.train_step(1)
     assert metrics["train/num_gen_batches"] == 2 == parts.scoring.calls
     assert parts.train.updates["actor"]["advantages"][:, 0].tolist() == [0.5, -0.5, 0.5, -0.5]
     assert len(set(parts.rollout.seeds)) == 2 * PROMPTS * N
-    assert metrics["critic/score/mean"] == 0.5 and metrics["filter_groups/generated_score/mean"] == 0.75
+    assert (
+        metrics["critic/score/mean"] == 0.5
+        and metrics["filter_groups/generated_score/mean"] == 0.75
+    )
     assert len((tmp_path / "samples" / "step_1.jsonl").read_text().splitlines()) == PROMPTS * N
 
 
@@ -279,7 +340,9 @@ def test_overlong_penalty_is_part_of_the_reward(tmp_path: Path) -> None:
         reward={"overlong_buffer": {"enable": True, "len": 3}},
     )
     metrics = trainer.train_step(1)
-    assert parts.train.updates["actor"]["token_level_rewards"].sum(-1).tolist() == pytest.approx([2 / 3, -1 / 3] * 2)
+    assert parts.train.updates["actor"]["token_level_rewards"].sum(-1).tolist() == pytest.approx(
+        [2 / 3, -1 / 3] * 2
+    )
     assert metrics["reward/overlong_penalty/mean"] == pytest.approx(-1 / 3)
 
 

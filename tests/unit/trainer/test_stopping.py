@@ -19,7 +19,9 @@ class Clock:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_the_first_signal_waits_for_the_boundary(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_signal_waits_for_the_boundary(
+    number: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     clock = Clock()
     stopping = Stopping(None, 0.0, clock)
@@ -64,7 +66,11 @@ def test_stops_in_time_for_a_step_and_a_save() -> None:
         clock.now += 10.0  # 100 s old, the longest of the last steps took 40 s
         assert stopping.reason(200.0 - 100.0 - 40.0 - CLOSING_S) is None
         text = stopping.reason(200.0 - 100.0 - 40.0 - CLOSING_S + 0.1)
-        assert text is not None and text.startswith("100 s have passed") and "max_wall_clock_s = 200" in text
+        assert (
+            text is not None
+            and text.startswith("100 s have passed")
+            and "max_wall_clock_s = 200" in text
+        )
         for _ in range(3):
             stopping.step_ended()
         assert stopping.reason(50.0) is None, "steps have become short"
