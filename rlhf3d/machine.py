@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-GIB = 1 << 30
+from rlhf3d.units import GIB
+
 _CGROUP_FILES = (  # (limit, used) of version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -40,25 +43,38 @@ class Machine:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def memory_gib() -> float:
+    """Return the memory of this host, GiB, or of the container if that has less."""
+    total: int = psutil.virtual_memory().total
+    return min([total, *(limit for limit, _ in _container_limits())]) / GIB
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions among `names` that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def read_machine(output: str | Path = ".") -> Machine:
     """Look at this host; `output` is the folder, existing or not, whose disk is asked."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    for limit_file, used_file in _CGROUP_FILES:
-        limit = Path(limit_file).read_text().strip() if Path(limit_file).is_file() else "max"
-        if limit != "max":
-            total = min(total, int(limit))
-            available = min(available, int(limit) - int(Path(used_file).read_text()))
+    available = psutil.virtual_memory().available
+    for limit, used_file in _container_limits():
+        available = min(available, limit - int(Path(used_file).read_text()))
     folder = Path(output).absolute()
     while not folder.exists():
         folder = folder.parent
     return Machine(
         cores=cores(),
-        memory_gib=total / GIB,
+        memory_gib=memory_gib(),
         memory_available_gib=available / GIB,
         shared_memory_gib=shutil.disk_usage(_SHARED_MEMORY).free / GIB
         if _SHARED_MEMORY.is_dir()
@@ -67,6 +83,16 @@ def read_machine(output: str | Path = ".") -> Machine:
         gpus=_gpus(),
         compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None),
     )
+
+
+def _container_limits() -> Iterator[tuple[int, str]]:
+    """(bytes of memory, file with the bytes in use) of each limit of the container."""
+    for limit_file, used_file in _CGROUP_FILES:
+        if not Path(limit_file).is_file():
+            continue
+        limit = Path(limit_file).read_text().strip()
+        if limit.isdigit():  # "max" is no limit
+            yield int(limit), used_file
 
 
 def _gpus() -> tuple[tuple[str, float], ...]:

@@ -15,13 +15,14 @@ from rlhf3d.config.checks import check, check_files
 from rlhf3d.config.derived import Derived, derive, resolve_platform
 from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
-from rlhf3d.machine import GIB, Machine, read_machine
+from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.hardware import Cluster, load_hardware
 from rlhf3d.planning.measured import default_problem, with_measured
 from rlhf3d.planning.memory import checkpoint_bytes
 from rlhf3d.planning.plan import DEFAULT_CPU, DEFAULT_GPU, Plan, find_spec, make_plan
+from rlhf3d.units import GIB
 
 SHARED_MEMORY_GIB = 0.5
 """Ray's object store (256 MiB) and the rings of gloo, NCCL and vLLM for a small run."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rlhf3d.batching.balance import split_rows
+from rlhf3d.units import round_up
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class MicroBatching:
 
     def width(self, tokens: int) -> int:
         """Positions of a padded row, or of a packed micro-batch."""
-        return _round_up(max(tokens, 1), self.multiple_of)
+        return round_up(max(tokens, 1), self.multiple_of)
 
     def packed_row(self, tokens: int) -> int:
         """Positions of a row among others in a packed micro-batch."""
-        return _round_up(tokens, self.row_multiple_of)
+        return round_up(tokens, self.row_multiple_of)
 
     def positions(self, lengths: Sequence[int]) -> int:
         """Positions of a micro-batch of rows with these lengths; of a filler where there is none."""
@@ -65,12 +66,8 @@ def plan_micro_batches(
     if rule.packed:
         lengths = [rule.packed_row(length) for length in lengths]
     needed = max(len(_fewest(lengths, rows, rule)) for rows in rows_of)
-    count = _round_up(max(needed, 1), multiple_of)
+    count = round_up(max(needed, 1), multiple_of)
     return [_exactly(lengths, rows, rule, count) for rows in rows_of]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:

@@ -7,7 +7,6 @@ what goes wrong in the background is raised at the next call.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf3d import units
 from rlhf3d.checkpoints.identity import identity_state
 from rlhf3d.checkpoints.manifest import FileInfo, Manifest, infos_below, versions, write_manifest
 from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store, reached
@@ -23,7 +23,7 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.hf_io import write_hf_folder
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import hf_tensors
+from rlhf3d.models.weights import num_weights
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure
 from rlhf3d.resharding.sync import WeightSync
@@ -32,8 +32,6 @@ HF_FOLDER = "hf"
 _SPARE_BYTES = 64 << 20
 _FULL_BYTES = 1 << 20
 _GUESSED_BYTES_PER_S = 200e6
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-_OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 
 
 @dataclass
@@ -62,7 +60,10 @@ class CheckpointWriter:
         self.last: Path | None = None
         """The newest that this process has written."""
         self._save: _Save | None = None
-        self._sizes = ({role: parameters(spec, role) for role in models}, config.model.dtype)
+        weights = {
+            role: num_weights(spec, "value" if role == "critic" else "lm") for role in models
+        }
+        self._sizes = (weights, config.model.dtype)
         self._identity = identity_state(config, spec)
         self.save_s = (
             checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False)
@@ -187,15 +188,7 @@ class CheckpointWriter:
             raise
 
 
-def parameters(spec: ModelSpec, role: str) -> int:
-    """Weights of a trainable model."""
-    return sum(
-        math.prod(shape)
-        for shape in hf_tensors(spec, "value" if role == "critic" else "lm").values()
-    )
-
-
 def checkpoint_bytes(weights: Mapping[str, int], dtype: str, optimizer: bool, export: bool) -> int:
     """What a checkpoint of models with so many `weights` takes on disk."""
-    each = _WEIGHT_BYTES[dtype] + (_OPTIMIZER_BYTES[dtype] if optimizer else 0)
-    return sum(weights.values()) * each + (weights["actor"] * _WEIGHT_BYTES[dtype] if export else 0)
+    exported = units.checkpoint_bytes(weights["actor"], dtype, optimizer=False) if export else 0
+    return units.checkpoint_bytes(sum(weights.values()), dtype, optimizer) + exported

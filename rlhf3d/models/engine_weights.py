@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from rlhf3d.models.boxes import Piece, full_box
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec
-from rlhf3d.models.weights import LocalParam
+from rlhf3d.models.weights import LocalParam, bias_name
+from rlhf3d.units import round_up
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share them out."""
@@ -46,7 +47,7 @@ def engine_params(
 
 def engine_vocab_size(vocab_size: int) -> int:
     """Rows of vLLM's embedding and head over all ranks."""
-    return -(-vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+    return round_up(vocab_size, VOCAB_PADDING)
 
 
 def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = False) -> None:
@@ -103,10 +104,6 @@ def _fused(hf_name: str, module: str) -> str:
     return f"{parent}.{module}.{leaf}"
 
 
-def _bias(weight_name: str) -> str:
-    return weight_name.removesuffix("weight") + "bias"
-
-
 @dataclass(frozen=True)
 class _RankTable:
     """Builds the parameters of one rank."""
@@ -132,7 +129,7 @@ class _RankTable:
         projections = [hf(names.query), hf(names.key), hf(names.value)]
         params.append(self.qkv(projections, bias=False))
         if spec.qkv_bias:
-            params.append(self.qkv([_bias(name) for name in projections], bias=True))
+            params.append(self.qkv([bias_name(name) for name in projections], bias=True))
         if spec.qk_norm:
             assert names.query_norm and names.key_norm
             params += [

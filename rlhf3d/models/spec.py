@@ -22,6 +22,7 @@ from rlhf3d.models.hf_config import (
     refuse_layers_of_other_kinds,
 )
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.units import round_up
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, mixtral, qwen2, qwen3, qwen3_moe)
@@ -227,7 +228,7 @@ def architecture(model_type: str, head: Literal["CausalLM", "SequenceClassificat
 
 def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:
     """Rows of Megatron's embedding and vocabulary head: the vocabulary rounded up to a multiple of tp."""
-    return -(-spec.vocab_size // layout.tp) * layout.tp
+    return round_up(spec.vocab_size, layout.tp)
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout, sequence_parallel: bool = True) -> None:

@@ -8,6 +8,7 @@ name. Pure: no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
     if head == "value":
         tensors[names.value_head] = (1, spec.hidden_size)
     return tensors
+
+
+def num_weights(spec: ModelSpec, head: Head) -> int:
+    """Return how many numbers the tensors of a model hold."""
+    return sum(math.prod(shape) for shape in hf_tensors(spec, head).values())
 
 
 def check_hf_tensors(
@@ -133,7 +139,7 @@ def _layer_tensors(spec: ModelSpec, names: WeightNames) -> Iterator[tuple[str, t
     for name, rows in ((names.query, q_rows), (names.key, kv_rows), (names.value, kv_rows)):
         yield name, (rows, hidden)
         if spec.qkv_bias:
-            yield _bias(name), (rows,)
+            yield bias_name(name), (rows,)
     if spec.qk_norm:
         assert names.query_norm and names.key_norm, f"{spec.family} has QK-norm but no names for it"
         yield names.query_norm, (spec.head_dim,)
@@ -155,7 +161,8 @@ def _mlp_tensors(
     yield names.down, (hidden, ffn)
 
 
-def _bias(weight_name: str) -> str:
+def bias_name(weight_name: str) -> str:
+    """Return the name of the bias that goes with a weight."""
     return weight_name.removesuffix("weight") + "bias"
 
 
@@ -351,7 +358,7 @@ class _RankTable:
         pieces, row = [], 0
         for group in range(self.coords.tp * groups, (self.coords.tp + 1) * groups):
             for template, rows in parts:
-                hf_name = (_bias(template) if bias else template).format(layer=layer)
+                hf_name = (bias_name(template) if bias else template).format(layer=layer)
                 hf_rows, local_rows = (group * rows, (group + 1) * rows), (row, row + rows)
                 pieces.append(Piece(hf_name, (hf_rows, *rest), (local_rows, *rest)))
                 row += rows

@@ -21,6 +21,7 @@ from rich.text import Text
 from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy, validation_reward
 from rlhf3d.observability.samples import Sample, printable
 from rlhf3d.terminal import Terminal
+from rlhf3d.units import format_clock
 
 STEP_FIELDS = (
     ("reward", "critic/score/mean", "z.3f"),
@@ -226,10 +227,3 @@ def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | 
         eta = "" if eta_s is None else f", eta {format_clock(eta_s)}"
         parts.append(f"{metrics[STEP_TIME]:.0f} s{eta}")
     return _SEPARATOR.join(parts)
-
-
-def format_clock(seconds: float) -> str:
-    """Seconds as `m:ss`, from an hour on as `h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

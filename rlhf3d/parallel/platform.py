@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import megatron_patches
+from rlhf3d import machine
 from rlhf3d.machine import loaded_from
+from rlhf3d.units import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 Backend = Literal["gloo", "nccl", "nccl_rules"]
 """Back ends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
-_GIB = 1 << 30
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,7 @@ class CPUPlatform(Platform):
         """The C library gives large blocks back by itself."""
 
     def memory_gib(self) -> float:
-        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-        for path in map(Path, _CGROUP_LIMITS):
-            if path.is_file() and path.read_text().strip().isdigit():  # "max" is no limit
-                limits.append(int(path.read_text()))
-        return min(limits) / _GIB
+        return machine.memory_gib()
 
 
 @dataclass(frozen=True)
@@ -281,7 +277,7 @@ class CUDAPlatform(Platform):
     def memory_gib(self) -> float:
         import torch
 
-        return float(torch.cuda.get_device_properties(0).total_memory) / _GIB
+        return float(torch.cuda.get_device_properties(0).total_memory) / GIB
 
 
 def _allocator_options() -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from rlhf3d.machine import GIB
+from rlhf3d.machine import package_versions
+from rlhf3d.units import GIB
 
 PACKAGES = (
     "torch",
@@ -94,12 +95,7 @@ def look(wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
 
 def versions() -> dict[str, str]:
     """Versions of what must be the same everywhere; of this package also a digest of its source."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **package_versions(PACKAGES)}
     source, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + path.read_bytes())

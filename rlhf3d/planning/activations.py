@@ -18,7 +18,7 @@ from rlhf3d.models.spec import ModelSpec, padded_vocab_size
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.planning.states import ITEM_BYTES
+from rlhf3d.units import ITEM_BYTES
 
 BUSIEST_EXPERT = 1.4
 """Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get equal shares."""

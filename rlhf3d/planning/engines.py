@@ -13,9 +13,8 @@ from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.engine_weights import check_quantization, engine_params, engine_vocab_size
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.job import Job
-from rlhf3d.planning.states import ITEM_BYTES
+from rlhf3d.units import GIB, ITEM_BYTES
 
-GIB = 1 << 30
 GRAPHS_GIB = 1.0
 """CUDA graphs and compiled code of an engine that is not eager (rule of thumb)."""
 

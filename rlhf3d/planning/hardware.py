@@ -13,7 +13,6 @@ from typing import Any, Literal, get_type_hints
 
 from rlhf3d.config.load import coerce, read_sections
 
-GIB = 1 << 30
 NOT_IN_FILES = frozenset({"name", "measured_here"})
 """Fields that an entry of a hardware file has not: its key, and what comes from elsewhere."""
 FILE = Path(__file__).with_name("hardware.yaml")

@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from rlhf3d import units
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.engines import EngineMemory, engine_memory
-from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.job import Job, Model, Run
-from rlhf3d.planning.states import ITEM_BYTES, States, chunk_sizes, model_states
+from rlhf3d.planning.states import States, chunk_sizes, model_states
+from rlhf3d.resharding.setup import SLOTS
+from rlhf3d.units import GIB
 
-SLOTS = 2
-"""Buckets of a weight sync per engine rank; `rlhf3d.resharding.setup.SLOTS`."""
 ASLEEP_GIB = 0.5
 """GPU memory that a sleeping engine keeps beside its context: input buffers, graphs' pools (rule of thumb)."""
 SAFETY = 0.02
@@ -30,8 +30,6 @@ ACTIVATION_MARGIN = 0.15
 """And of the activations: they are planned to 10 %, and micro-batches of many widths leave holes between blocks."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
-SAVED_BYTES = {"bfloat16": 12, "float32": 8}
-"""Of a parameter in a checkpoint's optimizer state: Adam's two moments, and the fp32 weight that bf16 ranks have."""
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
 PHASES = (
@@ -404,10 +402,11 @@ def _save_copies(job: Job) -> int:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """Weights and, if it is saved, optimizer state of every trained model."""
-    dtype = job.config.model.dtype
-    each = ITEM_BYTES[dtype] + SAVED_BYTES[dtype] * job.config.trainer.save_optimizer
-    return each * sum(stored_elements(job, model) for model in job.models if model.trained)
+    """Return the bytes of a checkpoint: weights and, if it is saved, optimizer state of every trained model."""
+    weights = sum(stored_elements(job, model) for model in job.models if model.trained)
+    return units.checkpoint_bytes(
+        weights, job.config.model.dtype, job.config.trainer.save_optimizer
+    )
 
 
 def stored_elements(job: Job, model: Model) -> int:

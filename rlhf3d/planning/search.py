@@ -19,7 +19,7 @@ from rlhf3d.config.schema import Config, LayoutConfig, Recompute, RolloutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.planning.engines import engine_memory
-from rlhf3d.planning.hardware import GIB, Cluster
+from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
 from rlhf3d.planning.plan import Plan, make_plan
@@ -33,6 +33,7 @@ from rlhf3d.planning.space import (
     rests,
 )
 from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
+from rlhf3d.units import GIB
 
 APART_UTILIZATION = 0.9
 """rollout.gpu_memory_utilization of engines on devices of their own."""

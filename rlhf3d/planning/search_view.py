@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf3d.config.load import config_to_yaml
-from rlhf3d.planning.hardware import GIB, Cluster
+from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.search import Found
 from rlhf3d.planning.times import FORWARD, UPDATE
 from rlhf3d.planning.view import as_json as plan_as_json
+from rlhf3d.units import GIB
 
 
 def render(found: Found, cluster: Cluster, shape: Path) -> Group:

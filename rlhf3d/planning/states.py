@@ -14,8 +14,8 @@ from functools import cache
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, LocalParam, SpecStyle, local_params
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.units import ITEM_BYTES, round_up
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 BUCKET_ELEMENTS = 40_000_000
 """Megatron's least bucket of gradients, where their reduction overlaps the backward pass."""
 BUCKET_ELEMENTS_A_REPLICA = 1_000_000
@@ -174,7 +174,7 @@ def _buffer(
     def close(stop: int) -> int:
         """End the bucket, count the replica's share of it; where the next one starts."""
         nonlocal bucket_start, owned
-        end = _round_up(stop, divisor)
+        end = round_up(stop, divisor)
         share = (end - bucket_start) // replicas
         low = bucket_start + replica * share
         owned += sum(max(0, min(last, low + share) - max(first, low)) for first, last in spans)
@@ -183,7 +183,7 @@ def _buffer(
         return end
 
     for place in reversed(range(len(sizes))):
-        start = _round_up(start, PARAM_ALIGNMENT)
+        start = round_up(start, PARAM_ALIGNMENT)
         if place == tied and spans:
             start = close(start)
         stop = start + sizes[place]
@@ -191,7 +191,3 @@ def _buffer(
         full = bucket_elements is not None and stop - bucket_start >= bucket_elements
         start = close(stop) if place == tied or full else stop
     return (close(start) if spans else start), owned
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

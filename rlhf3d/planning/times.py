@@ -30,7 +30,8 @@ from rlhf3d.planning.flops import (
 )
 from rlhf3d.planning.job import Job, Model
 from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
-from rlhf3d.planning.states import ITEM_BYTES, chunk_sizes, model_states
+from rlhf3d.planning.states import chunk_sizes, model_states
+from rlhf3d.units import ITEM_BYTES
 
 ADAM_BYTES = {"te": 34, "local": 120}
 """Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from rlhf3d.config.derived import summary_lines
 from rlhf3d.parallel.layout import ranges
-from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.memory import MemoryPlan, RankMemory, spare
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.times import TimePlan
 from rlhf3d.terminal import Terminal
+from rlhf3d.units import GIB
 
 _KINDS = ("weights", "gradients", "optimizer")
 MOST_COLUMNS = 5

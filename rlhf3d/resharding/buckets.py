@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rlhf3d.models.boxes import Box, intersect
 from rlhf3d.models.weights import LocalParam
 from rlhf3d.resharding.plan import ReshardPlan
+from rlhf3d.units import round_up
 
 ALIGNMENT_BYTES = 64
 
@@ -156,4 +157,4 @@ def _same_part(box: Box, dst_box: Box, part: Box) -> Box:
 
 
 def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return round_up(offset, ALIGNMENT_BYTES)

@@ -5,7 +5,6 @@ Invariant: every figure is computed from the plan itself, for layouts of any siz
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,11 +18,12 @@ from rlhf3d.config.derived import derive, resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.models.boxes import show
 from rlhf3d.models.spec import check_layout, load_spec
-from rlhf3d.models.weights import hf_tensors
+from rlhf3d.models.weights import num_weights
 from rlhf3d.parallel.layout import ranges
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
 from rlhf3d.resharding.setup import SLOTS, SyncSetup, sync_setup
+from rlhf3d.units import format_bytes, size_unit
 
 MOST_ROUTES = 200
 """Routes that are printed; `--json` has all."""
@@ -87,7 +87,7 @@ def explain(setup: SyncSetup) -> Explanation:
     plan, size = setup.plan, setup.item_bytes
     traffic = plan.traffic
     shards = setup.layout.tp * setup.layout.pp
-    model = sum(math.prod(shape) for shape in hf_tensors(setup.spec, "lm").values()) * size
+    model = num_weights(setup.spec, "lm") * size
     ranks = []
     for place in plan.destinations:
         dst = place.number
@@ -132,15 +132,16 @@ def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
     devices = f"{len(sites.node_of_device)} {kind}"
     place = "colocated" if setup.colocated else "on devices of their own"
     lines = [
-        f"model      {model}: {spec.family}, {spec.num_layers} layers, {_size(facts.model_bytes)} in {setup.dtype}",
+        f"model      {model}: {spec.family}, {spec.num_layers} layers, "
+        f"{format_bytes(facts.model_bytes)} in {setup.dtype}",
         f"from       {setup.layout} = {setup.layout.world_size} training ranks on {devices}",
         f"to         {setup.engines} engine(s) x TP{setup.tensor_parallel_size}, {place}",
         f"plan       {sum(plan.traffic.ops)} ops; training ranks send {_range(facts.sent)} each to other devices",
-        f"memory     {_size(facts.buffer_bytes)} of buckets an engine rank",
+        f"memory     {format_bytes(facts.buffer_bytes)} of buckets an engine rank",
     ]
     if facts.formula_bytes is not None and sites.slots is not None:
         lines.append(
-            f"formula    (n - g) / (n g) of the model, evenly cut: {_size(facts.formula_bytes)} a rank"
+            f"formula    (n - g) / (n g) of the model, evenly cut: {format_bytes(facts.formula_bytes)} a rank"
         )
     parts: list[Text | Table] = [Text("\n".join(lines)), _rank_table(facts)]
     if pattern is not None:
@@ -149,9 +150,7 @@ def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
 
 
 def _rank_table(facts: Explanation) -> Table:
-    unit, size = next(
-        (u, n) for u, n in _UNITS if n == 1 or max(r.needed for r in facts.ranks) >= n
-    )
+    unit, size = size_unit(max(rank.needed for rank in facts.ranks))
     table = Table(title=f"an engine rank's bytes, {unit}", title_justify="left")
     for name in (
         "engines",
@@ -214,14 +213,6 @@ def _routes(plan: ReshardPlan, pattern: str) -> Iterator[TransferOp]:
         )
 
 
-_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
-
-
-def _size(count: int) -> str:
-    unit, size = next((u, n) for u, n in _UNITS if n == 1 or count >= n)
-    return f"{count / size:.2f} {unit}" if count else "0"
-
-
 def _range(counts: tuple[int, ...]) -> str:
     least, most = min(counts), max(counts)
-    return _size(most) if least == most else f"{_size(least)} to {_size(most)}"
+    return format_bytes(most) if least == most else f"{format_bytes(least)} to {format_bytes(most)}"

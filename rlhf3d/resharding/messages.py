@@ -22,6 +22,7 @@ from rlhf3d.parallel.nccl_rules import NCCLRules
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
+from rlhf3d.units import round_up
 
 _ALIGN = 16
 _CLOCK_S = 0.05
@@ -140,7 +141,7 @@ class MessageLayout:
         offset, offsets = 16 * len(copies), []
         for copy in copies:
             offsets.append(offset)
-            offset += -(-volume(copy.box) * item_bytes // _ALIGN) * _ALIGN
+            offset += round_up(volume(copy.box) * item_bytes, _ALIGN)
         return cls(tuple(copies), tuple(offsets), offset)
 
     def table(self, message: torch.Tensor) -> torch.Tensor:

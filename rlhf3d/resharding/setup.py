@@ -21,12 +21,12 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import LocalParam, SpecStyle
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Backend, Platform
-from rlhf3d.resharding.buckets import Bucket, Copy, copies_to, plan_buckets
+from rlhf3d.resharding.buckets import ALIGNMENT_BYTES, Bucket, Copy, copies_to, plan_buckets
 from rlhf3d.resharding.plan import ReshardPlan
 from rlhf3d.resharding.sites import Sites
 from rlhf3d.resharding.tables import plan_export, plan_sync
+from rlhf3d.units import ITEM_BYTES, round_up
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 FILE_PREFIX = "rlhf3d-weights-"
 SLOTS = 2
 """Buckets in shared memory: one is filled while the other is read."""
@@ -254,4 +254,4 @@ def _digest(setup: SyncSetup) -> int:
 
 
 def _aligned(offset: int) -> int:
-    return -(-offset // 64) * 64
+    return round_up(offset, ALIGNMENT_BYTES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf3d.observability.console import STEP_FIELDS, STEP_PHASES, Console, format_clock, step_line
+from rlhf3d.observability.console import STEP_FIELDS, STEP_PHASES, Console, step_line
 from rlhf3d.observability.samples import Sample
 
 METRICS = {
@@ -121,7 +121,3 @@ def test_every_metric_shown_is_documented() -> None:
         f"timing_s/{p}" for _, phases in STEP_PHASES for p in phases
     ]
     assert [name for name in shown if f"`{name}`" not in documented] == []
-
-
-def test_format_clock() -> None:
-    assert [format_clock(s) for s in (0, 59.6, 730, 3661)] == ["0:00", "1:00", "12:10", "1:01:01"]

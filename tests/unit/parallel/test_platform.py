@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf3d import machine
 from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
@@ -100,9 +101,8 @@ def test_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path:
     limit, unlimited = tmp_path / "limit", tmp_path / "unlimited"
     limit.write_text(f"{1 << 29}\n")
     unlimited.write_text("max\n")
-    monkeypatch.setattr(
-        platform, "_CGROUP_LIMITS", (str(unlimited), str(limit), str(tmp_path / "absent"))
-    )
+    files = [(str(path), "unused") for path in (unlimited, limit, tmp_path / "absent")]
+    monkeypatch.setattr(machine, "_CGROUP_FILES", files)
     assert CPUPlatform("test").memory_gib() == 0.5 < whole
 
 

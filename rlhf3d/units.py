@@ -1,0 +1,51 @@
+"""Bytes, sizes and durations: the factors, the arithmetic and the texts that several rooms share.
+
+Invariant: imports nothing; each of these facts stands here alone.
+"""
+
+from __future__ import annotations
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+"""Bytes of a number, by dtype."""
+
+OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
+"""Optimizer state of a trained weight: Adam's two moments, and the fp32 copy of a bf16 weight."""
+
+
+def checkpoint_bytes(weights: int, dtype: str, optimizer: bool) -> int:
+    """Return what `weights` trained weights take in a checkpoint, with or without their optimizer."""
+    optimizer_bytes = OPTIMIZER_BYTES[dtype] if optimizer else 0
+    return weights * (ITEM_BYTES[dtype] + optimizer_bytes)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not below `number`."""
+    return ceil_div(number, multiple) * multiple
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return `number / divisor`, rounded up."""
+    return -(-number // divisor)
+
+
+def size_unit(count: float) -> tuple[str, int]:
+    """Return the largest binary unit that `count` bytes reach, and its bytes."""
+    for name, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count >= size:
+            return name, size
+    return "B", 1
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes in the unit that suits them: `1.50 GiB`, `512.00 KiB`; `0` for none."""
+    name, size = size_unit(count)
+    return f"{count / size:.2f} {name}" if count else "0"
+
+
+def format_clock(seconds: float) -> str:
+    """Return seconds as `m:ss`, from an hour on as `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
