@@ -9,10 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rlhf3d.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -24,18 +20,6 @@ class SequenceCost:
 
     def __call__(self, length: int) -> float:
         return length + self.quadratic * length**2
-
-
-def sequence_cost(spec: ModelSpec) -> SequenceCost:
-    """Operations of a model's decoder layers; the vocabulary head, linear in the response, is left out.
-
-    A layer with p weights that a token meets does 2p operations a token, and causal attention over L tokens
-    4·heads·head_dim·L²/2: their ratio is heads·head_dim·L²/p.
-    """
-    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
-    heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
-    weights = spec.hidden_size * (heads * spec.head_dim + 3 * ffn)
-    return SequenceCost(spec.num_heads * spec.head_dim / weights)
 
 
 def split_rows(costs: Sequence[float], parts: int, equal_counts: bool = True) -> list[list[int]]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from rlhf3d.algorithms.aggregation import LossNorm, loss_norm
 from rlhf3d.batching.balance import SequenceCost, split_rows
 from rlhf3d.batching.batch import Batch
-from rlhf3d.batching.micro import MicroBatching, plan_micro_batches
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan, plan_micro_batches
 from rlhf3d.parallel.layout import ParallelLayout
 
 

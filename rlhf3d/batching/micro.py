@@ -50,6 +50,28 @@ class MicroBatching:
         return len(lengths) * self.width(max(lengths))
 
 
+@dataclass(frozen=True)
+class UpdatePlan:
+    """How one model's update of a step is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
+
+    mini_batch_size: int
+    """Prompts an optimizer step."""
+    mini_batches: int
+    """Mini-batches an epoch."""
+    sequences_per_mini_batch: int
+    """Sequences an optimizer step, over all data-parallel ranks."""
+    sequences_per_rank: int
+    """Sequences an optimizer step on one data-parallel rank; with a token budget, on average."""
+    micro_batching: MicroBatching
+    """How they are cut into forward/backward passes, on each data-parallel rank."""
+    micro_batches_per_rank: int | None
+    """Passes of one data-parallel rank an optimizer step (gradient accumulation); None where a budget decides."""
+    epochs: int
+    """Passes over the batch a training step."""
+    optimizer_steps_per_step: int
+    """Optimizer steps a training step."""
+
+
 def plan_micro_batches(
     lengths: Sequence[int],
     rows_of: Sequence[Sequence[int]],

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf3d.batching.micro import MicroBatching
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
@@ -22,28 +22,6 @@ WIDTH_MULTIPLE = {"cuda": 128}
 keeps blocks of every size; with few widths both stay few. Elsewhere any width will do."""
 COLUMN_BYTES_A_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
-
-
-@dataclass(frozen=True)
-class UpdatePlan:
-    """How one model's update of a step is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
-
-    mini_batch_size: int
-    """Prompts an optimizer step."""
-    mini_batches: int
-    """Mini-batches an epoch."""
-    sequences_per_mini_batch: int
-    """Sequences an optimizer step, over all data-parallel ranks."""
-    sequences_per_rank: int
-    """Sequences an optimizer step on one data-parallel rank; with a token budget, on average."""
-    micro_batching: MicroBatching
-    """How they are cut into forward/backward passes, on each data-parallel rank."""
-    micro_batches_per_rank: int | None
-    """Passes of one data-parallel rank an optimizer step (gradient accumulation); None where a budget decides."""
-    epochs: int
-    """Passes over the batch a training step."""
-    optimizer_steps_per_step: int
-    """Optimizer steps a training step."""
 
 
 @dataclass(frozen=True)

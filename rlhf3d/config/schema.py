@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf3d.parallel.layout import Recompute
+
 Quantization = Literal["none", "fp8_per_channel"]
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)

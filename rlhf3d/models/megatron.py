@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from rlhf3d.config.schema import Recompute
 from rlhf3d.models.boxes import Box, box_slices
 from rlhf3d.models.hf_config import Llama3RopeScaling, YarnRopeScaling
 from rlhf3d.models.hf_io import HFReader, copy_in_range
@@ -31,11 +30,10 @@ from rlhf3d.models.weights import (
     VALUE_HEAD,
     Head,
     LocalParam,
-    SpecStyle,
     check_hf_tensors,
     local_params,
 )
-from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords, Recompute, SpecStyle
 from rlhf3d.parallel.platform import Platform
 
 Role = Literal["policy", "value"]

@@ -18,13 +18,10 @@ from typing import Literal
 from rlhf3d.models.boxes import Box, Piece, full_box
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec, padded_vocab_size
-from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords, SpecStyle
 
 Head = Literal["lm", "value", "none"]
 """What follows the trunk: vocabulary head, value head [1, hidden], or nothing."""
-SpecStyle = Literal["local", "te"]
-"""Megatron layer spec: its own layers, or Transformer Engine's (norms fused into the next linear layer, experts
-multiplied as one group)."""
 
 VALUE_HEAD = "value_head.weight"
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")

@@ -8,14 +8,10 @@ weights, which are lost; and the prefix cache's blocks, as small as vLLM's CPU k
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf3d.parallel.platform import CPUPlatform
-
-if TYPE_CHECKING:
-    from rlhf3d.resharding.sites import Sites
 
 KV_BLOCK_TOKENS = 32
 
@@ -26,12 +22,8 @@ class AsGPUPlatform(CPUPlatform):
 
     dist_backend = "nccl_rules"
     resource = "GPU"
+    one_device_a_rank = True
     measures_cache = True
-
-    def sites(self, node_of_rank: Sequence[int]) -> Sites:
-        from rlhf3d.resharding.sites import Sites
-
-        return Sites.one_each(node_of_rank)
 
     def _bind_device(self, local_rank: int) -> None:
         from rlhf3d.parallel import nccl_rules

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+SpecStyle = Literal["local", "te"]
+"""Whose parameter names a Megatron layer has: its own, or Transformer Engine's (norms fused into the
+next linear layer, experts multiplied as one group)."""
+Recompute = Literal["none", "selective", "full"]
+"""What of each layer the backward pass computes again."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,8 +21,7 @@ from rlhf3d.units import GIB
 if TYPE_CHECKING:
     import torch
 
-    from rlhf3d.models.weights import SpecStyle
-    from rlhf3d.resharding.sites import Sites
+    from rlhf3d.parallel.layout import SpecStyle
 
 Backend = Literal["gloo", "nccl", "nccl_rules"]
 """Back ends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
@@ -46,6 +44,10 @@ class Platform(ABC):
     """Ray resource that one training rank occupies."""
     head_chunk_elements: ClassVar[int]
     """Logits of a rank that exist at once in the vocabulary head."""
+    one_device_a_rank: ClassVar[bool]
+    """Whether each training rank has a device of its own; otherwise a node's ranks share its memory."""
+    weights_on_gpu: ClassVar[bool]
+    """Whether weights travel in GPU memory: by CUDA IPC on one device, by NCCL between devices."""
     sync_bucket_mib: ClassVar[int]
     """What null means for `rollout.sync_bucket_mib`."""
     measures_cache: ClassVar[bool]
@@ -64,10 +66,6 @@ class Platform(ABC):
     def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
         """Variables that such a process must start with, since its libraries read them once: for Ray's runtime_env."""
         return {}
-
-    @abstractmethod
-    def sites(self, node_of_rank: Sequence[int]) -> Sites:
-        """What counts as one device to a weight sync, for training ranks on these nodes (numbered from 0)."""
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device:
@@ -138,15 +136,12 @@ class CPUPlatform(Platform):
     spec_style = "local"
     resource = "CPU"
     head_chunk_elements = 1 << 24
+    one_device_a_rank = False
+    weights_on_gpu = False
     sync_bucket_mib = 64
     measures_cache = False
     cache_setting = "kv_cache_gib"
     eager_engines = True
-
-    def sites(self, node_of_rank: Sequence[int]) -> Sites:
-        from rlhf3d.resharding.sites import Sites
-
-        return Sites.hosts(node_of_rank)
 
     def device(self, local_rank: int) -> torch.device:
         import torch
@@ -197,6 +192,8 @@ class CUDAPlatform(Platform):
     spec_style = "te"
     resource = "GPU"
     head_chunk_elements = 1 << 27  # fewer, larger products: half a GiB of logits
+    one_device_a_rank = True
+    weights_on_gpu = True
     sync_bucket_mib = 256
     measures_cache = True
     cache_setting = "gpu_memory_utilization"
@@ -212,11 +209,6 @@ class CUDAPlatform(Platform):
             # Transformer Engine's products and vLLM's attention would be TF32: 10 bits of each input.
             found |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
         return found
-
-    def sites(self, node_of_rank: Sequence[int]) -> Sites:
-        from rlhf3d.resharding.sites import Sites
-
-        return Sites.one_each(node_of_rank)
 
     def device(self, local_rank: int) -> torch.device:
         import torch

@@ -16,13 +16,14 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from rlhf3d.batching.balance import sequence_cost
+from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
-from rlhf3d.config.derived import UpdatePlan, micro_batching_of
+from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.config.derived import micro_batching_of
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config
-from rlhf3d.models.spec import load_spec
+from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker, WorkerSetup
@@ -143,3 +144,15 @@ class TrainGroup:
         metrics[f"perf/padding_share/update_{role}"] = padding_share(batch, shares)
         padding, self._padding = self._padding, {}
         return {**metrics, **padding}
+
+
+def sequence_cost(spec: ModelSpec) -> SequenceCost:
+    """Operations of a model's decoder layers; the vocabulary head, linear in the response, is left out.
+
+    A layer with p weights that a token meets does 2p operations a token, and causal attention over L tokens
+    4·heads·head_dim·L²/2: their ratio is heads·head_dim·L²/p.
+    """
+    ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
+    weights = spec.hidden_size * (heads * spec.head_dim + 3 * ffn)
+    return SequenceCost(spec.num_heads * spec.head_dim / weights)

@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlhf3d.config.schema import Recompute
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
-from rlhf3d.models.weights import Head, SpecStyle
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import Head
+from rlhf3d.parallel.layout import ParallelLayout, Recompute, SpecStyle
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.units import ITEM_BYTES
 

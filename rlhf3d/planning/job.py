@@ -10,12 +10,13 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from rlhf3d.config.derived import Derived, UpdatePlan, derive, micro_batching_of, resolve_platform
+from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.config.derived import Derived, derive, micro_batching_of, resolve_platform
 from rlhf3d.config.groups import WorkerGroup, device_terms
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
-from rlhf3d.models.weights import Head, SpecStyle
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import Head
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.activations import Activations, Micro
 from rlhf3d.planning.hardware import Cluster

@@ -14,8 +14,8 @@ from functools import cache
 
 from rlhf3d import units
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Head, SpecStyle
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import Head
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.planning.engines import EngineMemory, engine_memory
 from rlhf3d.planning.job import Job, Model, Run
 from rlhf3d.planning.states import States, chunk_sizes, model_states

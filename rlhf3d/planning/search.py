@@ -15,8 +15,9 @@ from typing import NamedTuple, get_args
 from rlhf3d.config.checks import check
 from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig, Recompute, RolloutConfig
+from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
 from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.layout import Recompute
 from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import Cluster

@@ -14,9 +14,10 @@ from typing import get_args
 
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig, Recompute
+from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
+from rlhf3d.parallel.layout import Recompute
 from rlhf3d.planning.hardware import Cluster
 
 APART = (0.25, 0.375, 0.5, 0.625, 0.75)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Head, LocalParam, SpecStyle, local_params
-from rlhf3d.parallel.layout import ParallelLayout, RankCoords
+from rlhf3d.models.weights import Head, LocalParam, local_params
+from rlhf3d.parallel.layout import ParallelLayout, RankCoords, SpecStyle
 from rlhf3d.units import ITEM_BYTES, round_up
 
 BUCKET_ELEMENTS = 40_000_000

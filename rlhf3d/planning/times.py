@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Head, SpecStyle
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import Head
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.planning.engines import (
     engine_elements,
     engine_memory,

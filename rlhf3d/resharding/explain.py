@@ -79,7 +79,7 @@ def setup_of(config: Config, gpus: bool) -> SyncSetup:
     check_layout(spec, layout)
     per_node = config.cluster.gpus_per_node if on_gpu else layout.world_size
     nodes = [rank // per_node for rank in range(layout.world_size)]
-    return sync_setup(config, spec, layout, platform, "explain", nodes)
+    return sync_setup(config.rollout, spec, layout, platform, "explain", nodes)
 
 
 def explain(setup: SyncSetup) -> Explanation:

@@ -57,7 +57,7 @@ class WeightSender:
         self.dtype: torch.dtype = getattr(torch, setup.dtype)
         # gloo sends from host memory.
         self._device = (
-            next(iter(params.values())).device if setup.backend == "nccl" else torch.device("cpu")
+            next(iter(params.values())).device if setup.weights_on_gpu else torch.device("cpu")
         )
         self._rings: dict[int, Ring] = {}
         self._near: list[_RingOutbox] = []

@@ -16,10 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import LocalParam, SpecStyle
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import LocalParam
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.parallel.platform import Backend, Platform
 from rlhf3d.resharding.buckets import ALIGNMENT_BYTES, Bucket, Copy, copies_to, plan_buckets
 from rlhf3d.resharding.plan import ReshardPlan
@@ -107,7 +107,9 @@ class SyncSetup:
     colocated: bool = True
     """Whether engines share devices with training ranks; else they have devices of their own."""
     backend: Backend = "gloo"
-    """What carries messages; with nccl, buckets and messages are in GPU memory."""
+    """What carries messages between devices."""
+    weights_on_gpu: bool = False
+    """Whether buckets and messages are in GPU memory; engines then read buckets by CUDA IPC."""
 
     @property
     def item_bytes(self) -> int:
@@ -148,7 +150,7 @@ class SyncSetup:
             readers=tuple(readers) if self.target == "engines" else ("the driver",),
             rows=max(sum(map(len, self.copies(dst, sender))) for sender in senders),
             slot_bytes=max(bucket.num_bytes for bucket in self.buckets(dst)),
-            on_gpu=self.backend == "nccl" and self.target == "engines",
+            on_gpu=self.weights_on_gpu and self.target == "engines",
             digest=_digest(self),
         )
 
@@ -186,7 +188,7 @@ class SyncSetup:
 
 
 def sync_setup(
-    config: Config,
+    rollout: RolloutConfig,
     spec: ModelSpec,
     layout: ParallelLayout,
     platform: Platform,
@@ -194,13 +196,13 @@ def sync_setup(
     node_of_rank: Sequence[int],
 ) -> SyncSetup:
     """What the processes of a run agree on; nodes are numbered from 0 in the order of ranks."""
-    rollout = config.rollout
+    one_each = platform.one_device_a_rank
     return SyncSetup(
         name=name,
         spec=spec,
         layout=layout,
         style=platform.spec_style,
-        sites=platform.sites(node_of_rank),
+        sites=Sites.one_each(node_of_rank) if one_each else Sites.hosts(node_of_rank),
         dtype=rollout.dtype,
         bucket_bytes=(rollout.sync_bucket_mib or platform.sync_bucket_mib) << 20,
         timeout_s=rollout.sync_timeout_s,
@@ -209,6 +211,7 @@ def sync_setup(
         expert_parallel=rollout.expert_parallel,
         colocated=rollout.placement == "colocated",
         backend=platform.dist_backend,
+        weights_on_gpu=platform.weights_on_gpu,
     )
 
 

@@ -10,8 +10,8 @@ from collections import defaultdict
 from rlhf3d.models.boxes import Piece, full_box
 from rlhf3d.models.engine_weights import engine_params
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import LocalParam, SpecStyle, hf_tensors, local_params
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.resharding.plan import ReshardPlan, TrainingShards, build_plan
 from rlhf3d.resharding.sites import Sites
 

@@ -44,7 +44,7 @@ class WeightSyncWorker:
             assert meeting is not None, "engines on devices of their own receive messages"
             rank = setup.layout.world_size + dst
             group = Group(setup.backend, rank, setup.message_ranks, *meeting, setup.timeout_s)
-            device = self.device if setup.backend == "nccl" else torch.device("cpu")
+            device = self.device if setup.weights_on_gpu else torch.device("cpu")
             self._weight_inbox = MessageInbox(setup, dst, group, device)
         self._weight_receiver = WeightReceiver(setup, dst, self._weight_inbox)
 

@@ -14,7 +14,7 @@ from rlhf3d.algorithms.correction import (
     rejection_mask,
 )
 from rlhf3d.batching.batch import Batch
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.schema import RolloutCorrectionConfig
 
 

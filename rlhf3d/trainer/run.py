@@ -228,7 +228,7 @@ def _start_processes(
             name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()
         }
         setup = sync_setup(
-            config, spec, derived.layout, platform, f"{os.getpid()}", places["actor"]
+            engines, spec, derived.layout, platform, f"{os.getpid()}", places["actor"]
         )
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)

@@ -13,8 +13,7 @@ from support.tiny_models import make_tiny_model
 from rlhf3d.algorithms.losses import PolicyLossSettings
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_update
-from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.parallel.layout import ParallelLayout
 

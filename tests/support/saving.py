@@ -13,7 +13,7 @@ import torch
 from support.updates import MAX_RESPONSE_TOKENS, PPO, SEQUENCES, Case, join, make_batch
 
 from rlhf3d.batching.dispatch import split_update
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform

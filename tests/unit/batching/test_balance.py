@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf3d.batching.balance import SequenceCost, sequence_cost, split_rows
-from rlhf3d.models.spec import ModelSpec
+from rlhf3d.batching.balance import SequenceCost, split_rows
 
 COSTS = st.lists(st.integers(0, 500), max_size=48)
-SPEC = ModelSpec(
-    "llama",
-    num_layers=3,
-    hidden_size=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=5,
-    ffn_size=16,
-    vocab_size=9,
-)
 
 
 @given(COSTS, st.integers(1, 6), st.booleans())
@@ -83,10 +71,3 @@ def test_unequal_counts_balance_what_equal_ones_cannot() -> None:
 def test_split_refuses_no_parts() -> None:
     with pytest.raises(ValueError, match="3 rows over 0 parts"):
         split_rows([1, 2, 3], 0)
-
-
-def test_cost_by_hand() -> None:
-    # weights of a layer: 8·5·(4 query + 4 output + 2 key + 2 value heads) + 3·8·16 = 480 + 384
-    assert sequence_cost(SPEC)(10) == pytest.approx(10 + 4 * 5 / 864 * 100)
-    experts = replace(SPEC, num_experts=8, experts_per_token=2, moe_ffn_size=4, ffn_size=0)
-    assert sequence_cost(experts)(10) == pytest.approx(10 + 4 * 5 / (480 + 2 * 3 * 8 * 4) * 100)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
-from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.parallel.layout import ParallelLayout
 
 PROMPT = 2

@@ -16,12 +16,11 @@ from rlhf3d.models.spec import FAMILIES, ModelSpec, check_layout
 from rlhf3d.models.weights import (
     Head,
     LocalParam,
-    SpecStyle,
     check_hf_tensors,
     hf_tensors,
     local_params,
 )
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 
 HEADS: list[Head] = ["lm", "value", "none"]
 STYLES: list[SpecStyle] = ["local", "te"]

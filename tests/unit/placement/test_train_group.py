@@ -11,17 +11,27 @@ import torch
 
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
-from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import worker_groups
 from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.engine.microbatch import UpdateResult
+from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
-from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.placement.train_group import TrainGroup, sequence_cost
 from rlhf3d.placement.worker import TrainWorker, WorkerSetup
 
 RULE = MicroBatching(4)
+SPEC = ModelSpec(
+    "llama",
+    num_layers=3,
+    hidden_size=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=5,
+    ffn_size=16,
+    vocab_size=9,
+)
 
 
 class DryGroup(TrainGroup):
@@ -85,3 +95,10 @@ def test_models_are_told_whether_engines_want_their_device_between_work(
     worker.platform, worker.engines = CPUPlatform("test"), {}
     worker._load_models()
     assert worker.engines["actor"].shared is sleep  # type: ignore[attr-defined]
+
+
+def test_cost_by_hand() -> None:
+    # weights of a layer: 8·5·(4 query + 4 output + 2 key + 2 value heads) + 3·8·16 = 480 + 384
+    assert sequence_cost(SPEC)(10) == pytest.approx(10 + 4 * 5 / 864 * 100)
+    experts = replace(SPEC, num_experts=8, experts_per_token=2, moe_ffn_size=4, ffn_size=0)
+    assert sequence_cost(experts)(10) == pytest.approx(10 + 4 * 5 / (480 + 2 * 3 * 8 * 4) * 100)

@@ -35,7 +35,6 @@ from rlhf3d.rehearsal.shrink import (
     shrink_layout,
     shrink_model,
 )
-from rlhf3d.resharding.sites import Sites
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -256,4 +255,4 @@ def test_as_gpus_everything_has_a_device_of_the_actors_ranks(room: int, engine_r
     devices = parallel_layout(small.actor.layout).world_size
     assert platform.pretended_devices(placement.gpus) == devices and platform.kind == "cpu"
     assert rollout.engines * rollout.tensor_parallel_size <= devices == len(placement.bundles)
-    assert platform.sites([0] * devices) == Sites.gpus(devices, devices)
+    assert platform.one_device_a_rank

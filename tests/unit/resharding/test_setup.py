@@ -5,9 +5,14 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import pytest
+
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.spec import ModelSpec
+from rlhf3d.parallel.as_gpu import AsGPUPlatform
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, Platform
+from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sites import Sites
 
 SPEC = ModelSpec(
@@ -58,3 +63,22 @@ def test_who_reaches_whom() -> None:
     assert apart.message_ranks[8:] == tuple(
         f"engine {e} rank {r}" for e in range(4) for r in range(2)
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "one_each", "on_gpu"),
+    [
+        (CPUPlatform("test"), False, False),
+        (AsGPUPlatform("test"), True, False),
+        (CUDAPlatform("test"), True, True),
+    ],
+)
+def test_devices_and_memory_of_buckets_are_the_platforms(
+    platform: Platform, one_each: bool, on_gpu: bool
+) -> None:
+    rollout = RolloutConfig(dtype="float32")
+    setup = sync_setup(rollout, SPEC, ParallelLayout(tp=2), platform, "test", [0, 0])
+    assert setup.sites == (Sites.gpus(2, 2) if one_each else Sites.hosts([0, 0]))
+    assert setup.ring_shape(0).on_gpu is on_gpu
+    # The driver, which reads an export, holds no GPU.
+    assert not replace(setup, target="export").ring_shape(0).on_gpu

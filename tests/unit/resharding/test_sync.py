@@ -91,7 +91,9 @@ def gather(phase: str, calls: dict[str, Any], timeout_s: float) -> list[Any]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[WeightSync, Train, Rollout]:
     monkeypatch.setattr(sync_module, "gather", gather)
     train, rollout = Train(), Rollout()
-    setup = sync_setup(CONFIG, SPEC, train.layout, CPUPlatform(reason="test"), "test", [0, 0])
+    setup = sync_setup(
+        CONFIG.rollout, SPEC, train.layout, CPUPlatform(reason="test"), "test", [0, 0]
+    )
     return WeightSync(CONFIG, setup, train, rollout, [[5, 6, 7]]), train, rollout  # type: ignore[arg-type]
 
 

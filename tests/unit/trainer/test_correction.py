@@ -9,8 +9,7 @@ import torch
 
 from rlhf3d.algorithms.aggregation import loss_norm
 from rlhf3d.batching.batch import Batch, from_sequences
-from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.schema import RolloutCorrectionConfig
 from rlhf3d.trainer.correction import correct, settings_of
 
