@@ -14,11 +14,11 @@ from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.measured import DEFAULT, write_measured
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.view import show_memory
 from rlhf3d.preflight import plan_here, preflight
+from rlhf3d.units import GIB
 
 LAPTOP = Machine(
     cores=2,

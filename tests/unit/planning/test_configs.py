@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf3d.config.load import load_config
-from rlhf3d.planning.hardware import GIB
 from rlhf3d.planning.plan import SHAPES, Plan, find_cluster, find_spec, make_plan
+from rlhf3d.units import GIB
 
 ROOT = Path(__file__).parents[3]
 PLANNED = [

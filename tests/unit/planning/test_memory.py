@@ -16,11 +16,12 @@ from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.activations import in_flight
 from rlhf3d.planning.engines import GRAPHS_GIB
-from rlhf3d.planning.hardware import GIB, Cluster, load_hardware, parse_cluster
+from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.memory import PHASES, spare
 from rlhf3d.planning.plan import Plan, make_plan
 from rlhf3d.planning.states import chunk_sizes, model_states
 from rlhf3d.planning.view import as_json, render
+from rlhf3d.units import GIB
 
 ROOT = Path(__file__).parents[3]
 HARDWARE = load_hardware()
