@@ -124,7 +124,7 @@ driver:
 test: lint unit integration ## all checks
 
 unit: setup ## tests that take seconds
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
 	$(BIN)/python -m pytest -q tests/integration

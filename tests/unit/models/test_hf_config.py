@@ -23,7 +23,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
-ABSENT = object()
+ABSENT = "(absent)"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 SMALL_YARN = {
@@ -37,7 +37,7 @@ SMALL_YARN = {
 def write(folder: Path, family: str = "llama", **changes: Any) -> Path:
     config = {"model_type": family, **SHAPE, **EXPERTS.get(family, {}), **changes}
     (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if v is not ABSENT})
+        json.dumps({k: v for k, v in config.items() if v != ABSENT})
     )
     return folder
 
