@@ -5,15 +5,24 @@ Invariant: an option that is given is used, or the command is refused; ~ is the 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from rlhf3d.paths import expand_user
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Commands(typer.Typer):
@@ -30,17 +39,66 @@ class _Command(TyperCommand):
         for name, value in ctx.params.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} {value}: no finite number")
-            kind = hints.get(name)
-            if value and (
-                kind is Path
-                or Path in get_args(kind)
-                or list[Path] in get_args(kind)
-                or kind == list[Path]
-            ):
+            if value and _takes_paths(hints.get(name)):
                 many = isinstance(value, list | tuple)
                 expanded = [Path(expand_user(str(path))) for path in (value if many else [value])]
                 ctx.params[name] = expanded if many else expanded[0]
         return super().invoke(ctx)
+
+
+def _takes_paths(kind: Any) -> bool:
+    """Whether an option's type is a path, a list of paths, or one of them or None."""
+    return any(option in (Path, list[Path]) for option in (kind, *get_args(kind)))
+
+
+def option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for a command with dataclasses among its parameters: each of their fields is an option.
+
+    Typer sees one flat signature; `command` gets the dataclasses.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    signature = inspect.signature(command)
+    groups: dict[str, type[Any]] = {}
+    for name, kind in hints.items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[name] = kind
+    flat: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name in groups:
+            flat += _options_of(groups[parameter.name])
+        else:
+            annotation = hints[parameter.name]
+            flat.append(parameter.replace(annotation=annotation, kind=parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def with_flat_signature(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{item.name: values.pop(item.name) for item in fields(kind)})
+        command(**values)
+
+    with_flat_signature.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
+    annotations = {parameter.name: parameter.annotation for parameter in flat}
+    with_flat_signature.__annotations__ = annotations | {"return": None}
+    return with_flat_signature
+
+
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
+    """Its fields as parameters; --help shows them in a panel with the name of the class."""
+    hints = get_type_hints(group, include_extras=True)
+    parameters = []
+    for item in fields(group):
+        option = get_args(hints[item.name])[1]
+        option.rich_help_panel = group.__name__
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
+        parameters.append(
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=hints[item.name],
+            )
+        )
+    return parameters
 
 
 def refuse_unused(context: typer.Context, names: Iterable[str], why: str) -> None:
@@ -53,14 +111,27 @@ def refuse_unused(context: typer.Context, names: Iterable[str], why: str) -> Non
 
 
 def scorers_of(pairs: Iterable[str] | None) -> dict[str, str]:
-    """Of --scorer DATA_SOURCE=SCORER. Raises ValueError."""
-    found: dict[str, str] = {}
+    """The mapping that `--scorer DATA_SOURCE=SCORER` options describe. Raises ValueError."""
+    scorers: dict[str, str] = {}
     for pair in pairs or ():
         source, equals, scorer = pair.rpartition("=")
         if not (source and equals and scorer):
             raise ValueError(
                 f"--scorer {pair}: expected DATA_SOURCE=SCORER, such as my/data=math_verify"
             )
-        if found.setdefault(source, scorer) != scorer:
-            raise ValueError(f"--scorer {pair}: {source} has {found[source]} already")
-    return found
+        if scorers.setdefault(source, scorer) != scorer:
+            raise ValueError(f"--scorer {pair}: {source} has {scorers[source]} already")
+    return scorers
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """The JSON object that an option holds. Raises ValueError."""
+    import json
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text}: no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text}: must be a JSON object")
+    return value

@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from rlhf3d import cli
+from rlhf3d.commands.errors import raised_by_us
 from rlhf3d.config.docs import field_docs
 
 ROOT = Path(__file__).parents[2]
@@ -162,5 +163,5 @@ def test_a_mistake_in_our_own_code_is_not_the_users() -> None:
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
         with pytest.raises(ValueError) as caught:
             exec(compile(source, path, "exec"))
-        errors[name] = cli._raised_by_us(caught.value)
+        errors[name] = raised_by_us(caught.value)
     assert errors == {"compare": False, "refuse": True}

@@ -61,7 +61,7 @@ def test_every_number_has_a_range() -> None:
         ("evaluate m d --method magic", "is not one of 'strict', 'flexible'"),
         (
             "evaluate m d -k 4",
-            "-k would be ignored: it is for samples: say how many a prompt by --n",
+            "-k would be ignored: it is for samples",
         ),
         ("evaluate m d --top-p 0.9", "--top-p would be ignored"),
         (

@@ -149,7 +149,7 @@ def test_binomial_standard_error() -> None:
 
 def test_runs_are_drawn_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs of one name too, and one that has not validated; the picture shows each."""
-    from rlhf3d.cli import compare
+    from rlhf3d.commands.results import compare
 
     write_run(tmp_path / "a" / "run")
     write_run(tmp_path / "b" / "run")

@@ -1,0 +1,114 @@
+"""`rlhf3d data`: prompts into parquet files, and what is wrong with such files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rlhf3d.options import AsJson, option_groups, refuse_unused, scorers_of
+from rlhf3d.paths import check_output
+from rlhf3d.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the data set is made of, where it can be chosen."""
+
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of generated data.")] = None
+    train_size: Annotated[int | None, typer.Option(min=1, help="Training rows to generate.")] = None
+    test_size: Annotated[int | None, typer.Option(min=0, help="Held-out rows to generate.")] = None
+    difficulty: Annotated[str | None, typer.Option(help="Difficulty of generated data.")] = None
+    suffix: Annotated[str | None, typer.Option(help="Text appended to every question.")] = None
+
+
+@option_groups
+def prepare(
+    name: Annotated[
+        str,
+        typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn."),
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="Folder or file of the data set, or hub.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default data/NAME.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train or test, where the file's name does not say it.")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Leave out the questions of this parquet file.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    *,
+    contents: Contents,
+) -> None:
+    """Write a data set as train.parquet and test.parquet."""
+    from rlhf3d.data.prepare import prepare as run
+
+    given = {key: value for key, value in asdict(contents).items() if value is not None}
+    folder = output or Path("data") / Path(name).stem
+    check_output("--output", folder)
+    name, source = os.path.expanduser(name), source and os.path.expanduser(source)
+    files = run(
+        name, source, folder, split=split, exclude=exclude or (), revision=revision, **given
+    )
+    for written in files:
+        typer.echo(
+            f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}"
+        )
+        for reason, count in written.reasons.most_common():
+            typer.echo(f"  {count} dropped: {reason}")
+    for note in dict.fromkeys(note for written in files for note in written.notes):
+        typer.echo(f"note: {note}", err=True)
+
+
+def check(
+    context: typer.Context,
+    files: Annotated[
+        list[Path], typer.Argument(help="Parquet files of prompts, also compared with each other.")
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model folder whose chat template is applied.")
+    ] = None,
+    max_prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt, tokens.")
+    ] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="DATA_SOURCE=SCORER, as reward.scorers.")
+    ] = None,
+    reward: Annotated[
+        Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")
+    ] = None,
+    method: Annotated[
+        Literal["strict", "flexible"], typer.Option(help="As reward.method.")
+    ] = "strict",
+    workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
+    import json
+
+    from rlhf3d.data.check import check_files
+    from rlhf3d.data.check_view import render
+    from rlhf3d.rewards.custom import load_custom_reward
+
+    loaded = None
+    if tokenizer is not None:
+        from rlhf3d.data.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(os.path.expanduser(tokenizer))
+    else:
+        refuse_unused(context, ["max_prompt_length"], "prompts have lengths by a --tokenizer")
+    if reward is not None:
+        refuse_unused(context, ["scorer", "method"], "--reward scores instead")
+    custom = load_custom_reward(reward) if reward else None
+    scorers = scorers_of(scorer)
+    checked = check_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
+    if as_json:
+        typer.echo(json.dumps(checked.to_json()))
+    else:
+        Terminal().print(render(checked))
+    raise typer.Exit(2 if checked.problems else 0)

@@ -1,0 +1,32 @@
+"""`rlhf3d doctor`: whether this machine, or a cluster, can run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlhf3d.options import AsJson
+
+
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster (host:port, or auto): check every node of it instead."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show platform, versions, patches and memory, and what is missing with the command that fixes it."""
+    if cluster is not None:
+        from rlhf3d.placement.cluster_check import diagnose_cluster, render_cluster
+
+        checked = diagnose_cluster(cluster)
+        typer.echo(checked.to_json() if as_json else render_cluster(checked))
+        raise typer.Exit(1 if checked.problems else 0)
+    from rlhf3d.doctor import diagnose, render, to_json
+
+    diagnosis = diagnose()
+    typer.echo(to_json(diagnosis) if as_json else render(diagnosis))
+    raise typer.Exit(0 if diagnosis.healthy else 1)

@@ -1,0 +1,118 @@
+"""`rlhf3d plan`: memory and time of a run before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf3d.options import AsJson, Overrides, option_groups, refuse_unused
+from rlhf3d.paths import check_output
+
+if TYPE_CHECKING:
+    from rlhf3d.config.schema import DataConfig
+    from rlhf3d.planning.job import Lengths
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for."""
+
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Devices, such as 8xH100; default those of the configuration."),
+    ] = None
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML file that describes your own hardware.")
+    ] = None
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="Numbers measured on this GPU; default runs/gpu_measured.json, if it is there."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the configuration does not say about model and data."""
+
+    model_config: Annotated[
+        Path | None, typer.Option(help="A config.json, or its folder, instead of model.path.")
+    ] = None
+    prompt_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean prompt; default half the longest.")
+    ] = None
+    response_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean completion; default half the longest.")
+    ] = None
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")
+    ] = None
+
+    def lengths(self, data: DataConfig) -> Lengths:
+        """Mean lengths; ValueError for one above the longest."""
+        from rlhf3d.planning.job import Lengths
+
+        return Lengths(
+            _mean("--prompt-tokens", self.prompt_tokens, data.max_prompt_length),
+            _mean("--response-tokens", self.response_tokens, data.max_response_length),
+        )
+
+
+def _mean(option: str, mean: float | None, longest: int) -> float:
+    if mean is None:
+        return longest / 2
+    if mean > longest:
+        raise ValueError(
+            f"{option} {mean:g}: a mean above the longest that the configuration allows, {longest}"
+        )
+    return mean
+
+
+@option_groups
+def plan(
+    context: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a run; of the model only config.json is read.")
+    ],
+    overrides: Overrides = None,
+    *,
+    machine: Machine,
+    workload: Workload,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for the fastest layout that fits.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --search: write the best as YAML.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 2 where the run does not fit.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Memory of a run by rank and phase, and its time, before it starts and without GPUs or weights."""
+    from rlhf3d.config.load import load_config
+    from rlhf3d.planning.command import plan_command
+
+    if not search:
+        refuse_unused(context, ["write"], "it is for what --search finds; give --search as well")
+    if machine.gpus is None:
+        refuse_unused(context, ["hardware"], "--gpus names what in it to plan for")
+    check_output("--write", write, is_file=True)
+    loaded = load_config(config, overrides or [], files=False)
+    fits = plan_command(
+        loaded,
+        machine.gpus,
+        machine.hardware,
+        machine.measured,
+        workload.model_config,
+        workload.lengths(loaded.data),
+        workload.rows,
+        search,
+        write,
+        as_json,
+    )
+    raise typer.Exit(2 if check and not fits else 0)

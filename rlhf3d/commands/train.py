@@ -1,0 +1,61 @@
+"""`rlhf3d train`: check, run, and say in an exit code how it ended.
+
+Invariant: a signal that asks the run to stop is handled from the first line on, imports included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf3d.commands.errors import raised_by_us
+from rlhf3d.options import Overrides
+from rlhf3d.terminal import tell
+
+if TYPE_CHECKING:
+    from rlhf3d.trainer.stopping import Stopping
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; `rlhf3d config` lists the keys.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train: check the configuration and this machine, then run the loop."""
+    from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
+
+    stopping = Stopping.of_this_process()
+    with stopping.handling_signals():  # before anything that takes long, imports among it
+        try:
+            code = _train(config, overrides or [], stopping)
+        except Preempted:
+            tell("stopped by a signal before the first step: the same command begins again")
+            code = PREEMPTED
+        except KeyboardInterrupt:
+            tell("interrupted: every process of the run has ended, what it wrote stays")
+            code = 130
+        except SystemExit as error:
+            # Nothing of ours raises it: it comes from a user's code, such as an estimator.
+            tell(f"the run failed: code that it called ended the process with {error.code!r}")
+            code = 1
+        except RuntimeError as error:
+            if stopping.signal is None or not raised_by_us(error):
+                raise
+            # The signal may have ended others too: workers of a cluster, or what the step was waiting for.
+            tell(f"{error}\n{stopping.signal} had come before: the same command continues")
+            code = PREEMPTED
+    raise typer.Exit(code)
+
+
+def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
+    from rlhf3d.config.load import ConfigError, load_config
+    from rlhf3d.planning.view import show_memory
+    from rlhf3d.preflight import preflight
+
+    loaded = load_config(config, overrides, files=False)
+    if problems := preflight(loaded, show=show_memory):
+        raise ConfigError(problems, f"This machine cannot run {config} as it stands")
+    from rlhf3d.trainer.run import run_training
+
+    return run_training(loaded, stopping)
