@@ -1,11 +1,11 @@
 """Corrections to megatron-core: one file per patch, applied once, before Megatron is imported.
 
-Invariant: after `apply(kind)` every patch that this platform and version need is in place; on a version these
-were not written for, or when Megatron was imported too early, it raises instead. Importing this package
-imports neither torch nor Megatron.
+Invariant: after `apply(kind)` every patch that this platform and version need is in place; on a
+version these were not written for, or when Megatron was imported too early, it raises instead.
+Importing this package imports neither torch nor Megatron.
 
-The CPU set has megatron-core 0.16.1 and the GPU set 0.19.2. `make integration` tests each patch with both: where it is
-needed upstream fails without it, elsewhere upstream is right without it.
+The CPU set has megatron-core 0.16.1 and the GPU set 0.19.2. `make integration` tests each patch
+with both: where it is needed upstream fails without it, elsewhere upstream is right without it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ class PatchStatus:
 def apply(platform_kind: str, *, skip: Collection[str] = ()) -> None:
     """Apply what `platform_kind` ("cpu" or "cuda") needs; later calls for the same kind do nothing.
 
-    `skip` names patches to leave out, to see what upstream does without them. Raises ValueError for an
-    unknown kind, PatchError for an unsupported version, changed upstream code or a too early import.
+    `skip` names patches to leave out, to see what upstream does without them. Raises ValueError for
+    an unknown kind, PatchError for an unsupported version, changed upstream code or a too early
+    import.
     """
     global _applied_kind
     if platform_kind not in _KINDS:
@@ -90,12 +91,14 @@ def apply(platform_kind: str, *, skip: Collection[str] = ()) -> None:
         return
     if _applied_kind is not None:
         raise PatchError(
-            f"megatron-core is already patched for {_applied_kind}: use a new process for {platform_kind}"
+            f"megatron-core is already patched for {_applied_kind}: use a new process for "
+            f"{platform_kind}"
         )
     version = installed_version()
     if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
         raise PatchError(
-            f"megatron-core {version} is outside {SUPPORTED}, the versions the patches were written for: "
+            f"megatron-core {version} is outside {SUPPORTED}, the versions the patches were "
+            "written for: "
             f"pip install 'megatron-core{SUPPORTED}'"
         )
     _silence(platform_kind)

@@ -1,7 +1,7 @@
 """Patch `checkpoint_writer`: a rank writes its checkpoint files itself.
 
-Invariant: no process is forked while gloo's threads run; a child that inherits their locks can hang the save
-for ever. megatron-core 0.17 replaced the forked writers by threads.
+Invariant: no process is forked while gloo's threads run; a child that inherits their locks can hang
+the save for ever. megatron-core 0.17 replaced the forked writers by threads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _apply() -> None:
 PATCH = Patch(
     name="checkpoint_writer",
     versions=">=0.16,<0.17",
-    reason="a save forks writers from a process with gloo threads and waits for them without a deadline",
+    reason="a save forks writers from a process with gloo threads, and waits without a deadline",
     targets=(
         Target(f"{_CLASS}.write_preloaded_data_multiproc", 'mp.get_context("fork")'),
         Target(f"{_CLASS}.write_preloaded_data", "results_queue.put(local_output)"),

@@ -1,6 +1,7 @@
 """What `torch.cuda` means inside megatron.core on CPU: the module that the device hook binds there.
 
-Invariant: what Megatron needs to train runs on the CPU and does not fail; other names are `torch.cuda`'s own.
+Invariant: what Megatron needs to train runs on the CPU and does not fail; other names are
+`torch.cuda`'s own.
 """
 
 from __future__ import annotations

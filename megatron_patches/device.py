@@ -1,8 +1,9 @@
-"""Patch `device`: megatron.core, which names CUDA in hundreds of places, is retargeted to the CPU at import.
+"""Patch `device`: megatron.core, which names CUDA in hundreds of places, is retargeted to the CPU
+at import.
 
-Invariant: only modules of megatron.core are rewritten, line numbers are kept, and torch is never touched.
-Rewritten: 'cuda' and 'torch.cuda.XTensor' literals, `torch.cuda` (now `cpu_cuda`), `.cuda()`, pinned memory.
-Versions 0.16 to 0.19 need it.
+Invariant: only modules of megatron.core are rewritten, line numbers are kept, and torch is never
+touched. Rewritten: 'cuda' and 'torch.cuda.XTensor' literals, `torch.cuda` (now `cpu_cuda`),
+`.cuda()`, pinned memory. Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def retarget(source: bytes | str, path: str) -> CodeType:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a module of megatron.core retargeted; compiled code is kept in the user's cache folder."""
+    """Loads a module of megatron.core retargeted.
+
+    Compiled code is kept in the user's cache folder.
+    """
 
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_data(self.path)
@@ -104,7 +108,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _install() -> None:
     if "megatron.core" in sys.modules:
         raise PatchError(
-            "megatron.core was imported before megatron_patches.apply('cpu'), so it still targets CUDA: "
+            "megatron.core was imported before megatron_patches.apply('cpu'), so it still targets "
+            "CUDA: "
             "call apply (or Platform.prepare_worker) before the first `import megatron`."
         )
     sys.meta_path.insert(0, _Finder())

@@ -1,9 +1,10 @@
 """Patch `isend_alias`: a pipeline send keeps the memory it is sending.
 
-Invariant: an activation is not freed before it is sent. The schedule swaps `.data` of an output for an empty tensor
-while an overlapped send is in flight; gloo and NCCL hold that object until then, an alias holds the storage. (NCCL of
-old marked the storage as used by its stream, which it no longer does.) From 0.18 on the schedule itself waits for the
-send before it frees the output (Megatron-LM#4047).
+Invariant: an activation is not freed before it is sent. The schedule swaps `.data` of an output for
+an empty tensor while an overlapped send is in flight; gloo and NCCL hold that object until then, an
+alias holds the storage. (NCCL of old marked the storage as used by its stream, which it no longer
+does.) From 0.18 on the schedule itself waits for the send before it frees the output
+(Megatron-LM#4047).
 """
 
 from __future__ import annotations

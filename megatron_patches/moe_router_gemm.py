@@ -1,7 +1,7 @@
 """Patch `moe_router_gemm`: the router of a mixture of experts runs without Transformer Engine.
 
-Invariant: `te_general_gemm` is None where there is none, which upstream's router takes as "use torch". From 0.17 on
-upstream sees to it.
+Invariant: `te_general_gemm` is None where there is none, which upstream's router takes as "use
+torch". From 0.17 on upstream sees to it.
 """
 
 from __future__ import annotations

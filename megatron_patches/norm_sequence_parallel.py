@@ -1,8 +1,8 @@
 """Patch `norm_sequence_parallel`: torch's RMSNorm may be used under sequence parallelism.
 
-Invariant: a norm under sequence parallelism sees a part of the tokens, so its weights are marked and
-`finalize_model_grads` sums their gradients over the tensor-parallel ranks.
-Versions 0.16 to 0.19 need it.
+Invariant: a norm under sequence parallelism sees a part of the tokens, so its weights are marked
+and `finalize_model_grads` sums their gradients over the tensor-parallel ranks. Versions 0.16 to
+0.19 need it.
 """
 
 from __future__ import annotations

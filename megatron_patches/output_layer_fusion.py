@@ -1,9 +1,10 @@
-"""Patch `output_layer_fusion`: Megatron's own linear layers do not ask for Apex where Transformer Engine's do not.
+"""Patch `output_layer_fusion`: Megatron's own linear layers do not ask for Apex where Transformer
+Engine's do not.
 
-Invariant: with `gradient_accumulation_fusion` and without Apex, Transformer Engine's layers add the gradient of a
-weight to its fp32 sum within the product. Megatron's own, in Transformer Engine's specs only the output layer (of
-which rlhf3d uses the weight alone), are built without the fusion instead of refusing it.
-Versions 0.16 to 0.19 need it.
+Invariant: with `gradient_accumulation_fusion` and without Apex, Transformer Engine's layers add the
+gradient of a weight to its fp32 sum within the product. Megatron's own, in Transformer Engine's
+specs only the output layer (of which rlhf3d uses the weight alone), are built without the fusion
+instead of refusing it. Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _apply() -> None:
 PATCH = Patch(
     name="output_layer_fusion",
     versions=">=0.16,<0.20",
-    reason="the output layer refuses Transformer Engine's gradient accumulation fusion where there is no Apex",
+    reason="the output layer without Apex refuses Transformer Engine's fused gradient accumulation",
     targets=(
         Target(
             f"{_MODULE}:ColumnParallelLinear.__init__",

@@ -1,7 +1,8 @@
-"""What a patch is: a named change to upstream code, with the versions and the code it was written for.
+"""What a patch is: a named change to upstream code, with the versions and the code it was written
+for.
 
-Invariant: a patch is applied only to code that still contains what it corrects; else PatchError is raised.
-Nothing here imports torch or Megatron until `Patch.check` is called.
+Invariant: a patch is applied only to code that still contains what it corrects; else PatchError is
+raised. Nothing here imports torch or Megatron until `Patch.check` is called.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """Upstream code that a patch relies on: `module` or `module:qualified.name`, and a line in it."""
+    """Upstream code that a patch relies on: `module` or `module:name`, and a line in it."""
 
     symbol: str
     contains: str
@@ -65,7 +66,10 @@ class Patch:
         return tuple(target.symbol for target in self.targets) or ("megatron.core.*",)
 
     def not_needed_because(self, platform_kind: str, version: str) -> str | None:
-        """Why this patch does not concern the platform or version; None when it does. Imports nothing."""
+        """Why this patch does not concern the platform or version; None when it does.
+
+        Imports nothing.
+        """
         if self.cpu_only and platform_kind != "cpu":
             return "CPU only"
         if not SpecifierSet(self.versions).contains(version, prereleases=True):
@@ -80,5 +84,6 @@ class Patch:
         except PatchError as error:
             raise PatchError(
                 f"patch {self.name!r} does not fit megatron-core {version}: {error}. Adapt or drop "
-                f"megatron_patches/{self.name}.py, or install a version it was tested with ({self.versions})."
+                f"megatron_patches/{self.name}.py, or install a version it was tested with "
+                f"({self.versions})."
             ) from error

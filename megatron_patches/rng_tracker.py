@@ -28,7 +28,8 @@ def _apply() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
-    # Upstream warns when a region meant for the GPU generator moves the CPU generator: here they are one.
+    # Upstream warns when a region meant for the GPU generator moves the CPU generator: here they
+    # are one.
     logging.getLogger(_MODULE).addFilter(
         lambda record: "CPU RNG state changed" not in str(record.msg)
     )

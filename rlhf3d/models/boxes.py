@@ -1,7 +1,7 @@
 """Index boxes: blocks of tensors, and which block of one lies where in another.
 
-Invariant: a box is (start, stop) per dimension with start < stop; functions return boxes inside their arguments.
-Pure: no torch.
+Invariant: a box is (start, stop) per dimension with start < stop; functions return boxes inside
+their arguments. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A block that lies at `hf_box` in the Hugging Face tensor and at `local_box` in the local parameter."""
+    """A block that lies at `hf_box` in the Hugging Face tensor and at `local_box` in the local
+    parameter.
+    """
 
     hf_name: str
     hf_box: Box
@@ -47,7 +49,8 @@ def intersect(a: Box, b: Box) -> Box | None:
 def locate(piece: Piece, hf_box: Box) -> Box:
     """Where a sub-box of `piece.hf_box` lies in the local parameter.
 
-    The local box may have leading dimensions of size one that the Hugging Face tensor lacks (an expert's number).
+    The local box may have leading dimensions of size one that the Hugging Face tensor lacks (an
+    expert's number).
     """
     lead = len(piece.local_box) - len(piece.hf_box)
     inner = zip(piece.local_box[lead:], piece.hf_box, hf_box, strict=True)

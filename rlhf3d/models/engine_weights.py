@@ -1,9 +1,11 @@
-"""vLLM's side of the weight table: Hugging Face tensor <-> vLLM parameter of one tensor-parallel rank.
+"""vLLM's side of the weight table: Hugging Face tensor <-> vLLM parameter of one tensor-parallel
+rank.
 
-Invariant: each parameter has vLLM's own name, shape and order of rows, so that a copy along its pieces is all that
-loading takes; the pieces tile every row of it that belongs to a token, head, neuron or expert exactly once, and what
-they leave out (the padding of the vocabulary) is zero. Names are derived from the family's Hugging Face names.
-Checked against the live models of vLLM 0.32 in tests/integration/test_weight_writer.py. Pure: no torch, no vLLM.
+Invariant: each parameter has vLLM's own name, shape and order of rows, so that a copy along its
+pieces is all that loading takes; the pieces tile every row of it that belongs to a token, head,
+neuron or expert exactly once, and what they leave out (the padding of the vocabulary) is zero.
+Names are derived from the family's Hugging Face names. Checked against the live models of vLLM 0.32
+in tests/integration/test_weight_writer.py. Pure: no torch, no vLLM.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from rlhf3d.models.weights import LocalParam, bias_name
 from rlhf3d.units import round_up
 
 VOCAB_PADDING = 64
-"""vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share them out."""
+"""vLLM pads the vocabulary to a multiple of this many rows, whatever the number of ranks that share
+them out.
+"""
 
 
 def engine_params(
@@ -26,9 +30,10 @@ def engine_params(
 ) -> list[LocalParam]:
     """vLLM's parameters of one tensor-parallel rank, in vLLM's names, in forward order.
 
-    A tied head has no entry: it is the embedding's storage. `primary` is False for copies of what rank 0 holds. Where
-    ranks outnumber key-value heads, a fused QKV is primary on every rank, its query rows being nobody else's, although
-    its key and value rows are on tp_size / num_kv_heads ranks in a row.
+    A tied head has no entry: it is the embedding's storage. `primary` is False for copies of what
+    rank 0 holds. Where ranks outnumber key-value heads, a fused QKV is primary on every rank, its
+    query rows being nobody else's, although its key and value rows are on tp_size / num_kv_heads
+    ranks in a row.
 
     Raises ValueError as `check_engine_layout` does.
     """
@@ -51,11 +56,15 @@ def engine_vocab_size(vocab_size: int) -> int:
 
 
 def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = False) -> None:
-    """Raise ValueError naming rollout.tensor_parallel_size unless vLLM can cut the model over `tp_size` ranks."""
+    """Raise ValueError unless vLLM can cut the model over `tp_size` ranks.
+
+    It names rollout.tensor_parallel_size.
+    """
     assert tp_size >= 1, tp_size
     if expert_parallel and not spec.num_experts:
         raise ValueError(
-            "rollout.expert_parallel true: the model is dense and has no experts to share out; set false"
+            "rollout.expert_parallel true: the model is dense and has no experts to share out; set "
+            "false"
         )
     wrong = _misfits(spec, tp_size, expert_parallel)
     if wrong:
@@ -71,7 +80,8 @@ def check_quantization(spec: ModelSpec, quantization: str) -> None:
     """Raise ValueError naming rollout.quantization unless engines can quantise the model."""
     if spec.num_experts and quantization != "none":
         raise ValueError(
-            f"rollout.quantization = {quantization}: the model has experts, whose weights stay whole; set none"
+            f"rollout.quantization = {quantization}: the model has experts, whose weights stay "
+            "whole; set none"
         )
 
 
@@ -92,7 +102,8 @@ def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
     kv_heads = spec.num_kv_heads
     if kv_heads % tp and tp % kv_heads:
         wrong.append(
-            f"num_key_value_heads {kv_heads} % {tp} = {kv_heads % tp} and {tp} % {kv_heads} = {tp % kv_heads} "
+            f"num_key_value_heads {kv_heads} % {tp} = {kv_heads % tp} and {tp} % {kv_heads} = "
+            f"{tp % kv_heads} "
             f"(heads are shared out or each copied to as many ranks)"
         )
     return wrong
@@ -208,8 +219,9 @@ class _RankTable:
     def experts(self, layer: int) -> list[LocalParam]:
         """w13 [experts, gate then up rows, hidden] and w2 [experts, hidden, columns] of one layer.
 
-        Every rank holds a share of each expert, or (`expert_parallel`) whole experts in a row: rank r of n those from
-        r * experts / n. A piece's `hf_box` has two dimensions and its `local_box` the expert's slot in front of them.
+        Every rank holds a share of each expert, or (`expert_parallel`) whole experts in a row: rank
+        r of n those from r * experts / n. A piece's `hf_box` has two dimensions and its `local_box`
+        the expert's slot in front of them.
         """
         names, hidden = self.names, self.spec.hidden_size
         count, share = self.spec.num_experts, self.spec.moe_ffn_size

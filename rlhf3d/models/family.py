@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in features].
+    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in
+    features].
 
     In a mixture of experts `gate`, `up` and `down` are those of expert `{expert}`.
     """
@@ -36,24 +37,33 @@ class WeightNames:
 
 @dataclass(frozen=True)
 class ExpertKeys:
-    """config.json keys of a mixture of experts (softmax router, every layer sparse, no shared expert)."""
+    """config.json keys of a mixture of experts (softmax router, every layer sparse, no shared
+    expert).
+    """
 
     num_experts: tuple[str, ...]
     """Alternative keys: generations of transformers name it differently."""
     experts_per_token: str
     ffn_size: str
     norm_topk_prob: str | None
-    """Whether the chosen experts' probabilities are scaled to sum to 1; None where they always are."""
+    """Whether the chosen experts' probabilities are scaled to sum to 1.
+
+    None where they always are.
+    """
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: pre-norm RMSNorm decoder, rotary positions, SwiGLU, grouped-query attention."""
+    """One `model_type`: pre-norm RMSNorm decoder, rotary positions, SwiGLU, grouped-query
+    attention.
+    """
 
     model_type: str
     names: WeightNames
     required: Mapping[str, object]
-    """config.json keys that, where given, must have this value: anything else is another architecture."""
+    """config.json keys that, where given, must have this value: anything else is another
+    architecture.
+    """
     qkv_bias: bool = False
     """Biases on the query, key and value projections (the output projection has none)."""
     qk_norm: bool = False
@@ -61,8 +71,12 @@ class Family:
     experts: ExpertKeys | None = None
     """Where config.json describes the experts; None for a dense model."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """What transformers takes for keys that config.json does not have, where that is not derived from others."""
+    """What transformers takes for keys that config.json does not have, where that is not derived
+    from others.
+    """
     heads_divide_hidden: bool = False
-    """Whether transformers wants hidden_size to be a multiple of the heads even where head_dim is given."""
+    """Whether transformers wants hidden_size to be a multiple of the heads even where head_dim is
+    given.
+    """
     default_rope_theta: float = 10000.0
     """Base of the rotary positions where config.json gives none."""

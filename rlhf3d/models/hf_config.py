@@ -1,7 +1,9 @@
-"""A config.json as transformers reads it: each value of its JSON type, class defaults, one set of rotary parameters.
+"""A config.json as transformers reads it: each value of its JSON type, class defaults, one set of
+rotary parameters.
 
-Invariant: what is read here equals what transformers computes with (compared in tests/unit/models/test_hf_config.py);
-where transformers and vLLM would read a file differently it is refused. Pure: no torch.
+Invariant: what is read here equals what transformers computes with (compared in
+tests/unit/models/test_hf_config.py); where transformers and vLLM would read a file differently it
+is refused. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class YarnRopeScaling:
-    """YaRN (arXiv 2309.00071): slow rotations are stretched by `factor`, fast ones are left, those between in part."""
+    """YaRN (arXiv 2309.00071): slow rotations are stretched by `factor`, fast ones are left, those
+    between in part.
+    """
 
     factor: float
     original_max_position: int
@@ -89,7 +93,8 @@ class Fields:
     def wrong(self, key: str, wanted: str) -> ValueError:
         """That the key's value is not what it must be."""
         return ValueError(
-            f"model.path: {self.source} has {self.within}{key}={self.values.get(key)!r} in config.json; it must be "
+            f"model.path: {self.source} has {self.within}{key}={self.values.get(key)!r} in "
+            "config.json; it must be "
             f"{wanted}"
         )
 
@@ -111,8 +116,8 @@ def refuse_layers_of_other_kinds(config: Fields, num_layers: int) -> None:
 def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling | None]:
     """Base of the rotary positions and how they are stretched.
 
-    transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling; where rope_scaling is given it takes the
-    place of rope_parameters.
+    transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling; where rope_scaling
+    is given it takes the place of rope_parameters.
     """
     scaling, parameters = config.section("rope_scaling"), config.section("rope_parameters")
     rope = scaling or parameters or Fields({}, config.source)
@@ -127,18 +132,22 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
         and parameters.number("rope_theta") != theta
     ):
         raise ValueError(
-            f"model.path: {config.source} has rope_theta={parameters.values['rope_theta']} in rope_parameters, which "
-            f"its rope_scaling replaces: transformers would take {theta:g}; put both into rope_parameters"
+            f"model.path: {config.source} has rope_theta={parameters.values['rope_theta']} in "
+            "rope_parameters, which "
+            f"its rope_scaling replaces: transformers would take {theta:g}; put both into "
+            "rope_parameters"
         )
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise ValueError(
-            f"model.path: {config.source} has rotary positions by kind of layer, which is not supported"
+            f"model.path: {config.source} has rotary positions by kind of layer, which is not "
+            "supported"
         )
     for where in (rope, config):
         if where.values.get("partial_rotary_factor") not in (None, 1.0):
             partial = where.values["partial_rotary_factor"]
             raise ValueError(
-                f"model.path: {config.source} has partial_rotary_factor={partial}; only 1.0 is supported"
+                f"model.path: {config.source} has partial_rotary_factor={partial}; only 1.0 is "
+                "supported"
             )
     return theta, _read_scaling(config, rope)
 
@@ -154,8 +163,10 @@ def _read_scaling(config: Fields, rope: Fields) -> RopeScaling | None:
         return None
     if kind not in ("llama3", "yarn"):
         raise ValueError(
-            f"model.path: {config.source} has rope type {kind!r}; supported are default, llama3 and yarn "
-            f"(where the stretching is optional, remove it from config.json for the model's native context)"
+            f"model.path: {config.source} has rope type {kind!r}; supported are default, llama3 "
+            "and yarn "
+            "(where the stretching is optional, remove it from config.json for the model's native "
+            "context)"
         )
     key = "original_max_position_embeddings"
     original = (

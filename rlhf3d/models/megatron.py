@@ -1,14 +1,16 @@
-"""Megatron models from a `ModelSpec`: a policy that ends in hidden states, a critic that ends in values.
+"""Megatron models from a `ModelSpec`: a policy that ends in hidden states, a critic that ends in
+values.
 
-Invariant: every parameter of a chunk is in the weight table, under the same name and with the same shape;
-weights come from there alone (Megatron initialises nothing). Imports Megatron, so patch it first.
+Invariant: every parameter of a chunk is in the weight table, under the same name and with the same
+shape; weights come from there alone (Megatron initialises nothing). Imports Megatron, so patch it
+first.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +63,11 @@ def transformer_config(
     check_layout(spec, layout, sequence_parallel)
     stages = layout.stage_layers(spec.num_layers)
     assert stages is not None
-    uneven = len(set(stages)) > 1
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"model.dtype: {dtype!r} is not supported; use bfloat16 or float32")
     torch_dtype = getattr(torch, dtype)
     interleaved = layout.vpp > 1
+    virtual_stages = layout.vpp if interleaved else None
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -90,21 +92,22 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
-        virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
-        sequence_parallel=sequence_parallel
-        and layout.tp > 1,  # one tensor rank already holds the sequence
-        num_layers_in_first_pipeline_stage=stages[0] if uneven else None,
-        # Of two stages Megatron derives the last itself; given both it divides by zero where they interleave.
-        num_layers_in_last_pipeline_stage=stages[-1] if uneven and layout.pp > 2 else None,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        **_uneven_stages(stages),
+        # A single tensor rank holds all of the sequence anyway.
+        sequence_parallel=sequence_parallel and layout.tp > 1,
         variable_seq_lengths=layout.pp > 1,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, in dense models too
+        # The default dispatcher refuses variable lengths, in dense models too.
+        moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
-        # With two stages both neighbours are one rank, and batched sends of interleaved chunks get mixed up.
+        # With two stages both neighbours are one rank, and batched sends of interleaved chunks get
+        # mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        batch_p2p_sync=False,  # waits for the device after each message, for the sake of old versions of torch
+        # It would wait for the device after each message, for the sake of old versions of torch.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         **_recompute_config(spec, recompute),
         **_expert_config(spec),
@@ -112,8 +115,23 @@ def transformer_config(
     )
 
 
+def _uneven_stages(stages: Sequence[int]) -> dict[str, Any]:
+    """How many layers the first and the last pipeline stage have, where stages differ."""
+    if len(set(stages)) == 1:
+        return {}
+    sizes = {"num_layers_in_first_pipeline_stage": stages[0]}
+    # Of two stages Megatron derives the last itself; given both it divides by zero where they
+    # interleave.
+    if len(stages) > 2:
+        sizes["num_layers_in_last_pipeline_stage"] = stages[-1]
+    return sizes
+
+
 def _recompute_config(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
-    """What a backward pass computes again; not `core_attn`: both platforms' attention keeps next to nothing."""
+    """What a backward pass computes again.
+
+    Not `core_attn`: both platforms' attention keeps next to nothing.
+    """
     if recompute == "selective":
         return {
             "recompute_granularity": "selective",
@@ -129,7 +147,9 @@ def _recompute_config(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
 
 
 def _expert_config(spec: ModelSpec) -> dict[str, Any]:
-    """Routing as transformers computes it: softmax over all experts in fp32, the best k, no token dropped."""
+    """Routing as transformers computes it: softmax over all experts in fp32, the best k, no token
+    dropped.
+    """
     if not spec.num_experts:
         return {}
     return {
@@ -144,9 +164,11 @@ def _expert_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 class PolicyModel(GPTModel):
-    """Decoder whose last stage returns the hidden states [b, s, h] that the vocabulary head is applied to.
+    """Decoder whose last stage returns the hidden states [b, s, h] that the vocabulary head is
+    applied to.
 
-    The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist at once.
+    The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist
+    at once.
     """
 
     def _postprocess(
@@ -154,14 +176,15 @@ class PolicyModel(GPTModel):
     ) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
-        # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor ranks.
+        # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor
+        # ranks.
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden_states, group=tp_group).transpose(
                 0, 1
             )
-        # Transposed first: where its gradient is not contiguous, upstream's backward all-reduces a copy and
-        # loses it.
+        # Transposed first: where its gradient is not contiguous, upstream's backward all-reduces a
+        # copy and loses it.
         return copy_to_tensor_model_parallel_region(
             hidden_states.transpose(0, 1).contiguous(), group=tp_group
         )
@@ -181,7 +204,10 @@ class ValueHead(torch.nn.Linear):
 
 
 class ValueModel(GPTModel):
-    """Decoder whose last stage returns fp32 values [b, s]; its head starts at zero, whole on each rank."""
+    """Decoder whose last stage returns fp32 values [b, s].
+
+    Its head starts at zero, complete on each rank.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -197,7 +223,8 @@ class ValueModel(GPTModel):
     ) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
-        # Every tensor rank computes the same values, so each already has the whole gradient: sum nothing.
+        # Every tensor rank computes the same values, so each already has the whole gradient: sum
+        # nothing.
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
@@ -223,7 +250,8 @@ def build_chunks(
     platform: Platform,
     device: torch.device,
 ) -> list[GPTModel]:
-    """The model chunks (one, or `layout.vpp`) of this rank on `device`, their weights uninitialised.
+    """The model chunks (one, or `layout.vpp`) of this rank on `device`, their weights
+    uninitialised.
 
     Needs Megatron's process groups.
     """
@@ -249,21 +277,24 @@ def build_chunks(
             f"Megatron built layers {built}, the layout says {list(layers)}"
         )
         chunks.append(model.to(device))
-    # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank > 0 would
-    # be taken for replicas and left out of the gradient norm.
+    # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank
+    # > 0 would be taken for replicas and left out of the gradient norm.
     for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
         if (entry.tp_dim is not None or entry.expert) and not hasattr(
             param, "tensor_model_parallel"
         ):
             set_tensor_model_parallel_attributes(param, True, entry.tp_dim or 0, 1)
         if entry.expert:
-            # With ep 1 Megatron takes experts for dense weights and never sums their gradients over tensor ranks.
+            # With ep 1 Megatron takes experts for dense weights and never sums their gradients over
+            # tensor ranks.
             param.allreduce = False
     return chunks
 
 
 def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
-    """Stretch rotary positions with the model's own numbers (GPTModel's own flags fix all but the factor, or round)."""
+    """Stretch rotary positions with the model's own numbers (GPTModel's own flags fix all but the
+    factor, or round).
+    """
     rotary, scaling = model.rotary_pos_emb, spec.rope_scaling
     if isinstance(scaling, Llama3RopeScaling):
         rotary.inv_freq = rotary._apply_scaling(
@@ -280,10 +311,13 @@ def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
 def yarn_frequencies(
     frequencies: torch.Tensor, scaling: YarnRopeScaling, theta: float
 ) -> torch.Tensor:
-    """Rotary frequencies [head / 2], radians a token, as YaRN stretches them (arXiv 2309.00071, eqs. 17 to 20)."""
+    """Rotary frequencies [head / 2], radians a token, stretched by YaRN.
+
+    arXiv 2309.00071, equations 17 to 20.
+    """
 
     def dimension(rotations: float) -> float:
-        """Of which the wave makes so many rotations over the original window."""
+        """The one whose wave makes this many rotations over the original window."""
         wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
         return 2 * len(frequencies) * math.log(wavelength) / (2 * math.log(theta))
 
@@ -299,7 +333,10 @@ def yarn_frequencies(
 
 
 def _softmax_scale(spec: ModelSpec) -> float | None:
-    """YaRN's factor of queries and of keys, put where they meet; None for the usual 1 / sqrt(head)."""
+    """YaRN's factor of queries and of keys, put where they meet.
+
+    None for the usual 1 / sqrt(head).
+    """
     if not isinstance(spec.rope_scaling, YarnRopeScaling):
         return None
     return spec.rope_scaling.attention_factor**2 / math.sqrt(spec.head_dim)
@@ -323,7 +360,7 @@ def bound_params(
 
 
 def spec_style(chunk: GPTModel) -> SpecStyle:
-    """Which layer spec a chunk was built from, told by where its norm weights are."""
+    """Which layer spec a chunk was built from, recognized by where its norm weights are."""
     return (
         "te"
         if any(name.endswith("layer_norm_weight") for name, _ in chunk.named_parameters())
@@ -342,8 +379,8 @@ def load_hf_weights(
 ) -> None:
     """Fill every local parameter from the folder's safetensors, reading only this rank's blocks.
 
-    Vocabulary padding and a value head that the folder lacks are zero. Raises ValueError naming model.path for missing
-    or misshapen tensors, and for tensors that the model would leave unused.
+    Vocabulary padding and a value head that the folder lacks are zero. Raises ValueError naming
+    model.path for missing or misshapen tensors, and for tensors that the model would leave unused.
     """
     with HFReader(folder) as reader:
         in_file = {name: reader.shape(name) for name in reader.names()}
@@ -362,7 +399,7 @@ def load_hf_weights(
 def export_pieces(
     chunks: list[GPTModel], spec: ModelSpec, layout: ParallelLayout, coords: RankCoords, head: Head
 ) -> Iterator[tuple[str, Box, torch.Tensor]]:
-    """(HF tensor, box in it, view of the local weight) for all that this rank is the one to export."""
+    """(HF tensor, box in it, view of the local weight) for each piece that this rank exports."""
     for _, entry, param in bound_params(chunks, spec, layout, coords, head):
         if entry.primary:
             for piece in entry.pieces:

@@ -1,7 +1,7 @@
 """The shape of a model, read from a Hugging Face folder and checked against a layout.
 
-Invariant: a `ModelSpec` describes only what the trainer computes exactly; a folder that asks for anything
-else is refused here, with the key, the value and the fix. Pure: no torch.
+Invariant: a `ModelSpec` describes only what the trainer computes exactly; a folder that asks for
+anything else is refused here, with the key, the value and the fix. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class ModelSpec:
 
 
 def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
-    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors, or without where only the
-    shape is wanted.
+    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors, or
+    without where only the shape is wanted.
 
     Raises ValueError that names model.path for a folder this trainer cannot load faithfully.
     """
@@ -84,7 +84,10 @@ def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
 
 
 def load_reward_spec(folder: Path | str) -> ModelSpec:
-    """`load_spec` of a sequence classifier with one output; its ValueErrors name reward_model.path."""
+    """`load_spec` of a sequence classifier with one output.
+
+    Its ValueErrors name reward_model.path.
+    """
     from rlhf3d.models.hf_io import HFReader, check_weights  # loads torch
 
     try:
@@ -99,7 +102,8 @@ def load_reward_spec(folder: Path | str) -> ModelSpec:
     if shape != (1, spec.hidden_size):
         found = "has no" if shape is None else f"has {list(shape)} as"
         raise ValueError(
-            f"reward_model.path: {folder} {found} {head} [1, {spec.hidden_size}]; give a sequence classifier with one "
+            f"reward_model.path: {folder} {found} {head} [1, {spec.hidden_size}]; give a sequence "
+            "classifier with one "
             "output (tools/train_reward_model.py makes one from a language model and preferences)"
         )
     return spec
@@ -111,7 +115,8 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ValueError(
-            f"model.path: {source} has model_type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+            f"model.path: {source} has model_type {model_type!r}; supported are "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     for key, wanted in {**_REQUIRED, **family.required}.items():
         given = config.get(key)
@@ -128,12 +133,15 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
                 f"model.path: {source} is quantized ({key}); give the original weights"
             )
     fields = Fields({**family.defaults, **config}, source)
-    layers, heads, hidden = (
-        fields.integer(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
+    layers = fields.integer("num_hidden_layers")
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
     refuse_layers_of_other_kinds(fields, layers)
     theta, scaling = read_rope(fields, family.default_rope_theta)
     window = fields.integer("max_position_embeddings")
+    if isinstance(scaling, YarnRopeScaling):
+        window = scaling.window
+    experts = _parse_experts(fields, family.experts) if family.experts else {}
     return ModelSpec(
         family=family.model_type,
         num_layers=layers,
@@ -146,11 +154,11 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
         rms_eps=fields.number("rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position=scaling.window if isinstance(scaling, YarnRopeScaling) else window,
+        max_position=window,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        **(_parse_experts(fields, family.experts) if family.experts else {}),
+        **experts,
     )
 
 
@@ -164,54 +172,59 @@ _REQUIRED: dict[str, object] = {
 
 
 def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
-    as_many = family.experts is None and not fields.given(
-        "num_key_value_heads"
-    )  # with experts null is no value
-    kv_heads = heads if as_many else fields.integer("num_key_value_heads")
+    # Dense models without the key have as many as query heads; mixtures of experts must name it.
+    if family.experts is None and not fields.given("num_key_value_heads"):
+        return heads
+    kv_heads = fields.integer("num_key_value_heads")
     if heads % kv_heads:
         raise ValueError(
-            f"model.path: {fields.source} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: each "
-            f"key-value head serves as many query heads, but {heads} % {kv_heads} = {heads % kv_heads}"
+            f"model.path: {fields.source} has num_attention_heads={heads} and "
+            f"num_key_value_heads={kv_heads}: each "
+            f"key-value head serves as many query heads, but {heads} % {kv_heads} = "
+            f"{heads % kv_heads}"
         )
     return kv_heads
 
 
 def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
-    head_dim = (
-        fields.integer("head_dim")
-        if "head_dim" in family.defaults or fields.given("head_dim")
-        else None
-    )
+    head_dim = None
+    if "head_dim" in family.defaults or fields.given("head_dim"):
+        head_dim = fields.integer("head_dim")
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):
         raise ValueError(
-            f"model.path: {fields.source} has hidden_size={hidden} and num_attention_heads={heads}: "
+            f"model.path: {fields.source} has hidden_size={hidden} and "
+            f"num_attention_heads={heads}: "
             f"{hidden} % {heads} = {hidden % heads}"
         )
     head_dim = head_dim or hidden // heads
     if head_dim % 2:
         raise ValueError(
-            f"model.path: {fields.source} has heads of {head_dim}, which rotary positions cannot halve"
+            f"model.path: {fields.source} has heads of {head_dim}, which rotary positions cannot "
+            "halve"
         )
     return head_dim
 
 
 def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
-    counts = [fields.integer(key) for key in keys.num_experts if fields.given(key)] or [
-        fields.integer(keys.num_experts[0])
-    ]
+    # The key has had two names; without either, the first is reported as missing.
+    given = [key for key in keys.num_experts if fields.given(key)] or [keys.num_experts[0]]
+    counts = [fields.integer(key) for key in given]
     if len(set(counts)) > 1:
         raise fields.wrong(keys.num_experts[0], f"{counts[1]}, as {keys.num_experts[1]}")
     chosen = fields.integer(keys.experts_per_token)
     normalised = keys.norm_topk_prob is None or fields.flag(keys.norm_topk_prob, False)
     if chosen > counts[0]:
         raise ValueError(
-            f"model.path: {fields.source} has {keys.experts_per_token}={chosen} of {counts[0]} experts; "
+            f"model.path: {fields.source} has {keys.experts_per_token}={chosen} of {counts[0]} "
+            "experts; "
             f"it must be 1 to {counts[0]}: download config.json again"
         )
     if chosen == 1 and normalised:
         raise ValueError(
-            f"model.path: {fields.source} has {keys.experts_per_token}=1 with probabilities scaled to sum to 1: the "
-            f"router then has no effect on them and cannot be trained; choose a model with two or more experts a token"
+            f"model.path: {fields.source} has {keys.experts_per_token}=1 with probabilities scaled "
+            "to sum to 1: the "
+            "router then has no effect on them and cannot be trained; choose a model with two or "
+            "more experts a token"
         )
     return {
         "num_experts": counts[0],
@@ -227,12 +240,12 @@ def architecture(model_type: str, head: Literal["CausalLM", "SequenceClassificat
 
 
 def padded_vocab_size(spec: ModelSpec, layout: ParallelLayout) -> int:
-    """Rows of Megatron's embedding and vocabulary head: the vocabulary rounded up to a multiple of tp."""
+    """Rows of Megatron's embedding and vocabulary head: a multiple of tp."""
     return round_up(spec.vocab_size, layout.tp)
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout, sequence_parallel: bool = True) -> None:
-    """Raise ValueError with every size of `spec` that `layout` does not divide and the nearest legal ones."""
+    """Raise ValueError where `layout` does not divide a size of `spec`, with the nearest legal."""
     problems = (
         _tensor_problems(spec, layout)
         + _pipeline_problems(spec, layout)
@@ -241,7 +254,8 @@ def check_layout(spec: ModelSpec, layout: ParallelLayout, sequence_parallel: boo
     if spec.num_experts and layout.tp > 1 and not sequence_parallel:
         problems.append(
             (
-                f"tp {layout.tp} without sequence_parallel: every tensor rank would send all tokens to the experts",
+                f"tp {layout.tp} without sequence_parallel: every tensor rank would send all "
+                "tokens to the experts",
                 "sequence_parallel true, or tp 1",
             )
         )
@@ -302,8 +316,10 @@ def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
     left = spec.num_layers - (first or 0) - (last or 0)
     whole = "" if layout.vpp == 1 else f", each stage a multiple of vpp {layout.vpp}"
     return (
-        f"num_hidden_layers {spec.num_layers} - {given} = {left} layers for the other {others} of pp {layout.pp}",
-        f"first_stage_layers and last_stage_layers that leave all other stages the same number of layers, "
+        f"num_hidden_layers {spec.num_layers} - {given} = {left} layers for the other {others} of "
+        f"pp {layout.pp}",
+        "first_stage_layers and last_stage_layers that leave all other stages the same number of "
+        "layers, "
         f"1 or more{whole}",
     )
 

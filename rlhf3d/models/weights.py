@@ -1,9 +1,9 @@
 """The one weight table: Hugging Face tensor <-> Megatron parameter, as pairs of equal index boxes.
 
-Invariant: for any layout, the pieces of primary parameters over all ranks tile every Hugging Face tensor
-exactly once, and the pieces of each parameter tile that parameter exactly once, but for the rows that pad the
-vocabulary. Loading, export and the reshard plan are all read off this table; no other file knows a parameter
-name. Pure: no torch.
+Invariant: for any layout, the pieces of primary parameters over all ranks tile every Hugging Face
+tensor exactly once, and the pieces of each parameter tile that parameter exactly once, except for
+the rows that pad the vocabulary. Loading, export and the reshard plan are all read off this table;
+no other file knows a parameter name. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ class LocalParam:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     primary: bool
-    """Whether this rank's copy is the one to export: False for data-parallel replicas (of experts: those of
-    expert-data-parallel rank 1 and up), for tensor-parallel replicas (norms, router, value head) off tensor rank 0,
-    and for the last stage's copy of tied embeddings."""
+    """Whether this rank's copy is the one to export: False for data-parallel replicas (of experts:
+    those of expert-data-parallel rank 1 and up), for tensor-parallel replicas (norms, router, value
+    head) off tensor rank 0, and for the last stage's copy of tied embeddings.
+    """
     tp_dim: int | None = None
-    """Dimension that the tensor-parallel ranks share out; None where each holds the whole."""
+    """Dimension that the tensor-parallel ranks share out; None where each holds all of it."""
     expert: bool = False
-    """A weight of one expert: whole on one rank of each expert-parallel group."""
+    """A weight of one expert: complete on one rank of each expert-parallel group."""
 
 
 def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of the model (tied embeddings: no vocabulary head)."""
+    """Name and shape of every Hugging Face tensor of the model (tied embeddings: no vocabulary
+    head).
+    """
     names = FAMILIES[spec.family].names
     tensors: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
@@ -71,10 +74,11 @@ def num_weights(spec: ModelSpec, head: Head) -> int:
 def check_hf_tensors(
     found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str
 ) -> None:
-    """Raise ValueError naming model.path unless the folder's tensors (name -> shape) are the model's.
+    """Raise ValueError naming model.path unless the folder's tensors (name -> shape) are the
+    model's.
 
-    The value head may be absent (it then starts at zero); the other role's head and a written-out tied head
-    may be present.
+    The value head may be absent (it then starts at zero); the other role's head and a written-out
+    tied head may be present.
     """
     refuse_odd_names(found, spec, head, source)
     names = FAMILIES[spec.family].names
@@ -98,32 +102,38 @@ def check_hf_tensors(
 
 
 def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: Path | str) -> None:
-    """Raise ValueError naming model.path where one reason stands behind many tensors, or the head alone, being absent.
+    """Raise ValueError naming model.path where one reason stands behind many tensors, or the head
+    alone, being absent.
 
-    Experts in one tensor a layer are how transformers 5 holds them, names without `model.` those of its base models.
+    Experts in one tensor a layer are how transformers 5 holds them, names without `model.` those of
+    its base models.
     """
     names, found = FAMILIES[spec.family].names, set(found)
     absent = set(hf_tensors(spec, head)) - found
     if head == "lm" and names.value_head in found and names.lm_head not in found:
         raise ValueError(
-            f"model.path: {source} is a sequence classifier ({names.value_head}), not a language model: give the model "
+            f"model.path: {source} is a sequence classifier ({names.value_head}), not a language "
+            "model: give the model "
             "that it was made from"
         )
     if absent == {names.lm_head}:
         raise ValueError(
-            f"model.path: {source} lacks {names.lm_head}, and its config.json does not have tie_word_embeddings true: "
+            f"model.path: {source} lacks {names.lm_head}, and its config.json does not have "
+            "tie_word_embeddings true: "
             "set it where head and embedding are one, or download the weights again"
         )
     other = [name for name in found if name.endswith(names.embedding.removeprefix("model."))]
     if names.embedding in absent and other:
         raise ValueError(
-            f"model.path: {source} names its embedding {other[0]}, not {names.embedding}, as a wrapper or a base model "
+            f"model.path: {source} names its embedding {other[0]}, not {names.embedding}, as a "
+            "wrapper or a base model "
             "saves it: rename its tensors, or save the causal language model itself"
         )
     fused = next((name for name in found if _FUSED_EXPERTS.search(name)), None)
     if fused is not None:
         raise ValueError(
-            f"model.path: {source} holds all experts of a layer in one tensor ({fused}); one tensor an expert is "
+            f"model.path: {source} holds all experts of a layer in one tensor ({fused}); one "
+            "tensor an expert is "
             "needed: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
             "save_original_format=True) writes them so"
         )
@@ -171,7 +181,8 @@ def local_params(
     head: Head = "lm",
     spec_style: SpecStyle = "local",
 ) -> list[LocalParam]:
-    """The parameters of model chunk `chunk` on the rank at `coords`, under Megatron's own names and in its order.
+    """The parameters of model chunk `chunk` on the rank at `coords`, under Megatron's own names and
+    in its order.
 
     `layout` must have passed `check_layout`.
     """
@@ -304,7 +315,10 @@ class _RankTable:
             )
 
     def vocabulary(self, name: str, hf_name: str, exported: bool = True) -> LocalParam:
-        """This rank's share of the rows of a [vocabulary, hidden] tensor; its last rows may be padding."""
+        """This rank's share of the rows of a [vocabulary, hidden] tensor.
+
+        Its last rows may be padding.
+        """
         share, columns = (
             padded_vocab_size(self.spec, self.layout) // self.tp,
             (0, self.spec.hidden_size),
@@ -342,7 +356,9 @@ class _RankTable:
         )
 
     def qkv(self, name: str, layer: int, bias: bool) -> LocalParam:
-        """Fused attention input: for each KV group of this rank its query heads, key head and value head."""
+        """Fused attention input: for each KV group of this rank its query heads, key head and value
+        head.
+        """
         spec, names = self.spec, self.names
         groups = spec.num_kv_heads // self.tp
         query_rows = spec.num_heads // spec.num_kv_heads * spec.head_dim

@@ -1,8 +1,8 @@
 """How a destination's bytes are cut into buckets, and what each sender puts where in them.
 
-Invariant: a bucket holds whole rows of parameters in the engine's own order, at most the budget; a parameter that fits
-the budget is whole in one bucket, so that its receiver can use it where it lies. Sender and receiver derive the same
-buckets and the same copies from the plan. Pure: no torch.
+Invariant: a bucket holds complete rows of parameters in the engine's own order, at most the budget;
+a parameter that fits the budget lies in one bucket, so that its receiver can use it where it lies.
+Sender and receiver derive the same buckets and the same copies from the plan. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Segment:
     """Of these rows."""
     offset: int
     """Bytes from the start of the bucket."""
-    whole: bool
+    complete: bool
     """Whether these are all rows of the parameter, padding included."""
 
 
@@ -47,7 +47,9 @@ class Copy:
 
     sender: int
     row: int
-    """Number among the copies of this sender to this destination: its place in the table of fingerprints."""
+    """Number among the copies of this sender to this destination: its place in the table of
+    fingerprints.
+    """
     src_chunk: int
     src_param: str
     src_box: Box
@@ -63,7 +65,8 @@ class Copy:
 def plan_buckets(
     table: Sequence[LocalParam], itemsize: int, budget_bytes: int
 ) -> tuple[Bucket, ...]:
-    """Buckets of at most `budget_bytes` for the parameters of one engine rank, `itemsize` bytes an element.
+    """Buckets of at most `budget_bytes` for the parameters of one engine rank, `itemsize` bytes an
+    element.
 
     Raises ValueError when not one row of a parameter fits.
     """
@@ -74,21 +77,22 @@ def plan_buckets(
         row_bytes = math.prod(param.shape[1:]) * itemsize
         if row_bytes > budget_bytes:
             raise ValueError(
-                f"rollout.sync_bucket_mib: a bucket of {budget_bytes} bytes cannot hold one row of {param.name} "
-                f"({row_bytes} bytes); raise it"
+                f"rollout.sync_bucket_mib: a bucket of {budget_bytes} bytes cannot hold one row of "
+                f"{param.name} ({row_bytes} bytes); raise it"
             )
         start, stop = 0, real_rows(param)
         while start < stop:
             room = max(0, budget_bytes - used) // row_bytes
+            # A parameter that fits a bucket is never cut: it begins a new one instead.
             fits_alone = (stop - start) * row_bytes <= budget_bytes
             if segments and (room == 0 or (fits_alone and room < stop - start)):
                 buckets.append(Bucket(tuple(segments), min(used, budget_bytes)))
                 segments, used = [], 0
                 continue
             end = min(stop, start + room)
-            whole = (start, end) == (0, param.shape[0])
+            complete = (start, end) == (0, param.shape[0])
             segments.append(
-                Segment(number, (start, end), (end - start, *param.shape[1:]), used, whole)
+                Segment(number, (start, end), (end - start, *param.shape[1:]), used, complete)
             )
             used = _align(used + (end - start) * row_bytes)
             start = end
@@ -106,14 +110,13 @@ def copies_to(
     plan: ReshardPlan, dst: int, sender: int, buckets: Sequence[Bucket]
 ) -> list[list[Copy]]:
     """By bucket: what `sender` copies to destination `dst`."""
-    numbers = {
-        param.name: i for i, param in enumerate(plan.engine_tables[plan.destinations[dst].index])
-    }
+    table = plan.engine_tables[plan.destinations[dst].index]
+    numbers = {param.name: i for i, param in enumerate(table)}
     segments: dict[int, list[tuple[int, Segment]]] = {}
     for number, bucket in enumerate(buckets):
         for segment in bucket.segments:
             segments.setdefault(segment.param, []).append((number, segment))
-    found: list[list[Copy]] = [[] for _ in buckets]
+    copies: list[list[Copy]] = [[] for _ in buckets]
     row = 0
     for op in plan.ops_from(sender, dst):
         for number, segment in segments[numbers[op.dst_param]]:
@@ -121,19 +124,26 @@ def copies_to(
             if placed is None:
                 continue
             inside, dst_part = placed
-            found[number].append(
+            copies[number].append(
                 Copy(
-                    sender, row, op.src_chunk, op.src_param, _same_part(op.src_box, op.dst_box, dst_part),
-                    segment.offset, segment.shape, inside,
-                    op.tensor, _same_part(op.box, op.dst_box, dst_part),
+                    sender=sender,
+                    row=row,
+                    src_chunk=op.src_chunk,
+                    src_param=op.src_param,
+                    src_box=_same_part(op.src_box, op.dst_box, dst_part),
+                    offset=segment.offset,
+                    shape=segment.shape,
+                    box=inside,
+                    tensor=op.tensor,
+                    hf_box=_same_part(op.box, op.dst_box, dst_part),
                 )
-            )  # fmt: skip
+            )
             row += 1
-    return found
+    return copies
 
 
 def _place(dst_box: Box, segment: Segment) -> tuple[Box, Box] | None:
-    """(box in the segment, box in the parameter) of the part of `dst_box` that lies in the segment."""
+    """The part of `dst_box` that lies in a segment: its box there, and its box in the parameter."""
     window = (segment.rows, *((0, size) for size in segment.shape[1:]))
     common = intersect(dst_box, window)
     if common is None:

@@ -1,6 +1,8 @@
-"""A reshard plan for people and for programs: bytes per rank against the lower bound and against a full gather.
+"""A reshard plan for people and for programs: bytes per rank against the lower bound and against a
+full gather.
 
-Invariant: every figure is computed from the plan itself, for layouts of any size, with nothing started. Pure: no torch.
+Invariant: every figure is computed from the plan itself, for layouts of any size, with nothing
+started. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class RankBytes:
     bound: int
     """The least any plan can let this device receive for this rank."""
     full_gather: int
-    """What a rank receives that gathers every tensor whole: (n - 1) / n of the model over n model shards."""
+    """What a rank receives that gathers every tensor whole: (n - 1) / n of the model over n model
+    shards.
+    """
     senders: int
     ops: int
     buckets: int
@@ -59,7 +63,10 @@ class Explanation:
     model_bytes: int
     """The whole policy in the engines' dtype."""
     formula_bytes: int | None
-    """HybridFlow's bound (arXiv 2409.19256, Table 2): (tp - g) / (tp g) of the model; where g divides tp, colocated."""
+    """HybridFlow's bound (arXiv 2409.19256, Table 2): (tp - g) / (tp g) of the model.
+
+    Where g divides tp, colocated.
+    """
     buffer_bytes: int
     """Extra memory of a sync per engine rank."""
     ranks: tuple[RankBytes, ...]
@@ -68,7 +75,8 @@ class Explanation:
 
 
 def setup_of(config: Config, gpus: bool) -> SyncSetup:
-    """A run's sync as it would be set up, read from the model's config.json; `gpus`: as on GPUs, one a rank.
+    """A run's sync as it would be set up, read from the model's config.json; `gpus`: as on GPUs,
+    one a rank.
 
     Raises ValueError for a model or layout that cannot be planned.
     """

@@ -1,13 +1,15 @@
 """Fingerprints of blocks: cheap, and tied to where in the tensor each element belongs.
 
-Invariant: a block's fingerprint depends on the block's bits and its place in the Hugging Face tensor alone, not on
-the memory it lies in; any one changed word changes it, as does any exchange of rows or columns (with a chance of about
-2^-63 of being missed). What it does not see: changes in nothing but the top bits of an even number of words.
+Invariant: a block's fingerprint depends on the block's bits and its place in the Hugging Face
+tensor alone, not on the memory it lies in; any one changed word changes it, as does any exchange of
+rows or columns (with a chance of about 2^-63 of being missed). What it does not see: changes in
+nothing but the top bits of an even number of words.
 
-The fingerprint of W (as a matrix of 8-byte words) is the sum over i, j of row(i) column(j) W[i, j] modulo 2^64, with
-odd pseudo-random weights: multiplying by an odd number is a bijection, so a single change cannot cancel. Sums do not
-care for order, so blocks of a tensor may be summed wherever they are: fingerprints of blocks whose columns are cut
-between words add up to the tensor's.
+The fingerprint of W (as a matrix of 8-byte words) is the sum over i, j of row(i) column(j) W[i, j]
+modulo 2^64, with odd pseudo-random weights: multiplying by an odd number is a bijection, so a
+single change cannot cancel. Sums do not care for order, so blocks of a tensor may be summed
+wherever they are: fingerprints of blocks whose columns are cut between words add up to the
+tensor's.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ def _as_words(block: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _cached_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
-    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al. 2014) over positions of `stream`."""
+    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al.
+
+    2014) over positions of `stream`.
+    """
     x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(
         0x9E3779B97F4A7C15
     )

@@ -1,8 +1,9 @@
-"""Weights between processes that share no memory: one message a (sender, receiver, bucket), gloo or NCCL.
+"""Weights between processes that share no memory: one message a (sender, receiver, bucket), gloo or
+NCCL.
 
-Invariant: a message holds the blocks of its bucket and their (policy version, fingerprint), as the sender computed
-them, and there is none where a sender has no block in a bucket; messages of a pair arrive in the order of buckets;
-each wait has a deadline that names who is waited for.
+Invariant: a message holds the blocks of its bucket and their (policy version, fingerprint), as the
+sender computed them, and there is none where a sender has no block in a bucket; messages of a pair
+arrive in the order of buckets; each wait has a deadline that names who is waited for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Group:
         port: int,
         timeout_s: float,
     ) -> None:
-        """Meet the others at `address:port`, where rank 0 listens. `names` of all ranks are for messages."""
+        """Meet the others at `address:port`, where rank 0 listens.
+
+        `names` of all ranks are for messages.
+        """
         self.names, self._backend = tuple(names), backend
         timeout = timedelta(seconds=timeout_s)
         host_meeting(port, timeout_s)
@@ -55,8 +59,8 @@ class Group:
         if backend == "gloo":
             self._group: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
             return
-        # One communicator for all messages: else a lone message takes one of its pair's, where its peer's message,
-        # grouped with others, does not arrive.
+        # One communicator for all messages: else a lone message takes one of its pair's, where its
+        # peer's message, grouped with others, does not arrive.
         if backend == "nccl":
             self._group = dist.ProcessGroupNCCL(store, rank, len(names), timeout)
             self._group.eager_connect_single_device(
@@ -69,9 +73,10 @@ class Group:
     def exchange(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
         """Start to send and to receive (tensor, peer); the works in that order.
 
-        Messages must stay as they are until `finish`. NCCL takes them as one group: one after the other, two processes
-        that send to each other would each wait for the other to receive. After a message was lost the
-        group refuses all others: a peer would take the next for the lost one.
+        Messages must stay as they are until `finish`. NCCL takes them as one group: one after the
+        other, two processes that send to each other would each wait for the other to receive. After
+        a message was lost the group refuses all others: a peer would take the next for the lost
+        one.
         """
         if self._lost:
             raise SyncError(self._lost)
@@ -105,7 +110,10 @@ class Group:
                 raise self._lose(what, peer, f": {error}") from error
             done = False  # gloo raises at a deadline too
         if not done:
-            remedy = "raise rollout.sync_timeout_s if the weights are really that large, or look into logs/"
+            remedy = (
+                "raise rollout.sync_timeout_s if the weights are really that large, "
+                "or look into logs/"
+            )
             raise self._lose(what, peer, f" did not end in time; {remedy}")
 
     def _completed(self, work: Any, deadline: float) -> bool:
@@ -138,11 +146,17 @@ class MessageLayout:
     @classmethod
     def of(cls, copies: Sequence[Copy], item_bytes: int) -> MessageLayout:
         """The layout for these copies."""
-        offset, offsets = 16 * len(copies), []
+        offset = 16 * len(copies)  # the table: two int64 a copy
+        offsets = []
         for copy in copies:
             offsets.append(offset)
             offset += round_up(volume(copy.box) * item_bytes, _ALIGN)
         return cls(tuple(copies), tuple(offsets), offset)
+
+    @classmethod
+    def by_bucket(cls, copies: Sequence[Sequence[Copy]], item_bytes: int) -> list[MessageLayout]:
+        """The layouts of one sender's copies to one destination, by bucket."""
+        return [cls.of(of_bucket, item_bytes) for of_bucket in copies]
 
     def table(self, message: torch.Tensor) -> torch.Tensor:
         """(policy version, fingerprint) of each copy, int64 [copies, 2]."""
@@ -151,6 +165,5 @@ class MessageLayout:
     def block(self, message: torch.Tensor, number: int, dtype: torch.dtype) -> torch.Tensor:
         """The block of copy `number`, in the shape it has in its segment."""
         box, start = self.copies[number].box, self.offsets[number]
-        return (
-            message[start : start + volume(box) * dtype.itemsize].view(dtype).view(box_shape(box))
-        )
+        stop = start + volume(box) * dtype.itemsize
+        return message[start:stop].view(dtype).view(box_shape(box))

@@ -1,12 +1,13 @@
-"""The reshard plan: which block of which parameter goes from which training rank to which engine rank.
+"""The reshard plan: which training rank sends which block of a parameter to which engine rank.
 
-Invariant: the ops to a destination tile every block its engine rank needs exactly once, each sent by one rank that
-holds it: on the destination's own device if there is one, else on its node, else any, in equal shares. Pure: no torch,
-no process.
+Invariant: the ops to a destination tile every block its engine rank needs exactly once, each sent
+by one rank that holds it: on the destination's own device if there is one, else on its node, else
+any, in equal shares. Pure: no torch, no process.
 
-A destination is one tensor-parallel index of vLLM on one device; engines on a device that need the same bytes share
-it. Blocks held by the same set of ranks and needed by the same index form a bundle: who sends is settled a bundle at a
-time, so that a plan for a thousand ranks stays small and its ops are made when they are asked for.
+A destination is one tensor-parallel index of vLLM on one device; engines on a device that need the
+same bytes share it. Blocks held by the same set of ranks and needed by the same index form a
+group: who sends is settled a group at a time, so that a plan for a thousand ranks stays small and
+its ops are made when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, product
 from math import gcd
 from typing import NamedTuple
 
@@ -34,8 +36,8 @@ class Source(NamedTuple):
     box: Box
 
 
-class Cell(NamedTuple):
-    """A block that is whole in some training shards and needed whole by one engine index."""
+class Block(NamedTuple):
+    """A block that some training shards hold complete and one engine index needs complete."""
 
     tensor: str
     """Hugging Face tensor and the block's place in it."""
@@ -68,7 +70,8 @@ class TransferOp:
 
     def __str__(self) -> str:
         return (
-            f"{self.tensor}{show(self.box)}: rank {self.src_rank} {self.src_param}{show(self.src_box)} -> "
+            f"{self.tensor}{show(self.box)}: rank {self.src_rank} "
+            f"{self.src_param}{show(self.src_box)} -> "
             f"destination {self.dst} {self.dst_param}{show(self.dst_box)}"
         )
 
@@ -94,7 +97,10 @@ class Destination:
 
     number: int
     index: int
-    """Tensor-parallel rank in its engines; with one index a plan may also feed something that is no engine."""
+    """Tensor-parallel rank in its engines.
+
+    With one index a plan may also feed something that is no engine.
+    """
     device: int | None
     """Device it shares with training ranks; None where engines have devices of their own."""
     engines: tuple[int, ...]
@@ -102,21 +108,21 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class HeldBlocks:
     """Blocks needed by one index that the same ranks hold."""
 
     holders: tuple[int, ...]
-    cells: tuple[Cell, ...]
+    blocks: tuple[Block, ...]
 
     @cached_property
     def elements(self) -> int:
         """Size of all its blocks."""
-        return sum(cell.elements for cell in self.cells)
+        return sum(block.elements for block in self.blocks)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one sender sends of a bundle to one destination: part `part` of `parts`."""
+class SendShare:
+    """What one sender sends of a group to one destination: part `part` of `parts`."""
 
     sender: int
     part: int
@@ -125,17 +131,17 @@ class Share:
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """The whole movement of one sync; computed once, replayed every step."""
+    """All that moves in one sync; computed once, replayed every step."""
 
     shards: TrainingShards
     sites: Sites
     engine_tables: tuple[tuple[LocalParam, ...], ...]
     """[index]: the engine's parameters."""
     destinations: tuple[Destination, ...]
-    bundles: tuple[tuple[Bundle, ...], ...]
+    groups: tuple[tuple[HeldBlocks, ...], ...]
     """[index]."""
-    shares: tuple[tuple[tuple[Share, ...], ...], ...]
-    """[destination][bundle]: who sends what of it."""
+    shares: tuple[tuple[tuple[SendShare, ...], ...], ...]
+    """[destination][group]: who sends what of it."""
 
     def ops_to(self, dst: int) -> Iterator[TransferOp]:
         """All ops to a destination."""
@@ -148,40 +154,51 @@ class ReshardPlan:
     def senders_to(self, dst: int) -> list[int]:
         """The ranks that send anything to a destination."""
         index = self.destinations[dst].index
-        return sorted(
-            {
-                share.sender
-                for number, shares in enumerate(self.shares[dst])
-                for share in shares
-                if self._part(index, number, share)  # a bundle may have fewer rows than parts
-            }
-        )
+        senders = set()
+        for number, shares in enumerate(self.shares[dst]):
+            for share in shares:
+                # A group may have fewer rows than parts: then some shares are empty.
+                if self._part(index, number, share):
+                    senders.add(share.sender)
+        return sorted(senders)
 
     def _ops(self, dst: int, only: int | None) -> Iterator[TransferOp]:
         index = self.destinations[dst].index
         table = self.engine_tables[index]
         for number, shares in enumerate(self.shares[dst]):
             for share in shares:
-                if only is None or share.sender == only:
-                    for cell in self._part(index, number, share):
-                        source = next(
-                            s for s in cell.sources if share.sender in self.shards.ranks[s.shard]
-                        )
-                        yield TransferOp(
-                            share.sender, source.chunk, source.param, source.box,
-                            dst, table[cell.param].name, cell.param_box, cell.tensor, cell.box,
-                        )  # fmt: skip
+                if only is not None and share.sender != only:
+                    continue
+                for block in self._part(index, number, share):
+                    source = self._source_on(share.sender, block)
+                    yield TransferOp(
+                        src_rank=share.sender,
+                        src_chunk=source.chunk,
+                        src_param=source.param,
+                        src_box=source.box,
+                        dst=dst,
+                        dst_param=table[block.param].name,
+                        dst_box=block.param_box,
+                        tensor=block.tensor,
+                        box=block.box,
+                    )
 
-    def _part(self, index: int, number: int, share: Share) -> tuple[Cell, ...]:
+    def _source_on(self, rank: int, block: Block) -> Source:
+        """Where a rank that holds a block has it."""
+        return next(s for s in block.sources if rank in self.shards.ranks[s.shard])
+
+    def _part(self, index: int, number: int, share: SendShare) -> tuple[Block, ...]:
+        """The blocks of a share of group `number`."""
         if share.parts == 1:
-            return self.bundles[index][number].cells
+            return self.groups[index][number].blocks
+        # Cutting a group looks at each of its blocks: done once for all destinations.
         key = (index, number, share.parts)
         if key not in self._parts:
-            self._parts[key] = _cut(self.bundles[index][number], share.parts)
+            self._parts[key] = _cut(self.groups[index][number], share.parts)
         return self._parts[key][share.part]
 
     @cached_property
-    def _parts(self) -> dict[tuple[int, int, int], list[tuple[Cell, ...]]]:
+    def _parts(self) -> dict[tuple[int, int, int], list[tuple[Block, ...]]]:
         return {}
 
     @cached_property
@@ -189,18 +206,17 @@ class ReshardPlan:
         """Elements by destination and by rank."""
         needed, local, ops, sent = [], [], [], [0] * self.shards.world_size
         for place in self.destinations:
-            bundles = self.bundles[place.index]
-            needed.append(sum(bundle.elements for bundle in bundles))
+            groups = self.groups[place.index]
+            needed.append(sum(group.elements for group in groups))
             kept = count = 0
             for number, shares in enumerate(self.shares[place.number]):
                 for share in shares:
                     part = self._part(place.index, number, share)
                     count += len(part)
-                    size = (
-                        bundles[number].elements
-                        if share.parts == 1
-                        else sum(cell.elements for cell in part)
-                    )
+                    if share.parts == 1:  # its group knows its size
+                        size = groups[number].elements
+                    else:
+                        size = sum(block.elements for block in part)
                     if self.sites.device_of_rank[share.sender] == place.device:
                         kept += size
                     else:
@@ -211,14 +227,14 @@ class ReshardPlan:
         return Traffic(tuple(needed), tuple(local), received, tuple(sent), tuple(ops))
 
     def lower_bound(self, dst: int) -> int:
-        """Elements that the device of `dst` does not hold of what its index needs: no plan can receive fewer."""
+        """The fewest elements that any plan can move to `dst`: what its device does not hold."""
         place = self.destinations[dst]
         needed = self.traffic.needed[dst]
         return needed if place.device is None else needed - self._held[place.device, place.index]
 
     @cached_property
     def _held(self) -> Mapping[tuple[int, int], int]:
-        return _held(self.bundles, self.sites)
+        return _held(self.groups, self.sites)
 
 
 @dataclass(frozen=True)
@@ -247,26 +263,26 @@ def build_plan(
 ) -> ReshardPlan:
     """Plan the sync of `engines` engines whose tensor-parallel index i needs `engine_tables[i]`.
 
-    `devices` puts the ranks of colocated engines on given devices instead of the best. Raises ValueError when colocated
-    engines find no room (see `assign_engines`), and AssertionError when the training side does not hold a block exactly
-    once.
+    `devices` puts the ranks of colocated engines on given devices instead of the best. Raises
+    ValueError when colocated engines find no room (see `assign_engines`), and AssertionError when
+    the training side does not hold a block exactly once.
     """
     sources = _sources(shards)
     tables = tuple(tuple(table) for table in engine_tables)
-    bundles = tuple(_bundles(table, sources, shards) for table in tables)
+    groups = tuple(_group_by_holders(table, sources, shards) for table in tables)
     if colocated:
-        held = _held(bundles, sites)
+        held = _held(groups, sites)
         best = devices or assign_engines(
             sites, engines, len(tables), lambda device, index: held[device, index]
         )
         destinations = _destinations(best)
     else:
-        each = [(engine, index) for engine in range(engines) for index in range(len(tables))]
+        each = product(range(engines), range(len(tables)))
         destinations = tuple(
             Destination(i, index, None, (engine,)) for i, (engine, index) in enumerate(each)
         )
-    shares = _share_out(destinations, bundles, sites)
-    return ReshardPlan(shards, sites, tables, destinations, bundles, shares)
+    shares = _share_out(destinations, groups, sites)
+    return ReshardPlan(shards, sites, tables, destinations, groups, shares)
 
 
 def _sources(shards: TrainingShards) -> dict[str, dict[Box, list[Source]]]:
@@ -281,12 +297,16 @@ def _sources(shards: TrainingShards) -> dict[str, dict[Box, list[Source]]]:
     return found
 
 
-def _bundles(
+def _group_by_holders(
     table: Sequence[LocalParam],
     sources: Mapping[str, Mapping[Box, list[Source]]],
     shards: TrainingShards,
-) -> tuple[Bundle, ...]:
-    cells: dict[tuple[int, ...], list[Cell]] = defaultdict(list)
+) -> tuple[HeldBlocks, ...]:
+    """What an engine index needs, cut where the training side is cut and sorted by who holds it.
+
+    Asserts that the training side holds every element exactly once.
+    """
+    blocks: dict[tuple[int, ...], list[Block]] = defaultdict(list)
     for number, param in enumerate(table):
         for piece in param.pieces:
             covered = 0
@@ -296,23 +316,24 @@ def _bundles(
                     continue
                 covered += volume(common)
                 inner = tuple(_within(source, held, common) for source in places)
-                cell = Cell(piece.hf_name, common, number, locate(piece, common), inner)
-                cells[tuple(sorted({source.shard for source in inner}))].append(cell)
+                block = Block(piece.hf_name, common, number, locate(piece, common), inner)
+                blocks[tuple(sorted({source.shard for source in inner}))].append(block)
             assert covered == volume(piece.hf_box), (
                 f"training ranks hold {covered} of the {volume(piece.hf_box)} elements of "
                 f"{piece.hf_name}{show(piece.hf_box)}, which {param.name} needs"
             )
-    return tuple(
-        Bundle(
-            tuple(sorted(rank for shard in holding for rank in shards.ranks[shard])), tuple(some)
-        )
-        for holding, some in sorted(cells.items())
-    )
+    groups = []
+    for holding, of_shards in sorted(blocks.items()):
+        holders = sorted(chain.from_iterable(shards.ranks[shard] for shard in holding))
+        groups.append(HeldBlocks(tuple(holders), tuple(of_shards)))
+    return tuple(groups)
 
 
 def _within(source: Source, held: Box, part: Box) -> Source:
+    """The part `part` of a source that holds the block `held` of a tensor."""
     if part == held:
         return source
+    # A stacked parameter (experts) has leading dimensions that the tensor lacks.
     lead = len(source.box) - len(held)
     box = source.box[:lead] + tuple(
         (own + a - start, own + b - start)
@@ -321,13 +342,13 @@ def _within(source: Source, held: Box, part: Box) -> Source:
     return Source(source.shard, source.chunk, source.param, box)
 
 
-def _held(bundles: Sequence[Sequence[Bundle]], sites: Sites) -> Mapping[tuple[int, int], int]:
+def _held(groups: Sequence[Sequence[HeldBlocks]], sites: Sites) -> Mapping[tuple[int, int], int]:
     """(device, index) -> elements that the device's ranks hold of what the index needs."""
     held: dict[tuple[int, int], int] = defaultdict(int)
-    for index, some in enumerate(bundles):
-        for bundle in some:
-            for device in {sites.device_of_rank[rank] for rank in bundle.holders}:
-                held[device, index] += bundle.elements
+    for index, of_index in enumerate(groups):
+        for group in of_index:
+            for device in {sites.device_of_rank[rank] for rank in group.holders}:
+                held[device, index] += group.elements
     return held
 
 
@@ -338,34 +359,34 @@ def _destinations(devices: Sequence[tuple[int, ...]]) -> tuple[Destination, ...]
         for index, device in enumerate(of_index):
             engines[device, index].append(engine)
     return tuple(
-        Destination(number, index, device, tuple(some))
-        for number, ((device, index), some) in enumerate(sorted(engines.items()))
+        Destination(number, index, device, tuple(of_device))
+        for number, ((device, index), of_device) in enumerate(sorted(engines.items()))
     )
 
 
 def _share_out(
-    destinations: Sequence[Destination], bundles: Sequence[Sequence[Bundle]], sites: Sites
-) -> tuple[tuple[tuple[Share, ...], ...], ...]:
-    """Choose the senders of every bundle to every destination, so that those of a pool send equally much."""
+    destinations: Sequence[Destination], groups: Sequence[Sequence[HeldBlocks]], sites: Sites
+) -> tuple[tuple[tuple[SendShare, ...], ...], ...]:
+    """Choose who sends every group to every destination; those of a pool send equally much."""
     demand: dict[tuple[int, ...], int] = defaultdict(int)
     for place in destinations:
-        for number, bundle in enumerate(bundles[place.index]):
-            pool = _pool(bundle.holders, place, sites)
+        for number, group in enumerate(groups[place.index]):
+            pool = _pool(group.holders, place, sites)
             demand[(place.index, number, *pool)] += 1
     taken: dict[tuple[int, ...], int] = defaultdict(int)
     shares = []
     for place in destinations:
         row = []
-        for number, bundle in enumerate(bundles[place.index]):
-            pool = _pool(bundle.holders, place, sites)
+        for number, group in enumerate(groups[place.index]):
+            pool = _pool(group.holders, place, sites)
             key = (place.index, number, *pool)
-            # n destinations x this many parts is the least multiple of the pool's size: all send equally often.
+            # n destinations x this many parts is the least multiple of the pool's size: all send
+            # equally often.
             parts = len(pool) // gcd(demand[key], len(pool))
             start = taken[key]
             taken[key] += parts
-            row.append(
-                tuple(Share(pool[(start + part) % len(pool)], part, parts) for part in range(parts))
-            )
+            senders = [pool[(start + part) % len(pool)] for part in range(parts)]
+            row.append(tuple(SendShare(sender, part, parts) for part, sender in enumerate(senders)))
         shares.append(tuple(row))
     return tuple(shares)
 
@@ -374,41 +395,54 @@ def _pool(holders: tuple[int, ...], place: Destination, sites: Sites) -> tuple[i
     """The holders nearest to a destination: on its device, else on its node, else all."""
     if place.device is None:
         return holders
-    here = tuple(rank for rank in holders if sites.device_of_rank[rank] == place.device)
+    on_device = tuple(rank for rank in holders if sites.device_of_rank[rank] == place.device)
     node = sites.node_of_device[place.device]
-    return here or tuple(rank for rank in holders if sites.node_of_rank(rank) == node) or holders
+    on_node = tuple(rank for rank in holders if sites.node_of_rank(rank) == node)
+    return on_device or on_node or holders
 
 
-def _cut(bundle: Bundle, parts: int) -> list[tuple[Cell, ...]]:
-    """The bundle's cells in `parts` lists of nearly equal size; large cells are cut by rows."""
-    limit = max(1, bundle.elements // (4 * parts))
-    pieces = [
-        small for cell in bundle.cells for small in _split_cell(cell, -(-cell.elements // limit))
-    ]
-    sizes, lists = [0] * parts, [[] for _ in range(parts)]  # type: list[int], list[list[Cell]]
-    for cell in sorted(pieces, key=lambda cell: -cell.elements):
+def _cut(group: HeldBlocks, parts: int) -> list[tuple[Block, ...]]:
+    """The group's blocks in `parts` lists of nearly equal size; large blocks are cut by rows."""
+    # Blocks of a quarter of a part can be dealt out evenly.
+    limit = max(1, group.elements // (4 * parts))
+    pieces: list[Block] = []
+    for block in group.blocks:
+        pieces += _split_block(block, -(-block.elements // limit))
+    sizes = [0] * parts
+    lists: list[list[Block]] = [[] for _ in range(parts)]
+    # The largest first, each to the part that has least.
+    for block in sorted(pieces, key=lambda block: -block.elements):
         least = sizes.index(min(sizes))
-        sizes[least] += cell.elements
-        lists[least].append(cell)
-    return [tuple(sorted(some, key=lambda cell: (cell.param, cell.param_box))) for some in lists]
+        sizes[least] += block.elements
+        lists[least].append(block)
+    return [tuple(sorted(blocks, key=_place_in_engine)) for blocks in lists]
 
 
-def _split_cell(cell: Cell, parts: int) -> list[Cell]:
+def _place_in_engine(block: Block) -> tuple[int, Box]:
+    """Blocks in the order of the engine's parameters fill its buckets from front to back."""
+    return block.param, block.param_box
+
+
+def _split_block(block: Block, parts: int) -> list[Block]:
+    """A block cut by rows into at most `parts`."""
     if parts == 1:
-        return [cell]
-    row = len(cell.param_box) - len(cell.box)
+        return [block]
+    row = len(block.param_box) - len(block.box)
     pieces = []
-    for box in split_rows(cell.box, parts):
-        (a, b), start = box[0], cell.box[0][0]
-        place = _cut_dim(cell.param_box, row, a - start, b - start)
-        sources = tuple(
-            s._replace(box=_cut_dim(s.box, len(s.box) - len(cell.box), a - start, b - start))
-            for s in cell.sources
-        )
-        pieces.append(Cell(cell.tensor, box, cell.param, place, sources))
+    for box in split_rows(block.box, parts):
+        (a, b), start = box[0], block.box[0][0]
+        place = _cut_dim(block.param_box, row, a - start, b - start)
+        sources = []
+        for source in block.sources:
+            source_row = len(source.box) - len(block.box)
+            sources.append(
+                source._replace(box=_cut_dim(source.box, source_row, a - start, b - start))
+            )
+        pieces.append(Block(block.tensor, box, block.param, place, tuple(sources)))
     return pieces
 
 
 def _cut_dim(box: Box, dim: int, a: int, b: int) -> Box:
+    """A box whose dimension `dim` is cut to its own positions a to b."""
     start = box[dim][0]
     return (*box[:dim], (start + a, start + b), *box[dim + 1 :])

@@ -1,7 +1,8 @@
 """The receiving side of a sync: verified rows of parameters, bucket by bucket.
 
-Invariant: nothing is handed on before it was proven: every copy of its bucket arrived, for the wanted policy version,
-with the fingerprint that its sender computed; a copy that did not is refused with tensor, block and sender.
+Invariant: nothing is handed on before it was proven: every copy of its bucket arrived, for the
+wanted policy version, with the fingerprint that its sender computed; a copy that did not is refused
+with tensor, block and sender.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class Writer(Protocol):
     """What takes the weights; see `rlhf3d.rollout.weight_writer.WeightWriter`."""
 
     def in_place(self, name: str) -> torch.Tensor | None:
-        """Live storage of a parameter, or None where it must be given whole."""
+        """Live storage of a parameter, or None where it must be given complete."""
 
-    def load_packed(self, name: str, whole: torch.Tensor) -> None:
-        """Take a whole parameter, whose memory may change afterwards."""
+    def load_packed(self, name: str, weights: torch.Tensor) -> None:
+        """Take a complete parameter, whose memory may change afterwards."""
 
     def finish(self) -> None:
         """All parameters were given."""
@@ -63,11 +64,10 @@ class RingInbox:
     def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
         counted = sync * self.rounds + number
         self.ring.wait_filled(counted, deadline)
-        arrivals = [
-            (copy, *self.ring.recorded(position, copy.row))
-            for position, copies in enumerate(self.copies)
-            for copy in copies[number]
-        ]
+        arrivals = []
+        for position, copies in enumerate(self.copies):
+            for copy in copies[number]:
+                arrivals.append((copy, *self.ring.recorded(position, copy.row)))
         return self.ring.slot(counted), arrivals
 
     def done(self, number: int, sync: int) -> None:
@@ -86,14 +86,16 @@ class MessageInbox:
         self.group, self.dtype = group, getattr(torch, setup.dtype)
         self.senders = setup.plan.senders_to(dst)
         self.layouts = [
-            [MessageLayout.of(some, setup.item_bytes) for some in setup.copies(dst, sender)]
+            MessageLayout.by_bucket(setup.copies(dst, sender), setup.item_bytes)
             for sender in self.senders
         ]
-        longest = [max(layout.num_bytes for layout in layouts) for layouts in self.layouts]
-        self.messages = [
-            [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
-            for _ in range(2)
-        ]
+
+        def memory_of_messages() -> list[torch.Tensor]:
+            longest = map(_longest, self.layouts)
+            return [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
+
+        # One set is read while the other is filled.
+        self.messages = (memory_of_messages(), memory_of_messages())
         self.rounds = len(setup.buckets(dst))
         self._coming: list[tuple[Any, int, MessageLayout, torch.Tensor]] = []
         self.slot = torch.empty(
@@ -107,11 +109,11 @@ class MessageInbox:
         arrivals: list[Arrival] = []
         for work, sender, layout, message in coming:
             self.group.finish(work, sender, "a message from", deadline)
-            for i, (copy, row) in enumerate(
-                zip(layout.copies, layout.table(message).tolist(), strict=True)
-            ):
+            table = layout.table(message).tolist()
+            for i, copy in enumerate(layout.copies):
+                version, checksum = table[i]
                 view_in(self.slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
-                arrivals.append((copy, row[0], row[1]))
+                arrivals.append((copy, version, checksum))
         return self.slot, arrivals
 
     def _start(self, number: int) -> list[tuple[Any, int, MessageLayout, torch.Tensor]]:
@@ -119,8 +121,8 @@ class MessageInbox:
         if number == self.rounds:
             return []
         coming = [
-            (sender, layouts[number], whole[: layouts[number].num_bytes])
-            for sender, layouts, whole in zip(
+            (sender, layouts[number], memory[: layouts[number].num_bytes])
+            for sender, layouts, memory in zip(
                 self.senders, self.layouts, self.messages[number % 2], strict=True
             )
             if layouts[number].copies
@@ -144,6 +146,11 @@ class ReceiveTimes:
     verify_s: float = 0.0
     """Fingerprints."""
     received_bytes: int = 0
+
+
+def _longest(layouts: Sequence[MessageLayout]) -> int:
+    """Bytes of the longest message of a sender."""
+    return max(layout.num_bytes for layout in layouts)
 
 
 class WeightReceiver:
@@ -177,29 +184,32 @@ class WeightReceiver:
 
     def load(self, writer: Writer, policy_version: int, sync: int) -> None:
         """Put a sync's weights into a live model as they come."""
-        whole: torch.Tensor | None = None
+        partial: torch.Tensor | None = None
         for segment, rows in self.stream(policy_version, sync):
             param = self.table[segment.param]
             live = writer.in_place(param.name)
             if live is not None:
                 live[slice(*segment.rows)].copy_(rows)
-            elif segment.whole:
+            elif segment.complete:
                 writer.load_packed(param.name, rows)
             else:
-                whole = self._assemble(whole, segment, rows)
+                partial = self._assemble(partial, segment, rows)
                 if segment.rows[1] == real_rows(param):
-                    writer.load_packed(param.name, whole)
-                    whole = None
+                    writer.load_packed(param.name, partial)
+                    partial = None
         writer.finish()
 
     def stream_params(
         self, policy_version: int, sync: int
     ) -> Iterator[tuple[LocalParam, torch.Tensor]]:
-        """Verified whole parameters in order, padding zero; a tensor is valid until the next is asked for."""
+        """Verified complete parameters in order, padding zero.
+
+        A tensor is valid until the next is asked for.
+        """
         partial: torch.Tensor | None = None
         for segment, rows in self.stream(policy_version, sync):
             param = self.table[segment.param]
-            if segment.whole:
+            if segment.complete:
                 yield param, rows
                 continue
             partial = self._assemble(partial, segment, rows)
@@ -211,15 +221,15 @@ class WeightReceiver:
                 yield param, torch.zeros(param.shape, dtype=self.dtype)
 
     def _assemble(
-        self, whole: torch.Tensor | None, segment: Segment, rows: torch.Tensor
+        self, partial: torch.Tensor | None, segment: Segment, rows: torch.Tensor
     ) -> torch.Tensor:
         """A parameter that comes in several buckets, padding zero."""
-        if whole is None:
-            whole = torch.zeros(
+        if partial is None:
+            partial = torch.zeros(
                 self.table[segment.param].shape, dtype=self.dtype, device=rows.device
             )
-        whole[slice(*segment.rows)].copy_(rows)
-        return whole
+        partial[slice(*segment.rows)].copy_(rows)
+        return partial
 
     def _check(
         self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int

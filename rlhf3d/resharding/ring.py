@@ -1,13 +1,16 @@
 """Shared memory between the ranks that send to a destination and the engines that read it.
 
-Invariant: a slot is overwritten only when every reader has taken what was in it, and read only when every sender has
-filled it; each wait has a deadline that names who is waited for. The file is unlinked as soon as all have opened it,
-so that its memory goes with its processes, however they end.
+Invariant: a slot is overwritten only when every reader has taken what was in it, and read only when
+every sender has filled it; each wait has a deadline that names who is waited for. The file is
+unlinked as soon as all have opened it, so that its memory goes with its processes, however they
+end.
 
-On GPUs the slots are device memory that processes on one GPU share by CUDA IPC, and the rest stays in the file.
+On GPUs the slots are device memory that processes on one GPU share by CUDA IPC, and the rest stays
+in the file.
 
-File: digest, padded | filled [senders] | taken [readers] | fingerprint table [senders, rows, 2] | slots. Counters are
-numbers of buckets since the ring was made. The table holds (policy version, fingerprint) of each copy of a sync.
+File: digest, padded | filled [senders] | taken [readers] | fingerprint table [senders, rows, 2] |
+slots. Counters are numbers of buckets since the ring was made. The table holds (policy version,
+fingerprint) of each copy of a sync.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingS
 _NEVER = -1
 FIRST_PAUSE_S = 2e-5
 _LONGEST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S = 1e-3, 1e-4
-"""Between two looks at a counter. On GPUs the host has cores to look more often, and buckets take less time."""
+"""Between two looks at a counter.
+
+On GPUs the host has cores to look more often, and buckets take less time.
+"""
 _SETTLING_S = 60.0
 
 
@@ -57,7 +63,10 @@ class Ring:
 
     @classmethod
     def create(cls, shape: RingShape) -> Ring:
-        """Make the file, all its memory reserved. Raises OSError that says how much memory it needs."""
+        """Make the file, all its memory reserved.
+
+        Raises OSError that says how much memory it needs.
+        """
         _remove_abandoned()
         path = shape.path()
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -70,8 +79,9 @@ class Ring:
             os.unlink(path)
             raise OSError(
                 error.errno,
-                f"{path} needs {shape.total_bytes / 2**20:.0f} MiB of shared memory ({error.strerror}): free or "
-                "enlarge it (docker run --shm-size), or lower rollout.sync_bucket_mib",
+                f"{path} needs {shape.total_bytes / 2**20:.0f} MiB of shared memory "
+                f"({error.strerror}): free or enlarge it (docker run --shm-size), or lower "
+                "rollout.sync_bucket_mib",
             ) from error
         if shape.on_gpu:
             ring._slots = _share_gpu_memory(SLOTS * shape.slot_stride, ring._slots)
@@ -83,7 +93,10 @@ class Ring:
 
     @classmethod
     def open(cls, shape: RingShape) -> Ring:
-        """Map the file that another process made. Raises SyncError when it was made for another plan."""
+        """Map the file that another process made.
+
+        Raises SyncError when it was made for another plan.
+        """
         path = shape.path()
         fd = os.open(path, os.O_RDWR)
         fcntl.flock(fd, fcntl.LOCK_SH)
@@ -123,7 +136,10 @@ class Ring:
         self._table[sender, row] = torch.tensor([policy_version, checksum])
 
     def recorded(self, sender: int, row: int) -> tuple[int, int]:
-        """(policy version, fingerprint) of copy `row` of `sender`; version -1 when it was never sent."""
+        """(policy version, fingerprint) of copy `row` of `sender`.
+
+        Version -1 when it was never sent.
+        """
         version, checksum = self._table[sender, row].tolist()
         return version, checksum
 
@@ -137,12 +153,16 @@ class Ring:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmap. Raises BufferError while a view is alive, which would otherwise become a dangling pointer."""
+        """Unmap.
+
+        Raises BufferError while a view is alive, which would otherwise become a dangling pointer.
+        """
         if self._mmap.closed:
             return
-        self._slots = self._bytes = self._digest = self._filled = self._taken = self._table = (
-            torch.empty(0)
-        )
+        # mmap counts the tensors that look into it: all of ours must go first.
+        nothing = torch.empty(0)
+        self._slots = self._bytes = self._table = nothing
+        self._digest = self._filled = self._taken = nothing
         self._mmap.close()
         os.close(self._fd)
 
@@ -155,28 +175,26 @@ class Ring:
         return self._bytes[offset : offset + 8 * count].view(torch.int64)
 
     def _wait(self, done: Callable[[], bool], what: str, number: int, deadline: float) -> None:
-        pause_s, longest_s = (
-            FIRST_PAUSE_S,
-            LONGEST_PAUSE_ON_GPU_S if self.shape.on_gpu else _LONGEST_PAUSE_S,
-        )
+        pause_s = FIRST_PAUSE_S
+        longest_s = LONGEST_PAUSE_ON_GPU_S if self.shape.on_gpu else _LONGEST_PAUSE_S
         while not done():
             if time.monotonic() > deadline:
-                counts, names = (
-                    (self._filled, self.shape.senders)
-                    if what == "filled"
-                    else (self._taken, self.shape.readers)
-                )
-                late = [
-                    name
-                    for name, count in zip(names, counts.tolist(), strict=True)
-                    if count <= number
-                ]
                 raise SyncError(
-                    f"sync_weights: bucket {number} was not {what} in time by {', '.join(late)}; raise "
-                    "rollout.sync_timeout_s if the weights are really that large, or look into logs/"
+                    f"sync_weights: bucket {number} was not {what} in time by "
+                    f"{', '.join(self._late(what, number))}; raise rollout.sync_timeout_s if the "
+                    "weights are really that large, or look into logs/"
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
+
+    def _late(self, what: str, number: int) -> list[str]:
+        """The processes that have not yet "filled" or "read" bucket `number`."""
+        if what == "filled":
+            counts, names = self._filled, self.shape.senders
+        else:
+            counts, names = self._taken, self.shape.readers
+        counted = zip(names, counts.tolist(), strict=True)
+        return [name for name, count in counted if count <= number]
 
 
 def _share_gpu_memory(num_bytes: int, handle: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""The training side of a sync: each rank copies its blocks into the buckets of every destination it sends to.
+"""The training side of a sync: each rank copies its blocks into the buckets of every destination it
+sends to.
 
-Invariant: a rank sends exactly the copies of the plan, cast to the receiver's dtype, each with the policy version and
-the fingerprint of what it sent; no tensor is gathered anywhere.
+Invariant: a rank sends exactly the copies of the plan, cast to the receiver's dtype, each with the
+policy version and the fingerprint of what it sent; no tensor is gathered anywhere.
 
-A destination on the sender's own device is reached through shared memory. One elsewhere gets messages: on devices of
-its own it receives them itself, beside other training ranks the rank that owns its shared memory passes them on.
+A destination on the sender's own device is reached through shared memory. One elsewhere gets
+messages: on devices of its own it receives them itself, on devices of training ranks the rank that
+owns its shared memory passes them on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from rlhf3d.resharding.setup import SLOTS, SyncSetup
 
 Params = Mapping[tuple[int, str], torch.Tensor]
 """(model chunk, parameter name) -> local weights."""
-Block = Callable[[Copy], tuple[torch.Tensor, int]]
+ReadBlock = Callable[[Copy], tuple[torch.Tensor, int]]
 """The block of a copy in the receiver's dtype, and its fingerprint."""
 
 
@@ -50,7 +53,7 @@ class WeightSender:
     def __init__(self, setup: SyncSetup, rank: int, params: Params) -> None:
         """Make the shared memory this rank owns; `open` comes when all ranks have done so.
 
-        `params` are read anew at each sync.
+        `params` are read again at each sync.
         """
         self.setup, self.rank, self.params = setup, rank, params
         self.group: Group | None = None
@@ -69,7 +72,10 @@ class WeightSender:
                 self._rings[dst] = Ring.create(setup.ring_shape(dst))
 
     def open(self, group: Group | None = None) -> None:
-        """Open what others own, and get ready to send; `group` carries the messages, where there are any."""
+        """Open what others own, and get ready to send.
+
+        `group` carries the messages, where there are any.
+        """
         setup, rank = self.setup, self.rank
         self.group = group
         for place in setup.plan.destinations:
@@ -103,7 +109,10 @@ class WeightSender:
 
     @torch.no_grad()
     def send(self, policy_version: int, sync: int) -> SendReport:
-        """Send this rank's blocks for `policy_version`; `sync` counts the syncs of this stream from 0."""
+        """Send this rank's blocks for `policy_version`.
+
+        `sync` counts the syncs of this stream from 0.
+        """
         start = time.monotonic()
         block = self._blocks()
         rounds = [near.rounds for near in self._near] + [far.rounds for far in self._far]
@@ -122,17 +131,13 @@ class WeightSender:
                 for far in self._far
                 if far.has(number)
             ]
-            relays = [relay for relay in self._relays if number < relay.rounds]
-            messages = [relay.empty(number) for relay in relays]
-            coming = [
-                (message, relay.sender)
-                for message, relay in zip(messages, relays, strict=True)
-                if len(message)
-            ]
+            relays = [(r, r.empty(number)) for r in self._relays if number < r.rounds]
+            coming = [(message, relay.sender) for relay, message in relays if len(message)]
             started = self.group.exchange(sends, coming)
             unfinished.append([(work, *post) for work, post in zip(started, sends, strict=False)])
             arriving = iter(started[len(sends) :])
-            for relay, message in zip(relays, messages, strict=True):
+            # A relay forwards empty buckets too: the readers count one of every sender.
+            for relay, message in relays:
                 if len(message):
                     self.group.finish(next(arriving), relay.sender, "a message from", deadline)
                 relay.forward(number, sync, message, deadline)
@@ -153,14 +158,16 @@ class WeightSender:
         for work, _, peer in works:
             self.group.finish(work, peer, "a message to", deadline)
 
-    def _blocks(self) -> Block:
-        """Blocks of this sync; a fingerprint is computed once however many destinations the block has."""
+    def _blocks(self) -> ReadBlock:
+        """Blocks of this sync.
+
+        A fingerprint is computed once however many destinations the block has.
+        """
         known: dict[tuple[Any, ...], int] = {}
 
         def block(copy: Copy) -> tuple[torch.Tensor, int]:
-            tensor = self.params[copy.src_chunk, copy.src_param][box_slices(copy.src_box)].to(
-                self.dtype
-            )
+            param = self.params[copy.src_chunk, copy.src_param]
+            tensor = param[box_slices(copy.src_box)].to(self.dtype)
             key = (copy.src_chunk, copy.src_param, copy.src_box)
             if key not in known:
                 known[key] = fingerprint(tensor, copy.hf_box)
@@ -170,7 +177,8 @@ class WeightSender:
 
 
 def _bytes_of(copies: list[list[Copy]], dtype: torch.dtype) -> int:
-    return sum(volume(copy.box) for bucket in copies for copy in bucket) * dtype.itemsize
+    elements = sum(volume(copy.box) for copy in chain.from_iterable(copies))
+    return elements * dtype.itemsize
 
 
 class _RingOutbox:
@@ -182,7 +190,7 @@ class _RingOutbox:
         self.ring, self.position, self.copies, self.dtype = ring, position, copies, dtype
         self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
 
-    def send(self, number: int, sync: int, version: int, block: Block, deadline: float) -> None:
+    def send(self, number: int, sync: int, version: int, block: ReadBlock, deadline: float) -> None:
         if number >= self.rounds:
             return
         counted = sync * self.rounds + number
@@ -210,14 +218,14 @@ class _MessageOutbox:
         copies = setup.copies(dst, rank)
         self.peer, self.dtype = peer, dtype
         self.rounds, self.num_bytes = len(copies), _bytes_of(copies, dtype)
-        self.layouts = [MessageLayout.of(some, dtype.itemsize) for some in copies]
+        self.layouts = MessageLayout.by_bucket(copies, dtype.itemsize)
         self.device = device
 
     def has(self, number: int) -> bool:
         """Whether there is a message for this bucket."""
         return number < self.rounds and bool(self.layouts[number].copies)
 
-    def fill(self, number: int, version: int, block: Block) -> torch.Tensor:
+    def fill(self, number: int, version: int, block: ReadBlock) -> torch.Tensor:
         layout = self.layouts[number]
         message = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
         for i, copy in enumerate(layout.copies):
@@ -243,7 +251,7 @@ class _Relay:
         self.sender, self.position, self.ring = sender, position, ring
         self.dtype: torch.dtype = getattr(torch, setup.dtype)
         self.rounds = len(copies)
-        self.layouts = [MessageLayout.of(some, setup.item_bytes) for some in copies]
+        self.layouts = MessageLayout.by_bucket(copies, setup.item_bytes)
         self.device = device
 
     def empty(self, number: int) -> torch.Tensor:
@@ -264,7 +272,9 @@ class _Relay:
 
 
 def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
-    """Wait until the last contents of bucket `counted`'s slot, and of its rows of the table, have been read."""
+    """Wait until the last contents of bucket `counted`'s slot, and of its rows of the table, have
+    been read.
+    """
     ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 

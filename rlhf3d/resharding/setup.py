@@ -1,8 +1,8 @@
 """What all processes of a weight sync agree on, and what each derives from it.
 
-Invariant: plan, buckets, copies and shared-memory layout are functions of a `SyncSetup` alone, so that processes that
-were given the same one need not tell each other anything more; the digest of what they derived proves it. Pure: no
-torch.
+Invariant: plan, buckets, copies and shared-memory layout are functions of a `SyncSetup` alone, so
+that processes that were given the same one need not tell each other anything more; the digest of
+what they derived proves it. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class RingShape:
         return self.slots_offset + (IPC_HANDLE_BYTES if self.on_gpu else SLOTS * self.slot_stride)
 
     def path(self) -> Path:
-        """In /dev/shm where that exists and has room, else in the temporary folder; the same once the file is there."""
+        """In /dev/shm where that exists and has room, else in the temporary folder.
+
+        The same once the file is there.
+        """
         shm, temporary = Path("/dev/shm"), Path(tempfile.gettempdir())
         for folder in (shm, temporary):
             if (folder / f"{FILE_PREFIX}{self.name}").exists():
@@ -85,7 +88,9 @@ class RingShape:
 
 @dataclass(frozen=True)
 class SyncSetup:
-    """One stream of weights: from the policy's training ranks to vLLM engines, or to one reader of whole tensors."""
+    """One stream of weights: from the policy's training ranks to vLLM engines, or to one reader of
+    complete tensors.
+    """
 
     name: str
     """Of this stream, unique on each host."""
@@ -128,7 +133,8 @@ class SyncSetup:
     def buckets(self, dst: int) -> tuple[Bucket, ...]:
         """The buckets of a destination, in its order.
 
-        Destinations begin at different places of the model, so that not all wait for the same pipeline stage at once.
+        Destinations begin at different places of the model, so that not all wait for the same
+        pipeline stage at once.
         """
         buckets = _buckets(self, self.plan.destinations[dst].index)
         starts = [i for i, bucket in enumerate(buckets) if bucket.segments[0].rows[0] == 0]
@@ -161,7 +167,9 @@ class SyncSetup:
         )
 
     def owner(self, dst: int) -> int:
-        """The training rank that makes a colocated destination's shared memory: the first on its device."""
+        """The training rank that makes a colocated destination's shared memory: the first on its
+        device.
+        """
         device = self.plan.destinations[dst].device
         assert device is not None, "a destination without a device has no shared memory"
         return min(self.plan.sites.ranks_on(device))
@@ -169,21 +177,25 @@ class SyncSetup:
     @property
     def needs_messages(self) -> bool:
         """Whether any rank sends to a destination whose shared memory it cannot reach."""
-        return any(
-            not self.is_near(r, d.number)
-            for d in self.plan.destinations
-            for r in self.plan.senders_to(d.number)
-        )
+        for place in self.plan.destinations:
+            senders = self.plan.senders_to(place.number)
+            if not all(self.is_near(rank, place.number) for rank in senders):
+                return True
+        return False
 
     @property
     def message_ranks(self) -> tuple[str, ...]:
-        """The processes that send and receive messages, by rank: training ranks, then engine ranks that are apart."""
+        """The processes that send and receive messages, by rank: training ranks, then engine ranks
+        on devices of their own.
+        """
         names = [f"training rank {rank}" for rank in range(self.layout.world_size)]
         apart = [d for d in self.plan.destinations if d.device is None]
         return (*names, *(f"engine {d.engines[0]} rank {d.index}" for d in apart))
 
     def is_near(self, rank: int, dst: int) -> bool:
-        """Whether a training rank can reach a destination's shared memory: it is on the same device."""
+        """Whether a training rank can reach a destination's shared memory: it is on the same
+        device.
+        """
         return self.plan.sites.device_of_rank[rank] == self.plan.destinations[dst].device
 
 
@@ -245,14 +257,8 @@ def _copies(setup: SyncSetup, dst: int, sender: int) -> list[list[Copy]]:
 def _digest(setup: SyncSetup) -> int:
     """63 bits that identify what was derived, not only what it was derived from."""
     plan = setup.plan
-    text = repr(
-        (
-            setup,
-            plan.destinations,
-            plan.shares,
-            [_buckets(setup, i) for i in range(len(plan.engine_tables))],
-        )
-    )
+    buckets = [_buckets(setup, index) for index in range(len(plan.engine_tables))]
+    text = repr((setup, plan.destinations, plan.shares, buckets))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -1,8 +1,9 @@
 """Where training ranks and engine ranks are, and which engine rank goes on which device.
 
-Invariant: the assignment keeps each engine's ranks on one node (or on whole neighbouring nodes where an engine is
-larger than a node), fills no device beyond its slots, and leaves the fewest bytes to move. On CPU, where a node is one
-device, an engine is beside its home rank. Pure: numbers only.
+Invariant: the assignment keeps each engine's ranks on one node (or on complete neighboring nodes
+where an engine is larger than a node), fills no device beyond its slots, and leaves the fewest
+bytes to move. On CPU, where a node is one device, an engine is on the node of its home rank. Pure:
+numbers only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ class Sites:
     node_of_device: tuple[int, ...]
     """Node of each device."""
     slots: int | None = 1
-    """Engine ranks a device can take; None where devices are hosts, which take those of their ranks' engines."""
+    """Engine ranks a device can take.
+
+    None where devices are hosts, which take those of their ranks' engines.
+    """
 
     @classmethod
     def gpus(cls, world_size: int, per_node: int) -> Sites:
@@ -52,7 +56,10 @@ class Sites:
 
 
 def home_rank(engine: int, engines: int, world_size: int) -> int:
-    """On CPU: the training rank on whose node an engine is, whole; engines are spread over the ranks."""
+    """On CPU: the training rank on whose node all of an engine is.
+
+    Engines are spread over the ranks.
+    """
     return engine * world_size // engines
 
 
@@ -61,9 +68,9 @@ def assign_engines(
 ) -> list[tuple[int, ...]]:
     """For each engine, the device of each of its tensor-parallel ranks.
 
-    `overlap(device, index)` is what a device already holds of what tensor-parallel rank `index` needs, bytes; the
-    sum over all engine ranks is maximised (a minimum-cost flow on each group of nodes).
-    Raises ValueError when the devices have not room for the engines.
+    `overlap(device, index)` is what a device already holds of what tensor-parallel rank `index`
+    needs, bytes; the sum over all engine ranks is maximized (a minimum-cost flow on each group of
+    nodes). Raises ValueError when the devices have not room for the engines.
     """
     if sites.slots is None:
         homes = (home_rank(engine, engines, len(sites.device_of_rank)) for engine in range(engines))
@@ -74,19 +81,24 @@ def assign_engines(
     placed: list[tuple[int, ...]] = []
     for devices, count in zip(groups, counts, strict=True):
         if count:
-            weights = tuple(
-                tuple(overlap(device, index) for index in range(engine_tp)) for device in devices
-            )
+            weights = tuple(_row_of(overlap, device, engine_tp) for device in devices)
+            # Equal nodes have equal problems.
             if (count, weights) not in solved:
                 solved[count, weights] = _solve(weights, count, sites.slots)
             taken = [devices[position] for position in solved[count, weights]]
-            # `taken` lists the devices of index 0, then those of index 1, …: an engine takes one of each.
+            # `taken` lists the devices of index 0, then those of index 1, …: an engine takes one of
+            # each.
             placed += [tuple(taken[engine::count]) for engine in range(count)]
     return placed
 
 
+def _row_of(overlap: Callable[[int, int], int], device: int, engine_tp: int) -> tuple[int, ...]:
+    """What a device holds of what each tensor-parallel rank needs."""
+    return tuple(overlap(device, index) for index in range(engine_tp))
+
+
 def _node_groups(sites: Sites, engine_tp: int) -> list[list[int]]:
-    """Devices by node; of several neighbouring nodes where one has not room for an engine."""
+    """Devices by node; of several neighboring nodes where one has not room for an engine."""
     nodes: dict[int, list[int]] = {}
     for device, node in enumerate(sites.node_of_device):
         nodes.setdefault(node, []).append(device)
@@ -106,23 +118,30 @@ def _room(sites: Sites, devices: Sequence[int], engine_tp: int) -> int:
 def _spread(
     sites: Sites, groups: Sequence[Sequence[int]], engines: int, engine_tp: int
 ) -> list[int]:
-    """Engines of each group, as equal as their room allows. Raises ValueError where there are too many."""
-    rooms, counts = [_room(sites, devices, engine_tp) for devices in groups], [0] * len(groups)
+    """Engines of each group, as equal as their room allows.
+
+    Raises ValueError where there are too many.
+    """
+    rooms = [_room(sites, devices, engine_tp) for devices in groups]
+    counts = [0] * len(groups)
     if engines > sum(rooms):
         raise ValueError(
             f"rollout.engines = {engines} x rollout.tensor_parallel_size = {engine_tp}: the "
-            f"{len(sites.node_of_device)} devices that train have room for {sum(rooms)} engines; lower one of them, "
-            "or set rollout.placement = disaggregated"
+            f"{len(sites.node_of_device)} devices that train have room for {sum(rooms)} engines; "
+            "lower one of them, or set rollout.placement = disaggregated"
         )
     for _ in range(engines):
-        counts[
-            min((n for n, room in enumerate(rooms) if counts[n] < room), key=counts.__getitem__)
-        ] += 1
+        with_room = [number for number, room in enumerate(rooms) if counts[number] < room]
+        counts[min(with_room, key=counts.__getitem__)] += 1
     return counts
 
 
 def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int) -> list[int]:
-    """Positions of devices for `count` ranks of index 0, then of index 1, …, with the greatest sum of weights."""
+    """Positions of devices for `count` ranks of index 0, then of index 1, and so on.
+
+    Their sum of weights is the greatest: the flow of least cost from `source` over devices, which
+    take `slots` ranks each, to the indices.
+    """
     indices = range(len(weights[0]))
     graph = networkx.DiGraph()
     graph.add_node("source", demand=-count * len(indices))
@@ -133,9 +152,8 @@ def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int) -> list
         for index in indices:
             graph.add_edge(position, ("index", index), weight=-row[index])
     flow = networkx.min_cost_flow(graph)
-    return [
-        position
-        for index in indices
-        for position in range(len(weights))
-        for _ in range(flow[position].get(("index", index), 0))
-    ]
+    positions: list[int] = []
+    for index in indices:
+        for position in range(len(weights)):
+            positions += [position] * flow[position].get(("index", index), 0)
+    return positions

@@ -1,7 +1,9 @@
-"""From trained weights to serving engines: send, load, check, publish; and whole tensors for an export.
+"""From trained weights to serving engines: send, load, check, publish; and whole tensors for an
+export.
 
-Invariant: an engine serves a `policy_version` only after its weights arrived whole and, on canary steps, after its
-log-probs agreed with Megatron's on the same tokens and its prefix cache was seen to be empty.
+Invariant: an engine serves a `policy_version` only after its weights arrived whole and, on canary
+steps, after its log-probs agreed with Megatron's on the same tokens and its prefix cache was seen
+to be empty.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ class WeightSync:
         rollout: RolloutGroup,
         canary: Sequence[Sequence[int]],
     ) -> None:
-        """Open the stream between all processes. `canary`: a few token sequences that both sides score."""
+        """Open the stream between all processes.
+
+        `canary`: a few token sequences that both sides score.
+        """
         self.config = config.rollout
         self.train, self.rollout = train, rollout
         self.canary = [list(tokens) for tokens in canary]
@@ -81,7 +86,10 @@ class WeightSync:
         return self.served_version != self.trained_version
 
     def run(self) -> dict[str, float]:
-        """Sync; metrics of it. Raises CanaryError or WorkerFailure, and then nothing serves the new version."""
+        """Sync; metrics of it.
+
+        Raises CanaryError or WorkerFailure, and then nothing serves the new version.
+        """
         version = self.trained_version
         sends = self.train.start_all("send_weights", self.setup.name, version, self.syncs)
         loads = self.rollout.start_update_weights(version, self.syncs)
@@ -116,7 +124,10 @@ class WeightSync:
         gather("save_checkpoint", sends, self.train.timeout_s)
 
     def exporting_rank(self) -> int:
-        """The first training rank on the driver's node, which gathers an export. Raises ValueError without one."""
+        """The first training rank on the driver's node, which gathers an export.
+
+        Raises ValueError without one.
+        """
         here = self.train.first_rank_here()
         if here is None:
             raise ValueError(
@@ -163,7 +174,9 @@ class WeightSync:
         return self.train.forward("sync_weights (canary)", "actor", batch)["logprobs"]
 
     def _check_canary(self, trained: Tensor) -> float:
-        """Largest over engines of the mean |log-prob difference| to the trainer's on the canary tokens."""
+        """Largest over engines of the mean |log-prob difference| to the trainer's on the canary
+        tokens.
+        """
         temperature = self.config.temperature
         worst = 0.0
         for number, engine in enumerate(self.rollout.score(self.canary, temperature)):

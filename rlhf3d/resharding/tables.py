@@ -1,6 +1,7 @@
-"""The weight tables that a plan is made from: training shards of a layout, engines, or whole tensors.
+"""The weight tables that a plan is made from: training shards, engines, or complete tensors.
 
-Invariant: everything a plan knows about a model comes through here from the tables of `rlhf3d.models`. Pure: no torch.
+Invariant: everything a plan knows about a model comes through here from the tables of
+`rlhf3d.models`. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -24,27 +25,30 @@ def training_shards(
     for rank in range(layout.world_size):
         at = layout.coords(rank)
         holders[at.pp, at.tp, at.ep].append(rank)
-    tables = tuple(
-        tuple(
-            tuple(local_params(spec, layout, layout.coords(ranks[0]), chunk, "lm", style))
-            for chunk in range(layout.vpp)
-        )
-        for ranks in holders.values()
-    )
-    return TrainingShards(tables, tuple(map(tuple, holders.values())))
+
+    def table_of(rank: int, chunk: int) -> tuple[LocalParam, ...]:
+        return tuple(local_params(spec, layout, layout.coords(rank), chunk, "lm", style))
+
+    tables = []
+    for ranks in holders.values():  # all of them have the same table
+        tables.append(tuple(table_of(ranks[0], chunk) for chunk in range(layout.vpp)))
+    return TrainingShards(tuple(tables), tuple(map(tuple, holders.values())))
 
 
 def engine_tables(
     spec: ModelSpec, tensor_parallel_size: int, expert_parallel: bool = False
 ) -> list[list[LocalParam]]:
-    """vLLM's parameters by tensor-parallel rank. Raises ValueError as `check_engine_layout` does."""
+    """vLLM's parameters by tensor-parallel rank.
+
+    Raises ValueError as `check_engine_layout` does.
+    """
     return [
         engine_params(spec, tensor_parallel_size, rank, expert_parallel)
         for rank in range(tensor_parallel_size)
     ]
 
 
-def whole_tensors(spec: ModelSpec) -> list[LocalParam]:
+def complete_tensors(spec: ModelSpec) -> list[LocalParam]:
     """Every Hugging Face tensor as a parameter of its own: what an export takes."""
     return [
         LocalParam(name, shape, (Piece(name, full_box(shape), full_box(shape)),), primary=True)
@@ -63,7 +67,10 @@ def plan_sync(
     expert_parallel: bool = False,
     style: SpecStyle = "local",
 ) -> ReshardPlan:
-    """The plan from the policy under `layout` to `engines` vLLM engines. Raises ValueError as its parts do."""
+    """The plan from the policy under `layout` to `engines` vLLM engines.
+
+    Raises ValueError as its parts do.
+    """
     tables = engine_tables(spec, tensor_parallel_size, expert_parallel)
     return build_plan(training_shards(spec, layout, style), tables, sites, engines, colocated)
 
@@ -75,8 +82,11 @@ def plan_export(
     style: SpecStyle = "local",
     beside: int = 0,
 ) -> ReshardPlan:
-    """The plan from the policy under `layout` to one reader of whole tensors, on the device of rank `beside`."""
+    """The plan from the policy under `layout` to one reader of complete tensors.
+
+    The reader is on the device of rank `beside`.
+    """
     shards, devices = training_shards(spec, layout, style), [(sites.device_of_rank[beside],)]
     return build_plan(
-        shards, [whole_tensors(spec)], sites, engines=1, colocated=True, devices=devices
+        shards, [complete_tensors(spec)], sites, engines=1, colocated=True, devices=devices
     )

@@ -117,10 +117,10 @@ def measure(name: str) -> dict[str, Any]:
 def _least_received(plan: ReshardPlan) -> float:
     """Elements that an engine rank must get on average, wherever the engine ranks are put: a rank on every GPU."""
     keeps: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for index, bundles in enumerate(plan.bundles):
-        for bundle in bundles:
-            for rank in bundle.holders:
-                keeps[rank][index] += bundle.elements
+    for index, groups in enumerate(plan.groups):
+        for group in groups:
+            for rank in group.holders:
+                keeps[rank][index] += group.elements
     ranks = plan.shards.world_size
     needed = sum(plan.traffic.needed) / len(plan.destinations)
     return needed - sum(max(keeps[rank].values()) for rank in range(ranks)) / ranks

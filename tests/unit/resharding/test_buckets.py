@@ -46,7 +46,7 @@ def test_buckets_hold_every_real_row_once(pair: Pair, itemsize: int, extra: int,
                 "segments lie apart"
             )
             end = segment.offset + math.prod(segment.shape) * itemsize
-            assert segment.whole == (segment.rows == (0, shape[0]))
+            assert segment.complete == (segment.rows == (0, shape[0]))
             rows += [(segment.param, row) for row in range(first, last)]
         assert end <= bucket.num_bytes
     assert rows == [(n, row) for n, p in enumerate(table) for row in range(real_rows(p))], (
@@ -63,7 +63,7 @@ def test_buckets_hold_every_real_row_once(pair: Pair, itemsize: int, extra: int,
 def test_a_large_budget_makes_one_bucket_and_a_small_one_fills_buckets() -> None:
     table = [param("a", 4, 8), param("b", 100, 8), param("c", 8)]
     (one,) = plan_buckets(table, 4, 1 << 20)
-    assert [s.param for s in one.segments] == [0, 1, 2] and all(s.whole for s in one.segments)
+    assert [s.param for s in one.segments] == [0, 1, 2] and all(s.complete for s in one.segments)
     cut_up = plan_buckets(table, 4, 256)
     assert [[(s.param, s.rows) for s in bucket.segments] for bucket in cut_up][:2] == [
         [(0, (0, 4)), (1, (0, 4))],
