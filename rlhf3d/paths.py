@@ -1,15 +1,18 @@
-"""Paths that a user gives: the home folder in them, and whether something can be written there.
+"""Paths that a user gives: the home folder in them, what is there, and whether something can be written.
 
-Invariant: only looks; each answer is a sentence's end that says why not.
+Invariant: only looks; each answer says why not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 _VARIABLE = re.compile(r"\$(\w|\{)")
+_GIT_LFS = b"version https://git-lfs"
 
 
 def expand_home(text: str) -> str:
@@ -60,3 +63,28 @@ def check_output(option: str, path: Path | None, *, is_file: bool = False) -> No
     problem = None if path is None else file_problem(path) if is_file else folder_problem(path)
     if problem is not None:
         raise ValueError(f"{option} {path}: {problem}; name another")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. ValueError that names the file where it holds something else."""
+    try:
+        refuse_pointer(path)
+        found = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a JSON {type(found).__name__}, not an object; download it again"
+        )
+    return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError where git-lfs left a pointer in the place of a file."""
+    with path.open("rb") as file:
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}"
+            )

@@ -8,6 +8,7 @@ standard error, and `sys.exit`, as `os._exit` while it is loaded, is an error li
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -97,6 +98,24 @@ def load_file(path: str | Path, key: str) -> ModuleType:
             return _execute(file)
     except Exception as error:
         raise ValueError(f"{key}: {file} does not import: {_said(error)}") from error
+
+
+def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
+    """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
+    function = getattr(module := load_file(file, f"{key}.path"), name, None)
+    if function is None:
+        names = [
+            n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
+        ]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]!r}?" if near else "; it defines no function"
+        raise ValueError(f"{key}.name: no {name!r} in {file}{hint}")
+    if not callable(function):
+        raise ValueError(
+            f"{key}.name: {name!r} in {file} is a {type(function).__name__}, not callable"
+        )
+    loaded: Callable[..., Any] = function
+    return loaded
 
 
 def _said(error: Exception) -> str:

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf3d.data.preferences import Pair, is_held_out, read_pairs
-from rlhf3d.data.tokenizer import load_tokenizer
 from rlhf3d.evaluation.metrics import interval
+from rlhf3d.tokenizer.load import load_tokenizer
 
 Encoded = tuple[list[int], list[int]]
 """Token ids of prompt with chosen and with rejected answer."""

@@ -91,13 +91,13 @@ def check(
     """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
     import json
 
-    from rlhf3d.data.check import check_files
     from rlhf3d.data.check_view import render
     from rlhf3d.rewards.custom import load_custom_reward
+    from rlhf3d.rewards.truth_check import check_prompt_files
 
     loaded = None
     if tokenizer is not None:
-        from rlhf3d.data.tokenizer import load_tokenizer
+        from rlhf3d.tokenizer.load import load_tokenizer
 
         loaded = load_tokenizer(os.path.expanduser(tokenizer))
     else:
@@ -106,7 +106,7 @@ def check(
         refuse_unused(context, ["scorer", "method"], "--reward scores instead")
     custom = load_custom_reward(reward) if reward else None
     scorers = scorers_of(scorer)
-    checked = check_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
+    checked = check_prompt_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
     if as_json:
         typer.echo(json.dumps(checked.to_json()))
     else:

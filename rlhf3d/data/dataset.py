@@ -13,26 +13,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rlhf3d.data.messages import NEEDED, Message, begun, left_out, tokenise
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.store import RowStore
+from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, Message, begun, left_out, tokenise
 
 OVERLONG = ("error", "filter", "truncate_left", "truncate_right")
 SCANNED = 100_000
 """Rows up to which a set is tokenised once before the run; of a larger one, `PROBED` rows are."""
 PROBED = 2_000
-
-
-class ChatTokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Token ids of a conversation."""
-
-    def decode(self, token_ids: Any) -> Any:
-        """Text of token ids."""
 
 
 @dataclass(frozen=True)

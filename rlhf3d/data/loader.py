@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.data.dataset import OVERLONG, ChatTokenizer, Prompt, PromptDataset
+from rlhf3d.data.dataset import Prompt, PromptDataset
 from rlhf3d.data.order import make_order
 from rlhf3d.data.rows import PromptRow
-from rlhf3d.rewards.custom import load_function
-from rlhf3d.user_code import guarded
+from rlhf3d.user_code import guarded, load_function
 
-__all__ = ["OVERLONG", "ChatTokenizer", "Curriculum", "Prompt", "PromptDataset", "PromptLoader"]
+__all__ = ["Curriculum", "Prompt", "PromptDataset", "PromptLoader"]
 
 
 class Curriculum:

@@ -17,7 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.data.rows import ROW_GROUP_SIZE, PromptRow, iter_rows, row_of, write_parquet
+from rlhf3d.data.rows import (
+    ROW_GROUP_SIZE,
+    PromptRow,
+    iter_rows,
+    question_key,
+    row_of,
+    write_parquet,
+)
 from rlhf3d.data.sources import HUB, SourceSplit, file_sha256, open_source
 from rlhf3d.user_code import guarded, load_file
 
@@ -106,13 +113,6 @@ def load_set(name: str) -> Any:
             f"no data set {name!r}; known are {', '.join(SETS)}, or give a Python file with a make_map_fn"
         )
     return importlib.import_module(f"rlhf3d.data.sets.{name}")
-
-
-def question_key(row: PromptRow) -> str:
-    """The question of a row without what data sets change: instruction, spacing, case."""
-    question = row.extra_info.get("question")
-    text = question if isinstance(question, str) and question else row.question
-    return "".join(text.split()).lower()
 
 
 def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:

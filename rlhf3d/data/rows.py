@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf3d.data.messages import NOT_TEXT, asked, read_prompt, read_tools, without_nulls
-from rlhf3d.models.folder import refuse_pointer
+from rlhf3d.paths import refuse_pointer
 
 MESSAGE = pa.struct([pa.field("content", pa.string()), pa.field("role", pa.string())])
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
@@ -54,6 +54,13 @@ class PromptRow:
     def question(self) -> str:
         """The last message that is not the assistant's."""
         return asked(self.prompt)
+
+
+def question_key(row: PromptRow) -> str:
+    """The question of a row without what data sets change: instruction, spacing, case."""
+    question = row.extra_info.get("question")
+    text = question if isinstance(question, str) and question else row.question
+    return "".join(text.split()).lower()
 
 
 def schema_of(rows: Iterable[PromptRow]) -> pa.Schema:

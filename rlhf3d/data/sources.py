@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf3d.data.rows import one_line, record_of
-from rlhf3d.models.folder import refuse_pointer
+from rlhf3d.paths import refuse_pointer
 
 HUB = "hub"
 """The source that means: download with the `datasets` package; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""

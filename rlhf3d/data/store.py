@@ -77,12 +77,21 @@ class RowStore:
         found: set[Any] = set()
         for batches in self._batches:
             for batch in batches:
-                found |= sources_of(batch)
+                found |= _sources_of(batch)
         return sorted(str(source) for source in found)
 
 
-def sources_of(batch: Any) -> set[Any]:
-    """The distinct data sources of a batch; those that are not UTF-8 are left to the reading of their rows."""
+def data_sources(files: Sequence[str | Path]) -> set[Any]:
+    """The distinct data sources of some files, streamed."""
+    found: set[Any] = set()
+    for path in files:
+        for batch in read_batches(open_parquet(path), path, BATCH_ROWS):
+            found |= _sources_of(batch)
+    return found
+
+
+def _sources_of(batch: Any) -> set[Any]:
+    """The distinct data sources of a batch; those that are not UTF-8 are reported when their rows are read."""
     try:
         return set(pc.unique(batch.column("data_source")).to_pylist())
     except UnicodeDecodeError:

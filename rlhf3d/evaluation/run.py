@@ -16,10 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf3d.data.check import LOOKED_AT, stated_truths
 from rlhf3d.data.dataset import Prompt, PromptDataset
-from rlhf3d.data.end_tokens import end_tokens
-from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
 from rlhf3d.evaluation.records import (
     Generation,
     Mode,
@@ -36,8 +33,11 @@ from rlhf3d.rewards.items import decode, score_item
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
 from rlhf3d.rewards.scoring import RewardFunction, Score, check_outcomes
+from rlhf3d.rewards.truth_check import LOOKED_AT, stated_truths
 from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops, request_seed
+from rlhf3d.tokenizer.end_tokens import end_tokens
+from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 
 SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
 MAX_ERROR_RATE = 0.05

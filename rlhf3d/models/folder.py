@@ -14,13 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.paths import read_json, refuse_pointer
+
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """The dtypes of weights, by the name a safetensors header gives them."""
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _OF_OTHER_LIBRARIES = (".h5", ".msgpack", ".onnx", ".ot", ".distcp")
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,6 @@ def is_weights(name: str) -> bool:
     """Whether a file of this name holds weights, of whatever format, or is an index or the settings of such files."""
     endings = (*_WEIGHTS, *_OF_OTHER_LIBRARIES, ".index.json")
     return name.endswith(endings) or name == "adapter_config.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. ValueError that names the file where it holds something else."""
-    try:
-        refuse_pointer(path)
-        found = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(found).__name__}, not an object; download it again"
-        )
-    return found
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise ValueError where git-lfs left a pointer in the place of a file."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ValueError(
-                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}"
-            )
 
 
 def weight_files(folder: Path) -> WeightFiles:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlhf3d.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from rlhf3d.models.family import ExpertKeys, Family
-from rlhf3d.models.folder import read_json, weight_files
+from rlhf3d.models.folder import weight_files
 from rlhf3d.models.hf_config import (
     Fields,
     RopeScaling,
@@ -22,6 +22,7 @@ from rlhf3d.models.hf_config import (
     refuse_layers_of_other_kinds,
 )
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.paths import read_json
 from rlhf3d.units import round_up
 
 FAMILIES: dict[str, Family] = {

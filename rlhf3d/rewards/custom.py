@@ -8,7 +8,6 @@ what the file keeps for them (semaphores, clients) stays usable.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.rewards.scoring import ExtraInfo, ScoreItem, WrongCount
-from rlhf3d.user_code import Ended, load_file, running
+from rlhf3d.user_code import Ended, load_function, running
 
 ASYNC_CHUNK = 64
 """Calls of an async function that are under way at once in one process."""
@@ -150,24 +149,6 @@ def load_custom_reward(
             f"custom_reward_function.kwargs {sorted(kwargs)}: {single}"
         )
     return CustomReward((str(file), name, kwargs), function, batch=single is not None)
-
-
-def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
-    """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
-    function = getattr(module := load_file(file, f"{key}.path"), name, None)
-    if function is None:
-        names = [
-            n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
-        ]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else "; it defines no function"
-        raise ValueError(f"{key}.name: no {name!r} in {file}{hint}")
-    if not callable(function):
-        raise ValueError(
-            f"{key}.name: {name!r} in {file} is a {type(function).__name__}, not callable"
-        )
-    loaded: Callable[..., Any] = function
-    return loaded
 
 
 def _takes(

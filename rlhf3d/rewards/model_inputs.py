@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf3d.data.dataset import ChatTokenizer
 from rlhf3d.rewards.scoring import RewardError, ScoreItem
+from rlhf3d.tokenizer.chat import ChatTokenizer
 
 OVERLONG = ("error", "truncate_left")
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import Config, RewardModelConfig
-from rlhf3d.data.tokenizer import load_tokenizer
-from rlhf3d.models.folder import read_json
 from rlhf3d.models.spec import load_spec
+from rlhf3d.paths import read_json
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.rewards.combined import PART, ModelPart, ModelRewards, ModelScore, Scorer
 from rlhf3d.rewards.model_inputs import model_inputs, require_finite
 from rlhf3d.rewards.pool import ScoringPool
 from rlhf3d.rewards.scoring import ScoreItem
+from rlhf3d.tokenizer.load import load_tokenizer
 
 
 class RewardModel:

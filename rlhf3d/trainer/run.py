@@ -28,10 +28,7 @@ from rlhf3d.config.derived import Derived, derive, resolve_platform, summary_lin
 from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
-from rlhf3d.data.check import training_warnings
-from rlhf3d.data.end_tokens import EndTokens, end_tokens
 from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
-from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.observability.console import Console
@@ -49,7 +46,10 @@ from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.rollout.api import Stops
+from rlhf3d.tokenizer.end_tokens import EndTokens, end_tokens
+from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
 from rlhf3d.trainer.reward_model import make_scorer
 from rlhf3d.trainer.stopping import PREEMPTED, Stopping

@@ -90,7 +90,7 @@ def test_what_nothing_takes_is_refused_with_its_row(
 ) -> None:
     with pytest.raises(ValueError, match=rf"p\.parquet row 0: .*{message}"):
         dataset(tmp_path, prompt, **columns)
-    assert message in check_files([tmp_path / "p.parquet"], FULL).files[0].unreadable[0]
+    assert message in check_files([tmp_path / "p.parquet"], FULL)[0].unreadable[0]
 
 
 def test_empty_columns_of_images_are_nothing(tmp_path: Path) -> None:
@@ -119,14 +119,13 @@ def test_what_a_template_leaves_out_is_refused_or_counted(tmp_path: Path) -> Non
         ):
             dataset(tmp_path, prompt, PLAIN, **columns)
         assert (
-            "does not write tool"
-            in check_files([tmp_path / "p.parquet"], PLAIN).files[0].unreadable[0]
+            "does not write tool" in check_files([tmp_path / "p.parquet"], PLAIN)[0].unreadable[0]
         )
     found = dataset(tmp_path, [{**USER, "name": "Ann"}], PLAIN)
     assert found.summary().endswith("the chat template leaves name of 1 prompts out")
     assert (
         "the chat template leaves name of 1 prompts out"
-        in check_files([tmp_path / "p.parquet"], PLAIN).files[0].warnings
+        in check_files([tmp_path / "p.parquet"], PLAIN)[0].warnings
     )
 
 

@@ -190,7 +190,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
         read_parquet(path)
     with pytest.raises(ValueError, match=wanted):
         RowStore([path])[1]
-    (file,) = check_files([path]).files
+    (file,) = check_files([path])
     assert file.unreadable == [
         "row 1: data_source holds bytes that are not UTF-8; write the file again"
     ]

@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model: Path) -> object:
-    from rlhf3d.data.tokenizer import load_tokenizer
+    from rlhf3d.tokenizer.load import load_tokenizer
 
     return load_tokenizer(model)
 

@@ -18,10 +18,10 @@ from rlhf3d.models.folder import (
     SINGLE_NAME,
     model_tensors,
     read_header,
-    read_json,
     weight_files,
 )
 from rlhf3d.models.hf_io import HFReader, model_view
+from rlhf3d.paths import read_json
 
 Tensors = dict[str, torch.Tensor]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"

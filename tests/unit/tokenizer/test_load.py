@@ -10,7 +10,7 @@ from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.rows import PromptRow, write_parquet
-from rlhf3d.data.tokenizer import load_tokenizer, vocabulary_notes
+from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 
 
 def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.tiny_models import make_tiny_tokenizer
 
-from rlhf3d.data.end_tokens import EndTokens, end_tokens
+from rlhf3d.tokenizer.end_tokens import EndTokens, end_tokens
 
 END, UNK = 2, 3
 """<|im_end|>, which ends the template's turns, and <|unk|>."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.models.folder import read_json
+from rlhf3d.paths import read_json
 
 _PROBE = "an answer"
 

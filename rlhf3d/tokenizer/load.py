@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.models.folder import refuse_pointer
+from rlhf3d.paths import refuse_pointer
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """One of them holds the vocabulary."""

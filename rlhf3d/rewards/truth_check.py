@@ -1,0 +1,248 @@
+"""Ground truths against their own scorers: for `rlhf3d data check`, and before a run starts.
+
+Invariant: a ground truth is right where its own scorer gives full marks to a statement of it. A
+scorer that failed gave no verdict: neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rlhf3d.data.check import SHOWN, CheckReport, FileCheck, Marks, check_files
+from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.rows import PromptRow, question_key
+from rlhf3d.data.store import data_sources
+from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
+from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
+from rlhf3d.rewards.truths import shown
+from rlhf3d.tokenizer.chat import ChatTokenizer
+
+_BATCH = 2048
+_WARM_UP = 8
+"""Answers scored once for nothing, so that the measured speed is that of processes that are ready."""
+LOOKED_AT = 20_000
+"""Rows of each file list that a run compares before it starts."""
+_SCORED = 128
+"""Rows of each file list that a run has scored before it starts."""
+
+
+def check_prompt_files(
+    files: Sequence[str | Path],
+    tokenizer: ChatTokenizer | None = None,
+    max_prompt_length: int | None = None,
+    reward: RewardFunction | None = None,
+    scorers: Mapping[str, str] | None = None,
+    method: str = "strict",
+    workers: int = 1,
+    timeout_s: float = 10.0,
+) -> CheckReport:
+    """Check prompt files, and their ground truths with the built-in scorers or `reward`."""
+    scorers = scorers or {}
+    graded = data_sources(files) & {*DATA_SOURCES, *scorers}
+    function = reward or BuiltinReward(method, tuple(sorted(graded)), scorers)
+    with ScoringPool(workers, timeout_s, function) as pool:
+        grader = TruthGrader(pool, scorers, custom=reward is not None)
+        checks = check_files(files, tokenizer, max_prompt_length, grader)
+    return CheckReport(checks, grader.answers_per_s)
+
+
+class _Answer(NamedTuple):
+    kind: Literal["truth", "solution"]
+    where: str
+    item: ScoreItem
+
+
+class TruthGrader:
+    """Scores the ground truths and worked solutions of rows, a batch at a time."""
+
+    def __init__(self, pool: ScoringPool, scorers: Mapping[str, str], custom: bool) -> None:
+        self._pool, self._scorers, self._custom = pool, scorers, custom
+        self._marks: dict[str, Marks] = {}
+        self._waiting: list[_Answer] = []
+        self._answers, self._seconds = 0, 0.0
+
+    @property
+    def answers_per_s(self) -> float | None:
+        """How fast the scorer was; null where nothing was scored."""
+        return round(self._answers / self._seconds, 1) if self._seconds else None
+
+    def add(self, row: PromptRow, where: str) -> None:
+        """Take a row's answers; ValueError where no scorer compares with its ground truth."""
+        marks = self._marks.setdefault(row.data_source, Marks())
+        marks.rows += 1
+        if row.ground_truth is None:  # for a reward model: there is nothing to compare with
+            marks.without_truth += 1
+            return
+        if not self._custom and row.data_source not in {**DATA_SOURCES, **self._scorers}:
+            marks.without_scorer += 1
+            return
+        for text in self._statements(row):
+            self._wait("truth", row, text, where)
+        solution = row.extra_info.get("answer")
+        if isinstance(solution, str) and solution:
+            self._wait("solution", row, solution, where)
+        if len(self._waiting) >= _BATCH:
+            self._score()
+
+    def finish(self, check: FileCheck) -> None:
+        """Write the marks of the rows since the last call, with problems and warnings, to `check`."""
+        self._score()
+        check.marks, self._marks = self._marks, {}
+        for data_source, marks in check.marks.items():
+            _judge(check, data_source, marks, self._custom)
+
+    def _statements(self, row: PromptRow) -> list[str]:
+        if self._custom:
+            return [shown(row.ground_truth)]
+        return scorer_of(row.data_source, self._scorers).statements(row.ground_truth)
+
+    def _wait(
+        self, kind: Literal["truth", "solution"], row: PromptRow, text: str, where: str
+    ) -> None:
+        item = ScoreItem(row.data_source, text, row.ground_truth, row.extra_info)
+        self._waiting.append(_Answer(kind, where, item))
+
+    def _score(self) -> None:
+        if not self._waiting:
+            return
+        if not self._answers:
+            self._pool.score_batch([self._waiting[0].item] * _WARM_UP)
+        start = time.monotonic()
+        scores = self._pool.score_batch([answer.item for answer in self._waiting])
+        self._seconds += time.monotonic() - start
+        self._answers += len(scores)
+        for answer, score in zip(self._waiting, scores, strict=True):
+            _mark(self._marks[answer.item.data_source], answer, score)
+        self._waiting = []
+
+
+def _mark(marks: Marks, answer: _Answer, score: Score) -> None:
+    kind, where, item = answer
+    marks.graded += 1
+    if score.failed:  # no verdict: neither right nor wrong
+        marks.failed += 1
+        if len(marks.failures) < SHOWN:
+            marks.failures.append(f"{where}: {score.outcome.value} on the {kind}: {score.reason}")
+        return
+    right = score.accuracy >= 1.0
+    if kind == "truth":
+        marks.truths += 1
+        marks.truth_right += right
+    else:
+        marks.solutions += 1
+        marks.solutions_right += right
+    if not right and len(marks.misses) < SHOWN:
+        extracted = str(score.extra.get("answer"))[:80]
+        marks.misses.append(
+            f"{where}: {kind} of {str(item.ground_truth)[:80]!r} gets {score.value:g} "
+            f"({score.outcome.value}, answer {extracted!r})"
+        )
+
+
+def _judge(check: FileCheck, data_source: str, marks: Marks, custom: bool) -> None:
+    """Turn the marks of one data source into problems and warnings."""
+    if marks.without_truth:
+        check.warnings.append(
+            f"{data_source}: {marks.without_truth} of {marks.rows} rows have no ground truth: only "
+            "a reward model can score them"
+        )
+    if marks.without_scorer:
+        check.problems.append(
+            f"no scorer for data_source {data_source!r} ({marks.without_scorer} rows): name one in "
+            "reward.scorers, or set custom_reward_function.path"
+        )
+    if marks.failed:
+        check.problems.append(
+            f"{data_source}: {marks.failed} of {marks.graded} answers were not scored "
+            f"({marks.failures[0]})"
+        )
+    wrong = marks.truths - marks.truth_right
+    if wrong:
+        # A user's function may want more than the bare truth, so there it is no problem.
+        texts = check.warnings if custom else check.problems
+        texts.append(
+            f"{data_source}: {wrong} of {marks.truths} ground truths do not get full marks "
+            f"({marks.misses[0]})"
+        )
+    wrong = marks.solutions - marks.solutions_right
+    if wrong:
+        check.warnings.append(
+            f"{data_source}: {wrong} of {marks.solutions} worked solutions do not get full marks"
+        )
+
+
+def training_warnings(
+    train: PromptDataset,
+    val: PromptDataset | None,
+    reward: RewardFunction | None,
+    pool: ScoringPool | None,
+) -> list[str]:
+    """What a run reports before it starts: shared questions, and ground truths without full marks.
+
+    It looks at a sample of the rows. ValueError for rows without a ground truth where a built-in scorer needs one.
+    """
+    warnings = _shared_questions(train, val)
+    if not isinstance(reward, BuiltinReward) or pool is None:
+        return warnings
+    rows = train.sample(_SCORED)
+    if val is not None:
+        rows += val.sample(_SCORED)
+    items = stated_truths(rows, reward, "data.train_files, data.val_files")
+    scores = pool.score_batch(items)
+    refused = [
+        item
+        for item, score in zip(items, scores, strict=True)
+        if not score.failed and score.value < 1.0
+    ]
+    if refused:
+        first = refused[0]
+        warnings.append(
+            f"{len(refused)} of {len(items)} ground truths looked at do not get full marks from "
+            f"their own scorer, the first is {str(first.ground_truth)[:80]!r} of "
+            f"{first.data_source}: see `rlhf3d data check`"
+        )
+    failed = [score for score in scores if score.failed]
+    if failed:
+        warnings.append(
+            f"{len(failed)} of {len(items)} ground truths looked at were not scored, the first: "
+            f"{failed[0].reason}: see `rlhf3d data check`"
+        )
+    return warnings
+
+
+def _shared_questions(train: PromptDataset, val: PromptDataset | None) -> list[str]:
+    if val is None:
+        return []
+    train_questions = {question_key(row) for row in train.sample(LOOKED_AT)}
+    shared = train_questions & {question_key(row) for row in val.sample(LOOKED_AT)}
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of the questions looked at are in data.train_files and in data.val_files: "
+        "held-out accuracy will flatter (`rlhf3d data prepare --exclude` leaves them out)"
+    ]
+
+
+def stated_truths(rows: Sequence[PromptRow], reward: BuiltinReward, key: str) -> list[ScoreItem]:
+    """Completions that state the accepted answers of `rows`.
+
+    ValueError, naming `key`, where a rule cannot compare with one of them.
+    """
+    if any(row.ground_truth is None for row in rows):
+        raise ValueError(f"{key}: {WITHOUT_TRUTH}")
+    items = []
+    for row in rows:
+        try:
+            statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}: the row that asks {row.question[:80]!r}: {error} (`rlhf3d data check` "
+                "names every such row)"
+            ) from error
+        for text in statements:
+            items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
+    return items
