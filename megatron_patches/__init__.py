@@ -98,8 +98,7 @@ def apply(platform_kind: str, *, skip: Collection[str] = ()) -> None:
     if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
         raise PatchError(
             f"megatron-core {version} is outside {SUPPORTED}, the versions the patches were "
-            "written for: "
-            f"pip install 'megatron-core{SUPPORTED}'"
+            f"written for: pip install 'megatron-core{SUPPORTED}'"
         )
     _silence(platform_kind)
     if platform_kind == "cpu":

@@ -109,8 +109,7 @@ def _install() -> None:
     if "megatron.core" in sys.modules:
         raise PatchError(
             "megatron.core was imported before megatron_patches.apply('cpu'), so it still targets "
-            "CUDA: "
-            "call apply (or Platform.prepare_worker) before the first `import megatron`."
+            "CUDA: call apply (or Platform.prepare_worker) before the first `import megatron`."
         )
     sys.meta_path.insert(0, _Finder())
 

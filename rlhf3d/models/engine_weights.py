@@ -103,8 +103,7 @@ def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
     if kv_heads % tp and tp % kv_heads:
         wrong.append(
             f"num_key_value_heads {kv_heads} % {tp} = {kv_heads % tp} and {tp} % {kv_heads} = "
-            f"{tp % kv_heads} "
-            f"(heads are shared out or each copied to as many ranks)"
+            f"{tp % kv_heads} (heads are shared out or each copied to as many ranks)"
         )
     return wrong
 

@@ -94,8 +94,7 @@ class Fields:
         """That the key's value is not what it must be."""
         return ValueError(
             f"model.path: {self.source} has {self.within}{key}={self.values.get(key)!r} in "
-            "config.json; it must be "
-            f"{wanted}"
+            f"config.json; it must be {wanted}"
         )
 
     def _needed(self, key: str) -> Any:
@@ -133,9 +132,8 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
     ):
         raise ValueError(
             f"model.path: {config.source} has rope_theta={parameters.values['rope_theta']} in "
-            "rope_parameters, which "
-            f"its rope_scaling replaces: transformers would take {theta:g}; put both into "
-            "rope_parameters"
+            f"rope_parameters, which its rope_scaling replaces: transformers would take {theta:g}; "
+            "put both into rope_parameters"
         )
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise ValueError(
@@ -164,9 +162,8 @@ def _read_scaling(config: Fields, rope: Fields) -> RopeScaling | None:
     if kind not in ("llama3", "yarn"):
         raise ValueError(
             f"model.path: {config.source} has rope type {kind!r}; supported are default, llama3 "
-            "and yarn "
-            "(where the stretching is optional, remove it from config.json for the model's native "
-            "context)"
+            "and yarn (where the stretching is optional, remove it from config.json for the "
+            "model's native context)"
         )
     key = "original_max_position_embeddings"
     original = (

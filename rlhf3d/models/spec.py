@@ -104,8 +104,8 @@ def load_reward_spec(folder: Path | str) -> ModelSpec:
         found = "has no" if shape is None else f"has {list(shape)} as"
         raise ValueError(
             f"reward_model.path: {folder} {found} {head} [1, {spec.hidden_size}]; give a sequence "
-            "classifier with one "
-            "output (tools/train_reward_model.py makes one from a language model and preferences)"
+            "classifier with one output (tools/train_reward_model.py makes one from a language "
+            "model and preferences)"
         )
     return spec
 
@@ -180,9 +180,8 @@ def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
     if heads % kv_heads:
         raise ValueError(
             f"model.path: {fields.source} has num_attention_heads={heads} and "
-            f"num_key_value_heads={kv_heads}: each "
-            f"key-value head serves as many query heads, but {heads} % {kv_heads} = "
-            f"{heads % kv_heads}"
+            f"num_key_value_heads={kv_heads}: each key-value head serves as many query heads, but "
+            f"{heads} % {kv_heads} = {heads % kv_heads}"
         )
     return kv_heads
 
@@ -194,8 +193,7 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):
         raise ValueError(
             f"model.path: {fields.source} has hidden_size={hidden} and "
-            f"num_attention_heads={heads}: "
-            f"{hidden} % {heads} = {hidden % heads}"
+            f"num_attention_heads={heads}: {hidden} % {heads} = {hidden % heads}"
         )
     head_dim = head_dim or hidden // heads
     if head_dim % 2:
@@ -217,15 +215,13 @@ def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
     if chosen > counts[0]:
         raise ValueError(
             f"model.path: {fields.source} has {keys.experts_per_token}={chosen} of {counts[0]} "
-            "experts; "
-            f"it must be 1 to {counts[0]}: download config.json again"
+            f"experts; it must be 1 to {counts[0]}: download config.json again"
         )
     if chosen == 1 and normalised:
         raise ValueError(
             f"model.path: {fields.source} has {keys.experts_per_token}=1 with probabilities scaled "
-            "to sum to 1: the "
-            "router then has no effect on them and cannot be trained; choose a model with two or "
-            "more experts a token"
+            "to sum to 1: the router then has no effect on them and cannot be trained; choose a "
+            "model with two or more experts a token"
         )
     return {
         "num_experts": counts[0],
@@ -320,8 +316,7 @@ def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
         f"num_hidden_layers {spec.num_layers} - {given} = {left} layers for the other {others} of "
         f"pp {layout.pp}",
         "first_stage_layers and last_stage_layers that leave all other stages the same number of "
-        "layers, "
-        f"1 or more{whole}",
+        f"layers, 1 or more{whole}",
     )
 
 

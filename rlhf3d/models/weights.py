@@ -113,28 +113,27 @@ def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: 
     if head == "lm" and names.value_head in found and names.lm_head not in found:
         raise ValueError(
             f"model.path: {source} is a sequence classifier ({names.value_head}), not a language "
-            "model: give the model "
-            "that it was made from"
+            "model: give the model that it was made from"
         )
     if absent == {names.lm_head}:
         raise ValueError(
             f"model.path: {source} lacks {names.lm_head}, and its config.json does not have "
-            "tie_word_embeddings true: "
-            "set it where head and embedding are one, or download the weights again"
+            "tie_word_embeddings true: set it where head and embedding are one, or download the "
+            "weights again"
         )
     other = [name for name in found if name.endswith(names.embedding.removeprefix("model."))]
     if names.embedding in absent and other:
         raise ValueError(
             f"model.path: {source} names its embedding {other[0]}, not {names.embedding}, as a "
-            "wrapper or a base model "
-            "saves it: rename its tensors, or save the causal language model itself"
+            "wrapper or a base model saves it: rename its tensors, or save the causal language "
+            "model itself"
         )
     fused = next((name for name in found if _FUSED_EXPERTS.search(name)), None)
     if fused is not None:
         raise ValueError(
             f"model.path: {source} holds all experts of a layer in one tensor ({fused}); one "
-            "tensor an expert is "
-            "needed: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
+            "tensor an expert is needed: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
             "save_original_format=True) writes them so"
         )
 

@@ -71,8 +71,8 @@ class TransferOp:
     def __str__(self) -> str:
         return (
             f"{self.tensor}{show(self.box)}: rank {self.src_rank} "
-            f"{self.src_param}{show(self.src_box)} -> "
-            f"destination {self.dst} {self.dst_param}{show(self.dst_box)}"
+            f"{self.src_param}{show(self.src_box)} -> destination {self.dst} "
+            f"{self.dst_param}{show(self.dst_box)}"
         )
 
 
