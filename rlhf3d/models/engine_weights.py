@@ -10,13 +10,21 @@ in tests/integration/test_weight_writer.py. Pure: no torch, no vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf3d.models.boxes import Piece, full_box
+from rlhf3d.models.cuts import (
+    LocalParam,
+    Share,
+    cut_columns,
+    cut_rows,
+    cut_vocabulary,
+    replicated,
+)
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec
-from rlhf3d.models.weights import LocalParam, bias_name
+from rlhf3d.models.weights import bias_name
 from rlhf3d.units import round_up
 
 VOCAB_PADDING = 64
@@ -127,55 +135,52 @@ class _RankTable:
     def names(self) -> WeightNames:
         return FAMILIES[self.spec.family].names
 
-    def layer(self, layer: int) -> list[LocalParam]:
+    @property
+    def share(self) -> Share:
+        """Of what tensor-parallel ranks share out."""
+        return Share(self.rank, self.tp)
+
+    def layer(self, layer: int) -> Iterator[LocalParam]:
         """One decoder layer."""
         spec, names = self.spec, self.names
         hidden, head = (spec.hidden_size,), (spec.head_dim,)
 
-        def hf(template: str) -> str:
+        def hf(template: str | None) -> str:
+            assert template, f"{spec.family} lacks the name of a weight that its layers have"
             return template.format(layer=layer)
 
-        params = [self.replicated(hf(names.input_norm), hidden)]
+        yield self.replicated(hf(names.input_norm), hidden)
         projections = [hf(names.query), hf(names.key), hf(names.value)]
-        params.append(self.qkv(projections, bias=False))
+        yield self.qkv(projections, bias=False)
         if spec.qkv_bias:
-            params.append(self.qkv([bias_name(name) for name in projections], bias=True))
+            yield self.qkv([bias_name(name) for name in projections], bias=True)
         if spec.qk_norm:
-            assert names.query_norm and names.key_norm
-            params += [
-                self.replicated(hf(names.query_norm), head),
-                self.replicated(hf(names.key_norm), head),
-            ]
-        params.append(self.columns(hf(names.attention_output), spec.num_heads * spec.head_dim))
-        params.append(self.replicated(hf(names.post_attention_norm), hidden))
-        if not spec.num_experts:
-            return [
-                *params,
-                self.gate_up(hf(names.gate), hf(names.up)),
-                self.columns(hf(names.down), spec.ffn_size),
-            ]
-        assert names.router, f"{spec.family} has experts but no name for their router"
-        params.append(self.replicated(hf(names.router), (spec.num_experts, spec.hidden_size)))
-        return [*params, *self.experts(layer)]
+            yield self.replicated(hf(names.query_norm), head)
+            yield self.replicated(hf(names.key_norm), head)
+        yield self.columns(hf(names.attention_output), spec.num_heads * spec.head_dim)
+        yield self.replicated(hf(names.post_attention_norm), hidden)
+        if spec.num_experts:
+            yield self.replicated(hf(names.router), (spec.num_experts, spec.hidden_size))
+            yield from self.experts(layer)
+            return
+        gate, up, mlp = hf(names.gate), hf(names.up), (spec.ffn_size, spec.hidden_size)
+        fused = _fused(gate, "gate_up_proj")
+        yield cut_rows(fused, (gate, up), mlp, self.share, primary=True)
+        yield self.columns(hf(names.down), spec.ffn_size)
 
     def replicated(self, name: str, shape: tuple[int, ...]) -> LocalParam:
-        """The whole tensor on every rank."""
-        box = full_box(shape)
-        return LocalParam(name, shape, (Piece(name, box, box),), primary=self.rank == 0)
+        """The complete tensor on every rank."""
+        return replicated(name, name, shape, primary=self.rank == 0)
 
     def vocabulary(self, name: str) -> LocalParam:
-        """This rank's rows of the padded vocabulary; ranks that hold only padding have no piece."""
-        spec = self.spec
-        rows = engine_vocab_size(spec.vocab_size) // self.tp
-        start = min(self.rank * rows, spec.vocab_size)
-        stop = min(start + rows, spec.vocab_size)
-        columns = (0, spec.hidden_size)
-        pieces = (
-            (Piece(name, ((start, stop), columns), ((0, stop - start), columns)),)
-            if stop > start
-            else ()
-        )
-        return LocalParam(name, (rows, spec.hidden_size), pieces, primary=True, tp_dim=0)
+        """This rank's rows of the padded vocabulary."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        rows = engine_vocab_size(self.spec.vocab_size)
+        return cut_vocabulary(name, name, shape, rows, self.share, primary=True)
+
+    def columns(self, name: str, size: int) -> LocalParam:
+        """This rank's columns of a [hidden, size] tensor."""
+        return cut_columns(name, name, (self.spec.hidden_size, size), self.share, primary=True)
 
     def qkv(self, projections: Sequence[str], bias: bool) -> LocalParam:
         """This rank's query heads, then its key heads, then its value heads.
@@ -202,23 +207,10 @@ class _RankTable:
             _fused(query, "qkv_proj"), (row, *rest), tuple(pieces), primary=True, tp_dim=0
         )
 
-    def gate_up(self, gate: str, up: str) -> LocalParam:
-        """This rank's rows of gate, then those of up."""
-        share, columns = self.spec.ffn_size // self.tp, (0, self.spec.hidden_size)
-        start = self.rank * share
-        pieces = tuple(
-            Piece(
-                hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns)
-            )
-            for i, hf_name in enumerate((gate, up))
-        )
-        shape = (2 * share, self.spec.hidden_size)
-        return LocalParam(_fused(gate, "gate_up_proj"), shape, pieces, primary=True, tp_dim=0)
-
     def experts(self, layer: int) -> list[LocalParam]:
         """w13 [experts, gate then up rows, hidden] and w2 [experts, hidden, columns] of one layer.
 
-        Every rank holds a share of each expert, or (`expert_parallel`) whole experts in a row: rank
+        Every rank holds a share of each expert, or (`expert_parallel`) complete experts in a row: rank
         r of n those from r * experts / n. A piece's `hf_box` has two dimensions and its `local_box`
         the expert's slot in front of them.
         """
@@ -226,33 +218,25 @@ class _RankTable:
         count, share = self.spec.num_experts, self.spec.moe_ffn_size
         if self.expert_parallel:
             count //= self.tp
+            first, start, cut_dims = self.rank * count, 0, (0, 0)
         else:
             share //= self.tp
-        first, start = (self.rank * count, 0) if self.expert_parallel else (0, self.rank * share)
-        cut, whole = (start, start + share), (0, hidden)
-        gate_up, down = [], []
+            first, start, cut_dims = 0, self.rank * share, (1, 2)
+        cut, all_hidden = (start, start + share), (0, hidden)
+        w13: list[Piece] = []
+        w2: list[Piece] = []
         for slot in range(count):
-            gate, up, down_name = (
-                template.format(layer=layer, expert=first + slot)
-                for template in (names.gate, names.up, names.down)
-            )
-            expert = (slot, slot + 1)
-            gate_up.append(Piece(gate, (cut, whole), (expert, (0, share), whole)))
-            gate_up.append(Piece(up, (cut, whole), (expert, (share, 2 * share), whole)))
-            down.append(Piece(down_name, (whole, cut), (expert, whole, (0, share))))
+            number, place = first + slot, (slot, slot + 1)
+            gate = names.gate.format(layer=layer, expert=number)
+            up = names.up.format(layer=layer, expert=number)
+            down = names.down.format(layer=layer, expert=number)
+            w13.append(Piece(gate, (cut, all_hidden), (place, (0, share), all_hidden)))
+            w13.append(Piece(up, (cut, all_hidden), (place, (share, 2 * share), all_hidden)))
+            w2.append(Piece(down, (all_hidden, cut), (place, all_hidden, (0, share))))
         prefix = names.gate.split("{expert}")[0].format(layer=layer) + "routed_experts."
-        shapes = {"w13_weight": (count, 2 * share, hidden), "w2_weight": (count, hidden, share)}
-        cut_dims = (0, 0) if self.expert_parallel else (1, 2)
+        w13_shape, w2_shape = (count, 2 * share, hidden), (count, hidden, share)
+        w13_dim, w2_dim = cut_dims
         return [
-            LocalParam(prefix + name, shape, tuple(pieces), primary=True, tp_dim=dim)
-            for (name, shape), pieces, dim in zip(
-                shapes.items(), (gate_up, down), cut_dims, strict=True
-            )
+            LocalParam(prefix + "w13_weight", w13_shape, tuple(w13), primary=True, tp_dim=w13_dim),
+            LocalParam(prefix + "w2_weight", w2_shape, tuple(w2), primary=True, tp_dim=w2_dim),
         ]
-
-    def columns(self, name: str, size: int) -> LocalParam:
-        """This rank's share of the columns of a [hidden, size] tensor."""
-        share, rows = size // self.tp, (0, self.spec.hidden_size)
-        start = self.rank * share
-        piece = Piece(name, (rows, (start, start + share)), (rows, (0, share)))
-        return LocalParam(name, (self.spec.hidden_size, share), (piece,), primary=True, tp_dim=1)

@@ -11,11 +11,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rlhf3d.models.boxes import Box, Piece, full_box
+from rlhf3d.models.boxes import Box, Piece
+from rlhf3d.models.cuts import (
+    LocalParam,
+    Share,
+    cut_columns,
+    cut_rows,
+    cut_vocabulary,
+    replicated,
+)
 from rlhf3d.models.family import WeightNames
 from rlhf3d.models.spec import FAMILIES, ModelSpec, padded_vocab_size
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords, SpecStyle
@@ -25,24 +33,6 @@ Head = Literal["lm", "value", "none"]
 
 VALUE_HEAD = "value_head.weight"
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
-
-
-@dataclass(frozen=True)
-class LocalParam:
-    """One parameter of one model chunk on one rank."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    primary: bool
-    """Whether this rank's copy is the one to export: False for data-parallel replicas (of experts:
-    those of expert-data-parallel rank 1 and up), for tensor-parallel replicas (norms, router, value
-    head) off tensor rank 0, and for the last stage's copy of tied embeddings.
-    """
-    tp_dim: int | None = None
-    """Dimension that the tensor-parallel ranks share out; None where each holds all of it."""
-    expert: bool = False
-    """A weight of one expert: complete on one rank of each expert-parallel group."""
 
 
 def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
@@ -186,21 +176,17 @@ def local_params(
     `layout` must have passed `check_layout`.
     """
     table = _RankTable(spec, layout, coords)
-    layers = layout.layers(spec.num_layers, coords.pp, chunk)
     names = table.names
     first = coords.pp == 0 and chunk == 0
     last = coords.pp == layout.pp - 1 and chunk == layout.vpp - 1
     params: list[LocalParam] = []
     if first:
         params.append(table.vocabulary("embedding.word_embeddings.weight", names.embedding))
-    for local, layer in enumerate(layers):
+    for local, layer in enumerate(layout.layers(spec.num_layers, coords.pp, chunk)):
         params += table.layer(f"decoder.layers.{local}.", layer, spec_style)
     if last:
-        params.append(
-            table.replicated(
-                "decoder.final_layernorm.weight", names.final_norm, (spec.hidden_size,)
-            )
-        )
+        norm = "decoder.final_layernorm.weight"
+        params.append(table.replicated(norm, names.final_norm, (spec.hidden_size,)))
         if head == "value":
             params.append(table.replicated(VALUE_HEAD, names.value_head, (1, spec.hidden_size)))
         # On a single stage the tied head is the embedding parameter itself.
@@ -224,142 +210,86 @@ class _RankTable:
         return FAMILIES[self.spec.family].names
 
     @property
-    def tp(self) -> int:
-        return self.layout.tp
+    def share(self) -> Share:
+        """Of what tensor-parallel ranks share out."""
+        return Share(self.coords.tp, self.layout.tp)
 
-    def layer(self, prefix: str, layer: int, style: SpecStyle) -> list[LocalParam]:
+    @property
+    def primary(self) -> bool:
+        """Whether this rank's share is the one to export."""
+        return self.coords.first_replica
+
+    def layer(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
         """One decoder layer: `prefix` is its local name, `layer` its global number."""
         spec, names = self.spec, self.names
-        hidden = (spec.hidden_size,)
+        hidden, head = (spec.hidden_size,), (spec.head_dim,)
+        attention = prefix + "self_attention."
         qkv_norm, mlp_norm = _NORM_NAMES[style]
         if spec.num_experts:
             mlp_norm = "pre_mlp_layernorm.weight"  # the router reads it too, so nothing fuses it
 
-        def hf(template: str) -> str:
+        def hf(template: str | None) -> str:
+            assert template, f"{spec.family} lacks the name of a weight that its layers have"
             return template.format(layer=layer)
 
-        params = [
-            self.replicated(prefix + qkv_norm, hf(names.input_norm), hidden),
-            self.columns(
-                prefix + "self_attention.linear_proj.weight",
-                hf(names.attention_output),
-                spec.num_heads * spec.head_dim,
-            ),
-            self.qkv(prefix + "self_attention.linear_qkv.weight", layer, bias=False),
-        ]
+        yield self.replicated(prefix + qkv_norm, hf(names.input_norm), hidden)
+        output = (spec.hidden_size, spec.num_heads * spec.head_dim)
+        name = attention + "linear_proj.weight"
+        yield cut_columns(name, hf(names.attention_output), output, self.share, self.primary)
+        yield self.qkv(attention + "linear_qkv.weight", layer, bias=False)
         if spec.qkv_bias:
-            params.append(self.qkv(prefix + "self_attention.linear_qkv.bias", layer, bias=True))
+            yield self.qkv(attention + "linear_qkv.bias", layer, bias=True)
         if spec.qk_norm:
-            assert names.query_norm and names.key_norm
-            head = (spec.head_dim,)
-            params.append(
-                self.replicated(
-                    prefix + "self_attention.q_layernorm.weight", hf(names.query_norm), head
-                )
-            )
-            params.append(
-                self.replicated(
-                    prefix + "self_attention.k_layernorm.weight", hf(names.key_norm), head
-                )
-            )
-        params.append(self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden))
+            yield self.replicated(attention + "q_layernorm.weight", hf(names.query_norm), head)
+            yield self.replicated(attention + "k_layernorm.weight", hf(names.key_norm), head)
+        yield self.replicated(prefix + mlp_norm, hf(names.post_attention_norm), hidden)
         if spec.num_experts:
-            params += self.experts(prefix + "mlp.", layer, style)
+            router = (spec.num_experts, spec.hidden_size)
+            yield self.replicated(prefix + "mlp.router.weight", hf(names.router), router)
+            yield from self.experts(prefix + "mlp.", layer, style)
         else:
-            params.append(
-                self.rows(
-                    prefix + "mlp.linear_fc1.weight", [hf(names.gate), hf(names.up)], spec.ffn_size
-                )
-            )
-            params.append(
-                self.columns(prefix + "mlp.linear_fc2.weight", hf(names.down), spec.ffn_size)
-            )
-        return params
+            yield from self.mlp(prefix + "mlp.", hf(names.gate), hf(names.up), hf(names.down))
 
     def replicated(self, name: str, hf_name: str, shape: tuple[int, ...]) -> LocalParam:
-        """The whole tensor on every tensor-parallel rank."""
-        box = full_box(shape)
-        return LocalParam(
-            name,
-            shape,
-            (Piece(hf_name, box, box),),
-            self.coords.first_replica and self.coords.tp == 0,
-        )
-
-    def experts(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
-        """The router, and each expert of this rank: gate and up stacked, and down."""
-        spec, names = self.spec, self.names
-        assert names.router
-        router = (spec.num_experts, spec.hidden_size)
-        yield self.replicated(prefix + "router.weight", names.router.format(layer=layer), router)
-        share = spec.num_experts // self.layout.ep
-        primary = self.layout.expert_replica(self.coords) == 0
-        ffn, hidden = spec.moe_ffn_size, spec.hidden_size
-        fc1_box, fc2_box = full_box((ffn, hidden)), full_box((hidden, ffn))
-        for local in range(share):
-            at = {"layer": layer, "expert": self.coords.ep * share + local}
-            gate, up, down = (
-                template.format(**at) for template in (names.gate, names.up, names.down)
-            )
-            pieces = (
-                Piece(gate, fc1_box, fc1_box),
-                Piece(up, fc1_box, ((ffn, 2 * ffn), (0, hidden))),
-            )
-            fc1, fc2 = (
-                prefix + _EXPERT_NAMES[style].format(expert=local, linear=n) for n in (1, 2)
-            )
-            yield LocalParam(fc1, (2 * ffn, hidden), pieces, primary, expert=True)
-            yield LocalParam(
-                fc2, (hidden, ffn), (Piece(down, fc2_box, fc2_box),), primary, expert=True
-            )
+        """The complete tensor on every tensor-parallel rank, exported by the first."""
+        return replicated(name, hf_name, shape, self.primary and self.coords.tp == 0)
 
     def vocabulary(self, name: str, hf_name: str, exported: bool = True) -> LocalParam:
-        """This rank's share of the rows of a [vocabulary, hidden] tensor.
+        """This rank's share of the rows of a [vocabulary, hidden] tensor."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        rows = padded_vocab_size(self.spec, self.layout)
+        return cut_vocabulary(name, hf_name, shape, rows, self.share, exported and self.primary)
 
-        Its last rows may be padding.
-        """
-        share, columns = (
-            padded_vocab_size(self.spec, self.layout) // self.tp,
-            (0, self.spec.hidden_size),
-        )
-        start = self.coords.tp * share
-        real = min(share, self.spec.vocab_size - start)
-        pieces = (
-            (Piece(hf_name, ((start, start + real), columns), ((0, real), columns)),)
-            if real > 0
-            else ()
-        )
-        shape = (share, self.spec.hidden_size)
-        return LocalParam(name, shape, pieces, exported and self.coords.first_replica, tp_dim=0)
+    def mlp(self, prefix: str, gate: str, up: str, down: str) -> Iterator[LocalParam]:
+        """A dense layer's MLP: this rank's rows of gate and up stacked, its columns of down."""
+        ffn, hidden = self.spec.ffn_size, self.spec.hidden_size
+        fc1, fc2 = prefix + "linear_fc1.weight", prefix + "linear_fc2.weight"
+        yield cut_rows(fc1, (gate, up), (ffn, hidden), self.share, self.primary)
+        yield cut_columns(fc2, down, (hidden, ffn), self.share, self.primary)
 
-    def rows(self, name: str, hf_names: list[str], size: int) -> LocalParam:
-        """This rank's share of the rows of each of `hf_names` ([size, hidden] each), stacked."""
-        share, columns = size // self.tp, (0, self.spec.hidden_size)
-        start = self.coords.tp * share
-        pieces = tuple(
-            Piece(
-                hf_name, ((start, start + share), columns), ((i * share, (i + 1) * share), columns)
-            )
-            for i, hf_name in enumerate(hf_names)
-        )
-        shape = (len(hf_names) * share, self.spec.hidden_size)
-        return LocalParam(name, shape, pieces, self.coords.first_replica, tp_dim=0)
-
-    def columns(self, name: str, hf_name: str, size: int) -> LocalParam:
-        """This rank's share of the columns of a [hidden, size] tensor."""
-        share, rows = size // self.tp, (0, self.spec.hidden_size)
-        start = self.coords.tp * share
-        piece = Piece(hf_name, (rows, (start, start + share)), (rows, (0, share)))
-        return LocalParam(
-            name, (self.spec.hidden_size, share), (piece,), self.coords.first_replica, tp_dim=1
-        )
+    def experts(self, prefix: str, layer: int, style: SpecStyle) -> Iterator[LocalParam]:
+        """Each expert of this rank, complete: gate and up stacked, and down."""
+        names, everything = self.names, Share(0, 1)
+        ffn, hidden = self.spec.moe_ffn_size, self.spec.hidden_size
+        count = self.spec.num_experts // self.layout.ep
+        primary = self.layout.expert_replica(self.coords) == 0
+        for local in range(count):
+            expert = self.coords.ep * count + local
+            gate = names.gate.format(layer=layer, expert=expert)
+            up = names.up.format(layer=layer, expert=expert)
+            down = names.down.format(layer=layer, expert=expert)
+            fc1 = prefix + _EXPERT_NAMES[style].format(expert=local, linear=1)
+            fc2 = prefix + _EXPERT_NAMES[style].format(expert=local, linear=2)
+            stacked = cut_rows(fc1, (gate, up), (ffn, hidden), everything, primary)
+            yield replace(stacked, tp_dim=None, expert=True)
+            yield replace(replicated(fc2, down, (hidden, ffn), primary), expert=True)
 
     def qkv(self, name: str, layer: int, bias: bool) -> LocalParam:
-        """Fused attention input: for each KV group of this rank its query heads, key head and value
-        head.
+        """Fused attention input of this rank's KV groups.
+
+        Of each group its query heads, its key head and its value head, in Megatron's order.
         """
         spec, names = self.spec, self.names
-        groups = spec.num_kv_heads // self.tp
         query_rows = spec.num_heads // spec.num_kv_heads * spec.head_dim
         rest: Box = () if bias else ((0, spec.hidden_size),)
         parts = (
@@ -368,14 +298,14 @@ class _RankTable:
             (names.value, spec.head_dim),
         )
         pieces, row = [], 0
-        for group in range(self.coords.tp * groups, (self.coords.tp + 1) * groups):
+        for group in range(*self.share.of(spec.num_kv_heads)):
             for template, rows in parts:
                 hf_name = (bias_name(template) if bias else template).format(layer=layer)
                 hf_rows, local_rows = (group * rows, (group + 1) * rows), (row, row + rows)
                 pieces.append(Piece(hf_name, (hf_rows, *rest), (local_rows, *rest)))
                 row += rows
         shape = (row,) if bias else (row, spec.hidden_size)
-        return LocalParam(name, shape, tuple(pieces), self.coords.first_replica, tp_dim=0)
+        return LocalParam(name, shape, tuple(pieces), self.primary, tp_dim=0)
 
 
 _NORM_NAMES: dict[SpecStyle, tuple[str, str]] = {
