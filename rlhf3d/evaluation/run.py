@@ -29,10 +29,11 @@ from rlhf3d.models.folder import weight_files
 from rlhf3d.models.hf_io import check_weights
 from rlhf3d.models.spec import load_spec
 from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.items import decode, score_item
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import Score, check_outcomes
 from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
-from rlhf3d.rewards.scoring import RewardFunction, Score, check_outcomes
 from rlhf3d.rewards.truth_check import LOOKED_AT, stated_truths
 from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops, request_seed
@@ -206,7 +207,10 @@ def evaluate(
     have = {(g.mode, g.index, g.sample) for g in done}
     todo = [(mode, n, sampling, _missing(prompts, mode, n, have)) for mode, n, sampling in modes]
     if any(missing for *_, missing in todo):
-        with ScoringPool(workers, timeout_s, reward) as pool, closing(make_engine(stops)) as engine:
+        with (
+            RewardManager(reward, workers=workers, timeout_s=timeout_s) as pool,
+            closing(make_engine(stops)) as engine,
+        ):
             for mode, n, sampling, missing in todo:
                 total = len(prompts) * n
                 finished = total - sum(len(samples) for _, samples in missing)
@@ -259,7 +263,7 @@ def _parts(missing: _Missing, size: int) -> Iterator[_Missing]:
 
 def _generate(
     engine: Engine,
-    pool: ScoringPool,
+    pool: RewardManager,
     tokenizer: Any,
     prompts: PromptDataset,
     part: _Missing,

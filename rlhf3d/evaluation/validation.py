@@ -11,9 +11,9 @@ from math import sqrt
 from statistics import fmean, stdev
 
 from rlhf3d.evaluation.metrics import Answers, summarise
-from rlhf3d.rewards.combined import PART, only_model
 from rlhf3d.rewards.math_answer import normalise
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.reward_model import PART, only_model
+from rlhf3d.rewards.score import Outcome, Score
 
 
 def validation_metrics(

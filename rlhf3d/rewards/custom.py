@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.rewards.scoring import ExtraInfo, ScoreItem, WrongCount
+from rlhf3d.rewards.function import WrongCount
+from rlhf3d.rewards.score import ExtraInfo, ScoreItem
 from rlhf3d.user_code import Ended, load_function, running
 
 ASYNC_CHUNK = 64

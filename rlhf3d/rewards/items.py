@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf3d.data.dataset import Prompt
-from rlhf3d.rewards.scoring import ScoreItem
+from rlhf3d.rewards.score import ScoreItem
 from rlhf3d.rollout.api import Completion
 
 

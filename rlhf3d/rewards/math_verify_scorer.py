@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from rlhf3d.rewards.math_answer import bases, half_of_day, last_boxed, normalise, split_unit, tidy
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.score import Outcome, Score
 
 MAX_ANSWER = 500
 """Longest answer taken seriously, characters (the longest of MATH's 12,500 is about 160)."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlhf3d.rewards.calls import score_items
+from rlhf3d.rewards.function import RewardFunction, score_items
 from rlhf3d.rewards.math_answer import last_boxed
-from rlhf3d.rewards.scoring import ExtraInfo, RewardFunction, Score, ScoreItem
+from rlhf3d.rewards.score import ExtraInfo, Score, ScoreItem
 
 FORMATS = ("boxed", "hashes", "think")
 PARTS = ("accuracy", "format")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf3d.rewards import gsm8k, math_answer, math_verify_scorer
-from rlhf3d.rewards.scoring import ExtraInfo, Outcome, Score
+from rlhf3d.rewards.score import ExtraInfo, Outcome, Score
 from rlhf3d.rewards.truths import accepted
 
 

@@ -15,9 +15,10 @@ from rlhf3d.data.check import SHOWN, CheckReport, FileCheck, Marks, check_files
 from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.rows import PromptRow, question_key
 from rlhf3d.data.store import data_sources
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.function import RewardFunction
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import Score, ScoreItem
 from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
-from rlhf3d.rewards.scoring import RewardFunction, Score, ScoreItem
 from rlhf3d.rewards.truths import shown
 from rlhf3d.tokenizer.chat import ChatTokenizer
 
@@ -44,7 +45,7 @@ def check_prompt_files(
     scorers = scorers or {}
     graded = data_sources(files) & {*DATA_SOURCES, *scorers}
     function = reward or BuiltinReward(method, tuple(sorted(graded)), scorers)
-    with ScoringPool(workers, timeout_s, function) as pool:
+    with RewardManager(function, workers=workers, timeout_s=timeout_s) as pool:
         grader = TruthGrader(pool, scorers, custom=reward is not None)
         checks = check_files(files, tokenizer, max_prompt_length, grader)
     return CheckReport(checks, grader.answers_per_s)
@@ -59,7 +60,7 @@ class _Answer(NamedTuple):
 class TruthGrader:
     """Scores the ground truths and worked solutions of rows, a batch at a time."""
 
-    def __init__(self, pool: ScoringPool, scorers: Mapping[str, str], custom: bool) -> None:
+    def __init__(self, pool: RewardManager, scorers: Mapping[str, str], custom: bool) -> None:
         self._pool, self._scorers, self._custom = pool, scorers, custom
         self._marks: dict[str, Marks] = {}
         self._waiting: list[_Answer] = []
@@ -179,7 +180,7 @@ def training_warnings(
     train: PromptDataset,
     val: PromptDataset | None,
     reward: RewardFunction | None,
-    pool: ScoringPool | None,
+    pool: RewardManager | None,
 ) -> list[str]:
     """What a run reports before it starts: shared questions, and ground truths without full marks.
 

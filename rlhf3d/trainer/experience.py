@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.data.loader import Prompt
 from rlhf3d.observability.samples import Sample
-from rlhf3d.rewards.scoring import Score
+from rlhf3d.rewards.score import Score
 from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Completion, Request, request_seed
 

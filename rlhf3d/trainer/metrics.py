@@ -14,8 +14,8 @@ from torch import Tensor
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.health import explained_variance, logprob_mismatch
 from rlhf3d.batching.batch import Batch
-from rlhf3d.rewards.combined import PART
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.reward_model import PART
+from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.trainer.experience import Experience, Scored
 
 MISMATCH = {

@@ -30,9 +30,9 @@ from rlhf3d.observability.samples import Kind, write_samples
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.sync import WeightSync
-from rlhf3d.rewards.combined import Scorer, ScoringBatch
 from rlhf3d.rewards.items import decode, score_item
-from rlhf3d.rewards.scoring import Score, check_outcomes
+from rlhf3d.rewards.manager import RewardManager, ScoringBatch
+from rlhf3d.rewards.score import Score, check_outcomes
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.trainer.best import Best
 from rlhf3d.trainer.correction import correct, settings_of
@@ -63,7 +63,7 @@ class Parts:
     """The same group, or the critic's own."""
     rollout: RolloutGroup
     sync: WeightSync
-    scoring: Scorer
+    scoring: RewardManager
     loader: PromptLoader
     val: Sequence[Prompt]
     console: Console

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.batching.batch import from_sequences
-from rlhf3d.config.schema import Config, RewardModelConfig
+from rlhf3d.config.schema import RewardModelConfig
 from rlhf3d.models.spec import load_spec
 from rlhf3d.paths import read_json
 from rlhf3d.placement.train_group import TrainGroup
-from rlhf3d.rewards.combined import PART, ModelPart, ModelRewards, ModelScore, Scorer
-from rlhf3d.rewards.model_inputs import model_inputs, require_finite
-from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scoring import ScoreItem
-from rlhf3d.tokenizer.load import load_tokenizer
+from rlhf3d.rewards.reward_model import ModelScore, model_inputs, require_finite
+from rlhf3d.rewards.score import ScoreItem
 
 
 class RewardModel:
@@ -43,13 +40,3 @@ class RewardModel:
         values = self._group.forward("reward_model", "reward", batch)["values"][:, 0].tolist()
         require_finite(items, values)
         return [ModelScore(value, one.cut) for value, one in zip(values, inputs, strict=True)]
-
-
-def make_scorer(config: Config, pool: ScoringPool | None, group: TrainGroup | None) -> Scorer:
-    """What a run asks for scores: the rule's processes, the reward model's group, or both."""
-    settings = config.reward_model
-    if group is None or settings.path is None:
-        assert pool is not None, "neither a rule nor a reward model scores"
-        return pool
-    part = ModelPart(config.reward.weights[PART], settings.mean, settings.std)
-    return ModelRewards(pool, RewardModel(settings, group, load_tokenizer(settings.path)), part)

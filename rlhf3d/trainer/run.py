@@ -44,14 +44,14 @@ from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sync import WeightSync
-from rlhf3d.rewards.make import make_reward
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.make import make_reward, model_part
+from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.rollout.api import Stops
 from rlhf3d.tokenizer.end_tokens import EndTokens, end_tokens
 from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
-from rlhf3d.trainer.reward_model import make_scorer
+from rlhf3d.trainer.reward_model import RewardModel
 from rlhf3d.trainer.stopping import PREEMPTED, Stopping
 
 CANARY_PROMPTS = 4
@@ -87,7 +87,9 @@ def run_training(config: Config, stopping: Stopping) -> int:
         curriculum,
     )
     reward = make_reward(
-        config, {source for data in (train_data, *held_out) for source in data.data_sources}
+        config.reward,
+        config.custom_reward_function,
+        {source for data in (train_data, *held_out) for source in data.data_sources},
     )
     derived = derive(config, len(train_data))
     total_steps = derived.total_steps
@@ -106,15 +108,17 @@ def run_training(config: Config, stopping: Stopping) -> int:
     with ExitStack() as stack:
         console = stack.enter_context(Console())
         metrics = stack.enter_context(_metrics(output, found))
-        pool = None
-        if reward is not None:
-            rules = config.reward
-            pool = stack.enter_context(
-                ScoringPool(rules.workers, rules.timeout_s, reward, rules.max_error_rate)
+        rewards = stack.enter_context(
+            RewardManager(
+                reward,
+                workers=config.reward.workers,
+                timeout_s=config.reward.timeout_s,
+                max_error_rate=config.reward.max_error_rate,
             )
+        )
         prompts = [data.summary() for data in (train_data, *held_out)]
         prompts += [
-            f"warning: {text}" for text in training_warnings(train_data, val_data, reward, pool)
+            f"warning: {text}" for text in training_warnings(train_data, val_data, reward, rewards)
         ]
         of_model = weight_files(Path(config.model.path)).notes
         of_tokens = (*vocabulary_notes(tokenizer, spec.vocab_size), *ends.notes)
@@ -129,6 +133,11 @@ def run_training(config: Config, stopping: Stopping) -> int:
         groups, rollout, setup = _start_processes(
             stack, config, derived, spec, platform, console, stopping, ends
         )
+        if "reward" in groups:
+            settings = config.reward_model
+            assert settings.path is not None
+            model = RewardModel(settings, groups["reward"], load_tokenizer(settings.path))
+            rewards.add_model(model, model_part(config.reward, settings))
         canary = canary_tokens(val_data or train_data)
         sync = stack.enter_context(
             closing(WeightSync(config, setup, groups["actor"], rollout, canary))
@@ -150,7 +159,7 @@ def run_training(config: Config, stopping: Stopping) -> int:
                 critic=groups.get("critic", groups["actor"]),
                 rollout=rollout,
                 sync=sync,
-                scoring=make_scorer(config, pool, groups.get("reward")),
+                scoring=rewards,
                 loader=loader,
                 val=val_data or (),
                 console=console,

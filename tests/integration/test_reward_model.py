@@ -19,8 +19,8 @@ from rlhf3d.config.schema import LayoutConfig
 from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.models.spec import load_reward_spec
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.rewards.model_inputs import model_inputs
-from rlhf3d.rewards.scoring import ScoreItem
+from rlhf3d.rewards.reward_model import model_inputs
+from rlhf3d.rewards.score import ScoreItem
 
 ITEMS = [
     ScoreItem("t", "x" * n, None, messages=[{"role": "user", "content": "word"}, *extra])

@@ -12,8 +12,8 @@ import time
 import psutil
 
 from rlhf3d.processes import STOP_SIGNALS, deaf_to_signals, find_marked, marked
-from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scoring import Outcome, ScoreItem
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import Outcome, ScoreItem
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 FORKED = """
@@ -72,6 +72,6 @@ def slow(
 
 
 def test_scoring_goes_on_under_signals_and_ends_its_own_processes() -> None:
-    with ScoringPool(1, 60.0, slow) as pool:
+    with RewardManager(slow, workers=1, timeout_s=60.0) as pool:
         (score,) = pool.score_batch([ScoreItem("source", "text", "truth", {})])
     assert (score.outcome, score.value) == (Outcome.SCORED, 1.0), score.message

@@ -12,9 +12,9 @@ import time
 from collections import Counter
 
 from rlhf3d.data.rows import read_parquet
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.scoring import ScoreItem
 
 
 def cpu_seconds() -> float:
@@ -28,11 +28,11 @@ def measure(
 ) -> tuple[float, float, Counter[str]]:
     """Seconds and processor seconds of `items` in a pool that has scored `warm`, and their outcomes."""
     before = cpu_seconds()
-    with ScoringPool(workers, 10.0, reward) as pool:
+    with RewardManager(reward, workers=workers, timeout_s=10.0) as pool:
         pool.score_batch(warm)
     warming = cpu_seconds() - before
     before = cpu_seconds()
-    with ScoringPool(workers, 10.0, reward) as pool:
+    with RewardManager(reward, workers=workers, timeout_s=10.0) as pool:
         pool.score_batch(warm)
         start = time.monotonic()
         scores = pool.score_batch(items)

@@ -15,8 +15,8 @@ from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.messages import read_messages, without_nulls
 from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
 from rlhf3d.rewards.items import score_item
-from rlhf3d.rewards.model_inputs import model_inputs
 from rlhf3d.rewards.parts import WeightedReward
+from rlhf3d.rewards.reward_model import model_inputs
 from rlhf3d.rewards.scorers import BuiltinReward
 
 PLAIN = make_tiny_tokenizer()

@@ -15,7 +15,7 @@ from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.evaluation.records import Generation, read_generations, results
 from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
 from rlhf3d.evaluation.view import render
-from rlhf3d.rewards.scoring import RewardError
+from rlhf3d.rewards.score import RewardError
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops
 
 SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method="strict")

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf3d.evaluation.metrics import interval
 from rlhf3d.evaluation.validation import validation_metrics
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.score import Outcome, Score
 
 
 def score(value: float, answer: str | None, **extra: float) -> Score:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.rewards.combined import ModelPart, ModelRewards, ModelScore, only_model
-from rlhf3d.rewards.pool import ScoringPool
-from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.reward_model import ModelPart, ModelScore, only_model
+from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 
 ITEMS = [
     ScoreItem("src", text, "4", messages=[{"role": "user", "content": "2 + 2"}])
@@ -36,8 +36,9 @@ def rule(
 
 
 def test_both_by_weights() -> None:
-    with ScoringPool(1, 20.0, rule) as pool:
-        batch = ModelRewards(pool, Lengths(), ModelPart(0.5, mean=2.0, std=4.0)).start(3)
+    with RewardManager(rule, workers=1, timeout_s=20.0) as pool:
+        pool.add_model(Lengths(), ModelPart(0.5, mean=2.0, std=4.0))
+        batch = pool.start(3)
         batch.add({2: ITEMS[2], 0: ITEMS[0]})
         batch.add({1: ITEMS[1]})
         right, wrong, failed = batch.finish()
@@ -53,7 +54,9 @@ def test_both_by_weights() -> None:
 
 
 def test_alone_everything_is_scored_and_nothing_is_right() -> None:
-    batch = ModelRewards(None, Lengths(), ModelPart(2.0)).start(2)
+    rewards = RewardManager(None)
+    rewards.add_model(Lengths(), ModelPart(2.0))
+    batch = rewards.start(2)
     batch.add(dict(enumerate(ITEMS[:2])))
     scores = batch.finish()
     assert [(s.value, s.outcome) for s in scores] == [(2.0, Outcome.SCORED), (8.0, Outcome.SCORED)]

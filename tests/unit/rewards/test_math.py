@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf3d.rewards import math_verify_scorer as scorer
+from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.math_answer import bases, half_of_day, last_boxed, normalise, split_unit, tidy
 from rlhf3d.rewards.math_verify_scorer import score_math
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.score import Outcome, ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.scoring import Outcome, ScoreItem
 
 MATH_500_EXCERPT = Path(__file__).parents[2] / "data" / "math500_excerpt.jsonl"
 
@@ -384,7 +384,9 @@ def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
         for i, text in enumerate(HOSTILE.values())
     ]
     sane = ScoreItem("lighteval/MATH", r"\boxed{\frac{8}{2}}", "4")
-    with ScoringPool(2, 2.0, BuiltinReward("flexible", ("lighteval/MATH",))) as pool:
+    with RewardManager(
+        BuiltinReward("flexible", ("lighteval/MATH",)), workers=2, timeout_s=2.0
+    ) as pool:
         start = time.monotonic()
         scores = pool.score_batch(batch)
         assert time.monotonic() - start < 200.0

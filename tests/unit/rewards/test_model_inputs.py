@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.tiny_models import make_tiny_tokenizer
 
-from rlhf3d.rewards.model_inputs import model_inputs, require_finite
-from rlhf3d.rewards.scoring import RewardError, ScoreItem
+from rlhf3d.rewards.reward_model import model_inputs, require_finite
+from rlhf3d.rewards.score import RewardError, ScoreItem
 
 TOKENIZER = make_tiny_tokenizer()
 ITEM = ScoreItem(

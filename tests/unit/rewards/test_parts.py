@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf3d.config.schema import Config, CustomRewardConfig, RewardConfig
+from rlhf3d.config.schema import CustomRewardConfig, RewardConfig
 from rlhf3d.rewards.make import make_reward
+from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.parts import WeightedReward, format_score
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_the_sum_states_its_parts_and_keeps_accuracy_apart() -> None:
 
 def test_it_works_in_the_pool_and_failures_earn_nothing() -> None:
     broken = ScoreItem("openai/gsm8k", "#### 4", "no number")
-    with ScoringPool(1, 20.0, weighted(accuracy=1.0, format=1.0)) as pool:
+    with RewardManager(weighted(accuracy=1.0, format=1.0), workers=1, timeout_s=20.0) as pool:
         right, failed = pool.score_batch([item("#### 4"), broken])
     assert (right.value, right.accuracy) == (2.0, 1.0)
     assert (failed.value, failed.outcome) == (0.0, Outcome.ERROR)
@@ -87,13 +87,15 @@ def test_mistakes_in_weights_are_named() -> None:
 
 
 def test_a_configuration_becomes_the_right_function() -> None:
-    assert make_reward(Config(), ["openai/gsm8k"]) == BuiltinReward("flexible", ("openai/gsm8k",))
-    summed = make_reward(
-        Config(reward=RewardConfig(weights={"format": 0.5}, format="hashes")), ["openai/gsm8k"]
+    plain, builtin = RewardConfig(), CustomRewardConfig()
+    assert make_reward(plain, builtin, ["openai/gsm8k"]) == BuiltinReward(
+        "flexible", ("openai/gsm8k",)
     )
+    form = RewardConfig(weights={"format": 0.5}, format="hashes")
+    summed = make_reward(form, builtin, ["openai/gsm8k"])
     assert isinstance(summed, WeightedReward)
     assert [s.value for s in summed.score_items([item("#### 5"), item("5")])] == [0.5, 0.0]
     with pytest.raises(ValueError, match="no built-in scorer for data_source 'mine'"):
-        make_reward(Config(), ["mine"])
+        make_reward(plain, builtin, ["mine"])
     with pytest.raises(ValueError, match="no such file"):
-        make_reward(Config(custom_reward_function=CustomRewardConfig(path="nowhere.py")), ["mine"])
+        make_reward(plain, CustomRewardConfig(path="nowhere.py"), ["mine"])

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.function import to_score
+from rlhf3d.rewards.score import Outcome, RewardError, Score, check_outcomes
 from rlhf3d.rewards.scorers import DATA_SOURCES, SCORERS, BuiltinReward, check_data_sources
-from rlhf3d.rewards.scoring import Outcome, RewardError, Score, check_outcomes, to_score
 from rlhf3d.rewards.truths import accepted, shown
 
 SAMPLE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf3d.rewards.custom import load_custom_reward
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import Outcome, RewardError, ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.scoring import Outcome, RewardError, ScoreItem
 
 UNRULY = """
 import multiprocessing, os, re, subprocess, sys, time
@@ -86,7 +86,7 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 
 def test_order_is_kept_over_workers_and_processes_are_reused() -> None:
     batch = [ScoreItem("rlhf3d/arithmetic", f"it is {i}", str(i - i % 2)) for i in range(200)]
-    with ScoringPool(2, 10.0, BuiltinReward()) as pool:
+    with RewardManager(BuiltinReward(), workers=2, timeout_s=10.0) as pool:
         scores = pool.score_batch(batch)
         assert [s.value for s in scores] == [1.0, 0.0] * 100
         assert [s.extra["answer"] for s in scores] == [str(i) for i in range(200)]
@@ -96,7 +96,7 @@ def test_order_is_kept_over_workers_and_processes_are_reused() -> None:
 
 def test_items_are_scored_while_others_are_awaited(unruly: Path, tmp_path: Path) -> None:
     """The second part of the batch is made only when the first has been scored."""
-    with ScoringPool(2, 1.0, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=2, timeout_s=1.0) as pool:
         pool.score_batch(items("1", "1"))
         pid_file = tmp_path / "pid"
         scoring = pool.start(4)
@@ -115,7 +115,7 @@ def test_items_are_scored_while_others_are_awaited(unruly: Path, tmp_path: Path)
 
 
 def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: Path) -> None:
-    with ScoringPool(1, 0.5, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=0.5) as pool:
         pool.score_batch(items("1"))
         start = time.monotonic()
         scores = pool.score_batch(items("1", "sleep", "2", "regex", "3"))
@@ -145,7 +145,7 @@ def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unru
         "unpicklable",
         "3",
     ]
-    with ScoringPool(2, 20.0, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=2, timeout_s=20.0) as pool:
         scores = pool.score_batch(items(*texts))
     messages = {text: score.message or "" for text, score in zip(texts, scores, strict=True)}
     assert [s.value for s in scores if s.outcome is Outcome.SCORED] == [1.0, 2.0, 1.0, 3.0]
@@ -160,9 +160,10 @@ def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unru
 def test_a_batch_is_given_up_as_soon_as_too_many_have_failed(unruly: Path) -> None:
     start = time.monotonic()
     message = r"2 of 100 completions .*reward\.max_error_rate=0\.01 allows 1"
-    pool = ScoringPool(1, 1.0, load_custom_reward(unruly), max_error_rate=0.01)
-    with pytest.raises(RewardError, match=message):
-        pool.score_batch(items(*["sleep"] * 100))
+    with RewardManager(load_custom_reward(unruly), timeout_s=1.0, max_error_rate=0.01) as pool:
+        with pytest.raises(RewardError, match=message):
+            pool.score_batch(items(*["sleep"] * 100))
+        assert pool.score_batch(items("1"))[0].value == 1.0
     with pytest.raises(AssertionError, match="the pool is closed"):
         pool.score_batch(items("1"))
     assert time.monotonic() - start < 30.0
@@ -170,21 +171,21 @@ def test_a_batch_is_given_up_as_soon_as_too_many_have_failed(unruly: Path) -> No
 
 def test_what_a_killed_call_started_dies_with_it(unruly: Path, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with ScoringPool(1, 2.0, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=2.0) as pool:
         (score,) = pool.score_batch(items("grandchild", pid_file=str(pid_file)))
         assert score.outcome is Outcome.TIMEOUT
         assert gone(int(pid_file.read_text()))
 
 
 def test_functions_may_start_processes_and_scorers_load_nothing_heavy(unruly: Path) -> None:
-    with ScoringPool(1, 60.0, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=60.0) as pool:
         process, modules = pool.score_batch(items("process", "modules"))
     assert process.value == 1.0
     assert modules.extra["heavy"] == []
 
 
 def test_a_worker_that_died_between_batches_is_replaced(unruly: Path) -> None:
-    with ScoringPool(1, 10.0, load_custom_reward(unruly)) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=10.0) as pool:
         pid = pool.score_batch(items("1"))[0].extra["pid"]
         os.kill(pid, signal.SIGKILL)
         assert gone(pid)
@@ -196,32 +197,35 @@ def test_a_function_that_cannot_be_loaded_stops_at_once(unruly: Path) -> None:
     reward = load_custom_reward(unruly)
     unruly.write_text("import time; time.sleep(1000)")
     late = pytest.raises(RewardError, match=r"did not load within 2\.0 s")
-    with ScoringPool(1, 1.0, reward, startup_timeout_s=2.0) as pool, late:
+    with RewardManager(reward, startup_timeout_s=2.0, workers=1, timeout_s=1.0) as pool, late:
         pool.score_batch(items("1"))
     unruly.write_text("1 / 0")
-    with ScoringPool(1, 1.0, reward) as pool, pytest.raises(RewardError, match="ZeroDivisionError"):
+    with (
+        RewardManager(reward, workers=1, timeout_s=1.0) as pool,
+        pytest.raises(RewardError, match="ZeroDivisionError"),
+    ):
         pool.score_batch(items("1"))
     with pytest.raises(ValueError, match="cannot be sent to another process"):
-        ScoringPool(1, 1.0, lambda **sample: 1.0)
+        RewardManager(lambda **sample: 1.0)
 
 
 def test_close_and_refused_sizes(unruly: Path) -> None:
-    pool = ScoringPool(1, 10.0, load_custom_reward(unruly))
+    pool = RewardManager(load_custom_reward(unruly))
     pid = pool.score_batch(items("1"))[0].extra["pid"]
     pool.close()
     assert gone(pid)
     with pytest.raises(ValueError, match=r"reward\.workers=0"):
-        ScoringPool(0, 1.0, BuiltinReward())
+        RewardManager(BuiltinReward(), workers=0)
 
 
 @pytest.mark.parametrize("text", ["1", "regex"])
 def test_scorers_die_with_a_killed_parent(unruly: Path, text: str) -> None:
     """Idle or in a call that holds the interpreter: no scorer survives the driver's SIGKILL."""
     driver = (
-        "from rlhf3d.rewards.pool import ScoringPool\n"
+        "from rlhf3d.rewards.manager import RewardManager\n"
         "from rlhf3d.rewards.custom import load_custom_reward\n"
-        "from rlhf3d.rewards.scoring import ScoreItem\n"
-        f"pool = ScoringPool(1, 3.0, load_custom_reward({str(unruly)!r}))\n"
+        "from rlhf3d.rewards.score import ScoreItem\n"
+        f"pool = RewardManager(load_custom_reward({str(unruly)!r}), timeout_s=3.0)\n"
         "print(int(pool.score_batch([ScoreItem('', '1', '')])[0].extra['pid']), flush=True)\n"
         f"pool.score_batch([ScoreItem('', {text!r}, '')])\n"
         "input()\n"
@@ -274,7 +278,7 @@ def batch_file(tmp_path: Path) -> Path:
 
 def test_a_batch_function_is_given_shares_and_keeps_the_order(batch_file: Path) -> None:
     reward = load_custom_reward(batch_file, "batch", {"factor": 2.0})
-    with ScoringPool(2, 20.0, reward) as pool:
+    with RewardManager(reward, workers=2, timeout_s=20.0) as pool:
         scores = pool.score_batch(items(*map(str, range(101))))
     assert [s.value for s in scores] == [2.0 * i for i in range(101)]
     assert len({(s.extra["pid"], s.extra["calls"]) for s in scores}) == 2
@@ -283,7 +287,7 @@ def test_a_batch_function_is_given_shares_and_keeps_the_order(batch_file: Path) 
 def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) -> None:
     texts = [str(i) for i in range(40)]
     texts[17], texts[31] = "no number", "sleep"
-    with ScoringPool(2, 2.0, load_custom_reward(batch_file, "batch")) as pool:
+    with RewardManager(load_custom_reward(batch_file, "batch"), workers=2, timeout_s=2.0) as pool:
         scores = pool.score_batch(items(*texts))
     outcomes = {i: s.outcome.value for i, s in enumerate(scores) if s.failed}
     assert outcomes == {17: "error", 31: "timeout"}
@@ -297,7 +301,7 @@ def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) ->
 
 def test_scores_that_are_not_one_for_each_of_a_batch_are_errors(batch_file: Path) -> None:
     said = {"one": "returned 1 scores", "dict": "returned dict", "none": "returned NoneType"}
-    with ScoringPool(1, 20.0, load_custom_reward(batch_file, "short")) as pool:
+    with RewardManager(load_custom_reward(batch_file, "short"), workers=1, timeout_s=20.0) as pool:
         for kind, message in said.items():
             scores = pool.score_batch(
                 [replace(item, data_source=kind) for item in items("1", "2", "3")]
@@ -306,26 +310,28 @@ def test_scores_that_are_not_one_for_each_of_a_batch_are_errors(batch_file: Path
             assert (
                 message in scores[0].reason and "for each of its 3 completions" in scores[0].reason
             )
-    with ScoringPool(1, 20.0, load_custom_reward(batch_file, "batch")) as pool:
+    with RewardManager(load_custom_reward(batch_file, "batch"), workers=1, timeout_s=20.0) as pool:
         assert pool.score_batch([]) == []
 
 
 def test_async_calls_run_together_and_fail_alone(batch_file: Path) -> None:
     texts = [str(i) for i in range(30)]
     texts[4] = "no number"
-    with ScoringPool(1, 10.0, load_custom_reward(batch_file, "judge")) as pool:
+    with RewardManager(load_custom_reward(batch_file, "judge"), workers=1, timeout_s=10.0) as pool:
         pool.score_batch(items("1"))
         start = time.monotonic()
         scores = pool.score_batch(items(*texts))
         assert time.monotonic() - start < 3.0  # one after the other they need 6 s
         assert [i for i, s in enumerate(scores) if s.failed] == [4]
         assert "sample 4" in (scores[4].message or "")
-    with ScoringPool(1, 10.0, load_custom_reward(batch_file, "judge_batch")) as pool:
+    with RewardManager(
+        load_custom_reward(batch_file, "judge_batch"), workers=1, timeout_s=10.0
+    ) as pool:
         assert [s.value for s in pool.score_batch(items("3", "1"))] == [3.0, 1.0]
 
 
 def test_a_hanging_async_call_costs_its_own_sample(batch_file: Path) -> None:
-    with ScoringPool(1, 1.0, load_custom_reward(batch_file, "judge")) as pool:
+    with RewardManager(load_custom_reward(batch_file, "judge"), workers=1, timeout_s=1.0) as pool:
         scores = pool.score_batch(items("1", "hang", "2"))
     assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored"]
 
@@ -368,23 +374,23 @@ def odd(tmp_path: Path) -> Path:
 
 
 def test_what_a_file_keeps_for_its_coroutines_stays_usable(odd: Path) -> None:
-    with ScoringPool(1, 30.0, load_custom_reward(odd, "with_slots")) as pool:
+    with RewardManager(load_custom_reward(odd, "with_slots"), workers=1, timeout_s=30.0) as pool:
         for _ in range(3):
             assert [score.value for score in pool.score_batch(items(*"x" * 70))] == [1.0] * 70
-    with ScoringPool(1, 30.0, load_custom_reward(odd, "exits")) as pool:
+    with RewardManager(load_custom_reward(odd, "exits"), workers=1, timeout_s=30.0) as pool:
         ended, failed = pool.score_batch(items("1", "2"))
     assert "it ends the process: sys.exit(0)" in ended.reason and failed.reason == "ValueError: no"
 
 
 def test_a_file_may_have_a_spawn_pool_of_its_own(odd: Path) -> None:
-    with ScoringPool(1, 60.0, load_custom_reward(odd, "spawns")) as pool:
+    with RewardManager(load_custom_reward(odd, "spawns"), workers=1, timeout_s=60.0) as pool:
         assert pool.score_batch(items("0.5"))[0].value == 0.5
 
 
 def test_extras_cross_as_plain_values_and_prints_are_no_output(
     odd: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with ScoringPool(1, 30.0, load_custom_reward(odd, "rich")) as pool:
+    with RewardManager(load_custom_reward(odd, "rich"), workers=1, timeout_s=30.0) as pool:
         (score,) = pool.score_batch(items("a"))
     assert (score.value, score.accuracy, score.outcome) == (1.0, 1.0, Outcome.SCORED)
     extra = score.extra
@@ -401,7 +407,7 @@ def test_extras_cross_as_plain_values_and_prints_are_no_output(
 
 
 def test_acc_is_checked_like_the_score(odd: Path) -> None:
-    with ScoringPool(1, 30.0, load_custom_reward(odd, "acc")) as pool:
+    with RewardManager(load_custom_reward(odd, "acc"), workers=1, timeout_s=30.0) as pool:
         for score in pool.score_batch(items("none", "text", "nan", "list")):
             assert score.outcome is Outcome.ERROR and "returned acc = " in score.reason
 
@@ -417,9 +423,9 @@ def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:
     driver = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from hungry import Hungry\n"
-        "from rlhf3d.rewards.pool import ScoringPool\n"
-        "from rlhf3d.rewards.scoring import ScoreItem\n"
-        "with ScoringPool(1, 20.0, Hungry()) as pool:\n"
+        "from rlhf3d.rewards.manager import RewardManager\n"
+        "from rlhf3d.rewards.score import ScoreItem\n"
+        "with RewardManager(Hungry(), workers=1, timeout_s=20.0) as pool:\n"
         "    for s in pool.score_batch([ScoreItem('', text, '') for text in ('10', str(2**32), '10')]):\n"
         "        print(s.outcome.value, 'out of memory' in (s.message or ''))\n"
     )

@@ -18,7 +18,7 @@ from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.prepare import prepare
 from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.rewards.custom import load_custom_reward
-from rlhf3d.rewards.pool import ScoringPool
+from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.scorers import BuiltinReward
 from rlhf3d.rewards.truth_check import check_prompt_files, training_warnings
 
@@ -74,7 +74,7 @@ def test_rows_for_a_reward_model_are_no_problem_and_told(tmp_path: Path) -> None
     assert "3 of the questions looked at" in training_warnings(prompts, prompts, None, None)[0]
     reward = BuiltinReward("strict", ("hh",), {"hh": "gsm8k"})
     with (
-        ScoringPool(1, 30.0, reward) as pool,
+        RewardManager(reward, timeout_s=30.0) as pool,
         pytest.raises(ValueError, match=r"no ground truth .* reward\.weights"),
     ):
         training_warnings(prompts, prompts, reward, pool)
@@ -210,7 +210,7 @@ def test_training_says_what_the_check_would(tmp_path: Path) -> None:
 
     reward = BuiltinReward("flexible", ("openai/gsm8k",))
     train = dataset("train.parquet", row("a"), row("b", "five"))
-    with ScoringPool(1, 10.0, reward) as pool:
+    with RewardManager(reward, timeout_s=10.0) as pool:
         assert (
             training_warnings(
                 dataset("clean.parquet", row("a")), dataset("c.parquet", row("c")), reward, pool
@@ -222,7 +222,7 @@ def test_training_says_what_the_check_would(tmp_path: Path) -> None:
         "broken.parquet", replace(row("c"), reward_model={"ground_truth": {"target": "4"}})
     )
     with (
-        ScoringPool(1, 10.0, reward) as pool,
+        RewardManager(reward, timeout_s=10.0) as pool,
         pytest.raises(ValueError, match=r"the row that asks 'c': .* not dict"),
     ):
         training_warnings(broken, None, reward, pool)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf3d.data.loader import Prompt
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import Completion
 from rlhf3d.trainer.dynamic_sampling import fill_with_signal
 from rlhf3d.trainer.experience import Experience, Scored

@@ -9,7 +9,7 @@ from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.loader import Prompt
 from rlhf3d.rewards.items import decode, score_item
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import Completion
 from rlhf3d.trainer.experience import Scored, group_ids, join, make_experience, make_requests
 

@@ -14,8 +14,8 @@ from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.schema import RewardModelConfig
 from rlhf3d.engine.microbatch import make_microbatch
-from rlhf3d.rewards.combined import ModelScore
-from rlhf3d.rewards.scoring import RewardError, ScoreItem
+from rlhf3d.rewards.reward_model import ModelScore
+from rlhf3d.rewards.score import RewardError, ScoreItem
 from rlhf3d.trainer.reward_model import RewardModel
 
 ITEMS = [

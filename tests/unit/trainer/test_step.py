@@ -19,7 +19,7 @@ from rlhf3d.config.derived import derive
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.data.loader import Prompt
-from rlhf3d.rewards.scoring import Outcome, Score, ScoreItem
+from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.trainer.dynamic_sampling import TooFewGroups
 from rlhf3d.trainer.ppo import Parts, PPOTrainer

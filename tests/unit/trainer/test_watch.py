@@ -10,7 +10,7 @@ import torch
 
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.data.loader import Prompt
-from rlhf3d.rewards.scoring import Outcome, Score
+from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import Completion
 from rlhf3d.trainer.experience import Experience, Scored
 from rlhf3d.trainer.watch import Watch

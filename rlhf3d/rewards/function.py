@@ -1,87 +1,24 @@
-"""What a score is, what may come out of scoring, and when too many are missing.
+"""One call of a reward function, whatever its form, and what it is made of when it fails.
 
-Invariant: every completion ends as exactly one `Outcome`; only `scored` and `unparsable` count as the
-model's doing, and a share of `error` and `timeout` above reward.max_error_rate stops the run.
-Imports nothing heavy: the scoring processes load this module.
+Invariant: as many scores as items, in order; an exception becomes the score of the item that caused it where that is
+known, and is raised where one call scored several. Running out of memory is never caught: the process must go.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-ExtraInfo = dict[str, Any] | None
-_MESSAGE_LINES = 25
-"""Lines of one failure's message that fit a screen."""
-MODEL_PART = "reward_model"
-"""Key of a reward model's score in `Score.extra`."""
+from rlhf3d.rewards.score import MODEL_PART, ExtraInfo, Outcome, Score, ScoreItem
+
 _LARGEST = 3.4028234663852886e38
 """Of 32-bit floats, in which rewards are computed."""
 _LONGEST_TEXT, _MOST, _DEEPEST = 2000, 100, 3
 """Characters, entries and levels that are kept of what a reward function returns beside its score."""
-
-
-class Outcome(StrEnum):
-    """How the scoring of one completion ended."""
-
-    SCORED = "scored"
-    UNPARSABLE = "unparsable"
-    """The completion holds no answer; worth 0."""
-    TIMEOUT = "timeout"
-    ERROR = "error"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Value and outcome of one completion; the answer's part of the value is 0 unless scored."""
-
-    value: float
-    outcome: Outcome
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What else the reward function returned; from the built-in scorers `answer`, and `acc` where value holds more.
-    From a reward model its score and whether its input was cut (see `combined`)."""
-    message: str | None = None
-    """The sample and the traceback, of an error or timeout."""
-
-    @property
-    def accuracy(self) -> float:
-        """Whether the answer is right: `acc` of a reward made of several parts, else the value."""
-        return float(self.extra.get("acc", self.value))
-
-    @property
-    def failed(self) -> bool:
-        """Whether the reward function gave no verdict."""
-        return self.outcome in (Outcome.TIMEOUT, Outcome.ERROR)
-
-    @property
-    def reason(self) -> str:
-        """The last line of a failure's message that says something; groups of exceptions draw frames."""
-        lines = [line.strip(" |+-") for line in (self.message or "").splitlines()]
-        return next((line[:200] for line in reversed(lines) if line), "no message")
-
-
-@dataclass(frozen=True)
-class ScoreItem:
-    """One completion to score."""
-
-    data_source: str
-    solution_str: str
-    """Text of the completion, without the prompt."""
-    ground_truth: Any
-    extra_info: dict[str, Any] = field(default_factory=dict)
-    messages: Sequence[dict[str, Any]] = ()
-    """The prompt, for a reward model."""
-    begun: str = ""
-    """What the prompt's end holds of the answer: the template's opening, the assistant's own last words."""
-
-
-class RewardError(RuntimeError):
-    """The reward function failed too often, or could not be loaded by the scoring processes."""
 
 
 class WrongCount(ValueError):
@@ -105,6 +42,60 @@ class RewardFunction(Protocol):
         extra_info: ExtraInfo = None,
     ) -> Any:
         """Score of `solution_str`."""
+
+
+def prepare(fn: RewardFunction) -> Callable[[Sequence[ScoreItem]], list[Score]]:
+    """What a scoring process calls: the scores of items, by a function made ready for it."""
+    getattr(fn, "prepare", lambda: None)()
+    return partial(score_items, fn)
+
+
+def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
+    """The score of each item; raises where one call for several failed as a whole."""
+    many = getattr(fn, "score_items", None)
+    if many is None:
+        return [_score_one(fn, item) for item in items]
+    try:
+        results = many(items)
+    except WrongCount as error:  # halves of them would only hide it
+        return [_failure(error)] * len(items)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt of the function's own too
+        if isinstance(error, MemoryError) or len(items) > 1:
+            raise
+        return [_failure(error)]
+    return [_result(result) for result in results]
+
+
+def _score_one(fn: RewardFunction, item: ScoreItem) -> Score:
+    begun = getattr(fn, "open_end", lambda text: "")(item.begun)
+    try:
+        result = fn(
+            data_source=item.data_source,
+            solution_str=begun + item.solution_str,
+            ground_truth=item.ground_truth,
+            extra_info=item.extra_info,
+        )
+    except MemoryError:
+        raise
+    except BaseException as error:
+        return _failure(error)
+    return _result(result)
+
+
+def _result(result: Any) -> Score:
+    """A return value as a score that can be sent to another process."""
+    if isinstance(result, BaseException):
+        return _failure(result)
+    try:
+        return to_score(result)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _failure(error)
+
+
+def _failure(error: BaseException) -> Score:
+    return Score(0.0, Outcome.ERROR, message="".join(traceback.format_exception(error)))
 
 
 def to_score(result: Any) -> Score:
@@ -167,31 +158,3 @@ def _shown(value: Any) -> str:
         return str.__str__(repr(value))[:_LONGEST_TEXT]
     except Exception:  # of a class of the user's own
         return f"<{type(value).__name__}>"
-
-
-def check_outcomes(
-    scores: Sequence[Score],
-    max_error_rate: float,
-    total: int | None = None,
-    remedy: str = "Fix the reward function, or raise reward.timeout_s or reward.max_error_rate.",
-) -> None:
-    """RewardError where more than `max_error_rate` of `total` completions (null: of `scores`) failed."""
-    failures = [score for score in scores if score.failed]
-    total = len(scores) if total is None else total
-    if len(failures) <= max_error_rate * total:
-        return
-    counts = Counter(score.outcome.value for score in scores)
-    counted = ", ".join(f"{counts[outcome.value]} {outcome.value}" for outcome in Outcome)
-    raise RewardError(
-        f"{len(failures)} of {total} completions were not scored ({counted}); reward.max_error_rate="
-        f"{max_error_rate} allows {math.floor(max_error_rate * total)}. The first:\n"
-        f"{_one_screen(failures[0].message or 'no message')}\n"
-        f"{remedy}"
-    )
-
-
-def _one_screen(message: str) -> str:
-    lines = [line[:200] for line in message.splitlines()]
-    if len(lines) <= _MESSAGE_LINES:
-        return "\n".join(lines)
-    return "\n".join([*lines[:4], "  ...", *lines[5 - _MESSAGE_LINES :]])

@@ -1,18 +1,65 @@
-"""What a reward model reads: a prompt's messages and the completion, in its own chat template and tokens.
+"""What a reward model reads, and how its scores enter the reward.
 
 Invariant: every input is at most `limit` tokens, and one that was cut is marked or the run stops; the last token is the
-one that transformers takes the score of. Pure.
+one that transformers takes the score of. An item that the rule gave no verdict on stays as it is, and what the model
+said stands in `Score.extra["reward_model"]`, before normalization and weight. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from rlhf3d.rewards.scoring import RewardError, ScoreItem
+from rlhf3d.rewards.score import MODEL_PART as PART
+from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem
 from rlhf3d.tokenizer.chat import ChatTokenizer
 
 OVERLONG = ("error", "truncate_left")
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """What a reward model says of one completion."""
+
+    value: float
+    cut: bool = False
+    """Whether its input was cut to the model's limit."""
+
+
+class ScoreModel(Protocol):
+    """A reward model."""
+
+    def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
+        """One for each item; raises where one is not finite."""
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """How a reward model's score enters the reward: weight x (score - mean) / std."""
+
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def add(self, score: Score | None, said: ModelScore) -> Score:
+        """`score` of the rule (null: there is none) with the model's part."""
+        part = self.weight * (said.value - self.mean) / self.std
+        extra = {PART: said.value, f"{PART}_cut": said.cut}
+        if score is None:
+            return Score(part, Outcome.SCORED, extra)
+        if score.failed:
+            return score
+        return replace(
+            score, value=score.value + part, extra={**score.extra, **extra, "acc": score.accuracy}
+        )
+
+
+def only_model(scores: Sequence[Score]) -> bool:
+    """Whether the scores are a reward model's alone: there is no right or wrong in them."""
+    return bool(scores) and all(
+        PART in score.extra and "acc" not in score.extra for score in scores
+    )
 
 
 @dataclass(frozen=True)

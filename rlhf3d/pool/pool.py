@@ -1,0 +1,187 @@
+"""Calls in processes that are killed at their deadline, for users' code of any kind.
+
+Invariant: every call that is submitted ends exactly once, whatever its code does: a process that
+hangs, crashes, exits or eats memory costs its own call only, and is replaced. Signals and threads
+could not promise that, for code that never returns to the interpreter.
+Runs in: the process that makes the pool, a thread for each process; any thread may submit calls.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Condition, Lock, Thread
+from typing import Any
+from weakref import WeakSet
+
+from rlhf3d.pool.process import CallResult, Ending, StartError, WorkerProcess
+
+_CLOSE_S = 5.0
+"""How long `close` waits for the threads, whose processes it has killed."""
+
+
+class CallPool:
+    """N processes that call a function, each with one payload at a time.
+
+    `load` runs once in each process and returns the function; `what` names it in messages. It must
+    pickle, or pickle's own errors are raised. `memory_gib` is what one process may allocate.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Callable[[Any], Any]],
+        workers: int,
+        *,
+        what: str,
+        memory_gib: float | None = None,
+        startup_timeout_s: float = 120.0,
+    ) -> None:
+        self._recipe = pickle.dumps((load, memory_gib))
+        self._what, self._startup_timeout_s = what, startup_timeout_s
+        self._lock = Lock()
+        self._calls: deque[_Call] = deque()
+        """Those of no session: the next free process takes one."""
+        self._idle: list[_Slot] = []
+        self._failure: StartError | None = None
+        self._closed = False
+        self._slots = [_Slot(Condition(self._lock)) for _ in range(workers)]
+        self._threads = [Thread(target=self._work, args=[s], daemon=True) for s in self._slots]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self, payload: Any, timeout_s: float, session: Session | None = None
+    ) -> Future[CallResult]:
+        """Call the function with `payload`; its time runs from when a process begins with it.
+
+        Until then the future can be cancelled. It raises StartError where a process could not load
+        the function, which is the end of the pool. A call of a `session` waits for its process.
+        """
+        call = _Call(pickle.dumps(payload), timeout_s, session)
+        with self._lock:
+            assert not self._closed, "the pool is closed"
+            if self._failure is not None:
+                call.future.set_exception(self._failure)
+            elif session is None:
+                self._calls.append(call)
+                if self._idle:
+                    self._idle.pop().wake.notify()
+            else:
+                slot = self._slot_of(session)
+                slot.calls.append(call)
+                if slot in self._idle:
+                    self._idle.remove(slot)
+                    slot.wake.notify()
+        return call.future
+
+    def close(self) -> None:
+        """Kill the processes; calls that wait are cancelled."""
+        for call in self._stop():
+            call.future.cancel()
+        for thread in self._threads:
+            thread.join(_CLOSE_S)
+
+    def _slot_of(self, session: Session) -> _Slot:
+        if session.slot is None:
+            session.slot = min(self._slots, key=lambda slot: len(slot.sessions))
+            session.slot.sessions.add(session)
+        return session.slot
+
+    def _stop(self, failure: StartError | None = None) -> list[_Call]:
+        """Kill the processes, which ends their threads; the calls that still wait."""
+        with self._lock:
+            self._closed = self._closed or failure is None
+            self._failure = self._failure or failure
+            waiting = [*self._calls]
+            self._calls.clear()
+            for slot in self._slots:
+                waiting += slot.calls
+                slot.calls.clear()
+                slot.wake.notify()
+                if slot.process is not None:
+                    slot.process.kill()
+        return waiting
+
+    def _work(self, slot: _Slot) -> None:
+        """Life of a slot's thread: start a process, make calls in it, replace it when it ended."""
+        call = None
+        try:
+            process = self._start(slot)
+            while (call := self._next(slot)) is not None:
+                if not process.alive:  # since its last call
+                    process = self._start(slot)
+                if call.future.set_running_or_notify_cancel():
+                    call.future.set_result(_make(call, process))
+                call = None
+                if not process.alive:  # loading takes seconds: not when the next call waits for it
+                    process = self._start(slot)
+        except StartError as error:
+            for waiting in [*([call] if call else []), *self._stop(error)]:
+                if waiting.future.set_running_or_notify_cancel():
+                    waiting.future.set_exception(error)
+        finally:
+            if slot.process is not None:
+                slot.process.end()
+
+    def _start(self, slot: _Slot) -> WorkerProcess:
+        if slot.process is not None:
+            slot.process.end()
+        process = WorkerProcess(self._recipe)
+        with self._lock:
+            slot.process = process
+            if self._closed or self._failure:  # `_stop` has not seen this process
+                process.kill()
+        process.wait_until_ready(self._startup_timeout_s, self._what)
+        return process
+
+    def _next(self, slot: _Slot) -> _Call | None:
+        """Wait for a call; null when the pool has ended."""
+        with self._lock:
+            while not (self._closed or self._failure):
+                if calls := slot.calls or self._calls:
+                    return calls.popleft()
+                self._idle.append(slot)
+                slot.wake.wait()
+        return None
+
+
+class Session:
+    """Calls that are made in one process, in order, where one leaves state behind for the next.
+
+    Once that process has ended, however it did, each further call ends as `died`. Give it to
+    `CallPool.submit`; there is nothing to close.
+    """
+
+    def __init__(self) -> None:
+        self.slot: _Slot | None = None
+        self.process: WorkerProcess | None = None
+
+
+@dataclass
+class _Call:
+    payload: bytes
+    timeout_s: float
+    session: Session | None
+    future: Future[CallResult] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """The place of one process: what is in it now, and what waits for it."""
+
+    wake: Condition
+    process: WorkerProcess | None = None
+    calls: deque[_Call] = field(default_factory=deque)
+    """Of its sessions."""
+    sessions: WeakSet[Session] = field(default_factory=WeakSet)
+
+
+def _make(call: _Call, process: WorkerProcess) -> CallResult:
+    if session := call.session:
+        session.process = session.process or process
+        if session.process is not process:
+            return CallResult(Ending.DIED, message="the process that kept its state has ended")
+    return process.call(call.payload, call.timeout_s)

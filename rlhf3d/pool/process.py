@@ -1,0 +1,194 @@
+"""One process that makes calls, seen from both sides of its pipe.
+
+Invariant: a call ends at its deadline whatever its code does, and everything that the process started dies with it.
+The process dies with the thread that started it, also in the middle of a call.
+Runs in: `WorkerProcess` in the process that owns the pool, `serve` in the one that makes the calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rlhf3d.processes import deaf_to_signals, listen_again
+
+_CHILD = (
+    "import sys; from rlhf3d.pool.process import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
+)
+_OUT_OF_MEMORY = 77
+"""Exit code of a process that ran out of memory."""
+_STALL_S = 60
+"""A process that stops in the middle of a message for this long is treated as dead."""
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class StartError(RuntimeError):
+    """A process could not load the function that it should call."""
+
+
+class Ending(StrEnum):
+    """How a call ended."""
+
+    VALUE = "value"
+    ERROR = "error"
+    """It raised."""
+    TIMEOUT = "timeout"
+    """It was killed at its deadline."""
+    DIED = "died"
+    """Its process ended, or had ended before: a crash, an exit, out of memory."""
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What became of one call."""
+
+    ending: Ending
+    value: Any = None
+    """What it returned."""
+    message: str = ""
+    """The traceback, or how the process ended."""
+
+
+class WorkerProcess:
+    """A process that loads a function once, and then makes one call of it at a time."""
+
+    def __init__(self, recipe: bytes) -> None:
+        self._connection, child_end = Pipe()
+        _limit_stalls(self._connection)
+        # Not multiprocessing.Process: its children import the parent's main module again, and with
+        # it whatever that imports (torch, ray). A session of its own, so that the parent can kill
+        # what the function starts, and Ctrl-C reaches only the parent.
+        with deaf_to_signals():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, str(child_end.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[child_end.fileno()],
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        child_end.close()
+        with suppress(OSError):  # it is gone already: `wait_until_ready` says so
+            self._connection.send_bytes(recipe)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take a call."""
+        return self._process.poll() is None
+
+    def wait_until_ready(self, timeout_s: float, what: str) -> None:
+        """Wait until the function (`what`, in messages) is loaded; StartError where it is not."""
+        try:
+            if not self._connection.poll(timeout_s):
+                self.end()
+                raise StartError(f"{what} did not load within {timeout_s} s")
+            failure = self._connection.recv()
+        except (EOFError, OSError):
+            raise StartError(f"{self._how_it_ended()} while it loaded {what}") from None
+        if failure is not None:
+            self.end()
+            raise StartError(f"a process could not load {what}:\n{failure}")
+
+    def call(self, payload: bytes, timeout_s: float) -> CallResult:
+        """Call the function with a pickled payload; the process is alive after it, or ended."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._connection.send_bytes(payload)
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                self.end()
+                return CallResult(Ending.TIMEOUT, message=f"it took more than {timeout_s} s")
+            reply = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            return CallResult(Ending.DIED, message=self._how_it_ended())
+        try:
+            ending, value = pickle.loads(reply)
+        except Exception:  # a class that only the other process has
+            return CallResult(Ending.ERROR, message=traceback.format_exc())
+        if ending == Ending.VALUE:
+            return CallResult(Ending.VALUE, value)
+        return CallResult(Ending(ending), message=value)
+
+    def kill(self) -> None:
+        """Kill the process and all it started, from any thread."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self, grace_s: float = 0.0) -> int:
+        """Kill it, unless it ends by itself within `grace_s`, and release it; its exit code."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        self.kill()
+        self._connection.close()
+        return self._process.wait()
+
+    def _how_it_ended(self) -> str:
+        code = self.end(grace_s=1.0)
+        reason = "os._exit, a crash, or out of memory"
+        if code == _OUT_OF_MEMORY:
+            reason = "out of memory"
+        return f"the process ended with exit code {code} ({reason})"
+
+
+def _limit_stalls(connection: Connection[Any, Any]) -> None:
+    """Bound the wait for the rest of a message whose other side has stopped in its middle."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            shared.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STALL_S, 0))
+
+
+def serve(file_descriptor: int, parent: int) -> None:
+    """Load the function, say so, then call it until the parent is gone."""
+    _die_with(parent)
+    listen_again()
+    connection: Connection[Any, Any] = Connection(file_descriptor)
+    os.set_inheritable(file_descriptor, False)
+    os.dup2(2, 1)  # what the function prints is no part of the command's output
+    try:
+        load, memory_gib = connection.recv()
+        function = load()
+    except (Exception, SystemExit):
+        connection.send(traceback.format_exc())
+        return
+    if memory_gib is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gib * 2**30),) * 2)
+    connection.send(None)
+    while True:
+        try:
+            payload = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            connection.send_bytes(_call(function, payload))
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)  # what it holds would starve the next calls
+
+
+def _call(function: Any, payload: bytes) -> bytes:
+    """The pickled reply: how the call ended, and its value or traceback."""
+    try:
+        return pickle.dumps((Ending.VALUE.value, function(pickle.loads(payload))))
+    except MemoryError:
+        raise
+    except BaseException:  # SystemExit and KeyboardInterrupt of the function's own too
+        return pickle.dumps((Ending.ERROR.value, traceback.format_exc()))
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process with its parent, even in a call that never returns."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before it was asked for
+        os._exit(1)

@@ -1,0 +1,202 @@
+"""Scores of a batch's completions: by a rule in killable processes, by a reward model, or by both.
+
+Invariant: a batch always ends, with one score for each item, in order, however the items arrive and
+whatever the reward function does. Where one call scores several items and fails, its halves are
+tried again until the item that caused it is alone.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+
+from rlhf3d.pool.pool import CallPool
+from rlhf3d.pool.process import CallResult, Ending, StartError
+from rlhf3d.rewards.function import RewardFunction, prepare
+from rlhf3d.rewards.reward_model import ModelPart, ScoreModel
+from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem, check_outcomes
+
+
+class RewardManager:
+    """Scores batches of completions, any number of them at once.
+
+    `rule` is called in `workers` processes, each call having `timeout_s` seconds; it must pickle (a
+    module's function, `BuiltinReward` or `load_custom_reward(...)`), or ValueError. None: only the
+    model of `add_model` scores. A batch gives up with RewardError as soon as more than
+    `max_error_rate` of its items have failed.
+    """
+
+    def __init__(
+        self,
+        rule: RewardFunction | None,
+        *,
+        workers: int = 1,
+        timeout_s: float = 10.0,
+        max_error_rate: float = 1.0,
+        startup_timeout_s: float = 120.0,
+    ) -> None:
+        if workers < 1 or timeout_s <= 0:
+            raise ValueError(
+                f"reward.workers={workers} must be >= 1 and reward.timeout_s={timeout_s} > 0"
+            )
+        self.workers, self.timeout_s, self.max_error_rate = workers, timeout_s, max_error_rate
+        self.chunk_size = int(getattr(rule, "chunk_size", 1))
+        """Items that one call scores at most."""
+        self.pool = None if rule is None else _start_pool(rule, workers, startup_timeout_s)
+        self.model: tuple[ScoreModel, ModelPart] | None = None
+
+    def __enter__(self) -> RewardManager:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the processes; nothing can be scored after it."""
+        if self.pool is not None:
+            self.pool.close()
+
+    def add_model(self, model: ScoreModel, part: ModelPart) -> None:
+        """Have a reward model's scores added to the rule's, or be the scores where there is none."""
+        self.model = model, part
+
+    def start(self, total: int) -> ScoringBatch:
+        """Begin a batch of `total` items, which are added as they arrive."""
+        return ScoringBatch(self, total)
+
+    def score_batch(self, items: Sequence[ScoreItem]) -> list[Score]:
+        """The score of each item, in order."""
+        batch = self.start(len(items))
+        batch.add(dict(enumerate(items)))
+        return batch.finish()
+
+
+class ScoringBatch:
+    """A batch under way: the rule scores items as they are added, the model when all are there."""
+
+    def __init__(self, manager: RewardManager, total: int) -> None:
+        self._manager, self._total = manager, total
+        self._items: dict[int, ScoreItem] = {}
+        self._scores: dict[int, Score] = {}
+        self._calls: dict[Future[CallResult], list[int]] = {}
+        """Calls under way, and the numbers of the items they score."""
+        self._ended: SimpleQueue[Future[CallResult]] = SimpleQueue()
+
+    def add(self, items: Mapping[int, ScoreItem]) -> None:
+        """Add items under their numbers in the batch, in any order; waits for nothing.
+
+        RewardError where too many have failed by now.
+        """
+        assert not self._items.keys() & items.keys(), "an item is there already"
+        assert all(0 <= number < self._total for number in items), "no such number in the batch"
+        self._items.update(items)
+        if self._manager.pool is None:
+            return
+        numbers = list(items)
+        size = min(self._manager.chunk_size, -(-len(numbers) // self._manager.workers))
+        for start in range(0, len(numbers), size or 1):
+            self._submit(numbers[start : start + size])
+        self._take_ended()
+
+    def finish(self) -> list[Score]:
+        """Wait for the last score; all of them, in order. RewardError where too many have failed."""
+        assert len(self._items) == self._total, (
+            f"{len(self._items)} of {self._total} items were added"
+        )
+        while self._calls:
+            self._take(self._ended.get())
+        if self._manager.model is not None:
+            self._add_model_scores(*self._manager.model)
+        return [self._scores[number] for number in range(self._total)]
+
+    def _submit(self, numbers: list[int]) -> None:
+        pool = self._manager.pool
+        assert pool is not None
+        # The prompt's messages are for a reward model: the rule never reads them.
+        items = [replace(self._items[number], messages=()) for number in numbers]
+        call = pool.submit(items, self._manager.timeout_s)
+        self._calls[call] = numbers
+        call.add_done_callback(self._ended.put)
+
+    def _take_ended(self) -> None:
+        while not self._ended.empty():
+            self._take(self._ended.get())
+
+    def _take(self, call: Future[CallResult]) -> None:
+        """Record the scores of a call that ended, or try its halves again."""
+        numbers = self._calls.pop(call)
+        try:
+            result = call.result()
+        except StartError as error:
+            raise RewardError(str(error)) from None
+        if result.ending is Ending.VALUE:
+            for number, score in zip(numbers, result.value, strict=True):
+                self._record(number, score)
+        elif len(numbers) > 1:
+            half = len(numbers) // 2
+            self._submit(numbers[:half])
+            self._submit(numbers[half:])
+        else:
+            self._record(numbers[0], _failure(result, self._manager.timeout_s))
+
+    def _record(self, number: int, score: Score) -> None:
+        self._scores[number] = score
+        if not score.failed:
+            return
+        self._scores[number] = _with_sample(score, number, self._items[number])
+        try:
+            check_outcomes(
+                list(self._scores.values()), self._manager.max_error_rate, total=self._total
+            )
+        except RewardError:
+            for call in self._calls:
+                call.cancel()
+            raise
+
+    def _add_model_scores(self, model: ScoreModel, part: ModelPart) -> None:
+        items = [self._items[number] for number in range(self._total)]
+        for number, said in enumerate(model.scores(items)):
+            self._scores[number] = part.add(self._scores.get(number), said)
+
+
+def _start_pool(rule: RewardFunction, workers: int, startup_timeout_s: float) -> CallPool:
+    try:
+        return CallPool(
+            partial(prepare, rule),
+            workers,
+            what="the reward function",
+            memory_gib=getattr(rule, "memory_gib", None),
+            startup_timeout_s=startup_timeout_s,
+        )
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the reward function cannot be sent to another process: {error}"
+        ) from error
+
+
+def _failure(result: CallResult, timeout_s: float) -> Score:
+    if result.ending is Ending.TIMEOUT:
+        message = f"no score within reward.timeout_s={timeout_s}"
+        return Score(0.0, Outcome.TIMEOUT, message=message)
+    return Score(0.0, Outcome.ERROR, message=result.message)
+
+
+def _with_sample(score: Score, number: int, item: ScoreItem) -> Score:
+    """A failure's message with the sample in front."""
+    sample = (
+        f"sample {number} of the batch (data_source {item.data_source}, "
+        f"index {item.extra_info.get('index')}, ground truth {str(item.ground_truth)[:80]!r}), "
+        f"whose text ends {item.solution_str[-100:]!r}"
+    )
+    return replace(score, message=f"{sample}\n{score.message}")

@@ -1,0 +1,134 @@
+"""The pool of killable calls: real processes throughout.
+
+What it promises about hanging, crashing and greedy code is tested with reward functions, in
+`tests/unit/rewards/test_scoring_pool.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
+from functools import partial
+from typing import Any
+
+import pytest
+
+from rlhf3d.pool.pool import CallPool, Session
+from rlhf3d.pool.process import CallResult, Ending, StartError
+
+
+def load_counter() -> Callable[[Any], Any]:
+    """A function with state: it counts its calls, sleeps for a float, and obeys words."""
+    counted = 0
+
+    def call(payload: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        if payload == "exit":
+            os._exit(7)
+        if payload == "raise":
+            raise KeyError("the reason")
+        if payload == "local":
+            return lambda: 0
+        time.sleep(payload)
+        return os.getpid(), counted
+
+    return call
+
+
+def load_nothing(reason: str) -> Callable[[Any], Any]:
+    raise RuntimeError(reason)
+
+
+@pytest.fixture
+def pool() -> Iterator[CallPool]:
+    pool = CallPool(load_counter, 2, what="the counter")
+    yield pool
+    pool.close()
+
+
+def values(*calls: Future[CallResult]) -> list[Any]:
+    return [call.result(30.0).value for call in calls]
+
+
+def test_each_call_ends_as_one_outcome(pool: CallPool) -> None:
+    calls = {word: pool.submit(word, 20.0) for word in ("exit", "raise", "local")}
+    late = pool.submit(1000, 0.3)
+    assert values(pool.submit(0, 20.0))[0][1] >= 1
+    results = {word: call.result(30.0) for word, call in calls.items()}
+    assert results["exit"].ending is Ending.DIED and "exit code 7" in results["exit"].message
+    assert results["raise"].ending is Ending.ERROR and "the reason" in results["raise"].message
+    assert results["local"].ending is Ending.ERROR and "load_counter" in results["local"].message
+    assert late.result(30.0).ending is Ending.TIMEOUT and "0.3 s" in late.result().message
+
+
+def test_a_deadline_is_kept_while_nobody_waits(pool: CallPool) -> None:
+    """Also where the driver is busy with something else: the next call finds a free process."""
+    hanging = [pool.submit(1000, 0.3) for _ in range(2)]
+    ended: list[float] = []
+    pool.submit(0, 20.0).add_done_callback(lambda call: ended.append(time.monotonic()))
+    time.sleep(3.0)
+    assert all(call.done() for call in hanging) and ended
+
+
+def test_users_do_not_wait_for_each_other_and_results_come_as_they_finish(pool: CallPool) -> None:
+    slow, quick = pool.submit(2.0, 20.0), [pool.submit(0.01, 20.0) for _ in range(20)]
+    wait(quick, timeout=20.0)
+    assert all(call.done() for call in quick) and not slow.done()
+    waiting = [pool.submit(0, 20.0) for _ in range(3)]
+    assert waiting[2].cancel() or waiting[2].done()
+
+
+def test_calls_of_a_session_share_a_process_in_order(pool: CallPool) -> None:
+    sessions = [Session() for _ in range(4)]
+    calls = [[pool.submit(0.01, 20.0, session) for _ in range(5)] for session in sessions]
+    shared = [pool.submit(0.01, 20.0) for _ in range(10)]
+    seen = [values(*of_session) for of_session in calls]
+    pids = [{pid for pid, _ in of_session} for of_session in seen]
+    assert [len(of_session) for of_session in pids] == [1] * 4
+    assert pids[0] != pids[1] and sum(pid == pids[0] for pid in pids) == 2
+    for of_session in seen:
+        counts = [count for _, count in of_session]
+        assert counts == sorted(counts)
+    assert len(values(*shared)) == 10
+
+
+def test_a_session_ends_with_its_process(pool: CallPool) -> None:
+    lost, other = Session(), Session()
+    (pid, _), (other_pid, _) = values(pool.submit(0, 20.0, lost), pool.submit(0, 20.0, other))
+    assert pid != other_pid
+    late, queued = pool.submit(1000, 0.3, lost), pool.submit(0, 20.0, lost)
+    assert late.result(30.0).ending is Ending.TIMEOUT
+    assert queued.result(30.0).ending is Ending.DIED
+    assert values(pool.submit(0, 20.0, other)) == [(other_pid, 2)]
+    os.kill(other_pid, signal.SIGKILL)
+    time.sleep(0.3)
+    assert pool.submit(0, 20.0, other).result(30.0).ending is Ending.DIED
+    assert values(pool.submit(0, 20.0, Session()))[0][1] == 1
+
+
+def test_a_function_that_does_not_load_ends_the_pool() -> None:
+    pool = CallPool(partial(load_nothing, "no such thing"), 2, what="the judge")
+    call = pool.submit(0, 1.0)
+    with pytest.raises(StartError, match=r"could not load the judge:[\s\S]*no such thing"):
+        call.result(30.0)
+    with pytest.raises(StartError, match="no such thing"):
+        pool.submit(0, 1.0).result(30.0)
+    pool.close()
+    with pytest.raises(AssertionError, match="closed"):
+        pool.submit(0, 1.0)
+
+
+def test_closing_ends_what_runs_and_cancels_what_waits() -> None:
+    pool = CallPool(load_counter, 1, what="the counter")
+    values(pool.submit(0, 20.0))
+    running, waiting = pool.submit(1000, 1000.0), pool.submit(0, 20.0)
+    while not running.running():
+        time.sleep(0.01)
+    pool.close()
+    assert running.result(5.0).ending is Ending.DIED
+    with pytest.raises(CancelledError):
+        waiting.result(5.0)
