@@ -5,7 +5,7 @@ Invariant: an option that has a key in the configuration means what the key mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ from rlhf3d.paths import check_output
 from rlhf3d.terminal import Terminal
 
 if TYPE_CHECKING:
+    from rlhf3d.config.schema import RolloutConfig
     from rlhf3d.evaluation.run import EvaluationSettings
 
 
@@ -122,6 +123,14 @@ class Engines:
             f"{cache_option} sizes the cache of engines on {platform.kind} ({platform.reason})",
         )
 
+    def rollout(self) -> RolloutConfig:
+        """The section of the configuration that says the same."""
+        from rlhf3d.config.schema import RolloutConfig
+
+        settings = asdict(self)
+        del settings["ray_address"]
+        return RolloutConfig(**settings)
+
 
 @option_groups
 def evaluate(
@@ -151,9 +160,8 @@ def evaluate(
     Continues where it was interrupted; every generation is a line of OUTPUT/generations.jsonl.
     """
     import json
-    from dataclasses import asdict
 
-    from rlhf3d.evaluation.engine import EngineOptions, engine_maker
+    from rlhf3d.evaluation.engine import engine_maker
     from rlhf3d.evaluation.run import evaluate as run
     from rlhf3d.evaluation.run import find_model
     from rlhf3d.evaluation.view import render
@@ -171,7 +179,7 @@ def evaluate(
         data,
         output,
         settings,
-        engine_maker(folder, longest, sampling.seed, EngineOptions(**asdict(engines))),
+        engine_maker(folder, longest, sampling.seed, engines.rollout(), engines.ray_address),
         ks=sampling.k,
         batch=batch,
         workers=workers,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 if TYPE_CHECKING:
@@ -263,20 +263,23 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
 
 def resolve_platform(config: Config, platform: Platform) -> Config:
     """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
-    fast_dtype = platform.fast_dtype
-    model = (
-        replace(config.model, dtype=fast_dtype) if config.model.dtype == "auto" else config.model
-    )
-    rollout = config.rollout
-    if rollout.dtype == "auto":  # FP8 is quantised from bfloat16
-        rollout = replace(
-            rollout, dtype=fast_dtype if rollout.quantization == "none" else "bfloat16"
-        )
-    if rollout.enforce_eager == "auto":
-        rollout = replace(rollout, enforce_eager=platform.eager_engines)
+    model = config.model
+    if model.dtype == "auto":
+        model = replace(model, dtype=platform.fast_dtype)
     return replace(
         config,
         model=model,
-        rollout=rollout,
+        rollout=resolve_rollout(config.rollout, platform),
         cluster=replace(config.cluster, platform=platform.kind),
     )
+
+
+def resolve_rollout(rollout: RolloutConfig, platform: Platform) -> RolloutConfig:
+    """The engines' section with `auto` replaced."""
+    if rollout.dtype == "auto":
+        # FP8 is quantized from bfloat16.
+        quantized = rollout.quantization != "none"
+        rollout = replace(rollout, dtype="bfloat16" if quantized else platform.fast_dtype)
+    if rollout.enforce_eager == "auto":
+        rollout = replace(rollout, enforce_eager=platform.eager_engines)
+    return rollout

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf3d.parallel.platform import CPUPlatform
 
@@ -24,6 +23,8 @@ class AsGPUPlatform(CPUPlatform):
     resource = "GPU"
     one_device_a_rank = True
     measures_cache = True
+    kv_block_tokens = KV_BLOCK_TOKENS
+    sleep_forgets = True
 
     def _bind_device(self, local_rank: int) -> None:
         from rlhf3d.parallel import nccl_rules
@@ -34,7 +35,3 @@ class AsGPUPlatform(CPUPlatform):
 
     def pretended_devices(self, needed: int) -> int | None:
         return needed
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        return {"block_tokens": KV_BLOCK_TOKENS, "forgets": True}

@@ -58,6 +58,11 @@ class Platform(ABC):
     eager_engines: ClassVar[bool]
     """What auto means for `rollout.enforce_eager`: compiling costs a CPU user a minute and a C++ compiler."""
 
+    kv_block_tokens: ClassVar[int | None] = None
+    """Size of the prefix cache's blocks; None: vLLM's own."""
+    sleep_forgets: ClassVar[bool] = False
+    """Whether an engine that sleeps fills its weights with NaN, since the platform frees none."""
+
     @property
     def ray_resources(self) -> dict[str, float]:
         """Ray resources of one training rank, as in a placement group bundle."""
@@ -74,11 +79,6 @@ class Platform(ABC):
     def pretended_devices(self, needed: int) -> int | None:
         """How many GPUs a Ray started on this machine is told of; None: those it finds."""
         return None
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        """Further arguments of `VLLMEngine`."""
-        return {}
 
     def prepare_worker(self, local_rank: int, threads: int) -> None:
         """First call in a worker, before Megatron is imported: environment, threads, device, patches."""

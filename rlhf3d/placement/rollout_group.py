@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -22,6 +21,7 @@ from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather, stream
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
 CLOSE_S = 60.0
@@ -42,7 +42,8 @@ class EngineRank(VLLMEngine):
         name: str,
         rank: int,
         meeting: tuple[str, int],
-        arguments: dict[str, Any],
+        settings: EngineSettings,
+        threads: int,
         output_dir: str | None,
     ) -> None:
         """Start vLLM; what it reports goes to `logs/` of the run's folder, if there is one."""
@@ -53,7 +54,7 @@ class EngineRank(VLLMEngine):
             # It tries a chat template without a tokenizer at its start, and tells of that by a traceback.
             logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
         host = ray.util.get_node_ip_address()
-        VLLMEngine.__init__(self, rank=rank, meeting=meeting, host=host, **arguments)
+        VLLMEngine.__init__(self, settings, threads=threads, rank=rank, meeting=meeting, host=host)
 
 
 class RolloutGroup:
@@ -66,12 +67,12 @@ class RolloutGroup:
         reserved: PlacementGroup,
         bundles: Sequence[Sequence[int]],
         threads: Sequence[Sequence[int]],
-        arguments: dict[str, Any],
+        settings: EngineSettings,
         environment: Mapping[str, str],
         output_dir: str | None = None,
     ) -> None:
         """Start the engines; `bundles` says where and `threads` with how many CPU threads, by engine and rank;
-        `arguments` are VLLMEngine's, `environment` variables of their processes, `output_dir` the run's folder."""
+        `environment` are variables of their processes, `output_dir` the run's folder."""
         self.timeout_s = cluster.phase_timeout_s
         self.startup_timeout_s = cluster.startup_timeout_s
         actor = ray.remote(EngineRank)
@@ -92,7 +93,7 @@ class RolloutGroup:
         meetings = gather("start vLLM", firsts, self.startup_timeout_s)
         self._starting = {
             (name := self._name(i, rank)): actor.start.remote(
-                name, rank, meeting, {**arguments, "threads": threads[i][rank]}, output_dir
+                name, rank, meeting, settings, threads[i][rank], output_dir
             )
             for i, (ranks, meeting) in enumerate(zip(self.engines, meetings, strict=True))
             for rank, actor in enumerate(ranks)

@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.hf_io import model_view
 from rlhf3d.models.spec import architecture
 from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
-from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, SyncReport
+from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
+from rlhf3d.units import GIB
 
 STREAM_S = 0.25
 """Completions are handed on in parts of so many seconds."""
@@ -41,44 +44,23 @@ class VLLMEngine:
 
     def __init__(
         self,
-        model_path: str | Path,
+        settings: EngineSettings,
         *,
-        dtype: str = "bfloat16",
-        quantization: str = "none",
-        tensor_parallel_size: int = 1,
+        threads: int = 1,
         rank: int = 0,
         meeting: tuple[str, int] | None = None,
         host: str = "127.0.0.1",
-        expert_parallel: bool = False,
-        max_model_len: int = 1024,
-        max_num_seqs: int = 64,
-        kv_cache_gib: float = 1.0,
-        threads: int = 1,
-        enforce_eager: bool = True,
-        seed: int = 0,
-        platform_kind: str = "cpu",
-        gpu_memory_utilization: float = 0.5,
-        load_weights: bool = False,
-        can_sleep: bool = False,
-        block_tokens: int | None = None,
-        forgets: bool = False,
-        stops: Stops = NO_STOPS,
     ) -> None:
-        """`model_path` gives the architecture; its weights are read if `load_weights`.
+        """Start rank `rank` of the engine with `threads` CPU threads.
 
-        `rank` is this process's of `tensor_parallel_size`; with more than one, they meet at `meeting` (address, port)
-        and find this one at the address `host`.
-        `max_model_len` bounds prompt plus completion, tokens; `kv_cache_gib` is per rank and CPU only,
-        `gpu_memory_utilization` CUDA only. `can_sleep` lets `sleep` give memory back, which on CPU it never does; with
-        `forgets` it fills the weights with NaN instead. `block_tokens` is the size of the prefix cache's blocks on CPU;
-        None for vLLM's own. `stops` end completions; only for strings is the folder's tokenizer loaded.
+        An engine's ranks, where there are several, meet at `meeting` (address, port) and find this
+        one at the address `host`.
         """
-        assert platform_kind in ("cpu", "cuda"), platform_kind
-        on_cpu = platform_kind == "cpu"
-        os.environ.update(_environment(on_cpu, enforce_eager, threads))
-        if tensor_parallel_size > 1:
+        rollout, on_cpu = settings.rollout, settings.platform.kind == "cpu"
+        os.environ.update(_environment(on_cpu, rollout.enforce_eager is True, threads))
+        if rollout.tensor_parallel_size > 1:
             assert meeting is not None, "the ranks of an engine must know where to meet"
-            os.environ.update(_rank_environment(rank, tensor_parallel_size, host))
+            os.environ.update(_rank_environment(rank, rollout.tensor_parallel_size, host))
             host_meeting(meeting[1], MEETING_S)
             meet_at(rank, *meeting)
             if not on_cpu:
@@ -88,61 +70,24 @@ class VLLMEngine:
         from torch._dynamo import config as dynamo
         from vllm import LLM, SamplingParams
 
-        dynamo.disable = (
-            dynamo.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-        )  # read at its import
-
-        memory: dict[str, Any] = (
-            {
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                # For a prompt cut into chunks vLLM takes back a draw of the request's generator, which only CUDA's can.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, max_model_len),
-            }
-            | ({} if block_tokens is None else {"block_size": block_tokens})
-            if on_cpu
-            # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
-            else {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "moe_backend": "triton",
-                "enable_sleep_mode": can_sleep,
-            }
-        )
+        # torch reads the variable when it is imported, which was before it was set.
+        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+            dynamo.disable = True
         self._rank = rank
-        self._can_sleep = can_sleep and not on_cpu
-        self._forgets = can_sleep and forgets
+        self._frees_memory = rollout.sleep and not on_cpu
+        self._forgets = rollout.sleep and settings.platform.sleep_forgets
         self._asleep: list[str] = []
-        self._params, self._stops = SamplingParams, stops
-        self._max_model_len = max_model_len
+        self._params, self._stops = SamplingParams, settings.stops
+        self._max_model_len = settings.max_model_len
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
         self._served_prompt: Sequence[int] = ()
-        settings = {
-            "config_format": "hf",
-            # Logits in fp32 on GPUs, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
-            "hf_overrides": partial(_complete_config, head_dtype="model" if on_cpu else "float32"),
-            "dtype": dtype,
-            "quantization": None if quantization == "none" else quantization,
-            "load_format": "safetensors" if load_weights else "dummy",
-            "skip_tokenizer_init": not stops.strings,
-            "tensor_parallel_size": tensor_parallel_size,
-            "distributed_executor_backend": "external_launcher"
-            if tensor_parallel_size > 1
-            else None,
-            "enable_expert_parallel": expert_parallel,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "enforce_eager": enforce_eager,
-            "seed": seed,
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",
-            "worker_extension_cls": WORKER_EXTENSION,
-            **memory,
-        }
-        # vLLM's own rules would take other weights than transformers from a folder that holds more than the model.
-        with model_view(model_path) if load_weights else nullcontext(model_path) as folder:
-            self._llm = LLM(str(folder), **settings)
-        if load_weights:
+        path, own = settings.model_path, settings.load_weights
+        # By its own rules vLLM would take weights that transformers does not from a folder that
+        # holds more than the model.
+        with model_view(path) if own else nullcontext(path) as folder:
+            self._llm = LLM(str(folder), **_llm_arguments(settings))
+        if settings.load_weights:
             self._loaded_version = self._policy_version = 0
         if meeting is not None:
             _forget_shared_memory(meeting[1])
@@ -219,7 +164,7 @@ class VLLMEngine:
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
         self._policy_version = self._loaded_version = None
-        if self._can_sleep and not self._asleep:
+        if self._frees_memory and not self._asleep:
             self._llm.sleep(level=2)  # the weights come anew: no copy is kept
             self._asleep = ["weights", "kv_cache"]
         if self._forgets:
@@ -317,6 +262,59 @@ class VLLMEngine:
         assert answered == len(prompts), f"vLLM answered {answered} of {len(prompts)} requests"
         if finished:
             yield finished
+
+
+def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`, besides the model's folder."""
+    rollout, on_cpu = settings.rollout, settings.platform.kind == "cpu"
+    # Logits in fp32 on GPUs, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
+    complete = partial(_complete_config, head_dtype="model" if on_cpu else "float32")
+    return {
+        "config_format": "hf",
+        "hf_overrides": complete,
+        "dtype": rollout.dtype,
+        "quantization": None if rollout.quantization == "none" else rollout.quantization,
+        "load_format": "safetensors" if settings.load_weights else "dummy",
+        "skip_tokenizer_init": not settings.stops.strings,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "distributed_executor_backend": _executor(rollout),
+        "enable_expert_parallel": rollout.expert_parallel,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": rollout.max_num_seqs,
+        "enforce_eager": rollout.enforce_eager,
+        "seed": settings.seed,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": WORKER_EXTENSION,
+        **(_cpu_arguments(settings) if on_cpu else _gpu_arguments(rollout)),
+    }
+
+
+def _executor(rollout: RolloutConfig) -> str | None:
+    """Who runs vLLM's workers: with several ranks each process is a worker of its own."""
+    return "external_launcher" if rollout.tensor_parallel_size > 1 else None
+
+
+def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "kv_cache_memory_bytes": int(settings.rollout.kv_cache_gib * GIB),
+        # For a prompt cut into chunks vLLM takes back a draw of the request's generator, which only
+        # CUDA's can.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, settings.max_model_len),
+    }
+    if settings.platform.kv_block_tokens is not None:
+        arguments["block_size"] = settings.platform.kv_block_tokens
+    return arguments
+
+
+def _gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
+    return {
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
+        "moe_backend": "triton",
+        "enable_sleep_mode": rollout.sleep,
+    }
 
 
 def _complete_config(config: Any, head_dtype: str) -> Any:

@@ -48,6 +48,7 @@ from rlhf3d.rewards.make import make_reward, model_part
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.rollout.api import Stops
+from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.tokenizer.end_tokens import EndTokens, end_tokens
 from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 from rlhf3d.trainer.ppo import Parts, PPOTrainer
@@ -242,7 +243,14 @@ def _start_processes(
         bundles = engine_bundles(placement, setup.plan)
         threads = engine_threads(bundles, nodes, cores, engines.threads)
         stops = Stops(ends.ids, config.rollout.stop)
-        arguments = _engine_arguments(config, platform.kind, stops) | platform.engine_options
+        settings = EngineSettings(
+            os.path.abspath(config.model.path),
+            engines,
+            derived.max_sequence_length,
+            platform,
+            config.trainer.seed,
+            stops,
+        )
         steps = derived.total_steps
         assert steps is not None
 
@@ -255,7 +263,7 @@ def _start_processes(
             own = platform.environment("engine", engines.dtype)
             folder = os.path.abspath(config.trainer.output_dir)
             return RolloutGroup(
-                cluster, placement, reserved, bundles, threads, arguments, own, folder
+                cluster, placement, reserved, bundles, threads, settings, own, folder
             )
 
         rollout, groups = start_models(
@@ -395,23 +403,3 @@ def _dataset(config: Config, tokenizer: Any, key: str, vocab_size: int) -> Promp
         cache_dir=data.cache_dir,
         vocab_size=vocab_size,
     )
-
-
-def _engine_arguments(config: Config, platform_kind: str, stops: Stops) -> dict[str, Any]:
-    rollout = config.rollout
-    return {
-        "model_path": os.path.abspath(config.model.path),
-        "dtype": rollout.dtype,
-        "quantization": rollout.quantization,
-        "tensor_parallel_size": rollout.tensor_parallel_size,
-        "expert_parallel": rollout.expert_parallel,
-        "max_model_len": config.data.max_prompt_length + config.data.max_response_length,
-        "max_num_seqs": rollout.max_num_seqs,
-        "kv_cache_gib": rollout.kv_cache_gib,
-        "enforce_eager": rollout.enforce_eager,
-        "seed": config.trainer.seed,
-        "platform_kind": platform_kind,
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        "can_sleep": rollout.sleep,
-        "stops": stops,
-    }

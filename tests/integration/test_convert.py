@@ -141,16 +141,15 @@ def test_critic_has_transformers_values(folders: dict[str, Path], tmp_path: Path
 
 
 def vllm_scores(folder: Path, tokens: list[list[int]]) -> list[list[float]]:
+    from rlhf3d.config.schema import RolloutConfig
+    from rlhf3d.parallel.platform import CPUPlatform
+    from rlhf3d.rollout.settings import EngineSettings
     from rlhf3d.rollout.vllm_engine import VLLMEngine
 
-    settings = {
-        "dtype": "float32",
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "kv_cache_gib": 0.05,
-        "threads": 1,
-    }
-    engine = VLLMEngine(folder, load_weights=True, **settings)
+    rollout = RolloutConfig(dtype="float32", max_num_seqs=4, kv_cache_gib=0.05, enforce_eager=True)
+    engine = VLLMEngine(
+        EngineSettings(str(folder), rollout, 64, CPUPlatform("test"), load_weights=True)
+    )
     try:
         return engine.score(tokens)
     finally:

@@ -17,6 +17,7 @@ from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.placement import rollout_group, train_group
 from rlhf3d.placement.cluster import reserve
 from rlhf3d.placement.resources import place
+from rlhf3d.rollout.settings import EngineSettings
 
 GPUS = 8
 WATCHED = (
@@ -73,15 +74,22 @@ def test_halves_of_a_bundle_see_one_gpu_and_start_with_their_environment(
         Config(),
         model=ModelConfig(dtype="float32"),
         actor=ActorConfig(layout=LayoutConfig(tp=2)),
-        rollout=RolloutConfig(engines=1, tensor_parallel_size=2, dtype="bfloat16"),
+        rollout=RolloutConfig(tensor_parallel_size=2, dtype="bfloat16", enforce_eager=False),
     )
     platform, groups = CUDAPlatform("test"), derive(config).groups
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     placement = place(platform, groups[:1], 1, 2, colocated=True, nodes=1)
     with reserve(placement, 60) as reserved:
         own = platform.environment("engine", config.rollout.dtype)
+        settings = EngineSettings("", config.rollout, 8, platform)
         engines = rollout_group.RolloutGroup(
-            config.cluster, placement, reserved, [placement.groups["actor"]], [[1, 1]], {}, own
+            config.cluster,
+            placement,
+            reserved,
+            [placement.groups["actor"]],
+            [[1, 1]],
+            settings,
+            own,
         )
         own = platform.environment("trainer", config.model.dtype)
         trainers = train_group.TrainGroup(config, groups[0], placement, reserved, [1, 1], 1, own)

@@ -22,13 +22,16 @@ from support.tiny_models import YARN_ROPE, make_tiny_model, make_tiny_tokenizer
 from support.weights import rank_params
 from transformers import AutoModelForCausalLM
 
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.resharding.ring import SyncError
 from rlhf3d.resharding.sending import WeightSender
 from rlhf3d.resharding.setup import FILE_PREFIX, SyncSetup
 from rlhf3d.resharding.sites import Sites
 from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
+from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
 # vLLM on CPU has no attention kernel for a head_dim below 32.
@@ -39,14 +42,20 @@ ENGINE: VLLMEngine | None = None
 RIGS = itertools.count()
 
 
-def start_engine(**settings: Any) -> None:
+def start_engine(folder: Path, ranks: int = 1, stops: Stops = NO_STOPS, **place: Any) -> None:
     """In the child: replace its engine."""
     global ENGINE
     if ENGINE is not None:
         close_engine()
-    ENGINE = VLLMEngine(
-        dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_gib=0.05, **settings
+    rollout = RolloutConfig(
+        dtype="float32",
+        tensor_parallel_size=ranks,
+        max_num_seqs=8,
+        kv_cache_gib=0.05,
+        enforce_eager=True,
     )
+    settings = EngineSettings(str(folder), rollout, 256, CPUPlatform("test"), stops=stops)
+    ENGINE = VLLMEngine(settings, **place)
 
 
 def close_engine() -> list[str]:
@@ -111,15 +120,10 @@ class Rig:
         self.senders = [
             WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)
         ]
-        settings = {
-            "model_path": folder,
-            "tensor_parallel_size": len(children),
-            "meeting": ("127.0.0.1", free_port()),
-        }
-        settings["stops"] = stops
+        meeting = ("127.0.0.1", free_port())
         wait_all(
             [
-                child.submit(start_engine, rank=rank, **settings)
+                child.submit(start_engine, folder, len(children), stops, rank=rank, meeting=meeting)
                 for rank, child in enumerate(children)
             ]
         )
@@ -315,7 +319,7 @@ def test_faults_are_refused_with_the_tensors_name(
     with pytest.raises(RuntimeError, match="cannot publish"):
         rig.call("publish", rig.version)
     # An engine that was started anew holds nothing and takes nothing.
-    rig.children[0].submit(start_engine, model_path=tmp_path).result()
+    rig.children[0].submit(start_engine, tmp_path).result()
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         rig.generate()
     with pytest.raises(RuntimeError, match="started anew"):

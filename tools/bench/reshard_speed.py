@@ -33,16 +33,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.boxes import box_slices
 from rlhf3d.models.hf_io import HFReader
 from rlhf3d.models.spec import load_spec
 from rlhf3d.models.weights import LocalParam, hf_tensors, local_params
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.resharding import receiving, sending
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
 from rlhf3d.resharding.sending import WeightSender
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.resharding.sites import Sites
+from rlhf3d.rollout.settings import EngineSettings
 
 HERE = Path(__file__).resolve().parent
 GATHERED = Path("/dev/shm/rlhf3d-bench-gathered")
@@ -216,8 +219,9 @@ class Engine:
         from rlhf3d.rollout import vllm_engine
 
         vllm_engine.WORKER_EXTENSION = "gathered_worker.GatheredWorker"
+        rollout = RolloutConfig(dtype=self.setup.dtype, kv_cache_gib=0.1, enforce_eager=True)
         self.engine = vllm_engine.VLLMEngine(
-            folder, dtype=self.setup.dtype, max_model_len=256, kv_cache_gib=0.1
+            EngineSettings(folder, rollout, 256, CPUPlatform("benchmark"))
         )
 
     def open(self) -> None:

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
+from rlhf3d.config.schema import RolloutConfig
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, Platform
+from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers
 
@@ -39,6 +42,12 @@ def fake_nvml(status: int) -> Any:
             status if asked == 0 else P2P_NOT_SUPPORTED
         ),
     )
+
+
+def of_two(platform: Platform) -> EngineSettings:
+    """An engine of two ranks."""
+    rollout = RolloutConfig(dtype="bfloat16", tensor_parallel_size=2, enforce_eager=True)
+    return EngineSettings("model", rollout, 1024, platform)
 
 
 def start_engine(rank: int, port: int, status: int) -> str:
@@ -81,13 +90,7 @@ def start_engine(rank: int, port: int, status: int) -> str:
     import_utils.import_pynvml = lambda: fake_nvml(status)
     vllm.LLM = make_llm
     with pytest.raises(Reached) as reached:
-        VLLMEngine(
-            "model",
-            platform_kind="cuda",
-            tensor_parallel_size=2,
-            rank=rank,
-            meeting=("127.0.0.1", port),
-        )
+        VLLMEngine(of_two(CUDAPlatform("test")), rank=rank, meeting=("127.0.0.1", port))
     return str(reached.value)
 
 
@@ -120,14 +123,8 @@ def settings(rank: int, port: int, kind: str) -> list[Any]:
 
     vllm.LLM = make_llm
     with pytest.raises(Reached):
-        VLLMEngine(
-            "model",
-            platform_kind=kind,
-            tensor_parallel_size=2,
-            rank=0,
-            meeting=("10.0.0.1", port),
-            host="10.0.0.2",
-        )
+        platform = CUDAPlatform("test") if kind == "cuda" else CPUPlatform("test")
+        VLLMEngine(of_two(platform), meeting=("10.0.0.1", port), host="10.0.0.2")
     config = told["hf_overrides"](SimpleNamespace(model_type="qwen2"))
     assert config.architectures == ["Qwen2ForCausalLM"]
     return [_get_head_dtype(config, torch.bfloat16, "generate"), os.environ["VLLM_HOST_IP"]]  # type: ignore[arg-type]
