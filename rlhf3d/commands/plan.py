@@ -95,7 +95,7 @@ def plan(
 ) -> None:
     """Memory of a run by rank and phase, and its time, before it starts and without GPUs or weights."""
     from rlhf3d.config.load import load_config
-    from rlhf3d.planning.command import plan_command
+    from rlhf3d.planning.search.command import plan_command
 
     if not search:
         refuse_unused(context, ["write"], "it is for what --search finds; give --search as well")

@@ -7,9 +7,9 @@ with its source; none is in the code of the models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal, get_type_hints
 
 from rlhf3d.config.load import coerce, read_sections
 
@@ -170,8 +170,3 @@ def parse_cluster(text: str, known: Mapping[str, Hardware]) -> Cluster:
         )
     hardware, devices = matches[0], int(count)
     return Cluster(hardware, devices, hardware.devices_per_node)
-
-
-def with_numbers(hardware: Hardware, **changes: Any) -> Hardware:
-    """The hardware with some numbers replaced, such as those of this machine."""
-    return replace(hardware, **changes)

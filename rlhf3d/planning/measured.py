@@ -49,7 +49,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.planning.hardware import Cluster, with_numbers
+from rlhf3d.planning.hardware import Cluster
 
 FORMAT = 1
 DEFAULT = Path("runs/gpu_measured.json")
@@ -163,4 +163,5 @@ def with_measured(cluster: Cluster, given: Path | None) -> Cluster:
         )
     names = ", ".join(sorted(measured.numbers))
     note = f"{names} measured ({path}: {measured.source}), others from data sheets"
-    return replace(cluster, hardware=with_numbers(hardware, measured_here=note, **measured.numbers))
+    numbers: dict[str, Any] = dict(measured.numbers)
+    return replace(cluster, hardware=replace(hardware, measured_here=note, **numbers))

@@ -19,8 +19,7 @@ PURE = (
     [
         (PURE, {"ray", "vllm", "megatron"}),
         (
-            "rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup, rlhf3d.planning.command, "
-            "rlhf3d.planning.calibrate",
+            "rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup, rlhf3d.planning.search.command",
             {"torch", "ray", "vllm", "megatron"},
         ),
     ],

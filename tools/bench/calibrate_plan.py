@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import yaml
+from calibrate import as_entry, fit, observe, planned_step_s
 
-from rlhf3d.planning.calibrate import as_entry, fit, observe, planned_step_s
 from rlhf3d.planning.hardware import load_hardware
 
 

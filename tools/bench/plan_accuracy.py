@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf3d.planning.calibrate import Observation, fit, observe, planned_step_s, predict
+from calibrate import Observation, fit, observe, planned_step_s, predict
+
 from rlhf3d.planning.hardware import load_hardware
 
 LAYOUTS = {

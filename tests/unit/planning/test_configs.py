@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlhf3d.config.load import load_config
-from rlhf3d.planning.plan import SHAPES, Plan, find_cluster, find_spec, make_plan
+from rlhf3d.planning.plan import SHAPES, find_spec
+from rlhf3d.planning.search.command import find_cluster
+from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
 from rlhf3d.units import GIB
 
 ROOT = Path(__file__).parents[3]
@@ -18,7 +20,7 @@ PLANNED = [
 COMMENT = re.compile(r"# plan on (\S+): .*")
 
 
-def comment(plan: Plan, gpus: str) -> str:
+def comment(plan: TimedPlan, gpus: str) -> str:
     """The line that a configuration carries; `python tests/unit/planning/test_configs.py` writes those of today."""
     rank, phase = plan.memory.peak
     assert plan.memory.device_limit is not None
@@ -30,10 +32,10 @@ def comment(plan: Plan, gpus: str) -> str:
     )
 
 
-def planned(path: Path) -> tuple[Plan, str]:
+def planned(path: Path) -> tuple[TimedPlan, str]:
     config = load_config(path, files=False)
     cluster = find_cluster(config, None)
-    plan = make_plan(config, find_spec(config)[0], cluster)
+    plan = make_timed_plan(config, find_spec(config)[0], cluster)
     return plan, f"{cluster.devices}x{cluster.hardware.name}"
 
 

@@ -18,9 +18,9 @@ from rlhf3d.planning.activations import in_flight
 from rlhf3d.planning.engines import GRAPHS_GIB
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.memory import PHASES, spare
-from rlhf3d.planning.plan import Plan, make_plan
+from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.search.view import plan_data, plan_view
 from rlhf3d.planning.states import chunk_sizes, model_states
-from rlhf3d.planning.view import as_json, render
 from rlhf3d.units import GIB
 
 ROOT = Path(__file__).parents[3]
@@ -35,13 +35,13 @@ def config(**raw: Any) -> Config:
     return made
 
 
-def plan(on: Cluster | None = None, spec: ModelSpec = QWEN_7B, **raw: Any) -> Plan:
-    return make_plan(config(**raw), spec, on or parse_cluster("8xH100", HARDWARE))
+def plan(on: Cluster | None = None, spec: ModelSpec = QWEN_7B, **raw: Any) -> TimedPlan:
+    return make_timed_plan(config(**raw), spec, on or parse_cluster("8xH100", HARDWARE))
 
 
-def as_text(made: Plan) -> str:
+def as_text(made: TimedPlan) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(render(made, ROOT))
+    console.print(*plan_view(made, ROOT).parts, sep="\n", soft_wrap=True)
     return console.file.getvalue()
 
 
@@ -250,7 +250,7 @@ def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
     assert made.verdict == "does not fit" and made.time is None
     text = as_text(made)
     assert "KV cache 0.00 GiB" in text and "time       none: the engines cannot start" in text
-    assert as_json(made)["time"] is None
+    assert plan_data(made)["time"] is None
 
 
 def test_an_engine_takes_more_than_its_share() -> None:
@@ -276,7 +276,7 @@ def test_an_engine_takes_more_than_its_share() -> None:
 def test_tight_is_between_fitting_and_not() -> None:
     """The peak is within the device, but little is left for holes between blocks and what is not counted."""
 
-    def on(gib: float) -> Plan:
+    def on(gib: float) -> TimedPlan:
         return plan(
             Cluster(replace(HARDWARE["H100"], memory_gib=gib), 8, 8),
             actor={"layout": LAYOUT},

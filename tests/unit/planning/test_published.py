@@ -13,7 +13,8 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
 from rlhf3d.planning.hardware import load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths
-from rlhf3d.planning.plan import SHAPES, Plan, make_plan
+from rlhf3d.planning.plan import SHAPES
+from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
 
 ROOT = Path(__file__).parents[3]
 RUNS = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
@@ -21,7 +22,7 @@ COMPLETIONS, PROMPT_TOKENS, LONGEST_PROMPT = 32, 110, 128
 TOLERANCE = 0.25
 
 
-def planned(run: dict[str, Any]) -> Plan:
+def planned(run: dict[str, Any]) -> TimedPlan:
     """The same job as one of ours."""
     layout = {"overlap_grad_reduce": True, "overlap_param_gather": True, **run["layout"]}
     bypass = run.get("on_policy", False)
@@ -57,7 +58,7 @@ def planned(run: dict[str, Any]) -> Plan:
     assert not mistakes
     cluster = parse_cluster(f"{run['gpus']}xH100", load_hardware())
     spec = load_spec(SHAPES / run["model"], with_weights=False)
-    return make_plan(config, spec, cluster, lengths=Lengths(PROMPT_TOKENS, run["response"]))
+    return make_timed_plan(config, spec, cluster, lengths=Lengths(PROMPT_TOKENS, run["response"]))
 
 
 def row(run: dict[str, Any]) -> str:

@@ -13,11 +13,11 @@ import yaml
 from rlhf3d.config.load import build, config_to_yaml
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
-from rlhf3d.planning.calibrate import FITTED, Observation, as_entry, fit, observe, planned_step_s
-from rlhf3d.planning.flops import head_flops, layer_flops, layer_weights
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths, make_job
-from rlhf3d.planning.times import TimePlan, busiest_rank, plan_time
+from rlhf3d.planning.search.flops import head_flops, layer_flops, layer_weights
+from rlhf3d.planning.search.times import TimePlan, busiest_rank, plan_time
+from tools.bench.calibrate import FITTED, Observation, as_entry, fit, observe, planned_step_s
 
 ROOT = Path(__file__).parents[3]
 HARDWARE = load_hardware()

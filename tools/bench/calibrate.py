@@ -20,7 +20,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.hardware import NOT_IN_FILES, Cluster, Hardware
 from rlhf3d.planning.job import Lengths, make_job
 from rlhf3d.planning.plan import find_spec
-from rlhf3d.planning.times import TimePlan, plan_time
+from rlhf3d.planning.search.times import TimePlan, plan_time
 
 FITTED = ("matmul_efficiency", "layer_overhead_s", "latency_s", "memory_gbs", "decode_overhead_s")
 PHASES = ("generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor")

@@ -20,7 +20,9 @@ from rlhf3d.planning.engines import (
     engine_weight_bytes,
     kv_bytes_a_token,
 )
-from rlhf3d.planning.flops import (
+from rlhf3d.planning.job import Job, Model
+from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
+from rlhf3d.planning.search.flops import (
     attention_products,
     decoder_weights_read,
     expert_bytes,
@@ -28,8 +30,6 @@ from rlhf3d.planning.flops import (
     layer_flops,
     mlp_products,
 )
-from rlhf3d.planning.job import Job, Model
-from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
 from rlhf3d.planning.states import chunk_sizes, model_states
 from rlhf3d.units import ITEM_BYTES
 

@@ -23,8 +23,8 @@ from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
-from rlhf3d.planning.plan import Plan, make_plan
-from rlhf3d.planning.space import (
+from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.search.space import (
     batchings,
     engine_shares,
     engine_sizes,
@@ -33,7 +33,13 @@ from rlhf3d.planning.space import (
     on_cluster,
     rests,
 )
-from rlhf3d.planning.times import forward_time, generate_time, save_time, sync_time, update_time
+from rlhf3d.planning.search.times import (
+    forward_time,
+    generate_time,
+    save_time,
+    sync_time,
+    update_time,
+)
 from rlhf3d.units import GIB
 
 APART_UTILIZATION = 0.9
@@ -71,9 +77,9 @@ class Option(NamedTuple):
 class Found:
     """What a search came to."""
 
-    best: tuple[Plan, ...]
+    best: tuple[TimedPlan, ...]
     """Those that fit, fastest first."""
-    near: tuple[Plan, ...]
+    near: tuple[TimedPlan, ...]
     """Those that do not fit and would be faster than the best: of each layout the one that lacks least, least first."""
     counts: Counter[str]
     """Of configurations: fit, do not fit, refused."""
@@ -238,14 +244,14 @@ class Search:
             if not sleeps or phase.phase in beside or phase.total > self.limit
         )
 
-    def _plans(self, options: Sequence[Option], fits: bool) -> tuple[Plan, ...]:
+    def _plans(self, options: Sequence[Option], fits: bool) -> tuple[TimedPlan, ...]:
         """The first of so many layouts, planned whole."""
-        found: list[Plan] = []
+        found: list[TimedPlan] = []
         kinds = set()
         for option in options:
             if option.kind in kinds:
                 continue
-            plan = make_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
+            plan = make_timed_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
             if fits == (plan.verdict == "fits"):
                 found.append(plan)
                 kinds.add(option.kind)

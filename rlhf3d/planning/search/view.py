@@ -1,0 +1,253 @@
+"""A plan with its time, and what a search came to, for people and for programs.
+
+Invariant: shows what the plans hold; computes nothing of them but sums of their phases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rlhf3d.config.derived import summary_lines
+from rlhf3d.config.load import config_to_yaml
+from rlhf3d.observability.tables import Row, View, table
+from rlhf3d.planning.hardware import Cluster
+from rlhf3d.planning.memory import MemoryPlan, RankMemory
+from rlhf3d.planning.search.plan import TimedPlan
+from rlhf3d.planning.search.ranking import Found
+from rlhf3d.planning.search.times import FORWARD, UPDATE, PhaseTime, TimePlan
+from rlhf3d.planning.view import memory_lines, memory_table
+from rlhf3d.units import GIB
+
+SUMMARY = {"layout", "rollout", "step", "actor", "critic"}
+"""Lines of a configuration's summary that a plan repeats."""
+NAMED_S = 0.005
+"""Seconds from which a part of a phase is worth naming."""
+
+
+def plan_view(plan: TimedPlan, shape: Path) -> View:
+    """Return one plan; `shape` is the folder that the model's shape was read from."""
+    parts: list[str | Table] = ["\n".join(_job_lines(plan, shape)), memory_table(plan.memory)]
+    parts.append("\n".join([*memory_lines(plan), ""]))
+    if plan.time is not None:
+        parts.append(_time_table(plan.time))
+    parts.append("\n".join([*_time_lines(plan), *_verdict(plan)]))
+    return View(parts, plan_data(plan))
+
+
+def _job_lines(plan: TimedPlan, shape: Path) -> list[str]:
+    job, hardware = plan.job, plan.job.cluster.hardware
+    source = "measured" if hardware.measured else "from data sheets, not measured"
+    needed = job.devices_needed if job.on_gpu else 1
+    summary = summary_lines(job.config, job.derived)
+    return [
+        *(line for line in summary if line.split()[0] in SUMMARY),
+        f"shape      {shape.name}/config.json: {job.spec.family}, {job.spec.num_layers} layers",
+        f"devices    {job.cluster} ({hardware.measured_here or source}), {needed} needed",
+    ]
+
+
+def _time_table(time: TimePlan) -> Table:
+    rows: list[Row] = [
+        {"": phase.phase, "s": phase.total, "of that": _named_parts(phase)} for phase in time.phases
+    ]
+    rows.append({})
+    rows.append({"": "step", "s": time.step_s, "of that": "without scoring and validation"})
+    return table(rows, title="time of a step, s")
+
+
+def _named_parts(phase: PhaseTime) -> str:
+    named = [f"{name} {seconds:.2g}" for name, seconds in phase.parts.items() if seconds >= NAMED_S]
+    return ", ".join(named)
+
+
+def _time_lines(plan: TimedPlan) -> list[str]:
+    time, lengths = plan.time, plan.job.lengths
+    if time is None:
+        return ["time       none: the engines cannot start"]
+    device = "GPU" if plan.job.on_gpu else "machine"
+    line = (
+        f"lengths    {lengths.prompt:.0f} + {lengths.response:.0f} tokens on average "
+        f"(--prompt-tokens, --response-tokens): {time.tokens_s:,.0f} tokens/s, "
+        f"{time.tokens_s / time.devices:,.0f} per {device}"
+    )
+    if time.hours is None or time.device_hours is None:
+        run = "its steps are not known: data.train_files are not here; give --rows"
+    else:
+        run = f"{time.steps} steps, {time.hours:.1f} hours"
+        if plan.job.on_gpu:
+            run += f", {time.device_hours:.1f} GPU-hours"
+    return [line, f"run        {run}"]
+
+
+def _verdict(plan: TimedPlan) -> list[str]:
+    reasons = [*plan.problems, *plan.memory.tight]
+    return [plan.verdict + (":" if reasons else ""), *(f"  - {reason}" for reason in reasons)]
+
+
+def plan_data(plan: TimedPlan) -> dict[str, Any]:
+    """Return a plan as plain data; bytes and seconds."""
+    job = plan.job
+    return {
+        "fits": not plan.problems,
+        "verdict": plan.verdict,
+        "problems": list(plan.problems),
+        "tight": list(plan.memory.tight),
+        "devices": {
+            "hardware": job.cluster.hardware.name,
+            "measured": job.cluster.hardware.measured_here,
+            "found": job.cluster.devices,
+            "needed": job.devices_needed,
+        },
+        "layouts": {model.role: str(model.layout) for model in job.models},
+        "memory": _memory_data(plan.memory),
+        "time": None if plan.time is None else _time_data(plan.time),
+    }
+
+
+def _memory_data(memory: MemoryPlan) -> dict[str, Any]:
+    rank, phase = memory.peak
+    engine, host = memory.engine, memory.host
+    return {
+        "peak": {"rank": rank.ranks[0], "phase": phase.phase, "bytes": phase.total},
+        "device_limit": memory.device_limit,
+        "ranks": [_rank_data(rank) for rank in memory.ranks],
+        "engine": asdict(engine) | {"sequences": engine.sequences},
+        "host": {"phase": host.phase, "limit": host.limit, "terms": dict(host.terms)},
+    }
+
+
+def _rank_data(rank: RankMemory) -> dict[str, Any]:
+    return {
+        "ranks": list(rank.ranks),
+        "place": rank.place,
+        "states": {role: asdict(states) for role, states in rank.states.items()},
+        "phases": {phase.phase: dict(phase.terms) for phase in rank.phases},
+    }
+
+
+def _time_data(time: TimePlan) -> dict[str, Any]:
+    return {
+        "phases": {phase.phase: dict(phase.parts) for phase in time.phases},
+        "step_s": time.step_s,
+        "tokens_s": time.tokens_s,
+        "steps": time.steps,
+        "hours": time.hours,
+        "device_hours": time.device_hours,
+    }
+
+
+def search_view(found: Found, cluster: Cluster, shape: Path) -> View:
+    """Return the plans that a search came to, each with its configuration as YAML."""
+    looked = ", ".join(f"{number} {what}" for what, number in found.counts.most_common())
+    parts: list[str | Table] = [f"{shape.name} on {cluster}: {looked}"]
+    if found.best:
+        parts += [_search_table("fastest that fit", found.best), _comparison(found.best)]
+    else:
+        parts.append("nothing fits: take more GPUs, or shorten the sequences")
+    if found.near:
+        reasons = [[*plan.problems, *plan.memory.tight][0] for plan in found.near]
+        parts.append(_search_table("faster, but too big or tight", found.near))
+        parts.append("\n".join(f"  {i}. {reason}" for i, reason in enumerate(reasons, 1)))
+    return View(
+        parts,
+        {
+            "counts": dict(found.counts),
+            "best": [_with_config(plan) for plan in found.best],
+            "near": [_with_config(plan) for plan in found.near],
+        },
+    )
+
+
+def _with_config(plan: TimedPlan) -> dict[str, Any]:
+    return plan_data(plan) | {"config": config_to_yaml(plan.job.config)}
+
+
+def _search_table(title: str, plans: tuple[TimedPlan, ...]) -> Table:
+    return table([_search_row(number, plan) for number, plan in enumerate(plans, 1)], title)
+
+
+def _search_row(number: int, plan: TimedPlan) -> Row:
+    """How the run is cut, what it fills, where its seconds go."""
+    row: dict[str, object] = {
+        "": number,
+        "training": _training(plan),
+        "micro-batch": _micro_batch(plan),
+        "engines": _engines(plan),
+        "GiB": plan.memory.peak[1].total / GIB,
+    }
+    seconds = _seconds(plan)
+    if not seconds:
+        return row | dict.fromkeys(("step s", "generate", "passes", "updates", "other"))
+    passes = sum(seconds.get(name, 0.0) for name in FORWARD)
+    updates = sum(seconds.get(name, 0.0) for name in UPDATE)
+    other = plan.step_s - seconds["generate"] - passes - updates
+    return row | {
+        "step s": plan.step_s,
+        "generate": seconds["generate"],
+        "passes": passes,
+        "updates": updates,
+        "other": other,
+    }
+
+
+def _seconds(plan: TimedPlan) -> dict[str, float]:
+    """By phase; nothing where the engines cannot start."""
+    return {} if plan.time is None else {phase.phase: phase.total for phase in plan.time.phases}
+
+
+def _training(plan: TimedPlan) -> str:
+    lines = [str(plan.job.derived.layout)]
+    lines += [f"critic {group.layout}" for group in plan.job.derived.groups[1:]]
+    return "\n".join(lines)
+
+
+def _micro_batch(plan: TimedPlan) -> str:
+    actor = plan.job.config.actor
+    words = [str(actor.ppo_micro_batch_size_per_gpu)]
+    if actor.use_dynamic_bsz:
+        words = [f"{actor.ppo_max_token_len_per_gpu} tokens"]
+    if actor.layout.recompute != "none":
+        words.append(f"{actor.layout.recompute} recompute")
+    if plan.job.config.model.offload:
+        words.append("offload")
+    return ", ".join(words)
+
+
+def _engines(plan: TimedPlan) -> str:
+    rollout = plan.job.config.rollout
+    where = "colocated"
+    if rollout.placement == "disaggregated":
+        where = "dedicated"
+    elif rollout.sleep:
+        where = "colocated, asleep between"
+    cut = f"{rollout.engines} x TP{rollout.tensor_parallel_size}"
+    return f"{cut} {where}, {rollout.gpu_memory_utilization:g}"
+
+
+def _comparison(plans: tuple[TimedPlan, ...]) -> str:
+    """The first against the second, by the four phases that differ most."""
+    first = plans[0]
+    rank, phase = first.memory.peak
+    lines = [f"1. peak {phase.phase} on {rank.place}; {_waiting(first)}"]
+    if len(plans) > 1:
+        other = _seconds(plans[1])
+        differences = [
+            (seconds - other.get(name, 0.0), name) for name, seconds in _seconds(first).items()
+        ]
+        differences.sort(key=lambda pair: -abs(pair[0]))
+        named = [f"{name} {s:+.1f} s" for s, name in differences[:4] if abs(s) >= 0.05]
+        lines.append(f"   against 2: {', '.join(named) or 'the same within 0.05 s a phase'}")
+    return "\n".join(lines)
+
+
+def _waiting(plan: TimedPlan) -> str:
+    assert plan.time is not None, "a plan that fits has a time"
+    updates = [phase for phase in plan.time.phases if phase.phase in UPDATE]
+    total = sum(phase.total for phase in updates)
+    bubble = sum(phase.parts.get("bubble", 0.0) for phase in updates) / total
+    messages = sum(phase.parts.get("messages", 0.0) for phase in updates) / total
+    return f"of the updates {bubble:.0%} waits in the pipeline and {messages:.0%} in messages"
