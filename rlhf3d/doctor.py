@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import megatron_patches
-from rlhf3d.machine import Machine, read_machine
+from rlhf3d.machine import Machine, package_versions, read_machine
+from rlhf3d.observability.tables import View
 from rlhf3d.parallel.platform import choose_platform
 
 PackageSet = Literal["cpu", "gpu"]
@@ -61,9 +62,14 @@ class Diagnosis:
     patches: list[dict[str, str]] = field(default_factory=list)
 
     @property
+    def findings(self) -> list[Finding]:
+        """All of them."""
+        return [*self.packages, *self.machine]
+
+    @property
     def healthy(self) -> bool:
-        """Nothing that a run needs is missing."""
-        return all(finding.ok for finding in [*self.packages, *self.machine] if finding.required)
+        """Whether nothing that a run needs is missing."""
+        return all(finding.ok for finding in self.findings if finding.required)
 
 
 def diagnose() -> Diagnosis:
@@ -242,41 +248,29 @@ def _patch_use(patch: megatron_patches.Patch, kind: str) -> str:
     return f"not needed: {why_not}" if why_not else "applied in every training process"
 
 
-def to_json(diagnosis: Diagnosis) -> str:
-    """The diagnosis for programs."""
-    return json.dumps(asdict(diagnosis) | {"healthy": diagnosis.healthy}, indent=2)
-
-
-def render(diagnosis: Diagnosis) -> str:
-    """The diagnosis for people."""
+def doctor_view(diagnosis: Diagnosis) -> View:
+    """Return the diagnosis, with the commands that fix what is missing last."""
     lines = [f"platform  {diagnosis.platform}: {diagnosis.reason}"]
     for title, findings in (("packages", diagnosis.packages), ("machine", diagnosis.machine)):
         width = max((len(finding.name) for finding in findings), default=0)
         lines += ["", title, *(_line(finding, width) for finding in findings)]
     width = max((len(patch["name"]) for patch in diagnosis.patches), default=0)
-    lines += ["", f"corrections to megatron-core {_version('megatron-core')}"]
+    megatron = package_versions(["megatron-core"]).get("megatron-core", "(not installed)")
+    lines += ["", f"corrections to megatron-core {megatron}"]
     lines += [f"  {patch['name']:{width}}  {patch['use']}" for patch in diagnosis.patches]
-    fixes = {
-        finding.fix: finding.required
-        for finding in sorted(
-            [*diagnosis.packages, *diagnosis.machine], key=lambda finding: finding.required
-        )
-        if not finding.ok
-    }
     lines += ["", "all is well" if diagnosis.healthy else "a run is not possible yet"]
-    return "\n".join(
-        lines + [f"  {'run' if required else 'optional'}: {fix}" for fix, required in fixes.items()]
-    )
+    return View([*lines, *_fixes(diagnosis)], asdict(diagnosis) | {"healthy": diagnosis.healthy})
+
+
+def _fixes(diagnosis: Diagnosis) -> list[str]:
+    """Each command once; those that a run needs after the optional ones, so that they are seen."""
+    missing = [finding for finding in diagnosis.findings if not finding.ok]
+    missing.sort(key=lambda finding: finding.required)
+    fixes = {finding.fix: "run" if finding.required else "optional" for finding in missing}
+    return [f"  {kind}: {fix}" for fix, kind in fixes.items()]
 
 
 def _line(finding: Finding, width: int) -> str:
     mark = "ok" if finding.ok else "MISSING" if finding.required else "note"
     wanted = "" if finding.ok else f" (wanted {finding.wanted}: {finding.fix})"
     return f"  {mark:7}  {finding.name:{width}}  {finding.found}{wanted}"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"

@@ -20,13 +20,13 @@ def doctor(
 ) -> None:
     """Show platform, versions, patches and memory, and what is missing with the command that fixes it."""
     if cluster is not None:
-        from rlhf3d.placement.cluster_check import diagnose_cluster, render_cluster
+        from rlhf3d.placement.cluster_check import cluster_view, diagnose_cluster
 
         checked = diagnose_cluster(cluster)
-        typer.echo(checked.to_json() if as_json else render_cluster(checked))
+        cluster_view(checked).show(as_json)
         raise typer.Exit(1 if checked.problems else 0)
-    from rlhf3d.doctor import diagnose, render, to_json
+    from rlhf3d.doctor import diagnose, doctor_view
 
     diagnosis = diagnose()
-    typer.echo(to_json(diagnosis) if as_json else render(diagnosis))
+    doctor_view(diagnosis).show(as_json)
     raise typer.Exit(0 if diagnosis.healthy else 1)

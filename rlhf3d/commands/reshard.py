@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from rlhf3d.options import AsJson, Overrides
-from rlhf3d.terminal import Terminal
 
 
 def reshard(
@@ -29,15 +28,8 @@ def reshard(
     as_json: AsJson = False,
 ) -> None:
     """Show how a run moves its weights from training ranks into vLLM: bytes per rank, lower bound, routes."""
-    import json
-
     from rlhf3d.config.load import load_config
-    from rlhf3d.resharding.explain import as_json as to_json
-    from rlhf3d.resharding.explain import render, setup_of
+    from rlhf3d.resharding.explain import explain_view, setup_of
 
     loaded = load_config(config, overrides or [], files=False)
-    setup = setup_of(loaded, gpus)
-    if as_json:
-        typer.echo(json.dumps(to_json(setup, tensor)))
-    else:
-        Terminal(soft_wrap=False).print(render(setup, loaded.model.path, tensor))
+    explain_view(setup_of(loaded, gpus), loaded.model.path, tensor).show(as_json)

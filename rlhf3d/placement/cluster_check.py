@@ -6,7 +6,6 @@ node is not checked at all (`rlhf3d.preflight` has done that).
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import socket
@@ -27,6 +26,7 @@ from ray.util.scheduling_strategies import (
 from rlhf3d.config.load import ConfigError
 from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.models.spec import load_spec
+from rlhf3d.observability.tables import View
 from rlhf3d.parallel.meeting import host_meeting, open_meeting
 from rlhf3d.placement.cluster import node_name, ray_cluster, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
@@ -104,10 +104,6 @@ class Checked:
     all_reduce_s: float | None
     """None with one node, or where ports or versions are wrong already."""
 
-    def to_json(self) -> str:
-        """For programs."""
-        return json.dumps(asdict(self), indent=2)
-
 
 def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     """Check every node on which bundles are reserved. Raises ConfigError with all problems."""
@@ -169,21 +165,22 @@ def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:
         )
 
 
-def render_cluster(checked: Checked) -> str:
-    """What `diagnose_cluster` found, for people."""
-    lines = []
-    for report in checked.reports:
-        gpus = ", ".join(name for name, _ in report.gpus or ()) or "no GPU"
-        lines.append(
-            f"node {report.name}: {gpus}; "
-            + ", ".join(f"{k} {v}" for k, v in report.versions.items())
-        )
+def cluster_view(checked: Checked) -> View:
+    """Return what `diagnose_cluster` found."""
+    lines = [_node_line(report) for report in checked.reports]
     if checked.all_reduce_s is not None:
+        nodes = len(checked.reports)
         lines.append(
-            f"all-reduce of 4 MiB by gloo over {len(checked.reports)} nodes: {checked.all_reduce_s:.4f} s"
+            f"all-reduce of 4 MiB by gloo over {nodes} nodes: {checked.all_reduce_s:.4f} s"
         )
     lines += ["", "these nodes cannot run one job" if checked.problems else "all is well"]
-    return "\n".join(lines + [f"  - {problem}" for problem in checked.problems])
+    return View([*lines, *(f"  - {problem}" for problem in checked.problems)], asdict(checked))
+
+
+def _node_line(report: NodeReport) -> str:
+    gpus = ", ".join(name for name, _ in report.gpus or ()) or "no GPU"
+    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    return f"node {report.name}: {gpus}; {versions}"
 
 
 def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: float) -> Checked:

@@ -8,19 +8,18 @@ started. Pure: no torch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 
-from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from rlhf3d.config.derived import derive, resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.models.boxes import show
 from rlhf3d.models.spec import check_layout, load_spec
 from rlhf3d.models.weights import num_weights
+from rlhf3d.observability.tables import Row, View, table
 from rlhf3d.parallel.layout import ranges
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
@@ -124,101 +123,96 @@ def explain(setup: SyncSetup) -> Explanation:
     )
 
 
-def as_json(setup: SyncSetup, pattern: str | None = None) -> dict[str, object]:
-    """The explanation, and with `pattern` the routes of the tensors it matches."""
-    found: dict[str, object] = asdict(explain(setup))
+def explain_view(setup: SyncSetup, model: str, pattern: str | None = None) -> View:
+    """Return the figures of a setup, and with `pattern` the routes of the tensors it matches."""
+    facts = explain(setup)
+    parts: list[str | Table] = ["\n".join(_lines(setup, facts, model)), _rank_table(facts)]
+    data: dict[str, object] = asdict(facts)
     if pattern is not None:
-        found["routes"] = [str(op) for op in _routes(setup.plan, pattern)]
-    return found
+        routes = _routes(setup.plan, pattern)
+        parts.append(_route_table(setup.plan, routes, f"routes of {pattern}"))
+        data["routes"] = [str(op) for op in routes]
+    return View(parts, data)
 
 
-def render(setup: SyncSetup, model: str, pattern: str | None = None) -> Group:
-    """Tables for the terminal."""
-    facts, plan = explain(setup), setup.plan
-    spec, sites = setup.spec, plan.sites
+def _lines(setup: SyncSetup, facts: Explanation, model: str) -> list[str]:
+    spec, sites = setup.spec, setup.plan.sites
     kind = "host(s), whose ranks share memory" if sites.slots is None else "GPUs"
     devices = f"{len(sites.node_of_device)} {kind}"
     place = "colocated" if setup.colocated else "on devices of their own"
+    ops = sum(setup.plan.traffic.ops)
     lines = [
         f"model      {model}: {spec.family}, {spec.num_layers} layers, "
         f"{format_bytes(facts.model_bytes)} in {setup.dtype}",
         f"from       {setup.layout} = {setup.layout.world_size} training ranks on {devices}",
         f"to         {setup.engines} engine(s) x TP{setup.tensor_parallel_size}, {place}",
-        f"plan       {sum(plan.traffic.ops)} ops; training ranks send {_range(facts.sent)} each to other devices",
-        f"memory     {format_bytes(facts.buffer_bytes)} of buckets an engine rank",
+        f"plan       {ops} ops; training ranks send {_range(facts.sent)} each to other devices",
+        f"memory     {format_bytes(facts.buffer_bytes)} of buckets per engine rank",
     ]
     if facts.formula_bytes is not None and sites.slots is not None:
         lines.append(
-            f"formula    (n - g) / (n g) of the model, evenly cut: {format_bytes(facts.formula_bytes)} a rank"
+            "formula    (n - g) / (n g) of the model, evenly cut: "
+            f"{format_bytes(facts.formula_bytes)} per rank"
         )
-    parts: list[Text | Table] = [Text("\n".join(lines)), _rank_table(facts)]
-    if pattern is not None:
-        parts.append(_route_table(plan, pattern))
-    return Group(*parts)
+    return lines
 
 
 def _rank_table(facts: Explanation) -> Table:
+    """Ranks of several engines that need and get the same share a row."""
     unit, size = size_unit(max(rank.needed for rank in facts.ranks))
-    table = Table(title=f"an engine rank's bytes, {unit}", title_justify="left")
-    for name in (
-        "engines",
-        "rank",
-        "needs",
-        "local",
-        "receives",
-        "bound",
-        "full gather",
-        "senders",
-        "ops",
-    ):
-        table.add_column(name, justify="left" if name == "engines" else "right", overflow="fold")
-    rows: dict[tuple[int, ...], list[RankBytes]] = defaultdict(list)
+    alike: dict[tuple[int, ...], list[RankBytes]] = defaultdict(list)
     for rank in facts.ranks:
-        rows[rank.rank, rank.needed, rank.local, rank.received, rank.senders, rank.ops].append(rank)
-    for some in rows.values():
-        first = some[0]
-        table.add_row(
-            ranges(sorted({engine for rank in some for engine in rank.engines}), most=6),
-            str(first.rank),
-            *(
-                f"{n / size:.2f}"
-                for n in (first.needed, first.local, first.received, first.bound, first.full_gather)
-            ),
-            str(first.senders),
-            str(first.ops),
-        )
-    return table
+        key = (rank.rank, rank.needed, rank.local, rank.received, rank.senders, rank.ops)
+        alike[key].append(rank)
+    rows: list[Row] = []
+    for ranks in alike.values():
+        first, engines = ranks[0], set[int]()
+        for rank in ranks:
+            engines.update(rank.engines)
+        row: Row = {
+            "engines": ranges(sorted(engines), most=6),
+            "rank": first.rank,
+            "needs": first.needed / size,
+            "local": first.local / size,
+            "receives": first.received / size,
+            "bound": first.bound / size,
+            "full gather": first.full_gather / size,
+            "senders": first.senders,
+            "ops": first.ops,
+        }
+        rows.append(row)
+    return table(rows, f"bytes of an engine rank, {unit}", digits=2)
 
 
-def _route_table(plan: ReshardPlan, pattern: str) -> Table:
-    table = Table(title=f"routes of {pattern}", title_justify="left")
-    for name in ("tensor", "block", "from", "to"):
-        table.add_column(name, overflow="fold")
-    for count, op in enumerate(_routes(plan, pattern)):
-        if count == MOST_ROUTES:
-            table.add_row("…", "", "", f"more than {MOST_ROUTES}: --json has all")
-            break
-        place = plan.destinations[op.dst]
-        table.add_row(
-            op.tensor,
-            show(op.box),
-            f"rank {op.src_rank} {op.src_param}{show(op.src_box)}",
-            f"engine {ranges(place.engines, most=6)} rank {place.index} {op.dst_param}{show(op.dst_box)}",
-        )
-    return table
+def _route_table(plan: ReshardPlan, routes: Sequence[TransferOp], title: str) -> Table:
+    made = table([_route(plan, op) for op in routes[:MOST_ROUTES]], title)
+    if len(routes) > MOST_ROUTES:
+        made.caption = f"{MOST_ROUTES} of {len(routes)}; --json has all"
+    return made
 
 
-def _routes(plan: ReshardPlan, pattern: str) -> Iterator[TransferOp]:
-    found = False
+def _route(plan: ReshardPlan, op: TransferOp) -> Row:
+    place = plan.destinations[op.dst]
+    engines = ranges(place.engines, most=6)
+    return {
+        "tensor": op.tensor,
+        "block": show(op.box),
+        "from": f"rank {op.src_rank} {op.src_param}{show(op.src_box)}",
+        "to": f"engine {engines} rank {place.index} {op.dst_param}{show(op.dst_box)}",
+    }
+
+
+def _routes(plan: ReshardPlan, pattern: str) -> list[TransferOp]:
+    """Transfers of the tensors that `pattern` matches. ValueError where there is none."""
+    routes: list[TransferOp] = []
     for place in plan.destinations:
-        for op in plan.ops_to(place.number):
-            if fnmatch(op.tensor, pattern):
-                found = True
-                yield op
-    if not found:
+        routes += [op for op in plan.ops_to(place.number) if fnmatch(op.tensor, pattern)]
+    if not routes:
         raise ValueError(
-            f"--tensor {pattern!r} matches no tensor; they are named as in the model folder, * stands for any text"
+            f"--tensor {pattern!r} matches no tensor; they are named as in the model folder, "
+            "* stands for any text"
         )
+    return routes
 
 
 def _range(counts: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ from rlhf3d.doctor import (
     check_packages,
     check_quickstart,
     choose_set,
-    render,
+    doctor_view,
 )
 from rlhf3d.machine import Machine
 
@@ -157,9 +157,9 @@ def test_only_required_things_make_it_ill() -> None:
     lack = Finding("torch", "2.0", "not installed", False, "make setup")
     noted = Diagnosis("cpu", "why", [], [note])
     assert noted.healthy
-    assert "optional: free some space" in render(noted)
+    assert "  optional: free some space" in doctor_view(noted).parts
     ill = Diagnosis("cpu", "why", [lack], [note])
     assert not ill.healthy
-    text = render(ill)
+    text = "\n".join(map(str, doctor_view(ill).parts))
     assert "MISSING  torch  not installed (wanted 2.0: make setup)" in text
     assert "run: make setup" in text

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
-from rlhf3d.resharding.explain import as_json, explain, render
+from rlhf3d.resharding.explain import explain, explain_view
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.resharding.sites import Sites
 
@@ -34,19 +34,20 @@ def test_figures_add_up() -> None:
 
 
 def test_routes_of_a_tensor_are_shown() -> None:
+    view = explain_view(SETUP, "tiny", "*layers.3.self_attn.k_proj.weight")
     console = Console(width=200, record=True)
-    console.print(render(SETUP, "tiny", "*layers.3.self_attn.k_proj.weight"))
+    console.print(*view.parts)
     text = console.export_text()
     assert (
         "model.layers.3.self_attn.qkv_proj.weight" in text
         and "decoder.layers.3.self_attention.linear_qkv" in text
     )
-    routes = as_json(SETUP, "*layers.3.self_attn.k_proj.weight")["routes"]
+    routes = view.data["routes"]
     assert isinstance(routes, list) and len(routes) == 8  # four KV heads to each of two engines
 
 
 def test_unknown_tensor_and_too_many_engines_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--tensor 'nothing' matches no tensor"):
-        as_json(SETUP, "nothing")
+        explain_view(SETUP, "tiny", "nothing")
     with pytest.raises(ValueError, match=r"rollout\.engines = 3"):
         explain(replace(SETUP, engines=3))
