@@ -13,7 +13,6 @@ import typer
 
 from rlhf3d.options import AsJson, json_object, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
-from rlhf3d.terminal import Terminal
 
 if TYPE_CHECKING:
     from rlhf3d.config.schema import RolloutConfig
@@ -159,12 +158,10 @@ def evaluate(
 
     Continues where it was interrupted; every generation is a line of OUTPUT/generations.jsonl.
     """
-    import json
-
     from rlhf3d.evaluation.engine import engine_maker
     from rlhf3d.evaluation.run import evaluate as run
     from rlhf3d.evaluation.run import find_model
-    from rlhf3d.evaluation.view import render
+    from rlhf3d.evaluation.view import results_view
 
     engines.check(context)
     settings = _settings(sampling, scoring)
@@ -187,10 +184,7 @@ def evaluate(
         progress=lambda mode, done, of: typer.echo(f"{mode} {done}/{of}", err=True),
         warn=lambda text: typer.echo(f"warning: {text}", err=True),
     )
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        Terminal().print(render(report))
+    results_view(report).show(as_json)
 
 
 def _settings(sampling: Sampling, scoring: Scoring) -> EvaluationSettings:

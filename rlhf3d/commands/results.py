@@ -10,7 +10,6 @@ import typer
 
 from rlhf3d.options import AsJson, option_groups
 from rlhf3d.paths import check_output
-from rlhf3d.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,17 @@ def samples(
     import json
     from dataclasses import asdict
 
-    from rlhf3d.evaluation.browse import Filter, load, render
+    from rlhf3d.evaluation.browse import Filter, load, samples_view
 
     filters.check()
     title, generations = load(run, step, kind)
     chosen = Filter(**asdict(filters))
-    if as_json:
-        kept = [sample for sample in generations if chosen.keeps(sample)]
-        for sample in kept[:limit]:
-            typer.echo(json.dumps(asdict(sample)))
-    else:
-        Terminal(highlight=False).print(render(title, generations, chosen, limit))
+    view = samples_view(title, generations, chosen, limit)
+    if not as_json:
+        view.show()
+        return
+    for sample in view.data:
+        typer.echo(json.dumps(sample))
 
 
 def report(

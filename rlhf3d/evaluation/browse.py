@@ -7,13 +7,12 @@ reaches the terminal without control characters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from rich.console import Group, RenderableType
 from rich.text import Text
 
-from rlhf3d.evaluation.records import GENERATIONS_FILE, read_generations
+from rlhf3d.evaluation.records import GENERATIONS_FILE, Generation, read_generations
 from rlhf3d.observability.samples import (
     SAMPLES_DIR,
     Kind,
@@ -22,6 +21,7 @@ from rlhf3d.observability.samples import (
     sample_steps,
     samples_path,
 )
+from rlhf3d.observability.tables import View
 
 KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
 
@@ -42,25 +42,23 @@ class Filter:
     """Text in prompt or response, whatever its case."""
 
     def keeps(self, sample: Sample) -> bool:
-        """Whether a sample is shown."""
+        """Return whether a sample is shown."""
+        scored = sample.outcome == "scored"
+        text = f"{sample.prompt}\n{sample.response}".lower()
         conditions = (
-            (self.wrong, sample.outcome == "scored" and sample.score < 1.0),
-            (self.right, sample.outcome == "scored" and sample.score >= 1.0),
+            (self.wrong, scored and sample.score < 1.0),
+            (self.right, scored and sample.score >= 1.0),
             (self.unparsable, sample.outcome == "unparsable"),
             (self.failed, sample.outcome in ("timeout", "error")),
             (self.truncated, sample.finish_reason == "length"),
-            (
-                bool(self.contains),
-                self.contains.lower() in f"{sample.prompt}\n{sample.response}".lower(),
-            ),
         )
-        return all(holds for asked, holds in conditions if asked)
+        return self.contains.lower() in text and all(holds for asked, holds in conditions if asked)
 
 
 def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sample]]:
-    """What the samples are and all of them: of a run's `step` (null: the last) and `kind`, or of an evaluation.
+    """Return a title and all samples of a run's `step` (None: the last) and `kind`, or of an evaluation.
 
-    `kind` null is train of a run and everything of an evaluation. ValueError where there is none.
+    `kind` None is train of a run and everything of an evaluation. ValueError where there is none.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"--kind {kind}: must be one of {', '.join(KINDS)}")
@@ -68,20 +66,7 @@ def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sa
         if step is not None:
             raise ValueError(f"--step {step}: {folder} is an evaluation, which has no steps")
         found = [g for g in read_generations(folder, repair=False) if kind in (None, g.mode)]
-        shown = [
-            Sample(
-                g.prompt,
-                g.response,
-                g.ground_truth,
-                g.score,
-                g.outcome,
-                g.length,
-                g.finish_reason,
-                0,
-            )
-            for g in found
-        ]
-        return f"{folder} {kind or 'all'}", shown
+        return f"{folder} {kind or 'all'}", [_sample(generation) for generation in found]
     chosen: Kind = next((k for k in KINDS if k == kind), "train")
     steps = sample_steps(folder, chosen)
     if not steps:
@@ -95,36 +80,43 @@ def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sa
     return f"{folder} {chosen} step {step}", read_samples(samples_path(folder, step, chosen))
 
 
-def render(title: str, samples: Sequence[Sample], wanted: Filter, limit: int) -> RenderableType:
-    """The first `limit` samples that `wanted` keeps, in full."""
+def _sample(generation: Generation) -> Sample:
+    """Of an evaluation's completion; its model was never trained further."""
+    shared = {item.name for item in fields(Sample)} - {"policy_version"}
+    return Sample(**{name: getattr(generation, name) for name in shared}, policy_version=0)
+
+
+def samples_view(title: str, samples: Sequence[Sample], wanted: Filter, limit: int) -> View:
+    """Return the first `limit` samples that `wanted` keeps, in full."""
     kept = [sample for sample in samples if wanted.keeps(sample)]
-    parts: list[RenderableType] = [part for sample in kept[:limit] for part in _sample(sample)]
-    parts.append(
-        Text(
-            f"{title}: {min(limit, len(kept))} of {len(kept)} shown, {len(samples)} in all",
-            style="bold",
-        )
-    )
-    return Group(*parts)
+    shown = kept[:limit]
+    parts: list[Text] = []
+    for sample in shown:
+        parts += _parts(sample)
+    count = f"{title}: {len(shown)} of {len(kept)} shown, {len(samples)} in all"
+    return View([*parts, Text(count, style="bold")], [asdict(sample) for sample in shown])
 
 
-def _sample(sample: Sample) -> list[RenderableType]:
-    colour = "green" if sample.score >= 1.0 else "yellow" if sample.outcome == "scored" else "red"
+def _parts(sample: Sample) -> list[Text]:
+    color = "red"
+    if sample.score >= 1.0:
+        color = "green"
+    elif sample.outcome == "scored":
+        color = "yellow"
     verdict = f"{sample.outcome}, score {sample.mark}, wanted {clean(sample.ground_truth)}"
-    cut = ", cut off" if sample.finish_reason == "length" else ""
+    cut_off = ", cut off" if sample.finish_reason == "length" else ""
     return [
         Text(clean(sample.prompt), style="cyan"),
         Text(clean(sample.response)),
-        Text(f"— {verdict}; {sample.length} tokens{cut}", style=colour),
+        Text(f"— {verdict}; {sample.length} tokens{cut_off}", style=color),
         Text(""),
     ]
 
 
 def clean(text: object) -> str:
     """Text as it stands, line breaks kept, control characters shown as ·."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else " " if c == "\t" else "·" for c in str(text)
-    )
+    spaced = str(text).replace("\t", " ")
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in spaced)
 
 
 def _ranges(steps: Sequence[int]) -> str:

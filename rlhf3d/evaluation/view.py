@@ -7,40 +7,44 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
+
+from rlhf3d.observability.tables import Row, View, table
+
+INTERVAL = ("ci_low", "ci_high")
+"""Ends of the 95 % interval of a group's first measure."""
 
 
-def render(report: dict[str, Any]) -> RenderableType:
-    """A table for each mode: data sources, and their levels and types."""
+def results_view(report: dict[str, Any]) -> View:
+    """Return a table per mode: data sources, and their levels and types."""
     used = report["prompts"]
-    lines: list[RenderableType] = [
-        Text(
-            f"{report['model']}: {used['used']} prompts, {used['dropped']} dropped, {used['truncated']} truncated"
-        )
+    parts: list[str | Table] = [
+        f"{report['model']}: {used['used']} prompts, {used['dropped']} dropped, "
+        f"{used['truncated']} truncated"
     ]
     for mode in ("greedy", "sampled"):
         if mode in report:
-            lines += _mode(mode, report[mode])
-    return Group(*lines)
+            parts += _mode(mode, report[mode])
+    return View(parts, report)
 
 
-def _mode(mode: str, figures: dict[str, Any]) -> list[RenderableType]:
-    groups = figures["by"]
-    names = [
-        name for name in next(iter(groups.values())) if name not in ("ci_low", "ci_high", "prompts")
-    ]
-    table = Table(
-        Column(mode, overflow="fold"), "prompts", *names[:1], "95 %", *names[1:], box=None
-    )
-    for group, values in groups.items():
-        cells = [f"{100 * values[name]:.1f}" for name in names]
-        interval = f"{100 * values['ci_low']:.1f} to {100 * values['ci_high']:.1f}"
-        table.add_row(group, f"{values['prompts']:.0f}", *cells[:1], interval, *cells[1:])
+def _mode(mode: str, figures: dict[str, Any]) -> list[str | Table]:
+    rows = [_row(mode, group, values) for group, values in figures["by"].items()]
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in figures["outcomes"].items())
     note = (
-        f"{figures['completions']} completions of {figures['mean_length']:.0f} tokens on average: {outcomes}; "
-        f"{figures['truncated']} cut off at the limit. Figures in %."
+        f"{figures['completions']} completions of {figures['mean_length']:.0f} tokens on average: "
+        f"{outcomes}; {figures['truncated']} cut off at the limit. Figures in %."
     )
-    return [table, Text(note)]
+    return [table(rows, box=None), note]
+
+
+def _row(mode: str, group: str, values: dict[str, float]) -> Row:
+    low, high = (100 * values[name] for name in INTERVAL)
+    first, *others = (name for name in values if name not in (*INTERVAL, "prompts"))
+    return {
+        mode: group,
+        "prompts": int(values["prompts"]),
+        first: 100 * values[first],
+        "95 %": f"{low:.1f} to {high:.1f}",
+        **{name: 100 * values[name] for name in others},
+    }

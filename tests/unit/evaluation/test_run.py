@@ -14,7 +14,7 @@ from support.tiny_models import make_tiny_model
 from rlhf3d.data.rows import PromptRow, write_parquet
 from rlhf3d.evaluation.records import Generation, read_generations, results
 from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
-from rlhf3d.evaluation.view import render
+from rlhf3d.evaluation.view import results_view
 from rlhf3d.rewards.score import RewardError
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops
 
@@ -82,7 +82,9 @@ def never(stops: Stops) -> ScriptedEngine:
     raise AssertionError("nothing is left to generate")
 
 
-def test_it_writes_generations_and_figures(tmp_path: Path, model: Path, tokenizer: object) -> None:
+def test_it_writes_generations_and_figures(
+    tmp_path: Path, model: Path, tokenizer: object, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, output = write(tmp_path, ["4", "5", "4"]), tmp_path / "out"
     engine = ScriptedEngine(tokenizer)
     steps: list[tuple[str, int, int]] = []
@@ -117,7 +119,9 @@ def test_it_writes_generations_and_figures(tmp_path: Path, model: Path, tokenize
     by_hand = sum(g.answer == g.ground_truth for g in sampled) / 12
     assert report["sampled"]["by"]["openai/gsm8k"]["mean@4"] == pytest.approx(by_hand)
     assert json.loads((output / "results.json").read_text()) == report
-    assert "openai/gsm8k" in str(render(report).renderables[1].columns[0]._cells)  # type: ignore[attr-defined]
+    shown = results_view(report)
+    shown.show()
+    assert shown.data == report and "openai/gsm8k" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3])
