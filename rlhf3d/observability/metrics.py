@@ -7,17 +7,18 @@ next step begins; a value that is not finite is written as null and named under 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.observability.samples import Kind, Sample, write_samples
+from rlhf3d.observability.trackers import TensorBoard, Tracker, Trackers
+
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
 TIMING = "timing_s/"
 STEP_TIME = "timing_s/step"
 
@@ -54,30 +55,31 @@ class PhaseTimer:
 
 
 class MetricsWriter:
-    """Appends a step's metrics to `metrics.jsonl` and to TensorBoard under `output_dir`.
+    """Appends a row per step to `metrics.jsonl` and a file per step to `samples/`; trackers follow.
 
-    `resume_step` is the last step the resumed checkpoint holds: later rows, and a line torn by a kill, are
-    dropped so that the file reads as one unbroken run. A new run leaves it None and wants a folder
-    without rows (ValueError).
+    `resume_step` is the last step that the resumed checkpoint holds: later rows, and a line torn by
+    a kill, are dropped so that the file reads as one unbroken run. A new run leaves it None and
+    wants a folder without rows (ValueError).
     """
 
     def __init__(
-        self, output_dir: str | Path, resume_step: int | None = None, tensorboard: bool = True
+        self,
+        output_dir: str | Path,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        path = Path(output_dir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """`trackers` come beside TensorBoard."""
+        self._folder = Path(output_dir)
+        path = self._folder / METRICS_FILE
+        self._folder.mkdir(parents=True, exist_ok=True)
         self.last_step = -1
         """The last step written; -1 before the first."""
         if path.exists():
             self.last_step = _truncate(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        if tensorboard:
-            # Imported here: it pulls in torch, which reading a run's metrics does not need.
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(path.parent / TENSORBOARD_DIR), purge_step=purge)
+        curves = [TensorBoard(self._folder, resume_step)] if tensorboard else []
+        self._trackers = Trackers([*curves, *trackers])
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write all metrics of one step: numbers, numpy scalars or one-element tensors, by name."""
@@ -91,32 +93,17 @@ class MetricsWriter:
             row["nonfinite"] = nonfinite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        with self._tensorboard_spared():
-            if self._tensorboard is not None:
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()
+        self._trackers.log(step, values)
 
-    @contextmanager
-    def _tensorboard_spared(self) -> Iterator[None]:
-        """TensorBoard's files are a view of metrics.jsonl: a run goes on without them."""
-        try:
-            yield
-        except Exception as error:
-            self._tensorboard = None
-            logging.getLogger(__name__).warning(
-                "no more TensorBoard files (%s: %s); %s has all metrics",
-                type(error).__name__,
-                error,
-                METRICS_FILE,
-            )
+    def samples(self, step: int, samples: Sequence[Sample], kind: Kind = "train") -> None:
+        """Write (or, after a resume, replace) the completions of a step or of a validation."""
+        write_samples(self._folder, step, samples, kind)
+        self._trackers.samples(step, samples, kind)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the trackers."""
         self._file.close()
-        with self._tensorboard_spared():
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        self._trackers.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf3d.observability.metrics import (
     read_metrics,
     validation_accuracy,
 )
+from rlhf3d.observability.samples import Kind, Sample, read_samples, samples_path
 
 
 class Clock:
@@ -148,20 +150,41 @@ def test_names_are_taken_apart() -> None:
     assert phase_seconds(row) == {"generate": 2.0}
 
 
-def test_a_run_goes_on_without_tensorboard(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Full:
-        def add_scalar(self, *_: object) -> None:
+class Follower:
+    """A tracker that keeps what it is shown, and fails from step `until` on."""
+
+    def __init__(self, until: int = 99) -> None:
+        self.until = until
+        self.calls: list[object] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.calls.append((step, dict(metrics)))
+        if step >= self.until:
             raise OSError(28, "No space left on device")
 
-    with MetricsWriter(tmp_path) as writer:
-        writer._tensorboard.close()
-        writer._tensorboard = Full()
-        for step in (1, 2):
+    def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
+        self.calls.append((step, kind, list(rows)))
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_trackers_see_what_is_written(tmp_path: Path) -> None:
+    follower, sample = Follower(), Sample("2+2?", "4", "4", 1.0, "scored", 1, "stop", 0)
+    with MetricsWriter(tmp_path, tensorboard=False, trackers=[follower]) as writer:
+        writer.write(1, {"loss": math.inf})
+        writer.samples(1, [sample], "greedy")
+    assert follower.calls == [(1, {"loss": math.inf}), (1, "greedy", [sample]), "close"]
+    assert read_samples(samples_path(tmp_path, 1, "greedy")) == [sample]
+
+
+def test_a_run_goes_on_without_a_tracker_that_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, well = Follower(until=2), Follower()
+    with MetricsWriter(tmp_path, tensorboard=False, trackers=[full, well]) as writer:
+        for step in (1, 2, 3):
             writer.write(step, {"loss": 0.5})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    assert (
-        caplog.text.count("no more TensorBoard files (OSError: [Errno 28] No space left on device)")
-        == 1
-    )
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert len(full.calls) == 2 and len(well.calls) == 4
+    assert caplog.text.count("Follower is left out") == 1 and "No space left" in caplog.text
