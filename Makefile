@@ -100,11 +100,8 @@ $(MODEL)/config.json: | $(READY)
 
 data: data/$(DATA)/test.parquet ## prepare the data set of CONFIG
 
-data/arithmetic/test.parquet: | $(READY)
-	$(BIN)/rlhf3d data prepare arithmetic --output data/arithmetic
-
-data/gsm8k/test.parquet: | $(READY)
-	$(BIN)/rlhf3d data prepare gsm8k --source $(SOURCE) --output data/gsm8k
+data/%/test.parquet: | $(READY)
+	$(BIN)/rlhf3d data prepare $* $(if $(filter arithmetic,$*),,--source $(SOURCE)) --output data/$*
 
 # The shipped small jobs get their model and data; for another CONFIG they are the user's.
 train: setup $(if $(filter quickstart% gsm8k%,$(notdir $(CONFIG))),model data) ## train CONFIG (quickstart.yaml)

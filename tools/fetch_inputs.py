@@ -14,19 +14,10 @@ from pathlib import Path
 
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
+from rlhf3d.data import sets
 
 OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama"}
 """Owner on the hub, by how the model's name begins."""
-PREPARED = {
-    "gsm8k": (),
-    "math": (),
-    "math500": (),
-    "limr": (
-        "--exclude",
-        "data/math500/test.parquet",
-    ),  # 502 of its problems are MATH's test problems
-}
-"""Data sets in the order in which to prepare them, and with what besides."""
 
 
 def missing(config: Config) -> list[list[str]]:
@@ -51,9 +42,19 @@ def missing(config: Config) -> list[list[str]]:
         for file in files
         if file.parent.parent == Path("data") and not file.is_file()
     }
-    for name, options in PREPARED.items():
-        if name in absent:
-            commands.append(["rlhf3d", "data", "prepare", name, "--source", "hub", *options])
+    return commands + preparations(absent)
+
+
+def preparations(absent: set[str]) -> list[list[str]]:
+    """The commands that prepare those data sets of the hub, after the sets that they exclude."""
+    of_hub = {name: sets.load(name) for name in sets.names() if hasattr(sets.load(name), "HUB")}
+    excluded = {name: getattr(module, "EXCLUDE", ()) for name, module in of_hub.items()}
+    commands = []
+    for name in sorted(absent & of_hub.keys(), key=lambda name: (bool(excluded[name]), name)):
+        command = ["rlhf3d", "data", "prepare", name, "--source", "hub"]
+        for other in excluded[name]:
+            command += ["--exclude", f"data/{other}/test.parquet"]
+        commands.append(command)
     return commands
 
 

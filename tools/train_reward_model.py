@@ -3,13 +3,14 @@
     tools/train_reward_model.py models/SmolLM2-135M-Instruct pairs.jsonl --output models/reward
 
 Bradley-Terry: the loss of a pair is -log sigmoid(score(chosen) - score(rejected)). Every fifth pair is held out
-(`rlhf3d.data.preferences`). Writes a Hugging Face folder with tokenizer, which `reward_model.path` takes.
+(`tools/data/preferences.py`). Writes a Hugging Face folder with tokenizer, which `reward_model.path` takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf3d.data.preferences import Pair, is_held_out, read_pairs
 from rlhf3d.evaluation.metrics import interval
 from rlhf3d.tokenizer.load import load_tokenizer
+
+sys.path.append(str(Path(__file__).parent / "data"))
+from preferences import Pair, is_held_out, read_pairs
 
 Encoded = tuple[list[int], list[int]]
 """Token ids of prompt with chosen and with rejected answer."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlhf3d.data import sets
 from rlhf3d.options import AsJson, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
 from rlhf3d.terminal import Terminal
@@ -29,7 +30,7 @@ class Contents:
 def prepare(
     name: Annotated[
         str,
-        typer.Argument(help="arithmetic, gsm8k, limr, math, math500, or a file with make_map_fn."),
+        typer.Argument(help=f"{', '.join(sets.names())}, or a file with make_map_fn."),
     ],
     source: Annotated[
         str | None, typer.Option(help="Folder or file of the data set, or hub.")

@@ -14,15 +14,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf3d.data.rows import (
-    PromptRow,
-    open_parquet,
-    question_key,
-    read_batches,
-    read_provenance,
-    record_of,
-    row_of,
-)
+from rlhf3d.data.parquet import open_parquet, read_batches, read_provenance, record_of
+from rlhf3d.data.rows import PromptRow, question_key, row_of
 from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, left_out, tokenise
 
 _BATCH = 2048

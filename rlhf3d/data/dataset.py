@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.data.parquet import data_sources
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.store import RowStore
 from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, Message, begun, left_out, tokenise
@@ -153,7 +154,7 @@ class PromptDataset(Sequence[Prompt]):
         """The distinct data sources, sorted."""
         if self.scanned:
             return sorted(self._sources)
-        return self._store.data_sources()
+        return sorted(data_sources(self._store.files))
 
     @property
     def file_ranges(self) -> list[range]:

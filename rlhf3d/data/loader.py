@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.data.dataset import Prompt, PromptDataset
-from rlhf3d.data.order import make_order
+from rlhf3d.data.order import LARGE_ORDER, PYTHON_ROWS, make_order
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.user_code import guarded, load_function
 
@@ -88,6 +88,8 @@ class PromptLoader:
             "curriculum": curriculum.identity if curriculum else None,
             "fingerprint": dataset.fingerprint(),
         }
+        if shuffle and max(map(len, ranges)) > PYTHON_ROWS:
+            self._identity["order"] = LARGE_ORDER
 
     @property
     def epoch(self) -> int:

@@ -70,7 +70,7 @@ def read_tools(tools: Any, where: str) -> list[Any]:
     return tools
 
 
-def asked(messages: Sequence[Message]) -> str:
+def last_request(messages: Sequence[Message]) -> str:
     """The last message that is not the assistant's: what a completion answers."""
     others = [message for message in messages if message["role"] != "assistant"]
     text: str = (others or messages)[-1]["content"]

@@ -1,12 +1,11 @@
 """`rlhf3d data prepare NAME`: from a data set as its authors publish it to train.parquet and test.parquet.
 
-Invariant: the same source and options give the same bytes, every row that did not become a prompt is counted with
-its reason, and the files of a set appear together or not at all.
+Invariant: the same source and options give the same bytes, every row that did not become a prompt is
+counted with its reason, and the files of a set appear together or not at all.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import shutil
@@ -15,22 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rlhf3d.data.rows import (
-    ROW_GROUP_SIZE,
-    PromptRow,
-    iter_rows,
-    question_key,
-    row_of,
-    write_parquet,
-)
+from rlhf3d.data import sets
+from rlhf3d.data.parquet import ROW_GROUP_SIZE, iter_rows, write_parquet
+from rlhf3d.data.rows import PromptRow, question_key, row_of
 from rlhf3d.data.sources import HUB, SourceSplit, file_sha256, open_source
 from rlhf3d.user_code import guarded, load_file
 
-SETS = ("arithmetic", "gsm8k", "limr", "math", "math500")
-DEFAULT_SPLITS = ("train", "test")
 EXCLUDED = "its question is in an excluded file"
+
+ToRow = Callable[[Any, int], Any]
+"""From a row of the source and its index to a `PromptRow`, or a record of one."""
 
 
 class BrokenSet(ValueError):
@@ -67,27 +63,32 @@ def prepare(
     row_group_size: int = ROW_GROUP_SIZE,
     **options: Any,
 ) -> list[PreparedFile]:
-    """Write the splits of data set `name` to `output`/{train,test}.parquet and say what was written.
+    """Write the splits of data set `name` to `output`/{train,test}.parquet.
 
-    `name` is one of `SETS`, or a Python file with a `make_map_fn(split, …)`. `source` is a folder or file (jsonl,
-    json, parquet, arrow), "hub" to download it, or null where the data are generated; `split` says which one a lone
-    file holds. Rows with a question of the prompt files `exclude` are left out. `options` go to the set. Raises
-    ValueError, naming the fix, for an unknown name or option, and for a source that is missing or without usable rows.
+    `name` is one of the shipped `sets`, or a Python file with a `make_map_fn(split, …)`. `source` is
+    a folder or file (jsonl, json, parquet, arrow), "hub" to download it, or null where the data are
+    generated; `split` says which one a lone file holds. Rows with a question of the prompt files
+    `exclude` are left out. `options` go to the set. ValueError, naming the fix, for an unknown name
+    or option, and for a source that is missing or without usable rows.
     """
     module = load_set(name)
     _check_options(name, module, options)
-    left_out = {question_key(row) for path in exclude for row in iter_rows(path)}
-    splits = _splits(name, module, source, split, revision, options)
+    excluded = {question_key(row) for path in exclude for row in iter_rows(path)}
+    if hasattr(module, "generate"):
+        splits = _generated(name, module, source, split or revision, options)
+    else:
+        splits = _from_source(name, module, source, split, revision, options)
     folder = Path(output)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
         written = []
         for part, to_row in splits:
-            file = PreparedFile(
-                part.name, str(partial / f"{part.name}.parquet"), notes=getattr(module, "NOTES", ())
-            )
-            _write(name, part, to_row, left_out, options, row_group_size, file)
+            file = PreparedFile(part.name, str(partial / f"{part.name}.parquet"))
+            file.notes = getattr(module, "NOTES", ())
+            provenance = {"name": Path(name).name, "options": options}
+            rows = _rows(name, part, to_row, excluded, file.reasons)
+            _write(file, rows, part, provenance, row_group_size)
             written.append(file)
         folder.mkdir(parents=True, exist_ok=True)
         for file in written:
@@ -99,25 +100,29 @@ def prepare(
         shutil.rmtree(partial)
 
 
-def load_set(name: str) -> Any:
+def load_set(name: str) -> ModuleType:
     """The module of a data set: a shipped one, or a user's file with a `make_map_fn`."""
     if name.endswith(".py"):
         module = load_file(name, "data set")
         if not callable(getattr(module, "make_map_fn", None)):
             raise ValueError(
-                f"{name}: no function make_map_fn(split) in it; it must return fn(row, index) -> prompt row"
+                f"{name}: no function make_map_fn(split) in it; it must return "
+                "fn(row, index) -> prompt row"
             )
         return module
-    if name not in SETS:
+    known = sets.names()
+    if name not in known:
         raise ValueError(
-            f"no data set {name!r}; known are {', '.join(SETS)}, or give a Python file with a make_map_fn"
+            f"no data set {name!r}; known are {', '.join(known)}, or give a Python file with a "
+            "make_map_fn"
         )
-    return importlib.import_module(f"rlhf3d.data.sets.{name}")
+    return sets.load(name)
 
 
-def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:
+def _check_options(name: str, module: ModuleType, options: dict[str, Any]) -> None:
     function = getattr(module, "generate", None) or module.make_map_fn
-    known = [p for p in inspect.signature(function).parameters if p not in ("split", "data_source")]
+    parameters = inspect.signature(function).parameters
+    known = [option for option in parameters if option not in ("split", "data_source")]
     for option in options:
         if option not in known:
             raise ValueError(
@@ -125,56 +130,67 @@ def _check_options(name: str, module: Any, options: dict[str, Any]) -> None:
             )
 
 
-ToRow = Callable[[Any, int], Any]
-
-
-def _splits(
+def _generated(
     name: str,
-    module: Any,
+    module: ModuleType,
+    source: str | Path | None,
+    of_source: str | None,
+    options: dict[str, Any],
+) -> list[tuple[SourceSplit, ToRow]]:
+    """The splits of a set that has no source; `of_source` is an option that needs one."""
+    if source is not None:
+        raise ValueError(f"{name} is generated and takes no source (got {source}); leave it out")
+    if of_source is not None:
+        raise ValueError(
+            f"{name} is generated: --split and --revision are for a source; leave them out"
+        )
+
+    def generate() -> list[list[Any]]:
+        # Read at once: the body of a user's generator would run outside of the guard.
+        return [list(rows) for rows in module.generate(**options)]
+
+    parts = zip(sets.DEFAULT_SPLITS, _guard(name, generate)(), strict=True)
+    return [
+        (SourceSplit(part, rows, {"source": "generated"}), _unchanged)
+        for part, rows in parts
+        if rows
+    ]
+
+
+def _unchanged(row: Any, index: int) -> Any:
+    return row
+
+
+def _from_source(
+    name: str,
+    module: ModuleType,
     source: str | Path | None,
     split: str | None,
     revision: str | None,
     options: dict[str, Any],
 ) -> list[tuple[SourceSplit, ToRow]]:
-    """Each split with what makes prompts of its rows."""
-    if hasattr(module, "generate"):
-        # Read at once: the body of a generator would run outside of the guard.
-        generate = _guarded(name, lambda **given: [list(rows) for rows in module.generate(**given)])
-        if source is not None:
-            raise ValueError(
-                f"{name} is generated and takes no source (got {source}); leave it out"
-            )
-        if split is not None or revision is not None:
-            raise ValueError(
-                f"{name} is generated: --split and --revision are for a source; leave them out"
-            )
-        parts = zip(DEFAULT_SPLITS, generate(**options), strict=True)
-        origin = {"source": "generated"}
-        return [
-            (SourceSplit(part, rows, dict(origin)), lambda row, index: row)
-            for part, rows in parts
-            if rows
-        ]
+    """Each split that the source has, with what makes prompts of its rows."""
     hub = getattr(module, "HUB", None)
     if source is None:
-        where = (
-            f" from https://huggingface.co/datasets/{hub[0]}, or {HUB!r} to download it"
-            if hub
-            else ""
-        )
+        from_hub = ""
+        if hub:
+            from_hub = f" from https://huggingface.co/datasets/{hub[0]}, or {HUB!r} to download it"
         raise ValueError(
-            f"{name} needs a source: a folder with its files (jsonl, json, parquet or arrow){where}"
+            f"{name} needs a source: a folder with its files (jsonl, json, parquet or arrow)"
+            f"{from_hub}"
         )
-    known = getattr(module, "SPLITS", DEFAULT_SPLITS)
+    known = getattr(module, "SPLITS", sets.DEFAULT_SPLITS)
     if split is not None and split not in known:
         raise ValueError(f"--split {split}: {name} has {', '.join(known)}")
-    found = open_source(name, str(source), hub, known, split, revision)
-    make = _guarded(name, module.make_map_fn)
-    return [(part, _guarded(name, make(part.name, **options))) for part in found]
+    make_map_fn = _guard(name, module.make_map_fn)
+    return [
+        (part, _guard(name, make_map_fn(part.name, **options)))
+        for part in open_source(name, str(source), hub, known, split, revision)
+    ]
 
 
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the set `name`; ValueErrors of a user's pass, all else it raises is one that says so."""
+def _guard(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the set `name`, where that is a user's: its ValueErrors pass, others name it."""
     if not name.endswith(".py"):
         return function
     guard = guarded(function, name)
@@ -194,48 +210,32 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write(
-    name: str,
-    part: SourceSplit,
-    to_row: ToRow,
-    left_out: set[str],
-    options: dict[str, Any],
-    row_group_size: int,
     file: PreparedFile,
+    rows: Iterator[PromptRow],
+    part: SourceSplit,
+    provenance: dict[str, Any],
+    row_group_size: int,
 ) -> None:
-    provenance = {
-        "name": Path(name).name,
+    provenance |= {
         "split": part.name,
-        "options": options,
         "rlhf3d": _version(),
         "dropped": file.reasons,  # filled while the rows are written
         **part.origin,
     }
-    path = Path(file.path)
-    rows = _rows(part, to_row, left_out, file.reasons)
-    try:
-        first = next(rows)
-    except StopIteration:
-        reasons = "; ".join(
-            f"{count} because {reason}" for reason, count in file.reasons.most_common(3)
-        )
-        why = f"{file.dropped} dropped: {reasons}" if file.dropped else "its files are empty"
-        raise ValueError(f"{name}: no usable row in the {part.name} split ({why})") from None
-    file.rows = write_parquet(_with_first(first, rows), path, provenance, row_group_size)
-    file.sha256 = file_sha256(path)
-
-
-def _with_first(first: PromptRow, rest: Iterator[PromptRow]) -> Iterator[PromptRow]:
-    yield first
-    yield from rest
+    file.rows = write_parquet(rows, file.path, provenance, row_group_size)
+    file.sha256 = file_sha256(Path(file.path))
 
 
 def _rows(
-    part: SourceSplit, to_row: ToRow, left_out: set[str], reasons: Counter[str]
+    name: str, part: SourceSplit, to_row: ToRow, excluded: set[str], reasons: Counter[str]
 ) -> Iterator[PromptRow]:
+    """The usable rows of a split; the others are counted in `reasons`. ValueError where none is."""
+    usable = False
     for index, source_row in enumerate(part.rows):
         try:
-            made = to_row(source_row, index)
-            row = made if isinstance(made, PromptRow) else row_of(made, "make_map_fn's result")
+            row = to_row(source_row, index)
+            if not isinstance(row, PromptRow):
+                row = row_of(row, "make_map_fn's result")
         except BrokenSet:
             raise
         except ValueError as error:
@@ -243,13 +243,23 @@ def _rows(
             continue
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"make_map_fn fails on row {index} of the {part.name} split, {str(source_row)[:200]}: "
-                f"{type(error).__name__}: {error}"
+                f"make_map_fn fails on row {index} of the {part.name} split, "
+                f"{str(source_row)[:200]}: {type(error).__name__}: {error}"
             ) from error
-        if left_out and question_key(row) in left_out:
+        if excluded and question_key(row) in excluded:
             reasons[EXCLUDED] += 1
             continue
+        usable = True
         yield row
+    if not usable:
+        raise ValueError(f"{name}: no usable row in the {part.name} split ({_why_none(reasons)})")
+
+
+def _why_none(reasons: Counter[str]) -> str:
+    if not reasons:
+        return "its files are empty"
+    most = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common(3))
+    return f"{reasons.total()} dropped: {most}"
 
 
 def _version() -> str:

@@ -1,6 +1,9 @@
-"""Rows of a data set as its authors publish it: files (jsonl, json, parquet, arrow), folders of them, or the hub.
+"""Rows of a data set as its authors publish it: jsonl, json, parquet or arrow files, or the hub.
 
-Invariant: rows come in an order fixed by the files' names, one at a time, and what was read is named by its digest.
+Invariant: rows come in an order fixed by the files' names, one at a time and with the values that
+the file holds, and what was read is named by its digest. Values are the reason for Python's json and
+pyarrow here: `datasets` makes timestamps of texts that look like dates and floats of large integers,
+refuses maps, and cannot name the line of a fault.
 """
 
 from __future__ import annotations
@@ -15,20 +18,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf3d.data.rows import one_line, record_of
+from rlhf3d.data.parquet import one_line, records_of
 from rlhf3d.paths import refuse_pointer
 
 HUB = "hub"
-"""The source that means: download with the `datasets` package; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""
+"""The source to download from with `datasets`; also hub:OWNER/NAME or hub:OWNER/NAME:CONFIG."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
-_NOT_ROWS = {
-    "dataset_info.json",
-    "dataset_dict.json",
-    "dataset_infos.json",
-    "state.json",
-}  # of datasets.save_to_disk
-_MANY_FILES = 20
+_NO_ROWS = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
+"""What `datasets.save_to_disk` writes beside the rows."""
+_NAMED_FILES = 20
+"""Files up to which each is named with its own digest."""
 _BATCH = 1024
 
 Row = Mapping[str, Any]
@@ -62,9 +62,10 @@ def open_source(
         raise ValueError(
             f"{name}: --revision {revision} is for the source {HUB!r}, not for {source}"
         )
+    files = _split_files(name, Path(source), splits, split)
     return [
-        SourceSplit(found, _chain(paths), {"source": _digests(paths)})
-        for found, paths in _split_files(name, Path(source), splits, split).items()
+        SourceSplit(part, _rows_of_files(paths), {"source": _digests(paths)})
+        for part, paths in files.items()
     ]
 
 
@@ -82,57 +83,63 @@ def _open_hub(
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"{name}: the source {source!r} needs the `datasets` package: pip install datasets, or give a folder"
+            f"{name}: the source {source!r} needs the `datasets` package: pip install datasets, or "
+            "give a folder"
         ) from error
-    found = []
+    opened = []
     try:
         for split in splits:
             loaded = datasets.load_dataset(*hub, split=split, revision=revision)
-            version = {
+            origin = {
+                "source": ":".join(hub),
                 "revision": revision,
                 "version": str(loaded.version),
                 "fingerprint": loaded._fingerprint,
             }
-            found.append(SourceSplit(split, loaded, {"source": ":".join(hub), **version}))
+            opened.append(SourceSplit(split, loaded, origin))
     except Exception as error:  # the network, the hub and the data set each fail in their own ways
         raise ValueError(
             f"{name}: the hub did not give {':'.join(hub)} ({type(error).__name__}: {error})"
         ) from error
-    return found
+    return opened
 
 
 def _split_files(
     name: str, source: Path, splits: Sequence[str], split: str | None
 ) -> dict[str, list[Path]]:
-    """Files of each split; a lone file is the only split of the set, or train unless its name says otherwise."""
+    """The files of each split that has some."""
+    first = splits[0]
     if source.is_file():
-        if split is None:
-            split = (
-                splits[0]
-                if len(splits) == 1
-                else (_split_of(Path(source.name), splits) or splits[0])
-            )
-        return {split: [source]}
+        return {split or _split_of_file(source, splits): [source]}
     if not source.is_dir():
         raise ValueError(f"{name}: no such source: {source}; give a folder, a file or {HUB!r}")
-    files = sorted(
-        p
-        for p in source.rglob("*")
-        if p.suffix in SUFFIXES and p.name not in _NOT_ROWS and p.is_file()
-    )
-    found: dict[str, list[Path]] = {s: [] for s in splits}
-    for path in files:
-        if of := split or _split_of(path.relative_to(source), splits):
-            found.setdefault(of, []).append(path)
-    if len(splits) == 1 and not found[splits[0]]:
-        found[splits[0]] = files
-    if not found[splits[0]]:
-        names = ", ".join(sorted(p.name for p in source.iterdir())[:10])
-        wanted = " or ".join(f"{splits[0]}*{suffix}" for suffix in SUFFIXES)
+    paths = sorted(path for path in source.rglob("*") if _has_rows(path))
+    files: dict[str, list[Path]] = {part: [] for part in splits}
+    for path in paths:
+        part = split or _split_of(path.relative_to(source), splits)
+        if part is not None:
+            files.setdefault(part, []).append(path)
+    if len(splits) == 1 and not files[first]:  # then the names do not matter
+        files[first] = paths
+    if not files[first]:
+        names = ", ".join(sorted(path.name for path in source.iterdir())[:10])
+        wanted = " or ".join(f"{first}*{suffix}" for suffix in SUFFIXES)
         raise ValueError(
-            f"{name}: no {wanted} in {source} (has: {names or 'nothing'}); name one file, with --split"
+            f"{name}: no {wanted} in {source} (has: {names or 'nothing'}); name one file, with "
+            "--split"
         )
-    return {of: paths for of, paths in found.items() if paths}
+    return {part: paths for part, paths in files.items() if paths}
+
+
+def _has_rows(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.name not in _NO_ROWS and path.is_file()
+
+
+def _split_of_file(path: Path, splits: Sequence[str]) -> str:
+    """The split of a lone file: the set's only one, the one that it is named after, or the first."""
+    if len(splits) == 1:
+        return splits[0]
+    return _split_of(Path(path.name), splits) or splits[0]
 
 
 def _split_of(path: Path, splits: Sequence[str]) -> str | None:
@@ -144,19 +151,19 @@ def _split_of(path: Path, splits: Sequence[str]) -> str | None:
     return None
 
 
-def _chain(paths: Sequence[Path]) -> Iterator[Row]:
+def _rows_of_files(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
         yield from read_rows(path)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file, streamed (but for a .json that is one array)."""
+    """Rows of one file, streamed (except for a .json that is one document)."""
     refuse_pointer(path)
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".arrow":
         yield from _read_arrow(path)
-    elif path.suffix == ".json" and (document := _whole_json(path)) is not None:
+    elif path.suffix == ".json" and (document := _read_document(path)) is not None:
         for number, row in enumerate(document, start=1):
             yield _object(row, f"{path}: entry {number}")
     else:
@@ -165,9 +172,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        yield from _records(
-            pq.ParquetFile(path, memory_map=True).iter_batches(_BATCH, use_threads=False), path
-        )
+        file = pq.ParquetFile(path, memory_map=True)
+        for _, record in records_of(file.iter_batches(_BATCH, use_threads=False), path):
+            yield record
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not a parquet file that can be read ({one_line(error)})"
@@ -177,28 +184,31 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_arrow(path: Path) -> Iterator[Row]:
     try:
         with pa.memory_map(str(path)) as mapped:
-            try:
-                batches = iter(pa.ipc.open_stream(mapped))
-            except pa.ArrowInvalid:
-                file = pa.ipc.open_file(mapped)
-                batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            yield from _records(batches, path)
+            for _, record in records_of(_arrow_batches(mapped), path):
+                yield record
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not an arrow file that can be read ({one_line(error)})"
         ) from error
 
 
-def _records(batches: Iterable[Any], path: Path) -> Iterator[Row]:
-    first = 0
-    for batch in batches:
-        for offset in range(batch.num_rows):
-            yield record_of(batch, offset, f"{path}: row {first + offset}")
-        first += batch.num_rows
+def _arrow_batches(mapped: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    """Of either of Arrow's two formats: `datasets` writes streams, most others files."""
+    try:
+        stream = pa.ipc.open_stream(mapped)
+    except pa.ArrowInvalid:
+        file = pa.ipc.open_file(mapped)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+    else:
+        yield from stream
 
 
-def _whole_json(path: Path) -> list[Any] | None:
-    """The rows of a .json that is one document: an array, an object with one array `data`, or one row."""
+def _read_document(path: Path) -> list[Any] | None:
+    """The rows of a .json that is one document; null where it has one object a line.
+
+    A document is an array, an object with an array `data`, or one row.
+    """
     text = _text(path.read_bytes(), str(path))
     if text.lstrip()[:1] not in ("[", "{"):
         return None
@@ -206,7 +216,7 @@ def _whole_json(path: Path) -> list[Any] | None:
         document = _json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return None  # one object a line
+            return None
         raise ValueError(f"{path}: not JSON ({error})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON that can be read ({error})") from error
@@ -232,7 +242,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 def _text(data: bytes, where: str) -> str:
-    """UTF-8 with or without a mark at its start; ValueError, starting with `where`, for other encodings."""
+    """UTF-8 with or without a byte order mark; ValueError, starting with `where`, for the rest."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -243,9 +253,9 @@ def _text(data: bytes, where: str) -> str:
 
 
 def _json(text: str) -> Any:
-    """A JSON value; ValueError for a key that stands in an object twice, and for text that UTF-8 cannot hold."""
-    value = json.loads(text, object_pairs_hook=_once)
-    if "\\u" in text:
+    """A JSON value; ValueError for a key twice in an object, and for text that UTF-8 cannot hold."""
+    value = json.loads(text, object_pairs_hook=_unique_keys)
+    if "\\u" in text:  # only an escape can make half a surrogate pair
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -255,14 +265,13 @@ def _json(text: str) -> Any:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(
-            key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position])
-        )
-        raise ValueError(f"the key {twice!r} stands in an object twice")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {key!r} stands in an object twice")
+        value[key] = item
+    return value
 
 
 def _object(row: Any, where: str) -> Row:
@@ -278,8 +287,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, Any]:
-    """Digest of each file by its name; of many, one digest over all."""
-    if len(paths) <= _MANY_FILES and len({path.name for path in paths}) == len(paths):
-        return {path.name: file_sha256(path) for path in paths}
-    digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode())
-    return {f"{len(paths)} files": digest.hexdigest()}
+    """Digest of each file by its name; one digest over all where there are many, or names repeat."""
+    digests = [file_sha256(path) for path in paths]
+    names = {path.name for path in paths}
+    if len(paths) <= _NAMED_FILES and len(names) == len(paths):
+        return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {f"{len(paths)} files": together}

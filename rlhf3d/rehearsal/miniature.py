@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf3d.data.rows import PromptRow, iter_rows, write_parquet
+from rlhf3d.data.parquet import iter_rows, write_parquet
+from rlhf3d.data.rows import PromptRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 from rlhf3d.data.check import SHOWN, CheckReport, FileCheck, Marks, check_files
 from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.parquet import data_sources
 from rlhf3d.data.rows import PromptRow, question_key
-from rlhf3d.data.store import data_sources
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import Score, ScoreItem

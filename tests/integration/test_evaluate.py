@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 12

@@ -11,7 +11,7 @@ import pytest
 from support.jobs import read_rows
 from support.tiny_models import make_tiny_model
 
-from rlhf3d.data.rows import read_parquet
+from rlhf3d.data.parquet import read_parquet
 
 JOB = """
 model: {path: nowhere/Big-Model, dtype: bfloat16, use_remove_padding: true, offload: true}

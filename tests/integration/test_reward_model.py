@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import LayoutConfig
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.models.spec import load_reward_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.rewards.reward_model import model_inputs

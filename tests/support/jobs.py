@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from support.tiny_models import make_tiny_model
 
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 
 STEPS = 30
 MARK = "RLHF3D_TEST_RUN"

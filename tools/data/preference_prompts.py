@@ -5,7 +5,7 @@ tools/train_reward_model.py learns from, `--split test` those that it holds out.
 completions: rows have no ground truth.
 """
 
-from rlhf3d.data.preferences import is_held_out, pair_of
+from preferences import is_held_out, pair_of
 
 SPLITS = ("train", "test")
 

@@ -11,7 +11,7 @@ import resource
 import time
 from collections import Counter
 
-from rlhf3d.data.rows import read_parquet
+from rlhf3d.data.parquet import read_parquet
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward

@@ -14,6 +14,7 @@ from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets.gsm8k import make_row
 
 DATA_SOURCE = "rlhf3d/arithmetic"
+SCORER = "gsm8k"
 NAMES = ("Tom", "Anna", "Ben", "Lily", "Max", "Sara", "Jack", "Emma")
 NUMBER_RANGES = {"easy": (2, 12), "medium": (2, 30), "hard": (2, 99)}
 """Smallest and largest number drawn; products (and what is divided) are larger."""

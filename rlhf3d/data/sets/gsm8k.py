@@ -12,6 +12,7 @@ from typing import Any
 from rlhf3d.data.rows import PromptRow
 
 DATA_SOURCE = "openai/gsm8k"
+SCORER = "gsm8k"
 HUB = ("openai/gsm8k", "main")
 SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 _FINAL_ANSWER = re.compile(r"####\s*\$?(-?[0-9][0-9.,]*)")

@@ -9,8 +9,10 @@ from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets.math import SUFFIX
 
 DATA_SOURCE = "GAIR/LIMR"
+SCORER = "math_verify"
 HUB = ("GAIR/LIMR", "default")
 SPLITS = ("train",)
+EXCLUDE = ("math500",)
 NOTES = (
     "LIMR is contaminated: 502 of its 1,389 problems are MATH *test* problems. Never report MATH's test split after "
     "training on it; evaluate on MATH-500 and leave its problems out with --exclude math500/test.parquet.",

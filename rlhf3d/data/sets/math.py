@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf3d.data.boxed import last_boxed
 from rlhf3d.data.rows import PromptRow
-from rlhf3d.rewards.math_answer import last_boxed
 
 DATA_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
+ALIASES = ("lighteval/MATH",)
+SCORER = "math_verify"
 HUB = ("DigitalLearningGmbH/MATH-lighteval", "default")
 SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
 

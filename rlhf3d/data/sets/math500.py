@@ -9,6 +9,7 @@ from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets import math
 
 DATA_SOURCE = "HuggingFaceH4/MATH-500"
+SCORER = math.SCORER
 HUB = ("HuggingFaceH4/MATH-500", "default")
 SPLITS = ("test",)
 

@@ -75,6 +75,6 @@ def train_rows(config: Config) -> int | None:
     files = [Path(name) for name in config.data.train_files]
     if not files or not all(file.is_file() for file in files):
         return None
-    from rlhf3d.data.rows import open_parquet
+    from rlhf3d.data.parquet import open_parquet
 
     return sum(int(open_parquet(file).metadata.num_rows) for file in files)

@@ -8,7 +8,8 @@ from pathlib import Path
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.check import check_files, histogram
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 
 
 def row(question: str) -> PromptRow:

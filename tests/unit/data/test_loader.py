@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf3d.data import dataset as dataset_module
 from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 
 WORDS = ["<unk>", "<user>", "<system>", "<assistant>", *"abcdefghij"]
 TEMPLATE = (

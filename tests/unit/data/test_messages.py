@@ -13,7 +13,8 @@ from support.tiny_models import make_tiny_tokenizer
 from rlhf3d.data.check import check_files
 from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.messages import read_messages, without_nulls
-from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
+from rlhf3d.data.parquet import read_parquet, write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.items import score_item
 from rlhf3d.rewards.parts import WeightedReward
 from rlhf3d.rewards.reward_model import model_inputs

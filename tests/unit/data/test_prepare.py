@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf3d.data.prepare import EXCLUDED, SETS, load_set, prepare
-from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance, write_parquet
-from rlhf3d.data.sets import arithmetic, limr, math, math500
+from rlhf3d.data.parquet import read_parquet, read_provenance, write_parquet
+from rlhf3d.data.prepare import EXCLUDED, load_set, prepare
+from rlhf3d.data.rows import PromptRow
+from rlhf3d.data.sets import arithmetic, limr, math, math500, names
 from rlhf3d.data.sets.gsm8k import SUFFIX, make_map_fn
 from rlhf3d.rewards.gsm8k import compute_score
 
@@ -358,7 +359,7 @@ def test_both_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_every_set_has_a_make_map_fn_or_a_generator() -> None:
-    for name in SETS:
+    for name in names():
         module = load_set(name)
         assert callable(getattr(module, "make_map_fn", None)) or callable(
             getattr(module, "generate", None)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf3d.data.check import check_files
-from rlhf3d.data.rows import PromptRow, read_parquet, read_provenance, write_parquet
+from rlhf3d.data.parquet import read_parquet, read_provenance, write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sources import read_rows
 from rlhf3d.data.store import RowStore
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from support.tiny_models import make_tiny_model
 
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.evaluation.records import Generation, read_generations, results
 from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
 from rlhf3d.evaluation.view import results_view

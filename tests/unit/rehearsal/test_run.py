@@ -14,7 +14,8 @@ from support.tiny_models import make_tiny_model
 from rlhf3d.checkpoints.manifest import Manifest, infos_below, write_manifest
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.load import ConfigError, load_config
-from rlhf3d.data.rows import PromptRow, read_parquet, write_parquet
+from rlhf3d.data.parquet import read_parquet, write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.models.spec import load_reward_spec, load_spec
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import Sample, write_samples

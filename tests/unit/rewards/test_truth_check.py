@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from rlhf3d import cli
 from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.prepare import prepare
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.scorers import BuiltinReward

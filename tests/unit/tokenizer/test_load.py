@@ -9,7 +9,8 @@ import pytest
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.dataset import PromptDataset
-from rlhf3d.data.rows import PromptRow, write_parquet
+from rlhf3d.data.parquet import write_parquet
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
 
 

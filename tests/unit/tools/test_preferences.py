@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf3d.data.preferences import Pair, is_held_out, pair_of, prompt_messages, read_pairs
+from rlhf3d.data.parquet import read_parquet
 from rlhf3d.data.prepare import prepare
-from rlhf3d.data.rows import read_parquet
+from rlhf3d.user_code import load_file
 
 TOOL = Path(__file__).parents[3] / "tools" / "data" / "preference_prompts.py"
+preferences = load_file(TOOL.parent / "preferences.py", "tool")
+Pair, pair_of = preferences.Pair, preferences.pair_of
+prompt_messages, read_pairs = preferences.prompt_messages, preferences.read_pairs
 
 
 def test_dialogues_become_turns() -> None:
@@ -76,7 +79,7 @@ def test_prompts_for_training_and_for_tests_are_disjoint(tmp_path: Path) -> None
     assert (
         found["test"]
         == {f"q{i}" for i in (0, 5, 10)}
-        == {f"q{i}" for i in range(12) if is_held_out(i)}
+        == {f"q{i}" for i in range(12) if preferences.is_held_out(i)}
     )
     assert found["train"] == {f"q{i}" for i in range(12)} - found["test"]
     assert len(read_pairs(source)) == 12
