@@ -1,7 +1,7 @@
 """Job files from the checked-in templates, and the command that submits one.
 
-Invariant: a template names only what `Job` has (an undefined name is an error), and every value goes through the
-quoting of the language it is printed in.
+Invariant: a template names only what `Job` and its options have (an undefined name is an error),
+and every value goes through the quoting of the language it is printed in.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ TARGETS = {
 
 
 def target_of(name: str) -> Target:
-    """The target of that name. Raises ValueError."""
+    """Return the target of that name. Raises ValueError."""
     if name not in TARGETS:
         raise ValueError(f"launch {name}: no such target; known are {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 def render(target: str, job: Job) -> str:
-    """The job file of a target."""
+    """Return the job file of a target."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -54,30 +54,37 @@ def render(target: str, job: Job) -> str:
     )
     environment.filters |= {
         "sh": shlex.quote,
+        "sh_path": sh_path,
         "words": shlex.join,
         "yaml": json.dumps,
+        "kubernetes": kubernetes_text,
+        "mounts": mounts,
         "slurm_time": slurm_time,
     }
-    environment.filters |= {"sh_path": sh_path, "kubernetes": kubernetes_text, "mounts": mounts}
-    return environment.get_template(target_of(target).template).render(job=job, target=target)
+    template = environment.get_template(target_of(target).template)
+    return template.render(job=job, options=job.options, target=target)
 
 
 def slurm_time(seconds: int) -> str:
-    """Seconds as D-HH:MM:SS."""
+    """Return seconds as D-HH:MM:SS."""
     minutes, rest = divmod(seconds, 60)
     return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:{rest:02}"
 
 
 def kubernetes_text(value: str) -> str:
-    """A text for `env`, in which Kubernetes expands $(NAME) and takes $$ for $."""
+    """Return a text for `env`, in which Kubernetes expands $(NAME) and takes $$ for $."""
     return value.replace("$", "$$")
 
 
 def mounts(folders: tuple[str, ...]) -> str:
-    """More folders after the first in --container-mounts, each at its own path."""
-    return shlex.quote("".join(f",{folder}:{folder}" for folder in folders)) if folders else ""
+    """Return more folders after the first in --container-mounts, each at its own path."""
+    if not folders:
+        return ""
+    return shlex.quote("".join(f",{folder}:{folder}" for folder in folders))
 
 
 def sh_path(path: str) -> str:
-    """A path quoted for the shell, in which a leading ~ is still the home folder."""
-    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
+    """Return a path quoted for the shell, in which a leading ~ is still the home folder."""
+    if path.startswith("~/"):
+        return f"~/{shlex.quote(path[2:])}"
+    return shlex.quote(path)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from rlhf3d import cli
 from rlhf3d.config.load import ConfigError, load_config
-from rlhf3d.launch.job import Options, make_job, parse_duration
+from rlhf3d.launch.job import make_job
+from rlhf3d.launch.options import Options, parse_duration
 from rlhf3d.launch.render import TARGETS, render, slurm_time
 from rlhf3d.launch.rules import default_name
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
@@ -31,7 +32,6 @@ SHARED = "trainer.output_dir=/shared/runs/math"
 CASES: dict[str, tuple[str, ...]] = {
     "local.sh": ("local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--workdir", "/home/user/rlhf3d"),
     "slurm.sh": ("slurm", "configs/math.yaml", *TWO_NODES, "--partition", "gpu", "--env", "NCCL_DEBUG=WARN"),
-    "slurm_image.sh": ("slurm", "configs/math.yaml", *IMAGE, "--workdir", "/shared/rlhf3d"),
     "ssh.sh": ("ssh", "configs/math.yaml", SHARED, *TWO_NODES, "--hosts", "node-1,node-2"),
     "kuberay.yaml": ("kuberay", "configs/math.yaml", *TWO_NODES, *IMAGE, "--volume", "shared"),
     "skypilot.yaml": ("skypilot", "configs/math.yaml", SHARED, *TWO_NODES[:6], "--volume", "v", "--gpu-type", "H100"),
@@ -79,6 +79,17 @@ def test_bash_reads_the_scripts(name: str) -> None:
             ["shellcheck", "-"], input=rendered(name), capture_output=True, text=True, check=False
         )
         assert checked.returncode == 0, checked.stdout
+
+
+def test_slurm_with_an_image_on_one_node() -> None:
+    text = launch("slurm", "configs/math.yaml", *IMAGE, "--workdir", "/shared/rlhf3d").stdout
+    container = (
+        '--container-image=registry/rlhf3d:gpu --container-mounts="$PWD:$PWD" '
+        '--container-workdir="$PWD"'
+    )
+    assert f"step+=({container})\n" in text and "activate" not in text
+    assert "#SBATCH --nodes=1\n" in text and "--time" not in text
+    assert "ray_workers=$!" not in text, "one node has no workers"
 
 
 def test_every_target_has_a_golden_file() -> None:
@@ -153,7 +164,7 @@ def test_an_override_reaches_the_command_whole(target: str, tmp_path: Path) -> N
     """Spaces, quotes and dollar signs are the run's, not the shell's or YAML's."""
     override = "custom_reward_function.kwargs={mark: 'a $HOME \"b\"'}"
     options = Options(
-        gpus_per_node=0, image="i" if target == "kuberay" else None, volume="v", hosts=("a",)
+        gpus_per_node=0, image="i" if target == "kuberay" else None, volume="v", hosts="a"
     )
     text = render(
         target,
@@ -173,7 +184,7 @@ def test_an_override_reaches_the_command_whole(target: str, tmp_path: Path) -> N
 
 
 def test_a_rehearsal_runs_on_the_cpus_of_the_nodes() -> None:
-    options = Options(rehearse=True, hosts=("a", "b"))
+    options = Options(rehearse=True, hosts="a,b")
     job = make_job("ssh", "configs/math_70b.yaml", ["trainer.seed=1"], options)
     command = ("rlhf3d", "rehearse", "configs/math_70b.yaml", "trainer.seed=1")
     assert job.command == (*command, "cluster.platform=cpu", "cluster.num_nodes=2")
@@ -510,7 +521,7 @@ def test_a_secret_reaches_the_pods_as_it_is_and_nobody_else(tmp_path: Path) -> N
 
 def test_the_time_limit_is_every_targets(tmp_path: Path) -> None:
     for target in ("local", "ssh"):
-        options = Options(gpus_per_node=0, time_s=3600, hosts=("a",))
+        options = Options(gpus_per_node=0, time="1h", hosts="a")
         assert (
             "trainer.max_wall_clock_s=3000"
             in make_job(target, "configs/quickstart.yaml", [], options).command

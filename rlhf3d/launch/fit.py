@@ -1,0 +1,163 @@
+"""Whether a configuration fits the nodes and the target that a job asks for.
+
+Invariant: pure; every problem shows its arithmetic and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf3d.config.groups import device_terms, worker_groups
+from rlhf3d.config.schema import Config
+from rlhf3d.launch.options import Options
+from rlhf3d.launch.rules import check_shared
+from rlhf3d.parallel.platform import CPUPlatform
+from rlhf3d.placement.resources import place
+from rlhf3d.units import ceil_div
+
+SHM_GIB_PER_GPU = 8
+"""Size of /dev/shm asked for with each GPU: buckets of weights, Ray's objects, NCCL."""
+
+
+def startup_s(config: Config) -> int:
+    """Return cluster.startup_timeout_s, in complete seconds."""
+    return math.ceil(config.cluster.startup_timeout_s)
+
+
+def processes(config: Config) -> list[int]:
+    """Return the training and engine ranks of each node that has any, on CPU: each needs a core."""
+    rollout = config.rollout
+    placed = place(
+        CPUPlatform(reason="launch"),
+        worker_groups(config),
+        rollout.engines,
+        rollout.tensor_parallel_size,
+        True,
+        config.cluster.num_nodes,
+    )
+    return [int(bundle["CPU"]) for bundle in placed.bundles]
+
+
+def check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
+    """Return what the border between nodes would cut, idle nodes, and cores and memory that lack."""
+    if options.rehearse:
+        return []  # `rlhf3d rehearse` makes the miniature, and checks it
+    if not gpus:
+        return list(_check_cpu_nodes(config, options))
+    return [*_check_gpu_nodes(config, gpus, options), *_check_borders(config, gpus)]
+
+
+def _check_cpu_nodes(config: Config, options: Options) -> Iterator[str]:
+    ranks, nodes, cores = processes(config), config.cluster.num_nodes, options.cpus_per_node
+    if cores and max(ranks) > cores:
+        yield (
+            f"{' + '.join(map(str, ranks))} training and engine ranks on {len(ranks)} node(s): "
+            f"{max(ranks)} cores, more than --cpus-per-node {cores}"
+        )
+    if len(ranks) < nodes:
+        yield (
+            f"{nodes - len(ranks)} of {nodes} node(s) would have no training rank; "
+            "ask for fewer nodes"
+        )
+
+
+def _check_gpu_nodes(config: Config, gpus: int, options: Options) -> Iterator[str]:
+    memory_gib, shm_gib = options.memory_gib_per_node, SHM_GIB_PER_GPU * gpus
+    if memory_gib and memory_gib <= shm_gib:
+        yield (
+            f"--memory-gib-per-node {memory_gib}: /dev/shm, {SHM_GIB_PER_GPU} GiB a GPU = "
+            f"{shm_gib} GiB, is part of it; give more (`rlhf3d plan` shows how much host memory "
+            "a run takes)"
+        )
+    on_each_gpu = sum(group.colocated for group in worker_groups(config))
+    on_each_gpu += config.rollout.placement == "colocated"
+    cores, ranks = options.cpus_per_node, gpus * on_each_gpu
+    if cores and ranks > cores:
+        yield (
+            f"--cpus-per-node {cores}: {gpus} GPUs hold {ranks} training and engine ranks, "
+            f"each with a core; give {ranks} or more"
+        )
+
+
+def _check_borders(config: Config, gpus: int) -> Iterator[str]:
+    """Tensor-parallel groups across nodes, and nodes without work."""
+    nodes, tensor_parallel_size = config.cluster.num_nodes, config.rollout.tensor_parallel_size
+    if tensor_parallel_size > gpus:
+        yield (
+            f"rollout.tensor_parallel_size = {tensor_parallel_size}: an engine's ranks must be on "
+            f"one node, which has {gpus} GPUs"
+        )
+    for group in worker_groups(config):
+        if gpus % group.layout.tp:
+            yield (
+                f"{group.key}.tp = {group.layout.tp}: does not divide the {gpus} GPUs of a node, "
+                "so that tensor-parallel ranks would talk over the network"
+            )
+    terms = device_terms(config)
+    needed = sum(count for _, count in terms)
+    busy = ceil_div(needed, gpus)
+    if busy < nodes:
+        yield (
+            f"{' + '.join(text for text, _ in terms)}: {needed} GPUs are on {busy} node(s) with "
+            f"{gpus} each, so {nodes - busy} of {nodes} node(s) would be idle; ask for fewer nodes"
+        )
+
+
+def check_target(target: str, config: Config, workdir: str, options: Options) -> list[str]:
+    """Return what the target still needs to know, paths that it lacks, and times that do not add up."""
+    problems = [*_check_needs(target, config, options), *_check_time(config, options)]
+    if target in ("kuberay", "skypilot"):
+        problems += _check_paths(target, config, workdir, options)
+    return problems
+
+
+def _check_needs(target: str, config: Config, options: Options) -> Iterator[str]:
+    nodes, hosts = config.cluster.num_nodes, len(options.host_names)
+    if target == "local" and nodes > 1:
+        yield f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh"
+    if target in ("local", "ssh") and options.image:
+        yield f"--image: `{target}` uses --venv; start it inside a container yourself"
+    if target == "ssh" and hosts != nodes:
+        yield f"--hosts names {hosts} host(s), the job has {nodes} node(s)"
+    if target == "kuberay" and not options.image:
+        yield (
+            "--image: KubeRay needs a container image with rlhf3d (docker/Dockerfile.gpu makes one)"
+        )
+    if target == "kuberay" and not options.volume:
+        yield (
+            "--volume: KubeRay needs a ReadWriteMany persistent volume claim with model, data "
+            "and outputs"
+        )
+    if target == "skypilot" and config.cluster.platform != "cpu" and not options.gpu_type:
+        yield "--gpu-type: SkyPilot needs the GPU's name, such as H100"
+
+
+def _check_paths(target: str, config: Config, workdir: str, options: Options) -> Iterator[str]:
+    output, mount = config.trainer.output_dir, options.mount
+    if not options.rehearse:  # which makes a model and prompts where it finds none
+        yield from check_shared(target, config, workdir, mount)
+    if not (Path(workdir) / output).is_relative_to(mount):
+        yield (
+            f"trainer.output_dir = {output}: not under --mount {mount}, so it would be lost with "
+            "its node and no other node would see it; "
+            f"say trainer.output_dir={mount}/{output.lstrip('/')}"
+        )
+
+
+def _check_time(config: Config, options: Options) -> Iterator[str]:
+    limit_s, start_s = config.trainer.max_wall_clock_s, startup_s(config)
+    time_s, grace_s = options.time_s, options.grace_s
+    if time_s is None:
+        return
+    if limit_s is not None and limit_s + start_s > time_s:
+        yield (
+            f"trainer.max_wall_clock_s {limit_s:g} + cluster.startup_timeout_s {start_s} = "
+            f"{limit_s + start_s:g} s, more than --time {time_s} s"
+        )
+    if limit_s is None and time_s <= grace_s + start_s:
+        yield (
+            f"--time {time_s} s leaves nothing beside --grace {grace_s} s and "
+            f"cluster.startup_timeout_s {start_s} s"
+        )
