@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
+from threading import Condition
 from types import TracebackType
 
 from rlhf3d.pool.pool import CallPool
@@ -88,10 +88,11 @@ class ScoringBatch:
     def __init__(self, manager: RewardManager, total: int) -> None:
         self._manager, self._total = manager, total
         self._items: dict[int, ScoreItem] = {}
+        # The threads of the pool record scores, so that the caller's is not woken for each of them.
+        self._changed = Condition()
         self._scores: dict[int, Score] = {}
-        self._calls: dict[Future[CallResult], list[int]] = {}
-        """Calls under way, and the numbers of the items they score."""
-        self._ended: SimpleQueue[Future[CallResult]] = SimpleQueue()
+        self._calls: set[Future[CallResult]] = set()
+        self._failure: Exception | None = None
 
     def add(self, items: Mapping[int, ScoreItem]) -> None:
         """Add items under their numbers in the batch, in any order; waits for nothing.
@@ -101,41 +102,54 @@ class ScoringBatch:
         assert not self._items.keys() & items.keys(), "an item is there already"
         assert all(0 <= number < self._total for number in items), "no such number in the batch"
         self._items.update(items)
-        if self._manager.pool is None:
-            return
         numbers = list(items)
-        size = min(self._manager.chunk_size, -(-len(numbers) // self._manager.workers))
-        for start in range(0, len(numbers), size or 1):
-            self._submit(numbers[start : start + size])
-        self._take_ended()
+        if self._manager.pool is not None and numbers:
+            size = min(self._manager.chunk_size, -(-len(numbers) // self._manager.workers))
+            for start in range(0, len(numbers), size):
+                self._submit(numbers[start : start + size])
+        self._raise_failure()
 
     def finish(self) -> list[Score]:
         """Wait for the last score; all of them, in order. RewardError where too many have failed."""
         assert len(self._items) == self._total, (
             f"{len(self._items)} of {self._total} items were added"
         )
-        while self._calls:
-            self._take(self._ended.get())
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or not self._calls)
+        self._raise_failure()
         if self._manager.model is not None:
             self._add_model_scores(*self._manager.model)
         return [self._scores[number] for number in range(self._total)]
 
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            for call in [*self._calls]:
+                call.cancel()
+            raise self._failure
+
     def _submit(self, numbers: list[int]) -> None:
         pool = self._manager.pool
         assert pool is not None
-        # The prompt's messages are for a reward model: the rule never reads them.
-        items = [replace(self._items[number], messages=()) for number in numbers]
+        items = [self._items[number] for number in numbers]
         call = pool.submit(items, self._manager.timeout_s)
-        self._calls[call] = numbers
-        call.add_done_callback(self._ended.put)
+        with self._changed:
+            self._calls.add(call)
+        call.add_done_callback(partial(self._ended, numbers))
 
-    def _take_ended(self) -> None:
-        while not self._ended.empty():
-            self._take(self._ended.get())
+    def _ended(self, numbers: list[int], call: Future[CallResult]) -> None:
+        """Record a call that ended; what it raises here is raised to the caller of the batch."""
+        with self._changed:
+            try:
+                if not call.cancelled() and self._failure is None:
+                    self._take(numbers, call)
+            except Exception as error:
+                self._failure = error
+            self._calls.remove(call)
+            if self._failure is not None or not self._calls:
+                self._changed.notify_all()
 
-    def _take(self, call: Future[CallResult]) -> None:
-        """Record the scores of a call that ended, or try its halves again."""
-        numbers = self._calls.pop(call)
+    def _take(self, numbers: list[int], call: Future[CallResult]) -> None:
+        """Record the scores of a call, or try its halves again."""
         try:
             result = call.result()
         except StartError as error:
@@ -151,18 +165,12 @@ class ScoringBatch:
             self._record(numbers[0], _failure(result, self._manager.timeout_s))
 
     def _record(self, number: int, score: Score) -> None:
-        self._scores[number] = score
         if not score.failed:
+            self._scores[number] = score
             return
         self._scores[number] = _with_sample(score, number, self._items[number])
-        try:
-            check_outcomes(
-                list(self._scores.values()), self._manager.max_error_rate, total=self._total
-            )
-        except RewardError:
-            for call in self._calls:
-                call.cancel()
-            raise
+        scores, allowed = list(self._scores.values()), self._manager.max_error_rate
+        check_outcomes(scores, allowed, total=self._total)
 
     def _add_model_scores(self, model: ScoreModel, part: ModelPart) -> None:
         items = [self._items[number] for number in range(self._total)]
