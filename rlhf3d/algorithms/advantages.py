@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf3d.algorithms.groups import group_sum
 from rlhf3d.algorithms.masked import masked_whiten, zero_outside
+from rlhf3d.algorithms.names import ADVANTAGE_ESTIMATORS, EstimatorNeeds
 from rlhf3d.algorithms.registry import Registry
 
 
@@ -55,33 +56,39 @@ class AdvantageSpec:
     """A registered estimator and the inputs it cannot do without."""
 
     fn: Estimator
-    needs_values: bool
-    needs_greedy_baseline: bool
+    needs: EstimatorNeeds
 
 
 ADVANTAGES: Registry[AdvantageSpec] = Registry("algorithm.adv_estimator")
 
 
 def register_advantage(
-    name: str, *, needs_values: bool = False, needs_greedy_baseline: bool = False
+    name: str,
+    *,
+    needs_values: bool = False,
+    needs_groups: bool = False,
+    needs_greedy_baseline: bool = False,
 ) -> Callable[[Estimator], Estimator]:
-    """Decorator: make a function available as `algorithm.adv_estimator=name`."""
+    """Decorator: make a function of a user's file available as `algorithm.adv_estimator=name`."""
+    return _register(name, EstimatorNeeds(needs_values, needs_groups, needs_greedy_baseline))
 
+
+def _built_in(name: str) -> Callable[[Estimator], Estimator]:
+    """Decorator for the estimators of this file, whose names and needs are in `names`."""
+    return _register(name, ADVANTAGE_ESTIMATORS[name])
+
+
+def _register(name: str, needs: EstimatorNeeds) -> Callable[[Estimator], Estimator]:
     def add(fn: Estimator) -> Estimator:
-        ADVANTAGES.add(name, AdvantageSpec(fn, needs_values, needs_greedy_baseline))
+        ADVANTAGES.add(name, AdvantageSpec(fn, needs))
         return fn
 
     return add
 
 
-def needs_values(name: str) -> bool:
-    """Whether estimator `name` needs a critic; ValueError for an unknown name."""
-    return ADVANTAGES[name].needs_values
-
-
 def needs_greedy_baseline(name: str) -> bool:
-    """Whether estimator `name` needs one greedy completion a prompt; ValueError for an unknown name."""
-    return ADVANTAGES[name].needs_greedy_baseline
+    """Whether estimator `name` needs one greedy completion per prompt; ValueError for an unknown name."""
+    return ADVANTAGES[name].needs.greedy_baseline
 
 
 def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
@@ -92,9 +99,9 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
     spec = ADVANTAGES[name]
     mask, values = inputs.response_mask, inputs.values
     assert inputs.group_ids.shape == mask.shape[:1], f"group_ids {tuple(inputs.group_ids.shape)}"
-    if spec.needs_values and values is None:
+    if spec.needs.values and values is None:
         raise ValueError(f"algorithm.adv_estimator={name} needs values: place a critic")
-    if spec.needs_greedy_baseline and inputs.greedy_scores is None:
+    if spec.needs.greedy_baseline and inputs.greedy_scores is None:
         raise ValueError(f"algorithm.adv_estimator={name} needs the scores of greedy completions")
     clean = replace(
         inputs,
@@ -105,7 +112,7 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
     return zero_outside(advantages, mask), zero_outside(returns, mask)
 
 
-@register_advantage("gae", needs_values=True)
+@_built_in("gae")
 def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438): δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t + γλA_{t+1}.
 
@@ -125,7 +132,7 @@ def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return masked_whiten(advantages, mask), advantages + values
 
 
-@register_advantage("grpo")
+@_built_in("grpo")
 def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """(s - mean) / (std + 1e-6) within the group (arXiv 2402.03300), std with ddof 1.
 
@@ -140,7 +147,7 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return _on_every_token(centred, inputs)
 
 
-@register_advantage("rloo")
+@_built_in("rloo")
 def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """s minus the mean of the group's other scores (arXiv 2402.14740); a lone response gets 0."""
     scores, counted = _outcomes(inputs)
@@ -150,7 +157,7 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     )
 
 
-@register_advantage("reinforce_plus_plus")
+@_built_in("reinforce_plus_plus")
 def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262); masked tokens are skipped."""
     rewards, mask = inputs.token_level_rewards, inputs.response_mask.bool()
@@ -163,7 +170,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return masked_whiten(returns, mask), returns
 
 
-@register_advantage("reinforce_plus_plus_baseline")
+@_built_in("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """s minus its group's mean, on every token, whitened over the batch (arXiv 2501.03262)."""
     scores, counted = _outcomes(inputs)
@@ -172,7 +179,7 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tenso
     return advantages, advantages
 
 
-@register_advantage("remax", needs_greedy_baseline=True)
+@_built_in("remax")
 def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Reward-to-go minus the score of the prompt's greedy completion (arXiv 2310.10505), undiscounted."""
     assert inputs.greedy_scores is not None
@@ -180,7 +187,7 @@ def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return returns - inputs.greedy_scores.to(returns.dtype)[:, None], returns
 
 
-@register_advantage("opo")
+@_built_in("opo")
 def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """s minus the length-weighted mean score of the group (arXiv 2505.23585); a lone response gets 0."""
     scores, counted = _outcomes(inputs)

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf3d.algorithms.masked import masked_mean, masked_sum
+from rlhf3d.algorithms.names import AGGREGATION_MODES
 from rlhf3d.algorithms.registry import unknown_name
-
-AGGREGATION_MODES = (
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

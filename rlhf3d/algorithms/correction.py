@@ -17,142 +17,13 @@ them; statistics are over non-empty sequences. Names are verl's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from rlhf3d.algorithms.correction_settings import CorrectionSettings, Rejection
 from rlhf3d.algorithms.kl import LOG_RATIO_CLAMP
 from rlhf3d.algorithms.masked import masked_mean, masked_sum, zero_outside
-from rlhf3d.algorithms.registry import unknown_name
-
-IS_LEVELS = ("token", "sequence")
-RS_KINDS = (
-    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
-    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3",
-)  # fmt: skip
-_SECTION = "algorithm.rollout_correction"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The range of a ratio (k1) or of a divergence (k2, k3) that is trusted."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """One criterion of `rollout_rs`."""
-
-    kind: str
-    bounds: Bounds
-
-
-@dataclass(frozen=True)
-class CorrectionSettings:
-    """What `algorithm.rollout_correction` asks of a decoupled run (three policies: rollout, old, current)."""
-
-    is_level: str | None = None
-    """token, sequence, or None for no weights."""
-    is_bounds: Bounds = Bounds(0.0, 2.0)
-    """Weights are truncated at `high`; with a `low` above 0 those outside become 0."""
-    batch_normalize: bool = False
-    """Divide the weights by their mean over the batch."""
-    rejections: tuple[Rejection, ...] = ()
-
-
-def correction_settings(
-    rollout_is: str | None,
-    rollout_is_threshold: float | str,
-    batch_normalize: bool,
-    rollout_rs: str | None,
-    rollout_rs_threshold: float | str | None,
-) -> CorrectionSettings:
-    """The settings that the configuration's texts mean; ValueError, with key, value and fix, for what has no meaning.
-
-    `rollout_is_threshold` is a number C (truncation) or `low_high` (IcePop). `rollout_rs` is one of RS_KINDS or
-    several with commas; `rollout_rs_threshold` one value for all or one each: `low_high` or `high` (then low is
-    1/high) of a ratio for k1, the largest divergence for k2 and k3.
-    """
-    if rollout_is is not None and rollout_is not in IS_LEVELS:
-        raise unknown_name(f"{_SECTION}.rollout_is", rollout_is, IS_LEVELS)
-    is_bounds = _ratio_bounds(
-        "rollout_is_threshold", rollout_is_threshold, low_of_single=lambda high: 0.0
-    )
-    kinds = (
-        []
-        if rollout_rs is None
-        else list(dict.fromkeys(kind.strip() for kind in rollout_rs.split(",")))
-    )
-    if not kinds:
-        return CorrectionSettings(rollout_is, is_bounds, batch_normalize)
-    key = "rollout_rs_threshold"
-    if rollout_rs_threshold is None:
-        raise ValueError(
-            f"{_SECTION}.{key} is not set: {_SECTION}.rollout_rs = {rollout_rs} needs it"
-        )
-    texts = [text.strip() for text in str(rollout_rs_threshold).split(",")]
-    if len(texts) not in (1, len(kinds)):
-        raise ValueError(
-            f"{_SECTION}.{key} = {rollout_rs_threshold}: {len(texts)} values for {len(kinds)} criteria "
-            f"({', '.join(kinds)}); give one, or one each"
-        )
-    texts = texts * len(kinds) if len(texts) == 1 else texts
-    return CorrectionSettings(
-        rollout_is,
-        is_bounds,
-        batch_normalize,
-        tuple(_rejection(*pair) for pair in zip(kinds, texts, strict=True)),
-    )
-
-
-def _rejection(kind: str, text: str) -> Rejection:
-    if kind not in RS_KINDS:
-        raise unknown_name(f"{_SECTION}.rollout_rs", kind, RS_KINDS)
-    if kind.endswith("k1"):
-        return Rejection(
-            kind, _ratio_bounds("rollout_rs_threshold", text, low_of_single=lambda high: 1.0 / high)
-        )
-    if "_" in text:
-        raise ValueError(
-            f"{_SECTION}.rollout_rs_threshold = {text}: {kind} is a divergence and has an upper bound only; "
-            "give one number"
-        )
-    return Rejection(kind, _bounds("rollout_rs_threshold", text, low_of_single=lambda high: 0.0))
-
-
-def _bounds(key: str, value: float | str, low_of_single: Callable[[float], float]) -> Bounds:
-    parts = str(value).split("_")
-    try:
-        numbers = [float(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or not all(math.isfinite(x) and x > 0 for x in numbers):
-        raise ValueError(
-            f"{_SECTION}.{key} = {value}: expected a number above 0, or low_high such as 0.5_2.0"
-        )
-    bounds = (
-        Bounds(*numbers) if len(numbers) == 2 else Bounds(low_of_single(numbers[0]), numbers[0])
-    )
-    if bounds.low > bounds.high:
-        raise ValueError(
-            f"{_SECTION}.{key} = {value}: low {bounds.low:g} is above high {bounds.high:g}; swap them"
-        )
-    return bounds
-
-
-def _ratio_bounds(key: str, value: float | str, low_of_single: Callable[[float], float]) -> Bounds:
-    bounds = _bounds(key, value, low_of_single)
-    if (
-        bounds.high < 1 or bounds.low > 1
-    ):  # also what YAML makes of 0.5_2, which it reads as the number 0.52
-        raise ValueError(
-            f"{_SECTION}.{key} = {value}: engines that agree have ratio 1, which must lie within; "
-            "write a range as 0.5_2.0, with both decimal points"
-        )
-    return bounds
+from rlhf3d.algorithms.names import IS_LEVELS
 
 
 def importance_weights(
@@ -186,8 +57,8 @@ def importance_weights(
         mean = float(weights[counted].mean())
         if mean == 0:
             raise ValueError(
-                f"{_SECTION}: every weight of the batch is 0, so it has no mean to divide by; widen "
-                f"rollout_is_threshold or set rollout_is_batch_normalize=false"
+                "algorithm.rollout_correction: every weight of the batch is 0, so it has no mean to "
+                "divide by; widen rollout_is_threshold or set rollout_is_batch_normalize=false"
             )
         weights = weights / mean
         metrics["rollout_is_batch_norm_factor"] = mean

@@ -38,22 +38,3 @@ def load_custom_algorithms(path: str | Path) -> None:
         POLICY_LOSSES.restore(losses)
         raise
     _LOADED.add(file)
-
-
-def advantage_names(path: str | None) -> list[str]:
-    """Estimators there are, those of the file `path` included."""
-    if path is not None:
-        load_custom_algorithms(path)
-    return ADVANTAGES.names()
-
-
-def policy_loss_names(path: str | None) -> list[str]:
-    """Policy losses there are, those of the file `path` included."""
-    if path is not None:
-        load_custom_algorithms(path)
-    return POLICY_LOSSES.names()
-
-
-def custom_needs_values(path: str, estimator: str) -> bool:
-    """Whether an estimator, of the file or built in, needs a critic; False for an unknown name."""
-    return estimator in advantage_names(path) and ADVANTAGES[estimator].needs_values

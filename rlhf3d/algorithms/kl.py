@@ -12,11 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlhf3d.algorithms.masked import zero_outside
+from rlhf3d.algorithms.names import KL_KINDS
 from rlhf3d.algorithms.registry import unknown_name
-
-_ESTIMATORS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
-KL_KINDS = (*_ESTIMATORS, *(f"{name}+" for name in _ESTIMATORS))
-"""Estimators; `kl`, `mse` and `low_var_kl` are verl's other names of k1, k2 and k3."""
 
 LOG_RATIO_CLAMP = 20.0
 K3_CLAMP = 10.0

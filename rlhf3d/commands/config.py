@@ -18,12 +18,13 @@ def config(
 ) -> None:
     """List every configuration key with default and meaning, or print a CONFIG as a run would see it."""
     from rlhf3d.config.derived import derive, summary_lines
-    from rlhf3d.config.load import config_to_yaml, load_config
+    from rlhf3d.config.load import config_to_yaml
+    from rlhf3d.config.resolve import load_run
 
     if config is None:
         _list_keys()
         return
-    loaded = load_config(config, overrides or [], files=False)
+    loaded = load_run(config, overrides or [])
     typer.echo(config_to_yaml(loaded), nl=False)
     for line in summary_lines(loaded, derive(loaded)):
         typer.echo(f"# {line}")
@@ -32,9 +33,10 @@ def config(
 def _list_keys() -> None:
     import yaml
 
-    from rlhf3d.config.docs import field_docs
+    from rlhf3d.config.keys import all_keys
 
-    for item in field_docs():
+    for item in all_keys():
         text = yaml.safe_dump(item.default, default_flow_style=True)
         default = text.removesuffix("...\n").strip()  # YAML's end mark behind a lone scalar
-        typer.echo(f"{item.name} = {default}  ({item.kind})\n    {item.doc}")
+        kind = f"{item.kind}, {item.rules}" if item.rules else item.kind
+        typer.echo(f"{item.name} = {default}  ({kind})\n    {item.doc}")

@@ -94,7 +94,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Memory of a run by rank and phase, and its time, before it starts and without GPUs or weights."""
-    from rlhf3d.config.load import load_config
+    from rlhf3d.config.resolve import load_run
     from rlhf3d.planning.search.command import plan_command
 
     if not search:
@@ -102,7 +102,7 @@ def plan(
     if machine.gpus is None:
         refuse_unused(context, ["hardware"], "--gpus names what in it to plan for")
     check_output("--write", write, is_file=True)
-    loaded = load_config(config, overrides or [], files=False)
+    loaded = load_run(config, overrides or [])
     fits = plan_command(
         loaded,
         machine.gpus,

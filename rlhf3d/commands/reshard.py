@@ -28,8 +28,8 @@ def reshard(
     as_json: AsJson = False,
 ) -> None:
     """Show how a run moves its weights from training ranks into vLLM: bytes per rank, lower bound, routes."""
-    from rlhf3d.config.load import load_config
+    from rlhf3d.config.resolve import load_run
     from rlhf3d.resharding.explain import explain_view, setup_of
 
-    loaded = load_config(config, overrides or [], files=False)
+    loaded = load_run(config, overrides or [])
     explain_view(setup_of(loaded, gpus), loaded.model.path, tensor).show(as_json)

@@ -49,11 +49,12 @@ def train(
 
 
 def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
-    from rlhf3d.config.load import ConfigError, load_config
+    from rlhf3d.config.load import ConfigError
+    from rlhf3d.config.resolve import load_run
     from rlhf3d.planning.view import show_memory
     from rlhf3d.preflight import preflight
 
-    loaded = load_config(config, overrides, files=False)
+    loaded = load_run(config, overrides)
     if problems := preflight(loaded, show=show_memory):
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
     from rlhf3d.trainer.run import run_training

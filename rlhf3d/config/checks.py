@@ -1,18 +1,19 @@
-"""What ties the fields of a `Config` together: ranges, names, divisibility, files.
+"""What ties the fields of a `Config` together: ranges, choices, divisibility.
 
-Invariant: each problem is a sentence with key, value, arithmetic and fix. Only `check_files` reads the disk, and
-`algorithm.custom_path`, which decides what names there are.
+Invariant: each problem is a sentence with key, value, arithmetic and fix. Nothing is read from disk and nothing of the
+user's is executed.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
-from functools import reduce
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from rlhf3d.algorithms.correction_settings import correction_settings
+from rlhf3d.algorithms.names import EstimatorNeeds
 from rlhf3d.config.derived import (
     WIDTH_MULTIPLE,
     Batching,
@@ -20,99 +21,28 @@ from rlhf3d.config.derived import (
     critic_batching,
     micro_batching,
 )
+from rlhf3d.config.fields import OneOf, broken_rule
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
+from rlhf3d.config.keys import all_keys, value_of
 from rlhf3d.config.schema import Config
-from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
-from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
-from rlhf3d.paths import folder_problem
-
-ADV_ESTIMATORS = (
-    "gae",
-    "grpo",
-    "rloo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "remax",
-    "opo",
-)
-GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
-POLICY_LOSSES = ("vanilla", "gspo", "cispo", "pg")
-_KL_ESTIMATORS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl")
-KL_TYPES = (*_KL_ESTIMATORS, *(f"{name}+" for name in _KL_ESTIMATORS))
-LOSS_AGG_MODES = (
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
-)  # fmt: skip
-DTYPES = ("auto", "bfloat16", "float32")
-PLACEMENTS = ("colocated", "disaggregated")
-ONE_OF: dict[str, tuple[str, ...]] = {
-    "model.dtype": DTYPES,
-    "rollout.dtype": DTYPES,
-    "data.overlong_prompts": ("error", "filter", "truncate_left", "truncate_right"),
-    "actor.optim.lr_decay_style": ("constant", "linear", "cosine"),
-    "critic.optim.lr_decay_style": ("constant", "linear", "cosine"),
-    "actor.policy_loss": POLICY_LOSSES,
-    "actor.kl_loss_type": KL_TYPES,
-    "actor.loss_agg_mode": LOSS_AGG_MODES,
-    "critic.loss_agg_mode": LOSS_AGG_MODES,
-    "algorithm.adv_estimator": ADV_ESTIMATORS,
-    "algorithm.kl_penalty": KL_TYPES,
-    "algorithm.kl_ctrl.type": ("fixed", "adaptive"),
-    "algorithm.filter_groups.metric": ("acc", "score", "seq_reward", "seq_final_reward"),
-    "trainer.on_nonfinite": ("stop", "skip"),
-    "rollout.placement": PLACEMENTS,
-    "critic.placement": PLACEMENTS,
-    "trainer.save_hf": ("last", "always", "never"),
-    "reward_model.placement": PLACEMENTS,
-    "reward_model.overlong": ("error", "truncate_left"),
-    "reward.method": ("flexible", "strict"),
-    "cluster.platform": ("auto", "cpu", "cuda", "as_gpu"),
-}
-LAYOUT_SIZES = "tp cp pp dp vpp ep first_stage_layers last_stage_layers".split()
-AT_LEAST_1 = [
-    f"{role}.layout.{size}" for role in ("actor", "critic", "reward_model") for size in LAYOUT_SIZES
-] + (
-    "data.train_batch_size data.gen_batch_size data.max_prompt_length data.max_response_length "
-    "actor.ppo_mini_batch_size "
-    "actor.ppo_micro_batch_size_per_gpu actor.ppo_max_token_len_per_gpu actor.ppo_epochs critic.ppo_mini_batch_size "
-    "critic.ppo_micro_batch_size_per_gpu critic.ppo_max_token_len_per_gpu critic.ppo_epochs rollout.n rollout.engines "
-    "rollout.tensor_parallel_size rollout.sync_bucket_mib rollout.max_num_seqs rollout.threads "
-    "algorithm.kl_ctrl.horizon algorithm.filter_groups.max_num_gen_batches reward.overlong_buffer.len "
-    "reward.workers reward_model.micro_batch_size_per_gpu reward_model.max_length "
-    "trainer.total_training_steps trainer.total_epochs trainer.keep_last cluster.num_nodes "
-    "cluster.gpus_per_node cluster.threads_per_rank"
-).split()
-ABOVE_0 = (
-    "actor.optim.lr actor.optim.eps critic.optim.lr critic.optim.eps actor.clip_ratio actor.clip_ratio_low "
-    "actor.clip_ratio_high critic.cliprange_value rollout.temperature rollout.kv_cache_gib "
-    "rollout.gpu_memory_utilization rollout.sync_timeout_s rollout.canary_max_abs_diff "
-    "algorithm.kl_ctrl.target_kl reward.timeout_s reward_model.std trainer.grad_spike_factor validation.temperature "
-    "trainer.max_wall_clock_s cluster.startup_timeout_s cluster.phase_timeout_s"
-).split()
-NOT_NEGATIVE = (
-    "actor.optim.min_lr actor.optim.lr_warmup_steps actor.optim.weight_decay actor.optim.clip_grad "
-    "critic.optim.min_lr critic.optim.lr_warmup_steps critic.optim.weight_decay critic.optim.clip_grad "
-    "actor.entropy_coeff actor.kl_loss_coef rollout.canary_steps "
-    "rollout.canary_every reward.overlong_buffer.penalty_factor "
-    "algorithm.gamma algorithm.lam algorithm.kl_ctrl.kl_coef reward.max_error_rate "
-    "validation.sampled_n trainer.seed trainer.test_freq trainer.save_freq trainer.keep_best trainer.critic_warmup"
-).split()
-AT_MOST_1 = (
-    "rollout.gpu_memory_utilization algorithm.gamma algorithm.lam reward.max_error_rate actor.clip_ratio_low"
-).split()
 
 
 def check(config: Config) -> list[str]:
-    """Everything that is wrong between the fields, one sentence each with the arithmetic and the fix."""
-    try:
-        names = _names(config)
-    except ValueError as error:
-        return [str(error)]
-    problems = _check_values(config, names) + _check_sampling(config) + _check_algorithm(config)
+    """Everything that is wrong between the fields, one sentence each with the arithmetic and the fix.
+
+    An estimator of a user's file that is not executed yet is taken as one without a critic.
+    """
+    out_of_range = _check_ranges(config)
+    if not config.algorithm.is_resolved:
+        algorithm = replace(config.algorithm, own_needs=EstimatorNeeds())
+        config = replace(config, algorithm=algorithm)
+    problems = [*out_of_range.values(), *_check_required(config), *_check_optim(config)]
+    problems += _check_sampling(config) + _check_algorithm(config)
     problems += _check_schedule(config) + _check_reward(config)
-    sizes = [value_of(config, name) for name in AT_LEAST_1]
-    if any(size is not None and size < 1 for size in sizes):
-        return problems  # reported above; the arithmetic below divides by them
-    problems += [problem for group in worker_groups(config) for problem in _check_layout(group)]
+    if any(isinstance(value_of(config, name), int) for name in out_of_range):
+        return problems  # the arithmetic below divides by such numbers
+    for group in worker_groups(config):
+        problems += _check_layout(group)
     problems += _check_devices(config)
     actor = group_of(config, "actor")
     problems += _check_batching(config, "actor", actor_batching(config), actor)
@@ -123,66 +53,41 @@ def check(config: Config) -> list[str]:
     return problems
 
 
-def value_of(config: Config, name: str) -> Any:
-    """The value under a dotted name; None under a section that is null."""
-    return reduce(
-        lambda section, key: None if section is None else getattr(section, key),
-        name.split("."),
-        config,
-    )
-
-
-def _names(config: Config) -> dict[str, tuple[str, ...]]:
-    """The values that each choice allows, those of the user's own file included."""
-    path = config.algorithm.custom_path
-    if path is None:
-        return ONE_OF
-    from rlhf3d.algorithms.custom import (
-        advantage_names,
-        policy_loss_names,
-    )  # loads torch, as the user's file does
-
-    own = {
-        "algorithm.adv_estimator": advantage_names(path),
-        "actor.policy_loss": policy_loss_names(path),
-    }
-    return ONE_OF | {key: tuple(values) for key, values in own.items()}
-
-
-def _not_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def not_one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """The problem of a key whose value is not one of the names it may have."""
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{name} = {value!r}: must be one of {', '.join(allowed)}{hint}"
 
 
-def _check_values(config: Config, names: dict[str, tuple[str, ...]]) -> list[str]:
-    ranges: tuple[tuple[list[str], str, Callable[[float], bool]], ...] = (
-        (AT_LEAST_1, "at least 1", lambda x: x >= 1),
-        (ABOVE_0, "above 0", lambda x: x > 0),
-        (NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
-        (AT_MOST_1, "at most 1", lambda x: x <= 1),
-    )
-    problems = [
-        f"{name} = {value}: must be {wanted}"
-        for names, wanted, holds in ranges
-        for name in names
-        if (value := value_of(config, name)) is not None and not holds(value)
-    ]
-    problems += [
-        _not_one_of(name, value_of(config, name), allowed)
-        for name, allowed in names.items()
-        if value_of(config, name) not in allowed
-    ]
-    for role in ("actor", "critic"):
-        optim = value_of(config, f"{role}.optim")
-        if not all(0 <= beta < 1 for beta in optim.betas):
-            problems.append(f"{role}.optim.betas = {list(optim.betas)}: each must be in [0, 1)")
+def _check_ranges(config: Config) -> dict[str, str]:
+    """Key -> the range or the choice that its value is not in."""
+    problems = {}
+    for key in all_keys():
+        value = value_of(config, key.name)
+        rule = broken_rule(value, key.type)
+        if isinstance(rule, OneOf):
+            # The names of a user's file are known once it is executed: `resolve_algorithms`.
+            if not (rule.extensible and config.algorithm.custom_path is not None):
+                problems[key.name] = not_one_of(key.name, value, rule.names)
+        elif rule is not None:
+            shown = list(value) if isinstance(value, tuple) else value
+            problems[key.name] = f"{key.name} = {shown}: must be {rule.text}"
+    return problems
+
+
+def _check_optim(config: Config) -> list[str]:
+    problems = []
+    for role, optim in (("actor", config.actor.optim), ("critic", config.critic.optim)):
         if optim.min_lr > optim.lr:
             problems.append(
                 f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}"
             )
-    if config.actor.clip_ratio_c <= 1:
-        problems.append(f"actor.clip_ratio_c = {config.actor.clip_ratio_c}: must be above 1")
+    return problems
+
+
+def _check_required(config: Config) -> list[str]:
+    problems = []
     if not config.model.path:
         problems.append(
             "model.path is not set: give a folder with config.json, safetensors and tokenizer"
@@ -299,7 +204,7 @@ def _check_devices(config: Config) -> list[str]:
 
 
 def _check_sampling(config: Config) -> list[str]:
-    rollout, estimator = config.rollout, config.algorithm.adv_estimator
+    rollout, algorithm = config.rollout, config.algorithm
     correction = config.algorithm.rollout_correction
     corrected = (
         correction.rollout_is is not None
@@ -325,11 +230,12 @@ def _check_sampling(config: Config) -> list[str]:
         problems.append(
             "rollout.stop holds an empty text, which would end every completion; remove it"
         )
-    if estimator in GROUP_ESTIMATORS and rollout.n == 1:
+    if algorithm.needs.groups and rollout.n == 1:
         problems.append(
-            f"rollout.n = 1: algorithm.adv_estimator = {estimator} compares completions; set 2 or more"
+            f"rollout.n = 1: algorithm.adv_estimator = {algorithm.adv_estimator} compares completions; "
+            "set 2 or more"
         )
-    if config.data.val_max_samples < 1 and config.data.val_max_samples != -1:
+    if config.data.val_max_samples == 0:
         problems.append(
             f"data.val_max_samples = {config.data.val_max_samples}: must be 1 or more, or -1 (all)"
         )
@@ -401,8 +307,6 @@ def _check_algorithm(config: Config) -> list[str]:
             "and rollout_rs must be null; for truncated weights without PPO's clip set actor.policy_loss=cispo"
         )
     if weights:
-        from rlhf3d.algorithms.correction import correction_settings  # loads torch
-
         try:
             correction_settings(
                 correction.rollout_is,
@@ -477,80 +381,4 @@ def _check_reward(config: Config) -> list[str]:
             f"custom_reward_function.path = {config.custom_reward_function.path}: reward.weights gives accuracy, which "
             "is what it scores, no weight; add accuracy to reward.weights, or set path=null"
         )
-    return problems
-
-
-def check_files(config: Config) -> list[str]:
-    """What the disk lacks of what is named: model (and its fit to the layout), data, reward function."""
-    problems = _check_model_folder(config) + _check_output(config)
-    for key in ("train_files", "val_files"):
-        problems += [
-            f"data.{key}: no file {name}; `rlhf3d data prepare --help` shows how to write it"
-            for name in value_of(config, f"data.{key}")
-            if not Path(name).is_file()
-        ]
-    path = config.custom_reward_function.path
-    if path is not None and not Path(path).is_file():
-        problems.append(f"custom_reward_function.path = {path}: no such Python file")
-    return problems
-
-
-def _check_output(config: Config) -> list[str]:
-    """The run's folder, and those in it."""
-    output = Path(config.trainer.output_dir)
-    folders = [
-        output,
-        *(output / name for name in ("checkpoints", "logs", "samples", "tensorboard")),
-    ]
-    found = list(dict.fromkeys(filter(None, map(folder_problem, folders))))
-    return [
-        f"trainer.output_dir = {output}: {problem}; name another folder" for problem in found[:1]
-    ]
-
-
-def _check_model_folder(config: Config) -> list[str]:
-    from rlhf3d.models.hf_io import check_weights  # loads torch
-
-    try:
-        spec = load_spec(config.model.path)
-        check_weights(config.model.path, spec, "lm")
-    except ValueError as error:
-        return [str(error)]
-    return check_model(config, spec)
-
-
-def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None) -> list[str]:
-    """What does not fit the model: lengths, layouts of the worker groups, ranks of an engine.
-
-    The reward model is read, weights included, unless its shape is given.
-    """
-    problems = []
-    prompt, response = config.data.max_prompt_length, config.data.max_response_length
-    if prompt + response > spec.max_position:
-        problems.append(
-            f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} "
-            f"tokens, more than the model's window of {spec.max_position}"
-        )
-    problems += [
-        f"rollout.stop_token_ids holds {token}: the model's tokens are 0 to {spec.vocab_size - 1}"
-        for token in config.rollout.stop_token_ids
-        if not 0 <= token < spec.vocab_size
-    ]
-    for group in worker_groups(config):
-        try:
-            of_group = (reward or load_reward_spec(group.model)) if group.name == "reward" else spec
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        try:
-            check_layout(of_group, group.layout, group.layout_config.sequence_parallel)
-        except ValueError as error:
-            problems.append(f"{group.key.removesuffix('layout')}{error}")
-    try:
-        check_engine_layout(
-            spec, config.rollout.tensor_parallel_size, config.rollout.expert_parallel
-        )
-        check_quantization(spec, config.rollout.quantization)
-    except ValueError as error:
-        problems.append(str(error))
     return problems

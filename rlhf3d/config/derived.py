@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
-from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
+from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
-
-if TYPE_CHECKING:
-    from rlhf3d.parallel.platform import Platform
 
 WIDTH_MULTIPLE = {"cuda": 128}
 """By platform: cuDNN builds its attention anew (0.1 to 0.4 s) for every number of rows and width, and torch's allocator
@@ -259,27 +256,3 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
         f"sequences = {plan.optimizer_steps_per_step} optimizer step(s); a rank: "
         f"{micro}{', packed' if rule.packed else ''}; lr {lr:g}"
     )
-
-
-def resolve_platform(config: Config, platform: Platform) -> Config:
-    """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
-    model = config.model
-    if model.dtype == "auto":
-        model = replace(model, dtype=platform.fast_dtype)
-    return replace(
-        config,
-        model=model,
-        rollout=resolve_rollout(config.rollout, platform),
-        cluster=replace(config.cluster, platform=platform.kind),
-    )
-
-
-def resolve_rollout(rollout: RolloutConfig, platform: Platform) -> RolloutConfig:
-    """The engines' section with `auto` replaced."""
-    if rollout.dtype == "auto":
-        # FP8 is quantized from bfloat16.
-        quantized = rollout.quantization != "none"
-        rollout = replace(rollout, dtype="bfloat16" if quantized else platform.fast_dtype)
-    if rollout.enforce_eager == "auto":
-        rollout = replace(rollout, enforce_eager=platform.eager_engines)
-    return rollout

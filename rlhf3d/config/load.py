@@ -6,18 +6,28 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rlhf3d.config import scalars
-from rlhf3d.config.checks import check, check_files, value_of
-from rlhf3d.config.docs import describe, field_docs, nearest_key, optional_section
+from rlhf3d.config.checks import check
+from rlhf3d.config.fields import keys_of
+from rlhf3d.config.keys import (
+    all_keys,
+    describe,
+    nearest_key,
+    optional_section,
+    path_keys,
+    value_of,
+    with_value,
+)
 from rlhf3d.config.schema import Config
 from rlhf3d.paths import expand_home
 
@@ -34,10 +44,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{title}:", *(f"  - {problem}" for problem in self.problems)]))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = True) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (its `base:` file first), apply `key.name=value` overrides in order, and check.
 
-    `files=False` leaves out the checks that look at the disk (model, data and reward files).
+    Nothing else is read, and nothing of the user's is executed: `resolve.load_run` and `inputs` look further.
     Raises ConfigError with all problems at once.
     """
     problems: list[str] = []
@@ -48,9 +58,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), files: bool = T
             [f"{path}: a value is nested too deeply, or an alias (*name) stands within itself"]
         ) from None
     # A key that could not be read has its default here: what the checks say about it is not the user's doing.
-    unread = [doc.name for doc in field_docs() if any(doc.name in problem for problem in problems)]
-    checked = check(config) + (check_files(config) if files else [])
-    problems += [problem for problem in checked if not any(name in problem for name in unread)]
+    reported = "\n".join(problems)
+    unread = [key.name for key in all_keys() if key.name in reported]
+    for problem in check(config):
+        if not any(name in problem for name in unread):
+            problems.append(problem)
     if problems:
         raise ConfigError(problems)
     return config
@@ -85,16 +97,9 @@ def read_sections(path: Path, form: str) -> dict[str, Any]:
     return raw
 
 
-PATHS = (
-    "model.path data.train_files data.val_files data.curriculum.path data.cache_dir algorithm.custom_path "
-    "custom_reward_function.path reward_model.path trainer.output_dir trainer.resume_mode"
-).split()
-"""Keys of files and folders."""
-
-
 def _expand_paths(config: Config, problems: list[str]) -> Config:
     """With ~ as the home folder in every path, once and for all."""
-    for name in PATHS:
+    for name in path_keys():
         value = value_of(config, name)
         texts = value if isinstance(value, tuple) else () if value is None else (value,)
         try:
@@ -105,14 +110,6 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
         if expanded != texts:
             config = with_value(config, name, expanded if isinstance(value, tuple) else expanded[0])
     return config
-
-
-def with_value(section: Any, name: str, value: Any) -> Any:
-    """A section with another value under a dotted name."""
-    key, _, rest = name.partition(".")
-    return replace(
-        section, **{key: with_value(getattr(section, key), rest, value) if rest else value}
-    )
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -209,29 +206,39 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
         )
         return default
     hints = get_type_hints(type(default))
+    keys = keys_of(default)
     changes: dict[str, Any] = {}
     for key, value in raw.items():
         name = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            nested = (
-                "; in a file keys are nested, with dots they are overrides"
-                if "." in str(key)
-                else ""
-            )
-            problems.append(f"{name}: no such key; {nearest_key(name)}{nested}")
-        elif is_dataclass(getattr(default, key)):
-            changes[key] = build(getattr(default, key), value, name, problems)
-        elif not scalars.is_null(value) and (section := optional_section(hints[key])) is not None:
-            changes[key] = build(section(), value, name, problems)
+        if key not in keys:
+            problems.append(f"{name}: no such key; {nearest_key(name)}{_nested_hint(key)}")
+            continue
+        section = getattr(default, key)
+        optional = None if scalars.is_null(value) else optional_section(hints[key])
+        if is_dataclass(section):
+            changes[key] = build(section, value, name, problems)
+        elif optional is not None:
+            changes[key] = build(optional(), value, name, problems)
         else:
             try:
                 changes[key] = coerce(value, hints[key])
             except TypeError:
-                fix = scalars.hint(value, hints[key])
+                fix = scalars.hint(value, hints[key]) or _near_choice(value, hints[key])
                 problems.append(
                     f"{name} = {scalars.shown(value)}: expected {describe(hints[key])}{fix}"
                 )
     return replace(default, **changes)  # type: ignore[type-var]
+
+
+def _nested_hint(key: Any) -> str:
+    return "; in a file keys are nested, with dots they are overrides" if "." in str(key) else ""
+
+
+def _near_choice(value: Any, kind: Any) -> str:
+    """A hint with the choice nearest to a value."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _type_name(value: Any) -> str:
@@ -302,10 +309,12 @@ def _coerce_to_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def config_to_yaml(config: Config) -> str:
     """The complete configuration as YAML that `load_config` reads back to an equal one."""
-    return scalars.write(_plain(asdict(config)))
+    return scalars.write(_plain(config))
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {key: _plain(getattr(value, key)) for key in keys_of(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -6,13 +6,8 @@ response tokens.
 
 from __future__ import annotations
 
-from rlhf3d.algorithms.correction import (
-    CorrectionSettings,
-    correction_settings,
-    importance_weights,
-    mismatch_metrics,
-    rejection_mask,
-)
+from rlhf3d.algorithms.correction import importance_weights, mismatch_metrics, rejection_mask
+from rlhf3d.algorithms.correction_settings import CorrectionSettings, correction_settings
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.schema import RolloutCorrectionConfig

@@ -17,22 +17,14 @@ from rlhf3d.algorithms.advantages import (
     AdvantageInputs,
     compute_advantages,
     needs_greedy_baseline,
-    needs_values,
     register_advantage,
 )
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.masked import masked_whiten
+from rlhf3d.algorithms.names import ADVANTAGE_ESTIMATORS
 from rlhf3d.algorithms.rewards import token_level_rewards
 
-BUILT_IN = [
-    "gae",
-    "grpo",
-    "opo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "remax",
-    "rloo",
-]
+BUILT_IN = sorted(ADVANTAGE_ESTIMATORS)
 
 
 def outcome_inputs(scores: list[float], groups: list[int], lengths: list[int]) -> AdvantageInputs:
@@ -255,8 +247,9 @@ def test_an_empty_response_is_not_in_its_group(name: str) -> None:
 
 def test_registry() -> None:
     assert ADVANTAGES.names() == BUILT_IN
-    assert [name for name in BUILT_IN if needs_values(name)] == ["gae"]
-    assert [name for name in BUILT_IN if needs_greedy_baseline(name)] == ["remax"]
+    for name, needs in ADVANTAGE_ESTIMATORS.items():
+        assert ADVANTAGES[name].needs == needs
+    assert ADVANTAGES["gae"].needs.values and needs_greedy_baseline("remax")
     inputs = outcome_inputs([1.0, 0.0], [0, 0], [1, 1])
     with pytest.raises(
         ValueError, match=r"adv_estimator: unknown 'grop'; did you mean 'grpo'\? known: gae, grpo"
@@ -279,5 +272,5 @@ def test_a_users_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
         return ones, ones
 
     inputs = random_inputs(0)
-    assert needs_values("constant")
+    assert ADVANTAGES["constant"].needs.values
     assert torch.equal(compute_advantages("constant", inputs)[0], inputs.response_mask)

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from rlhf3d.algorithms.aggregation import aggregate, loss_norm
 from rlhf3d.algorithms.correction import (
-    RS_KINDS,
-    Bounds,
-    CorrectionSettings,
-    Rejection,
-    correction_settings,
     effective_sample_size,
     importance_weights,
     mismatch_metrics,
     rejection_mask,
 )
+from rlhf3d.algorithms.correction_settings import (
+    Bounds,
+    CorrectionSettings,
+    Rejection,
+    correction_settings,
+)
+from rlhf3d.algorithms.names import RS_KINDS
 
 MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 

@@ -9,6 +9,7 @@ import pytest
 from rlhf3d.algorithms import custom
 from rlhf3d.algorithms.advantages import ADVANTAGES
 from rlhf3d.algorithms.losses import POLICY_LOSSES
+from rlhf3d.algorithms.names import EstimatorNeeds
 
 MINE = """
 import torch
@@ -36,15 +37,11 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_become_valid(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    assert "half" not in custom.advantage_names(None)
-    assert {"half", "gae"} <= set(custom.advantage_names(str(file)))
-    assert "double" in custom.policy_loss_names(str(file))
-    assert custom.custom_needs_values(str(file), "half") and custom.custom_needs_values(
-        str(file), "gae"
-    )
-    assert not custom.custom_needs_values(str(file), "grpo") and not custom.custom_needs_values(
-        str(file), "hal"
-    )
+    assert "half" not in ADVANTAGES.names()
+    custom.load_custom_algorithms(file)
+    custom.load_custom_algorithms(file)  # executed once
+    assert {"half", "gae"} <= set(ADVANTAGES.names()) and "double" in POLICY_LOSSES.names()
+    assert ADVANTAGES["half"].needs == EstimatorNeeds(values=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rlhf3d.algorithms.losses import (
     register_policy_loss,
     value_loss,
 )
+from rlhf3d.algorithms.names import POLICY_LOSSES as NAMES
 
 SETTINGS = PolicyLossSettings(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0)
 
@@ -143,6 +144,7 @@ def test_settings_refused(kwargs: dict[str, float], key: str) -> None:
 
 
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert POLICY_LOSSES.names() == sorted(NAMES), "those that the configuration offers"
     with pytest.raises(
         ValueError, match=r"actor\.policy_loss: unknown 'vanila'; did you mean 'vanilla'"
     ):

@@ -1,0 +1,86 @@
+"""What a configuration leaves open until a run starts: the names of a user's file, and the platform.
+
+Invariant: reading a configuration executes nothing of the user's. `resolve_algorithms` is the one step that does,
+and leaves what the estimator needs in the configuration, as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf3d.config.checks import check, not_one_of
+from rlhf3d.config.load import ConfigError, load_config
+from rlhf3d.config.schema import Config, RolloutConfig
+
+if TYPE_CHECKING:
+    from rlhf3d.parallel.platform import Platform
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run that is to be planned or started: read, checked and resolved.
+
+    Executes algorithm.custom_path, if there is one. Raises ConfigError.
+    """
+    return resolve_algorithms(load_config(path, overrides))
+
+
+def resolve_algorithms(config: Config) -> Config:
+    """The configuration with what its estimator needs, which decides whether there is a critic.
+
+    Executes algorithm.custom_path, if there is one. Raises ConfigError for a file that does not load, a name that it
+    does not register, and what is wrong now that the critic is known.
+    """
+    algorithm = config.algorithm
+    if algorithm.custom_path is None:
+        return config
+    from rlhf3d.algorithms.advantages import ADVANTAGES  # loads torch, as the user's file does
+    from rlhf3d.algorithms.custom import load_custom_algorithms
+    from rlhf3d.algorithms.losses import POLICY_LOSSES
+
+    try:
+        load_custom_algorithms(algorithm.custom_path)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    chosen = {
+        "algorithm.adv_estimator": (algorithm.adv_estimator, ADVANTAGES.names()),
+        "actor.policy_loss": (config.actor.policy_loss, POLICY_LOSSES.names()),
+    }
+    problems = [
+        not_one_of(key, value, names)
+        for key, (value, names) in chosen.items()
+        if value not in names
+    ]
+    if not problems:
+        needs = ADVANTAGES[algorithm.adv_estimator].needs
+        config = replace(config, algorithm=replace(algorithm, own_needs=needs))
+        problems = check(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def resolve_platform(config: Config, platform: Platform) -> Config:
+    """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
+    model = config.model
+    if model.dtype == "auto":
+        model = replace(model, dtype=platform.fast_dtype)
+    return replace(
+        config,
+        model=model,
+        rollout=resolve_rollout(config.rollout, platform),
+        cluster=replace(config.cluster, platform=platform.kind),
+    )
+
+
+def resolve_rollout(rollout: RolloutConfig, platform: Platform) -> RolloutConfig:
+    """The engines' section with `auto` replaced."""
+    if rollout.dtype == "auto":
+        # FP8 is quantized from bfloat16.
+        quantized = rollout.quantization != "none"
+        rollout = replace(rollout, dtype="bfloat16" if quantized else platform.fast_dtype)
+    if rollout.enforce_eager == "auto":
+        rollout = replace(rollout, enforce_eager=platform.eager_engines)
+    return rollout
