@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from rlhf3d.config.checks import check, check_files
-from rlhf3d.config.derived import Derived, derive, resolve_platform
+from rlhf3d.config.checks import check
+from rlhf3d.config.derived import Derived, derive
 from rlhf3d.config.groups import device_terms
+from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
+from rlhf3d.inputs import check_files
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform

@@ -61,7 +61,7 @@ def preparations(absent: set[str]) -> list[list[str]]:
 def main() -> int:
     """Command line; prints each command before it runs."""
     try:
-        config = load_config(sys.argv[1], sys.argv[2:], files=False)
+        config = load_config(sys.argv[1], sys.argv[2:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf3d.config.derived import resolve_rollout
+from rlhf3d.config.resolve import resolve_rollout
 from rlhf3d.config.schema import ClusterConfig, RolloutConfig
 from rlhf3d.evaluation.run import Engine
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops

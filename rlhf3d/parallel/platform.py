@@ -21,7 +21,7 @@ from rlhf3d.units import GIB
 if TYPE_CHECKING:
     import torch
 
-    from rlhf3d.parallel.layout import SpecStyle
+    from rlhf3d.parallel.layout import PlatformKind, SpecStyle, TrainingDtype
 
 Backend = Literal["gloo", "nccl", "nccl_rules"]
 """Back ends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
@@ -34,7 +34,7 @@ class Platform(ABC):
     reason: str
     """Why this platform was chosen, for people."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[PlatformKind]
     """cpu or cuda."""
     dist_backend: ClassVar[Backend]
     """torch.distributed back end."""
@@ -103,7 +103,7 @@ class Platform(ABC):
 
     @property
     @abstractmethod
-    def fast_dtype(self) -> str:
+    def fast_dtype(self) -> TrainingDtype:
         """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it."""
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class CPUPlatform(Platform):
         return _fusions(False) | {"use_cpu_initialization": True}
 
     @property
-    def fast_dtype(self) -> str:
+    def fast_dtype(self) -> TrainingDtype:
         # Emulated bfloat16 is several times slower than float32; AMX and AVX512-BF16 are the other way round.
         cpuinfo = Path("/proc/cpuinfo")
         flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
@@ -243,7 +243,7 @@ class CUDAPlatform(Platform):
         return _fusions(True) | {"use_cpu_initialization": False}
 
     @property
-    def fast_dtype(self) -> str:
+    def fast_dtype(self) -> TrainingDtype:
         return "bfloat16"
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

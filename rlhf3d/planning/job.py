@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from rlhf3d.batching.micro import UpdatePlan
-from rlhf3d.config.derived import Derived, derive, micro_batching_of, resolve_platform
+from rlhf3d.config.derived import Derived, derive, micro_batching_of
 from rlhf3d.config.groups import WorkerGroup, device_terms
+from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.models.weights import Head

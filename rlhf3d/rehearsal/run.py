@@ -19,9 +19,10 @@ from typing import Any
 
 from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_whole
 from rlhf3d.checkpoints.store import Store
-from rlhf3d.config.checks import check_model
-from rlhf3d.config.load import ConfigError, config_to_yaml, load_config
+from rlhf3d.config.load import ConfigError, config_to_yaml
+from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
+from rlhf3d.inputs import check_files, check_model
 from rlhf3d.models.spec import parse_config
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 from rlhf3d.observability.samples import read_samples
@@ -63,7 +64,7 @@ def prepare(
     `shape_folder` holds the model's config.json, where model.path is not here; `as_gpu` has it run under the rules of
     GPUs. Raises ValueError (ConfigError) for what is wrong with the job itself.
     """
-    config = load_config(path, overrides, files=False)
+    config = load_run(path, overrides)
     if as_gpu and config.cluster.ray_address is not None:
         raise ValueError(
             "--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu"
@@ -119,7 +120,9 @@ def prepare(
     for old in ("resumed",) if goes_on else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
     job.write_text(text, encoding="utf-8")
-    load_config(job)  # what shrinking got wrong is told here, and not by a worker
+    # What shrinking got wrong is reported here, not by a worker.
+    if problems := check_files(load_run(job)):
+        raise ConfigError(problems)
     notes = [str(change) for change in shrunk.changes]
     notes += [f"{name}: not here; generated word problems stand in" for name in absent]
     layers, width = shrunk.model["num_hidden_layers"], shrunk.model["hidden_size"]

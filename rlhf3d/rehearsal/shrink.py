@@ -15,7 +15,7 @@ from typing import Any
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import Config, LayoutConfig, OptimConfig, RewardModelConfig
 from rlhf3d.models.spec import FAMILIES, parse_config
-from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.layout import ParallelLayout, PlatformKind
 
 HEAD_DIM = 32
 """The smallest head that vLLM's attention on CPU takes."""
@@ -207,7 +207,7 @@ def shrink_config(
     note(
         "cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster"
     )
-    platform = "as_gpu" if as_gpu else "cpu"
+    platform: PlatformKind = "as_gpu" if as_gpu else "cpu"
     note("cluster.platform", config.cluster.platform, platform, "without GPUs")
     prompt_tokens = AS_GPU_PROMPT_TOKENS if as_gpu else PROMPT_TOKENS
     batches, n = _batches(config, [layout] if critic_layout is None else [layout, critic_layout])

@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 
 from rich.table import Table
 
-from rlhf3d.config.derived import derive, resolve_platform
+from rlhf3d.config.derived import derive
+from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.models.boxes import show
 from rlhf3d.models.spec import check_layout, load_spec

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rlhf3d import cli
 from rlhf3d.commands.errors import raised_by_us
-from rlhf3d.config.docs import field_docs
+from rlhf3d.config.keys import all_keys
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_config_lists_every_key() -> None:
     text = CliRunner().invoke(cli.app, ["config"]).stdout
     missing = [
-        doc.name for doc in field_docs() if f"{doc.name} = " not in text or doc.doc not in text
+        doc.name for doc in all_keys() if f"{doc.name} = " not in text or doc.doc not in text
     ]
     assert missing == []
 

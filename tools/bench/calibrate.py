@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlhf3d.config.load import load_config
+from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.planning.hardware import NOT_IN_FILES, Cluster, Hardware
@@ -55,7 +55,7 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
         raise ValueError(
             f"{folder}/metrics.jsonl has no step {first_step} or later: give a longer run"
         )
-    config = load_config(folder / "config.yaml", files=False)
+    config = load_run(folder / "config.yaml")
     phases = {name for row in rows for name in row if name.startswith("timing_s/")}
     seconds = {
         name.removeprefix("timing_s/"): median(row[name] for row in rows if name in row)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from rlhf3d.config.checks import check
-from rlhf3d.config.derived import resolve_platform
 from rlhf3d.config.groups import parallel_layout
+from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import Recompute

@@ -12,10 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf3d.config.checks import value_of
-from rlhf3d.config.docs import field_docs
+from rlhf3d.config.keys import all_keys, path_keys, value_of, with_value
 from rlhf3d.config.load import (
-    PATHS,
     ConfigError,
     _expand_paths,
     build,
@@ -23,7 +21,6 @@ from rlhf3d.config.load import (
     config_to_yaml,
     files_of,
     load_config,
-    with_value,
 )
 from rlhf3d.config.schema import Config, LayoutConfig
 
@@ -41,7 +38,7 @@ MINIMAL = "model: {path: m}\ndata: {train_files: [t.parquet]}\n"
 def load(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> Config:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    return load_config(path, overrides, files=False)
+    return load_config(path, overrides)
 
 
 def problems(tmp_path: Path, *overrides: str, text: str = MINIMAL) -> list[str]:
@@ -98,7 +95,7 @@ def test_text_is_what_it_says(tmp_path: Path, text: str) -> None:
         assert load(tmp_path, f"data.train_files={text}").data.train_files == (text,)
     again = tmp_path / "again.yaml"
     again.write_text(config_to_yaml(load(tmp_path, f"trainer.output_dir={text}")))
-    assert load_config(again, files=False).trainer.output_dir == text
+    assert load_config(again).trainer.output_dir == text
 
 
 def test_names_in_a_mapping_have_dots_and_anything_is_read_by_yaml_1_2(tmp_path: Path) -> None:
@@ -118,7 +115,7 @@ def test_names_in_a_mapping_have_dots_and_anything_is_read_by_yaml_1_2(tmp_path:
     assert config.custom_reward_function.kwargs == {"a": {"b": 1e-6}, "mark": "no", "many": many}
     assert config.algorithm.rollout_correction.rollout_is_threshold == "0.5_2"
     (tmp_path / "again.yaml").write_text(config_to_yaml(config))
-    assert load_config(tmp_path / "again.yaml", files=False) == config
+    assert load_config(tmp_path / "again.yaml") == config
 
 
 def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +123,11 @@ def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", "/home/me")
     named = {
         doc.name
-        for doc in field_docs()
+        for doc in all_keys()
         if re.search(r"path|files?|dir|folder", doc.name.rpartition(".")[2])
     }
-    assert named | {"trainer.resume_mode"} == set(PATHS)
-    for name in PATHS:
+    assert named | {"trainer.resume_mode"} == set(path_keys())
+    for name in path_keys():
         many = isinstance(value_of(Config(), name), tuple)
         config = _expand_paths(with_value(Config(), name, ("~/a b",) if many else "~/a b"), [])
         assert value_of(config, name) == (("/home/me/a b",) if many else "/home/me/a b"), name
@@ -267,7 +264,7 @@ def test_base_is_inherited(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.yaml").write_text(MINIMAL + "rollout: {n: 4, engines: 2}\n")
     (tmp_path / "sub" / "child.yaml").write_text("base: ../base.yaml\nrollout: {n: 8}\n")
-    config = load_config(tmp_path / "sub" / "child.yaml", files=False)
+    config = load_config(tmp_path / "sub" / "child.yaml")
     assert (config.rollout.n, config.rollout.engines, config.model.path) == (8, 2, "m")
 
 
@@ -312,7 +309,7 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 3\): save it as UTF-8"):
         load_config(path)
     path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
-    assert load_config(path, files=False).model.path == "m"
+    assert load_config(path).model.path == "m"
 
 
 def test_missing_file() -> None:
@@ -320,9 +317,7 @@ def test_missing_file() -> None:
         load_config("nowhere.yaml")
 
 
-LEAVES = st.sampled_from(
-    [doc for doc in field_docs() if doc.kind in ("int", "float", "bool", "str")]
-)
+LEAVES = st.sampled_from([doc for doc in all_keys() if doc.kind in ("int", "float", "bool", "str")])
 VALUES = {
     "int": st.integers(-(2**53), 2**53),
     "float": st.floats(allow_nan=False, allow_infinity=False),
@@ -357,14 +352,14 @@ def test_a_section_that_may_be_null(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(
         config_to_yaml(load(tmp_path, "critic.layout={dp: 2, vpp: null}"))
     )
-    assert load_config(tmp_path / "again.yaml", files=False).critic == critic
+    assert load_config(tmp_path / "again.yaml").critic == critic
     assert problems(tmp_path, "critic.layout.ttp=2") == [
         "critic.layout.ttp: no such key; did you mean critic.layout.tp?"
     ]
     assert problems(tmp_path, "critic.layout=2") == [
         "critic.layout = 2: expected a section of keys, found int"
     ]
-    docs = {doc.name: doc for doc in field_docs()}
+    docs = {doc.name: doc for doc in all_keys()}
     assert (docs["critic.layout"].kind, docs["critic.layout"].default) == ("section or null", None)
     assert docs["critic.layout.dp"].doc == docs["actor.layout.dp"].doc
 
@@ -379,7 +374,7 @@ def test_large_integers_are_exact() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    docs = {doc.name: doc for doc in field_docs()}
+    docs = {doc.name: doc for doc in all_keys()}
     assert [name for name, doc in docs.items() if not doc.doc] == []
     assert docs["critic.optim.lr"].default == 1e-5
     assert docs["actor.layout.tp"].doc.startswith("Tensor-parallel size")

@@ -262,7 +262,7 @@ def test_the_run_of_the_job_loads_as_the_launcher_checked_it() -> None:
     job = make_job(
         "slurm", "configs/math.yaml", ["trainer.seed=3"], Options(nodes=2, gpus_per_node=4)
     )
-    config = load_config(job.command[2], job.command[3:], files=False)
+    config = load_config(job.command[2], job.command[3:])
     assert (config.cluster.num_nodes, config.cluster.gpus_per_node, config.trainer.seed) == (
         2,
         4,

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf3d import machine
-from rlhf3d.config.derived import resolve_platform
+from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
 from rlhf3d.parallel.as_gpu import AsGPUPlatform

@@ -33,7 +33,7 @@ def comment(plan: TimedPlan, gpus: str) -> str:
 
 
 def planned(path: Path) -> tuple[TimedPlan, str]:
-    config = load_config(path, files=False)
+    config = load_config(path)
     cluster = find_cluster(config, None)
     plan = make_timed_plan(config, find_spec(config)[0], cluster)
     return plan, f"{cluster.devices}x{cluster.hardware.name}"
@@ -43,7 +43,7 @@ def test_every_gpu_job_is_planned() -> None:
     cuda = [
         path
         for path in (ROOT / "configs").glob("*.yaml")
-        if load_config(path, files=False).cluster.platform == "cuda"
+        if load_config(path).cluster.platform == "cuda"
     ]
     assert sorted(cuda) == PLANNED and len(cuda) >= 8
 
@@ -89,7 +89,7 @@ def test_shapes_are_read_and_of_the_published_size(folder: Path) -> None:
 
 if __name__ == "__main__":
     for file in sorted((ROOT / "configs").glob("*.yaml")):
-        if load_config(file, files=False).cluster.platform == "cuda":
+        if load_config(file).cluster.platform == "cuda":
             made, name = planned(file)
             file.write_text(COMMENT.sub(comment(made, name), file.read_text()))
             print(file.name, made.verdict, comment(made, name), *made.problems, *made.memory.tight)

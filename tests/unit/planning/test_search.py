@@ -23,7 +23,7 @@ from rlhf3d.planning.search.ranking import Found, Search
 from rlhf3d.planning.search.space import layouts
 
 ROOT = Path(__file__).parents[3]
-MATH = load_config(ROOT / "configs/math.yaml", files=False)
+MATH = load_config(ROOT / "configs/math.yaml")
 
 
 def found(gpus: str, model: str, config: Config = MATH) -> Found:
@@ -135,7 +135,7 @@ def test_command_writes_what_load_config_accepts(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, [*arguments, *shapes, "--json"])
     assert done.exit_code == 0, done.exception
     best = json.loads(done.stdout)["best"][0]
-    written = load_config(target, files=False)
+    written = load_config(target)
     assert str(written.actor.layout.tp) in best["layouts"]["actor"]
     done = CliRunner().invoke(cli.app, ["plan", str(target), *shapes, "--check", "--json"])
     assert done.exit_code == 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf3d.config.checks import check, check_model
+from rlhf3d.config.checks import check
 from rlhf3d.config.groups import parallel_layout, worker_groups
 from rlhf3d.config.schema import (
     ActorConfig,
@@ -25,6 +25,7 @@ from rlhf3d.config.schema import (
     RewardModelConfig,
     RolloutConfig,
 )
+from rlhf3d.inputs import check_model
 from rlhf3d.models.spec import parse_config
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.resources import place

@@ -25,7 +25,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def commands(tool: ModuleType, name: str, *overrides: str) -> list[str]:
-    config = load_config(ROOT / "configs" / name, overrides, files=False)
+    config = load_config(ROOT / "configs" / name, overrides)
     return [" ".join(command) for command in tool.missing(config)]
 
 
