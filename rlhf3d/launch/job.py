@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from rlhf3d.config.checks import check, value_of
-from rlhf3d.config.load import PATHS, ConfigError, files_of, load_config
+from rlhf3d.config.checks import check
+from rlhf3d.config.keys import path_keys, value_of
+from rlhf3d.config.load import ConfigError, files_of
+from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
 from rlhf3d.launch.fit import SHM_GIB_PER_GPU, check_nodes, check_target, processes, startup_s
 from rlhf3d.launch.options import Options
@@ -65,7 +67,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if options.rehearse:
         cores = options.cpus_per_node or MAX_RANKS + ENGINE_RANKS
         options = replace(options, gpus_per_node=0, cpus_per_node=cores)
-    config = _with_nodes(load_config(path, overrides, files=False), target, options)
+    config = _with_nodes(load_run(path, overrides), target, options)
     nodes = config.cluster.num_nodes
     gpus = 0 if config.cluster.platform == "cpu" else config.cluster.gpus_per_node
     workdir = options.workdir or _default_workdir(target, options)
@@ -138,7 +140,7 @@ def _overrides_of_home(config: Config) -> list[str]:
     """Overrides that say what ~ is here: a container's home folder is another."""
     home = os.path.expanduser("~")
     overrides = []
-    for key in PATHS:
+    for key in path_keys():
         value = value_of(config, key)
         paths = value if isinstance(value, tuple) else (value,)
         absolute = [path for path in paths if path is not None and path.startswith("/")]

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf3d.config.checks import value_of
-from rlhf3d.config.load import PATHS
+from rlhf3d.config.keys import path_keys, value_of
 from rlhf3d.config.schema import Config
 from rlhf3d.launch.options import Options
 
@@ -125,7 +124,7 @@ class Named:
 def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ()) -> list[Named]:
     """Return what a run reads and writes, where its working folder is `workdir`."""
     values: list[tuple[str, str]] = []
-    for key in PATHS:
+    for key in path_keys():
         value = value_of(config, key)
         paths = value if isinstance(value, tuple) else (value,)
         values += [(key, path) for path in paths if path is not None]
