@@ -50,7 +50,7 @@ CPU_SOURCE := UV_TORCH_BACKEND=cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model data train train-7b driver inputs test unit integration lint lock clean
+.PHONY: help setup model data train train-7b driver inputs test test-all unit integration lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -118,15 +118,26 @@ driver:
 	@command -v nvidia-smi >/dev/null || { echo "train-7b needs NVIDIA GPUs and this machine has no driver (nvidia-smi):" \
 		"REHEARSE=1 runs the job in miniature on the CPU, \`rlhf3d plan $(CONFIG_FILE)\` says what it needs" >&2; exit 1; }
 
-test: lint unit integration ## all checks
+# Two processes share the files of tests: a rank-level test often waits with a core idle.
+TESTS := not full
+PROPERTIES := quick
+PYTEST = $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
+IN_TWO := -n 2 --dist loadfile
+
+test: lint unit integration ## all checks, in 15 minutes on two cores
+
+test-all: TESTS := full or not full
+test-all: PROPERTIES := full
+test-all: lint unit integration ## and every combination that they sample, before a release
 
 unit: setup ## tests that take seconds
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
+	$(PYTEST) -n 2 --dist worksteal -m "$(TESTS)" tests/unit
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
-	$(BIN)/python -m pytest -q tests/integration
-	$(BIN)/python -m pytest -q tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
-	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) $(BIN)/python -m pytest -q -m gpu_set tests/integration
+	$(PYTEST) $(IN_TWO) -m "$(TESTS)" tests/integration
+	$(PYTEST) tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
+	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) \
+		$(PYTEST) $(IN_TWO) -m "gpu_set and ($(TESTS))" tests/integration
 
 # The GPU set's Megatron and Transformer Engine beside the CPU set, for the tests that put them first: both run on its
 # Python too, although Megatron asks for a newer one.

@@ -1,4 +1,7 @@
-"""How much the property tests try: a fixed, small sample in `make test`, more and random in `make test-all`."""
+"""How much property tests try.
+
+A small, fixed sample in `make test`; a large, random one in `make test-all`.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
 
 PLATFORM = CPUPlatform(reason="test")
-PLATFORM.prepare_worker(0, threads=1)  # ranks are forked with Megatron imported and patched
 ROOT = Path(__file__).parents[2]
 SHARD_GIB = 100_000 / 2**30
 CASES: dict[str, tuple[dict[str, Any], list[ParallelLayout]]] = {
@@ -86,6 +85,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.gpu_set
+@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name, (_, layouts) in CASES.items() for layout in layouts],

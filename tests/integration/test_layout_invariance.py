@@ -1,8 +1,11 @@
 """An update of actor and critic gives the same loss, gradient norm and weights in every layout and batching.
 
-Every layout runs clipped PPO and the critic; a sample of them runs every policy loss and aggregation, padded and
-packed, by number and by budget, over ranks that do not divide the rows. Advantages are data here: the driver computes
-them over the whole batch.
+Every layout runs clipped PPO and the critic. A sample of them runs every policy loss and aggregation,
+padded and packed, by number and by budget, over ranks that do not divide the rows. Advantages are data
+here: the driver computes them over the complete batch.
+
+`make test` runs each pair of settings of a layout, and each pair of layout, batching and algorithm;
+`make test-all` runs all combinations.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pairs import layout_settings, pairs_of_settings
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 from support.updates import (
@@ -27,12 +31,13 @@ from support.updates import (
     run_updates,
 )
 
-import megatron_patches
 from rlhf3d.algorithms.aggregation import AGGREGATION_MODES
 from rlhf3d.algorithms.kl import KL_KINDS
 from rlhf3d.algorithms.losses import POLICY_LOSSES
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
+
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def every_algorithm() -> dict[str, PolicyObjective | ValueObjective]:
@@ -52,19 +57,13 @@ def every_algorithm() -> dict[str, PolicyObjective | ValueObjective]:
 
 
 CASES = [
-    Case(micro_batch_size=16),
     Case(tp=2),
-    Case(tp=2, sp=True, micro_batch_size=1),
-    Case(pp=2),
     Case(pp=2, micro_batch_size=4, recompute="full"),
     Case(dp=2, distributed_optimizer=False),
     Case(dp=4, overlap=True),
     Case(pp=4),
     Case(pp=2, vpp=2),
-    Case(tp=2, pp=2, dp=1),
     Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
-    Case(tp=2, dp=2, sp=True),
-    Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1, recompute="selective"),
     Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
     Case(tp=3, pp=2, model="heads9"),
@@ -73,12 +72,21 @@ CASES = [
     Case(tp=2, sp=True, recompute="selective", model="experts"),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(tp=2, pp=2, dp=2, ep=4, sp=True, micro_batch_size=1, recompute="full", model="experts"),
-    Case(cp=2),
-    Case(cp=4, micro_batch_size=1, recompute="full"),
+    Case(cp=4, recompute="full"),
     Case(tp=2, pp=2, cp=2, sp=True, overlap=True, gather=True),
     Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
     Case(cp=2, dp=2, ep=4, model="experts"),
 ]
+FULL_CASES = [
+    Case(micro_batch_size=16),
+    Case(tp=2, sp=True, micro_batch_size=1),
+    Case(pp=2),
+    Case(tp=2, pp=2, dp=1),
+    Case(tp=2, dp=2, sp=True),
+    Case(tp=2, pp=2, dp=2),
+    Case(cp=2),
+]
+"""Each of their pairs of settings is in `CASES` as well."""
 
 
 BATCHING_CASES = [
@@ -91,8 +99,8 @@ BATCHING_CASES = [
 
 
 GPU_SET = [
-    Case(tp=2, sp=True, micro_batch_size=1),
     Case(pp=4),
+    Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1, recompute="selective"),
     Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
     Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
@@ -102,11 +110,22 @@ GPU_SET = [
 """Of both lists, those that the GPU set's Megatron is tested with as well."""
 
 
-def parameters(cases: list[Case]) -> list[Any]:
-    return [
-        pytest.param(case, id=str(case), marks=pytest.mark.gpu_set if case in GPU_SET else ())
-        for case in cases
-    ]
+def parameters(cases: list[Case], full: bool = False) -> list[Any]:
+    made = []
+    for case in cases:
+        marks = [pytest.mark.full] * full + [pytest.mark.gpu_set] * (case in GPU_SET)
+        made.append(pytest.param(case, id=str(case), marks=marks))
+    return made
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    own = {"offload": case.offload, "experts": case.model == "experts"}
+    return layout_settings(case.layout_config) | own
+
+
+def test_no_pair_of_settings_is_left_to_the_full_run() -> None:
+    left_out, made = map(settings_of, FULL_CASES), map(settings_of, CASES)
+    assert pairs_of_settings(left_out) <= pairs_of_settings(made)
 
 
 def batchings(case: Case) -> dict[str, MicroBatching]:
@@ -117,14 +136,6 @@ def batchings(case: Case) -> dict[str, MicroBatching]:
         "packed": replace(case.fixed, tokens=40, packed=True),
     }
     return rules if case.tp > 1 else {**rules, "packed fixed": replace(case.fixed, packed=True)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """Megatron imported once, before ranks are forked."""
-    megatron_patches.apply("cpu")
-    import rlhf3d.engine.megatron_engine
-    import rlhf3d.parallel.megatron_init  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +159,11 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
     """The update of PPO."""
     return {
         model: one_process(folders[model], PPO, SEQUENCES // 2)
-        for model in {case.model for case in CASES}
+        for model in {case.model for case in [*CASES, *FULL_CASES]}
     }
 
 
-@pytest.mark.parametrize("case", parameters(CASES))
+@pytest.mark.parametrize("case", [*parameters(CASES), *parameters(FULL_CASES, full=True)])
 def test_same_update_in_every_layout(
     case: Case, folders: dict[str, Path], references: dict[str, dict]
 ) -> None:
@@ -183,30 +194,52 @@ def algorithm_references(folders: dict[str, Path]) -> dict[str, dict]:
     return {model: one_process(folders[model], every_algorithm(), INCOMPLETE) for model in models}
 
 
+def combinations_of(case: Case, everything: bool) -> list[tuple[str, str]]:
+    """(batching, algorithm): all of a case, or such that the cases with these batchings share them out.
+
+    So each algorithm meets each batching, and each layout.
+    """
+    rules, chosen = list(batchings(case)), []
+    peers = [other for other in BATCHING_CASES if list(batchings(other)) == rules]
+    for number, name in enumerate(every_algorithm(), start=peers.index(case)):
+        of_this = rules if everything else rules[number % len(peers) :: len(peers)]
+        chosen += [(batching, name) for batching in of_this]
+    return chosen
+
+
+def test_every_algorithm_meets_every_batching() -> None:
+    made: set[tuple[str, str]] = set()
+    everything: set[tuple[str, str]] = set()
+    for case in BATCHING_CASES:
+        made.update(combinations_of(case, everything=False))
+        everything.update(combinations_of(case, everything=True))
+    assert made == everything
+
+
+EVERYTHING = [
+    pytest.param(False, id="pairs"),
+    pytest.param(True, id="everything", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("everything", EVERYTHING)
 @pytest.mark.parametrize("case", parameters(BATCHING_CASES))
 def test_same_update_in_every_batching(
-    case: Case, folders: dict[str, Path], algorithm_references: dict[str, dict]
+    case: Case, everything: bool, folders: dict[str, Path], algorithm_references: dict[str, dict]
 ) -> None:
-    objectives, theirs = every_algorithm(), algorithm_references[case.model]
-    updates = {
-        f"{batching}: {name}": Update(rule, objective, INCOMPLETE)
-        for batching, rule in batchings(case).items()
-        for name, objective in objectives.items()
-    }
+    rules, objectives = batchings(case), every_algorithm()
+    updates = {}
+    for batching, name in combinations_of(case, everything):
+        updates[batching, name] = Update(rules[batching], objectives[name], INCOMPLETE)
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
-    for batching in batchings(case):
-        worst = [
-            compare(
-                assemble(case, results, f"{batching}: {name}"),
-                theirs[name],
-                terms=SEQUENCES if objective.loss_agg_mode == "token-sum" else 1,  # or more
-            )
-            for name, objective in objectives.items()
-        ]
-        metric, norm, weight = (max(column) for column in zip(*worst, strict=True))
-        print(
-            f"BATCHING {case} {batching}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
-        )
+    for (batching, name), update in updates.items():
+        # A sum of numbers that cancel is rounded like its terms, as many as sequences or more.
+        terms = SEQUENCES if update.objective.loss_agg_mode == "token-sum" else 1
+        ours = assemble(case, results, (batching, name))
+        theirs = algorithm_references[case.model][name]
+        metric, norm, weight = compare(ours, theirs, terms=terms)
+        errors = f"metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
+        print(f"BATCHING {case} {batching} {name}: {errors}")
 
 
 def test_algorithms_differ(algorithm_references: dict[str, dict]) -> None:

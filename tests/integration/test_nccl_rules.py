@@ -34,12 +34,9 @@ POLICY = {"policy": PPO["policy"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """Megatron and the back end, once, before ranks are forked."""
-    megatron_patches.apply("cpu")
+def registered(megatron: None) -> None:
+    """The back end, before ranks are forked."""
     nccl_rules.register()
-    import rlhf3d.engine.megatron_engine
-    import rlhf3d.parallel.megatron_init  # noqa: F401
 
 
 @pytest.fixture(scope="module")

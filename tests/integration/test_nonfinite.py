@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engines import join
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 
@@ -14,10 +15,11 @@ from rlhf3d.algorithms.losses import PolicyLossSettings
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_update
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
-from rlhf3d.config.schema import LayoutConfig, OptimConfig
+from rlhf3d.config.schema import OptimConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 BROKEN = 6
+pytestmark = pytest.mark.usefixtures("megatron")
 LAYOUTS = [ParallelLayout(pp=2), ParallelLayout(dp=2)]
 
 
@@ -41,37 +43,10 @@ def make_batch() -> Batch:
 
 def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
     """Weights after skipping the broken mini-batch, after an update without it, and the error of a run that stops."""
-    import megatron_patches
-
-    megatron_patches.apply("cpu")
     from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
     from rlhf3d.engine.objectives import PolicyObjective
-    from rlhf3d.models.spec import load_spec
-    from rlhf3d.parallel.megatron_init import initialize_megatron
-    from rlhf3d.parallel.platform import choose_platform
 
-    torch.set_num_threads(1)
-    platform = choose_platform("cpu")
-    initialize_megatron(
-        layout,
-        rank,
-        seed=0,
-        platform=platform,
-        master_addr="127.0.0.1",
-        master_port=port,
-        timeout_s=60,
-    )
-    stopping = EngineContext(
-        spec=load_spec(folder),
-        layout=layout,
-        layout_config=LayoutConfig(layout.tp, layout.pp, layout.dp),
-        rank=rank,
-        platform=platform,
-        dtype="float32",
-        device=torch.device("cpu"),
-        temperature=1.0,
-        total_steps=4,
-    )
+    stopping = join(rank, port, folder, layout)
     objective = PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", kl_loss_coef=0.1)
     plan = UpdatePlan(4, 2, 4, 4 // layout.dp, MicroBatching(rows=2), None, 1, 2)
     share = split_update(make_batch(), plan, layout, 5, float)[layout.coords(rank).dp]

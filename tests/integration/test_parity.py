@@ -18,9 +18,8 @@ from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
 
-pytestmark = pytest.mark.gpu_set
+pytestmark = [pytest.mark.gpu_set, pytest.mark.usefixtures("megatron")]
 PLATFORM = CPUPlatform(reason="test")
-PLATFORM.prepare_worker(0, threads=1)  # ranks are forked with Megatron imported and patched
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 SINGLE = ParallelLayout()
 CASES: dict[str, dict[str, Any]] = {

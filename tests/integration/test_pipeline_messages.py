@@ -14,9 +14,7 @@ from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 from support.updates import PPO, Case, Update, run_updates
 
-import megatron_patches
-
-pytestmark = pytest.mark.gpu_set
+pytestmark = [pytest.mark.gpu_set, pytest.mark.usefixtures("megatron")]
 CASES = {
     str(case) + " packed" * packed: (case, packed)
     for case, packed in (
@@ -30,12 +28,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of eight layers; Megatron is imported before ranks are forked."""
-    megatron_patches.apply("cpu")
-    import rlhf3d.engine.megatron_engine
-    import rlhf3d.parallel.megatron_init
-    import rlhf3d.parallel.pipeline  # noqa: F401
-
+    """A model of eight layers."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "h4", heads=4, kv_heads=2, layers=8)
 
 

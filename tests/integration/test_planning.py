@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.engines import join
 from support.memory_meter import LiveBytes
+from support.pairs import layout_settings, pairs_of_settings
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 
-import megatron_patches
 from rlhf3d.algorithms.losses import PolicyLossSettings
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
@@ -33,6 +35,7 @@ from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.planning.activations import Activations, Micro
 from rlhf3d.planning.states import model_states
 
+pytestmark = pytest.mark.usefixtures("megatron")
 PROMPT, RESPONSE, ROWS = 64, 64, 4
 TOLERANCE = 0.10
 TOLERANCE_EXPERTS = 0.20
@@ -85,9 +88,6 @@ class Case:
 L = LayoutConfig
 CASES = [
     Case("llama", "float32"),
-    Case("llama", "bfloat16", L(dp=3), tie=True, vocab=20000),
-    Case("llama", "bfloat16", L(tp=2, pp=2, sequence_parallel=True)),
-    Case("llama", "float32", L(pp=2, dp=2), tie=True, packed=True),
     Case("qwen2", "bfloat16", L(pp=3, first_stage_layers=1, last_stage_layers=1, recompute="full")),
     Case("qwen2", "float32", L(pp=2, vpp=2, dp=2), tie=True),
     Case("qwen3", "bfloat16", L(tp=2, dp=2, distributed_optimizer=False), packed=True),
@@ -102,9 +102,7 @@ CASES = [
     Case(
         "qwen2", "float32", L(tp=2, recompute="full", sequence_parallel=True), vocab=5000, layers=2
     ),
-    Case("qwen2", "bfloat16", L(tp=2, recompute="selective", sequence_parallel=True), layers=6),
     Case("llama", "float32", L(pp=2, recompute="selective"), packed=True, layers=6),
-    Case("mixtral", "bfloat16", L(dp=2, ep=2)),
     Case("qwen3_moe", "float32", L(tp=2, ep=2, sequence_parallel=True, recompute="selective")),
     Case("mixtral", "float32", L(tp=2, sequence_parallel=True), layers=2),
     Case("qwen3_moe", "bfloat16", L(tp=2, pp=2, ep=2, sequence_parallel=True)),
@@ -112,6 +110,14 @@ CASES = [
     Case("llama", "float32", L(tp=2, cp=2, pp=2)),
     Case("qwen3", "bfloat16", L(cp=2, dp=2, distributed_optimizer=False), packed=True),
 ]
+FULL_CASES = [
+    Case("llama", "bfloat16", L(dp=3), tie=True, vocab=20000),
+    Case("llama", "bfloat16", L(tp=2, pp=2, sequence_parallel=True)),
+    Case("llama", "float32", L(pp=2, dp=2), tie=True, packed=True),
+    Case("qwen2", "bfloat16", L(tp=2, recompute="selective", sequence_parallel=True), layers=6),
+    Case("mixtral", "bfloat16", L(dp=2, ep=2)),
+]
+"""Each of their pairs of settings is in `CASES` as well."""
 
 
 @dataclass(frozen=True)
@@ -142,26 +148,8 @@ def make_batch(sequences: int) -> Batch:
 
 def measure(rank: int, port: int, case: Case, folder: Path) -> dict[str, Measured]:
     """Both models on one rank, one after the other."""
-    from rlhf3d.engine.megatron_engine import EngineContext
-    from rlhf3d.parallel.megatron_init import initialize_megatron
-    from rlhf3d.parallel.platform import choose_platform
-
-    torch.set_num_threads(1)
-    platform = choose_platform("cpu")
-    initialize_megatron(
-        case.layout, rank, seed=0, platform=platform, master_port=port, timeout_s=60
-    )
-    context = EngineContext(
-        spec=load_spec(folder),
-        layout=case.layout,
-        layout_config=case.settings,
-        rank=rank,
-        platform=platform,
-        dtype=case.dtype,
-        device=torch.device("cpu"),
-        temperature=1.0,
-        total_steps=10,
-        packed=case.packed,
+    context = join(
+        rank, port, folder, case.layout, case.settings, dtype=case.dtype, packed=case.packed
     )
     return {role: measure_model(context, case, folder, role) for role in HEADS}
 
@@ -243,15 +231,20 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """Megatron imported once, before ranks are forked."""
-    megatron_patches.apply("cpu")
-    import rlhf3d.engine.megatron_engine
-    import rlhf3d.parallel.megatron_init  # noqa: F401
+def settings_of(case: Case) -> dict[str, Any]:
+    own = {"packed": case.packed, "experts": case.family in ("mixtral", "qwen3_moe")}
+    return layout_settings(case.settings) | own
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_pair_of_settings_is_left_to_the_full_run() -> None:
+    left_out, made = map(settings_of, FULL_CASES), map(settings_of, CASES)
+    assert pairs_of_settings(left_out) <= pairs_of_settings(made)
+
+
+FULL = [pytest.param(case, id=str(case), marks=pytest.mark.full) for case in FULL_CASES]
+
+
+@pytest.mark.parametrize("case", [*CASES, *FULL], ids=str)
 def test_plan_is_what_the_ranks_hold(case: Case, tmp_path: Path) -> None:
     shape = {"layers": case.layers, "hidden": case.hidden, "ffn": case.ffn, "vocab": case.vocab}
     folder = make_tiny_model(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engines import join
 from support.jobs import read_rows, train, write_job
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf3d.batching.batch import from_sequences
-from rlhf3d.config.schema import LayoutConfig
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.models.spec import load_reward_spec
@@ -51,35 +51,9 @@ def hf_scores(folder: Path, items: list[ScoreItem]) -> torch.Tensor:
 
 
 def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> torch.Tensor | None:
-    import megatron_patches
+    from rlhf3d.engine.megatron_engine import MegatronEngine
 
-    megatron_patches.apply("cpu")
-    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
-    from rlhf3d.models.spec import load_reward_spec
-    from rlhf3d.parallel.megatron_init import initialize_megatron
-    from rlhf3d.parallel.platform import choose_platform
-
-    platform = choose_platform("cpu")
-    initialize_megatron(
-        layout,
-        rank,
-        seed=0,
-        platform=platform,
-        master_addr="127.0.0.1",
-        master_port=port,
-        timeout_s=60,
-    )
-    context = EngineContext(
-        spec=load_reward_spec(folder),
-        layout=layout,
-        layout_config=LayoutConfig(layout.tp, layout.pp, layout.dp),
-        rank=rank,
-        platform=platform,
-        dtype="float32",
-        device=torch.device("cpu"),
-        temperature=1.0,
-        total_steps=1,
-    )
+    context = join(rank, port, folder, layout, spec=load_reward_spec(folder))
     inputs = model_inputs(ITEMS, AutoTokenizer.from_pretrained(folder), 1024, "error", pad_id=0)
     batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)
     outputs = MegatronEngine(context, "value", str(folder), None).forward(
@@ -88,6 +62,7 @@ def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> to
     return None if outputs is None else outputs["values"][:, 0]
 
 
+@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tp=2, pp=2)], ids=str)
 def test_scores_are_those_of_transformers(

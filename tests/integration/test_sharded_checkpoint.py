@@ -11,18 +11,7 @@ from support.saving import STEPS_BEFORE, train_and_save
 from support.tiny_models import make_tiny_model
 from support.updates import PPO, Case, full_weights
 
-import megatron_patches
-
-pytestmark = pytest.mark.gpu_set
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
-    """Megatron imported once, before ranks are forked."""
-    megatron_patches.apply("cpu")
-    import rlhf3d.checkpoints.sharded
-    import rlhf3d.engine.megatron_engine
-    import rlhf3d.parallel.megatron_init  # noqa: F401
+pytestmark = [pytest.mark.gpu_set, pytest.mark.usefixtures("megatron")]
 
 
 BF16 = Case(pp=2, dp=2, dtype="bfloat16")

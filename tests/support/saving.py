@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from support.updates import MAX_RESPONSE_TOKENS, PPO, SEQUENCES, Case, join, make_batch
+from support.engines import join
+from support.updates import MAX_RESPONSE_TOKENS, PPO, SEQUENCES, Case, make_batch, start
 
 from rlhf3d.batching.dispatch import split_update
 from rlhf3d.batching.micro import UpdatePlan
@@ -28,7 +29,7 @@ def train_and_save(
     from rlhf3d.checkpoints import sharded
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
-    context, layout, whole = join(rank, port, case, model), case.layout, make_batch()
+    context, layout, whole = start(rank, port, case, model), case.layout, make_batch()
     plan = UpdatePlan(SEQUENCES, 1, SEQUENCES, 0, case.fixed, None, 1, 1)
     share = split_update(whole, plan, layout, MAX_RESPONSE_TOKENS, float)[layout.coords(rank).dp]
     rows, result = whole.select(share.rows), {}
@@ -85,22 +86,10 @@ def load_and_save(
 ) -> int:
     """Load what was converted, compare with what the engine loads from the HF folder, save it with optimizer state."""
     from rlhf3d.checkpoints import sharded
-    from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
-    from rlhf3d.models.spec import load_spec
-    from rlhf3d.parallel.megatron_init import initialize_megatron
+    from rlhf3d.engine.megatron_engine import MegatronEngine
 
-    initialize_megatron(layout, rank, 0, platform, timeout_s=60, master_port=port)
-    context = EngineContext(
-        spec=load_spec(hf),
-        layout=layout,
-        layout_config=LayoutConfig(sequence_parallel=layout.tp > 1),
-        rank=rank,
-        platform=platform,
-        dtype="float32",
-        device=torch.device("cpu"),
-        temperature=1.0,
-        total_steps=1,
-    )
+    layout_config = LayoutConfig(sequence_parallel=layout.tp > 1)
+    context = join(rank, port, hf, layout, layout_config, platform)
     engine = MegatronEngine(context, role, str(hf), OptimConfig())
     expected = {name: param.detach().clone() for name, param in engine.params().items()}
     for param in engine.params().values():

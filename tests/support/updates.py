@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.engines import CPU, join
 from support.ranks import run_ranks
 
 from rlhf3d.algorithms.losses import PolicyLossSettings
@@ -23,7 +24,7 @@ from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
 from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout, Recompute
-from rlhf3d.parallel.platform import CPUPlatform, Platform
+from rlhf3d.parallel.platform import Platform
 
 MAX_RESPONSE_TOKENS = 12
 SEQUENCES = 16
@@ -33,9 +34,6 @@ PPO = {
     "policy": PolicyObjective("vanilla", SETTINGS, "token-mean", 0.01, 0.1, "low_var_kl"),
     "value": ValueObjective(0.2, "seq-mean-token-mean"),
 }
-
-
-CPU = CPUPlatform("test")
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,10 @@ class Update:
 
 
 def run_updates(
-    rank: int, port: int, case: Case, folder: Path, updates: dict[str, Update]
-) -> dict[str, dict]:
+    rank: int, port: int, case: Case, folder: Path, updates: dict[Any, Update]
+) -> dict[Any, dict]:
     """Each update on one rank; metrics, outputs and this rank's weights."""
-    context = join(rank, port, case, folder)
+    context = start(rank, port, case, folder)
     if case.gather:  # every weight in a bucket of its own; else all of a tiny model are whole when the first one is
         from megatron.core import distributed
 
@@ -142,28 +140,12 @@ def run_updates(
     }
 
 
-def join(rank: int, port: int, case: Case, folder: Path) -> Any:
-    """Start one rank; what its engines share."""
-    from rlhf3d.engine.megatron_engine import EngineContext
-    from rlhf3d.models.spec import load_spec
-    from rlhf3d.parallel.megatron_init import initialize_megatron
-
-    torch.set_num_threads(1)
-    initialize_megatron(
-        case.layout, rank, seed=0, platform=case.platform, master_port=port, timeout_s=60
-    )
-    return EngineContext(
-        spec=load_spec(folder),
-        layout=case.layout,
-        layout_config=case.layout_config,
-        rank=rank,
-        platform=case.platform,
-        dtype=case.dtype,
-        device=case.platform.device(0),
-        temperature=0.9,
-        total_steps=10,
-        offload=case.offload,
-    )
+def start(rank: int, port: int, case: Case, folder: Path) -> Any:
+    """Start one rank of a case; what its engines share."""
+    return join(
+        rank, port, folder, case.layout, case.layout_config, case.platform,
+        dtype=case.dtype, temperature=0.9, offload=case.offload,
+    )  # fmt: skip
 
 
 def one_update(context: Any, folder: Path, update: Update) -> dict:
@@ -209,7 +191,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     }
 
 
-def assemble(case: Case, results: list[dict], name: str) -> dict:
+def assemble(case: Case, results: list[dict], name: Any) -> dict:
     """What the driver would see of an update: outputs by row, metrics summed, weights by HF name."""
     last = [results[rank][name] for rank in case.layout.collectors()]
     merged: dict = {"grad_norm": last[0]["grad_norm"], "outputs": {}, "after": {}}
