@@ -1,8 +1,9 @@
 """`rlhf3d rehearse`: a job in miniature, trained for two steps, saved, resumed and compared.
 
-Invariant: the miniature runs by the same command as the job, in processes of its own; a rehearsal passes only if both
-runs end well and the resumed one repeats the other's second step exactly. Where the first run of the same miniature was
-interrupted, it goes on from its checkpoint; else everything is made anew.
+Invariant: the miniature runs by the same command as the job, in processes of its own; a rehearsal
+passes only if both runs end well and the resumed one repeats the other's second step exactly. Where
+the first run of the same miniature was interrupted, it continues from its checkpoint; else
+everything is made again.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_whole
 from rlhf3d.checkpoints.store import Store
+from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import ConfigError, config_to_yaml
 from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
 from rlhf3d.inputs import check_files, check_model
 from rlhf3d.models.spec import parse_config
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
-from rlhf3d.observability.samples import read_samples
-from rlhf3d.rehearsal.miniature import STAND_IN_ROWS, read_shape, write_model, write_prompts
-from rlhf3d.rehearsal.shrink import STEPS, shrink_config
+from rlhf3d.observability.samples import read_samples, samples_path
+from rlhf3d.rehearsal.miniature import STAND_IN_ROWS, Shape, read_shape, write_model, write_prompts
+from rlhf3d.rehearsal.shrink import STEPS, Shrunk, shrink_config
 from rlhf3d.trainer.stopping import PREEMPTED, SIGNALS
 
 NOT_COMPARED = ("timing_s/", "perf/", "sync/", "checkpoint/")
@@ -40,10 +42,10 @@ class Miniature:
 
     config: Path
     run: Path
-    goes_on: bool
+    continues: bool
     """Whether an interrupted run of the same miniature is there, with a checkpoint."""
     notes: tuple[str, ...]
-    """What is otherwise than in the job, besides size."""
+    """What differs from the job, besides size."""
     summary: str
 
 
@@ -61,96 +63,112 @@ def prepare(
 ) -> Miniature:
     """Write the miniature of a job into `folder`.
 
-    `shape_folder` holds the model's config.json, where model.path is not here; `as_gpu` has it run under the rules of
-    GPUs. Raises ValueError (ConfigError) for what is wrong with the job itself.
+    `shape_folder` holds the model's config.json, where model.path is not here; `as_gpu` has it run
+    under the rules of GPUs. Raises ValueError (ConfigError) for what is wrong with the job itself.
     """
     config = load_run(path, overrides)
     if as_gpu and config.cluster.ray_address is not None:
         raise ValueError(
             "--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu"
         )
-
-    def beside(model: str) -> list[Path]:
-        return [Path(model), path.parent / "models" / Path(model).name]
-
-    own = [shape_folder] if shape_folder else []
-    original, shape = read_shape("model.path", [*own, *beside(config.model.path)])
-    judge, reward_shape, reward_spec = config.reward_model.path, None, None
-    if judge is not None:
-        judge_original, reward_shape = read_shape("reward_model.path", beside(judge))
-        reward_spec = parse_config(reward_shape, judge)
-    problems = check_model(config, parse_config(shape, str(original)), reward_spec)
-    for key, file in (
-        ("custom_reward_function.path", config.custom_reward_function.path),
-        ("algorithm.custom_path", config.algorithm.custom_path),
-        ("data.curriculum.path", config.data.curriculum.path),
-    ):
-        if file is not None and not Path(file).is_file():
-            problems.append(f"{key} = {file}: no such Python file")
-    if problems:
-        raise ConfigError(problems)
-    shrunk, seed = (
-        shrink_config(config, shape, max_ranks, reward_shape, as_gpu),
-        config.trainer.seed,
-    )
-    for old in ("model", "reward_model", "train", "val"):
+    shapes = _read_shapes(config, path.parent / "models", shape_folder)
+    _check_job(config, shapes)
+    reward_shape = None if shapes.reward is None else shapes.reward.config
+    shrunk = shrink_config(config, shapes.model.config, max_ranks, reward_shape, as_gpu)
+    small, absent = _write_inputs(shrunk, shapes, folder)
+    run = folder / "run"
+    small = replace(small, trainer=replace(small.trainer, output_dir=str(run), resume_mode="never"))
+    job = folder / "job.yaml"
+    continues = config.trainer.resume_mode == "auto" and _is_interrupted(job, run, small)
+    for old in ("resumed",) if continues else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "model", shrunk.model, original, seed)
-    small, absent = _with_prompts(shrunk.config, folder)
-    if shrunk.reward is not None:
-        write_model(
-            folder / "reward_model", shrunk.reward, judge_original, seed + 1, classifier=True
-        )
-        small = replace(
-            small, reward_model=replace(small.reward_model, path=str(folder / "reward_model"))
-        )
-    small = replace(
-        small,
-        model=replace(small.model, path=str(folder / "model")),
-        trainer=replace(small.trainer, output_dir=str(folder / "run"), resume_mode="never"),
-    )
-    job, run, text = folder / "job.yaml", folder / "run", config_to_yaml(small)
-    same = (
-        config.trainer.resume_mode == "auto"
-        and job.is_file()
-        and job.read_text(encoding="utf-8") == text
-    )
-    goes_on = same and _interrupted(run)
-    for old in ("resumed",) if goes_on else ("run", "resumed"):
-        shutil.rmtree(folder / old, ignore_errors=True)
-    job.write_text(text, encoding="utf-8")
-    # What shrinking got wrong is reported here, not by a worker.
+    job.write_text(config_to_yaml(small), encoding="utf-8")
+    # A mistake of shrinking is reported here, not by a worker.
     if problems := check_files(load_run(job)):
         raise ConfigError(problems)
     notes = [str(change) for change in shrunk.changes]
     notes += [f"{name}: not here; generated word problems stand in" for name in absent]
-    layers, width = shrunk.model["num_hidden_layers"], shrunk.model["hidden_size"]
-    summary = (
-        f"{shape['model_type']} of {layers} layers x {width} for {shape['num_hidden_layers']} x {shape['hidden_size']}"
-        f", a step of {small.data.train_batch_size} prompts x {small.rollout.n} for {config.data.train_batch_size} x "
-        f"{config.rollout.n}"
-    )
-    return Miniature(job, run, goes_on, tuple(notes), summary)
+    summary = _summary(shapes.model.config, shrunk.model, config, small)
+    return Miniature(job, run, continues, tuple(notes), summary)
 
 
-def _interrupted(run: Path) -> bool:
-    """Whether a run has a whole checkpoint, and it is not the last."""
+class _Shapes(NamedTuple):
+    """The `config.json` of the job's models."""
+
+    model: Shape
+    reward: Shape | None
+
+
+def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
+    """From the models' folders, those of the same names in `shipped`, and of the policy from `own`."""
+    path = Path(config.model.path)
+    folders = [path, shipped / path.name]
+    model = read_shape("model.path", folders if own is None else [own, *folders])
+    if config.reward_model.path is None:
+        return _Shapes(model, None)
+    path = Path(config.reward_model.path)
+    return _Shapes(model, read_shape("reward_model.path", [path, shipped / path.name]))
+
+
+def _check_job(config: Config, shapes: _Shapes) -> None:
+    """Raise ConfigError for layouts that the job's models do not allow, and files that are missing."""
+    reward_spec = None
+    if shapes.reward is not None:
+        reward_spec = parse_config(shapes.reward.config, str(config.reward_model.path))
+    model_spec = parse_config(shapes.model.config, str(shapes.model.folder))
+    problems = check_model(config, model_spec, reward_spec)
+    for key in ("custom_reward_function.path", "algorithm.custom_path", "data.curriculum.path"):
+        file = value_of(config, key)
+        if file is not None and not Path(file).is_file():
+            problems.append(f"{key} = {file}: no such Python file")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _write_inputs(shrunk: Shrunk, shapes: _Shapes, folder: Path) -> tuple[Config, list[str]]:
+    """Models and prompts, the configuration that names them, and data files that are not here."""
+    for old in ("model", "reward_model", "train", "val"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, seed = shrunk.config, shrunk.config.trainer.seed
+    model, reward = folder / "model", folder / "reward_model"
+    write_model(model, shrunk.model, shapes.model.folder, seed)
+    config = replace(config, model=replace(config.model, path=str(model)))
+    if shrunk.reward is not None:
+        assert shapes.reward is not None
+        write_model(reward, shrunk.reward, shapes.reward.folder, seed + 1, classifier=True)
+        config = replace(config, reward_model=replace(config.reward_model, path=str(reward)))
+    rows = max(STAND_IN_ROWS, (STEPS + 1) * config.data.train_batch_size)
+    train, absent = write_prompts(config.data.train_files, folder / "train", rows, seed)
+    val, also_absent = write_prompts(config.data.val_files, folder / "val", rows, seed)
+    data = replace(config.data, train_files=train, val_files=val)
+    return replace(config, data=data), absent + also_absent
+
+
+def _is_interrupted(job: Path, run: Path, config: Config) -> bool:
+    """Whether the same miniature has a complete checkpoint that is not its last."""
+    if not job.is_file() or job.read_text(encoding="utf-8") != config_to_yaml(config):
+        return False
     found, _ = newest_whole(Store(run / CHECKPOINTS))
     return found is not None and found.manifest.step < STEPS
 
 
-def _with_prompts(config: Config, folder: Path) -> tuple[Config, list[str]]:
-    rows = max(STAND_IN_ROWS, (STEPS + 1) * config.data.train_batch_size)
-    data, seed = config.data, config.trainer.seed
-    train, absent = write_prompts(data.train_files, folder / "train", rows, seed)
-    val, also = write_prompts(data.val_files, folder / "val", rows, seed)
-    return replace(config, data=replace(data, train_files=train, val_files=val)), absent + also
+def _summary(
+    shape: Mapping[str, Any], small_shape: Mapping[str, Any], config: Config, small: Config
+) -> str:
+    sizes = "{num_hidden_layers} layers x {hidden_size}"
+    batches = [
+        f"{each.data.train_batch_size} prompts x {each.rollout.n}" for each in (small, config)
+    ]
+    return (
+        f"{shape['model_type']} of {sizes.format_map(small_shape)} for {sizes.format_map(shape)}, "
+        f"a step of {' for '.join(batches)}"
+    )
 
 
 def rehearse(miniature: Miniature, say: Callable[[str], None]) -> None:
     """Train the miniature, resume it from its first step, and compare. Raises RehearsalFailed."""
-    _train(miniature, miniature.run, "auto" if miniature.goes_on else "never", say)
+    _train(miniature, miniature.run, "auto" if miniature.continues else "never", say)
     again = miniature.run.with_name("resumed")
     _train(miniature, again, str(miniature.run / "checkpoints" / f"step_{STEPS - 1}"), say)
     steps = [row["step"] for row in read_metrics(again)]
@@ -170,7 +188,8 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
     command = [sys.executable, "-m", "rlhf3d.cli", "train", str(miniature.config), *chosen]
     say(f"rlhf3d train {miniature.config} {' '.join(chosen)}")
     with subprocess.Popen(command) as child:
-        for number in SIGNALS:  # it saves and ends; a job script knows this process alone
+        # A job script signals this process alone; the run has to save and end.
+        for number in SIGNALS:
             signal.signal(number, lambda number, frame: child.send_signal(number))
         code = child.wait()
     if code == PREEMPTED:
@@ -184,23 +203,24 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
 
 
 def differences(run: Path, other: Path, step: int) -> list[str]:
-    """What differs between two runs in a step: metrics that are no seconds or bytes, and completions."""
-    rows: list[dict[str, Any]] = []
-    for folder in (run, other):
-        found = [row for row in read_metrics(folder) if row["step"] == step]
-        if not found:
+    """Return what differs between two runs in a step: metrics but of time and memory, completions."""
+    first, second = _comparable(run, step), _comparable(other, step)
+    for folder, row in ((run, first), (other, second)):
+        if row is None:
             return [f"{folder} has no step {step}"]
-        rows.append(
-            {name: value for name, value in found[-1].items() if not name.startswith(NOT_COMPARED)}
-        )
-    first, second = rows
-    found_in_one = [
-        f"{name} is in one of them only" for name in sorted(first.keys() ^ second.keys())
-    ]
-    unlike = [
-        f"{name} {first[name]} and {second[name]}"
-        for name in first.keys() & second.keys()
-        if json.dumps(first[name]) != json.dumps(second[name])  # as text NaN equals itself
-    ]
-    samples = [read_samples(folder / "samples" / f"step_{step}.jsonl") for folder in (run, other)]
-    return found_in_one + sorted(unlike) + (["the completions"] if samples[0] != samples[1] else [])
+    assert first is not None and second is not None
+    problems = [f"{name} is in one of them only" for name in sorted(first.keys() ^ second.keys())]
+    for name in sorted(first.keys() & second.keys()):
+        if json.dumps(first[name]) != json.dumps(second[name]):  # as text NaN equals itself
+            problems.append(f"{name} {first[name]} and {second[name]}")
+    if read_samples(samples_path(run, step)) != read_samples(samples_path(other, step)):
+        problems.append("the completions")
+    return problems
+
+
+def _comparable(run: Path, step: int) -> dict[str, Any] | None:
+    """The metrics of a step that two equal runs share; None where it has no such step."""
+    for row in read_metrics(run):
+        if row["step"] == step:
+            return {name: row[name] for name in row if not name.startswith(NOT_COMPARED)}
+    return None

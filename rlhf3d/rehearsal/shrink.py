@@ -1,8 +1,8 @@
-"""A job in miniature: the same families, divisibilities, layouts and batch arithmetic, with small numbers.
+"""A job in miniature: the same families, layouts and batch arithmetic, with small numbers.
 
-Invariant: heads, layers, experts and vocabulary of the miniature leave the remainders that the job's leave when the
-layouts divide them, so that what fits fits for the same reasons. What could not be kept is a `Change` with its reason.
-Pure.
+Invariant: heads, layers, experts and vocabulary of the miniature leave the remainders that the
+job's leave when the layouts divide them, so that what fits, fits for the same reasons. What could
+not be kept is a `Change` with its reason. Pure.
 """
 
 from __future__ import annotations
@@ -13,22 +13,64 @@ from math import gcd, lcm, prod
 from typing import Any
 
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig, OptimConfig, RewardModelConfig
+from rlhf3d.config.schema import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    LayoutConfig,
+    OptimConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 from rlhf3d.models.spec import FAMILIES, parse_config
-from rlhf3d.parallel.layout import ParallelLayout, PlatformKind
+from rlhf3d.parallel.layout import PlatformKind
 
 HEAD_DIM = 32
 """The smallest head that vLLM's attention on CPU takes."""
 VOCAB = 320
-"""At least so many ids: all bytes, and special tokens."""
+"""Ids at least: all bytes, and special tokens."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 8
 AS_GPU_PROMPT_TOKENS = 192
-"""Of bytes: the start that a chat template gives all prompts is longer than a block of the prefix cache, as on GPUs."""
+"""Of bytes: the beginning that a chat template gives all prompts is longer than a block of the
+prefix cache, as on GPUs."""
 MAX_RANKS = 16
-"""At most so many training processes, unless the user says otherwise."""
+"""Most training processes, unless the user says otherwise."""
 ENGINE_RANKS = 4
-"""At most so many vLLM processes, which need about 2 GB each."""
+"""Most vLLM processes, which need about 2 GB each."""
 STEPS = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something besides size in which the miniature differs from the job."""
+
+    key: str
+    was: object
+    is_now: object
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was} -> {self.is_now} ({self.reason})"
+
+
+class Changes(list[Change]):
+    """All of them, in the order made."""
+
+    def note(self, key: str, was: object, is_now: object, reason: str) -> None:
+        """Add a change, if it is one."""
+        if was != is_now:
+            self.append(Change(key, was, is_now, reason))
+
+    def note_layout(
+        self, section: str, was: LayoutConfig | None, is_now: LayoutConfig, room: int
+    ) -> None:
+        """Add a layout, by its sizes, that had to be cut to `room` ranks."""
+        grids = [str(parallel_layout(layout)) for layout in (was, is_now) if layout is not None]
+        self.note(f"{section}.layout", grids[0], grids[-1], f"at most {room} training ranks")
 
 
 @dataclass(frozen=True)
@@ -43,22 +85,12 @@ class Shrunk:
     changes: list[Change]
 
 
-@dataclass(frozen=True)
-class Change:
-    """Something of the job that its miniature has otherwise, besides size."""
-
-    key: str
-    was: object
-    is_now: object
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.was} -> {self.is_now} ({self.reason})"
-
-
 def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
-    """The layout on at most `room` ranks: replicas go first, then context ranks, stages and tensor ranks; what is more
-    than one stays so as long as there is room."""
+    """Return the layout on at most `room` ranks.
+
+    Replicas go first, then context ranks, stages and tensor ranks; what is more than one stays so
+    as long as there is room.
+    """
     sizes = {"dp": layout.dp, "cp": layout.cp, "pp": layout.pp, "tp": layout.tp}
     for least in (2, 1):
         for axis in sizes:
@@ -79,13 +111,18 @@ def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
 
 
 def _divided(size: int) -> int:
-    """By its smallest factor; 0 for 1."""
-    return size // next((factor for factor in range(2, size + 1) if size % factor == 0), size + 1)
+    """The size divided by its smallest factor; 0 for 1."""
+    for factor in range(2, size + 1):
+        if size % factor == 0:
+            return size // factor
+    return 0
 
 
 def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]:
-    """The layout over as few layers as keep its shape, and how many those are: one a chunk, and where stages are uneven
-    two in those that have more than the smallest."""
+    """Return the layout over as few layers as keep its shape, and the number of those.
+
+    One a chunk, and where stages are uneven two in those that have more than the smallest.
+    """
     grid = parallel_layout(layout)
     stages = grid.stage_layers(layers)
     assert stages is not None, f"{layers} layers do not divide into {grid}"
@@ -102,7 +139,7 @@ def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]
 def shrink_model(
     config: Mapping[str, Any], tensor_parallel: Sequence[int], expert_parallel: int, layers: int
 ) -> dict:
-    """`config.json` of the miniature, for these tensor-parallel sizes (of training and of vLLM).
+    """Return the miniature's `config.json`, for these tensor-parallel sizes (training's and vLLM's).
 
     Heads, KV heads and the vocabulary keep their remainders by each of the sizes; queries a KV head stay.
     """
@@ -132,7 +169,7 @@ def shrink_model(
 
 
 def _congruent(least: int, value: int, modulus: int) -> int:
-    """The smallest number from `least` on with the remainder of `value`."""
+    """The smallest number from `least` on that has the remainder of `value`."""
     return least + (value - least) % modulus
 
 
@@ -143,140 +180,150 @@ def shrink_config(
     reward: Mapping[str, Any] | None = None,
     as_gpu: bool = False,
 ) -> Shrunk:
-    """The miniature job on at most `room` training ranks; `model` and `reward` are the `config.json` of the job's model
-    and reward model. With `as_gpu` each rank of the actor has a device that other groups and engines share."""
+    """Return the miniature job on at most `room` training ranks.
+
+    `model` and `reward` are the `config.json` of the job's model and reward model. With `as_gpu`
+    each rank of the actor has a device that other groups and engines share.
+    """
     spec = parse_config(dict(model), config.model.path)
-    changes: list[Change] = []
-
-    def note(key: str, was: object, is_now: object, reason: str) -> None:
-        if was != is_now:
-            changes.append(Change(key, was, is_now, reason))
-
-    critic_layout, with_critic = (
-        config.critic.layout,
-        config.critic.layout is not None and config.needs_critic,
-    )
-    apart = with_critic + (reward is not None)
-    own_room = max(1, room // (2 + apart))  # of each group beside the actor's
-    at_most = f"at most {room} training ranks"
-    layout = cut_layout(config.actor.layout, room - apart * own_room, spec.num_layers)
-    devices = parallel_layout(layout).world_size
+    changes = Changes()
+    with_critic = config.critic.layout is not None and config.needs_critic
+    groups = with_critic + (reward is not None)
+    own_room = max(1, room // (2 + groups))  # of each group beside the actor's
+    actor = cut_layout(config.actor.layout, room - groups * own_room, spec.num_layers)
+    devices = parallel_layout(actor).world_size
     if as_gpu:
         own_room = min(own_room, devices)
-    note("actor.layout", _text(config.actor.layout), _text(layout), at_most)
-    if critic_layout is not None and with_critic:
-        critic_layout = cut_layout(critic_layout, own_room, spec.num_layers)
-        note("critic.layout", _text(config.critic.layout), _text(critic_layout), at_most)
+    changes.note_layout("actor", config.actor.layout, actor, room)
+    critic = config.critic.layout
+    if critic is not None and with_critic:
+        critic = cut_layout(critic, own_room, spec.num_layers)
+        changes.note_layout("critic", config.critic.layout, critic, room)
     reward_model, small_reward = config.reward_model, None
     if reward is not None:
         reward_model, small_reward = _shrink_reward(reward_model, reward, own_room)
-        note(
-            "reward_model.layout",
-            _text(config.reward_model.layout),
-            _text(reward_model.layout),
-            at_most,
-        )
-    rollout_tp = min(config.rollout.tensor_parallel_size, ENGINE_RANKS)
-    of_engines = ENGINE_RANKS
-    if as_gpu and config.rollout.placement == "colocated":
-        of_engines = min(ENGINE_RANKS, devices)
-    while rollout_tp > of_engines:
-        rollout_tp = _divided(rollout_tp)
-    engines = max(1, min(config.rollout.engines, 2, of_engines // rollout_tp))
-    note("rollout.engines", config.rollout.engines, engines, f"at most {of_engines} vLLM processes")
-    note(
-        "rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, rollout_tp, "the same"
-    )
+        changes.note_layout("reward_model", config.reward_model.layout, reward_model.layout, room)
+    share_devices = as_gpu and config.rollout.placement == "colocated"
+    most_engines = min(ENGINE_RANKS, devices) if share_devices else ENGINE_RANKS
+    rollout = _shrink_rollout(config.rollout, most_engines, changes)
 
-    layout, layers = shrink_layout(layout, spec.num_layers)
-    if critic_layout is not None:
-        critic_layout, of_critic = shrink_layout(critic_layout, spec.num_layers)
-        layers = lcm(layers, of_critic) if layers % of_critic else layers
-    sizes = [layout.tp, rollout_tp, *([critic_layout.tp] if critic_layout is not None else [])]
-    small_model = shrink_model(
-        model, sizes, max(layout.ep, critic_layout.ep if critic_layout else 1), layers
-    )
-    if config.algorithm.filter_groups.enable:
-        note(
-            "algorithm.filter_groups.enable",
-            True,
-            False,
-            "completions of random weights score alike",
-        )
-    nodes = 1 if config.cluster.ray_address is None else config.cluster.num_nodes
-    note(
-        "cluster.num_nodes", config.cluster.num_nodes, nodes, "cluster.ray_address names no cluster"
-    )
-    platform: PlatformKind = "as_gpu" if as_gpu else "cpu"
-    note("cluster.platform", config.cluster.platform, platform, "without GPUs")
+    actor, layers = shrink_layout(actor, spec.num_layers)
+    layouts = [actor]
+    if critic is not None:
+        critic, critic_layers = shrink_layout(critic, spec.num_layers)
+        layers = lcm(layers, critic_layers)
+        layouts.append(critic)
+    tensor_parallel = [rollout.tensor_parallel_size, *(layout.tp for layout in layouts)]
+    most_expert_parallel = max(layout.ep for layout in layouts)
+    small_model = shrink_model(model, tensor_parallel, most_expert_parallel, layers)
+    batches = _batches(config, layouts)
     prompt_tokens = AS_GPU_PROMPT_TOKENS if as_gpu else PROMPT_TOKENS
-    batches, n = _batches(config, [layout] if critic_layout is None else [layout, critic_layout])
     small = replace(
         config,
-        data=replace(
-            config.data,
-            train_batch_size=batches["train"],
-            gen_batch_size=None,
-            max_prompt_length=min(config.data.max_prompt_length, prompt_tokens),
-            max_response_length=min(config.data.max_response_length, RESPONSE_TOKENS),
-            overlong_prompts="truncate_right" if as_gpu else "truncate_left",
-            val_max_samples=2,
-        ),
+        data=_shrink_data(config.data, batches["train"], prompt_tokens, as_gpu),
         actor=replace(
             config.actor,
-            layout=layout,
+            layout=actor,
             optim=_early(config.actor.optim),
             ppo_mini_batch_size=batches["actor"],
             ppo_micro_batch_size_per_gpu=1,
             ppo_max_token_len_per_gpu=2 * (prompt_tokens + RESPONSE_TOKENS),
         ),
-        critic=replace(
-            config.critic,
-            layout=critic_layout,
-            optim=_early(config.critic.optim),
-            ppo_mini_batch_size=None
-            if config.critic.ppo_mini_batch_size is None
-            else batches["critic"],
-            ppo_micro_batch_size_per_gpu=None
-            if config.critic.ppo_micro_batch_size_per_gpu is None
-            else 1,
-            ppo_max_token_len_per_gpu=None,
-        ),
-        rollout=replace(
-            config.rollout,
-            n=n,
-            engines=engines,
-            tensor_parallel_size=rollout_tp,
-            max_num_seqs=16,
-            kv_cache_gib=0.1,
-            threads=1,
-            enforce_eager=True,
-            stop_token_ids=(),  # of another vocabulary
-        ),
-        algorithm=replace(
-            config.algorithm, filter_groups=replace(config.algorithm.filter_groups, enable=False)
-        ),
-        reward=replace(
-            config.reward,
-            workers=1,
-            overlong_buffer=replace(
-                config.reward.overlong_buffer, len=min(4, config.reward.overlong_buffer.len)
-            ),
-        ),
-        trainer=replace(
-            config.trainer,
-            total_training_steps=STEPS,
-            critic_warmup=min(config.trainer.critic_warmup, 1),
-            test_freq=0,
-            save_freq=1,
-            save_at_end=True,
-            save_optimizer=True,
-            max_wall_clock_s=None,
-        ),
+        critic=_shrink_critic(config.critic, critic, batches["critic"]),
+        rollout=rollout,
+        algorithm=_shrink_algorithm(config.algorithm, changes),
+        reward=_shrink_scoring(config.reward),
+        trainer=_shrink_trainer(config.trainer),
         reward_model=reward_model,
-        cluster=replace(config.cluster, platform=platform, num_nodes=nodes, threads_per_rank=1),
+        cluster=_shrink_cluster(config.cluster, as_gpu, changes),
     )
     return Shrunk(small, small_model, small_reward, changes)
+
+
+def _shrink_rollout(rollout: RolloutConfig, most: int, changes: Changes) -> RolloutConfig:
+    """At most two engines, on at most `most` processes."""
+    tensor_parallel_size = min(rollout.tensor_parallel_size, ENGINE_RANKS)
+    while tensor_parallel_size > most:
+        tensor_parallel_size = _divided(tensor_parallel_size)
+    engines = max(1, min(rollout.engines, 2, most // tensor_parallel_size))
+    reason = f"at most {most} vLLM processes"
+    changes.note("rollout.engines", rollout.engines, engines, reason)
+    changes.note(
+        "rollout.tensor_parallel_size", rollout.tensor_parallel_size, tensor_parallel_size, reason
+    )
+    return replace(
+        rollout,
+        n=min(rollout.n, 2),
+        engines=engines,
+        tensor_parallel_size=tensor_parallel_size,
+        max_num_seqs=16,
+        kv_cache_gib=0.1,
+        threads=1,
+        enforce_eager=True,
+        stop_token_ids=(),  # they are of another vocabulary
+    )
+
+
+def _shrink_data(
+    data: DataConfig, train_batch_size: int, prompt_tokens: int, as_gpu: bool
+) -> DataConfig:
+    return replace(
+        data,
+        train_batch_size=train_batch_size,
+        gen_batch_size=None,
+        max_prompt_length=min(data.max_prompt_length, prompt_tokens),
+        max_response_length=min(data.max_response_length, RESPONSE_TOKENS),
+        # As on GPUs prompts begin alike, for the prefix cache: their beginning is kept.
+        overlong_prompts="truncate_right" if as_gpu else "truncate_left",
+        val_max_samples=2,
+    )
+
+
+def _shrink_critic(
+    critic: CriticConfig, layout: LayoutConfig | None, mini_batch_size: int
+) -> CriticConfig:
+    """What the critic takes from the actor, it still does."""
+    small = replace(
+        critic, layout=layout, optim=_early(critic.optim), ppo_max_token_len_per_gpu=None
+    )
+    if critic.ppo_mini_batch_size is not None:
+        small = replace(small, ppo_mini_batch_size=mini_batch_size)
+    if critic.ppo_micro_batch_size_per_gpu is not None:
+        small = replace(small, ppo_micro_batch_size_per_gpu=1)
+    return small
+
+
+def _shrink_algorithm(algorithm: AlgorithmConfig, changes: Changes) -> AlgorithmConfig:
+    key, reason = "algorithm.filter_groups.enable", "completions of random weights score alike"
+    changes.note(key, algorithm.filter_groups.enable, False, reason)
+    return replace(algorithm, filter_groups=replace(algorithm.filter_groups, enable=False))
+
+
+def _shrink_scoring(reward: RewardConfig) -> RewardConfig:
+    overlong = replace(reward.overlong_buffer, len=min(4, reward.overlong_buffer.len))
+    return replace(reward, workers=1, overlong_buffer=overlong)
+
+
+def _shrink_trainer(trainer: TrainerConfig) -> TrainerConfig:
+    return replace(
+        trainer,
+        total_training_steps=STEPS,
+        critic_warmup=min(trainer.critic_warmup, 1),
+        test_freq=0,
+        save_freq=1,
+        save_at_end=True,
+        save_optimizer=True,
+        max_wall_clock_s=None,
+    )
+
+
+def _shrink_cluster(cluster: ClusterConfig, as_gpu: bool, changes: Changes) -> ClusterConfig:
+    nodes = 1 if cluster.ray_address is None else cluster.num_nodes
+    platform: PlatformKind = "as_gpu" if as_gpu else "cpu"
+    reason = "cluster.ray_address names no cluster"
+    changes.note("cluster.num_nodes", cluster.num_nodes, nodes, reason)
+    changes.note("cluster.platform", cluster.platform, platform, "without GPUs")
+    return replace(cluster, platform=platform, num_nodes=nodes, threads_per_rank=1)
 
 
 def _shrink_reward(
@@ -297,30 +344,22 @@ def _shrink_reward(
     return small, {**shrink_model(shape, [layout.tp], layout.ep, layers), "num_labels": 1}
 
 
-def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> tuple[dict[str, int], int]:
-    """Prompts of a step and of each mini-batch, and completions a prompt.
+def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> dict[str, int]:
+    """Prompts of a step ("train") and of each model's mini-batch.
 
-    A data-parallel rank gets two sequences a mini-batch, or a round of an interleaved pipeline; a step as many
-    mini-batches as the job's, at most two.
+    A data-parallel rank gets two sequences a mini-batch, or a round of an interleaved pipeline; a
+    step has as many mini-batches as the job's, at most two.
     """
-    n = min(config.rollout.n, 2)
     replicas = lcm(*(layout.dp for layout in layouts))
-    rounds = lcm(2, *(layout.pp for layout in layouts if layout.vpp is not None and layout.vpp > 1))
-    prompts = replicas * rounds
-    of_critic = config.critic.ppo_mini_batch_size or config.actor.ppo_mini_batch_size
-    steps = {
-        name: min(2, max(1, config.data.train_batch_size // mini))
-        for name, mini in (("actor", config.actor.ppo_mini_batch_size), ("critic", of_critic))
-    }
+    interleaved = [layout.pp for layout in layouts if layout.vpp is not None and layout.vpp > 1]
+    prompts = replicas * lcm(2, *interleaved)
+    actor = config.actor.ppo_mini_batch_size
+    mini = {"actor": actor, "critic": config.critic.ppo_mini_batch_size or actor}
+    steps = {role: min(2, max(1, config.data.train_batch_size // mini[role])) for role in mini}
     train = prompts * lcm(*steps.values())
-    return {"train": train, **{name: train // count for name, count in steps.items()}}, n
+    return {"train": train, **{role: train // count for role, count in steps.items()}}
 
 
 def _early(optim: OptimConfig) -> OptimConfig:
     """At its full learning rate by the second step."""
     return replace(optim, lr_warmup_steps=min(optim.lr_warmup_steps, STEPS - 1))
-
-
-def _text(layout: LayoutConfig | None) -> str:
-    grid: ParallelLayout | None = None if layout is None else parallel_layout(layout)
-    return str(grid)

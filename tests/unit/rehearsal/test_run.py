@@ -120,7 +120,7 @@ def test_only_an_interrupted_run_of_the_same_miniature_goes_on(tmp_path: Path) -
     job, out = write_job(tmp_path, tp=2), tmp_path / "out"
 
     def prepared(*overrides: str) -> bool:
-        return prepare(job, list(overrides), out, 16).goes_on
+        return prepare(job, list(overrides), out, 16).continues
 
     def run_to(*steps: int) -> None:
         for step in steps:

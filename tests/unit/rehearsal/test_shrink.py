@@ -89,15 +89,17 @@ def test_a_shrunk_model_divides_as_the_model(
 
 
 @given(
-    layers=st.integers(2, 80),
+    middle=st.integers(1, 5),
     pp=st.integers(1, 8),
     vpp=st.sampled_from([1, 2, 4]),
-    first=st.none() | st.integers(1, 20),
-    last=st.none() | st.integers(1, 20),
+    ends=st.tuples(*[st.none() | st.integers(1, 5)] * 2),
 )
 def test_shrunk_stages_keep_their_shape(
-    layers: int, pp: int, vpp: int, first: int | None, last: int | None
+    middle: int, pp: int, vpp: int, ends: tuple[int | None, int | None]
 ) -> None:
+    first, last = (None if end is None or pp == 1 else end * vpp for end in ends)
+    own = [end for end in (first, last) if end is not None]
+    layers = sum(own) + (pp - len(own)) * middle * vpp
     layout = LayoutConfig(pp=pp, vpp=vpp, first_stage_layers=first, last_stage_layers=last)
     stages = parallel_layout(layout).stage_layers(layers)
     assume(stages is not None)
