@@ -12,7 +12,6 @@ import typer
 from rlhf3d.data import sets
 from rlhf3d.options import AsJson, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
-from rlhf3d.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
-    import json
-
-    from rlhf3d.data.check_view import render
+    from rlhf3d.data.check_view import check_view
     from rlhf3d.rewards.custom import load_custom_reward
     from rlhf3d.rewards.truth_check import check_prompt_files
 
@@ -108,8 +105,5 @@ def check(
     custom = load_custom_reward(reward) if reward else None
     scorers = scorers_of(scorer)
     checked = check_prompt_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
-    if as_json:
-        typer.echo(json.dumps(checked.to_json()))
-    else:
-        Terminal().print(render(checked))
+    check_view(checked).show(as_json)
     raise typer.Exit(2 if checked.problems else 0)

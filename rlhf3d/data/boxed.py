@@ -1,4 +1,4 @@
-r"""The content of the last `\boxed{…}` of a text: where MATH's solutions and completions state their answer.
+r"""The content of a text's last `\boxed{…}`, where MATH's solutions and completions state answers.
 
 Invariant: linear time and no exception for any text; an unbalanced box is no answer.
 """
@@ -11,7 +11,10 @@ _BOXES = ("\\boxed", "\\fbox")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` (or `\fbox{…}`, or `\boxed x`); null where it is missing or unbalanced."""
+    r"""The content of the last `\boxed{…}` (or `\fbox{…}`, or `\boxed x`).
+
+    Null where it is missing or unbalanced.
+    """
     start, box = max((text.rfind(box), box) for box in _BOXES)
     if start < 0:
         return None
@@ -20,7 +23,8 @@ def last_boxed(text: str) -> str | None:
         position += 1
     if position == len(text):
         return None
-    if text[position] != "{":  # \boxed 5$: TeX boxes one token; data sets mean all up to the dollar
+    if text[position] != "{":
+        # \boxed 5$: TeX boxes one token, but data sets mean all up to the dollar.
         return re.split(r"[$\n]", text[position : position + 200], maxsplit=1)[0].strip() or None
     depth = 0
     for brace in re.finditer(r"\\.|[{}]", text[position:], re.DOTALL):

@@ -1,7 +1,7 @@
-"""What is in prompt files: usable rows, lengths in tokens, duplicates, and questions that two files share.
+"""What is in prompt files: usable rows, lengths in tokens, duplicate and shared questions.
 
-Invariant: every row is accounted for: usable or not, within the length limit or not, graded or not. A `problem` would
-stop or spoil a run; a `warning` is for the user to judge.
+Invariant: every row is accounted for: usable or not, within the length limit or not, graded or not.
+A `problem` would stop or spoil a run; a `warning` is for the user to judge.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from rlhf3d.data.parquet import open_parquet, read_batches, read_provenance, record_of
 from rlhf3d.data.rows import PromptRow, question_key, row_of
-from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, left_out, tokenise
+from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, left_out, tokenize
 
 _BATCH = 2048
 SHOWN = 10
@@ -98,7 +98,7 @@ class Grader(Protocol):
         """Take a row; ValueError where nothing can compare with its ground truth."""
 
     def finish(self, check: FileCheck) -> None:
-        """Write the marks of the rows since the last call, with problems and warnings, to `check`."""
+        """Write marks, problems and warnings of the rows since the last call to `check`."""
 
 
 def check_files(
@@ -165,7 +165,7 @@ def _usable_rows(check: FileCheck) -> Iterator[tuple[int, PromptRow]]:
 def _render(tokenizer: ChatTokenizer, row: PromptRow) -> tuple[int, list[str]]:
     """Length of a row's prompt in tokens, and what the chat template leaves out of it."""
     try:
-        ids = tokenise(tokenizer, row.prompt, row.tools)
+        ids = tokenize(tokenizer, row.prompt, row.tools)
         omitted = left_out(tokenizer, row.prompt, row.tools)
     except Exception as error:  # a template may raise anything
         raise ValueError(f"the chat template does not take it: {error}") from error

@@ -1,7 +1,8 @@
 """Batches of prompts without end, in an order that a checkpoint can resume exactly.
 
-Invariant: the prompts of a run are a function of (files, tokenizer, seed, batch size, weights, curriculum) and the
-position alone; without weights or a curriculum each epoch serves every kept prompt exactly once.
+Invariant: the prompts of a run are a function of (files, tokenizer, seed, batch size, weights,
+curriculum) and the position alone; without weights or a curriculum each epoch serves every prompt
+of the set exactly once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ __all__ = ["Curriculum", "Prompt", "PromptDataset", "PromptLoader"]
 
 
 class Curriculum:
-    """A user's function from a row and the epoch to its place: low numbers first, null for not in this epoch."""
+    """A user's function from a row and the epoch to its place.
+
+    Low numbers are served first; null leaves the row out of the epoch.
+    """
 
     def __init__(
         self, path: str | Path, name: str = "difficulty", kwargs: dict[str, Any] | None = None
@@ -36,22 +41,26 @@ class Curriculum:
         """Place of a row; ValueError where the function fails or returns no finite number."""
         try:
             value = self._function(row, epoch, **self._kwargs)
-            place = None if value is None else float(value)
-            if place is not None and not math.isfinite(place):
+            if value is None:
+                return None
+            place = float(value)
+            if not math.isfinite(place):
                 raise ValueError(f"it returned {place}")
             return place
         except Exception as error:
             raise ValueError(
-                f"data.curriculum: the function fails on {str(row)[:200]}: {type(error).__name__}: {error}"
+                f"data.curriculum: the function fails on {str(row)[:200]}: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
 
 class PromptLoader:
     """Batches of `batch_size` prompts.
 
-    Each epoch has its own order, drawn from (seed, epoch). A batch that an epoch cannot fill is completed from the
-    next one, so no prompt is left out; it may then hold the same prompt twice. With `weights`, one for each file,
-    every prompt's file is drawn by them, and each file has epochs of its own.
+    Each epoch has its own order, drawn from (seed, epoch). A batch that an epoch cannot fill is
+    completed from the next one, so no prompt is left out; it may then hold the same prompt twice.
+    With `weights`, one for each file, every prompt's file is drawn by them, and each file has
+    epochs of its own.
     """
 
     def __init__(
@@ -65,26 +74,26 @@ class PromptLoader:
     ) -> None:
         if not 1 <= batch_size <= len(dataset):
             raise ValueError(
-                f"data.train_batch_size={batch_size} must be between 1 and the {len(dataset)} prompts of "
-                "data.train_files: lower it or add data"
+                f"data.train_batch_size={batch_size} must be between 1 and the {len(dataset)} "
+                "prompts of data.train_files: lower it or add data"
             )
+        _check_weights(weights, dataset)
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._weights = _checked(weights, dataset)
-        ranges = dataset.file_ranges if weights else [range(len(dataset))]
-        names = [f"{seed}:{number}" for number in range(len(ranges))] if weights else [str(seed)]
-        difficulty = (
-            None
-            if curriculum is None
-            else lambda index, epoch: curriculum(dataset.row(index), epoch)
-        )
+        self._weights, self._curriculum = tuple(weights), curriculum
+        if weights:
+            ranges = dataset.file_ranges
+            keys = [f"{seed}:{number}" for number in range(len(ranges))]
+        else:
+            ranges, keys = [range(len(dataset))], [str(seed)]
+        difficulty = self._difficulty if curriculum is not None else None
         self._streams = [
-            _Stream(*part, shuffle, difficulty) for part in zip(ranges, names, strict=True)
+            _Stream(rows, key, shuffle, difficulty) for rows, key in zip(ranges, keys, strict=True)
         ]
         self._served = 0
         self._identity = {
             "seed": seed,
             "shuffle": shuffle,
-            "weights": list(self._weights),
+            "weights": list(weights),
             "curriculum": curriculum.identity if curriculum else None,
             "fingerprint": dataset.fingerprint(),
         }
@@ -97,7 +106,7 @@ class PromptLoader:
         return min(stream.epoch for stream in self._streams)
 
     def steps(self, epochs: int) -> int:
-        """Batches until every prompt has been served `epochs` times (with weights: as many prompts)."""
+        """Batches until every prompt was served `epochs` times (with weights: as many prompts)."""
         return math.ceil(epochs * len(self._dataset) / self._batch_size)
 
     def next_batch(self) -> list[Prompt]:
@@ -106,26 +115,35 @@ class PromptLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; JSON-able."""
-        streams = [[stream.epoch, stream.position] for stream in self._streams]
-        counts = {"dropped": self._dataset.dropped, "truncated": self._dataset.truncated}
-        return {"streams": streams, "served": self._served, **counts, **self._identity}
+        return {
+            "streams": [[stream.epoch, stream.position] for stream in self._streams],
+            "served": self._served,
+            "dropped": self._dataset.dropped,
+            "truncated": self._dataset.truncated,
+            **self._identity,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError where seed, shuffling or prompts are not the same."""
+        """Continue where `state` was taken; ValueError where seed, shuffling or prompts differ."""
         for name, ours in self._identity.items():
             if state.get(name) != ours:
                 raise ValueError(
-                    f"the checkpoint was taken with other data ({name} {state.get(name)}, now {ours}): resume "
-                    "with the same data section, trainer.seed and tokenizer"
+                    f"the checkpoint was taken with other data ({name} {state.get(name)}, now "
+                    f"{ours}): resume with the same data section, trainer.seed and tokenizer"
                 )
         for stream, (epoch, position) in zip(self._streams, state["streams"], strict=True):
             stream.move_to(epoch, position)
         self._served = state["served"]
         self._dataset.dropped, self._dataset.truncated = state["dropped"], state["truncated"]
 
+    def _difficulty(self, epoch: int, index: int) -> float | None:
+        assert self._curriculum is not None
+        return self._curriculum(self._dataset.row(index), epoch)
+
     def _next(self) -> Prompt:
         stream = self._streams[0]
         if self._weights:
+            # Seeded by the count of prompts alone, so a position needs no state of a generator.
             draw = random.Random(f"{self._seed}:file:{self._served}")
             stream = draw.choices(self._streams, self._weights)[0]
         self._served += 1
@@ -142,20 +160,17 @@ class _Stream:
     def __init__(
         self,
         rows: range,
-        name: str,
+        key: str,
         shuffle: bool,
         difficulty: Callable[[int, int], float | None] | None,
     ) -> None:
-        self._rows, self._name, self._shuffle, self._difficulty = rows, name, shuffle, difficulty
+        self._rows, self._key, self._shuffle, self._difficulty = rows, key, shuffle, difficulty
         self.move_to(0, 0)
 
     def move_to(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
-        rate = self._difficulty
-        difficulty: Callable[[int], float | None] | None = None
-        if rate is not None:
-            difficulty = lambda index: rate(index, epoch)  # noqa: E731
-        self._order = make_order(self._rows, f"{self._name}:{epoch}", self._shuffle, difficulty)
+        difficulty = partial(self._difficulty, epoch) if self._difficulty else None
+        self._order = make_order(self._rows, f"{self._key}:{epoch}", self._shuffle, difficulty)
         if not self._order:
             raise ValueError(
                 f"data.curriculum: the function leaves every prompt out of epoch {epoch}"
@@ -169,15 +184,16 @@ class _Stream:
         return index
 
 
-def _checked(weights: Sequence[float], dataset: PromptDataset) -> tuple[float, ...]:
+def _check_weights(weights: Sequence[float], dataset: PromptDataset) -> None:
+    if not weights:
+        return
     ranges = dataset.file_ranges
-    if weights and (len(weights) != len(ranges) or min(weights) < 0 or not sum(weights)):
+    if len(weights) != len(ranges) or min(weights) < 0 or not sum(weights):
         raise ValueError(
-            f"data.train_weights={list(weights)}: give one number for each of the {len(ranges)} files of "
-            "data.train_files, 0 or more and not all 0"
+            f"data.train_weights={list(weights)}: give one number for each of the {len(ranges)} "
+            "files of data.train_files, 0 or more and not all 0"
         )
-    if weights and any(weight and not rows for weight, rows in zip(weights, ranges, strict=True)):
+    if any(weight and not rows for weight, rows in zip(weights, ranges, strict=True)):
         raise ValueError(
             f"data.train_weights={list(weights)}: a file with a weight above 0 has no prompt left"
         )
-    return tuple(weights)

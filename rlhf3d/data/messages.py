@@ -1,7 +1,7 @@
 """The chat messages and tools of a row, read into what a chat template takes.
 
-Invariant: every key of a message reaches the template (role, content, name, tool calls, …); what is not text is
-refused. Pure.
+Invariant: every key of a message reaches the template (role, content, name, tool calls, …); what is
+not text is refused. Pure.
 """
 
 from __future__ import annotations
@@ -13,52 +13,59 @@ from typing import Any
 from rlhf3d.tokenizer.chat import Message
 
 NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio", "multi_modal_data")
-"""Parts of a row or a message that nothing here takes: refused where there is something in them."""
+"""Parts of a row or a message that are refused where there is something in them."""
 
 
 def read_messages(prompt: Any, where: str) -> list[Message]:
-    """Messages as a template takes them: parts of text as one text, keys without a value (parquet fills them) away.
+    """Messages as a template takes them: content as one text, without keys that parquet filled up.
 
-    ValueError, starting with `where`, for what is no list of messages, and for parts that are not text.
+    ValueError, starting with `where`, for what is no list of messages, and for parts that are not
+    text.
     """
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
         raise _no_messages(prompt, where)
     messages = []
-    for number, given in enumerate(prompt):
-        message = without_nulls(given)
-        for key in NOT_TEXT:
-            if message.get(key):
-                raise ValueError(
-                    f"{where}: message {number} has {key}: prompts are text alone; leave the row out"
-                )
-        if isinstance(message.get("content"), list):
-            message["content"] = _text_of(message["content"], f"{where}: message {number}")
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-        else:
-            message.pop("tool_calls", None)
-        text = (
-            message.setdefault("content", "") if "tool_calls" in message else message.get("content")
-        )
-        if not isinstance(message.get("role"), str) or not isinstance(text, str):
+    for number, record in enumerate(prompt):
+        message = _read_message(without_nulls(record), f"{where}: message {number}")
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise _no_messages(prompt, where)
         messages.append(message)
     return messages
 
 
+def _read_message(message: Message, where: str) -> Message:
+    for key in NOT_TEXT:
+        if message.get(key):
+            raise ValueError(f"{where} has {key}: prompts are text alone; leave the row out")
+    if isinstance(message.get("content"), list):
+        message["content"] = _text_of(message["content"], where)
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+        message.setdefault("content", "")
+    else:
+        message.pop("tool_calls", None)
+    return message
+
+
 def read_prompt(prompt: Any, where: str) -> list[Message]:
-    """Messages that a completion can follow (see `read_messages`); ValueError for an empty last one."""
+    """Messages that a completion can follow (see `read_messages`).
+
+    ValueError where the last one is the assistant's and empty.
+    """
     messages = read_messages(prompt, where)
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         raise ValueError(
-            f"{where}: the prompt ends with an empty message or a tool call of the assistant; leave it out, or add the "
-            "tool's answer"
+            f"{where}: the prompt ends with an empty message or a tool call of the assistant; "
+            "leave it out, or add the tool's answer"
         )
     return messages
 
 
 def read_tools(tools: Any, where: str) -> list[Any]:
-    """Tools as JSON schemas, from structs or JSON text. ValueError, starting with `where`, for others."""
+    """Tools as JSON schemas, from structs or JSON text.
+
+    ValueError, starting with `where`, for anything else.
+    """
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else []
@@ -81,19 +88,21 @@ def without_nulls(value: Any) -> Any:
     """Structs without the keys that parquet filled with null."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def _text_of(parts: Sequence[Any], where: str) -> str:
+    """The text of a content's parts, each a text or {"type": "text", "text": …}."""
     texts = []
     for part in parts:
-        text = (
-            part.get("text")
-            if isinstance(part, dict) and part.get("type", "text") == "text"
-            else part
-        )
+        kind = type(part).__name__
+        text = part
+        if isinstance(part, dict):
+            kind = part.get("type", "text")
+            text = part.get("text") if kind == "text" else None
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(
                 f"{where} has a part of type {kind!r}: prompts are text alone; leave the row out"
             )
@@ -102,17 +111,22 @@ def _text_of(parts: Sequence[Any], where: str) -> str:
 
 
 def _tool_call(call: Any) -> Any:
-    """Arguments as a struct, which templates write as JSON; they come as JSON text too."""
+    """A tool call with its arguments as a struct, which templates write as JSON.
+
+    They come as JSON text too. What is no such call is left as it is: the template refuses it.
+    """
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    if isinstance(arguments, str):
-        try:
-            read = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return call
-        changed = {**function, "arguments": read} if isinstance(read, dict) else function
-        return {**call, "function": changed} if "function" in call else changed
-    return call
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(parsed, dict):
+        return call
+    changed = {**function, "arguments": parsed}
+    return {**call, "function": changed} if "function" in call else changed
 
 
 def _no_messages(prompt: Any, where: str) -> ValueError:

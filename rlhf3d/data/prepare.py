@@ -1,7 +1,7 @@
-"""`rlhf3d data prepare NAME`: from a data set as its authors publish it to train.parquet and test.parquet.
+"""`rlhf3d data prepare NAME`: a data set as its authors publish it, as files of prompts.
 
-Invariant: the same source and options give the same bytes, every row that did not become a prompt is
-counted with its reason, and the files of a set appear together or not at all.
+Invariant: the same source and options give the same bytes, every row that did not become a prompt
+is counted with its reason, and the files of a set appear together or not at all.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def prepare(
 ) -> list[PreparedFile]:
     """Write the splits of data set `name` to `output`/{train,test}.parquet.
 
-    `name` is one of the shipped `sets`, or a Python file with a `make_map_fn(split, …)`. `source` is
-    a folder or file (jsonl, json, parquet, arrow), "hub" to download it, or null where the data are
-    generated; `split` says which one a lone file holds. Rows with a question of the prompt files
+    `name` is one of the shipped `sets`, or a Python file with a `make_map_fn(split, …)`. `source`
+    is a folder or file (jsonl, json, parquet, arrow), "hub" to download it, or null where the data
+    are generated; `split` says which one a lone file holds. Rows with a question of the prompt files
     `exclude` are left out. `options` go to the set. ValueError, naming the fix, for an unknown name
     or option, and for a source that is missing or without usable rows.
     """
@@ -190,7 +190,7 @@ def _from_source(
 
 
 def _guard(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the set `name`, where that is a user's: its ValueErrors pass, others name it."""
+    """A function of a set; of a user's, errors other than ValueError become a BrokenSet."""
     if not name.endswith(".py"):
         return function
     guard = guarded(function, name)

@@ -1,8 +1,8 @@
 """Rows of a data set as its authors publish it: jsonl, json, parquet or arrow files, or the hub.
 
 Invariant: rows come in an order fixed by the files' names, one at a time and with the values that
-the file holds, and what was read is named by its digest. Values are the reason for Python's json and
-pyarrow here: `datasets` makes timestamps of texts that look like dates and floats of large integers,
+the file holds, and what was read is named by its digest. That is why files are read by Python's json
+and pyarrow: `datasets` makes timestamps of texts that look like dates and floats of large integers,
 refuses maps, and cannot name the line of a fault.
 """
 
@@ -136,7 +136,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _split_of_file(path: Path, splits: Sequence[str]) -> str:
-    """The split of a lone file: the set's only one, the one that it is named after, or the first."""
+    """The split of a lone file: the only one, the one that it is named after, or the first."""
     if len(splits) == 1:
         return splits[0]
     return _split_of(Path(path.name), splits) or splits[0]
@@ -242,7 +242,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 def _text(data: bytes, where: str) -> str:
-    """UTF-8 with or without a byte order mark; ValueError, starting with `where`, for the rest."""
+    """UTF-8, with or without a byte order mark; ValueError, with `where`, for the rest."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -287,7 +287,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _digests(paths: Sequence[Path]) -> dict[str, Any]:
-    """Digest of each file by its name; one digest over all where there are many, or names repeat."""
+    """Digest of each file by its name; one over all where they are many, or names repeat."""
     digests = [file_sha256(path) for path in paths]
     names = {path.name for path in paths}
     if len(paths) <= _NAMED_FILES and len(names) == len(paths):

@@ -2,8 +2,8 @@
 
 Invariant: a row costs one slice of memory-mapped Arrow, wherever it lies; what is resident does not
 grow with the files. Parquet is compressed, so a large file is unpacked once into an Arrow file in
-the cache folder (written beside it, then renamed, so that jobs may share the folder) and mapped from
-there by every later run; a small one is kept unpacked in memory.
+the cache folder (written there under another name, then renamed, so that jobs may share the folder)
+and mapped from there by every later run; a small one is kept unpacked in memory.
 """
 
 from __future__ import annotations

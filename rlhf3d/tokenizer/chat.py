@@ -1,6 +1,7 @@
 """Chat messages as tokens, by a model's own chat template.
 
-Invariant: a last message of the assistant is continued, and what a template leaves out can be named. Pure.
+Invariant: a last message of the assistant is continued, and what a template leaves out can be
+named. Pure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 Message = dict[str, Any]
 NEEDED = ("tools", "tool_calls")
-"""Parts that a prompt means something else without."""
+"""Parts without which a prompt means something else."""
 
 
 class ChatTokenizer(Protocol):
@@ -23,63 +24,74 @@ class ChatTokenizer(Protocol):
         """Text of token ids."""
 
 
-def tokenise(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()
+def tokenize(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Any] = ()
 ) -> tuple[int, ...]:
-    """Token ids of a prompt; where it ends with the assistant's words, what follows goes on with them."""
-    goes_on = messages[-1]["role"] == "assistant"
-    options: dict[str, Any] = (
-        {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
-    )
-    return _template(tokenizer, messages, tools, **options)
+    """Token ids of a prompt; one that ends with the assistant's words is left open after them."""
+    if messages[-1]["role"] == "assistant":
+        return _render(tokenizer, messages, tools, continue_final_message=True)
+    return _render(tokenizer, messages, tools, add_generation_prompt=True)
 
 
 def begun(
-    tokenizer: Any, messages: Sequence[Message], ids: Sequence[int], tools: Sequence[Any] = ()
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    ids: Sequence[int],
+    tools: Sequence[Any] = (),
 ) -> str:
-    """What the prompt `ids` holds of the answer already: the template's opening, and the assistant's last words."""
+    """The beginning of the answer that the prompt `ids` ends with.
+
+    It is what the template opens an answer with, and the assistant's last words.
+    """
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not before:
         return str(tokenizer.decode(list(ids)))
-    asked_ids = _template(tokenizer, before, tools, add_generation_prompt=False)
-    differing = [
-        place
-        for place, (one, other) in enumerate(zip(ids, asked_ids, strict=False))
-        if one != other
-    ]
-    shared = differing[0] if differing else min(len(ids), len(asked_ids))
-    return str(tokenizer.decode(list(ids[shared:])))
+    request = _render(tokenizer, before, tools, add_generation_prompt=False)
+    return str(tokenizer.decode(list(ids[_common_length(ids, request) :])))
 
 
-def left_out(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[str]:
-    """Names of the parts, other than role and content, without which the prompt's tokens are the same."""
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens at their beginning are the same."""
+    for position, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(second))
+
+
+def left_out(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Any] = ()
+) -> list[str]:
+    """Names of the parts, except role and content, that the prompt's tokens do not depend on."""
     keys = {key for message in messages for key in message} - {"role", "content"}
     if not keys and not tools:
         return []
-    ids = tokenise(tokenizer, messages, tools)
-    found = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
+    ids = tokenize(tokenizer, messages, tools)
+    parts = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
     for key in sorted(keys):
-        bare = [
-            {name: value for name, value in message.items() if name != key} for message in messages
-        ]
-        if _same(tokenizer, bare, tools, ids):
-            found.append(key)
-    return found
+        if _same(tokenizer, [_without(message, key) for message in messages], tools, ids):
+            parts.append(key)
+    return parts
+
+
+def _without(message: Message, key: str) -> Message:
+    return {name: value for name, value in message.items() if name != key}
 
 
 def _same(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], ids: tuple[int, ...]
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    ids: tuple[int, ...],
 ) -> bool:
     try:
-        return tokenise(tokenizer, messages, tools) == ids
+        return tokenize(tokenizer, messages, tools) == ids
     except Exception:  # the template needs the part
         return False
 
 
-def _template(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], **options: Any
+def _render(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Any], **options: Any
 ) -> tuple[int, ...]:
-    given = {"tools": list(tools)} if tools else {}
-    return tuple(
-        tokenizer.apply_chat_template(list(messages), return_dict=False, **given, **options)
-    )
+    if tools:  # some templates take an empty list for tools
+        options["tools"] = list(tools)
+    return tuple(tokenizer.apply_chat_template(list(messages), return_dict=False, **options))

@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, with its chat template.
 
-Invariant: nothing is downloaded; a folder without tokenizer or template is a ValueError that names it.
+Invariant: nothing is downloaded; a folder without tokenizer or template is a ValueError that names
+it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     files = [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
     if not files:
         raise ValueError(
-            f"tokenizer: {folder} has none ({' or '.join(FILES)}); copy the tokenizer's files of the model that it was "
-            "made from"
+            f"tokenizer: {folder} has none ({' or '.join(FILES)}); copy the tokenizer's files of "
+            "the model that it was made from"
         )
     for file in files:
         refuse_pointer(file)
@@ -34,33 +35,26 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (
-        Exception
-    ) as error:  # the Rust library raises plain Exceptions, others what the file makes them
+    except Exception as error:  # the Rust library raises plain Exceptions, transformers others
         reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
     if not tokenizer.chat_template:
         raise ValueError(
-            f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat messages"
+            f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat "
+            "messages"
         )
     return tokenizer
 
 
-def unknown_tokens(tokenizer: Any, vocab_size: int) -> dict[str, int]:
-    """Tokens of the tokenizer for which a model of that vocabulary has no embedding, with their ids."""
-    beyond = {
-        token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size
-    }
-    return dict(sorted(beyond.items(), key=lambda item: item[1]))
-
-
 def vocabulary_notes(tokenizer: Any, vocab_size: int) -> list[str]:
     """What the user should know where tokenizer and model do not have the same tokens."""
-    beyond = unknown_tokens(tokenizer, vocab_size)
+    beyond = [
+        (number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab_size
+    ]
     if not beyond:
         return []
-    token, number = next(iter(beyond.items()))
+    number, token = min(beyond)
     return [
-        f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size {vocab_size} (the first is {token!r}, "
-        f"{number}): prompts that contain one are refused"
+        f"the tokenizer has {len(beyond)} tokens beyond the model's vocab_size {vocab_size} (the "
+        f"first is {token!r}, {number}): prompts that contain one are refused"
     ]

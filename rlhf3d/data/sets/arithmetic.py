@@ -1,7 +1,7 @@
-"""One-step word problems from a seed: a task a small model learns in minutes, with nothing to download.
+"""One-step word problems from a seed: what a small model learns in minutes, without a download.
 
-Invariant: the same arguments give the same rows, and no (template, numbers) of the test split is in the
-training split, so no question is either. Rows have gsm8k's format.
+Invariant: the same arguments give the same rows, and no (template, numbers) of the test split is in
+the training split, so no question is either. Rows have gsm8k's format.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets.gsm8k import make_row
@@ -42,69 +43,27 @@ class Template:
         return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[self.op]
 
 
-TEMPLATES = (
-    Template(
-        "boxes",
-        "*",
-        "There are {a} boxes with {b} apples each. How many apples are there in total?",
-    ),
-    Template(
-        "marbles", "-", "{name} has {a} marbles and gives away {b}. How many marbles are left?"
-    ),
-    Template("pens", "*", "A pen costs {a} dollars. How many dollars do {b} pens cost?"),
-    Template(
-        "pages",
-        "+",
-        "{name} reads {a} pages on Monday and {b} on Tuesday. How many pages in total?",
-    ),
-    Template(
-        "cookies",
-        "/",
-        "{a} cookies are shared equally by {b} children. How many does each child get?",
-    ),
-    Template(
-        "birds", "+", "{a} birds sit in a tree and {b} more come. How many birds are there now?"
-    ),
-    Template(
-        "savings",
-        "+",
-        "{name} has {a} dollars and earns {b} more. How many dollars is that in total?",
-    ),
-    Template("age", "+", "{name} is {a} years old. How old will {name} be in {b} years?"),
-    Template(
-        "bus",
-        "-",
-        "A bus carries {a} people and {b} get off. How many people are still on the bus?",
-    ),
-    Template(
-        "ribbon", "-", "A ribbon is {a} cm long. {name} cuts off {b} cm. How many cm are left?"
-    ),
-    Template(
-        "difference", "-", "{name} has {a} cards and a friend has {b}. How many more has {name}?"
-    ),
-    Template("chairs", "*", "A hall has {a} rows of {b} chairs. How many chairs is that?"),
-    Template(
-        "running", "*", "{name} runs {a} km every day. How many km does {name} run in {b} days?"
-    ),
-    Template("teams", "/", "{a} players form teams of {b}. How many teams are there?"),
-    Template("eggs", "/", "{a} eggs are packed in cartons of {b}. How many cartons are filled?"),
-    Template(
-        "shelves", "/", "{name} puts {a} books on {b} shelves, as many on each. How many on each?"
-    ),
-)
-EASY_TEMPLATES = (
-    "boxes",
-    "pens",
-    "chairs",
-    "running",
-    "pages",
-    "birds",
-    "savings",
-    "marbles",
-    "bus",
-    "cookies",
-)
-"""Templates of the easy difficulty: those that a 135M model sometimes solves before it is trained."""
+_TEMPLATES = """\
+boxes      * There are {a} boxes with {b} apples each. How many apples are there in total?
+marbles    - {name} has {a} marbles and gives away {b}. How many marbles are left?
+pens       * A pen costs {a} dollars. How many dollars do {b} pens cost?
+pages      + {name} reads {a} pages on Monday and {b} on Tuesday. How many pages in total?
+cookies    / {a} cookies are shared equally by {b} children. How many does each child get?
+birds      + {a} birds sit in a tree and {b} more come. How many birds are there now?
+savings    + {name} has {a} dollars and earns {b} more. How many dollars is that in total?
+age        + {name} is {a} years old. How old will {name} be in {b} years?
+bus        - A bus carries {a} people and {b} get off. How many people are still on the bus?
+ribbon     - A ribbon is {a} cm long. {name} cuts off {b} cm. How many cm are left?
+difference - {name} has {a} cards and a friend has {b}. How many more has {name}?
+chairs     * A hall has {a} rows of {b} chairs. How many chairs is that?
+running    * {name} runs {a} km every day. How many km does {name} run in {b} days?
+teams      / {a} players form teams of {b}. How many teams are there?
+eggs       / {a} eggs are packed in cartons of {b}. How many cartons are filled?
+shelves    / {name} puts {a} books on {b} shelves, as many on each. How many on each?
+"""
+TEMPLATES = tuple(Template(*line.split(maxsplit=2)) for line in _TEMPLATES.splitlines())
+EASY_TEMPLATES = "boxes pens chairs running pages birds savings marbles bus cookies".split()
+"""Templates of the easy difficulty: those that a 135M model sometimes solves before training."""
 
 PREAMBLE: tuple[dict[str, str], ...] = (
     {"role": "system", "content": "Math"},
@@ -130,10 +89,10 @@ def generate(
     templates: Sequence[str] | None = None,
     suffix: str = "",
 ) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Training and test rows, each spread evenly over the templates (null: all of `TEMPLATES`,
-    or `EASY_TEMPLATES` where `difficulty` is easy).
+    """Return training and test rows, each spread evenly over the templates.
 
-    Raises ValueError for an unknown difficulty or template, and where so many problems do not exist.
+    `templates` of null is all of `TEMPLATES`, or `EASY_TEMPLATES` where `difficulty` is easy.
+    ValueError for an unknown difficulty or template, and where so many problems do not exist.
     """
     if difficulty not in NUMBER_RANGES:
         raise ValueError(f"difficulty: no {difficulty!r}; known are {', '.join(NUMBER_RANGES)}")
@@ -142,21 +101,22 @@ def generate(
             f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0"
         )
     rng = random.Random(f"{DATA_SOURCE}:{difficulty}:{seed}")
-    decks = [
-        (template, list(template.pairs(*NUMBER_RANGES[difficulty])))
-        for template in _choose(templates or _default_keys(difficulty))
-    ]
+    chosen = _choose(templates or _default_keys(difficulty))
+    decks = [(template, list(template.pairs(*NUMBER_RANGES[difficulty]))) for template in chosen]
     for _, pairs in decks:
         rng.shuffle(pairs)
-    test = _deal(
-        [[_Problem(t, a, b, rng.choice(NAMES)) for a, b in pairs] for t, pairs in decks], test_size
-    )
-    taken = {(p.template.key, p.a, p.b) for p in test}
+    test_decks = []
+    for template, pairs in decks:
+        test_decks.append([_Problem(template, a, b, rng.choice(NAMES)) for a, b in pairs])
+    test = _deal(test_decks, test_size)
+    taken = {(problem.template.key, problem.a, problem.b) for problem in test}
     train_decks = []
     for template, pairs in decks:
         names = NAMES if "{name}" in template.text else NAMES[:1]
-        kept = [(a, b) for a, b in pairs if (template.key, a, b) not in taken]
-        deck = [_Problem(template, a, b, name) for a, b in kept for name in names]
+        deck = []
+        for a, b in pairs:
+            if (template.key, a, b) not in taken:
+                deck += [_Problem(template, a, b, name) for name in names]
         rng.shuffle(deck)
         train_decks.append(deck)
     train = _deal(train_decks, train_size)
@@ -179,8 +139,8 @@ def _choose(keys: Sequence[str]) -> list[Template]:
 
 def _deal(decks: list[list[_Problem]], count: int) -> list[_Problem]:
     """The first `count` problems, taken in turn from each deck that still has some."""
-    rounds = (deck[i] for i in range(max(map(len, decks))) for deck in decks if i < len(deck))
-    dealt = [problem for problem, _ in zip(rounds, range(count), strict=False)]
+    rounds = chain.from_iterable(zip_longest(*decks))
+    dealt = list(islice((problem for problem in rounds if problem is not None), count))
     if len(dealt) < count:
         raise ValueError(
             f"{count} problems wanted, {len(dealt)} exist beside the other split: "
@@ -191,11 +151,11 @@ def _deal(decks: list[list[_Problem]], count: int) -> list[_Problem]:
 
 def _rows(problems: list[_Problem], split: str, suffix: str) -> list[PromptRow]:
     rows = []
-    for index, p in enumerate(problems):
-        result = p.template.answer(p.a, p.b)
-        op = p.template.op
-        working = f"{p.a} {op} {p.b} = <<{p.a}{op}{p.b}={result}>>{result}\n#### {result}"
-        question = p.template.text.format(a=p.a, b=p.b, name=p.name)
-        extra = {"split": split, "index": index, "template": p.template.key}
+    for index, problem in enumerate(problems):
+        template, a, b = problem.template, problem.a, problem.b
+        result, op = template.answer(a, b), template.op
+        working = f"{a} {op} {b} = <<{a}{op}{b}={result}>>{result}\n#### {result}"
+        question = template.text.format(a=a, b=b, name=problem.name)
+        extra = {"split": split, "index": index, "template": template.key}
         rows.append(make_row(DATA_SOURCE, question, working, suffix, extra, PREAMBLE))
     return rows

@@ -1,4 +1,4 @@
-r"""LIMR's 1,389 training problems (Li et al., 2025): prompt and answer, no solution, no test split."""
+"""LIMR's 1,389 training problems (Li et al., 2025): prompt and answer, without solutions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ HUB = ("GAIR/LIMR", "default")
 SPLITS = ("train",)
 EXCLUDE = ("math500",)
 NOTES = (
-    "LIMR is contaminated: 502 of its 1,389 problems are MATH *test* problems. Never report MATH's test split after "
-    "training on it; evaluate on MATH-500 and leave its problems out with --exclude math500/test.parquet.",
+    "LIMR is contaminated: 502 of its 1,389 problems are MATH *test* problems. Never report MATH's "
+    "test split after training on it; evaluate on MATH-500 and leave its problems out with "
+    "--exclude math500/test.parquet.",
     "LIMR states no licence.",
 )
 
@@ -25,12 +26,8 @@ def make_map_fn(split: str, suffix: str = SUFFIX) -> Callable[[Mapping[str, Any]
 
     def to_row(row: Mapping[str, Any], index: int) -> PromptRow:
         problem, answer = row.get("prompt"), row.get("answer")
-        if (
-            not isinstance(problem, str)
-            or not problem.strip()
-            or answer is None
-            or not str(answer).strip()
-        ):
+        has_problem = isinstance(problem, str) and problem.strip()
+        if not has_problem or answer is None or not str(answer).strip():
             raise ValueError(f"it needs a prompt and an answer, has {', '.join(sorted(row))}")
         return PromptRow(
             data_source=DATA_SOURCE,

@@ -1,4 +1,4 @@
-"""MATH-500: the 500 test problems of MATH that "Let's Verify Step by Step" held out, for evaluation alone."""
+"""MATH-500: the test problems of MATH that "Let's Verify Step by Step" held out, for evaluation."""
 
 from __future__ import annotations
 
