@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+CONFIGS = Path(__file__).parent / "configs"
+"""The configurations that ship with the package; `models` in it holds shapes of public models, without weights."""
 _VARIABLE = re.compile(r"\$(\w|\{)")
 _GIT_LFS = b"version https://git-lfs"
 

@@ -29,7 +29,7 @@ from rlhf3d.config.keys import (
     with_value,
 )
 from rlhf3d.config.schema import Config
-from rlhf3d.paths import expand_home
+from rlhf3d.paths import CONFIGS, expand_home
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read(path: Path, overrides: Sequence[str], problems: list[str]) -> Config:
-    raw = read_yaml(path)
+    raw = read_yaml(find_file(path))
     for override in overrides:
         try:
             merge(raw, parse_override(override))
@@ -112,17 +112,20 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
     return config
 
 
+def find_file(path: Path) -> Path:
+    """The configuration file at `path`, or else the one of that name that ships with the package."""
+    shipped = CONFIGS / path.name
+    by_name = str(path) in (path.name, f"configs/{path.name}")
+    return shipped if by_name and shipped.is_file() and not path.is_file() else path
+
+
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in `path`, merged over the file its top-level `base:` names (relative to `path`)."""
     if path.resolve() in seen:
         raise ConfigError([f"base: {path} derives from itself"])
     if not path.is_file():
-        hint = (
-            f"; did you mean {Path('configs') / path}?"
-            if (Path("configs") / path).is_file()
-            else ""
-        )
-        raise ConfigError([f"no configuration file {path}{hint}"])
+        shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+        raise ConfigError([f"no configuration file {path}; these ship with rlhf3d: {shipped}"])
     raw = read_sections(path, "`model:`, `data:` …")
     base = raw.pop("base", None)
     if scalars.is_null(base):
@@ -140,7 +143,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def files_of(path: Path) -> list[Path]:
     """A configuration file and those that it derives from."""
-    found = [path]
+    found = [find_file(path)]
     while (
         isinstance(base := read_sections(found[-1], "sections").get("base"), str)
         and base

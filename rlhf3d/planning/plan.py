@@ -15,11 +15,12 @@ from rlhf3d.config.groups import device_terms
 from rlhf3d.config.schema import Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
+from rlhf3d.paths import CONFIGS
 from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import MemoryPlan, plan_memory
 
-SHAPES = Path(__file__).parents[2] / "configs" / "models"
+SHAPES = CONFIGS / "models"
 """Folders with the config.json of public models, to plan without their weights."""
 DEFAULT_GPU = "H100"
 DEFAULT_CPU = "laptop"
