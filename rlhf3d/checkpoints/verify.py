@@ -188,7 +188,7 @@ def _megatron_scores(
         ParallelLayout(),
         load_spec(reference, with_weights=False),
     )
-    platform.prepare_worker(0, torch.get_num_threads())
+    platform.prepare_worker(torch.get_num_threads())
     initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=open_meeting())
     from megatron.core import dist_checkpointing
 

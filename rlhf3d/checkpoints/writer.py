@@ -26,6 +26,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import num_weights
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure
+from rlhf3d.placement.worker import TrainWorker
 from rlhf3d.resharding.sync import WeightSync
 
 HF_FOLDER = "hf"
@@ -110,7 +111,7 @@ class CheckpointWriter:
             for role, group in self.models.items():
                 (partial / role).mkdir()
                 group.call_all(
-                    "save_checkpoint", "start_save", role, str((partial / role).resolve())
+                    "save_checkpoint", TrainWorker.start_save, role, str((partial / role).resolve())
                 )
                 save.writing.append(role)
                 if wait:
@@ -123,7 +124,8 @@ class CheckpointWriter:
         """At a step boundary: complete a save whose files are written; its metrics."""
         save = self._save
         if save is None or not all(
-            all(self.models[role].call_all("save_checkpoint", "written")) for role in save.writing
+            all(self.models[role].call_all("save_checkpoint", TrainWorker.written))
+            for role in save.writing
         ):
             return {}
         return self.finish()
@@ -164,7 +166,7 @@ class CheckpointWriter:
         """Wait for the ranks that write, and take their files' sizes and checksums."""
         while save.writing:
             role = save.writing.pop(0)
-            for files in self.models[role].call_all("save_checkpoint", "finish_save"):
+            for files in self.models[role].call_all("save_checkpoint", TrainWorker.finish_save):
                 save.files |= {f"{role}/{name}": FileInfo(*info) for name, info in files.items()}
             reached(f"{role} written")
 

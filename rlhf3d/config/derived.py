@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import ActorConfig, Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 WIDTH_MULTIPLE = {"cuda": 128}
@@ -97,6 +97,13 @@ class Batching(NamedTuple):
     epochs: int
     max_tokens: int | None
     """Token budget of a micro-batch; None for micro-batches of so many sequences."""
+
+
+def clip_range(actor: ActorConfig) -> tuple[float, float]:
+    """How far the policy ratio may go below and above 1: `clip_ratio` where no bound is given."""
+    low, high = actor.clip_ratio_low, actor.clip_ratio_high
+    default = actor.clip_ratio
+    return default if low is None else low, default if high is None else high
 
 
 def actor_batching(config: Config) -> Batching:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf3d.algorithms.objectives import Objective
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import MiniBatch
 from rlhf3d.batching.micro import MicroBatching
@@ -40,8 +41,6 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.context import sum_shares
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Platform
-
-Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class MegatronEngine:
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             columns = self._columns(micro, output)
             seen.append((micro.rows, {name: column.detach() for name, column in columns.items()}))
-            share, metrics = objective(micro, *columns.values(), mini.norm)
+            share, metrics = objective(micro.rows.columns, columns, mini.norm)
             return share, torch.zeros((), dtype=torch.int, device=share.device), metrics
 
         results = self._run(batch, mini.micro_batches, loss, forward_only=False)

@@ -49,7 +49,7 @@ def engine_maker(
             from rlhf3d.rollout.vllm_engine import VLLMEngine
 
             os.environ.update(platform.environment("engine", settings.rollout.dtype))
-            return VLLMEngine(settings, threads=rollout.threads or cores())
+            return VLLMEngine(settings, threads=rollout.threads or cores()).start()
         return PlacedEngines(settings, ClusterConfig(ray_address=ray_address))
 
     return make
@@ -73,10 +73,7 @@ class PlacedEngines:
             reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
             cores = cores_of(reserved, cluster.startup_timeout_s)
             threads = engine_threads(bundles, nodes_of(reserved), cores, rollout.threads)
-            own = platform.environment("engine", rollout.dtype)
-            self._group = RolloutGroup(
-                cluster, placement, reserved, bundles, threads, settings, own
-            )
+            self._group = RolloutGroup(settings, cluster, placement, reserved, bundles, threads)
             self._group.wait_ready()
             stack.callback(self._group.close)
             self._placed = stack.pop_all()

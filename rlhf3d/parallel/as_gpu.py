@@ -26,7 +26,7 @@ class AsGPUPlatform(CPUPlatform):
     kv_block_tokens = KV_BLOCK_TOKENS
     sleep_forgets = True
 
-    def _bind_device(self, local_rank: int) -> None:
+    def _bind_device(self) -> None:
         from rlhf3d.parallel import nccl_rules
 
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")

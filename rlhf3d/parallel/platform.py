@@ -73,24 +73,24 @@ class Platform(ABC):
         return {}
 
     @abstractmethod
-    def device(self, local_rank: int) -> torch.device:
-        """Device of the rank with this number on its node."""
+    def device(self) -> torch.device:
+        """Device of this process."""
 
     def pretended_devices(self, needed: int) -> int | None:
         """How many GPUs a Ray started on this machine is told of; None: those it finds."""
         return None
 
-    def prepare_worker(self, local_rank: int, threads: int) -> None:
+    def prepare_worker(self, threads: int) -> None:
         """First call in a worker, before Megatron is imported: environment, threads, device, patches."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
         torch.set_num_threads(threads)
-        self._bind_device(local_rank)
+        self._bind_device()
         megatron_patches.apply(self.kind)
 
     @abstractmethod
-    def _bind_device(self, local_rank: int) -> None:
+    def _bind_device(self) -> None:
         """Make the rank's device current in this process."""
 
     @abstractmethod
@@ -143,12 +143,12 @@ class CPUPlatform(Platform):
     cache_setting = "kv_cache_gib"
     eager_engines = True
 
-    def device(self, local_rank: int) -> torch.device:
+    def device(self) -> torch.device:
         import torch
 
         return torch.device("cpu")
 
-    def _bind_device(self, local_rank: int) -> None:
+    def _bind_device(self) -> None:
         """A CPU rank has nothing to bind: its cores come from the thread count."""
 
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
@@ -210,17 +210,17 @@ class CUDAPlatform(Platform):
             found |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
         return found
 
-    def device(self, local_rank: int) -> torch.device:
+    def device(self) -> torch.device:
         import torch
 
         # Ray shows a worker only its own GPU, which then has index 0.
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        return torch.device("cuda", 0)
 
-    def _bind_device(self, local_rank: int) -> None:
+    def _bind_device(self) -> None:
         import torch
 
         use_torchs_cudnn()
-        torch.cuda.set_device(self.device(local_rank))
+        torch.cuda.set_device(self.device())
 
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
         if importlib.util.find_spec("transformer_engine") is None:

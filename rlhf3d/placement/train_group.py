@@ -1,14 +1,15 @@
 """The ranks of one worker group as the driver sees them: whole batches in, whole batches out.
 
-Invariant: all ranks of a data-parallel replica get the same rows and micro-batches; what comes back is in the batch's
-own row order.
+Invariant: all ranks of a data-parallel replica get the same rows and micro-batches; what comes back
+is in the batch's own row order.
+Runs in: driver.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 import ray
 import torch
@@ -16,17 +17,22 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from rlhf3d.algorithms.objectives import Objective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import padding_share, split_forward, split_update
-from rlhf3d.batching.micro import UpdatePlan
-from rlhf3d.config.derived import micro_batching_of
-from rlhf3d.config.groups import WorkerGroup
-from rlhf3d.config.schema import Config
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
+from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.engine.microbatch import UpdateResult
 from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker, WorkerSetup
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 FORWARD_COLUMNS = ("input_ids", "prompt_lengths", "response_lengths", "response_mask")
 
@@ -36,39 +42,43 @@ class TrainGroup:
 
     def __init__(
         self,
-        config: Config,
-        group: WorkerGroup,
+        setup: WorkerSetup,
+        cluster: ClusterConfig,
         placement: Placement,
         reserved: PlacementGroup,
         threads: Sequence[int],
-        total_steps: int,
-        environment: Mapping[str, str],
+        micro_batching: Mapping[str, MicroBatching],
+        max_response_tokens: int,
     ) -> None:
-        """Start the processes, with these variables, and begin to load their models, which `wait_ready` ends; CPU
-        `threads` are by rank."""
-        self.name, self.layout, self._reserved = group.name, group.layout, reserved
-        self.timeout_s, self.startup_timeout_s = (
-            config.cluster.phase_timeout_s,
-            config.cluster.startup_timeout_s,
-        )
-        self.micro_batching = {role: micro_batching_of(config, role) for role in group.roles}
+        """Start the processes, each with its CPU `threads`, and begin to load their models.
+
+        `micro_batching` is by role. `wait_ready` ends the loading.
+        """
+        group = setup.group
+        self.name, self.layout = group.name, group.layout
+        self.timeout_s = cluster.phase_timeout_s
+        self.startup_timeout_s = cluster.startup_timeout_s
+        self.micro_batching = micro_batching
+        self.max_response_tokens = max_response_tokens
         self.cost = sequence_cost(load_spec(group.model))
         self._padding: dict[str, float] = {}
-        self.max_response_tokens = config.data.max_response_length
+        """Padding of the forward passes since the last update, as metrics."""
+        self._reserved = reserved
         self._bundles = placement.groups[group.name]
-        self.workers = [
-            ray.remote(TrainWorker)
-            .options(
+        options = placement.options[group.name]
+        environment = setup.platform.environment("trainer", setup.model.dtype)
+        self.workers: list[Any] = []
+        for rank, bundle in enumerate(self._bundles):
+            variables = {**environment, "OMP_NUM_THREADS": str(threads[rank])}
+            actor = ray.remote(TrainWorker).options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": str(threads[rank])}},
-                **placement.options[group.name],
+                runtime_env={"env_vars": variables},
+                **options,
             )
-            .remote(WorkerSetup(config, group, rank, total_steps, config.trainer.output_dir))
-            for rank, bundle in enumerate(self._bundles)
-        ]
+            self.workers.append(actor.remote(setup, rank))
         address, port = self.meeting_place()
         self._starting = {
-            self._name(rank): worker.build.remote(address, port, threads[rank])
+            self._name(rank): start_call(worker, TrainWorker.build, address, port, threads[rank])
             for rank, worker in enumerate(self.workers)
         }
 
@@ -81,76 +91,120 @@ class TrainGroup:
         context = f" cp{at.cp}" if self.layout.cp > 1 else ""
         return f"{self.name} rank {rank} (tp{at.tp} pp{at.pp} dp{at.dp}{context})"
 
-    def start_all(self, method: str, *args: Any) -> dict[str, ray.ObjectRef]:
-        """Start the same call on every rank, by name."""
-        return {self._name(r): getattr(w, method).remote(*args) for r, w in enumerate(self.workers)}
-
-    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
-        """The same call on every rank; results by rank."""
-        return gather(phase, self.start_all(method, *args), self.timeout_s)
-
-    def first_rank_here(self) -> int | None:
-        """The first rank on the driver's node, if any."""
-        nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
-        here = ray.get_runtime_context().get_node_id()
-        return next(
-            (rank for rank, bundle in enumerate(self._bundles) if nodes[bundle] == here), None
-        )
-
-    def meeting_place(self) -> tuple[str, int]:
-        """Address and free port of rank 0's host."""
-        first = {self._name(0): self.workers[0].rendezvous.remote()}
-        address, port = gather("start", first, self.startup_timeout_s)[0]
-        return address, port
-
-    def _dispatch(
-        self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]
-    ) -> list[Any]:
-        """One argument list a data-parallel replica; results of the last stages, by data-parallel rank."""
-        shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
-        calls = {
-            self._name(rank): getattr(worker, method).remote(*shared[self.layout.coords(rank).dp])
+    def start_all(
+        self,
+        method: Callable[Concatenate[TrainWorker, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> dict[str, Reply[R]]:
+        """Start the same call on every rank, by the rank's name."""
+        return {
+            self._name(rank): start_call(worker, method, *args, **kwargs)
             for rank, worker in enumerate(self.workers)
         }
+
+    def call_all(
+        self,
+        phase: str,
+        method: Callable[Concatenate[TrainWorker, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[R]:
+        """Make the same call on every rank; return the results by rank."""
+        return gather(phase, self.start_all(method, *args, **kwargs), self.timeout_s)
+
+    def first_rank_here(self) -> int | None:
+        """Return the first rank on the driver's node, if any."""
+        nodes = placement_group_table(self._reserved)["bundles_to_node_id"]
+        here = ray.get_runtime_context().get_node_id()
+        for rank, bundle in enumerate(self._bundles):
+            if nodes[bundle] == here:
+                return rank
+        return None
+
+    def meeting_place(self) -> tuple[str, int]:
+        """Return an address and a free port of rank 0's host."""
+        first = {self._name(0): start_call(self.workers[0], TrainWorker.rendezvous)}
+        return gather("start", first, self.startup_timeout_s)[0]
+
+    def _dispatch(
+        self,
+        phase: str,
+        method: Callable[[TrainWorker, *Ts], R],
+        args_of_dp: Sequence[tuple[*Ts]],
+    ) -> list[R]:
+        """Call with one list of arguments per data-parallel replica.
+
+        Return the results of the ranks whose outputs count, by data-parallel rank.
+        """
+        # Put once: the ranks of a replica read the same copy.
+        shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
+        calls: dict[str, Reply[R]] = {}
+        for rank, worker in enumerate(self.workers):
+            args = shared[self.layout.coords(rank).dp]
+            calls[self._name(rank)] = start_call(worker, method, *args)
         results = gather(phase, calls, self.timeout_s)
         return [results[rank] for rank in self.layout.collectors()]
 
-    def forward(self, phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
-        """Response-aligned outputs [N, R] of `role` for all rows: logprobs and entropy, or values."""
+    def forward(
+        self, phase: str, role: str, batch: Batch, measure_padding: bool = True
+    ) -> dict[str, Tensor]:
+        """Compute response-aligned outputs [N, R] of `role`: logprobs and entropy, or values.
+
+        The padding of the pass becomes a metric of the phase, returned by the next `update`.
+        """
         batch = batch.only(FORWARD_COLUMNS)
         shares = split_forward(batch, self.micro_batching[role], self.layout, self.cost)
-        if phase.isidentifier():  # a check such as the canary is no phase of the step
+        if measure_padding:
             self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
         args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
-        results = self._dispatch(phase, "forward", args)
-        merged = {name: torch.zeros_like(batch["response_mask"]) for name in results[0]}
+        results = self._dispatch(phase, TrainWorker.forward, args)
+        merged: dict[str, Tensor] = {}
         for share, result in zip(shares, results, strict=True):
+            assert result is not None, "ranks of the last pipeline stage have outputs"
             for name, value in result.items():
-                merged[name][share.rows] = value
+                column = merged.setdefault(name, torch.zeros_like(batch["response_mask"]))
+                column[share.rows] = value
         return merged
 
-    def update(self, role: str, batch: Batch, plan: UpdatePlan) -> dict[str, float]:
-        """Update `role` (actor or critic) over the batch; global metrics, those of earlier forward passes with them."""
+    def update(
+        self, role: str, batch: Batch, plan: UpdatePlan, objective: Objective
+    ) -> dict[str, float]:
+        """Update `role` (actor or critic) over the batch.
+
+        Return global metrics, with the padding of the forward passes since the last update.
+        """
+        phase = f"update_{role}"
         shares = split_update(batch, plan, self.layout, self.max_response_tokens, self.cost)
-        args = [(batch.select(share.rows), share.mini_batches) for share in shares]
-        results = self._dispatch(f"update_{role}", f"update_{role}", args)
-        metrics = {name: sum(r.shares[name] for r in results) for name in results[0].shares}
-        metrics |= {f"{role}/grad_norm": results[0].grad_norm, f"{role}/lr": results[0].lr}
-        metrics[f"{role}/skipped_steps"] = float(len(results[0].skipped))
+        args = [(role, batch.select(share.rows), share.mini_batches, objective) for share in shares]
+        results = self._dispatch(phase, TrainWorker.update, args)
         for problem in results[0].skipped:
-            logging.getLogger(__name__).warning(
-                "update_%s left out an optimizer step: %s", role, problem
-            )
-        metrics[f"perf/padding_share/update_{role}"] = padding_share(batch, shares)
+            logging.getLogger(__name__).warning("%s left out an optimizer step: %s", phase, problem)
         padding, self._padding = self._padding, {}
-        return {**metrics, **padding}
+        return {
+            **_update_metrics(role, results),
+            f"perf/padding_share/{phase}": padding_share(batch, shares),
+            **padding,
+        }
+
+
+def _update_metrics(role: str, results: Sequence[UpdateResult]) -> dict[str, float]:
+    """Metrics of an update from those of its data-parallel ranks."""
+    first = results[0]
+    metrics = {name: sum(result.shares[name] for result in results) for name in first.shares}
+    return metrics | {
+        f"{role}/grad_norm": first.grad_norm,
+        f"{role}/lr": first.lr,
+        f"{role}/skipped_steps": float(len(first.skipped)),
+    }
 
 
 def sequence_cost(spec: ModelSpec) -> SequenceCost:
-    """Operations of a model's decoder layers; the vocabulary head, linear in the response, is left out.
+    """Operations of a model's decoder layers, for balancing sequences over replicas.
 
-    A layer with p weights that a token meets does 2p operations a token, and causal attention over L tokens
-    4·heads·head_dim·L²/2: their ratio is heads·head_dim·L²/p.
+    The vocabulary head, linear in the response, is left out. A layer with p weights that a token
+    meets does 2p operations a token, and causal attention over L tokens 4·heads·head_dim·L²/2:
+    their ratio is heads·head_dim·L²/p.
     """
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
     heads = 2 * spec.num_heads + 2 * spec.num_kv_heads

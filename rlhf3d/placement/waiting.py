@@ -11,10 +11,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+
+if TYPE_CHECKING:
+    from rlhf3d.placement.calls import Reply, ReplyStream
+
+R = TypeVar("R")
 
 GRACE_S = 2.0
 LOOK_S = 1.0
@@ -60,22 +65,23 @@ def bounded(what: str, timeout_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def gather(phase: str, calls: dict[str, ray.ObjectRef], timeout_s: float) -> list[Any]:
-    """Results of the named calls in their order. Raises WorkerFailure at the first failure or at the deadline."""
+def gather(phase: str, calls: Mapping[str, Reply[R]], timeout_s: float) -> list[R]:
+    """Return the results of the named calls in their order.
+
+    Raises WorkerFailure at the first failure or at the deadline.
+    """
     results = dict(_arrivals(phase, dict(calls), timeout_s))
     return [results[name] for name in calls]
 
 
 def stream(
-    phase: str, streams: dict[str, ray.ObjectRefGenerator], timeout_s: float
-) -> Iterator[tuple[str, Any]]:
+    phase: str, streams: Mapping[str, ReplyStream[R]], timeout_s: float
+) -> Iterator[tuple[str, R]]:
     """(name, item) of the named streams as items come. Raises WorkerFailure as `gather` does."""
     return _arrivals(phase, dict(streams), timeout_s)
 
 
-def _arrivals(
-    phase: str, pending: dict[str, ray.ObjectRef | ray.ObjectRefGenerator], timeout_s: float
-) -> Iterator[tuple[str, Any]]:
+def _arrivals(phase: str, pending: dict[str, Any], timeout_s: float) -> Iterator[tuple[str, Any]]:
     """What comes of calls and streams, until all have ended."""
     deadline = time.monotonic() + timeout_s
     while pending:

@@ -1,12 +1,15 @@
 """One rank of a worker group: a process that holds its shard of the group's models.
 
-Invariant: all ranks of a group get the same calls in the same order; a rank acts on its own shard only.
+Invariant: all ranks of a group get the same calls in the same order; a rank acts on its own shard
+only.
+Runs in: training rank. The driver imports this file to name the methods it calls, so Megatron and
+torch are imported inside them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,166 +18,177 @@ from typing import TYPE_CHECKING
 import ray
 
 from rlhf3d.config.groups import WorkerGroup
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, ModelConfig, OptimConfig
 from rlhf3d.parallel.meeting import open_meeting
+from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import use_node_interface
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlhf3d.algorithms.objectives import Objective
     from rlhf3d.batching.batch import Batch
     from rlhf3d.batching.dispatch import MiniBatch
     from rlhf3d.checkpoints.manifest import FileInfo
     from rlhf3d.checkpoints.sharded import PendingSave
     from rlhf3d.engine.megatron_engine import MegatronEngine
     from rlhf3d.engine.microbatch import UpdateResult
+    from rlhf3d.models.megatron import Role
     from rlhf3d.resharding.sending import SendReport, WeightSender
     from rlhf3d.resharding.setup import SyncSetup
+
+HEAD_OF_ROLE: dict[str, Role] = {
+    "actor": "policy",
+    "ref": "policy",
+    "critic": "value",
+    "reward": "value",
+}
+"""What each model of a worker group ends in."""
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a rank is told at its start."""
+    """What the ranks of a worker group are started with; the same for all of them."""
 
-    config: Config
     group: WorkerGroup
-    rank: int
+    platform: Platform
+    model: ModelConfig
+    optimizers: Mapping[str, OptimConfig]
+    """By role, of the models that learn."""
+    temperature: float
+    """Divides the logits, as in sampling."""
     total_steps: int
+    """Training steps of the run, for the schedule of the learning rate."""
+    seed: int
+    custom_algorithms: str | None
+    """Python file with the user's own policy losses."""
+    skip_nonfinite: bool
+    """See `EngineContext`."""
+    shares_device: bool
+    """Engines that sleep take the device's memory between calls."""
+    save_optimizer: bool
+    timeout_s: float
+    """Deadline of every collective, and of a save."""
     output_dir: str
+
+
+def worker_setup(
+    config: Config, group: WorkerGroup, platform: Platform, total_steps: int
+) -> WorkerSetup:
+    """The part of a run's configuration that the ranks of one group need."""
+    return WorkerSetup(
+        group=group,
+        platform=platform,
+        model=config.model,
+        optimizers={"actor": config.actor.optim, "critic": config.critic.optim},
+        temperature=config.rollout.temperature,
+        total_steps=total_steps,
+        seed=config.trainer.seed,
+        custom_algorithms=config.algorithm.custom_path,
+        skip_nonfinite=config.trainer.on_nonfinite == "skip",
+        shares_device=config.rollout.sleep,
+        save_optimizer=config.trainer.save_optimizer,
+        timeout_s=config.cluster.phase_timeout_s,
+        output_dir=config.trainer.output_dir,
+    )
 
 
 class TrainWorker:
     """Ray actor of one rank."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, rank: int) -> None:
         from rlhf3d.observability.logs import setup_logging
-        from rlhf3d.parallel.platform import choose_platform
 
-        self.setup = setup
-        setup_logging(Path(setup.output_dir), f"{setup.group.name}_rank_{setup.rank}")
-        self.platform = choose_platform(setup.config.cluster.platform)
+        self.setup, self.rank = setup, rank
+        setup_logging(Path(setup.output_dir), f"{setup.group.name}_rank_{rank}")
         self.engines: dict[str, MegatronEngine] = {}
         self.streams: dict[str, WeightSender] = {}
         self._saves: list[PendingSave] = []
         self._writer: ThreadPoolExecutor | None = None
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address at which the ranks meet; asked of rank 0."""
+        """Open the address at which the ranks meet; asked of rank 0."""
         return ray.util.get_node_ip_address(), open_meeting()
 
     def build(self, address: str, port: int, threads: int) -> None:
         """Join the process groups, then load the group's models."""
         use_node_interface()
-        self.platform.prepare_worker(self._local_rank(), threads)
+        self.setup.platform.prepare_worker(threads)
         from rlhf3d.parallel.megatron_init import initialize_megatron
 
-        config = self.setup.config
         initialize_megatron(
             self.setup.group.layout,
-            self.setup.rank,
-            seed=config.trainer.seed,
-            platform=self.platform,
+            self.rank,
+            seed=self.setup.seed,
+            platform=self.setup.platform,
             master_addr=address,
             master_port=port,
-            timeout_s=config.cluster.phase_timeout_s,
+            timeout_s=self.setup.timeout_s,
         )
         self._load_models()
-
-    def _local_rank(self) -> int:
-        # Ray shows a worker only its own GPU.
-        return 0
 
     def _load_models(self) -> None:
         from rlhf3d.algorithms.custom import load_custom_algorithms
         from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
         from rlhf3d.models.spec import load_spec
 
-        config = self.setup.config
-        if config.algorithm.custom_path is not None:
-            load_custom_algorithms(config.algorithm.custom_path)
-        folder = self.setup.group.model
+        setup, group = self.setup, self.setup.group
+        if setup.custom_algorithms is not None:
+            load_custom_algorithms(setup.custom_algorithms)
         context = EngineContext(
-            spec=load_spec(folder),
-            layout=self.setup.group.layout,
-            layout_config=self.setup.group.layout_config,
-            rank=self.setup.rank,
-            platform=self.platform,
-            dtype=config.model.dtype,
-            device=self.platform.device(self._local_rank()),
-            temperature=config.rollout.temperature,
-            total_steps=self.setup.total_steps,
-            skip_nonfinite=config.trainer.on_nonfinite == "skip",
-            packed=config.model.use_remove_padding,
-            offload=config.model.offload,
-            shared=config.rollout.sleep,
+            spec=load_spec(group.model),
+            layout=group.layout,
+            layout_config=group.layout_config,
+            rank=self.rank,
+            platform=setup.platform,
+            dtype=setup.model.dtype,
+            device=setup.platform.device(),
+            temperature=setup.temperature,
+            total_steps=setup.total_steps,
+            skip_nonfinite=setup.skip_nonfinite,
+            packed=setup.model.use_remove_padding,
+            offload=setup.model.offload,
+            shared=setup.shares_device,
         )
-        make: dict[str, Callable[[], MegatronEngine]] = {
-            "actor": lambda: MegatronEngine(context, "policy", folder, config.actor.optim),
-            "critic": lambda: MegatronEngine(context, "value", folder, config.critic.optim),
-            "ref": lambda: MegatronEngine(context, "policy", folder, None),
-            "reward": lambda: MegatronEngine(context, "value", folder, None),
-        }
-        self.engines = {role: make[role]() for role in self.setup.group.roles}
+        for role in group.roles:
+            head = HEAD_OF_ROLE[role]
+            optimizer = setup.optimizers.get(role)
+            self.engines[role] = MegatronEngine(context, head, group.model, optimizer)
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
 
     def forward(
         self, role: str, batch: Batch, micro_batches: list[list[int]]
     ) -> dict[str, Tensor] | None:
-        """Outputs of `role` for the rows of this data-parallel rank; see MegatronEngine.forward."""
+        """Compute outputs of `role` for this replica's rows; see `MegatronEngine.forward`."""
         return self.engines[role].forward(batch, micro_batches)
 
-    def update_actor(self, batch: Batch, mini_batches: list[MiniBatch]) -> UpdateResult:
-        """PPO epochs over this data-parallel rank's shard."""
-        from rlhf3d.algorithms.losses import PolicyLossSettings
-        from rlhf3d.engine.objectives import PolicyObjective
-
-        actor = self.setup.config.actor
-        low = actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
-        high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
-        objective = PolicyObjective(
-            loss_name=actor.policy_loss,
-            settings=PolicyLossSettings(
-                low, high, actor.clip_ratio_c, self.setup.config.algorithm.custom_kwargs
-            ),
-            loss_agg_mode=actor.loss_agg_mode,
-            entropy_coeff=actor.entropy_coeff,
-            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-            kl_loss_type=actor.kl_loss_type,
-        )
-        return self.engines["actor"].update(batch, mini_batches, objective)
-
-    def update_critic(self, batch: Batch, mini_batches: list[MiniBatch]) -> UpdateResult:
-        """Value regression over this data-parallel rank's shard."""
-        from rlhf3d.engine.objectives import ValueObjective
-
-        critic = self.setup.config.critic
-        return self.engines["critic"].update(
-            batch, mini_batches, ValueObjective(critic.cliprange_value, critic.loss_agg_mode)
-        )
+    def update(
+        self, role: str, batch: Batch, mini_batches: list[MiniBatch], objective: Objective
+    ) -> UpdateResult:
+        """Take the optimizer steps of `role` on this replica's rows; see `MegatronEngine.update`."""
+        return self.engines[role].update(batch, mini_batches, objective)
 
     def create_stream(self, setup: SyncSetup) -> None:
         """Make what this rank owns of a weight stream."""
         from rlhf3d.resharding.sending import WeightSender
 
-        self.streams[setup.name] = WeightSender(
-            setup, self.setup.rank, self.engines["actor"].params()
-        )
+        params = self.engines["actor"].params()
+        self.streams[setup.name] = WeightSender(setup, self.rank, params)
 
     def open_stream(self, name: str, meeting: tuple[str, int] | None) -> None:
-        """Open what others own; `meeting` is where the senders of messages meet, if there are any."""
+        """Open what other ranks own; the senders of messages, if there are any, meet at `meeting`."""
         from rlhf3d.resharding.messages import Group
 
         stream = self.streams[name]
         group = None
         if meeting is not None:
             setup = stream.setup
-            group = Group(
-                setup.backend, self.setup.rank, setup.message_ranks, *meeting, setup.timeout_s
-            )
+            names = setup.message_ranks
+            group = Group(setup.backend, self.rank, names, *meeting, setup.timeout_s)
         stream.open(group)
 
     def seal_stream(self, name: str) -> None:
-        """Every process has opened the stream."""
+        """Remove the names of the stream's files, now that every process has opened it."""
         self.streams[name].seal()
 
     def send_weights(self, name: str, policy_version: int, sync: int) -> SendReport:
@@ -183,30 +197,29 @@ class TrainWorker:
             return self.streams[name].send(policy_version, sync)
 
     def start_save(self, role: str, folder: str) -> None:
-        """Copy this rank's share of a model and begin to write it; see checkpoints/sharded.py."""
+        """Copy this rank's share of a model and begin to write it; see `checkpoints/sharded.py`."""
         from rlhf3d.checkpoints.sharded import start_save
 
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
-        optimizer = self.setup.config.trainer.save_optimizer
-        with self.engines[role].residence.at_work("weights", "optimizer"):
-            self._saves.append(
-                start_save(Path(folder), self.engines[role], optimizer, self._writer)
-            )
+        engine, optimizer = self.engines[role], self.setup.save_optimizer
+        with engine.residence.at_work("weights", "optimizer"):
+            self._saves.append(start_save(Path(folder), engine, optimizer, self._writer))
 
     def written(self) -> bool:
-        """Whether every model under way is written."""
+        """Return whether every save that was started is written."""
         return all(save.written.done() for save in self._saves)
 
     def finish_save(self) -> dict[str, FileInfo]:
-        """Complete the model that was begun first; this rank's files of it."""
+        """Complete the save that was started first; return this rank's files of it."""
         from rlhf3d.checkpoints.sharded import finish_save
 
-        return finish_save(self._saves.pop(0), self.setup.config.cluster.phase_timeout_s)
+        return finish_save(self._saves.pop(0), self.setup.timeout_s)
 
     def load(self, role: str, folder: str, optimizer: bool) -> bool:
-        """Take over a saved model; whether the random state was there for as many ranks."""
+        """Load a saved model; return whether it holds the random state of as many ranks."""
         from rlhf3d.checkpoints.sharded import load
 
-        with self.engines[role].residence.at_work("weights", "optimizer"):
-            return load(Path(folder), self.engines[role], optimizer)
+        engine = self.engines[role]
+        with engine.residence.at_work("weights", "optimizer"):
+            return load(Path(folder), engine, optimizer)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
+from rlhf3d.placement.worker import TrainWorker
 from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
 from rlhf3d.resharding.setup import SyncSetup
 
@@ -91,9 +93,10 @@ class WeightSync:
         Raises CanaryError or WorkerFailure, and then nothing serves the new version.
         """
         version = self.trained_version
-        sends = self.train.start_all("send_weights", self.setup.name, version, self.syncs)
+        sends = self.train.start_all(TrainWorker.send_weights, self.setup.name, version, self.syncs)
         loads = self.rollout.start_update_weights(version, self.syncs)
-        results = gather("sync_weights", {**sends, **loads}, self.train.timeout_s)
+        calls: dict[str, Any] = {**sends, **loads}  # one deadline for both sides
+        results = gather("sync_weights", calls, self.train.timeout_s)
         sent, loaded = results[: len(sends)], results[len(sends) :]
         metrics = {
             "sync/sent_bytes": float(sum(report.sent_bytes for report in sent)),
@@ -118,7 +121,9 @@ class WeightSync:
             self._exporter = self._open_export()
         stream, sync = self._exporter, self.exports
         self.exports += 1
-        sends = self.train.start_all("send_weights", stream.setup.name, self.trained_version, sync)
+        sends = self.train.start_all(
+            TrainWorker.send_weights, stream.setup.name, self.trained_version, sync
+        )
         for param, tensor in stream.stream_params(self.trained_version, sync):
             yield param.name, tensor.clone()
         gather("save_checkpoint", sends, self.train.timeout_s)
@@ -144,14 +149,14 @@ class WeightSync:
     def _open(self, setup: SyncSetup, rollout: RolloutGroup | None) -> None:
         """Make and open a stream everywhere; its files have no names afterwards."""
         phase = "open weight stream"
-        self.train.call_all(phase, "create_stream", setup)
+        self.train.call_all(phase, TrainWorker.create_stream, setup)
         meeting = self.train.meeting_place() if setup.needs_messages else None
-        opening = self.train.start_all("open_stream", setup.name, meeting)
+        opening = self.train.start_all(TrainWorker.open_stream, setup.name, meeting)
         if rollout is not None:
             opening |= rollout.start_open_weights(setup, meeting)
         gather(phase, opening, self.train.timeout_s)
         if rollout is not None:
-            self.train.call_all(phase, "seal_stream", setup.name)
+            self.train.call_all(phase, TrainWorker.seal_stream, setup.name)
 
     def _open_export(self) -> WeightReceiver:
         setup = replace(
@@ -164,14 +169,15 @@ class WeightSync:
         )
         self._open(setup, None)
         inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
-        self.train.call_all("open weight stream", "seal_stream", setup.name)
+        self.train.call_all("open weight stream", TrainWorker.seal_stream, setup.name)
         return WeightReceiver(setup, 0, inbox)
 
     def _trained_logprobs(self) -> Tensor:
         """The trainer's log-probs of the canary tokens after the first."""
         # Token 0 has no prediction: it plays the prompt, the rest the response.
         batch = from_sequences([t[:1] for t in self.canary], [t[1:] for t in self.canary], pad_id=0)
-        return self.train.forward("sync_weights (canary)", "actor", batch)["logprobs"]
+        phase = "sync_weights (canary)"
+        return self.train.forward(phase, "actor", batch, measure_padding=False)["logprobs"]
 
     def _check_canary(self, trained: Tensor) -> float:
         """Largest over engines of the mean |log-prob difference| to the trainer's on the canary

@@ -42,21 +42,26 @@ WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 class VLLMEngine:
     """A rank of a `RolloutEngine`. One a process: vLLM reads its settings from the environment, which this sets."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        *,
-        threads: int = 1,
-        rank: int = 0,
-        meeting: tuple[str, int] | None = None,
-        host: str = "127.0.0.1",
-    ) -> None:
-        """Start rank `rank` of the engine with `threads` CPU threads.
+    def __init__(self, settings: EngineSettings, *, threads: int = 1, rank: int = 0) -> None:
+        """Make rank `rank` of an engine, with `threads` CPU threads; `start` starts vLLM."""
+        rollout, platform = settings.rollout, settings.platform
+        self._settings, self._threads, self._rank = settings, threads, rank
+        self._frees_memory = rollout.sleep and platform.kind == "cuda"
+        self._forgets = rollout.sleep and platform.sleep_forgets
+        self._asleep: list[str] = []
+        self._loaded_version: int | None = None
+        self._policy_version: int | None = None
+        self._served_prompt: Sequence[int] = ()
+        self._llm: Any = None
+
+    def start(self, meeting: tuple[str, int] | None = None, host: str = "127.0.0.1") -> VLLMEngine:
+        """Start vLLM; return the engine itself.
 
         An engine's ranks, where there are several, meet at `meeting` (address, port) and find this
         one at the address `host`.
         """
-        rollout, on_cpu = settings.rollout, settings.platform.kind == "cpu"
+        settings, rollout, rank = self._settings, self._settings.rollout, self._rank
+        on_cpu, threads = settings.platform.kind == "cpu", self._threads
         os.environ.update(_environment(on_cpu, rollout.enforce_eager is True, threads))
         if rollout.tensor_parallel_size > 1:
             assert meeting is not None, "the ranks of an engine must know where to meet"
@@ -73,15 +78,7 @@ class VLLMEngine:
         # torch reads the variable when it is imported, which was before it was set.
         if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
             dynamo.disable = True
-        self._rank = rank
-        self._frees_memory = rollout.sleep and not on_cpu
-        self._forgets = rollout.sleep and settings.platform.sleep_forgets
-        self._asleep: list[str] = []
-        self._params, self._stops = SamplingParams, settings.stops
-        self._max_model_len = settings.max_model_len
-        self._loaded_version: int | None = None
-        self._policy_version: int | None = None
-        self._served_prompt: Sequence[int] = ()
+        self._params = SamplingParams
         path, own = settings.model_path, settings.load_weights
         # By its own rules vLLM would take weights that transformers does not from a folder that
         # holds more than the model.
@@ -91,6 +88,7 @@ class VLLMEngine:
             self._loaded_version = self._policy_version = 0
         if meeting is not None:
             _forget_shared_memory(meeting[1])
+        return self
 
     @property
     def policy_version(self) -> int | None:
@@ -116,19 +114,19 @@ class VLLMEngine:
                 "this engine serves no policy yet: update_weights, then publish, come before generate"
             )
         for request in requests:
-            if len(request.prompt_ids) + sampling.max_tokens > self._max_model_len:
+            if len(request.prompt_ids) + sampling.max_tokens > self._settings.max_model_len:
                 raise ValueError(
                     f"a prompt of {len(request.prompt_ids)} tokens and max_tokens={sampling.max_tokens} do not fit "
-                    f"max_model_len={self._max_model_len}"
+                    f"max_model_len={self._settings.max_model_len}"
                 )
         common = {
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "stop_token_ids": sorted({*self._stops.token_ids, *sampling.stop_token_ids}),
-            "stop": list(self._stops.strings),
-            "detokenize": bool(self._stops.strings),
+            "stop_token_ids": sorted({*self._settings.stops.token_ids, *sampling.stop_token_ids}),
+            "stop": list(self._settings.stops.strings),
+            "detokenize": bool(self._settings.stops.strings),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop string may be one
             "logprobs": 0,
@@ -185,9 +183,9 @@ class VLLMEngine:
         if self._loaded_version is None:
             raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
         for sequence in token_ids:
-            if not 2 <= len(sequence) < self._max_model_len:
+            if not 2 <= len(sequence) < self._settings.max_model_len:
                 raise ValueError(
-                    f"cannot score {len(sequence)} tokens: 2 to {self._max_model_len - 1} are possible"
+                    f"cannot score {len(sequence)} tokens: 2 to {self._settings.max_model_len - 1} are possible"
                 )
         params = self._params(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False

@@ -7,7 +7,7 @@ was written by the policy version that is being trained.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from rlhf3d.algorithms.advantages import AdvantageInputs, compute_advantages, needs_greedy_baseline
 from rlhf3d.algorithms.kl import make_kl_controller
+from rlhf3d.algorithms.losses import PolicyLossSettings
+from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.algorithms.rewards import apply_kl_penalty, overlong_penalty, token_level_rewards
 from rlhf3d.batching.batch import Batch
 from rlhf3d.checkpoints.writer import CheckpointWriter
-from rlhf3d.config.derived import Derived
-from rlhf3d.config.schema import Config
+from rlhf3d.config.derived import Derived, clip_range
+from rlhf3d.config.schema import ActorConfig, Config
 from rlhf3d.data.loader import Prompt, PromptLoader
 from rlhf3d.evaluation.validation import validation_metrics
 from rlhf3d.observability.console import Console
@@ -81,6 +83,9 @@ class PPOTrainer:
         self.timer = PhaseTimer()
         kl = parts.config.algorithm.kl_ctrl
         self.kl_controller = make_kl_controller(kl.type, kl.kl_coef, kl.target_kl, kl.horizon)
+        actor, critic = parts.config.actor, parts.config.critic
+        self.policy_objective = policy_objective(actor, parts.config.algorithm.custom_kwargs)
+        self.value_objective = ValueObjective(critic.cliprange_value, critic.loss_agg_mode)
         self.correction = settings_of(parts.config.algorithm.rollout_correction)
         trainer = parts.config.trainer
         self.watch = Watch(parts.console.note, trainer.on_nonfinite, trainer.grad_spike_factor)
@@ -338,7 +343,7 @@ class PPOTrainer:
         if plan is None:
             return {}
         with self._phase("update_critic"):
-            return self.parts.critic.update("critic", batch, plan)
+            return self.parts.critic.update("critic", batch, plan, self.value_objective)
 
     def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
         """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
@@ -348,7 +353,8 @@ class PPOTrainer:
             metrics: dict[str, float] = {}
             if not self.config.algorithm.rollout_correction.bypass_mode:
                 batch, metrics = correct(batch, self.correction, self.parts.derived.actor)
-            metrics |= self.parts.train.update("actor", batch, self.parts.derived.actor)
+            plan = self.parts.derived.actor
+            metrics |= self.parts.train.update("actor", batch, plan, self.policy_objective)
             self.parts.sync.weights_changed()
             return metrics
 
@@ -433,3 +439,15 @@ class PPOTrainer:
             metrics |= throughput_metrics(metrics, self.parts.derived.devices)
             self.parts.console.step(metrics, step, self.parts.total_steps)
         self.parts.metrics.write(step, metrics)
+
+
+def policy_objective(actor: ActorConfig, custom: Mapping[str, Any]) -> PolicyObjective:
+    """What the actor's update minimizes; `custom` are the arguments of a user's own loss."""
+    return PolicyObjective(
+        loss_name=actor.policy_loss,
+        settings=PolicyLossSettings(*clip_range(actor), actor.clip_ratio_c, custom),
+        loss_agg_mode=actor.loss_agg_mode,
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+    )

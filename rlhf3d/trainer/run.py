@@ -24,7 +24,7 @@ from rlhf3d.checkpoints.resume import (
 )
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
-from rlhf3d.config.derived import Derived, derive, summary_lines
+from rlhf3d.config.derived import Derived, derive, micro_batching_of, summary_lines
 from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
@@ -43,6 +43,7 @@ from rlhf3d.placement.cluster_check import check_cluster
 from rlhf3d.placement.resources import engine_bundles, engine_threads, place, threads_of
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.placement.worker import TrainWorker, worker_setup
 from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.resharding.sync import WeightSync
 from rlhf3d.rewards.make import make_reward, model_part
@@ -257,15 +258,19 @@ def _start_processes(
 
         def start_group(group: WorkerGroup) -> TrainGroup:
             threads_here = threads_of(places[group.name], cores, cluster.threads_per_rank)
-            own = platform.environment("trainer", config.model.dtype)
-            return TrainGroup(config, group, placement, reserved, threads_here, steps, own)
+            return TrainGroup(
+                worker_setup(config, group, platform, steps),
+                cluster,
+                placement,
+                reserved,
+                threads_here,
+                {role: micro_batching_of(config, role) for role in group.roles},
+                config.data.max_response_length,
+            )
 
         def start_engines() -> RolloutGroup:
-            own = platform.environment("engine", engines.dtype)
             folder = os.path.abspath(config.trainer.output_dir)
-            return RolloutGroup(
-                cluster, placement, reserved, bundles, threads, settings, own, folder
-            )
+            return RolloutGroup(settings, cluster, placement, reserved, bundles, threads, folder)
 
         rollout, groups = start_models(
             config,
@@ -382,7 +387,9 @@ def _load(found: Checkpoint, trainer: PPOTrainer, models: Mapping[str, TrainGrou
     for role, group in models.items():
         folder = str((found.folder / role).resolve())
         same_ranks &= all(
-            group.call_all("load_checkpoint", "load", role, folder, found.manifest.optimizer)
+            group.call_all(
+                "load_checkpoint", TrainWorker.load, role, folder, found.manifest.optimizer
+            )
         )
     if not same_ranks:
         trainer.parts.console.note(

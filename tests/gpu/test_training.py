@@ -97,7 +97,7 @@ def head_errors(
     """Largest errors against float64 of log-probs, and of gradients relative to the largest; peak GiB on a GPU."""
     from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 
-    platform, device = target.platform, target.platform.device(0)
+    platform, device = target.platform, target.platform.device()
     tokens, width, vocab = 700, 256, 20_000
     make = torch.Generator().manual_seed(0)
     hidden, weight = (
@@ -142,7 +142,7 @@ def resting(rank: int, port: int, target: Target) -> list[tuple[float, float]]:
     """(GiB freed by leaving, GiB taken again) of each round; bits are compared."""
     from rlhf3d.engine.residence import Residents
 
-    device = target.platform.device(0)
+    device = target.platform.device()
     states = [
         torch.randn(40_000_001, device=device),
         torch.randn(3, 5, 7, device=device).bfloat16(),
@@ -178,7 +178,7 @@ def exchange(rank: int, port: int, target: Target, shape: RingShape) -> float:
     """Rank 0 sends buckets through memory that both have open, rank 1 reads them; seconds."""
     from rlhf3d.resharding.ring import Ring
 
-    buckets, device = 12, target.platform.device(0)
+    buckets, device = 12, target.platform.device()
     deadline = time.monotonic() + 60
     torch.zeros(1, device=device)
     if rank == 0:
@@ -226,7 +226,7 @@ def test_ring(target: Target) -> None:
 
 def rates(rank: int, port: int, target: Target, seconds: float) -> dict[str, float]:
     """FLOP/s of a large product, and bytes a second from and to pinned memory."""
-    device = target.platform.device(0)
+    device = target.platform.device()
     pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=target.is_gpu)
     there = torch.empty_like(pinned, device=device)
     a, b = (

@@ -34,8 +34,8 @@ from support.updates import (
 from rlhf3d.algorithms.aggregation import AGGREGATION_MODES
 from rlhf3d.algorithms.kl import KL_KINDS
 from rlhf3d.algorithms.losses import POLICY_LOSSES
+from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -108,7 +108,7 @@ def prepared(rank: int, port: int) -> tuple[int, str]:
 
     import torch
 
-    PLATFORM.prepare_worker(rank, threads=3)
+    PLATFORM.prepare_worker(threads=3)
     return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 

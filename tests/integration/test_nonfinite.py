@@ -43,8 +43,8 @@ def make_batch() -> Batch:
 
 def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
     """Weights after skipping the broken mini-batch, after an update without it, and the error of a run that stops."""
+    from rlhf3d.algorithms.objectives import PolicyObjective
     from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
-    from rlhf3d.engine.objectives import PolicyObjective
 
     stopping = join(rank, port, folder, layout)
     objective = PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", kl_loss_coef=0.1)

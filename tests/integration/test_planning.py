@@ -21,6 +21,7 @@ from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 
 from rlhf3d.algorithms.losses import PolicyLossSettings
+from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
@@ -28,7 +29,6 @@ from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
-from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.models.spec import load_spec
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout

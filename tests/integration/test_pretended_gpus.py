@@ -17,6 +17,7 @@ from rlhf3d.parallel.platform import CUDAPlatform
 from rlhf3d.placement import rollout_group, train_group
 from rlhf3d.placement.cluster import reserve
 from rlhf3d.placement.resources import place
+from rlhf3d.placement.worker import worker_setup
 from rlhf3d.rollout.settings import EngineSettings
 
 GPUS = 8
@@ -46,7 +47,7 @@ def test_halves_of_a_bundle_see_one_gpu_and_start_with_their_environment(
     class Process:
         """In the place of a training rank, and of an engine rank."""
 
-        def __init__(self, setup: Any = None) -> None:
+        def __init__(self, *args: Any) -> None:
             import sys
 
             self.seen = {name: os.environ.get(name, "") for name in WATCHED}
@@ -58,7 +59,7 @@ def test_halves_of_a_bundle_see_one_gpu_and_start_with_their_environment(
         def build(self, *args: Any) -> None:
             """As TrainWorker's."""
 
-        def start(self, *args: Any) -> None:
+        def start_at(self, *args: Any) -> None:
             """As EngineRank's."""
 
         def look(self) -> dict[str, str]:
@@ -80,20 +81,24 @@ def test_halves_of_a_bundle_see_one_gpu_and_start_with_their_environment(
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     placement = place(platform, groups[:1], 1, 2, colocated=True, nodes=1)
     with reserve(placement, 60) as reserved:
-        own = platform.environment("engine", config.rollout.dtype)
-        settings = EngineSettings("", config.rollout, 8, platform)
         engines = rollout_group.RolloutGroup(
+            EngineSettings("", config.rollout, 8, platform),
             config.cluster,
             placement,
             reserved,
             [placement.groups["actor"]],
             [[1, 1]],
-            settings,
-            own,
         )
-        own = platform.environment("trainer", config.model.dtype)
-        trainers = train_group.TrainGroup(config, groups[0], placement, reserved, [1, 1], 1, own)
-        trained = trainers.call_all("test", "look")
+        trainers = train_group.TrainGroup(
+            worker_setup(config, groups[0], platform, 1),
+            config.cluster,
+            placement,
+            reserved,
+            [1, 1],
+            {},
+            1,
+        )
+        trained = trainers.call_all("test", Process.look)  # type: ignore[arg-type]
         served = ray.get([rank.look.remote() for rank in engines.engines[0]])
     cards = [process.pop("CUDA_VISIBLE_DEVICES") for process in trained]
     assert len(set(cards)) == 2 and set(cards) < set(map(str, range(GPUS)))

@@ -42,7 +42,13 @@ ENGINE: VLLMEngine | None = None
 RIGS = itertools.count()
 
 
-def start_engine(folder: Path, ranks: int = 1, stops: Stops = NO_STOPS, **place: Any) -> None:
+def start_engine(
+    folder: Path,
+    ranks: int = 1,
+    stops: Stops = NO_STOPS,
+    rank: int = 0,
+    meeting: tuple[str, int] | None = None,
+) -> None:
     """In the child: replace its engine."""
     global ENGINE
     if ENGINE is not None:
@@ -55,7 +61,7 @@ def start_engine(folder: Path, ranks: int = 1, stops: Stops = NO_STOPS, **place:
         enforce_eager=True,
     )
     settings = EngineSettings(str(folder), rollout, 256, CPUPlatform("test"), stops=stops)
-    ENGINE = VLLMEngine(settings, **place)
+    ENGINE = VLLMEngine(settings, rank=rank).start(meeting)
 
 
 def close_engine() -> list[str]:

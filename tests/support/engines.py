@@ -56,7 +56,7 @@ def join(
         "rank": rank,
         "platform": platform,
         "dtype": "float32",
-        "device": platform.device(0),
+        "device": platform.device(),
         "temperature": 1.0,
         "total_steps": 10,
     }

@@ -51,7 +51,7 @@ def _on_device(
     os.environ.update(platform.environment("trainer", dtype))
     if platform.kind == "cpu":
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # Megatron would take its CUDA kernels
-    platform.prepare_worker(0, 1)
+    platform.prepare_worker(1)
     return function(rank, port, *args)
 
 

@@ -15,6 +15,7 @@ from support.engines import CPU, join
 from support.ranks import run_ranks
 
 from rlhf3d.algorithms.losses import PolicyLossSettings
+from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.dispatch import split_forward, split_update
@@ -22,7 +23,6 @@ from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
-from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 from rlhf3d.parallel.layout import ParallelLayout, Recompute
 from rlhf3d.parallel.platform import Platform
 

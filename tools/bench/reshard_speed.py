@@ -222,7 +222,7 @@ class Engine:
         rollout = RolloutConfig(dtype=self.setup.dtype, kv_cache_gib=0.1, enforce_eager=True)
         self.engine = vllm_engine.VLLMEngine(
             EngineSettings(folder, rollout, 256, CPUPlatform("benchmark"))
-        )
+        ).start()
 
     def open(self) -> None:
         self.engine.open_weights(self.setup, 0, None)

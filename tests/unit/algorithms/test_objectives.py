@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rlhf3d.algorithms.aggregation import AGGREGATION_MODES, LossNorm, loss_norm
 from rlhf3d.algorithms.losses import POLICY_LOSSES, PolicyLossSettings
+from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.microbatch import make_microbatch
-from rlhf3d.engine.objectives import PolicyObjective, ValueObjective
 
 CUTS = [[[0, 1, 2, 3, 4, 5]], [[3], [0, 5], [4, 2, 1]], [[i] for i in range(6)]]
 
@@ -49,10 +49,9 @@ def total(
     for part in cut:
         micro = make_microbatch(rows, part, Tensor.contiguous, MicroBatching(1))
         r = micro.rows["response_mask"].shape[1]
-        columns = [outputs[part][:, :r]] + (
-            [entropy[part][:, :r]] if isinstance(objective, PolicyObjective) else []
-        )
-        loss, shares = objective(micro, *columns, norm)
+        name = "logprobs" if isinstance(objective, PolicyObjective) else "values"
+        columns = {name: outputs[part][:, :r], "entropy": entropy[part][:, :r]}
+        loss, shares = objective(micro.rows.columns, columns, norm)
         loss.backward()
         for name, value in shares.items():
             metrics[name] = metrics.get(name, 0.0) + float(value)

@@ -25,6 +25,7 @@ from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter, checkpoint_bytes
 from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
 from rlhf3d.models.spec import load_spec
+from rlhf3d.placement.worker import TrainWorker
 
 STAGES = (
     "begun",
@@ -47,17 +48,17 @@ class FakeGroup:
     def __init__(self, size: int = 2000) -> None:
         self.size, self.folders, self.done = size, [], True
 
-    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
+    def call_all(self, phase: str, method: Any, *args: Any) -> list[Any]:
         assert phase == "save_checkpoint"
-        if method == "written":
+        if method is TrainWorker.written:
             return [True, self.done]
-        if method == "start_save":
+        if method is TrainWorker.start_save:
             self.folders.append(Path(args[1]))
             for rank in range(2):
                 (Path(args[1]) / f"__{rank}_0.distcp").write_bytes(os.urandom(self.size))
                 store.reached(f"half of the {args[0]}")
             return [None, None]
-        assert method == "finish_save"
+        assert method is TrainWorker.finish_save
         folder = self.folders.pop(0)
         files = [f"__{rank}_0.distcp" for rank in range(2)]
         return [{name: tuple(file_info(folder / name))} for name in files]
@@ -177,8 +178,8 @@ def test_in_the_background_one_at_a_time(model: Path, tmp_path: Path) -> None:
 class FullGroup(FakeGroup):
     """Ranks that find the disk full when their files are to be completed."""
 
-    def call_all(self, phase: str, method: str, *args: Any) -> list[Any]:
-        if method == "finish_save":
+    def call_all(self, phase: str, method: Any, *args: Any) -> list[Any]:
+        if method is TrainWorker.finish_save:
             raise writer.WorkerFailure(
                 "save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device"
             )

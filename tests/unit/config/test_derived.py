@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import derive, summary_lines, width_multiples
+from rlhf3d.config.derived import clip_range, derive, summary_lines, width_multiples
 from rlhf3d.config.schema import (
     ActorConfig,
     AlgorithmConfig,
@@ -193,3 +193,13 @@ def test_a_batch_has_room_for_all_of_its_columns() -> None:
     wide = batch.with_columns(**{f"column_{i}": torch.zeros(rows, 28) for i in range(8)})
     size = sum(column.nbytes for column in wide.columns.values())
     assert size <= derived.batch_bytes < 5 * size
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(None, None, (0.2, 0.2)), (None, 0.28, (0.2, 0.28)), (0.0, None, (0.0, 0.2))],
+)
+def test_clip_range_defaults_to_clip_ratio(
+    low: float | None, high: float | None, expected: tuple[float, float]
+) -> None:
+    assert clip_range(ActorConfig(clip_ratio_low=low, clip_ratio_high=high)) == expected

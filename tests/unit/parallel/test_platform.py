@@ -66,13 +66,6 @@ def test_gpu_is_chosen_where_there_is_one(requested: str, monkeypatch: pytest.Mo
     assert chosen.reason.endswith("found 8 x H100")
 
 
-def test_cuda_device_index_within_what_the_worker_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert str(CUDAPlatform("test").device(5)) == "cuda:5"
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # as Ray shows it
-    assert str(CUDAPlatform("test").device(5)) == "cuda:0"
-
-
 def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,13 +73,13 @@ def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(
     monkeypatch.setattr(platform.os, "environ", {})
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: done.append(str(device)))
     monkeypatch.setattr(platform, "use_torchs_cudnn", lambda: done.append("cudnn"))
     monkeypatch.setattr(
         platform.megatron_patches, "apply", lambda kind: done.append(f"patches for {kind}")
     )
-    CUDAPlatform("test").prepare_worker(local_rank=0, threads=1)
-    assert done == ["cudnn", "patches for cuda"]
+    CUDAPlatform("test").prepare_worker(threads=1)
+    assert done == ["cudnn", "cuda:0", "patches for cuda"]
 
 
 def test_cpu_turns_every_fusion_off_and_cuda_the_same_ones_on() -> None:
@@ -144,7 +137,7 @@ def test_auto_dtype_follows_the_hardware() -> None:
 def test_a_rank_as_on_gpus_has_one_device(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     with pytest.raises(AssertionError, match="not one"):
-        AsGPUPlatform("test")._bind_device(0)
+        AsGPUPlatform("test")._bind_device()
 
 
 def test_processes_on_gpus_start_with_what_cuda_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:

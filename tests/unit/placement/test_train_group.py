@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf3d.algorithms.objectives import ValueObjective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
@@ -19,9 +20,10 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.train_group import TrainGroup, sequence_cost
-from rlhf3d.placement.worker import TrainWorker, WorkerSetup
+from rlhf3d.placement.worker import TrainWorker, worker_setup
 
 RULE = MicroBatching(4)
+OBJECTIVE = ValueObjective(0.2, "token-mean")
 SPEC = ModelSpec(
     "llama",
     num_layers=3,
@@ -43,17 +45,18 @@ class DryGroup(TrainGroup):
         self._padding = {}
 
     def _dispatch(
-        self, phase: str, method: str, args_of_dp: Sequence[tuple[Any, ...]]
+        self, phase: str, method: Any, args_of_dp: Sequence[tuple[Any, ...]]
     ) -> list[Any]:
-        if method == "forward":
+        if method is TrainWorker.forward:
             shards: list[Batch] = [batch for _, batch, _ in args_of_dp]
             return [
                 {"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]}
                 for b in shards
             ]
+        assert method is TrainWorker.update and {args[3] for args in args_of_dp} == {OBJECTIVE}
         return [
             UpdateResult({"actor/loss": 1.0 + dp}, grad_norm=5.0, lr=0.1)
-            for dp, _ in enumerate(args_of_dp)
+            for dp in range(len(args_of_dp))
         ]
 
 
@@ -62,11 +65,12 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
     batch = from_sequences([[1]] * 7, [[2] * n for n in lengths], pad_id=0)
     group = DryGroup()
     # Dealt 9 | 7, 4 | 5, 2 | 3 and 1 to the lighter: 10 5 3 2 with prompts, and 8 6 4.
-    for phase in ("old_logprobs", "sync_weights (canary)"):
-        assert group.forward(phase, "actor", batch)["logprobs"][:, 0].tolist() == lengths
+    for phase, measured in (("old_logprobs", True), ("canary", False)):
+        outputs = group.forward(phase, "actor", batch, measure_padding=measured)
+        assert outputs["logprobs"][:, 0].tolist() == lengths
     assert group.forward("values", "critic", batch)["logprobs"][:, 0].tolist() == lengths
     plan = UpdatePlan(7, 1, 7, 3, RULE, None, 2, 2)
-    metrics = group.update("actor", batch, plan)
+    metrics = group.update("actor", batch, plan, OBJECTIVE)
     assert metrics["actor/loss"] == 3.0 and metrics["actor/grad_norm"] == 5.0
     padding = {name: value for name, value in metrics.items() if "padding" in name}
     tokens = sum(lengths) + 7
@@ -77,7 +81,7 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
         ),  # 4 and 3 rows, and a filler
         "perf/padding_share/update_actor": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
     }
-    again = group.update("actor", batch, plan)
+    again = group.update("actor", batch, plan, OBJECTIVE)
     assert [name for name in again if "padding" in name] == ["perf/padding_share/update_actor"]
 
 
@@ -91,8 +95,8 @@ def test_models_are_told_whether_engines_want_their_device_between_work(
     monkeypatch.setattr("rlhf3d.models.spec.load_spec", lambda folder: None)
     config = replace(Config(), rollout=RolloutConfig(sleep=sleep))
     worker = TrainWorker.__new__(TrainWorker)
-    worker.setup = WorkerSetup(config, worker_groups(config)[0], 0, 1, "")
-    worker.platform, worker.engines = CPUPlatform("test"), {}
+    worker.setup = worker_setup(config, worker_groups(config)[0], CPUPlatform("test"), 1)
+    worker.rank, worker.engines = 0, {}
     worker._load_models()
     assert worker.engines["actor"].shared is sleep  # type: ignore[attr-defined]
 

@@ -36,13 +36,13 @@ class Train:
         self.logprobs = [-1.0, -2.0]
         self.events: list[str] = []
 
-    def call_all(self, phase: str, method: str, *args: Any) -> list[None]:
+    def call_all(self, phase: str, method: Any, *args: Any) -> list[None]:
         return [None, None]
 
-    def start_all(self, method: str, *args: Any) -> dict[str, Any]:
+    def start_all(self, method: Any, *args: Any) -> dict[str, Any]:
         return {"rank 0": SendReport(10, 0.1), "rank 1": SendReport(20, 0.2)}
 
-    def forward(self, phase: str, role: str, batch: Any) -> dict[str, torch.Tensor]:
+    def forward(self, phase: str, role: str, batch: Any, **_: Any) -> dict[str, torch.Tensor]:
         self.events.append("forward")
         return {"logprobs": torch.tensor([self.logprobs])}
 

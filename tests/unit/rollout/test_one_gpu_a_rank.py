@@ -90,7 +90,7 @@ def start_engine(rank: int, port: int, status: int) -> str:
     import_utils.import_pynvml = lambda: fake_nvml(status)
     vllm.LLM = make_llm
     with pytest.raises(Reached) as reached:
-        VLLMEngine(of_two(CUDAPlatform("test")), rank=rank, meeting=("127.0.0.1", port))
+        VLLMEngine(of_two(CUDAPlatform("test")), rank=rank).start(("127.0.0.1", port))
     return str(reached.value)
 
 
@@ -124,7 +124,7 @@ def settings(rank: int, port: int, kind: str) -> list[Any]:
     vllm.LLM = make_llm
     with pytest.raises(Reached):
         platform = CUDAPlatform("test") if kind == "cuda" else CPUPlatform("test")
-        VLLMEngine(of_two(platform), meeting=("10.0.0.1", port), host="10.0.0.2")
+        VLLMEngine(of_two(platform)).start(("10.0.0.1", port), host="10.0.0.2")
     config = told["hf_overrides"](SimpleNamespace(model_type="qwen2"))
     assert config.architectures == ["Qwen2ForCausalLM"]
     return [_get_head_dtype(config, torch.bfloat16, "generate"), os.environ["VLLM_HOST_IP"]]  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ class FakeTrain:
         values = torch.full_like(batch["response_mask"], 0.5 if role == "critic" else -1.0)
         return {"values" if role == "critic" else "logprobs": values}
 
-    def update(self, role: str, batch: Batch, plan: Any) -> dict[str, float]:
+    def update(self, role: str, batch: Batch, plan: Any, objective: Any) -> dict[str, float]:
         self.phases.append(f"update_{role}")
         self.updates[role] = batch
         return {f"{role}/grad_norm": 1.0}

@@ -6,6 +6,7 @@ and data-parallel ranks add up to the same loss and gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from rlhf3d.algorithms.aggregation import LossNorm, aggregate
 from rlhf3d.algorithms.kl import kl_estimate
 from rlhf3d.algorithms.losses import PolicyLossSettings, compute_policy_loss, value_loss
-from rlhf3d.engine.microbatch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class PolicyObjective:
     kl_loss_type: str = "low_var_kl"
 
     def __call__(
-        self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, norm: LossNorm
+        self, rows: Mapping[str, Tensor], outputs: Mapping[str, Tensor], norm: LossNorm
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss share (a scalar with gradient) and metric shares; `logprobs`, `entropy` [b, r].
+        """Return the loss share (a scalar with gradient) and metric shares.
 
-        The rows' `rollout_is_weights`, where they have any, multiply the policy loss alone.
+        `outputs` are logprobs and entropy [b, r]. The rows' `rollout_is_weights`, where they have
+        any, multiply the policy loss alone.
         """
-        rows, mask = batch.rows, batch.rows["response_mask"]
+        mask, logprobs, entropy = rows["response_mask"], outputs["logprobs"], outputs["entropy"]
         terms = compute_policy_loss(
             self.loss_name,
             logprobs,
@@ -42,7 +43,7 @@ class PolicyObjective:
             rows["advantages"],
             mask,
             self.settings,
-            rows.columns.get("rollout_is_weights"),
+            rows.get("rollout_is_weights"),
         )
         loss = pg_loss = aggregate(terms.loss, mask, self.loss_agg_mode, norm)
         mean = {
@@ -71,10 +72,13 @@ class ValueObjective:
     loss_agg_mode: str
 
     def __call__(
-        self, batch: MicroBatch, values: Tensor, norm: LossNorm
+        self, rows: Mapping[str, Tensor], outputs: Mapping[str, Tensor], norm: LossNorm
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss share (a scalar with gradient) and metric shares; `values` [b, r]."""
-        rows, mask = batch.rows, batch.rows["response_mask"]
+        """Return the loss share (a scalar with gradient) and metric shares.
+
+        `outputs` are values [b, r].
+        """
+        mask, values = rows["response_mask"], outputs["values"]
         per_token, clipped = value_loss(
             values, rows["values"], rows["returns"], mask, self.cliprange_value
         )
@@ -85,3 +89,7 @@ class ValueObjective:
             "vpred_mean": aggregate(values, mask, "token-mean", norm),
         }
         return loss, {f"critic/{name}": value.detach() for name, value in mean.items()}
+
+
+Objective = PolicyObjective | ValueObjective
+"""What an update minimizes: called with the rows' columns, the model's outputs and the counts."""
