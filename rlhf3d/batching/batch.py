@@ -1,7 +1,8 @@
 """The rows of one step: named tensor columns that share their first dimension.
 
-Invariant: every column has the same number of rows, and row i of all columns speaks of the same completion.
-Sequences are right-padded: prompt tokens then response tokens from position 0; response-aligned columns are [N, R].
+Invariant: every column has the same number of rows, and row i of all columns belongs to the same
+completion. Sequences are right-padded: prompt tokens then response tokens from position 0;
+response-aligned columns are [N, R].
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 class Batch:
     """Columns of N rows.
 
-    Always present: input_ids [N, S], prompt_lengths [N], response_lengths [N], response_mask [N, R].
-    Added by the phases: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages, returns [N, R].
+    Always present: input_ids [N, S], prompt_lengths [N], response_lengths [N], response_mask
+    [N, R]. Added by the phases: rollout_logprobs, old_logprobs, ref_logprobs, values, advantages,
+    returns [N, R].
     """
 
     columns: dict[str, Tensor]
@@ -38,20 +40,20 @@ class Batch:
         return name in self.columns
 
     def select(self, rows: Sequence[int]) -> Batch:
-        """The given rows, in the given order."""
+        """Return these rows, in this order."""
         index = torch.as_tensor(list(rows), dtype=torch.long)
         return Batch({name: tensor[index] for name, tensor in self.columns.items()})
 
     def only(self, names: Iterable[str]) -> Batch:
-        """The named columns; what a phase does not need is not sent."""
+        """Return the named columns: what a phase does not need is not sent."""
         return Batch({name: self.columns[name] for name in names})
 
     def with_columns(self, **columns: Tensor) -> Batch:
-        """A batch with these columns added or replaced."""
+        """Return a batch with these columns added or replaced."""
         return Batch({**self.columns, **columns})
 
     def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and response."""
+        """Return the tokens of each row, prompt and response."""
         return (self["prompt_lengths"] + self["response_lengths"]).tolist()
 
 
@@ -61,31 +63,35 @@ def from_sequences(
     pad_id: int,
     **per_token: Sequence,
 ) -> Batch:
-    """Pad token lists into a batch; each `per_token` is N lists of floats aligned with the responses."""
-    totals = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(max((len(r) for r in responses), default=0), 1)
+    """Pad lists of tokens into a batch.
+
+    Each `per_token` is N lists of floats, aligned with the responses.
+    """
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    response_lengths = torch.tensor([len(response) for response in responses])
+    totals = (prompt_lengths + response_lengths).tolist()
+    # A step of empty responses still has columns.
+    width = max(int(response_lengths.max()), 1)
     input_ids = torch.full((len(totals), max(totals)), pad_id, dtype=torch.long)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         input_ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         input_ids[i, len(prompt) : totals[i]] = _tensor(response, np.int64)
-    response_lengths = torch.tensor([len(r) for r in responses])
     columns = {
         "input_ids": input_ids,
-        "prompt_lengths": torch.tensor([len(p) for p in prompts]),
+        "prompt_lengths": prompt_lengths,
         "response_lengths": response_lengths,
         "response_mask": (torch.arange(width)[None, :] < response_lengths[:, None]).float(),
     }
     for name, rows in per_token.items():
         column = torch.zeros(len(totals), width)
         for i, row in enumerate(rows):
-            assert len(row) == len(responses[i]), (
-                f"{name}[{i}]: {len(row)} values, {len(responses[i])} tokens"
-            )
+            tokens = len(responses[i])
+            assert len(row) == tokens, f"{name}[{i}]: {len(row)} values, {tokens} tokens"
             column[i, : len(row)] = _tensor(row, np.float32)
         columns[name] = column
     return Batch(columns)
 
 
 def _tensor(values: Sequence, dtype: type[np.generic]) -> Tensor:
-    """Of numbers; those of an array are read where they lie, not one by one."""
+    """Return numbers as a tensor; an `array` is read from its memory, not number by number."""
     return torch.from_numpy(np.array(values, dtype))

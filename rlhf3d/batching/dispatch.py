@@ -1,8 +1,9 @@
 """Who computes which rows: a batch cut over data-parallel ranks, mini-batches and micro-batches.
 
-Invariant: each row goes to exactly one data-parallel rank, once a pass; mini-batches are the rows as the loop dealt
-them; every rank of a pass has the same number of micro-batches; and the cut never enters the mathematics.
-Pure: rows and numbers, no processes. Whole plans are made here, before a pass starts.
+Invariant: each row goes to exactly one data-parallel rank, once per pass; mini-batches are the rows
+in the order of the batch; every rank of a pass has the same number of micro-batches; and the cut
+never enters the mathematics.
+Pure: rows and numbers, no processes. A plan is complete before its pass starts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class MiniBatch:
     micro_batches: list[list[int]]
     """Rows of the rank's shard, by micro-batch; an empty one is a filler."""
     norm: LossNorm
-    """Counts of the whole mini-batch, over all data-parallel ranks."""
+    """Counts of the mini-batch over all data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ class _Shard:
     def add(
         self, micro_batches: list[list[int]], lengths: Sequence[int], rule: MicroBatching
     ) -> list[list[int]]:
-        """Append the rows of these micro-batches (numbers in the batch); the same by their numbers in the shard."""
-        self.positions += sum(
-            rule.positions([lengths[row] for row in rows]) for rows in micro_batches
-        )
-        here = []
+        """Append the rows of these micro-batches; return the same with the shard's row numbers."""
+        in_shard = []
         for rows in micro_batches:
-            here.append(list(range(len(self.rows), len(self.rows) + len(rows))))
+            self.positions += rule.positions([lengths[row] for row in rows])
+            start = len(self.rows)
+            in_shard.append(list(range(start, start + len(rows))))
             self.rows += rows
-        return here
+        return in_shard
 
 
 def _cut(
@@ -79,25 +79,30 @@ def _cut(
     layout: ParallelLayout,
     cost: SequenceCost,
 ) -> list[list[list[int]]]:
-    """Micro-batches of `rows`, by data-parallel rank: a budget lets ranks have unequal numbers of rows."""
-    parts = split_rows(
-        [cost(lengths[row]) for row in rows], layout.dp, equal_counts=rule.tokens is None
-    )
-    # The interleaved schedule wants a multiple of the pipeline stages.
+    """Micro-batches of `rows`, by data-parallel rank."""
+    costs = [cost(lengths[row]) for row in rows]
+    rows_of: list[list[int]] = []
+    # With a budget of tokens, ranks may have unequal numbers of rows.
+    for part in split_rows(costs, layout.dp, equal_counts=rule.tokens is None):
+        rows_of.append([rows[i] for i in part])
+    # The interleaved schedule needs a multiple of the pipeline stages.
     multiple = layout.pp if layout.vpp > 1 else 1
-    return plan_micro_batches(lengths, [[rows[i] for i in part] for part in parts], rule, multiple)
+    return plan_micro_batches(lengths, rows_of, rule, multiple)
 
 
 def split_forward(
     batch: Batch, rule: MicroBatching, layout: ParallelLayout, cost: SequenceCost
 ) -> list[ForwardShare]:
-    """Shares of a forward pass, by data-parallel rank; ValueError for a sequence over the token budget."""
+    """Return the shares of a forward pass, by data-parallel rank.
+
+    Raises ValueError for a sequence over the token budget.
+    """
     lengths = batch.lengths()
     shares = []
     for micro_batches in _cut(lengths, range(len(batch)), rule, layout, cost):
         shard = _Shard([])
-        here = shard.add(micro_batches, lengths, rule)
-        shares.append(ForwardShare(shard.rows, here, shard.positions))
+        in_shard = shard.add(micro_batches, lengths, rule)
+        shares.append(ForwardShare(shard.rows, in_shard, shard.positions))
     return shares
 
 
@@ -108,9 +113,10 @@ def split_update(
     max_response_tokens: int,
     cost: SequenceCost,
 ) -> list[UpdateShare]:
-    """Shares of an update, by data-parallel rank; ValueError for a sequence over the token budget.
+    """Return the shares of an update, by data-parallel rank.
 
-    Mini-batches are runs of consecutive rows, so groups stay whole and lengths stay mixed; the last may be smaller.
+    Mini-batches are runs of consecutive rows, so groups stay together and lengths stay mixed; the
+    last may be smaller. Raises ValueError for a sequence over the token budget.
     """
     lengths, rule = batch.lengths(), plan.micro_batching
     shards = [_Shard([]) for _ in range(layout.dp)]
@@ -128,5 +134,5 @@ def split_update(
 
 
 def padding_share(batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]) -> float:
-    """Share of all ranks' token positions that hold no token of the batch, in [0, 1)."""
+    """Return the share of all token positions that hold no token of the batch, in [0, 1)."""
     return 1.0 - sum(batch.lengths()) / sum(share.positions for share in shares)

@@ -1,8 +1,9 @@
-"""How the rows of each data-parallel rank are cut into micro-batches: by number, or by a budget of token positions.
+"""How the rows of each data-parallel rank are cut into micro-batches: by number, or by a budget.
 
-Invariant: every row stands in exactly one micro-batch, all ranks get the same number of micro-batches, and with a
-budget none has more positions than it. Where a rank lacks rows, micro-batches are empty: the engine runs a
-filler of one masked token for them. Pure: row numbers and token counts only.
+Invariant: every row is in exactly one micro-batch, all ranks get the same number of micro-batches,
+and with a budget of token positions none has more. Where a rank lacks rows, micro-batches are
+empty: the engine runs a filler of one masked token for them.
+Pure: row numbers and token counts only.
 """
 
 from __future__ import annotations
@@ -12,39 +13,39 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rlhf3d.batching.balance import split_rows
-from rlhf3d.units import round_up
+from rlhf3d.units import ceil_div, round_up
 
 
 @dataclass(frozen=True)
 class MicroBatching:
     """The rule for one model's micro-batches.
 
-    Positions of a micro-batch are what the model computes: rows x longest row when padded, the sum of the rows when
-    packed, rounded up to `multiple_of` (a padded row each, a packed micro-batch as a whole, whose rows each are rounded
-    up to `row_multiple_of`).
+    Positions of a micro-batch are what the model computes: rows x longest row when padded, the sum
+    of the rows when packed. They are rounded up to `multiple_of`: when padded each row, when packed
+    the sum of the rows, which each are rounded up to `row_multiple_of`.
     """
 
     rows: int
-    """At most so many rows, where `tokens` gives no budget."""
+    """Rows of a micro-batch at most, where `tokens` gives no budget."""
     tokens: int | None = None
-    """At most so many positions."""
+    """Positions of a micro-batch at most."""
     packed: bool = False
-    """Rows stand one after the other instead of being padded to the longest."""
+    """Rows follow each other instead of being padded to the longest."""
     multiple_of: int = 1
     """Widths are multiples of this: ranks that share out the sequence."""
     row_multiple_of: int = 1
-    """Packed rows are multiples of this: the chunks of context parallelism; it divides `multiple_of`."""
+    """Packed rows are multiples of this, the chunks of context parallelism; divides `multiple_of`."""
 
     def width(self, tokens: int) -> int:
-        """Positions of a padded row, or of a packed micro-batch."""
+        """Return the positions of a padded row, or of a packed micro-batch."""
         return round_up(max(tokens, 1), self.multiple_of)
 
     def packed_row(self, tokens: int) -> int:
-        """Positions of a row among others in a packed micro-batch."""
+        """Return the positions of a row among others in a packed micro-batch."""
         return round_up(tokens, self.row_multiple_of)
 
     def positions(self, lengths: Sequence[int]) -> int:
-        """Positions of a micro-batch of rows with these lengths; of a filler where there is none."""
+        """Return the positions of a micro-batch of rows with these lengths; of none: a filler's."""
         if self.packed or not lengths:
             return self.width(sum(map(self.packed_row, lengths)))
         return len(lengths) * self.width(max(lengths))
@@ -52,24 +53,24 @@ class MicroBatching:
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """How one model's update of a step is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
+    """How one model's update is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
 
     mini_batch_size: int
-    """Prompts an optimizer step."""
+    """Prompts per optimizer step."""
     mini_batches: int
-    """Mini-batches an epoch."""
+    """Mini-batches per epoch."""
     sequences_per_mini_batch: int
-    """Sequences an optimizer step, over all data-parallel ranks."""
+    """Sequences per optimizer step, over all data-parallel ranks."""
     sequences_per_rank: int
-    """Sequences an optimizer step on one data-parallel rank; with a token budget, on average."""
+    """Sequences per optimizer step on one data-parallel rank; with a token budget, on average."""
     micro_batching: MicroBatching
     """How they are cut into forward/backward passes, on each data-parallel rank."""
     micro_batches_per_rank: int | None
-    """Passes of one data-parallel rank an optimizer step (gradient accumulation); None where a budget decides."""
+    """Passes per optimizer step on one data-parallel rank; None where a budget decides."""
     epochs: int
-    """Passes over the batch a training step."""
+    """Passes over the batch per training step."""
     optimizer_steps_per_step: int
-    """Optimizer steps a training step."""
+    """Optimizer steps per training step."""
 
 
 def plan_micro_batches(
@@ -78,11 +79,12 @@ def plan_micro_batches(
     rule: MicroBatching,
     multiple_of: int = 1,
 ) -> list[list[list[int]]]:
-    """Micro-batches of each rank, whose rows (indices into `lengths`) are `rows_of[rank]`; as many on every rank.
+    """Return the micro-batches of each rank, equally many on every rank.
 
-    Their number is the smallest multiple of `multiple_of` (interleaved 1F1B wants one of the pipeline size) that
-    suffices on every rank. The biggest come first, so that one too big for memory fails at once. Raises ValueError
-    when a single row is over the budget.
+    `rows_of[rank]` are a rank's rows, as indices into `lengths`. The number of micro-batches is the
+    smallest multiple of `multiple_of` that suffices on every rank (interleaved 1F1B needs a
+    multiple of the pipeline size). The largest come first, so that one too large for memory fails
+    at once. Raises ValueError when a single row is over the budget.
     """
     _check_budget(lengths, rule)
     if rule.packed:
@@ -94,26 +96,34 @@ def plan_micro_batches(
 
 def _check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:
     longest = max(lengths, default=0)
-    if rule.tokens is not None and rule.width(longest) > rule.tokens:
-        rounded = (
-            f" (rounded up to a multiple of {rule.multiple_of})"
-            if rule.width(longest) != longest
-            else ""
-        )
-        raise ValueError(
-            f"ppo_max_token_len_per_gpu = {rule.tokens}: a sequence of {longest} tokens takes {rule.width(longest)} "
-            f"positions{rounded}; set at least {rule.width(longest)}"
-        )
+    width = rule.width(longest)
+    if rule.tokens is None or width <= rule.tokens:
+        return
+    rounded = f" (rounded up to a multiple of {rule.multiple_of})" if width != longest else ""
+    raise ValueError(
+        f"ppo_max_token_len_per_gpu = {rule.tokens}: a sequence of {longest} tokens takes {width} "
+        f"positions{rounded}; set at least {width}"
+    )
+
+
+def _positions(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) -> int:
+    """Positions of a micro-batch of these rows."""
+    return rule.positions([lengths[row] for row in rows])
 
 
 def _descending(lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda row: (-lengths[row], row))
+    """Rows from the longest to the shortest."""
+
+    def longest_first(row: int) -> tuple[int, int]:
+        return -lengths[row], row
+
+    return sorted(rows, key=longest_first)
 
 
 def _fewest(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) -> list[list[int]]:
-    """The fewest micro-batches that the rule allows (packed with a budget: as few as first fit finds)."""
+    """The fewest micro-batches that the rule allows; packed with a budget, what first fit finds."""
     if rule.tokens is None:
-        return _even_runs(_descending(lengths, rows), -(-len(rows) // rule.rows))
+        return _even_runs(_descending(lengths, rows), ceil_div(len(rows), rule.rows))
     if rule.packed:
         return _first_fit(lengths, rows, rule.tokens // rule.multiple_of * rule.multiple_of)
     return _padded_runs(lengths, rows, rule)
@@ -122,40 +132,49 @@ def _fewest(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) ->
 def _exactly(
     lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
 ) -> list[list[int]]:
-    """`count` micro-batches, biggest first; `count` is at least what `_fewest` needs."""
+    """`count` micro-batches, the largest first; `count` is at least what `_fewest` needs."""
     if rule.packed:
         batches = _even_parts(lengths, rows, rule, count)
     elif rule.tokens is None:
         batches = _even_runs(_descending(lengths, rows), count)
     else:
         batches = _split_up(lengths, _padded_runs(lengths, rows, rule), rule, count)
-    return sorted(
-        batches, key=lambda batch: -rule.positions([lengths[row] for row in batch]) if batch else 0
-    )
+
+    def largest_first(batch: list[int]) -> int:
+        return -_positions(lengths, batch, rule) if batch else 0
+
+    return sorted(batches, key=largest_first)
 
 
 def _even_runs(order: list[int], count: int) -> list[list[int]]:
     """`order` cut into `count` runs whose sizes differ by at most one."""
     bounds = [len(order) * i // count for i in range(count + 1)] if count else [0]
-    return [order[a:b] for a, b in pairwise(bounds)]
+    return [order[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _even_parts(
     lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
 ) -> list[list[int]]:
-    """`count` packed micro-batches of about as many tokens each; first fit's, split up, where even ones break the
-    budget."""
-    parts = split_rows([lengths[row] for row in rows], count, equal_counts=rule.tokens is None)
-    batches = [[rows[i] for i in part] for part in parts]
-    if rule.tokens is None or all(
-        rule.positions([lengths[r] for r in b]) <= rule.tokens for b in batches
-    ):
+    """`count` packed micro-batches of about equally many tokens.
+
+    Where even ones break the budget: those of first fit, split up.
+    """
+    costs = [lengths[row] for row in rows]
+    batches = []
+    for part in split_rows(costs, count, equal_counts=rule.tokens is None):
+        batches.append([rows[i] for i in part])
+    if rule.tokens is None:
+        return batches
+    if max(_positions(lengths, batch, rule) for batch in batches) <= rule.tokens:
         return batches
     return _split_up(lengths, _fewest(lengths, rows, rule), rule, count)
 
 
 def _first_fit(lengths: Sequence[int], rows: Sequence[int], capacity: int) -> list[list[int]]:
-    """Longest first, each row into the first micro-batch that has room: at most 11/9 of the fewest, and 1."""
+    """Longest first, each row goes into the first micro-batch with room for it.
+
+    They number at most 11/9 of the fewest, plus 1 (first-fit decreasing).
+    """
     batches: list[list[int]] = []
     room: list[int] = []
     for row in _descending(lengths, rows):
@@ -172,10 +191,11 @@ def _first_fit(lengths: Sequence[int], rows: Sequence[int], capacity: int) -> li
 def _padded_runs(
     lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching
 ) -> list[list[int]]:
-    """The fewest padded micro-batches within the budget and, of those, the ones with fewest positions.
+    """The fewest padded micro-batches within the budget and, of those, those of fewest positions.
 
-    Rows of like length belong together, so these are runs of the rows from longest to shortest; best[i] is the best
-    cut of the first i rows, as (micro-batches, positions, where the last one starts).
+    Rows of similar length belong together, so micro-batches are runs of the rows from longest to
+    shortest. `best[i]` is the best cut of the first i rows: its micro-batches, its positions, and
+    where its last micro-batch starts.
     """
     assert rule.tokens is not None
     order = _descending(lengths, rows)
@@ -186,8 +206,9 @@ def _padded_runs(
         for start in range(stop - 1, -1, -1):
             positions = (stop - start) * widths[start]
             if positions > rule.tokens:
-                break
-            options.append((best[start][0] + 1, best[start][1] + positions, start))
+                break  # an earlier start has more rows, none of them shorter
+            count, before, _ = best[start]
+            options.append((count + 1, before + positions, start))
         best.append(min(options))
     batches, stop = [], len(order)
     while stop:
@@ -200,21 +221,23 @@ def _padded_runs(
 def _split_up(
     lengths: Sequence[int], batches: list[list[int]], rule: MicroBatching, count: int
 ) -> list[list[int]]:
-    """The same rows in exactly `count` micro-batches: the biggest that can be split is, until there are enough."""
+    """The same rows in exactly `count` micro-batches.
+
+    The largest that can be split is, until there are enough; then empty ones are added.
+    """
     batches = [_descending(lengths, batch) for batch in batches]
     while len(batches) < count:
-        big = max(
-            (i for i, batch in enumerate(batches) if len(batch) > 1),
-            key=lambda i: rule.positions([lengths[row] for row in batches[i]]),
-            default=None,
-        )
-        if big is None:
+        splittable = [i for i, batch in enumerate(batches) if len(batch) > 1]
+        if not splittable:
             batches.append([])
             continue
-        whole = batches.pop(big)
-        batches += (
-            [whole[::2], whole[1::2]]
-            if rule.packed
-            else [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
-        )
+        sizes = {i: _positions(lengths, batches[i], rule) for i in splittable}
+        rows = batches.pop(max(splittable, key=sizes.__getitem__))
+        if rule.packed:
+            # Alternate rows: both halves get about as many tokens.
+            batches += [rows[::2], rows[1::2]]
+        else:
+            # Neighbors in length stay together: the second half gets narrower.
+            half = len(rows) // 2
+            batches += [rows[:half], rows[half:]]
     return batches
