@@ -26,7 +26,7 @@ class SequenceCost:
 
 
 def split_rows(costs: Sequence[float], parts: int, equal_counts: bool = True) -> list[list[int]]:
-    """Return the rows of each part, ascending, with total costs as even as a greedy pass makes them.
+    """Return the rows of each part, ascending, with total costs about equal.
 
     Rows are dealt from the most to the least expensive. With fewer rows than parts some parts stay
     empty.

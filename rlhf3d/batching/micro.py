@@ -34,7 +34,7 @@ class MicroBatching:
     multiple_of: int = 1
     """Widths are multiples of this: ranks that share out the sequence."""
     row_multiple_of: int = 1
-    """Packed rows are multiples of this, the chunks of context parallelism; divides `multiple_of`."""
+    """Packed rows are multiples of this: chunks of context parallelism. Divides `multiple_of`."""
 
     def width(self, tokens: int) -> int:
         """Return the positions of a padded row, or of a packed micro-batch."""

@@ -1,8 +1,9 @@
-"""CPU processes under the order, the devices and the rules of GPUs: the platform of `rlhf3d rehearse --as-gpu`.
+"""CPU processes under the order, devices and rules of GPUs: for `rlhf3d rehearse --as-gpu`.
 
-Invariant: the numbers are those of the CPU platform. As on GPUs are: one training rank a device, which Ray counts and
-gives out in parts; what starts first; messages between devices, and their rules (`nccl_rules`); a sleeping engine's
-weights, which are lost; and the prefix cache's blocks, as small as vLLM's CPU kernels take them.
+Invariant: the numbers are those of the CPU platform. As on GPUs are: one device per training rank,
+which Ray counts and gives out in parts; what starts first; messages between devices and their rules
+(`nccl_rules`); a sleeping engine's weights, which are lost; and the prefix cache's blocks, as small
+as vLLM's CPU kernels take them.
 """
 
 from __future__ import annotations

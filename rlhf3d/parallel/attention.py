@@ -1,8 +1,8 @@
-"""Core attention of the CPU platform: torch's scaled dot-product attention inside Megatron's self-attention.
+"""Core attention of the CPU platform: torch's SDPA inside Megatron's self-attention.
 
-Invariant: causal, over the heads of this tensor-parallel rank only; no [s, s] matrix is materialised, but a mask
-[s / 2cp, s] under context parallelism, where keys and values are gathered.
-Right-padded batches need no mask: padding comes after every real token, so causality already hides it.
+Invariant: causal, over the heads of this tensor-parallel rank only. No [s, s] matrix is
+materialized, except under context parallelism, which gathers keys and values, a mask [s / 2cp, s].
+Right-padded batches need no mask: padding comes after every real token, so causality hides it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from rlhf3d.parallel.context import gathered_order, held_chunks
 
 
 class SDPACoreAttention(MegatronModule):
-    """Drop-in for Megatron's `DotProductAttention` in a layer spec (which is 3.4x slower at 2,048 tokens).
+    """Drop-in for Megatron's `DotProductAttention`, which is 3.4x slower at 2,048 tokens.
 
-    Shapes: s sequence, b batch, t packed tokens (of this context-parallel rank), h query heads and g key/value heads of
-    this rank, d head. Raises ValueError for what it does not compute: dropout, masks other than causal.
+    Shapes: s sequence, b batch, t packed tokens (of this context-parallel rank), h query heads and
+    g key/value heads of this rank, d head. Raises ValueError for what it does not compute: dropout,
+    masks other than causal.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h*d].
 
-        Packed (`qkv_format="thd"`): query [t, h, d], key and value [t, g, d] -> [t, h*d], one by one.
+        Packed (`qkv_format="thd"`): query [t, h, d], key and value [t, g, d] -> [t, h*d], sequence
+        by sequence.
         """
         assert attention_mask is None and attention_bias is None, (
             "only the causal mask is supported"
@@ -80,34 +82,29 @@ class SDPACoreAttention(MegatronModule):
     def _over_sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int]
     ) -> torch.Tensor:
-        """[s, b, h, d] with g key/value heads -> [s, b, h*d]; `ends` of the whole sequences along s."""
+        """[s, b, h, d] with g key/value heads -> [s, b, h*d]; `ends` of the sequences along s."""
         rank = 0
         if self.cp > 1:
-            group, order = (
-                parallel_state.get_context_parallel_group(),
-                gathered_order(ends, self.cp),
-            )
+            group = parallel_state.get_context_parallel_group()
             rank = group.rank()
-            key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(
-                    0, order
-                )
-                for x in (key, value)
-            )
+            order = gathered_order(ends, self.cp)
+            key, value = _gather(key, group, order), _gather(value, group, order)
         parts, done = [], 0
         for chunk in held_chunks(ends, self.cp, rank):
             size = chunk.stop - chunk.start
-            own, seen = query[done : done + size], slice(chunk.sequence, chunk.stop)
-            parts.append(
-                self._attend(*(x.permute(1, 2, 0, 3) for x in (own, key[seen], value[seen])))
-            )
+            own = query[done : done + size]
+            # Causal: a query sees its sequence up to its own position, and nothing of others.
+            seen = slice(chunk.sequence, chunk.stop)
+            heads_first = [x.permute(1, 2, 0, 3) for x in (own, key[seen], value[seen])]
+            parts.append(self._attend(*heads_first))
             done += size
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [b, h, s, d]
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[b, h, q, d] with g key/value heads of k >= q positions, the queries the last of them -> [b, h, q, d]."""
-        grouped, (q, k) = query.shape[1] != key.shape[1], (query.shape[2], key.shape[2])
+        """Queries [b, h, q, d], the last q of k key positions, with g key heads -> [b, h, q, d]."""
+        grouped = query.shape[1] != key.shape[1]
+        q, k = query.shape[2], key.shape[2]
         mask = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
         return scaled_dot_product_attention(
             query,
@@ -118,3 +115,8 @@ class SDPACoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=grouped,
         )
+
+
+def _gather(x: torch.Tensor, group: Any, order: torch.Tensor) -> torch.Tensor:
+    """Keys or values [s / cp, …] of all context-parallel ranks, in order of position [s, …]."""
+    return gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(0, order)

@@ -1,7 +1,8 @@
-"""Context parallelism: which positions of its sequences each rank of a context-parallel group holds.
+"""Context parallelism: which positions of a sequence each rank of a context-parallel group holds.
 
-Invariant: a sequence of 2·cp equal chunks gives rank r chunks r and 2·cp-1-r, as Megatron's rotary embedding and
-Transformer Engine's attention have it: under a causal mask all ranks do the same work.
+Invariant: of 2·cp equal chunks of a sequence, rank r holds chunks r and 2·cp-1-r, as Megatron's
+rotary embedding and Transformer Engine's attention expect: under a causal mask all ranks do the
+same work.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive positions of one sequence, which stands at `sequence` and after in its run of sequences."""
+    """Consecutive positions of one sequence of a run of sequences; it begins at `sequence`."""
 
     start: int
     stop: int
@@ -26,9 +27,10 @@ class Chunk:
 
 
 def held_chunks(ends: Sequence[int], cp: int, rank: int) -> list[Chunk]:
-    """The chunks of context-parallel rank `rank`, in its order.
+    """Return the chunks of context-parallel rank `rank`, in its order.
 
-    `ends` [b + 1] is where each sequence of a run starts and the last one ends; every length divides by 2·cp.
+    `ends` [b + 1] is where each sequence of a run starts and the last one ends; every length
+    divides by 2·cp.
     """
     if cp == 1:
         return [Chunk(start, stop, start) for start, stop in pairwise(ends)]
@@ -42,19 +44,22 @@ def held_chunks(ends: Sequence[int], cp: int, rank: int) -> list[Chunk]:
 
 
 def held_positions(ends: Sequence[int], cp: int, rank: int) -> Tensor:
-    """[s / cp] positions of the run that the rank holds, in its order."""
-    return torch.cat(
-        [torch.arange(chunk.start, chunk.stop) for chunk in held_chunks(ends, cp, rank)]
-    )
+    """Return the positions [s / cp] of the run that the rank holds, in its order."""
+    chunks = held_chunks(ends, cp, rank)
+    return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
 
 
 def gathered_order(ends: Sequence[int], cp: int) -> Tensor:
-    """[s] where each position of the run stands when the ranks' shares are put one after the other."""
+    """Return where each position [s] of the run is once the ranks' shares are concatenated."""
     return torch.cat([held_positions(ends, cp, rank) for rank in range(cp)]).argsort()
 
 
 def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of the ranks' shares, for a loss that every rank computes whole: each gets the gradient of its share."""
+    """Sum the ranks' shares, for a loss that every rank computes from all of them.
+
+    Each rank gets the gradient of its own share: an all-reduce of gradients would count the loss
+    once per rank.
+    """
     return _SumShares.apply(share, group)
 
 

@@ -1,7 +1,8 @@
 """Where processes meet: a port that its process holds from the moment it names it.
 
-Invariant: nobody else gets a port between `open_meeting` and its use: the socket listens all the time, first alone (who
-comes early waits in its queue), then as torch's store, which `torch.distributed` in the same process finds by its port.
+Invariant: nobody else gets a port between `open_meeting` and its use. The socket listens all the
+time: first alone, so that an early peer waits in its queue, then as torch's store, which
+`torch.distributed` in the same process finds by its port.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _serving: list[Any] = []
 
 
 def open_meeting() -> int:
-    """A new port of this process, which listens already; `host_meeting` serves there."""
+    """Open a new port of this process, which listens from now on; `host_meeting` serves there."""
     listener = socket.create_server(("", 0), backlog=1024)
     port = int(listener.getsockname()[1])
     _listening[port] = listener
@@ -23,9 +24,10 @@ def open_meeting() -> int:
 
 
 def host_meeting(port: int, timeout_s: float) -> None:
-    """Serve torch's store at a port of `open_meeting` for the life of this process; others' ports are left alone.
+    """Serve torch's store at a port of `open_meeting` for the life of this process.
 
-    A `TCPStore(…, is_master=True, multi_tenant=True)` of this process, such as torch makes for `tcp://`, is that one.
+    A port of another process is left alone. A `TCPStore(…, is_master=True, multi_tenant=True)` made
+    in this process, as torch does for `tcp://`, is this one.
     """
     from torch.distributed import TCPStore
 

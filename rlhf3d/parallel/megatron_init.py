@@ -1,6 +1,6 @@
-"""Process groups of one training rank: torch.distributed, Megatron's groups, Megatron's random states.
+"""Process groups of one training rank: torch.distributed, Megatron's groups and random states.
 
-Invariant: after `initialize_megatron` Megatron's coordinates of this rank are those of `ParallelLayout`.
+Invariant: after `initialize_megatron` this rank's coordinates in Megatron are `ParallelLayout`'s.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def initialize_megatron(
 ) -> None:
     """Join the world of `layout.world_size` ranks that meet at `master_addr:master_port`.
 
-    `timeout_s` bounds the rendezvous and every collective. Raises torch's DistError when the world does not
-    assemble, PatchError when Megatron cannot be patched.
+    `timeout_s` bounds the rendezvous and every collective. Raises torch's DistError when the world
+    does not assemble, PatchError when Megatron cannot be patched.
     """
     megatron_patches.apply(platform.kind)
     import numpy as np
@@ -49,7 +49,7 @@ def initialize_megatron(
         context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,  # each expert whole on one rank: what the weight table says
+        expert_tensor_parallel_size=1,  # an expert is on one rank, see models/weights.py
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     ours = RankCoords(
@@ -73,7 +73,7 @@ def initialize_megatron(
 
 
 def destroy_megatron() -> None:
-    """Leave the world; a later `initialize_megatron` in this process starts afresh."""
+    """Leave the world; this process may call `initialize_megatron` again."""
     import torch
     from megatron.core import parallel_state
 

@@ -1,13 +1,15 @@
-"""A back end for torch.distributed on CPU that keeps NCCL's rules, over gloo: what would hang or corrupt on GPUs fails.
+"""A backend of torch.distributed on CPU that keeps NCCL's rules, over gloo.
+
+What would hang or corrupt on GPUs fails here.
 
 Invariant: what passes here is legal on NCCL, as far as these rules go:
 * two ranks of a group are never on one device;
-* messages of one communicator are taken in the order they were started in, and each waits for its peer's: two ranks
-  that send to each other must do so in one group (`batch_isend_irecv`), and a message in a group is not matched by one
-  outside;
+* messages of one communicator are taken in the order in which they were started, and each waits
+  for its peer's: two ranks that send to each other must do so in one group (`batch_isend_irecv`),
+  and a message in a group is not matched by one outside;
 * a message has the size that its receiver expects;
-* a message is read from memory as late as its `wait` allows, and the memory belongs to whoever has it then: what was
-  freed before arrives as NaN; and what is received stays NaN until its `wait`.
+* a message is read from memory as late as its `wait` allows, and the memory belongs to whoever has
+  it then: what was freed before arrives as NaN; and what is received stays NaN until its `wait`.
 
 Collectives are gloo's own.
 """
@@ -29,23 +31,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 NAME = "nccl_rules"
 LATE_S = 0.02
-"""A message is read this late where nobody waits for it before."""
+"""A message is read this late where nobody waits for it earlier."""
 POISON = 0xFF
-"""A float of such bytes is NaN in every format."""
+"""A float of these bytes is NaN in every format."""
 
 
 class RuleBroken(RuntimeError):
-    """What NCCL refuses, or never ends."""
+    """A use that NCCL refuses, or that never ends on it."""
 
 
 @dataclass
 class Message:
-    """One message under way."""
+    """One message in flight."""
 
     kind: Literal["send", "receive"]
     peer: int
     tensor: torch.Tensor
-    """NCCL keeps this object alive, which is not the memory it had at the start: `tensor.data` may be exchanged."""
+    """NCCL keeps this object alive, but not its first memory: `tensor.data` may be replaced."""
     memory: StorageWeakRef = field(init=False)
     arrived: torch.Tensor = field(init=False)
 
@@ -59,7 +61,7 @@ class Message:
             _as_bytes(tensor).fill_(POISON)
 
     def view(self) -> torch.Tensor | None:
-        """The memory it had at the start; None where that was freed."""
+        """Return the memory it had at the start; None where that was freed."""
         storage = torch.UntypedStorage._new_with_weak_ptr(self.memory.cdata)
         if storage is None:
             return None
@@ -67,7 +69,7 @@ class Message:
 
 
 class Unit:
-    """Messages that NCCL takes as one; has the interface of a torch.distributed work."""
+    """Messages that NCCL takes as one, with the interface of a torch.distributed work."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = list(messages)
@@ -76,12 +78,12 @@ class Unit:
         self._delivered = False
 
     def is_completed(self) -> bool:
-        """Whether it has ended; who asks is taken to keep the memory."""
+        """Return whether it has ended; whoever asks is assumed to keep the memory."""
         self.wanted.set()
         return self.ended.is_set()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """What comes after this call may use the memory. Raises RuleBroken."""
+        """Wait, after which the memory may be used. Raises RuleBroken."""
         self.wanted.set()
         if not self.ended.wait(None if timeout is None else timeout.total_seconds()):
             return False
@@ -94,17 +96,18 @@ class Unit:
     def _deliver(self) -> None:
         self._delivered = True
         for message in self.messages:
-            if message.kind == "receive":
-                place = message.view()
-                if place is None:
-                    raise RuleBroken(
-                        f"a message from rank {message.peer} was received into memory that was freed"
-                    )
-                place.copy_(message.arrived.view(place.dtype).view(place.shape))
+            if message.kind == "send":
+                continue
+            place = message.view()
+            if place is None:
+                raise RuleBroken(
+                    f"a message from rank {message.peer} was received into memory that was freed"
+                )
+            place.copy_(message.arrived.view(place.dtype).view(place.shape))
 
 
 class NCCLRules(dist.ProcessGroup):
-    """A process group; see the module."""
+    """A process group that keeps the module's rules."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
@@ -123,16 +126,16 @@ class NCCLRules(dist.ProcessGroup):
         _refuse_shared_devices(store, rank, size)
 
     def getBackendName(self) -> str:
-        """As registered."""
+        """Return the name under which it is registered."""
         return NAME
 
     def eager_connect_single_device(self, device: torch.device | None = None) -> None:
-        """Make the group's communicator; messages outside groups use it too from now on."""
+        """Make the group's communicator, which messages outside of groups then use too."""
         self._one_communicator = True
 
     @property
     def communicators(self) -> set[str]:
-        """Those that messages have opened: `all`, and pairs of ranks as `0-1`."""
+        """The communicators that messages have opened: `all`, and pairs of ranks as `0-1`."""
         return set(self._lanes)
 
     def _start_coalescing(self, device: torch.device | None = None) -> None:
@@ -168,8 +171,10 @@ class NCCLRules(dist.ProcessGroup):
         return unit
 
     def _serve(self, communicator: str) -> None:
-        """Take the units of a communicator one after the other; after a failure it takes none."""
-        lane, broken = self._lanes[communicator], None
+        """Take the units of a communicator in order; after a failure every further one fails."""
+        lane = self._lanes[communicator]
+        broken: Exception | None = None
+        # Three tags per communicator: two for sizes, one for contents.
         first_tag = 1 if communicator == "all" else 4
         while True:
             unit = lane.get()
@@ -182,26 +187,21 @@ class NCCLRules(dist.ProcessGroup):
             unit.ended.set()
 
     def _exchange(self, unit: Unit, tag: int) -> None:
-        """Sizes both ways, then the messages."""
-        asked, works = [], []
+        """Exchange the sizes of the messages, then their contents."""
+        sizes, works = [], []
         for message in unit.messages:
             sends = message.kind == "send"
             own, theirs = torch.tensor([message.num_bytes]), torch.zeros(1, dtype=torch.long)
             works.append(self._messages.send([own], message.peer, tag if sends else tag + 1))
-            asked.append(
-                (
-                    message,
-                    theirs,
-                    self._messages.recv([theirs], message.peer, tag + 1 if sends else tag),
-                )
-            )
-        for message, theirs, work in asked:
+            answer = self._messages.recv([theirs], message.peer, tag + 1 if sends else tag)
+            sizes.append((message, theirs, answer))
+        for message, theirs, work in sizes:
             self._meet(message, work)
             if int(theirs) != message.num_bytes:
                 there = "receives" if message.kind == "send" else "sends"
                 raise RuleBroken(
-                    f"rank {self._rank} {message.kind}s {message.num_bytes} bytes, and rank {message.peer} {there} "
-                    f"{int(theirs)}"
+                    f"rank {self._rank} {message.kind}s {message.num_bytes} bytes, and rank "
+                    f"{message.peer} {there} {int(theirs)}"
                 )
         unit.wanted.wait(LATE_S)
         for message in unit.messages:
@@ -209,9 +209,10 @@ class NCCLRules(dist.ProcessGroup):
                 works.append(self._messages.recv([message.arrived], message.peer, tag + 2))
                 continue
             memory = message.view()
-            content = (
-                message.arrived.fill_(POISON) if memory is None else _as_bytes(memory.contiguous())
-            )
+            if memory is None:
+                content = message.arrived.fill_(POISON)
+            else:
+                content = _as_bytes(memory.contiguous())
             works.append(self._messages.send([content.flatten()], message.peer, tag + 2))
         for work in works:
             work.wait(self._timeout)
@@ -223,9 +224,9 @@ class NCCLRules(dist.ProcessGroup):
         except RuntimeError as error:
             way = "to" if message.kind == "send" else "from"
             raise RuleBroken(
-                f"rank {self._rank} {message.kind}s {way} rank {message.peer}, which does not come to its side of it "
-                f"within {self._timeout.total_seconds():g} s: it waits for a message that it started before, or "
-                "one side is in a group of messages and the other is not"
+                f"rank {self._rank} {message.kind}s {way} rank {message.peer}, which does not start "
+                f"its side of it within {self._timeout.total_seconds():g} s: it waits for a message "
+                "that it started before, or one side is in a group of messages and the other is not"
             ) from error
 
 
@@ -234,12 +235,10 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_shared_devices(store: Any, rank: int, size: int) -> None:
-    """Each rank tells its host and device. Raises RuleBroken where two have one."""
-    device = os.environ.get("CUDA_VISIBLE_DEVICES")
-    store.set(
-        f"device of {rank}",
-        f"{os.uname().nodename} GPU {device}" if device else f"process {os.getpid()}",
-    )
+    """Exchange the ranks' hosts and devices. Raises RuleBroken where two ranks share a device."""
+    number = os.environ.get("CUDA_VISIBLE_DEVICES")
+    device = f"{os.uname().nodename} GPU {number}" if number else f"process {os.getpid()}"
+    store.set(f"device of {rank}", device)
     devices = [store.get(f"device of {other}").decode() for other in range(size)]
     twins = [other for other in range(size) if devices[other] == devices[rank] and other != rank]
     if twins:
@@ -253,16 +252,16 @@ def _delegate(name: str) -> Any:
     return collective
 
 
+_COLLECTIVES = (
+    "all|barrier|broadcast|gather|reduce|scatter|monitored|_allgather|_reduce|_get_backend"
+)
 for _name in dir(dist.ProcessGroup):
-    if re.match(
-        "all|barrier|broadcast|gather|reduce|scatter|monitored|_allgather|_reduce|_get_backend",
-        _name,
-    ):
+    if re.match(_COLLECTIVES, _name):
         setattr(NCCLRules, _name, _delegate(_name))
 
 
 def register() -> None:
-    """Make `nccl_rules` a back end of torch.distributed, and its batches of messages groups."""
+    """Make `nccl_rules` a backend of torch.distributed, and its batches of messages groups."""
     if NAME.upper() in dist.Backend._plugins:
         return
     dist.Backend.register_backend(NAME, NCCLRules, devices=["cpu"])

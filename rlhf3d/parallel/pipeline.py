@@ -1,7 +1,8 @@
-"""Messages between pipeline stages, whose shapes follow from the micro-batches that every stage was given.
+"""Messages between pipeline stages, of shapes that follow from the micro-batches of every stage.
 
-Invariant: stages never tell each other a shape. Upstream sends it before each message of variable length and waits for
-the device to read it, so that no stage can launch work ahead. Imports Megatron, so patch it first.
+Invariant: stages never send each other a shape. Megatron does so before each message of variable
+length, and waits for the device to read it, so that no stage can launch work ahead.
+Imports Megatron, so patch it first.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ Shape = tuple[int, ...]
 
 
 class PlannedCommunicator(P2PCommunicator):
-    """Sends and receives hidden states and their gradients of known `shapes`, one a micro-batch, in schedule order."""
+    """Send and receive hidden states and their gradients, one message per micro-batch.
+
+    Their `shapes` are known beforehand, in schedule order.
+    """
 
     def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
         chunks = config.virtual_pipeline_model_parallel_size or 1
         group_size = config.microbatch_group_size_per_vp_stage if chunks > 1 else len(shapes)
-        # (micro-batch, how many chunks of this rank it passes before), forwards and backwards alike.
+        # (micro-batch, chunks of this rank that it passed before), forward and backward alike.
         table = get_schedule_table(len(shapes), chunks, group_size)
 
         def messages(without: int | None) -> Iterator[Shape]:
             return (shapes[number] for number, passed in table if passed != without)
 
-        # The first stage takes from, and gives to, the last but for the model's own first input and last output.
+        # With several chunks the stages form a ring: the first takes from the last, and gives to
+        # it, except for the model's own first input and last output.
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._from_prev = messages(0 if first else None)
@@ -41,23 +46,25 @@ class PlannedCommunicator(P2PCommunicator):
     def _communicate_shapes(
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[Shape | None, Shape | None]:
-        for tensor, planned in (
-            (tensor_send_next, self._to_next),
-            (tensor_send_prev, self._to_prev),
-        ):
-            if tensor is not None:
-                expected = next(planned)
-                assert tuple(tensor.shape) == expected, (
-                    f"message of shape {tuple(tensor.shape)}, planned {expected}"
-                )
-        return (
-            next(self._from_prev) if recv_prev else None,
-            next(self._from_next) if recv_next else None,
-        )
+        _check_shape(tensor_send_next, self._to_next)
+        _check_shape(tensor_send_prev, self._to_prev)
+        from_prev = next(self._from_prev) if recv_prev else None
+        from_next = next(self._from_next) if recv_next else None
+        return from_prev, from_next
+
+
+def _check_shape(tensor: Any, planned: Iterator[Shape]) -> None:
+    """Take the next planned shape where there is a message, which must have it."""
+    if tensor is None:
+        return
+    expected = next(planned)
+    assert tuple(tensor.shape) == expected, (
+        f"message of shape {tuple(tensor.shape)}, planned {expected}"
+    )
 
 
 def schedule_arguments(config: Any, shapes: Sequence[Shape]) -> dict[str, Any]:
-    """What Megatron's schedule takes to send messages of these shapes; nothing where there is one stage."""
+    """Return Megatron's arguments for messages of these shapes; none where there is one stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return {}
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -1,7 +1,8 @@
-"""The one seam between CPU and CUDA: devices, back ends, layer specs and fused kernels of a platform.
+"""The one seam between CPU and CUDA: devices, backends, layer specs and fused kernels.
 
-Invariant: no other module asks which device it runs on; it asks its `Platform`. Imports torch and Megatron
-only inside methods, so that the command line can build one without them. Objects are frozen and picklable.
+Invariant: no other module asks which device it runs on; it asks its `Platform`. Objects are frozen
+and picklable. Torch and Megatron are imported inside methods, so that the command line can make one
+without them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rlhf3d.parallel.layout import PlatformKind, SpecStyle, TrainingDtype
 
 Backend = Literal["gloo", "nccl", "nccl_rules"]
-"""Back ends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
+"""Backends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,32 @@ class Platform(ABC):
     """What differs between CPU and CUDA, behind one interface."""
 
     reason: str
-    """Why this platform was chosen, for people."""
+    """Why this platform was chosen, as text."""
 
     kind: ClassVar[PlatformKind]
     """cpu or cuda."""
     dist_backend: ClassVar[Backend]
-    """torch.distributed back end."""
+    """Backend of torch.distributed."""
     spec_style: ClassVar[SpecStyle]
-    """Whose parameter names `layer_spec` gives rise to."""
+    """Whose parameter names the layers of `layer_spec` have."""
     resource: ClassVar[str]
     """Ray resource that one training rank occupies."""
     head_chunk_elements: ClassVar[int]
     """Logits of a rank that exist at once in the vocabulary head."""
     one_device_a_rank: ClassVar[bool]
-    """Whether each training rank has a device of its own; otherwise a node's ranks share its memory."""
+    """Whether each training rank has its own device; otherwise a node's ranks share its memory."""
     weights_on_gpu: ClassVar[bool]
     """Whether weights travel in GPU memory: by CUDA IPC on one device, by NCCL between devices."""
     sync_bucket_mib: ClassVar[int]
     """What null means for `rollout.sync_bucket_mib`."""
     measures_cache: ClassVar[bool]
-    """Whether vLLM takes what is free of the device for its cache: nothing else may load there meanwhile."""
-
+    """Whether vLLM measures the device's free memory for its cache: nothing else may load there
+    meanwhile."""
     cache_setting: ClassVar[Literal["kv_cache_gib", "gpu_memory_utilization"]]
-    """What says how large an engine's KV cache is; the other has no effect."""
+    """The setting that sizes an engine's KV cache; the other has no effect."""
     eager_engines: ClassVar[bool]
-    """What auto means for `rollout.enforce_eager`: compiling costs a CPU user a minute and a C++ compiler."""
+    """What auto means for `rollout.enforce_eager`: on CPU compiling takes a minute, and needs a C++
+    compiler."""
 
     kv_block_tokens: ClassVar[int | None] = None
     """Size of the prefix cache's blocks; None: vLLM's own."""
@@ -65,23 +67,23 @@ class Platform(ABC):
 
     @property
     def ray_resources(self) -> dict[str, float]:
-        """Ray resources of one training rank, as in a placement group bundle."""
+        """Ray resources of one training rank, as in a bundle of a placement group."""
         return {self.resource: 1.0}
 
     def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
-        """Variables that such a process must start with, since its libraries read them once: for Ray's runtime_env."""
+        """Return the variables that the process must start with: libraries read them once."""
         return {}
 
     @abstractmethod
     def device(self) -> torch.device:
-        """Device of this process."""
+        """Return the device of this process."""
 
     def pretended_devices(self, needed: int) -> int | None:
-        """How many GPUs a Ray started on this machine is told of; None: those it finds."""
+        """Return the number of GPUs to give Ray on this machine; None: those it finds."""
         return None
 
     def prepare_worker(self, threads: int) -> None:
-        """First call in a worker, before Megatron is imported: environment, threads, device, patches."""
+        """Set up a worker before it imports Megatron: environment, threads, device, patches."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
@@ -95,36 +97,36 @@ class Platform(ABC):
 
     @abstractmethod
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
-        """Megatron `ModuleSpec` of one decoder layer (RMSNorm), dense or with `num_experts` experts."""
+        """Return Megatron's `ModuleSpec` of a decoder layer with RMSNorm; dense without experts."""
 
     @abstractmethod
     def transformer_config_overrides(self) -> dict[str, Any]:
-        """Fields of Megatron's `TransformerConfig` that depend on the platform: fusions, where weights are made."""
+        """Return the fields of Megatron's `TransformerConfig` that depend on the platform."""
 
     @property
     @abstractmethod
     def fast_dtype(self) -> TrainingDtype:
-        """What `auto` means for `model.dtype` and `rollout.dtype`: bfloat16 where the hardware multiplies it."""
+        """What auto means for `model.dtype` and `rollout.dtype`: bfloat16 where it is fast."""
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a @ b in fp32; where the hardware allows it, never rounded to the dtype of `a` and `b`."""
+        """Return a @ b in fp32, where possible never rounded to the dtype of `a` and `b`."""
         return (a @ b).float()
 
     def add_product(self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """total += a @ b, `total` in fp32; see `product`."""
+        """Add a @ b to `total`, which is in fp32; see `product`."""
         total += a @ b
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A host tensor on a device of this platform, without waiting for what the device is doing."""
+        """Copy a host tensor to a device, without waiting for the device's other work."""
         return tensor.to(device)
 
     @abstractmethod
     def free_cached(self) -> None:
-        """Let other processes have the device memory that torch keeps for its next tensors."""
+        """Release the device memory that torch keeps for its next tensors to other processes."""
 
     @abstractmethod
     def memory_gib(self) -> float:
-        """Memory, GiB: on CPU of the host (all ranks share it), on CUDA of one GPU."""
+        """Return the memory, GiB, of the host on CPU (all ranks share it), of one GPU on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class CPUPlatform(Platform):
         return torch.device("cpu")
 
     def _bind_device(self) -> None:
-        """A CPU rank has nothing to bind: its cores come from the thread count."""
+        """Do nothing: a CPU rank's cores follow from its thread count."""
 
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -161,8 +163,8 @@ class CPUPlatform(Platform):
         )
         spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         if num_experts:
-            # In checkpoints Megatron names the dense layers' norms as Transformer Engine does; the norm before a router
-            # it would name otherwise.
+            # In checkpoints Megatron names the norms of dense layers as Transformer Engine does,
+            # but not the norm before a router.
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         return spec
 
@@ -171,13 +173,14 @@ class CPUPlatform(Platform):
 
     @property
     def fast_dtype(self) -> TrainingDtype:
-        # Emulated bfloat16 is several times slower than float32; AMX and AVX512-BF16 are the other way round.
+        # Emulated bfloat16 is several times slower than float32; with AMX or AVX512-BF16 it is
+        # faster.
         cpuinfo = Path("/proc/cpuinfo")
         flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
         return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
 
     def free_cached(self) -> None:
-        """The C library gives large blocks back by itself."""
+        """Do nothing: the C library returns large blocks by itself."""
 
     def memory_gib(self) -> float:
         return machine.memory_gib()
@@ -201,14 +204,16 @@ class CUDAPlatform(Platform):
 
     def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
         allocator = _allocator_options()
-        found = {"PYTORCH_ALLOC_CONF": allocator, "PYTORCH_CUDA_ALLOC_CONF": allocator}
+        variables = {"PYTORCH_ALLOC_CONF": allocator, "PYTORCH_CUDA_ALLOC_CONF": allocator}
         if process == "trainer":
-            # One queue keeps the launch order that Megatron's overlap of tensor-parallel communication counts on.
-            found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+            # One queue keeps the launch order that Megatron relies on where it overlaps
+            # tensor-parallel communication.
+            variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         if dtype == "float32":
-            # Transformer Engine's products and vLLM's attention would be TF32: 10 bits of each input.
-            found |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
-        return found
+            # Otherwise Transformer Engine's products and vLLM's attention would be in TF32, which
+            # has 10 bits of each input.
+            variables |= {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
+        return variables
 
     def device(self) -> torch.device:
         import torch
@@ -239,7 +244,7 @@ class CUDAPlatform(Platform):
         )
 
     def transformer_config_overrides(self) -> dict[str, Any]:
-        # On the host each rank would make whole float32 matrices first.
+        # On the host each rank would make complete float32 matrices first.
         return _fusions(True) | {"use_cpu_initialization": False}
 
     @property
@@ -273,25 +278,25 @@ class CUDAPlatform(Platform):
 
 
 def _allocator_options() -> str:
-    """The user's options of torch's allocator. Raises ValueError for one under which memory cannot be shared."""
+    """Return the user's options of torch's allocator, without expandable segments.
+
+    Raises ValueError where the user turns those on: memory of theirs cannot be shared.
+    """
     options = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     parts = [part.strip() for part in options.split(",") if part.strip()]
     if any(part.lower().replace(" ", "") == "expandable_segments:true" for part in parts):
         raise ValueError(
-            f"PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) = {options}: weights go from trainer to engine in memory "
-            "that both have open, which expandable segments do not allow; take expandable_segments:True out of it"
+            f"PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) = {options}: weights go from trainer "
+            "to engine in memory that both have open, which expandable segments do not allow; "
+            "remove expandable_segments:True from it"
         )
-    # Said aloud: another node may have it in its own environment.
-    return ",".join(
-        [
-            *(part for part in parts if "expandable_segments" not in part),
-            "expandable_segments:False",
-        ]
-    )
+    kept = [part for part in parts if "expandable_segments" not in part]
+    # Explicit, since another node may turn them on in its own environment.
+    return ",".join([*kept, "expandable_segments:False"])
 
 
 def _fusions(enabled: bool) -> dict[str, Any]:
-    """Megatron's kernel fusions: compiled, CUDA or Transformer Engine's code that CPU ranks have not."""
+    """Megatron's kernel fusions: they are CUDA or Transformer Engine code."""
     names = (
         "bias_activation_fusion",
         "bias_dropout_fusion",
@@ -302,14 +307,20 @@ def _fusions(enabled: bool) -> dict[str, Any]:
 
 
 def use_torchs_cudnn() -> None:
-    """Before Transformer Engine is imported, which else opens a cuDNN of the system beside the one torch has loaded."""
+    """Make Transformer Engine, not yet imported, open the cuDNN that torch has loaded.
+
+    By itself it would open one of the system next to it.
+    """
     folder = loaded_from("libcudnn")
     if folder is not None:
         os.environ["CUDNN_HOME"] = str(folder)
 
 
 def choose_platform(requested: str) -> Platform:
-    """The platform for `cluster.platform`: auto, cpu, cuda or as_gpu. ValueError when it cannot be had here."""
+    """Return the platform for `cluster.platform`: auto, cpu, cuda or as_gpu.
+
+    Raises ValueError when this machine does not have it.
+    """
     if requested == "cpu":
         return CPUPlatform(reason="cluster.platform=cpu")
     if requested == "as_gpu":
@@ -321,13 +332,13 @@ def choose_platform(requested: str) -> Platform:
     import torch
 
     if torch.cuda.is_available():
-        found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-        return CUDAPlatform(reason=f"cluster.platform={requested}, found {found}")
-    built = (
-        "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
-    )
+        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        return CUDAPlatform(reason=f"cluster.platform={requested}, found {gpus}")
+    cpu_build = f"torch {torch.__version__} is a CPU build"
+    why_not = "torch sees no GPU" if torch.version.cuda else cpu_build
     if requested == "cuda":
         raise ValueError(
-            f"cluster.platform=cuda, but {built}: set cluster.platform=cpu, or run where a GPU is"
+            f"cluster.platform=cuda, but {why_not}: set cluster.platform=cpu, or run on a machine "
+            "with a GPU"
         )
-    return CPUPlatform(reason=f"cluster.platform=auto, {built}")
+    return CPUPlatform(reason=f"cluster.platform=auto, {why_not}")
