@@ -224,9 +224,10 @@ class NCCLRules(dist.ProcessGroup):
         except RuntimeError as error:
             way = "to" if message.kind == "send" else "from"
             raise RuleBroken(
-                f"rank {self._rank} {message.kind}s {way} rank {message.peer}, which does not start "
-                f"its side of it within {self._timeout.total_seconds():g} s: it waits for a message "
-                "that it started before, or one side is in a group of messages and the other is not"
+                f"rank {self._rank} {message.kind}s {way} rank {message.peer}, which does not "
+                f"start its side of it within {self._timeout.total_seconds():g} s: it waits for a "
+                "message that it started before, or one side is in a group of messages and the "
+                "other is not"
             ) from error
 
 
