@@ -1,7 +1,8 @@
 """The processes that a run starts: which signals reach them, and how they are found again.
 
-Invariant: what asks the run to stop (or Ctrl-C) is heard by the driver alone, also where a terminal, `timeout`, a
+Invariant: a request to stop (or Ctrl-C) reaches the driver alone, also where a terminal, `timeout`, a
 service manager or a scheduler sends it to every process: the others work until the driver ends them.
+Runs in: every process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import psutil
 
@@ -20,37 +22,38 @@ _MARK = "RLHF3D_STARTED_BY"
 
 @contextmanager
 def deaf_to_signals() -> Iterator[None]:
-    """Processes started inside, and theirs, never get STOP_SIGNALS (a blocked signal stays so through fork and exec).
+    """Keep STOP_SIGNALS from processes started inside, and from theirs.
 
-    This thread gets at the end what came meanwhile.
+    A blocked signal stays so through fork and exec. This thread gets at the end what came meanwhile.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def listen_again() -> None:
-    """In a process started deaf that runs the user's code: ignore STOP_SIGNALS, but not in what that code starts."""
+    """Ignore STOP_SIGNALS in a process that runs a user's code, but not in what that code starts."""
     for number in STOP_SIGNALS:
-        signal.signal(
-            number, lambda signum, frame: None
-        )  # unlike SIG_IGN, not inherited through exec
+        signal.signal(number, _ignore)  # unlike SIG_IGN, not inherited through exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    os.register_at_fork(after_in_child=_as_by_default)
+    os.register_at_fork(after_in_child=_set_defaults)
 
 
-def _as_by_default() -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _set_defaults() -> None:
+    for number in STOP_SIGNALS - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def marked() -> Iterator[str]:
-    """Processes started inside, and theirs, are found by the mark that this gives, whoever their parent is then."""
+    """Mark processes started inside, and theirs, so that they are found whoever their parent is."""
     mark = secrets.token_hex(8)
     os.environ[_MARK] = mark
     try:
@@ -61,9 +64,9 @@ def marked() -> Iterator[str]:
 
 def find_marked(mark: str) -> list[psutil.Process]:
     """All processes with a mark."""
-    found = []
+    marked_processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get(_MARK) == mark:
-                found.append(process)
-    return found
+                marked_processes.append(process)
+    return marked_processes

@@ -1,8 +1,10 @@
 """A user's Python files: loaded, and called, as Python would run them from their folder.
 
-Invariant: a user's code never ends our process, never writes into our output and never moves our working folder. While
-it runs, its folder is first on the import path (helpers beside it are found, at once or later), what it prints goes to
-standard error, and `sys.exit`, as `os._exit` while it is loaded, is an error like any other.
+Invariant: a user's code never ends our process, never writes into our output and never moves our
+working folder. While it runs, its folder is first on the import path (helpers next to it are found,
+at once or later), what it prints goes to standard error, and `sys.exit`, like `os._exit` while it is
+loaded, is an error like any other.
+Runs in: every process that runs a user's code.
 """
 
 from __future__ import annotations
@@ -29,32 +31,40 @@ class Ended(Exception):
 
 
 @contextmanager
+def raises_ended() -> Iterator[None]:
+    """Raise Ended in the place of SystemExit, which would pass through `except Exception`."""
+    try:
+        yield
+    except SystemExit as error:
+        raise Ended(f"it ends the process: sys.exit({error.code!r})") from error
+
+
+@contextmanager
 def running(folder: Path) -> Iterator[None]:
     """Run code of a file in `folder`; raises Ended in the place of SystemExit."""
     entry, cwd = str(folder), os.getcwd()
     sys.path.insert(0, entry)
     try:
-        with _quiet():
+        with raises_ended(), _quiet():
             yield
-    except SystemExit as error:
-        raise Ended(f"it ends the process: sys.exit({error.code!r})") from error
     finally:
         with suppress(ValueError):  # the code may have changed the path
             sys.path.remove(entry)
         if entry not in sys.path:
-            sys.path.append(entry)  # for imports of its threads, behind every package of ours
+            # For later imports of its threads, behind every package of ours.
+            sys.path.append(entry)
         os.chdir(cwd)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Standard output is standard error: that of Python, and that of processes started meanwhile."""
+    """Send standard output to standard error: Python's, and that of processes started meanwhile."""
     sys.stdout.flush()
     stderr = sys.stderr
     try:
-        kept = os.dup(1)
+        stdout_copy = os.dup(1)
         os.dup2(2, 1)
-    except OSError:  # one of them is closed: there is nothing to keep apart
+    except OSError:  # one of them is closed: there is nothing to separate
         yield
         return
     try:
@@ -64,12 +74,12 @@ def _quiet() -> Iterator[None]:
         sys.stderr = stderr  # the code may have set another, or closed this one
         with suppress(ValueError, OSError):
             stderr.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout_copy, 1)
+        os.close(stdout_copy)
 
 
 def guarded(function: Callable[..., Any], file: str | Path) -> Callable[..., Any]:
-    """`function` of a user's file, to be called anywhere."""
+    """`function` of a user's file, which runs as in `running` wherever it is called."""
     folder = Path(file).resolve().parent
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,10 +90,10 @@ def guarded(function: Callable[..., Any], file: str | Path) -> Callable[..., Any
 
 
 def load_file(path: str | Path, key: str) -> ModuleType:
-    """A Python file as a module; ValueError, naming `key`, where it is missing or does not load.
+    """Load a Python file as a module; ValueError, naming `key`, where it is missing or fails.
 
-    It has the name by which its folder's other files and its own child processes import it, unless that name is taken.
-    A file of a package is loaded as a part of it where it imports relatively.
+    It has the name by which its folder's other files and its own child processes import it, unless
+    that name is taken. A file of a package is loaded as a part of it where it imports relatively.
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -93,37 +103,44 @@ def load_file(path: str | Path, key: str) -> ModuleType:
     try:
         with running(file.parent), _no_exit():
             _forget_namesakes(file.parent)
-            if (name := _package_name(file)) is not None:
-                return importlib.import_module(name)
-            return _execute(file)
+            name = _package_name(file)
+            return _execute(file) if name is None else importlib.import_module(name)
     except Exception as error:
-        raise ValueError(f"{key}: {file} does not import: {_said(error)}") from error
+        raise ValueError(f"{key}: {file} does not import: {_explain(error)}") from error
 
 
 def load_function(file: Path, name: str, key: str) -> Callable[..., Any]:
-    """The function `name` of a Python file; ValueError, naming `key`.path or `key`.name, where there is none."""
-    function = getattr(module := load_file(file, f"{key}.path"), name, None)
+    """The function `name` of a Python file.
+
+    ValueError, naming `key`.path or `key`.name, where there is none.
+    """
+    module = load_file(file, f"{key}.path")
+    function: Any = getattr(module, name, None)
     if function is None:
-        names = [
-            n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
-        ]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else "; it defines no function"
-        raise ValueError(f"{key}.name: no {name!r} in {file}{hint}")
+        public = [other for other in vars(module) if not other.startswith("_")]
+        functions = [other for other in public if callable(getattr(module, other))]
+        near = difflib.get_close_matches(name, functions, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]!r}?" if near else "it defines no function"
+        raise ValueError(f"{key}.name: no {name!r} in {file}; {hint}")
     if not callable(function):
         raise ValueError(
             f"{key}.name: {name!r} in {file} is a {type(function).__name__}, not callable"
         )
-    loaded: Callable[..., Any] = function
-    return loaded
+    return function
 
 
-def _said(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     if isinstance(error, Ended):
-        return f"{error}; keep what it runs as a script, such as argparse, under `if __name__ == '__main__':`"
+        return (
+            f"{error}; keep what it runs as a script, such as argparse, under "
+            "`if __name__ == '__main__':`"
+        )
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, ImportError) and "relative import" in str(error):
-        text += "; its folder is on the import path, so write `from helper import …`, or make the folder a package"
+        text += (
+            "; its folder is on the import path, so write `from helper import …`, or make the "
+            "folder a package"
+        )
     return text
 
 
@@ -131,14 +148,14 @@ def _execute(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_name_of(file), file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(spec.name)
+    previous = sys.modules.get(spec.name)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[spec.name]
-        if before is not None:
-            sys.modules[spec.name] = before
+        if previous is not None:
+            sys.modules[spec.name] = previous
         raise
     _FOLDERS.add(str(file.parent))
     return module
@@ -151,14 +168,18 @@ def _name_of(file: Path) -> str:
         found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(file.stem)
         if found is not None and found.origin == str(file):
             return file.stem
-    return f"rlhf3d_user_{file.stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
+    return f"rlhf3d_user_{file.stem.replace('.', '_')}_{digest}"
 
 
 def _package_name(file: Path) -> str | None:
-    """The dotted name of a file that imports relatively, where its folder is a package, whose parent joins the path."""
+    """The dotted name of a file that imports relatively and whose folder is a package, else null.
+
+    The folder that the package is in joins the import path.
+    """
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # told when it is executed
+    except (SyntaxError, ValueError):  # reported when it is executed
         return None
     relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
     if not relative or not (file.parent / "__init__.py").is_file():
@@ -173,28 +194,31 @@ def _package_name(file: Path) -> str | None:
 
 
 def _forget_namesakes(folder: Path) -> None:
-    """Helpers of another user's folder that are called as one in `folder`: each file gets its own."""
+    """Forget helpers of other users' folders that share a name with one in `folder`.
+
+    Each file then imports its own helper.
+    """
+    others = _FOLDERS - {str(folder)}
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None) or ""
-        of_user = os.path.dirname(origin) in _FOLDERS - {str(folder)}
-        if of_user and any(
-            (folder / own).exists() for own in (f"{name}.py", f"{name}/__init__.py")
-        ):
+        if os.path.dirname(origin) not in others:
+            continue
+        if (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists():
             del sys.modules[name]
 
 
 @contextmanager
 def _no_exit() -> Iterator[None]:
-    """`os._exit` of this process raises; in a forked child it ends that child."""
-    really, pid = os._exit, os.getpid()
+    """Have `os._exit` raise in this process; in a forked child it still ends that child."""
+    real_exit, pid = os._exit, os.getpid()
 
     def ended(code: int) -> Any:
         if os.getpid() != pid:
-            really(code)
+            real_exit(code)
         raise Ended(f"it ends the process: os._exit({code})")
 
     os._exit = ended  # type: ignore[assignment]
     try:
         yield
     finally:
-        os._exit = really
+        os._exit = real_exit

@@ -1,7 +1,9 @@
-"""One call of a reward function, whatever its form, and what it is made of when it fails.
+"""Reward functions: how they are called, and what becomes of their return values.
 
-Invariant: as many scores as items, in order; an exception becomes the score of the item that caused it where that is
-known, and is raised where one call scored several. Running out of memory is never caught: the process must go.
+Invariant: as many scores as items, in order. An exception becomes the score of the item that caused
+it where that is known, and is raised where one call scored several. Running out of memory is never
+caught: the process must go.
+Runs in: scoring process. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,81 +11,59 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-from rlhf3d.rewards.score import MODEL_PART, ExtraInfo, Outcome, Score, ScoreItem
+from rlhf3d.rewards.score import MODEL_PART, Outcome, Score, ScoreItem
 
 _LARGEST = 3.4028234663852886e38
 """Of 32-bit floats, in which rewards are computed."""
-_LONGEST_TEXT, _MOST, _DEEPEST = 2000, 100, 3
-"""Characters, entries and levels that are kept of what a reward function returns beside its score."""
+_LONGEST_TEXT, _MOST_ENTRIES, _DEEPEST = 2000, 100, 3
+"""Characters, entries and levels kept of what a reward function returns besides its score."""
 
 
 class WrongCount(ValueError):
-    """A call for several completions returned no score for each: none of what it returned belongs to one of them."""
+    """A call did not return one score for each completion, so none can be assigned to one."""
 
 
-class RewardFunction(Protocol):
-    """What scores one completion: returns a number, a dict with `score`, or a `Score`.
+class RewardFunction:
+    """What scores completions: the built-in scorers, a user's function, or a sum of parts."""
 
-    It may also have `score_items(items)`, which scores several in one call and returns as many results; `chunk_size`,
-    how many it wants at most; `prepare()`, called once in each scoring process; `memory_gib`, what one may use;
-    `open_end(begun)`, what of the prompt's end it reads before the completion.
-    """
+    chunk_size: int = 1
+    """Items that one call should score at most; its deadline is for all of them."""
+    memory_gib: float | None = None
+    """What a process may allocate before it is replaced; None for no limit."""
 
-    def __call__(
-        self,
-        *,
-        data_source: str,
-        solution_str: str,
-        ground_truth: Any,
-        extra_info: ExtraInfo = None,
-    ) -> Any:
-        """Score of `solution_str`."""
+    def prepare(self) -> None:
+        """Make it ready, once in each process: slow imports, which no item's deadline should pay."""
+
+    def score_items(self, items: Sequence[ScoreItem]) -> list[Any]:
+        """For each item a number, a dict with `score`, a `Score`, or the exception it caused."""
+        raise NotImplementedError
 
 
-def prepare(fn: RewardFunction) -> Callable[[Sequence[ScoreItem]], list[Score]]:
-    """What a scoring process calls: the scores of items, by a function made ready for it."""
-    getattr(fn, "prepare", lambda: None)()
-    return partial(score_items, fn)
+def prepare(function: RewardFunction) -> Callable[[Sequence[ScoreItem]], list[Score]]:
+    """What a scoring process calls: `score_items` of a function that was made ready."""
+    function.prepare()
+    return partial(score_items, function)
 
 
-def score_items(fn: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
-    """The score of each item; raises where one call for several failed as a whole."""
-    many = getattr(fn, "score_items", None)
-    if many is None:
-        return [_score_one(fn, item) for item in items]
+def score_items(function: RewardFunction, items: Sequence[ScoreItem]) -> list[Score]:
+    """The score of each item; raises where one call for several failed."""
     try:
-        results = many(items)
+        results = function.score_items(items)
     except WrongCount as error:  # halves of them would only hide it
         return [_failure(error)] * len(items)
-    except BaseException as error:  # SystemExit and KeyboardInterrupt of the function's own too
+    except BaseException as error:  # SystemExit and KeyboardInterrupt of the user's code too
         if isinstance(error, MemoryError) or len(items) > 1:
             raise
         return [_failure(error)]
-    return [_result(result) for result in results]
+    return [_score_of(result) for result in results]
 
 
-def _score_one(fn: RewardFunction, item: ScoreItem) -> Score:
-    begun = getattr(fn, "open_end", lambda text: "")(item.begun)
-    try:
-        result = fn(
-            data_source=item.data_source,
-            solution_str=begun + item.solution_str,
-            ground_truth=item.ground_truth,
-            extra_info=item.extra_info,
-        )
-    except MemoryError:
-        raise
-    except BaseException as error:
-        return _failure(error)
-    return _result(result)
-
-
-def _result(result: Any) -> Score:
-    """A return value as a score that can be sent to another process."""
+def _score_of(result: Any) -> Score:
     if isinstance(result, BaseException):
         return _failure(result)
     try:
@@ -101,8 +81,8 @@ def _failure(error: BaseException) -> Score:
 def to_score(result: Any) -> Score:
     """A reward function's return value as a `Score` of plain values, which any process can read.
 
-    ValueError where `score`, or `acc` beside it, is not a finite number. Of what else it returned, numbers keep their
-    value, containers their first entries, and all other objects become text.
+    ValueError where `score`, or `acc` besides it, is not a finite number. Of what else it returned,
+    numbers keep their value, containers their first entries, and other objects become text.
     """
     if isinstance(result, Score):
         return result
@@ -119,11 +99,11 @@ def to_score(result: Any) -> Score:
 
 def _finite(value: Any, what: str) -> float:
     """A number, also of numpy or torch, that 32 bits can hold."""
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
-    if not abs(number) <= _LARGEST:
+    number = math.nan
+    if not isinstance(value, (str, bytes)):  # float() would read them
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            number = float(value)
+    if not abs(number) <= _LARGEST:  # also where it is NaN
         raise ValueError(f"{what} {type(value).__name__} {str(value)[:80]!r}, not a finite number")
     return number
 
@@ -135,22 +115,29 @@ def _key(key: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """`value` made of None, booleans, numbers, text, lists and dicts alone, cut to a size that is quick to send."""
+    """`value` made of None, booleans, numbers, text, lists and dicts, cut to what is quick to send."""
     if value is None or type(value) in (bool, int, float):
         return value
-    if isinstance(value, bool | int | float):  # a class of the user's own
-        return float(value) if isinstance(value, float) else int(value)
+    if isinstance(value, float):  # a class of the user's own, as in the next lines
+        return float(value)
+    if isinstance(value, bool | int):
+        return int(value)
     if isinstance(value, str):
         return str.__str__(value)[:_LONGEST_TEXT]
-    if (
-        hasattr(value, "tolist") and math.prod(getattr(value, "shape", (_MOST + 1,))) <= _MOST
-    ):  # numpy's, torch's
+    if _is_small_array(value):
         return _plain(value.tolist(), depth)
     if isinstance(value, Mapping) and depth < _DEEPEST:
-        return {_key(key): _plain(item, depth + 1) for key, item in islice(value.items(), _MOST)}
+        entries = islice(value.items(), _MOST_ENTRIES)
+        return {_key(key): _plain(item, depth + 1) for key, item in entries}
     if isinstance(value, list | tuple | set | frozenset) and depth < _DEEPEST:
-        return [_plain(item, depth + 1) for item in islice(value, _MOST)]
+        return [_plain(item, depth + 1) for item in islice(value, _MOST_ENTRIES)]
     return _shown(value)
+
+
+def _is_small_array(value: Any) -> bool:
+    """Whether it is an array or a number of numpy or torch, with few enough entries."""
+    shape = getattr(value, "shape", None)
+    return shape is not None and hasattr(value, "tolist") and math.prod(shape) <= _MOST_ENTRIES
 
 
 def _shown(value: Any) -> str:

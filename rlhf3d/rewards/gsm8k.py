@@ -1,7 +1,8 @@
 """gsm8k's rule: the number a completion ends with, compared with the ground truth as a number.
 
-Invariant: linear time and no exception for any completion, however long or strange; numbers are compared
-as canonical text, so neither rounding nor Python's limit on digits can interfere.
+Invariant: linear time and no exception for any completion, however long or strange; numbers are
+compared as canonical text, so neither rounding nor Python's limit on digits can interfere.
+Runs in: scoring process. Pure.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 METHODS = ("strict", "flexible")
 
-# ASCII digits only. A comma belongs to a number where it groups thousands, so "2, 3" and "2,3" end in 3;
-# a minus is a sign only where it cannot be a subtraction or a range ("16-3", "pages 10-12").
+# ASCII digits only. A comma belongs to a number where it groups thousands, so "2, 3" and "2,3" end
+# in 3; a minus is a sign only where it cannot be a subtraction or a range ("16-3", "pages 10-12").
 _LAST_NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].%])[-\u2212]\$?)?"
     r"(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -35,16 +36,18 @@ class ScoreResult:
 
 def canonical(sign: str | None, number: str) -> str:
     """The number as text without commas and padding zeros: ("-", "1,012.50") is -1012.5, "-0" is 0."""
-    whole, _, fraction = number.replace(",", "").partition(".")
-    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
-    text = f"{whole}.{fraction}" if fraction else whole
+    integer, _, fraction = number.replace(",", "").partition(".")
+    text = integer.lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    if fraction:
+        text = f"{text}.{fraction}"
     return f"-{text}" if sign and text != "0" else text
 
 
 def extract_answer(text: str, method: str = "flexible") -> str | None:
     """The answer in `text`: its last `#### number` (strict) or its last number (flexible).
 
-    Currency signs, thousands separators, a trailing full stop or percent sign are no part of the number.
+    Currency signs, thousands separators, a final period or percent sign are no part of the number.
     Returns the canonical form, or null where there is none; ValueError for an unknown method.
     """
     if method not in METHODS:
@@ -57,17 +60,20 @@ def extract_answer(text: str, method: str = "flexible") -> str | None:
 def compute_score(solution_str: str, ground_truth: str, method: str = "flexible") -> ScoreResult:
     """1.0 where the answer of `solution_str` equals `ground_truth` as a number, else 0.0.
 
-    The ground truth is a number, perhaps with text around it, or a worked answer that ends with `#### number`.
-    Raises ValueError where it holds no number or several (1/2), or the method is unknown.
+    The ground truth is a number, perhaps with text around it, or a worked answer that ends with
+    `#### number`. ValueError where it holds no number or several (1/2), or the method is unknown.
     """
-    truths = {
-        canonical(match["sign"], match["number"]) for match in _LAST_NUMBER.finditer(ground_truth)
-    }
-    truth = extract_answer(ground_truth, "strict") or (truths.pop() if len(truths) == 1 else None)
+    truth = extract_answer(ground_truth, "strict") or _only_number(ground_truth)
     if truth is None:
         raise ValueError(
-            f"reward_model.ground_truth: {ground_truth[:80]!r} is not one number, which gsm8k's scorer compares; fix "
-            "the row, or name another scorer in reward.scorers"
+            f"reward_model.ground_truth: {ground_truth[:80]!r} is not one number, which gsm8k's "
+            "scorer compares; fix the row, or name another scorer in reward.scorers"
         )
     answer = extract_answer(solution_str, method)
     return ScoreResult(float(answer == truth), answer)
+
+
+def _only_number(text: str) -> str | None:
+    """The number in `text`, in canonical form; null where it holds none or different ones."""
+    numbers = {canonical(found["sign"], found["number"]) for found in _LAST_NUMBER.finditer(text)}
+    return numbers.pop() if len(numbers) == 1 else None

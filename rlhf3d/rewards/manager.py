@@ -46,7 +46,7 @@ class RewardManager:
                 f"reward.workers={workers} must be >= 1 and reward.timeout_s={timeout_s} > 0"
             )
         self.workers, self.timeout_s, self.max_error_rate = workers, timeout_s, max_error_rate
-        self.chunk_size = int(getattr(rule, "chunk_size", 1))
+        self.chunk_size = 1 if rule is None else rule.chunk_size
         """Items that one call scores at most."""
         self.pool = None if rule is None else _start_pool(rule, workers, startup_timeout_s)
         self.model: tuple[ScoreModel, ModelPart] | None = None
@@ -184,7 +184,7 @@ def _start_pool(rule: RewardFunction, workers: int, startup_timeout_s: float) ->
             partial(prepare, rule),
             workers,
             what="the reward function",
-            memory_gib=getattr(rule, "memory_gib", None),
+            memory_gib=rule.memory_gib,
             startup_timeout_s=startup_timeout_s,
         )
     except (pickle.PicklingError, AttributeError, TypeError) as error:

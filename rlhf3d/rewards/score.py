@@ -1,7 +1,7 @@
-"""What a score is, what may come out of scoring, and when too many are missing.
+"""What a completion is worth, how its scoring ended, and when too many scores are missing.
 
-Invariant: every completion ends as exactly one `Outcome`; only `scored` and `unparsable` count as the
-model's doing, and a share of `error` and `timeout` above reward.max_error_rate stops the run.
+Invariant: every completion ends as exactly one `Outcome`; only `scored` and `unparsable` count as
+the model's doing, and a share of `error` and `timeout` above reward.max_error_rate stops the run.
 Imports nothing heavy: the scoring processes load this module.
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-ExtraInfo = dict[str, Any] | None
-_MESSAGE_LINES = 25
-"""Lines of one failure's message that fit a screen."""
 MODEL_PART = "reward_model"
 """Key of a reward model's score in `Score.extra`."""
+_MESSAGE_LINES = 25
+"""Lines of one failure's message that fit a screen."""
+_FIRST_LINES = 4
+"""Of these, those from the beginning, which name the sample; the cause is at the end."""
 
 
 class Outcome(StrEnum):
@@ -38,8 +39,10 @@ class Score:
     value: float
     outcome: Outcome
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else the reward function returned; from the built-in scorers `answer`, and `acc` where value holds more.
-    From a reward model its score and whether its input was cut (see `combined`)."""
+    """What else the reward function returned.
+
+    From the built-in scorers `answer`, and `acc` where the value is more than the answer's score;
+    from a reward model its score and whether its input was cut (see `reward_model`)."""
     message: str | None = None
     """The sample and the traceback, of an error or timeout."""
 
@@ -55,9 +58,12 @@ class Score:
 
     @property
     def reason(self) -> str:
-        """The last line of a failure's message that says something; groups of exceptions draw frames."""
-        lines = [line.strip(" |+-") for line in (self.message or "").splitlines()]
-        return next((line[:200] for line in reversed(lines) if line), "no message")
+        """The last line of a failure's message that says something."""
+        for line in reversed((self.message or "").splitlines()):
+            text = line.strip(" |+-")  # tracebacks of exception groups draw frames
+            if text:
+                return text[:200]
+        return "no message"
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,13 @@ class ScoreItem:
     messages: Sequence[dict[str, Any]] = ()
     """The prompt, for a reward model."""
     begun: str = ""
-    """What the prompt's end holds of the answer: the template's opening, the assistant's own last words."""
+    """What the prompt's end holds of the answer: the template's opening, the assistant's words."""
+    tools: Sequence[Any] = ()
+    """JSON schemas of the tools that the prompt offers, for a reward model."""
 
 
 class RewardError(RuntimeError):
-    """The reward function failed too often, or could not be loaded by the scoring processes."""
+    """The reward function failed too often, or the scoring processes could not load it."""
 
 
 def check_outcomes(
@@ -85,23 +93,26 @@ def check_outcomes(
     total: int | None = None,
     remedy: str = "Fix the reward function, or raise reward.timeout_s or reward.max_error_rate.",
 ) -> None:
-    """RewardError where more than `max_error_rate` of `total` completions (null: of `scores`) failed."""
+    """RewardError where more than `max_error_rate` of `total` completions failed.
+
+    `total` is the number of `scores` unless it is given.
+    """
     failures = [score for score in scores if score.failed]
     total = len(scores) if total is None else total
     if len(failures) <= max_error_rate * total:
         return
-    counts = Counter(score.outcome.value for score in scores)
-    counted = ", ".join(f"{counts[outcome.value]} {outcome.value}" for outcome in Outcome)
+    counts = Counter(score.outcome for score in scores)
+    counted = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome)
     raise RewardError(
-        f"{len(failures)} of {total} completions were not scored ({counted}); reward.max_error_rate="
-        f"{max_error_rate} allows {math.floor(max_error_rate * total)}. The first:\n"
-        f"{_one_screen(failures[0].message or 'no message')}\n"
-        f"{remedy}"
+        f"{len(failures)} of {total} completions were not scored ({counted}); "
+        f"reward.max_error_rate={max_error_rate} allows {math.floor(max_error_rate * total)}. "
+        f"The first:\n{_one_screen(failures[0].message or 'no message')}\n{remedy}"
     )
 
 
 def _one_screen(message: str) -> str:
     lines = [line[:200] for line in message.splitlines()]
-    if len(lines) <= _MESSAGE_LINES:
-        return "\n".join(lines)
-    return "\n".join([*lines[:4], "  ...", *lines[5 - _MESSAGE_LINES :]])
+    if len(lines) > _MESSAGE_LINES:
+        last = _MESSAGE_LINES - _FIRST_LINES - 1
+        lines = [*lines[:_FIRST_LINES], "  ...", *lines[-last:]]
+    return "\n".join(lines)

@@ -1,20 +1,28 @@
 """The built-in scorers, and which of them scores which data source.
 
-Invariant: every scorer gives full marks to its own statement of each accepted answer (`Scorer.statements`), and a data
-source without a scorer is an error before the run starts. A scorer's libraries are imported only where it is used.
+Invariant: every scorer gives full marks to its own statement of each accepted answer
+(`Scorer.statements`), and a data source without a scorer is an error before the run starts. A
+scorer's libraries are imported only where it is used.
+Runs in: scoring process; the driver asks for statements.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf3d.data import sets
-from rlhf3d.rewards import gsm8k, math_answer, math_verify_scorer
-from rlhf3d.rewards.score import ExtraInfo, Outcome, Score
+from rlhf3d.data.boxed import last_boxed
+from rlhf3d.rewards import gsm8k, math_verify_scorer
+from rlhf3d.rewards.function import RewardFunction
+from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.rewards.truths import accepted
+
+
+def _no_preparation() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -22,26 +30,27 @@ class Scorer:
     """How one kind of answer is compared."""
 
     compare: Callable[[str, str, str], Score]
-    """fn(solution_str, accepted answer, reward.method)."""
+    """(solution_str, accepted answer, reward.method) -> score."""
     state: Callable[[str], str]
     """A completion that states an answer, as the scorer wants it."""
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[], None] = _no_preparation
     """Called once a process, before its first sample: slow imports."""
 
     def score(self, solution_str: str, ground_truth: Any, method: str) -> Score:
-        """Against each accepted answer: the first that is right, else the first verdict.
+        """Compare with each accepted answer: the first score that is right, else the first one.
 
         ValueError where nothing is right and one of them cannot be compared with.
         """
         scores, errors = [], []
         for answer in accepted(ground_truth):
             try:
-                scores.append(self.compare(solution_str, answer, method))
+                score = self.compare(solution_str, answer, method)
             except ValueError as error:
                 errors.append(error)
-            else:
-                if scores[-1].value >= 1.0:
-                    return scores[-1]
+                continue
+            if score.value >= 1.0:
+                return score
+            scores.append(score)
         if errors:
             raise errors[0]
         return scores[0]
@@ -51,6 +60,10 @@ class Scorer:
         return [self.state(answer) for answer in accepted(ground_truth)]
 
 
+def _state_hashed(answer: str) -> str:
+    return f"#### {answer}"
+
+
 def _score_gsm8k(solution_str: str, ground_truth: str, method: str) -> Score:
     result = gsm8k.compute_score(solution_str, ground_truth, method)
     outcome = Outcome.UNPARSABLE if result.answer is None else Outcome.SCORED
@@ -58,22 +71,29 @@ def _score_gsm8k(solution_str: str, ground_truth: str, method: str) -> Score:
 
 
 def _score_boxed_exact(solution_str: str, ground_truth: str, method: str) -> Score:
-    """The text of the last box, normalised, against that of the ground truth."""
-    boxed = math_answer.last_boxed(solution_str)
+    """The normalized text of the last box, against that of the ground truth."""
+    boxed = last_boxed(solution_str)
     if not boxed or len(boxed) > math_verify_scorer.MAX_ANSWER:
         return Score(0.0, Outcome.UNPARSABLE, {"answer": None})
-    right = math_answer.normalise(boxed) == math_answer.normalise(ground_truth)
+    right = normalise(boxed) == normalise(ground_truth)
     return Score(float(right), Outcome.SCORED, {"answer": boxed})
 
 
 SCORERS: dict[str, Scorer] = {
-    "gsm8k": Scorer(_score_gsm8k, lambda truth: f"#### {truth}"),
+    "gsm8k": Scorer(_score_gsm8k, _state_hashed),
     "math_verify": Scorer(
         math_verify_scorer.score_math, math_verify_scorer.state, math_verify_scorer.prepare
     ),
     "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.state),
 }
-DATA_SOURCES: dict[str, str] = sets.scorers()
+DATA_SOURCES: dict[str, str] = {
+    "openai/gsm8k": "gsm8k",
+    "rlhf3d/arithmetic": "gsm8k",
+    "DigitalLearningGmbH/MATH-lighteval": "math_verify",
+    "lighteval/MATH": "math_verify",
+    "HuggingFaceH4/MATH-500": "math_verify",
+    "GAIR/LIMR": "math_verify",
+}
 """Scorer of each data source; reward.scorers adds to it or changes it."""
 
 
@@ -83,26 +103,37 @@ def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Sco
     name = known.get(data_source)
     if name is None:
         raise ValueError(
-            f"no built-in scorer for data_source {data_source!r} (known: {', '.join(known)}); name one in "
-            f"reward.scorers ({', '.join(SCORERS)}), or set custom_reward_function.path to score it yourself"
+            f"no built-in scorer for data_source {data_source!r} (known: {', '.join(known)}); "
+            f"name one in reward.scorers ({', '.join(SCORERS)}), or set "
+            "custom_reward_function.path to score it yourself"
         )
     if name not in SCORERS:
         raise ValueError(
-            f"reward.scorers: no scorer {name!r} for {data_source!r}; choose one of {', '.join(SCORERS)}"
+            f"reward.scorers: no scorer {name!r} for {data_source!r}; "
+            f"choose one of {', '.join(SCORERS)}"
         )
     return SCORERS[name]
 
 
-_OPEN_END = re.compile(r"(?:\\boxed\s*\{[^{}]*|####\s*)$")
+def check_data_sources(
+    data_sources: Iterable[str], scorers: Mapping[str, str] | None = None
+) -> None:
+    """ValueError for the first data source without a built-in scorer."""
+    for data_source in data_sources:
+        scorer_of(data_source, scorers)
+
+
+_OPEN_ANSWER = re.compile(r"(?:\\boxed\s*\{[^{}]*|####\s*)$")
+r"""A `\boxed{` or `####` at the prompt's end, which the completion goes on with."""
 WITHOUT_TRUTH = (
-    "a row has no ground truth (its reward_model is of style model), so a rule cannot score it; set reward.weights to "
-    "{reward_model: 1.0} alone, or give it one"
+    "a row has no ground truth (its reward_model is of style model), so a rule cannot score it; "
+    "set reward.weights to {reward_model: 1.0} alone, or give it one"
 )
 
 
 @dataclass(frozen=True)
-class BuiltinReward:
-    """The scorer registered for each row's data source."""
+class BuiltinReward(RewardFunction):
+    """The scorer registered for each item's data source."""
 
     method: str = "flexible"
     """reward.method: how answers are found in a completion."""
@@ -122,7 +153,8 @@ class BuiltinReward:
         for data_source, name in self.scorers.items():
             if name not in SCORERS or not data_source:
                 raise ValueError(
-                    f"reward.scorers: {data_source!r} = {name!r} must be a data source and one of {', '.join(SCORERS)}"
+                    f"reward.scorers: {data_source!r} = {name!r} must be a data source and one of "
+                    f"{', '.join(SCORERS)}"
                 )
 
     def prepare(self) -> None:
@@ -130,27 +162,14 @@ class BuiltinReward:
         for data_source in self.data_sources:
             scorer_of(data_source, self.scorers).prepare()
 
-    def open_end(self, begun: str) -> str:
-        r"""Of what the prompt's end holds of the answer, the `\boxed{` or `####` that the completion goes on with."""
-        opened = _OPEN_END.search(begun)
-        return opened[0] if opened else ""
+    def score_items(self, items: Sequence[ScoreItem]) -> list[Score]:
+        """The score of each item by its data source's scorer; ValueError where one has no truth."""
+        return [self._score(item) for item in items]
 
-    def __call__(
-        self,
-        *,
-        data_source: str,
-        solution_str: str,
-        ground_truth: Any,
-        extra_info: ExtraInfo = None,
-    ) -> Score:
-        if ground_truth is None:
+    def _score(self, item: ScoreItem) -> Score:
+        if item.ground_truth is None:
             raise ValueError(WITHOUT_TRUTH)
-        return scorer_of(data_source, self.scorers).score(solution_str, ground_truth, self.method)
-
-
-def check_data_sources(
-    data_sources: Iterable[str], scorers: Mapping[str, str] | None = None
-) -> None:
-    """ValueError for the first data source without a built-in scorer."""
-    for data_source in data_sources:
-        scorer_of(data_source, scorers)
+        scorer = scorer_of(item.data_source, self.scorers)
+        opened = _OPEN_ANSWER.search(item.begun)
+        text = opened[0] + item.solution_str if opened else item.solution_str
+        return scorer.score(text, item.ground_truth, self.method)

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
+from rlhf3d.pool.pool import CallPool
 from rlhf3d.processes import STOP_SIGNALS, deaf_to_signals, find_marked, marked
-from rlhf3d.rewards.manager import RewardManager
-from rlhf3d.rewards.score import Outcome, ScoreItem
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 FORKED = """
@@ -57,9 +57,11 @@ def test_a_signal_meanwhile_is_heard_afterwards() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def slow(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None
-) -> float:
+def load_slow() -> Callable[[object], bool]:
+    return slow
+
+
+def slow(payload: object) -> bool:
     """Is sent every signal, then uses processes of its own as anybody would."""
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
@@ -68,10 +70,11 @@ def slow(
     )
     child = subprocess.Popen(SLEEP)
     child.terminate()
-    return float(child.wait(10) == -signal.SIGTERM and ended.stdout.strip() == str(-signal.SIGTERM))
+    return child.wait(10) == -signal.SIGTERM and ended.stdout.strip() == str(-signal.SIGTERM)
 
 
-def test_scoring_goes_on_under_signals_and_ends_its_own_processes() -> None:
-    with RewardManager(slow, workers=1, timeout_s=60.0) as pool:
-        (score,) = pool.score_batch([ScoreItem("source", "text", "truth", {})])
-    assert (score.outcome, score.value) == (Outcome.SCORED, 1.0), score.message
+def test_calls_go_on_under_signals_and_end_their_own_processes() -> None:
+    pool = CallPool(load_slow, 1, what="slow")
+    result = pool.submit(None, 60.0).result(60.0)
+    pool.close()
+    assert result.value is True, result.message

@@ -15,6 +15,7 @@ from rlhf3d.data.loader import Curriculum
 from rlhf3d.data.prepare import prepare
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.score import ScoreItem
 from rlhf3d.user_code import Ended, guarded, load_file
 
 REWARD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None): return "
@@ -114,7 +115,7 @@ def test_calls_that_end_the_process_are_errors(tmp_path: Path) -> None:
         prepare(str(path), tmp_path / "train.jsonl", tmp_path / "out")
     reward = load_custom_reward(write(tmp_path, reward=f"import sys\n{REWARD}sys.exit(0)"))
     with pytest.raises(Ended, match=r"it ends the process: sys\.exit\(0\)"):
-        reward(data_source="s", solution_str="", ground_truth="")
+        reward.score_items([ScoreItem("s", "", "")])
 
 
 def test_what_it_prints_is_no_output_and_the_folder_stays(

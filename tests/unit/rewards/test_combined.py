@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
+from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.reward_model import ModelPart, ModelScore, only_model
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
@@ -27,16 +27,15 @@ class Lengths:
         ]
 
 
-def rule(
-    *, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None
-) -> float:
-    if solution_str == "!":
-        raise ValueError("unreadable")
-    return float(solution_str == ground_truth)
+class Rule(RewardFunction):
+    def score_items(self, items: Sequence[ScoreItem]) -> list[float]:
+        if items[0].solution_str == "!":
+            raise ValueError("unreadable")
+        return [float(item.solution_str == item.ground_truth) for item in items]
 
 
 def test_both_by_weights() -> None:
-    with RewardManager(rule, workers=1, timeout_s=20.0) as pool:
+    with RewardManager(Rule(), workers=1, timeout_s=20.0) as pool:
         pool.add_model(Lengths(), ModelPart(0.5, mean=2.0, std=4.0))
         batch = pool.start(3)
         batch.add({2: ITEMS[2], 0: ITEMS[0]})

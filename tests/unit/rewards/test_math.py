@@ -385,7 +385,7 @@ def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
     ]
     sane = ScoreItem("lighteval/MATH", r"\boxed{\frac{8}{2}}", "4")
     with RewardManager(
-        BuiltinReward("flexible", ("lighteval/MATH",)), workers=2, timeout_s=2.0
+        BuiltinReward("flexible", ("lighteval/MATH",), memory_gib=1.0), workers=2, timeout_s=0.5
     ) as pool:
         start = time.monotonic()
         scores = pool.score_batch(batch)

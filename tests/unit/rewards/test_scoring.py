@@ -10,17 +10,12 @@ from typing import Any
 import pytest
 
 from rlhf3d.rewards.custom import load_custom_reward
-from rlhf3d.rewards.function import to_score
-from rlhf3d.rewards.score import Outcome, RewardError, Score, check_outcomes
+from rlhf3d.rewards.function import score_items, to_score
+from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem, check_outcomes
 from rlhf3d.rewards.scorers import DATA_SOURCES, SCORERS, BuiltinReward, check_data_sources
 from rlhf3d.rewards.truths import accepted, shown
 
-SAMPLE: dict[str, Any] = {
-    "data_source": "mine",
-    "solution_str": "abc",
-    "ground_truth": "3",
-    "extra_info": None,
-}
+SAMPLE = ScoreItem("mine", "abc", "3")
 
 
 def write(folder: Path, text: str) -> Path:
@@ -31,9 +26,12 @@ def write(folder: Path, text: str) -> Path:
 
 def test_builtin_reward_scores_by_data_source() -> None:
     reward = BuiltinReward("strict")
-    right = reward(data_source="openai/gsm8k", solution_str="#### 4", ground_truth="4")
+    items = [
+        ScoreItem("openai/gsm8k", "#### 4", "4"),
+        ScoreItem("rlhf3d/arithmetic", "it is 4", "4"),
+    ]
+    right, lost = reward.score_items(items)
     assert right == Score(1.0, Outcome.SCORED, {"answer": "4"})
-    lost = reward(data_source="rlhf3d/arithmetic", solution_str="it is 4", ground_truth="4")
     assert lost == Score(0.0, Outcome.UNPARSABLE, {"answer": None})
 
 
@@ -51,18 +49,16 @@ def test_unknown_data_source_is_named_with_the_known_ones() -> None:
 
 def test_reward_scorers_names_or_changes_the_scorer() -> None:
     exact = BuiltinReward("strict", scorers={"mine": "boxed_exact", "openai/gsm8k": "math_verify"})
-    assert (
-        exact(data_source="mine", solution_str="\\boxed{\\frac12}", ground_truth="1/2").value == 1.0
+    same, equal, unboxed, other = exact.score_items(
+        [
+            ScoreItem("mine", "\\boxed{\\frac12}", "1/2"),
+            ScoreItem("mine", "\\boxed{0.5}", "1/2"),
+            ScoreItem("mine", "1/2", "1/2"),
+            ScoreItem("openai/gsm8k", "\\boxed{0.5}", "1/2"),
+        ]
     )
-    assert exact(data_source="mine", solution_str="\\boxed{0.5}", ground_truth="1/2").value == 0.0
-    assert (
-        exact(data_source="mine", solution_str="1/2", ground_truth="1/2").outcome
-        is Outcome.UNPARSABLE
-    )
-    assert (
-        exact(data_source="openai/gsm8k", solution_str="\\boxed{0.5}", ground_truth="1/2").value
-        == 1.0
-    )
+    assert (same.value, equal.value, other.value) == (1.0, 0.0, 1.0)
+    assert unboxed.outcome is Outcome.UNPARSABLE
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -156,8 +152,9 @@ def test_custom_reward_gets_verls_arguments_and_its_kwargs(tmp_path: Path) -> No
         "    return {'score': scale * len(solution_str), 'seen': data_source + ground_truth}\n",
     )
     reward = load_custom_reward(path, kwargs={"scale": 0.5})
-    assert to_score(reward(**SAMPLE)) == Score(1.5, Outcome.SCORED, {"seen": "mine3"})
-    assert to_score(pickle.loads(pickle.dumps(reward))(**SAMPLE)).value == 1.5
+    for function in (reward, pickle.loads(pickle.dumps(reward))):
+        scores = score_items(function, [SAMPLE])
+        assert scores == [Score(1.5, Outcome.SCORED, {"seen": "mine3"})]
 
 
 @pytest.mark.parametrize(

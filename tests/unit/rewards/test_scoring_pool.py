@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import Outcome, RewardError, ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
@@ -55,6 +56,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         return {"score": 0.0, "heavy": [m for m in ("torch", "ray", "vllm", "pyarrow") if m in sys.modules]}
     return {"score": float(solution_str), "pid": os.getpid()}
 """
+
+
+class Unsendable(RewardFunction):
+    def __reduce__(self) -> str:
+        raise TypeError("it holds a socket")
 
 
 @pytest.fixture
@@ -206,7 +212,7 @@ def test_a_function_that_cannot_be_loaded_stops_at_once(unruly: Path) -> None:
     ):
         pool.score_batch(items("1"))
     with pytest.raises(ValueError, match="cannot be sent to another process"):
-        RewardManager(lambda **sample: 1.0)
+        RewardManager(Unsendable())
 
 
 def test_close_and_refused_sizes(unruly: Path) -> None:
@@ -415,10 +421,11 @@ def test_acc_is_checked_like_the_score(odd: Path) -> None:
 def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:
     path = tmp_path / "hungry.py"
     path.write_text(
-        "class Hungry:\n"
+        "from rlhf3d.rewards.function import RewardFunction\n"
+        "class Hungry(RewardFunction):\n"
         "    memory_gib = 0.5\n"
-        "    def __call__(self, *, data_source, solution_str, ground_truth, extra_info=None):\n"
-        "        return float(len(bytearray(int(solution_str))) > 0)\n"
+        "    def score_items(self, items):\n"
+        "        return [float(len(bytearray(int(i.solution_str))) > 0) for i in items]\n"
     )
     driver = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
