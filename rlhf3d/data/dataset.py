@@ -45,6 +45,8 @@ class Prompt:
     """The chat messages."""
     begun: str = ""
     """The beginning of the answer that the prompt ends with: the template's, or the assistant's."""
+    tools: Sequence[Any] = ()
+    """JSON schemas of the tools that it offers."""
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -134,6 +136,7 @@ class PromptDataset(Sequence[Prompt]):
             text=row.question,
             messages=row.prompt,
             begun=opening,
+            tools=row.tools,
         )
 
     def row(self, index: int) -> PromptRow:

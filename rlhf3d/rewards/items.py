@@ -30,4 +30,5 @@ def score_item(prompt: Prompt, text: str) -> ScoreItem:
         prompt.extra_info,
         prompt.messages,
         prompt.begun,
+        prompt.tools,
     )

@@ -160,6 +160,12 @@ def test_rewards_see_what_the_prompt_began(tmp_path: Path) -> None:
     ]
 
 
+def test_a_reward_model_reads_the_prompts_tools(tmp_path: Path) -> None:
+    offered = dataset(tmp_path, [USER], tools=[TOOL])[0]
+    (one,) = model_inputs([score_item(offered, "one")], FULL, 1000, "error", None)
+    assert FULL.decode(list(one.ids)).startswith('T{"type"')
+
+
 def test_messages_and_tools_are_written_as_they_are_read(tmp_path: Path) -> None:
     row = PromptRow("s", [{**USER, "name": "Ann"}], "", {"ground_truth": "4"}, {}, [TOOL])
     write_parquet([row], tmp_path / "t.parquet", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,20 @@ def test_the_completion_is_the_last_message_of_the_models_own_template() -> None
     assert "assistant\n<|im_end|>" in TOKENIZER.decode(
         read(ScoreItem("src", "", None, messages=ITEM.messages)).ids
     )
+
+
+def test_the_prompts_tools_are_given_to_a_template_that_takes_them() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    tokenizer = make_tiny_tokenizer()
+    plain = tokenizer.chat_template
+    offers = "{% if tools %}<tools>{{ tools[0].function.name }}</tools>{% endif %}"
+    tokenizer.chat_template = offers + plain
+    offered = replace(ITEM, tools=tools)
+    with_tools, without = model_inputs([offered, ITEM], tokenizer, 1000, "error", 0)
+    assert tokenizer.decode(with_tools.ids) == f"<tools>look_up</tools>{TEXT}"
+    assert tokenizer.decode(without.ids) == TEXT
+    tokenizer.chat_template = plain
+    assert model_inputs([offered], tokenizer, 1000, "error", 0) == [without]
 
 
 def test_trailing_padding_is_dropped_as_transformers_skips_it() -> None:
