@@ -63,30 +63,31 @@ class Lengths:
         return self.prompt + self.response
 
 
-class Run(NamedTuple):
-    """Devices (on CPU: processes) in a row whose training ranks are of the same stages."""
+class Devices(NamedTuple):
+    """Consecutive devices (on CPU: processes) whose training ranks are of the same stages."""
 
-    devices: range
+    numbers: range
     ranks: tuple[tuple[WorkerGroup, int], ...]
     """The ranks (group, number) on the first of them."""
-    served: bool
+    with_engine: bool
     """Whether each has an engine's rank as well."""
 
 
-def _cut(groups: list[WorkerGroup], first: int, served: int) -> list[Run]:
-    """The devices from number `first` on that these groups share, `served` of them with engines; all have a rank of the
-    first group."""
+def _shared_devices(groups: list[WorkerGroup], first: int, with_engine: int) -> list[Devices]:
+    """The devices from number `first` on that these groups share; all have a rank of the first group.
+
+    `with_engine` of them have an engine's rank.
+    """
     total = groups[0].layout.world_size
-    ends = {end for g in groups for end in range(0, g.layout.world_size + 1, g.layout.stage_size)}
-    cuts = sorted(cut for cut in ends | {served} if cut <= total)
-    return [
-        Run(
-            range(first + start, first + stop),
-            tuple((group, start) for group in groups if start < group.layout.world_size),
-            start < served,
-        )
-        for start, stop in pairwise(cuts)
-    ]
+    # Where a stage of any group ends, or the engines do, other ranks follow.
+    cuts = {with_engine}
+    for group in groups:
+        cuts.update(range(0, group.layout.world_size + 1, group.layout.stage_size))
+    found = []
+    for start, stop in pairwise(sorted(cut for cut in cuts if cut <= total)):
+        ranks = tuple((group, start) for group in groups if start < group.layout.world_size)
+        found.append(Devices(range(first + start, first + stop), ranks, start < with_engine))
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,21 @@ class Job:
         return self.config.rollout.placement == "colocated"
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """Training ranks by device, in the order of devices; engines apart come after."""
+    def devices(self) -> tuple[Devices, ...]:
+        """Training ranks by device, in the order of devices; dedicated engines come after."""
         actor, *others = self.derived.groups
-        beside = [group for group in others if group.colocated and self.on_gpu]
-        runs = _cut([actor, *beside], 0, self.engine_ranks if self.on_gpu and self.colocated else 0)
+        sharing = [group for group in others if group.colocated and self.on_gpu]
+        with_engine = self.engine_ranks if self.on_gpu and self.colocated else 0
+        devices = _shared_devices([actor, *sharing], 0, with_engine)
         for group in others:
-            if group not in beside:
-                runs += _cut([group], runs[-1].devices.stop, 0)
-        return tuple(runs)
+            if group not in sharing:
+                devices += _shared_devices([group], devices[-1].numbers.stop, 0)
+        return tuple(devices)
 
     @property
     def training_devices(self) -> int:
         """Devices (on CPU: processes) with training ranks."""
-        return self.runs[-1].devices.stop
+        return self.devices[-1].numbers.stop
 
     @property
     def engine_ranks(self) -> int:

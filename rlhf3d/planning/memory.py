@@ -1,69 +1,78 @@
 """Memory of a run by rank, phase and term, against what the devices and hosts have.
 
-Invariant: every byte that is planned is in exactly one term of a phase; the micro-batches are those of the longest
-sequences there can be, since a run meets them. Pure: no torch.
+Invariant: every byte that is planned is in exactly one term of a phase; the micro-batches are those
+of the longest sequences there can be, since a run meets them. Pure: no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from rlhf3d import units
+from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.planning.engines import EngineMemory, engine_memory
-from rlhf3d.planning.job import Job, Model, Run
+from rlhf3d.planning.job import Devices, Job, Model
 from rlhf3d.planning.states import States, chunk_sizes, model_states
 from rlhf3d.resharding.setup import SLOTS
 from rlhf3d.units import GIB
 
 ASLEEP_GIB = 0.5
-"""GPU memory that a sleeping engine keeps beside its context: input buffers, graphs' pools (rule of thumb)."""
+"""GPU memory that a sleeping engine keeps besides its context: input buffers, pools of CUDA graphs
+(rule of thumb)."""
 SAFETY = 0.02
-"""Share of a device that a plan that fits leaves free: for what other libraries take, and what is not counted."""
+"""Share of a device that should be free: for other libraries, and for what is not counted."""
 ACTIVATION_MARGIN = 0.15
-"""And of the activations: they are planned to 10 %, and micro-batches of many widths leave holes between blocks."""
+"""Share of the activations that should be free too: they are planned to 10 %, and micro-batches of
+many widths leave holes between blocks."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
-PHASES = (
-    *(
-        "generate",
-        "score",
-        "old_logprobs",
-        "ref_logprobs",
-        "values",
-        "update_critic",
-        "update_actor",
-    ),
-    *("sync_weights", "save_checkpoint"),
-)
-"""In the order of a step."""
 FORWARD_PHASES = {
     "actor": "old_logprobs",
     "ref": "ref_logprobs",
     "critic": "values",
     "reward": "score",
 }
+PHASES = (
+    "generate",
+    "score",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "update_critic",
+    "update_actor",
+    "sync_weights",
+    "save_checkpoint",
+)
+"""In the order of a step."""
+Terms = dict[str, int]
+"""Bytes by what takes them."""
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes of one phase, by term."""
+    """Memory of one phase."""
 
     phase: str
-    terms: Mapping[str, int]
+    terms: Terms
 
     @property
     def total(self) -> int:
         """Bytes in all."""
         return sum(self.terms.values())
+
+    @property
+    def margin(self) -> float:
+        """Bytes that should be free for activations that are larger than planned."""
+        return ACTIVATION_MARGIN * self.terms.get("activations", 0)
 
 
 @dataclass(frozen=True)
@@ -71,13 +80,13 @@ class RankMemory:
     """Devices (on CPU: processes) that need the same."""
 
     ranks: tuple[int, ...]
-    """Their numbers: the actor's ranks first, then groups apart, then engines apart."""
+    """Their numbers: the actor's ranks first, then dedicated groups, then dedicated engines."""
     place: str
     """Which ranks these are, for people."""
     states: Mapping[str, States]
     """By role."""
-    resident: Mapping[str, int]
-    """Terms that every phase has."""
+    resident: Terms
+    """What every phase has."""
     phases: tuple[PhaseMemory, ...]
     """Resident terms included."""
 
@@ -89,25 +98,24 @@ class RankMemory:
     @property
     def tightest(self) -> PhaseMemory:
         """The phase that comes nearest to the device's end, margin included."""
-        return max(self.phases, key=lambda phase: phase.total + margin(phase))
+        return max(self.phases, key=lambda phase: phase.total + phase.margin)
 
     def own(self, name: str) -> int:
-        """Bytes of a phase beside the resident terms; 0 of one in which these ranks have no part."""
-        found = (phase for phase in self.phases if phase.phase == name)
-        return sum(
-            size
-            for phase in found
-            for term, size in phase.terms.items()
-            if term not in self.resident
-        )
+        """Return what a phase adds to the resident terms; 0 if these ranks have no part in it."""
+        size = 0
+        for phase in self.phases:
+            if phase.phase == name:
+                own = phase.terms.keys() - self.resident.keys()
+                size += sum(phase.terms[term] for term in own)
+        return size
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """One node's memory at its peak, by term."""
+    """One node's memory at its peak."""
 
     phase: str
-    terms: Mapping[str, int]
+    terms: Terms
     limit: int
 
     @property
@@ -135,13 +143,12 @@ class MemoryPlan:
 
     @property
     def _fullest(self) -> list[RankMemory]:
-        """Of the devices that hold the same models, those that need most."""
-        found: dict[tuple[str, ...], RankMemory] = {}
-        for rank in sorted(
-            self.ranks, key=lambda rank: rank.tightest.total + margin(rank.tightest)
-        ):
-            found[tuple(rank.states)] = rank
-        return list(found.values())
+        """Of the devices that hold the same models, those that need most: one message for each."""
+        fullest: dict[tuple[str, ...], RankMemory] = {}
+        by_need = sorted(self.ranks, key=lambda rank: rank.tightest.total + rank.tightest.margin)
+        for rank in by_need:
+            fullest[tuple(rank.states)] = rank
+        return list(fullest.values())
 
     @property
     def tight(self) -> tuple[str, ...]:
@@ -149,73 +156,72 @@ class MemoryPlan:
         limit = self.device_limit
         if limit is None:
             return ()
-        return tuple(
-            _tight_device(rank, rank.tightest, limit)
-            for rank in self._fullest
-            if rank.peak.total <= limit < rank.tightest.total + spare(limit, rank.tightest)
-        )
+        messages = []
+        for rank in self._fullest:
+            phase = rank.tightest
+            wanted = spare(limit, phase)
+            if rank.peak.total <= limit < phase.total + wanted:
+                messages.append(
+                    f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) leaves "
+                    f"{_gib(limit - phase.total)} of {_gib(limit)} GiB free, less than the "
+                    f"{_gib(wanted)} for holes between blocks and what is not counted: "
+                    "it may run out"
+                )
+        return tuple(messages)
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What does not fit, each with the figures and how to fix it."""
-        found, engine = [], self.engine
-        if self.device_limit is not None:
-            found += [
-                _device_problem(rank, rank.peak, self.device_limit)
-                for rank in self._fullest
-                if rank.peak.total > self.device_limit
-            ]
-            if engine.missing:
-                least = (
-                    engine.weights + engine.activations + engine.one_sequence
-                ) / self.device_limit
-                found.append(
-                    f"vLLM: rollout.gpu_memory_utilization leaves {_gib(engine.kv_cache)} GiB for keys and values "
-                    f"beside {_gib(engine.weights)} GiB of weights and {_gib(engine.activations)} GiB of "
-                    f"activations, {_gib(engine.missing)} GiB too little for one sequence of {engine.max_model_len} "
-                    f"tokens; give {math.ceil(100 * least) / 100:.2f} or more, or raise "
-                    "rollout.tensor_parallel_size"
+        return (*self._device_problems(), *self._engine_problems(), *self._host_problems())
+
+    def _device_problems(self) -> Iterator[str]:
+        limit = self.device_limit
+        for rank in self._fullest:
+            phase = rank.peak
+            if limit is not None and phase.total > limit:
+                yield (
+                    f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) needs "
+                    f"{_gib(phase.total)} GiB, {_gib(phase.total - limit)} more than the "
+                    f"{_gib(limit)} of a device; largest: {_largest(phase.terms, 3)} GiB"
                 )
-        elif engine.missing:
-            found.append(
-                f"vLLM: rollout.kv_cache_gib = {_gib(engine.kv_cache)} does not hold one sequence of "
-                f"{engine.max_model_len} tokens ({_gib(engine.one_sequence)} GiB); raise it"
+
+    def _engine_problems(self) -> Iterator[str]:
+        engine, limit = self.engine, self.device_limit
+        if not engine.missing:
+            return
+        if limit is None:
+            yield (
+                f"vLLM: rollout.kv_cache_gib = {_gib(engine.kv_cache)} does not hold one sequence "
+                f"of {engine.max_model_len} tokens ({_gib(engine.one_sequence)} GiB); raise it"
             )
-        if self.host.total > self.host.limit:
-            largest = max(self.host.terms, key=lambda name: self.host.terms[name])
-            found.append(
-                f"host memory: {self.host.phase} needs {_gib(self.host.total)} GiB a node, "
-                f"{_gib(self.host.total - self.host.limit)} more than its {_gib(self.host.limit)}; largest: {largest}, "
-                f"{_gib(self.host.terms[largest])} GiB"
+            return
+        least = (engine.weights + engine.activations + engine.one_sequence) / limit
+        yield (
+            f"vLLM: rollout.gpu_memory_utilization leaves {_gib(engine.kv_cache)} GiB for keys and "
+            f"values beside {_gib(engine.weights)} GiB of weights and {_gib(engine.activations)} "
+            f"GiB of activations, {_gib(engine.missing)} GiB too little for one sequence of "
+            f"{engine.max_model_len} tokens; give {math.ceil(100 * least) / 100:.2f} or more, or "
+            "raise rollout.tensor_parallel_size"
+        )
+
+    def _host_problems(self) -> Iterator[str]:
+        host = self.host
+        if host.total > host.limit:
+            yield (
+                f"host memory: {host.phase} needs {_gib(host.total)} GiB a node, "
+                f"{_gib(host.total - host.limit)} more than its {_gib(host.limit)}; "
+                f"largest: {_largest(host.terms, 1, ', ')} GiB"
             )
-        return tuple(found)
 
 
-def _device_problem(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
-    largest = sorted(phase.terms, key=lambda name: -phase.terms[name])[:3]
-    terms = ", ".join(f"{name} {_gib(phase.terms[name])}" for name in largest)
-    return (
-        f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) needs {_gib(phase.total)} GiB, "
-        f"{_gib(phase.total - limit)} more than the {_gib(limit)} of a device; largest: {terms} GiB"
-    )
-
-
-def _tight_device(rank: RankMemory, phase: PhaseMemory, limit: int) -> str:
-    return (
-        f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) leaves {_gib(limit - phase.total)} of "
-        f"{_gib(limit)} GiB free, less than the {_gib(spare(limit, phase))} for holes between blocks and what is not "
-        "counted: it may run out"
-    )
-
-
-def margin(phase: PhaseMemory) -> float:
-    """Bytes that a phase may need beside what is counted, the share of the device apart."""
-    return ACTIVATION_MARGIN * phase.terms.get("activations", 0)
+def _largest(terms: Terms, count: int, between: str = " ") -> str:
+    names = sorted(terms, key=lambda name: -terms[name])[:count]
+    return ", ".join(f"{name}{between}{_gib(terms[name])}" for name in names)
 
 
 def spare(limit: float, phase: PhaseMemory) -> float:
-    """Bytes that should be free of a device in a phase."""
-    return SAFETY * limit + margin(phase)
+    """Return the bytes of a device that should be free in a phase."""
+    return SAFETY * limit + phase.margin
 
 
 def _gib(count: float) -> str:
@@ -223,119 +229,137 @@ def _gib(count: float) -> str:
 
 
 def plan_memory(job: Job) -> MemoryPlan:
-    """The memory of a job, by groups of devices (on CPU: processes) that need the same."""
+    """Return the memory of a job, by groups of devices (on CPU: processes) that need the same."""
     engine = engine_memory(job)
     ranks = training_memory(job, engine)
     if job.on_gpu and not job.colocated:
         ranks.append(_engine_rank(job, engine))
-    hardware = job.cluster.hardware
-    limit = None if hardware.memory_gib is None else int(hardware.memory_gib * GIB)
+    limit_gib = job.cluster.hardware.memory_gib
+    limit = None if limit_gib is None else int(limit_gib * GIB)
     return MemoryPlan(tuple(ranks), engine, _host(job, ranks, engine), limit)
 
 
 def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[RankMemory]:
-    """Devices with training ranks; `ends`: only those that can be the fullest.
+    """Return the devices with training ranks; with `ends` only those that can be the fullest.
 
-    Of the stages between the first and the last, which hold as many layers, the first has most micro-batches in flight.
+    Stages between the first and the last hold as many layers; the first of them has most
+    micro-batches in flight.
     """
-    alike: dict[tuple[object, ...], list[Run]] = defaultdict(list)
-    for run in job.runs:
-        stages = [(group, group.layout.coords(rank).pp) for group, rank in run.ranks]
+    alike: dict[tuple[object, ...], list[Devices]] = defaultdict(list)
+    for devices in job.devices:
+        stages = [(group, group.layout.coords(rank).pp) for group, rank in devices.ranks]
         if not ends or all(pp in (0, 1, group.layout.pp - 1) for group, pp in stages):
-            alike[run.served, *((group.name, pp) for group, pp in stages)].append(run)
-    return [_training_ranks(job, runs, engine) for runs in alike.values()]
+            key = (devices.with_engine, *((group.name, pp) for group, pp in stages))
+            alike[key].append(devices)
+    return [_training_ranks(job, devices, engine) for devices in alike.values()]
 
 
-def _training_ranks(job: Job, runs: Sequence[Run], engine: EngineMemory) -> RankMemory:
+def _training_ranks(job: Job, alike: Sequence[Devices], engine: EngineMemory) -> RankMemory:
     """The first of these devices: replicas hold as much, give or take the padding of buffers."""
-    seat, served = runs[0].ranks, runs[0].served
-    members = tuple(device for run in runs for device in run.devices)
-    here = [(model, rank) for group, rank in seat for model in job.models if model.group == group]
-    states = {
-        model.role: model_states(
-            model.spec,
-            model.layout,
-            model.layout.coords(rank),
-            model.head,
-            job.config.model.dtype,
-            trained=model.trained,
-            distributed_optimizer=model.settings.distributed_optimizer,
-            overlap_grad_reduce=model.settings.overlap_grad_reduce,
-            style=job.style,
-        )
-        for model, rank in here
-    }
-    terms = {role: _terms(role, state) for role, state in states.items()}
-    resident = {"process": int(len(seat) * job.cluster.hardware.process_gib * GIB)}
-    at_work: dict[str, dict[str, int]] = {}
-    if job.config.model.offload:
-        at_work = terms
-    else:
-        resident |= {name: size for of_role in terms.values() for name, size in of_role.items()}
-    serving, loading = _engine_terms(job, engine, resident) if served else ({}, {})
+    first, numbers = alike[0], []
+    for devices in alike:
+        numbers += devices.numbers
+    members: list[tuple[Model, int]] = []
+    for group, rank in first.ranks:
+        members += [(model, rank) for model in job.models if model.group == group]
+    states = {model.role: states_of(job, model, rank) for model, rank in members}
+    resident = {"process": int(len(first.ranks) * job.cluster.hardware.process_gib * GIB)}
+    loaded: dict[str, Terms] = {}
+    """States by role, of models that are on the device in their own phases alone."""
+    for role, state in states.items():
+        if job.config.model.offload:
+            loaded[role] = _state_terms(role, state)
+        else:
+            resident |= _state_terms(role, state)
+    serving: Terms = {}
+    loading: Terms = {}
+    if first.with_engine:
+        serving, loading = _engine_terms(job.config.rollout, engine, resident)
     phases = [PhaseMemory("generate", resident | serving)]
-    for model, rank in here:
-        phases += _model_phases(job, model, rank, resident, at_work.get(model.role, {}))
+    for model, rank in members:
+        phases += _model_phases(job, model, rank, resident, loaded.get(model.role, {}))
     if "actor" in states:
         buckets = {"buckets": SLOTS * job.sync_bucket_bytes} if job.on_gpu else {}
-        weights = _only(at_work.get("actor", {}), "weights")
+        weights = _only(loaded.get("actor", {}), "weights")
         phases.append(PhaseMemory("sync_weights", resident | weights | loading | buckets))
         saved = [
-            _only(of_role, "weights", "optimizer")
-            for role, of_role in at_work.items()
-            if role in ("actor", "critic")
+            _only(loaded[role], "weights", "optimizer")
+            for role in ("actor", "critic")
+            if role in loaded
         ]
-        most = max(saved, key=lambda found: sum(found.values()), default={})
+        # One model after the other is saved.
+        most = max(saved, key=lambda terms: sum(terms.values()), default={})
         phases.append(PhaseMemory("save_checkpoint", resident | most | buckets))
     phases.sort(key=lambda phase: PHASES.index(phase.phase))
-    place = ", ".join(f"{group.name} pp{group.layout.coords(rank).pp}" for group, rank in seat)
-    return RankMemory(members, place, states, resident, tuple(phases))
+    stages = [f"{group.name} pp{group.layout.coords(rank).pp}" for group, rank in first.ranks]
+    return RankMemory(tuple(numbers), ", ".join(stages), states, resident, tuple(phases))
 
 
-def _terms(role: str, state: States) -> dict[str, int]:
-    """A model's states by name."""
-    found = {f"{role} weights": state.weights}
+def states_of(job: Job, model: Model, rank: int) -> States:
+    """Return weights, gradients and optimizer of a model on one rank."""
+    return model_states(
+        model.spec,
+        model.layout,
+        model.layout.coords(rank),
+        model.head,
+        job.config.model.dtype,
+        trained=model.trained,
+        distributed_optimizer=model.settings.distributed_optimizer,
+        overlap_grad_reduce=model.settings.overlap_grad_reduce,
+        style=job.style,
+    )
+
+
+def _state_terms(role: str, state: States) -> Terms:
+    terms = {f"{role} weights": state.weights}
     if state.gradients:
-        found |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
-    return found
+        terms |= {f"{role} gradients": state.gradients, f"{role} optimizer": state.optimizer}
+    return terms
 
 
-def _only(terms: Mapping[str, int], *kinds: str) -> dict[str, int]:
+def _only(terms: Terms, *kinds: str) -> Terms:
     return {name: size for name, size in terms.items() if name.endswith(kinds)}
 
 
 def _engine_terms(
-    job: Job, engine: EngineMemory, resident: dict[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """What an engine beside training adds while it serves and while it is loaded; one that never sleeps is resident."""
+    rollout: RolloutConfig, engine: EngineMemory, resident: Terms
+) -> tuple[Terms, Terms]:
+    """What a colocated engine adds while it serves and while it is loaded.
+
+    Its context, and all of an engine that never sleeps, is added to `resident`.
+    """
     resident["vLLM context"] = engine.outside
-    if not job.config.rollout.sleep:
+    if not rollout.sleep:
         resident["vLLM"] = engine.total
         return {}, {}
-    resident["vLLM asleep"] = asleep = int(ASLEEP_GIB * GIB)
+    asleep = int(ASLEEP_GIB * GIB)
+    resident["vLLM asleep"] = asleep
     return {"vLLM": engine.total - asleep}, {"vLLM": engine.weights}
 
 
 def _model_phases(
-    job: Job, model: Model, rank: int, resident: dict[str, int], at_work: dict[str, int]
+    job: Job, model: Model, rank: int, resident: Terms, loaded: Terms
 ) -> list[PhaseMemory]:
-    """The passes of one model on one rank; `at_work`: its states, where they are elsewhere in other phases."""
-    micro, pp = job.longest(model), model.layout.coords(rank).pp
-    passes = job.activations(model, micro)
-    count = job.micro_batches(model)
-    kept = {"activations": int(passes.forward_peak(pp, count))}
-    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | _only(at_work, "weights") | kept)
+    """The passes of one model on one rank; `loaded`: its states, if other phases have them not."""
+    pp, count = model.layout.coords(rank).pp, job.micro_batches(model)
+    passes = job.activations(model, job.longest(model))
+    activations = {"activations": int(passes.forward_peak(pp, count))}
+    weights = _only(loaded, "weights")
+    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | weights | activations)
     if not model.trained:
         return [forward]
-    chunks = [
-        chunk_sizes(model.spec, model.layout, pp, n, model.head, job.style)
-        for n in range(model.layout.vpp)
-    ]
     layers = len(model.layout.layers(model.spec.num_layers, pp))
-    activations = int(passes.update_peak(pp, count, layers))
-    step = 0 if job.on_gpu else ADAM_TEMPORARIES * 4 * max(chunk.largest for chunk in chunks)
-    kept = {"activations": max(activations, step)}
-    return [forward, PhaseMemory(f"update_{model.role}", resident | at_work | kept)]
+    peak = int(passes.update_peak(pp, count, layers))
+    if not job.on_gpu:
+        chunks = range(model.layout.vpp)
+        sizes = [
+            chunk_sizes(model.spec, model.layout, pp, chunk, model.head, job.style)
+            for chunk in chunks
+        ]
+        # The optimizer's step comes after the passes: the greater of the two counts.
+        peak = max(peak, ADAM_TEMPORARIES * 4 * max(size.largest for size in sizes))
+    update = PhaseMemory(f"update_{model.role}", resident | loaded | {"activations": peak})
+    return [forward, update]
 
 
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
@@ -348,61 +372,71 @@ def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:
 
 
 def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory:
-    """The fullest node at its peak: processes, and on CPU all that the ranks and engines hold."""
-    hardware, rollout = job.cluster.hardware, job.config.rollout
-    # Each engine rank's, and those of an export; on GPUs the former are in their memory.
-    shared = SLOTS * (1 if job.on_gpu else rollout.tensor_parallel_size + 1) * job.sync_bucket_bytes
-    offloaded = job.config.model.offload * sum(
-        len(rank.ranks) * (state.weights + state.optimizer)
-        for rank in ranks
-        for state in rank.states.values()
-    )
-    if not job.on_gpu:
-        terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": shared}
-        if offloaded:
-            terms["offloaded states"] = offloaded
-        terms["engines"] = int(
-            rollout.engines
-            * (
-                rollout.tensor_parallel_size
-                * (hardware.engine_process_gib * GIB + engine.weights * 2)
-            )
-        ) + int(rollout.engines * rollout.kv_cache_gib * GIB)
-        resident = sum(len(r.ranks) * sum(r.resident.values()) for r in ranks)
-        of_phase = {
-            name: resident + sum(len(r.ranks) * r.own(name) for r in ranks)
-            for name in dict.fromkeys(p.phase for r in ranks for p in r.phases)
-        }
-        of_phase["save_checkpoint"] += _save_copies(job)
-        phase = max(of_phase, key=lambda name: of_phase[name])
-        return HostMemory(
-            phase, terms | {"training ranks": of_phase[phase]}, int(hardware.host_memory_gib * GIB)
-        )
-    per_node = min(job.cluster.devices_per_node, job.devices_needed)
+    """The fullest node at its peak."""
+    offloaded = 0
+    if job.config.model.offload:
+        for rank in ranks:
+            each = sum(state.weights + state.optimizer for state in rank.states.values())
+            offloaded += len(rank.ranks) * each
+    limit = int(job.cluster.hardware.host_memory_gib * GIB)
+    if job.on_gpu:
+        return HostMemory("save_checkpoint", _host_of_gpus(job, offloaded), limit)
+    phase, terms = _host_of_cpus(job, ranks, engine, offloaded)
+    return HostMemory(phase, terms, limit)
+
+
+def _host_of_gpus(job: Job, offloaded: int) -> Terms:
+    """Processes, and what passes through or waits in host memory."""
+    hardware, cluster = job.cluster.hardware, job.cluster
+    per_node = min(cluster.devices_per_node, job.devices_needed)
     engines = min(per_node, job.engine_ranks)
-    trained = min(per_node, job.training_devices) * len(job.runs[0].ranks)
+    trained = min(per_node, job.training_devices) * len(job.devices[0].ranks)
     terms = {
         "driver": int(DRIVER_GIB * GIB),
-        "weight sync": shared,
+        "weight sync": SLOTS * job.sync_bucket_bytes,  # of an export
         "training processes": int(trained * hardware.host_process_gib * GIB),
         "engine processes": int(engines * hardware.engine_process_gib * GIB),
-        "copies to save": _save_copies(job) // job.cluster.nodes,
+        "copies to save": _save_copies(job) // cluster.nodes,
     }
     if offloaded:
-        terms["offloaded states"] = offloaded // job.cluster.nodes
-    return HostMemory("save_checkpoint", terms, int(hardware.host_memory_gib * GIB))
+        terms["offloaded states"] = offloaded // cluster.nodes
+    return terms
+
+
+def _host_of_cpus(
+    job: Job, ranks: list[RankMemory], engine: EngineMemory, offloaded: int
+) -> tuple[str, Terms]:
+    """The phase in which processes, ranks and engines hold most, and all that they hold in it."""
+    rollout = job.config.rollout
+    engine_ranks = rollout.engines * rollout.tensor_parallel_size
+    each_engine_rank = job.cluster.hardware.engine_process_gib * GIB + engine.weights * 2
+    # Buckets of each rank of an engine, and those of an export.
+    buckets = SLOTS * (rollout.tensor_parallel_size + 1)
+    terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": buckets * job.sync_bucket_bytes}
+    if offloaded:
+        terms["offloaded states"] = offloaded
+    kv_cache = int(rollout.engines * rollout.kv_cache_gib * GIB)
+    terms["engines"] = int(engine_ranks * each_engine_rank) + kv_cache
+    resident = sum(len(rank.ranks) * sum(rank.resident.values()) for rank in ranks)
+    by_phase: dict[str, int] = {}
+    for rank in ranks:
+        for phase in rank.phases:
+            by_phase.setdefault(phase.phase, resident)
+    for name in by_phase:
+        by_phase[name] += sum(len(rank.ranks) * rank.own(name) for rank in ranks)
+    by_phase["save_checkpoint"] += _save_copies(job)
+    peak = max(by_phase, key=lambda name: by_phase[name])
+    return peak, terms | {"training ranks": by_phase[peak]}
 
 
 def _save_copies(job: Job) -> int:
-    """Host memory that saving takes while it writes, over all ranks: one copy of every trained model's state."""
+    """Host memory that saving takes while it writes: one copy of every trained model's state."""
     trainer = job.config.trainer
-    if not (trainer.save_freq or trainer.save_at_end):
-        return 0
-    return checkpoint_bytes(job)
+    return checkpoint_bytes(job) if trainer.save_freq or trainer.save_at_end else 0
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """Return the bytes of a checkpoint: weights and, if it is saved, optimizer state of every trained model."""
+    """Return the bytes of a checkpoint: every trained model, its optimizer if that is saved."""
     weights = sum(stored_elements(job, model) for model in job.models if model.trained)
     return units.checkpoint_bytes(
         weights, job.config.model.dtype, job.config.trainer.save_optimizer
@@ -410,16 +444,16 @@ def checkpoint_bytes(job: Job) -> int:
 
 
 def stored_elements(job: Job, model: Model) -> int:
-    """Weights of a model that a checkpoint holds: each shard once."""
+    """Return the weights of a model that a checkpoint holds: each shard once."""
     return _stored_elements(model.spec, model.layout, model.head, job.style)
 
 
 @cache
 def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
-    chunks = [
-        chunk_sizes(spec, layout, pp, chunk, head, style)
-        for pp in range(layout.pp)
-        for chunk in range(layout.vpp)
-    ]
-    experts = sum(sum(chunk.experts) for chunk in chunks)
-    return (sum(chunk.total for chunk in chunks) - experts) * layout.tp + experts * layout.ep
+    dense = experts = 0
+    for pp in range(layout.pp):
+        for chunk in range(layout.vpp):
+            sizes = chunk_sizes(spec, layout, pp, chunk, head, style)
+            experts += sum(sizes.experts)
+            dense += sizes.total - sum(sizes.experts)
+    return dense * layout.tp + experts * layout.ep
