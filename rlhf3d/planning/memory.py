@@ -256,7 +256,8 @@ def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[
 
 def _training_ranks(job: Job, alike: Sequence[Devices], engine: EngineMemory) -> RankMemory:
     """The first of these devices: replicas hold as much, give or take the padding of buffers."""
-    first, numbers = alike[0], []
+    first = alike[0]
+    numbers: list[int] = []
     for devices in alike:
         numbers += devices.numbers
     members: list[tuple[Model, int]] = []
