@@ -1,8 +1,9 @@
 """The `rlhf3d` command: which commands there are, and what becomes of their errors.
 
-Invariant: exit codes are 0 done, 1 the run failed, 2 the user's configuration or arguments, 75 stopped after a
-checkpoint (the same command continues), 130 interrupted; a user's mistake ends in one screen of plain text, never in
-a traceback. A command is a function of `commands/`, which imports nothing heavy before the command runs.
+Invariant: exit codes are 0 done, 1 the run failed, 2 the user's configuration or arguments, 75
+stopped after a checkpoint (the same command continues), 130 interrupted; a user's mistake ends in
+one screen of plain text, never in a traceback. A command is a function of `commands/`, which
+imports nothing heavy before the command runs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command line; report the user's mistakes on stderr with exit code 2, failures with 1."""
+    """Run the command line; report the user's mistakes on stderr with exit code 2, failures
+    with 1.
+    """
     write_what_can_be_encoded()
     try:
         app()

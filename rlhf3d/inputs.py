@@ -1,4 +1,5 @@
-"""Whether the files that a run names are there and fit its configuration: model, data, reward function, output folder.
+"""Whether the files that a run names are there and fit its configuration: model, data, reward
+function, output folder.
 
 Invariant: only looks; each problem is a sentence with key, value, arithmetic and fix.
 """
@@ -15,7 +16,9 @@ from rlhf3d.paths import folder_problem
 
 
 def check_files(config: Config) -> list[str]:
-    """What the disk lacks of what is named: model (and its fit to the layout), data, reward function."""
+    """What the disk lacks of what is named: model (and its fit to the layout), data, reward
+    function.
+    """
     problems = _check_model_folder(config) + _check_output(config)
     for key in ("train_files", "val_files"):
         problems += [

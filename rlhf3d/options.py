@@ -1,6 +1,7 @@
 """Options of the command line: what they may be, and which go together.
 
-Invariant: an option that is given is used, or the command is refused; ~ is the home folder in every path.
+Invariant: an option that is given is used, or the command is refused; ~ is the home folder in every
+path.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _takes_paths(kind: Any) -> bool:
 
 
 def option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for a command with dataclasses among its parameters: each of their fields is an option.
+    """Decorator for a command with dataclasses among its parameters: each of their fields is an
+    option.
 
     Typer sees one flat signature; `command` gets the dataclasses.
     """

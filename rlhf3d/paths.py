@@ -1,4 +1,5 @@
-"""Paths that a user gives: the home folder in them, what is there, and whether something can be written.
+"""Paths that a user gives: the home folder in them, what is there, and whether something can be
+written.
 
 Invariant: only looks; each answer says why not.
 """
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).parent / "configs"
-"""The configurations that ship with the package; `models` in it holds shapes of public models, without weights."""
+"""The configurations that ship with the package; `models` in it holds shapes of public models,
+without weights."""
 _VARIABLE = re.compile(r"\$(\w|\{)")
 _GIT_LFS = b"version https://git-lfs"
 
 
 def expand_home(text: str) -> str:
-    """A leading ~ or ~user as the home folder. Raises ValueError for what only a shell would expand."""
+    """A leading ~ or ~user as the home folder. Raises ValueError for what only a shell would
+    expand.
+    """
     if _VARIABLE.search(text):
         raise ValueError(
             "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
@@ -27,7 +31,9 @@ def expand_home(text: str) -> str:
 
 
 def expand_user(text: str) -> str:
-    """As `expand_home`, of what a shell has seen already: a $ is one. Raises ValueError where ~user is nobody."""
+    """As `expand_home`, of what a shell has seen already: a $ is one. Raises ValueError where ~user
+    is nobody.
+    """
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not text.startswith("~/"):
         raise ValueError(

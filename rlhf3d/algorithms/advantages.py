@@ -1,7 +1,7 @@
 """From token rewards to advantages and returns: a registry of estimators.
 
-Invariant: only response tokens count. Rewards and values outside the mask are never read, outputs are 0
-there, and an empty response takes no part in its group's statistics.
+Invariant: only response tokens count. Rewards and values outside the mask are never read, outputs
+are 0 there, and an empty response takes no part in its group's statistics.
 
 Shapes: N sequences of a step, R response tokens. A user's own estimator:
 
@@ -87,7 +87,9 @@ def _register(name: str, needs: EstimatorNeeds) -> Callable[[Estimator], Estimat
 
 
 def needs_greedy_baseline(name: str) -> bool:
-    """Whether estimator `name` needs one greedy completion per prompt; ValueError for an unknown name."""
+    """Whether estimator `name` needs one greedy completion per prompt; ValueError for an unknown
+    name.
+    """
     return ADVANTAGES[name].needs.greedy_baseline
 
 
@@ -114,9 +116,11 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
 
 @_built_in("gae")
 def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438): δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t + γλA_{t+1}.
+    """Generalised advantage estimation (arXiv 1506.02438): δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t +
+    γλA_{t+1}.
 
-    Masked tokens are skipped: "t+1" is the next response token. Returns are A + V before A is whitened.
+    Masked tokens are skipped: "t+1" is the next response token. Returns are A + V before A is
+    whitened.
     """
     rewards, values, mask = inputs.token_level_rewards, inputs.values, inputs.response_mask.bool()
     assert values is not None
@@ -159,7 +163,9 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("reinforce_plus_plus")
 def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262); masked tokens are skipped."""
+    """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262); masked tokens are
+    skipped.
+    """
     rewards, mask = inputs.token_level_rewards, inputs.response_mask.bool()
     running = torch.zeros_like(rewards[:, 0])
     columns = []
@@ -181,7 +187,9 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tenso
 
 @_built_in("remax")
 def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Reward-to-go minus the score of the prompt's greedy completion (arXiv 2310.10505), undiscounted."""
+    """Reward-to-go minus the score of the prompt's greedy completion (arXiv 2310.10505),
+    undiscounted.
+    """
     assert inputs.greedy_scores is not None
     returns = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1)
     return returns - inputs.greedy_scores.to(returns.dtype)[:, None], returns
@@ -189,7 +197,9 @@ def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("opo")
 def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a lone response gets 0."""
+    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a lone response gets
+    0.
+    """
     scores, counted = _outcomes(inputs)
     lengths = inputs.response_mask.bool().sum(-1).double()
     weighted = group_sum(scores * lengths, inputs.group_ids)
@@ -200,13 +210,17 @@ def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 
 def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Scores [N] and 1 for each non-empty response [N]; float64, so equal scores centre to exactly 0."""
+    """Scores [N] and 1 for each non-empty response [N]; float64, so equal scores centre to exactly
+    0.
+    """
     counted = inputs.response_mask.bool().any(-1).double()
     return inputs.token_level_rewards.double().sum(-1), counted
 
 
 def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Score minus group mean [N], exactly 0 in a group of one, and group size [N]; non-empty responses count."""
+    """Score minus group mean [N], exactly 0 in a group of one, and group size [N]; non-empty
+    responses count.
+    """
     size = group_sum(counted, group_ids)
     return scores - group_sum(scores, group_ids) / size.clamp(min=1), size
 

@@ -10,8 +10,8 @@ With r = π_old / π_rollout of each token (training engine over rollout engine,
   it; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high) is to be inverted when it is
   brought over: verl's 0.5_4.0 is 0.25_2.0 here.
 
-Invariant: both are functions of the whole batch, computed once before the update, so no cut of the batch changes
-them; statistics are over non-empty sequences. Names are verl's.
+Invariant: both are functions of the whole batch, computed once before the update, so no cut of the
+batch changes them; statistics are over non-empty sequences. Names are verl's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def importance_weights(
 ) -> tuple[Tensor, dict[str, float]]:
     """(weights [N, R], 0 outside the mask; statistics), all arguments [N, R].
 
-    token: r_t of each token. sequence: the product of the sequence's ratios, on each of its tokens. Logs of ratios
-    are clamped to ±20. The statistics are verl's: mean, min and max of the ratios before the threshold; standard
-    deviation and effective sample size (Kish's, (Σw)² / (n Σw²): 1 when all are equal) of the ratios clamped to
-    [low, high], where low is 1/high for a single threshold; shares of ratios outside. Mean, deviation and sample
-    size are over tokens, the others over tokens or sequences, as the level says.
+    token: r_t of each token. sequence: the product of the sequence's ratios, on each of its tokens.
+    Logs of ratios are clamped to ±20. The statistics are verl's: mean, min and max of the ratios
+    before the threshold; standard deviation and effective sample size (Kish's, (Σw)² / (n Σw²): 1
+    when all are equal) of the ratios clamped to [low, high], where low is 1/high for a single
+    threshold; shares of ratios outside. Mean, deviation and sample size are over tokens, the others
+    over tokens or sequences, as the level says.
     """
     assert settings.is_level in IS_LEVELS, settings.is_level
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
@@ -67,7 +68,9 @@ def importance_weights(
 
 
 def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -> dict[str, float]:
-    """Statistics of the `ratios` [n] of tokens or sequences, and of each token's, `on_tokens` [t]."""
+    """Statistics of the `ratios` [n] of tokens or sequences, and of each token's, `on_tokens`
+    [t].
+    """
     clamped = on_tokens.clamp(low, high)
     return {
         "rollout_is_mean": float(on_tokens.mean()),
@@ -81,7 +84,9 @@ def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """Kish's effective share of samples with `weights` [n], (Σw)² / (n Σw²), in (0, 1]; NaN when all are 0."""
+    """Kish's effective share of samples with `weights` [n], (Σw)² / (n Σw²), in (0, 1]; NaN when
+    all are 0.
+    """
     w = weights.double()
     return float(w.sum().square() / (len(w) * w.square().sum()))
 
@@ -91,9 +96,9 @@ def rejection_mask(
 ) -> tuple[Tensor, dict[str, float]]:
     """(`mask` [N, R] without the rejected tokens; statistics), all arguments [N, R].
 
-    With l = log r, a token or sequence is kept when its k1 = r, k2 = l²/2 or k3 = r - 1 - l lies within bounds:
-    of the token, or of the sequence's sum, mean or largest (k1: product or geometric mean of ratios). A token
-    stays when every criterion keeps it.
+    With l = log r, a token or sequence is kept when its k1 = r, k2 = l²/2 or k3 = r - 1 - l lies
+    within bounds: of the token, or of the sequence's sum, mean or largest (k1: product or geometric
+    mean of ratios). A token stays when every criterion keeps it.
     """
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
     inside = mask.bool()
@@ -135,9 +140,10 @@ def mismatch_metrics(
 ) -> dict[str, float]:
     """How far apart the two engines are, before anything is corrected; all arguments [N, R].
 
-    kl and k3_kl estimate KL(rollout, old) a token; training_ppl and rollout_ppl are means over sequences of
-    exp(-mean log-prob), log_ppl_diff the mean difference of their logs (training - rollout), ppl_ratio the mean of
-    its exponential; chi2_token and chi2_seq are mean r² - 1 (r of a token, or of a sequence: product).
+    kl and k3_kl estimate KL(rollout, old) a token; training_ppl and rollout_ppl are means over
+    sequences of exp(-mean log-prob), log_ppl_diff the mean difference of their logs (training -
+    rollout), ppl_ratio the mean of its exponential; chi2_token and chi2_seq are mean r² - 1 (r of a
+    token, or of a sequence: product).
     """
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
     sequences = mask.bool().any(-1)

@@ -18,8 +18,9 @@ def group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
 def groups_with_signal(values: Tensor, counted: Tensor, n: int) -> Tensor:
     """[G] whether a group's values differ: equal ones give every group estimator advantages of 0.
 
-    `values` [G * n], the n of a group side by side; `counted` [G * n] False for empty responses. DAPO's dynamic
-    sampling (arXiv 2503.14476, eq. 11: 0 < number correct < n) keeps the groups with signal.
+    `values` [G * n], the n of a group side by side; `counted` [G * n] False for empty responses.
+    DAPO's dynamic sampling (arXiv 2503.14476, eq. 11: 0 < number correct < n) keeps the groups with
+    signal.
     """
     assert values.shape == counted.shape and len(values) % n == 0, (
         f"{tuple(values.shape)} in groups of {n}"

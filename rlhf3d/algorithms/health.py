@@ -1,4 +1,5 @@
-"""Numbers that tell whether training can be trusted: engine mismatch, the critic's fit, spikes, what is not finite.
+"""Numbers that tell whether training can be trusted: engine mismatch, the critic's fit, spikes,
+what is not finite.
 
 Invariant: they measure and never correct; what is undefined is NaN, not a pleasant number.
 """
@@ -19,11 +20,12 @@ from rlhf3d.algorithms.kl import kl_estimate
 def logprob_mismatch(
     rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """Difference between the log-probs the engine sampled with and those training computes, both [N, R].
+    """Difference between the log-probs the engine sampled with and those training computes, both
+    [N, R].
 
-    abs_diff_mean and abs_diff_max in nats; kl_k3, the k3 estimate of KL(rollout, train); prob_diff_mean and
-    prob_diff_max of probabilities; pearson_r of probabilities (NaN when either is constant). ValueError
-    without a response token.
+    abs_diff_mean and abs_diff_max in nats; kl_k3, the k3 estimate of KL(rollout, train);
+    prob_diff_mean and prob_diff_max of probabilities; pearson_r of probabilities (NaN when either
+    is constant). ValueError without a response token.
     """
     inside = mask.bool()
     rollout, train = rollout_logprobs[inside].double(), train_logprobs[inside].double()
@@ -44,7 +46,8 @@ def logprob_mismatch(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - var(returns - values) / var(returns) inside the mask: 1 is perfect, 0 no better than a constant.
+    """1 - var(returns - values) / var(returns) inside the mask: 1 is perfect, 0 no better than a
+    constant.
 
     NaN when the returns do not vary. All [N, R].
     """
@@ -56,7 +59,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 class SpikeMonitor:
-    """How many times its usual size a figure is: its ratio to the median of the `window` values before it.
+    """How many times its usual size a figure is: its ratio to the median of the `window` values
+    before it.
 
     The median is not moved by the spike itself; values that are not finite are not remembered.
     """
@@ -67,7 +71,9 @@ class SpikeMonitor:
         self._values: deque[float] = deque(maxlen=window)
 
     def ratio(self, value: float) -> float:
-        """Ratio of `value` to the median before it, NaN while too few are known; then remember it."""
+        """Ratio of `value` to the median before it, NaN while too few are known; then remember
+        it.
+        """
         usual = median(self._values) if len(self._values) >= self._least else math.nan
         if math.isfinite(value):
             self._values.append(value)
@@ -84,7 +90,9 @@ class SpikeMonitor:
 
 
 def nonfinite_rows(columns: Mapping[str, Tensor], mask: Tensor) -> dict[int, list[str]]:
-    """Row to the names of its columns [N, R] that are NaN or infinite somewhere inside `mask` [N, R]."""
+    """Row to the names of its columns [N, R] that are NaN or infinite somewhere inside `mask` [N,
+    R].
+    """
     found: dict[int, list[str]] = {}
     inside = mask.bool()
     for name, column in columns.items():

@@ -1,7 +1,7 @@
 """KL divergence to the reference: per-token estimators and the controllers of its coefficient.
 
-Invariant: an estimate depends on the two log-probabilities of the sampled token only; a controller's
-coefficient changes only in `update`, called after the coefficient was used.
+Invariant: an estimate depends on the two log-probabilities of the sampled token only; a
+controller's coefficient changes only in `update`, called after the coefficient was used.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ K3_CLAMP = 10.0
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
     """Estimate KL(policy, reference), nats, from log-probabilities of tokens the policy sampled.
 
-    With l = logp - ref_logp: k1 (kl) is l, abs |l|, k2 (mse) l²/2, k3 (low_var_kl) exp(-l) - 1 + l with l clamped
-    to ±20 and the estimate to ±10 (http://joschu.net/blog/kl-approx.html; clamps as in verl). A clamped token
-    passes no gradient. A `+` behind the name (straight-through) keeps the estimator's value and takes k2's
-    gradient l, which is in expectation the gradient of the KL itself; that of k1 is 0 and that of k3 belongs to
-    the reverse divergence. With `mask` the estimate is 0 outside it. ValueError for another kind.
+    With l = logp - ref_logp: k1 (kl) is l, abs |l|, k2 (mse) l²/2, k3 (low_var_kl) exp(-l) - 1 + l
+    with l clamped to ±20 and the estimate to ±10 (http://joschu.net/blog/kl-approx.html; clamps as
+    in verl). A clamped token passes no gradient. A `+` behind the name (straight-through) keeps the
+    estimator's value and takes k2's gradient l, which is in expectation the gradient of the KL
+    itself; that of k1 is 0 and that of k3 belongs to the reverse divergence. With `mask` the
+    estimate is 0 outside it. ValueError for another kind.
     """
     if kind not in KL_KINDS:
         raise unknown_name(
@@ -85,7 +86,9 @@ class FixedKLController:
 
 
 class AdaptiveKLController:
-    """value *= 1 + clip(kl / target - 1, ±0.2) * n_steps / horizon (Ziegler et al., arXiv 1909.08593)."""
+    """value *= 1 + clip(kl / target - 1, ±0.2) * n_steps / horizon (Ziegler et al., arXiv
+    1909.08593).
+    """
 
     def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
         if target_kl <= 0 or horizon <= 0:
@@ -97,7 +100,9 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Move the coefficient; ValueError when the KL is not finite or `value` could turn negative."""
+        """Move the coefficient; ValueError when the KL is not finite or `value` could turn
+        negative.
+        """
         if not math.isfinite(current_kl):
             raise ValueError(
                 f"the measured KL is {current_kl}: the policy's log-probabilities are broken"
@@ -119,7 +124,9 @@ class AdaptiveKLController:
 
 
 def make_kl_controller(type: str, kl_coef: float, target_kl: float, horizon: int) -> KLController:
-    """The controller `algorithm.kl_ctrl` asks for, `horizon` in sequences; ValueError for another type."""
+    """The controller `algorithm.kl_ctrl` asks for, `horizon` in sequences; ValueError for another
+    type.
+    """
     if type == "fixed":
         return FixedKLController(kl_coef)
     if type == "adaptive":

@@ -1,7 +1,8 @@
 """Per-token policy and value losses; the policy losses form a registry.
 
-Invariant: a loss is a [b, R] tensor of one micro-batch, never reduced here: `aggregation` reduces it with
-global counts, so the mathematics does not depend on how a mini-batch is cut. A user's own loss:
+Invariant: a loss is a [b, R] tensor of one micro-batch, never reduced here: `aggregation` reduces
+it with global counts, so the mathematics does not depend on how a mini-batch is cut. A user's own
+loss:
 
     @register_policy_loss("mine")
     def mine(logprobs, old_logprobs, advantages, response_mask, settings) -> PolicyLossTerms: ...
@@ -75,10 +76,11 @@ def compute_policy_loss(
     settings: PolicyLossSettings,
     rollout_is_weights: Tensor | None = None,
 ) -> PolicyLossTerms:
-    """Policy loss `name` on [b, R] tensors, 0 and without gradient outside the mask; metrics detached.
+    """Policy loss `name` on [b, R] tensors, 0 and without gradient outside the mask; metrics
+    detached.
 
-    The function sees inputs that are 0 outside the mask. `rollout_is_weights` [b, R] multiply its loss (see
-    `correction`). ValueError for an unknown name.
+    The function sees inputs that are 0 outside the mask. `rollout_is_weights` [b, R] multiply its
+    loss (see `correction`). ValueError for an unknown name.
     """
     new, old, weights = (
         zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages)
@@ -99,7 +101,9 @@ def vanilla(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """PPO: max(-A r, -A clip(r)) (arXiv 1707.06347), at most -A c where A < 0 (dual clip, 1912.09729)."""
+    """PPO: max(-A r, -A clip(r)) (arXiv 1707.06347), at most -A c where A < 0 (dual clip,
+    1912.09729).
+    """
     log_ratio = _log_ratio(logprobs, old_logprobs)
     return _clipped(log_ratio, advantages, settings, bounded=True)
 
@@ -112,7 +116,8 @@ def gspo(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """Sequence ratio, the geometric mean of the token ratios (GSPO-token, arXiv 2507.18071), clipped as PPO.
+    """Sequence ratio, the geometric mean of the token ratios (GSPO-token, arXiv 2507.18071),
+    clipped as PPO.
 
     Each token carries its sequence's ratio and its own gradient; meant for seq-mean-token-mean.
     """
@@ -131,7 +136,9 @@ def cispo(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """-sg(clip(r)) A log π (arXiv 2506.13585): the clip bounds the weight, no token loses its gradient."""
+    """-sg(clip(r)) A log π (arXiv 2506.13585): the clip bounds the weight, no token loses its
+    gradient.
+    """
     log_ratio = _log_ratio(logprobs, old_logprobs).detach()
     ratio = log_ratio.exp()
     weight = ratio.clamp(1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high)
@@ -147,7 +154,9 @@ def pg(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """Plain policy gradient -A log π: no ratio, no clip; right only for one on-policy update a batch."""
+    """Plain policy gradient -A log π: no ratio, no clip; right only for one on-policy update a
+    batch.
+    """
     return PolicyLossTerms(-advantages * logprobs, {"ppo_kl": -_log_ratio(logprobs, old_logprobs)})
 
 
@@ -158,9 +167,11 @@ def value_loss(
     response_mask: Tensor,
     cliprange_value: float,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token ½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²) and 1 where the clip decided.
+    """Per-token ½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²) and 1 where the clip
+    decided.
 
-    All [b, R]; both results are 0 outside the mask and the second is detached (arXiv 1707.06347's code).
+    All [b, R]; both results are 0 outside the mask and the second is detached (arXiv 1707.06347's
+    code).
     """
     values, old_values, returns = (
         zero_outside(x, response_mask) for x in (values, old_values, returns)

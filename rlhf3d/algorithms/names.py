@@ -1,7 +1,7 @@
 """The names by which a configuration chooses among algorithms, and what an estimator needs.
 
-Invariant: each name stands here once. The registries (`advantages`, `losses`) attach a function to every name, and
-the configuration reads its choices from here; so nothing here imports torch.
+Invariant: each name stands here once. The registries (`advantages`, `losses`) attach a function to
+every name, and the configuration reads its choices from here; so nothing here imports torch.
 """
 
 from __future__ import annotations

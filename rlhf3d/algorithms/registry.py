@@ -1,6 +1,7 @@
 """Names of interchangeable functions, open to a user's own file.
 
-Invariant: a name means one function; looking up an unknown one fails with the nearest name and the list.
+Invariant: a name means one function; looking up an unknown one fails with the nearest name and the
+list.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from rlhf3d.algorithms.masked import masked_mean, zero_outside
 def token_level_rewards(scores: Tensor, response_mask: Tensor) -> Tensor:
     """Token rewards [N, R] with `scores` [N] on each row's last response token, 0 elsewhere.
 
-    An empty response has no token to carry its score, so it carries none. ValueError when the score of a
-    non-empty response is not finite.
+    An empty response has no token to carry its score, so it carries none. ValueError when the score
+    of a non-empty response is not finite.
     """
     assert scores.is_floating_point() and scores.shape == response_mask.shape[:1], (
         f"{tuple(scores.shape)}"
@@ -38,8 +38,8 @@ def apply_kl_penalty(
 ) -> tuple[Tensor, float]:
     """(token rewards - coef x KL per token [N, R], mean KL, nats a token).
 
-    The mean, which the adaptive controller follows, is over non-empty sequences of their token means, 0
-    without any. (verl's counts an empty sequence as one with KL 0.)
+    The mean, which the adaptive controller follows, is over non-empty sequences of their token
+    means, 0 without any. (verl's counts an empty sequence as one with KL 0.)
     """
     kl = kl_estimate(logp, ref_logp, kind, mask)
     mean_kl = masked_mean(masked_mean(kl, mask, dim=-1), mask.bool().any(-1))
@@ -49,11 +49,12 @@ def apply_kl_penalty(
 def overlong_penalty(
     lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float
 ) -> Tensor:
-    """[N] soft penalty (0 or negative) on responses of `lengths` [N] that reach into the last `buffer_len` tokens.
+    """[N] soft penalty (0 or negative) on responses of `lengths` [N] that reach into the last
+    `buffer_len` tokens.
 
-    min(0, (max_response_length - buffer_len - length) / buffer_len) * penalty_factor: DAPO's soft overlong
-    punishment (arXiv 2503.14476, eq. 13), which falls from 0 to -penalty_factor at max_response_length.
-    ValueError unless 0 < buffer_len <= max_response_length.
+    min(0, (max_response_length - buffer_len - length) / buffer_len) * penalty_factor: DAPO's soft
+    overlong punishment (arXiv 2503.14476, eq. 13), which falls from 0 to -penalty_factor at
+    max_response_length. ValueError unless 0 < buffer_len <= max_response_length.
     """
     if not 0 < buffer_len <= max_response_length:
         raise ValueError(

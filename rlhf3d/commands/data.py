@@ -88,7 +88,9 @@ def check(
     workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the scorer on the truth."""
+    """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the
+    scorer on the truth.
+    """
     from rlhf3d.data.check_view import check_view
     from rlhf3d.rewards.custom import load_custom_reward
     from rlhf3d.rewards.truth_check import check_prompt_files

@@ -18,7 +18,9 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show platform, versions, patches and memory, and what is missing with the command that fixes it."""
+    """Show platform, versions, patches and memory, and what is missing with the command that fixes
+    it.
+    """
     if cluster is not None:
         from rlhf3d.placement.cluster_check import cluster_view, diagnose_cluster
 

@@ -1,6 +1,7 @@
 """`rlhf3d evaluate`: accuracy of a model on prompt files.
 
-Invariant: an option that has a key in the configuration means what the key means, and its help names it.
+Invariant: an option that has a key in the configuration means what the key means, and its help
+names it.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def evaluate(
     scoring: Scoring,
     engines: Engines,
 ) -> None:
-    """Measure a model on prompt files: mean@n with intervals, pass@k, maj@k by source, level and type.
+    """Measure a model on prompt files: mean@n with intervals, pass@k, maj@k by source, level and
+    type.
 
     Continues where it was interrupted; every generation is a line of OUTPUT/generations.jsonl.
     """

@@ -37,8 +37,9 @@ def rehearse(
 ) -> None:
     """Run a job in miniature on CPU: same layouts and code path, two steps, saved and resumed.
 
-    On this machine, or with cluster.ray_address=… over the cluster.num_nodes of a Ray cluster. If the first run was
-    interrupted, the same command continues from its checkpoint; with trainer.resume_mode=never it begins again.
+    On this machine, or with cluster.ray_address=… over the cluster.num_nodes of a Ray cluster. If
+    the first run was interrupted, the same command continues from its checkpoint; with
+    trainer.resume_mode=never it begins again.
     """
     from rlhf3d.rehearsal.run import prepare
     from rlhf3d.rehearsal.run import rehearse as run

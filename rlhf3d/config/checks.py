@@ -1,7 +1,7 @@
 """What ties the fields of a `Config` together: ranges, choices, divisibility.
 
-Invariant: each problem is a sentence with key, value, arithmetic and fix. Nothing is read from disk and nothing of the
-user's is executed.
+Invariant: each problem is a sentence with key, value, arithmetic and fix. Nothing is read from disk
+and nothing of the user's is executed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from rlhf3d.config.schema import Config
 
 
 def check(config: Config) -> list[str]:
-    """Everything that is wrong between the fields, one sentence each with the arithmetic and the fix.
+    """Everything that is wrong between the fields, one sentence each with the arithmetic and the
+    fix.
 
     An estimator of a user's file that is not executed yet is taken as one without a critic.
     """
@@ -177,7 +178,9 @@ def _check_layout(group: WorkerGroup) -> list[str]:
 
 
 def _check_devices(config: Config) -> list[str]:
-    """On GPUs: what has devices of its own, one after the other, engines beside the actor, and kernels' wishes."""
+    """On GPUs: what has devices of its own, one after the other, engines beside the actor, and
+    kernels' wishes.
+    """
     cluster, rollout = config.cluster, config.rollout
     if cluster.platform != "cuda":
         return []

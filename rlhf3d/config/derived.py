@@ -1,6 +1,7 @@
 """The numbers that follow from a `Config`.
 
-Invariant: every count that the loop, the engines and the printed summary use is computed here, once. Pure.
+Invariant: every count that the loop, the engines and the printed summary use is computed here,
+once. Pure.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from rlhf3d.config.schema import ActorConfig, Config, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 WIDTH_MULTIPLE = {"cuda": 128}
-"""By platform: cuDNN builds its attention anew (0.1 to 0.4 s) for every number of rows and width, and torch's allocator
-keeps blocks of every size; with few widths both stay few. Elsewhere any width will do."""
+"""By platform: cuDNN builds its attention anew (0.1 to 0.4 s) for every number of rows and width,
+and torch's allocator keeps blocks of every size; with few widths both stay few. Elsewhere any width
+will do."""
 COLUMN_BYTES_A_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
 
@@ -58,7 +60,8 @@ class Derived:
 def derive(config: Config, train_rows: int | None = None) -> Derived:
     """The numbers of a checked configuration; `train_rows` (prompts an epoch) for a run in epochs.
 
-    An epoch's last rows that do not fill a batch are not trained on; ValueError when not one batch fills.
+    An epoch's last rows that do not fill a batch are not trained on; ValueError when not one batch
+    fills.
     """
     groups = worker_groups(config)
     total = config.trainer.total_training_steps
@@ -135,8 +138,10 @@ def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> 
 
 
 def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
-    """What the widths of micro-batches divide by: context-parallel ranks take two chunks of each sequence, tensor ranks
-    a part of what those hold under sequence parallelism, kernels of the platform (cpu, cuda) few different ones."""
+    """What the widths of micro-batches divide by: context-parallel ranks take two chunks of each
+    sequence, tensor ranks a part of what those hold under sequence parallelism, kernels of the
+    platform (cpu, cuda) few different ones.
+    """
     chunks = 2 * layout.cp if layout.cp > 1 else 1
     shared = chunks * (layout.tp if layout.sequence_parallel else 1)
     return {

@@ -1,6 +1,8 @@
-"""The worker groups of a run: which models share processes, how they are cut over them, and which devices they take.
+"""The worker groups of a run: which models share processes, how they are cut over them, and which
+devices they take.
 
-Invariant: every model of a run is in exactly one group, and all models of a group have one layout. Pure.
+Invariant: every model of a run is in exactly one group, and all models of a group have one layout.
+Pure.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class WorkerGroup:
     """The HF folder that all of them start from."""
     layout_config: LayoutConfig
     colocated: bool = True
-    """Whether its ranks are on the devices of the actor group's; on CPU every rank is a process with its own core."""
+    """Whether its ranks are on the devices of the actor group's; on CPU every rank is a process
+    with its own core."""
 
     @cached_property
     def layout(self) -> ParallelLayout:

@@ -1,4 +1,5 @@
-"""The keys of the configuration by dotted name: type, range, default and meaning, read from the schema.
+"""The keys of the configuration by dotted name: type, range, default and meaning, read from the
+schema.
 
 Invariant: the docstring under a field is the only text about it; help and error messages quote it.
 """
@@ -49,7 +50,9 @@ class Key:
 
 @cache
 def all_keys() -> tuple[Key, ...]:
-    """Every key, in the order of the schema; those of a section that is null with its own defaults."""
+    """Every key, in the order of the schema; those of a section that is null with its own
+    defaults.
+    """
     return tuple(_keys_below(Config(), ""))
 
 

@@ -1,7 +1,7 @@
 """From YAML and dotted overrides to a checked `Config`, and back.
 
-Invariant: a `Config` that leaves here is complete and consistent, or one ConfigError names all that is wrong.
-Imports nothing heavy.
+Invariant: a `Config` that leaves here is complete and consistent, or one ConfigError names all that
+is wrong. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (its `base:` file first), apply `key.name=value` overrides in order, and check.
+    """Read a YAML file (its `base:` file first), apply `key.name=value` overrides in order, and
+    check.
 
-    Nothing else is read, and nothing of the user's is executed: `resolve.load_run` and `inputs` look further.
-    Raises ConfigError with all problems at once.
+    Nothing else is read, and nothing of the user's is executed: `resolve.load_run` and `inputs`
+    look further. Raises ConfigError with all problems at once.
     """
     problems: list[str] = []
     try:
@@ -113,14 +114,18 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
 
 
 def find_file(path: Path) -> Path:
-    """The configuration file at `path`, or else the one of that name that ships with the package."""
+    """The configuration file at `path`, or else the one of that name that ships with the
+    package.
+    """
     shipped = CONFIGS / path.name
     by_name = str(path) in (path.name, f"configs/{path.name}")
     return shipped if by_name and shipped.is_file() and not path.is_file() else path
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in `path`, merged over the file its top-level `base:` names (relative to `path`)."""
+    """The mapping in `path`, merged over the file its top-level `base:` names (relative to
+    `path`).
+    """
     if path.resolve() in seen:
         raise ConfigError([f"base: {path} derives from itself"])
     if not path.is_file():
@@ -177,7 +182,9 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def _place_of(key: str) -> tuple[list[str], Any]:
-    """The names on the way to a dotted key, and its type; the names in a mapping of texts or numbers have dots."""
+    """The names on the way to a dotted key, and its type; the names in a mapping of texts or
+    numbers have dots.
+    """
     names, kind = key.split("."), Config
     for depth, name in enumerate(names):
         section: Any = kind if is_dataclass(kind) else optional_section(kind)
@@ -252,7 +259,8 @@ def _type_name(value: Any) -> str:
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, where nothing is lost by it ('1e-5' is a float, 4.0 an int, 'a' a tuple of one str).
+    """`value` as `kind`, where nothing is lost by it ('1e-5' is a float, 4.0 an int, 'a' a tuple of
+    one str).
 
     Raises TypeError otherwise.
     """
@@ -288,7 +296,9 @@ def coerce(value: Any, kind: Any) -> Any:
 
 
 def _coerce_to_one(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """`value` as the first of several types that takes it; what stands without quotes is text only if nothing else."""
+    """`value` as the first of several types that takes it; what stands without quotes is text only
+    if nothing else.
+    """
     plain = isinstance(value, scalars.Plain)
     if plain and type(None) in kinds and value.lower() == "none":
         raise TypeError(value)

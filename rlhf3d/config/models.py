@@ -179,7 +179,8 @@ class CriticConfig:
 @dataclass(frozen=True)
 class RewardModelConfig:
     """A sequence classifier that scores completions, with the weight
-    reward.weights.reward_model."""
+    reward.weights.reward_model.
+    """
 
     path: UserPath | None = None
     """HF folder of a classifier with one output (score.weight) and a tokenizer with chat template;

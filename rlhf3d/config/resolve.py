@@ -1,7 +1,8 @@
-"""What a configuration leaves open until a run starts: the names of a user's file, and the platform.
+"""What a configuration leaves open until a run starts: the names of a user's file, and the
+platform.
 
-Invariant: reading a configuration executes nothing of the user's. `resolve_algorithms` is the one step that does,
-and leaves what the estimator needs in the configuration, as data.
+Invariant: reading a configuration executes nothing of the user's. `resolve_algorithms` is the one
+step that does, and leaves what the estimator needs in the configuration, as data.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def resolve_algorithms(config: Config) -> Config:
     """The configuration with what its estimator needs, which decides whether there is a critic.
 
-    Executes algorithm.custom_path, if there is one. Raises ConfigError for a file that does not load, a name that it
-    does not register, and what is wrong now that the critic is known.
+    Executes algorithm.custom_path, if there is one. Raises ConfigError for a file that does not
+    load, a name that it does not register, and what is wrong now that the critic is known.
     """
     algorithm = config.algorithm
     if algorithm.custom_path is None:

@@ -1,8 +1,8 @@
 """What a scalar of the configuration says, by the type of its key.
 
-Invariant: nothing is read as more than it shows. Text for a text key is that text, numbers are decimal, true and false
-are spelled so, and what YAML 1.1 would turn into something else (010, 1_000, 1:30, yes, dates) is refused where a
-number, a bool or anything at all is wanted.
+Invariant: nothing is read as more than it shows. Text for a text key is that text, numbers are
+decimal, true and false are spelled so, and what YAML 1.1 would turn into something else (010,
+1_000, 1:30, yes, dates) is refused where a number, a bool or anything at all is wanted.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that leaves plain scalars as they stand, and refuses a key given twice (YAML's own rule is to keep the
-    last in silence)."""
+    """SafeLoader that leaves plain scalars as they stand, and refuses a key given twice (YAML's own
+    rule is to keep the last in silence).
+    """
 
     yaml_implicit_resolvers = {"<": [(_MERGE_TAG, re.compile("<<"))]}  # noqa: RUF012
 
@@ -69,7 +70,9 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def read(text: str) -> Any:
-    """YAML with its plain scalars as they stand. Raises yaml.YAMLError, or ValueError where a part would be dropped."""
+    """YAML with its plain scalars as they stand. Raises yaml.YAMLError, or ValueError where a part
+    would be dropped.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -89,7 +92,8 @@ def write(value: Any) -> str:
 
 
 def read_as(text: str, kind: Any) -> Any:
-    """The value of an override for a key of that type: YAML for sections, mappings and lists, else the text itself.
+    """The value of an override for a key of that type: YAML for sections, mappings and lists, else
+    the text itself.
 
     Raises yaml.YAMLError or ValueError.
     """
@@ -128,7 +132,9 @@ def as_number(value: Any) -> int | float | None:
 
 
 def as_anything(value: Any) -> Any:
-    """What a value says where the key takes anything. Raises TypeError with the scalar that YAML versions differ on."""
+    """What a value says where the key takes anything. Raises TypeError with the scalar that YAML
+    versions differ on.
+    """
     if isinstance(value, dict):
         return {str(key): as_anything(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

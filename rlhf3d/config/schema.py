@@ -1,8 +1,8 @@
 """The keys of a run: one frozen dataclass per section, each field with its meaning and unit.
 
-Invariant: every number that a run uses is a field here or derived from one in `derived.py`; defaults
-are the values a user would choose; ranges and choices stand at the field (`fields.py`). Reading and
-checking are elsewhere in this room; nothing heavy is imported.
+Invariant: every number that a run uses is a field here or derived from one in `derived.py`;
+defaults are the values a user would choose; ranges and choices stand at the field (`fields.py`).
+Reading and checking are elsewhere in this room; nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class KLCtrlConfig:
 @dataclass(frozen=True)
 class FilterGroupsConfig:
     """Dynamic sampling (DAPO): train on prompts whose completions differ; generate until there are
-    enough."""
+    enough.
+    """
 
     enable: bool = False
     """Leave out prompts whose completions are all equal in `metric`, and refill."""
