@@ -1,0 +1,153 @@
+"""Whether batch sizes, layouts and devices come out even.
+
+Invariant: as in `checks.py`: each problem is a sentence with key, value, arithmetic and fix. Sizes are
+at least 1 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf3d.config.derived import (
+    WIDTH_MULTIPLE,
+    Batching,
+    actor_batching,
+    critic_batching,
+    micro_batching,
+)
+from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
+from rlhf3d.config.schema import Config
+
+
+def check_sizes(config: Config) -> Iterator[str]:
+    """Everything that does not come out even."""
+    for group in worker_groups(config):
+        yield from _check_layout(group)
+    if config.cluster.platform == "cuda":
+        yield from _check_devices(config)
+    actor = group_of(config, "actor")
+    yield from _check_batching(config, "actor", actor_batching(config), actor)
+    if not config.needs_critic:
+        return
+    critic = group_of(config, "critic")
+    # The same sizes in the same layout are reported once.
+    if critic != actor or critic_batching(config) != actor_batching(config):
+        yield from _check_batching(config, "critic", critic_batching(config), critic)
+
+
+def _check_layout(group: WorkerGroup) -> Iterator[str]:
+    layout, key = group.layout_config, group.key
+    if (layout.vpp or 1) > 1 and layout.pp == 1:
+        yield f"{key}.vpp = {layout.vpp}: needs {key}.pp above 1; set vpp=null"
+    if layout.sequence_parallel and layout.tp == 1:
+        yield f"{key}.sequence_parallel = true: needs {key}.tp above 1"
+    if layout.overlap_param_gather:
+        # The distributed optimizer is what gathers, and overlap_grad_reduce makes its buckets.
+        for name in ("distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(layout, name):
+                yield f"{key}.overlap_param_gather = true: needs {key}.{name} = true"
+
+
+def _check_devices(config: Config) -> Iterator[str]:
+    """On GPUs: dtype of context parallelism, dedicated devices, engines colocated with the actor."""
+    cluster, rollout = config.cluster, config.rollout
+    for group in worker_groups(config):
+        if group.layout.cp > 1 and config.model.dtype == "float32":
+            yield (
+                f"{group.key}.cp = {group.layout.cp} with model.dtype = float32: Transformer "
+                "Engine's context-parallel attention is for bfloat16; set model.dtype=bfloat16, "
+                "or cp=1"
+            )
+    gpus = cluster.num_nodes * cluster.gpus_per_node
+    terms = device_terms(config)
+    needed = sum(count for _, count in terms)
+    if needed > gpus:
+        total = "" if len(terms) == 1 else f" = {needed} GPUs"
+        yield (
+            f"{' + '.join(text for text, _ in terms)}{total}, more than cluster.num_nodes "
+            f"{cluster.num_nodes} x gpus_per_node {cluster.gpus_per_node} = {gpus} GPUs"
+        )
+    ranks = rollout.engines * rollout.tensor_parallel_size
+    if rollout.placement == "colocated" and ranks > gpus:
+        yield (
+            f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size "
+            f"{rollout.tensor_parallel_size} = {ranks} GPUs, more than {gpus}"
+        )
+
+
+def _check_batching(
+    config: Config, role: str, batching: Batching, group: WorkerGroup
+) -> Iterator[str]:
+    batch, mini = config.data.train_batch_size, batching.mini_batch_size
+    if batch % mini:
+        yield (
+            f"data.train_batch_size = {batch} prompts do not divide by {role}.ppo_mini_batch_size "
+            f"= {mini}: {batch} % {mini} = {batch % mini}"
+        )
+    if batching.max_tokens is None:
+        yield from _check_fixed(config.rollout.n, role, batching, group)
+    else:
+        yield from _check_budget(config, role, batching, group)
+
+
+def _check_fixed(n: int, role: str, batching: Batching, group: WorkerGroup) -> Iterator[str]:
+    """Micro-batches of a fixed number of sequences must come out even on every rank."""
+    mini, micro = batching.mini_batch_size, batching.micro_batch_size
+    mini_key, micro_key = f"{role}.ppo_mini_batch_size", f"{role}.ppo_micro_batch_size_per_gpu"
+    layout, layout_key = group.layout_config, group.key
+    sequences = mini * n
+    if sequences % layout.dp:
+        yield (
+            f"{mini_key} = {mini} prompts x rollout.n = {n} = {sequences} sequences do not divide "
+            f"over {layout_key}.dp = {layout.dp} ranks: {sequences} % {layout.dp} = "
+            f"{sequences % layout.dp}"
+        )
+        return
+    per_rank = sequences // layout.dp
+    if per_rank % micro:
+        yield (
+            f"{mini_key} = {mini} x rollout.n = {n} / {layout_key}.dp = {layout.dp} = {per_rank} "
+            f"sequences per rank do not divide by {micro_key} = {micro}: {per_rank} % {micro} = "
+            f"{per_rank % micro}"
+        )
+    elif (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
+        yield (
+            f"{micro_key} = {micro} makes {per_rank // micro} micro-batches per rank; interleaving "
+            f"({layout_key}.vpp = {layout.vpp}) needs a multiple of {layout_key}.pp = {layout.pp}"
+        )
+
+
+def _check_budget(
+    config: Config, role: str, batching: Batching, group: WorkerGroup
+) -> Iterator[str]:
+    """A micro-batch of a token budget must hold the longest sequence there can be."""
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    rule = micro_batching(config, batching, group.layout_config)
+    longest = rule.width(prompt + response)
+    if rule.tokens is None or longest <= rule.tokens:
+        return
+    rounded = _rounding_text(group, config.cluster.platform, rule.multiple_of)
+    yield (
+        f"{role}.ppo_max_token_len_per_gpu = {rule.tokens}: below the longest sequence, "
+        f"data.max_prompt_length {prompt} + data.max_response_length {response}{rounded} = "
+        f"{longest} tokens; set {longest} or more"
+    )
+
+
+def _rounding_text(group: WorkerGroup, platform: str, multiple_of: int) -> str:
+    """Of what widths are multiples, and why: `derived.width_multiples` in words."""
+    if multiple_of == 1:
+        return ""
+    layout, kernels = group.layout_config, WIDTH_MULTIPLE.get(platform, 1)
+    factors = []
+    if layout.cp > 1:
+        factors += ["2", f"{group.key}.cp"]
+    if layout.sequence_parallel and layout.tp > 1:
+        factors.append(f"{group.key}.tp")
+    parts = []
+    if factors:
+        parts.append(" x ".join(factors))
+    if kernels > 1:
+        parts.append(str(kernels))
+    total = f" = {multiple_of}" if factors else ""
+    return f", rounded up to a multiple of {' and '.join(parts)}{total}"
