@@ -19,9 +19,10 @@ def config(
     """List every configuration key with default and meaning, or print a CONFIG as a run would see
     it.
     """
-    from rlhf3d.config.derived import derive, summary_lines
+    from rlhf3d.config.derived import derive
     from rlhf3d.config.load import config_to_yaml
     from rlhf3d.config.resolve import load_run
+    from rlhf3d.config.summary import summary_lines
 
     if config is None:
         _list_keys()

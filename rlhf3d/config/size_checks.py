@@ -26,13 +26,15 @@ def check_sizes(config: Config) -> Iterator[str]:
     if config.cluster.platform == "cuda":
         yield from _check_devices(config)
     actor = group_of(config, "actor")
-    yield from _check_batching(config, "actor", actor_batching(config), actor)
+    sizes = actor_batching(config.actor)
+    yield from _check_batching(config, "actor", sizes, actor)
     if not config.needs_critic:
         return
     critic = group_of(config, "critic")
     # The same sizes in the same layout are reported once.
-    if critic != actor or critic_batching(config) != actor_batching(config):
-        yield from _check_batching(config, "critic", critic_batching(config), critic)
+    critic_sizes = critic_batching(config.actor, config.critic)
+    if critic != actor or critic_sizes != sizes:
+        yield from _check_batching(config, "critic", critic_sizes, critic)
 
 
 def _check_layout(group: WorkerGroup) -> Iterator[str]:

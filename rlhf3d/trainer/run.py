@@ -24,11 +24,12 @@ from rlhf3d.checkpoints.resume import (
 )
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.writer import CheckpointWriter
-from rlhf3d.config.derived import Derived, derive, micro_batching_of, summary_lines
+from rlhf3d.config.derived import Derived, derive, micro_batching_of
 from rlhf3d.config.groups import TRAINABLE, WorkerGroup
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
+from rlhf3d.config.summary import summary_lines
 from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf3d.config.derived import summary_lines
 from rlhf3d.config.load import config_to_yaml
+from rlhf3d.config.summary import summary_lines
 from rlhf3d.observability.tables import Row, View, table
 from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.memory import MemoryPlan, RankMemory

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import clip_range, derive, summary_lines, width_multiples
+from rlhf3d.config.derived import clip_range, derive, width_multiples
 from rlhf3d.config.schema import (
     ActorConfig,
     AlgorithmConfig,
@@ -21,6 +21,7 @@ from rlhf3d.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlhf3d.config.summary import summary_lines
 from rlhf3d.parallel.layout import ParallelLayout
 
 CONFIG = Config(

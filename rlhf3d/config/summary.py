@@ -1,0 +1,114 @@
+"""A run in a few lines of text, for the screen at its start and for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.config.derived import Derived
+from rlhf3d.config.groups import WorkerGroup
+from rlhf3d.config.schema import ActorConfig, Config, RolloutConfig, TrainerConfig
+
+
+def summary_lines(config: Config, derived: Derived) -> list[str]:
+    """The lines, each under a label of its own."""
+    data, trainer = config.data, config.trainer
+    lines = [f"model      {config.model.path} in {config.model.dtype}"]
+    lines += [f"layout     {_group_line(group)}" for group in derived.groups]
+    lines += [
+        f"rollout    {_rollout_line(config.rollout)}",
+        f"step       {data.train_batch_size} prompts x {config.rollout.n} completions = "
+        f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
+        f"{data.max_response_length} tokens",
+        f"actor      {_plan_line(derived.actor, config.actor.optim.lr)}",
+    ]
+    if derived.critic is not None:
+        lines.append(f"critic     {_plan_line(derived.critic, config.critic.optim.lr)}")
+    algorithm = [
+        config.algorithm.adv_estimator,
+        f"{config.actor.policy_loss} policy loss",
+        config.actor.loss_agg_mode,
+        *_algorithm_extras(config),
+    ]
+    validation = _validation_line(trainer) if data.val_files else "never (data.val_files is empty)"
+    length = f"{trainer.total_epochs} epoch(s) of the data"
+    if derived.total_steps is not None:
+        length = f"{derived.total_steps} steps"
+    return [
+        *lines,
+        f"algorithm  {', '.join(algorithm)}",
+        f"validate   {validation}",
+        f"run        {length}, seed {trainer.seed}, written to {trainer.output_dir}",
+        *_warning_lines(config.actor),
+    ]
+
+
+def _rollout_line(rollout: RolloutConfig) -> str:
+    dtype = rollout.dtype if rollout.quantization == "none" else rollout.quantization
+    return (
+        f"{rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {dtype}, "
+        f"temperature {rollout.temperature:g}"
+    )
+
+
+def _validation_line(trainer: TrainerConfig) -> str:
+    times = ["before the first step"] if trainer.val_before_train else []
+    if trainer.test_freq > 0:
+        times.append(f"every {trainer.test_freq} steps")
+    return ", ".join([*times, "after the last"])
+
+
+def _warning_lines(actor: ActorConfig) -> list[str]:
+    """Settings that are valid together and are rarely meant."""
+    if actor.policy_loss != "gspo" or actor.loss_agg_mode == "seq-mean-token-mean":
+        return []
+    return [
+        f"warning    actor.policy_loss = gspo with actor.loss_agg_mode = {actor.loss_agg_mode}: "
+        "long responses weigh more; GSPO's paper and verl use seq-mean-token-mean"
+    ]
+
+
+def _group_line(group: WorkerGroup) -> str:
+    layout = group.layout_config
+    switches = (
+        "sequence_parallel",
+        "distributed_optimizer",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+    )
+    extras = [name for name in switches if getattr(layout, name)]
+    if layout.recompute != "none":
+        extras.append(f"{layout.recompute} recompute")
+    names = {"ref": "reference", "reward": f"reward model {group.model}"}
+    roles = ", ".join(names.get(role, role) for role in group.roles)
+    ranks = f"{group.layout} = {group.layout.world_size} ranks"
+    return ", ".join([f"{group.name} group ({roles}): {ranks}", *extras])
+
+
+def _algorithm_extras(config: Config) -> Iterator[str]:
+    correction, weights = config.algorithm.rollout_correction, dict(config.reward.weights)
+    if config.algorithm.filter_groups.enable:
+        yield "dynamic sampling"
+    if weights != {"accuracy": 1.0}:
+        yield f"reward of {' and '.join(weights)}"
+    if config.reward.overlong_buffer.enable:
+        yield "overlong penalty"
+    if correction.rollout_is is not None:
+        yield f"importance weights by {correction.rollout_is}"
+    if correction.rollout_rs is not None:
+        yield f"rejection by {correction.rollout_rs}"
+    if correction.bypass_mode:
+        yield "the engine's log-probs as the old ones"
+
+
+def _plan_line(plan: UpdatePlan, lr: float) -> str:
+    rule = plan.micro_batching
+    micro = f"micro-batches of at most {rule.tokens} tokens"
+    if rule.tokens is None:
+        micro = f"{plan.micro_batches_per_rank} micro-batches of {rule.rows}"
+    packed = ", packed" if rule.packed else ""
+    return (
+        f"{plan.epochs} epoch(s) x {plan.mini_batches} mini-batch(es) of "
+        f"{plan.sequences_per_mini_batch} sequences = {plan.optimizer_steps_per_step} optimizer "
+        f"step(s); per rank: {micro}{packed}; lr {lr:g}"
+    )
