@@ -27,7 +27,7 @@ from rlhf3d.terminal import tell, write_what_can_be_encoded
 
 app = Commands(
     name="rlhf3d",
-    help="PPO for language models with 3D-parallel training, vLLM rollouts and in-memory resharding.",
+    help="PPO for language models: 3D-parallel training, vLLM rollouts, in-memory resharding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,9 +56,7 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command line; report the user's mistakes on stderr with exit code 2, failures
-    with 1.
-    """
+    """Run the command line; report mistakes of the user (exit code 2) and failures (1)."""
     write_what_can_be_encoded()
     try:
         app()

@@ -1,5 +1,4 @@
-"""Whether the files that a run names are there and fit its configuration: model, data, reward
-function, output folder.
+"""The files that a run names: whether they are there and fit its configuration.
 
 Invariant: only looks; each problem is a sentence with key, value, arithmetic and fix.
 """
@@ -16,9 +15,7 @@ from rlhf3d.paths import folder_problem
 
 
 def check_files(config: Config) -> list[str]:
-    """What the disk lacks of what is named: model (and its fit to the layout), data, reward
-    function.
-    """
+    """Every problem of model folder (and its fit to the layout), data files and reward function."""
     problems = _check_model_folder(config) + _check_output(config)
     for key in ("train_files", "val_files"):
         problems += [
@@ -65,8 +62,8 @@ def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     if prompt + response > spec.max_position:
         problems.append(
-            f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} "
-            f"tokens, more than the model's window of {spec.max_position}"
+            f"data.max_prompt_length {prompt} + data.max_response_length {response} = "
+            f"{prompt + response} tokens, more than the model's window of {spec.max_position}"
         )
     problems += [
         f"rollout.stop_token_ids holds {token}: the model's tokens are 0 to {spec.vocab_size - 1}"

@@ -53,8 +53,7 @@ def _takes_paths(kind: Any) -> bool:
 
 
 def option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for a command with dataclasses among its parameters: each of their fields is an
-    option.
+    """Decorator for a command that takes dataclasses: each of their fields is an option.
 
     Typer sees one flat signature; `command` gets the dataclasses.
     """

@@ -1,5 +1,4 @@
-"""Paths that a user gives: the home folder in them, what is there, and whether something can be
-written.
+"""Paths that a user gives: the home folder in them, what is there, what can be written.
 
 Invariant: only looks; each answer says why not.
 """
@@ -20,19 +19,22 @@ _GIT_LFS = b"version https://git-lfs"
 
 
 def expand_home(text: str) -> str:
-    """A leading ~ or ~user as the home folder. Raises ValueError for what only a shell would
-    expand.
+    """A leading ~ or ~user as the home folder.
+
+    Raises ValueError for what only a shell would expand.
     """
     if _VARIABLE.search(text):
         raise ValueError(
-            "variables are not expanded here: write the path itself, or leave it to the shell (no quotes)"
+            "variables are not expanded here: write the path itself, or leave it to the shell "
+            "(no quotes)"
         )
     return expand_user(text)
 
 
 def expand_user(text: str) -> str:
-    """As `expand_home`, of what a shell has seen already: a $ is one. Raises ValueError where ~user
-    is nobody.
+    """As `expand_home`, for text that a shell has expanded already: a $ is just a $.
+
+    Raises ValueError where ~user is nobody.
     """
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not text.startswith("~/"):
@@ -68,7 +70,9 @@ def file_problem(file: str | Path) -> str | None:
 
 def check_output(option: str, path: Path | None, *, is_file: bool = False) -> None:
     """Raise ValueError where a command's output cannot be written; None is left to the command."""
-    problem = None if path is None else file_problem(path) if is_file else folder_problem(path)
+    if path is None:
+        return
+    problem = file_problem(path) if is_file else folder_problem(path)
     if problem is not None:
         raise ValueError(f"{option} {path}: {problem}; name another")
 
@@ -94,5 +98,6 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_GIT_LFS)) == _GIT_LFS:
             raise ValueError(
-                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}"
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in "
+                f"{path.parent}"
             )

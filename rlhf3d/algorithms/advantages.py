@@ -87,8 +87,9 @@ def _register(name: str, needs: EstimatorNeeds) -> Callable[[Estimator], Estimat
 
 
 def needs_greedy_baseline(name: str) -> bool:
-    """Whether estimator `name` needs one greedy completion per prompt; ValueError for an unknown
-    name.
+    """Whether estimator `name` needs one greedy completion per prompt.
+
+    ValueError for an unknown name.
     """
     return ADVANTAGES[name].needs.greedy_baseline
 
@@ -116,11 +117,10 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
 
 @_built_in("gae")
 def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438): δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t +
-    γλA_{t+1}.
+    """Generalized advantage estimation (arXiv 1506.02438).
 
-    Masked tokens are skipped: "t+1" is the next response token. Returns are A + V before A is
-    whitened.
+    δ_t = r_t + γV_{t+1} - V_t, A_t = δ_t + γλA_{t+1}. Masked tokens are skipped: "t+1" is the next
+    response token. Returns are A + V before A is whitened.
     """
     rewards, values, mask = inputs.token_level_rewards, inputs.values, inputs.response_mask.bool()
     assert values is not None
@@ -153,7 +153,7 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("rloo")
 def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus the mean of the group's other scores (arXiv 2402.14740); a lone response gets 0."""
+    """Score minus the mean of the group's other scores (arXiv 2402.14740); a lone one gets 0."""
     scores, counted = _outcomes(inputs)
     centred, size = _centred(scores, counted, inputs.group_ids)
     return _on_every_token(
@@ -163,8 +163,9 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("reinforce_plus_plus")
 def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262); masked tokens are
-    skipped.
+    """Discounted reward-to-go, whitened over the batch (arXiv 2501.03262).
+
+    Masked tokens are skipped.
     """
     rewards, mask = inputs.token_level_rewards, inputs.response_mask.bool()
     running = torch.zeros_like(rewards[:, 0])
@@ -178,7 +179,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus its group's mean, on every token, whitened over the batch (arXiv 2501.03262)."""
+    """Score minus its group's mean, on every token, whitened (arXiv 2501.03262)."""
     scores, counted = _outcomes(inputs)
     centred, _ = _centred(scores, counted, inputs.group_ids)
     advantages = masked_whiten(_on_every_token(centred, inputs)[0], inputs.response_mask)
@@ -187,9 +188,7 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tenso
 
 @_built_in("remax")
 def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Reward-to-go minus the score of the prompt's greedy completion (arXiv 2310.10505),
-    undiscounted.
-    """
+    """Undiscounted reward-to-go minus the prompt's greedy score (arXiv 2310.10505)."""
     assert inputs.greedy_scores is not None
     returns = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1)
     return returns - inputs.greedy_scores.to(returns.dtype)[:, None], returns
@@ -197,8 +196,9 @@ def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 @_built_in("opo")
 def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """s minus the length-weighted mean score of the group (arXiv 2505.23585); a lone response gets
-    0.
+    """Score minus the length-weighted mean score of the group (arXiv 2505.23585).
+
+    A lone response gets 0.
     """
     scores, counted = _outcomes(inputs)
     lengths = inputs.response_mask.bool().sum(-1).double()
@@ -210,23 +210,25 @@ def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 
 
 def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """Scores [N] and 1 for each non-empty response [N]; float64, so equal scores centre to exactly
-    0.
+    """Scores [N], and 1 for each non-empty response [N].
+
+    In float64, so that equal scores center to exactly 0.
     """
     counted = inputs.response_mask.bool().any(-1).double()
     return inputs.token_level_rewards.double().sum(-1), counted
 
 
 def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Score minus group mean [N], exactly 0 in a group of one, and group size [N]; non-empty
-    responses count.
+    """Score minus group mean [N], and group size [N].
+
+    Only non-empty responses count. A group of one gets exactly 0.
     """
     size = group_sum(counted, group_ids)
     return scores - group_sum(scores, group_ids) / size.clamp(min=1), size
 
 
 def _on_every_token(advantage: Tensor, inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
-    """One number a sequence [N] spread over its tokens, as advantages and as returns [N, R]."""
+    """One number per sequence [N] on each of its tokens, as advantages and as returns [N, R]."""
     rewards = inputs.token_level_rewards
     tokens = advantage.to(rewards.dtype)[:, None].expand_as(rewards)
     tokens = zero_outside(tokens, inputs.response_mask)

@@ -38,14 +38,14 @@ def loss_norm(response_mask: Tensor, max_response_tokens: int) -> LossNorm:
 
 
 def aggregate(per_token: Tensor, response_mask: Tensor, mode: str, norm: LossNorm) -> Tensor:
-    """The share [] of the global loss owed to these rows, [b, R] of the mini-batch that `norm`
-    counts.
+    """The share [] of the global loss that these rows contribute.
 
-    token-mean divides the sum by tokens, token-sum by nothing, seq-mean-token-sum by sequences;
-    seq-mean-token-mean averages over sequences their token means; seq-mean-token-sum-norm divides
-    the sum by sequences and max_response_tokens (Dr.GRPO, arXiv 2503.20783; verl's mode of this
-    name with its loss_scale_factor at max_response_tokens). Back-propagate every share and sum the
-    gradients over micro-batches and data-parallel ranks. ValueError for another mode.
+    The rows are [b, R] of the mini-batch that `norm` counts. token-mean divides the sum by tokens,
+    token-sum by nothing, seq-mean-token-sum by sequences; seq-mean-token-mean averages over
+    sequences their token means; seq-mean-token-sum-norm divides the sum by sequences and
+    max_response_tokens (Dr.GRPO, arXiv 2503.20783; verl's mode of this name with its
+    loss_scale_factor at max_response_tokens). Back-propagate every share and sum the gradients over
+    micro-batches and data-parallel ranks. ValueError for another mode.
     """
     if mode == "token-mean":
         return masked_sum(per_token, response_mask) / norm.tokens

@@ -2,13 +2,14 @@
 
 With r = π_old / π_rollout of each token (training engine over rollout engine, same weights):
 
-* importance weights (`rollout_is`) multiply the policy loss and leave its divisor alone: truncated, min(r, C)
-  (TIS, https://fengyao.notion.site/off-policy-rl; sequence level: https://richardli.xyz/rl-collapse), or masked,
-  r inside [low, high] and 0 outside (IcePop, https://ringtech.notion.site/icepop);
-* rejection (`rollout_rs`) takes tokens or whole sequences out of the loss's mask: they are in neither the
-  numerator nor the divisor, which counts what is left. Bounds of k1 are bounds of r, as verl's theory page has
-  it; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high) is to be inverted when it is
-  brought over: verl's 0.5_4.0 is 0.25_2.0 here.
+* importance weights (`rollout_is`) multiply the policy loss and leave its divisor alone: truncated,
+  min(r, C) (TIS, https://fengyao.notion.site/off-policy-rl; sequence level:
+  https://richardli.xyz/rl-collapse), or masked, r inside [low, high] and 0 outside (IcePop,
+  https://ringtech.notion.site/icepop);
+* rejection (`rollout_rs`) takes tokens or complete sequences out of the loss's mask: they are in
+  neither the numerator nor the divisor, which counts what is left. Bounds of k1 are bounds of r, as
+  on verl's theory page; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high)
+  must be inverted when it comes from there: verl's 0.5_4.0 is 0.25_2.0 here.
 
 Invariant: both are functions of the whole batch, computed once before the update, so no cut of the
 batch changes them; statistics are over non-empty sequences. Names are verl's.
@@ -58,8 +59,8 @@ def importance_weights(
         mean = float(weights[counted].mean())
         if mean == 0:
             raise ValueError(
-                "algorithm.rollout_correction: every weight of the batch is 0, so it has no mean to "
-                "divide by; widen rollout_is_threshold or set rollout_is_batch_normalize=false"
+                "algorithm.rollout_correction: every weight of the batch is 0, so it has no mean "
+                "to divide by; widen rollout_is_threshold or set rollout_is_batch_normalize=false"
             )
         weights = weights / mean
         metrics["rollout_is_batch_norm_factor"] = mean
@@ -68,9 +69,7 @@ def importance_weights(
 
 
 def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -> dict[str, float]:
-    """Statistics of the `ratios` [n] of tokens or sequences, and of each token's, `on_tokens`
-    [t].
-    """
+    """Statistics of `ratios` [n], of tokens or sequences, and of each token's, `on_tokens` [t]."""
     clamped = on_tokens.clamp(low, high)
     return {
         "rollout_is_mean": float(on_tokens.mean()),
@@ -84,8 +83,9 @@ def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """Kish's effective share of samples with `weights` [n], (Σw)² / (n Σw²), in (0, 1]; NaN when
-    all are 0.
+    """Kish's effective share of samples with `weights` [n], in (0, 1].
+
+    (Σw)² / (n Σw²); NaN when all are 0.
     """
     w = weights.double()
     return float(w.sum().square() / (len(w) * w.square().sum()))
@@ -167,5 +167,5 @@ def mismatch_metrics(
 
 
 def _log_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log r [N, R] in float64, 0 outside the mask."""
+    """Log r [N, R] in float64, 0 outside the mask."""
     return zero_outside(old_logprobs.double() - rollout_logprobs.double(), mask)

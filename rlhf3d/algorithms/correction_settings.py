@@ -33,9 +33,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """What `algorithm.rollout_correction` asks of a decoupled run (three policies: rollout, old,
-    current).
-    """
+    """Correction of a run with three policies: rollout, old, current."""
 
     is_level: str | None = None
     """token, sequence, or None for no weights."""
@@ -53,13 +51,12 @@ def correction_settings(
     rollout_rs: str | None,
     rollout_rs_threshold: float | str | None,
 ) -> CorrectionSettings:
-    """The settings that the texts mean; ValueError, with key, value and fix, for one without a
-    meaning.
+    """The settings that the texts mean.
 
-    `rollout_is_threshold` is a number C (truncation) or `low_high` (IcePop). `rollout_rs` is one of
-    RS_KINDS, or several with commas; `rollout_rs_threshold` one value for all or one each:
-    `low_high` or `high` (then low is 1/high) of a ratio for k1, the largest divergence for k2 and
-    k3.
+    ValueError, with key, value and fix, for a text without a meaning. `rollout_is_threshold` is a
+    number C (truncation) or `low_high` (IcePop). `rollout_rs` is one of RS_KINDS, or several with
+    commas; `rollout_rs_threshold` one value for all or one each: `low_high` or `high` (then low is
+    1/high) of a ratio for k1, the largest divergence for k2 and k3.
     """
     if rollout_is is not None and rollout_is not in IS_LEVELS:
         raise unknown_name(f"{_SECTION}.rollout_is", rollout_is, IS_LEVELS)
@@ -122,8 +119,9 @@ def _range(key: str, value: float | str) -> tuple[float | None, float]:
 
 
 def _ratio_bounds(key: str, value: float | str, *, symmetric: bool) -> Bounds:
-    """Bounds of a ratio; one number is the upper one, below which 1/high (`symmetric`) or 0
-    stands.
+    """Bounds of a ratio.
+
+    One number is the upper one; the lower one is then 1/high (`symmetric`) or 0.
     """
     low, high = _range(key, value)
     if low is None:

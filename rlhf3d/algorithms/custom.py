@@ -31,7 +31,8 @@ def load_custom_algorithms(path: str | Path) -> None:
         load_file(file, _KEY)
         if (ADVANTAGES.entries(), POLICY_LOSSES.entries()) == (advantages, losses):
             raise ValueError(
-                f"{_KEY}: {file} registers nothing; decorate a function with @register_advantage(name)"
+                f"{_KEY}: {file} registers nothing; decorate a function with "
+                "@register_advantage(name)"
             )
     except ValueError:
         ADVANTAGES.restore(advantages)

@@ -1,5 +1,4 @@
-"""Numbers that tell whether training can be trusted: engine mismatch, the critic's fit, spikes,
-what is not finite.
+"""Health of a run: engine mismatch, the critic's fit, spikes, numbers that are not finite.
 
 Invariant: they measure and never correct; what is undefined is NaN, not a pleasant number.
 """
@@ -20,8 +19,7 @@ from rlhf3d.algorithms.kl import kl_estimate
 def logprob_mismatch(
     rollout_logprobs: Tensor, train_logprobs: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """Difference between the log-probs the engine sampled with and those training computes, both
-    [N, R].
+    """Difference between the engine's log-probs and those of training, both [N, R].
 
     abs_diff_mean and abs_diff_max in nats; kl_k3, the k3 estimate of KL(rollout, train);
     prob_diff_mean and prob_diff_max of probabilities; pearson_r of probabilities (NaN when either
@@ -46,10 +44,9 @@ def logprob_mismatch(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - var(returns - values) / var(returns) inside the mask: 1 is perfect, 0 no better than a
-    constant.
+    """1 - var(returns - values) / var(returns) inside the mask.
 
-    NaN when the returns do not vary. All [N, R].
+    1 is perfect, 0 no better than a constant. NaN when the returns do not vary. All [N, R].
     """
     inside = mask.bool()
     target, error = returns[inside].double(), (returns - values)[inside].double()
@@ -59,8 +56,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 class SpikeMonitor:
-    """How many times its usual size a figure is: its ratio to the median of the `window` values
-    before it.
+    """The ratio of a number to the median of the `window` values before it.
 
     The median is not moved by the spike itself; values that are not finite are not remembered.
     """
@@ -71,8 +67,9 @@ class SpikeMonitor:
         self._values: deque[float] = deque(maxlen=window)
 
     def ratio(self, value: float) -> float:
-        """Ratio of `value` to the median before it, NaN while too few are known; then remember
-        it.
+        """Return the ratio of `value` to the median before it, and remember it.
+
+        NaN while too few values are known.
         """
         usual = median(self._values) if len(self._values) >= self._least else math.nan
         if math.isfinite(value):
@@ -90,8 +87,9 @@ class SpikeMonitor:
 
 
 def nonfinite_rows(columns: Mapping[str, Tensor], mask: Tensor) -> dict[int, list[str]]:
-    """Row to the names of its columns [N, R] that are NaN or infinite somewhere inside `mask` [N,
-    R].
+    """Row to the names of its columns that are NaN or infinite inside the mask.
+
+    All columns and the mask are [N, R].
     """
     found: dict[int, list[str]] = {}
     inside = mask.bool()

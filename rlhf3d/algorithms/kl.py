@@ -86,22 +86,25 @@ class FixedKLController:
 
 
 class AdaptiveKLController:
-    """value *= 1 + clip(kl / target - 1, ±0.2) * n_steps / horizon (Ziegler et al., arXiv
-    1909.08593).
+    """The adaptive controller of Ziegler et al. (arXiv 1909.08593).
+
+    value *= 1 + clip(kl / target - 1, ±0.2) * n_steps / horizon.
     """
 
     def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
         if target_kl <= 0 or horizon <= 0:
             raise ValueError(
-                f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be positive"
+                f"algorithm.kl_ctrl: target_kl={target_kl} and horizon={horizon} must both be "
+                "positive"
             )
         self.value = kl_coef
         self.target_kl = target_kl
         self.horizon = horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Move the coefficient; ValueError when the KL is not finite or `value` could turn
-        negative.
+        """Move the coefficient.
+
+        ValueError when the KL is not finite or `value` could become negative.
         """
         if not math.isfinite(current_kl):
             raise ValueError(
@@ -109,8 +112,8 @@ class AdaptiveKLController:
             )
         if 0.2 * n_steps >= self.horizon:
             raise ValueError(
-                f"algorithm.kl_ctrl.horizon={self.horizon} is too short for steps of {n_steps} sequences: "
-                f"set it above {n_steps // 5}"
+                f"algorithm.kl_ctrl.horizon={self.horizon} is too short for steps of {n_steps} "
+                f"sequences: set it above {n_steps // 5}"
             )
         error = min(max(current_kl / self.target_kl - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * n_steps / self.horizon
@@ -124,8 +127,9 @@ class AdaptiveKLController:
 
 
 def make_kl_controller(type: str, kl_coef: float, target_kl: float, horizon: int) -> KLController:
-    """The controller `algorithm.kl_ctrl` asks for, `horizon` in sequences; ValueError for another
-    type.
+    """The controller of `algorithm.kl_ctrl`, `horizon` in sequences.
+
+    ValueError for another type.
     """
     if type == "fixed":
         return FixedKLController(kl_coef)

@@ -76,11 +76,11 @@ def compute_policy_loss(
     settings: PolicyLossSettings,
     rollout_is_weights: Tensor | None = None,
 ) -> PolicyLossTerms:
-    """Policy loss `name` on [b, R] tensors, 0 and without gradient outside the mask; metrics
-    detached.
+    """Policy loss `name` on [b, R] tensors.
 
-    The function sees inputs that are 0 outside the mask. `rollout_is_weights` [b, R] multiply its
-    loss (see `correction`). ValueError for an unknown name.
+    0 and without gradient outside the mask; metrics are detached. The function sees inputs that are
+    0 outside the mask. `rollout_is_weights` [b, R] multiply its loss (see `correction`). ValueError
+    for an unknown name.
     """
     new, old, weights = (
         zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages)
@@ -101,8 +101,9 @@ def vanilla(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """PPO: max(-A r, -A clip(r)) (arXiv 1707.06347), at most -A c where A < 0 (dual clip,
-    1912.09729).
+    """PPO: max(-A r, -A clip(r)) (arXiv 1707.06347).
+
+    Where A < 0 at most -A c (dual clip, arXiv 1912.09729).
     """
     log_ratio = _log_ratio(logprobs, old_logprobs)
     return _clipped(log_ratio, advantages, settings, bounded=True)
@@ -116,10 +117,10 @@ def gspo(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """Sequence ratio, the geometric mean of the token ratios (GSPO-token, arXiv 2507.18071),
-    clipped as PPO.
+    """GSPO-token (arXiv 2507.18071): the sequence ratio, clipped as in PPO.
 
-    Each token carries its sequence's ratio and its own gradient; meant for seq-mean-token-mean.
+    The sequence ratio is the geometric mean of the token ratios. Each token carries its sequence's
+    ratio and its own gradient; meant for seq-mean-token-mean.
     """
     mean = masked_mean((logprobs - old_logprobs).detach(), response_mask, dim=-1)
     log_ratio = (
@@ -136,8 +137,9 @@ def cispo(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """-sg(clip(r)) A log π (arXiv 2506.13585): the clip bounds the weight, no token loses its
-    gradient.
+    """CISPO: -sg(clip(r)) A log π (arXiv 2506.13585).
+
+    The clip bounds the weight; no token loses its gradient.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs).detach()
     ratio = log_ratio.exp()
@@ -154,8 +156,9 @@ def pg(
     response_mask: Tensor,
     settings: PolicyLossSettings,
 ) -> PolicyLossTerms:
-    """Plain policy gradient -A log π: no ratio, no clip; right only for one on-policy update a
-    batch.
+    """Plain policy gradient -A log π: no ratio, no clip.
+
+    Correct only for one on-policy update per batch.
     """
     return PolicyLossTerms(-advantages * logprobs, {"ppo_kl": -_log_ratio(logprobs, old_logprobs)})
 
@@ -167,8 +170,7 @@ def value_loss(
     response_mask: Tensor,
     cliprange_value: float,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token ½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²) and 1 where the clip
-    decided.
+    """½ max((v - R)², (clip(v, v_old ± cliprange_value) - R)²), and 1 where the clip decided.
 
     All [b, R]; both results are 0 outside the mask and the second is detached (arXiv 1707.06347's
     code).

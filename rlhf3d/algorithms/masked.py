@@ -28,8 +28,9 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Bessel-corrected variance of `x` inside `mask`; ValueError with fewer than two elements
-    there.
+    """Bessel-corrected variance of `x` inside `mask`.
+
+    ValueError with fewer than two elements there.
     """
     count = int(mask.bool().sum())
     if count < 2:
@@ -41,7 +42,8 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the whole batch inside `mask`, 0 outside; errors as
-    `masked_var`.
+    """(x - mean) / sqrt(var + 1e-8) over the complete batch inside `mask`, 0 outside.
+
+    Errors as `masked_var`.
     """
     return zero_outside((x - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt(), mask)

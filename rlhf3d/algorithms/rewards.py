@@ -49,17 +49,17 @@ def apply_kl_penalty(
 def overlong_penalty(
     lengths: Tensor, max_response_length: int, buffer_len: int, penalty_factor: float
 ) -> Tensor:
-    """[N] soft penalty (0 or negative) on responses of `lengths` [N] that reach into the last
-    `buffer_len` tokens.
+    """Soft penalty [N], 0 or negative, on responses that reach into the last `buffer_len` tokens.
 
-    min(0, (max_response_length - buffer_len - length) / buffer_len) * penalty_factor: DAPO's soft
-    overlong punishment (arXiv 2503.14476, eq. 13), which falls from 0 to -penalty_factor at
-    max_response_length. ValueError unless 0 < buffer_len <= max_response_length.
+    `lengths` [N] are those of the responses. min(0, (max_response_length - buffer_len - length) /
+    buffer_len) * penalty_factor: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), which
+    falls from 0 to -penalty_factor at max_response_length. ValueError unless 0 < buffer_len <=
+    max_response_length.
     """
     if not 0 < buffer_len <= max_response_length:
         raise ValueError(
-            f"reward.overlong_buffer.len={buffer_len} must be between 1 and data.max_response_length="
-            f"{max_response_length}"
+            f"reward.overlong_buffer.len={buffer_len} must be between 1 and "
+            f"data.max_response_length={max_response_length}"
         )
     left = max_response_length - buffer_len - lengths.float()
     return (left / buffer_len * penalty_factor).clamp(max=0.0)

@@ -59,8 +59,9 @@ def convert(
     *,
     result: Result,
 ) -> None:
-    """Convert a Megatron checkpoint into a Hugging Face folder or back; continues where it was
-    interrupted.
+    """Convert a Megatron checkpoint into a Hugging Face folder or back.
+
+    Continues where it was interrupted.
     """
     import json
 

@@ -16,9 +16,7 @@ def config(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List every configuration key with default and meaning, or print a CONFIG as a run would see
-    it.
-    """
+    """List every configuration key, or print a CONFIG as a run would see it."""
     from rlhf3d.config.derived import derive
     from rlhf3d.config.load import config_to_yaml
     from rlhf3d.config.resolve import load_run

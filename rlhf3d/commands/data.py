@@ -57,11 +57,15 @@ def prepare(
     )
     for written in files:
         typer.echo(
-            f"{written.path}: {written.rows} rows, {written.dropped} dropped, sha256 {written.sha256[:12]}"
+            f"{written.path}: {written.rows} rows, {written.dropped} dropped, "
+            f"sha256 {written.sha256[:12]}"
         )
         for reason, count in written.reasons.most_common():
             typer.echo(f"  {count} dropped: {reason}")
-    for note in dict.fromkeys(note for written in files for note in written.notes):
+    notes: dict[str, None] = {}  # each once, in order
+    for written in files:
+        notes |= dict.fromkeys(written.notes)
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
 
 
@@ -88,8 +92,9 @@ def check(
     workers: Annotated[int, typer.Option(min=1, help="Scoring processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Check prompt files as a run would meet them: rows, lengths, duplicates, overlap, and the
-    scorer on the truth.
+    """Check prompt files as a run would read them.
+
+    Rows, lengths, duplicates, overlap between files, and the scorer on the ground truth.
     """
     from rlhf3d.data.check_view import check_view
     from rlhf3d.rewards.custom import load_custom_reward

@@ -18,9 +18,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show platform, versions, patches and memory, and what is missing with the command that fixes
-    it.
-    """
+    """Show platform, versions, patches and memory; say how to fix what is missing."""
     if cluster is not None:
         from rlhf3d.placement.cluster_check import cluster_view, diagnose_cluster
 

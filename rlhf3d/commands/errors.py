@@ -14,8 +14,9 @@ PACKAGE = Path(rlhf3d.__file__).parent
 
 
 def raised_by_us(error: Exception) -> bool:
-    """Whether a `raise` of this package made the error, not a library below it and not a mistake in
-    our own code.
+    """Whether a `raise` of this package made the error.
+
+    Not a library below it, and not a mistake in our own code.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     of_package = Path(last.filename).is_relative_to(PACKAGE)

@@ -155,10 +155,10 @@ def evaluate(
     scoring: Scoring,
     engines: Engines,
 ) -> None:
-    """Measure a model on prompt files: mean@n with intervals, pass@k, maj@k by source, level and
-    type.
+    """Measure a model on prompt files.
 
-    Continues where it was interrupted; every generation is a line of OUTPUT/generations.jsonl.
+    Reports mean@n with intervals, pass@k and maj@k by source, level and type. Continues where it
+    was interrupted; every generation is a line of OUTPUT/generations.jsonl.
     """
     from rlhf3d.evaluation.engine import engine_maker
     from rlhf3d.evaluation.run import evaluate as run

@@ -93,9 +93,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Memory of a run by rank and phase, and its time, before it starts and without GPUs or
-    weights.
-    """
+    """Estimate a run's memory by rank and phase, and its time, without GPUs or weights."""
     from rlhf3d.config.resolve import load_run
     from rlhf3d.planning.search.command import plan_command
 

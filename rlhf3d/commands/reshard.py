@@ -27,9 +27,7 @@ def reshard(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a run moves its weights from training ranks into vLLM: bytes per rank, lower bound,
-    routes.
-    """
+    """Show how weights go from training ranks into vLLM: bytes per rank, bound, routes."""
     from rlhf3d.config.resolve import load_run
     from rlhf3d.resharding.explain import explain_view, setup_of
 

@@ -42,7 +42,8 @@ def train(
         except RuntimeError as error:
             if stopping.signal is None or not raised_by_us(error):
                 raise
-            # The signal may have ended others too: workers of a cluster, or what the step was waiting for.
+            # The signal may have ended others too: workers of a cluster, or what the step was
+            # waiting for.
             tell(f"{error}\n{stopping.signal} had come before: the same command continues")
             code = PREEMPTED
     raise typer.Exit(code)

@@ -29,8 +29,7 @@ from rlhf3d.config.size_checks import check_sizes
 
 
 def check(config: Config) -> list[str]:
-    """Everything that is wrong between the fields, one sentence each with the arithmetic and the
-    fix.
+    """Every problem of the fields and between them, one sentence each.
 
     An estimator of a user's file that is not executed yet is taken as one without a critic.
     """

@@ -16,8 +16,8 @@ from rlhf3d.config.schema import ActorConfig, Config, CriticConfig, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 WIDTH_MULTIPLE = {"cuda": 128}
-"""By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and width, and
-torch's allocator keeps blocks of every size: widths are rounded so that there are few of them."""
+"""By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and width,
+and torch's allocator keeps blocks of every size: widths are rounded so that there are few of them."""
 COLUMN_BYTES_PER_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
 
@@ -145,8 +145,8 @@ def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> 
 def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     """By what the widths of micro-batches must divide, on a platform (cpu, cuda).
 
-    Context-parallel ranks take two chunks of each sequence; with sequence parallelism tensor-parallel
-    ranks take a part of those; and kernels should meet few different widths.
+    Context-parallel ranks take two chunks of each sequence; with sequence parallelism
+    tensor-parallel ranks take a part of those; and kernels should meet few different widths.
     """
     chunks = 2 * layout.cp if layout.cp > 1 else 1
     shared = chunks * (layout.tp if layout.sequence_parallel else 1)

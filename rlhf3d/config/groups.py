@@ -1,5 +1,4 @@
-"""The worker groups of a run: which models share processes, how they are cut over them, and which
-devices they take.
+"""The worker groups of a run: which models share processes, their layouts and devices.
 
 Invariant: every model of a run is in exactly one group, and all models of a group have one layout.
 Pure.
@@ -44,7 +43,8 @@ class WorkerGroup:
         """Its ranks as a product, for messages."""
         layout = self.layout
         context = f" x cp {layout.cp}" if layout.cp > 1 else ""
-        return f"{self.key}: tp {layout.tp} x pp {layout.pp} x dp {layout.dp}{context} = {layout.world_size} ranks"
+        sizes = f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp}{context}"
+        return f"{self.key}: {sizes} = {layout.world_size} ranks"
 
 
 def parallel_layout(config: LayoutConfig) -> ParallelLayout:
@@ -63,26 +63,25 @@ def parallel_layout(config: LayoutConfig) -> ParallelLayout:
 
 def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
     """The groups that a run places, the actor's first."""
-    critic = config.critic
-    apart = config.needs_critic and critic.layout is not None
-    shared = ("critic",) if config.needs_critic and not apart else ()
-    reference = ("ref",) if config.needs_reference else ()
-    model, roles = config.model.path, ("actor", *shared, *reference)
-    groups = [WorkerGroup("actor", "actor.layout", roles, model, config.actor.layout)]
-    if apart and critic.layout is not None:
+    model, critic, reward = config.model.path, config.critic, config.reward_model
+    roles = ["actor"]
+    dedicated = []
+    if config.needs_critic and critic.layout is None:
+        roles.append("critic")
+    elif config.needs_critic and critic.layout is not None:
         colocated = critic.placement == "colocated"
-        groups.append(
+        dedicated.append(
             WorkerGroup("critic", "critic.layout", ("critic",), model, critic.layout, colocated)
         )
-    reward = config.reward_model
+    if config.needs_reference:
+        roles.append("ref")
     if reward.path is not None:
-        colocated = reward.placement == "colocated"
-        groups.append(
-            WorkerGroup(
-                "reward", "reward_model.layout", ("reward",), reward.path, reward.layout, colocated
-            )
+        key, colocated = "reward_model.layout", reward.placement == "colocated"
+        dedicated.append(
+            WorkerGroup("reward", key, ("reward",), reward.path, reward.layout, colocated)
         )
-    return tuple(groups)
+    actor = WorkerGroup("actor", "actor.layout", tuple(roles), model, config.actor.layout)
+    return (actor, *dedicated)
 
 
 def group_of(config: Config, role: str) -> WorkerGroup:
@@ -91,15 +90,16 @@ def group_of(config: Config, role: str) -> WorkerGroup:
 
 
 def device_terms(config: Config) -> list[tuple[str, int]]:
-    """What takes devices of its own on GPUs: the product that says how many, and how many."""
-    groups = worker_groups(config)
-    terms = [
-        (g.size_text, g.layout.world_size) for g in groups if g is groups[0] or not g.colocated
-    ]
+    """Everything that has its own GPUs: the product that says how many, for messages, and how many."""
+    actor, *others = worker_groups(config)
+    groups = [actor, *(group for group in others if not group.colocated)]
+    terms = [(group.size_text, group.layout.world_size) for group in groups]
     rollout = config.rollout
-    ranks = rollout.engines * rollout.tensor_parallel_size
-    text = (
-        f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size {rollout.tensor_parallel_size} = {ranks} "
-        "engine ranks"
-    )
-    return [*terms, *[(text, ranks)] * (rollout.placement != "colocated")]
+    if rollout.placement == "disaggregated":
+        ranks = rollout.engines * rollout.tensor_parallel_size
+        text = (
+            f"rollout.engines {rollout.engines} x rollout.tensor_parallel_size "
+            f"{rollout.tensor_parallel_size} = {ranks} engine ranks"
+        )
+        terms.append((text, ranks))
+    return terms

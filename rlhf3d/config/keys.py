@@ -1,5 +1,4 @@
-"""The keys of the configuration by dotted name: type, range, default and meaning, read from the
-schema.
+"""The keys of the configuration by dotted name, read from the schema.
 
 Invariant: the docstring under a field is the only text about it; help and error messages quote it.
 """
@@ -50,8 +49,9 @@ class Key:
 
 @cache
 def all_keys() -> tuple[Key, ...]:
-    """Every key, in the order of the schema; those of a section that is null with its own
-    defaults.
+    """Every key, in the order of the schema.
+
+    Keys below a section that is null have the section's own defaults.
     """
     return tuple(_keys_below(Config(), ""))
 

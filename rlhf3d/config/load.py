@@ -45,8 +45,7 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (its `base:` file first), apply `key.name=value` overrides in order, and
-    check.
+    """Read a YAML file (its `base:` first), apply `key=value` overrides in order, and check.
 
     Nothing else is read, and nothing of the user's is executed: `resolve.load_run` and `inputs`
     look further. Raises ConfigError with all problems at once.
@@ -58,7 +57,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             [f"{path}: a value is nested too deeply, or an alias (*name) stands within itself"]
         ) from None
-    # A key that could not be read has its default here: what the checks say about it is not the user's doing.
+    # A key that could not be read has its default here: what the checks say about it is not the
+    # user's doing.
     reported = "\n".join(problems)
     unread = [key.name for key in all_keys() if key.name in reported]
     for problem in check(config):
@@ -102,7 +102,9 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
     """With ~ as the home folder in every path, once and for all."""
     for name in path_keys():
         value = value_of(config, name)
-        texts = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value is None:
+            continue
+        texts = value if isinstance(value, tuple) else (value,)
         try:
             expanded = tuple(map(expand_home, texts))
         except ValueError as error:
@@ -114,18 +116,14 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
 
 
 def find_file(path: Path) -> Path:
-    """The configuration file at `path`, or else the one of that name that ships with the
-    package.
-    """
+    """The configuration file at `path`, or the one of that name that ships with the package."""
     shipped = CONFIGS / path.name
     by_name = str(path) in (path.name, f"configs/{path.name}")
     return shipped if by_name and shipped.is_file() and not path.is_file() else path
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in `path`, merged over the file its top-level `base:` names (relative to
-    `path`).
-    """
+    """The mapping in `path`, merged over that of its `base:`, which is relative to `path`."""
     if path.resolve() in seen:
         raise ConfigError([f"base: {path} derives from itself"])
     if not path.is_file():
@@ -149,13 +147,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def files_of(path: Path) -> list[Path]:
     """A configuration file and those that it derives from."""
     found = [find_file(path)]
-    while (
-        isinstance(base := read_sections(found[-1], "sections").get("base"), str)
-        and base
-        and not scalars.is_null(base)
-    ):
+    while True:
+        base = read_sections(found[-1], "sections").get("base")
+        if not isinstance(base, str) or not base or scalars.is_null(base):
+            return found
         found.append(found[-1].parent / expand_home(str(base)))
-    return found
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -163,7 +159,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if key[:1] in ("+", "~"):
-        right = f"{key.lstrip('+~')}={value if equals else 'VALUE'}"
+        right = f"{key.lstrip('+~')}={value}" if equals else f"{key.lstrip('+~')}=VALUE"
         raise ValueError(f"override {text!r}: Hydra's +, ++ and ~ are not used here: write {right}")
     if not equals or not all(key.split(".")):
         raise ValueError(f"override {text!r}: expected key.name=value")
@@ -182,8 +178,9 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def _place_of(key: str) -> tuple[list[str], Any]:
-    """The names on the way to a dotted key, and its type; the names in a mapping of texts or
-    numbers have dots.
+    """The names on the way to a dotted key, and its type.
+
+    Names in a mapping of texts or numbers may have dots.
     """
     names, kind = key.split("."), Config
     for depth, name in enumerate(names):
@@ -259,50 +256,73 @@ def _type_name(value: Any) -> str:
 
 
 def coerce(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, where nothing is lost by it ('1e-5' is a float, 4.0 an int, 'a' a tuple of
-    one str).
+    """`value` as `kind`, where nothing is lost; raises TypeError otherwise.
 
-    Raises TypeError otherwise.
+    '1e-5' is a float, 4.0 an int, 'a' a tuple of one str.
     """
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return scalars.as_anything(value)
-    if kind is type(None) and scalars.is_null(value):
-        return None
     if origin in (Union, types.UnionType):
         return _coerce_to_one(value, args)
+    if origin is tuple:
+        return _coerce_to_tuple(value, args)
+    if origin is dict:
+        return _coerce_to_dict(value, args)
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return str(value)
-    elif origin is tuple:
-        return _coerce_to_tuple(value, args)
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {coerce(key, args[0]): coerce(item, args[1]) for key, item in value.items()}
-        if scalars.is_null(value) and isinstance(value, str):  # a heading with nothing below it
-            return {}
-    elif kind is bool:
-        if (truth := scalars.as_bool(value)) is not None:
+        raise TypeError(value)
+    return _coerce_to_scalar(value, kind)
+
+
+def _coerce_to_scalar(value: Any, kind: Any) -> Any:
+    if kind is type(None) and scalars.is_null(value):
+        return None
+    if kind is bool:
+        truth = scalars.as_bool(value)
+        if truth is not None:
             return truth
     elif kind is str:
         if isinstance(value, str) and not scalars.is_null(value):
             return str(value)
-    elif kind in (int, float) and (number := scalars.as_number(value)) is not None:
-        if kind is int and isinstance(number, int):
-            return number
-        if math.isfinite(number) and (kind is float or float(number).is_integer()):
-            return float(number) if kind is float else int(number)
+    elif kind in (int, float):
+        return _coerce_to_number(value, kind)
+    raise TypeError(value)
+
+
+def _coerce_to_number(value: Any, kind: type[int] | type[float]) -> int | float:
+    number = scalars.as_number(value)
+    if number is None:
+        raise TypeError(value)
+    if kind is int and isinstance(number, int):
+        return number  # exact, however large
+    if not math.isfinite(number) or (kind is int and not float(number).is_integer()):
+        raise TypeError(value)
+    return kind(number)
+
+
+def _coerce_to_dict(value: Any, args: tuple[Any, ...]) -> dict[Any, Any]:
+    if isinstance(value, dict):
+        return {coerce(key, args[0]): coerce(item, args[1]) for key, item in value.items()}
+    if scalars.is_null(value) and isinstance(value, str):  # a heading with nothing below it
+        return {}
     raise TypeError(value)
 
 
 def _coerce_to_one(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """`value` as the first of several types that takes it; what stands without quotes is text only
-    if nothing else.
+    """`value` as the first of several types that takes it.
+
+    Its own type comes first; text without quotes is text only if it is nothing else.
     """
     plain = isinstance(value, scalars.Plain)
     if plain and type(None) in kinds and value.lower() == "none":
         raise TypeError(value)
-    for kind in sorted(kinds, key=lambda kind: kind is str if plain else kind is not type(value)):
+
+    def comes_last(kind: Any) -> bool:
+        return kind is str if plain else kind is not type(value)
+
+    for kind in sorted(kinds, key=comes_last):
         try:
             return coerce(value, kind)
         except TypeError:

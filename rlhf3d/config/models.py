@@ -178,9 +178,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """A sequence classifier that scores completions, with the weight
-    reward.weights.reward_model.
-    """
+    """A sequence classifier that scores completions (reward.weights.reward_model)."""
 
     path: UserPath | None = None
     """HF folder of a classifier with one output (score.weight) and a tokenizer with chat template;

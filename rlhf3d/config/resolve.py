@@ -1,5 +1,4 @@
-"""What a configuration leaves open until a run starts: the names of a user's file, and the
-platform.
+"""What a configuration leaves open until a run starts: a user's names, and the platform.
 
 Invariant: reading a configuration executes nothing of the user's. `resolve_algorithms` is the one
 step that does, and leaves what the estimator needs in the configuration, as data.

@@ -38,8 +38,9 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that leaves plain scalars as they stand, and refuses a key given twice (YAML's own
-    rule is to keep the last in silence).
+    """SafeLoader that leaves plain scalars as they stand, and refuses a key given twice.
+
+    YAML itself would keep the last one in silence.
     """
 
     yaml_implicit_resolvers = {"<": [(_MERGE_TAG, re.compile("<<"))]}  # noqa: RUF012
@@ -70,8 +71,9 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def read(text: str) -> Any:
-    """YAML with its plain scalars as they stand. Raises yaml.YAMLError, or ValueError where a part
-    would be dropped.
+    """YAML with its plain scalars as they stand.
+
+    Raises yaml.YAMLError, or ValueError where a part would be dropped.
     """
     loader = _Loader(text)
     try:
@@ -92,10 +94,10 @@ def write(value: Any) -> str:
 
 
 def read_as(text: str, kind: Any) -> Any:
-    """The value of an override for a key of that type: YAML for sections, mappings and lists, else
-    the text itself.
+    """The value of an override for a key of that type.
 
-    Raises yaml.YAMLError or ValueError.
+    YAML for sections, mappings and lists, otherwise the text itself. Raises yaml.YAMLError or
+    ValueError.
     """
     text = text.strip()
     if not text:
@@ -132,8 +134,9 @@ def as_number(value: Any) -> int | float | None:
 
 
 def as_anything(value: Any) -> Any:
-    """What a value says where the key takes anything. Raises TypeError with the scalar that YAML
-    versions differ on.
+    """What a value says where the key takes anything.
+
+    Raises TypeError with a scalar on which YAML versions differ.
     """
     if isinstance(value, dict):
         return {str(key): as_anything(item) for key, item in value.items()}
@@ -176,31 +179,33 @@ def hint(value: Any, kind: Any) -> str:
         return f"; write [{value.strip('()[]')}]{one}"
     if isinstance(value, Plain) and value.lower() == "none" and type(None) in options:
         return "; write null for none"
-    doubtful = next(
-        (item for item in _leaves(value) if isinstance(item, Plain) and _is_doubtful(item)), None
-    )
-    if doubtful is None:
-        return ""
+    for leaf in _leaves(value):
+        if isinstance(leaf, Plain) and _is_doubtful(leaf):
+            return _hint_for_doubtful(leaf, kind, bool in options)
+    return ""
+
+
+def _hint_for_doubtful(text: Plain, kind: Any, may_be_bool: bool) -> str:
+    """What to write instead of a text that YAML versions read differently."""
     anything = kind is Any or (get_origin(kind) is dict and get_args(kind)[1] is Any)
-    if bool in options or (anything and _tag(doubtful) == _BOOL_TAG):
-        return f"; write true or false, not {doubtful}" + (
-            ", or quotes for the word" if anything else ""
-        )
+    if anything and _tag(text) == _BOOL_TAG:
+        return f"; write true or false, not {text}, or quotes for the word"
+    if may_be_bool:
+        return f"; write true or false, not {text}"
     if anything:
-        return (
-            f"; {doubtful} is no plain number: write decimal digits alone, or quotes for the text"
-        )
+        return f"; {text} is no plain number: write decimal digits alone, or quotes for the text"
     return "; write decimal digits alone: no leading 0, no underscore, no colon"
 
 
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         value = list(value.values())
-    return (
-        [leaf for item in value for leaf in _leaves(item)]
-        if isinstance(value, list | tuple)
-        else [value]
-    )
+    if not isinstance(value, list | tuple):
+        return [value]
+    leaves = []
+    for item in value:
+        leaves += _leaves(item)
+    return leaves
 
 
 def _is_doubtful(value: Plain) -> bool:

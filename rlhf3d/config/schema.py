@@ -158,9 +158,7 @@ class KLCtrlConfig:
 
 @dataclass(frozen=True)
 class FilterGroupsConfig:
-    """Dynamic sampling (DAPO): train on prompts whose completions differ; generate until there are
-    enough.
-    """
+    """Dynamic sampling (DAPO): generate until enough prompts have completions that differ."""
 
     enable: bool = False
     """Leave out prompts whose completions are all equal in `metric`, and refill."""

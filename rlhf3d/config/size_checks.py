@@ -1,7 +1,7 @@
 """Whether batch sizes, layouts and devices come out even.
 
-Invariant: as in `checks.py`: each problem is a sentence with key, value, arithmetic and fix. Sizes are
-at least 1 here.
+Invariant: as in `checks.py`: each problem is a sentence with key, value, arithmetic and fix. Sizes
+are at least 1 here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _check_layout(group: WorkerGroup) -> Iterator[str]:
 
 
 def _check_devices(config: Config) -> Iterator[str]:
-    """On GPUs: dtype of context parallelism, dedicated devices, engines colocated with the actor."""
+    """On GPUs: dtype of context parallelism, dedicated devices, colocated engines."""
     cluster, rollout = config.cluster, config.rollout
     for group in worker_groups(config):
         if group.layout.cp > 1 and config.model.dtype == "float32":
