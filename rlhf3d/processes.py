@@ -1,7 +1,8 @@
 """The processes that a run starts: which signals reach them, and how they are found again.
 
-Invariant: a request to stop (or Ctrl-C) reaches the driver alone, also where a terminal, `timeout`, a
-service manager or a scheduler sends it to every process: the others work until the driver ends them.
+Invariant: a request to stop (or Ctrl-C) reaches the driver alone, also where a terminal, `timeout`,
+a service manager or a scheduler sends it to every process: the others work until the driver ends
+them.
 Runs in: every process.
 """
 
@@ -21,10 +22,10 @@ _MARK = "RLHF3D_STARTED_BY"
 
 
 @contextmanager
-def deaf_to_signals() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Keep STOP_SIGNALS from processes started inside, and from theirs.
 
-    A blocked signal stays so through fork and exec. This thread gets at the end what came meanwhile.
+    A blocked signal stays so through fork and exec. At the end, this thread gets what came.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -33,8 +34,8 @@ def deaf_to_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def listen_again() -> None:
-    """Ignore STOP_SIGNALS in a process that runs a user's code, but not in what that code starts."""
+def ignore_stop_signals() -> None:
+    """Ignore STOP_SIGNALS in this process, but not in what a user's code starts from here."""
     for number in STOP_SIGNALS:
         signal.signal(number, _ignore)  # unlike SIG_IGN, not inherited through exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -2,8 +2,8 @@
 
 Invariant: a user's code never ends our process, never writes into our output and never moves our
 working folder. While it runs, its folder is first on the import path (helpers next to it are found,
-at once or later), what it prints goes to standard error, and `sys.exit`, like `os._exit` while it is
-loaded, is an error like any other.
+at once or later), what it prints goes to standard error, and `sys.exit`, like `os._exit` while it
+is loaded, is an error like any other.
 Runs in: every process that runs a user's code.
 """
 

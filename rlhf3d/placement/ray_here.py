@@ -20,7 +20,7 @@ import ray
 from ray._private import worker as ray_driver
 
 from rlhf3d.placement.waiting import bounded, ray_ended, set_ray_ended
-from rlhf3d.processes import deaf_to_signals, find_marked, marked
+from rlhf3d.processes import find_marked, marked, stop_signals_blocked
 
 OBJECT_STORE_BYTES = 256 << 20
 NEEDED = ("raylet", "gcs_server")
@@ -53,7 +53,7 @@ class RayHere:
         before = set(psutil.Process().children())
         with (
             marked() as self._mark,
-            deaf_to_signals(),
+            stop_signals_blocked(),
             bounded("start Ray on this machine", timeout_s),
         ):
             ray.init(

@@ -1,7 +1,8 @@
 """One process that makes calls, seen from both sides of its pipe.
 
-Invariant: a call ends at its deadline whatever its code does, and everything that the process started dies with it.
-The process dies with the thread that started it, also in the middle of a call.
+Invariant: a call ends at its deadline whatever its code does, and everything that the process
+started dies with it. The process dies with the thread that started it, also in the middle of a
+call.
 Runs in: `WorkerProcess` in the process that owns the pool, `serve` in the one that makes the calls.
 """
 
@@ -25,7 +26,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlhf3d.processes import deaf_to_signals, listen_again
+from rlhf3d.processes import ignore_stop_signals, stop_signals_blocked
 
 _CHILD = (
     "import sys; from rlhf3d.pool.process import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
@@ -73,7 +74,7 @@ class WorkerProcess:
         # Not multiprocessing.Process: its children import the parent's main module again, and with
         # it whatever that imports (torch, ray). A session of its own, so that the parent can kill
         # what the function starts, and Ctrl-C reaches only the parent.
-        with deaf_to_signals():
+        with stop_signals_blocked():
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(child_end.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -153,7 +154,7 @@ def _limit_stalls(connection: Connection[Any, Any]) -> None:
 def serve(file_descriptor: int, parent: int) -> None:
     """Load the function, say so, then call it until the parent is gone."""
     _die_with(parent)
-    listen_again()
+    ignore_stop_signals()
     connection: Connection[Any, Any] = Connection(file_descriptor)
     os.set_inheritable(file_descriptor, False)
     os.dup2(2, 1)  # what the function prints is no part of the command's output

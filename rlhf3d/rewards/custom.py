@@ -2,7 +2,8 @@
 
 Invariant: it pickles as its recipe (file, name, arguments), so that any process can load it; a
 mistake in it is reported before the run starts. All its coroutines in one process run in one event
-loop, which stays open between calls: what the file keeps for them (semaphores, clients) stays usable.
+loop, which stays open between calls: what the file keeps for them (semaphores, clients) stays
+usable.
 Runs in: scoring process; loaded in the driver too, to be checked.
 """
 

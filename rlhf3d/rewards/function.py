@@ -37,7 +37,7 @@ class RewardFunction:
     """What a process may allocate before it is replaced; None for no limit."""
 
     def prepare(self) -> None:
-        """Make it ready, once in each process: slow imports, which no item's deadline should pay."""
+        """Make it ready, once in each process: slow imports that no item's deadline should pay."""
 
     def score_items(self, items: Sequence[ScoreItem]) -> list[Any]:
         """For each item a number, a dict with `score`, a `Score`, or the exception it caused."""
@@ -115,7 +115,7 @@ def _key(key: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """`value` made of None, booleans, numbers, text, lists and dicts, cut to what is quick to send."""
+    """`value` as None, booleans, numbers, text, lists and dicts, cut to what is quick to send."""
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, float):  # a class of the user's own, as in the next lines

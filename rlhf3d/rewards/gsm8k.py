@@ -35,7 +35,7 @@ class ScoreResult:
 
 
 def canonical(sign: str | None, number: str) -> str:
-    """The number as text without commas and padding zeros: ("-", "1,012.50") is -1012.5, "-0" is 0."""
+    """The number without commas and padding zeros: ("-", "1,012.50") is -1012.5, ("-", "0") 0."""
     integer, _, fraction = number.replace(",", "").partition(".")
     text = integer.lstrip("0") or "0"
     fraction = fraction.rstrip("0")

@@ -68,7 +68,7 @@ class RewardManager:
             self.pool.close()
 
     def add_model(self, model: ScoreModel, part: ModelPart) -> None:
-        """Have a reward model's scores added to the rule's, or be the scores where there is none."""
+        """Add a reward model's scores to the rule's, or use them alone where there is no rule."""
         self.model = model, part
 
     def start(self, total: int) -> ScoringBatch:
@@ -110,7 +110,7 @@ class ScoringBatch:
         self._raise_failure()
 
     def finish(self) -> list[Score]:
-        """Wait for the last score; all of them, in order. RewardError where too many have failed."""
+        """Wait for the last score; all, in order. RewardError where too many items have failed."""
         assert len(self._items) == self._total, (
             f"{len(self._items)} of {self._total} items were added"
         )

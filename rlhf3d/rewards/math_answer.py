@@ -172,36 +172,17 @@ def bases(answer: str) -> set[str]:
     return {_BASE_NAMES.get(base, base) for base in stated}
 
 
-_UNIT_NAMES = """
-mm millimeter millimeters
-cm centimeter centimeters
-m meter meters
-km kilometer kilometers
-in inch inches
-ft foot feet
-yd yard yards
-mi mile miles
-g gram grams
-kg kilogram kilograms
-lb lbs pound pounds
-s sec second seconds
-min minute minutes
-h hr hour hours
-day days
-week weeks
-month months
-year years
-degree degrees
-radian radians
-dollar dollars
-cent cents
-unit units
-"""
-"""A unit a line, with its names."""
+_UNIT_NAMES = (
+    "mm millimeter millimeters|cm centimeter centimeters|m meter meters|km kilometer kilometers|"
+    "in inch inches|ft foot feet|yd yard yards|mi mile miles|g gram grams|kg kilogram kilograms|"
+    "lb lbs pound pounds|s sec second seconds|min minute minutes|h hr hour hours|day days|"
+    "week weeks|month months|year years|degree degrees|radian radians|dollar dollars|cent cents|"
+    "unit units"
+)
 _UNIT_OF: dict[str, str] = {}
-for _line in _UNIT_NAMES.split("\n"):
-    for _name in _line.split():
-        _UNIT_OF[_name] = _line.split()[0]
+"""Name of a unit -> the unit."""
+for _names in _UNIT_NAMES.split("|"):
+    _UNIT_OF.update(dict.fromkeys(_names.split(), _names.split()[0]))
 _OPTIONAL_GAP = _GAP.replace(")+", ")*")
 _WITH_UNIT = re.compile(
     rf"(?P<number>.*?[0-9}})])"
@@ -213,7 +194,7 @@ _WITH_UNIT = re.compile(
 
 
 def split_unit(answer: str) -> tuple[str, str | None]:
-    """The answer without its unit, and that unit with its power (cm2); null for none that is known."""
+    """The answer without its unit, and that unit with its power (cm2); null for no known unit."""
     match = _WITH_UNIT.fullmatch(answer.strip())
     if match is None:
         return answer, None

@@ -33,9 +33,9 @@ _RATIONAL = re.compile(
 _SEVERAL = re.compile(r"-?[0-9][0-9./]*(?:\s+-?[0-9][0-9./]*)+")
 """Numbers next to each other."""
 _ROUNDING = Fraction(1, 10_000)
-"""Decimals that differ by a larger share are not one number, rounded; Math-Verify compares others."""
+"""Decimals that differ by a larger share are not one number, rounded; others are compared."""
 _DECIMAL_TOLERANCE, _EXACT_TOLERANCE = 5e-6, 1e-50
-"""Largest difference of equal numbers, as a share of them: of decimals (six digits), of exact ones."""
+"""Largest difference of equal numbers, as a share of them: decimals (six digits), exact ones."""
 _PRECISION = 60
 """Digits in which exact numbers are compared."""
 
@@ -100,7 +100,7 @@ def _unparsable(boxed: str | None) -> Score:
 
 
 def _is_sane(text: str) -> bool:
-    """Whether it has no control characters and, as Python reads others as numbers too, ASCII digits."""
+    """Whether it has no control characters, and no digits except ASCII, which Python reads too."""
     for character in text:
         if not character.isprintable() and character not in "\n\t\r":
             return False
@@ -150,7 +150,7 @@ def _without_unit(answer: str) -> tuple[str, str | None]:
 
 
 def _rational(text: str) -> Fraction | None:
-    """An answer that is an integer, a decimal or a plain fraction and nothing else; null for others."""
+    """An answer that is an integer, a decimal or a plain fraction and nothing else, or null."""
     match = _RATIONAL.fullmatch(text.strip().replace("\\dfrac", "\\frac"))
     if match is None:
         return None
@@ -200,8 +200,8 @@ def _extraction() -> list[Any]:
 def _grader() -> Any:
     """Math-Verify's grader, in which numbers that are equal must be of equal size as well.
 
-    Its own comparison takes a difference below 1e-15 (of decimals, below 1e-6) for none, so that all
-    small numbers were equal.
+    Its own comparison takes a difference below 1e-15 (of decimals, below 1e-6) for none, so that
+    all small numbers were equal.
     """
     from math_verify import grader
 

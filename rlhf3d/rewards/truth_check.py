@@ -24,7 +24,7 @@ from rlhf3d.tokenizer.chat import ChatTokenizer
 
 _BATCH = 2048
 _WARM_UP = 8
-"""Answers scored once for nothing, so that the measured speed is that of processes that are ready."""
+"""Answers scored before the speed is measured, so that the processes are ready."""
 LOOKED_AT = 20_000
 """Rows of each file list that a run compares before it starts."""
 _SCORED = 128
@@ -90,7 +90,7 @@ class TruthGrader:
             self._score()
 
     def finish(self, check: FileCheck) -> None:
-        """Write the marks of the rows since the last call, with problems and warnings, to `check`."""
+        """Write the marks, problems and warnings of the rows since the last call to `check`."""
         self._score()
         check.marks, self._marks = self._marks, {}
         for data_source, marks in check.marks.items():
@@ -184,7 +184,8 @@ def training_warnings(
 ) -> list[str]:
     """What a run reports before it starts: shared questions, and ground truths without full marks.
 
-    It looks at a sample of the rows. ValueError for rows without a ground truth where a built-in scorer needs one.
+    It looks at a sample of the rows. ValueError for rows without a ground truth where a built-in
+    scorer needs one.
     """
     warnings = _shared_questions(train, val)
     if not isinstance(reward, BuiltinReward) or pool is None:

@@ -75,8 +75,8 @@ def _answer(value: Any) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError(
-            "reward_model.ground_truth: a built-in scorer compares text, numbers and lists of them, "
-            f"not {type(value).__name__} {str(value)[:80]!r}; write it as text, or set "
+            "reward_model.ground_truth: a built-in scorer compares text, numbers and lists of them,"
+            f" not {type(value).__name__} {str(value)[:80]!r}; write it as text, or set "
             "custom_reward_function.path"
         )
     if not math.isfinite(value):

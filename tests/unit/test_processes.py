@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop do not end the processes that it started, nor deafen those of the user's code."""
+"""Signals that ask a run to stop end none of its processes, and reach those of a user's code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import psutil
 
 from rlhf3d.pool.pool import CallPool
-from rlhf3d.processes import STOP_SIGNALS, deaf_to_signals, find_marked, marked
+from rlhf3d.processes import STOP_SIGNALS, find_marked, marked, stop_signals_blocked
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 FORKED = """
@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 def test_what_is_started_deaf_stays_so_with_its_children_and_is_found() -> None:
     shell = f"{sys.executable} -c 'import time; time.sleep(60)' & wait"
-    with marked() as mark, deaf_to_signals():
+    with marked() as mark, stop_signals_blocked():
         parent = subprocess.Popen(["bash", "-c", shell])
     while len(found := find_marked(mark)) < 2:
         time.sleep(0.01)
@@ -49,7 +49,7 @@ def test_a_signal_meanwhile_is_heard_afterwards() -> None:
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("USR1"))
     try:
-        with deaf_to_signals():
+        with stop_signals_blocked():
             signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
             assert heard == []
         assert heard == ["USR1"]

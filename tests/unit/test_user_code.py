@@ -77,7 +77,8 @@ EXITS = {
     "sys.exit": "import sys\nsys.exit(0)",
     "SystemExit": "raise SystemExit",
     "os._exit": "import os\nos._exit(0)",
-    "argparse": "from argparse import ArgumentParser as P\np = P()\np.add_argument('n', type=int)\np.parse_args()",
+    "argparse": "from argparse import ArgumentParser as P\np = P()\n"
+    "p.add_argument('n', type=int)\np.parse_args()",
 }
 LOADERS: dict[str, Callable[[Path], object]] = {
     "custom_reward_function.path": load_custom_reward,
@@ -101,7 +102,8 @@ def test_a_file_that_ends_the_process_is_one_sentence(tmp_path: Path, key: str, 
 def test_calls_that_end_the_process_are_errors(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        mine="import sys\ndef difficulty(row, epoch): sys.exit(0)\ndef make_map_fn(split):\n    return difficulty",
+        mine="import sys\ndef difficulty(row, epoch): sys.exit(0)\n"
+        "def make_map_fn(split):\n    return difficulty",
     )
     row = PromptRow("s", [{"role": "user", "content": "q"}], "", {"ground_truth": "1"})
     with pytest.raises(
@@ -121,7 +123,10 @@ def test_calls_that_end_the_process_are_errors(tmp_path: Path) -> None:
 def test_what_it_prints_is_no_output_and_the_folder_stays(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    text = "import os\nprint('loaded')\nos.system('echo started')\nos.chdir('/')\ndef call():\n    print('called')"
+    text = (
+        "import os\nprint('loaded')\nos.system('echo started')\nos.chdir('/')\n"
+        "def call():\n    print('called')"
+    )
     cwd = os.getcwd()
     guarded(load_file(write(tmp_path, mine=text), "key").call, tmp_path / "mine.py")()
     found = capfd.readouterr()
@@ -135,7 +140,8 @@ def test_a_standard_error_of_its_own_is_not_ours(tmp_path: Path) -> None:
         file = write(
             tmp_path,
             **{
-                name: f"import os, sys\nsys.path = sys.path[1:]\nsys.stderr = {how}\nsys.stdout = None\nVALUE = 1"
+                name: f"import os, sys\nsys.path = sys.path[1:]\nsys.stderr = {how}\n"
+                "sys.stdout = None\nVALUE = 1"
             },
         )
         assert load_file(file, "key").VALUE == 1 and sys.stderr is ours and sys.stdout is not None

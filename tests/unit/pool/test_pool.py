@@ -68,7 +68,7 @@ def test_each_call_ends_as_one_outcome(pool: CallPool) -> None:
 
 
 def test_a_deadline_is_kept_while_nobody_waits(pool: CallPool) -> None:
-    """The driver may be busy with something else: the next call finds a free process all the same."""
+    """The driver may be busy with something else: the next call still finds a free process."""
     hanging = [pool.submit(1000, 0.3) for _ in range(2)]
     following = pool.submit(0, 20.0)
     give_up = time.monotonic() + 30.0

@@ -18,7 +18,7 @@ ITEMS = [
 
 
 class Lengths:
-    """A reward model that says how long the completion is, and that it cut those of one character."""
+    """A reward model that gives the completion's length, and cut those of one character."""
 
     def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
         assert all(item.messages for item in items)

@@ -18,7 +18,10 @@ ITEM = ScoreItem(
     None,
     messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "why"}],
 )
-TEXT = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+TEXT = (
+    "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n"
+    "<|im_start|>assistant\nyes<|im_end|>\n"
+)
 
 
 def read(

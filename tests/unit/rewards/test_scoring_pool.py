@@ -1,4 +1,4 @@
-"""The scoring pool with functions that hang, crash, exit and misbehave: real processes throughout."""
+"""Scoring by functions that hang, crash, exit and misbehave: real processes throughout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def child():
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     if solution_str == "sleep":
         time.sleep(1000)
-    if solution_str == "regex":  # never returns to the interpreter: no signal handler or thread can run
+    if solution_str == "regex":  # never returns to the interpreter
         re.match("(a+)+$", "a" * 60 + "b")
     if solution_str == "raise":
         raise KeyError("the reason")
@@ -53,7 +53,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         process.join()
         return float(process.exitcode == 0)
     if solution_str == "modules":
-        return {"score": 0.0, "heavy": [m for m in ("torch", "ray", "vllm", "pyarrow") if m in sys.modules]}
+        heavy = ("torch", "ray", "vllm", "pyarrow")
+        return {"score": 0.0, "heavy": [name for name in heavy if name in sys.modules]}
     return {"score": float(solution_str), "pid": os.getpid()}
 """
 
@@ -259,10 +260,12 @@ def batch(data_sources, solution_strs, ground_truths, extra_infos, factor=1.0):
     calls += 1
     if "sleep" in solution_strs:
         time.sleep(1000)
-    return [{"score": factor * float(text), "calls": calls, "pid": os.getpid()} for text in solution_strs]
+    seen = {"calls": calls, "pid": os.getpid()}
+    return [{"score": factor * float(text), **seen} for text in solution_strs]
 
 def short(data_sources, solution_strs, ground_truths, extra_infos):
-    return {"one": [1.0], "dict": dict.fromkeys(range(len(solution_strs)), 1), "none": None}[data_sources[0]]
+    numbered = dict.fromkeys(range(len(solution_strs)), 1)
+    return {"one": [1.0], "dict": numbered, "none": None}[data_sources[0]]
 
 async def judge(data_source, solution_str, ground_truth, extra_info=None):
     if solution_str == "hang":
@@ -361,7 +364,8 @@ async def with_slots(data_source, solution_str, ground_truth, extra_info=None):
 async def exits(data_source, solution_str, ground_truth, extra_info=None):
     raise SystemExit(0) if solution_str == "1" else ValueError("no")
 def spawns(data_source, solution_str, ground_truth, extra_info=None):
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(judge, solution_str).result()
 def rich(data_source, solution_str, ground_truth, extra_info=None):
     import numpy
@@ -369,7 +373,8 @@ def rich(data_source, solution_str, ground_truth, extra_info=None):
     more = {"colour": Colour.RED, "detail": Detail(), 3: numpy.arange(3), "reward_model": "judge"}
     return {"score": numpy.float32(1), "acc": numpy.bool_(True), "log": "x" * 10_000_000, **more}
 def acc(data_source, solution_str, ground_truth, extra_info=None):
-    return {"score": 1.0, "acc": {"none": None, "text": "1", "nan": float("nan"), "list": [1]}[solution_str]}
+    odd = {"none": None, "text": "1", "nan": float("nan"), "list": [1]}
+    return {"score": 1.0, "acc": odd[solution_str]}
 """
 
 
@@ -433,7 +438,8 @@ def test_memory_is_bounded_and_the_process_replaced(tmp_path: Path) -> None:
         "from rlhf3d.rewards.manager import RewardManager\n"
         "from rlhf3d.rewards.score import ScoreItem\n"
         "with RewardManager(Hungry(), workers=1, timeout_s=20.0) as pool:\n"
-        "    for s in pool.score_batch([ScoreItem('', text, '') for text in ('10', str(2**32), '10')]):\n"
+        "    items = [ScoreItem('', text, '') for text in ('10', str(2**32), '10')]\n"
+        "    for s in pool.score_batch(items):\n"
         "        print(s.outcome.value, 'out of memory' in (s.message or ''))\n"
     )
     done = subprocess.run(

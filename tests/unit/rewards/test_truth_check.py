@@ -58,7 +58,7 @@ def test_real_rows_pass(tmp_path: Path) -> None:
 
 
 def test_rows_for_a_reward_model_are_no_problem_and_told(tmp_path: Path) -> None:
-    """Nothing grades them, no scorer is asked for, and a run by a rule refuses them before it starts."""
+    """Nothing grades them, no scorer is asked for; a run by a rule refuses them at its start."""
     path = tmp_path / "train.parquet"
     rows = [
         PromptRow("hh", [{"role": "user", "content": f"q{i}"}], "", {"style": "model"})
