@@ -1,15 +1,17 @@
-"""Layouts and placements of a run on so many GPUs, ranked by the planned time of a step.
+"""Layouts and placements of a run on a number of GPUs, ranked by the planned time of a step.
 
-Invariant: legal is what the run itself accepts, fitting and fast what the planner says of the whole configuration.
-Engines are chosen after training, as all that couples the two is the memory that training leaves.
+Invariant: legal is what the run itself accepts, fitting and fast what the planner says of the
+complete configuration. Engines are chosen after training, as all that couples the two is the memory
+that training leaves.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import NamedTuple, get_args
 
 from rlhf3d.config.checks import check
@@ -25,13 +27,13 @@ from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
 from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
 from rlhf3d.planning.search.space import (
-    batchings,
-    engine_shares,
+    batch_sizes,
+    dedicated_counts,
     engine_sizes,
     layouts,
     longest_sequence,
     on_cluster,
-    rests,
+    residences,
 )
 from rlhf3d.planning.search.times import (
     forward_time,
@@ -42,15 +44,15 @@ from rlhf3d.planning.search.times import (
 )
 from rlhf3d.units import GIB
 
-APART_UTILIZATION = 0.9
+DEDICATED_UTILIZATION = 0.9
 """rollout.gpu_memory_utilization of engines on devices of their own."""
-STEP = 0.05
-"""Beside training it is tried in steps of this, leaving at least as much of the device free as one in four of them."""
+UTILIZATION_STEP = 0.05
+"""Of colocated engines it is tried in these steps; a quarter of one is left free at least."""
 SHOWN = 5
 CRITICS = 2
-"""So many of the fastest are tried with a critic in a layout of its own."""
+"""The N fastest are tried with a critic in a layout of its own."""
 WORTHWHILE = 0.005
-"""Share of a step that it must save."""
+"""Share of a step that such a critic must save."""
 
 
 class Option(NamedTuple):
@@ -63,14 +65,18 @@ class Option(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, int, LayoutConfig, bool]:
-        """What distinguishes it from others worth showing: of each layout one is enough."""
+        """What distinguishes it from others worth showing: one per layout is enough."""
         rollout, layout = self.config.rollout, self.config.actor.layout
-        return (
-            rollout.placement,
-            rollout.engines,
-            replace(layout, recompute="none"),
-            self.config.critic.layout is None,
-        )
+        own_critic = self.config.critic.layout is not None
+        return rollout.placement, rollout.engines, replace(layout, recompute="none"), own_critic
+
+
+class Engines(NamedTuple):
+    """Engines that use all devices they may."""
+
+    least: float
+    """The gpu_memory_utilization that they need at least."""
+    rollout: RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,9 @@ class Found:
     """What a search came to."""
 
     best: tuple[TimedPlan, ...]
-    """Those that fit, fastest first."""
+    """Plans that fit, fastest first."""
     near: tuple[TimedPlan, ...]
-    """Those that do not fit and would be faster than the best: of each layout the one that lacks least, least first."""
+    """Plans that do not fit and would be faster: of each layout the one that lacks least."""
     counts: Counter[str]
     """Of configurations: fit, do not fit, refused."""
 
@@ -111,114 +117,109 @@ class Search:
         counts: Counter[str] = Counter()
         fitting: list[Option] = []
         too_big: list[Option] = []
-        base = resolve_platform(on_cluster(self.config, self.cluster), CUDAPlatform(reason="plan"))
-        for apart in engine_shares(self.cluster):
-            allowed = self._layouts(self.cluster.devices - apart)
-            for resting in rests(base, apart):
-                engines = self._engines(resting, apart)
-                for config in (
-                    config for layout in allowed for config in batchings(resting, layout)
-                ):
-                    if check(replace(config, rollout=engines[0][1])):
-                        counts["refused"] += 1
-                        continue
-                    fit, small = self._with_engines(config, engines)
-                    counts["fit" if fit else "do not fit"] += 1
-                    (fitting if fit else too_big).append(fit or small)
+        for config, engines in self._candidates():
+            if check(replace(config, rollout=engines[0].rollout)):
+                counts["refused"] += 1
+                continue
+            fits, smallest = self._with_engines(config, engines)
+            if fits is None:
+                too_big.append(smallest)
+            else:
+                fitting.append(fits)
+        counts["fit"], counts["do not fit"] = len(fitting), len(too_big)
         fitting.sort(key=lambda option: option.seconds)
         if self.config.needs_critic:
-            fitting += [
-                better for option in fitting[:CRITICS] if (better := self._critic_apart(option))
-            ]
-        best = self._plans(sorted(fitting, key=lambda option: option.seconds), fits=True)
+            better = [self._with_own_critic(option) for option in fitting[:CRITICS]]
+            fitting += [option for option in better if option is not None]
+            fitting.sort(key=lambda option: option.seconds)
+        best = self._plans(fitting, fits=True)
         fastest = best[0].step_s if best else math.inf
-        near = [
-            option
-            for option in sorted(too_big, key=lambda option: option.excess)
-            if option.seconds <= fastest
-        ]
-        return Found(best, self._plans(near, fits=False), counts)
+        too_big.sort(key=lambda option: option.excess)
+        near = [option for option in too_big if option.seconds <= fastest]
+        return Found(best, self._plans(near, fits=False), +counts)
+
+    def _candidates(self) -> Iterator[tuple[Config, list[Engines]]]:
+        """Every configuration of training, and the engines it may go with."""
+        platform = CUDAPlatform(reason="plan")
+        base = resolve_platform(on_cluster(self.config, self.cluster), platform)
+        for dedicated in dedicated_counts(self.cluster):
+            allowed = self._layouts(self.cluster.devices - dedicated)
+            for resident in residences(base, dedicated):
+                engines = self._engines(resident, dedicated)
+                for layout in allowed:
+                    for config in batch_sizes(resident, layout):
+                        yield config, engines
 
     def _layouts(self, devices: int) -> list[LayoutConfig]:
-        return layouts(
-            self.spec, devices, self.cluster.devices_per_node, longest_sequence(self.config)
-        )
+        per_node = self.cluster.devices_per_node
+        return layouts(self.spec, devices, per_node, longest_sequence(self.config))
 
-    def _engines(self, config: Config, apart: int) -> list[tuple[float, RolloutConfig]]:
-        """Engines that use the devices, (utilization they need at least, settings)."""
-        ranks, found = apart or self.cluster.devices, []
-        rollout = config.rollout
-        # The ranks of an engine beside training share a node; FP8 is for engines of one rank.
-        most = (
-            self.cluster.devices_per_node * (2 if apart else 1)
-            if rollout.quantization == "none"
-            else 1
-        )
+    def _engines(self, config: Config, dedicated: int) -> list[Engines]:
+        ranks, rollout = dedicated or self.cluster.devices, config.rollout
+        # The ranks of a colocated engine share a node; FP8 is for engines of one rank.
+        most = self.cluster.devices_per_node * (2 if dedicated else 1)
+        if rollout.quantization != "none":
+            most = 1
+        found = []
         for tp in engine_sizes(self.spec, ranks, most, rollout.expert_parallel):
             settings = replace(
                 rollout,
-                placement="disaggregated" if apart else "colocated",
+                placement="disaggregated" if dedicated else "colocated",
                 engines=ranks // tp,
                 tensor_parallel_size=tp,
-                gpu_memory_utilization=APART_UTILIZATION,
+                gpu_memory_utilization=DEDICATED_UTILIZATION,
             )
-            memory = engine_memory(
-                make_job(replace(config, rollout=settings), self.spec, self.cluster)
-            )
+            job = make_job(replace(config, rollout=settings), self.spec, self.cluster)
+            memory = engine_memory(job)
             least = (memory.weights + memory.activations + memory.one_sequence) / self.limit
-            found.append((math.ceil(least / STEP) * STEP, settings))
+            found.append(Engines(math.ceil(least / UTILIZATION_STEP) * UTILIZATION_STEP, settings))
         return found
 
     def _with_engines(
-        self, config: Config, engines: Sequence[tuple[float, RolloutConfig]]
+        self, config: Config, engines: Sequence[Engines]
     ) -> tuple[Option | None, Option]:
-        """With the fastest engines that the memory left by training allows, and with the smallest ones."""
-        job = make_job(
-            replace(config, rollout=engines[0][1]), self.spec, self.cluster, lengths=self.lengths
-        )
-        training, peak = training_seconds(job), self._training_peak(job)
+        """With the fastest engines for which training leaves the memory, and with the smallest."""
+        job = self._job(replace(config, rollout=engines[0].rollout))
+        training_s, peak = training_seconds(job), self._training_peak(job)
         free = 1 - peak / self.limit
         fitting = []
         for least, rollout in engines:
-            colocated = rollout.placement == "colocated"
-            most = (
-                math.floor((free - STEP / 4) / STEP) * STEP
-                if colocated
-                else APART_UTILIZATION * (free >= 0)
-            )
-            if least <= min(most, APART_UTILIZATION):
-                share = min(most, APART_UTILIZATION)
-                fitting.append(self._option(job, rollout, share, training, 0.0))
-        least, rollout = min(engines, key=lambda engine: engine[0])
-        beside = min(least, 1.0) if rollout.placement == "colocated" else 0.0
-        excess = peak - (1 - beside) * self.limit
-        smallest = self._option(job, rollout, beside or APART_UTILIZATION, training, excess)
+            share = DEDICATED_UTILIZATION if free >= 0 else 0.0
+            if rollout.placement == "colocated":
+                steps = math.floor((free - UTILIZATION_STEP / 4) / UTILIZATION_STEP)
+                share = min(steps * UTILIZATION_STEP, DEDICATED_UTILIZATION)
+            if least <= share:
+                fitting.append(self._option(job, rollout, share, training_s, excess=0.0))
+        least, rollout = min(engines, key=lambda each: each.least)
+        colocated_share = min(least, 1.0) if rollout.placement == "colocated" else 0.0
+        excess = peak - (1 - colocated_share) * self.limit
+        share = colocated_share or DEDICATED_UTILIZATION
+        smallest = self._option(job, rollout, share, training_s, excess)
         return min(fitting, key=lambda option: option.seconds, default=None), smallest
 
-    def _critic_apart(self, option: Option) -> Option | None:
-        """The same with the critic in processes of its own on the actor's devices, where that is faster and fits."""
+    def _with_own_critic(self, option: Option) -> Option | None:
+        """The same with the critic in processes of its own on the actor's devices.
+
+        None where that does not fit or is not faster.
+        """
         best, devices = option, parallel_layout(option.config.actor.layout).world_size
-        for layout in self._layouts(devices):
-            for recompute in get_args(Recompute):
-                own = replace(
-                    option.config.critic,
-                    layout=replace(layout, recompute=recompute),
-                    placement="colocated",
-                )
-                config = replace(option.config, critic=own)
-                if check(config):
-                    continue
-                job, rollout = (
-                    make_job(config, self.spec, self.cluster, lengths=self.lengths),
-                    config.rollout,
-                )
-                beside = rollout.gpu_memory_utilization * (rollout.placement == "colocated")
-                if self._training_peak(job) <= (1 - beside) * self.limit:
-                    tried = self._option(
-                        job, rollout, rollout.gpu_memory_utilization, training_seconds(job), 0.0
-                    )
-                    best = tried if tried.seconds < (1 - WORTHWHILE) * best.seconds else best
+        for layout, recompute in product(self._layouts(devices), get_args(Recompute)):
+            layout = replace(layout, recompute=recompute)
+            critic = replace(option.config.critic, layout=layout, placement="colocated")
+            config = replace(option.config, critic=critic)
+            if check(config):
+                continue
+            job, rollout = self._job(config), config.rollout
+            share = rollout.gpu_memory_utilization
+            engine_share = share if rollout.placement == "colocated" else 0.0
+            if self._training_peak(job) <= (1 - engine_share) * self.limit:
+                tried = self._option(job, rollout, share, training_seconds(job), excess=0.0)
+                if tried.seconds < (1 - WORTHWHILE) * best.seconds:
+                    best = tried
         return None if best is option else best
+
+    def _job(self, config: Config) -> Job:
+        return make_job(config, self.spec, self.cluster, lengths=self.lengths)
 
     def _option(
         self, job: Job, rollout: RolloutConfig, share: float, training_s: float, excess: float
@@ -228,24 +229,25 @@ class Search:
         config = replace(job.config, rollout=rollout)
         job = replace(job, config=config)
         if rollout not in self.generate_s:
-            serves = not engine_memory(job).missing
-            self.generate_s[rollout] = generate_time(job).total if serves else math.inf
+            starts = not engine_memory(job).missing
+            self.generate_s[rollout] = generate_time(job).total if starts else math.inf
         return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
 
     def _training_peak(self, job: Job) -> int:
-        """Bytes of the fullest training device with its margin, but without an engine that stays awake."""
-        training = training_memory(job, engine_memory(job), ends=True)
+        """Bytes of the fullest training device with its margin, without an engine that stays awake."""
         sleeps = job.config.rollout.sleep and job.colocated
-        beside = ("generate", "sync_weights")
-        return max(
-            int(phase.total - phase.terms.get("vLLM", 0) + spare(self.limit, phase))
-            for rank in training
-            for phase in rank.phases
-            if not sleeps or phase.phase in beside or phase.total > self.limit
-        )
+        most = 0
+        for rank in training_memory(job, engine_memory(job), ends=True):
+            for phase in rank.phases:
+                # Beside an engine that sleeps, only these phases share the device with it.
+                shared = not sleeps or phase.phase in ("generate", "sync_weights")
+                if shared or phase.total > self.limit:
+                    own = phase.total - phase.terms.get("vLLM", 0)
+                    most = max(most, int(own + spare(self.limit, phase)))
+        return most
 
     def _plans(self, options: Sequence[Option], fits: bool) -> tuple[TimedPlan, ...]:
-        """The first of so many layouts, planned whole."""
+        """Complete plans of the first options, at most SHOWN, each of another kind."""
         found: list[TimedPlan] = []
         kinds = set()
         for option in options:
@@ -257,11 +259,13 @@ class Search:
                 kinds.add(option.kind)
             if len(found) == SHOWN:
                 break
-        return tuple(sorted(found, key=lambda plan: plan.step_s) if fits else found)
+        if fits:
+            found.sort(key=lambda plan: plan.step_s)
+        return tuple(found)
 
 
 def training_seconds(job: Job) -> float:
-    """Seconds of what does not depend on the engines: all passes, updates, and the share of a save."""
+    """Return the seconds that do not depend on the engines: passes, updates, the share of a save."""
     seconds = sum(forward_time(job, model).total for model in job.models)
     seconds += sum(update_time(job, model).total for model in job.models if model.trained)
     return seconds + (save_time(job).total if job.config.trainer.save_freq else 0.0)

@@ -1,7 +1,7 @@
-"""The layouts, placements and batch cuts that a search looks at.
+"""The layouts, placements and batch sizes that a search looks at.
 
-Invariant: enumerates only; whether a model allows a layout is asked of `check_layout`, whether a run accepts a
-configuration of `rlhf3d.config.checks`. Pure: no torch.
+Invariant: enumerates only; whether a model allows a layout is asked of `check_layout`, whether a
+run accepts a configuration of `rlhf3d.config.checks`. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -19,86 +19,95 @@ from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
 from rlhf3d.parallel.layout import Recompute
 from rlhf3d.planning.hardware import Cluster
+from rlhf3d.units import ceil_div, round_up
 
-APART = (0.25, 0.375, 0.5, 0.625, 0.75)
+ENGINE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 """Shares of the devices that engines get where they have devices of their own."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Sequences of a micro-batch, or longest sequences that its token budget holds."""
 CONTEXT_RANK_TOKENS = 4096
-"""Of the longest sequence a context-parallel rank gets at least so many: with less, its work is too small."""
+"""Least tokens of the longest sequence on a context-parallel rank: with less, its work is too small."""
 INTERLEAVED = (1, 2, 4)
 EXPERT_GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def on_cluster(config: Config, cluster: Cluster) -> Config:
-    """The configuration with the cluster's nodes."""
+    """Return the configuration with the cluster's nodes."""
     per_node = min(cluster.devices, cluster.devices_per_node)
-    return replace(
-        config,
-        cluster=replace(
-            config.cluster, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node
-        ),
+    nodes = replace(
+        config.cluster, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node
     )
+    return replace(config, cluster=nodes)
 
 
-def engine_shares(cluster: Cluster) -> list[int]:
-    """Devices that engines have to themselves: none (beside every training rank), or whole nodes of several."""
+def dedicated_counts(cluster: Cluster) -> list[int]:
+    """Return how many devices engines may have to themselves: 0, or with several nodes complete ones."""
     unit = cluster.devices_per_node if cluster.nodes > 1 else 1
-    return [
-        0,
-        *sorted(
-            {
-                n
-                for share in APART
-                if 0 < (n := round(share * cluster.devices / unit) * unit) < cluster.devices
-            }
-        ),
-    ]
+    counts = {round(share * cluster.devices / unit) * unit for share in ENGINE_SHARES}
+    return [0, *sorted(count for count in counts if 0 < count < cluster.devices)]
 
 
-def rests(config: Config, apart: int) -> list[Config]:
-    """Engines that stay awake or sleep, and then model states that stay on the device or wait in host memory."""
-    if apart:
+def residences(config: Config, dedicated: int) -> list[Config]:
+    """Return what may stay on the devices: engines awake; engines asleep; neither those nor states."""
+    if dedicated:
         return [replace(config, rollout=replace(config.rollout, sleep=False))]
-    return [
-        replace(
-            config,
-            rollout=replace(config.rollout, sleep=sleep),
-            model=replace(config.model, offload=offload),
+    configs = []
+    for sleep, offload in ((False, False), (True, False), (True, True)):
+        rollout = replace(config.rollout, sleep=sleep)
+        configs.append(
+            replace(config, rollout=rollout, model=replace(config.model, offload=offload))
         )
-        for sleep, offload in ((False, False), (True, False), (True, True))
-    ]
+    return configs
 
 
 def layouts(spec: ModelSpec, devices: int, per_node: int, longest: int) -> list[LayoutConfig]:
-    """The layouts of so many devices that the model allows, for sequences of `longest` tokens; tensor ranks stay in a
-    node."""
+    """Return the layouts of `devices` that the model allows, for sequences of `longest` tokens.
+
+    Tensor ranks stay in a node.
+    """
     found = []
     for tp in _divisors(per_node):
-        for pp in _divisors(devices // tp if devices % tp == 0 else 0):
-            if pp > spec.num_layers:
-                break
-            replicas = devices // tp // pp
-            for vpp in INTERLEAVED if pp > 1 else (1,):
-                for first, last in _ends(spec.num_layers, pp, vpp):
-                    base = LayoutConfig(
-                        tp=tp, pp=pp, vpp=vpp if vpp > 1 else None,
-                        sequence_parallel=tp > 1, overlap_grad_reduce=True, overlap_param_gather=True,
-                        first_stage_layers=first, last_stage_layers=last,
-                    )  # fmt: skip
-                    groups = EXPERT_GROUPS if spec.num_experts else (1,)
-                    for ep, cp in product(groups, _context_sizes(replicas, longest)):
-                        layout = replace(base, ep=ep, cp=cp, dp=replicas // cp)
-                        found += [layout] if _legal(spec, layout) else []
+        if devices % tp:
+            continue
+        for pp in _divisors(devices // tp):
+            if pp <= spec.num_layers:
+                for base in _pipelines(spec, tp, pp):
+                    replicas = devices // tp // pp
+                    found += _with_replicas(spec, base, replicas, longest)
     return found
 
 
-def _context_sizes(replicas: int, longest: int) -> list[int]:
-    return [cp for cp in _divisors(replicas) if cp == 1 or longest // cp >= CONTEXT_RANK_TOKENS]
+def _pipelines(spec: ModelSpec, tp: int, pp: int) -> Iterator[LayoutConfig]:
+    """Pipelines of `pp` stages, by how they are interleaved and how many layers their ends have."""
+    for vpp in INTERLEAVED if pp > 1 else (1,):
+        for first, last in _ends(spec.num_layers, pp, vpp):
+            yield LayoutConfig(
+                tp=tp,
+                pp=pp,
+                vpp=vpp if vpp > 1 else None,
+                sequence_parallel=tp > 1,
+                overlap_grad_reduce=True,
+                overlap_param_gather=True,
+                first_stage_layers=first,
+                last_stage_layers=last,
+            )
+
+
+def _with_replicas(
+    spec: ModelSpec, base: LayoutConfig, replicas: int, longest: int
+) -> list[LayoutConfig]:
+    """`base` with its replicas shared out over data, context and expert parallelism."""
+    expert_groups = EXPERT_GROUPS if spec.num_experts else (1,)
+    contexts = [cp for cp in _divisors(replicas) if cp == 1 or longest // cp >= CONTEXT_RANK_TOKENS]
+    made = [
+        replace(base, ep=ep, cp=cp, dp=replicas // cp)
+        for ep, cp in product(expert_groups, contexts)
+    ]
+    return [layout for layout in made if _legal(spec, layout)]
 
 
 def longest_sequence(config: Config) -> int:
-    """Tokens of a prompt and a response."""
+    """Return the tokens of the longest prompt and response."""
     return config.data.max_prompt_length + config.data.max_response_length
 
 
@@ -107,10 +116,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def _ends(layers: int, pp: int, vpp: int) -> list[tuple[int | None, int | None]]:
-    """Equal stages; where they do not come out, fewer layers on the first stage (embedding) and on the last (head)."""
+    """Layers of the first and the last stage; None where all stages have equally many.
+
+    Where that does not come out, the first stage (embedding) and the last (head) have fewer.
+    """
     if layers % (pp * vpp) == 0:
         return [(None, None)]
-    middle = -(-layers // (pp * vpp)) * vpp
+    middle = ceil_div(layers, pp * vpp) * vpp
     left = layers - (pp - 2) * middle
     half = left // 2 // vpp * vpp
     return [(left - half, half)] if pp > 2 and half > 0 else []
@@ -125,10 +137,13 @@ def _legal(spec: ModelSpec, layout: LayoutConfig) -> bool:
     return True
 
 
-def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
-    """Actor and critic in one layout, by micro-batch size (in the configuration's unit) and recomputation."""
+def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
+    """Yield actor and critic in one layout, by micro-batch size and recomputation.
+
+    Micro-batches are in the configuration's own unit: sequences or tokens.
+    """
     chunks = width_multiples(layout, "cuda")["multiple_of"]
-    longest = -(-longest_sequence(config) // chunks) * chunks
+    longest = round_up(longest_sequence(config), chunks)
     as_actor = replace(
         config.critic,
         layout=None,
@@ -136,22 +151,20 @@ def batchings(config: Config, layout: LayoutConfig) -> Iterator[Config]:
         ppo_micro_batch_size_per_gpu=None,
         ppo_max_token_len_per_gpu=None,
     )
-    for size in MICRO_BATCHES:
-        for recompute in get_args(Recompute):
-            actor = replace(
-                config.actor,
-                layout=replace(layout, recompute=recompute),
-                ppo_micro_batch_size_per_gpu=size,
-                ppo_max_token_len_per_gpu=size * longest,
-            )
-            yield replace(config, actor=actor, critic=as_actor)
+    for size, recompute in product(MICRO_BATCHES, get_args(Recompute)):
+        actor = replace(
+            config.actor,
+            layout=replace(layout, recompute=recompute),
+            ppo_micro_batch_size_per_gpu=size,
+            ppo_max_token_len_per_gpu=size * longest,
+        )
+        yield replace(config, actor=actor, critic=as_actor)
 
 
 def engine_sizes(spec: ModelSpec, ranks: int, most: int, expert_parallel: bool) -> list[int]:
-    """Tensor-parallel sizes of engines, `most` or a divisor of it, that share out so many ranks."""
-    return [
-        n for n in _divisors(most) if ranks % n == 0 and _engine_legal(spec, n, expert_parallel)
-    ]
+    """Return the tensor-parallel sizes of engines, divisors of `most`, that share out `ranks`."""
+    sizes = [size for size in _divisors(most) if ranks % size == 0]
+    return [size for size in sizes if _engine_legal(spec, size, expert_parallel)]
 
 
 @cache
