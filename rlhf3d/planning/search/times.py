@@ -1,7 +1,8 @@
 """Seconds of each phase of a step: a roofline with named hardware numbers.
 
-Invariant: every phase is work (operations, bytes, messages) divided by a rate of `hardware.yaml`, plus the waiting that
-the schedule makes (pipeline bubble, longest completion). Lengths are the job's mean lengths. Pure: numbers only.
+Invariant: every phase is work (operations, bytes, messages) divided by a rate of `hardware.yaml`,
+plus the waiting that the schedule makes (pipeline bubble, longest completion). Lengths are the
+job's mean lengths. Pure: numbers only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rlhf3d.planning.engines import (
     kv_bytes_a_token,
 )
 from rlhf3d.planning.job import Job, Model
-from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes
+from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes, states_of
 from rlhf3d.planning.search.flops import (
     attention_products,
     decoder_weights_read,
@@ -30,8 +31,8 @@ from rlhf3d.planning.search.flops import (
     layer_flops,
     mlp_products,
 )
-from rlhf3d.planning.states import chunk_sizes, model_states
-from rlhf3d.units import ITEM_BYTES
+from rlhf3d.planning.states import chunk_sizes
+from rlhf3d.units import ITEM_BYTES, round_up
 
 ADAM_BYTES = {"te": 34, "local": 120}
 """Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
@@ -40,10 +41,10 @@ UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
 UNFILLED = 0.25
-"""Sequences of mean length that are missing from a token budget: what is left of it is too short for another."""
+"""Sequences of mean length that a token budget lacks: what is left of it is too short for another."""
 EXPERT_SPREAD = 0.1
-"""Standard deviation of the experts' loads over their mean, on texts of one kind, for each doubling of their number:
-finer experts are more special (rule of thumb; 0.3 with 8 experts, 0.7 with 128)."""
+"""Standard deviation of the experts' loads over their mean, on texts of one kind, for each doubling
+of their number: finer experts are more special (rule of thumb; 0.3 with 8 experts, 0.7 with 128)."""
 KERNELS = {"dense": 10, "experts": 20}
 """Kernels of a decoder layer in a decoding step: a small one takes as long as it takes to start."""
 HEAD_BACKWARD = 3.0
@@ -68,7 +69,7 @@ class TimePlan:
     """Seconds of a step and of the run."""
 
     phases: tuple[PhaseTime, ...]
-    """Of one step; saving is shared out over the steps between two saves."""
+    """Of one step; a save counts with its share of the steps between two."""
     tokens: float
     """Of a step: prompts and completions."""
     steps: int | None
@@ -86,7 +87,7 @@ class TimePlan:
 
     @property
     def hours(self) -> float | None:
-        """Hours of the run, validations apart; None while its steps are not known."""
+        """Hours of the run, without validations; None while its steps are not known."""
         return None if self.steps is None else self.steps * self.step_s / 3600
 
     @property
@@ -111,19 +112,17 @@ class Stage:
 
 
 def plan_time(job: Job) -> TimePlan:
-    """The time of a job's step."""
-    generate = generate_time(job)
-    phases = [sync_time(job), generate]
-    skip_old = job.config.algorithm.rollout_correction.bypass_mode
+    """Return the time of a job's step."""
+    phases = [sync_time(job), generate_time(job)]
+    skips_old_logprobs = job.config.algorithm.rollout_correction.bypass_mode
     for role in ("reward", "actor", "ref", "critic"):
         model = job.model(role)
-        if model is not None and not (role == "actor" and skip_old):
+        if model is not None and not (role == "actor" and skips_old_logprobs):
             phases.append(forward_time(job, model))
-    phases += [
-        update_time(job, model)
-        for role in ("critic", "actor")
-        if (model := job.model(role)) is not None
-    ]
+    for role in ("critic", "actor"):
+        model = job.model(role)
+        if model is not None:
+            phases.append(update_time(job, model))
     if job.config.trainer.save_freq:
         phases.append(save_time(job))
     tokens = job.derived.sequences_per_step * job.lengths.total
@@ -134,133 +133,136 @@ def plan_time(job: Job) -> TimePlan:
 def _padded(job: Job, model: Model, backward: bool) -> float:
     """Positions of a sequence of mean length.
 
-    A micro-batch's rows are neighbours in the order of lengths, as far apart as if these were spread evenly up to the
-    longest.
+    A micro-batch's rows are neighbors in the order of lengths, which are taken to be spread evenly
+    up to the longest.
     """
-    mean, longest, rule = (
-        job.lengths.total,
-        job.derived.max_sequence_length,
-        model.batching.micro_batching,
-    )
+    mean, longest = job.lengths.total, job.derived.max_sequence_length
+    rule = model.batching.micro_batching
     if rule.packed:
         return mean
     if job.lengths.padded is not None:
         return job.lengths.padded
-    ordered = _sequences(job, model, backward)
-    rows = min(ordered, rule.rows if rule.tokens is None else rule.tokens / mean)
-    apart = max(0.0, rows - 1) / 2 * longest / ordered
-    return min(longest, mean + apart + (rule.multiple_of - 1) / 2)
+    sequences = _sequences(job, model, backward)
+    rows = min(sequences, rule.rows if rule.tokens is None else rule.tokens / mean)
+    spread = max(0.0, rows - 1) / 2 * longest / sequences
+    return min(longest, mean + spread + (rule.multiple_of - 1) / 2)
 
 
 def _sequences(job: Job, model: Model, backward: bool) -> float:
-    """Sequences of a data-parallel rank that are cut into micro-batches together: an optimizer step's, or a step's."""
-    of_step = job.derived.sequences_per_step
-    return (model.batching.sequences_per_mini_batch if backward else of_step) / model.layout.dp
+    """Sequences of a data-parallel rank that are cut into micro-batches together.
+
+    Those of an optimizer step, or of a pass over a step's batch.
+    """
+    in_all = job.derived.sequences_per_step
+    if backward:
+        in_all = model.batching.sequences_per_mini_batch
+    return in_all / model.layout.dp
 
 
-def _micro(job: Job, model: Model, backward: bool) -> tuple[float, int]:
-    """Sequences of a micro-batch, and micro-batches of a rank in an optimizer step or in a pass over a step's batch."""
-    rule, layout, sequences = (
-        model.batching.micro_batching,
-        model.layout,
-        _sequences(job, model, backward),
-    )
-    if rule.tokens is None:
-        rows = float(rule.rows)
-    else:
+def _micro_batches(job: Job, model: Model, backward: bool) -> tuple[float, int]:
+    """Sequences of a micro-batch, and micro-batches that a rank computes together."""
+    rule, layout = model.batching.micro_batching, model.layout
+    sequences = _sequences(job, model, backward)
+    rows = float(rule.rows)
+    if rule.tokens is not None:
         rows = max(1.0, rule.tokens / _padded(job, model, backward) - UNFILLED)
     count = max(1, math.ceil(sequences / rows - 1e-9))
     if layout.vpp > 1:
-        count = -(-count // layout.pp) * layout.pp
+        count = round_up(count, layout.pp)  # as Megatron's interleaved schedule wants
     return sequences / count, count
 
 
 def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
-    """Each pipeline stage's part of a micro-batch, forward or forward and backward."""
-    spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
-    rows, _ = _micro(job, model, backward)
-    width, item = _padded(job, model, backward), ITEM_BYTES[job.config.model.dtype]
-    positions, responses = rows * width, rows * job.lengths.response
-    local = positions / layout.cp
-    passes, again = 1.0 + BACKWARD * backward, 0.0
+    """Return each pipeline stage's part of a micro-batch, forward or forward and backward."""
+    spec, layout, settings = model.spec, model.layout, model.settings
+    hardware, item = job.cluster.hardware, ITEM_BYTES[job.config.model.dtype]
+    rows, _ = _micro_batches(job, model, backward)
+    width = _padded(job, model, backward)
+    positions, responses = rows * width / layout.cp, rows * job.lengths.response / layout.cp
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
-    of_attention_s, of_mlp_s = _layer_s(job, model, local, width / 2, rate)
-    of_attention, of_mlp = _layer_messages(job, model, local * spec.hidden_size * item)
-    of_attention += _context_messages_s(job, model, local, width / 2 / rate)
-    collectives = (of_attention + of_mlp) * passes
-    if backward and model.settings.recompute != "none":
-        full = model.settings.recompute == "full"
-        again = of_mlp_s + of_attention_s * full
-        collectives += of_mlp + of_attention * full
-    layer = (of_attention_s + of_mlp_s) * passes + again
-    bandwidth = job.cluster.bandwidth(2, stride=layout.stage_size)
-    latency_s = job.cluster.latency_s(2, stride=layout.stage_size)
-    message = (
-        local
-        * spec.hidden_size
-        * item
-        / (layout.tp if model.settings.sequence_parallel else 1)
-        / bandwidth
-    )
+    layer, collectives = _layer_passes_s(job, model, backward, positions, width / 2, rate)
+    hidden_bytes = positions * spec.hidden_size * item
+    if settings.sequence_parallel:
+        hidden_bytes /= layout.tp
+    message_s = hidden_bytes / job.cluster.bandwidth(2, stride=layout.stage_size)
+    message_s += job.cluster.latency_s(2, stride=layout.stage_size)
+    messages = layout.vpp * (1 + backward) if layout.pp > 1 else 0
+    head_s = head_flops(spec, responses) / layout.tp / rate * (1 + HEAD_BACKWARD * backward)
     found = []
     sizes = layout.stage_layers(spec.num_layers)
     assert sizes is not None, f"{layout} does not fit {spec.num_layers} layers"
     for pp, layers in enumerate(sizes):
-        compute, last = layers * layer, pp == layout.pp - 1
-        if last and model.head == "lm":
-            compute += (
-                head_flops(spec, responses / layout.cp)
-                / layout.tp
-                * (1 + HEAD_BACKWARD * backward)
-                / rate
-            )
-        sends = layout.vpp * (1 + backward) if layout.pp > 1 else 0
-        found.append(Stage(compute, layers * collectives + sends * (message + latency_s)))
+        compute = layers * layer
+        if pp == layout.pp - 1 and model.head == "lm":
+            compute += head_s
+        found.append(Stage(compute, layers * collectives + messages * message_s))
     return found
+
+
+def _layer_passes_s(
+    job: Job, model: Model, backward: bool, positions: float, context: float, rate: float
+) -> tuple[float, float]:
+    """Seconds of computing and of collectives of one layer: forward, backward, and again."""
+    recompute = model.settings.recompute
+    hidden_bytes = positions * model.spec.hidden_size * ITEM_BYTES[job.config.model.dtype]
+    attention, mlp = _layer_s(job, model, positions, context, rate)
+    of_attention, of_mlp = _layer_messages(job, model, hidden_bytes)
+    of_attention += _context_messages_s(job, model, positions, context / rate)
+    passes = 1.0 + BACKWARD * backward
+    compute, collectives = (attention + mlp) * passes, (of_attention + of_mlp) * passes
+    if backward and recompute != "none":
+        again = recompute == "full"  # else the MLP alone
+        compute += mlp + attention * again
+        collectives += of_mlp + of_attention * again
+    return compute, collectives
 
 
 def _layer_s(
     job: Job, model: Model, positions: float, context: float, rate: float
 ) -> tuple[float, float]:
-    """One layer's forward pass, products and host: its attention, and its MLP or its router and experts.
+    """One layer's forward pass, products and host: its attention, and its MLP or experts.
 
-    The busiest expert-parallel rank is waited for by all. Half of the host's time of a layer is each one's.
+    The busiest expert-parallel rank is waited for by all. Half of the host's time of a layer is
+    each one's.
     """
     spec, layout, hardware = model.spec, model.layout, job.cluster.hardware
+
+    def products_flops(rows: float, products: tuple[tuple[float, float], ...]) -> float:
+        return sum(hardware.product_flops(rows, *sides) for sides in products)
+
     scores = positions * 4 * spec.num_heads * spec.head_dim * context / layout.tp
-    projections = attention_products(spec, layout.tp)
-    attention = (
-        sum(hardware.product_flops(positions, *sides) for sides in projections) + scores
-    ) / rate
+    projections = products_flops(positions, attention_products(spec, layout.tp))
+    attention = (projections + scores) / rate
     host = hardware.layer_overhead_s / 2
     if not spec.num_experts:
-        products = sum(
-            hardware.product_flops(positions, *sides) for sides in mlp_products(spec, layout.tp)
-        )
-        return attention + host, products / rate + host
-    own, busiest = positions / layout.tp, busiest_rank(spec, layout.ep)
-    here = spec.num_experts / layout.ep
-    rows = own * spec.experts_per_token / here
-    experts = (
-        here * sum(hardware.product_flops(rows, *sides) for sides in mlp_products(spec, 1)) / rate
-    )
+        mlp = products_flops(positions, mlp_products(spec, layout.tp)) / rate
+        return attention + host, mlp + host
+    own = positions / layout.tp
+    experts_here = spec.num_experts / layout.ep
+    rows = own * spec.experts_per_token / experts_here
+    experts = experts_here * products_flops(rows, mlp_products(spec, 1)) / rate
+    if job.on_gpu:
+        moved = own * expert_bytes(spec, ITEM_BYTES[job.config.model.dtype])
+        experts += moved / hardware.read_bytes_s
     router = 2 * own * spec.hidden_size * spec.num_experts / rate
-    moved = (
-        own * expert_bytes(spec, ITEM_BYTES[job.config.model.dtype]) / hardware.read_bytes_s
-        if job.on_gpu
-        else 0.0
-    )
-    return attention + host, router + (
-        experts + moved
-    ) * busiest + host + hardware.expert_overhead_s
+    waited = experts * busiest_rank(spec, layout.ep)
+    return attention + host, router + waited + host + hardware.expert_overhead_s
 
 
 def busiest_rank(spec: ModelSpec, ep: int) -> float:
-    """Tokens of the busiest of `ep` expert-parallel ranks over the mean, where the experts' loads are independent."""
+    """Return the tokens of the busiest of `ep` expert-parallel ranks over the mean.
+
+    The loads of experts are taken to be independent.
+    """
     if ep == 1:
         return 1.0
     spread = EXPERT_SPREAD * math.log2(spec.num_experts) * math.sqrt(ep / spec.num_experts)
     return 1 + spread * math.sqrt(2 * math.log(ep))
+
+
+def _ring_bytes(ranks: int, size: float) -> float:
+    """Bytes that each rank sends in a ring all-reduce of `size` bytes."""
+    return 2 * (ranks - 1) / ranks * size
 
 
 def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> tuple[float, float]:
@@ -268,26 +270,28 @@ def _layer_messages(job: Job, model: Model, hidden_bytes: float) -> tuple[float,
 
     A sum over tensor ranks each; instead of the MLP's, two exchanges between expert ranks.
     """
-    layout, cluster, total, exchanges = model.layout, job.cluster, 0.0, 0.0
+    spec, layout, cluster = model.spec, model.layout, job.cluster
+    all_reduce = exchanges = 0.0
     if layout.tp > 1:
-        ring = 2 * (layout.tp - 1) / layout.tp * hidden_bytes / cluster.bandwidth(layout.tp)
-        total = ring + cluster.latency_s(layout.tp)
+        all_reduce = _ring_bytes(layout.tp, hidden_bytes) / cluster.bandwidth(layout.tp)
+        all_reduce += cluster.latency_s(layout.tp)
     if layout.ep > 1:
-        copies = model.spec.experts_per_token * hidden_bytes / layout.tp
-        exchanges = 2 * cluster.exchange_s(layout.ep, copies * busiest_rank(model.spec, layout.ep))
-    return total, exchanges if model.spec.num_experts else total
+        copies = spec.experts_per_token * hidden_bytes / layout.tp
+        exchanges = 2 * cluster.exchange_s(layout.ep, copies * busiest_rank(spec, layout.ep))
+    return all_reduce, exchanges if spec.num_experts else all_reduce
 
 
 def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop: float) -> float:
-    """Keys and values of the other context-parallel ranks, once a pass; on GPUs behind the attention, as far as that
-    lasts."""
+    """Keys and values of the other context-parallel ranks, once a pass.
+
+    On GPUs they come behind the attention, as far as that lasts.
+    """
     spec, layout = model.spec, model.layout
     if layout.cp == 1:
         return 0.0
     item = ITEM_BYTES[job.config.model.dtype]
-    received = (
-        (layout.cp - 1) * 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
-    )
+    keys_and_values = 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
+    received = (layout.cp - 1) * keys_and_values
     seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp)
     seconds += job.cluster.latency_s(layout.cp, stride=layout.tp)
     attention = 4 * positions * spec.num_heads * spec.head_dim / layout.tp * seconds_a_flop
@@ -297,19 +301,19 @@ def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop
 def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -> dict[str, float]:
     """Seconds of `micro_batches` through the pipeline: the slowest stage's work, and its waiting.
 
-    On CPU the ranks share the cores: all of their work over all cores, if that is more than what one rank does.
+    On CPU the ranks share the cores: all of their work over all cores, if that is more than what
+    one rank does.
     """
     layout, cores = model.layout, job.cluster.hardware.cores
     slowest = max(parts, key=lambda stage: stage.total)
     compute, messages = micro_batches * slowest.compute_s, micro_batches * slowest.messages_s
     bubble = (layout.pp - 1) / layout.vpp * slowest.total
     if not job.on_gpu:
-        ranks = layout.stage_size
-        shared = micro_batches * ranks / cores
-        everywhere = shared * sum(stage.compute_s for stage in parts)
-        talking = shared * sum(stage.messages_s for stage in parts)
-        if everywhere + talking > compute + messages + bubble:
-            return {"compute": everywhere, "messages": talking}
+        shared = micro_batches * layout.stage_size / cores
+        all_compute = shared * sum(stage.compute_s for stage in parts)
+        all_messages = shared * sum(stage.messages_s for stage in parts)
+        if all_compute + all_messages > compute + messages + bubble:
+            return {"compute": all_compute, "messages": all_messages}
     return {"compute": compute, "messages": messages, "bubble": bubble}
 
 
@@ -317,153 +321,170 @@ def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
     """Seconds in which states that wait in host memory come and go again."""
     if not job.config.model.offload:
         return 0.0
-    settings, hardware = model.settings, job.cluster.hardware
-    states = model_states(
-        model.spec,
-        model.layout,
-        model.layout.coords(0),
-        model.head,
-        job.config.model.dtype,
-        trained=model.trained,
-        distributed_optimizer=settings.distributed_optimizer,
-        overlap_grad_reduce=settings.overlap_grad_reduce,
-        style=job.style,
-    )
+    states = states_of(job, model, rank=0)
     sharing = 1 if job.on_gpu else model.layout.world_size
-    return 2 * sharing * (states.weights + states.optimizer * optimizer) / (hardware.host_gbs * 1e9)
+    moved = 2 * sharing * (states.weights + states.optimizer * optimizer)
+    return moved / (job.cluster.hardware.host_gbs * 1e9)
 
 
 def forward_time(job: Job, model: Model) -> PhaseTime:
-    """A pass without gradients over a step's batch."""
-    _, micro_batches = _micro(job, model, backward=False)
+    """Return the time of a pass without gradients over a step's batch."""
+    _, micro_batches = _micro_batches(job, model, backward=False)
     parts = _scheduled(job, model, stages(job, model, backward=False), micro_batches)
-    return PhaseTime(
-        FORWARD_PHASES[model.role], parts | {"states moved": _moved_s(job, model, optimizer=False)}
-    )
+    parts["states moved"] = _moved_s(job, model, optimizer=False)
+    return PhaseTime(FORWARD_PHASES[model.role], parts)
 
 
 def update_time(job: Job, model: Model) -> PhaseTime:
-    """All optimizer steps of a model."""
-    layout, hardware, plan = model.layout, job.cluster.hardware, model.batching
-    _, per_step = _micro(job, model, backward=True)
+    """Return the time of all optimizer steps of a model."""
+    layout, settings = model.layout, model.settings
+    _, micro_batches = _micro_batches(job, model, backward=True)
     by_stage = stages(job, model, backward=True)
-    steps = plan.optimizer_steps_per_step
-    once = _scheduled(job, model, by_stage, per_step)
     elements = stage_elements(model.spec, layout, model.head, job.style)
     fullest = max(elements)
-    reduced = 0.0
-    if (replicas := layout.replicas) > 1:
-        bandwidth, share = (
-            job.cluster.bandwidth(replicas, stride=layout.tp),
-            (replicas - 1) / replicas,
-        )
-        gradients = (
-            4 * fullest * share / bandwidth * (1 if model.settings.distributed_optimizer else 2)
-        )
-        if model.settings.overlap_grad_reduce:  # behind the backward pass of the last micro-batch
-            gradients = max(0.0, gradients - max(stage.compute_s for stage in by_stage) * 2 / 3)
-        weights = ITEM_BYTES[job.config.model.dtype] * fullest * share / bandwidth
-        if (
-            model.settings.overlap_param_gather
-        ):  # behind the next step's first forward pass, if there is one
-            forward = max(stage.compute_s for stage in by_stage) / 3
-            weights -= min(weights, forward) * (steps - 1) / steps
-        reduced = gradients + weights * model.settings.distributed_optimizer
-    owned = fullest / (layout.replicas if model.settings.distributed_optimizer else 1)
+    once = _scheduled(job, model, by_stage, micro_batches)
+    once["gradients over replicas"] = _reduced_s(job, model, by_stage, fullest)
+    owned = fullest / (layout.replicas if settings.distributed_optimizer else 1)
     traffic = owned * ADAM_BYTES[job.style] + 8 * fullest  # and gradients zeroed, their norm taken
     if not job.on_gpu:
         traffic *= sum(elements) / fullest * layout.stage_size  # ranks share the memory's bandwidth
-    once |= {"gradients over replicas": reduced, "optimizer": traffic / hardware.read_bytes_s}
+    once["optimizer"] = traffic / job.cluster.hardware.read_bytes_s
+    steps = model.batching.optimizer_steps_per_step
     parts = {name: seconds * steps for name, seconds in once.items()}
-    return PhaseTime(
-        f"update_{model.role}", parts | {"states moved": _moved_s(job, model, optimizer=True)}
-    )
+    parts["states moved"] = _moved_s(job, model, optimizer=True)
+    return PhaseTime(f"update_{model.role}", parts)
+
+
+def _reduced_s(job: Job, model: Model, by_stage: list[Stage], elements: int) -> float:
+    """Gradients over the replicas, and with the distributed optimizer weights back, per step.
+
+    Overlap hides as much of them as the compute that they run behind lasts.
+    """
+    layout, settings = model.layout, model.settings
+    if layout.replicas == 1:
+        return 0.0
+    bandwidth = job.cluster.bandwidth(layout.replicas, stride=layout.tp)
+    share = (layout.replicas - 1) / layout.replicas
+    slowest = max(stage.compute_s for stage in by_stage)
+    gradients = 4 * elements * share / bandwidth
+    if not settings.distributed_optimizer:
+        gradients *= 2  # an all-reduce, and no reduce-scatter
+    if settings.overlap_grad_reduce:
+        gradients = max(0.0, gradients - slowest * 2 / 3)  # the last micro-batch's backward pass
+    if not settings.distributed_optimizer:
+        return gradients
+    weights = ITEM_BYTES[job.config.model.dtype] * elements * share / bandwidth
+    if settings.overlap_param_gather:
+        steps = model.batching.optimizer_steps_per_step
+        # Behind the next step's first forward pass, which the last step has not.
+        weights -= min(weights, slowest / 3) * (steps - 1) / steps
+    return gradients + weights
 
 
 @cache
 def stage_elements(
     spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle
 ) -> tuple[int, ...]:
-    """Weights of a rank, by pipeline stage."""
-    return tuple(
-        sum(chunk_sizes(spec, layout, pp, chunk, head, style).total for chunk in range(layout.vpp))
-        for pp in range(layout.pp)
-    )
+    """Return the weights of a rank, by pipeline stage."""
+    totals = []
+    for pp in range(layout.pp):
+        chunks = [chunk_sizes(spec, layout, pp, n, head, style) for n in range(layout.vpp)]
+        totals.append(sum(chunk.total for chunk in chunks))
+    return tuple(totals)
 
 
 def generate_time(job: Job) -> PhaseTime:
-    """Prompts once (completions of a prompt share its cache), then tokens as long as the longest or the queue lasts."""
+    """Return the time of prompts and tokens of the engines.
+
+    Prompts are computed once, as the completions of a prompt share its cache; tokens take as long
+    as the longest completion, or as the queue lasts.
+    """
     spec, rollout, hardware = job.spec, job.config.rollout, job.cluster.hardware
-    tp, item = rollout.tensor_parallel_size, ITEM_BYTES[rollout.dtype]
-    rate = hardware.matmul_flops(rollout.dtype)
-    read = hardware.read_bytes_s
+    tp = rollout.tensor_parallel_size
+    rate, read = hardware.matmul_flops(rollout.dtype), hardware.read_bytes_s
     if not job.on_gpu:  # engines share the host
-        rate, read = (value / (rollout.engines * tp) for value in (rate, read))
+        rate /= rollout.engines * tp
+        read /= rollout.engines * tp
     prompts = job.config.data.train_batch_size / rollout.engines
-    tokens = prompts * job.lengths.prompt
-    layer = layer_flops(spec, tokens, job.lengths.prompt / 2)
-    prefill = (spec.num_layers * layer + head_flops(spec, prompts)) / tp / rate
-    sequences = prompts * rollout.n
+    prompt_layer = layer_flops(spec, prompts * job.lengths.prompt, job.lengths.prompt / 2)
+    prefill = (spec.num_layers * prompt_layer + head_flops(spec, prompts)) / tp / rate
     context = job.lengths.total / 2
-    a_token = kv_bytes_a_token(spec, tp, rollout.dtype)
-    room = engine_memory(job).kv_cache / (a_token * max(context, 1.0))
-    batch = max(1.0, min(sequences, rollout.max_num_seqs, room))
-    decoded = sequences * job.lengths.response
-    longest = max(job.lengths.response, job.config.data.max_response_length * (sequences > 1))
-    steps = max(longest, decoded / batch)
-    a_weight = engine_weight_bytes(spec, rollout) / engine_elements(
-        spec, tp, rollout.expert_parallel
-    )
-    weights = decoder_weights_read(spec, decoded / steps) * a_weight / tp
-    cache = decoded * context * a_token
-    compute = (
-        decoded
-        * (spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1))
-        / tp
-        / rate
-    )
-    memory = (steps * weights + cache) / read
-    messages = 0.0
-    if tp > 1:
-        size = decoded / steps * spec.hidden_size * item
-        ring = 2 * (tp - 1) / tp * size / job.cluster.bandwidth(tp)
-        # In a node vLLM's own all-reduce takes half as long as NCCL's.
-        latency = hardware.latency_s / 2 if job.cluster.inside(tp) else hardware.network_latency_s
-        messages = steps * 2 * spec.num_layers * (ring + latency)
-    parts = {"prompts": prefill, "tokens": max(compute, memory) if job.on_gpu else compute + memory}
-    host = steps * hardware.decode_overhead_s + decoded * hardware.decode_sequence_s
+    steps, decoded = _decoding_steps(job, prompts * rollout.n, context)
+    token = spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1)
+    compute = decoded * token / tp / rate
+    elements = engine_elements(spec, tp, rollout.expert_parallel)
+    weight_bytes = engine_weight_bytes(spec, rollout) / elements
+    weights = decoder_weights_read(spec, decoded / steps) * weight_bytes / tp
+    cache_bytes = decoded * context * kv_bytes_a_token(spec, tp, rollout.dtype)
+    memory = (steps * weights + cache_bytes) / read
     kernels = KERNELS["experts" if spec.num_experts else "dense"] * hardware.decode_kernel_s
-    layer = hardware.decode_eager_s if rollout.enforce_eager else kernels
-    parts |= {"messages": messages, "kernels": steps * spec.num_layers * layer, "host": host}
-    return PhaseTime("generate", parts)
+    if rollout.enforce_eager:
+        kernels = hardware.decode_eager_s
+    host = steps * hardware.decode_overhead_s + decoded * hardware.decode_sequence_s
+    return PhaseTime(
+        "generate",
+        {
+            "prompts": prefill,
+            "tokens": max(compute, memory) if job.on_gpu else compute + memory,
+            "messages": steps * _decoding_messages_s(job, decoded / steps),
+            "kernels": steps * spec.num_layers * kernels,
+            "host": host,
+        },
+    )
+
+
+def _decoding_steps(job: Job, sequences: float, context: float) -> tuple[float, float]:
+    """Decoding steps of an engine, and tokens that it decodes in them."""
+    rollout = job.config.rollout
+    a_token = kv_bytes_a_token(job.spec, rollout.tensor_parallel_size, rollout.dtype)
+    cached = engine_memory(job).kv_cache / (a_token * max(context, 1.0))
+    batch = max(1.0, min(sequences, rollout.max_num_seqs, cached))
+    decoded = sequences * job.lengths.response
+    longest = job.lengths.response
+    if sequences > 1:  # one of several completions is as long as it may be
+        longest = max(longest, job.config.data.max_response_length)
+    return max(longest, decoded / batch), decoded
+
+
+def _decoding_messages_s(job: Job, batch: float) -> float:
+    """Sums over an engine's ranks in one decoding step of `batch` sequences."""
+    rollout, hardware = job.config.rollout, job.cluster.hardware
+    tp = rollout.tensor_parallel_size
+    if tp == 1:
+        return 0.0
+    size = batch * job.spec.hidden_size * ITEM_BYTES[rollout.dtype]
+    ring = _ring_bytes(tp, size) / job.cluster.bandwidth(tp)
+    # In a node vLLM's own all-reduce takes half as long as NCCL's.
+    latency = hardware.latency_s / 2 if job.cluster.inside(tp) else hardware.network_latency_s
+    return 2 * job.spec.num_layers * (ring + latency)
 
 
 def sync_time(job: Job) -> PhaseTime:
-    """The bytes of an engine rank through its buckets; between devices those that are not on its own.
+    """Return the time of a weight sync: an engine rank's bytes through its buckets.
 
-    Closed form of the plan's lower bound (docs/resharding.md): beside n training shards an engine rank of g finds
-    1/n of the model on its device.
+    Between devices go those that are not on its own. Closed form of the plan's lower bound
+    (docs/resharding.md): among n training shards an engine rank of g finds 1/n of the model on its
+    device.
     """
-    rollout, hardware = job.config.rollout, job.cluster.hardware
-    actor = job.derived.layout
-    item = ITEM_BYTES[rollout.dtype]
-    needed = engine_elements(job.spec, rollout.tensor_parallel_size, rollout.expert_parallel) * item
-    local = 1 / (actor.tp * actor.pp) if job.colocated and job.on_gpu else 0.0
-    received = needed * max(0.0, 1 - local * rollout.tensor_parallel_size)
-    streams = 1 if job.on_gpu else rollout.tensor_parallel_size  # engines read the same buckets
-    buckets = needed / job.sync_bucket_bytes
+    rollout, hardware, actor = job.config.rollout, job.cluster.hardware, job.derived.layout
+    tp = rollout.tensor_parallel_size
+    needed = engine_elements(job.spec, tp, rollout.expert_parallel) * ITEM_BYTES[rollout.dtype]
+    streams = 1 if job.on_gpu else tp  # engines read the same buckets
+    buckets = needed / job.sync_bucket_bytes * hardware.sync_bucket_s
     parts = {
-        "buckets": needed * streams / (hardware.sync_gbs * 1e9) + buckets * hardware.sync_bucket_s
+        "buckets": needed * streams / (hardware.sync_gbs * 1e9) + buckets,
+        "sleep and wake-up": hardware.rest_s * rollout.sleep,
     }
-    parts["sleep and wake-up"] = hardware.rest_s * rollout.sleep
     if job.on_gpu:
+        local = tp / (actor.tp * actor.pp) if job.colocated else 0.0
+        received = needed * max(0.0, 1 - local)
         parts["between devices"] = received / job.cluster.bandwidth(actor.world_size)
     parts["states moved"] = _moved_s(job, job.models[0], optimizer=False)
     return PhaseTime("sync_weights", parts)
 
 
 def save_time(job: Job) -> PhaseTime:
-    """Weights and optimizer of every trained model, and the policy as a Hugging Face folder, to disk."""
+    """Return a step's share of a save: every trained model, and the policy as a Hugging Face folder."""
     trainer, written = job.config.trainer, checkpoint_bytes(job)
     if trainer.save_hf == "always":
         written += engine_elements(job.spec, 1, False) * ITEM_BYTES[job.config.model.dtype]
