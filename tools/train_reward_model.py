@@ -75,6 +75,7 @@ def accuracy(model: Any, pairs: list[Encoded], size: int) -> str:
 
 
 def main() -> None:
+    """Train on the pairs, report accuracy, and write the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
