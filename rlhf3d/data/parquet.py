@@ -130,10 +130,10 @@ def _struct_keys(schema: pa.Schema, column: str) -> set[str]:
     return {field.name for field in kind}
 
 
-def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
+def open_parquet(path: str | Path) -> pq.ParquetFile:
     """A file of prompts, memory-mapped.
 
-    ValueError where it is missing, unreadable, or without a column or row that is needed.
+    ValueError where it is missing, unreadable, or without a column or row that prompts need.
     """
     if not Path(path).is_file():
         problem = "a folder; name the files in it" if Path(path).is_dir() else "no such file"
@@ -152,13 +152,6 @@ def open_parquet(path: str | Path, rows_needed: bool = True) -> pq.ParquetFile:
                 f"{path}: column {column!r} stands in it {columns.count(column)} times; "
                 "keep one of them"
             )
-    if rows_needed:
-        _require_prompts(file, path)
-    return file
-
-
-def _require_prompts(file: pq.ParquetFile, path: str | Path) -> None:
-    columns = file.schema_arrow.names
     for column in REQUIRED_COLUMNS:
         if column not in columns:
             raise ValueError(
@@ -172,6 +165,7 @@ def _require_prompts(file: pq.ParquetFile, path: str | Path) -> None:
         )
     if not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no rows; prepare it again or name another file")
+    return file
 
 
 def _is_text(kind: Any) -> bool:
@@ -229,15 +223,15 @@ def records_of(
             number += 1
 
 
-def record_of(table: pa.RecordBatch | pa.Table, offset: int, where: str) -> dict[str, Any]:
+def record_of(batch: pa.RecordBatch, offset: int, where: str) -> dict[str, Any]:
     """One row as plain values.
 
     ValueError, starting with `where` and naming the column, where a value cannot be read.
     """
     record = {}
-    for name in table.schema.names:
+    for name in batch.schema.names:
         try:
-            record[name] = table.column(name)[offset].as_py()
+            record[name] = batch.column(name)[offset].as_py()
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{where}: {name} holds bytes that are not UTF-8; write the file again"
@@ -267,7 +261,7 @@ def read_parquet(path: str | Path) -> list[PromptRow]:
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """What `write_parquet` noted of the file's origin; empty for files of other writers."""
-    metadata = open_parquet(path, rows_needed=False).metadata.metadata or {}
+    metadata = open_parquet(path).metadata.metadata or {}
     return dict(json.loads(metadata.get(_PROVENANCE_KEY, b"{}")))
 
 

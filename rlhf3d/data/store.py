@@ -38,29 +38,40 @@ class RowStore:
     def __init__(self, files: Sequence[str | Path], cache_dir: str | Path | None = None) -> None:
         cache = default_cache() if cache_dir is None else Path(cache_dir)
         self.files = [str(file) for file in files]
-        self._tables = [_open(Path(file), cache) for file in files]
-        self._starts = [0, *accumulate(table.num_rows for table in self._tables)]
+        self._batches: list[pa.RecordBatch] = []
+        self._file_starts = [0]
+        for file in files:
+            batches = _open(Path(file), cache)
+            self._batches += batches
+            rows = sum(batch.num_rows for batch in batches)
+            self._file_starts.append(self._file_starts[-1] + rows)
+        # Batches and not one table: a table looks for its chunk anew at each access.
+        self._batch_starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._file_starts[-1]
 
     def __getitem__(self, number: int) -> PromptRow:
         """The row; ValueError, naming file and row, where it cannot be used."""
-        file, where = self._file_of(number), self.where(number)
-        return row_of(record_of(self._tables[file], number - self._starts[file], where), where)
+        batch, offset = _place(self._batch_starts, number)
+        where = self.where(number)
+        return row_of(record_of(self._batches[batch], offset, where), where)
 
     def where(self, number: int) -> str:
         """File and row, for people."""
-        file = self._file_of(number)
-        return f"{self.files[file]} row {number - self._starts[file]}"
+        file, offset = _place(self._file_starts, number)
+        return f"{self.files[file]} row {offset}"
 
     @property
     def file_ranges(self) -> list[range]:
         """The numbers of each file's rows."""
-        return [range(start, stop) for start, stop in pairwise(self._starts)]
+        return [range(start, stop) for start, stop in pairwise(self._file_starts)]
 
-    def _file_of(self, number: int) -> int:
-        return bisect.bisect_right(self._starts, number) - 1
+
+def _place(starts: Sequence[int], number: int) -> tuple[int, int]:
+    """Which part a row is in, of parts that begin at `starts`, and its number there."""
+    part = bisect.bisect_right(starts, number) - 1
+    return part, number - starts[part]
 
 
 def default_cache() -> Path:
@@ -69,18 +80,19 @@ def default_cache() -> Path:
     return Path(base) / "rlhf3d" / "prompts"
 
 
-def _open(path: Path, cache: Path) -> pa.Table:
+def _open(path: Path, cache: Path) -> list[pa.RecordBatch]:
     file = open_parquet(path)
     metadata = file.metadata
     unpacked_bytes = sum(
         metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
     )
     if unpacked_bytes <= IN_MEMORY_BYTES:
-        return pa.Table.from_batches(list(read_batches(file, path, BATCH_ROWS)))
+        return list(read_batches(file, path, BATCH_ROWS))
     unpacked = cache / f"{_identity(path)}.arrow"
     if not unpacked.is_file():
         _unpack_to(file, path, unpacked)
-    return pa.ipc.open_file(pa.memory_map(str(unpacked))).read_all()  # maps, copies nothing
+    reader = pa.ipc.open_file(pa.memory_map(str(unpacked)))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _identity(path: Path) -> str:
