@@ -64,7 +64,7 @@ def test_prompts_carry_ids_and_what_scoring_needs(
     assert [p.prompt_ids for p in dataset] == [(1, 4, 5, 3), (1, 6, 3), (1, 7, 3)]
     messages = [{"role": "user", "content": "d"}]
     assert dataset[2] == Prompt(
-        (1, 7, 3), "mine", "0", {"index": 10}, 2, "d", messages, "<assistant>"
+        (1, 7, 3), "mine", "0", {"index": 10}, 2, "d", messages, "<assistant>", []
     )
     assert (len(dataset), dataset.dropped, dataset.data_sources) == (3, 0, ["mine"])
     assert len(PromptDataset(files, tokenizer, 8, max_samples=2)) == 2
