@@ -205,7 +205,7 @@ def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     weighted = group_sum(scores * lengths, inputs.group_ids)
     baseline = weighted / group_sum(lengths, inputs.group_ids).clamp(min=1)
     size = group_sum(counted, inputs.group_ids)
-    # A lone score less its own weighted mean is 0 but for rounding.
+    # A lone score minus its own weighted mean is 0 except for rounding.
     return _on_every_token(torch.where(size > 1, scores - baseline, 0.0), inputs)
 
 

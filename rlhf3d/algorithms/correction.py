@@ -11,7 +11,7 @@ With r = π_old / π_rollout of each token (training engine over rollout engine,
   on verl's theory page; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high)
   must be inverted when it comes from there: verl's 0.5_4.0 is 0.25_2.0 here.
 
-Invariant: both are functions of the whole batch, computed once before the update, so no cut of the
+Invariant: both are functions of the complete batch, computed once before the update, so no cut of the
 batch changes them; statistics are over non-empty sequences. Names are verl's.
 """
 
@@ -138,9 +138,9 @@ def _trusted(log_ratio: Tensor, mask: Tensor, rejection: Rejection) -> Tensor:
 def mismatch_metrics(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """How far apart the two engines are, before anything is corrected; all arguments [N, R].
+    """The difference between the two engines before any correction; all arguments [N, R].
 
-    kl and k3_kl estimate KL(rollout, old) a token; training_ppl and rollout_ppl are means over
+    kl and k3_kl estimate KL(rollout, old) per token; training_ppl and rollout_ppl are means over
     sequences of exp(-mean log-prob), log_ppl_diff the mean difference of their logs (training -
     rollout), ppl_ratio the mean of its exponential; chi2_token and chi2_seq are mean r² - 1 (r of a
     token, or of a sequence: product).

@@ -60,7 +60,7 @@ class KLController(Protocol):
     value: float
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Take in the mean KL (nats a token) of a step of `n_steps` sequences."""
+        """Take in the mean KL (nats per token) of a step of `n_steps` sequences."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep."""

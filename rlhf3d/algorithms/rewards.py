@@ -36,7 +36,7 @@ def token_level_rewards(scores: Tensor, response_mask: Tensor) -> Tensor:
 def apply_kl_penalty(
     token_rewards: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, coef: float, kind: str
 ) -> tuple[Tensor, float]:
-    """(token rewards - coef x KL per token [N, R], mean KL, nats a token).
+    """(token rewards - coef x KL per token [N, R], mean KL, nats per token).
 
     The mean, which the adaptive controller follows, is over non-empty sequences of their token
     means, 0 without any. (verl's counts an empty sequence as one with KL 0.)

@@ -103,9 +103,9 @@ class Batching(NamedTuple):
 
 def clip_range(actor: ActorConfig) -> tuple[float, float]:
     """How far the policy ratio may go below and above 1: `clip_ratio` where no bound is given."""
-    low, high = actor.clip_ratio_low, actor.clip_ratio_high
-    default = actor.clip_ratio
-    return default if low is None else low, default if high is None else high
+    low = actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
+    high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
+    return low, high
 
 
 def actor_batching(actor: ActorConfig) -> Batching:

@@ -290,7 +290,7 @@ class ValidationConfig:
     """Held-out accuracy."""
 
     greedy: bool = True
-    """Validate with greedy decoding, one completion a prompt."""
+    """Validate with greedy decoding, one completion per prompt."""
     sampled_n: CountOrZero = 0
     """Also validate with N samples per prompt at `temperature`; 0 for none."""
     temperature: Positive = 1.0
