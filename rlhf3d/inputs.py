@@ -14,7 +14,6 @@ from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
 from rlhf3d.paths import folder_problem
 
-
 RUN_FOLDERS = ("", "checkpoints", "logs", "samples", "tensorboard")
 """A run's output folder, and those in it."""
 
