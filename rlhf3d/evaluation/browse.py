@@ -1,7 +1,7 @@
 """`rlhf3d samples`: the generations of a run's step, or of an evaluation, with their scores.
 
-Invariant: what is shown is a selection in the order written, and says how much it left out; text that a model wrote
-reaches the terminal without control characters.
+Invariant: what is shown is a selection in the order written, and says how much it left out; text
+that a model wrote reaches the terminal without control characters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Filter:
 
 
 def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sample]]:
-    """Return a title and all samples of a run's `step` (None: the last) and `kind`, or of an evaluation.
+    """Return a title and all samples of a run's `step` (None: the last) and `kind`, or of an
+    evaluation.
 
     `kind` None is train of a run and everything of an evaluation. ValueError where there is none.
     """

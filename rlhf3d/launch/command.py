@@ -37,7 +37,10 @@ def launch(
         bool, typer.Option("--submit", help="Hand the written file (--output) to the cluster.")
     ] = False,
 ) -> None:
-    """Write the job file that runs CONFIG on a cluster; refuse a CONFIG that does not fit the nodes."""
+    """Write the job file that runs CONFIG on a cluster.
+
+    Refuse a CONFIG that does not fit the nodes.
+    """
     from rlhf3d.launch.job import make_job
     from rlhf3d.launch.render import render, target_of
 

@@ -28,7 +28,8 @@ from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 CPUS_PER_GPU = 8
 """Cores asked for with each GPU by default (training rank, engine rank, scoring, data)."""
 RETRIES = {"slurm": 20, "kuberay": 3}
-"""Attempts after the first: of Slurm those after exit code 75 alone, of KubeRay after any failure."""
+"""Attempts after the first: of Slurm those after exit code 75 alone, of KubeRay after any
+failure."""
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """What Ray's processes must have in their environment on every node."""
 
@@ -60,7 +61,10 @@ class Job:
 
 
 def make_job(target: str, path: str, overrides: Sequence[str], options: Options) -> Job:
-    """Return the job of `rlhf3d train path overrides` for a target. ConfigError if it does not fit."""
+    """Return the job of `rlhf3d train path overrides` for a target.
+
+    ConfigError if it does not fit.
+    """
     env = {**ENVIRONMENT, **options.environment()}
     if problems := list(check_names(target, options)):
         raise ConfigError(problems, f"`{target}` does not take these options")

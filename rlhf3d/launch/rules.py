@@ -17,7 +17,8 @@ from rlhf3d.config.schema import Config
 from rlhf3d.launch.options import Options
 
 RAYJOB_NAME = 47
-"""Characters of a RayJob's name that KubeRay's operator takes, for the names that it makes of it."""
+"""Characters of a RayJob's name that KubeRay's operator takes, for the names that it makes of
+it."""
 SUFFIX = 6
 """Characters that Kubernetes adds to metadata.generateName: a hyphen and five of its own."""
 
@@ -139,7 +140,10 @@ def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ())
 
 
 def check_shared(target: str, config: Config, workdir: str, mount: str) -> Iterator[str]:
-    """Yield what the nodes lack: they have the mount and, with SkyPilot, the uploaded working folder."""
+    """Yield what the nodes lack.
+
+    They have the mount and, with SkyPilot, the uploaded working folder.
+    """
     for named in named_paths(config, workdir):
         if is_below(named.path, mount) or (target == "skypilot" and is_below(named.path, workdir)):
             continue

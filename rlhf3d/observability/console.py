@@ -1,7 +1,7 @@
-"""What the user sees while a run works: a header, one line a step, a live bar, validation, sample answers.
+"""What the user sees while a run works: header, a line per step, a live bar, validation, samples.
 
-Invariant: where the output is not a terminal it is plain lines without control characters, and text that a
-model wrote never reaches the terminal with control characters in it.
+Invariant: where the output is not a terminal it is plain lines without control characters, and text
+that a model wrote never reaches the terminal with control characters in it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ _ETA_STEPS = 10
 
 
 class Console:
-    """Terminal output of one run. Use as a context manager, so that an error leaves a sane terminal."""
+    """Terminal output of one run.
+
+    Use as a context manager, so that an error leaves a sane terminal.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class Console:
         interactive: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Write to `file` (None: standard output); `interactive` None: if that is a redrawable terminal."""
+        """Write to `file` (None: standard output); `interactive` None: if that is a terminal."""
         if interactive is None:
             interactive = (file or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         self._rich = (
@@ -72,14 +75,20 @@ class Console:
     def header(
         self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0
     ) -> None:
-        """Print what the run is; `total_steps` and the steps a resumed run has behind it set the bar."""
+        """Print what the run is.
+
+        `total_steps` and the steps a resumed run has behind it set the bar.
+        """
         self._step, self._total = done_steps, total_steps
         for line in lines:
             self._line(line)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show the running phase: live in a terminal; in a log one line each until the first step is out."""
+        """Show the running phase.
+
+        Live in a terminal; in a log one line each until the first step is out.
+        """
         if self._interactive:
             self._show(name)
         elif self._steps_printed == 0:
@@ -91,7 +100,10 @@ class Console:
                 self._show("")
 
     def step(self, metrics: Mapping[str, Any], step: int, total: int) -> None:
-        """Print the line of a finished step; its time and the ETA need `timing_s/step` among the metrics."""
+        """Print the line of a finished step.
+
+        Its time and the ETA need `timing_s/step` among the metrics.
+        """
         self._step, self._total = step, total
         self._steps_printed += 1
         if STEP_TIME in metrics:
@@ -101,11 +113,11 @@ class Console:
             self._show("")
 
     def note(self, text: str) -> None:
-        """Print something that the user should know of, above the bar."""
+        """Print something that the user should know, above the bar."""
         self._line(f"note: {text}")
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Print held-out accuracies and mean scores of a reward model, e.g. under the name `before`."""
+        """Print held-out accuracies and a reward model's mean scores, under a name such as `before`."""
         parts = [
             f"{printable(s)} {m} {value:.1%}"
             for (s, m), value in validation_accuracy(metrics).items()
@@ -122,19 +134,20 @@ class Console:
         for heading in ("prompt", "answer", "before", "after"):
             table.add_column(heading, overflow="fold")
         for old, new in zip(before, after, strict=True):
-            answers = (f"[{sample.mark}] {sample.response}" for sample in (old, new))
-            table.add_row(*(Text(printable(t)) for t in (old.prompt, old.ground_truth, *answers)))
+            answers = [f"[{sample.mark}] {sample.response}" for sample in (old, new)]
+            cells = [old.prompt, old.ground_truth, *answers]
+            table.add_row(*(Text(printable(text)) for text in cells))
         with self._whoever_reads():
             self._rich.print(table)
 
     def done(self, summary: Sequence[str]) -> None:
-        """Take the bar away and print what the run came to."""
+        """Remove the bar and print the results of the run."""
         self.close()
         for line in summary:
             self._line(line)
 
     def close(self) -> None:
-        """Take the bar away and give the terminal back."""
+        """Remove the bar and restore the terminal."""
         if self._progress is not None:
             with self._whoever_reads():
                 self._progress.stop()
@@ -211,7 +224,10 @@ class _LiveColumn(ProgressColumn):
 
 
 def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | None = None) -> str:
-    """One readable line: `step 12/40 │ reward 0.340 │ len 31 │ … │ gen 5.1s upd 18.2s │ 26 s, eta 12:10`."""
+    """Return one readable line.
+
+    `step 12/40 │ reward 0.340 │ len 31 │ … │ gen 5.1s upd 18.2s │ 26 s, eta 12:10`.
+    """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     parts += [
         f"{label} {metrics[name]:{spec}}" for label, name, spec in STEP_FIELDS if name in metrics

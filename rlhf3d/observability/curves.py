@@ -1,17 +1,18 @@
-"""The run as a picture: reward, held-out accuracy, length, KL and entropy, seconds a phase, over steps.
+"""The run as a picture: reward, accuracy, length, KL and entropy, seconds per phase, by step.
 
 Invariant: drawn from the rows alone, whatever they lack; a panel without data says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf3d.observability.metrics import phase_seconds, validation_accuracy, validation_reward
 
 Rows = Sequence[Mapping[str, Any]]
+Key = TypeVar("Key", str, tuple[str, str])
 
 
 def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
@@ -46,7 +47,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     _lines(
         figure.add_subplot(grid[1, 0]),
         rows,
-        "KL and entropy, nats a token",
+        "KL and entropy, nats per token",
         kl,
         {"actor/entropy": "entropy"},
     )
@@ -55,13 +56,17 @@ def draw_curves(rows: Rows, path: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
-    """Write reward, held-out accuracy and response length of several runs, by name, over each other as PNG."""
+    """Write reward, held-out accuracy and response length of several runs as PNG.
+
+    `runs` has their rows by name; the curves of all are drawn over each other.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measures = dict.fromkeys(
-        key for rows in runs.values() for row in rows for key in validation_accuracy(row)
-    )
+    measures: dict[tuple[str, str], None] = {}
+    for rows in runs.values():
+        for row in rows:
+            measures |= dict.fromkeys(validation_accuracy(row))
     figure = Figure(figsize=(4.5 * (2 + len(measures)), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = iter(figure.subplots(1, 2 + len(measures), squeeze=False)[0])
@@ -113,19 +118,26 @@ def _lines(
 
 def _held_out(axes: Any, rows: Rows) -> None:
     """Accuracy; where nothing is right or wrong, the reward model's mean score."""
-    by_rule = any(validation_accuracy(row) for row in rows) or not any(
-        validation_reward(row) for row in rows
-    )
+    judged = any(validation_reward(row) for row in rows)
+    by_rule = any(validation_accuracy(row) for row in rows) or not judged
     read, scale = (validation_accuracy, 100) if by_rule else (validation_reward, 1)
     points = [(row["step"], read(row)) for row in rows]
-    for key in dict.fromkeys(key for _, found in points for key in found):
+    for key in _keys(found for _, found in points):
         measured = [(step, scale * found[key]) for step, found in points if key in found]
         axes.plot(*zip(*measured, strict=True), marker="o", label=_literal(" ".join(key)))
     _finish(axes, "held-out accuracy, %" if by_rule else "held-out score of the reward model")
 
 
+def _keys(mappings: Iterable[Mapping[Key, float]]) -> list[Key]:
+    """All keys, in the order in which they first appear."""
+    keys: dict[Key, None] = {}
+    for mapping in mappings:
+        keys |= dict.fromkeys(mapping)
+    return list(keys)
+
+
 def _literal(name: str) -> str:
-    """A name as it is: matplotlib reads what stands between dollars as TeX."""
+    """A name as it is: matplotlib reads text between dollars as TeX."""
     return name.replace("$", r"\$")
 
 
@@ -133,11 +145,11 @@ def _phases(axes: Any, rows: Rows) -> None:
     steps = [row["step"] for row in rows]
     seconds = [phase_seconds(row) for row in rows]
     floor = [0.0] * len(rows)
-    for phase in dict.fromkeys(name for found in seconds for name in found):
+    for phase in _keys(seconds):
         heights = [found.get(phase, 0.0) for found in seconds]
         axes.bar(steps, heights, bottom=floor, width=0.9, label=phase)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    _finish(axes, "seconds a phase", legend_outside=True)
+    _finish(axes, "seconds per phase", legend_outside=True)
 
 
 def _finish(axes: Any, title: str, legend_outside: bool = False) -> None:

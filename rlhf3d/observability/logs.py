@@ -1,4 +1,4 @@
-"""Where messages go: one file a process under `logs/`, so that the terminal shows the run alone.
+"""Where messages go: one file per process under `logs/`, so that the terminal shows the run alone.
 
 Invariant: a process has exactly one log file of the run open, however often it is set up.
 """
@@ -33,9 +33,12 @@ _QUIET_ENVIRONMENT = {
 
 
 def setup_logging(output_dir: str | Path, process: str, level: int = logging.INFO) -> Path:
-    """Send this process's log records and Python warnings to `logs/<process>.log`; returns that file.
+    """Send this process's log records and Python warnings to a file; return that.
 
-    `process` is `driver`, `rank_N` or `engine_N`. Records are appended, so a resumed run keeps its history.
+    It is `logs/<process>.log`.
+
+    `process` is `driver`, `rank_N` or `engine_N`. Records are appended, so a resumed run keeps its
+    history.
     """
     path = Path(output_dir) / LOGS_DIR / f"{process}.log"
     path.parent.mkdir(parents=True, exist_ok=True)

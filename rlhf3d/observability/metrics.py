@@ -1,7 +1,8 @@
-"""What a run measures: seconds a phase, and one row of metrics a step in `metrics.jsonl` and TensorBoard.
+"""What a run measures: seconds per phase, and a row of metrics per step in `metrics.jsonl`.
 
-Invariant: `metrics.jsonl` holds one strict JSON object a step, steps strictly rising, each on disk before the
-next step begins; a value that is not finite is written as null and named under `nonfinite`.
+Invariant: `metrics.jsonl` holds one strict JSON object per step, steps strictly rising, each on disk
+before the next step begins; a value that is not finite is written as null and named under
+`nonfinite`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the body's seconds as `timing_s/<name>`. Phases follow one another; they do not nest."""
+        """Count the body's seconds as `timing_s/<name>`.
+
+        Phases follow one another; they do not nest.
+        """
         assert self._running is None, f"phase {name!r} begins inside {self._running!r}"
-        assert name != "step", "timing_s/step is the whole step, not a phase"
+        assert name != "step", "timing_s/step is the complete step, not a phase"
         self._running = name
         began = self._clock()
         try:
@@ -47,7 +51,7 @@ class PhaseTimer:
             self._seconds[key] = self._seconds.get(key, 0.0) + self._clock() - began
 
     def pop(self) -> dict[str, float]:
-        """Seconds by `timing_s/<phase>` since the last `pop`, plus all of that time as `timing_s/step`."""
+        """Return seconds by `timing_s/<phase>` since the last `pop`, all of them as `timing_s/step`."""
         now = self._clock()
         seconds = {**self._seconds, STEP_TIME: now - self._began}
         self._seconds, self._began = {}, now
@@ -69,7 +73,7 @@ class MetricsWriter:
         tensorboard: bool = True,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """`trackers` come beside TensorBoard."""
+        """`trackers` are called as well as TensorBoard."""
         self._folder = Path(output_dir)
         path = self._folder / METRICS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def validation_accuracy(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """Held-out accuracies by (data source, measure), from `val-core/<source>/acc/<measure>`, in [0, 1]."""
+    """Return held-out accuracies, in [0, 1], by (data source, measure).
+
+    They stand under `val-core/<source>/acc/<measure>`.
+    """
     return _held_out(metrics, "acc")
 
 
@@ -158,7 +165,7 @@ def _held_out(metrics: Mapping[str, Any], what: str) -> dict[tuple[str, str], fl
 
 
 def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by phase name, from `timing_s/<phase>`; the whole step is not among them."""
+    """Seconds by phase name, from `timing_s/<phase>`; the complete step is not among them."""
     return {
         name.removeprefix(TIMING): float(value)
         for name, value in metrics.items()
@@ -171,7 +178,10 @@ def _number(value: Any) -> int | float:
 
 
 def _truncate(path: Path, resume_step: int | None) -> int:
-    """Keep the rows up to `resume_step` (replacing the file in one rename); returns the last step kept."""
+    """Keep the rows up to `resume_step` (replacing the file in one rename).
+
+    Returns the last step kept.
+    """
     rows = read_metrics(path.parent)
     if resume_step is None and rows:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What a run came to: `curves.png` and `report.md` beside its metrics.
 
-Invariant: every number is read from the run's own files, held-out gains carry their standard error, and a run
-that stopped half-way gets the report of what it has.
+Invariant: every number is read from the run's own files, held-out gains carry their standard error,
+and a run that stopped half-way gets the report of what it has.
 """
 
 from __future__ import annotations
@@ -62,14 +62,18 @@ def make_report(run_dir: str | Path) -> Path:
 def learning_table(run_dir: str | Path) -> str:
     """Markdown table: step, reward, response length, held-out accuracies, seconds a phase.
 
-    A row stands where the run validated (else at every twentieth or so of the run) and at the end; reward,
-    length and seconds are means over the steps since the row above, accuracies those of the row's own step.
+    A row stands where the run validated (else at every twentieth or so of the run) and at the end;
+    reward, length and seconds are means over the steps since the row above, accuracies those of the
+    row's own step.
     """
     return _learning_table(_rows(run_dir))
 
 
 def binomial_standard_error(accuracy: float, prompts: float) -> float:
-    """sqrt(p(1-p)/n): for answers sampled several times a prompt an upper bound, as n counts prompts."""
+    """Return sqrt(p (1 - p) / n).
+
+    An upper bound for answers sampled several times a prompt, as n counts prompts.
+    """
     return math.sqrt(accuracy * (1.0 - accuracy) / prompts)
 
 

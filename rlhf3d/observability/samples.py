@@ -1,6 +1,6 @@
-"""What the model wrote: generations of a step in `samples/`, one JSON object a completion.
+"""What the model wrote: completions of a step in `samples/`, one JSON object each.
 
-Invariant: a file is complete when it has its name (written beside, then renamed), and reads back equal.
+Invariant: a file is complete when it has its name (it is renamed at the end), and reads back equal.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
-    """Texts are texts, whatever a data set or a reward function made of them."""
+    """A data set or a reward function may have put something else where texts belong."""
     return Sample(**{**fields, **{name: str(fields[name]) for name in _TEXTS}})
 
 
@@ -88,7 +88,7 @@ def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:
 
 
 def drop_samples(output_dir: str | Path, after_step: int) -> None:
-    """Remove files of later steps, which a resumed run writes anew."""
+    """Remove files of later steps, which a resumed run writes again."""
     for kind in _PREFIX:
         for step in sample_steps(output_dir, kind):
             if step > after_step:
@@ -96,9 +96,12 @@ def drop_samples(output_dir: str | Path, after_step: int) -> None:
 
 
 def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], list[Sample]]:
-    """First and last held-out answers to the same prompts: the first `limit` prompts, not chosen by score.
+    """Return the first and the last held-out answers to the same prompts.
 
-    Greedy answers where the run wrote them, else sampled ones; empty lists before the second validation.
+    They are the first `limit` prompts, not chosen by score.
+
+    Greedy answers where the run wrote them, else sampled ones; empty lists before the second
+    validation.
     """
     kinds: tuple[Kind, Kind] = ("greedy", "sampled")
     for kind in kinds:
@@ -113,7 +116,10 @@ def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], 
 
 
 def printable(text: str, limit: int = 400) -> str:
-    """`text` in one line for people: control characters and line breaks become spaces, cut at `limit`."""
+    """`text` in one line for people.
+
+    Control characters and line breaks become spaces, cut at `limit`.
+    """
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 

@@ -1,4 +1,4 @@
-"""Who is shown a run's metrics and samples while it goes on: TensorBoard, and what others may add.
+"""Followers of a run's metrics and samples: TensorBoard, and what others may add.
 
 Invariant: trackers are views. `metrics.jsonl` and `samples/` are the truth, written before any
 tracker is called, and a tracker that fails is left out of the rest of the run, never a reason to
@@ -20,7 +20,7 @@ TENSORBOARD_DIR = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Somebody who follows a run."""
+    """What follows a run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step by name; NaN and infinity may be among them."""
@@ -84,7 +84,8 @@ class Trackers:
         except Exception as error:
             self._trackers.remove(tracker)
             logging.getLogger(__name__).warning(
-                "%s is left out of the rest of the run (%s: %s); metrics.jsonl and samples/ have all",
+                "%s is left out of the rest of the run (%s: %s); "
+                "metrics.jsonl and samples/ have everything",
                 type(tracker).__name__,
                 type(error).__name__,
                 error,

@@ -1,11 +1,14 @@
-"""What a forward pass keeps for its backward pass, and the buffers at the top of it, in bytes of one rank.
+"""What a forward pass keeps for its backward pass, and the buffers at the top of it, in bytes of
+one rank.
 
-Invariant: counts tensors as the layers of the platform make them: Megatron's local layers with torch's attention
-(`local`, read off operation by operation and checked against measured passes in tests/integration/test_planning.py),
-and Transformer Engine's with Megatron's fused kernels (`te`, from their sources; not measured). Ranks are taken to get
-equal shares of the tokens that go to experts. Pure: numbers only.
+Invariant: counts tensors as the layers of the platform make them: Megatron's local layers with
+torch's attention (`local`, read off operation by operation and checked against measured passes in
+tests/integration/test_planning.py), and Transformer Engine's with Megatron's fused kernels (`te`,
+from their sources; not measured). Ranks are taken to get equal shares of the tokens that go to
+experts. Pure: numbers only.
 
-Letters: S positions of a micro-batch, h hidden, f neurons of the MLP, q and g rows of queries and of keys on a rank.
+Letters: S positions of a micro-batch, h hidden, f neurons of the MLP, q and g rows of queries and
+of keys on a rank.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.units import ITEM_BYTES
 
 BUSIEST_EXPERT = 1.4
-"""Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get equal shares."""
+"""Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get
+equal shares."""
 BATCH_COLUMNS = 12
-"""fp32 numbers kept a response token: log-probs, advantages, masks and the outputs that a step's check looks at."""
+"""fp32 numbers kept a response token: log-probs, advantages, masks and the outputs that a step's
+check looks at."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,19 @@ class Activations:
         return 2 * self._norm() + self._attention() + self._mlp()
 
     def _norm(self) -> float:
-        """A norm keeps its input and its output; torch's also the normalised input, and both in fp32."""
+        """A norm keeps its input and its output.
+
+        Torch's also the normalised input, and both in fp32.
+        """
         if self.style == "te":
             return 2 * self.hidden
         return self.sharded * (self.spec.hidden_size * (8 + self.item) + 4)
 
     def _attention(self) -> float:
-        """Rotated queries, output, log-sum-exp, fused projection, rotated keys; torch's rotary tables, and QK-norm."""
+        """Rotated queries, output, log-sum-exp, fused projection, rotated keys.
+
+        Torch's rotary tables, and QK-norm.
+        """
         spec, tp, S = self.spec, self.layout.tp, self.positions
         q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
         kept = S * (2 * self.item * q + 4 * spec.num_heads / tp)
@@ -103,7 +114,10 @@ class Activations:
         return kept + 4 * self.micro.width / self.layout.cp * spec.head_dim * self.item
 
     def _mlp(self) -> float:
-        """Gate and up, gate's activation, up again, their product; with experts, of every copy of a token."""
+        """Gate and up, gate's activation, up again, their product.
+
+        With experts, of every copy of a token.
+        """
         spec, fused = self.spec, self.style == "te"
         if not spec.num_experts:
             return self.positions * spec.ffn_size / self.layout.tp * (3 if fused else 5) * self.item
@@ -130,7 +144,10 @@ class Activations:
         return 0.0
 
     def layer_backward(self) -> float:
-        """Beside what is kept, while the backward pass is in a layer: gradients, and the layer computed again."""
+        """Beside what is kept, while the backward pass is in a layer.
+
+        Gradients, and the layer computed again.
+        """
         spec, S, tp = self.spec, self.positions, self.layout.tp
         if spec.num_experts:
             copies = self.sharded * spec.experts_per_token
@@ -149,7 +166,10 @@ class Activations:
         return 2 * self.hidden + gradients + weight + gathered + self._again()
 
     def head_backward(self) -> float:
-        """On the last stage at the start of a backward pass: final norm, head input, logits, the head's gradient."""
+        """On the last stage at the start of a backward pass.
+
+        Final norm, head input, logits, the head's gradient.
+        """
         spec = self.spec
         final = self.hidden if self.style == "te" else self.sharded * (8 * spec.hidden_size + 4)
         if self.head == "value":
@@ -210,7 +230,10 @@ class Activations:
         return size * rows, -(-self.responses // size)
 
     def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:
-        """The most that exists at once in an update on pipeline stage `pp`; `layers_of_chunk` of each of its chunks."""
+        """The most that exists at once in an update on pipeline stage `pp`.
+
+        `layers_of_chunk` of each of its chunks.
+        """
         layout = self.layout
         last = pp == layout.pp - 1
         flying = in_flight(layout, pp, micro_batches)
@@ -238,10 +261,11 @@ class Activations:
 
 
 def in_flight(layout: ParallelLayout, pp: int, micro_batches: int) -> int:
-    """Forward passes of model chunks that wait for their backward pass on pipeline stage `pp`, at most.
+    """Forward passes of model chunks that wait for their backward pass on pipeline stage `pp`, at
+    most.
 
-    1F1B: one more than the stages behind it. Interleaved, in chunks: Megatron's warm-up
-    2 (pp - stage - 1) + (vpp - 1) pp, and the one being computed (arXiv 2104.04473).
+    1F1B: one more than the stages behind it. Interleaved, in chunks: Megatron's warm-up 2 (pp -
+    stage - 1) + (vpp - 1) pp, and the one being computed (arXiv 2104.04473).
     """
     behind = layout.pp - pp - 1
     if layout.vpp == 1:

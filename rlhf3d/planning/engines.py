@@ -32,7 +32,8 @@ class EngineMemory:
     kv_bytes_a_token: int
     max_model_len: int
     outside: int = 0
-    """Beside rollout.gpu_memory_utilization: vLLM measures after its CUDA context and communicators are there."""
+    """Beside rollout.gpu_memory_utilization: vLLM measures after its CUDA context and communicators
+    are there."""
     missing: int = 0
     """Bytes that lack for one sequence of the longest length: without it vLLM does not start."""
 

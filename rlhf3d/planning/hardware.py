@@ -1,7 +1,7 @@
 """Named hardware: the numbers a plan is computed with.
 
-Invariant: every assumption about a machine is a number in `hardware.yaml` (or the user's own file of the same form),
-with its source; none is in the code of the models.
+Invariant: every assumption about a machine is a number in `hardware.yaml` (or the user's own file
+of the same form), with its source; none is in the code of the models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ FILE = Path(__file__).with_name("hardware.yaml")
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device (a GPU, or a host's CPU) and what connects it; units are in the names and in `hardware.yaml`."""
+    """One device (a GPU, or a host's CPU) and what connects it.
+
+    Units are in the names and in `hardware.yaml`.
+    """
 
     name: str
     source: str
@@ -62,7 +65,8 @@ class Hardware:
     decode_kernel_s: float
     decode_eager_s: float
     measured_here: str = ""
-    """Which of these were measured on this device (`rlhf3d.planning.measured`), and how; empty for none."""
+    """Which of these were measured on this device (`rlhf3d.planning.measured`), and how; empty for
+    none."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.source, self.measured_here))
@@ -72,8 +76,10 @@ class Hardware:
         return self.flops[dtype] * self.matmul_efficiency
 
     def product_flops(self, rows: float, inner: float, columns: float) -> float:
-        """Operations of a [rows, inner] x [inner, columns] product, small ones counted as what they cost: tiles at the
-        edges and the filling of pipelines take as long as `matmul_half` more of each side."""
+        """Operations of a [rows, inner] x [inner, columns] product, small ones counted as what they
+        cost: tiles at the edges and the filling of pipelines take as long as `matmul_half` more of
+        each side.
+        """
         small = self.matmul_half * (1 / max(rows, 1.0) + 1 / inner + 1 / columns)
         return 2 * rows * inner * columns * (1 + small)
 
@@ -118,8 +124,10 @@ class Cluster:
         )
 
     def exchange_s(self, ranks: int, size: float) -> float:
-        """An all-to-all of `size` bytes a rank, equal parts to each: those to other nodes go over the network
-        meanwhile."""
+        """An all-to-all of `size` bytes a rank, equal parts to each.
+
+        Those to other nodes go over the network meanwhile.
+        """
         hardware, near = self.hardware, ranks if self.inside(ranks) else self.devices_per_node
         link, network = (
             gbs * 1e9 * hardware.exchange_efficiency
@@ -136,7 +144,10 @@ class Cluster:
 
 
 def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
-    """All hardware of a file, by name. ValueError, naming file and key, where an entry is not complete."""
+    """All hardware of a file, by name.
+
+    ValueError, naming file and key, where an entry is not complete.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--hardware: no file {path}; {FILE} shows the form")
@@ -161,7 +172,10 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
 
 
 def parse_cluster(text: str, known: Mapping[str, Hardware]) -> Cluster:
-    """`8xH100` -> eight of them; nodes are as big as the hardware's. ValueError for anything else."""
+    """`8xH100` -> eight of them; nodes are as big as the hardware's.
+
+    ValueError for anything else.
+    """
     count, times, name = text.replace("×", "x").partition("x")
     matches = [hardware for key, hardware in known.items() if key.lower() == name.lower()]
     if not times or not count.strip().isdigit() or int(count) < 1 or not matches:

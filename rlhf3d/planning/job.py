@@ -50,12 +50,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean lengths of the sequences that the time is planned for, tokens; memory is planned for the longest."""
+    """Mean lengths of the sequences that the time is planned for, tokens.
+
+    Memory is planned for the longest.
+    """
 
     prompt: float
     response: float
     padded: float | None = None
-    """Positions of a sequence in a padded micro-batch; None for what the order of lengths leaves."""
+    """Positions of a sequence in a padded micro-batch; None for what the order of lengths
+    leaves."""
 
     @property
     def total(self) -> float:
@@ -74,7 +78,8 @@ class Devices(NamedTuple):
 
 
 def _shared_devices(groups: list[WorkerGroup], first: int, with_engine: int) -> list[Devices]:
-    """The devices from number `first` on that these groups share; all have a rank of the first group.
+    """The devices from number `first` on that these groups share; all have a rank of the first
+    group.
 
     `with_engine` of them have an engine's rank.
     """
@@ -170,7 +175,10 @@ class Job:
         return Micro(positions, positions if rule.packed else width, responses)
 
     def micro_batches(self, model: Model) -> int:
-        """Passes of one data-parallel rank an optimizer step; with a token budget, for the mean lengths."""
+        """Passes of one data-parallel rank an optimizer step.
+
+        With a token budget, for the mean lengths.
+        """
         plan = model.batching
         if plan.micro_batches_per_rank is not None:
             return max(1, plan.micro_batches_per_rank)
@@ -224,7 +232,10 @@ def make_job(
 
 
 def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
-    """How a model's passes are cut; of one that is not trained, as if they were those of an update."""
+    """How a model's passes are cut.
+
+    Of one that is not trained, as if they were those of an update.
+    """
     if role == "critic":
         assert derived.critic is not None
         return derived.critic

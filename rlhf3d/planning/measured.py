@@ -1,10 +1,10 @@
 """Numbers of a GPU that were measured here, in place of those that `hardware.yaml` assumes.
 
-Invariant: a file is written and read by the same checks: only numbers of `MEASURED`, each within its
-range, of one device; what it does not hold stays assumed. Pure: JSON and numbers, no torch.
+Invariant: a file is written and read by the same checks: only numbers of `MEASURED`, each within
+its range, of one device; what it does not hold stays assumed. Pure: JSON and numbers, no torch.
 
-The file (`rlhf3d plan --measured FILE`; without it `runs/gpu_measured.json`, where that is there and
-of the planned device) is one JSON object:
+The file (`rlhf3d plan --measured FILE`; without it `runs/gpu_measured.json`, where that is there
+and of the planned device) is one JSON object:
 
     {
       "format": 1,
@@ -15,7 +15,8 @@ of the planned device) is one JSON object:
 
 `device` is `torch.cuda.get_device_name()`: the entry of `hardware.yaml` (or of `--hardware`) whose
 name is one of its words is the one that is replaced. `source` says how and when, for people.
-`numbers` are any of these, in the units that their names end with (`hardware.yaml` says what each is):
+`numbers` are any of these, in the units that their names end with (`hardware.yaml` says what each
+is):
 
     memory_gib           torch.cuda.get_device_properties(0).total_memory / 2**30
     process_gib          NVML's memory of a training process that has built its groups and done one
@@ -82,7 +83,10 @@ class Measured:
 
 
 def check_measured(raw: Any, where: str) -> Measured:
-    """A file's content. ValueError, naming `where` and the key, for anything else than the form above."""
+    """A file's content.
+
+    ValueError, naming `where` and the key, for anything else than the form above.
+    """
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ValueError(f'{where}: expected a JSON object with "format": {FORMAT}')
     if missing := [key for key in KEYS if key not in raw]:
@@ -127,7 +131,10 @@ def read_measured(path: Path) -> Measured:
 
 
 def write_measured(path: Path, device: str, source: str, numbers: Mapping[str, float]) -> None:
-    """Write a file that `read_measured` accepts. ValueError as there, before anything is written."""
+    """Write a file that `read_measured` accepts.
+
+    ValueError as there, before anything is written.
+    """
     raw = {"format": FORMAT, "device": device, "source": source, "numbers": dict(numbers)}
     check_measured(raw, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ many widths leave holes between blocks."""
 DRIVER_GIB = 0.6
 """Host memory of the driver (measured)."""
 ADAM_TEMPORARIES = 2
-"""fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has none."""
+"""fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has
+none."""
 FORWARD_PHASES = {
     "actor": "old_logprobs",
     "ref": "ref_logprobs",

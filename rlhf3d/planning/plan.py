@@ -69,8 +69,10 @@ def make_plan(
 
 
 def find_spec(config: Config, model_config: Path | None = None) -> tuple[ModelSpec, Path]:
-    """The model's shape and where it was read: `model_config` (config.json or its folder), model.path, or the shape
-    that is shipped under model.path's name. Raises ValueError as `load_spec` does.
+    """The model's shape and where it was read.
+
+    `model_config` (config.json or its folder), model.path, or the shape that is shipped under
+    model.path's name. Raises ValueError as `load_spec` does.
     """
     if model_config is not None:
         folder = model_config.parent if model_config.suffix == ".json" else model_config

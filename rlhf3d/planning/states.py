@@ -1,7 +1,8 @@
 """Weights, gradients and optimizer state of one model on one rank, in bytes.
 
-Invariant: exact: the sizes that Megatron's own buffers have, padding included, for every rank of every layout (checked
-against real ranks in tests/integration/test_planning.py). Shapes come from the weight table alone. Pure: no torch.
+Invariant: exact: the sizes that Megatron's own buffers have, padding included, for every rank of
+every layout (checked against real ranks in tests/integration/test_planning.py). Shapes come from
+the weight table alone. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Sizes:
     dense: tuple[int, ...]
     experts: tuple[int, ...]
     tied: int | None
-    """Place among `dense` of a parameter that two pipeline stages hold: it has a bucket of its own."""
+    """Place among `dense` of a parameter that two pipeline stages hold: it has a bucket of its
+    own."""
     largest: int
     """Elements of the largest parameter."""
     total: int
@@ -71,10 +73,12 @@ def chunk_sizes(
     head: Head,
     style: SpecStyle = "local",
 ) -> Sizes:
-    """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as many.
+    """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as
+    many.
 
-    Which layers they are does not matter, nor how many stages and replicas there are: the table is asked for the same
-    piece of the smallest model that has one, so that a search asks it a few times.
+    Which layers they are does not matter, nor how many stages and replicas there are: the table is
+    asked for the same piece of the smallest model that has one, so that a search asks it a few
+    times.
     """
     first, last = pp == 0 and chunk == 0, pp == layout.pp - 1 and chunk == layout.vpp - 1
     stages = 1 if first and last else 2 if first or last else 3
@@ -127,10 +131,13 @@ def model_states(
     overlap_grad_reduce: bool = False,
     style: SpecStyle = "local",
 ) -> States:
-    """One model on the rank at `coords`. Raises nothing: `layout` must have passed `check_layout`.
+    """One model on the rank at `coords`.
 
-    With the distributed optimizer weights lie in the buffers as well, each parameter's start and each bucket's end
-    padded, and a replica keeps the fp32 state of its share of each bucket (ZeRO stage 1, arXiv 1910.02054).
+    Raises nothing: `layout` must have passed `check_layout`.
+
+    With the distributed optimizer weights lie in the buffers as well, each parameter's start and
+    each bucket's end padded, and a replica keeps the fp32 state of its share of each bucket (ZeRO
+    stage 1, arXiv 1910.02054).
     """
     item = ITEM_BYTES[dtype]
     master = 4 if dtype == "bfloat16" else 0
@@ -164,8 +171,8 @@ def _buffer(
 ) -> tuple[int, int]:
     """Elements of a buffer, and elements of parameters in one replica's share of its buckets.
 
-    Megatron's `_ParamAndGradBuffer`: parameters from last to first, starts padded to 64 elements, a bucket's end to a
-    multiple of 128 and of the replicas.
+    Megatron's `_ParamAndGradBuffer`: parameters from last to first, starts padded to 64 elements, a
+    bucket's end to a multiple of 128 and of the replicas.
     """
     divisor = math.lcm(replicas, BUCKET_ALIGNMENT)
     start = bucket_start = owned = 0

@@ -100,7 +100,8 @@ class _Shapes(NamedTuple):
 
 
 def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
-    """From the models' folders, those of the same names in `shipped`, and of the policy from `own`."""
+    """From the models' folders, those of the same names in `shipped`, and of the policy from
+    `own`."""
     path = Path(config.model.path)
     folders = [path, shipped / path.name]
     model = read_shape("model.path", folders if own is None else [own, *folders])
@@ -111,7 +112,8 @@ def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
 
 
 def _check_job(config: Config, shapes: _Shapes) -> None:
-    """Raise ConfigError for layouts that the job's models do not allow, and files that are missing."""
+    """Raise ConfigError for layouts that the job's models do not allow, and files that are
+    missing."""
     reward_spec = None
     if shapes.reward is not None:
         reward_spec = parse_config(shapes.reward.config, str(config.reward_model.path))
@@ -203,7 +205,10 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
 
 
 def differences(run: Path, other: Path, step: int) -> list[str]:
-    """Return what differs between two runs in a step: metrics but of time and memory, completions."""
+    """Return what differs between two runs in a step.
+
+    Metrics but of time and memory, completions.
+    """
     first, second = _comparable(run, step), _comparable(other, step)
     for folder, row in ((run, first), (other, second)):
         if row is None:

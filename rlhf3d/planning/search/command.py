@@ -50,7 +50,10 @@ def plan_command(
 
 
 def find_cluster(config: Config, gpus: str | None, hardware: Path | None = None) -> Cluster:
-    """The devices to plan for: `gpus` such as 8xH100; else as many as a CUDA configuration asks for, or this host."""
+    """The devices to plan for.
+
+    `gpus` such as 8xH100; else as many as a CUDA configuration asks for, or this host.
+    """
     known = load_hardware(FILE) | (load_hardware(hardware) if hardware else {})
     wanted = config.cluster
     if gpus is not None:

@@ -1,7 +1,7 @@
 """Operations of a model's passes, from its shape.
 
-Invariant: a multiplication and an addition are two; counted is what the ranks compute, so the vocabulary head only at
-response tokens, and attention only below the diagonal. Pure: numbers only.
+Invariant: a multiplication and an addition are two; counted is what the ranks compute, so the
+vocabulary head only at response tokens, and attention only below the diagonal. Pure: numbers only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ def mlp_flops(spec: ModelSpec, positions: float) -> float:
 
 
 def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:
-    """One layer's forward pass over `positions` tokens that each attend to `context` others on average."""
+    """One layer's forward pass over `positions` tokens that each attend to `context` others on
+    average.
+    """
     attention = 4 * spec.num_heads * spec.head_dim * context
     return positions * (2 * layer_weights(spec) + attention)
 
 
 def attention_products(spec: ModelSpec, tp: int) -> tuple[tuple[float, float], ...]:
-    """(inner, columns) of one layer's attention's matrices on a tensor rank: projections in and out."""
+    """(inner, columns) of one layer's attention's matrices on a tensor rank.
+
+    Projections in and out.
+    """
     q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
     return (spec.hidden_size, q + 2 * g), (q, spec.hidden_size)
 
@@ -49,9 +54,9 @@ def mlp_products(spec: ModelSpec, tp: int) -> tuple[tuple[float, float], ...]:
 def expert_bytes(spec: ModelSpec, item: int) -> float:
     """Memory traffic of a token's way through router and experts in a forward pass, products apart.
 
-    As Megatron's all-to-all dispatcher does it: each copy of the token is gathered (read, written), exchanged, sorted
-    by expert, read and written by the experts, sorted back, exchanged and added up; between the experts' two products
-    gate and up are read, activated, weighted and written.
+    As Megatron's all-to-all dispatcher does it: each copy of the token is gathered (read, written),
+    exchanged, sorted by expert, read and written by the experts, sorted back, exchanged and added
+    up; between the experts' two products gate and up are read, activated, weighted and written.
     """
     copies = spec.experts_per_token
     return item * copies * (COPY_PASSES * spec.hidden_size + ACTIVATION_PASSES * spec.moe_ffn_size)
@@ -63,7 +68,10 @@ def head_flops(spec: ModelSpec, tokens: float) -> float:
 
 
 def decoder_weights_read(spec: ModelSpec, batch: float) -> float:
-    """Weights that a decoding step of `batch` tokens reads: of the experts, those that any token chose."""
+    """Weights that a decoding step of `batch` tokens reads.
+
+    Of the experts, those that any token chose.
+    """
     attention = spec.hidden_size * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     if spec.num_experts:
         chosen = 1 - (1 - spec.experts_per_token / spec.num_experts) ** batch

@@ -234,7 +234,8 @@ class Search:
         return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
 
     def _training_peak(self, job: Job) -> int:
-        """Bytes of the fullest training device with its margin, without an engine that stays awake."""
+        """Bytes of the fullest training device with its margin, without an engine that stays
+        awake."""
         sleeps = job.config.rollout.sleep and job.colocated
         most = 0
         for rank in training_memory(job, engine_memory(job), ends=True):
@@ -265,7 +266,10 @@ class Search:
 
 
 def training_seconds(job: Job) -> float:
-    """Return the seconds that do not depend on the engines: passes, updates, the share of a save."""
+    """Return the seconds that do not depend on the engines.
+
+    Passes, updates, the share of a save.
+    """
     seconds = sum(forward_time(job, model).total for model in job.models)
     seconds += sum(update_time(job, model).total for model in job.models if model.trained)
     return seconds + (save_time(job).total if job.config.trainer.save_freq else 0.0)

@@ -26,7 +26,8 @@ ENGINE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Sequences of a micro-batch, or longest sequences that its token budget holds."""
 CONTEXT_RANK_TOKENS = 4096
-"""Least tokens of the longest sequence on a context-parallel rank: with less, its work is too small."""
+"""Least tokens of the longest sequence on a context-parallel rank: with less, its work is too
+small."""
 INTERLEAVED = (1, 2, 4)
 EXPERT_GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -41,14 +42,20 @@ def on_cluster(config: Config, cluster: Cluster) -> Config:
 
 
 def dedicated_counts(cluster: Cluster) -> list[int]:
-    """Return how many devices engines may have to themselves: 0, or with several nodes complete ones."""
+    """Return how many devices engines may have to themselves.
+
+    0, or with several nodes complete ones.
+    """
     unit = cluster.devices_per_node if cluster.nodes > 1 else 1
     counts = {round(share * cluster.devices / unit) * unit for share in ENGINE_SHARES}
     return [0, *sorted(count for count in counts if 0 < count < cluster.devices)]
 
 
 def residences(config: Config, dedicated: int) -> list[Config]:
-    """Return what may stay on the devices: engines awake; engines asleep; neither those nor states."""
+    """Return what may stay on the devices.
+
+    Engines awake; engines asleep; neither those nor states.
+    """
     if dedicated:
         return [replace(config, rollout=replace(config.rollout, sleep=False))]
     configs = []

@@ -35,16 +35,19 @@ from rlhf3d.planning.states import chunk_sizes
 from rlhf3d.units import ITEM_BYTES, round_up
 
 ADAM_BYTES = {"te": 34, "local": 120}
-"""Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen operations."""
+"""Memory traffic of an optimizer step for a parameter: one fused pass, or torch's dozen
+operations."""
 FORWARD = ("score", "old_logprobs", "ref_logprobs", "values")
 UPDATE = ("update_critic", "update_actor")
 BACKWARD = 2.0
 """A backward pass's operations over the forward pass's."""
 UNFILLED = 0.25
-"""Sequences of mean length that a token budget lacks: what is left of it is too short for another."""
+"""Sequences of mean length that a token budget lacks: what is left of it is too short for
+another."""
 EXPERT_SPREAD = 0.1
 """Standard deviation of the experts' loads over their mean, on texts of one kind, for each doubling
-of their number: finer experts are more special (rule of thumb; 0.3 with 8 experts, 0.7 with 128)."""
+of their number: finer experts are more special (rule of thumb; 0.3 with 8 experts, 0.7 with
+128)."""
 KERNELS = {"dense": 10, "experts": 20}
 """Kernels of a decoder layer in a decoding step: a small one takes as long as it takes to start."""
 HEAD_BACKWARD = 3.0
@@ -484,7 +487,10 @@ def sync_time(job: Job) -> PhaseTime:
 
 
 def save_time(job: Job) -> PhaseTime:
-    """Return a step's share of a save: every trained model, and the policy as a Hugging Face folder."""
+    """Return a step's share of a save.
+
+    Every trained model, and the policy as a Hugging Face folder.
+    """
     trainer, written = job.config.trainer, checkpoint_bytes(job)
     if trainer.save_hf == "always":
         written += engine_elements(job.spec, 1, False) * ITEM_BYTES[job.config.model.dtype]
