@@ -111,15 +111,13 @@ def loaded_from(library: str) -> Path | None:
 
     ValueError when there are two.
     """
-    files = {
-        Path(line.split()[-1])
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if "/" in line
-    }
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = [Path(line.split()[-1]) for line in lines if "/" in line]
     folders = sorted({str(file.parent) for file in files if file.name.startswith(library)})
     if len(folders) > 1:
         raise ValueError(
-            f"{library} was loaded from {' and from '.join(folders)}, which do not fit together: take the one that is "
-            "not of this environment out of LD_LIBRARY_PATH, CUDNN_HOME and CUDNN_PATH, or remove it"
+            f"{library} was loaded from {' and from '.join(folders)}, which do not fit together: "
+            "take the one that is not of this environment out of LD_LIBRARY_PATH, CUDNN_HOME and "
+            "CUDNN_PATH, or remove it"
         )
     return Path(folders[0]) if folders else None

@@ -5,14 +5,19 @@ Invariant: drawn from the rows alone, whatever they lack; a panel without data s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rlhf3d.observability.metrics import phase_seconds, validation_accuracy, validation_reward
+from rlhf3d.observability.metrics import (
+    keys_of,
+    phase_seconds,
+    validation_accuracy,
+    validation_reward,
+)
 
 Rows = Sequence[Mapping[str, Any]]
-Key = TypeVar("Key", str, tuple[str, str])
 
 
 def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
@@ -63,10 +68,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measures: dict[tuple[str, str], None] = {}
-    for rows in runs.values():
-        for row in rows:
-            measures |= dict.fromkeys(validation_accuracy(row))
+    measures = keys_of(validation_accuracy(row) for row in chain.from_iterable(runs.values()))
     figure = Figure(figsize=(4.5 * (2 + len(measures)), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = iter(figure.subplots(1, 2 + len(measures), squeeze=False)[0])
@@ -122,18 +124,10 @@ def _held_out(axes: Any, rows: Rows) -> None:
     by_rule = any(validation_accuracy(row) for row in rows) or not judged
     read, scale = (validation_accuracy, 100) if by_rule else (validation_reward, 1)
     points = [(row["step"], read(row)) for row in rows]
-    for key in _keys(found for _, found in points):
+    for key in keys_of(found for _, found in points):
         measured = [(step, scale * found[key]) for step, found in points if key in found]
         axes.plot(*zip(*measured, strict=True), marker="o", label=_literal(" ".join(key)))
     _finish(axes, "held-out accuracy, %" if by_rule else "held-out score of the reward model")
-
-
-def _keys(mappings: Iterable[Mapping[Key, float]]) -> list[Key]:
-    """All keys, in the order in which they first appear."""
-    keys: dict[Key, None] = {}
-    for mapping in mappings:
-        keys |= dict.fromkeys(mapping)
-    return list(keys)
 
 
 def _literal(name: str) -> str:
@@ -145,7 +139,7 @@ def _phases(axes: Any, rows: Rows) -> None:
     steps = [row["step"] for row in rows]
     seconds = [phase_seconds(row) for row in rows]
     floor = [0.0] * len(rows)
-    for phase in _keys(seconds):
+    for phase in keys_of(seconds):
         heights = [found.get(phase, 0.0) for found in seconds]
         axes.bar(steps, heights, bottom=floor, width=0.9, label=phase)
         floor = [low + height for low, height in zip(floor, heights, strict=True)]

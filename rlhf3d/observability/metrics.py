@@ -11,10 +11,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf3d.observability.samples import Kind, Sample, write_samples
 from rlhf3d.observability.trackers import TensorBoard, Tracker, Trackers
@@ -22,6 +22,7 @@ from rlhf3d.observability.trackers import TensorBoard, Tracker, Trackers
 METRICS_FILE = "metrics.jsonl"
 TIMING = "timing_s/"
 STEP_TIME = "timing_s/step"
+Key = TypeVar("Key", str, tuple[str, str])
 
 
 class PhaseTimer:
@@ -171,6 +172,14 @@ def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith(TIMING) and name != STEP_TIME and value is not None
     }
+
+
+def keys_of(mappings: Iterable[Mapping[Key, float]]) -> list[Key]:
+    """Return all keys, in the order in which they first appear."""
+    keys: dict[Key, None] = {}
+    for mapping in mappings:
+        keys |= dict.fromkeys(mapping)
+    return list(keys)
 
 
 def _number(value: Any) -> int | float:

@@ -1,4 +1,4 @@
-"""What a run came to: `curves.png` and `report.md` beside its metrics.
+"""The results of a run: `curves.png` and `report.md` in its folder.
 
 Invariant: every number is read from the run's own files, held-out gains carry their standard error,
 and a run that stopped half-way gets the report of what it has.
@@ -16,6 +16,7 @@ from typing import Any
 from rlhf3d.observability.curves import draw_curves, series
 from rlhf3d.observability.metrics import (
     STEP_TIME,
+    keys_of,
     phase_seconds,
     read_metrics,
     validation_accuracy,
@@ -29,6 +30,8 @@ REPORT_FILE = "report.md"
 _TABLE_ROWS = 20
 
 Rows = Sequence[Mapping[str, Any]]
+Points = Sequence[tuple[Mapping[str, Any], float]]
+"""Rows and what was measured in them."""
 
 
 def make_report(run_dir: str | Path) -> Path:
@@ -49,7 +52,7 @@ def make_report(run_dir: str | Path) -> Path:
         *_reward_gains(rows),
         "## Learning curve",
         _learning_table(rows),
-        "## Seconds a phase",
+        "## Seconds per phase",
         _phase_table(rows),
         "## The same held-out prompts, before and after",
         _sample_table(folder),
@@ -86,56 +89,45 @@ def _rows(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def _gains(rows: Rows) -> str:
     points = [(row, validation_accuracy(row)) for row in rows]
-    keys = list(dict.fromkeys(key for _, found in points for key in found))
+    keys = keys_of(accuracy for _, accuracy in points)
+    if not keys and any(validation_reward(row) for row in rows):
+        return "Only a reward model scored: nothing is right or wrong."
     if not keys:
-        judged = any(validation_reward(row) for row in rows)
-        return (
-            "Only a reward model scored: nothing is right or wrong."
-            if judged
-            else "The run has not validated."
-        )
+        return "The run has not validated."
     body = []
-    for source, measure in keys:
-        measured = [
-            (row, found[source, measure]) for row, found in points if (source, measure) in found
-        ]
-        (first, start), (last, end) = measured[0], measured[-1]
-        prompts = last.get(f"val-aux/{source}/num_prompts")
-        cells = [_cell(source), _cell(measure), f"{prompts:.0f}" if prompts else "not recorded"]
-        cells += [f"{_percent(start, prompts)} (step {first['step']})", "–", "–"]
-        if len(measured) > 1:
-            cells[-2] = f"{_percent(end, prompts)} (step {last['step']})"
-            cells[-1] = f"{100 * (end - start):+.1f}"
-            if prompts:
-                error = math.hypot(*(binomial_standard_error(p, prompts) for p in (start, end)))
-                cells[-1] += f" ± {100 * error:.1f}"
-        body.append(cells)
+    for key in keys:
+        measured = [(row, accuracy[key]) for row, accuracy in points if key in accuracy]
+        body.append(_gain(*key, measured))
+    table = _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body)
     note = (
-        "± is one binomial standard error over prompts; that of the gain takes start and end as independent, "
-        "so it is on the safe side when both answer the same prompts."
+        "± is one binomial standard error over prompts; that of the gain takes start and end as "
+        "independent, so it is on the safe side when both answer the same prompts."
     )
-    return (
-        _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body)
-        + "\n\n"
-        + note
-    )
+    return f"{table}\n\n{note}"
+
+
+def _gain(source: str, measure: str, measured: Points) -> list[str]:
+    """One row: the first and the last accuracy, each with its error."""
+    (first, start), (last, end) = measured[0], measured[-1]
+    prompts = last.get(f"val-aux/{source}/num_prompts")
+    cells = [_cell(source), _cell(measure), f"{prompts:.0f}" if prompts else "not recorded"]
+    cells.append(f"{_percent(start, prompts)} (step {first['step']})")
+    if len(measured) == 1:
+        return [*cells, "–", "–"]
+    gain = f"{100 * (end - start):+.1f}"
+    if prompts:
+        errors = [binomial_standard_error(accuracy, prompts) for accuracy in (start, end)]
+        gain += f" ± {100 * math.hypot(*errors):.1f}"
+    return [*cells, f"{_percent(end, prompts)} (step {last['step']})", gain]
 
 
 def _reward_gains(rows: Rows) -> list[str]:
     """A section on the reward model's held-out score, where there is a reward model."""
     points = [(row, validation_reward(row)) for row in rows]
     body = []
-    for key in dict.fromkeys(key for _, found in points for key in found):
-        measured = [(row, found[key]) for row, found in points if key in found]
-        errors = [row.get(f"val-aux/{key[0]}/reward_model/{key[1]}/se", 0.0) for row, _ in measured]
-        cells = [
-            f"{value:.3f} ± {error:.3f} (step {row['step']})"
-            for (row, value), error in zip(measured, errors, strict=True)
-        ]
-        gain = f"{measured[-1][1] - measured[0][1]:+.3f} ± {math.hypot(errors[0], errors[-1]):.3f}"
-        body.append(
-            [*map(_cell, key), cells[0], *([cells[-1], gain] if len(measured) > 1 else ["–", "–"])]
-        )
+    for key in keys_of(scores for _, scores in points):
+        measured = [(row, scores[key]) for row, scores in points if key in scores]
+        body.append(_reward_gain(*key, measured))
     if not body:
         return []
     table = _table(["data source", "measure", "start", "end", "gain"], body)
@@ -145,30 +137,36 @@ def _reward_gains(rows: Rows) -> list[str]:
     return ["## Held-out score of the reward model", f"{table}\n\n{note}"]
 
 
+def _reward_gain(source: str, measure: str, measured: Points) -> list[str]:
+    (first, start), (last, end) = measured[0], measured[-1]
+    name = f"val-aux/{source}/reward_model/{measure}/se"
+    errors = [row.get(name, 0.0) for row in (first, last)]
+    cells = [_cell(source), _cell(measure)]
+    cells.append(f"{start:.3f} ± {errors[0]:.3f} (step {first['step']})")
+    if len(measured) == 1:
+        return [*cells, "–", "–"]
+    gain = f"{end - start:+.3f} ± {math.hypot(*errors):.3f}"
+    return [*cells, f"{end:.3f} ± {errors[1]:.3f} (step {last['step']})", gain]
+
+
 def _learning_table(rows: Rows) -> str:
-    phases = list(dict.fromkeys(name for row in rows for name in phase_seconds(row)))
-    keys = list(dict.fromkeys(key for row in rows for key in validation_accuracy(row)))
-    judged = list(dict.fromkeys(key for row in rows for key in validation_reward(row)))
-    heading = [
-        "step",
-        "reward",
-        "length, tokens",
-        *(_cell(f"{s} {m}") for s, m in keys),
-        *(_cell(f"{s} {m}, reward model") for s, m in judged),
-        *(f"{p}, s" for p in phases),
-    ]
+    phases = keys_of(phase_seconds(row) for row in rows)
+    accuracies = keys_of(validation_accuracy(row) for row in rows)
+    judgements = keys_of(validation_reward(row) for row in rows)
+    heading = ["step", "reward", "length, tokens"]
+    heading += [_cell(" ".join(key)) for key in accuracies]
+    heading += [_cell(f"{' '.join(key)}, reward model") for key in judgements]
+    heading += [f"{phase}, s" for phase in phases]
     body = []
     for span in _spans(rows):
         last = span[-1]
         accuracy, judgement = validation_accuracy(last), validation_reward(last)
-        seconds = [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
-        means = [
-            _mean(span, "critic/score/mean", ".3f"),
-            _mean(span, "response_length/mean", ".0f"),
-        ]
-        measured = [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in keys]
-        measured += [f"{judgement[key]:.3f}" if key in judgement else "–" for key in judged]
-        body.append([str(last["step"]), *means, *measured, *seconds])
+        cells = [str(last["step"]), _mean(span, "critic/score/mean", ".3f")]
+        cells.append(_mean(span, "response_length/mean", ".0f"))
+        cells += [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in accuracies]
+        cells += [f"{judgement[key]:.3f}" if key in judgement else "–" for key in judgements]
+        cells += [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
+        body.append(cells)
     return _table(heading, body)
 
 
@@ -194,15 +192,8 @@ def _phase_table(rows: Rows) -> str:
     body = []
     for phase, total in sorted(totals.items(), key=lambda item: -item[1]):
         times = series(rows, f"timing_s/{phase}")[1]
-        body.append(
-            [
-                phase,
-                f"{fmean(times):.1f}",
-                str(len(times)),
-                f"{total:.0f}",
-                f"{total / everything:.0%}",
-            ]
-        )
+        means = [f"{fmean(times):.1f}", str(len(times))]
+        body.append([phase, *means, f"{total:.0f}", f"{total / everything:.0%}"])
     return _table(["phase", "mean, s", "times", "total, s", "share"], body)
 
 
@@ -210,15 +201,14 @@ def _sample_table(folder: Path) -> str:
     before, after = before_after(folder)
     if not before:
         return "The run has not written held-out answers twice."
-    body = [
-        [
-            _cell(old.prompt),
-            _cell(old.ground_truth),
-            *(f"[{s.mark}] {_cell(s.response)}" for s in (old, new)),
-        ]
-        for old, new in zip(before, after, strict=True)
-    ]
-    note = "The first prompts of the held-out set, not chosen by result; [score] in front of the answer."
+    body = []
+    for old, new in zip(before, after, strict=True):
+        answers = [f"[{sample.mark}] {_cell(sample.response)}" for sample in (old, new)]
+        body.append([_cell(old.prompt), _cell(old.ground_truth), *answers])
+    note = (
+        "The first prompts of the held-out set, not chosen by result; [score] in front of the "
+        "answer."
+    )
     return _table(["prompt", "answer", "before", "after"], body) + "\n\n" + note
 
 

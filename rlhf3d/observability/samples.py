@@ -58,7 +58,7 @@ def write_samples(
     path = samples_path(output_dir, step, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON reads it back from.
+    # UTF-8 cannot hold half a surrogate pair; JSON reads its escape back.
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
     os.replace(partial, path)
@@ -67,12 +67,9 @@ def write_samples(
 
 def read_samples(path: str | Path) -> list[Sample]:
     """Completions of one file, in the order written."""
-    # Split on newlines alone: completions may hold other characters that str.splitlines() breaks at.
-    return [
-        _sample(json.loads(line))
-        for line in Path(path).read_text(encoding="utf-8").split("\n")
-        if line
-    ]
+    # str.splitlines() would also break at other characters, which completions may hold.
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [_sample(json.loads(line)) for line in lines if line]
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
@@ -81,10 +78,12 @@ def _sample(fields: dict[str, Any]) -> Sample:
 
 
 def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:
-    """Steps that have a file of this kind, ascending."""
-    names = (path.name for path in (Path(output_dir) / SAMPLES_DIR).glob("*.jsonl"))
-    matches = (re.fullmatch(rf"{_PREFIX[kind]}step_(\d+)\.jsonl", name) for name in names)
-    return sorted(int(match[1]) for match in matches if match)
+    """Return the steps that have a file of this kind, ascending."""
+    steps = []
+    for path in (Path(output_dir) / SAMPLES_DIR).glob("*.jsonl"):
+        if match := re.fullmatch(rf"{_PREFIX[kind]}step_(\d+)\.jsonl", path.name):
+            steps.append(int(match[1]))
+    return sorted(steps)
 
 
 def drop_samples(output_dir: str | Path, after_step: int) -> None:
@@ -107,9 +106,8 @@ def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], 
     for kind in kinds:
         steps = sample_steps(output_dir, kind)
         if len(steps) >= 2:
-            first, last = (
-                _first_answers(samples_path(output_dir, steps[end], kind)) for end in (0, -1)
-            )
+            first = _first_answers(samples_path(output_dir, steps[0], kind))
+            last = _first_answers(samples_path(output_dir, steps[-1], kind))
             prompts = [prompt for prompt in first if prompt in last][:limit]
             return [first[prompt] for prompt in prompts], [last[prompt] for prompt in prompts]
     return [], []
@@ -120,7 +118,8 @@ def printable(text: str, limit: int = 400) -> str:
 
     Control characters and line breaks become spaces, cut at `limit`.
     """
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    spaced = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(spaced.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -81,7 +81,7 @@ def chunk_sizes(
     times.
     """
     first, last = pp == 0 and chunk == 0, pp == layout.pp - 1 and chunk == layout.vpp - 1
-    stages = 1 if first and last else 2 if first or last else 3
+    stages = 3 - first - last
     dp = layout.ep // math.gcd(layout.ep, layout.tp)
     smallest = ParallelLayout(tp=layout.tp, pp=stages, dp=dp, ep=layout.ep)
     layers = len(layout.layers(spec.num_layers, pp, chunk))

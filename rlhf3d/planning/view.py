@@ -5,12 +5,14 @@ Invariant: shows what the plan holds; computes nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.table import Table
 from rich.text import Text
 
 from rlhf3d.observability.tables import Row, View, table
 from rlhf3d.parallel.layout import ranges
-from rlhf3d.planning.memory import MemoryPlan, RankMemory, spare
+from rlhf3d.planning.memory import PHASES, MemoryPlan, RankMemory, spare
 from rlhf3d.planning.plan import Plan
 from rlhf3d.units import GIB
 
@@ -42,18 +44,23 @@ def memory_table(memory: MemoryPlan) -> Table:
     ranks = _shown(memory.ranks)
     heads = [f"{noun} {ranges(rank.ranks)}\n{rank.place}" for rank in ranks]
 
-    def row(name: str, cells: list[object]) -> Row:
-        return {"": name, **dict(zip(heads, cells, strict=True))}
+    rows: list[Row] = []
 
-    resident = [(kind, [_resident(rank, kind) for rank in ranks]) for kind in KINDS]
-    phases = dict.fromkeys(phase.phase for rank in ranks for phase in rank.phases)
-    own = [(f"+ {name}", [rank.own(name) for rank in ranks]) for name in phases]
-    rows = [row(name, [_gib(size) for size in sizes]) for name, sizes in resident if any(sizes)]
+    def add(name: str, cells: Iterable[object]) -> None:
+        rows.append({"": name, **dict(zip(heads, cells, strict=True))})
+
+    for kind in KINDS:
+        sizes = [_resident(rank, kind) for rank in ranks]
+        if any(sizes):
+            add(kind, map(_gib, sizes))
     rows.append({})
-    rows += [row(name, [_gib(size) for size in sizes]) for name, sizes in own if any(sizes)]
+    for phase in PHASES:
+        sizes = [rank.own(phase) for rank in ranks]
+        if any(sizes):
+            add(f"+ {phase}", map(_gib, sizes))
     rows.append({})
-    rows.append(row("peak", [_peak(limit, rank) for rank in ranks]))
-    rows.append(row("in", [rank.peak.phase for rank in ranks]))
+    add("peak", (_peak(limit, rank) for rank in ranks))
+    add("in", (rank.peak.phase for rank in ranks))
     made = table(rows, title=f"memory of a {noun}, GiB{there_is}", digits=2)
     if len(ranks) < len(memory.ranks):
         made.caption = f"{len(ranks)} of {len(memory.ranks)} kinds of ranks; --json has all"
