@@ -1,5 +1,4 @@
-"""Patch `device`: megatron.core, which names CUDA in hundreds of places, is retargeted to the CPU
-at import.
+"""Patch `device`: megatron.core, which names CUDA throughout, runs on the CPU.
 
 Invariant: only modules of megatron.core are rewritten, line numbers are kept, and torch is never
 touched. Rewritten: 'cuda' and 'torch.cuda.XTensor' literals, `torch.cuda` (now `cpu_cuda`),

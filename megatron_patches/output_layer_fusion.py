@@ -1,5 +1,4 @@
-"""Patch `output_layer_fusion`: Megatron's own linear layers do not ask for Apex where Transformer
-Engine's do not.
+"""Patch `output_layer_fusion`: Megatron's own linear layers need no Apex.
 
 Invariant: with `gradient_accumulation_fusion` and without Apex, Transformer Engine's layers add the
 gradient of a weight to its fp32 sum within the product. Megatron's own, in Transformer Engine's

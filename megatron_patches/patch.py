@@ -1,5 +1,4 @@
-"""What a patch is: a named change to upstream code, with the versions and the code it was written
-for.
+"""A patch: a named change to upstream code, with the versions and code it is written for.
 
 Invariant: a patch is applied only to code that still contains what it corrects; else PatchError is
 raised. Nothing here imports torch or Megatron until `Patch.check` is called.

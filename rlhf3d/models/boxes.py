@@ -16,9 +16,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A block that lies at `hf_box` in the Hugging Face tensor and at `local_box` in the local
-    parameter.
-    """
+    """A block: `hf_box` of a Hugging Face tensor, and `local_box` of the local parameter."""
 
     hf_name: str
     hf_box: Box

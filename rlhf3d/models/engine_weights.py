@@ -1,5 +1,4 @@
-"""vLLM's side of the weight table: Hugging Face tensor <-> vLLM parameter of one tensor-parallel
-rank.
+"""The weight table's vLLM side: Hugging Face tensor <-> parameter of one vLLM rank.
 
 Invariant: each parameter has vLLM's own name, shape and order of rows, so that a copy along its
 pieces is all that loading takes; the pieces tile every row of it that belongs to a token, head,

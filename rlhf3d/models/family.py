@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Hugging Face tensor names, `{layer}` for the layer number. Matrices are [out features, in
-    features].
+    """Hugging Face tensor names, `{layer}` for the layer number.
 
-    In a mixture of experts `gate`, `up` and `down` are those of expert `{expert}`.
+    Matrices are [out features, in features]. In a mixture of experts `gate`, `up` and `down` are
+    those of expert `{expert}`.
     """
 
     embedding: str
@@ -37,8 +37,9 @@ class WeightNames:
 
 @dataclass(frozen=True)
 class ExpertKeys:
-    """config.json keys of a mixture of experts (softmax router, every layer sparse, no shared
-    expert).
+    """Keys in config.json of a mixture of experts.
+
+    The router is a softmax, every layer is sparse, and there is no shared expert.
     """
 
     num_experts: tuple[str, ...]
@@ -54,8 +55,9 @@ class ExpertKeys:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`: pre-norm RMSNorm decoder, rotary positions, SwiGLU, grouped-query
-    attention.
+    """One `model_type` of a decoder.
+
+    RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped-query attention.
     """
 
     model_type: str

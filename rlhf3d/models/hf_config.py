@@ -1,5 +1,4 @@
-"""A config.json as transformers reads it: each value of its JSON type, class defaults, one set of
-rotary parameters.
+"""A config.json as transformers reads it: types, class defaults, rotary parameters.
 
 Invariant: what is read here equals what transformers computes with (compared in
 tests/unit/models/test_hf_config.py); where transformers and vLLM would read a file differently it
@@ -26,8 +25,9 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class YarnRopeScaling:
-    """YaRN (arXiv 2309.00071): slow rotations are stretched by `factor`, fast ones are left, those
-    between in part.
+    """YaRN (arXiv 2309.00071).
+
+    Slow rotations are stretched by `factor`, fast ones are left, those between in part.
     """
 
     factor: float

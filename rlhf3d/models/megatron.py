@@ -1,5 +1,4 @@
-"""Megatron models from a `ModelSpec`: a policy that ends in hidden states, a critic that ends in
-values.
+"""Megatron models from a `ModelSpec`: policy (hidden states) and critic (values).
 
 Invariant: every parameter of a chunk is in the weight table, under the same name and with the same
 shape; weights come from there alone (Megatron initialises nothing). Imports Megatron, so patch it
@@ -147,8 +146,9 @@ def _recompute_config(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
 
 
 def _expert_config(spec: ModelSpec) -> dict[str, Any]:
-    """Routing as transformers computes it: softmax over all experts in fp32, the best k, no token
-    dropped.
+    """Routing as in transformers.
+
+    Softmax over all experts in fp32, the k best, no token dropped.
     """
     if not spec.num_experts:
         return {}
@@ -164,8 +164,7 @@ def _expert_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 class PolicyModel(GPTModel):
-    """Decoder whose last stage returns the hidden states [b, s, h] that the vocabulary head is
-    applied to.
+    """Decoder whose last stage returns the hidden states [b, s, h] before the head.
 
     The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist
     at once.
@@ -250,8 +249,7 @@ def build_chunks(
     platform: Platform,
     device: torch.device,
 ) -> list[GPTModel]:
-    """The model chunks (one, or `layout.vpp`) of this rank on `device`, their weights
-    uninitialised.
+    """The model chunks (one, or `layout.vpp`) of this rank on `device`, not initialized.
 
     Needs Megatron's process groups.
     """
@@ -292,8 +290,9 @@ def build_chunks(
 
 
 def _scale_rope(model: GPTModel, spec: ModelSpec) -> None:
-    """Stretch rotary positions with the model's own numbers (GPTModel's own flags fix all but the
-    factor, or round).
+    """Stretch rotary positions with the model's own numbers.
+
+    GPTModel's flags would fix all of them except the factor, or round.
     """
     rotary, scaling = model.rotary_pos_emb, spec.rope_scaling
     if isinstance(scaling, Llama3RopeScaling):

@@ -59,10 +59,10 @@ class ModelSpec:
 
 
 def load_spec(folder: Path | str, with_weights: bool = True) -> ModelSpec:
-    """Read `config.json` (as written by transformers 4 or 5) of a folder with safetensors, or
-    without where only the shape is wanted.
+    """Read `config.json`, as written by transformers 4 or 5, of a folder.
 
-    Raises ValueError that names model.path for a folder this trainer cannot load faithfully.
+    Safetensors must be there unless only the shape is wanted. Raises ValueError that names
+    model.path for a folder this trainer cannot load faithfully.
     """
     folder = Path(folder)
     if not folder.is_dir():

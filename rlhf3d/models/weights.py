@@ -36,8 +36,9 @@ _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_pr
 
 
 def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every Hugging Face tensor of the model (tied embeddings: no vocabulary
-    head).
+    """Name and shape of every Hugging Face tensor of the model.
+
+    With tied embeddings there is no vocabulary head.
     """
     names = FAMILIES[spec.family].names
     tensors: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
@@ -64,11 +65,10 @@ def num_weights(spec: ModelSpec, head: Head) -> int:
 def check_hf_tensors(
     found: Mapping[str, tuple[int, ...]], spec: ModelSpec, head: Head, source: Path | str
 ) -> None:
-    """Raise ValueError naming model.path unless the folder's tensors (name -> shape) are the
-    model's.
+    """Raise ValueError naming model.path unless a folder's tensors are the model's.
 
-    The value head may be absent (it then starts at zero); the other role's head and a written-out
-    tied head may be present.
+    `found`: name -> shape. The value head may be absent (it then starts at zero); the other
+    role's head and a written-out tied head may be present.
     """
     refuse_odd_names(found, spec, head, source)
     names = FAMILIES[spec.family].names
@@ -92,8 +92,7 @@ def check_hf_tensors(
 
 
 def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: Path | str) -> None:
-    """Raise ValueError naming model.path where one reason stands behind many tensors, or the head
-    alone, being absent.
+    """Raise ValueError where many tensors, or the head alone, are absent for one reason.
 
     Experts in one tensor a layer are how transformers 5 holds them, names without `model.` those of
     its base models.
@@ -170,10 +169,9 @@ def local_params(
     head: Head = "lm",
     spec_style: SpecStyle = "local",
 ) -> list[LocalParam]:
-    """The parameters of model chunk `chunk` on the rank at `coords`, under Megatron's own names and
-    in its order.
+    """The parameters of a model chunk on the rank at `coords`.
 
-    `layout` must have passed `check_layout`.
+    They have Megatron's own names and order. `layout` must have passed `check_layout`.
     """
     table = _RankTable(spec, layout, coords)
     names = table.names

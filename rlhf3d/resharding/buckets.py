@@ -65,10 +65,9 @@ class Copy:
 def plan_buckets(
     table: Sequence[LocalParam], itemsize: int, budget_bytes: int
 ) -> tuple[Bucket, ...]:
-    """Buckets of at most `budget_bytes` for the parameters of one engine rank, `itemsize` bytes an
-    element.
+    """Buckets of at most `budget_bytes` for the parameters of one engine rank.
 
-    Raises ValueError when not one row of a parameter fits.
+    Elements have `itemsize` bytes. Raises ValueError when not one row of a parameter fits.
     """
     buckets: list[Bucket] = []
     segments: list[Segment] = []

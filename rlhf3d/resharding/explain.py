@@ -1,5 +1,4 @@
-"""A reshard plan for people and for programs: bytes per rank against the lower bound and against a
-full gather.
+"""A reshard plan for people and programs: bytes per rank, lower bound, full gather.
 
 Invariant: every figure is computed from the plan itself, for layouts of any size, with nothing
 started. Pure: no torch.
@@ -75,10 +74,10 @@ class Explanation:
 
 
 def setup_of(config: Config, gpus: bool) -> SyncSetup:
-    """A run's sync as it would be set up, read from the model's config.json; `gpus`: as on GPUs,
-    one a rank.
+    """A run's sync as it would be set up, read from the model's config.json.
 
-    Raises ValueError for a model or layout that cannot be planned.
+    `gpus`: as on GPUs, one per rank. Raises ValueError for a model or layout that cannot be
+    planned.
     """
     on_gpu = gpus or config.cluster.platform == "cuda"
     platform = CUDAPlatform(reason="reshard") if on_gpu else CPUPlatform(reason="reshard")

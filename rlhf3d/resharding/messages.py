@@ -1,9 +1,9 @@
-"""Weights between processes that share no memory: one message a (sender, receiver, bucket), gloo or
-NCCL.
+"""Weights between processes that share no memory, by messages over gloo or NCCL.
 
-Invariant: a message holds the blocks of its bucket and their (policy version, fingerprint), as the
-sender computed them, and there is none where a sender has no block in a bucket; messages of a pair
-arrive in the order of buckets; each wait has a deadline that names who is waited for.
+Invariant: there is one message per (sender, receiver, bucket): the blocks of it and their (policy
+version, fingerprint), as the sender computed them, and there is none where a sender has no block in
+a bucket; messages of a pair arrive in the order of buckets; each wait has a deadline that names who
+is waited for.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The training side of a sync: each rank copies its blocks into the buckets of every destination it
-sends to.
+"""The training side of a sync: a rank copies its blocks into destinations' buckets.
 
 Invariant: a rank sends exactly the copies of the plan, cast to the receiver's dtype, each with the
 policy version and the fingerprint of what it sent; no tensor is gathered anywhere.
@@ -272,9 +271,7 @@ class _Relay:
 
 
 def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
-    """Wait until the last contents of bucket `counted`'s slot, and of its rows of the table, have
-    been read.
-    """
+    """Wait until the slot of bucket `counted`, and its rows of the table, have been read."""
     ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 

@@ -88,8 +88,9 @@ class RingShape:
 
 @dataclass(frozen=True)
 class SyncSetup:
-    """One stream of weights: from the policy's training ranks to vLLM engines, or to one reader of
-    complete tensors.
+    """One stream of weights from the policy's training ranks.
+
+    It goes to vLLM engines, or to one reader of complete tensors.
     """
 
     name: str
@@ -167,8 +168,9 @@ class SyncSetup:
         )
 
     def owner(self, dst: int) -> int:
-        """The training rank that makes a colocated destination's shared memory: the first on its
-        device.
+        """The training rank that makes a colocated destination's shared memory.
+
+        It is the first on its device.
         """
         device = self.plan.destinations[dst].device
         assert device is not None, "a destination without a device has no shared memory"
@@ -185,17 +187,16 @@ class SyncSetup:
 
     @property
     def message_ranks(self) -> tuple[str, ...]:
-        """The processes that send and receive messages, by rank: training ranks, then engine ranks
-        on devices of their own.
+        """The processes that send and receive messages, by rank.
+
+        Training ranks come first, then engine ranks on dedicated devices.
         """
         names = [f"training rank {rank}" for rank in range(self.layout.world_size)]
         apart = [d for d in self.plan.destinations if d.device is None]
         return (*names, *(f"engine {d.engines[0]} rank {d.index}" for d in apart))
 
     def is_near(self, rank: int, dst: int) -> bool:
-        """Whether a training rank can reach a destination's shared memory: it is on the same
-        device.
-        """
+        """Whether a training rank shares a destination's device, and so its shared memory."""
         return self.plan.sites.device_of_rank[rank] == self.plan.destinations[dst].device
 
 

@@ -1,5 +1,4 @@
-"""From trained weights to serving engines: send, load, check, publish; and whole tensors for an
-export.
+"""From trained weights to serving engines: send, load, check, publish, export.
 
 Invariant: an engine serves a `policy_version` only after its weights arrived whole and, on canary
 steps, after its log-probs agreed with Megatron's on the same tokens and its prefix cache was seen
@@ -180,9 +179,7 @@ class WeightSync:
         return self.train.forward(phase, "actor", batch, measure_padding=False)["logprobs"]
 
     def _check_canary(self, trained: Tensor) -> float:
-        """Largest over engines of the mean |log-prob difference| to the trainer's on the canary
-        tokens.
-        """
+        """Largest mean |log-prob difference| between an engine and the trainer on the canary."""
         temperature = self.config.temperature
         worst = 0.0
         for number, engine in enumerate(self.rollout.score(self.canary, temperature)):
