@@ -272,7 +272,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
     """Parts of the reward and their weights: accuracy (the answer's score), format, and
     reward_model."""
-    format: str = "boxed"
+    format: Literal["boxed", "hashes", "think"] = "boxed"
     """Form that the part `format` rewards: boxed (one box), hashes (one `####`) or think (one
     block, then text)."""
     workers: Count = 1
