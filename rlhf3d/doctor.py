@@ -99,16 +99,15 @@ def diagnose() -> Diagnosis:
 
 
 def installed_packages() -> set[str]:
-    """Names of all distributions that are installed here."""
-    return {
-        distribution.name.lower().replace("_", "-") for distribution in metadata.distributions()
-    }
+    """Return the names of all distributions that are installed here."""
+    names = (distribution.name for distribution in metadata.distributions())
+    return {name.lower().replace("_", "-") for name in names}
 
 
 def choose_set(installed: set[str], driver: bool) -> PackageSet:
-    """The packages this environment is for.
+    """Return the packages that this environment is for.
 
-    Those it was made with, else those of the machine, as in the Makefile.
+    Those that it was made with, else those of the machine, as in the Makefile.
     """
     if "vllm" in installed:
         return "gpu"
@@ -116,7 +115,7 @@ def choose_set(installed: set[str], driver: bool) -> PackageSet:
 
 
 def check_packages(requirements: list[str], package_set: PackageSet) -> list[Finding]:
-    """Found beside pinned, for the packages of a set; those of the tests are not required."""
+    """Return found against pinned versions for the packages of a set; the tests' are optional."""
     extra, fix = package_set, SETUP[package_set]
     findings = []
     for requirement in map(Requirement, requirements):
@@ -124,106 +123,101 @@ def check_packages(requirements: list[str], package_set: PackageSet) -> list[Fin
         needed = marker is None or marker.evaluate({"extra": extra})
         if not needed and not (marker and marker.evaluate({"extra": "dev"})):
             continue
-        try:
-            found = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            found = "not installed"
-        ok = found != "not installed" and requirement.specifier.contains(found, prereleases=True)
-        wanted = str(requirement.specifier).removeprefix("==")
-        findings.append(_finding(requirement.name, wanted, found, ok, fix, needed))
+        name, specifier = requirement.name, requirement.specifier
+        found = package_versions([name]).get(name)
+        ok = found is not None and specifier.contains(found, prereleases=True)
+        wanted = str(specifier).removeprefix("==")
+        findings.append(_finding(name, wanted, found or "not installed", ok, fix, needed))
     return sorted(findings, key=lambda finding: finding.name)
 
 
 def check_gpu_libraries(
     program: Sequence[str] = (sys.executable, "-m", "rlhf3d.gpu_check"),
 ) -> list[Finding]:
-    """Whether Transformer Engine loads and computes here, and with which libraries."""
-    repair = f"remove this environment, then {SETUP['gpu']}"
+    """Return whether Transformer Engine loads and computes here, and with which libraries."""
+    fix = f"remove this environment, then {SETUP['gpu']}"
     try:
-        ran = subprocess.run(program, capture_output=True, text=True, timeout=GPU_CHECK_S)
+        done = subprocess.run(program, capture_output=True, text=True, timeout=GPU_CHECK_S)
     except subprocess.TimeoutExpired:
-        return [
-            _finding(
-                "Transformer Engine", "loads", f"no answer in {GPU_CHECK_S:.0f} s", False, repair
-            )
-        ]
-    if ran.returncode:
-        why = (
-            ran.stderr.strip().splitlines() or [f"ended by signal or exit code {ran.returncode}"]
-        )[-1]
-        return [_finding("Transformer Engine", "loads", why, False, repair)]
-    facts = json.loads(ran.stdout.splitlines()[-1])
+        why = f"no answer in {GPU_CHECK_S:.0f} s"
+        return [_finding("Transformer Engine", "loads", why, False, fix)]
+    if done.returncode:
+        ended = f"ended by signal or exit code {done.returncode}"
+        why = [ended, *done.stderr.strip().splitlines()][-1]
+        return [_finding("Transformer Engine", "loads", why, False, fix)]
+    facts = json.loads(done.stdout.splitlines()[-1])
     core = f"transformer-engine-cu{facts['torch_cuda'].split('.')[0]}"
     cores = f"{', '.join(facts['cores'])} {facts['version']}, torch's CUDA {facts['torch_cuda']}"
+    # As cuDNN counts: 92400 is 9.24.0.
     major, rest = divmod(facts["cudnn"], 10_000)
     cudnn = f"{major}.{rest // 100}.{rest % 100} from {facts['cudnn_folder']}"
     findings = [
-        _finding("Transformer Engine", f"{core} alone", cores, facts["cores"] == [core], repair),
+        _finding("Transformer Engine", f"{core} alone", cores, facts["cores"] == [core], fix),
         _finding("cuDNN", "one", cudnn, True),
     ]
-    if (error := facts.get("attention_error")) is not None:
-        ok = error < ATTENTION_ERROR
-        findings.append(
-            _finding("attention", f"error < {ATTENTION_ERROR}", f"error {error:.3f}", ok, repair)
-        )
+    error = facts.get("attention_error")
+    if error is not None:
+        wanted, ok = f"error < {ATTENTION_ERROR}", error < ATTENTION_ERROR
+        findings.append(_finding("attention", wanted, f"error {error:.3f}", ok, fix))
     return findings
 
 
 def check_machine(machine: Machine, package_set: PackageSet = "cpu") -> list[Finding]:
-    """Python, compilers, cores, memory, shared memory, disk, GPUs."""
-    on_gpus = package_set == "gpu"
-    python = ".".join(map(str, sys.version_info[:3]))
-    pythons = metadata.metadata("rlhf3d")["Requires-Python"]
-    memory = f"{machine.memory_available_gib:.1f} GiB available of {machine.memory_gib:.1f}"
-    gpus = ", ".join(name for name, _ in machine.gpus)
-    compiler_fix = "install g++ (Debian: apt-get install g++)"
-    driver_fix = "nvidia-smi must list them, with driver 580 or newer (CUDA 13)"
-    shm, disk = machine.shared_memory_gib, machine.disk_gib
-    shm_wanted = 10 if on_gpus else 1
-    nvcc = shutil.which("nvcc") or next(
-        filter(Path.exists, [Path("/usr/local/cuda/bin/nvcc")]), None
-    )
-    nvcc_fix = "install the CUDA 13 toolkit: FlashInfer compiles kernels when an engine starts"
-    return [
-        _finding(
-            "python", pythons, python, SpecifierSet(pythons).contains(python), SETUP[package_set]
-        ),
-        _finding(
-            "C++ compiler", "any", machine.compiler or "none", bool(machine.compiler), compiler_fix
-        ),
-        *(
-            [_finding("nvcc", "CUDA 13", str(nvcc or "none"), nvcc is not None, nvcc_fix, False)]
-            if on_gpus
-            else []
-        ),
-        _finding(
-            "CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps", False
-        ),
-        _finding(
-            "memory",
-            "8 GiB",
-            memory,
-            machine.memory_available_gib >= 8,
-            "close other programs",
-            False,
-        ),
-        _finding(
+    """Return findings on Python, compilers, cores, memory, shared memory, disk and GPUs."""
+    findings = [_python(package_set), _compiler(machine)]
+    if package_set == "gpu":
+        findings.append(_nvcc())
+    shm_gib = 10 if package_set == "gpu" else 1
+    has = f"{machine.memory_available_gib:.1f} GiB available of {machine.memory_gib:.1f}"
+    # (name, wanted, found, whether that is enough, fix); a run may be possible with less.
+    sizes = (
+        ("CPU cores", "2", str(machine.cores), machine.cores >= 2, "expect slow steps"),
+        ("memory", "8 GiB", has, machine.memory_available_gib >= 8, "close other programs"),
+        (
             "/dev/shm",
-            f"{shm_wanted} GiB",
-            f"{shm:.1f} GiB free",
-            shm >= shm_wanted,
-            f"container: --shm-size={shm_wanted}g",
-            False,
+            f"{shm_gib} GiB",
+            f"{machine.shared_memory_gib:.1f} GiB free",
+            machine.shared_memory_gib >= shm_gib,
+            f"container: --shm-size={shm_gib}g",
         ),
-        _finding("disk", "5 GiB", f"{disk:.1f} GiB free", disk >= 5, "free some space", False),
-        _finding(
-            "GPUs",
-            "at least one" if on_gpus else "none needed",
-            gpus or "none",
-            bool(gpus) or not on_gpus,
-            driver_fix,
+        (
+            "disk",
+            "5 GiB",
+            f"{machine.disk_gib:.1f} GiB free",
+            machine.disk_gib >= 5,
+            "free some space",
         ),
-    ]
+    )
+    findings += [_finding(*size, required=False) for size in sizes]
+    return [*findings, _gpus(machine, package_set)]
+
+
+def _python(package_set: PackageSet) -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = metadata.metadata("rlhf3d")["Requires-Python"]
+    return _finding(
+        "python", wanted, found, SpecifierSet(wanted).contains(found), SETUP[package_set]
+    )
+
+
+def _compiler(machine: Machine) -> Finding:
+    found, fix = machine.compiler or "none", "install g++ (Debian: apt-get install g++)"
+    return _finding("C++ compiler", "any", found, machine.compiler is not None, fix)
+
+
+def _nvcc() -> Finding:
+    default = Path("/usr/local/cuda/bin/nvcc")
+    found = shutil.which("nvcc") or (str(default) if default.exists() else None)
+    fix = "install the CUDA 13 toolkit: FlashInfer compiles kernels when an engine starts"
+    return _finding("nvcc", "CUDA 13", found or "none", found is not None, fix, required=False)
+
+
+def _gpus(machine: Machine, package_set: PackageSet) -> Finding:
+    needed = package_set == "gpu"
+    found = ", ".join(name for name, _ in machine.gpus) or "none"
+    wanted = "at least one" if needed else "none needed"
+    fix = "nvidia-smi must list them, with driver 580 or newer (CUDA 13)"
+    return _finding("GPUs", wanted, found, bool(machine.gpus) or not needed, fix)
 
 
 def _finding(
@@ -234,12 +228,13 @@ def _finding(
 
 
 def check_quickstart(root: Path) -> list[Finding]:
-    """The files that `make train` makes on its own."""
-    return [
-        _finding(name, "present", "present" if ok else "not made yet", ok, fix, required=False)
-        for name, fix in QUICKSTART_FILES.items()
-        for ok in [(root / name).is_file()]
-    ]
+    """Return whether the files are there that `make train` makes by itself."""
+    findings = []
+    for name, fix in QUICKSTART_FILES.items():
+        ok = (root / name).is_file()
+        found = "present" if ok else "not made yet"
+        findings.append(_finding(name, "present", found, ok, fix, required=False))
+    return findings
 
 
 def _patch_use(patch: megatron_patches.Patch, kind: str) -> str:
@@ -274,6 +269,8 @@ def _fixes(diagnosis: Diagnosis) -> list[str]:
 
 
 def _line(finding: Finding, width: int) -> str:
-    mark = "ok" if finding.ok else "MISSING" if finding.required else "note"
-    wanted = "" if finding.ok else f" (wanted {finding.wanted}: {finding.fix})"
-    return f"  {mark:7}  {finding.name:{width}}  {finding.found}{wanted}"
+    mark, advice = "ok", ""
+    if not finding.ok:
+        mark = "MISSING" if finding.required else "note"
+        advice = f" (wanted {finding.wanted}: {finding.fix})"
+    return f"  {mark:7}  {finding.name:{width}}  {finding.found}{advice}"

@@ -1,5 +1,4 @@
-"""One attention of Transformer Engine on a GPU, forward and backward, and what it was computed
-with.
+"""One attention of Transformer Engine on a GPU, forward and backward, and the libraries it used.
 
 A program of its own (`python -m rlhf3d.gpu_check`), as libraries that do not fit may end the
 process. Its last line on standard output is the facts as JSON; where it fails, the last line on
@@ -31,8 +30,9 @@ def installed_cores() -> list[str]:
 
 
 def attention_error(attention: Callable[..., torch.Tensor], device: str) -> float:
-    """Greatest difference of a causal attention [tokens, rows, heads, size] and its gradients from
-    torch's in fp32.
+    """Return how far a causal attention and its gradients are from torch's in fp32, at most.
+
+    Inputs are [tokens, rows, heads, size].
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention

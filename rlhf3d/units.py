@@ -15,8 +15,7 @@ OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
 
 
 def checkpoint_bytes(weights: int, dtype: str, optimizer: bool) -> int:
-    """Return what `weights` trained weights take in a checkpoint, with or without their
-    optimizer."""
+    """Return what N trained `weights` take in a checkpoint, with or without their optimizer."""
     optimizer_bytes = OPTIMIZER_BYTES[dtype] if optimizer else 0
     return weights * (ITEM_BYTES[dtype] + optimizer_bytes)
 

@@ -73,7 +73,8 @@ def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sa
     if not steps:
         other = ", ".join(k for k in KINDS if sample_steps(folder, k)) or "none"
         raise ValueError(
-            f"{folder}: no {chosen} samples in {SAMPLES_DIR}/ (kinds there: {other}); name a run's folder"
+            f"{folder}: no {chosen} samples in {SAMPLES_DIR}/ (kinds there: {other}); "
+            "name a run's folder"
         )
     if step is not None and step not in steps:
         raise ValueError(f"--step {step}: {chosen} samples are there for {_ranges(steps)}")

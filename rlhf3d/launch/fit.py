@@ -41,8 +41,7 @@ def processes(config: Config) -> list[int]:
 
 
 def check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
-    """Return what the border between nodes would cut, idle nodes, and cores and memory that
-    lack."""
+    """Return why the job does not fit its nodes: ranks, cores, memory, and nodes without work."""
     if options.rehearse:
         return []  # `rlhf3d rehearse` makes the miniature, and checks it
     if not gpus:
@@ -107,9 +106,7 @@ def _check_borders(config: Config, gpus: int) -> Iterator[str]:
 
 
 def check_target(target: str, config: Config, workdir: str, options: Options) -> list[str]:
-    """Return what the target still needs to know, paths that it lacks, and times that do not add
-    up.
-    """
+    """Return why the target cannot run the job: options, paths and times."""
     problems = [*_check_needs(target, config, options), *_check_time(config, options)]
     if target in ("kuberay", "skypilot"):
         problems += _check_paths(target, config, workdir, options)

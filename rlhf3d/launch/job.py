@@ -28,8 +28,7 @@ from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 CPUS_PER_GPU = 8
 """Cores asked for with each GPU by default (training rank, engine rank, scoring, data)."""
 RETRIES = {"slurm": 20, "kuberay": 3}
-"""Attempts after the first: of Slurm those after exit code 75 alone, of KubeRay after any
-failure."""
+"""Attempts after the first: on Slurm after exit code 75 alone, on KubeRay after any failure."""
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """What Ray's processes must have in their environment on every node."""
 

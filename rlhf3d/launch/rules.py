@@ -17,8 +17,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.launch.options import Options
 
 RAYJOB_NAME = 47
-"""Characters of a RayJob's name that KubeRay's operator takes, for the names that it makes of
-it."""
+"""Longest name of a RayJob that KubeRay's operator takes: it makes longer names of it."""
 SUFFIX = 6
 """Characters that Kubernetes adds to metadata.generateName: a hyphen and five of its own."""
 

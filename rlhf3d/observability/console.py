@@ -117,7 +117,7 @@ class Console:
         self._line(f"note: {text}")
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Print held-out accuracies and a reward model's mean scores, under a name such as `before`."""
+        """Print held-out accuracies and a reward model's mean scores, as `name` (`before`)."""
         parts = [
             f"{printable(s)} {m} {value:.1%}"
             for (s, m), value in validation_accuracy(metrics).items()

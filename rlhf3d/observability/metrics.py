@@ -1,7 +1,7 @@
 """What a run measures: seconds per phase, and a row of metrics per step in `metrics.jsonl`.
 
-Invariant: `metrics.jsonl` holds one strict JSON object per step, steps strictly rising, each on disk
-before the next step begins; a value that is not finite is written as null and named under
+Invariant: `metrics.jsonl` holds one strict JSON object per step, steps strictly rising, each on
+disk before the next step begins; a value that is not finite is written as null and named under
 `nonfinite`.
 """
 
@@ -52,7 +52,7 @@ class PhaseTimer:
             self._seconds[key] = self._seconds.get(key, 0.0) + self._clock() - began
 
     def pop(self) -> dict[str, float]:
-        """Return seconds by `timing_s/<phase>` since the last `pop`, all of them as `timing_s/step`."""
+        """Return seconds by `timing_s/<phase>` since the last `pop`, and all as `timing_s/step`."""
         now = self._clock()
         seconds = {**self._seconds, STEP_TIME: now - self._began}
         self._seconds, self._began = {}, now

@@ -1,5 +1,4 @@
-"""What a forward pass keeps for its backward pass, and the buffers at the top of it, in bytes of
-one rank.
+"""Activations: what a forward pass keeps for its backward pass, and buffers, in bytes of a rank.
 
 Invariant: counts tensors as the layers of the platform make them: Megatron's local layers with
 torch's attention (`local`, read off operation by operation and checked against measured passes in
@@ -20,14 +19,13 @@ from rlhf3d.models.spec import ModelSpec, padded_vocab_size
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout, Recompute, SpecStyle
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.units import ITEM_BYTES
+from rlhf3d.units import ITEM_BYTES, ceil_div
 
 BUSIEST_EXPERT = 1.4
 """Tokens of the busiest expert over the mean (1.3 to 1.7 with untrained routers); in all, ranks get
 equal shares."""
 BATCH_COLUMNS = 12
-"""fp32 numbers kept a response token: log-probs, advantages, masks and the outputs that a step's
-check looks at."""
+"""fp32 numbers kept per response token: log-probs, advantages, masks, checked outputs."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Micro:
     positions: int
     """Tokens, padding included."""
     width: int
-    """Positions of the longest run: a padded row, or the whole when packed."""
+    """Positions of the longest row: a padded one, or all of them when packed."""
     responses: int
     """Response tokens, at which the head is applied."""
 
@@ -83,14 +81,11 @@ class Activations:
         return self.sharded * self.spec.hidden_size * self.item
 
     def layer(self) -> float:
-        """What one decoder layer keeps for its backward pass."""
+        """Return what one decoder layer keeps for its backward pass."""
         return 2 * self._norm() + self._attention() + self._mlp()
 
     def _norm(self) -> float:
-        """A norm keeps its input and its output.
-
-        Torch's also the normalised input, and both in fp32.
-        """
+        """Input and output of a norm; torch's keeps the normalized input too, and both in fp32."""
         if self.style == "te":
             return 2 * self.hidden
         return self.sharded * (self.spec.hidden_size * (8 + self.item) + 4)
@@ -98,43 +93,41 @@ class Activations:
     def _attention(self) -> float:
         """Rotated queries, output, log-sum-exp, fused projection, rotated keys.
 
-        Torch's rotary tables, and QK-norm.
+        With torch's layers also the rotary tables, and what QK-norm keeps.
         """
         spec, tp, S = self.spec, self.layout.tp, self.positions
         q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
         kept = S * (2 * self.item * q + 4 * spec.num_heads / tp)
         if self.style == "te":
             return kept + S * self.item * (q + 3 * g + (q + g) * spec.qk_norm)
-        # Under context parallelism torch's attention keeps keys and values of all ranks, and nothing the projection.
-        kept += self.item * (
-            S * (q + 3 * g) if self.layout.cp == 1 else self.micro.positions * 2 * g
-        )
+        if self.layout.cp == 1:
+            kept += self.item * S * (q + 3 * g)
+        else:  # torch's attention keeps keys and values of all ranks, and the projection nothing
+            kept += self.item * self.micro.positions * 2 * g
         if spec.qk_norm:
             kept += S * (8 * (q + g) if self.dtype == "bfloat16" else 4 * (2 * q + g))
         return kept + 4 * self.micro.width / self.layout.cp * spec.head_dim * self.item
 
     def _mlp(self) -> float:
-        """Gate and up, gate's activation, up again, their product.
-
-        With experts, of every copy of a token.
-        """
+        """Gate and up, gate's activation, up again, their product; of every copy of a token."""
         spec, fused = self.spec, self.style == "te"
         if not spec.num_experts:
-            return self.positions * spec.ffn_size / self.layout.tp * (3 if fused else 5) * self.item
+            tensors = 3 if fused else 5
+            return self.positions * spec.ffn_size / self.layout.tp * tensors * self.item
         copies = self.sharded * spec.experts_per_token
         router = self.sharded * (10 * spec.num_experts + 24 * spec.experts_per_token)
         expert = (4 if fused else 6) * spec.moe_ffn_size + spec.hidden_size
         return router + copies * expert * self.item
 
     def kept(self, layers: int) -> float:
-        """What `layers` layers of a model chunk keep of one micro-batch."""
+        """Return what `layers` layers of a model chunk keep of one micro-batch."""
         if self.recompute == "full":
-            return layers * self.hidden
+            return layers * self.hidden  # their inputs
         received = self.hidden if self.style == "local" and self.dtype == "bfloat16" else 0.0
         return layers * (self.layer() - self._again()) + received
 
     def _again(self) -> float:
-        """What a layer would keep, and its backward pass computes again."""
+        """What a layer would keep, but its backward pass computes again."""
         if self.recompute == "full":
             return self.layer() - self.hidden  # its input is kept
         if self.recompute == "selective":
@@ -144,9 +137,9 @@ class Activations:
         return 0.0
 
     def layer_backward(self) -> float:
-        """Beside what is kept, while the backward pass is in a layer.
+        """Return what comes on top while the backward pass is in a layer.
 
-        Gradients, and the layer computed again.
+        Gradients, and what of the layer is computed again.
         """
         spec, S, tp = self.spec, self.positions, self.layout.tp
         if spec.num_experts:
@@ -157,16 +150,13 @@ class Activations:
         else:
             gradients = 2 * S * spec.ffn_size / tp * self.item
             rows = 2 * spec.ffn_size / tp
-        weight = (
-            max(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp)
-            * spec.hidden_size
-            * self.item
-        )
+        qkv_rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp
+        weight = max(rows, qkv_rows) * spec.hidden_size * self.item  # the largest one's gradient
         gathered = S * spec.hidden_size * self.item if self.sequence_parallel else 0.0
         return 2 * self.hidden + gradients + weight + gathered + self._again()
 
     def head_backward(self) -> float:
-        """On the last stage at the start of a backward pass.
+        """Return what the last stage has at the start of a backward pass.
 
         Final norm, head input, logits, the head's gradient.
         """
@@ -178,29 +168,27 @@ class Activations:
         tokens = self.responses * spec.hidden_size * self.item
         chunk, chunks = self._chunk(rows)
         weight = rows * spec.hidden_size
-        low = self.dtype == "bfloat16"
         entropy = 4 * chunk * self.entropy
-        first = (
-            max(14 * chunk + entropy, 10 * chunk + 2 * weight)
-            if low
-            else 12 * chunk + entropy + 4 * weight
-        )
+        # Of bf16 the fuller of two moments: with all copies of the logits, or with the gradient.
+        if self.dtype == "bfloat16":
+            first = max(14 * chunk + entropy, 10 * chunk + 2 * weight)
+        else:
+            first = 12 * chunk + entropy + 4 * weight
         later = 16 * chunk + entropy if chunks > 1 else 0
         return final + 2 * tokens + 4 * weight + max(first, later)
 
     def forward_only(self) -> float:
-        """A layer at its widest, without a backward pass."""
-        spec, S = self.spec, self.positions
-        q, g = (
-            heads * spec.head_dim / self.layout.tp for heads in (spec.num_heads, spec.num_kv_heads)
-        )
-        attention = 3 * S * (q + g) * self.item
+        """Return a layer at its widest, without a backward pass."""
+        spec, S, tp = self.spec, self.positions, self.layout.tp
+        heads = spec.num_heads + spec.num_kv_heads
+        attention = 3 * S * heads * spec.head_dim / tp * self.item
         if spec.num_experts:
             copies = self.sharded * spec.experts_per_token
             at_once = copies if self.style == "te" else self._busiest(copies)
             mlp = (3 * copies * spec.hidden_size + 5 * at_once * spec.moe_ffn_size) * self.item
         else:
-            mlp = (3 if self.style == "te" else 5) * S * spec.ffn_size / self.layout.tp * self.item
+            tensors = 3 if self.style == "te" else 5
+            mlp = tensors * S * spec.ffn_size / tp * self.item
         return 4 * self.hidden + max(attention, mlp)
 
     def _busiest(self, copies: float) -> float:
@@ -208,31 +196,28 @@ class Activations:
         return min(copies, BUSIEST_EXPERT * copies * self.layout.ep / self.spec.num_experts)
 
     def head_forward(self) -> float:
-        """The head without a backward pass: its input, and logits twice in fp32."""
-        spec = self.spec
-        whole = (
-            self.positions * spec.hidden_size * (4 + self.item if self.dtype == "bfloat16" else 4)
-        )
+        """Return the head without a backward pass: its input, and logits in fp32."""
+        spec, low = self.spec, self.dtype == "bfloat16"
+        norm = self.positions * spec.hidden_size * (4 + self.item if low else 4)
         if self.head == "value":
-            return 2 * whole
+            return 2 * norm
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
         chunk, chunks = self._chunk(rows)
-        return (
-            whole
-            + self.responses * spec.hidden_size * self.item
-            + (8 if chunks == 1 else 14 if self.item == 2 else 12) * chunk
-        )
+        bytes_of_logit = 8  # two fp32 copies
+        if chunks > 1:
+            bytes_of_logit = 14 if low else 12
+        return norm + self.responses * spec.hidden_size * self.item + bytes_of_logit * chunk
 
     def _chunk(self, rows: int) -> tuple[int, int]:
         """Elements of a chunk of logits, and chunks, as `rlhf3d.engine.logprobs` cuts them."""
         platform = CUDAPlatform if self.style == "te" else CPUPlatform
         size = max(1, min(platform.head_chunk_elements // rows, self.responses))
-        return size * rows, -(-self.responses // size)
+        return size * rows, ceil_div(self.responses, size)
 
     def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:
-        """The most that exists at once in an update on pipeline stage `pp`.
+        """Return the most that exists at once in an update on pipeline stage `pp`.
 
-        `layers_of_chunk` of each of its chunks.
+        Each of its chunks has `layers_of_chunk` layers.
         """
         layout = self.layout
         last = pp == layout.pp - 1
@@ -241,7 +226,8 @@ class Activations:
         top = max(self.layer_backward(), self.head_backward() if last else 0.0)
         messages = self.hidden if layout.pp > 1 else 0.0
         peak = flying * kept + top
-        if pp == 0:  # when the last layer is done, the gradient of the embedding
+        if pp == 0:
+            # When the last layer is done, the gradient of the embedding is made.
             rows = padded_vocab_size(self.spec, layout) // layout.tp
             peak = max(
                 peak, (flying - 1) * kept + self.hidden + rows * self.spec.hidden_size * self.item
@@ -249,23 +235,22 @@ class Activations:
         return peak + messages + self.columns(micro_batches if last else 1)
 
     def forward_peak(self, pp: int, micro_batches: int) -> float:
-        """The most that exists at once in a pass without gradients."""
+        """Return the most that exists at once in a pass without gradients."""
         last = pp == self.layout.pp - 1
         messages = 0.0 if last else self.hidden
         top = max(self.forward_only(), self.head_forward() if last else 0.0)
         return top + messages + self.columns(micro_batches if last else 1)
 
     def columns(self, micro_batches: int) -> float:
-        """Token ids and positions of a micro-batch, and the loss's columns of a mini-batch."""
+        """Return ids and positions of a micro-batch, and the loss's columns of a mini-batch."""
         return 16 * self.positions + 4 * BATCH_COLUMNS * self.micro.responses * micro_batches
 
 
 def in_flight(layout: ParallelLayout, pp: int, micro_batches: int) -> int:
-    """Forward passes of model chunks that wait for their backward pass on pipeline stage `pp`, at
-    most.
+    """Return how many forward passes wait for their backward pass on pipeline stage `pp`, at most.
 
-    1F1B: one more than the stages behind it. Interleaved, in chunks: Megatron's warm-up 2 (pp -
-    stage - 1) + (vpp - 1) pp, and the one being computed (arXiv 2104.04473).
+    1F1B: one more than the stages behind it. Interleaved, in chunks: Megatron's warm-up
+    2 (pp - stage - 1) + (vpp - 1) pp, and the one being computed (arXiv 2104.04473).
     """
     behind = layout.pp - pp - 1
     if layout.vpp == 1:

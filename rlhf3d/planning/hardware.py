@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_type_hints
 
 from rlhf3d.config.load import coerce, read_sections
+from rlhf3d.units import ceil_div
 
 NOT_IN_FILES = frozenset({"name", "measured_here"})
 """Fields that an entry of a hardware file has not: its key, and what comes from elsewhere."""
@@ -76,9 +77,10 @@ class Hardware:
         return self.flops[dtype] * self.matmul_efficiency
 
     def product_flops(self, rows: float, inner: float, columns: float) -> float:
-        """Operations of a [rows, inner] x [inner, columns] product, small ones counted as what they
-        cost: tiles at the edges and the filling of pipelines take as long as `matmul_half` more of
-        each side.
+        """Return the operations of a [rows, inner] x [inner, columns] product.
+
+        Small ones count as what they cost: tiles at the edges and the filling of pipelines take as
+        long as `matmul_half` more of each side.
         """
         small = self.matmul_half * (1 / max(rows, 1.0) + 1 / inner + 1 / columns)
         return 2 * rows * inner * columns * (1 + small)
@@ -95,7 +97,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many devices of one kind."""
+    """Devices of one kind."""
 
     hardware: Hardware
     devices: int
@@ -104,7 +106,7 @@ class Cluster:
     @property
     def nodes(self) -> int:
         """Nodes these devices take."""
-        return -(-self.devices // self.devices_per_node)
+        return ceil_div(self.devices, self.devices_per_node)
 
     def inside(self, ranks: int, stride: int = 1) -> bool:
         """Whether a group of `ranks` whose numbers are `stride` apart is on one node."""
@@ -117,30 +119,26 @@ class Cluster:
 
     def latency_s(self, ranks: int, stride: int = 1) -> float:
         """Of a collective or message in such a group."""
-        return (
-            self.hardware.latency_s
-            if self.inside(ranks, stride)
-            else self.hardware.network_latency_s
-        )
+        if self.inside(ranks, stride):
+            return self.hardware.latency_s
+        return self.hardware.network_latency_s
 
     def exchange_s(self, ranks: int, size: float) -> float:
         """An all-to-all of `size` bytes a rank, equal parts to each.
 
         Those to other nodes go over the network meanwhile.
         """
-        hardware, near = self.hardware, ranks if self.inside(ranks) else self.devices_per_node
-        link, network = (
-            gbs * 1e9 * hardware.exchange_efficiency
-            for gbs in (hardware.link_gbs, hardware.network_gbs)
-        )
-        return max(
-            size * (near - 1) / ranks / link, size * (ranks - near) / ranks / network
-        ) + self.latency_s(ranks)
+        hardware = self.hardware
+        near = ranks if self.inside(ranks) else self.devices_per_node
+        link = hardware.link_gbs * 1e9 * hardware.exchange_efficiency
+        network = hardware.network_gbs * 1e9 * hardware.exchange_efficiency
+        inside_s = size * (near - 1) / ranks / link
+        outside_s = size * (ranks - near) / ranks / network
+        return max(inside_s, outside_s) + self.latency_s(ranks)
 
     def __str__(self) -> str:
-        return f"{self.devices} x {self.hardware.name}" + (
-            f" on {self.nodes} nodes" if self.nodes > 1 else ""
-        )
+        nodes = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.devices} x {self.hardware.name}{nodes}"
 
 
 def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:

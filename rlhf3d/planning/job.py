@@ -21,6 +21,7 @@ from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.activations import Activations, Micro
 from rlhf3d.planning.hardware import Cluster
+from rlhf3d.units import ceil_div
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Lengths:
     prompt: float
     response: float
     padded: float | None = None
-    """Positions of a sequence in a padded micro-batch; None for what the order of lengths
-    leaves."""
+    """Positions of a sequence in a padded micro-batch; None: by the order of lengths."""
 
     @property
     def total(self) -> float:
@@ -78,10 +78,9 @@ class Devices(NamedTuple):
 
 
 def _shared_devices(groups: list[WorkerGroup], first: int, with_engine: int) -> list[Devices]:
-    """The devices from number `first` on that these groups share; all have a rank of the first
-    group.
+    """The devices from number `first` on that these groups share.
 
-    `with_engine` of them have an engine's rank.
+    All have a rank of the first group, `with_engine` of them an engine's rank.
     """
     total = groups[0].layout.world_size
     # Where a stage of any group ends, or the engines do, other ranks follow.
@@ -171,11 +170,11 @@ class Job:
             positions = rule.tokens // rule.multiple_of * rule.multiple_of
             rows = max(1, positions // width)
             positions = positions if rule.packed else rows * width
-        responses = min(positions, -(-positions * response // (prompt + response)))
+        responses = min(positions, ceil_div(positions * response, prompt + response))
         return Micro(positions, positions if rule.packed else width, responses)
 
     def micro_batches(self, model: Model) -> int:
-        """Passes of one data-parallel rank an optimizer step.
+        """Return the passes of one data-parallel rank per optimizer step.
 
         With a token budget, for the mean lengths.
         """
@@ -185,7 +184,7 @@ class Job:
         assert plan.micro_batching.tokens is not None
         tokens = plan.sequences_per_mini_batch / model.layout.dp * self.lengths.total
         least = model.layout.pp if model.layout.vpp > 1 else 1
-        return max(least, -(-int(tokens) // plan.micro_batching.tokens))
+        return max(least, ceil_div(int(tokens), plan.micro_batching.tokens))
 
     def activations(self, model: Model, micro: Micro) -> Activations:
         """The passes of a model over a micro-batch."""
@@ -232,10 +231,7 @@ def make_job(
 
 
 def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
-    """How a model's passes are cut.
-
-    Of one that is not trained, as if they were those of an update.
-    """
+    """How a model's passes are cut; if it is not trained, as if they were those of an update."""
     if role == "critic":
         assert derived.critic is not None
         return derived.critic

@@ -21,7 +21,7 @@ is):
     memory_gib           torch.cuda.get_device_properties(0).total_memory / 2**30
     process_gib          NVML's memory of a training process that has built its groups and done one
                          step, less torch's max_memory_allocated
-    engine_context_gib   NVML's memory of an engine process just before vLLM's first snapshot, one rank
+    engine_context_gib   NVML's memory of an engine's one process just before vLLM's first snapshot
     engine_comm_gib      what a second rank adds to that
     matmul_efficiency    of the dense peak, by a decoder layer's forward pass at 4,096 tokens
     memory_efficiency    of memory_gbs, by decoding steps with one sequence
@@ -30,7 +30,7 @@ is):
     latency_s            of an all-reduce of 8 bytes in a node
     network_latency_s    and between nodes
     host_gbs             pinned host memory to the device and back, 1e9 bytes a second
-    sync_gbs             of a weight sync: the engine's bytes over its seconds, less sync_bucket_s a bucket
+    sync_gbs             of a weight sync: the engine's bytes over its seconds less those of buckets
     sync_bucket_s        seconds of a sync of empty buckets, a bucket
     rest_s               an engine's sleep and wake-up
     layer_overhead_s     host seconds of a decoder layer's forward pass (of one token)

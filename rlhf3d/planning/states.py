@@ -73,8 +73,7 @@ def chunk_sizes(
     head: Head,
     style: SpecStyle = "local",
 ) -> Sizes:
-    """Of a chunk on the ranks of one pipeline stage: tensor, data and expert ranks all hold as
-    many.
+    """Return the sizes of a model chunk on any rank of one pipeline stage: they are all the same.
 
     Which layers they are does not matter, nor how many stages and replicas there are: the table is
     asked for the same piece of the smallest model that has one, so that a search asks it a few

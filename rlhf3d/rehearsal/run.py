@@ -100,8 +100,7 @@ class _Shapes(NamedTuple):
 
 
 def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
-    """From the models' folders, those of the same names in `shipped`, and of the policy from
-    `own`."""
+    """From the models' folders or those of the same names in `shipped`; the policy's from `own`."""
     path = Path(config.model.path)
     folders = [path, shipped / path.name]
     model = read_shape("model.path", folders if own is None else [own, *folders])
@@ -112,8 +111,7 @@ def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
 
 
 def _check_job(config: Config, shapes: _Shapes) -> None:
-    """Raise ConfigError for layouts that the job's models do not allow, and files that are
-    missing."""
+    """Raise ConfigError for layouts that the models do not allow, and files that are missing."""
     reward_spec = None
     if shapes.reward is not None:
         reward_spec = parse_config(shapes.reward.config, str(config.reward_model.path))

@@ -139,8 +139,7 @@ def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]
 def shrink_model(
     config: Mapping[str, Any], tensor_parallel: Sequence[int], expert_parallel: int, layers: int
 ) -> dict:
-    """Return the miniature's `config.json`, for these tensor-parallel sizes (training's and
-    vLLM's).
+    """Return the miniature's `config.json`, for the tensor-parallel sizes of training and of vLLM.
 
     Heads, KV heads and the vocabulary keep their remainders by each of the sizes; queries a KV head
     stay.

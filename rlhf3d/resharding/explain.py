@@ -46,7 +46,7 @@ class RankBytes:
     bound: int
     """The least any plan can let this device receive for this rank."""
     full_gather: int
-    """What a rank receives that gathers every tensor whole: (n - 1) / n of the model over n model
+    """What a rank receives that gathers every tensor completely: (n - 1) / n of the model over n model
     shards.
     """
     senders: int
@@ -60,7 +60,7 @@ class Explanation:
     """A plan in numbers."""
 
     model_bytes: int
-    """The whole policy in the engines' dtype."""
+    """The complete policy in the engines' dtype."""
     formula_bytes: int | None
     """HybridFlow's bound (arXiv 2409.19256, Table 2): (tp - g) / (tp g) of the model.
 
@@ -111,13 +111,15 @@ def explain(setup: SyncSetup) -> Explanation:
                 buckets=len(setup.buckets(dst)),
             )
         )  # fmt: skip
+    buckets: list[int] = []
+    for place in plan.destinations:
+        buckets += [bucket.num_bytes for bucket in setup.buckets(place.number)]
     engine = setup.tensor_parallel_size
     nested = setup.colocated and setup.layout.tp % engine == 0
     return Explanation(
         model_bytes=model,
         formula_bytes=model * (shards - engine) // (shards * engine) if nested else None,
-        buffer_bytes=SLOTS
-        * max(b.num_bytes for d in plan.destinations for b in setup.buckets(d.number)),
+        buffer_bytes=SLOTS * max(buckets),
         ranks=tuple(ranks),
         sent=tuple(elements * size for elements in traffic.sent),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 from rlhf3d.models.spec import ModelSpec
 
 COPY_PASSES = 15
+"""Reads and writes of hidden states per copy of a token; see `expert_bytes`."""
 ACTIVATION_PASSES = 8
+"""And of activations between the experts' products."""
 
 
 def layer_weights(spec: ModelSpec) -> int:
@@ -29,8 +31,9 @@ def mlp_flops(spec: ModelSpec, positions: float) -> float:
 
 
 def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:
-    """One layer's forward pass over `positions` tokens that each attend to `context` others on
-    average.
+    """Return one layer's forward pass over `positions` tokens.
+
+    Each attends to `context` others on average.
     """
     attention = 4 * spec.num_heads * spec.head_dim * context
     return positions * (2 * layer_weights(spec) + attention)

@@ -234,8 +234,7 @@ class Search:
         return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
 
     def _training_peak(self, job: Job) -> int:
-        """Bytes of the fullest training device with its margin, without an engine that stays
-        awake."""
+        """Bytes of the fullest training device with its margin, without an engine that is awake."""
         sleeps = job.config.rollout.sleep and job.colocated
         most = 0
         for rank in training_memory(job, engine_memory(job), ends=True):
