@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf3d.evaluation.metrics import interval
+from rlhf3d.experience.accuracy import interval
 from rlhf3d.tokenizer.load import load_tokenizer
 
 sys.path.append(str(Path(__file__).parent / "data"))

@@ -15,18 +15,18 @@ def group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
     return x.new_zeros(len(ids)).index_add(0, index, x)[index]
 
 
-def groups_with_signal(values: Tensor, counted: Tensor, n: int) -> Tensor:
-    """[G] whether a group's values differ: equal ones give every group estimator advantages of 0.
+def groups_with_signal(values: Tensor, counted: Tensor, group_ids: Tensor) -> Tensor:
+    """[G] whether a group's values differ, by ascending group id.
 
-    `values` [G * n], the n of a group side by side; `counted` [G * n] False for empty responses.
-    DAPO's dynamic sampling (arXiv 2503.14476, eq. 11: 0 < number correct < n) keeps the groups with
-    signal.
+    Equal values give every group estimator advantages of 0: DAPO's dynamic sampling (arXiv
+    2503.14476, eq. 11: 0 < number correct < n) keeps the groups with signal. `values` [N], `counted`
+    [N] False for empty responses, `group_ids` [N] as in `AdvantageInputs`.
     """
-    assert values.shape == counted.shape and len(values) % n == 0, (
-        f"{tuple(values.shape)} in groups of {n}"
-    )
-    inside = counted.bool().view(-1, n)
-    grouped = values.double().view(-1, n)
-    highest = grouped.masked_fill(~inside, -torch.inf).amax(1)
-    lowest = grouped.masked_fill(~inside, torch.inf).amin(1)
+    assert values.shape == counted.shape == group_ids.shape
+    ids, index = torch.unique(group_ids, return_inverse=True)
+    inside = counted.bool()
+    index, values = index[inside], values[inside].double()
+    nothing = torch.full((len(ids),), torch.inf, dtype=torch.float64)
+    highest = (-nothing).scatter_reduce(0, index, values, "amax")
+    lowest = nothing.scatter_reduce(0, index, values, "amin")
     return highest > lowest

@@ -17,7 +17,7 @@ from rlhf3d.paths import check_output
 
 if TYPE_CHECKING:
     from rlhf3d.config.schema import RolloutConfig
-    from rlhf3d.evaluation.run import EvaluationSettings
+    from rlhf3d.evaluation.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def evaluate(
     was interrupted; every generation is a line of OUTPUT/generations.jsonl.
     """
     from rlhf3d.evaluation.engine import engine_maker
+    from rlhf3d.evaluation.model import find_model
     from rlhf3d.evaluation.run import evaluate as run
-    from rlhf3d.evaluation.run import find_model
     from rlhf3d.evaluation.view import results_view
 
     engines.check(context)
@@ -190,7 +190,7 @@ def evaluate(
 
 
 def _settings(sampling: Sampling, scoring: Scoring) -> EvaluationSettings:
-    from rlhf3d.evaluation.run import EvaluationSettings
+    from rlhf3d.evaluation.settings import EvaluationSettings
 
     return EvaluationSettings(
         greedy=sampling.greedy,

@@ -15,7 +15,7 @@ from rlhf3d.options import Overrides
 from rlhf3d.terminal import tell
 
 if TYPE_CHECKING:
-    from rlhf3d.trainer.stopping import Stopping
+    from rlhf3d.trainer.preemption import PreemptionHandler
 
 
 def train(
@@ -23,12 +23,12 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train: check the configuration and this machine, then run the loop."""
-    from rlhf3d.trainer.stopping import PREEMPTED, Preempted, Stopping
+    from rlhf3d.trainer.preemption import PREEMPTED, Preempted, PreemptionHandler
 
-    stopping = Stopping.of_this_process()
-    with stopping.handling_signals():  # before anything that takes long, imports among it
+    preemption = PreemptionHandler.of_this_process()
+    with preemption.handling_signals():  # before anything that takes long, imports among it
         try:
-            code = _train(config, overrides or [], stopping)
+            code = _train(config, overrides or [], preemption)
         except Preempted:
             tell("stopped by a signal before the first step: the same command begins again")
             code = PREEMPTED
@@ -40,16 +40,16 @@ def train(
             tell(f"the run failed: code that it called ended the process with {error.code!r}")
             code = 1
         except RuntimeError as error:
-            if stopping.signal is None or not raised_by_us(error):
+            if preemption.signal is None or not raised_by_us(error):
                 raise
             # The signal may have ended others too: workers of a cluster, or what the step was
             # waiting for.
-            tell(f"{error}\n{stopping.signal} had come before: the same command continues")
+            tell(f"{error}\n{preemption.signal} had come before: the same command continues")
             code = PREEMPTED
     raise typer.Exit(code)
 
 
-def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
+def _train(config: Path, overrides: list[str], preemption: PreemptionHandler) -> int:
     from rlhf3d.config.load import ConfigError
     from rlhf3d.config.resolve import load_run
     from rlhf3d.planning.view import show_memory
@@ -60,4 +60,4 @@ def _train(config: Path, overrides: list[str], stopping: Stopping) -> int:
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
     from rlhf3d.trainer.run import run_training
 
-    return run_training(loaded, stopping)
+    return run_training(loaded, preemption)

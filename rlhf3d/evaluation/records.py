@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf3d.evaluation.metrics import Answers, summarise
+from rlhf3d.experience.accuracy import Answers, summarise
 from rlhf3d.rewards.math_answer import normalise
 
 GENERATIONS_FILE = "generations.jsonl"

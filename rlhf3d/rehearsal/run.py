@@ -30,7 +30,7 @@ from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 from rlhf3d.observability.samples import read_samples, samples_path
 from rlhf3d.rehearsal.miniature import STAND_IN_ROWS, Shape, read_shape, write_model, write_prompts
 from rlhf3d.rehearsal.shrink import STEPS, Shrunk, shrink_config
-from rlhf3d.trainer.stopping import PREEMPTED, SIGNALS
+from rlhf3d.trainer.preemption import PREEMPTED, SIGNALS
 
 NOT_COMPARED = ("timing_s/", "perf/", "sync/", "checkpoint/")
 """Metrics of seconds, bytes and memory."""

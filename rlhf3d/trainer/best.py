@@ -1,6 +1,8 @@
 """The best validation so far, and the figure by which checkpoints are kept.
 
-Invariant: higher is better, one metric a run, chosen at the first validation and kept over resumes.
+Invariant: higher is better; a run has one such metric, chosen at the first validation and kept when
+it is resumed.
+Runs in: driver.
 """
 
 from __future__ import annotations
@@ -10,31 +12,33 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Best:
+class BestTracker:
     """Follows one metric."""
 
     def __init__(self, name: str | None) -> None:
         """`name`: trainer.best_metric; None for the first val-core/…/acc/… there is."""
-        self.name, self._wanted = name, name
-        self.value, self.step = -math.inf, 0
+        self.name = self._wanted = name
+        self.value = -math.inf
+        self.step = 0
+        """At which `value` was measured; 0 also before the first validation."""
 
-    def see(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A validation's figures; ValueError where a metric was asked for that it does not have."""
-        accuracies = [name for name in metrics if name.startswith("val-core/") and "/acc/" in name]
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a validation's metrics; ValueError where they lack the metric that was asked for."""
         if self.name is None:
-            self.name = next(iter(accuracies), None)
+            self.name = next(filter(_is_accuracy, metrics), None)
         elif self._wanted is not None and self.name not in metrics:
             raise ValueError(
                 f"trainer.best_metric = {self.name}: validation has {', '.join(sorted(metrics))}"
             )
-        value = metrics.get(self.name, math.nan) if self.name else math.nan
-        if value > self.value:
-            self.value, self.step = value, step
+        for value in self.of(metrics).values():
+            if value > self.value:
+                self.value, self.step = value, step
 
     def of(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metric among a step's figures, by name; empty where the step was not validated."""
-        value = metrics.get(self.name, math.nan) if self.name else math.nan
-        return {self.name: value} if self.name and math.isfinite(value) else {}
+        """The metric among a step's, by name; empty where the step was not validated."""
+        if self.name is None or not math.isfinite(metrics.get(self.name, math.nan)):
+            return {}
+        return {self.name: metrics[self.name]}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep, as JSON."""
@@ -44,3 +48,7 @@ class Best:
         """Continue from `state_dict()`, unless another metric is asked for."""
         if self._wanted in (None, state["name"]) and state["value"] is not None:
             self.name, self.value, self.step = state["name"], state["value"], state["step"]
+
+
+def _is_accuracy(name: str) -> bool:
+    return name.startswith("val-core/") and "/acc/" in name

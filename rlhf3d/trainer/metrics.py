@@ -1,6 +1,7 @@
 """The figures of a step, by verl's names where it has them.
 
-Invariant: they depend on the step's rows only, not on how the rows were cut into micro-batches or over ranks.
+Invariant: they depend on the step's rows only, not on how the rows were cut into micro-batches or
+over ranks. Pure.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.health import explained_variance, logprob_mismatch
 from rlhf3d.batching.batch import Batch
+from rlhf3d.experience.scored import Experience
 from rlhf3d.rewards.reward_model import PART
 from rlhf3d.rewards.score import Outcome, Score
-from rlhf3d.trainer.experience import Experience, Scored
 
 MISMATCH = {
     "training/rollout_probs_diff_mean": "prob_diff_mean",
@@ -38,34 +39,36 @@ def _spread(name: str, values: Tensor) -> dict[str, float]:
 
 
 def rollout_metrics(
-    scored: Scored, n: int, overlong: bool, max_response_length: int
+    experience: Experience, overlong: bool, max_response_length: int
 ) -> dict[str, float]:
-    """Figures of what was generated and what it is worth; `overlong`: with those of the overlong penalty."""
-    metrics = score_metrics(scored, n) | length_metrics(scored.experience, max_response_length)
+    """What was generated and what it is worth; `overlong`: with the figures of the penalty."""
+    metrics = score_metrics(experience) | length_metrics(experience, max_response_length)
     if overlong:
-        penalty = scored.rewards - torch.tensor([s.value for s in scored.scores])
+        penalty = experience.rewards - experience.metric("score")
         metrics["reward/overlong_penalty/mean"] = penalty.mean().item()
         metrics["reward/overlong_share"] = (penalty < 0).float().mean().item()
-    if scored.greedy_rewards is not None:
-        metrics["reward/greedy_baseline/mean"] = scored.greedy_rewards.mean().item()
+    greedy = [row.greedy_reward for row in experience.rows if row.greedy_reward is not None]
+    if greedy:
+        metrics["reward/greedy_baseline/mean"] = torch.tensor(greedy).mean().item()
     return metrics
 
 
-def score_metrics(scored: Scored, n: int) -> dict[str, float]:
-    """Score statistics, the count of each outcome, and the share of prompts whose completions differ in reward."""
-    outcomes = Counter(s.outcome for s in scored.scores)
-    metrics = _spread("critic/score", scored.rewards[scored.written])
+def score_metrics(experience: Experience) -> dict[str, float]:
+    """Scores, the count of each outcome, and the share of groups whose rows differ in reward."""
+    scores = [row.score for row in experience.rows]
+    outcomes = Counter(score.outcome for score in scores)
+    metrics = _spread("critic/score", experience.rewards[experience.written])
     for outcome in Outcome:
         metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
-    metrics |= reward_model_metrics(scored.scores)
-    if n > 1:
-        signal = groups_with_signal(scored.rewards, scored.written, n)
+    metrics |= reward_model_metrics(scores)
+    signal = groups_with_signal(experience.rewards, experience.written, experience.group_ids)
+    if len(signal) < len(scores):  # groups of one never differ
         metrics["reward/mixed_groups_share"] = signal.float().mean().item()
     return metrics
 
 
 def reward_model_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """What the reward model said, and how many of its inputs were cut; empty without one."""
+    """The reward model's scores, and how many of its inputs were cut; empty without one."""
     said = [score.extra for score in scores if PART in score.extra]
     if not said:
         return {}
@@ -78,13 +81,14 @@ def reward_model_metrics(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def length_metrics(experience: Experience, max_response_length: int) -> dict[str, float]:
-    """Token counts, shares of responses as long as allowed, of those cut off there, of empty ones.
+    """Token counts, and shares of responses as long as allowed, cut off there, or empty.
 
     A response whose end token is the last one allowed is as long as allowed and not cut off.
     """
-    lengths = torch.tensor([float(len(c.token_ids)) for c in experience.completions])
-    prompts = torch.tensor([float(len(p.prompt_ids)) for p in experience.prompts])
-    cut_off = sum(c.finish_reason == "length" for c in experience.completions)
+    trajectories = [row.trajectory for row in experience.rows]
+    lengths = experience.lengths.float()
+    prompts = torch.tensor([float(len(t.prompt.prompt_ids)) for t in trajectories])
+    cut_off = sum(t.finish_reason == "length" for t in trajectories)
     return {
         **_spread("response_length", lengths),
         "response_length/clip_ratio": (lengths == max_response_length).float().mean().item(),
@@ -97,7 +101,7 @@ def length_metrics(experience: Experience, max_response_length: int) -> dict[str
 
 
 def training_metrics(batch: Batch) -> dict[str, float]:
-    """Reward, advantage, return and value statistics, and how far engine and trainer disagree on the samples."""
+    """Rewards, advantages, returns, values, and how far engine and trainer disagree."""
     mask = batch["response_mask"].bool()
     metrics = {
         **_spread("critic/rewards", batch["token_level_rewards"].sum(-1)[mask.any(-1)]),
@@ -106,19 +110,16 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     }
     if "values" in batch:
         metrics |= _spread("critic/values", batch["values"][mask])
-        metrics["critic/vf_explained_var"] = explained_variance(
-            batch["values"], batch["returns"], mask
-        )
-    if (
-        batch["old_logprobs"] is batch["rollout_logprobs"]
-    ):  # two policies: the trainer's were not computed
-        return metrics
+        explained = explained_variance(batch["values"], batch["returns"], mask)
+        metrics["critic/vf_explained_var"] = explained
+    if batch["old_logprobs"] is batch["rollout_logprobs"]:
+        return metrics  # bypass mode: the trainer's own log-probs were not computed
     mismatch = logprob_mismatch(batch["rollout_logprobs"], batch["old_logprobs"], mask)
     return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}
 
 
 def throughput_metrics(metrics: dict[str, float], devices: int) -> dict[str, float]:
-    """Tokens a second of a step: of all phases together (per device, as in verl), and of generation alone.
+    """Tokens a second: of the complete step (per device, as in verl), and of generation alone.
 
     Generation counts what dynamic sampling left out as well.
     """

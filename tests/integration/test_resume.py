@@ -18,7 +18,7 @@ import pytest
 from integration.test_learning import MARK, MARKED, left_behind, read_rows, train, write_job
 
 from rlhf3d.checkpoints.manifest import read_manifest
-from rlhf3d.trainer.stopping import SAME_SIGNAL_S
+from rlhf3d.trainer.preemption import SAME_SIGNAL_S
 
 STEPS, SAVED = 6, 3
 

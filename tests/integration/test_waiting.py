@@ -132,7 +132,7 @@ import psutil, ray
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import ray_cluster
 from rlhf3d.placement.waiting import WorkerFailure, gather
-from rlhf3d.trainer.stopping import Preempted, Stopping
+from rlhf3d.trainer.preemption import Preempted, PreemptionHandler
 
 @ray.remote
 class Worker:
@@ -146,7 +146,7 @@ def act():
     else:
         next(child for child in psutil.Process().children() if child.name() == sys.argv[1]).kill()
 
-stopping = Stopping(None, 0.0)
+stopping = PreemptionHandler(None, 0.0)
 try:
     with stopping.handling_signals(), ray_cluster(ClusterConfig(), 1, stopping.handle):
         call = Worker.remote().hang.remote()

@@ -167,7 +167,7 @@ def test_a_lone_response_has_no_advantage(name: str) -> None:
     assert advantages[0].tolist() == [0.0, 0.0, 0.0] and advantages[2, 0] > 0
     written = inputs.response_mask.bool().any(-1)
     scores = torch.tensor([0.7, 9.0, 1.0, 0.0])
-    assert groups_with_signal(scores, written, 2).tolist() == [False, True]
+    assert groups_with_signal(scores, written, inputs.group_ids).tolist() == [False, True]
 
 
 def test_opo_weights_the_baseline_by_length() -> None:

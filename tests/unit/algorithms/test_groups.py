@@ -13,14 +13,19 @@ from rlhf3d.algorithms.rewards import overlong_penalty, token_level_rewards
 def test_equal_values_carry_no_signal() -> None:
     values = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 0.5])
     counted = torch.tensor([1, 1, 1, 1, 1, 1, 1, 1])
-    assert groups_with_signal(values, counted, 2).tolist() == [False, False, True, False]
+    ids = torch.tensor([9, 9, 7, 7, 8, 8, 6, 6])
+    assert groups_with_signal(values, counted, ids).tolist() == [False, False, True, False]
+    shuffled = torch.tensor([3, 6, 0, 5, 7, 2, 4, 1])
+    signal = groups_with_signal(values[shuffled], counted, ids[shuffled])
+    assert signal.tolist() == [False, False, True, False], "by id, wherever the rows stand"
 
 
 def test_an_empty_response_is_no_signal() -> None:
     """The only 0 of the group was never written; an all-empty group has none either."""
     values = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     counted = torch.tensor([1, 1, 0, 0, 0, 0])
-    assert groups_with_signal(values, counted, 3).tolist() == [False, False]
+    ids = torch.arange(6) // 3
+    assert groups_with_signal(values, counted, ids).tolist() == [False, False]
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo"])
@@ -36,7 +41,7 @@ def test_signal_is_what_makes_advantages(name: str) -> None:
     learns = (advantages.view(4, -1).abs() > 0).any(-1)
     assert (
         learns.tolist()
-        == groups_with_signal(scores, mask.any(-1), 2).tolist()
+        == groups_with_signal(scores, mask.any(-1), inputs.group_ids).tolist()
         == [False, True, False, False]
     )
 

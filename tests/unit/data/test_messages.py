@@ -15,7 +15,7 @@ from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.messages import read_messages, without_nulls
 from rlhf3d.data.parquet import read_parquet, write_parquet
 from rlhf3d.data.rows import PromptRow
-from rlhf3d.rewards.items import score_item
+from rlhf3d.experience.collect import score_item
 from rlhf3d.rewards.parts import WeightedReward
 from rlhf3d.rewards.reward_model import model_inputs
 from rlhf3d.rewards.scorers import BuiltinReward

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.resharding.sync import CANARY_LIMIT
+from rlhf3d.trainer.canary import CANARY_LIMIT
 
 HIDDEN, VOCABULARY, LAYERS, TOKENS = 256, 4096, 12, 128
 Product = Callable[[Tensor, Tensor], Tensor]

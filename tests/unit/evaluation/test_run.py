@@ -13,8 +13,10 @@ from support.tiny_models import make_tiny_model
 
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
+from rlhf3d.evaluation.model import find_model, model_digest
 from rlhf3d.evaluation.records import Generation, read_generations, results
-from rlhf3d.evaluation.run import EvaluationSettings, evaluate, find_model, model_digest
+from rlhf3d.evaluation.run import evaluate
+from rlhf3d.evaluation.settings import EvaluationSettings
 from rlhf3d.evaluation.view import results_view
 from rlhf3d.rewards.score import RewardError
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, Stops

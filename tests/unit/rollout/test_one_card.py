@@ -14,7 +14,7 @@ import torch
 from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.engine.residence import EngineResidence
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, Platform
-from rlhf3d.trainer.run import start_models
+from rlhf3d.trainer.processes import start_models
 
 GIB = 1 << 30
 CARD_GIB, CONTEXT_GIB, WEIGHTS_GIB, PEAK_GIB, GRAPHS_GIB = 79.1, 0.8, 7.1, 1.2, 0.6
@@ -166,7 +166,7 @@ def start(platform: Platform, config: Config) -> tuple[Card, Engine, Trainer]:
     with pytest.MonkeyPatch.context() as patch:
         card.patch(patch)
         engine, groups = start_models(
-            config,
+            config.rollout,
             platform,
             lambda: Engine(card, config.rollout.gpu_memory_utilization),  # type: ignore[arg-type, return-value]
             {"actor": lambda: Trainer(card, config.rollout.sleep)},  # type: ignore[dict-item, return-value]

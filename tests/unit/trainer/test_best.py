@@ -6,16 +6,16 @@ import math
 
 import pytest
 
-from rlhf3d.trainer.best import Best
+from rlhf3d.trainer.best import BestTracker
 
 ACC = "val-core/gsm8k/acc/greedy"
 
 
 def test_follows_the_first_accuracy() -> None:
-    best = Best(None)
+    best = BestTracker(None)
     assert best.of({ACC: 0.5}) == {}
     for step, value in ((0, 0.3), (2, 0.7), (4, 0.5)):
-        best.see(step, {"val-core/gsm8k/count": 9, ACC: value, "val-core/math/acc/greedy": 1.0})
+        best.update(step, {"val-core/gsm8k/count": 9, ACC: value, "val-core/math/acc/greedy": 1.0})
     assert (best.name, best.value, best.step) == (ACC, 0.7, 2)
     assert (
         best.of({ACC: 0.5}) == {ACC: 0.5}
@@ -25,15 +25,15 @@ def test_follows_the_first_accuracy() -> None:
 
 
 def test_goes_on_after_a_resume_unless_another_is_asked_for() -> None:
-    best = Best(None)
-    best.see(2, {ACC: 0.7})
-    again, other = Best(None), Best("val-aux/reward")
+    best = BestTracker(None)
+    best.update(2, {ACC: 0.7})
+    again, other = BestTracker(None), BestTracker("val-aux/reward")
     for made in (again, other):
         made.load_state_dict(best.state_dict())
     assert (again.name, again.value, again.step) == (ACC, 0.7, 2)
     assert (other.name, other.value) == ("val-aux/reward", -math.inf)
-    fresh = Best(None)
-    fresh.load_state_dict(Best(None).state_dict())
+    fresh = BestTracker(None)
+    fresh.load_state_dict(BestTracker(None).state_dict())
     assert fresh.name is None
 
 
@@ -41,4 +41,4 @@ def test_a_metric_that_is_not_there() -> None:
     with pytest.raises(
         ValueError, match=r"trainer\.best_metric = acc: validation has val-core/gsm8k/acc/greedy"
     ):
-        Best("acc").see(1, {ACC: 0.5})
+        BestTracker("acc").update(1, {ACC: 0.5})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.experience import in_groups, row
 
 from rlhf3d.batching.batch import from_sequences
-from rlhf3d.data.loader import Prompt
+from rlhf3d.experience.scored import Experience
 from rlhf3d.rewards.score import Outcome, Score
-from rlhf3d.rollout.api import Completion
-from rlhf3d.trainer.experience import Experience, Scored
 from rlhf3d.trainer.metrics import (
     length_metrics,
     rollout_metrics,
@@ -19,22 +18,6 @@ from rlhf3d.trainer.metrics import (
 )
 
 
-def completion(tokens: int, reason: str = "stop") -> Completion:
-    return Completion(tuple(range(tokens)), (0.0,) * tokens, reason, 0)  # type: ignore[arg-type]
-
-
-def experience(completions: list[Completion], prompt_lengths: list[int]) -> Experience:
-    prompts = [
-        Prompt((1,) * length, "test", "", {}, i, "") for i, length in enumerate(prompt_lengths)
-    ]
-    return Experience(prompts, completions, [""] * len(completions))
-
-
-def scored(scores: list[Score]) -> Scored:
-    of_two = experience([completion(2) for _ in scores], [1] * len(scores))
-    return Scored(of_two, scores, torch.tensor([s.value for s in scores]))
-
-
 def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
     scores = [
         Score(1.0, Outcome.SCORED),
@@ -42,7 +25,7 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
         Score(0.0, Outcome.UNPARSABLE),
         Score(0.0, Outcome.ERROR),
     ]
-    metrics = score_metrics(scored(scores), n=2)
+    metrics = score_metrics(in_groups(scores, 2))
     assert metrics["critic/score/mean"] == 0.25
     assert metrics["reward/mixed_groups_share"] == 0.5
     counts = {outcome: metrics[f"reward/outcome/{outcome.value}"] for outcome in Outcome}
@@ -56,15 +39,13 @@ def test_score_metrics_count_outcomes_and_mixed_groups() -> None:
 
 def test_empty_responses_are_in_no_mean_of_scores() -> None:
     """Scores 1, 0 and, of nothing, 1: verl's mean leaves the last one out."""
-    rows = scored(
-        [Score(1.0, Outcome.SCORED), Score(0.0, Outcome.SCORED), Score(1.0, Outcome.SCORED)]
-    )
-    completions = [completion(2), completion(2), completion(0)]
-    with_empty = Scored(experience(completions, [1, 1, 1]), rows.scores, rows.rewards)
-    assert score_metrics(with_empty, n=1)["critic/score/mean"] == 0.5
+    rows = [row(1.0, 0), row(0.0, 1), row(1.0, 2, tokens=())]
+    metrics = score_metrics(Experience(rows))
+    assert metrics["critic/score/mean"] == 0.5
+    assert "reward/mixed_groups_share" not in metrics, "groups of one"
 
 
-def test_what_a_reward_model_said_is_told() -> None:
+def test_what_a_reward_model_said_is_reported() -> None:
     """Scores before normalisation and weight, of the completions it was asked about; the std is of these alone."""
     scores = [
         Score(9.0, Outcome.SCORED, {"reward_model": 1.0, "reward_model_cut": True}),
@@ -73,7 +54,9 @@ def test_what_a_reward_model_said_is_told() -> None:
         Score(9.0, Outcome.SCORED, {"reward_model": 5.0, "reward_model_cut": True}),
     ]
     metrics = {
-        k: v for k, v in score_metrics(scored(scores), n=1).items() if k.startswith("reward_model")
+        name: value
+        for name, value in score_metrics(in_groups(scores, 1)).items()
+        if name.startswith("reward_model")
     }
     assert metrics == {
         "reward_model/score/mean": 1.0,
@@ -86,8 +69,13 @@ def test_what_a_reward_model_said_is_told() -> None:
 
 def test_length_metrics() -> None:
     """Of 4, 4, 0 and 0 tokens the second was cut off; the first ended with its fourth token."""
-    rows = [completion(4), completion(4, "length"), completion(0), completion(0)]
-    metrics = length_metrics(experience(rows, [3, 5, 4, 6]), max_response_length=4)
+    rows = [
+        row(0, tokens=range(4), prompt_length=3),
+        row(0, tokens=range(4), prompt_length=5, finish="length"),
+        row(0, tokens=(), prompt_length=4),
+        row(0, tokens=(), prompt_length=6),
+    ]
+    metrics = length_metrics(Experience(rows), max_response_length=4)
     assert metrics["response_length/mean"] == 2 and metrics["response_length/max"] == 4
     assert metrics["response_length/clip_ratio"] == 0.5
     assert metrics["response/truncated_ratio"] == 0.25
@@ -96,20 +84,15 @@ def test_length_metrics() -> None:
     assert metrics["perf/total_num_tokens"] == 26 and metrics["perf/response_tokens"] == 8
 
 
-def test_overlong_penalty_and_greedy_baseline_are_told() -> None:
+def test_overlong_penalty_and_greedy_baseline_are_reported() -> None:
     """Rewards 1 and 0 of scores 1 and ½: one of two was cut by ½."""
-    rows = scored([Score(1.0, Outcome.SCORED), Score(0.5, Outcome.SCORED)])
-    penalised = Scored(
-        rows.experience, rows.scores, torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75])
-    )
-    metrics = rollout_metrics(penalised, 1, overlong=True, max_response_length=4)
-    assert (
-        metrics["reward/overlong_penalty/mean"] == -0.25 and metrics["reward/overlong_share"] == 0.5
-    )
+    rows = [row(1.0, greedy_reward=0.25), row(0.5, reward=0.0, greedy_reward=0.75)]
+    metrics = rollout_metrics(Experience(rows), overlong=True, max_response_length=4)
+    assert metrics["reward/overlong_penalty/mean"] == -0.25
+    assert metrics["reward/overlong_share"] == 0.5
     assert metrics["critic/score/mean"] == 0.5 and metrics["reward/greedy_baseline/mean"] == 0.5
-    assert "reward/overlong_share" not in rollout_metrics(
-        rows, 1, overlong=False, max_response_length=4
-    )
+    without = rollout_metrics(in_groups([1.0], 1), overlong=False, max_response_length=4)
+    assert "reward/overlong_share" not in without and "reward/greedy_baseline/mean" not in without
 
 
 def test_training_metrics_ignore_padding() -> None:

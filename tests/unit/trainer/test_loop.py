@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.experience import FakeEngine
 from support.tiny_models import make_tiny_tokenizer
 from torch import Tensor
 
@@ -19,10 +19,15 @@ from rlhf3d.config.derived import derive
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.data.loader import Prompt
+from rlhf3d.experience.collect import untimed
+from rlhf3d.experience.source import TooFewGroups
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
-from rlhf3d.trainer.dynamic_sampling import TooFewGroups
-from rlhf3d.trainer.ppo import Parts, PPOTrainer
+from rlhf3d.trainer.assembly import Assembly
+from rlhf3d.trainer.best import BestTracker
+from rlhf3d.trainer.components import RunComponents
+from rlhf3d.trainer.loop import Trainer
+from rlhf3d.trainer.preemption import PreemptionHandler
+from rlhf3d.trainer.step_log import StepLog
 
 PROMPTS, N = 2, 2
 
@@ -45,24 +50,25 @@ class FakeTrain:
         return {f"{role}/grad_norm": 1.0}
 
 
-class FakeRollout:
+class FakeRollout(FakeEngine):
     """Two tokens a completion with log-prob -1.5; greedy completions are of another token."""
 
     def __init__(self) -> None:
-        self.seeds: list[int] = []
+        super().__init__()
         self.events: list[str] = []
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the sampled requests."""
+        sampled = [requests for requests, sampling in self.calls if not sampling.greedy]
+        return [request.seed for request in chain.from_iterable(sampled)]
 
     def sleep(self) -> None:
         self.events.append("sleep")
 
-    def stream(
-        self, phase: str, requests: list[Request], sampling: SamplingSettings
-    ) -> Iterator[dict[int, Completion]]:
+    def stream(self, phase: str, requests: Any, sampling: Any) -> Any:  # type: ignore[override]
         self.events.append(phase)
-        self.seeds += [] if sampling.greedy else [r.seed for r in requests]
-        tokens = (9, 9) if sampling.greedy else (8, 8)
-        for row in reversed(range(len(requests))):
-            yield {row: Completion(tokens, (-1.5, -1.5), "stop", 1)}
+        return super().stream(requests, sampling)
 
 
 class FakeScoring:
@@ -89,7 +95,23 @@ class FakeScoring:
         return [Score(value, Outcome.SCORED) for value in values]
 
 
-def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[PPOTrainer, Any]:
+class Fakes(NamedTuple):
+    """What stands for processes, files and the terminal."""
+
+    group: FakeTrain
+    critic: FakeTrain
+    rollout: FakeRollout
+    scoring: FakeScoring
+    components: RunComponents
+    rows: list[int]
+    """Steps recorded."""
+    saves: list[tuple[int, bool]]
+    """(step, whether it was waited for)."""
+
+
+def make_trainer(
+    tmp_path: Path, scores: list[float], val: Sequence[Prompt] = (), steps: int = 2, **sections: Any
+) -> tuple[Trainer, Fakes]:
     raw = {
         "data": {"train_batch_size": PROMPTS, "max_response_length": 4, **sections.pop("data", {})},
         "actor": {"ppo_mini_batch_size": PROMPTS, **sections.pop("actor", {})},
@@ -100,80 +122,85 @@ def make_trainer(tmp_path: Path, scores: list[float], **sections: Any) -> tuple[
     mistakes: list[str] = []
     config = build(Config(), raw, "", mistakes)
     assert not mistakes
+    derived = derive(config)
+    group, rollout, scoring = FakeTrain(), FakeRollout(), FakeScoring(scores)
+    groups: dict[str, FakeTrain] = {}
+    for own in derived.groups:
+        groups |= dict.fromkeys(own.roles, group if own.name == "actor" else FakeTrain())
+    counter, rows, saves = count(), [], []
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        yield
+    def save(step: int, *args: Any, wait: bool, **kwargs: Any) -> dict[str, float]:
+        rollout.events.append("save")
+        saves.append((step, wait))
+        return {}
 
-    counter = iter(range(1000))
-    group = FakeTrain()
-    parts: Any = SimpleNamespace(
-        config=config,
-        derived=derive(config),
-        tokenizer=make_tiny_tokenizer(),
-        train=group,
-        critic=group,
-        rollout=FakeRollout(),
-        scoring=FakeScoring(scores),
-        sync=SimpleNamespace(needed=False, trained_version=1, weights_changed=lambda: None),
-        loader=SimpleNamespace(
-            next_batch=lambda: [
-                Prompt((4, 5), "t", "", {}, next(counter), "q") for _ in range(PROMPTS)
-            ]
-        ),
-        console=SimpleNamespace(phase=phase, note=lambda text: None),
+    def sleep() -> None:
+        if config.rollout.sleep:
+            rollout.sleep()
+
+    def next_batch() -> list[Prompt]:
+        return [Prompt((4, 5), "t", "", {}, next(counter), "q") for _ in range(PROMPTS)]
+
+    checkpoints: Any = SimpleNamespace(
+        last="gone", save_s=0.0, poll=dict, finish=lambda: None, save=save
     )
-    assert set(vars(parts)) <= set(Parts.__dataclass_fields__)
-    return PPOTrainer(parts), parts
+    console: Any = SimpleNamespace(
+        phase=untimed, note=print, step=lambda *args: None, validation=lambda *args: None
+    )
+    writer: Any = SimpleNamespace(write=lambda step, metrics: rows.append(step))
+    weights: Any = SimpleNamespace(
+        sync_weights=dict, trained_version=1, weights_changed=lambda: None, sleep_engines=sleep
+    )
+    inputs: Any = SimpleNamespace(
+        tokenizer=make_tiny_tokenizer(),
+        loader=SimpleNamespace(next_batch=next_batch, state_dict=dict),
+        val_data=val,
+    )
+    processes: Any = SimpleNamespace(groups=groups, rollout=rollout, sync=None)
+    log = StepLog(console, writer, steps, derived.devices)
+    assembly = Assembly(config, derived, inputs, processes, scoring, log)  # type: ignore[arg-type]
+    components = RunComponents(
+        source=assembly.source(weights),
+        learner=assembly.learner(weights),
+        weights=weights,
+        validation=assembly.validation(weights),
+        checkpoints=checkpoints,
+        best=BestTracker(None),
+        health=assembly.health(),
+        log=log,
+        preemption=PreemptionHandler(None, 0.0),
+    )
+    critic = groups.get("critic", group)
+    fakes = Fakes(group, critic, rollout, scoring, components, rows, saves)
+    return Trainer(config, components), fakes
 
 
 def test_without_held_out_prompts_nothing_is_validated(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path, [1.0, 0.0], trainer={"test_freq": 1, "save_freq": 0, "save_at_end": False}
     )
-    assert trainer.config.trainer.val_before_train
-    rows: list[int] = []
-    parts.total_steps, parts.val = 2, ()
-    parts.checkpoints = SimpleNamespace(save_s=0.0, poll=dict, finish=lambda: None)
-    parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
-    parts.metrics = SimpleNamespace(write=lambda step, metrics: rows.append(step))
-    parts.console.step = lambda *args: None
+    assert trainer.config.val_before_train
     trainer.fit()
-    assert rows == [1, 2] and "validate" not in parts.rollout.events and trainer.validate(2) == {}
+    assert fakes.rows == [1, 2] and "validate" not in fakes.rollout.events
 
 
 def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0])
-    parts.critic = FakeTrain()
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0], critic={"layout": {"dp": 2}})
     trainer.train_step(1)
-    assert parts.critic.phases == ["values", "update_critic"]
-    assert parts.train.phases == ["old_logprobs", "update_actor"]
+    assert fakes.critic.phases == ["values", "update_critic"]
+    assert fakes.group.phases == ["old_logprobs", "update_actor"]
 
 
 def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> None:
     """Updates after sampling, and a save after a validation."""
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path,
         [1.0, 0.0],
+        [Prompt((4, 5), "t", "", {}, 0, "q")],
         rollout={"n": N, "sleep": True},
         trainer={"val_before_train": False, "test_freq": 1, "save_freq": 1},
     )
-    events = parts.rollout.events
-    parts.train.phases = events
-    parts.total_steps = 2
-    parts.val = [Prompt((4, 5), "t", "", {}, 0, "q")]
-    parts.sync.weights_lost = lambda: None
-    parts.checkpoints = SimpleNamespace(
-        last="",
-        save_s=0.0,
-        poll=dict,
-        finish=lambda: None,
-        save=lambda *args, **kwargs: events.append("save") or {},
-    )
-    parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
-    parts.loader.state_dict = dict
-    parts.metrics = SimpleNamespace(write=lambda step, metrics: None)
-    parts.console.step = parts.console.validation = lambda *args: None
+    fakes.group.phases = fakes.rollout.events
     trainer.fit()
     step = [
         "generate",
@@ -186,44 +213,36 @@ def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> Non
         "sleep",
         "save",
     ]
-    assert events == step * 2
+    assert fakes.rollout.events == step * 2
 
 
-def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("save_freq", "saved"), [(0, [(1, True)]), (1, [(1, False)])])
+def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(
+    save_freq: int, saved: list[tuple[int, bool]], tmp_path: Path
+) -> None:
     """Groups have signal in the first step and none in the second."""
-    for save_freq, saved in ((0, [(1, True)]), (1, [(1, False)])):
-        trainer, parts = make_trainer(
-            tmp_path,
-            [1.0, 0.0],
-            algorithm={
-                "adv_estimator": "grpo",
-                "filter_groups": {"enable": True, "max_num_gen_batches": 2},
-            },
-            trainer={"val_before_train": False, "save_freq": save_freq},
-        )
-        calls: list[tuple[int, bool]] = []
-        parts.total_steps = 9
-        parts.checkpoints = SimpleNamespace(
-            last="gone",
-            save_s=0.0,
-            poll=dict,
-            save=lambda step, *args, wait, to=calls: to.append((step, wait)) or {},
-        )
-        parts.stopping = SimpleNamespace(reason=lambda save_s: None, step_ended=lambda: None)
-        parts.loader.state_dict = dict
-        parts.metrics = SimpleNamespace(write=lambda step, metrics: None)
-        parts.console.step = lambda *args, of=parts.scoring: setattr(of, "scores", [0.0])
-        with pytest.raises(TooFewGroups, match="only 0 of 4 groups differ"):
-            trainer.fit()
-        assert calls == saved
+    trainer, fakes = make_trainer(
+        tmp_path,
+        [1.0, 0.0],
+        steps=9,
+        algorithm={
+            "adv_estimator": "grpo",
+            "filter_groups": {"enable": True, "max_num_gen_batches": 2},
+        },
+        trainer={"val_before_train": False, "save_freq": save_freq},
+    )
+    fakes.components.log.console.step = lambda *args: setattr(fakes.scoring, "scores", [0.0])  # type: ignore[method-assign]
+    with pytest.raises(TooFewGroups, match="only 0 of 4 groups differ"):
+        trainer.fit()
+    assert fakes.saves == saved and trainer.step == 1
 
 
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path, [1.0, 0.0, 0.0, 0.0], algorithm={"use_kl_in_reward": True}
     )
     metrics = trainer.train_step(1)
-    assert parts.train.phases == [
+    assert fakes.group.phases == [
         "old_logprobs",
         "ref_logprobs",
         "values",
@@ -264,29 +283,29 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
 
 
 def test_critic_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
     for step in (1, 2, 3):
         trainer.train_step(step)
     assert (
-        parts.train.phases.count("update_critic") == 3
-        and parts.train.phases.count("update_actor") == 1
+        fakes.group.phases.count("update_critic") == 3
+        and fakes.group.phases.count("update_actor") == 1
     )
 
 
 def test_remax_subtracts_the_greedy_score(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path, [1.0, 0.0, 0.5, 0.25], algorithm={"adv_estimator": "remax"}
     )
     metrics = trainer.train_step(1)
-    assert parts.train.phases == ["old_logprobs", "update_actor"], "no critic, no reference"
-    assert parts.train.updates["actor"]["advantages"].tolist() == [
+    assert fakes.group.phases == ["old_logprobs", "update_actor"], "no critic, no reference"
+    assert fakes.group.updates["actor"]["advantages"].tolist() == [
         [0.75] * 2,
         [-0.25] * 2,
         [0.25] * 2,
         [0.0] * 2,
     ]
     assert (
-        metrics["reward/greedy_baseline/mean"] == 0.25 and len(parts.rollout.seeds) == PROMPTS * N
+        metrics["reward/greedy_baseline/mean"] == 0.25 and len(fakes.rollout.seeds) == PROMPTS * N
     )
 
 
@@ -297,11 +316,11 @@ def test_dynamic_sampling_draws_again(tmp_path: Path) -> None:
         "norm_adv_by_std_in_grpo": False,
         "filter_groups": {"enable": True},
     }
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0, 1.0, 1.0], algorithm=algorithm)
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0, 1.0, 1.0], algorithm=algorithm)
     metrics = trainer.train_step(1)
-    assert metrics["train/num_gen_batches"] == 2 == parts.scoring.calls
-    assert parts.train.updates["actor"]["advantages"][:, 0].tolist() == [0.5, -0.5, 0.5, -0.5]
-    assert len(set(parts.rollout.seeds)) == 2 * PROMPTS * N
+    assert metrics["train/num_gen_batches"] == 2 == fakes.scoring.calls
+    assert fakes.group.updates["actor"]["advantages"][:, 0].tolist() == [0.5, -0.5, 0.5, -0.5]
+    assert len(set(fakes.rollout.seeds)) == 2 * PROMPTS * N
     assert (
         metrics["critic/score/mean"] == 0.5
         and metrics["filter_groups/generated_score/mean"] == 0.75
@@ -311,44 +330,44 @@ def test_dynamic_sampling_draws_again(tmp_path: Path) -> None:
 
 def test_bypass_skips_the_old_logprobs(tmp_path: Path) -> None:
     algorithm = {"adv_estimator": "rloo", "rollout_correction": {"bypass_mode": True}}
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm)
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], algorithm=algorithm)
     metrics = trainer.train_step(1)
-    assert parts.train.phases == ["update_actor"]
-    assert parts.train.updates["actor"]["old_logprobs"].unique().tolist() == [-1.5]
+    assert fakes.group.phases == ["update_actor"]
+    assert fakes.group.updates["actor"]["old_logprobs"].unique().tolist() == [-1.5]
     assert not any(name.startswith(("rollout_corr/", "training/")) for name in metrics)
 
 
 def test_correction_reaches_the_actor_alone(tmp_path: Path) -> None:
     """Ratios are sqrt(e) = 1.65 everywhere: truncated at 1.5."""
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path,
         [1.0, 0.0],
         algorithm={"rollout_correction": {"rollout_is": "token", "rollout_is_threshold": 1.5}},
     )
     metrics = trainer.train_step(1)
-    assert parts.train.updates["actor"]["rollout_is_weights"].unique().tolist() == [1.5]
-    assert "rollout_is_weights" not in parts.train.updates["critic"]
+    assert fakes.group.updates["actor"]["rollout_is_weights"].unique().tolist() == [1.5]
+    assert "rollout_is_weights" not in fakes.group.updates["critic"]
     assert metrics["rollout_corr/rollout_is_ratio_fraction_high"] == 1
 
 
 def test_overlong_penalty_is_part_of_the_reward(tmp_path: Path) -> None:
     """Two tokens of at most 4 with a buffer of 3: one token over, -1/3."""
-    trainer, parts = make_trainer(
+    trainer, fakes = make_trainer(
         tmp_path,
         [1.0, 0.0],
         algorithm={"adv_estimator": "reinforce_plus_plus"},
         reward={"overlong_buffer": {"enable": True, "len": 3}},
     )
     metrics = trainer.train_step(1)
-    assert parts.train.updates["actor"]["token_level_rewards"].sum(-1).tolist() == pytest.approx(
+    assert fakes.group.updates["actor"]["token_level_rewards"].sum(-1).tolist() == pytest.approx(
         [2 / 3, -1 / 3] * 2
     )
     assert metrics["reward/overlong_penalty/mean"] == pytest.approx(-1 / 3)
 
 
 def test_a_broken_number_stops_before_the_update(tmp_path: Path) -> None:
-    trainer, parts = make_trainer(tmp_path, [1.0, 0.0])
-    forward = parts.train.forward
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0])
+    forward = fakes.group.forward
 
     def broken(phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
         outputs = forward(phase, role, batch)
@@ -356,10 +375,10 @@ def test_a_broken_number_stops_before_the_update(tmp_path: Path) -> None:
             outputs["logprobs"][3, 1] = float("nan")
         return outputs
 
-    parts.train.forward = broken
+    fakes.group.forward = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"step 1: .*sequence 3 \(old_logprobs\)"):
         trainer.train_step(1)
-    skipping = replace(parts.config.trainer, on_nonfinite="skip")
-    parts.config = replace(parts.config, trainer=skipping)
-    PPOTrainer(parts).train_step(1)
-    assert parts.train.phases[-1] == "update_actor"
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], trainer={"on_nonfinite": "skip"})
+    forward, fakes.group.forward = fakes.group.forward, broken  # type: ignore[method-assign]
+    trainer.train_step(1)
+    assert fakes.group.phases[-1] == "update_actor"

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from rlhf3d.trainer.stopping import CLOSING_S, SAME_SIGNAL_S, Preempted, Stopping
+from rlhf3d.trainer.preemption import CLOSING_S, SAME_SIGNAL_S, Preempted, PreemptionHandler
 
 
 class Clock:
@@ -24,7 +24,7 @@ def test_the_first_signal_waits_for_the_boundary(
 ) -> None:
     before = signal.getsignal(number)
     clock = Clock()
-    stopping = Stopping(None, 0.0, clock)
+    stopping = PreemptionHandler(None, 0.0, clock)
     with stopping.handling_signals(), stopping.loop():
         assert stopping.reason(1.0) is None
         os.kill(os.getpid(), number)
@@ -39,14 +39,14 @@ def test_the_first_signal_waits_for_the_boundary(
 
 
 def test_before_and_after_the_loop() -> None:
-    stopping = Stopping(None, 0.0)
+    stopping = PreemptionHandler(None, 0.0)
     with stopping.handling_signals():
         with pytest.raises(Preempted):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # does not disturb the ending
         with pytest.raises(Preempted), stopping.loop():  # where somebody's code swallowed it
             pass
-    stopping = Stopping(None, 0.0)
+    stopping = PreemptionHandler(None, 0.0)
     with stopping.handling_signals():
         with stopping.loop():
             pass
@@ -56,7 +56,7 @@ def test_before_and_after_the_loop() -> None:
 
 def test_stops_in_time_for_a_step_and_a_save() -> None:
     clock = Clock()
-    stopping = Stopping(limit_s=200.0, age_s=20.0, clock=clock)
+    stopping = PreemptionHandler(limit_s=200.0, age_s=20.0, clock=clock)
     with stopping.loop():
         clock.now += 30.0  # 50 s old
         assert stopping.reason(save_s=5.0) is None
@@ -78,7 +78,7 @@ def test_stops_in_time_for_a_step_and_a_save() -> None:
 
 def test_no_limit() -> None:
     clock = Clock()
-    stopping = Stopping(None, 0.0, clock)
+    stopping = PreemptionHandler(None, 0.0, clock)
     clock.now += 1e9
     assert stopping.reason(1e9) is None
 
@@ -86,7 +86,7 @@ def test_no_limit() -> None:
 def test_nohup_is_heard() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stopping(None, 0.0).handling_signals():
+        with PreemptionHandler(None, 0.0).handling_signals():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

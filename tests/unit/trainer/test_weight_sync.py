@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf3d.config.schema import Config, ModelConfig, RolloutConfig
+from rlhf3d.experience.collect import untimed
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
-from rlhf3d.resharding import sync as sync_module
 from rlhf3d.resharding.ring import SyncError
 from rlhf3d.resharding.sending import SendReport
 from rlhf3d.resharding.setup import sync_setup
-from rlhf3d.resharding.sync import CanaryError, WeightSync
 from rlhf3d.rollout.api import SyncReport
+from rlhf3d.trainer import weight_sync as sync_module
+from rlhf3d.trainer.canary import Canary, CanaryError
+from rlhf3d.trainer.hf_export import HFExport
+from rlhf3d.trainer.weight_sync import WeightSync
 
 SPEC = ModelSpec(
     "llama", 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=32, vocab_size=64
@@ -56,6 +61,7 @@ class Rollout:
     def __init__(self) -> None:
         self.cached, self.stale, self.published, self.scored = 0, 0, [], 0
         self.events: list[str] = []
+        self.slept = False
         self.report: SyncReport | Exception = SyncReport(0, 30, 0.0, 0.0, 0.0)
 
     def start_open_weights(self, *args: Any) -> dict[str, Any]:
@@ -74,6 +80,9 @@ class Rollout:
     def cached_tokens(self) -> list[int]:
         self.events.append("cached_tokens")
         return [self.cached]
+
+    def sleep(self) -> None:
+        self.slept = True
 
     def publish(self, version: int) -> None:
         self.published.append(version)
@@ -94,22 +103,23 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[WeightSync, Train, Rollout]:
     setup = sync_setup(
         CONFIG.rollout, SPEC, train.layout, CPUPlatform(reason="test"), "test", [0, 0]
     )
-    return WeightSync(CONFIG, setup, train, rollout, [[5, 6, 7]]), train, rollout  # type: ignore[arg-type]
+    canary: Any = Canary(CONFIG.rollout, "float32", [[5, 6, 7]], train, rollout)  # type: ignore[arg-type]
+    sync = WeightSync(CONFIG.rollout, setup, train, rollout, canary, untimed)  # type: ignore[arg-type]
+    return sync, train, rollout
 
 
 def test_publishes_what_agrees(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, _, rollout = parts
-    assert sync.needed
-    metrics = sync.run()
+    metrics = sync.sync_weights()
     assert metrics["sync/sent_bytes"] == 30 and metrics["sync/send_s"] == 0.2
     assert metrics["sync/canary_abs_diff"] == 0.0
-    assert rollout.published == [0] and not sync.needed
+    assert rollout.published == [0] and sync.sync_weights() == {}
 
 
 def test_canary_runs_on_its_steps(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, _, rollout = parts
     for _ in range(7):
-        sync.run()
+        sync.sync_weights()
         sync.weights_changed()
     assert rollout.scored == 3  # syncs 0, 3 and 6
     assert rollout.published == list(range(7))
@@ -120,7 +130,7 @@ def test_the_trainer_computes_before_engines_wake_their_caches(
 ) -> None:
     sync, train, rollout = parts
     rollout.events = train.events
-    sync.run()
+    sync.sync_weights()
     assert train.events == ["forward", "cached_tokens", "score"]
 
 
@@ -131,15 +141,15 @@ def test_disagreement_is_not_published(parts: tuple[WeightSync, Train, Rollout])
         CanaryError,
         match=r"after the sync of policy 0, engine 0 and the trainer .* differ by 0\.05",
     ):
-        sync.run()
-    assert rollout.published == [] and sync.needed
+        sync.sync_weights()
+    assert rollout.published == [] and sync.served_version is None
 
 
 def test_nan_is_disagreement(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, train, rollout = parts
     train.logprobs = [-1.0, float("nan")]
     with pytest.raises(CanaryError):
-        sync.run()
+        sync.sync_weights()
     assert rollout.published == []
 
 
@@ -149,22 +159,31 @@ def test_stale_prefix_cache_is_not_published(parts: tuple[WeightSync, Train, Rol
     with pytest.raises(
         CanaryError, match="engine 0 still took 128 tokens of a prompt from its prefix cache"
     ):
-        sync.run()
-    assert rollout.published == [] and sync.needed
+        sync.sync_weights()
+    assert rollout.published == [] and sync.served_version is None
 
 
 def test_failed_load_is_not_published(parts: tuple[WeightSync, Train, Rollout]) -> None:
     sync, _, rollout = parts
     rollout.report = SyncError("model.norm.weight[0:16] differs")
     with pytest.raises(SyncError, match=r"model\.norm"):
-        sync.run()
-    assert rollout.published == [] and sync.needed
+        sync.sync_weights()
+    assert rollout.published == [] and sync.served_version is None
 
 
-def test_an_export_without_a_training_rank_beside_the_driver_is_refused(
-    parts: tuple[WeightSync, Train, Rollout],
-) -> None:
+def test_engines_that_slept_are_synced_again(parts: tuple[WeightSync, Train, Rollout]) -> None:
+    sync, _, rollout = parts
+    sync.sync_weights()
+    sync.sleep_engines()
+    assert not rollout.slept and sync.sync_weights() == {}, "rollout.sleep is off"
+    sync.config = replace(sync.config, sleep=True)
+    sync.sleep_engines()
+    assert rollout.slept and sync.sync_weights() and rollout.published == [0, 0]
+
+
+def test_an_export_without_a_training_rank_beside_the_driver_is_refused() -> None:
+    export = HFExport(None, "float32", Train(), Path("model"))  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"trainer.save_hf: .* on a node that trains, or set trainer.save_hf=never"
     ):
-        parts[0].exporting_rank()
+        export.check()

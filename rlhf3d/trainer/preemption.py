@@ -1,8 +1,10 @@
 """When a run stops before its last step: a signal, or a time limit that the next step would pass.
 
-Invariant: the first SIGTERM, SIGUSR1 or SIGHUP stops at the next step boundary, the second (and Ctrl-C) at once; before
-the loop there is nothing to save and one is enough, after it none disturbs the closing. One that arrives by several
-ways (`timeout` sends it to its child and to the group, Slurm to the script and to the step) is one.
+Invariant: the first SIGTERM, SIGUSR1 or SIGHUP stops at the next step boundary, the second (and
+Ctrl-C) at once; before the loop there is nothing to save and one is enough, after it none disturbs
+the closing. One that arrives by several ways (`timeout` sends it to its child and to the group, Slurm
+to the script and to the step) is one.
+Runs in: driver, its main thread: Python runs signal handlers there.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from typing import Literal
 import psutil
 
 PREEMPTED = 75
-"""Exit code: stopped after a checkpoint; the same command goes on (EX_TEMPFAIL)."""
+"""Exit code: stopped after a checkpoint; the same command continues (EX_TEMPFAIL)."""
 CLOSING_S = 15.0
-"""Left for ending all processes."""
+"""Kept free for ending all processes."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL_S = 0.5
-"""What comes within so many seconds of the first signal is the same one."""
+"""A signal within this time of the first one is the same one."""
 
 
 class Preempted(BaseException):
     """A signal came before the loop."""
 
 
-class Stopping:
+class PreemptionHandler:
     """Asked at each step boundary."""
 
     def __init__(
@@ -48,14 +50,14 @@ class Stopping:
         self._phase: Literal["starting", "loop", "closing"] = "starting"
 
     @classmethod
-    def of_this_process(cls) -> Stopping:
+    def of_this_process(cls) -> PreemptionHandler:
         """Without a limit, and as old as the process."""
         return cls(None, time.time() - psutil.Process().create_time())
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Inside, signals come here (SIGTERM once more after Ray has taken it: see `ray_cluster`)."""
-        # nohup has SIGHUP ignored, and means it.
+        """Inside, signals come here (SIGTERM again after Ray has taken it: see `ray_cluster`)."""
+        # A run under nohup is to survive the end of its terminal: nohup has SIGHUP ignored.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         previous = [signal.signal(number, self.handle) for number in heard]
         try:
@@ -78,7 +80,10 @@ class Stopping:
             raise KeyboardInterrupt
         if self._phase == "loop":
             # Not through the console, whose lines this may have come in the middle of.
-            text = f"{self.signal}: after this step a checkpoint, then the end; the same signal again ends it now\n"
+            text = (
+                f"{self.signal}: after this step a checkpoint, then the end; the same signal again "
+                "ends it now\n"
+            )
             with suppress(OSError):  # the terminal may be what went away
                 os.write(2, text.encode())
 
@@ -110,6 +115,6 @@ class Stopping:
         if now - self._began + step_s + save_s + CLOSING_S <= self.limit_s:
             return None
         return (
-            f"{now - self._began:.0f} s have passed, and with one more step of {step_s:.0f} s and a save of "
-            f"{save_s:.0f} s the run would pass trainer.max_wall_clock_s = {self.limit_s:g}"
+            f"{now - self._began:.0f} s have passed, and with one more step of {step_s:.0f} s and a "
+            f"save of {save_s:.0f} s the run would pass trainer.max_wall_clock_s = {self.limit_s:g}"
         )

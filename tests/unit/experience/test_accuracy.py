@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rlhf3d.evaluation.metrics import (
+from rlhf3d.experience.accuracy import (
     Answers,
     default_ks,
     interval,

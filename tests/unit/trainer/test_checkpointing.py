@@ -18,14 +18,16 @@ import pytest
 import torch
 from support.tiny_models import make_tiny_model
 
-from rlhf3d.checkpoints import store, writer
+from rlhf3d.checkpoints import store
 from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
 from rlhf3d.checkpoints.resume import newest_whole
 from rlhf3d.checkpoints.store import Store
-from rlhf3d.checkpoints.writer import CheckpointWriter, checkpoint_bytes
 from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
+from rlhf3d.models.hf_io import write_hf_folder
 from rlhf3d.models.spec import load_spec
 from rlhf3d.placement.worker import TrainWorker
+from rlhf3d.trainer import checkpointing
+from rlhf3d.trainer.checkpointing import CheckpointWriter, checkpoint_bytes
 
 STAGES = (
     "begun",
@@ -64,6 +66,19 @@ class FakeGroup:
         return [{name: tuple(file_info(folder / name))} for name in files]
 
 
+class FakeExport:
+    """One tensor."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+
+    def check(self) -> None:
+        """It can be made."""
+
+    def write(self, folder: Path, policy_version: int) -> None:
+        write_hf_folder(folder, iter([("w", torch.ones(4))]), self.model)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), layers=1, hidden=32, ffn=32)
@@ -74,13 +89,13 @@ def make_writer(model: Path, output: Path, group: Any = None, **trainer: Any) ->
         model=ModelConfig(str(model), "float32"),
         trainer=TrainerConfig(output_dir=str(output), **trainer),
     )
-    sync = SimpleNamespace(trained_version=4, export_tensors=lambda: iter([("w", torch.ones(4))]))
     group = group or FakeGroup()
-    return CheckpointWriter(config, load_spec(model), {"actor": group, "critic": group}, sync)  # type: ignore[arg-type]
+    models: Any = {"actor": group, "critic": group}
+    return CheckpointWriter(config, load_spec(model), models, FakeExport(model))  # type: ignore[arg-type]
 
 
 def save(made: CheckpointWriter, step: int, **metric: float) -> dict[str, float]:
-    return made.save(step, {"loader": step}, metric, export=True, wait=False)
+    return made.save(step, 4, {"loader": step}, metric, last=True, wait=False)
 
 
 def killed_at(stage: str, run: Callable[[], object]) -> int:
@@ -93,7 +108,7 @@ def killed_at(stage: str, run: Callable[[], object]) -> int:
                 if now == stage:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            store.reached = writer.reached = reached  # type: ignore[assignment]
+            store.reached = checkpointing.reached = reached  # type: ignore[assignment]
             run()
         finally:
             os._exit(0)
@@ -180,7 +195,7 @@ class FullGroup(FakeGroup):
 
     def call_all(self, phase: str, method: Any, *args: Any) -> list[Any]:
         if method is TrainWorker.finish_save:
-            raise writer.WorkerFailure(
+            raise checkpointing.WorkerFailure(
                 "save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device"
             )
         return super().call_all(phase, method, *args)
@@ -192,7 +207,7 @@ def test_a_background_failure_is_raised_at_the_next_boundary(model: Path, tmp_pa
     save(made, 2)
     with pytest.raises(
         RuntimeError,
-        match="is full; the checkpoint under way was removed, those before it are whole",
+        match="is full; the checkpoint under way was removed, those before it are complete",
     ):
         made.poll()
     assert made.store.steps() == [1] and made.store.clean() == [] and made.finish() == {}
@@ -218,7 +233,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     monkeypatch.setattr(CheckpointWriter, "check_room", lambda self, export: None)
     save(make_writer(model, small_disk), 1)
     with pytest.raises(
-        RuntimeError, match=r"is full; .* whole \(newest: none of this process\).*trainer.keep_last"
+        RuntimeError,
+        match=r"is full; .* complete \(newest: none of this process\).*trainer.keep_last",
     ):
         save(make_writer(model, small_disk, FakeGroup(size=200_000)), 2)
     found, _ = newest_whole(Store(small_disk / "checkpoints"))

@@ -1,7 +1,8 @@
-"""Saving from the driver: room is checked, ranks write, the manifest follows, one rename publishes, old ones go.
+"""Saving: room is checked, ranks write, the manifest follows, one rename publishes, old ones go.
 
-Invariant: one save is under way at most, the newest whole checkpoint is never touched before the next one is whole, and
-what goes wrong in the background is raised at the next call.
+Invariant: one save is under way at most, the newest complete checkpoint is never touched before the
+next one is complete, and what goes wrong in the background is raised at the next call.
+Runs in: driver; what a rank writes is `checkpoints/sharded.py`.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from typing import Any
 from rlhf3d import units
 from rlhf3d.checkpoints.identity import identity_state
 from rlhf3d.checkpoints.manifest import FileInfo, Manifest, infos_below, versions, write_manifest
+from rlhf3d.checkpoints.resume import CHECKPOINTS
 from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store, reached
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.schema import Config
-from rlhf3d.models.hf_io import write_hf_folder
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import num_weights
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure
 from rlhf3d.placement.worker import TrainWorker
-from rlhf3d.resharding.sync import WeightSync
+from rlhf3d.trainer.hf_export import HFExport
 
 HF_FOLDER = "hf"
 _SPARE_BYTES = 64 << 20
+"""Left free beside a checkpoint, for metrics, samples and logs."""
 _FULL_BYTES = 1 << 20
+"""A disk with less than this is full: a write that failed on it failed for that reason."""
 _GUESSED_BYTES_PER_S = 200e6
+"""What a first save is taken to write, a slow disk's speed."""
 
 
 @dataclass
@@ -50,84 +54,97 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Writes `checkpoints/step_N`: `actor/`, `critic/` (sharded), `hf/` (the actor), `driver.json`, `config.yaml`."""
+    """Writes `checkpoints/step_N`: `actor/`, `critic/` (sharded), `hf/` (the actor), `driver.json`,
+    `config.yaml`.
+    """
 
     def __init__(
-        self, config: Config, spec: ModelSpec, models: Mapping[str, TrainGroup], sync: WeightSync
+        self, config: Config, spec: ModelSpec, models: Mapping[str, TrainGroup], export: HFExport
     ) -> None:
-        """`models`: the trainable ones and the groups that hold them. ValueError where there is no room for a save."""
-        self.config, self.sync, self.models = config, sync, dict(models)
-        self.store = Store(Path(config.trainer.output_dir) / "checkpoints")
+        """`models`: the trainable ones and the groups that hold them.
+
+        ValueError where there is no room for a save, or a wanted export cannot be made.
+        """
+        self.config, self.models, self.export = config.trainer, dict(models), export
+        self.store = Store(Path(config.trainer.output_dir) / CHECKPOINTS)
         self.last: Path | None = None
         """The newest that this process has written."""
         self._save: _Save | None = None
-        weights = {
+        self._weights = {
             role: num_weights(spec, "value" if role == "critic" else "lm") for role in models
         }
-        self._sizes = (weights, config.model.dtype)
+        self._dtype = config.model.dtype
         self._identity = identity_state(config, spec)
-        self.save_s = (
-            checkpoint_bytes(*self._sizes, config.trainer.save_optimizer, export=False)
-            / _GUESSED_BYTES_PER_S
-        )
-        """Seconds of the latest save, whether the loop waited for it or not; a guess before the first."""
+        self._config_text = config_to_yaml(config)
+        self.save_s = self._bytes(export=False) / _GUESSED_BYTES_PER_S
+        """Seconds of the latest save, waited for or not; a guess before the first."""
+        exports = self.config.save_hf != "never"
+        self.check_room(exports)
+        if exports:
+            export.check()
 
     def check_room(self, export: bool) -> None:
         """ValueError unless the disk has room for one more checkpoint."""
-        wanted = checkpoint_bytes(*self._sizes, self.config.trainer.save_optimizer, export)
+        wanted = self._bytes(export)
         self.store.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.store.folder).free
         if free < wanted + _SPARE_BYTES:
             raise ValueError(
-                f"{self.store.folder}: a checkpoint takes about {wanted / 2**30:.2f} GiB and {free / 2**30:.2f} GiB "
-                "are free. Make room, or set trainer.keep_last, trainer.save_optimizer=false (no resume), "
-                "trainer.save_hf=never or another trainer.output_dir"
+                f"{self.store.folder}: a checkpoint takes about {wanted / 2**30:.2f} GiB and "
+                f"{free / 2**30:.2f} GiB are free. Make room, or set trainer.keep_last, "
+                "trainer.save_optimizer=false (no resume), trainer.save_hf=never or another "
+                "trainer.output_dir"
             )
 
     def save(
-        self, step: int, state: dict[str, Any], metric: dict[str, float], export: bool, wait: bool
+        self,
+        step: int,
+        policy_version: int,
+        state: dict[str, Any],
+        metric: dict[str, float],
+        *,
+        last: bool,
+        wait: bool,
     ) -> dict[str, float]:
-        """Save a step; metrics of saves that ended. `state` is the driver's own, as JSON.
+        """Save a step; metrics of saves that ended.
 
-        With trainer.async_save, and unless `wait`, it returns once every rank has its copy.
+        `state` is the driver's own, as JSON; `metric` what the best checkpoints are kept by; `last`:
+        no step follows. With trainer.async_save, and unless `wait`, it returns once every rank has
+        copied what it writes.
         """
         metrics = self.finish()
+        export = self.config.save_hf == "always" or (self.config.save_hf == "last" and last)
         self.check_room(export)
         began = time.monotonic()
         partial = self.store.begin(step)
-        manifest = {"policy_version": self.sync.trained_version, "metric": metric}
-        save = _Save(step, partial, manifest, began)
-        wait = wait or not self.config.trainer.async_save
+        save = _Save(step, partial, {"policy_version": policy_version, "metric": metric}, began)
+        wait = wait or not self.config.async_save
         with self._removed_on_error(partial):
-            (partial / DRIVER_FILE).write_text(
-                json.dumps({"step": step, **self._identity, **state}, indent=1)
-            )
-            (partial / CONFIG_FILE).write_text(config_to_yaml(self.config), encoding="utf-8")
+            driver = {"step": step, **self._identity, **state}
+            (partial / DRIVER_FILE).write_text(json.dumps(driver, indent=1))
+            (partial / CONFIG_FILE).write_text(self._config_text, encoding="utf-8")
             if export:
-                write_hf_folder(
-                    partial / HF_FOLDER, self.sync.export_tensors(), Path(self.config.model.path)
-                )
+                self.export.write(partial / HF_FOLDER, policy_version)
                 reached("exported")
             for role, group in self.models.items():
                 (partial / role).mkdir()
-                group.call_all(
-                    "save_checkpoint", TrainWorker.start_save, role, str((partial / role).resolve())
-                )
+                folder = str((partial / role).resolve())
+                group.call_all("save_checkpoint", TrainWorker.start_save, role, folder)
                 save.writing.append(role)
-                if wait:
+                if wait:  # one model after the other: a rank holds one copy at a time
                     self._collect(save)
         save.held_s = time.monotonic() - began
         self._save = save
-        return {**metrics, **(self.finish() if wait else {})}
+        return metrics | (self.finish() if wait else {})
 
     def poll(self) -> dict[str, float]:
         """At a step boundary: complete a save whose files are written; its metrics."""
         save = self._save
-        if save is None or not all(
-            all(self.models[role].call_all("save_checkpoint", TrainWorker.written))
-            for role in save.writing
-        ):
+        if save is None:
             return {}
+        for role in save.writing:
+            if not all(self.models[role].call_all("save_checkpoint", TrainWorker.written)):
+                return {}
         return self.finish()
 
     def finish(self) -> dict[str, float]:
@@ -140,27 +157,28 @@ class CheckpointWriter:
             self._collect(save)
             save.files |= infos_below(save.folder, skip=save.files)
             reached("written")
-            optimizer = self.config.trainer.save_optimizer
             manifest = Manifest(
                 save.step,
                 models=tuple(self.models),
-                optimizer=optimizer,
+                optimizer=self.config.save_optimizer,
                 versions=versions(),
                 files=dict(sorted(save.files.items())),
                 **save.manifest,
             )
             write_manifest(save.folder, manifest)
             self.last = self.store.publish(save.step, save.folder)
-        trainer = self.config.trainer
-        self.store.keep(trainer.keep_last, trainer.keep_best, self.store.metrics())
+        # Only now: until here the checkpoints before were all there was.
+        self.store.keep(self.config.keep_last, self.config.keep_best, self.store.metrics())
         ended = time.monotonic()
         self.save_s = ended - save.began
-        held = save.held_s + (ended - began)
         return {
             "checkpoint/save_s": self.save_s,
-            "checkpoint/held_s": held,
+            "checkpoint/held_s": save.held_s + (ended - began),
             "checkpoint/bytes": float(sum(info.bytes for info in manifest.files.values())),
         }
+
+    def _bytes(self, export: bool) -> int:
+        return checkpoint_bytes(self._weights, self._dtype, self.config.save_optimizer, export)
 
     def _collect(self, save: _Save) -> None:
         """Wait for the ranks that write, and take their files' sizes and checksums."""
@@ -177,20 +195,19 @@ class CheckpointWriter:
             yield
         except (OSError, RuntimeError) as error:
             # torch's own writer calls a full disk an iostream error.
-            full = shutil.disk_usage(
-                self.store.folder
-            ).free < _FULL_BYTES or "No space left on device" in str(error)
+            free = shutil.disk_usage(self.store.folder).free
+            full = free < _FULL_BYTES or "No space left on device" in str(error)
             shutil.rmtree(partial, ignore_errors=True)
             if full and isinstance(error, WorkerFailure | OSError):
                 raise RuntimeError(
-                    f"the disk of {self.store.folder} is full; the checkpoint under way was removed, those before it "
-                    f"are whole (newest: {self.last or 'none of this process'}). Make room and run again, or set "
-                    "trainer.keep_last"
+                    f"the disk of {self.store.folder} is full; the checkpoint under way was removed, "
+                    f"those before it are complete (newest: {self.last or 'none of this process'}). "
+                    "Make room and run again, or set trainer.keep_last"
                 ) from error
             raise
 
 
 def checkpoint_bytes(weights: Mapping[str, int], dtype: str, optimizer: bool, export: bool) -> int:
-    """What a checkpoint of models with so many `weights` takes on disk."""
+    """Return what a checkpoint of models takes on disk; `weights`: their number, by role."""
     exported = units.checkpoint_bytes(weights["actor"], dtype, optimizer=False) if export else 0
     return units.checkpoint_bytes(sum(weights.values()), dtype, optimizer) + exported

@@ -1,0 +1,85 @@
+"""What an evaluation measures: sampling, limits and the reward of `rlhf3d evaluate`.
+
+Invariant: two evaluations with equal settings, of the same weights and prompts, give equal results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.evaluation.records import Mode
+from rlhf3d.experience.collect import greedy_sampling
+from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.function import RewardFunction
+from rlhf3d.rewards.scorers import BuiltinReward, check_data_sources
+from rlhf3d.rollout.api import SamplingSettings
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation measures."""
+
+    greedy: bool = True
+    """One completion a prompt, the most likely token each time."""
+    n: int = 0
+    """Sampled completions a prompt; 0 for none."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_prompt_length: int = 1024
+    max_tokens: int = 1024
+    """Longest completion."""
+    overlong: str = "error"
+    """As data.overlong_prompts."""
+    limit: int = -1
+    """Only the first N prompts; -1 for all."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """As rollout.stop."""
+    stop_token_ids: tuple[int, ...] = ()
+    """As rollout.stop_token_ids."""
+    method: str = "flexible"
+    """As reward.method."""
+    scorers: dict[str, str] = field(default_factory=dict)
+    """As reward.scorers."""
+    reward_path: str | None = None
+    """As custom_reward_function.path."""
+    reward_name: str = "compute_score"
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def reward(self, data_sources: Sequence[str]) -> RewardFunction:
+        """What scores the completions; ValueError where it does not fit them."""
+        if self.reward_path is not None:
+            return load_custom_reward(self.reward_path, self.reward_name, self.reward_kwargs)
+        check_data_sources(data_sources, self.scorers)
+        return BuiltinReward(self.method, tuple(data_sources), self.scorers)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another evaluation when it changes.
+
+        The text of the reward function's file is part of it.
+        """
+        digest = None
+        if self.reward_path is not None:
+            digest = hashlib.sha256(Path(self.reward_path).read_bytes()).hexdigest()
+        return self.to_json() | {"reward_path": digest}
+
+    def to_json(self) -> dict[str, Any]:
+        """As they are written to files."""
+        return asdict(self) | {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+
+    def modes(self) -> list[tuple[Mode, int, SamplingSettings]]:
+        """(mode, completions a prompt, sampling)."""
+        if self.n < 0 or not (self.greedy or self.n):
+            raise ValueError(f"--n {self.n}: must be 0 or more, and above 0 with --no-greedy")
+        modes: list[tuple[Mode, int, SamplingSettings]] = []
+        if self.greedy:
+            modes.append(("greedy", 1, greedy_sampling(self.max_tokens)))
+        if self.n:
+            sampling = SamplingSettings(self.temperature, self.top_p, self.top_k, self.max_tokens)
+            modes.append(("sampled", self.n, sampling))
+        return modes

@@ -1,0 +1,166 @@
+"""From requests to scored trajectories: the one way to ask engines for text and have it scored.
+
+Invariant: every request ends as one scored trajectory, in the order of the requests; text is made of
+token ids for scoring only. Training, validation and `rlhf3d evaluate` all come through here.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.experience.scored import ScoredTrajectory
+from rlhf3d.experience.trajectory import Span, Trajectory
+from rlhf3d.rewards.manager import RewardManager, ScoringBatch
+from rlhf3d.rewards.score import Score, ScoreItem, check_outcomes
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, request_seed
+
+Stream = Callable[[Sequence[Request], SamplingSettings], Iterator[dict[int, Completion]]]
+"""What engines do: one completion a request, in parts as they finish, by number of the request."""
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+"""What times a phase of a step and shows its name."""
+
+
+def untimed(name: str) -> AbstractContextManager[Any]:
+    """A `Phase` of nothing: for what is itself a part of one."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class TrajectoryRequest:
+    """One trajectory that is wanted."""
+
+    prompt: Prompt
+    group: int
+    """See `Trajectory.group`."""
+    seed: int
+    sampling: SamplingSettings
+
+
+def greedy_sampling(max_tokens: int) -> SamplingSettings:
+    """The most likely token each time."""
+    return SamplingSettings(max_tokens=max_tokens, greedy=True)
+
+
+class Requests:
+    """Requests of one step (or one validation), which may be drawn in several parts.
+
+    Seeds come from (run seed, step, prompt, sample). A prompt that comes again within a step gets new
+    samples, not the old ones; each drawing of a prompt is a group of its own.
+    """
+
+    def __init__(self, run_seed: int, step: int) -> None:
+        self.step = step
+        self._run_seed = run_seed
+        self._samples_of: Counter[int] = Counter()
+        self._groups = 0
+
+    def draw(
+        self, prompts: Sequence[Prompt], n: int, sampling: SamplingSettings
+    ) -> list[TrajectoryRequest]:
+        """n requests for each prompt."""
+        requests = []
+        for prompt in prompts:
+            first = self._samples_of[prompt.index]
+            self._samples_of[prompt.index] += n
+            for sample in range(first, first + n):
+                seed = request_seed(self._run_seed, self.step, prompt.index, sample)
+                requests.append(TrajectoryRequest(prompt, self._groups, seed, sampling))
+            self._groups += 1
+        return requests
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Asks engines for trajectories and a scorer for what they are worth."""
+
+    stream: Stream
+    rewards: RewardManager
+    tokenizer: Any
+    max_error_rate: float = 1.0
+    """RewardError where the scoring of more than this share of one call's requests fails."""
+    phase: Phase = untimed
+
+    def collect(self, requests: Sequence[TrajectoryRequest]) -> list[ScoredTrajectory]:
+        """Phases `generate` and `score`: one trajectory a request, in their order.
+
+        Completions go to the scorer as they finish, so that `score` only waits for the last ones.
+        """
+        with self.phase("generate"):
+            scoring = self.rewards.start(len(requests))
+            trajectories: dict[int, Trajectory] = {}
+            texts: dict[int, str] = {}
+            for part in self._completions(requests):
+                decoded = self._decode(part)
+                self._score(requests, decoded, scoring)
+                texts |= decoded
+                for number, completion in part.items():
+                    trajectories[number] = _single_turn(requests[number], completion)
+        with self.phase("score"):
+            scores = scoring.finish()
+            check_outcomes(scores, self.max_error_rate)
+        return [
+            _scored(trajectories[number], texts[number], score)
+            for number, score in enumerate(scores)
+        ]
+
+    def _completions(
+        self, requests: Sequence[TrajectoryRequest]
+    ) -> Iterator[dict[int, Completion]]:
+        """Completions by number of the request; requests with equal sampling go out together."""
+        by_sampling: dict[SamplingSettings, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_sampling.setdefault(request.sampling, []).append(number)
+        for sampling, numbers in by_sampling.items():
+            asked = [
+                Request(requests[number].prompt.prompt_ids, requests[number].seed)
+                for number in numbers
+            ]
+            for part in self.stream(asked, sampling):
+                yield {numbers[place]: completion for place, completion in part.items()}
+
+    def _decode(self, completions: Mapping[int, Completion]) -> dict[int, str]:
+        """Responses as text, without special tokens."""
+        ids = [list(completion.token_ids) for completion in completions.values()]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return dict(zip(completions, texts, strict=True))
+
+    def _score(
+        self,
+        requests: Sequence[TrajectoryRequest],
+        texts: Mapping[int, str],
+        scoring: ScoringBatch,
+    ) -> None:
+        items = {}
+        for number, text in texts.items():
+            items[number] = score_item(requests[number].prompt, text)
+        scoring.add(items)
+
+
+def _single_turn(request: TrajectoryRequest, completion: Completion) -> Trajectory:
+    """A trajectory of one completion."""
+    span = Span("sampled", completion.token_ids, completion.logprobs, completion.policy_version)
+    return Trajectory(request.prompt, request.group, (span,), completion.finish_reason)
+
+
+def _scored(trajectory: Trajectory, text: str, score: Score) -> ScoredTrajectory:
+    return ScoredTrajectory(trajectory, text, score, reward=score.value)
+
+
+def score_item(prompt: Prompt, text: str) -> ScoreItem:
+    """What the reward function is asked about a response."""
+    return ScoreItem(
+        prompt.data_source,
+        text,
+        prompt.ground_truth,
+        prompt.extra_info,
+        prompt.messages,
+        prompt.begun,
+        prompt.tools,
+    )

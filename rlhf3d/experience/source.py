@@ -1,0 +1,213 @@
+"""Where a step's experience comes from: on-policy generation, and dynamic sampling around it.
+
+Invariant: a source's state is the position after the last batch that it handed over, not after what
+it drew from the data since; a run that continues from it draws the same prompts again.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+
+from rlhf3d.algorithms.groups import groups_with_signal
+from rlhf3d.algorithms.rewards import overlong_penalty
+from rlhf3d.config.schema import FilterGroupsConfig, OverlongBufferConfig
+from rlhf3d.data.loader import PromptLoader
+from rlhf3d.experience.collect import Collector, Requests, TrajectoryRequest, greedy_sampling
+from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.rollout.api import SamplingSettings
+
+
+class ExperienceSource(Protocol):
+    """What the trainer asks for experience; sources wrap one another."""
+
+    def next_batch(self, step: int) -> Experience:
+        """Experience for a step; asked again within the same step, more of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed over, as JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch that `state` was taken after."""
+
+
+@dataclass(frozen=True)
+class OnPolicySettings:
+    """How many trajectories are drawn, and what they earn beside their score."""
+
+    n: int
+    """Trajectories a prompt."""
+    sampling: SamplingSettings
+    seed: int
+    """Of the run."""
+    greedy_baseline: bool = False
+    """Whether each group also gets a greedy answer, which its rewards are compared with (ReMax)."""
+    overlong: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+
+
+class OnPolicy:
+    """Trajectories of the policy that is being trained: the engines get its weights first."""
+
+    def __init__(
+        self,
+        settings: OnPolicySettings,
+        loader: PromptLoader,
+        collector: Collector,
+        sync_weights: Callable[[], dict[str, float]],
+        trained_version: Callable[[], int],
+    ) -> None:
+        """`sync_weights` gives the engines the newest weights where they lack them; its metrics."""
+        self._settings, self._loader, self._collector = settings, loader, collector
+        self._sync_weights, self._trained_version = sync_weights, trained_version
+        self._requests: Requests | None = None
+
+    def next_batch(self, step: int) -> Experience:
+        """`n` scored trajectories of each of the loader's next prompts."""
+        settings, metrics = self._settings, self._sync_weights()
+        if self._requests is None or self._requests.step != step:
+            self._requests = Requests(settings.seed, step)
+        sampled = self._requests.draw(self._loader.next_batch(), settings.n, settings.sampling)
+        greedy = self._greedy_requests(sampled) if settings.greedy_baseline else []
+        rows = [self._rewarded(row) for row in self._collector.collect([*sampled, *greedy])]
+        self._check_versions(rows)
+        rows, baselines = rows[: len(sampled)], rows[len(sampled) :]
+        return Experience(_with_baselines(rows, baselines), metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ExperienceSource`. `loader`: the position in the data."""
+        return {"loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `ExperienceSource`."""
+        self._loader.load_state_dict(state["loader"])
+
+    def _greedy_requests(self, requests: Sequence[TrajectoryRequest]) -> list[TrajectoryRequest]:
+        """One greedy request for each group."""
+        sampling = greedy_sampling(self._settings.sampling.max_tokens)
+        first_of_group: dict[int, TrajectoryRequest] = {}
+        for request in requests:
+            first_of_group.setdefault(request.group, request)
+        return [replace(request, sampling=sampling) for request in first_of_group.values()]
+
+    def _rewarded(self, row: ScoredTrajectory) -> ScoredTrajectory:
+        """With the penalty on overlong responses in its reward."""
+        buffer = self._settings.overlong
+        if not buffer.enable:
+            return row
+        penalty = overlong_penalty(
+            torch.tensor([row.trajectory.response_length]),
+            self._settings.sampling.max_tokens,
+            buffer.len,
+            buffer.penalty_factor,
+        )
+        # In float32, as everything that is made of rewards.
+        return replace(row, reward=(torch.tensor([row.score.value]) + penalty).item())
+
+    def _check_versions(self, rows: Sequence[ScoredTrajectory]) -> None:
+        version = self._trained_version()
+        for row in rows:
+            oldest, newest = row.trajectory.oldest_version, row.trajectory.newest_version
+            assert oldest == newest == version, (
+                f"tokens of policies {oldest} to {newest} in a step of policy {version}"
+            )
+
+
+def _with_baselines(
+    rows: Sequence[ScoredTrajectory], baselines: Sequence[ScoredTrajectory]
+) -> list[ScoredTrajectory]:
+    """Each row with the reward of its group's greedy answer; as it is where there are none."""
+    if not baselines:
+        return list(rows)
+    reward_of = {baseline.trajectory.group: baseline.reward for baseline in baselines}
+    return [replace(row, greedy_reward=reward_of[row.trajectory.group]) for row in rows]
+
+
+class TooFewGroups(RuntimeError):
+    """A step could not be filled: the prompts are too hard, or solved."""
+
+
+class DynamicSampling:
+    """Draws from another source until a step has enough groups with signal.
+
+    DAPO, arXiv 2503.14476, section 3.2. Surplus groups are dropped: the next step's policy is another.
+    """
+
+    def __init__(self, source: ExperienceSource, config: FilterGroupsConfig, groups: int) -> None:
+        """`groups`: how many a step trains on."""
+        self._source, self._config, self._groups = source, config, groups
+        self._state = source.state_dict()
+
+    def next_batch(self, step: int) -> Experience:
+        """The first groups whose rows differ in `metric`; TooFewGroups where the draws do not do."""
+        found = _Draws(self._config.metric)
+        while len(found.groups) < self._groups:
+            if found.batches == self._config.max_num_gen_batches:
+                raise TooFewGroups(self._too_few(found))
+            found.add(self._source.next_batch(step))
+        rows = list(chain.from_iterable(found.groups[: self._groups]))
+        self._state = self._source.state_dict()
+        return Experience(rows, found.metrics | self._figures(found))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ExperienceSource`."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `ExperienceSource`."""
+        self._source.load_state_dict(state)
+        self._state = self._source.state_dict()
+
+    def _figures(self, found: _Draws) -> dict[str, float]:
+        return {
+            "train/num_gen_batches": float(found.batches),
+            "filter_groups/generated": float(found.generated),
+            "filter_groups/kept_share": len(found.groups) / found.generated,
+            "filter_groups/surplus": float(len(found.groups) - self._groups),
+            "filter_groups/generated_score/mean": float(torch.cat(found.rewards).mean()),
+            "perf/generated_tokens": float(found.tokens),
+        }
+
+    def _too_few(self, found: _Draws) -> str:
+        rewards = torch.cat(found.rewards)
+        return (
+            f"algorithm.filter_groups: after {found.batches} batches only {len(found.groups)} of "
+            f"{found.generated} groups differ in {self._config.metric}, {self._groups} are needed "
+            f"(algorithm.filter_groups.max_num_gen_batches = {found.batches}). Scores are between "
+            f"{rewards.min():g} and {rewards.max():g}, mean {rewards.mean():.3g}: use prompts that "
+            "are neither too hard nor solved by now, raise rollout.n or max_num_gen_batches, or set "
+            "algorithm.filter_groups.enable=false"
+        )
+
+
+class _Draws:
+    """What the batches of one step held."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self.batches = self.generated = self.tokens = 0
+        """Batches, groups and response tokens, those without signal included."""
+        self.rewards: list[torch.Tensor] = []
+        """Of every trajectory, by batch."""
+        self.groups: list[list[ScoredTrajectory]] = []
+        """The groups with signal, in the order drawn."""
+        self.metrics: dict[str, float] = {}
+
+    def add(self, drawn: Experience) -> None:
+        ids = drawn.group_ids
+        signal = groups_with_signal(drawn.metric(self._metric), drawn.written, ids)
+        kept = set(ids.unique()[signal].tolist())
+        rows_of: dict[int, list[ScoredTrajectory]] = {}
+        for row in drawn.rows:
+            if row.trajectory.group in kept:
+                rows_of.setdefault(row.trajectory.group, []).append(row)
+        self.groups += rows_of.values()
+        self.batches += 1
+        self.generated += len(signal)
+        self.tokens += int(drawn.lengths.sum())
+        self.rewards.append(drawn.rewards)
+        self.metrics |= drawn.metrics

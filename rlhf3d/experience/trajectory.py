@@ -1,0 +1,94 @@
+"""A trajectory: a prompt, and after it spans of tokens that one author wrote each.
+
+Invariant: every token has an author, and only sampled tokens have a log-probability and a policy
+version; everything else that is said of a trajectory's tokens is derived from its spans. Pure.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.rollout.api import FinishReason
+
+Author = Literal["sampled", "template", "environment"]
+"""Who wrote a span: a policy, the chat template between turns, or the environment's observation."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one author."""
+
+    author: Author
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] = ()
+    """Sampled: log p(token | everything before it) under the sampling distribution, one a token."""
+    policy_version: int | None = None
+    """Sampled: the version of the weights that wrote every token of the span."""
+
+    def __post_init__(self) -> None:
+        sampled = self.author == "sampled"
+        assert (self.policy_version is not None) == sampled, f"version of a {self.author} span"
+        expected = len(self.token_ids) if sampled else 0
+        assert len(self.logprobs) == expected, (
+            f"{len(self.logprobs)} log-probs of {len(self.token_ids)} {self.author} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What became of one prompt, once."""
+
+    prompt: Prompt
+    group: int
+    """Compared with the trajectories of the same number, those of the same drawing of the prompt."""
+    spans: tuple[Span, ...]
+    """The response, in order."""
+    finish_reason: FinishReason
+
+    @property
+    def response_ids(self) -> array[int]:
+        """[R] every token after the prompt."""
+        # Arrays, here and below: a list would hold an object for each of a step's tokens.
+        ids = array("i")
+        for span in self.spans:
+            ids.extend(span.token_ids)
+        return ids
+
+    @property
+    def response_mask(self) -> array[int]:
+        """[R] 1 for sampled tokens, which are trained on, 0 for the others."""
+        mask = array("b")
+        for span in self.spans:
+            mask.extend([span.author == "sampled"] * len(span.token_ids))
+        return mask
+
+    @property
+    def logprobs(self) -> array[float]:
+        """[R] log-probability of each sampled token, 0 for the others."""
+        logprobs = array("f")
+        for span in self.spans:
+            logprobs.extend(span.logprobs or [0.0] * len(span.token_ids))
+        return logprobs
+
+    @property
+    def response_length(self) -> int:
+        """R: tokens after the prompt, of every author."""
+        return sum(len(span.token_ids) for span in self.spans)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy that wrote a part of it."""
+        return min(self._versions())
+
+    @property
+    def newest_version(self) -> int:
+        """The newest policy that wrote a part of it."""
+        return max(self._versions())
+
+    def _versions(self) -> list[int]:
+        # A span without tokens counts: the policy chose to end there.
+        return [span.policy_version for span in self.spans if span.policy_version is not None]

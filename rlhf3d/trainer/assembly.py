@@ -1,0 +1,190 @@
+"""Connects what a run has read and started to what its loop uses.
+
+Invariant: each component gets its own section of the configuration, and only here are they all known.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.algorithms.advantages import needs_greedy_baseline
+from rlhf3d.algorithms.losses import PolicyLossSettings
+from rlhf3d.algorithms.objectives import Objective, PolicyObjective, ValueObjective
+from rlhf3d.config.derived import Derived, clip_range
+from rlhf3d.config.groups import TRAINABLE
+from rlhf3d.config.schema import ActorConfig, Config
+from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.source import (
+    DynamicSampling,
+    ExperienceSource,
+    OnPolicy,
+    OnPolicySettings,
+)
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.rewards.make import model_part
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rollout.api import SamplingSettings
+from rlhf3d.tokenizer.load import load_tokenizer
+from rlhf3d.trainer.best import BestTracker
+from rlhf3d.trainer.canary import Canary, canary_tokens
+from rlhf3d.trainer.checkpointing import CheckpointWriter
+from rlhf3d.trainer.components import RunComponents
+from rlhf3d.trainer.health import HealthMonitor
+from rlhf3d.trainer.hf_export import HFExport
+from rlhf3d.trainer.inputs import RunInputs
+from rlhf3d.trainer.learner import Learner
+from rlhf3d.trainer.preemption import PreemptionHandler
+from rlhf3d.trainer.processes import Processes
+from rlhf3d.trainer.reward_model import RewardModel
+from rlhf3d.trainer.step_log import StepLog
+from rlhf3d.trainer.validation import Validation
+from rlhf3d.trainer.weight_sync import WeightSync
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What the components are made of."""
+
+    config: Config
+    derived: Derived
+    inputs: RunInputs
+    processes: Processes
+    rewards: RewardManager
+    log: StepLog
+
+    def components(self, stack: ExitStack, preemption: PreemptionHandler) -> RunComponents:
+        """Make all of them; `stack` closes what they open."""
+        if "reward" in self.processes.groups:
+            self._add_reward_model(self.processes.groups["reward"])
+        weights = self.weight_sync()
+        return RunComponents(
+            source=self.source(weights),
+            learner=self.learner(weights),
+            weights=weights,
+            validation=self.validation(weights),
+            checkpoints=self.checkpoints(stack),
+            best=BestTracker(self.config.trainer.best_metric),
+            health=self.health(),
+            log=self.log,
+            preemption=preemption,
+        )
+
+    def trained(self) -> dict[str, TrainGroup]:
+        """The models that learn, and the groups that hold them."""
+        groups = self.processes.groups
+        return {role: groups[role] for role in TRAINABLE if role in groups}
+
+    def source(self, weights: WeightSync) -> ExperienceSource:
+        """On-policy generation, with dynamic sampling around it where configured."""
+        rollout, algorithm = self.config.rollout, self.config.algorithm
+        max_tokens = self.config.data.max_response_length
+        settings = OnPolicySettings(
+            n=rollout.n,
+            sampling=SamplingSettings(
+                rollout.temperature, rollout.top_p, rollout.top_k, max_tokens
+            ),
+            seed=self.config.trainer.seed,
+            greedy_baseline=needs_greedy_baseline(algorithm.adv_estimator),
+            overlong=self.config.reward.overlong_buffer,
+        )
+        collector = Collector(
+            partial(self.processes.rollout.stream, "generate"),
+            self.rewards,
+            self.inputs.tokenizer,
+            self.config.reward.max_error_rate,
+            self.log.phase,
+        )
+        source = OnPolicy(
+            settings,
+            self.inputs.loader,
+            collector,
+            weights.sync_weights,
+            lambda: weights.trained_version,
+        )
+        if not algorithm.filter_groups.enable:
+            return source
+        groups = self.config.data.train_batch_size
+        return DynamicSampling(source, algorithm.filter_groups, groups)
+
+    def learner(self, weights: WeightSync) -> Learner:
+        """The models and how they are updated."""
+        algorithm, critic = self.config.algorithm, self.config.critic
+        plans = {"actor": self.derived.actor}
+        if self.derived.critic is not None:
+            plans["critic"] = self.derived.critic
+        objectives: dict[str, Objective] = {
+            "actor": policy_objective(self.config.actor, algorithm.custom_kwargs),
+            "critic": ValueObjective(critic.cliprange_value, critic.loss_agg_mode),
+        }
+        return Learner(
+            algorithm,
+            plans,
+            self.processes.groups,
+            objectives,
+            self.config.trainer.critic_warmup,
+            weights.weights_changed,
+            self.log.phase,
+        )
+
+    def validation(self, weights: WeightSync) -> Validation:
+        """On the held-out prompts; its generation and scoring are one phase, `validate`."""
+        collector = Collector(
+            partial(self.processes.rollout.stream, "validate"),
+            self.rewards,
+            self.inputs.tokenizer,
+            self.config.reward.max_error_rate,
+        )
+        return Validation(
+            self.config.validation,
+            self.inputs.val_data or (),
+            self.config.data.max_response_length,
+            self.config.trainer.seed,
+            Path(self.config.trainer.output_dir),
+            collector,
+            weights,
+            self.log,
+        )
+
+    def weight_sync(self) -> WeightSync:
+        """From the actor to the engines; the canary's tokens are held-out prompts where there are any."""
+        config, rollout = self.config.rollout, self.processes.rollout
+        actor = self.processes.groups["actor"]
+        tokens = canary_tokens(self.inputs.val_data or self.inputs.train_data)
+        canary = Canary(config, self.config.model.dtype, tokens, actor, rollout)
+        return WeightSync(config, self.processes.sync, actor, rollout, canary, self.log.phase)
+
+    def checkpoints(self, stack: ExitStack) -> CheckpointWriter:
+        """Of the models that learn, with the actor as a Hugging Face folder."""
+        model, processes = self.config.model, self.processes
+        export = HFExport(processes.sync, model.dtype, processes.groups["actor"], Path(model.path))
+        stack.enter_context(closing(export))
+        return CheckpointWriter(self.config, self.inputs.spec, self.trained(), export)
+
+    def health(self) -> HealthMonitor:
+        """Reports on the console."""
+        trainer, note = self.config.trainer, self.log.console.note
+        return HealthMonitor(note, trainer.on_nonfinite, trainer.grad_spike_factor)
+
+    def _add_reward_model(self, group: TrainGroup) -> None:
+        settings = self.config.reward_model
+        assert settings.path is not None
+        model = RewardModel(settings, group, load_tokenizer(settings.path))
+        self.rewards.add_model(model, model_part(self.config.reward, settings))
+
+
+def policy_objective(actor: ActorConfig, custom: Mapping[str, Any]) -> PolicyObjective:
+    """What the actor's update minimizes; `custom`: the arguments of a user's own loss."""
+    return PolicyObjective(
+        loss_name=actor.policy_loss,
+        settings=PolicyLossSettings(*clip_range(actor), actor.clip_ratio_c, custom),
+        loss_agg_mode=actor.loss_agg_mode,
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+    )

@@ -1,0 +1,123 @@
+"""The canary: engine and trainer score the same few tokens after a weight sync, and must agree.
+
+Invariant: nothing is published whose log-probs differ from the trainer's by more than the limit, or
+that would still answer from a prefix cache of older weights.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from torch import Tensor
+
+from rlhf3d.batching.batch import from_sequences
+from rlhf3d.config.schema import RolloutConfig
+from rlhf3d.data.loader import Prompt
+from rlhf3d.placement.rollout_group import RolloutGroup
+from rlhf3d.placement.train_group import TrainGroup
+
+CANARY_PROMPTS = 4
+CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1, "fp8_per_channel": 0.4}
+"""Largest mean |log-prob difference| that is rounding, by the coarsest number format involved."""
+_PHASE = "sync_weights (canary)"
+_TRY = (
+    "Try rollout.dtype=float32 and model.dtype=float32, without rollout.quantization: where they "
+    "agree then, it was rounding, and rollout.canary_max_abs_diff may be raised; else the engine "
+    "lacks the trained weights: report this"
+)
+_NOT_FINITE = (
+    "The weights are not finite: look at those it began with (`rlhf3d inspect MODEL --deep`), "
+    "or lower actor.optim.lr"
+)
+
+
+class CanaryError(RuntimeError):
+    """Engine and trainer disagree about the same tokens under what should be the same weights."""
+
+
+def canary_tokens(prompts: Iterable[Prompt]) -> list[Sequence[int]]:
+    """The first prompts, each of at least two tokens: the first token has no prediction."""
+    ids = [prompt.prompt_ids for prompt in islice(prompts, CANARY_PROMPTS)]
+    return [tokens if len(tokens) > 1 else tokens * 2 for tokens in ids]
+
+
+class Canary:
+    """Token sequences that both sides score."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_dtype: str,
+        tokens: Sequence[Sequence[int]],
+        actor: TrainGroup,
+        rollout: RolloutGroup,
+    ) -> None:
+        """`model_dtype`: in which the actor computes."""
+        self._config, self._actor, self._rollout = config, actor, rollout
+        self._tokens = [list(sequence) for sequence in tokens]
+        coarsest: str = config.quantization
+        if coarsest == "none":
+            both_float32 = model_dtype == config.dtype == "float32"
+            coarsest = "float32" if both_float32 else "bfloat16"
+        limit = config.canary_max_abs_diff
+        self.limit = CANARY_LIMIT[coarsest] if limit is None else limit
+
+    def due(self, sync: int) -> bool:
+        """Whether sync number `sync` is checked: the first ones, then every so often."""
+        every = self._config.canary_every
+        return sync < self._config.canary_steps or (every > 0 and sync % every == 0)
+
+    def check(self, version: int) -> float:
+        """The largest difference over engines; CanaryError where one is over the limit.
+
+        `version` is what the engines have loaded and not published yet.
+        """
+        # The trainer first: the engines' caches may still be asleep, and wake with the first request.
+        trained = self._trained_logprobs()
+        # Then the prefix cache, before the canary's own prompts go into it.
+        self._check_prefix_cache(version)
+        return self._check_logprobs(version, trained)
+
+    def _trained_logprobs(self) -> Tensor:
+        """The trainer's log-probs of the tokens after the first."""
+        # Token 0 has no prediction: it plays the prompt, the rest the response.
+        firsts = [tokens[:1] for tokens in self._tokens]
+        rests = [tokens[1:] for tokens in self._tokens]
+        batch = from_sequences(firsts, rests, pad_id=0)
+        outputs = self._actor.forward(_PHASE, "actor", batch, measure_padding=False)
+        return outputs["logprobs"]
+
+    def _check_prefix_cache(self, version: int) -> None:
+        for number, cached in enumerate(self._rollout.cached_tokens()):
+            if cached:
+                raise CanaryError(
+                    f"after the sync of policy {version}, engine {number} still took {cached} tokens "
+                    "of a prompt from its prefix cache, computed with older weights: report it"
+                )
+
+    def _check_logprobs(self, version: int, trained: Tensor) -> float:
+        worst = 0.0
+        scores = self._rollout.score(self._tokens, self._config.temperature)
+        for number, engine in enumerate(scores):
+            diffs = _differences(trained, engine)
+            mean = sum(diffs) / len(diffs)
+            if not mean <= self.limit:  # written so that NaN is a disagreement
+                advice = _TRY if math.isfinite(mean) else _NOT_FINITE
+                raise CanaryError(
+                    f"after the sync of policy {version}, engine {number} and the trainer give the "
+                    f"same {len(diffs)} tokens log-probs that differ by {mean:.3g} on average (limit "
+                    f"{self.limit:g}). {advice}"
+                )
+            worst = max(worst, mean)
+        return worst
+
+
+def _differences(trained: Tensor, engine: Sequence[Sequence[float]]) -> list[float]:
+    """|difference| of each token; the trainer's rows are padded, the engine's are not."""
+    diffs: list[float] = []
+    for row, scores in zip(trained.tolist(), engine, strict=True):
+        diffs += [abs(a - b) for a, b in zip(row, scores, strict=False)]
+    return diffs

@@ -1,0 +1,75 @@
+"""What a run is made of, and the state of it that a checkpoint keeps besides the models.
+
+Invariant: everything on the driver that a later step depends on is in `state_dict`.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf3d.experience.source import ExperienceSource
+from rlhf3d.trainer.best import BestTracker
+from rlhf3d.trainer.checkpointing import CheckpointWriter
+from rlhf3d.trainer.health import HealthMonitor
+from rlhf3d.trainer.learner import Learner
+from rlhf3d.trainer.preemption import PreemptionHandler
+from rlhf3d.trainer.step_log import StepLog
+from rlhf3d.trainer.validation import Validation
+from rlhf3d.trainer.weight_sync import WeightSync
+
+
+@dataclass(frozen=True)
+class RunComponents:
+    """Built by `run.py`, used by the loop."""
+
+    source: ExperienceSource
+    learner: Learner
+    weights: WeightSync
+    validation: Validation
+    checkpoints: CheckpointWriter
+    best: BestTracker
+    health: HealthMonitor
+    log: StepLog
+    preemption: PreemptionHandler
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics on held-out prompts, which also count for the best checkpoint; empty without any."""
+        metrics = self.validation.run(step)
+        if metrics:
+            self.best.update(step, metrics)
+        return metrics
+
+    def save(self, step: int, metrics: dict[str, float], wait: bool) -> dict[str, float]:
+        """Save all that a resume needs; with `wait` until the checkpoint is complete.
+
+        `metrics`: the step's so far, for its row where the run is killed before that is written.
+        """
+        with self.log.phase("save_checkpoint"):
+            return self.checkpoints.save(
+                step,
+                self.weights.trained_version,
+                self.state_dict() | {"metrics": metrics},
+                self.best.of(metrics),
+                last=step == self.log.total_steps,
+                wait=wait,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The driver's state after a step, as JSON: `loader`, `kl_controller` and these two."""
+        return {
+            **self.source.state_dict(),
+            **self.learner.state_dict(),
+            # The file's name for it, from before the monitor had its present one.
+            "watch": self.health.state_dict(),
+            "best": self.best.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], policy_version: int) -> None:
+        """Continue after the step that `state` is of."""
+        self.source.load_state_dict(state)
+        self.learner.load_state_dict(state)
+        self.health.load_state_dict(state["watch"])
+        self.best.load_state_dict(state["best"])
+        self.weights.trained_version = policy_version

@@ -1,0 +1,87 @@
+"""The actor as a Hugging Face folder: its complete tensors, gathered by the driver one at a time.
+
+Invariant: the driver never holds more than one shard of the file that is being written.
+Runs in: driver, through a weight stream of its own from the training ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf3d.models.hf_io import write_hf_folder
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.placement.waiting import gather
+from rlhf3d.placement.worker import TrainWorker
+from rlhf3d.resharding.receiving import RingInbox, WeightReceiver
+from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.trainer.weight_sync import open_stream, seal_stream
+
+
+class HFExport:
+    """Writes the actor's weights in the training dtype."""
+
+    def __init__(self, sync: SyncSetup, dtype: str, actor: TrainGroup, model_folder: Path) -> None:
+        """`sync`: the stream to the engines, whose plan of the actor this one shares.
+
+        `model_folder` has the configuration and tokenizer that stand beside the weights.
+        """
+        self._sync, self._dtype, self._actor = sync, dtype, actor
+        self._model_folder = model_folder
+        self._receiver: WeightReceiver | None = None
+        self._open_files = ExitStack()
+        self._exports = 0
+
+    def check(self) -> None:
+        """ValueError unless an export can be made: to be known before the first step."""
+        self._reading_rank()
+
+    def write(self, folder: Path, policy_version: int) -> None:
+        """Write the weights as they are now, which are of `policy_version`."""
+        write_hf_folder(folder, self._tensors(policy_version), self._model_folder)
+
+    def close(self) -> None:
+        """Release shared memory; that of other processes goes with them."""
+        self._open_files.close()
+
+    def _tensors(self, policy_version: int) -> Iterator[tuple[str, Tensor]]:
+        """By HF name."""
+        if self._receiver is None:
+            self._receiver = self._open()
+        stream, export = self._receiver, self._exports
+        self._exports += 1
+        sends = self._actor.start_all(
+            TrainWorker.send_weights, stream.setup.name, policy_version, export
+        )
+        for param, tensor in stream.stream_params(policy_version, export):
+            yield param.name, tensor.clone()  # the stream reuses its buffer
+        gather("save_checkpoint", sends, self._actor.timeout_s)
+
+    def _open(self) -> WeightReceiver:
+        setup = replace(
+            self._sync,
+            name=f"{self._sync.name}-export",
+            dtype=self._dtype,
+            target="export",
+            colocated=True,
+            reader_beside=self._reading_rank(),
+        )
+        open_stream(setup, self._actor, None)
+        inbox = self._open_files.enter_context(closing(RingInbox(setup, 0)))
+        seal_stream(setup, self._actor)
+        return WeightReceiver(setup, 0, inbox)
+
+    def _reading_rank(self) -> int:
+        """The first training rank on the driver's node, from which the driver reads."""
+        rank = self._actor.first_rank_here()
+        if rank is None:
+            raise ValueError(
+                "trainer.save_hf: exporting the actor's weights needs a training rank of "
+                "actor.layout on the driver's node: start the command on a node that trains, or set "
+                "trainer.save_hf=never (`rlhf3d convert` exports a checkpoint later)"
+            )
+        return rank

@@ -1,0 +1,96 @@
+"""What a run reads before it starts any process: model description, tokenizer, prompts, reward rule.
+
+Invariant: a mistake in any of these files is reported while nothing has been started or written yet.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf3d.config.schema import Config
+from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
+from rlhf3d.models.folder import weight_files
+from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.rewards.function import RewardFunction
+from rlhf3d.rewards.make import make_reward
+from rlhf3d.tokenizer.end_tokens import EndTokens, end_tokens
+from rlhf3d.tokenizer.load import load_tokenizer, vocabulary_notes
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The files of a run, read."""
+
+    spec: ModelSpec
+    tokenizer: Any
+    ends: EndTokens
+    """What ends a completion."""
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    loader: PromptLoader
+    """Of the training prompts, at its beginning."""
+    rule: RewardFunction | None
+    """What scores completions; None where a reward model alone does."""
+
+    @property
+    def datasets(self) -> list[PromptDataset]:
+        """Training prompts, and validation's where there are any."""
+        return [self.train_data] if self.val_data is None else [self.train_data, self.val_data]
+
+    def notes(self, model_folder: Path) -> Iterator[str]:
+        """What is odd about the model folder: weights, vocabulary, end tokens."""
+        yield from weight_files(model_folder).notes
+        yield from vocabulary_notes(self.tokenizer, self.spec.vocab_size)
+        yield from self.ends.notes
+
+
+def read_inputs(config: Config) -> RunInputs:
+    """Read them. Raises ValueError where one does not fit the configuration or another."""
+    folder = config.model.path
+    spec, tokenizer = load_spec(folder), load_tokenizer(folder)
+    train_data = _dataset(config, tokenizer, "train_files", spec.vocab_size)
+    val_data = None
+    if config.data.val_files:
+        val_data = _dataset(config, tokenizer, "val_files", spec.vocab_size)
+    ends = end_tokens(folder, tokenizer, spec.vocab_size, config.rollout.stop_token_ids)
+    loader = _loader(config, train_data)
+    data_sources = set(train_data.data_sources)
+    if val_data is not None:
+        data_sources |= set(val_data.data_sources)
+    rule = make_reward(config.reward, config.custom_reward_function, data_sources)
+    return RunInputs(spec, tokenizer, ends, train_data, val_data, loader, rule)
+
+
+def _dataset(
+    config: Config, tokenizer: Any, key: Literal["train_files", "val_files"], vocab_size: int
+) -> PromptDataset:
+    data = config.data
+    return PromptDataset(
+        getattr(data, key),
+        tokenizer,
+        data.max_prompt_length,
+        data.overlong_prompts,
+        data.val_max_samples if key == "val_files" else -1,
+        key=f"data.{key}",
+        cache_dir=data.cache_dir,
+        vocab_size=vocab_size,
+    )
+
+
+def _loader(config: Config, train_data: PromptDataset) -> PromptLoader:
+    data, curriculum = config.data, None
+    if data.curriculum.path is not None:
+        own = data.curriculum
+        curriculum = Curriculum(data.curriculum.path, own.name, own.kwargs)
+    return PromptLoader(
+        train_data,
+        data.gen_batch_size or data.train_batch_size,
+        config.trainer.seed,
+        data.shuffle,
+        data.train_weights,
+        curriculum,
+    )

@@ -1,0 +1,142 @@
+"""From scored trajectories to new weights: the phases `old_logprobs` to `update_actor`.
+
+Invariant: a step is a function of the batch alone. Each phase adds columns to the batch; engines,
+prompts and texts are not known here.
+Runs in: driver; the ranks of the worker groups compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf3d.algorithms.advantages import AdvantageInputs, compute_advantages
+from rlhf3d.algorithms.kl import make_kl_controller
+from rlhf3d.algorithms.objectives import Objective
+from rlhf3d.algorithms.rewards import apply_kl_penalty, token_level_rewards
+from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.config.schema import AlgorithmConfig
+from rlhf3d.experience.collect import Phase
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.trainer.correction import correct, settings_of
+
+
+class Learner:
+    """Holds the worker groups of the models, and the KL controller."""
+
+    def __init__(
+        self,
+        config: AlgorithmConfig,
+        plans: Mapping[str, UpdatePlan],
+        groups: Mapping[str, TrainGroup],
+        objectives: Mapping[str, Objective],
+        critic_warmup: int,
+        weights_changed: Callable[[], None],
+        phase: Phase,
+    ) -> None:
+        """`groups`: by role (actor, ref, critic), only the roles that the run has.
+
+        Roles may share a group: the reference always is in the actor's, the critic is unless it has
+        a layout of its own. `plans`, `objectives`: by role that learns. `weights_changed` is called after each
+        update of the actor.
+        """
+        self._config, self._groups = config, groups
+        self._plans, self._objectives = plans, objectives
+        self._critic_warmup = critic_warmup
+        self._weights_changed, self._phase = weights_changed, phase
+        kl = config.kl_ctrl
+        self._kl_controller = make_kl_controller(kl.type, kl.kl_coef, kl.target_kl, kl.horizon)
+        self._correction = settings_of(config.rollout_correction)
+
+    def old_logprobs(self, batch: Batch) -> Batch:
+        """Add the actor's log-probs before its update; in bypass mode those are the engine's."""
+        if self._config.rollout_correction.bypass_mode:
+            return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
+        outputs = self._forward("old_logprobs", "actor", batch)
+        return batch.with_columns(old_logprobs=outputs["logprobs"])
+
+    def ref_logprobs(self, batch: Batch) -> Batch:
+        """Add the reference's log-probs, where a KL term uses them."""
+        if "ref" not in self._groups:
+            return batch
+        outputs = self._forward("ref_logprobs", "ref", batch)
+        return batch.with_columns(ref_logprobs=outputs["logprobs"])
+
+    def values(self, batch: Batch) -> Batch:
+        """Add the critic's values, where the advantage estimator uses them."""
+        if "critic" not in self._groups:
+            return batch
+        outputs = self._forward("values", "critic", batch)
+        return batch.with_columns(values=outputs["values"])
+
+    def advantages(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """Add token rewards with their KL penalty, advantages and returns; metrics of the penalty."""
+        config = self._config
+        with self._phase("advantages"):
+            mask = batch["response_mask"]
+            rewards = token_level_rewards(batch["rewards"], mask)
+            metrics: dict[str, float] = {}
+            if config.use_kl_in_reward:
+                coef = self._kl_controller.value
+                old, ref = batch["old_logprobs"], batch["ref_logprobs"]
+                rewards, mean_kl = apply_kl_penalty(
+                    rewards, old, ref, mask, coef, config.kl_penalty
+                )
+                # After use, as in verl: this step's KL sets the next step's coefficient.
+                self._kl_controller.update(mean_kl, len(batch))
+                metrics["actor/reward_kl_penalty"] = mean_kl
+                metrics["actor/reward_kl_penalty_coeff"] = coef
+            inputs = AdvantageInputs(
+                token_level_rewards=rewards,
+                response_mask=mask,
+                group_ids=batch["group_ids"],
+                values=batch.columns.get("values"),
+                greedy_scores=batch.columns.get("greedy_rewards"),
+                gamma=config.gamma,
+                lam=config.lam,
+                norm_by_std=config.norm_adv_by_std_in_grpo,
+                custom=config.custom_kwargs,
+            )
+            advantages, returns = compute_advantages(config.adv_estimator, inputs)
+            batch = batch.with_columns(
+                token_level_rewards=rewards, advantages=advantages, returns=returns
+            )
+            return batch, metrics
+
+    def update_critic(self, batch: Batch) -> dict[str, float]:
+        """Regress the critic on the returns."""
+        if "critic" not in self._groups:
+            return {}
+        with self._phase("update_critic"):
+            return self._update("critic", batch)
+
+    def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
+        """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
+        if step <= self._critic_warmup:
+            return {}
+        with self._phase("update_actor"):
+            metrics: dict[str, float] = {}
+            # In bypass mode the engine's log-probs are π_old: there is no mismatch to correct.
+            if not self._config.rollout_correction.bypass_mode:
+                batch, metrics = correct(batch, self._correction, self._plans["actor"])
+            metrics |= self._update("actor", batch)
+            self._weights_changed()
+            return metrics
+
+    def _forward(self, phase: str, role: str, batch: Batch) -> Mapping[str, Any]:
+        """Response-aligned outputs [N, R] of a role, computed without gradients."""
+        with self._phase(phase):
+            return self._groups[role].forward(phase, role, batch)
+
+    def _update(self, role: str, batch: Batch) -> dict[str, float]:
+        plan, objective = self._plans[role], self._objectives[role]
+        return self._groups[role].update(role, batch, plan, objective)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep besides the models, as JSON."""
+        return {"kl_controller": self._kl_controller.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self._kl_controller.load_state_dict(state["kl_controller"])

@@ -1,0 +1,90 @@
+"""The loop: PPO and its relatives as a readable list of phases.
+
+Invariant: the driver holds the rows of one step and nothing that grows with the model; validation
+and checkpoints come between two steps.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from rlhf3d.config.schema import Config
+from rlhf3d.experience.source import TooFewGroups
+from rlhf3d.observability.samples import write_samples
+from rlhf3d.trainer.components import RunComponents
+from rlhf3d.trainer.metrics import rollout_metrics, training_metrics
+
+
+class Trainer:
+    """Runs the steps."""
+
+    def __init__(self, config: Config, components: RunComponents) -> None:
+        self.config, self.run = config.trainer, components
+        self._overlong = config.reward.overlong_buffer.enable
+        self._max_response_length = config.data.max_response_length
+        self.total_steps = components.log.total_steps
+        self.step = 0
+        """The last one that is complete."""
+
+    def fit(self) -> str | None:
+        """Train to the last step, validating and saving between; why it stopped early, if it did."""
+        run, config = self.run, self.config
+        if self.step == 0 and config.val_before_train and (metrics := run.validate(0)):
+            run.log.record(0, metrics)
+        metrics = {}
+        while self.step < self.total_steps:
+            try:
+                metrics = self.train_step(self.step + 1) | run.checkpoints.poll()
+            except TooFewGroups:
+                self._save_before_failing(metrics)
+                raise
+            self.step += 1
+            last = self.step == self.total_steps
+            if last or (self._due(config.test_freq) and not self._stop_reason()):
+                metrics |= run.validate(self.step)
+            stop = None if last else self._stop_reason()
+            try:
+                if stop or (last and config.save_at_end) or self._due(config.save_freq):
+                    metrics |= run.save(self.step, metrics, wait=last or stop is not None)
+            finally:  # a failed save must not take the step's metrics with it
+                run.log.record(self.step, metrics)
+            run.preemption.step_ended()
+            if stop:
+                return stop
+        run.checkpoints.finish()
+        return None
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One step of the algorithm; its metrics."""
+        run, learner = self.run, self.run.learner
+        experience = run.source.next_batch(step)  # sync_weights, generate, score
+        run.weights.sleep_engines()
+        samples = [row.sample() for row in experience.rows]
+        write_samples(self.config.output_dir, step, samples)
+        run.health.check_rewards(step, experience)
+
+        batch = experience.batch(pad_id=0)
+        batch = learner.old_logprobs(batch)
+        batch = learner.ref_logprobs(batch)
+        batch = learner.values(batch)
+        batch, kl_metrics = learner.advantages(batch)
+        run.health.check_batch(step, batch)
+
+        metrics = learner.update_critic(batch)
+        metrics |= learner.update_actor(batch, step)
+        metrics |= run.health.check_update(step, metrics)
+        metrics |= kl_metrics | training_metrics(batch)
+        metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
+        return experience.metrics | metrics
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _stop_reason(self) -> str | None:
+        return self.run.preemption.reason(self.run.checkpoints.save_s)
+
+    def _save_before_failing(self, metrics: dict[str, float]) -> None:
+        """Save the last complete step, whose metrics these are, unless it is saved already."""
+        self.run.weights.sleep_engines()  # a save needs their memory
+        if metrics and self.config.save_at_end and not self._due(self.config.save_freq):
+            self.run.save(self.step, metrics, wait=True)
+            self.run.log.console.note(f"step {self.step} is saved: {self.run.checkpoints.last}")

@@ -1,0 +1,60 @@
+"""What a run leaves its user at its end: report, curves, answers before and after.
+
+Invariant: nothing here makes a complete run a failed one: what goes wrong is reported instead.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf3d.observability.console import Console
+from rlhf3d.observability.report import CURVES_FILE, make_report
+from rlhf3d.observability.samples import before_after
+
+
+def show_results(output: Path, console: Console, checkpoint: Path | None) -> None:
+    """Show them; `checkpoint`: the last one."""
+    lines = _make_report(output, console)
+    what = "answers before and after cannot be shown"
+    with reported_only(console, what, f"`rlhf3d samples {output}` shows answers"):
+        before, after = before_after(output)
+        if before:
+            console.samples(before, after)
+    console.done([*lines, f"checkpoint {checkpoint}"])
+
+
+def show_finished(run: Path) -> int:
+    """Show what is there when a finished run's command comes again; exit code 0."""
+    with Console() as console:
+        _make_report(run, console)
+        again = "trainer.resume_mode=never runs it again, in a folder beside it"
+        console.done(
+            [f"{run} is a finished run of this configuration, so nothing was done; {again}"]
+        )
+    return 0
+
+
+@contextmanager
+def reported_only(console: Console, what: str, then: str) -> Iterator[None]:
+    """Report an error of the body as a warning that `what` failed, and `then`."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).exception(what)
+        first_line = str(error).partition("\n")[0]
+        console.note(
+            f"warning: {what} ({type(error).__name__}: {first_line}); the run is complete, {then}"
+        )
+
+
+def _make_report(output: Path, console: Console) -> list[str]:
+    """Lines that say where report and curves are."""
+    lines = []
+    then = f"`rlhf3d report {output}` makes it when that is fixed"
+    with reported_only(console, "there is no report", then):
+        lines = [f"report {make_report(output)}", f"curves {output / CURVES_FILE}"]
+    return lines

@@ -1,0 +1,70 @@
+"""The folder of a run, made ready for what it continues from, and that loaded.
+
+Invariant: a resumed run's folder reads as if the run had never stopped: what was written after the
+checkpoint goes, and each step has its row once.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, set_aside
+from rlhf3d.checkpoints.store import Store
+from rlhf3d.models.spec import ModelSpec
+from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.samples import drop_samples
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.placement.worker import TrainWorker
+from rlhf3d.trainer.components import RunComponents
+
+
+def prepare_folder(start: Start, spec: ModelSpec) -> list[str]:
+    """Clean the run's folder; lines for the user. ValueError where the checkpoint does not fit."""
+    output, checkpoint = Path(start.config.trainer.output_dir), start.checkpoint
+    notes = list(start.notes)
+    if checkpoint is not None:
+        changes = check_resume(checkpoint, start.config, spec)
+        notes.append(f"resume from step {checkpoint.manifest.step}: {checkpoint.folder}")
+        notes += [f"changed {change}" for change in changes]
+    store = Store(output / CHECKPOINTS)
+    if left := store.clean():
+        notes.append(f"removed what a killed run left of {', '.join(left)}")
+    if checkpoint is not None and checkpoint.run == output.resolve():
+        step = checkpoint.manifest.step
+        if moved := set_aside(store, step):
+            notes.append(f"later checkpoints are now named {', '.join(moved)}")
+        drop_samples(output, step)
+    return notes
+
+
+def open_metrics(output: Path, checkpoint: Checkpoint | None) -> MetricsWriter:
+    """The writer of the run's metrics, without the rows after the checkpoint.
+
+    A run that was killed between a checkpoint and the row of its step gets that row here.
+    """
+    if checkpoint is None:
+        return MetricsWriter(output)
+    step = checkpoint.manifest.step
+    writer = MetricsWriter(output, resume_step=step)
+    if checkpoint.run == output.resolve() and writer.last_step < step:
+        writer.write(step, checkpoint.state["metrics"])
+    return writer
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, models: Mapping[str, TrainGroup], components: RunComponents
+) -> None:
+    """Load every model, then the driver's state."""
+    same_ranks = True
+    for role, group in models.items():
+        folder = str((checkpoint.folder / role).resolve())
+        optimizer = checkpoint.manifest.optimizer
+        loaded = group.call_all("load_checkpoint", TrainWorker.load, role, folder, optimizer)
+        same_ranks &= all(loaded)
+    if not same_ranks:
+        components.log.console.note(
+            "other ranks than saved the checkpoint: equal to rounding, with fresh random state"
+        )
+    components.load_state_dict(checkpoint.state, checkpoint.manifest.policy_version)

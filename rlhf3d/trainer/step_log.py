@@ -1,0 +1,42 @@
+"""What each step took and gave: seconds of its phases, and its row of metrics.
+
+Invariant: everything that a step reports goes to `metrics.jsonl` in one row, and what the console
+shows is from that row.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rlhf3d.observability.console import Console
+from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
+from rlhf3d.trainer.metrics import throughput_metrics
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """Console and metrics file of a run."""
+
+    console: Console
+    writer: MetricsWriter
+    total_steps: int
+    devices: int
+    """What throughput is divided by."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase as `timing_s/NAME` and show its name."""
+        with self.timer.phase(name), self.console.phase(name):
+            yield
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a step's row, with the seconds since the row before; step 0 is before training."""
+        metrics |= self.timer.pop()
+        if step > 0:
+            metrics |= throughput_metrics(metrics, self.devices)
+            self.console.step(metrics, step, self.total_steps)
+        self.writer.write(step, metrics)

@@ -1,0 +1,128 @@
+"""Held-out accuracy of the policy while it trains, by the same functions as `rlhf3d evaluate`.
+
+Invariant: the accuracy counts right answers alone, whatever else the reward is made of; where a
+reward model alone scores, nothing is right or wrong and there is no accuracy.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+from rlhf3d.config.schema import ValidationConfig
+from rlhf3d.data.loader import Prompt
+from rlhf3d.experience.accuracy import Answers, summarise
+from rlhf3d.experience.collect import Collector, Requests, greedy_sampling
+from rlhf3d.experience.scored import ScoredTrajectory
+from rlhf3d.observability.samples import Kind, write_samples
+from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.rewards.reward_model import PART, only_model
+from rlhf3d.rewards.score import Outcome, Score
+from rlhf3d.rollout.api import SamplingSettings
+from rlhf3d.trainer.step_log import StepLog
+from rlhf3d.trainer.weight_sync import WeightSync
+
+
+class Validation:
+    """Answers the held-out prompts with the newest weights."""
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        seed: int,
+        output_dir: Path,
+        collector: Collector,
+        weights: WeightSync,
+        log: StepLog,
+    ) -> None:
+        """`prompts` may be empty; `max_tokens`: of an answer; `seed`: of the run."""
+        self._config, self._prompts = config, prompts
+        self._max_tokens, self._seed, self._output_dir = max_tokens, seed, output_dir
+        self._collector, self._weights, self._log = collector, weights, log
+
+    def run(self, step: int) -> dict[str, float]:
+        """Metrics of greedy and sampled answers, as configured; empty without prompts."""
+        if not self._prompts:
+            return {}
+        metrics = self._weights.sync_weights()
+        with self._log.phase("validate"):
+            if self._config.greedy:
+                metrics |= self._answers(step, "greedy", 1, greedy_sampling(self._max_tokens))
+            if self._config.sampled_n:
+                sampling = SamplingSettings(self._config.temperature, max_tokens=self._max_tokens)
+                metrics |= self._answers(step, "sampled", self._config.sampled_n, sampling)
+        self._weights.sleep_engines()
+        self._log.console.validation(f"step {step}", metrics)
+        return metrics
+
+    def _answers(
+        self, step: int, kind: Kind, n: int, sampling: SamplingSettings
+    ) -> dict[str, float]:
+        # Seeds of step 0 every time, so that two validations differ by the policy alone.
+        requests = Requests(self._seed, step=0).draw(self._prompts, n, sampling)
+        rows = self._collector.collect(requests)
+        write_samples(self._output_dir, step, [row.sample() for row in rows], kind)
+        return validation_metrics(rows, kind)
+
+
+def validation_metrics(rows: Sequence[ScoredTrajectory], kind: str) -> dict[str, float]:
+    """Metrics by data source; all groups of a source have the same number n of answers.
+
+    `val-core/SOURCE/acc/KIND` is the mean; its interval, pass@k, maj@k and std@n are
+    `val-aux/SOURCE/acc/KIND/…`. Of a reward model `val-core/SOURCE/reward_model/KIND` is the mean
+    score, `val-aux/SOURCE/reward_model/KIND/se` its standard error over prompts.
+    """
+    groups: dict[int, list[ScoredTrajectory]] = {}
+    for row in rows:
+        groups.setdefault(row.trajectory.group, []).append(row)
+    metrics = _reward_model_metrics(groups.values(), kind)
+    if only_model([row.score for row in rows]):
+        return metrics
+    by_source: dict[str, list[Answers]] = {}
+    for group in groups.values():
+        scores = [row.score for row in group]
+        answers = Answers(tuple(s.accuracy for s in scores), tuple(map(vote, scores)))
+        by_source.setdefault(_source(group), []).append(answers)
+    for source, prompts in by_source.items():
+        figures = summarise(prompts)
+        n = len(prompts[0].scores)
+        metrics[f"val-core/{source}/acc/{kind}"] = figures.pop(f"mean@{n}")
+        metrics[f"val-aux/{source}/num_prompts"] = figures.pop("prompts")
+        metrics |= {f"val-aux/{source}/acc/{kind}/{name}": value for name, value in figures.items()}
+    return metrics
+
+
+def _source(group: Sequence[ScoredTrajectory]) -> str:
+    return group[0].trajectory.prompt.data_source
+
+
+def _reward_model_metrics(
+    groups: Iterable[Sequence[ScoredTrajectory]], kind: str
+) -> dict[str, float]:
+    means: dict[str, list[float]] = {}
+    for group in groups:
+        values = [row.score.extra[PART] for row in group if PART in row.score.extra]
+        if values:
+            means.setdefault(_source(group), []).append(fmean(values))
+    metrics: dict[str, float] = {}
+    for source, of_prompts in means.items():
+        error = 0.0
+        if len(of_prompts) > 1:
+            error = stdev(of_prompts) / sqrt(len(of_prompts))
+        metrics[f"val-core/{source}/{PART}/{kind}"] = fmean(of_prompts)
+        metrics[f"val-aux/{source}/{PART}/{kind}/se"] = error
+        metrics[f"val-aux/{source}/num_prompts"] = float(len(of_prompts))
+    return metrics
+
+
+def vote(score: Score) -> str | None:
+    """The answer of a completion in the form that is counted for maj@k; None where it has none."""
+    answer = score.extra.get("answer")
+    if score.outcome is not Outcome.SCORED or answer is None:
+        return None
+    return normalise(str(answer))

@@ -1,0 +1,82 @@
+"""Trajectories and scores for tests of what comes after generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.experience.trajectory import Span, Trajectory
+from rlhf3d.rewards.score import Outcome, Score, ScoreItem
+from rlhf3d.rollout.api import Completion, FinishReason, Request, SamplingSettings
+
+
+def prompt(index: int, length: int = 1) -> Prompt:
+    return Prompt((4,) * length, "test", str(index), {}, index, f"question {index}")
+
+
+def row(
+    score: float | Score,
+    group: int = 0,
+    *,
+    tokens: Sequence[int] = (7,),
+    reward: float | None = None,
+    greedy_reward: float | None = None,
+    finish: FinishReason = "stop",
+    prompt_length: int = 1,
+    data_source: str = "test",
+) -> ScoredTrajectory:
+    """One trajectory of policy 0 with log-probs of 0; its reward is its score where none is given."""
+    if not isinstance(score, Score):
+        score = Score(float(score), Outcome.SCORED)
+    asked = Prompt((4,) * prompt_length, data_source, "", {}, group, "")
+    span = Span("sampled", tokens, (0.0,) * len(tokens), 0)
+    trajectory = Trajectory(asked, group, (span,), finish)
+    reward = score.value if reward is None else reward
+    return ScoredTrajectory(trajectory, "", score, reward, greedy_reward)
+
+
+def in_groups(scores: Sequence[float | Score], n: int, first: int = 0) -> Experience:
+    """Groups of n, numbered from `first`."""
+    return Experience([row(score, first + i // n) for i, score in enumerate(scores)])
+
+
+class FakeRewards:
+    """Scores items by what `values` says of their number, in place of processes."""
+
+    def __init__(self, values: Mapping[int, Score | float] | None = None) -> None:
+        self.values = dict(values or {})
+        self.items: dict[int, ScoreItem] = {}
+        self.arrivals: list[list[int]] = []
+
+    def start(self, total: int) -> FakeRewards:
+        self.items, self.arrivals = {}, []
+        return self
+
+    def add(self, items: Mapping[int, ScoreItem]) -> None:
+        assert not self.items.keys() & items.keys()
+        self.items.update(items)
+        self.arrivals.append(sorted(items))
+
+    def finish(self) -> list[Score]:
+        scores = []
+        for number in range(len(self.items)):
+            value = self.values.get(number, 0.0)
+            scores.append(value if isinstance(value, Score) else Score(value, Outcome.SCORED))
+        return scores
+
+
+class FakeEngine:
+    """Answers last request first; sampled answers are `sampled`, greedy ones `greedy`, of policy 1."""
+
+    def __init__(self, sampled: Sequence[int] = (8, 8), greedy: Sequence[int] = (9, 9)) -> None:
+        self.sampled, self.greedy = sampled, greedy
+        self.calls: list[tuple[list[Request], SamplingSettings]] = []
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> Iterator[dict[int, Completion]]:
+        self.calls.append((list(requests), sampling))
+        tokens = self.greedy if sampling.greedy else self.sampled
+        for number in reversed(range(len(requests))):
+            yield {number: Completion(tokens, (-1.5,) * len(tokens), "stop", 1)}

@@ -1,0 +1,101 @@
+"""From requests to scored trajectories, in the order of the requests whatever order they finish in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.experience import FakeEngine, FakeRewards, prompt
+from support.tiny_models import make_tiny_tokenizer
+
+from rlhf3d.experience.collect import Collector, Requests, greedy_sampling
+from rlhf3d.rewards.score import Outcome, RewardError, Score
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+
+PROMPTS = [prompt(7, 2), prompt(9, 3)]
+SAMPLING = SamplingSettings(max_tokens=4)
+
+
+def seeds(requests: list[Any]) -> list[int]:
+    return [request.seed for request in requests]
+
+
+def test_requests_have_their_own_repeatable_seeds_and_groups() -> None:
+    requests = Requests(1, step=2).draw(PROMPTS, 3, SAMPLING)
+    assert [request.prompt.index for request in requests] == [7] * 3 + [9] * 3
+    assert [request.group for request in requests] == [0] * 3 + [1] * 3
+    assert len(set(seeds(requests))) == 6
+    assert requests == Requests(1, step=2).draw(PROMPTS, 3, SAMPLING)
+    other_step = Requests(1, step=3).draw(PROMPTS, 3, SAMPLING)
+    assert not set(seeds(requests)) & set(seeds(other_step))
+
+
+def test_a_prompt_that_comes_again_gets_new_samples_in_a_group_of_its_own() -> None:
+    step = Requests(1, 2)
+    first, again = (step.draw(PROMPTS[:1], 2, SAMPLING) for _ in range(2))
+    assert len(set(seeds(first + again))) == 4
+    assert [request.group for request in first + again] == [0, 0, 1, 1]
+    twice_at_once = Requests(1, 2).draw(PROMPTS[:1] * 2, 2, SAMPLING)
+    assert twice_at_once == first + again
+
+
+class Scripted:
+    """Answers of different lengths, the last request's first."""
+
+    def __init__(self, answers: list[Completion]) -> None:
+        self.answers = answers
+
+    def stream(self, requests: Any, sampling: SamplingSettings) -> Any:
+        for number in (2, 0, 3, 1):
+            yield {number: self.answers[number]}
+
+
+def test_the_tokens_that_the_engine_wrote_are_scored_as_text_as_they_come() -> None:
+    tokenizer = make_tiny_tokenizer()
+    words, end = ["ab", "c", "de", "fgh"], tokenizer.eos_token_id
+    answers = []
+    for word in words:
+        ids = (*tokenizer.encode(word), end)
+        answers.append(Completion(ids, (-0.5,) * len(ids), "stop", 3))
+    rewards = FakeRewards({1: 0.25, 2: 1.0})
+    collector = Collector(Scripted(answers).stream, rewards, tokenizer)  # type: ignore[arg-type]
+    rows = collector.collect(Requests(0, 0).draw(PROMPTS, 2, SAMPLING))
+    assert [row.text for row in rows] == words
+    assert rewards.arrivals == [[2], [0], [3], [1]]
+    assert [row.trajectory.response_ids.tolist() for row in rows] == [
+        list(answer.token_ids) for answer in answers
+    ]
+    assert [row.reward for row in rows] == [0, 0.25, 1.0, 0]
+    item = rewards.items[2]
+    assert (item.solution_str, item.ground_truth) == ("de", "9")
+    sample = rows[2].sample()
+    assert (sample.prompt, sample.response, sample.length) == ("question 9", "de", 3)
+    assert (sample.score, sample.policy_version) == (1.0, 3)
+
+
+def test_requests_of_different_sampling_are_one_collection() -> None:
+    engine, rewards = FakeEngine(), FakeRewards({4: 0.5})
+    sampled = Requests(0, 0).draw(PROMPTS, 2, SAMPLING)
+    greedy = Requests(0, 0).draw(PROMPTS[:1], 1, greedy_sampling(4))
+    collector = Collector(engine.stream, rewards, make_tiny_tokenizer())  # type: ignore[arg-type]
+    rows = collector.collect([*sampled[:2], *greedy, *sampled[2:]])
+    assert [row.trajectory.response_ids[0] for row in rows] == [8, 8, 9, 8, 8]
+    assert [(len(asked), sampling.greedy) for asked, sampling in engine.calls] == [
+        (4, False),
+        (1, True),
+    ]
+    assert engine.calls[0][0] == [Request(r.prompt.prompt_ids, r.seed) for r in sampled]
+    assert rows[4].reward == 0.5
+
+
+def test_too_many_failures_end_it() -> None:
+    failing = FakeRewards({0: Score(0.0, Outcome.ERROR, message="it fell over")})
+    requests = Requests(0, 0).draw(PROMPTS, 1, SAMPLING)
+
+    def collector(max_error_rate: float) -> Collector:
+        tokenizer = make_tiny_tokenizer()
+        return Collector(FakeEngine().stream, failing, tokenizer, max_error_rate)  # type: ignore[arg-type]
+
+    assert len(collector(0.5).collect(requests)) == 2
+    with pytest.raises(RewardError, match=r"1 of 2 [\s\S]*it fell over"):
+        collector(0.4).collect(requests)

@@ -1,0 +1,171 @@
+"""Sources of experience: on-policy generation, and dynamic sampling around another source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.experience import FakeEngine, FakeRewards, in_groups, prompt, row
+from support.tiny_models import make_tiny_tokenizer
+
+from rlhf3d.config.schema import FilterGroupsConfig, OverlongBufferConfig
+from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.scored import Experience
+from rlhf3d.experience.source import DynamicSampling, OnPolicy, OnPolicySettings, TooFewGroups
+from rlhf3d.rollout.api import SamplingSettings
+
+
+class Loader:
+    """Two prompts at a time; its state is how many it has given."""
+
+    def __init__(self) -> None:
+        self.served = 0
+
+    def next_batch(self) -> list[Any]:
+        self.served += 2
+        return [prompt(self.served - 2), prompt(self.served - 1)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]
+
+
+def on_policy(
+    values: dict[int, float], version: int = 1, **settings: Any
+) -> tuple[OnPolicy, FakeEngine, list[str]]:
+    """A source whose trajectories have the given scores; what it was and what it called."""
+    engine, synced = FakeEngine(), []
+
+    def sync_weights() -> dict[str, float]:
+        synced.append("sync")
+        return {"sync/send_s": 0.5}
+
+    collector = Collector(engine.stream, FakeRewards(values), make_tiny_tokenizer())  # type: ignore[arg-type]
+    made = OnPolicySettings(n=2, sampling=SamplingSettings(max_tokens=4), seed=0, **settings)
+    source = OnPolicy(made, Loader(), collector, sync_weights, lambda: version)  # type: ignore[arg-type]
+    return source, engine, synced
+
+
+def test_weights_come_first_and_groups_are_of_a_prompt() -> None:
+    source, engine, synced = on_policy({0: 1.0})
+    first = source.next_batch(1)
+    assert synced == ["sync"] and first.metrics == {"sync/send_s": 0.5}
+    assert first.group_ids.tolist() == [0, 0, 1, 1] and first.rewards.tolist() == [1, 0, 0, 0]
+    more = source.next_batch(1)
+    assert more.group_ids.tolist() == [2, 2, 3, 3], "of the same step: no group twice"
+    assert source.next_batch(2).group_ids.tolist() == [0, 0, 1, 1]
+    seeds = [request.seed for requests, _ in engine.calls for request in requests]
+    assert len(set(seeds)) == 12
+
+
+def test_tokens_of_another_policy_are_refused() -> None:
+    with pytest.raises(AssertionError, match="of policies 1 to 1 in a step of policy 2"):
+        on_policy({}, version=2)[0].next_batch(1)
+
+
+def test_greedy_answers_are_baselines_and_not_trained_on() -> None:
+    """Rewards of the sampled 0 to 3, then of the two groups' greedy ones."""
+    source, engine, _ = on_policy(
+        {0: 1.0, 1: 0.5, 2: 0.0, 3: 1.0, 4: 0.25, 5: 0.75}, greedy_baseline=True
+    )
+    rows = source.next_batch(1).rows
+    assert [row.greedy_reward for row in rows] == [0.25, 0.25, 0.75, 0.75]
+    assert {row.trajectory.response_ids[0] for row in rows} == {8}
+    assert [sampling.greedy for _, sampling in engine.calls] == [False, True]
+
+
+def test_overlong_answers_lose_reward_and_keep_their_score() -> None:
+    """Two tokens of at most 4 with a buffer of 3: one token over, -1/3; the baseline's as well."""
+    buffer = OverlongBufferConfig(enable=True, len=3)
+    source, *_ = on_policy({0: 1.0}, overlong=buffer, greedy_baseline=True)
+    first = source.next_batch(1).rows[0]
+    assert first.reward == pytest.approx(2 / 3) and first.score.value == 1.0
+    assert first.greedy_reward == pytest.approx(-1 / 3)
+
+
+class Batches:
+    """Hands over the given batches; its state is how many."""
+
+    def __init__(self, *batches: Experience) -> None:
+        self.batches: Iterator[Experience] = iter(batches)
+        self.taken = 0
+
+    def next_batch(self, step: int) -> Experience:
+        self.taken += 1
+        return next(self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def dynamic(batches: Batches, groups: int, max_batches: int) -> DynamicSampling:
+    config = FilterGroupsConfig(enable=True, metric="acc", max_num_gen_batches=max_batches)
+    return DynamicSampling(batches, config, groups)
+
+
+def test_groups_without_signal_are_refilled() -> None:
+    batches = Batches(
+        in_groups([1, 1, 0, 1], 2),
+        in_groups([0, 0, 0, 0], 2, first=2),
+        in_groups([0, 1, 1, 0], 2, first=4),
+        in_groups([1, 0, 1, 0], 2, first=6),
+    )
+    filled = dynamic(batches, groups=2, max_batches=4).next_batch(1)
+    assert filled.group_ids.tolist() == [1, 1, 4, 4] and filled.rewards.tolist() == [0, 1, 0, 1]
+    assert filled.metrics == {
+        "train/num_gen_batches": 3,
+        "filter_groups/generated": 6,
+        "filter_groups/kept_share": 0.5,
+        "filter_groups/surplus": 1,
+        "filter_groups/generated_score/mean": pytest.approx(5 / 12),
+        "perf/generated_tokens": 12,
+    }
+    assert batches.taken == 3, "no draw more than needed"
+
+
+def test_groups_of_different_sizes_are_kept_complete() -> None:
+    """Rows of a group need not stand together either."""
+    rows = [row(1, 8), row(0, 9), row(0, 8), row(0, 9), row(1, 8)]
+    filled = dynamic(Batches(Experience(rows)), groups=1, max_batches=1).next_batch(1)
+    assert [row.trajectory.group for row in filled.rows] == [8, 8, 8]
+    assert filled.rewards.tolist() == [1, 0, 1]
+
+
+def test_an_empty_response_is_no_signal() -> None:
+    rows = [row(1, 0), row(0, 0, tokens=()), row(1, 1), row(0, 1)]
+    filled = dynamic(Batches(Experience(rows)), groups=1, max_batches=1).next_batch(1)
+    assert filled.group_ids.tolist() == [1, 1]
+
+
+def test_what_cannot_be_filled_says_so_and_counts_as_not_consumed() -> None:
+    batches = Batches(*(in_groups([0, 0, 0, 1], 2, first=2 * i) for i in range(4)))
+    source = dynamic(batches, groups=1, max_batches=3)
+    source.next_batch(1)
+    source._groups = 4
+    with pytest.raises(TooFewGroups) as caught:
+        source.next_batch(2)
+    for wanted in (
+        "after 3 batches only 3 of 6 groups differ in acc, 4 are needed",
+        "max_num_gen_batches = 3",
+        "0.25",
+    ):
+        assert wanted in str(caught.value)
+    assert batches.taken == 4 and source.state_dict() == {"taken": 1}
+
+
+def test_a_source_that_is_loaded_continues_there() -> None:
+    source, _, _ = on_policy({0: 1.0})
+    source.next_batch(1)
+    state = source.state_dict()
+    assert state == {"loader": {"served": 2}}
+    outer = DynamicSampling(on_policy({0: 1.0})[0], FilterGroupsConfig(enable=True), groups=1)
+    outer.load_state_dict(state)
+    assert outer.state_dict() == state
+    first = outer.next_batch(2).rows[0]
+    assert first.trajectory.prompt.index == 2

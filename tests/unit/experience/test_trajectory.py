@@ -1,0 +1,45 @@
+"""What is said of a trajectory's tokens follows from who wrote them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.experience.trajectory import Span, Trajectory
+
+PROMPT = Prompt((4, 5), "test", "9", {}, 7, "question")
+
+
+def test_tokens_that_no_policy_wrote_are_in_the_response_and_not_trained_on() -> None:
+    turns = (
+        Span("sampled", (10, 11), (-0.5, -1.0), 3),
+        Span("environment", (20,)),
+        Span("template", (30, 31)),
+        Span("sampled", (12,), (-2.0,), 4),
+    )
+    trajectory = Trajectory(PROMPT, 0, turns, "stop")
+    assert trajectory.response_ids.tolist() == [10, 11, 20, 30, 31, 12]
+    assert trajectory.response_mask.tolist() == [1, 1, 0, 0, 0, 1]
+    assert trajectory.logprobs.tolist() == [-0.5, -1.0, 0, 0, 0, -2.0]
+    assert (trajectory.oldest_version, trajectory.newest_version) == (3, 4)
+    assert trajectory.response_length == 6
+
+
+def test_an_empty_answer_has_a_policy_and_no_tokens() -> None:
+    trajectory = Trajectory(PROMPT, 0, (Span("sampled", (), (), 5),), "stop")
+    assert trajectory.newest_version == 5 and trajectory.response_length == 0
+    assert not trajectory.response_ids and not trajectory.response_mask
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        ("sampled", (1, 2), (-1.0,), 0),
+        ("sampled", (1,), (-1.0,), None),
+        ("environment", (1,), (-1.0,), None),
+        ("template", (1,), (), 0),
+    ],
+)
+def test_only_sampled_tokens_have_logprobs_and_a_version_and_all_of_them(span: tuple) -> None:
+    with pytest.raises(AssertionError):
+        Span(*span)
