@@ -1,7 +1,8 @@
 """The vLLM engines of an evaluation, which serve a model folder's own weights.
 
-Invariant: vLLM is imported when the engine is made, and so not for an evaluation that has nothing left to generate. One
-engine of one rank lives in this process; more are processes that Ray places, and are gone after `close`.
+Invariant: vLLM is imported when the engine is made, and so not for an evaluation that has nothing
+left to generate. One engine of one rank lives in this process; more are processes that Ray places,
+and are gone after `close`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def engine_maker(
 
 
 class PlacedEngines:
-    """Engines in processes of their own."""
+    """Engines in processes that Ray places."""
 
     def __init__(self, settings: EngineSettings, cluster: ClusterConfig) -> None:
         from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
@@ -68,7 +69,7 @@ class PlacedEngines:
         bundles = placement.engine_bundles
         assert bundles is not None
         self._placed = ExitStack()
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # ends what was started, should the start fail half way
             stack.enter_context(ray_cluster(cluster, placement.cpus))
             reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
             cores = cores_of(reserved, cluster.startup_timeout_s)

@@ -1,20 +1,23 @@
-"""Generations of an evaluation on disk: one JSON object a line, added as they come.
+"""Generations of an evaluation on disk: one JSON object per line, added as they come.
 
-Invariant: a line that ends in a newline is whole, and what follows the last one is dropped when the file is opened
-again; so an evaluation that was cut off continues after its last complete generation.
+Invariant: a line that ends in a newline is complete, and what follows the last one is dropped when
+the file is opened again; so an evaluation that was cut off continues after its last complete
+generation.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf3d.experience.accuracy import Answers, summarise
-from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.experience.accuracy import Answers, summarize, vote
+from rlhf3d.rewards.score import Outcome
 
 GENERATIONS_FILE = "generations.jsonl"
 GROUPS = ("level", "type", "template")
@@ -52,68 +55,73 @@ class Generation:
     @property
     def vote(self) -> str | None:
         """The answer in the form that is counted for maj@k."""
-        return None if self.answer is None or self.outcome != "scored" else normalise(self.answer)
+        return vote(self.answer, self.outcome)
 
 
 def read_generations(folder: Path, repair: bool = True) -> list[Generation]:
-    """The complete generations of an evaluation; `repair` cuts an incomplete last line off the file."""
+    """Read the complete generations; `repair` removes an incomplete last line from the file."""
     path = folder / GENERATIONS_FILE
     if not path.is_file():
         return []
     text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if repair and whole < len(text):
-        os.truncate(path, whole)
-    return [Generation(**json.loads(line)) for line in text[:whole].split(b"\n") if line]
+    complete = text.rfind(b"\n") + 1
+    if repair and complete < len(text):
+        os.truncate(path, complete)
+    return [Generation(**json.loads(line)) for line in text[:complete].split(b"\n") if line]
 
 
 def append_generations(folder: Path, generations: Iterable[Generation]) -> None:
     """Add generations; they are on the disk when this returns."""
-    with (folder / GENERATIONS_FILE).open(
-        "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-    ) as file:
+    path = folder / GENERATIONS_FILE
+    # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON reads it from.
+    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.writelines(json.dumps(asdict(generation)) + "\n" for generation in generations)
         file.flush()
         os.fsync(file.fileno())
 
 
 def group_keys(extra_info: dict[str, Any]) -> dict[str, str]:
-    """The values of a row that results are broken down by."""
+    """Return the values of a row that results are broken down by."""
     return {key: str(extra_info[key]) for key in GROUPS if extra_info.get(key) not in (None, "")}
 
 
 def answers_of(generations: Sequence[Generation]) -> dict[int, Answers]:
-    """The answers of each prompt, by its number; all of one mode."""
+    """Return the answers to each prompt, by its number; all of one mode."""
     by_prompt: dict[int, list[Generation]] = {}
     for generation in generations:
         by_prompt.setdefault(generation.index, []).append(generation)
-    found = {}
+    answers = {}
     for index, own in sorted(by_prompt.items()):
-        own.sort(key=lambda generation: generation.sample)
-        found[index] = Answers(tuple(g.score for g in own), tuple(g.vote for g in own))
-    return found
+        own.sort(key=attrgetter("sample"))
+        answers[index] = Answers(tuple(g.score for g in own), tuple(g.vote for g in own))
+    return answers
 
 
 def results(generations: Sequence[Generation], ks: Sequence[int] | None = None) -> dict[str, Any]:
-    """Figures by mode, then by data source, level and type; with the outcomes and what was cut off."""
+    """Summarize by mode, then by data source, level and type; with outcomes and lengths."""
     table: dict[str, Any] = {}
     for mode in ("greedy", "sampled"):
-        own = [generation for generation in generations if generation.mode == mode]
-        if own:
-            table[mode] = {
-                "by": {name: _figures(group, ks) for name, group in _grouped(own).items()},
-                "outcomes": {
-                    outcome: sum(g.outcome == outcome for g in own)
-                    for outcome in ("scored", "unparsable", "timeout", "error")
-                },
-                "truncated": sum(g.finish_reason == "length" for g in own),
-                "mean_length": sum(g.length for g in own) / len(own),
-                "completions": len(own),
-            }
+        of_mode = [generation for generation in generations if generation.mode == mode]
+        if of_mode:
+            table[mode] = _mode_results(of_mode, ks)
     return table
 
 
-def _grouped(generations: list[Generation]) -> dict[str, list[Generation]]:
+def _mode_results(generations: Sequence[Generation], ks: Sequence[int] | None) -> dict[str, Any]:
+    by_name = {}
+    for name, group in _grouped(generations).items():
+        by_name[name] = summarize(list(answers_of(group).values()), ks)
+    outcomes = Counter(generation.outcome for generation in generations)
+    return {
+        "by": by_name,
+        "outcomes": {outcome.value: outcomes[outcome.value] for outcome in Outcome},
+        "truncated": sum(g.finish_reason == "length" for g in generations),
+        "mean_length": sum(g.length for g in generations) / len(generations),
+        "completions": len(generations),
+    }
+
+
+def _grouped(generations: Sequence[Generation]) -> dict[str, list[Generation]]:
     """By data source, and below it by each level and type."""
     groups: dict[str, list[Generation]] = {}
     for generation in generations:
@@ -122,7 +130,3 @@ def _grouped(generations: list[Generation]) -> dict[str, list[Generation]]:
         for name in names:
             groups.setdefault(name, []).append(generation)
     return dict(sorted(groups.items()))
-
-
-def _figures(generations: list[Generation], ks: Sequence[int] | None) -> dict[str, float]:
-    return summarise(list(answers_of(generations).values()), ks)

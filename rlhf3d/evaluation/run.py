@@ -1,8 +1,9 @@
-"""`rlhf3d evaluate MODEL DATA`: generate, score, write down, and count; as training validates.
+"""`rlhf3d evaluate MODEL DATA`: generate, score, write down and count, as training validates.
 
-Invariant: an evaluation is a function of (weights, prompts, settings): every completion has a seed of
-its own, so one that was cut off and continued ends with the same generations. Results of different
+Invariant: an evaluation is a function of (weights, prompts, settings): every completion has its own
+seed, so one that was cut off and continued ends with the same generations. Results of different
 evaluations never mix in a folder.
+Runs in: the command's process.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MAX_ERROR_RATE = 0.05
 
 
 class Engine(Protocol):
-    """What generates."""
+    """What generates completions."""
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingSettings
@@ -73,10 +74,10 @@ def evaluate(
     progress: Callable[[Mode, int, int], None] = lambda mode, done, of: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Evaluate a model folder on prompt files; the results, which also are in `output`/results.json.
+    """Evaluate a model folder on prompt files; return the results, also in `output`/results.json.
 
     What `output` holds of the same evaluation is kept and not generated again. `batch` prompts are
-    generated, scored and written at a time; `warn` is given what is odd about the model folder. Raises
+    generated, scored and written at a time; `warn` is given what is odd about the model folder.
     ValueError where `output` holds another evaluation, unless `restart`.
     """
     modes = settings.modes()

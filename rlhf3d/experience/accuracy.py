@@ -1,7 +1,7 @@
-"""Accuracy of n answers a prompt: mean@n, pass@k, maj@k and how far they can be trusted. Pure functions.
+"""Accuracy of n answers per prompt: mean@n, pass@k, maj@k and their uncertainty.
 
-Invariant: prompts weigh the same, whatever their answers; pass@k and maj@k of k < n use every answer and are unbiased;
-an interval treats the answers to one prompt as one draw.
+Invariant: prompts weigh the same, whatever their answers; pass@k and maj@k of k < n use every
+answer and are unbiased; an interval treats the answers to one prompt as one draw. Pure.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.rewards.score import Outcome
 
 Z_95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -22,7 +25,7 @@ class Answers:
     scores: tuple[float, ...]
     """Of each answer; 1 is right."""
     answers: tuple[Hashable | None, ...] = ()
-    """What each one says, in a form equal for equal answers; null where it says nothing."""
+    """Each one's vote, see `vote`."""
 
     @property
     def mean(self) -> float:
@@ -31,14 +34,17 @@ class Answers:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that k of n answers, `right` of which are right, hold a right one (Chen et al., 2021)."""
+    """Return the probability that k of n answers hold one of the `right` right ones.
+
+    Chen et al., 2021 (arXiv 2107.03374), eq. 1.
+    """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k}: k must be between 1 and the {n} answers a prompt")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority_score(scores: Sequence[float], answers: Sequence[Hashable | None]) -> float:
-    """Mean score of the answer given most often; of equally frequent ones, the mean over them.
+    """Return the score of the answer given most often; of equally frequent ones, their mean.
 
     Completions without an answer have no vote; 0 where none has one.
     """
@@ -49,50 +55,55 @@ def majority_score(scores: Sequence[float], answers: Sequence[Hashable | None]) 
     winners = [answer for answer, count in votes.items() if count == most]
     means = []
     for winner in winners:
-        own = [score for score, answer in zip(scores, answers, strict=True) if answer == winner]
-        means.append(sum(own) / len(own))
+        pairs = zip(scores, answers, strict=True)
+        of_winner = [score for score, answer in pairs if answer == winner]
+        means.append(sum(of_winner) / len(of_winner))
     return sum(means) / len(means)
 
 
 def maj_at_k(answers: Answers, k: int) -> float:
-    """Expected score of the majority of k answers: the mean over the disjoint runs of k of them."""
+    """Return the expected score of the majority of k answers: the mean over disjoint sets of k."""
     n = len(answers.scores)
     if not 1 <= k <= n:
         raise ValueError(f"maj@{k}: k must be between 1 and the {n} answers a prompt")
     starts = range(0, n - k + 1, k)
-    runs = [(answers.scores[i : i + k], answers.answers[i : i + k]) for i in starts]
-    return sum(majority_score(*run) for run in runs) / len(runs)
+    total = 0.0
+    for start in starts:
+        chosen = slice(start, start + k)
+        total += majority_score(answers.scores[chosen], answers.answers[chosen])
+    return total / len(starts)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of one value in [0, 1] a prompt: Wilson's, with the sample size their spread implies.
+    """Return the 95 % interval of the mean of one value in [0, 1] per prompt.
 
-    For single right-or-wrong answers that is Wilson's interval itself; it does not collapse at 0 or 1.
+    It is Wilson's, with the sample size that the values' spread implies. For single right-or-wrong
+    answers that is Wilson's interval itself; it does not collapse at 0 or 1.
     """
     count = len(values)
     if not count:
         raise ValueError("an interval needs at least one prompt")
     mean = sum(values) / count
     spread = sum((value - mean) ** 2 for value in values) / count
+    # The number of right-or-wrong answers whose mean would vary as much.
     size = count * mean * (1 - mean) / spread if spread > 0 else count
-    centre = (mean + Z_95**2 / (2 * size)) / (1 + Z_95**2 / size)
-    half = (
-        Z_95
-        / (1 + Z_95**2 / size)
-        * math.sqrt(max(0.0, mean * (1 - mean)) / size + (Z_95 / (2 * size)) ** 2)
-    )
-    return max(0.0, centre - half), min(1.0, centre + half)
+    center = (mean + Z_95**2 / (2 * size)) / (1 + Z_95**2 / size)
+    variance = max(0.0, mean * (1 - mean)) / size + (Z_95 / (2 * size)) ** 2
+    half = Z_95 / (1 + Z_95**2 / size) * math.sqrt(variance)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def default_ks(n: int) -> list[int]:
-    """1, 2, 4, … up to n, and n."""
-    return sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
+    """Return 1, 2, 4, … up to n, and n."""
+    powers = {2**i for i in range(n.bit_length())}
+    return sorted(powers | {n})
 
 
-def summarise(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> dict[str, float]:
-    """`mean@n` with `ci_low` and `ci_high`, `std@n` within a prompt, `pass@k`, `maj@k` (k > 1) of a group of prompts.
+def summarize(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> dict[str, float]:
+    """Summarize prompts: `mean@n`, `ci_low`, `ci_high`, `std@n`, `pass@k` and `maj@k` (k > 1).
 
-    All have the same n. Scores of 1 and above count as right for pass@k.
+    `std@n` is within a prompt. All prompts have the same n. Scores of 1 and above count as right
+    for pass@k.
     """
     sizes = {len(prompt.scores) for prompt in prompts}
     if len(sizes) != 1:
@@ -117,7 +128,16 @@ def summarise(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
     return figures
 
 
+def vote(answer: object, outcome: str) -> str | None:
+    """Return the answer in the form that is counted for maj@k: equal for equal answers.
+
+    None where the scorer read none (`outcome` is not `scored`, see `Outcome`).
+    """
+    if answer is None or outcome != Outcome.SCORED:
+        return None
+    return normalise(str(answer))
+
+
 def _std(prompt: Answers) -> float:
-    return math.sqrt(
-        sum((score - prompt.mean) ** 2 for score in prompt.scores) / (len(prompt.scores) - 1)
-    )
+    squares = sum((score - prompt.mean) ** 2 for score in prompt.scores)
+    return math.sqrt(squares / (len(prompt.scores) - 1))

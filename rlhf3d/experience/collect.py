@@ -1,7 +1,9 @@
 """From requests to scored trajectories: the one way to ask engines for text and have it scored.
 
-Invariant: every request ends as one scored trajectory, in the order of the requests; text is made of
-token ids for scoring only. Training, validation and `rlhf3d evaluate` all come through here.
+Training, validation and `rlhf3d evaluate` all come through here.
+
+Invariant: every request ends as one scored trajectory, in the order of the requests; text is made
+from token ids for scoring only.
 Runs in: driver.
 """
 
@@ -21,7 +23,7 @@ from rlhf3d.rewards.score import Score, ScoreItem, check_outcomes
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, request_seed
 
 Stream = Callable[[Sequence[Request], SamplingSettings], Iterator[dict[int, Completion]]]
-"""What engines do: one completion a request, in parts as they finish, by number of the request."""
+"""What engines do: one completion per request, by the request's number, in parts as they finish."""
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 """What times a phase of a step and shows its name."""
@@ -51,8 +53,8 @@ def greedy_sampling(max_tokens: int) -> SamplingSettings:
 class Requests:
     """Requests of one step (or one validation), which may be drawn in several parts.
 
-    Seeds come from (run seed, step, prompt, sample). A prompt that comes again within a step gets new
-    samples, not the old ones; each drawing of a prompt is a group of its own.
+    Seeds come from (run seed, step, prompt, sample). A prompt that comes again within a step gets
+    new samples, not the old ones; each drawing of a prompt is a group of its own.
     """
 
     def __init__(self, run_seed: int, step: int) -> None:

@@ -25,7 +25,7 @@ class ScoredTrajectory:
 
     trajectory: Trajectory
     text: str
-    """The response as text, without special tokens; for scoring and for people, never trained on."""
+    """The response without special tokens: for scoring and for people, never trained on."""
     score: Score
     """As the reward function gave it."""
     reward: float

@@ -134,7 +134,8 @@ class TooFewGroups(RuntimeError):
 class DynamicSampling:
     """Draws from another source until a step has enough groups with signal.
 
-    DAPO, arXiv 2503.14476, section 3.2. Surplus groups are dropped: the next step's policy is another.
+    DAPO, arXiv 2503.14476, section 3.2. Surplus groups are dropped: the next step
+    has another policy.
     """
 
     def __init__(self, source: ExperienceSource, config: FilterGroupsConfig, groups: int) -> None:
@@ -143,7 +144,7 @@ class DynamicSampling:
         self._state = source.state_dict()
 
     def next_batch(self, step: int) -> Experience:
-        """The first groups whose rows differ in `metric`; TooFewGroups where the draws do not do."""
+        """The first groups whose rows differ in `metric`; TooFewGroups without enough of them."""
         found = _Draws(self._config.metric)
         while len(found.groups) < self._groups:
             if found.batches == self._config.max_num_gen_batches:
@@ -179,8 +180,8 @@ class DynamicSampling:
             f"{found.generated} groups differ in {self._config.metric}, {self._groups} are needed "
             f"(algorithm.filter_groups.max_num_gen_batches = {found.batches}). Scores are between "
             f"{rewards.min():g} and {rewards.max():g}, mean {rewards.mean():.3g}: use prompts that "
-            "are neither too hard nor solved by now, raise rollout.n or max_num_gen_batches, or set "
-            "algorithm.filter_groups.enable=false"
+            "are neither too hard nor solved by now, raise rollout.n or max_num_gen_batches, or "
+            "set algorithm.filter_groups.enable=false"
         )
 
 

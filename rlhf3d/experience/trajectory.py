@@ -44,7 +44,7 @@ class Trajectory:
 
     prompt: Prompt
     group: int
-    """Compared with the trajectories of the same number, those of the same drawing of the prompt."""
+    """Which drawing of the prompt: those of one group are compared with each other."""
     spans: tuple[Span, ...]
     """The response, in order."""
     finish_reason: FinishReason

@@ -1,6 +1,6 @@
 """Connects what a run has read and started to what its loop uses.
 
-Invariant: each component gets its own section of the configuration, and only here are they all known.
+Invariant: each component gets its section of the configuration; only here are they all known.
 Runs in: driver.
 """
 
@@ -152,7 +152,7 @@ class Assembly:
         )
 
     def weight_sync(self) -> WeightSync:
-        """From the actor to the engines; the canary's tokens are held-out prompts where there are any."""
+        """From the actor to the engines; its canary is of held-out prompts where there are any."""
         config, rollout = self.config.rollout, self.processes.rollout
         actor = self.processes.groups["actor"]
         tokens = canary_tokens(self.inputs.val_data or self.inputs.train_data)

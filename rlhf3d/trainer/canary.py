@@ -75,7 +75,7 @@ class Canary:
 
         `version` is what the engines have loaded and not published yet.
         """
-        # The trainer first: the engines' caches may still be asleep, and wake with the first request.
+        # The trainer first: the engines' caches may still be asleep; the first request wakes them.
         trained = self._trained_logprobs()
         # Then the prefix cache, before the canary's own prompts go into it.
         self._check_prefix_cache(version)
@@ -94,8 +94,9 @@ class Canary:
         for number, cached in enumerate(self._rollout.cached_tokens()):
             if cached:
                 raise CanaryError(
-                    f"after the sync of policy {version}, engine {number} still took {cached} tokens "
-                    "of a prompt from its prefix cache, computed with older weights: report it"
+                    f"after the sync of policy {version}, engine {number} still took {cached} "
+                    "tokens of a prompt from its prefix cache, computed with older weights: report "
+                    "it"
                 )
 
     def _check_logprobs(self, version: int, trained: Tensor) -> float:
@@ -107,9 +108,9 @@ class Canary:
             if not mean <= self.limit:  # written so that NaN is a disagreement
                 advice = _TRY if math.isfinite(mean) else _NOT_FINITE
                 raise CanaryError(
-                    f"after the sync of policy {version}, engine {number} and the trainer give the "
-                    f"same {len(diffs)} tokens log-probs that differ by {mean:.3g} on average (limit "
-                    f"{self.limit:g}). {advice}"
+                    f"after the sync of policy {version}, engine {number} and the trainer give "
+                    f"the same {len(diffs)} tokens log-probs that differ by {mean:.3g} on average "
+                    f"(limit {self.limit:g}). {advice}"
                 )
             worst = max(worst, mean)
         return worst

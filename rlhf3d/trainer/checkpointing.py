@@ -108,9 +108,9 @@ class CheckpointWriter:
     ) -> dict[str, float]:
         """Save a step; metrics of saves that ended.
 
-        `state` is the driver's own, as JSON; `metric` what the best checkpoints are kept by; `last`:
-        no step follows. With trainer.async_save, and unless `wait`, it returns once every rank has
-        copied what it writes.
+        `state` is the driver's own, as JSON; `metric` what the best checkpoints are kept by;
+        `last`: no step follows. With trainer.async_save, and unless `wait`, it returns once every
+        rank has copied what it writes.
         """
         metrics = self.finish()
         export = self.config.save_hf == "always" or (self.config.save_hf == "last" and last)
@@ -200,9 +200,10 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             if full and isinstance(error, WorkerFailure | OSError):
                 raise RuntimeError(
-                    f"the disk of {self.store.folder} is full; the checkpoint under way was removed, "
-                    f"those before it are complete (newest: {self.last or 'none of this process'}). "
-                    "Make room and run again, or set trainer.keep_last"
+                    f"the disk of {self.store.folder} is full; the checkpoint under way was "
+                    "removed, those before it are complete (newest: "
+                    f"{self.last or 'none of this process'}). Make room and run again, or set "
+                    "trainer.keep_last"
                 ) from error
             raise
 

@@ -35,7 +35,7 @@ class RunComponents:
     preemption: PreemptionHandler
 
     def validate(self, step: int) -> dict[str, float]:
-        """Metrics on held-out prompts, which also count for the best checkpoint; empty without any."""
+        """Metrics on held-out prompts, also for the best checkpoint; empty without prompts."""
         metrics = self.validation.run(step)
         if metrics:
             self.best.update(step, metrics)

@@ -1,10 +1,12 @@
 """The rollout correction of a step: from the configuration to two columns of the batch.
 
-Invariant: only the actor's update sees them; rewards, advantages, the critic and the batch's statistics are of all
-response tokens.
+Invariant: only the actor's update sees them; rewards, advantages, the critic and the batch's
+statistics are of all response tokens.
 """
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from rlhf3d.algorithms.correction import importance_weights, mismatch_metrics, rejection_mask
 from rlhf3d.algorithms.correction_settings import CorrectionSettings, correction_settings
@@ -27,9 +29,10 @@ def settings_of(config: RolloutCorrectionConfig) -> CorrectionSettings:
 def correct(
     batch: Batch, settings: CorrectionSettings, plan: UpdatePlan
 ) -> tuple[Batch, dict[str, float]]:
-    """(the batch for the actor's update; `rollout_corr/…`): with `rollout_is_weights`, or a smaller `response_mask`.
+    """Return the batch for the actor's update, and metrics (`rollout_corr/…`).
 
-    RuntimeError when rejection leaves one of the update's mini-batches without a token.
+    The batch gets a column `rollout_is_weights`, or a `response_mask` of fewer tokens. RuntimeError
+    when rejection leaves one of the update's mini-batches without a token.
     """
     logprobs = (batch["old_logprobs"], batch["rollout_logprobs"], batch["response_mask"])
     metrics = mismatch_metrics(*logprobs)
@@ -38,14 +41,19 @@ def correct(
         batch = batch.with_columns(rollout_is_weights=weights)
         metrics |= more
     if settings.rejections:
-        kept, more = rejection_mask(*logprobs, settings.rejections)
-        for start in range(0, len(batch), plan.sequences_per_mini_batch):
-            if not kept[start : start + plan.sequences_per_mini_batch].any():
-                raise RuntimeError(
-                    "algorithm.rollout_correction.rollout_rs: every token of a mini-batch of "
-                    f"{plan.sequences_per_mini_batch} sequences was rejected ({more['rollout_rs_masked_fraction']:.0%} "
-                    "of the step); widen rollout_rs_threshold, or look why the engines differ (training/rollout_*)"
-                )
-        batch = batch.with_columns(response_mask=kept)
+        mask, more = rejection_mask(*logprobs, settings.rejections)
+        _require_tokens(mask, plan.sequences_per_mini_batch, more["rollout_rs_masked_fraction"])
+        batch = batch.with_columns(response_mask=mask)
         metrics |= more
     return batch, {f"rollout_corr/{name}": value for name, value in metrics.items()}
+
+
+def _require_tokens(mask: Tensor, sequences: int, rejected: float) -> None:
+    """RuntimeError where a mini-batch of `sequences` rows has no token: its loss is 0 / 0."""
+    for start in range(0, len(mask), sequences):
+        if not mask[start : start + sequences].any():
+            raise RuntimeError(
+                "algorithm.rollout_correction.rollout_rs: every token of a mini-batch of "
+                f"{sequences} sequences was rejected ({rejected:.0%} of the step); widen "
+                "rollout_rs_threshold, or look why the engines differ (training/rollout_*)"
+            )

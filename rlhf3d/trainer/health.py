@@ -52,8 +52,9 @@ class HealthMonitor:
             what = f"within each of the {count} groups all completions have"
         self._report(
             f"step {step}: {what} equal rewards (between {rewards.min():g} and {rewards.max():g}), "
-            f"so there is nothing to learn from; {self._without_signal} such step(s) in a row. Check "
-            "the reward function on samples/, use easier or harder prompts, or raise rollout.n"
+            f"so there is nothing to learn from; {self._without_signal} such step(s) in a row. "
+            "Check the reward function on samples/, use easier or harder prompts, or raise "
+            "rollout.n"
         )
 
     def check_batch(self, step: int, batch: Batch) -> None:
@@ -71,8 +72,8 @@ class HealthMonitor:
         first = islice(broken.items(), _SHOWN)
         rows = "; ".join(f"sequence {row} ({', '.join(names)})" for row, names in first)
         text = (
-            f"step {step}: numbers of {len(broken)} of {len(batch)} sequences are not finite: {rows}. "
-            f"Sequence k is line k + 1 of samples/step_{step}.jsonl"
+            f"step {step}: numbers of {len(broken)} of {len(batch)} sequences are not finite: "
+            f"{rows}. Sequence k is line k + 1 of samples/step_{step}.jsonl"
         )
         if self._stop:
             raise RuntimeError(

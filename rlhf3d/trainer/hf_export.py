@@ -81,7 +81,7 @@ class HFExport:
         if rank is None:
             raise ValueError(
                 "trainer.save_hf: exporting the actor's weights needs a training rank of "
-                "actor.layout on the driver's node: start the command on a node that trains, or set "
-                "trainer.save_hf=never (`rlhf3d convert` exports a checkpoint later)"
+                "actor.layout on the driver's node: start the command on a node that trains, or "
+                "set trainer.save_hf=never (`rlhf3d convert` exports a checkpoint later)"
             )
         return rank

@@ -1,6 +1,6 @@
-"""What a run reads before it starts any process: model description, tokenizer, prompts, reward rule.
+"""What a run reads before it starts a process: model description, tokenizer, prompts, reward rule.
 
-Invariant: a mistake in any of these files is reported while nothing has been started or written yet.
+Invariant: a mistake in any of these files is reported before anything is started or written.
 Runs in: driver.
 """
 

@@ -38,8 +38,8 @@ class Learner:
         """`groups`: by role (actor, ref, critic), only the roles that the run has.
 
         Roles may share a group: the reference always is in the actor's, the critic is unless it has
-        a layout of its own. `plans`, `objectives`: by role that learns. `weights_changed` is called after each
-        update of the actor.
+        a layout of its own. `plans`, `objectives`: by role that learns. `weights_changed` is called
+        after each update of the actor.
         """
         self._config, self._groups = config, groups
         self._plans, self._objectives = plans, objectives
@@ -71,7 +71,7 @@ class Learner:
         return batch.with_columns(values=outputs["values"])
 
     def advantages(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """Add token rewards with their KL penalty, advantages and returns; metrics of the penalty."""
+        """Add token rewards with KL penalty, advantages and returns; metrics of the penalty."""
         config = self._config
         with self._phase("advantages"):
             mask = batch["response_mask"]

@@ -26,7 +26,7 @@ class Trainer:
         """The last one that is complete."""
 
     def fit(self) -> str | None:
-        """Train to the last step, validating and saving between; why it stopped early, if it did."""
+        """Train to the last step, validating and saving between; why it stopped early, if so."""
         run, config = self.run, self.config
         if self.step == 0 and config.val_before_train and (metrics := run.validate(0)):
             run.log.record(0, metrics)

@@ -2,8 +2,8 @@
 
 Invariant: the first SIGTERM, SIGUSR1 or SIGHUP stops at the next step boundary, the second (and
 Ctrl-C) at once; before the loop there is nothing to save and one is enough, after it none disturbs
-the closing. One that arrives by several ways (`timeout` sends it to its child and to the group, Slurm
-to the script and to the step) is one.
+the closing. One that arrives in several ways (`timeout` sends it to its child and to the group,
+Slurm to the script and to the step) is one.
 Runs in: driver, its main thread: Python runs signal handlers there.
 """
 
@@ -115,6 +115,7 @@ class PreemptionHandler:
         if now - self._began + step_s + save_s + CLOSING_S <= self.limit_s:
             return None
         return (
-            f"{now - self._began:.0f} s have passed, and with one more step of {step_s:.0f} s and a "
-            f"save of {save_s:.0f} s the run would pass trainer.max_wall_clock_s = {self.limit_s:g}"
+            f"{now - self._began:.0f} s have passed, and with one more step of {step_s:.0f} s and "
+            f"a save of {save_s:.0f} s the run would pass trainer.max_wall_clock_s = "
+            f"{self.limit_s:g}"
         )

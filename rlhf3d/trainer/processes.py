@@ -71,7 +71,7 @@ def start_processes(
     reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
     check_cluster(config, reserved)  # before anything loads that would find out the slow way
     with phase("start"):
-        # Where each rank is decides which weights it sends to whom, and that where engines are best.
+        # The ranks' nodes decide which weights go where, and so where each engine is placed best.
         nodes, cores = nodes_of(reserved), cores_of(reserved, cluster.startup_timeout_s)
         places = {
             name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()

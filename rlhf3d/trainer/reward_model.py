@@ -1,6 +1,8 @@
 """The reward model as the loop sees it: conversations in, scores out, computed by a worker group.
 
-Invariant: a score is the classifier's output at the last token of prompt and completion, as transformers computes it.
+Invariant: a score is the classifier's output at the last token of prompt and completion, as
+transformers computes it.
+Runs in: driver.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ class RewardModel:
         self._pad_id: int | None = read_json(Path(config.path) / "config.json").get("pad_token_id")
 
     def scores(self, items: Sequence[ScoreItem]) -> list[ModelScore]:
-        """One for each item; RewardError where a score is not finite, or an input too long and not to be cut."""
+        """Return one score per item.
+
+        RewardError where one is not finite, or an input is too long and may not be cut.
+        """
         inputs = model_inputs(
             items, self._tokenizer, self._limit, self._overlong, self._pad_id, self._vocab_size
         )
-        # The engine gives the value before each response token: a response of one token, whatever it is, makes that
-        # the value at the last token of the input.
+        # The engine gives the value before each response token: with a response of one token,
+        # whatever it is, that is the value at the last token of the input.
         batch = from_sequences([one.ids for one in inputs], [(0,)] * len(inputs), pad_id=0)
         values = self._group.forward("reward_model", "reward", batch)["values"][:, 0].tolist()
         require_finite(items, values)

@@ -14,13 +14,11 @@ from statistics import fmean, stdev
 
 from rlhf3d.config.schema import ValidationConfig
 from rlhf3d.data.loader import Prompt
-from rlhf3d.experience.accuracy import Answers, summarise
+from rlhf3d.experience.accuracy import Answers, summarize, vote
 from rlhf3d.experience.collect import Collector, Requests, greedy_sampling
 from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.observability.samples import Kind, write_samples
-from rlhf3d.rewards.math_answer import normalise
 from rlhf3d.rewards.reward_model import PART, only_model
-from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import SamplingSettings
 from rlhf3d.trainer.step_log import StepLog
 from rlhf3d.trainer.weight_sync import WeightSync
@@ -86,10 +84,11 @@ def validation_metrics(rows: Sequence[ScoredTrajectory], kind: str) -> dict[str,
     by_source: dict[str, list[Answers]] = {}
     for group in groups.values():
         scores = [row.score for row in group]
-        answers = Answers(tuple(s.accuracy for s in scores), tuple(map(vote, scores)))
+        votes = [vote(score.extra.get("answer"), score.outcome) for score in scores]
+        answers = Answers(tuple(score.accuracy for score in scores), tuple(votes))
         by_source.setdefault(_source(group), []).append(answers)
     for source, prompts in by_source.items():
-        figures = summarise(prompts)
+        figures = summarize(prompts)
         n = len(prompts[0].scores)
         metrics[f"val-core/{source}/acc/{kind}"] = figures.pop(f"mean@{n}")
         metrics[f"val-aux/{source}/num_prompts"] = figures.pop("prompts")
@@ -118,11 +117,3 @@ def _reward_model_metrics(
         metrics[f"val-aux/{source}/{PART}/{kind}/se"] = error
         metrics[f"val-aux/{source}/num_prompts"] = float(len(of_prompts))
     return metrics
-
-
-def vote(score: Score) -> str | None:
-    """The answer of a completion in the form that is counted for maj@k; None where it has none."""
-    answer = score.extra.get("answer")
-    if score.outcome is not Outcome.SCORED or answer is None:
-        return None
-    return normalise(str(answer))

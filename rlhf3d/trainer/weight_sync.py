@@ -103,5 +103,5 @@ def open_stream(setup: SyncSetup, actor: TrainGroup, rollout: RolloutGroup | Non
 
 
 def seal_stream(setup: SyncSetup, actor: TrainGroup) -> None:
-    """Every process has opened the stream: its files' names go, and a crash leaves nothing behind."""
+    """Remove the names of a stream's files, open everywhere by now: a crash leaves none behind."""
     actor.call_all("open weight stream", TrainWorker.seal_stream, setup.name)

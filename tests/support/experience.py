@@ -26,7 +26,7 @@ def row(
     prompt_length: int = 1,
     data_source: str = "test",
 ) -> ScoredTrajectory:
-    """One trajectory of policy 0 with log-probs of 0; its reward is its score where none is given."""
+    """One trajectory of policy 0 with log-probs of 0; its reward is its score unless given."""
     if not isinstance(score, Score):
         score = Score(float(score), Outcome.SCORED)
     asked = Prompt((4,) * prompt_length, data_source, "", {}, group, "")
@@ -67,7 +67,7 @@ class FakeRewards:
 
 
 class FakeEngine:
-    """Answers last request first; sampled answers are `sampled`, greedy ones `greedy`, of policy 1."""
+    """Answers the last request first, with `sampled` or `greedy` tokens of policy 1."""
 
     def __init__(self, sampled: Sequence[int] = (8, 8), greedy: Sequence[int] = (9, 9)) -> None:
         self.sampled, self.greedy = sampled, greedy

@@ -10,7 +10,8 @@ import pytest
 PURE = (
     "rlhf3d.algorithms.advantages, rlhf3d.algorithms.losses, rlhf3d.algorithms.kl, rlhf3d.algorithms.rewards, "
     "rlhf3d.batching.dispatch, rlhf3d.resharding.ring, rlhf3d.models.weights, rlhf3d.models.spec, "
-    "rlhf3d.parallel.layout, rlhf3d.parallel.platform, rlhf3d.data.loader, rlhf3d.rewards.manager, rlhf3d.rollout.api"
+    "rlhf3d.parallel.layout, rlhf3d.parallel.platform, rlhf3d.data.loader, rlhf3d.rewards.manager, rlhf3d.rollout.api, "
+    "rlhf3d.experience.source, rlhf3d.experience.trajectory"
 )
 
 

@@ -14,7 +14,7 @@ from rlhf3d.experience.accuracy import (
     maj_at_k,
     majority_score,
     pass_at_k,
-    summarise,
+    summarize,
 )
 
 
@@ -79,14 +79,14 @@ def test_summary() -> None:
         Answers((1, 0, 1, 0), ("a", "b", "a", "c")),
         Answers((0, 0, 0, 0), ("x", None, None, None)),
     ]
-    figures = summarise(prompts)
+    figures = summarize(prompts)
     assert figures["mean@4"] == 0.25 and figures["prompts"] == 2
     assert figures["pass@1"] == pytest.approx(0.25) and figures["pass@4"] == 0.5
     assert figures["pass@2"] == pytest.approx((1 - 1 / 6) / 2)
     assert figures["maj@4"] == 0.5 and "maj@1" not in figures
     assert figures["std@4"] == pytest.approx((1 / 3) ** 0.5 / 2)
     assert 0.0 < figures["ci_low"] < 0.25 < figures["ci_high"] < 1.0
-    assert set(summarise(prompts, [2])) == {
+    assert set(summarize(prompts, [2])) == {
         "mean@4",
         "ci_low",
         "ci_high",
@@ -95,10 +95,10 @@ def test_summary() -> None:
         "pass@2",
         "maj@2",
     }
-    assert set(summarise([Answers((1,))])) == {"mean@1", "ci_low", "ci_high", "prompts"}
-    assert "maj@2" not in summarise([Answers((1, 0))])
+    assert set(summarize([Answers((1,))])) == {"mean@1", "ci_low", "ci_high", "prompts"}
+    assert "maj@2" not in summarize([Answers((1, 0))])
     with pytest.raises(ValueError, match=r"prompts have \[1, 2\] answers"):
-        summarise([Answers((1,)), Answers((1, 0))])
+        summarize([Answers((1,)), Answers((1, 0))])
 
 
 def test_default_ks() -> None:
