@@ -73,7 +73,7 @@ class OnPolicy:
             self._requests = Requests(settings.seed, step)
         sampled = self._requests.draw(self._loader.next_batch(), settings.n, settings.sampling)
         greedy = self._greedy_requests(sampled) if settings.greedy_baseline else []
-        rows = [self._rewarded(row) for row in self._collector.collect([*sampled, *greedy])]
+        rows = self._rewarded(self._collector.collect([*sampled, *greedy]))
         self._check_versions(rows)
         rows, baselines = rows[: len(sampled)], rows[len(sampled) :]
         return Experience(_with_baselines(rows, baselines), metrics)
@@ -94,19 +94,17 @@ class OnPolicy:
             first_of_group.setdefault(request.group, request)
         return [replace(request, sampling=sampling) for request in first_of_group.values()]
 
-    def _rewarded(self, row: ScoredTrajectory) -> ScoredTrajectory:
-        """With the penalty on overlong responses in its reward."""
-        buffer = self._settings.overlong
+    def _rewarded(self, rows: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
+        """Rows with the penalty on overlong responses in their rewards."""
+        buffer, experience = self._settings.overlong, Experience(rows)
         if not buffer.enable:
-            return row
+            return rows
+        max_tokens = self._settings.sampling.max_tokens
         penalty = overlong_penalty(
-            torch.tensor([row.trajectory.response_length]),
-            self._settings.sampling.max_tokens,
-            buffer.len,
-            buffer.penalty_factor,
+            experience.lengths, max_tokens, buffer.len, buffer.penalty_factor
         )
-        # In float32, as everything that is made of rewards.
-        return replace(row, reward=(torch.tensor([row.score.value]) + penalty).item())
+        rewards = (experience.rewards + penalty).tolist()
+        return [replace(row, reward=reward) for row, reward in zip(rows, rewards, strict=True)]
 
     def _check_versions(self, rows: Sequence[ScoredTrajectory]) -> None:
         version = self._trained_version()

@@ -63,7 +63,7 @@ class Trajectory:
         """[R] 1 for sampled tokens, which are trained on, 0 for the others."""
         mask = array("b")
         for span in self.spans:
-            mask.extend([span.author == "sampled"] * len(span.token_ids))
+            mask.frombytes(bytes([span.author == "sampled"]) * len(span.token_ids))
         return mask
 
     @property
