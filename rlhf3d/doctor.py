@@ -1,4 +1,4 @@
-"""What is installed and found here, what is missing, and the command that repairs it.
+"""What is installed here, what is missing, and the command that fixes it.
 
 Invariant: wanted versions come from the package's own metadata, nowhere else; nothing is changed,
 and no advice puts the packages of one platform over those of the other.

@@ -16,7 +16,7 @@ from rlhf3d.config.checks import check
 from rlhf3d.config.derived import Derived, derive
 from rlhf3d.config.groups import device_terms
 from rlhf3d.config.resolve import resolve_platform
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.inputs import check_files
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
@@ -51,7 +51,7 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     # The nodes of a remote cluster cannot be read from here; `check_cluster` does it there.
     if config.cluster.ray_address is None or not cuda:
         derived = derive(config)
-        problems += _devices(config, derived, machine) if cuda else _kernels(config)
+        problems += _devices(config, derived, machine) if cuda else _kernels(config.rollout)
         if plan is not None:
             memory = _gpu_memory(plan, machine) if cuda else _cpu_memory(plan, derived, machine)
         problems += [*memory, *_shared_memory(config, derived, machine, cuda)]
@@ -80,7 +80,7 @@ def _plan_if_possible(config: Config, cuda: bool, machine: Machine) -> Plan | No
         gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus))
     host_gib = machine.memory_available_gib if cuda else machine.memory_gib
     try:
-        return plan_here(config, find_spec(config)[0], cuda, gpu, host_gib)
+        return plan_here(config, find_spec(config.model.path)[0], cuda, gpu, host_gib)
     except ValueError:
         return None
 
@@ -134,8 +134,7 @@ def _local_devices(config: Config, derived: Derived) -> int:
     return math.ceil(max(needed, derived.engine_ranks) / config.cluster.num_nodes)
 
 
-def _kernels(config: Config) -> list[str]:
-    rollout = config.rollout
+def _kernels(rollout: RolloutConfig) -> list[str]:
     if not rollout.expert_parallel or rollout.tensor_parallel_size == 1:
         return []
     return [

@@ -51,7 +51,7 @@ def launch(
     _note_absolute_path(target, Path(config), options.mount)
     if output is None:
         if submit:
-            raise ValueError("--submit needs --output FILE: the job file is kept beside the job")
+            raise ValueError("--submit needs --output FILE: the job file is kept with the job")
         typer.echo(text, nl=False)
         return
     _write(output, text)

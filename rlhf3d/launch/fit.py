@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf3d.config.groups import device_terms, worker_groups
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.launch.options import Options
 from rlhf3d.launch.rules import check_shared
 from rlhf3d.parallel.platform import CPUPlatform
@@ -21,9 +21,9 @@ SHM_GIB_PER_GPU = 8
 """Size of /dev/shm asked for with each GPU: buckets of weights, Ray's objects, NCCL."""
 
 
-def startup_s(config: Config) -> int:
+def startup_s(cluster: ClusterConfig) -> int:
     """Return cluster.startup_timeout_s, in complete seconds."""
-    return math.ceil(config.cluster.startup_timeout_s)
+    return math.ceil(cluster.startup_timeout_s)
 
 
 def processes(config: Config) -> list[int]:
@@ -107,14 +107,14 @@ def _check_borders(config: Config, gpus: int) -> Iterator[str]:
 
 def check_target(target: str, config: Config, workdir: str, options: Options) -> list[str]:
     """Return why the target cannot run the job: options, paths and times."""
-    problems = [*_check_needs(target, config, options), *_check_time(config, options)]
+    problems = [*_check_needs(target, config.cluster, options), *_check_time(config, options)]
     if target in ("kuberay", "skypilot"):
         problems += _check_paths(target, config, workdir, options)
     return problems
 
 
-def _check_needs(target: str, config: Config, options: Options) -> Iterator[str]:
-    nodes, hosts = config.cluster.num_nodes, len(options.host_names)
+def _check_needs(target: str, cluster: ClusterConfig, options: Options) -> Iterator[str]:
+    nodes, hosts = cluster.num_nodes, len(options.host_names)
     if target == "local" and nodes > 1:
         yield f"{nodes} nodes: `local` is one machine; use slurm, kuberay, skypilot or ssh"
     if target in ("local", "ssh") and options.image:
@@ -130,7 +130,7 @@ def _check_needs(target: str, config: Config, options: Options) -> Iterator[str]
             "--volume: KubeRay needs a ReadWriteMany persistent volume claim with model, data "
             "and outputs"
         )
-    if target == "skypilot" and config.cluster.platform != "cpu" and not options.gpu_type:
+    if target == "skypilot" and cluster.platform != "cpu" and not options.gpu_type:
         yield "--gpu-type: SkyPilot needs the GPU's name, such as H100"
 
 
@@ -147,7 +147,7 @@ def _check_paths(target: str, config: Config, workdir: str, options: Options) ->
 
 
 def _check_time(config: Config, options: Options) -> Iterator[str]:
-    limit_s, start_s = config.trainer.max_wall_clock_s, startup_s(config)
+    limit_s, start_s = config.trainer.max_wall_clock_s, startup_s(config.cluster)
     time_s, grace_s = options.time_s, options.grace_s
     if time_s is None:
         return

@@ -30,12 +30,12 @@ CPUS_PER_GPU = 8
 RETRIES = {"slurm": 20, "kuberay": 3}
 """Attempts after the first: on Slurm after exit code 75 alone, on KubeRay after any failure."""
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""What Ray's processes must have in their environment on every node."""
+"""Environment variables of Ray's processes on every node."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The values of a template, beside the options themselves."""
+    """The values of a template that are not options."""
 
     options: Options
     name: str
@@ -105,7 +105,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         made=tuple(folder for folder in mounts if folder in written),
         time_s=_time_s(config, options),
         retries=retries,
-        startup_s=startup_s(config),
+        startup_s=startup_s(config.cluster),
         env=env,
         ray_version=metadata.version("ray"),
     )
@@ -134,7 +134,7 @@ def _overrides_of_place(config: Config, target: str, gpus: int, options: Options
     # Slurm sends a signal before the end; elsewhere the run has to know the time itself.
     time_s = _time_s(config, options)
     if time_s is not None and trainer.max_wall_clock_s is None and target != "slurm":
-        limit_s = time_s - startup_s(config) - options.grace_s
+        limit_s = time_s - startup_s(config.cluster) - options.grace_s
         overrides.append(f"trainer.max_wall_clock_s={max(1, limit_s)}")
     return overrides
 
@@ -170,7 +170,7 @@ def _time_s(config: Config, options: Options) -> int | None:
     limit_s = config.trainer.max_wall_clock_s
     if options.time_s is not None or limit_s is None:
         return options.time_s
-    return 60 * math.ceil((limit_s + startup_s(config)) / 60)
+    return 60 * math.ceil((limit_s + startup_s(config.cluster)) / 60)
 
 
 def _default_workdir(target: str, options: Options) -> str:

@@ -1,4 +1,4 @@
-"""What the user of `rlhf3d launch` says beside the configuration.
+"""The options of `rlhf3d launch`: what the configuration does not say.
 
 Invariant: each option stands once: as a field here, with its type, default and help.
 """
@@ -75,7 +75,7 @@ class Options:
     grace: Annotated[
         str,
         typer.Option(
-            help="Time before the limit at which the run is told to save: a step and a checkpoint."
+            help="Time before the limit at which the run is asked to save: a step and a checkpoint."
         ),
     ] = "300s"
     retries: Annotated[int | None, typer.Option(min=0, help="Attempts after the first.")] = None

@@ -23,7 +23,7 @@ SUFFIX = 6
 
 
 class Rule(NamedTuple):
-    """What a target takes as a name."""
+    """The names that a target takes."""
 
     pattern: str
     longest: int
@@ -74,7 +74,7 @@ def default_name(target: str, path: str) -> str:
 
 
 def check_names(target: str, options: Options) -> Iterator[str]:
-    """Yield what the target would not take, or take for something else."""
+    """Yield a message for each name that the target would not take."""
     for option in TEXTS:
         text = getattr(options, option)
         if text is not None and (not text or not text.isprintable()):
@@ -100,7 +100,7 @@ def check_names(target: str, options: Options) -> Iterator[str]:
         yield f"--workdir {workdir}: expected an absolute path of the pods, such as {mount}"
     if options.grace_s < 1:
         yield (
-            "--grace 0: the run would not be told before its end; "
+            "--grace 0: the run would not be warned before its end; "
             "give it time for a step and a checkpoint"
         )
 
@@ -122,7 +122,7 @@ class Named:
 
 
 def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ()) -> list[Named]:
-    """Return what a run reads and writes, where its working folder is `workdir`."""
+    """Return the files and folders of a run whose working folder is `workdir`."""
     values: list[tuple[str, str]] = []
     for key in path_keys():
         value = value_of(config, key)
@@ -139,7 +139,7 @@ def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ())
 
 
 def check_shared(target: str, config: Config, workdir: str, mount: str) -> Iterator[str]:
-    """Yield what the nodes lack.
+    """Yield a message for each path that the nodes lack.
 
     They have the mount and, with SkyPilot, the uploaded working folder.
     """
@@ -155,7 +155,7 @@ def check_shared(target: str, config: Config, workdir: str, mount: str) -> Itera
 
 
 def mounts_of(config: Config, workdir: str, config_files: Iterable[Path]) -> tuple[str, ...]:
-    """Return the folders that a container needs beside the working folder.
+    """Return the folders that a container needs besides the working folder.
 
     Raises ValueError for those that cannot be mounted.
     """

@@ -75,7 +75,7 @@ class Console:
     def header(
         self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0
     ) -> None:
-        """Print what the run is.
+        """Print the description of the run.
 
         `total_steps` and the steps a resumed run has behind it set the bar.
         """

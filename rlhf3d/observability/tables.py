@@ -21,7 +21,7 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True)
 class View:
-    """What a command found, twice."""
+    """The findings of a command, in two forms."""
 
     parts: Sequence[str | Text | Table]
     """For people, in the order shown; lines of text are never wrapped."""

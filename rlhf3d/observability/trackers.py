@@ -20,7 +20,7 @@ TENSORBOARD_DIR = "tensorboard"
 
 
 class Tracker(Protocol):
-    """What follows a run."""
+    """A follower of a run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step by name; NaN and infinity may be among them."""

@@ -28,18 +28,18 @@ class EngineMemory:
     """Copies that CPU kernels compute with."""
     activations: int
     kv_cache: int
-    """What is left for keys and values; 0 where nothing is."""
+    """Room left for keys and values; may be 0."""
     kv_bytes_a_token: int
     max_model_len: int
     outside: int = 0
-    """Beside rollout.gpu_memory_utilization: vLLM measures after its CUDA context and communicators
-    are there."""
+    """Not in rollout.gpu_memory_utilization: vLLM measures what is free when its CUDA context and
+    communicators are there."""
     missing: int = 0
-    """Bytes that lack for one sequence of the longest length: without it vLLM does not start."""
+    """Bytes missing for one sequence of the longest length: without it vLLM does not start."""
 
     @property
     def total(self) -> int:
-        """All but what is outside."""
+        """All but `outside`."""
         return self.weights + self.packed + self.activations + self.kv_cache
 
     @property

@@ -15,7 +15,7 @@ from rlhf3d.config.load import coerce, read_sections
 from rlhf3d.units import ceil_div
 
 NOT_IN_FILES = frozenset({"name", "measured_here"})
-"""Fields that an entry of a hardware file has not: its key, and what comes from elsewhere."""
+"""Fields that are not in an entry of a hardware file: its key, and one set elsewhere."""
 FILE = Path(__file__).with_name("hardware.yaml")
 
 

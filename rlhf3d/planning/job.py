@@ -1,4 +1,4 @@
-"""What is planned: a configuration, the model's shape and the devices, as one value.
+"""The job to plan: a configuration, the model's shape and the devices, as one value.
 
 Invariant: sizes and layouts are those the run itself would use (`rlhf3d.config.derived`).
 """
@@ -34,7 +34,7 @@ class Model:
     head: Head
     group: WorkerGroup
     batching: UpdatePlan
-    """Its update; of the reference, whose passes are cut alike, the actor's."""
+    """Batches of its update; of the reference, whose passes are cut the same way, the actor's."""
     trained: bool
     entropy: bool = False
 
@@ -45,7 +45,7 @@ class Model:
 
     @property
     def settings(self) -> LayoutConfig:
-        """What else its layout says."""
+        """The settings of its layout."""
         return self.group.layout_config
 
 

@@ -75,7 +75,7 @@ KEYS = ("format", "device", "source", "numbers")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a file holds."""
+    """The contents of a file."""
 
     device: str
     source: str
@@ -142,7 +142,7 @@ def write_measured(path: Path, device: str, source: str, numbers: Mapping[str, f
 
 
 def default_problem() -> list[str]:
-    """What is wrong with the file at `DEFAULT`, if it is there."""
+    """Return what is wrong with the file at `DEFAULT`, if it is there."""
     try:
         if DEFAULT.is_file():
             read_measured(DEFAULT)

@@ -87,7 +87,7 @@ class RankMemory:
     states: Mapping[str, States]
     """By role."""
     resident: Terms
-    """What every phase has."""
+    """Terms of every phase."""
     phases: tuple[PhaseMemory, ...]
     """Resident terms included."""
 
@@ -127,7 +127,7 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run needs and what there is."""
+    """The memory that a run needs, and that there is."""
 
     ranks: tuple[RankMemory, ...]
     """Training ranks, and engine ranks on devices of their own."""
@@ -172,7 +172,7 @@ class MemoryPlan:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What does not fit, each with the figures and how to fix it."""
+        """Everything that does not fit, with the figures and how to fix it."""
         return (*self._device_problems(), *self._engine_problems(), *self._host_problems())
 
     def _device_problems(self) -> Iterator[str]:

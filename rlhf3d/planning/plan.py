@@ -1,8 +1,8 @@
 """The memory of a run before it starts: what each rank needs in each phase, against what there is.
 
 Invariant: a plan is a value, computed from a configuration, a model's shape and a cluster alone;
-nothing is started. The time of a step is planned apart (`rlhf3d.planning.search`): training never
-imports it.
+nothing is started. The time of a step is planned by `rlhf3d.planning.search`, which training never
+imports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_plan(
     rows: int | None = None,
     lengths: Lengths | None = None,
 ) -> Plan:
-    """The plan of a checked configuration; `rows` of training data for a run in epochs.
+    """Return the plan of a checked configuration; `rows` of training data for a run in epochs.
 
     Raises ValueError where model and layout do not fit each other.
     """
@@ -68,16 +68,17 @@ def make_plan(
     return Plan(job, plan_memory(job))
 
 
-def find_spec(config: Config, model_config: Path | None = None) -> tuple[ModelSpec, Path]:
-    """The model's shape and where it was read.
+def find_spec(model_path: str, model_config: Path | None = None) -> tuple[ModelSpec, Path]:
+    """Return a model's shape, and the folder that it was read from.
 
-    `model_config` (config.json or its folder), model.path, or the shape that is shipped under
-    model.path's name. Raises ValueError as `load_spec` does.
+    That is `model_config` (config.json or its folder), `model_path`, or the shape that is shipped
+    under that name. Raises ValueError as `load_spec` does.
     """
     if model_config is not None:
         folder = model_config.parent if model_config.suffix == ".json" else model_config
         return load_spec(folder, with_weights=False), folder
-    folder, shipped = Path(config.model.path), SHAPES / Path(config.model.path).name
+    folder = Path(model_path)
+    shipped = SHAPES / folder.name
     if not folder.is_dir() and shipped.is_dir():
         folder = shipped
     return load_spec(folder, with_weights=False), folder

@@ -25,7 +25,7 @@ KINDS = (
     "vLLM",
     "vLLM asleep",
 )
-"""What is resident, in the order of the table's rows."""
+"""Resident terms, in the order of the table's rows."""
 MOST_COLUMNS = 5
 
 

@@ -66,7 +66,7 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
         median(row[f"{kind}_length/mean"] for row in rows) for kind in ("prompt", "response")
     )
     padding = median(row.get("perf/padding_share/update_actor", 0.0) for row in rows)
-    spec, _ = find_spec(config)
+    spec, _ = find_spec(config.model.path)
     lengths = Lengths(prompt, response, (prompt + response) / (1 - padding))
     return Observation(folder, config, spec, seconds, lengths)
 

@@ -1,6 +1,6 @@
 """`rlhf3d plan`: a plan or a search on the screen, as JSON, or as a configuration.
 
-Invariant: starts nothing, and writes only the file it is told to.
+Invariant: starts nothing, and writes only the file that --write names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf3d import machine
 from rlhf3d.config.load import config_to_yaml
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config, DataConfig
 from rlhf3d.planning.hardware import FILE, Cluster, Hardware, load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths
 from rlhf3d.planning.measured import with_measured
@@ -32,10 +32,10 @@ def plan_command(
     write: Path | None,
     as_json: bool,
 ) -> bool:
-    """Print; whether the run, or with `search` any layout of it, fits."""
-    spec, shape = find_spec(config, model_config)
-    cluster = with_measured(find_cluster(config, gpus, hardware), measured)
-    rows = rows or train_rows(config)
+    """Print a plan; return whether the run, or with `search` any layout of it, fits."""
+    spec, shape = find_spec(config.model.path, model_config)
+    cluster = with_measured(find_cluster(config.cluster, gpus, hardware), measured)
+    rows = rows or train_rows(config.data)
     if not search:
         plan = make_timed_plan(config, spec, cluster, rows, lengths)
         plan_view(plan, shape).show(as_json)
@@ -49,13 +49,9 @@ def plan_command(
     return bool(found.best)
 
 
-def find_cluster(config: Config, gpus: str | None, hardware: Path | None = None) -> Cluster:
-    """The devices to plan for.
-
-    `gpus` such as 8xH100; else as many as a CUDA configuration asks for, or this host.
-    """
+def find_cluster(wanted: ClusterConfig, gpus: str | None, hardware: Path | None = None) -> Cluster:
+    """Return the devices to plan for: `gpus`, such as 8xH100; else those `wanted`, or this host."""
     known = load_hardware(FILE) | (load_hardware(hardware) if hardware else {})
-    wanted = config.cluster
     if gpus is not None:
         return parse_cluster(gpus, known)
     if wanted.platform == "cuda":
@@ -66,16 +62,16 @@ def find_cluster(config: Config, gpus: str | None, hardware: Path | None = None)
 
 
 def this_host(hardware: Hardware) -> Cluster:
-    """One host without GPUs, with the memory of this one."""
+    """Return one host without GPUs, with the memory of this one."""
     return Cluster(replace(hardware, host_memory_gib=machine.memory_gib()), 1, 1)
 
 
-def train_rows(config: Config) -> int | None:
-    """Prompts of data.train_files, from the files' footers; None where one is not there.
+def train_rows(data: DataConfig) -> int | None:
+    """Return the number of prompts in data.train_files; None if one of those is not there.
 
-    ValueError naming the file that holds no prompts.
+    ValueError names a file that holds no prompts.
     """
-    files = [Path(name) for name in config.data.train_files]
+    files = [Path(name) for name in data.train_files]
     if not files or not all(file.is_file() for file in files):
         return None
     from rlhf3d.data.parquet import open_parquet

@@ -18,7 +18,7 @@ from rlhf3d.planning.search.times import TimePlan, plan_time
 
 @dataclass(frozen=True)
 class TimedPlan(Plan):
-    """What a job needs, and how long its steps take."""
+    """The memory of a job, and the time of its steps."""
 
     time: TimePlan | None
     """None where the engines cannot start."""

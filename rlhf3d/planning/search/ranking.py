@@ -65,7 +65,7 @@ class Option(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, int, LayoutConfig, bool]:
-        """What distinguishes it from others worth showing: one per layout is enough."""
+        """The key by which options differ enough to show both."""
         rollout, layout = self.config.rollout, self.config.actor.layout
         own_critic = self.config.critic.layout is not None
         return rollout.placement, rollout.engines, replace(layout, recompute="none"), own_critic
@@ -81,7 +81,7 @@ class Engines(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to."""
+    """The results of a search."""
 
     best: tuple[TimedPlan, ...]
     """Plans that fit, fastest first."""
@@ -152,7 +152,7 @@ class Search:
 
     def _layouts(self, devices: int) -> list[LayoutConfig]:
         per_node = self.cluster.devices_per_node
-        return layouts(self.spec, devices, per_node, longest_sequence(self.config))
+        return layouts(self.spec, devices, per_node, longest_sequence(self.config.data))
 
     def _engines(self, config: Config, dedicated: int) -> list[Engines]:
         ranks, rollout = dedicated or self.cluster.devices, config.rollout

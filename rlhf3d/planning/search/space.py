@@ -14,7 +14,7 @@ from typing import get_args
 
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import Config, DataConfig, LayoutConfig
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
 from rlhf3d.parallel.layout import Recompute
@@ -113,9 +113,9 @@ def _with_replicas(
     return [layout for layout in made if _legal(spec, layout)]
 
 
-def longest_sequence(config: Config) -> int:
+def longest_sequence(data: DataConfig) -> int:
     """Return the tokens of the longest prompt and response."""
-    return config.data.max_prompt_length + config.data.max_response_length
+    return data.max_prompt_length + data.max_response_length
 
 
 def _divisors(number: int) -> list[int]:
@@ -150,7 +150,7 @@ def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
     Micro-batches are in the configuration's own unit: sequences or tokens.
     """
     chunks = width_multiples(layout, "cuda")["multiple_of"]
-    longest = round_up(longest_sequence(config), chunks)
+    longest = round_up(longest_sequence(config.data), chunks)
     as_actor = replace(
         config.critic,
         layout=None,

@@ -1,4 +1,4 @@
-"""A plan with its time, and what a search came to, for people and for programs.
+"""A plan with its time, and the results of a search, for people and for programs.
 
 Invariant: shows what the plans hold; computes nothing of them but sums of their phases.
 """
@@ -141,7 +141,7 @@ def _time_data(time: TimePlan) -> dict[str, Any]:
 
 
 def search_view(found: Found, cluster: Cluster, shape: Path) -> View:
-    """Return the plans that a search came to, each with its configuration as YAML."""
+    """Return the plans that a search found, each with its configuration as YAML."""
     looked = ", ".join(f"{number} {what}" for what, number in found.counts.most_common())
     parts: list[str | Table] = [f"{shape.name} on {cluster}: {looked}"]
     if found.best:

@@ -445,7 +445,7 @@ SLURM = ("slurm", "configs/math.yaml")
             (*SLURM, "--volume", "v"),
             "--volume would be ignored: `slurm` has no use for it; it is for kuberay, skypilot",
         ),
-        ((*SLURM, "--grace", "0s"), "--grace 0: the run would not be told"),
+        ((*SLURM, "--grace", "0s"), "--grace 0: "),
         (
             (*SLURM, "--cpus-per-node", "1"),
             "--cpus-per-node 1: 8 GPUs hold 16 training and engine ranks",

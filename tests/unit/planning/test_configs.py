@@ -34,8 +34,8 @@ def comment(plan: TimedPlan, gpus: str) -> str:
 
 def planned(path: Path) -> tuple[TimedPlan, str]:
     config = load_config(path)
-    cluster = find_cluster(config, None)
-    plan = make_timed_plan(config, find_spec(config)[0], cluster)
+    cluster = find_cluster(config.cluster, None)
+    plan = make_timed_plan(config, find_spec(config.model.path)[0], cluster)
     return plan, f"{cluster.devices}x{cluster.hardware.name}"
 
 
