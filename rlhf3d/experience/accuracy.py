@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.rewards.math_answer import normalize
 from rlhf3d.rewards.score import Outcome
 
 Z_95 = 1.959964
@@ -135,7 +135,7 @@ def vote(answer: object, outcome: str) -> str | None:
     """
     if answer is None or outcome != Outcome.SCORED:
         return None
-    return normalise(str(answer))
+    return normalize(str(answer))
 
 
 def _std(prompt: Answers) -> float:

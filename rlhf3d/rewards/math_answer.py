@@ -106,7 +106,7 @@ def _group_end(text: str) -> int:
     return 0
 
 
-# --- normalise: what two answers must share to be the same without any computation ---
+# --- normalize: what two answers must share to be the same without any computation ---
 
 _UNITS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*[^{}]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?$")
 _TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -126,7 +126,7 @@ _DECIMAL = re.compile(r"-?\.[0-9]+")
 _THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     r"""`answer` without what does not change it.
 
     That is spacing, units, `\left`, short fractions, `x =` and the comma of 1,000, in the spirit of

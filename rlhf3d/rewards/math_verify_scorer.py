@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from rlhf3d.data.boxed import last_boxed
-from rlhf3d.rewards.math_answer import bases, half_of_day, normalise, split_unit, tidy
+from rlhf3d.rewards.math_answer import bases, half_of_day, normalize, split_unit, tidy
 from rlhf3d.rewards.score import Outcome, Score
 
 MAX_ANSWER = 500
@@ -122,7 +122,7 @@ def _quick(answer: str, truth: str) -> bool | None:
     truth, truth_unit = _without_unit(truth)
     if _both_differ(answer_unit, truth_unit):
         return False
-    if normalise(answer) == normalise(truth):
+    if normalize(answer) == normalize(truth):
         return True
     if _SEVERAL.fullmatch(answer):  # Math-Verify would add them up
         return False

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf3d.data.boxed import last_boxed
 from rlhf3d.rewards import gsm8k, math_verify_scorer
 from rlhf3d.rewards.function import RewardFunction
-from rlhf3d.rewards.math_answer import normalise
+from rlhf3d.rewards.math_answer import normalize
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.rewards.truths import accepted
 
@@ -75,7 +75,7 @@ def _score_boxed_exact(solution_str: str, ground_truth: str, method: str) -> Sco
     boxed = last_boxed(solution_str)
     if not boxed or len(boxed) > math_verify_scorer.MAX_ANSWER:
         return Score(0.0, Outcome.UNPARSABLE, {"answer": None})
-    right = normalise(boxed) == normalise(ground_truth)
+    right = normalize(boxed) == normalize(ground_truth)
     return Score(float(right), Outcome.SCORED, {"answer": boxed})
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf3d.rewards import math_verify_scorer as scorer
 from rlhf3d.rewards.manager import RewardManager
-from rlhf3d.rewards.math_answer import bases, half_of_day, last_boxed, normalise, split_unit, tidy
+from rlhf3d.rewards.math_answer import bases, half_of_day, last_boxed, normalize, split_unit, tidy
 from rlhf3d.rewards.math_verify_scorer import score_math
 from rlhf3d.rewards.score import Outcome, ScoreItem
 from rlhf3d.rewards.scorers import BuiltinReward
@@ -61,7 +61,7 @@ def test_last_box(text: str, answer: str | None) -> None:
     ],
 )
 def test_normal_form(one: str, other: str) -> None:
-    assert normalise(one) == normalise(other)
+    assert normalize(one) == normalize(other)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_normal_form(one: str, other: str) -> None:
     [("3 4", "34"), ("1, 234", "1234"), (r"\text{even}", r"\text{odd}"), ("(1,2)", "[1,2]")],
 )
 def test_normal_form_keeps_what_differs_apart(one: str, other: str) -> None:
-    assert normalise(one) != normalise(other)
+    assert normalize(one) != normalize(other)
 
 
 RIGHT = [
@@ -403,7 +403,7 @@ def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.text())
 def test_any_text_has_a_box_or_none_and_a_normal_form(text: str) -> None:
-    assert normalise(text) == normalise(text)
+    assert normalize(text) == normalize(text)
     for wrapped in (text, f"\\boxed{{{text}", f"\\boxed {text}"):
         boxed = last_boxed(wrapped)
         assert boxed is None or boxed in wrapped
