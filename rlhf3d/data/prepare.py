@@ -67,9 +67,9 @@ def prepare(
 
     `name` is one of the shipped `sets`, or a Python file with a `make_map_fn(split, …)`. `source`
     is a folder or file (jsonl, json, parquet, arrow), "hub" to download it, or null where the data
-    are generated; `split` says which one a lone file holds. Rows with a question of the prompt files
-    `exclude` are left out. `options` go to the set. ValueError, naming the fix, for an unknown name
-    or option, and for a source that is missing or without usable rows.
+    are generated; `split` says which one a lone file holds. Rows with a question of the prompt
+    files `exclude` are left out. `options` go to the set. ValueError, naming the fix, for an
+    unknown name or option, and for a source that is missing or without usable rows.
     """
     module = load_set(name)
     _check_options(name, module, options)

@@ -1,7 +1,7 @@
 """One prompt and what its completions are checked against, read from a record of any source.
 
-Invariant: a record is either a complete row or a ValueError that says where it is and what is wrong.
-The columns are verl's. Pure, and light: the scoring processes load it.
+Invariant: a record is either a complete row or a ValueError that says where it is and what is
+wrong. The columns are verl's. Pure, and light: the scoring processes load it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PromptRow:
     data_source: str
     """Names the scorer of this row."""
     prompt: list[dict[str, Any]]
-    """Chat messages, each {"role": ..., "content": ...} and perhaps name, tool_calls and the like."""
+    """Chat messages, each {"role": ..., "content": ...}, perhaps with name, tool_calls, …"""
     ability: str
     """Kind of task, for example "math"."""
     reward_model: dict[str, Any]

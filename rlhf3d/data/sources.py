@@ -1,9 +1,9 @@
 """Rows of a data set as its authors publish it: jsonl, json, parquet or arrow files, or the hub.
 
 Invariant: rows come in an order fixed by the files' names, one at a time and with the values that
-the file holds, and what was read is named by its digest. That is why files are read by Python's json
-and pyarrow: `datasets` makes timestamps of texts that look like dates and floats of large integers,
-refuses maps, and cannot name the line of a fault.
+the file holds, and what was read is named by its digest. That is why files are read by Python's
+json and pyarrow: `datasets` makes timestamps of texts that look like dates and floats of large
+integers, refuses maps, and cannot name the line of a fault.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _text(data: bytes, where: str) -> str:
 
 
 def _json(text: str) -> Any:
-    """A JSON value; ValueError for a key twice in an object, and for text that UTF-8 cannot hold."""
+    """A JSON value; ValueError for a key twice in an object, and for text that is not Unicode."""
     value = json.loads(text, object_pairs_hook=_unique_keys)
     if "\\u" in text:  # only an escape can make half a surrogate pair
         try:

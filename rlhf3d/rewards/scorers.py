@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf3d.data import sets
 from rlhf3d.data.boxed import last_boxed
 from rlhf3d.rewards import gsm8k, math_verify_scorer
 from rlhf3d.rewards.function import RewardFunction
@@ -86,14 +87,7 @@ SCORERS: dict[str, Scorer] = {
     ),
     "boxed_exact": Scorer(_score_boxed_exact, math_verify_scorer.state),
 }
-DATA_SOURCES: dict[str, str] = {
-    "openai/gsm8k": "gsm8k",
-    "rlhf3d/arithmetic": "gsm8k",
-    "DigitalLearningGmbH/MATH-lighteval": "math_verify",
-    "lighteval/MATH": "math_verify",
-    "HuggingFaceH4/MATH-500": "math_verify",
-    "GAIR/LIMR": "math_verify",
-}
+DATA_SOURCES: dict[str, str] = sets.scorers()
 """Scorer of each data source; reward.scorers adds to it or changes it."""
 
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
+from typing import NamedTuple
 
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets.gsm8k import make_row
@@ -30,7 +31,7 @@ class Template:
     text: str
 
     def pairs(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """All (a, b) whose answer is a positive whole number, the numbers drawn being in [low, high]."""
+        """All (a, b) whose answer is a positive integer, of numbers drawn from [low, high]."""
         for x in range(low, high + 1):
             for y in range(low, high + 1):
                 if self.op == "/":
@@ -73,8 +74,7 @@ PREAMBLE: tuple[dict[str, str], ...] = (
 """Stands before every question: one worked example, which keeps answers short."""
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):  # the harder difficulties have a million of them
     template: Template
     a: int
     b: int

@@ -21,7 +21,7 @@ SUFFIX = "Let's think step by step and output the final answer within \\boxed{}.
 def make_map_fn(
     split: str, suffix: str = SUFFIX, data_source: str = DATA_SOURCE
 ) -> Callable[[Mapping[str, Any], int], PromptRow]:
-    """A function from a MATH row {problem, solution, level, type} and its index to a row of `split`.
+    """A function from a MATH row {problem, solution, level, type} and its index to a prompt row.
 
     It raises ValueError for a row without a problem, or whose solution has no boxed answer.
     """

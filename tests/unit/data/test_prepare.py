@@ -20,6 +20,7 @@ from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.sets import arithmetic, limr, math, math500, names
 from rlhf3d.data.sets.gsm8k import SUFFIX, make_map_fn
 from rlhf3d.rewards.gsm8k import compute_score
+from rlhf3d.rewards.scorers import DATA_SOURCES, SCORERS
 
 EXCERPTS = Path(__file__).parents[2] / "data"
 EXAMPLES = [
@@ -364,7 +365,7 @@ def test_every_set_has_a_make_map_fn_or_a_generator() -> None:
         assert callable(getattr(module, "make_map_fn", None)) or callable(
             getattr(module, "generate", None)
         )
-        assert module.DATA_SOURCE
+        assert DATA_SOURCES[module.DATA_SOURCE] == module.SCORER and module.SCORER in SCORERS
 
 
 def test_preparing_streams_its_rows(tmp_path: Path) -> None:

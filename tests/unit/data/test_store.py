@@ -104,13 +104,17 @@ def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
     )
     with pq.ParquetWriter(tmp_path / "t.parquet", schema) as writer:
         for start in range(0, 400_000, 50_000):
-            prompts = [
-                [{"content": f"{i} " + "x" * 350, "role": "user"}]
-                for i in range(start, start + 50_000)
+            numbers = [str(i) for i in range(start, start + 50_000)]
+            texts = [f"{number} " + "x" * 350 for number in numbers]
+            messages = pa.StructArray.from_arrays(
+                [pa.array(texts), pa.array(["user"] * 50_000)], ["content", "role"]
+            )
+            columns = [
+                pa.array(["mine"] * 50_000),
+                pa.ListArray.from_arrays(pa.array(range(50_001), pa.int32()), messages),
+                pa.StructArray.from_arrays([pa.array(numbers)], ["ground_truth"]),
             ]
-            truths = [{"ground_truth": str(i)} for i in range(start, start + 50_000)]
-            columns = {"data_source": ["mine"] * 50_000, "prompt": prompts, "reward_model": truths}
-            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+            writer.write_table(pa.table(columns, schema=schema))
     code = (
         "import sys, random\n"
         "from rlhf3d.data.store import RowStore\n"
