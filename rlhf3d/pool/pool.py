@@ -17,7 +17,7 @@ from threading import Condition, Lock, Thread
 from typing import Any
 from weakref import WeakSet
 
-from rlhf3d.pool.process import CallResult, Ending, StartError, WorkerProcess
+from rlhf3d.pool.process import CallResult, Ending, WorkerProcess
 
 _CLOSE_S = 5.0
 """How long `close` waits for the threads, whose processes it has killed."""
@@ -45,7 +45,7 @@ class CallPool:
         self._calls: deque[_Call] = deque()
         """Those of no session: the next free process takes one."""
         self._idle: list[_Slot] = []
-        self._failure: StartError | None = None
+        self._failure: Exception | None = None
         self._closed = False
         self._slots = [_Slot(Condition(self._lock)) for _ in range(workers)]
         self._threads = [Thread(target=self._work, args=[s], daemon=True) for s in self._slots]
@@ -58,7 +58,8 @@ class CallPool:
         """Call the function with `payload`; its time runs from when a process begins with it.
 
         Until then the future can be cancelled. It raises StartError where a process could not load
-        the function, which is the end of the pool. A call of a `session` waits for its process.
+        the function, or OSError where none could be started, and so do all later calls. A call of a
+        `session` waits for its process.
         """
         call = _Call(pickle.dumps(payload), timeout_s, session)
         with self._lock:
@@ -90,7 +91,7 @@ class CallPool:
             session.slot.sessions.add(session)
         return session.slot
 
-    def _stop(self, failure: StartError | None = None) -> list[_Call]:
+    def _stop(self, failure: Exception | None = None) -> list[_Call]:
         """Kill the processes, which ends their threads; the calls that still wait."""
         with self._lock:
             self._closed = self._closed or failure is None
@@ -118,10 +119,13 @@ class CallPool:
                 call = None
                 if not process.alive:  # loading takes seconds: not when the next call waits for it
                     process = self._start(slot)
-        except StartError as error:
-            for waiting in [*([call] if call else []), *self._stop(error)]:
-                if waiting.future.set_running_or_notify_cancel():
-                    waiting.future.set_exception(error)
+        except Exception as error:  # a StartError, or the machine starts no more processes
+            waiting = self._stop(error)
+            if call is not None:
+                waiting.append(call)
+            for failed in waiting:
+                if failed.future.running() or failed.future.set_running_or_notify_cancel():
+                    failed.future.set_exception(error)
         finally:
             if slot.process is not None:
                 slot.process.end()

@@ -124,15 +124,16 @@ class WorkerProcess:
         return CallResult(Ending(ending), message=value)
 
     def kill(self) -> None:
-        """Kill the process and all it started, from any thread."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """Kill the process and all it started, from any thread; `end` is still to be called."""
+        if not self._connection.closed:  # else another process may have its number by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, grace_s: float = 0.0) -> int:
         """Kill it, unless it ends by itself within `grace_s`, and release it; its exit code."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(grace_s)
-        self.kill()
+        self.kill()  # what it started may be alive
         self._connection.close()
         return self._process.wait()
 

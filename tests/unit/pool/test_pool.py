@@ -125,6 +125,15 @@ def test_a_function_that_does_not_load_ends_the_pool() -> None:
         pool.submit(0, 1.0)
 
 
+def test_a_machine_that_starts_no_process_fails_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    pool = CallPool(load_counter, 2, what="the counter")
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            pool.submit(0, 1.0).result(30.0)
+    pool.close()
+
+
 def test_closing_ends_what_runs_and_cancels_what_waits() -> None:
     pool = CallPool(load_counter, 1, what="the counter")
     values(pool.submit(0, 20.0))
