@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from threading import Condition
-from types import TracebackType
 
 from rlhf3d.pool.pool import CallPool
 from rlhf3d.pool.process import CallResult, Ending, StartError
@@ -26,10 +25,9 @@ from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem, check_o
 class RewardManager:
     """Scores batches of completions, any number of them at once.
 
-    `rule` is called in `workers` processes, each call having `timeout_s` seconds; it must pickle (a
-    module's function, `BuiltinReward` or `load_custom_reward(...)`), or ValueError. None: only the
-    model of `add_model` scores. A batch gives up with RewardError as soon as more than
-    `max_error_rate` of its items have failed.
+    `rule` is called in `workers` processes, each call having `timeout_s` seconds; ValueError where
+    it cannot be pickled. None: only the model of `add_model` scores. A batch gives up with
+    RewardError as soon as more than `max_error_rate` of its items have failed.
     """
 
     def __init__(
@@ -54,12 +52,7 @@ class RewardManager:
     def __enter__(self) -> RewardManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

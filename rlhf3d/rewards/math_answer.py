@@ -1,4 +1,4 @@
-r"""The text of a MATH answer: one spelling, one normal form, and what is told by its text alone.
+r"""The text of a MATH answer: one spelling, one normal form, and what differs by its text alone.
 
 Invariant: linear time and no exception for any text. Spellings are only unified where they cannot
 mean anything else: two answers that differ never get one form.
