@@ -225,6 +225,7 @@ def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(
         tmp_path,
         [1.0, 0.0],
         steps=9,
+        rollout={"n": N, "sleep": True},
         algorithm={
             "adv_estimator": "grpo",
             "filter_groups": {"enable": True, "max_num_gen_batches": 2},
@@ -235,6 +236,8 @@ def test_a_step_that_cannot_be_filled_leaves_the_one_before_saved(
     with pytest.raises(TooFewGroups, match="only 0 of 4 groups differ"):
         trainer.fit()
     assert fakes.saves == saved and trainer.step == 1
+    if not save_freq:
+        assert fakes.rollout.events[-2:] == ["sleep", "save"], "a save needs the engines' memory"
 
 
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:
