@@ -21,7 +21,7 @@ from rlhf3d.rewards.score import Outcome
 
 GENERATIONS_FILE = "generations.jsonl"
 GROUPS = ("level", "type", "template")
-"""Keys of extra_info that results are broken down by, beside the data source."""
+"""Keys of extra_info that results are broken down by, besides the data source."""
 
 Mode = Literal["greedy", "sampled"]
 

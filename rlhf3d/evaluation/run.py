@@ -117,9 +117,8 @@ def evaluate(
             collector = Collector(engine.stream, rewards, tokenizer)
             for task in tasks:
                 for generations in _generate(task, prompts, collector, settings.seed, batch):
-                    append_generations(output, generations)
+                    append_generations(output, generations)  # kept, should the next part fail
                     done += generations
-                    task.finished += len(generations)
                     progress(task.mode, task.finished, task.total)
     report = {
         "model": str(model),
@@ -203,6 +202,7 @@ def _generate(
         failed += [row.score for row in rows if row.score.failed]
         remedy = "Fix the reward function and evaluate again."
         check_outcomes(failed, MAX_ERROR_RATE, task.total, remedy)
+        task.finished += len(rows)
         yield [
             _generation(task.mode, sample, row) for sample, row in zip(samples, rows, strict=True)
         ]

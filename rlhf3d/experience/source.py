@@ -38,7 +38,7 @@ class ExperienceSource(Protocol):
 
 @dataclass(frozen=True)
 class OnPolicySettings:
-    """How many trajectories are drawn, and what they earn beside their score."""
+    """How many trajectories are drawn, and what they earn besides their score."""
 
     n: int
     """Trajectories a prompt."""

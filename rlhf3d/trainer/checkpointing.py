@@ -32,11 +32,11 @@ from rlhf3d.trainer.hf_export import HFExport
 
 HF_FOLDER = "hf"
 _SPARE_BYTES = 64 << 20
-"""Left free beside a checkpoint, for metrics, samples and logs."""
+"""Left free next to a checkpoint, for metrics, samples and logs."""
 _FULL_BYTES = 1 << 20
 """A disk with less than this is full: a write that failed on it failed for that reason."""
 _GUESSED_BYTES_PER_S = 200e6
-"""What a first save is taken to write, a slow disk's speed."""
+"""A slow disk's speed, to guess what the first save will take."""
 
 
 @dataclass
@@ -54,8 +54,10 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Writes `checkpoints/step_N`: `actor/`, `critic/` (sharded), `hf/` (the actor), `driver.json`,
-    `config.yaml`.
+    """Writes the folders `checkpoints/step_N`.
+
+    `actor/` and `critic/` are sharded, `hf/` is the actor as a Hugging Face folder, `driver.json` the
+    driver's state, `config.yaml` the run's configuration.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class HFExport:
     def __init__(self, sync: SyncSetup, dtype: str, actor: TrainGroup, model_folder: Path) -> None:
         """`sync`: the stream to the engines, whose plan of the actor this one shares.
 
-        `model_folder` has the configuration and tokenizer that stand beside the weights.
+        `model_folder` has the configuration and tokenizer that go with the weights.
         """
         self._sync, self._dtype, self._actor = sync, dtype, actor
         self._model_folder = model_folder

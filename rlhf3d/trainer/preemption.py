@@ -34,7 +34,7 @@ class Preempted(BaseException):
 
 
 class PreemptionHandler:
-    """Asked at each step boundary."""
+    """Says at each step boundary whether to stop there."""
 
     def __init__(
         self, limit_s: float | None, age_s: float, clock: Callable[[], float] = time.monotonic
@@ -46,7 +46,7 @@ class PreemptionHandler:
         self._steps: deque[float] = deque(maxlen=3)
         self.signal: str | None = None
         """The first that came."""
-        self._signalled = 0.0
+        self._signaled = 0.0
         self._phase: Literal["starting", "loop", "closing"] = "starting"
 
     @classmethod
@@ -58,22 +58,22 @@ class PreemptionHandler:
     def handling_signals(self) -> Iterator[None]:
         """Inside, signals come here (SIGTERM again after Ray has taken it: see `ray_cluster`)."""
         # A run under nohup is to survive the end of its terminal: nohup has SIGHUP ignored.
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        previous = [signal.signal(number, self.handle) for number in heard]
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = [signal.signal(number, self.handle) for number in handled]
         try:
             yield
         finally:
-            for number, handler in zip(heard, previous, strict=True):
+            for number, handler in zip(handled, previous, strict=True):
                 signal.signal(number, handler)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """A signal handler."""
+        """Handle a signal: stop at the next step boundary, or at once."""
         again = self.signal is not None
-        if again and self._clock() - self._signalled < SAME_SIGNAL_S:
+        if again and self._clock() - self._signaled < SAME_SIGNAL_S:
             return
         self.signal = signal.Signals(signum).name
         if not again:
-            self._signalled = self._clock()
+            self._signaled = self._clock()
         if self._phase == "starting" and not again:  # a second one would disturb the ending
             raise Preempted
         if self._phase == "loop" and again:
@@ -105,7 +105,7 @@ class PreemptionHandler:
         self._boundary = now
 
     def reason(self, save_s: float) -> str | None:
-        """Why to stop now, None to go on; `save_s` is what a save takes."""
+        """Why to stop now, None to continue; `save_s` is what a save takes."""
         if self.signal is not None:
             return f"{self.signal} was received"
         if self.limit_s is None:

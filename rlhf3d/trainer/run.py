@@ -95,7 +95,7 @@ def _train(
         assembly.processes.rollout.close()
     last = components.checkpoints.last
     if stopped is not None:
-        lines = [f"stopped: {stopped}", f"checkpoint {last}", "the same command goes on from it"]
+        lines = [f"stopped: {stopped}", f"checkpoint {last}", "the same command continues from it"]
         console.done(lines)
         return PREEMPTED
     show_results(Path(assembly.config.trainer.output_dir), console, last)

@@ -25,7 +25,10 @@ SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method=
 
 
 class ScriptedEngine:
-    """Answers `#### 4` greedily, and 4, 5, 4, or nothing by turns when sampled; fails after `calls` calls."""
+    """Answers `#### 4` greedily, and 4, 5, 4, or nothing by turns when sampled.
+
+    It fails after `calls` calls.
+    """
 
     def __init__(self, tokenizer: object, calls: int = 1000) -> None:
         self.tokenizer, self.calls = tokenizer, calls
@@ -227,7 +230,8 @@ def test_a_reward_function_of_ones_own_scores(
     write_parquet([row], tmp_path / "test.parquet", {})
     reward = tmp_path / "reward.py"
     reward.write_text(
-        "def worth(data_source, solution_str, ground_truth, extra_info=None, by=1.0):\n    return by\n"
+        "def worth(data_source, solution_str, ground_truth, extra_info=None, by=1.0):\n"
+        "    return by\n"
     )
     settings = replace(
         SETTINGS, n=0, reward_path=str(reward), reward_name="worth", reward_kwargs={"by": 0.25}

@@ -1,4 +1,4 @@
-"""From requests to scored trajectories, in the order of the requests whatever order they finish in."""
+"""From requests to scored trajectories, in the order of the requests whatever finishes first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any stage of a save, or out of room, a run finds the checkpoint before it or the new one, and it is whole.
+"""Killed in a save, or out of room, a run finds a complete checkpoint: the old or the new one.
 
 The ranks are stand-ins that write files; what real ranks write is tested in tests/integration.
 """

@@ -1,4 +1,4 @@
-"""One step of the loop on fakes of everything that has processes: which phases run, and what each is given."""
+"""The loop on fakes of everything that has processes: which phases run, with what."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class FakeRollout(FakeEngine):
 
 
 class FakeScoring:
-    """The given scores in order, over and over; the greedy completions', which stand last in a call, are ¼."""
+    """The given scores in order, over and over; of greedy completions, last in a call, ¼."""
 
     def __init__(self, scores: list[float]) -> None:
         self.scores, self.next, self.calls = scores, 0, 0
@@ -259,7 +259,7 @@ def test_ppo_runs_every_phase(tmp_path: Path) -> None:
 
 
 def test_every_metric_is_documented(tmp_path: Path) -> None:
-    """docs/metrics.md has each name a step can give; /max, /min and _max stand beside their means."""
+    """docs/metrics.md has each name a step can give; /max, /min, _max stand beside their means."""
     documented = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
     correction = {"rollout_is": "token", "rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}
     everything = {
@@ -313,7 +313,7 @@ def test_remax_subtracts_the_greedy_score(tmp_path: Path) -> None:
 
 
 def test_dynamic_sampling_draws_again(tmp_path: Path) -> None:
-    """Of each draw's two groups one has signal: two draws, and the step trains on the 1, 0 of both."""
+    """Of each draw's two groups one has signal: the step trains on the 1, 0 of two draws."""
     algorithm = {
         "adv_estimator": "grpo",
         "norm_adv_by_std_in_grpo": False,

@@ -46,7 +46,7 @@ def test_empty_responses_are_in_no_mean_of_scores() -> None:
 
 
 def test_what_a_reward_model_said_is_reported() -> None:
-    """Scores before normalisation and weight, of the completions it was asked about; the std is of these alone."""
+    """Scores before normalization and weight, of the completions it was asked about."""
     scores = [
         Score(9.0, Outcome.SCORED, {"reward_model": 1.0, "reward_model_cut": True}),
         Score(9.0, Outcome.SCORED, {"reward_model": -3.0, "reward_model_cut": False}),

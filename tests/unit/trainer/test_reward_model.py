@@ -1,4 +1,4 @@
-"""The reward model's driver side: one dummy token makes the engine's value that of the input's last token."""
+"""The driver's side of a reward model: the value is that of the input's last token."""
 
 from __future__ import annotations
 
@@ -38,9 +38,16 @@ def make(tmp_path: Path, group: Any, **changes: Any) -> RewardModel:
     tokenizer = make_tiny_tokenizer()
     newline = tokenizer.convert_tokens_to_ids("Ċ")
     shape = {
-        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 128,
-        "intermediate_size": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 40, "pad_token_id": newline,
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 4,
+        "num_attention_heads": 1,
+        "vocab_size": 128,
+        "intermediate_size": 4,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 40,
+        "pad_token_id": newline,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     (tmp_path / "model.safetensors").touch()
     return RewardModel(RewardModelConfig(path=str(tmp_path), **changes), group, tokenizer)

@@ -1,4 +1,4 @@
-"""When a policy version is published: after its weights arrived and, on canary steps, after both checks passed."""
+"""A version is published after its weights arrived and, on canary steps, both checks passed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Train:
 
 
 class Rollout:
-    """One engine that notes what was published; scoring puts a block that prompts share into its prefix cache."""
+    """One engine that notes what was published; scoring puts a block into its prefix cache."""
 
     def __init__(self) -> None:
         self.cached, self.stale, self.published, self.scored = 0, 0, [], 0
