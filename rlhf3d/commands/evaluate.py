@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf3d.config.fields import Overlong
 from rlhf3d.options import AsJson, json_object, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
 
@@ -34,7 +35,7 @@ class Sampling:
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longest prompt, tokens.")] = 1024
     overlong: Annotated[
-        Literal["error", "filter", "truncate_left", "truncate_right"],
+        Overlong,
         typer.Option(help="What to do with longer prompts."),
     ] = "error"
     stop: Annotated[

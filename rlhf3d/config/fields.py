@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ CountOrZero = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, at_least(0), at_most(1)]
+Overlong = Literal["error", "filter", "truncate_left", "truncate_right"]
+"""What to do with prompts that are too long, in a run and in `rlhf3d evaluate`."""
 UserPath = Annotated[str, IsPath()]
 
 

@@ -17,6 +17,7 @@ from rlhf3d.config.fields import (
     CountOrZero,
     NotNegative,
     OneOf,
+    Overlong,
     Positive,
     Share,
     UserPath,
@@ -67,7 +68,7 @@ class DataConfig:
     """Longest prompt, tokens, chat template included."""
     max_response_length: Count = 512
     """Longest completion, tokens."""
-    overlong_prompts: Literal["error", "filter", "truncate_left", "truncate_right"] = "error"
+    overlong_prompts: Overlong = "error"
     """What to do with prompts above max_prompt_length; they are counted and reported."""
     shuffle: bool = True
     """Draw training prompts in an order seeded by trainer.seed and the epoch."""

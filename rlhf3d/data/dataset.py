@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.config.fields import Overlong
 from rlhf3d.data.parquet import data_sources
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.data.store import RowStore
 from rlhf3d.tokenizer.chat import NEEDED, ChatTokenizer, Message, begun, left_out, tokenize
 
-OVERLONG = ("error", "filter", "truncate_left", "truncate_right")
 SCANNED = 100_000
 """Rows up to which a set is tokenized once before the run; of a larger one, `PROBED` rows are."""
 PROBED = 2_000
@@ -63,16 +63,12 @@ class PromptDataset(Sequence[Prompt]):
         files: Sequence[str | Path],
         tokenizer: ChatTokenizer,
         max_prompt_length: int,
-        overlong: str = "error",
+        overlong: Overlong = "error",
         max_samples: int = -1,
         key: str = "data.train_files",
         cache_dir: str | Path | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        if overlong not in OVERLONG:
-            raise ValueError(
-                f"data.overlong_prompts: no {overlong!r}; choose one of {', '.join(OVERLONG)}"
-            )
         if not files:
             raise ValueError(f"{key}: no files named; give one or more parquet files of prompts")
         self._store = RowStore(files, cache_dir)

@@ -20,8 +20,6 @@ from rlhf3d.data.order import LARGE_ORDER, PYTHON_ROWS, make_order
 from rlhf3d.data.rows import PromptRow
 from rlhf3d.user_code import guarded, load_function
 
-__all__ = ["Curriculum", "Prompt", "PromptDataset", "PromptLoader"]
-
 
 class Curriculum:
     """A user's function from a row and the epoch to its place.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.config.fields import Overlong
 from rlhf3d.evaluation.records import Mode
 from rlhf3d.experience.collect import greedy_sampling
 from rlhf3d.rewards.custom import load_custom_reward
@@ -33,7 +34,7 @@ class EvaluationSettings:
     max_prompt_length: int = 1024
     max_tokens: int = 1024
     """Longest completion."""
-    overlong: str = "error"
+    overlong: Overlong = "error"
     """As data.overlong_prompts."""
     limit: int = -1
     """Only the first N prompts; -1 for all."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf3d.config.schema import Config
-from rlhf3d.data.loader import Curriculum, PromptDataset, PromptLoader
+from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.loader import Curriculum, PromptLoader
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.rewards.function import RewardFunction

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rlhf3d.config.schema import ValidationConfig
-from rlhf3d.data.loader import Prompt
+from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.accuracy import Answers, summarize, vote
 from rlhf3d.experience.collect import Collector, Requests, greedy_sampling
 from rlhf3d.experience.scored import ScoredTrajectory

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf3d.data import dataset as dataset_module
-from rlhf3d.data.loader import Curriculum, Prompt, PromptDataset, PromptLoader
+from rlhf3d.data.dataset import Prompt, PromptDataset
+from rlhf3d.data.loader import Curriculum, PromptLoader
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
 
@@ -99,8 +100,6 @@ def test_overlong_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
 def test_mistakes_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"data\.train_files: no files named"):
         PromptDataset([], tokenizer, 8)
-    with pytest.raises(ValueError, match=r"data\.overlong_prompts: no 'cut'"):
-        PromptDataset([tmp_path / "x"], tokenizer, 8, "cut")
     file = write(tmp_path / "tool.parquet", ["a"], role="tool")
     with pytest.raises(ValueError, match=r"tool\.parquet row 0: .*chat template.*no tools here"):
         PromptDataset([file], tokenizer, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf3d.data.loader import Prompt
+from rlhf3d.data.dataset import Prompt
 from rlhf3d.trainer.canary import CANARY_PROMPTS, canary_tokens
 
 

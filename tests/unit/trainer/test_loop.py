@@ -18,7 +18,7 @@ from rlhf3d.batching.batch import Batch
 from rlhf3d.config.derived import derive
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
-from rlhf3d.data.loader import Prompt
+from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.collect import untimed
 from rlhf3d.experience.source import TooFewGroups
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
