@@ -51,7 +51,7 @@ def make_report(run_dir: str | Path) -> Path:
         _gains(rows),
         *_reward_gains(rows),
         "## Learning curve",
-        _learning_table(rows),
+        learning_table(rows),
         "## Seconds per phase",
         _phase_table(rows),
         "## The same held-out prompts, before and after",
@@ -60,16 +60,6 @@ def make_report(run_dir: str | Path) -> Path:
     path = folder / REPORT_FILE
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
-
-
-def learning_table(run_dir: str | Path) -> str:
-    """Markdown table: step, reward, response length, held-out accuracies, seconds a phase.
-
-    A row stands where the run validated (else at every twentieth or so of the run) and at the end;
-    reward, length and seconds are means over the steps since the row above, accuracies those of the
-    row's own step.
-    """
-    return _learning_table(_rows(run_dir))
 
 
 def binomial_standard_error(accuracy: float, prompts: float) -> float:
@@ -149,7 +139,13 @@ def _reward_gain(source: str, measure: str, measured: Points) -> list[str]:
     return [*cells, f"{end:.3f} ± {errors[1]:.3f} (step {last['step']})", gain]
 
 
-def _learning_table(rows: Rows) -> str:
+def learning_table(rows: Rows) -> str:
+    """Return, as Markdown, step, reward, length, held-out accuracies and seconds per phase.
+
+    A row stands where the run validated (else at every twentieth or so of the run) and at the end;
+    reward, length and seconds are means over the steps since the row above, accuracies those of the
+    row's own step.
+    """
     phases = keys_of(phase_seconds(row) for row in rows)
     accuracies = keys_of(validation_accuracy(row) for row in rows)
     judgements = keys_of(validation_reward(row) for row in rows)

@@ -3,42 +3,7 @@
 Invariant: a file is written and read by the same checks: only numbers of `MEASURED`, each within
 its range, of one device; what it does not hold stays assumed. Pure: JSON and numbers, no torch.
 
-The file (`rlhf3d plan --measured FILE`; without it `runs/gpu_measured.json`, where that is there
-and of the planned device) is one JSON object:
-
-    {
-      "format": 1,
-      "device": "NVIDIA H100 80GB HBM3",
-      "source": "pytest -m gpu at 12a74c1, driver 580.95, 2026-11-28",
-      "numbers": {"process_gib": 2.4, "matmul_efficiency": 0.47, "sync_gbs": 14.2}
-    }
-
-`device` is `torch.cuda.get_device_name()`: the entry of `hardware.yaml` (or of `--hardware`) whose
-name is one of its words is the one that is replaced. `source` says how and when, for people.
-`numbers` are any of these, in the units that their names end with (`hardware.yaml` says what each
-is):
-
-    memory_gib           torch.cuda.get_device_properties(0).total_memory / 2**30
-    process_gib          NVML's memory of a training process that has built its groups and done one
-                         step, less torch's max_memory_allocated
-    engine_context_gib   NVML's memory of an engine's one process just before vLLM's first snapshot
-    engine_comm_gib      what a second rank adds to that
-    matmul_efficiency    of the dense peak, by a decoder layer's forward pass at 4,096 tokens
-    memory_efficiency    of memory_gbs, by decoding steps with one sequence
-    link_efficiency      of link_gbs, by an all-reduce of 64 MiB (bytes x 2 (n - 1) / n / seconds)
-    exchange_efficiency  of link_gbs, by an all-to-all of 64 MiB
-    latency_s            of an all-reduce of 8 bytes in a node
-    network_latency_s    and between nodes
-    host_gbs             pinned host memory to the device and back, 1e9 bytes a second
-    sync_gbs             of a weight sync: the engine's bytes over its seconds less those of buckets
-    sync_bucket_s        seconds of a sync of empty buckets, a bucket
-    rest_s               an engine's sleep and wake-up
-    layer_overhead_s     host seconds of a decoder layer's forward pass (of one token)
-    expert_overhead_s    what router and experts add to that
-    decode_overhead_s    a decoding step of one sequence, less its kernels
-    decode_sequence_s    what each further sequence adds
-    decode_kernel_s      a layer of a decoding step of a tiny model with CUDA graphs, a kernel
-    decode_eager_s       a layer of a decoding step without CUDA graphs
+docs/planning.md describes the file and how each number is measured.
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ class RankBytes:
     bound: int
     """The least any plan can let this device receive for this rank."""
     full_gather: int
-    """What a rank receives that gathers every tensor completely: (n - 1) / n of the model over n model
-    shards.
-    """
+    """What a rank would receive that gathers complete tensors: (n - 1) / n of n model shards."""
     senders: int
     ops: int
     buckets: int

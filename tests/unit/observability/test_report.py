@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.metrics import MetricsWriter, read_metrics
 from rlhf3d.observability.report import binomial_standard_error, learning_table, make_report
 from rlhf3d.observability.samples import Sample, write_samples
 
@@ -77,12 +77,12 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert "| update_actor | 12.0 | 4 | 48 | 63% |" in text  # of 48 + 16 + 12 = 76 s
     assert "| validate | 6.0 | 2 | 12 | 16% |" in text
     assert "| 2+3? &lt;b>\\| | 5 | [0] it is 4 | [1] 5 |" in text
-    assert learning_table(tmp_path) in text
+    assert learning_table(read_metrics(tmp_path)) in text
 
 
 def test_learning_table_averages_since_the_row_above(tmp_path: Path) -> None:
     write_run(tmp_path)
-    assert learning_table(tmp_path).splitlines() == [
+    assert learning_table(read_metrics(tmp_path)).splitlines() == [
         "| step | reward | length, tokens | arithmetic greedy | validate, s | generate, s | update_actor, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| 0 | – | – | 20.0% | 6.0 | – | – |",
@@ -100,7 +100,7 @@ def test_partial_run_without_validation_or_samples(tmp_path: Path) -> None:
     assert "The run has no timings." in text
     assert "not written held-out answers twice" in text
     assert (tmp_path / "curves.png").stat().st_size > 0
-    rows = learning_table(tmp_path).splitlines()[2:]
+    rows = learning_table(read_metrics(tmp_path)).splitlines()[2:]
     assert len(rows) <= 21
     assert rows[-1].startswith("| 45 |")
 
@@ -130,7 +130,7 @@ def test_a_reward_model_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
         "| hh | greedy | -1.000 ± 0.300 (step 0) | 0.500 ± 5.300 (step 5) | +1.500 ± 5.308 |"
         in text
     )
-    assert "| 5 | – | – | 0.500 |" in learning_table(tmp_path)
+    assert "| 5 | – | – | 0.500 |" in learning_table(read_metrics(tmp_path))
 
 
 def test_folders_that_cannot_be_reported(tmp_path: Path) -> None:
