@@ -10,12 +10,13 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from rlhf3d.algorithms.correction_settings import correction_settings
 from rlhf3d.algorithms.names import EstimatorNeeds
-from rlhf3d.config.fields import OneOf, broken_rule
-from rlhf3d.config.keys import all_keys, value_of
+from rlhf3d.config.fields import OneOf, broken_rule, rules_text
+from rlhf3d.config.keys import Key, all_keys, value_of
 from rlhf3d.config.schema import (
     AlgorithmConfig,
     Config,
@@ -56,6 +57,12 @@ def check(config: Config) -> list[str]:
     return problems
 
 
+@cache
+def _keys_with_rules() -> list[Key]:
+    # A layout search checks thousands of configurations.
+    return [key for key in all_keys() if rules_text(key.type)]
+
+
 def not_one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     """The problem of a key whose value is not one of the names it may have."""
     near = difflib.get_close_matches(str(value), allowed, n=1)
@@ -66,7 +73,7 @@ def not_one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
 def _check_ranges(config: Config) -> dict[str, str]:
     """Key -> the range or the choice that its value is not in."""
     problems = {}
-    for key in all_keys():
+    for key in _keys_with_rules():
         value = value_of(config, key.name)
         rule = broken_rule(value, key.type)
         if isinstance(rule, OneOf):

@@ -145,7 +145,6 @@ class Assembly:
             self.inputs.val_data or (),
             self.config.data.max_response_length,
             self.config.trainer.seed,
-            Path(self.config.trainer.output_dir),
             collector,
             weights,
             self.log,

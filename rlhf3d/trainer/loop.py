@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from rlhf3d.config.schema import Config
 from rlhf3d.experience.source import TooFewGroups
-from rlhf3d.observability.samples import write_samples
 from rlhf3d.trainer.components import RunComponents
 from rlhf3d.trainer.metrics import rollout_metrics, training_metrics
 
@@ -59,7 +58,7 @@ class Trainer:
         experience = run.source.next_batch(step)  # sync_weights, generate, score
         run.weights.sleep_engines()
         samples = [row.sample() for row in experience.rows]
-        write_samples(self.config.output_dir, step, samples)
+        run.log.samples(step, samples)
         run.health.check_rewards(step, experience)
 
         batch = experience.batch(pad_id=0)

@@ -1,4 +1,4 @@
-"""What each step took and gave: seconds of its phases, and its row of metrics.
+"""What each step took and gave: seconds of its phases, completions, and its row of metrics.
 
 Invariant: everything that a step reports goes to `metrics.jsonl` in one row, and what the console
 shows is from that row.
@@ -7,12 +7,13 @@ Runs in: driver.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
+from rlhf3d.observability.samples import Kind, Sample
 from rlhf3d.trainer.metrics import throughput_metrics
 
 
@@ -32,6 +33,10 @@ class StepLog:
         """Time a phase as `timing_s/NAME` and show its name."""
         with self.timer.phase(name), self.console.phase(name):
             yield
+
+    def samples(self, step: int, samples: Sequence[Sample], kind: Kind = "train") -> None:
+        """Write the completions of a step, or of a validation."""
+        self.writer.samples(step, samples, kind)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's row, with the seconds since the row before; step 0 is before training."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import sqrt
-from pathlib import Path
 from statistics import fmean, stdev
 
 from rlhf3d.config.schema import ValidationConfig
@@ -17,7 +16,7 @@ from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.accuracy import Answers, summarize, vote
 from rlhf3d.experience.collect import Collector, Requests, greedy_sampling
 from rlhf3d.experience.scored import ScoredTrajectory
-from rlhf3d.observability.samples import Kind, write_samples
+from rlhf3d.observability.samples import Kind
 from rlhf3d.rewards.reward_model import PART, only_model
 from rlhf3d.rollout.api import SamplingSettings
 from rlhf3d.trainer.step_log import StepLog
@@ -33,14 +32,13 @@ class Validation:
         prompts: Sequence[Prompt],
         max_tokens: int,
         seed: int,
-        output_dir: Path,
         collector: Collector,
         weights: WeightSync,
         log: StepLog,
     ) -> None:
         """`prompts` may be empty; `max_tokens`: of an answer; `seed`: of the run."""
         self._config, self._prompts = config, prompts
-        self._max_tokens, self._seed, self._output_dir = max_tokens, seed, output_dir
+        self._max_tokens, self._seed = max_tokens, seed
         self._collector, self._weights, self._log = collector, weights, log
 
     def run(self, step: int) -> dict[str, float]:
@@ -64,7 +62,7 @@ class Validation:
         # Seeds of step 0 every time, so that two validations differ by the policy alone.
         requests = Requests(self._seed, step=0).draw(self._prompts, n, sampling)
         rows = self._collector.collect(requests)
-        write_samples(self._output_dir, step, [row.sample() for row in rows], kind)
+        self._log.samples(step, [row.sample() for row in rows], kind)
         return validation_metrics(rows, kind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from rlhf3d.config.schema import Config
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.collect import untimed
 from rlhf3d.experience.source import TooFewGroups
+from rlhf3d.observability.samples import write_samples
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.best import BestTracker
@@ -147,7 +149,10 @@ def make_trainer(
     console: Any = SimpleNamespace(
         phase=untimed, note=print, step=lambda *args: None, validation=lambda *args: None
     )
-    writer: Any = SimpleNamespace(write=lambda step, metrics: rows.append(step))
+    writer: Any = SimpleNamespace(
+        write=lambda step, metrics: rows.append(step),
+        samples=partial(write_samples, tmp_path),
+    )
     weights: Any = SimpleNamespace(
         sync_weights=dict, trained_version=1, weights_changed=lambda: None, sleep_engines=sleep
     )
