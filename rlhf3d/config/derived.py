@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
-from rlhf3d.config.groups import WorkerGroup, group_of, worker_groups
+from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import ActorConfig, Config, CriticConfig, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -72,14 +72,10 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"data.train_batch_size = {config.data.train_batch_size}: lower it or add prompts"
         )
     engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
-    actor, *others = groups
-    dedicated = sum(group.layout.world_size for group in others if not group.colocated)
-    if config.rollout.placement == "disaggregated":
-        dedicated += engine_ranks
     return Derived(
         groups=groups,
         world_size=sum(group.layout.world_size for group in groups),
-        devices=actor.layout.world_size + dedicated,
+        devices=sum(count for _, count in device_terms(groups, config.rollout)),
         engine_ranks=engine_ranks,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,

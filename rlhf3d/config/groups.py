@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import Config, LayoutConfig, RolloutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 TRAINABLE = ("actor", "critic")
@@ -89,12 +89,11 @@ def group_of(config: Config, role: str) -> WorkerGroup:
     return next(group for group in worker_groups(config) if role in group.roles)
 
 
-def device_terms(config: Config) -> list[tuple[str, int]]:
+def device_terms(groups: tuple[WorkerGroup, ...], rollout: RolloutConfig) -> list[tuple[str, int]]:
     """Everything that has its own GPUs: the product that says how many, for messages, and how many."""
-    actor, *others = worker_groups(config)
-    groups = [actor, *(group for group in others if not group.colocated)]
-    terms = [(group.size_text, group.layout.world_size) for group in groups]
-    rollout = config.rollout
+    actor, *others = groups
+    dedicated = [actor, *(group for group in others if not group.colocated)]
+    terms = [(group.size_text, group.layout.world_size) for group in dedicated]
     if rollout.placement == "disaggregated":
         ranks = rollout.engines * rollout.tensor_parallel_size
         text = (

@@ -16,15 +16,17 @@ from rlhf3d.config.derived import (
     micro_batching,
 )
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config, ModelConfig, RolloutConfig
 
 
 def check_sizes(config: Config) -> Iterator[str]:
     """Everything that does not come out even."""
-    for group in worker_groups(config):
+    groups = worker_groups(config)
+    for group in groups:
         yield from _check_layout(group)
     if config.cluster.platform == "cuda":
-        yield from _check_devices(config)
+        yield from _check_dtype(groups, config.model)
+        yield from _check_devices(groups, config.rollout, config.cluster)
     actor = group_of(config, "actor")
     sizes = actor_batching(config.actor)
     yield from _check_batching(config, "actor", sizes, actor)
@@ -50,18 +52,22 @@ def _check_layout(group: WorkerGroup) -> Iterator[str]:
                 yield f"{key}.overlap_param_gather = true: needs {key}.{name} = true"
 
 
-def _check_devices(config: Config) -> Iterator[str]:
-    """On GPUs: dtype of context parallelism, dedicated devices, colocated engines."""
-    cluster, rollout = config.cluster, config.rollout
-    for group in worker_groups(config):
-        if group.layout.cp > 1 and config.model.dtype == "float32":
+def _check_dtype(groups: tuple[WorkerGroup, ...], model: ModelConfig) -> Iterator[str]:
+    for group in groups:
+        if group.layout.cp > 1 and model.dtype == "float32":
             yield (
                 f"{group.key}.cp = {group.layout.cp} with model.dtype = float32: Transformer "
                 "Engine's context-parallel attention is for bfloat16; set model.dtype=bfloat16, "
                 "or cp=1"
             )
+
+
+def _check_devices(
+    groups: tuple[WorkerGroup, ...], rollout: RolloutConfig, cluster: ClusterConfig
+) -> Iterator[str]:
+    """On GPUs: whether dedicated devices and colocated engines find room."""
     gpus = cluster.num_nodes * cluster.gpus_per_node
-    terms = device_terms(config)
+    terms = device_terms(groups, rollout)
     needed = sum(count for _, count in terms)
     if needed > gpus:
         total = "" if len(terms) == 1 else f" = {needed} GPUs"
