@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from rlhf3d.config.checks import check
 from rlhf3d.config.derived import Derived, derive
-from rlhf3d.config.groups import device_terms
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.inputs import check_files
@@ -130,8 +129,7 @@ def _devices(config: Config, derived: Derived, machine: Machine) -> list[str]:
 
 def _local_devices(config: Config, derived: Derived) -> int:
     """GPUs of a node."""
-    needed = sum(count for _, count in device_terms(config))
-    return math.ceil(max(needed, derived.engine_ranks) / config.cluster.num_nodes)
+    return math.ceil(max(derived.devices, derived.engine_ranks) / config.cluster.num_nodes)
 
 
 def _kernels(rollout: RolloutConfig) -> list[str]:

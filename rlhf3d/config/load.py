@@ -50,6 +50,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Nothing else is read, and nothing of the user's is executed: `resolve.load_run` and `inputs`
     look further. Raises ConfigError with all problems at once.
     """
+    config, problems = read_config(path, overrides)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """As `load_config`, with the problems beside what could be read."""
     problems: list[str] = []
     try:
         config = _expand_paths(_read(Path(path), overrides, problems), problems)
@@ -64,9 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for problem in check(config):
         if not any(name in problem for name in unread):
             problems.append(problem)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return config, problems
 
 
 def _read(path: Path, overrides: Sequence[str], problems: list[str]) -> Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf3d.config.checks import check, not_one_of
-from rlhf3d.config.load import ConfigError, load_config
+from rlhf3d.config.load import ConfigError, read_config
 from rlhf3d.config.schema import Config, RolloutConfig
 
 if TYPE_CHECKING:
@@ -22,16 +22,26 @@ if TYPE_CHECKING:
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run that is to be planned or started: read, checked and resolved.
 
-    Executes algorithm.custom_path, if there is one. Raises ConfigError.
+    Executes algorithm.custom_path, if there is one. Raises ConfigError with all problems at once.
     """
-    return resolve_algorithms(load_config(path, overrides))
+    config, problems = read_config(path, overrides)
+    if config.algorithm.custom_path is not None:
+        try:
+            config = resolve_algorithms(config)
+        except ConfigError as error:
+            problems += error.problems
+    if not problems:
+        problems = check(config)  # now that it is known whether there is a critic
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def resolve_algorithms(config: Config) -> Config:
-    """The configuration with what its estimator needs, which decides whether there is a critic.
+    """The configuration with what its estimator needs: whether there is a critic, for one.
 
     Executes algorithm.custom_path, if there is one. Raises ConfigError for a file that does not
-    load, a name that it does not register, and what is wrong now that the critic is known.
+    load, and for a name that it does not register.
     """
     algorithm = config.algorithm
     if algorithm.custom_path is None:
@@ -53,13 +63,10 @@ def resolve_algorithms(config: Config) -> Config:
         for key, (value, names) in chosen.items()
         if value not in names
     ]
-    if not problems:
-        needs = ADVANTAGES[algorithm.adv_estimator].needs
-        config = replace(config, algorithm=replace(algorithm, own_needs=needs))
-        problems = check(config)
     if problems:
         raise ConfigError(problems)
-    return config
+    needs = ADVANTAGES[algorithm.adv_estimator].needs
+    return replace(config, algorithm=replace(algorithm, own_needs=needs))
 
 
 def resolve_platform(config: Config, platform: Platform) -> Config:

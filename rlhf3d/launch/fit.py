@@ -95,7 +95,7 @@ def _check_borders(config: Config, gpus: int) -> Iterator[str]:
                 f"{group.key}.tp = {group.layout.tp}: does not divide the {gpus} GPUs of a node, "
                 "so that tensor-parallel ranks would talk over the network"
             )
-    terms = device_terms(config)
+    terms = device_terms(worker_groups(config), config.rollout)
     needed = sum(count for _, count in terms)
     busy = ceil_div(needed, gpus)
     if busy < nodes:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.derived import Derived, derive, micro_batching_of
-from rlhf3d.config.groups import WorkerGroup, device_terms
+from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
@@ -152,7 +152,7 @@ class Job:
     @property
     def devices_needed(self) -> int:
         """Devices of the run."""
-        return max(sum(count for _, count in device_terms(self.config)), self.engine_ranks)
+        return max(self.derived.devices, self.engine_ranks)
 
     def model(self, role: str) -> Model | None:
         """The model of a role, if it is placed."""

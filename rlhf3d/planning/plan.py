@@ -45,7 +45,8 @@ class Plan:
         """Why it cannot run on the cluster; empty where it can."""
         job, found = self.job, []
         if job.on_gpu and job.devices_needed > job.cluster.devices:
-            terms = " + ".join(text for text, _ in device_terms(job.config))
+            wanted = device_terms(job.derived.groups, job.config.rollout)
+            terms = " + ".join(text for text, _ in wanted)
             found.append(f"devices: {terms} need {job.devices_needed}, found {job.cluster}")
         return (*found, *self.memory.problems)
 

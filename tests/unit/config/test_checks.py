@@ -9,8 +9,8 @@ import pytest
 from rlhf3d.algorithms.advantages import ADVANTAGES
 from rlhf3d.config.checks import check
 from rlhf3d.config.keys import all_keys
-from rlhf3d.config.load import ConfigError, build, merge, parse_override
-from rlhf3d.config.resolve import resolve_algorithms
+from rlhf3d.config.load import ConfigError, build, load_config, merge, parse_override
+from rlhf3d.config.resolve import load_run, resolve_algorithms
 from rlhf3d.config.schema import Config
 
 GOOD = (
@@ -307,14 +307,21 @@ def test_a_users_file_is_executed_in_one_step(
         "def mine(inputs): return inputs.values, inputs.values\n"
     )
     own = (f"algorithm.custom_path={mine}", "algorithm.adv_estimator=of_test_checks")
-    config = make(*own, "critic.ppo_mini_batch_size=12")
-    assert check(config) == [] and not config.algorithm.is_resolved and not ran.exists()
+    file = tmp_path / "run.yaml"
+    file.write_text("")
+    uneven = (*GOOD, *own, "critic.ppo_mini_batch_size=12")
+    config = load_config(file, uneven)
+    assert not config.algorithm.is_resolved and not ran.exists()
     with pytest.raises(ConfigError) as caught:
-        resolve_algorithms(config)
-    assert says(caught.value.problems[0], "critic.ppo_mini_batch_size = 12 … 16 % 12 = 4")
-    assert ran.exists()
-    resolved = resolve_algorithms(make(*own))
+        load_run(file, uneven)
+    (problem,) = caught.value.problems
+    assert says(problem, "critic.ppo_mini_batch_size = 12 … 16 % 12 = 4") and ran.exists()
+    resolved = load_run(file, (*GOOD, *own))
     assert resolved.needs_critic and resolved.algorithm.needs.values
+    with pytest.raises(ConfigError) as caught:
+        load_run(file, (*GOOD, own[0], "algorithm.adv_estimator=of_test_check", "rollout.n=0"))
+    first, second = caught.value.problems
+    assert says(first, "rollout.n = 0") and says(second, "did you mean of_test_checks?")
 
 
 @pytest.mark.parametrize(
