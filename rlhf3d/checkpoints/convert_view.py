@@ -1,6 +1,6 @@
-"""A conversion as the command line runs it: progress on stderr, the proof if asked for, and a report.
+"""A conversion as the command line runs it: progress on stderr, verification, and a report.
 
-Invariant: the report says only what was done; what could not be proven is in it.
+Invariant: the report says only what was done; what could not be verified is in it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.checkpoints.convert import Conversion, Options, plan_conversion
-from rlhf3d.checkpoints.stored import parameters
 from rlhf3d.checkpoints.verify import Verified, verify
 from rlhf3d.terminal import Terminal
+from rlhf3d.units import GIB
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Report:
     """What a conversion did."""
 
     conversion: Conversion
+    num_files: int
+    """Of tensors."""
     seconds: float
     verified: Verified | None
 
@@ -34,7 +36,7 @@ class Report:
             "role": done.role,
             "family": done.spec.family,
             "bytes": done.num_bytes,
-            "files": len(done.tasks),
+            "files": self.num_files,
             "seconds": round(self.seconds, 3),
             "verified": None if self.verified is None else vars(self.verified),
             "notes": list(done.notes),
@@ -42,36 +44,31 @@ class Report:
 
     def text(self) -> str:
         """For people."""
-        done, gib = self.conversion, self.conversion.num_bytes / 2**30
+        done, gib = self.conversion, self.conversion.num_bytes / GIB
         kind = {"hf": "Hugging Face", "megatron": "Megatron"}[done.to]
         lines = [
             f"{done.destination}: {kind} {done.spec.family} {done.role}, "
-            f"{parameters(done.spec, done.head):,} parameters, {gib:.2f} GiB in {self.seconds:.1f} s"
+            f"{done.num_weights:,} parameters, {gib:.2f} GiB in {self.seconds:.1f} s"
         ]
-        if (proof := self.verified) is not None:
-            lines.append(
-                f"verified: {proof.tensors} tensors, {proof.elements:,} elements, bit for bit"
-            )
-            if proof.skipped is None:
-                lines[-1] += (
-                    f"; logits differ by at most {proof.max_logit_diff:.1e} (largest {proof.max_logit:.1e})"
-                )
-            else:
-                lines.append(f"not verified: logits of Megatron and transformers ({proof.skipped})")
+        if self.verified is not None:
+            lines += _verified_lines(self.verified)
         return "\n".join(lines + [f"note: {text}" for text in done.notes])
 
 
-def convert(
-    source: Path,
-    destination: Path,
-    options: Options,
-    workers: int = 2,
-    restart: bool = False,
-    proof: bool = False,
-) -> Report:
-    """Convert with a progress bar; with `proof`, what was written gets its name once it is verified.
+def _verified_lines(proof: Verified) -> list[str]:
+    text = f"verified: {proof.tensors} tensors, {proof.elements:,} elements, bit for bit"
+    if proof.skipped is not None:
+        return [text, f"not verified: logits of Megatron and transformers ({proof.skipped})"]
+    return [
+        f"{text}; logits differ by at most {proof.max_logit_diff:.1e} "
+        f"(largest {proof.max_logit:.1e})"
+    ]
 
-    Raises ValueError, VerifyError, and RuntimeError where the disk fails.
+
+def convert(source: Path, destination: Path, options: Options, proof: bool = False) -> Report:
+    """Convert with a progress bar; with `proof`, verify before the destination gets its name.
+
+    Raises ValueError, VerifyError, and RuntimeError if the disk fails.
     """
     from rich.progress import (
         BarColumn,
@@ -94,6 +91,9 @@ def convert(
         seconds, verified = 0.0, None
         writing = progress.add_task(f"to {conversion.to}", total=conversion.num_bytes)
 
+        def on_written(count: int) -> None:
+            progress.advance(writing, count)
+
         def check(written: Path) -> None:
             nonlocal seconds, verified
             seconds = time.monotonic() - began
@@ -104,5 +104,6 @@ def convert(
                     *pair, conversion.to, lambda count: progress.advance(reading, count)
                 )
 
-        conversion.run(workers, restart, lambda count: progress.advance(writing, count), check)
-    return Report(conversion, seconds, verified)
+        conversion.run(on_written, check)
+    suffix = {"hf": "*.safetensors", "megatron": "*.distcp"}[conversion.to]
+    return Report(conversion, len(list(destination.rglob(suffix))), seconds, verified)

@@ -6,22 +6,21 @@ what was not looked at in `not_compared`: only without either is a folder called
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from rlhf3d.checkpoints.blocks import FileTensor, row_blocks
-from rlhf3d.checkpoints.convert import MegatronSource, hf_source
+from rlhf3d.checkpoints.convert import HFSource, MegatronSource, open_hf
 from rlhf3d.checkpoints.locate import ROLES, kind_of, megatron_folder, reference_folder
 from rlhf3d.checkpoints.manifest import MANIFEST, problems, read_manifest
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
-from rlhf3d.models.folder import weight_files
+from rlhf3d.models.boxes import row_boxes
+from rlhf3d.models.hf_io import BLOCK_BYTES
 from rlhf3d.models.spec import ModelSpec, load_spec
 
 
@@ -132,7 +131,7 @@ def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     else:
         source = MegatronSource(path, load_spec(reference, with_weights=False))
         found |= _model(source.spec)
-        found["parameters"] = sum(prod(shape) for _, shape in source.tensors.values())
+        found["parameters"] = sum(prod(shape) for shape in source.shapes.values())
         found |= {"notes": list(source.notes)} if source.notes else {}
     corrupt = reader.corrupt_files() if deep else []
     return found | {
@@ -145,33 +144,32 @@ def _hf(path: Path, deep: bool) -> dict[str, Any]:
 
 
 def _hf_contents(path: Path, deep: bool) -> dict[str, Any]:
-    spec, role, tensors = hf_source(path, None)
-    notes = weight_files(path).notes
+    hf = open_hf(path, None)
+    reader, notes = hf.reader, hf.reader.notes
     return {
-        "role": role,
-        "dtypes": _names({tensor.dtype for tensor in tensors.values()}),
-        "parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
+        "role": hf.role,
+        "dtypes": _names({reader.dtype(name) for name in hf.names}),
+        "parameters": sum(prod(reader.shape(name)) for name in hf.names),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
-        "files": len({tensor.file.path for tensor in tensors.values()}),
-        **_model(spec),
+        "files": len({reader.file(name) for name in hf.names}),
+        **_model(hf.spec),
         **({"notes": list(notes)} if notes else {}),
-        "problems": _not_finite(tensors) if deep else [],
+        "problems": _not_finite(hf) if deep else [],
     }
 
 
-def _not_finite(tensors: Mapping[str, FileTensor]) -> list[str]:
-    """Every tensor with values that are no numbers or infinite."""
-    counts = dict.fromkeys(tensors, 0)
-    for name, tensor in tensors.items():
-        for box in row_blocks(tensor.shape, tensor.dtype.itemsize):
-            block = torch.empty([stop - start for start, stop in box], dtype=tensor.dtype)
-            tensor.read_into(box, block)
-            counts[name] += int((~block.isfinite()).sum())
-    return [
-        f"{tensors[name].file.path}: {name} has {count} values that are NaN or infinite"
-        for name, count in counts.items()
-        if count
-    ]
+def _not_finite(hf: HFSource) -> list[str]:
+    """Every tensor with values that are NaN or infinite."""
+    found = []
+    for name in hf.names:
+        count, dtype = 0, hf.reader.dtype(name)
+        for box in row_boxes(hf.reader.shape(name), dtype.itemsize, BLOCK_BYTES):
+            count += int((~hf.reader.read(name, box).isfinite()).sum())
+        if count:
+            found.append(
+                f"{hf.reader.file(name)}: {name} has {count} values that are NaN or infinite"
+            )
+    return found
 
 
 def _names(dtypes: Iterable[Any]) -> list[str]:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
-from math import prod
 
-from rlhf3d.models.boxes import Box, Piece, full_box
+from rlhf3d.models.boxes import Box, Piece, intersect, locate
 from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Head, LocalParam, hf_tensors, local_params
+from rlhf3d.models.weights import Head, LocalParam, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 
 WRAPPER_PREFIX = "module."
@@ -31,43 +29,67 @@ _WITH_EXTRA_STATE = re.compile(r"(.*\.(?:linear_\w+|\w+_layernorm))\.weight")
 
 @dataclass(frozen=True)
 class Slab:
-    """One parameter of one layer (and expert) at `box` in the stacked tensor `key`, and its pieces there."""
+    """One parameter of one layer (and expert): `place` in the stack of the tensor `key`."""
 
     key: str
-    box: Box
+    place: tuple[int, ...]
+    """Layer and expert, as far as the tensor is stacked over them."""
+    shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    """Their `local_box` is in the parameter, without the stack's dimensions."""
 
-    @property
-    def lead(self) -> int:
-        """Dimensions of the stack."""
-        return len(self.box) - len(self.pieces[0].hf_box)
+    def is_in(self, box: Box) -> bool:
+        """Whether the block `box` of the stored tensor has elements of this parameter."""
+        lead = zip(self.place, box, strict=False)
+        return all(start <= i < stop for i, (start, stop) in lead)
+
+    def overlaps(self, box: Box) -> Iterator[Overlap]:
+        """Give the blocks of Hugging Face tensors in the block `box` of the stored tensor."""
+        lead = len(self.place)
+        # Where a chunk holds several layers, this parameter is one row of it.
+        row = tuple(i - start for i, (start, _) in zip(self.place, box[:lead], strict=True))
+        for piece in self.pieces:
+            part = intersect(piece.local_box, box[lead:])
+            if part is not None:
+                # `locate` goes from the first box of a piece to the second: here, back.
+                back = Piece(piece.hf_name, piece.local_box, piece.hf_box)
+                index: tuple[int | slice, ...] = (*row, *_relative(part, box[lead:]))
+                yield Overlap(piece.hf_name, locate(back, part), index)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A block of a Hugging Face tensor, and its index in a chunk."""
+
+    hf_name: str
+    hf_box: Box
+    index: tuple[int | slice, ...]
+
+
+def _relative(part: Box, box: Box) -> tuple[slice, ...]:
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(part, box, strict=True))
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The tensors of a checkpoint, by key without prefix."""
+    """The tensors of a checkpoint, by key without prefix. Each Hugging Face tensor is in one slab."""
 
     shapes: Mapping[str, tuple[int, ...]]
     slabs: tuple[Slab, ...]
 
-    def places(self) -> dict[str, list[tuple[str, Piece]]]:
-        """Hugging Face name -> its pieces with their keys."""
-        found: dict[str, list[tuple[str, Piece]]] = {}
-        for slab in self.slabs:
-            for piece in slab.pieces:
-                found.setdefault(piece.hf_name, []).append((slab.key, piece))
-        return found
-
     def extra_states(self) -> list[str]:
-        """Names of the (empty) objects that Megatron with Transformer Engine stores beside linear layers and norms, and
-        wants back."""
-        return [
-            f"{match[1]}._extra_state/shard_{lead}_{whole}"
-            for slab in self.slabs
-            if (match := _WITH_EXTRA_STATE.fullmatch(slab.key))
-            for lead in [".".join(str(start) for start, _ in slab.box[: slab.lead]) or "0"]
-            for whole in [".".join(map(str, self.shapes[slab.key][: slab.lead])) or "1"]
-        ]
+        """Names of the (empty) objects that Megatron with Transformer Engine expects.
+
+        It stores one next to each linear layer and norm.
+        """
+        names = []
+        for slab in self.slabs:
+            if match := _WITH_EXTRA_STATE.fullmatch(slab.key):
+                lead = len(slab.place)
+                place = ".".join(map(str, slab.place)) or "0"
+                stack = ".".join(map(str, self.shapes[slab.key][:lead])) or "1"
+                names.append(f"{match[1]}._extra_state/shard_{place}_{stack}")
+        return names
 
 
 @dataclass(frozen=True)
@@ -97,17 +119,15 @@ def key_style(keys: Iterable[str]) -> KeyStyle:
 def stored_model(spec: ModelSpec, head: Head, style: KeyStyle | None = None) -> StoredModel:
     """What a checkpoint of the model holds."""
     layout, style = ParallelLayout(), style or KeyStyle()
-    table = local_params(
-        spec, layout, layout.coords(0), 0, head, "te"
-    )  # the names of every layer spec's checkpoints
+    # The names of Transformer Engine's layer spec are those of every spec's checkpoints.
+    table = local_params(spec, layout, layout.coords(0), 0, head, "te")
     slabs, shapes = [], {}
     for param in table:
-        key, lead, full = _stacked(param.name, spec, style)
-        for suffix, part in (
-            _halves(param) if style.gates and "linear_fc1.weight" in key else [("", param)]
-        ):
-            shapes[key + suffix] = (*full, *part.shape)
-            slabs.append(_slab(key + suffix, tuple((i, i + 1) for i in lead), part))
+        key, place, stack = _stacked(param.name, spec, style)
+        is_gated = style.gates and "linear_fc1.weight" in key
+        for suffix, part in _halves(param) if is_gated else [("", param)]:
+            shapes[key + suffix] = (*stack, *part.shape)
+            slabs.append(Slab(key + suffix, place, part.shape, part.pieces))
     return StoredModel(shapes, tuple(slabs))
 
 
@@ -145,13 +165,6 @@ def _halves(param: LocalParam) -> Iterator[tuple[str, LocalParam]]:
         yield suffix, replace(param, shape=(rows, *param.shape[1:]), pieces=tuple(pieces))
 
 
-def _slab(key: str, lead: Box, param: LocalParam) -> Slab:
-    pieces = tuple(
-        Piece(piece.hf_name, piece.hf_box, lead + piece.local_box) for piece in param.pieces
-    )
-    return Slab(key, lead + full_box(param.shape), pieces)
-
-
 def differences(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
@@ -169,24 +182,3 @@ def differences(
 def _padded(name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> bool:
     same_columns = found[1:] == wanted[1:] and len(found) == len(wanted)
     return name in VOCABULARY_KEYS and same_columns and found[0] > wanted[0]
-
-
-def files_of(sizes: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
-    """Names in order, cut into runs of at most `limit_bytes` (or of one name that is larger)."""
-
-    def numbered() -> Iterator[tuple[int, str]]:
-        file = filled = 0
-        for name, size in sizes.items():
-            if filled and filled + size > limit_bytes:
-                file, filled = file + 1, 0
-            filled += size
-            yield file, name
-
-    return [
-        [name for _, name in group] for _, group in groupby(numbered(), key=lambda pair: pair[0])
-    ]
-
-
-def parameters(spec: ModelSpec, head: Head) -> int:
-    """Number of weights."""
-    return sum(prod(shape) for shape in hf_tensors(spec, head).values())

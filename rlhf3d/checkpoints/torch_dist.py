@@ -1,7 +1,10 @@
-"""megatron-core's `torch_dist` folder without process groups: read blocks of its global tensors, write a folder.
+"""Sharded checkpoint folders (megatron-core's torch_dist) by torch's distributed checkpoint.
 
-Invariant: reading runs no code from the folder (its index may name data classes only); a folder is whole once it has
-its `.metadata`, written last. The format is torch.distributed.checkpoint's: files of `torch.save` blobs and an index.
+No process group is needed. Reading holds one chunk at a time; writing, of each tensor that has
+blocks in the file being written, one block.
+
+Invariant: reading runs no code from the folder: its index may name data classes only. A folder is
+complete once it has its index, which is written last.
 """
 
 from __future__ import annotations
@@ -11,19 +14,39 @@ import json
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rlhf3d.checkpoints.blocks import FileTensor, InputFile
-from rlhf3d.checkpoints.manifest import FileInfo
 from rlhf3d.checkpoints.stored import OPTIMIZER_KEY
 from rlhf3d.models.boxes import Box, full_box, intersect
 
@@ -38,8 +61,9 @@ _BACKEND = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """A block of a global tensor: `length` bytes of `file` from `offset` on hold it, saved by torch."""
+    """The block `box` of the tensor `key`: `length` bytes of `file` from `offset` on."""
 
+    key: str
     box: Box
     file: str
     offset: int
@@ -48,86 +72,95 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor; its chunks tile it."""
+    """A tensor of a folder; its chunks tile it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
 
+# Reading
+
+
 class TorchDistReader:
-    """The global tensors of a folder. ValueError naming the file where the folder is not whole."""
+    """The tensors of a folder. ValueError that names the file if the folder is not complete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = _read_index(folder)
+        self._storage = _SafeReader(folder)
+        index = self._storage.read_metadata()
+        self._storage.set_up_storage_reader(index, is_coordinator=True)
         self.tensors: dict[str, StoredTensor] = {}
         self.objects: list[str] = []
         for key, entry in index.state_dict_metadata.items():
-            if not hasattr(entry, "chunks"):
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = _stored_tensor(key, entry, index.storage_data, folder)
+            else:
                 self.objects.append(key)
-                continue
-            chunks = tuple(_chunk(key, chunk, index.storage_data, folder) for chunk in entry.chunks)
-            self.tensors[key] = StoredTensor(entry.properties.dtype, tuple(entry.size), chunks)
-            _check_tiling(key, self.tensors[key], folder)
-        self._files = {
-            name: InputFile(folder / name) for name in sorted({c.file for c in self._chunks()})
-        }
-        for chunk in self._chunks():
-            if self._files[chunk.file].size < chunk.offset + chunk.length:
-                path, size = folder / chunk.file, self._files[chunk.file].size
-                raise ValueError(
-                    f"{path} is cut off: it has {size} bytes, {chunk.offset + chunk.length} are needed"
-                )
-        self._blobs: dict[Chunk, FileTensor] = {}
-        self._by_row = {key: _by_row(tensor.chunks) for key, tensor in self.tensors.items()}
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        needed: dict[str, int] = {}
+        for chunk in self.chunks():
+            needed[chunk.file] = max(chunk.offset + chunk.length, needed.get(chunk.file, 0))
+        for name, length in needed.items():
+            path = self.folder / name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise ValueError(f"cannot read {path} ({error.strerror})") from error
+            if size < length:
+                raise ValueError(f"{path} is cut off: it has {size} bytes, {length} are needed")
 
     def weight_keys(self) -> list[str]:
         """Keys of the model's tensors, without the optimizer's."""
         return [key for key in self.tensors if not OPTIMIZER_KEY.match(key)]
 
-    def _chunks(self) -> Iterator[Chunk]:
-        return (chunk for tensor in self.tensors.values() for chunk in tensor.chunks)
+    def chunks(self) -> list[Chunk]:
+        """All chunks, tensor by tensor."""
+        found: list[Chunk] = []
+        for tensor in self.tensors.values():
+            found += tensor.chunks
+        return found
 
-    def read_into(self, key: str, box: Box, out: Tensor) -> None:
-        """Copy the block `box` of a global tensor into `out` (its shape, any stride, any dtype)."""
-        for rows, chunks in self._by_row[key].items():
-            if box and intersect((rows,), box[:1]) is None:
-                continue
-            for chunk in chunks:
-                common = intersect(chunk.box, box)
-                if common is not None:
-                    at = tuple(
-                        slice(a - start, b - start)
-                        for (a, b), (start, _) in zip(common, box, strict=True)
-                    )
-                    inside = tuple(
-                        (a - start, b - start)
-                        for (a, b), (start, _) in zip(common, chunk.box, strict=True)
-                    )
-                    self.blob(chunk).read_into(inside, out[at])
+    def read_chunk(self, chunk: Chunk) -> Tensor:
+        """Return a chunk's values. ValueError that names its file if it is damaged."""
+        return self._read(chunk.key, chunk.box, [chunk])
 
-    def blob(self, chunk: Chunk) -> FileTensor:
-        """Where a chunk's elements are."""
-        if chunk not in self._blobs:
-            found = _locate_blob(self._files[chunk.file], chunk)
-            if found.shape != tuple(b - a for a, b in chunk.box):
+    def read(self, key: str, box: Box) -> Tensor:
+        """Return the block `box` of a tensor."""
+        return self._read(key, box, self.tensors[key].chunks)
+
+    def _read(self, key: str, box: Box, chunks: Sequence[Chunk]) -> Tensor:
+        stored = self.tensors[key]
+        block = torch.empty([stop - start for start, stop in box], dtype=stored.dtype)
+        source = TensorStorageMetadata(
+            TensorProperties(stored.dtype),
+            torch.Size(stored.shape),
+            [_placed(chunk.box) for chunk in chunks],
+        )
+        for item in create_read_items_for_chunk_list(key, source, [_placed(box)]):
+            try:
+                self._storage.read_data(LoadPlan([item]), _Into(block)).wait()
+            except Exception as error:
+                # torch raises many kinds for bytes that are no tensor, some with the advice to
+                # load them without its safeguards: not for the user to read.
+                place = self._storage.storage_data[item.storage_index]
                 raise ValueError(
-                    f"{self.folder / chunk.file} holds {found.shape} where its index says {chunk.box}"
-                )
-            self._blobs[chunk] = found
-        return self._blobs[chunk]
-
-    def blob_bytes(self, chunk: Chunk) -> bytes:
-        """A chunk as torch.save wrote it."""
-        return self._files[chunk.file].read(chunk.offset, chunk.length)
+                    f"{self.folder / place.relative_path}: no tensor at byte {place.offset} "
+                    f"({type(error).__name__}): copy it again"
+                ) from error
+        return block
 
     def corrupt_files(self) -> list[str]:
-        """Files in which a tensor is not what was written, by the checksum that torch.save puts beside each."""
+        """Return the files with a tensor that differs from the checksum torch.save gave it."""
         corrupt = set()
-        for chunk in self._chunks():
+        for chunk in self.chunks():
+            with open(self.folder / chunk.file, "rb") as file:
+                file.seek(chunk.offset)
+                content = io.BytesIO(file.read(chunk.length))
             try:
-                with zipfile.ZipFile(io.BytesIO(self.blob_bytes(chunk))) as archive:
+                with zipfile.ZipFile(content) as archive:
                     bad = archive.testzip()
             except (zipfile.BadZipFile, zlib.error):
                 bad = chunk.file
@@ -136,39 +169,89 @@ class TorchDistReader:
         return sorted(corrupt)
 
 
-def _by_row(chunks: Iterable[Chunk]) -> dict[tuple[int, int], list[Chunk]]:
-    """Chunks by their first dimension (the layer, of a stacked tensor)."""
-    found: dict[tuple[int, int], list[Chunk]] = {}
-    for chunk in chunks:
-        found.setdefault(chunk.box[0] if chunk.box else (0, 1), []).append(chunk)
-    return found
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, block: Tensor) -> None:
+        super().__init__()
+        self.block = block
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self.block
+        for dimension, (start, size) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dimension, start, size)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass  # `tensor` is a view of the block
 
 
-def _chunk(key: str, chunk: Any, storage: Mapping[Any, Any], folder: Path) -> Chunk:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
+def _placed(box: Box) -> ChunkStorageMetadata:
+    starts = torch.Size(start for start, _ in box)
+    return ChunkStorageMetadata(starts, torch.Size(stop - start for start, stop in box))
 
-    entry = storage.get(MetadataIndex(key, chunk.offsets))
-    if entry is None:
-        raise ValueError(f"{folder / INDEX} says in no file where {key} {list(chunk.offsets)} is")
-    box = tuple(
-        (start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
-    )
-    return Chunk(box, entry.relative_path, entry.offset, entry.length)
+
+def _stored_tensor(
+    key: str, entry: TensorStorageMetadata, places: Mapping[Any, Any], folder: Path
+) -> StoredTensor:
+    chunks = []
+    for chunk in entry.chunks:
+        place = places.get(MetadataIndex(key, chunk.offsets))
+        if place is None:
+            raise ValueError(f"{folder / INDEX} names no file for {key} {list(chunk.offsets)}")
+        box = tuple((a, a + size) for a, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        chunks.append(Chunk(key, box, place.relative_path, place.offset, place.length))
+    stored = StoredTensor(entry.properties.dtype, tuple(entry.size), tuple(chunks))
+    _check_tiling(key, stored, folder)
+    return stored
 
 
 def _check_tiling(key: str, tensor: StoredTensor, folder: Path) -> None:
-    whole = full_box(tensor.shape)
-    inside = all(intersect(chunk.box, whole) == chunk.box for chunk in tensor.chunks)
+    complete = full_box(tensor.shape)
+    inside = all(intersect(chunk.box, complete) == chunk.box for chunk in tensor.chunks)
     starts = {tuple(start for start, _ in chunk.box) for chunk in tensor.chunks}
-    covered = sum(prod(b - a for a, b in chunk.box) for chunk in tensor.chunks)
+    covered = 0
+    for chunk in tensor.chunks:
+        covered += prod(stop - start for start, stop in chunk.box)
     if not inside or len(starts) != len(tensor.chunks) or covered != prod(tensor.shape):
         raise ValueError(
-            f"{folder / INDEX}: the chunks of {key} do not tile it: {covered} of {prod(tensor.shape)} elements"
+            f"{folder / INDEX}: the chunks of {key} do not tile it: "
+            f"{covered} of {prod(tensor.shape)} elements"
         )
 
 
+class _SafeReader(FileSystemReader):
+    """torch's reader, with an index that cannot run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the folder's index. ValueError if there is none that can be read."""
+        folder = Path(self.path)
+        backend = folder / BACKEND
+        found = json.loads(backend.read_text()) if backend.is_file() else {}
+        if found.get("sharded_backend") != _BACKEND["sharded_backend"]:
+            raise ValueError(
+                f"{backend} does not say sharded_backend torch_dist: "
+                "not a checkpoint that can be read here"
+            )
+        try:
+            with open(folder / INDEX, "rb") as file:
+                index: Metadata = _IndexUnpickler(file).load()
+            index.state_dict_metadata, index.storage_data  # noqa: B018 - absent in another pickle
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it"
+            ) from error
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again"
+            ) from error
+        return index
+
+
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index: the data classes and enumerations of torch.distributed.checkpoint, sizes, dtypes and paths."""
+    """Reads an index: torch's data classes and enumerations, sizes, dtypes and paths."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in (
@@ -186,189 +269,90 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
-        if module in ("pathlib", "pathlib._local") and name in (
-            "PosixPath",
-            "PurePosixPath",
-            "WindowsPath",
-        ):
+        paths = ("PosixPath", "PurePosixPath", "WindowsPath")
+        if module in ("pathlib", "pathlib._local") and name in paths:
             return Path
-        if module.startswith(
-            "megatron.core.dist_checkpointing"
-        ):  # what older versions put beside the tensors
-            return type(name, (), {})
+        if module.startswith("megatron.core.dist_checkpointing"):
+            return type(name, (), {})  # what older versions put next to the tensors
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _read_index(folder: Path) -> Any:
-    backend = folder / BACKEND
-    found = json.loads(backend.read_text()) if backend.is_file() else {}
-    if found.get("sharded_backend") != _BACKEND["sharded_backend"]:
-        raise ValueError(
-            f"{backend} does not say sharded_backend torch_dist: not a checkpoint that can be read here"
-        )
-    try:
-        with open(folder / INDEX, "rb") as file:
-            index = _IndexUnpickler(file).load()
-            index.state_dict_metadata, index.storage_data  # noqa: B018 - absent in another pickle
-            return index
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it"
-        ) from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again"
-        ) from error
+# Writing
 
 
-class _Slice(io.RawIOBase):
-    """A run of bytes of a file, as a file: for zipfile, which reads only what it needs."""
+@dataclass(frozen=True)
+class Block:
+    """The block `box` of the tensor `key`, of `shape`, to be stored as one chunk."""
 
-    def __init__(self, file: InputFile, offset: int, length: int) -> None:
-        self.file, self.offset, self.length, self.at = file, offset, length, 0
+    key: str
+    box: Box
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
-        return self.at
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.length - self.at)
-        count = left if count < 0 else min(count, left)
-        self.at += count
-        return self.file.read(self.offset + self.at - count, count)
+    @property
+    def num_bytes(self) -> int:
+        """Of its values."""
+        return self.dtype.itemsize * prod(stop - start for start, stop in self.box)
 
 
-_STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-}
-
-
-class _BlobUnpickler(pickle.Unpickler):
-    """Reads what torch.save writes for one plain tensor, but its data: (dtype, offset, shape, stride)."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda dtype, offset, shape, stride, *_: (
-                dtype,
-                offset,
-                tuple(shape),
-                tuple(stride),
-            )
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        kind, dtype, key, *_ = pid
-        if (kind, key) != ("storage", "0"):
-            raise pickle.UnpicklingError("it holds more than one tensor")
-        return dtype
-
-
-def _locate_blob(file: InputFile, chunk: Chunk) -> FileTensor:
-    try:
-        with zipfile.ZipFile(_Slice(file, chunk.offset, chunk.length)) as archive:
-            entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            dtype, first, shape, stride = _BlobUnpickler(
-                io.BytesIO(archive.read(entries["data.pkl"]))
-            ).load()
-            data = entries["data/0"]
-            if data.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile("its data is compressed")
-        lengths = file.read(chunk.offset + data.header_offset + 26, 4)
-        name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-        start = chunk.offset + data.header_offset + 30 + name + extra
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        pickle.UnpicklingError,
-        EOFError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{file.path}: no tensor at byte {chunk.offset} ({error}): copy it again"
-        ) from error
-    return FileTensor(file, start + first * dtype.itemsize, dtype, shape, stride)
-
-
-class _Checksummed:
-    """What torch.save needs of a file, and the file's size and checksum as they grow."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.info = file, FileInfo(0, 0)
-
-    def write(self, data: Any) -> int:
-        self.info = FileInfo(self.info.bytes + len(data), zlib.crc32(data, self.info.crc32))
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_tensors(
-    path: Path, tensors: Iterable[tuple[str, Box, Tensor]]
-) -> tuple[list[tuple[str, Chunk]], FileInfo]:
-    """Write blocks of global tensors as one file of a folder: where each came to lie, and the file's checksum."""
-    written = []
-    with open(path, "wb") as raw:
-        file = _Checksummed(raw)
-        for key, box, tensor in tensors:
-            start = file.info.bytes
-            torch.save(tensor.contiguous(), file)
-            written.append((key, Chunk(box, path.name, start, file.info.bytes - start)))
-    return written, file.info
-
-
-def finish_folder(
+def write_folder(
     folder: Path,
-    tensors: Mapping[str, StoredTensor],
-    empty_objects: Iterable[str],
-    common: dict[str, Any],
+    files: Sequence[Sequence[Block]],
+    values: Callable[[Block], Tensor],
+    empty_objects: Iterable[str] = (),
+    common: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what makes files of tensors a checkpoint: objects that are None, common state, and the index last."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    """Write a folder of `files`, each with its blocks in their order.
 
-    state: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
-    for key, tensor in tensors.items():
-        chunks = []
-        for chunk in tensor.chunks:
-            offsets = torch.Size(start for start, _ in chunk.box)
-            chunks.append(ChunkStorageMetadata(offsets, torch.Size(b - a for a, b in chunk.box)))
-            storage[MetadataIndex(key, offsets)] = _StorageInfo(
-                chunk.file, chunk.offset, chunk.length
-            )
-        state[key] = TensorStorageMetadata(
-            TensorProperties(tensor.dtype), torch.Size(tensor.shape), chunks
-        )
-    objects = "__0_objects.distcp"
-    with open(folder / objects, "wb") as file:
-        for key in empty_objects:
-            start = file.tell()
-            torch.save([None], file)
-            state[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = _StorageInfo(objects, start, file.tell() - start)
-    torch.save(common, folder / COMMON)
+    `values` is called for a block when it is written. `empty_objects` are the names of objects
+    that are None, `common` is megatron-core's state that is no tensor.
+    """
+    blocks: dict[MetadataIndex, Block] = {}
+    plans = []
+    for held in files:
+        items = [_write_item(block) for block in held]
+        blocks.update(zip((item.index for item in items), held, strict=True))
+        plans.append(SavePlan(items))
+    objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]
+    if objects:
+        plans.append(SavePlan(objects))
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = _Writer(folder, sync_files=False)  # the caller does, or a manifest
+    plans, index = create_default_global_save_plan(plans)
+    # torch gives each rank's plan a file: here each file is a plan.
+    plans = storage.prepare_global_plan(plans)
+    planner = _Lazy(blocks, values)
+    results = [storage.write_data(plan, planner).wait() for plan in plans]
+    torch.save(dict(common or {}), folder / COMMON)
     (folder / BACKEND).write_text(json.dumps(_BACKEND))
-    with open(folder / INDEX, "wb") as file:
-        pickle.dump(Metadata(state, planner_data=None, storage_data=storage), file)
+    storage.finish(index, results)
+
+
+def _write_item(block: Block) -> WriteItem:
+    chunk = _placed(block.box)
+    data = TensorWriteData(chunk, TensorProperties(block.dtype), torch.Size(block.shape))
+    return WriteItem(MetadataIndex(block.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, with an index that is the same for the same tensors."""
+
+    def storage_meta(self) -> None:
+        """Leave out the folder's path at the time of writing, and a random number."""
+
+
+class _Lazy(DefaultSavePlanner):
+    """Has each block's values made when they are written."""
+
+    def __init__(
+        self, blocks: Mapping[MetadataIndex, Block], values: Callable[[Block], Tensor]
+    ) -> None:
+        super().__init__()
+        self.blocks, self.values = blocks, values
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([None], content)
+            return content
+        return self.values(self.blocks[write_item.index])

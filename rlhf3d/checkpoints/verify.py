@@ -6,7 +6,6 @@ them, and where memory allows that Megatron (after `dist_checkpointing.load`) an
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf3d.checkpoints.convert import HEADS, MegatronSource, To
-from rlhf3d.checkpoints.files import Advance
+from rlhf3d.checkpoints.convert import HEADS, MegatronSource, OnBytes, To
 from rlhf3d.checkpoints.locate import Role
-from rlhf3d.checkpoints.stored import WRAPPER_PREFIX, Slab, parameters
+from rlhf3d.checkpoints.stored import WRAPPER_PREFIX
 from rlhf3d.machine import read_machine
-from rlhf3d.models.boxes import Box, Piece, box_slices, intersect, locate, show, volume
+from rlhf3d.models.boxes import box_slices, show
 from rlhf3d.models.hf_io import HFReader, model_view
 from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.models.weights import num_weights
+from rlhf3d.units import GIB
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, as a share of the largest logit: float32 round-off of two implementations."""
@@ -53,17 +53,18 @@ class Verified:
     """Why the logits were not compared."""
 
 
-def verify(megatron: Path, hf: Path, to: To, on_bytes: Advance = lambda count: None) -> Verified:
+def verify(megatron: Path, hf: Path, to: To, on_bytes: OnBytes = lambda count: None) -> Verified:
     """Compare the two folders; `to` says which was made from the other. Raises VerifyError with what differs."""
     source = MegatronSource(megatron, load_spec(hf, with_weights=False))
     elements = _compare_tensors(source, hf, to, on_bytes)
-    wanted_gib = parameters(source.spec, HEADS[source.role]) * 4 * MEMORY_FACTOR / 2**30
+    wanted_gib = num_weights(source.spec, HEADS[source.role]) * 4 * MEMORY_FACTOR / GIB
     there_gib = read_machine().memory_available_gib
     if wanted_gib > there_gib:
         skipped = f"a float32 model needs {wanted_gib:.1f} GiB of memory, {there_gib:.1f} GiB are available"
-        return Verified(len(source.tensors), elements, None, None, skipped)
-    with HFReader(hf) as reader:
-        cast = None if to == "megatron" else _dtypes(reader)
+        return Verified(len(source.shapes), elements, None, None, skipped)
+    with HFReader(hf, option="") as reader:
+        dtypes = {name: reader.dtype(name) for name in reader.names()}
+    cast = None if to == "megatron" else dtypes
     theirs = _in_process(_hf_scores, hf, source.role)
     wrapped = all(key.startswith(WRAPPER_PREFIX) for key in source.keys.values())
     keys = source.style.metadata()
@@ -74,26 +75,26 @@ def verify(megatron: Path, hf: Path, to: To, on_bytes: Advance = lambda count: N
             f"Megatron and transformers disagree on {megatron} and {hf}: "
             f"logits differ by up to {difference:.2e}, the largest is {largest:.2e}"
         )
-    return Verified(len(source.tensors), elements, difference, largest, None)
+    return Verified(len(source.shapes), elements, difference, largest, None)
 
 
-def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: Advance) -> int:
-    """Compare every chunk with the blocks of the Hugging Face tensors it covers; the number of elements compared."""
-    compared = dict.fromkeys(source.tensors, 0)
-    slabs: dict[str, list[Slab]] = {}
-    for slab in source.model.slabs:
-        slabs.setdefault(slab.key, []).append(slab)
-    with HFReader(hf) as reader:
-        for key, stored_key in source.keys.items():
-            for chunk in source.reader.tensors[stored_key].chunks:
-                blob = torch.load(io.BytesIO(source.reader.blob_bytes(chunk)), weights_only=True)
-                for slab in slabs[key]:
-                    for piece in slab.pieces if intersect(slab.box, chunk.box) else ():
-                        compared[piece.hf_name] += _compare_piece(
-                            piece, slab.lead, chunk.box, blob, reader, to
+def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: OnBytes) -> int:
+    """Compare every chunk with the Hugging Face blocks in it; the number of elements compared."""
+    compared = dict.fromkeys(source.shapes, 0)
+    with HFReader(hf, option="") as reader:
+        for slab in source.model.slabs:
+            for chunk in source.chunks(slab):
+                values = source.reader.read_chunk(chunk)
+                for part in slab.overlaps(chunk.box):
+                    theirs = reader.read(part.hf_name, part.hf_box)
+                    if not _same_bits(values[part.index], theirs, to):
+                        raise VerifyError(
+                            f"{part.hf_name}{show(part.hf_box)} differs from what {hf} was made "
+                            "from or into"
                         )
-                on_bytes(blob.nbytes)
-    for name, (_, shape) in source.tensors.items():
+                    compared[part.hf_name] += theirs.numel()
+                    on_bytes((theirs if to == "hf" else values).itemsize * theirs.numel())
+    for name, shape in source.shapes.items():
         if compared[name] != prod(shape):
             raise VerifyError(
                 f"{name}: {compared[name]} of {prod(shape)} elements are in {source.folder}"
@@ -101,33 +102,14 @@ def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: Advance
     return sum(compared.values())
 
 
-def _compare_piece(
-    piece: Piece, lead: int, box: Box, blob: Tensor, reader: HFReader, to: To
-) -> int:
-    part = intersect(piece.local_box, box)
-    if part is None:
-        return 0
-    hf_box = locate(Piece("", piece.local_box[lead:], piece.hf_box), part[lead:])
-    inside = tuple((a - start, b - start) for (a, b), (start, _) in zip(part, box, strict=True))
-    theirs = reader.read(piece.hf_name, hf_box)
-    ours = blob[box_slices(inside)].view(theirs.shape) if blob.dim() else blob
-    one, other = (ours.to(theirs.dtype), theirs) if to == "hf" else (ours, theirs.to(ours.dtype))
-    if not torch.equal(_bits(one), _bits(other)):
-        raise VerifyError(
-            f"{piece.hf_name}{show(hf_box)} differs from what {reader.folder} was made from or into"
-        )
-    return volume(part)
+def _same_bits(ours: Tensor, theirs: Tensor, to: To) -> bool:
+    """Whether one block is the other's, rounded to the dtype of the one that was made from it."""
+    ours, theirs = (ours.to(theirs.dtype), theirs) if to == "hf" else (ours, theirs.to(ours.dtype))
+    return torch.equal(_bits(ours), _bits(theirs))
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _dtypes(reader: HFReader) -> dict[str, torch.dtype]:
-    return {
-        name: reader.read(name, tuple((0, 1) for _ in reader.shape(name))).dtype
-        for name in reader.names()
-    }
 
 
 def _in_process(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -44,7 +44,6 @@ def convert(
         ),
     ],
     destination: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    workers: Annotated[int, typer.Option(min=1, help="Files written at a time.")] = 2,
     verify: Annotated[
         bool,
         typer.Option(
@@ -52,17 +51,11 @@ def convert(
             help="Then compare every tensor, and the logits of Megatron and transformers.",
         ),
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what an interrupted conversion wrote.")
-    ] = False,
     as_json: AsJson = False,
     *,
     result: Result,
 ) -> None:
-    """Convert a Megatron checkpoint into a Hugging Face folder or back.
-
-    Continues where it was interrupted.
-    """
+    """Convert a Megatron checkpoint into a Hugging Face folder or back."""
     import json
 
     from rlhf3d.checkpoints.convert import Options
@@ -71,9 +64,9 @@ def convert(
     check_output("DESTINATION", destination)
     options = Options(result.to, result.role, result.dtype, result.max_shard_size, result.reference)
     try:
-        report = run(source, destination, options, workers, restart, verify)
+        report = run(source, destination, options, verify)
     except KeyboardInterrupt:
-        typer.echo("interrupted: the same command continues from here", err=True)
+        typer.echo("interrupted: nothing was written", err=True)
         raise typer.Exit(130) from None
     typer.echo(json.dumps(report.to_json()) if as_json else report.text())
 

@@ -7,6 +7,7 @@ their arguments. Pure: no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -63,6 +64,14 @@ def split_rows(box: Box, parts: int) -> list[Box]:
     parts = min(parts, stop - start)
     cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
     return [((a, b), *rest) for a, b in pairwise(cuts)]
+
+
+def row_boxes(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[Box]:
+    """Cut `shape` along its first dimension into boxes of at most `limit_bytes`, or of one row."""
+    rows, *columns = shape
+    step = max(1, limit_bytes // (itemsize * math.prod(columns)))
+    for start in range(0, rows, step):
+        yield ((start, min(rows, start + step)), *((0, size) for size in columns))
 
 
 def show(box: Box) -> str:

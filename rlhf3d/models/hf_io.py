@@ -1,7 +1,7 @@
 """Hugging Face folders on disk: read any block of any tensor, write a complete folder.
 
-Invariant: only the bytes asked for are read and nothing is unpickled; a written folder appears complete or
-not at all.
+Invariant: only the bytes asked for are read, through a mapping of the file, and nothing is
+unpickled. A written folder appears complete or not at all; writing holds one file in memory.
 """
 
 from __future__ import annotations
@@ -19,29 +19,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rlhf3d.models.boxes import Box, box_slices
+from rlhf3d.models.boxes import Box, box_slices, full_box, row_boxes
 from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
 from rlhf3d.models.spec import FAMILIES, ModelSpec
 from rlhf3d.models.weights import Head, check_hf_tensors
+from rlhf3d.new_folder import new_folder
+from rlhf3d.units import GIB, MIB
 
-_COMPARED_ROWS = 4096
-"""Of head and embedding at a time."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The dtypes of weights, by the name a safetensors header gives them."""
+BLOCK_BYTES = 16 * MIB
+"""How much of a tensor is looked at at a time."""
 
 
 class HFReader:
     """Blocks of the tensors of the files that are the model (see `weight_files`).
 
-    Raises ValueError naming model.path and the file that is missing, cut off or not of the model's weights.
+    Raises ValueError naming the file that is missing, cut off or not of the model's weights, after
+    the name of the option (`option`) that gave the folder.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, option: str = "model.path: ") -> None:
+        self.folder, self._option = Path(folder), option
         self._handles: dict[Path, Any] = {}
         try:
             files = weight_files(self.folder)
             self._tensors = model_tensors(files)
         except ValueError as error:
-            raise ValueError(f"model.path: {error}") from error
+            raise ValueError(f"{option}{error}") from error
         self.notes = files.notes
 
     def names(self) -> list[str]:
@@ -52,13 +62,22 @@ class HFReader:
         """Shape of one tensor, from the header."""
         return self._tensors[name].shape
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """The block of tensor `name` inside `box`, in the file's dtype."""
-        block: torch.Tensor = self._slice(name)[box_slices(box)]
-        return block
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, from the header."""
+        return DTYPES[self._tensors[name].dtype]
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._tensors[name].file).get_slice(name)
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._tensors[name].file
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """The block of tensor `name` inside `box` (None: all of it), in the file's dtype.
+
+        It is a view of the file where that is possible: copy it to change it.
+        """
+        box = full_box(self.shape(name)) if box is None else box
+        block: torch.Tensor = self._open(self.file(name)).get_slice(name)[box_slices(box)]
+        return block
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -66,7 +85,7 @@ class HFReader:
                 self._handles[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ValueError(
-                    f"model.path: cannot read {file} ({error}); download it again"
+                    f"{self._option}cannot read {file} ({error}); download it again"
                 ) from error
         return self._handles[file]
 
@@ -105,41 +124,43 @@ def _check_config_class(folder: Path) -> None:
 
 
 def check_tied_head(reader: HFReader, spec: ModelSpec) -> None:
-    """A vocabulary head that is written out although it is tied must equal the embedding.
+    """Raise ValueError where a tied vocabulary head is written out and is not the embedding.
 
-    Of another one transformers would make the head, and vLLM would leave it out.
+    transformers would use such a head, and vLLM would ignore it.
     """
     names = FAMILIES[spec.family].names
     if not spec.tie_embeddings or not {names.lm_head, names.embedding} <= set(reader.names()):
         return
-    shape = reader.shape(names.lm_head)
-    if shape != reader.shape(names.embedding) or not all(
-        torch.equal(
-            reader.read(names.lm_head, box).double(), reader.read(names.embedding, box).double()
-        )
-        for box in _row_boxes(*shape)
-    ):
+    if not _same_rows(reader, names.lm_head, names.embedding):
         raise ValueError(
-            f"model.path: {reader.folder} has tie_word_embeddings true, but a {names.lm_head} of its own, which is not "
-            f"{names.embedding}: set it to false in config.json where that head is the model's, or remove the tensor"
+            f"model.path: {reader.folder} has tie_word_embeddings true, but a {names.lm_head} of "
+            f"its own, which is not {names.embedding}: set it to false in config.json where that "
+            "head is the model's, or remove the tensor"
         )
 
 
-def _row_boxes(rows: int, columns: int) -> Iterator[Box]:
-    starts = range(0, rows, _COMPARED_ROWS)
-    return (((start, min(rows, start + _COMPARED_ROWS)), (0, columns)) for start in starts)
+def _same_rows(reader: HFReader, one: str, other: str) -> bool:
+    """Whether two matrices hold the same values, whatever their dtypes."""
+    if reader.shape(one) != reader.shape(other):
+        return False
+    for box in row_boxes(reader.shape(one), 8, BLOCK_BYTES):
+        # Every dtype of weights fits into float64.
+        if not torch.equal(reader.read(one, box).double(), reader.read(other, box).double()):
+            return False
+    return True
 
 
 def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
-    """Copy into another dtype. ValueError that begins with `what` where a finite value would become infinite."""
+    """Copy into another dtype.
+
+    Raises ValueError that begins with `what` where a finite value would become infinite.
+    """
     out.copy_(block)
     if out.dtype == block.dtype or torch.finfo(out.dtype).max >= torch.finfo(block.dtype).max:
         return
     if bool((out.isinf() & block.isfinite()).any()):
-        name, largest = (
-            str(out.dtype).removeprefix("torch."),
-            float(block.abs().nan_to_num(0, 0).max()),
-        )
+        name = str(out.dtype).removeprefix("torch.")
+        largest = float(block.abs().nan_to_num(0, 0).max())
         raise ValueError(
             f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range"
         )
@@ -171,24 +192,24 @@ def write_hf_folder(
     source_folder: Path | str,
     max_shard_gib: float = 4.0,
 ) -> None:
-    """Write `tensors` as safetensors shards, with config and tokenizer of `source_folder`.
+    """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`.
 
-    Consumes `tensors` one at a time and holds at most one shard in memory.
-    Raises ValueError if `destination` exists.
+    Consumes `tensors` one at a time. Raises ValueError if `destination` exists.
     """
-    destination, source_folder = Path(destination), Path(source_folder)
-    if destination.exists():
-        raise ValueError(f"{destination} exists; remove it or choose another folder to write to")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        dtypes = _write_shards(partial, tensors, int(max_shard_gib * 2**30))
-        copy_companions(source_folder, partial)
-        record_dtype(partial / "config.json", dtypes)
-        partial.chmod(0o755)
-        partial.rename(destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(Path(destination)) as folder:
+        write_model(folder, tensors, Path(source_folder), max_shard_gib)
+
+
+def write_model(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source_folder: Path,
+    max_shard_gib: float,
+) -> None:
+    """As `write_hf_folder`, into a folder that is there."""
+    dtypes = _write_shards(folder, tensors, int(max_shard_gib * GIB))
+    copy_companions(source_folder, folder)
+    record_dtype(folder / "config.json", dtypes)
 
 
 def copy_companions(source_folder: Path, destination: Path) -> None:
@@ -218,32 +239,24 @@ def companions(folder: Path) -> list[str]:
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
 ) -> set[torch.dtype]:
-    """Write the shards (one file without index if they fit in one) and return the dtypes written."""
+    """Write the files (one without an index if all fits in one). Return the dtypes written."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total_bytes = pending_bytes = 0
     dtypes: set[torch.dtype] = set()
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-        pending_bytes = 0
-
     for name, tensor in tensors:
         tensor = tensor.detach().to("cpu").contiguous()
         if pending and pending_bytes + tensor.nbytes > limit_bytes:
-            flush()
-        assert name not in pending and not any(name in shard for shard in shards), (
-            f"{name} written twice"
-        )
+            shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
+            pending, pending_bytes = {}, 0
+        assert name not in pending, f"{name} written twice"
         pending[name] = tensor
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
         dtypes.add(tensor.dtype)
-    flush()
-
+        del tensor  # the file's tensors are freed before the next one is made
+    shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
+    # How many files there are, which each name says, is known only now.
     if len(shards) == 1:
         (folder / "0.partial").rename(folder / "model.safetensors")
         return dtypes
@@ -251,10 +264,21 @@ def _write_shards(
     for i, names in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.partial").rename(folder / file_name)
+        assert weight_map.keys().isdisjoint(names), f"{names} written twice"
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     return dtypes
+
+
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the system too, such as a full disk
+        raise RuntimeError(
+            f"cannot write {path.parent} ({error}): fix that and repeat the command"
+        ) from error
+    return list(tensors)
 
 
 def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:

@@ -5,15 +5,15 @@ Invariant: the chunks are those of the weight table of the layout, so that they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from rlhf3d.checkpoints.stored import VOCABULARY_KEYS, KeyStyle, stored_model
-from rlhf3d.checkpoints.torch_dist import Chunk, StoredTensor, finish_folder, write_tensors
-from rlhf3d.models.boxes import box_slices, full_box, intersect, locate, volume
+from rlhf3d.checkpoints.stored import VOCABULARY_KEYS, KeyStyle, StoredModel, stored_model
+from rlhf3d.checkpoints.torch_dist import Block, write_folder
+from rlhf3d.models.boxes import Box, Piece, box_slices, intersect, locate
 from rlhf3d.models.spec import ModelSpec, padded_vocab_size
 from rlhf3d.models.weights import Head, local_params
 from rlhf3d.parallel.layout import ParallelLayout
@@ -28,60 +28,52 @@ def write_megatron_folder(
     prefix: str = "",
     style: KeyStyle | None = None,
 ) -> Path:
-    """Each rank's own pieces as chunks of one file a rank; vocabularies padded for the layout."""
+    """Each rank's own pieces as chunks of one file per rank; vocabularies padded for the layout."""
     folder.mkdir(parents=True)
     model = stored_model(spec, head, style)
     shapes = dict(model.shapes)
     for key in VOCABULARY_KEYS:
         if key in shapes:
             shapes[key] = (padded_vocab_size(spec, layout), spec.hidden_size)
-    chunks: dict[str, list[Chunk]] = {key: [] for key in shapes}
-    places = model.places()
+    values: dict[Block, torch.Tensor] = {}
+    files = []
     for rank in range(layout.world_size):
-        blocks = []
-        for chunk in range(layout.vpp):
-            for param in local_params(spec, layout, layout.coords(rank), chunk, head):
-                for piece in param.pieces if param.primary else ():
-                    for key, place in places[piece.hf_name]:
-                        part = intersect(piece.hf_box, place.hf_box)
-                        if part is not None:
-                            box = locate(place, part)
-                            block = tensors[piece.hf_name][box_slices(part)].clone()
-                            blocks.append((key, box, block.view([b - a for a, b in box])))
-        for key, written in write_tensors(folder / f"__{rank}_0.distcp", blocks)[0]:
-            chunks[key].append(written)
-    padding = []
+        files.append([])
+        for piece in _rank_pieces(spec, layout, rank, head):
+            for key, box, part in _stored_boxes(model, piece):
+                tensor = tensors[piece.hf_name]
+                block = Block(prefix + key, box, tensor.dtype, shapes[key])
+                files[-1].append(block)
+                sizes = [stop - start for start, stop in box]
+                values[block] = tensor[box_slices(part)].reshape(sizes)
+    dtype = next(iter(tensors.values())).dtype
+    files.append([])
     for key in VOCABULARY_KEYS:
         if key in shapes and shapes[key][0] > spec.vocab_size:
             box = ((spec.vocab_size, shapes[key][0]), (0, spec.hidden_size))
-            dtype = next(iter(tensors.values())).dtype
-            padding.append(
-                (
-                    key,
-                    box,
-                    torch.zeros(shapes[key][0] - spec.vocab_size, spec.hidden_size, dtype=dtype),
-                )
-            )
-    for key, written in write_tensors(folder / "__padding.distcp", padding)[0]:
-        chunks[key].append(written)
-    for key, shape in shapes.items():
-        assert sum(volume(chunk.box) for chunk in chunks[key]) == volume(full_box(shape)), key
-    dtype_of = {
-        key: tensors[found[0].pieces[0].hf_name].dtype for key, found in _slabs(model).items()
-    }
-    stored = {
-        f"{prefix}{key}": StoredTensor(dtype_of[key], shape, tuple(chunks[key]))
-        for key, shape in shapes.items()
-    }
-    finish_folder(folder, stored, model.extra_states(), {})
+            block = Block(prefix + key, box, dtype, shapes[key])
+            files[-1].append(block)
+            values[block] = torch.zeros([stop - start for start, stop in box], dtype=dtype)
+    write_folder(folder, files, values.__getitem__, model.extra_states())
     return folder
 
 
-def _slabs(model):  # type: ignore[no-untyped-def]
-    found = {}
+def _rank_pieces(spec: ModelSpec, layout: ParallelLayout, rank: int, head: Head) -> Iterator[Piece]:
+    """The pieces that a rank writes."""
+    for chunk in range(layout.vpp):
+        for param in local_params(spec, layout, layout.coords(rank), chunk, head):
+            yield from param.pieces if param.primary else ()
+
+
+def _stored_boxes(model: StoredModel, piece: Piece) -> Iterator[tuple[str, Box, Box]]:
+    """Key and box of the stored tensor, and box of the Hugging Face tensor, of each common block."""
     for slab in model.slabs:
-        found.setdefault(slab.key, []).append(slab)
-    return found
+        for place in slab.pieces:
+            if place.hf_name == piece.hf_name:
+                part = intersect(piece.hf_box, place.hf_box)
+                if part is not None:
+                    lead = tuple((i, i + 1) for i in slab.place)
+                    yield slab.key, (*lead, *locate(place, part)), part
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,43 +16,34 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from rlhf3d.checkpoints.blocks import raw, row_blocks, safetensors_header
-from rlhf3d.checkpoints.convert import open_hf
-from rlhf3d.checkpoints.stored import files_of
-from rlhf3d.models.hf_io import INDEX_NAME
+from rlhf3d.models.hf_io import HFReader, write_hf_folder
 from rlhf3d.models.spec import load_spec
 from rlhf3d.models.weights import hf_tensors
 
-SHARD_BYTES = 4 << 30
-
 
 def make_model(config: Path, folder: Path) -> None:
-    """A folder of that shape; weights are runs of one block of normal numbers, from places that differ."""
+    """A folder of that shape; tensors are parts of one block of normal numbers, from any place."""
     spec = load_spec(config, with_weights=False)
-    tensors = {name: (torch.bfloat16, shape) for name, shape in hf_tensors(spec, "lm").items()}
-    files = files_of({name: 2 * prod(shape) for name, (_, shape) in tensors.items()}, SHARD_BYTES)
-    folder.mkdir(parents=True)
-    shutil.copyfile(config / "config.json", folder / "config.json")
-    numbers = (torch.randn(1 << 25) * 0.02).bfloat16()
-    generator, weight_map = torch.Generator().manual_seed(0), {}
-    for i, held in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        weight_map |= dict.fromkeys(held, name)
-        with open(folder / name, "wb") as file:
-            file.write(safetensors_header({tensor: tensors[tensor] for tensor in held}))
-            for tensor in held:
-                for box in row_blocks(tensors[tensor][1], 2, 1 << 24):
-                    count = prod(stop - start for start, stop in box)
-                    start = int(torch.randint(len(numbers) - count, (), generator=generator))
-                    file.write(raw(numbers[start : start + count]))
-            os.fsync(file.fileno())
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    shapes = hf_tensors(spec, "lm")
+    numbers = (torch.randn(max(map(prod, shapes.values())) + (1 << 20)) * 0.02).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in shapes.items():
+            start = int(torch.randint(1 << 20, (), generator=generator))
+            yield name, numbers[start : start + prod(shape)].view(shape).clone()
+
+    bare = folder.with_name("config")  # without the weights that the model's folder may hold
+    bare.mkdir(parents=True)
+    shutil.copyfile(config / "config.json", bare / "config.json")
+    write_hf_folder(folder, tensors(), bare)
 
 
 def forget(folder: Path) -> int:
@@ -102,19 +93,17 @@ def copy(source: Path, destination: Path) -> tuple[float, float]:
     return copied.seconds + seconds, copied.cpu_s + cpu_s
 
 
-def measure(
-    source: Path, destination: Path, scratch: Path, gb: float, workers: int
-) -> dict[str, float]:
+def measure(source: Path, destination: Path, scratch: Path, gb: float) -> dict[str, float]:
     """A conversion beside a copy of its source."""
     copy_s, copy_cpu_s = copy(source, scratch / "copy")
     forget(source)
     command = (sys.executable, "-m", "rlhf3d.cli", "convert", str(source), str(destination))
-    done = timed(*command, "--workers", str(workers), "--json")
+    done = timed(*command, "--json")
     convert_s = json.loads(done.output)["seconds"]
     return {
         "copy_s": round(copy_s, 2),
         "convert_s": convert_s,
-        "ratio_to_copy": round(copy_s / convert_s, 3),
+        "times_the_copy": round(convert_s / copy_s, 2),
         "convert_gb_s": round(gb / convert_s, 3),
         "copy_cpu_s": round(copy_cpu_s, 2),
         "command_s": round(done.seconds, 2),
@@ -125,18 +114,12 @@ def measure(
 
 def same(one: Path, other: Path) -> bool:
     """Whether two folders hold the same tensors, bit for bit."""
-    first, second = open_hf(one), open_hf(other)
-    if first.keys() != second.keys():
-        return False
-    for name, tensor in first.items():
-        for box in row_blocks(tensor.shape, tensor.dtype.itemsize):
-            a, b = (
-                torch.empty([stop - start for start, stop in box], dtype=tensor.dtype)
-                for _ in range(2)
-            )
-            tensor.read_into(box, a)
-            second[name].read_into(box, b)
-            if raw(a) != raw(b):
+    with HFReader(one) as first, HFReader(other) as second:
+        if set(first.names()) != set(second.names()):
+            return False
+        for name in first.names():
+            a, b = (reader.read(name).contiguous().view(torch.uint8) for reader in (first, second))
+            if not torch.equal(a, b):
                 return False
     return True
 
@@ -148,7 +131,6 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="folder with config.json")
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     scratch: Path = options.scratch
@@ -158,7 +140,7 @@ def main() -> None:
         gb = forget(hf) / 1e9
         rows = {}
         for name, source, destination in (("to_megatron", hf, megatron), ("to_hf", megatron, back)):
-            rows[name] = measure(source, destination, scratch, gb, options.workers)
+            rows[name] = measure(source, destination, scratch, gb)
         print(
             json.dumps({"model": options.model.name, "gb": gb, **rows, "bitwise": same(hf, back)})
         )

@@ -18,7 +18,6 @@ from support.checkpoints import load_tensors, same_tensors, write_megatron_folde
 from support.tiny_models import make_tiny_model
 
 from rlhf3d.checkpoints.convert import MismatchError, Options, plan_conversion, write_role
-from rlhf3d.checkpoints.files import partial_folder
 from rlhf3d.checkpoints.locate import Role
 from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.checkpoints.verify import VerifyError
@@ -170,7 +169,7 @@ def test_every_wrong_tensor_is_listed_and_nothing_written(llama: Path, tmp_path:
         MismatchError, match=r"linear_fc2\.weight is \[3, 32, 48\], the model's is \[2, 32, 48\]"
     ):
         plan_conversion(megatron, tmp_path / "out", Options(reference=llama))
-    assert not (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_tied_head_that_is_written_out(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -200,55 +199,55 @@ def count(number):
     written += number
     if written > limit:
         os.kill(os.getpid(), signal.SIGKILL)
-plan_conversion(source, destination, Options(max_shard_gib=8_000 / 2**30)).run(workers=1, on_bytes=count)
+plan_conversion(source, destination, Options(max_shard_gib=8_000 / 2**30)).run(on_bytes=count)
 """
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])
-def test_a_killed_conversion_goes_on(to: str, llama: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_no_destination(to: str, llama: Path, tmp_path: Path) -> None:
+    """And what it leaves next to it, the next one removes."""
     source = llama if to == "megatron" else convert(llama, tmp_path / "source")
-    destination = tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(destination), "30000"], check=False
-    )
+    destination = tmp_path / "out" / "m"
+    command = [sys.executable, "-c", KILLED, str(source), str(destination), "30000"]
+    killed = subprocess.run(command, check=False)
     assert killed.returncode == -signal.SIGKILL and not destination.exists()
-    partial = partial_folder(destination)
-    done = {
-        file: file.stat().st_ino
-        for file in partial.rglob("*")
-        if file.suffix in (".safetensors", ".distcp") and not file.name.endswith(".unfinished")
-    }
-    assert len(done) >= 2
-    with pytest.raises(ValueError, match="with other options"):
-        plan_conversion(source, destination, Options(max_shard_gib=1.0)).run()
-    convert(source, destination, max_shard_gib=TINY_SHARD_GIB)
-    kept = {destination / file.relative_to(partial): inode for file, inode in done.items()}
-    assert all(file.stat().st_ino == inode for file, inode in kept.items())
-    assert (
-        not partial.exists()
-        and not list(destination.rglob(".*s"))
-        and not list(destination.rglob("*.unfinished"))
-    )
+    assert len(list(destination.parent.iterdir())) == 1
+    convert(source, destination)
+    assert list(destination.parent.iterdir()) == [destination]
     result = destination if to == "hf" else convert(destination, tmp_path / "back")
     assert same_tensors(load_tensors(result), load_tensors(llama))
 
 
-def test_failure_stops_the_other_files_and_restart_forgets(llama: Path, tmp_path: Path) -> None:
-    destination = tmp_path / "out"
-
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), r"cannot write .*out \(No space left on device\)"),
+        (KeyboardInterrupt(), None),
+    ],
+)
+def test_a_failed_conversion_leaves_nothing(
+    error: BaseException, raised: str | None, llama: Path, tmp_path: Path
+) -> None:
     def fail(count: int) -> None:
-        if count:
-            raise OSError(28, "No space left on device")
+        raise error
 
-    with pytest.raises(
-        RuntimeError, match=r"cannot write .*__0_0\.distcp \(No space left on device\)"
-    ):
-        plan_conversion(llama, destination, Options()).run(on_bytes=fail)
-    assert not destination.exists()
-    plan_conversion(llama, destination, Options(dtype="float32")).run(restart=True)
-    assert destination.is_dir()
+    kind = RuntimeError if raised else type(error)
+    with pytest.raises(kind, match=raised):
+        plan_conversion(llama, tmp_path / "out", Options()).run(on_bytes=fail)
+    assert list(tmp_path.iterdir()) == []
+    convert(llama, tmp_path / "out")
     with pytest.raises(ValueError, match="exists; remove it"):
-        plan_conversion(llama, destination, Options()).run()
+        convert(llama, tmp_path / "out")
+
+
+def test_two_conversions_to_one_folder_do_not_mix(llama: Path, tmp_path: Path) -> None:
+    def other_finishes(written: Path) -> None:
+        shutil.copytree(llama, tmp_path / "out")
+
+    with pytest.raises(RuntimeError, match=r"cannot write .*out"):
+        plan_conversion(llama, tmp_path / "out", Options()).run(check=other_finishes)
+    assert same_tensors(load_tensors(tmp_path / "out"), load_tensors(llama))
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_what_is_not_verified_gets_no_name(llama: Path, tmp_path: Path) -> None:

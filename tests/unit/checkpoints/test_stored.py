@@ -13,14 +13,8 @@ from support.checkpoints import write_megatron_folder
 from support.weights import LLAMA, QWEN3_MOE, Pair, numbered_tensors, pairs
 
 from rlhf3d.checkpoints.convert import MegatronSource
-from rlhf3d.checkpoints.stored import KeyStyle, differences, files_of, key_style, stored_model
-from rlhf3d.checkpoints.torch_dist import (
-    StoredTensor,
-    TorchDistReader,
-    finish_folder,
-    write_tensors,
-)
-from rlhf3d.models.boxes import full_box
+from rlhf3d.checkpoints.stored import KeyStyle, differences, key_style, stored_model
+from rlhf3d.checkpoints.torch_dist import Block, TorchDistReader, write_folder
 from rlhf3d.parallel.layout import ParallelLayout
 
 STACKED, OWN_LAYERS, ALL_OWN = KeyStyle(), KeyStyle(layers=True), KeyStyle(True, True, True)
@@ -36,15 +30,10 @@ def test_a_checkpoint_of_any_layout_and_style_gives_every_tensor(
         place = (tensors, pair.spec, pair.layout)
         folder = write_megatron_folder(Path(root) / "m", *place, prefix="module.", style=style)
         source = MegatronSource(folder, pair.spec)
-        assert source.role == "actor" and set(source.tensors) == set(tensors)
+        found = dict(source.tensors())
+        assert source.role == "actor" and set(found) == set(tensors)
         for name, tensor in tensors.items():
-            whole = torch.full_like(tensor, -1)
-            source.read_into(name, full_box(tuple(tensor.shape)), whole)
-            assert torch.equal(whole, tensor), name
-            box = tuple((size // 3, size) for size in tensor.shape)
-            part = torch.full([b - a for a, b in box], -1.0)
-            source.read_into(name, box, part)
-            assert torch.equal(part, tensor[tuple(slice(a, b) for a, b in box)]), name
+            assert torch.equal(found[name], tensor), name
 
 
 def test_keys_by_hand() -> None:
@@ -83,7 +72,8 @@ def test_keys_of_their_own_by_hand() -> None:
     )
     assert sparse.shapes[f"{experts}.linear_fc2.weight"] == (8, 12)
     up = "model.layers.1.mlp.experts.3.up_proj.weight"
-    assert sparse.places()[up][0][0] == f"{experts}.linear_fc1.weight_v"
+    (slab,) = (slab for slab in sparse.slabs if up in {piece.hf_name for piece in slab.pieces})
+    assert slab.key == f"{experts}.linear_fc1.weight_v"
     for style in (STACKED, OWN_LAYERS, ALL_OWN):
         assert key_style(stored_model(QWEN3_MOE, "lm", style).shapes) == style
 
@@ -105,8 +95,8 @@ def test_rows_beyond_the_vocabulary_are_left_out_with_a_note(tmp_path: Path) -> 
     folder = write_megatron_folder(tmp_path / "m", tensors, LLAMA, ParallelLayout())
     smaller = replace(LLAMA, vocab_size=LLAMA.vocab_size - 2)
     source = MegatronSource(folder, smaller)
-    embedding = torch.empty(68, 8)
-    source.read_into("model.embed_tokens.weight", full_box((68, 8)), embedding)
+    embedding = dict(source.tensors())["model.embed_tokens.weight"]
+    assert embedding.shape == (68, 8)
     assert torch.equal(embedding, tensors["model.embed_tokens.weight"][:68])
     assert "left out 2 rows of embedding.word_embeddings.weight" in source.notes[0]
     assert MegatronSource(folder, LLAMA).notes == ()
@@ -114,20 +104,7 @@ def test_rows_beyond_the_vocabulary_are_left_out_with_a_note(tmp_path: Path) -> 
 
 def test_an_optimizer_s_tensors_are_no_weights(tmp_path: Path) -> None:
     """Those of one of several optimizers (a mixture of experts has two) have a number."""
-    layout = ParallelLayout()
-    tensors = numbered_tensors(LLAMA) | {"extra": torch.zeros(3)}
-    folder = write_megatron_folder(tmp_path / "m", tensors, LLAMA, layout)
     keys = ("chained_1.optimizer.state.exp_avg.x", "optimizer.state.exp_avg.x", "optimizer_of_mine")
-    written, _ = write_tensors(
-        folder / "__optimizer.distcp", [(key, ((0, 3),), torch.zeros(3)) for key in keys]
-    )
-    reader = TorchDistReader(folder)
-    stored = reader.tensors | {
-        key: StoredTensor(torch.float32, (3,), (chunk,)) for key, chunk in written
-    }
-    finish_folder(folder, stored, [], {})
-    assert set(TorchDistReader(folder).weight_keys()) == {*reader.tensors, "optimizer_of_mine"}
-
-
-def test_files_of() -> None:
-    assert files_of({"a": 3, "b": 2, "c": 9, "d": 1, "e": 4}, 5) == [["a", "b"], ["c"], ["d", "e"]]
+    blocks = [Block(key, ((0, 3),), torch.float32, (3,)) for key in keys]
+    write_folder(tmp_path / "m", [blocks], lambda block: torch.zeros(3))
+    assert TorchDistReader(tmp_path / "m").weight_keys() == ["optimizer_of_mine"]

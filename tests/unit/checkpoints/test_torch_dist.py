@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import os
 import pickle
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from rlhf3d.checkpoints.torch_dist import (
-    StoredTensor,
-    TorchDistReader,
-    finish_folder,
-    write_tensors,
-)
-from rlhf3d.models.boxes import Box
+from rlhf3d.checkpoints.torch_dist import Block, TorchDistReader, write_folder
+from rlhf3d.models.boxes import Box, box_slices
 
 A = torch.arange(120.0).reshape(2, 6, 10)
 B = torch.arange(7).bfloat16()
 
 
 def write(folder: Path) -> Path:
-    """`a` as a grid of chunks over two files, `b` whole, and an empty object."""
-    folder.mkdir()
-    boxes: list[Box] = [
-        ((i, i + 1), (r, r + 3), (c, c + 5)) for i in (0, 1) for r in (0, 3) for c in (0, 5)
-    ]
-    blocks = [("a", box, A[tuple(slice(x, y) for x, y in box)].contiguous()) for box in boxes]
-    one, _ = write_tensors(folder / "__0_0.distcp", blocks[:3])
-    two, _ = write_tensors(folder / "__1_0.distcp", [*blocks[3:], ("b", ((0, 7),), B)])
-    chunks = {key: tuple(chunk for name, chunk in [*one, *two] if name == key) for key in "ab"}
-    tensors = {
-        "a": StoredTensor(torch.float32, (2, 6, 10), chunks["a"]),
-        "b": StoredTensor(torch.bfloat16, (7,), chunks["b"]),
-    }
-    finish_folder(folder, tensors, ["x._extra_state/shard_0_2"], {"content_metadata": {}})
+    """`a` as a grid of chunks over two files, `b` in one chunk, and an empty object."""
+    boxes: list[Box] = []
+    for i, row, column in product((0, 1), (0, 3), (0, 5)):
+        boxes.append(((i, i + 1), (row, row + 3), (column, column + 5)))
+    blocks = [Block("a", box, torch.float32, (2, 6, 10)) for box in boxes]
+    files = [blocks[:3], [*blocks[3:], Block("b", ((0, 7),), torch.bfloat16, (7,))]]
+    write_folder(
+        folder,
+        files,
+        lambda block: {"a": A, "b": B}[block.key][box_slices(block.box)],
+        ["x._extra_state/shard_0_2"],
+        {"content_metadata": {}},
+    )
     return folder
 
 
@@ -49,30 +44,20 @@ def folder(tmp_path: Path) -> Path:
     "box", [((0, 2), (0, 6), (0, 10)), ((0, 1), (2, 5), (1, 9)), ((1, 2), (0, 1), (5, 6))], ids=str
 )
 def test_reads_any_block(folder: Path, box: Box) -> None:
-    reader, expected = TorchDistReader(folder), A[tuple(slice(a, b) for a, b in box)]
+    reader = TorchDistReader(folder)
     assert reader.objects == ["x._extra_state/shard_0_2"]
-    for dtype in (torch.float32, torch.bfloat16):
-        out = torch.full(expected.shape, -1, dtype=dtype)
-        reader.read_into("a", box, out)
-        assert torch.equal(out, expected.to(dtype))
-    strided = torch.empty(*reversed(expected.shape)).permute(2, 1, 0)
-    reader.read_into("a", box, strided)
-    assert torch.equal(strided, expected)
+    assert torch.equal(reader.read("a", box), A[box_slices(box)])
+    assert torch.equal(reader.read("b", ((2, 7),)), B[2:])
+    for chunk in reader.tensors["a"].chunks:
+        assert torch.equal(reader.read_chunk(chunk), A[box_slices(chunk.box)])
 
 
-def test_transposed_and_shared_tensors_read_back(tmp_path: Path) -> None:
-    """torch.save keeps the strides of what it is given."""
-    (tmp_path / "m").mkdir()
-    file = tmp_path / "m" / "__0_0.distcp"
-    ((_, chunk),), _ = write_tensors(file, [("a", ((0, 3), (0, 2)), torch.zeros(3, 2))])
-    with open(file, "wb") as raw:
-        torch.save(torch.arange(6.0).reshape(2, 3).T, raw)
-    length = file.stat().st_size
-    stored = StoredTensor(torch.float32, (3, 2), (type(chunk)(chunk.box, chunk.file, 0, length),))
-    finish_folder(tmp_path / "m", {"a": stored}, [], {})
-    out = torch.empty(2, 2)
-    TorchDistReader(tmp_path / "m").read_into("a", ((1, 3), (0, 2)), out)
-    assert torch.equal(out, torch.arange(6.0).reshape(2, 3).T[1:])
+def test_a_tensor_saved_with_other_strides_reads_back(tmp_path: Path) -> None:
+    """torch.save keeps the strides of what a trainer gave it."""
+    values = torch.arange(6.0).reshape(2, 3).T
+    block = Block("a", ((0, 3), (0, 2)), torch.float32, (3, 2))
+    write_folder(tmp_path, [[block]], lambda block: values)
+    assert torch.equal(TorchDistReader(tmp_path).read("a", ((1, 3), (0, 2))), values[1:])
 
 
 def test_torchs_own_loader_reads_it(folder: Path) -> None:
@@ -93,7 +78,7 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
         TorchDistReader(folder)
     data.write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match=r"__1_0\.distcp: no tensor at byte"):
-        TorchDistReader(folder).read_into("b", ((0, 7),), torch.empty(7))
+        TorchDistReader(folder).read("b", ((0, 7),))
     data.unlink()
     with pytest.raises(ValueError, match=r"cannot read .*__1_0\.distcp"):
         TorchDistReader(folder)
@@ -106,13 +91,10 @@ def test_damage_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_chunks_that_do_not_tile_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    ((_, chunk),), _ = write_tensors(
-        tmp_path / "m" / "f.distcp", [("a", ((0, 2),), torch.zeros(2))]
-    )
-    finish_folder(tmp_path / "m", {"a": StoredTensor(torch.float32, (3,), (chunk,))}, [], {})
+    block = Block("a", ((0, 2),), torch.float32, (3,))
+    write_folder(tmp_path, [[block]], lambda block: torch.zeros(2))
     with pytest.raises(ValueError, match="chunks of a do not tile it: 2 of 3 elements"):
-        TorchDistReader(tmp_path / "m")
+        TorchDistReader(tmp_path)
 
 
 class _Code:
