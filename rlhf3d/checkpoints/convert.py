@@ -2,8 +2,9 @@
 
 Invariant: every tensor of the destination is filled from the source exactly once, bit for bit
 unless another dtype is asked for; tensors that are missing, extra or of the wrong shape end the
-conversion before anything is written. Memory holds at most one file of the destination, and one
-chunk of at most CHUNK_BYTES (or as large as the trainer that wrote the source made it).
+conversion before anything is written. Memory does not grow with the model: to Hugging Face it holds
+one file of the destination and one chunk; to Megatron, of the files being written, one chunk of at
+most CHUNK_BYTES of each kind of parameter.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ DTYPES = {
 HEADS: dict[Role, Head] = {"actor": "lm", "critic": "value"}
 CHUNK_BYTES = 256 * MIB
 """Larger parameters are stored in several chunks: a loader holds one at a time."""
+PARALLEL_FILES, PARALLEL_BYTES = 4, 64 * MIB
+"""A Megatron folder has at least that many files, as long as each has that many bytes: several are
+written at a time, and several loaded."""
 LISTED = 20
 """Tensors that a message lists."""
 
@@ -323,6 +327,8 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         for box in _chunk_boxes(slab, dtypes[slab.key].itemsize):
             block = Block(slab.key, box, dtypes[slab.key], model.shapes[slab.key])
             slab_of[block] = slab
+    num_bytes = sum(block.num_bytes for block in slab_of)
+    shared = max(num_bytes // PARALLEL_FILES, PARALLEL_BYTES)
 
     def write(partial: Path, on_bytes: OnBytes) -> None:
         def values(block: Block) -> Tensor:
@@ -331,21 +337,22 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
             return filled
 
         folder = partial / hf.role
-        files = _files(list(slab_of), int(options.max_shard_gib * GIB))
+        files = _files(list(slab_of), min(int(options.max_shard_gib * GIB), shared))
         common = {"content_metadata": METADATA}
-        write_folder(folder, files, values, model.extra_states(), common)
+        written = write_folder(folder, files, values, model.extra_states(), common)
         TorchDistReader(folder)  # what was written can be read, and its chunks tile
         (partial / "hf").mkdir()
         copy_companions(source, partial / "hf")
         write_role(partial / "hf" / "config.json", hf.role)
         record_dtype(partial / "hf" / "config.json", set(dtypes.values()))
+        infos = {f"{hf.role}/{name}": info for name, info in written.items()}
         manifest = Manifest(
             step=0,
             policy_version=0,
             models=(hf.role,),
             optimizer=False,
             versions=versions(),
-            files=infos_below(partial, skip={}),
+            files=dict(sorted((infos | infos_below(partial, skip=infos)).items())),
         )
         write_manifest(partial, manifest)
 
@@ -356,7 +363,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         to="megatron",
         role=hf.role,
         spec=hf.spec,
-        num_bytes=sum(block.num_bytes for block in slab_of),
+        num_bytes=num_bytes,
         write=write,
         notes=hf.reader.notes,
     )

@@ -1,7 +1,7 @@
 """Sharded checkpoint folders (megatron-core's torch_dist) by torch's distributed checkpoint.
 
 No process group is needed. Reading holds one chunk at a time; writing, of each tensor that has
-blocks in the file being written, one block.
+blocks in the files being written, one block.
 
 Invariant: reading runs no code from the folder: its index may name data classes only. A folder is
 complete once it has its index, which is written last.
@@ -15,6 +15,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from importlib import import_module
@@ -46,11 +47,15 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
+from rlhf3d.checkpoints.manifest import FileInfo, file_info
 from rlhf3d.checkpoints.stored import OPTIMIZER_KEY
 from rlhf3d.models.boxes import Box, full_box, intersect
 
 INDEX, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
+WRITERS = 2
+"""Files written at a time: checksums of one while the other waits for the disk."""
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -301,11 +306,12 @@ def write_folder(
     values: Callable[[Block], Tensor],
     empty_objects: Iterable[str] = (),
     common: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a folder of `files`, each with its blocks in their order.
+) -> dict[str, FileInfo]:
+    """Write a folder of `files`, each with its blocks in their order. Return size and checksum of
+    each, by name.
 
-    `values` is called for a block when it is written. `empty_objects` are the names of objects
-    that are None, `common` is megatron-core's state that is no tensor.
+    `values` is called for a block when it is written, from one of WRITERS threads. `empty_objects`
+    are the names of objects that are None, `common` is megatron-core's state that is no tensor.
     """
     blocks: dict[MetadataIndex, Block] = {}
     plans = []
@@ -317,15 +323,25 @@ def write_folder(
     if objects:
         plans.append(SavePlan(objects))
     folder.mkdir(parents=True, exist_ok=True)
-    storage = _Writer(folder, sync_files=False)  # the caller does, or a manifest
+    storage = _Writer(folder, sync_files=False)  # `file_info` does
     plans, index = create_default_global_save_plan(plans)
     # torch gives each rank's plan a file: here each file is a plan.
     plans = storage.prepare_global_plan(plans)
     planner = _Lazy(blocks, values)
-    results = [storage.write_data(plan, planner).wait() for plan in plans]
+    infos: dict[str, FileInfo] = {}
+
+    def write(plan: SavePlan) -> list[WriteResult]:
+        results = storage.write_data(plan, planner).wait()
+        name = results[0].storage_data.relative_path
+        infos[name] = file_info(folder / name)
+        return results
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        results = list(threads.map(write, plans))
     torch.save(dict(common or {}), folder / COMMON)
     (folder / BACKEND).write_text(json.dumps(_BACKEND))
     storage.finish(index, results)
+    return infos
 
 
 def _write_item(block: Block) -> WriteItem:
