@@ -315,7 +315,7 @@ def write_folder(
     """
     blocks: dict[MetadataIndex, Block] = {}
     plans = []
-    for held in files:
+    for held in filter(None, files):
         items = [_write_item(block) for block in held]
         blocks.update(zip((item.index for item in items), held, strict=True))
         plans.append(SavePlan(items))
