@@ -84,7 +84,10 @@ class CheckReport:
     @property
     def problems(self) -> list[str]:
         """All problems, with their files."""
-        return [f"{file.path}: {problem}" for file in self.files for problem in file.problems]
+        problems = []
+        for file in self.files:
+            problems += [f"{file.path}: {problem}" for problem in file.problems]
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -196,7 +199,7 @@ def _judge(check: FileCheck, limit: int | None) -> None:
     for key, count in check.left_out.items():
         check.warnings.append(f"the chat template leaves {key} of {count} prompts out")
     if check.duplicates:
-        check.warnings.append(f"{check.duplicates} questions stand in it more than once")
+        check.warnings.append(f"{check.duplicates} questions occur more than once")
 
 
 def _compare(checks: list[FileCheck], keys: list[set[bytes]]) -> None:
@@ -209,7 +212,7 @@ def _compare(checks: list[FileCheck], keys: list[set[bytes]]) -> None:
         checks[i].overlap[other] = shared
         if i < j:
             checks[i].warnings.append(
-                f"{shared} questions are in {other} too: never train on one and test on both"
+                f"{shared} questions are also in {other}: never train on one and test on both"
             )
 
 

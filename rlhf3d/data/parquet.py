@@ -149,8 +149,7 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if columns.count(column) > 1:
             raise ValueError(
-                f"{path}: column {column!r} stands in it {columns.count(column)} times; "
-                "keep one of them"
+                f"{path}: column {column!r} occurs {columns.count(column)} times; keep one of them"
             )
     for column in REQUIRED_COLUMNS:
         if column not in columns:

@@ -73,7 +73,9 @@ def prepare(
     """
     module = load_set(name)
     _check_options(name, module, options)
-    excluded = {question_key(row) for path in exclude for row in iter_rows(path)}
+    excluded: set[str] = set()
+    for path in exclude:
+        excluded.update(question_key(row) for row in iter_rows(path))
     if hasattr(module, "generate"):
         splits = _generated(name, module, source, split or revision, options)
     else:

@@ -26,7 +26,7 @@ HUB = "hub"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 _NO_ROWS = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
-"""What `datasets.save_to_disk` writes beside the rows."""
+"""What `datasets.save_to_disk` writes besides the rows."""
 _NAMED_FILES = 20
 """Files up to which each is named with its own digest."""
 _BATCH = 1024
@@ -269,7 +269,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"the key {key!r} stands in an object twice")
+            raise ValueError(f"the key {key!r} is in an object twice")
         value[key] = item
     return value
 

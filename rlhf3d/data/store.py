@@ -3,7 +3,7 @@
 Invariant: a row costs one slice of memory-mapped Arrow, wherever it lies; what is resident does not
 grow with the files. Parquet is compressed, so a large file is unpacked once into an Arrow file in
 the cache folder (written there under another name, then renamed, so that jobs may share the folder)
-and mapped from there by every later run; a small one is kept unpacked in memory.
+and mapped from there by every later run; a small one is unpacked in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf3d.data.parquet import open_parquet, prompt_columns, read_batches, reco
 from rlhf3d.data.rows import PromptRow, row_of
 
 IN_MEMORY_BYTES = 64 * 2**20
-"""Unpacked size up to which a file is kept in memory."""
+"""Unpacked size up to which a file is held in memory."""
 BATCH_ROWS = 4096
 """Rows that are unpacked at a time."""
 _FORMAT = "2"
@@ -45,7 +45,7 @@ class RowStore:
             self._batches += batches
             rows = sum(batch.num_rows for batch in batches)
             self._file_starts.append(self._file_starts[-1] + rows)
-        # Batches and not one table: a table looks for its chunk anew at each access.
+        # Batches, not one table: at each access a table searches all its chunks again.
         self._batch_starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
 
     def __len__(self) -> int:

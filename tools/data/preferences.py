@@ -42,7 +42,10 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def pair_of(row: Mapping[str, Any], where: str) -> Pair:
-    """A row {prompt, chosen, rejected}; answers are texts, or whole conversations that begin with the prompt."""
+    """A row {prompt, chosen, rejected} as a pair.
+
+    Answers are texts, or complete conversations that begin with the prompt.
+    """
     answers = [row.get(key) for key in ("chosen", "rejected")]
     prompt = row.get("prompt")
     if all(isinstance(answer, list) and answer for answer in answers):

@@ -92,7 +92,7 @@ def generate(
     """Return training and test rows, each spread evenly over the templates.
 
     `templates` of null is all of `TEMPLATES`, or `EASY_TEMPLATES` where `difficulty` is easy.
-    ValueError for an unknown difficulty or template, and where so many problems do not exist.
+    ValueError for an unknown difficulty or template, and where there are fewer problems than asked for.
     """
     if difficulty not in NUMBER_RANGES:
         raise ValueError(f"difficulty: no {difficulty!r}; known are {', '.join(NUMBER_RANGES)}")
@@ -143,7 +143,7 @@ def _deal(decks: list[list[_Problem]], count: int) -> list[_Problem]:
     dealt = list(islice((problem for problem in rounds if problem is not None), count))
     if len(dealt) < count:
         raise ValueError(
-            f"{count} problems wanted, {len(dealt)} exist beside the other split: "
+            f"{count} problems wanted, {len(dealt)} exist that the other split does not have: "
             "lower train_size or test_size, use more templates or a harder difficulty"
         )
     return dealt

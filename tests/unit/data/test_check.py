@@ -28,7 +28,10 @@ def test_lengths_duplicates_and_overlap_are_warned_of(tmp_path: Path) -> None:
     assert train.problems == test.problems == []
     text = "\n".join(train.warnings)
     assert "1 of 3 prompts are over data.max_prompt_length=64" in text
-    assert "1 questions stand in it more than once" in text and "1 questions are in" in text
+    assert (
+        "1 questions occur more than once" in text
+        and f"1 questions are also in {test.path}" in text
+    )
     assert test.warnings == []
 
 

@@ -412,7 +412,7 @@ def test_the_shipped_example_of_an_own_set_works(tmp_path: Path) -> None:
         (b'{}\n{"question": "half \\ud83d"}', r"rows\.jsonl:2: .*half a character"),
         (
             b'{"question": "a", "question": "b"}',
-            r"rows\.jsonl:1: .*the key 'question' stands in an object twice",
+            r"rows\.jsonl:1: .*the key 'question' .* twice",
         ),
         (b"[" * 100_000, r"rows\.jsonl:1: not JSON \(maximum recursion depth"),
         (b'{"n": ' + b"9" * 6000 + b"}", r"rows\.jsonl:1: not JSON .*limit"),

@@ -202,7 +202,7 @@ def test_a_column_twice_and_damage_are_named(tmp_path: Path) -> None:
     pq.write_table(
         table.append_column("prompt", table.column("prompt")), tmp_path / "twice.parquet"
     )
-    with pytest.raises(ValueError, match=r"twice\.parquet: column 'prompt' stands in it 2 times"):
+    with pytest.raises(ValueError, match=r"twice\.parquet: column 'prompt' .* 2 times"):
         read_parquet(tmp_path / "twice.parquet")
     many = [{**GOOD, "data_source": f"{i}" * 50} for i in range(999)]
     pq.write_table(pa.Table.from_pylist(many), tmp_path / "d.parquet")
