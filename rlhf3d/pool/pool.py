@@ -28,6 +28,11 @@ class CallPool:
 
     `load` runs once in each process and returns the function; `what` names it in messages. It must
     pickle, or pickle's own errors are raised. `memory_gib` is what one process may allocate.
+
+        pool = CallPool(load_environments, workers=8, what="environment.path")
+        episode = Session()
+        call = pool.submit(("step", text), min(deadline_s, budget_s), episode)
+        call.add_done_callback(finished.put)  # results as they finish
     """
 
     def __init__(
