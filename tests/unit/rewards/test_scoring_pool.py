@@ -121,6 +121,19 @@ def test_items_are_scored_while_others_are_awaited(unruly: Path, tmp_path: Path)
         assert [s.value for s in pool.score_batch(items("2"))] == [2.0]
 
 
+def test_several_batches_are_scored_at_once_and_fail_alone(unruly: Path) -> None:
+    with RewardManager(load_custom_reward(unruly), timeout_s=20.0, max_error_rate=0.4) as pool:
+        one, failing, other = pool.start(3), pool.start(2), pool.start(2)
+        one.add(dict(enumerate(items("1", "2"))))
+        failing.add(dict(enumerate(items("raise", "raise"))))
+        other.add(dict(enumerate(items("4", "5"))))
+        one.add({2: items("3")[0]})
+        assert [s.value for s in other.finish()] == [4.0, 5.0]
+        with pytest.raises(RewardError, match="1 of 2 completions were not scored"):
+            failing.finish()
+        assert [s.value for s in one.finish()] == [1.0, 2.0, 3.0]
+
+
 def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: Path) -> None:
     with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=0.5) as pool:
         pool.score_batch(items("1"))
