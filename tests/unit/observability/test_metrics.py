@@ -119,6 +119,9 @@ def test_tensorboard_has_the_same_curve_after_a_resume(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"critic/score/mean": step / 4})
+    # Files are read by the second in their names, then by a counter, as text: 10 before 9.
+    (written,) = (tmp_path / "tensorboard").iterdir()
+    written.rename(written.with_name("events.out.tfevents.1.of-an-earlier-second"))
     with MetricsWriter(tmp_path, resume_step=2) as writer:
         writer.write(3, {"critic/score/mean": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
