@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf3d.checkpoints.convert import Conversion, Options, plan_conversion
 from rlhf3d.checkpoints.verify import Verified, verify
+from rlhf3d.observability.tables import View
 from rlhf3d.terminal import Terminal
 from rlhf3d.units import GIB
 
@@ -26,8 +27,8 @@ class Report:
     seconds: float
     verified: Verified | None
 
-    def to_json(self) -> dict[str, Any]:
-        """For programs."""
+    def data(self) -> dict[str, Any]:
+        """Return it as plain data."""
         done = self.conversion
         return {
             "source": str(done.source),
@@ -42,8 +43,8 @@ class Report:
             "notes": list(done.notes),
         }
 
-    def text(self) -> str:
-        """For people."""
+    def view(self) -> View:
+        """Return it for people and for programs."""
         done, gib = self.conversion, self.conversion.num_bytes / GIB
         kind = {"hf": "Hugging Face", "megatron": "Megatron"}[done.to]
         lines = [
@@ -52,7 +53,7 @@ class Report:
         ]
         if self.verified is not None:
             lines += _verified_lines(self.verified)
-        return "\n".join(lines + [f"note: {text}" for text in done.notes])
+        return View([*lines, *(f"note: {text}" for text in done.notes)], self.data())
 
 
 def _verified_lines(proof: Verified) -> list[str]:

@@ -22,6 +22,8 @@ from rlhf3d.checkpoints.torch_dist import TorchDistReader
 from rlhf3d.models.boxes import row_boxes
 from rlhf3d.models.hf_io import BLOCK_BYTES
 from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.observability.tables import View
+from rlhf3d.units import GIB
 
 
 def inspect(path: Path, deep: bool = False) -> dict[str, Any]:
@@ -204,24 +206,28 @@ def _verdict(problems: list[str], not_compared: list[str]) -> str:
     )
 
 
-def render(found: dict[str, Any], indent: str = "") -> str:
-    """For people: a line a fact."""
-    lines = []
+def inspection_view(found: dict[str, Any]) -> View:
+    """Return what `inspect` found, a line per fact."""
+    return View(_lines(found), found)
+
+
+def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
+    lines: list[str] = []
     for key, value in found.items():
         if key == "problems":
             lines.append(indent + _verdict(value, found["not_compared"]))
-        elif key == "not_compared":
-            continue
         elif isinstance(value, dict) and "kind" in value:
-            lines += [f"{indent}{key}", render(value, indent + "  ")]
-        elif isinstance(value, dict):
-            lines.append(
-                f"{indent}{key}: {', '.join(f'{name} {_short(part)}' for name, part in value.items())}"
-            )
-        elif isinstance(value, list):
-            lines.append(f"{indent}{key}: {', '.join(map(str, value))}")
-        elif key == "bytes":
-            lines.append(f"{indent}bytes: {value:,} ({value / 2**30:.2f} GiB)")
-        else:
-            lines.append(f"{indent}{key}: {f'{value:,}' if key == 'parameters' else value}")
-    return "\n".join(lines)
+            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+        elif key != "not_compared":
+            lines.append(f"{indent}{key}: {_fact(key, value)}")
+    return lines
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if key == "bytes":
+        return f"{value:,} ({value / GIB:.2f} GiB)"
+    return f"{value:,}" if key == "parameters" else str(value)

@@ -56,8 +56,6 @@ def convert(
     result: Result,
 ) -> None:
     """Convert a Megatron checkpoint into a Hugging Face folder or back."""
-    import json
-
     from rlhf3d.checkpoints.convert import Options
     from rlhf3d.checkpoints.convert_view import convert as run
 
@@ -68,7 +66,7 @@ def convert(
     except KeyboardInterrupt:
         typer.echo("interrupted: nothing was written", err=True)
         raise typer.Exit(130) from None
-    typer.echo(json.dumps(report.to_json()) if as_json else report.text())
+    report.view().show(as_json)
 
 
 def inspect(
@@ -79,13 +77,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a folder holds: model, size, layout, step, metric, and whether it is complete."""
-    import json
-
     from rlhf3d.checkpoints.inspection import inspect as look
-    from rlhf3d.checkpoints.inspection import render
+    from rlhf3d.checkpoints.inspection import inspection_view
 
     found = look(path, deep)
-    typer.echo(json.dumps(found) if as_json else render(found))
+    inspection_view(found).show(as_json)
     for problem in found["problems"]:
         typer.echo(problem, err=True)
     raise typer.Exit(1 if found["problems"] else 0)
