@@ -1,7 +1,8 @@
 """Text for a person's terminal.
 
-Invariant: what is printed is what it says: square brackets and colons in the names of data, models and files are no
-markup; and a terminal or a pipe that has gone away ends no command that has work to finish.
+Invariant: what is printed is what it says: square brackets and colons in the names of data, models
+and files are no markup; and a terminal or a pipe that has gone away ends no command that has work
+to finish.
 """
 
 from __future__ import annotations

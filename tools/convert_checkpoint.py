@@ -1,4 +1,6 @@
-"""`rlhf3d convert` as a script: `python tools/convert_checkpoint.py SRC DST [--to hf|megatron] [--verify] …`."""
+"""`rlhf3d convert` as a script: `python tools/convert_checkpoint.py SRC DST [--to hf|megatron]
+[--verify] …`.
+"""
 
 from __future__ import annotations
 

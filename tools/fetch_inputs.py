@@ -1,9 +1,10 @@
-"""Download what a configuration names and this machine lacks, from the Hugging Face hub: model folder and data sets.
+"""Download what a configuration names and this machine lacks, from the Hugging Face hub: model
+folder and data sets.
 
 python tools/fetch_inputs.py CONFIG [key=value ...]
 
-Only what the project knows where to find: models/NAME of the families below and data/SET/*.parquet of `rlhf3d data
-prepare`. Whatever else is missing is the run's to report.
+Only what the project knows where to find: models/NAME of the families below and data/SET/*.parquet
+of `rlhf3d data prepare`. Whatever else is missing is the run's to report.
 """
 
 from __future__ import annotations

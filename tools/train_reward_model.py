@@ -1,9 +1,11 @@
-"""Train a reward model: a sequence classifier with one output, from a language model and preference pairs.
+"""Train a reward model: a sequence classifier with one output, from a language model and preference
+pairs.
 
     tools/train_reward_model.py models/SmolLM2-135M-Instruct pairs.jsonl --output models/reward
 
-Bradley-Terry: the loss of a pair is -log sigmoid(score(chosen) - score(rejected)). Every fifth pair is held out
-(`tools/data/preferences.py`). Writes a Hugging Face folder with tokenizer, which `reward_model.path` takes.
+Bradley-Terry: the loss of a pair is -log sigmoid(score(chosen) - score(rejected)). Every fifth pair
+is held out (`tools/data/preferences.py`). Writes a Hugging Face folder with tokenizer, which
+`reward_model.path` takes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From per-token losses to the scalar that is back-propagated.
 
-Invariant: the divisors are counts of the complete mini-batch over all data-parallel ranks, passed in
-as data; so the results of any split into micro-batches and ranks add up to its loss.
+Invariant: the divisors are counts of the complete mini-batch over all data-parallel ranks, passed
+in as data; so the results of any split into micro-batches and ranks add up to its loss.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ With r = π_old / π_rollout of each token (training engine over rollout engine,
   on verl's theory page; verl's code bounds 1/r, so a range that is not symmetric (low != 1/high)
   must be inverted when it comes from there: verl's 0.5_4.0 is 0.25_2.0 here.
 
-Invariant: both are functions of the complete batch, computed once before the update, so no cut of the
-batch changes them; statistics are over non-empty sequences. Names are verl's.
+Invariant: both are functions of the complete batch, computed once before the update, so no cut of
+the batch changes them; statistics are over non-empty sequences. Names are verl's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     from rlhf3d.algorithms.advantages import AdvantageInputs, register_advantage
     from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
 
-Invariant: a file is executed once per process; after that its names are as good as the built-in ones.
+Invariant: a file is executed once per process; after that its names are as good as the built-in
+ones.
 """
 
 from __future__ import annotations

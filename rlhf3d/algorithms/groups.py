@@ -19,8 +19,8 @@ def groups_with_signal(values: Tensor, counted: Tensor, group_ids: Tensor) -> Te
     """[G] whether a group's values differ, by ascending group id.
 
     Equal values give every group estimator advantages of 0: DAPO's dynamic sampling (arXiv
-    2503.14476, eq. 11: 0 < number correct < n) keeps the groups with signal. `values` [N], `counted`
-    [N] False for empty responses, `group_ids` [N] as in `AdvantageInputs`.
+    2503.14476, eq. 11: 0 < number correct < n) keeps the groups with signal. `values` [N],
+    `counted` [N] False for empty responses, `group_ids` [N] as in `AdvantageInputs`.
     """
     assert values.shape == counted.shape == group_ids.shape
     ids, index = torch.unique(group_ids, return_inverse=True)

@@ -16,8 +16,9 @@ from rlhf3d.config.schema import ActorConfig, Config, CriticConfig, LayoutConfig
 from rlhf3d.parallel.layout import ParallelLayout
 
 WIDTH_MULTIPLE = {"cuda": 128}
-"""By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and width,
-and torch's allocator keeps blocks of every size: widths are rounded so that there are few of them."""
+"""By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and
+width, and torch's allocator keeps blocks of every size: widths are rounded so that there are
+few of them."""
 COLUMN_BYTES_PER_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
 

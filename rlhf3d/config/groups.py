@@ -90,7 +90,7 @@ def group_of(config: Config, role: str) -> WorkerGroup:
 
 
 def device_terms(groups: tuple[WorkerGroup, ...], rollout: RolloutConfig) -> list[tuple[str, int]]:
-    """Everything that has its own GPUs: the product that says how many, for messages, and how many."""
+    """Everything that has its own GPUs: how many as a product, for messages, and as a number."""
     actor, *others = groups
     dedicated = [actor, *(group for group in others if not group.colocated)]
     terms = [(group.size_text, group.layout.world_size) for group in dedicated]

@@ -1,13 +1,15 @@
-"""Does every algorithm learn, and is it the same in another layout? A tiny model and task, the whole command each time.
+"""Does every algorithm learn, and is it the same in another layout? A tiny model and task, the
+whole command each time.
 
     python tools/bench/algorithms.py learning [--algorithms ppo grpo rloo reinforce_plus_plus dapo] [--seeds 0 1 2]
     python tools/bench/algorithms.py invariance [--algorithms ppo gspo ...] [--steps 3]
 
-The task: answer with lower-case letters (reward: their share of four characters). A model of 0.1 M random weights
-starts near 0.23. `learning` prints the mean reward of the first step and of the last; the exit status is 1 where a run
-ends below 0.9. DAPO stops by itself when too few groups still differ, when the task is solved: its last step counts.
-`invariance` runs one rank beside TP2 x PP2 x DP2 with packed sequences under a token budget, and prints the largest
-difference of reward, loss and gradient norm over the steps; the exit status is 1 where one is above 1e-4.
+The task: answer with lower-case letters (reward: their share of four characters). A model of 0.1 M
+random weights starts near 0.23. `learning` prints the mean reward of the first step and of the
+last; the exit status is 1 where a run ends below 0.9. DAPO stops by itself when too few groups
+still differ, when the task is solved: its last step counts. `invariance` runs one rank beside TP2 x
+PP2 x DP2 with packed sequences under a token budget, and prints the largest difference of reward,
+loss and gradient norm over the steps; the exit status is 1 where one is above 1e-4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Hardware numbers from runs that were timed: the ones under which the time model's phases come closest.
+"""Hardware numbers from runs that were timed: the ones under which the time model's phases come
+closest.
 
-Invariant: a run is described by what it wrote itself (config.yaml, metrics.jsonl); only numbers of `FITTED` change.
-Pure: reads these files, no torch.
+Invariant: a run is described by what it wrote itself (config.yaml, metrics.jsonl); only numbers of
+`FITTED` change. Pure: reads these files, no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FITTED = ("matmul_efficiency", "layer_overhead_s", "latency_s", "memory_gbs", "d
 PHASES = ("generate", "old_logprobs", "ref_logprobs", "values", "update_critic", "update_actor")
 """Without sync_weights, which a canary makes several times longer in the first steps."""
 PRIOR_WEIGHT = 0.01
-"""How hard a number is pulled to where it was, against the squared logarithm of a whole step's ratio."""
+"""How hard a number is pulled to where it was, against the squared logarithm of a whole step's
+ratio."""
 ROUNDS = 40
 
 
@@ -48,7 +50,9 @@ class Observation:
 
 
 def observe(folder: Path, first_step: int = 2) -> Observation:
-    """Read a run from its `first_step` on (the first one warms up). Raises ValueError where there is no such step."""
+    """Read a run from its `first_step` on (the first one warms up). Raises ValueError where there
+    is no such step.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("step", 0) >= first_step]
     if not rows:
@@ -92,7 +96,9 @@ def as_entry(hardware: Hardware, source: str) -> dict[str, Any]:
 
 
 def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:
-    """`hardware` with the numbers of FITTED under which the phases come closest: coordinate descent on logarithms."""
+    """`hardware` with the numbers of FITTED under which the phases come closest: coordinate descent
+    on logarithms.
+    """
 
     def moved(shifts: Mapping[str, float]) -> Hardware:
         return replace(

@@ -1,4 +1,5 @@
-"""Fit the planner's numbers of this machine to timed runs, as an entry for `rlhf3d plan --hardware FILE`.
+"""Fit the planner's numbers of this machine to timed runs, as an entry for `rlhf3d plan --hardware
+FILE`.
 
 python tools/bench/calibrate_plan.py runs/quickstart runs/other --name laptop > my_hardware.yaml
 """

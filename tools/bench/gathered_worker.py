@@ -1,4 +1,6 @@
-"""The common way to load whole tensors into a running vLLM engine, for `reshard_speed.py` to measure."""
+"""The common way to load whole tensors into a running vLLM engine, for `reshard_speed.py` to
+measure.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     python tools/bench/plan_accuracy.py runs/a runs/b runs/c runs/d     # runs there are
     python tools/bench/plan_accuracy.py --run runs/accuracy             # first makes four, about 10 minutes when quiet
 
-The four are the quickstart's first two steps in different layouts. Every figure is of the phases from generate to
-update_actor; sync_weights, which a canary makes several times longer in the first steps, is left out of both.
+The four are the quickstart's first two steps in different layouts. Every figure is of the phases
+from generate to update_actor; sync_weights, which a canary makes several times longer in the first
+steps, is left out of both.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""How long the reshard plan of a large job takes to make, how much memory, and how near its bytes are to the least.
+"""How long the reshard plan of a large job takes to make, how much memory, and how near its bytes
+are to the least.
 
-Invariant: each row is planned in a fresh process; the exit status is 1 when one takes more than 10 s of one core or
-2 GiB, the limits that let every process of a job make its own plan at start.
+Invariant: each row is planned in a fresh process; the exit status is 1 when one takes more than 10
+s of one core or 2 GiB, the limits that let every process of a job make its own plan at start.
 
-`received` is what crosses from another device into one that serves, bytes of one sync in bfloat16. `bound`: what an
-engine rank needs less what a training rank can have of it, the mean over all (for dense models that share out evenly,
-(n - g) / (n g) of the model: n training shards, engines of g ranks). `full gather`: every rank gets the whole model.
+`received` is what crosses from another device into one that serves, bytes of one sync in bfloat16.
+`bound`: what an engine rank needs less what a training rank can have of it, the mean over all (for
+dense models that share out evenly, (n - g) / (n g) of the model: n training shards, engines of g
+ranks). `full gather`: every rank gets the whole model.
 """
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _least_received(plan: ReshardPlan) -> float:
-    """Elements that an engine rank must get on average, wherever the engine ranks are put: a rank on every GPU."""
+    """Elements that an engine rank must get on average, wherever the engine ranks are put: a rank
+    on every GPU.
+    """
     keeps: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for index, groups in enumerate(plan.groups):
         for group in groups:

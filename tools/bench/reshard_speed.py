@@ -1,9 +1,10 @@
-"""Weight sync into a live vLLM engine: our stream beside a gather of every tensor, and beside a plain copy.
+"""Weight sync into a live vLLM engine: our stream beside a gather of every tensor, and beside a
+plain copy.
 
     python tools/bench/reshard_speed.py [--model FOLDER] [--tp 3] [--pp 2] [--dtype bfloat16] [--repeats 7]
 
-Six processes hold the model's weights as TP3×PP2 Megatron ranks would (cut by the weight table; no Megatron needed),
-one more runs vLLM. Each repeat measures, one after the other:
+Six processes hold the model's weights as TP3×PP2 Megatron ranks would (cut by the weight table; no
+Megatron needed), one more runs vLLM. Each repeat measures, one after the other:
 
 * memcpy: as many bytes copied once by one process
 * transfer: the stream into shared memory and out of it again, without fingerprints and without an engine
@@ -123,7 +124,9 @@ class Trainer:
             sending.fingerprint = receiving_fingerprint
 
     def gather(self) -> float:
-        """Every rank ends up with every tensor whole; rank 0 lays them out for the engine. Seconds."""
+        """Every rank ends up with every tensor whole; rank 0 lays them out for the engine.
+        Seconds.
+        """
         start = time.perf_counter()
         area = gathered_area(self.setup) if self.rank == 0 else {}
         for stage in range(self.layout.pp):

@@ -1,7 +1,8 @@
-"""A data set of your own in twenty lines: rlhf3d data prepare tools/data/own_set.py --source my_rows.jsonl --output …
+"""A data set of your own in twenty lines: rlhf3d data prepare tools/data/own_set.py --source
+my_rows.jsonl --output …
 
-Here a source row is {"question": …, "solution": …} with the answer in the solution's last box. Raise ValueError for a
-row that cannot be used: it is left out, and counted with your reason.
+Here a source row is {"question": …, "solution": …} with the answer in the solution's last box.
+Raise ValueError for a row that cannot be used: it is left out, and counted with your reason.
 """
 
 from rlhf3d.rewards.math_answer import last_boxed

@@ -1,8 +1,9 @@
-"""Prompts for a reward model from preference pairs: rlhf3d data prepare tools/data/preference_prompts.py --source …
+"""Prompts for a reward model from preference pairs: rlhf3d data prepare
+tools/data/preference_prompts.py --source …
 
 Of one file of pairs (prompt, chosen, rejected), `--split train` (the default) takes those that
-tools/train_reward_model.py learns from, `--split test` those that it holds out. Only a reward model can score the
-completions: rows have no ground truth.
+tools/train_reward_model.py learns from, `--split test` those that it holds out. Only a reward model
+can score the completions: rows have no ground truth.
 """
 
 from preferences import is_held_out, pair_of

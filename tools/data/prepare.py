@@ -1,4 +1,6 @@
-"""Prepare a data set as parquet: python tools/data/prepare.py NAME --source … --output … (`rlhf3d data prepare`)."""
+"""Prepare a data set as parquet: python tools/data/prepare.py NAME --source … --output … (`rlhf3d
+data prepare`).
+"""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""How many answers a second the scoring pool takes: python tools/data/scoring_speed.py data/math500/test.parquet
+"""How many answers a second the scoring pool takes: python tools/data/scoring_speed.py
+data/math500/test.parquet
 
-Every worked solution of the file is scored against its own ground truth (right), and against those of `--others` other
-rows (nearly always wrong), as a policy's completions would be; the first half warms the processes up, the second is
-measured. On a busy machine read the processor time.
+Every worked solution of the file is scored against its own ground truth (right), and against those
+of `--others` other rows (nearly always wrong), as a policy's completions would be; the first half
+warms the processes up, the second is measured. On a busy machine read the processor time.
 """
 
 import argparse
@@ -26,7 +27,9 @@ def cpu_seconds() -> float:
 def measure(
     warm: list[ScoreItem], items: list[ScoreItem], workers: int, reward: BuiltinReward
 ) -> tuple[float, float, Counter[str]]:
-    """Seconds and processor seconds of `items` in a pool that has scored `warm`, and their outcomes."""
+    """Seconds and processor seconds of `items` in a pool that has scored `warm`, and their
+    outcomes.
+    """
     before = cpu_seconds()
     with RewardManager(reward, workers=workers, timeout_s=10.0) as pool:
         pool.score_batch(warm)
