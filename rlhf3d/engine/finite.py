@@ -1,7 +1,7 @@
-"""An optimizer step whose loss or gradient is not finite: found on all ranks at once, before any weight moves.
+"""Optimizer steps whose loss or gradient is not finite, found on all ranks before any weight moves.
 
-Invariant: every rank of the training world raises the same NonFiniteUpdate, or none does; so a step is taken by all
-ranks or by none.
+Invariant: every rank of the training world raises the same NonFiniteUpdate, or none does; so a step
+is taken by all ranks or by none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def require_finite(
     seen: Sequence[tuple[Batch, Mapping[str, Tensor]]],
     device: torch.device,
 ) -> None:
-    """Raise NonFiniteUpdate on every rank when any rank has a loss term or a gradient norm that is not finite.
+    """Raise NonFiniteUpdate on every rank when any has a loss term or gradient norm not finite.
 
-    `shares` are this rank's loss terms, `seen` the rows and the model's outputs [b, r] of its micro-batches (neither
-    before the last pipeline stage). The message names terms, sequences and which of their numbers are broken. A
-    collective over all ranks: one flag, and the texts only when there is something to tell.
+    `shares` are this rank's loss terms, `seen` the rows and the model's outputs [b, r] of its
+    micro-batches (neither before the last pipeline stage). The message names terms, sequences and
+    which of their numbers are broken. A collective over all ranks: one flag, and the texts only
+    when there is something to report.
     """
     terms = sorted(name for name, value in shares.items() if not math.isfinite(value))
     flag = torch.tensor(float(bool(terms) or not math.isfinite(grad_norm)), device=device)
@@ -42,28 +43,34 @@ def require_finite(
         return
     gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
     dist.all_gather_object(gathered, (terms, _broken_sequences(seen)))
-    all_terms = list(dict.fromkeys(term for part, _ in gathered for term in part))
-    sequences = list(dict.fromkeys(text for _, part in gathered for text in part))
-    where = "; ".join(sequences[:_SHOWN]) + (
-        f"; and {len(sequences) - _SHOWN} more" if sequences[_SHOWN:] else ""
-    )
+    # Dictionaries keep the order of ranks and take out repetitions.
+    all_terms: dict[str, None] = {}
+    sequences: dict[str, None] = {}
+    for rank_terms, rank_sequences in gathered:
+        all_terms |= dict.fromkeys(rank_terms)
+        sequences |= dict.fromkeys(rank_sequences)
     raise NonFiniteUpdate(
         f"not finite: loss terms {', '.join(all_terms) or 'none'}, gradient norm {grad_norm:g}, "
-        f"{where or 'every input and output of the loss is finite: the backward pass overflowed'}"
+        f"{_where(list(sequences))}"
     )
+
+
+def _where(sequences: list[str]) -> str:
+    if not sequences:
+        return "every input and output of the loss is finite: the backward pass overflowed"
+    more = [f"and {len(sequences) - _SHOWN} more"] if len(sequences) > _SHOWN else []
+    return "; ".join([*sequences[:_SHOWN], *more])
 
 
 def _broken_sequences(seen: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> list[str]:
-    """One text for each sequence with a broken number among the loss's inputs and the model's outputs."""
+    """One text per sequence with a broken number among inputs of the loss and outputs."""
     texts = []
     for rows, outputs in seen:
         mask = rows["response_mask"]
-        inputs = {
-            name: column for name, column in rows.columns.items() if column.shape == mask.shape
-        }
+        columns = rows.columns.items()
+        inputs = {name: column for name, column in columns if column.shape == mask.shape}
         for row, names in nonfinite_rows({**inputs, **outputs}, mask).items():
-            number = (
-                f"sequence {int(rows['sequence'][row])}" if "sequence" in rows else "a sequence"
-            )
-            texts.append(f"{number} ({', '.join(names)})")
+            known = "sequence" in rows
+            sequence = f"sequence {int(rows['sequence'][row])}" if known else "a sequence"
+            texts.append(f"{sequence} ({', '.join(names)})")
     return texts

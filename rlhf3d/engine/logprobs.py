@@ -1,8 +1,8 @@
 """Log-probabilities and entropy from hidden states, without the [tokens, vocabulary] matrix.
 
-Invariant: at most the platform's `head_chunk_elements` logits of a rank exist at once, in the forward pass and in the
-backward pass, where they are computed again; the result equals log_softmax over the full vocabulary, whatever the
-split over ranks.
+Invariant: at most the platform's `head_chunk_elements` logits of a rank exist at once, in the
+forward pass and in the backward pass, where they are computed again; the result equals log_softmax
+over the full vocabulary, however it is split over ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from rlhf3d.parallel.platform import Platform
 
-_MASKED = torch.finfo(
-    torch.float32
-).min  # of padded columns: probability 0, and finite, so that 0 times it is 0
+_MASKED = torch.finfo(torch.float32).min
+"""Logit of padded columns: their probability is 0, and being finite, 0 times it is 0."""
 
 
 def vocab_parallel_logprobs(
@@ -31,18 +30,16 @@ def vocab_parallel_logprobs(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of each distribution, both [T] in fp32.
+    """Return the log-probability of each label and the entropy of each distribution.
 
-    `hidden` [T, h]; `weight` [V/tp, h] is this rank's rows `vocab_start…` of the output matrix (those from global
-    number `vocab_size` on are padding and take no part); `labels` [T] are global token ids. The gradient with respect
-    to `hidden` is this rank's share: summing it over the group is the caller's (Megatron's
-    `copy_to_tensor_model_parallel_region` does).
+    Both are [T] in fp32. `hidden` [T, h]; `weight` [V/tp, h] is this rank's rows `vocab_start…` of
+    the output matrix (those from global number `vocab_size` on are padding and take no part);
+    `labels` [T] are global token ids. The gradient with respect to `hidden` is this rank's share:
+    the caller sums it over the group (Megatron's `copy_to_tensor_model_parallel_region` does).
     """
-    real = (
-        weight.shape[0]
-        if vocab_size is None
-        else max(0, min(weight.shape[0], vocab_size - vocab_start))
-    )
+    real = weight.shape[0]
+    if vocab_size is not None:
+        real = max(0, min(real, vocab_size - vocab_start))
     return _VocabParallelLogprobs.apply(
         hidden, weight, labels, 1.0 / temperature, vocab_start, real, group, platform
     )
@@ -54,7 +51,7 @@ def _chunks(tokens: int, vocab: int, elements: int) -> list[tuple[int, int]]:
 
 
 def _local_labels(labels: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Row-local label index, and which labels this rank owns."""
+    """Labels as this rank's row numbers, and which of them it holds."""
     local = labels - vocab_start
     owned = (local >= 0) & (local < vocab)
     return local.clamp(0, vocab - 1), owned
@@ -100,7 +97,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        hidden, weight, labels, log_z, entropy = ctx.saved_tensors
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors
+        hidden, weight, labels = tensors[:3]
+        log_z, entropy = tensors[3:]
         vocab, platform = weight.shape[0], ctx.platform
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)

@@ -1,7 +1,9 @@
 """One model on one rank: forward passes, the update, and its weights, through Megatron's schedules.
 
-Invariant: every number that leaves here (log-probs, values, loss, grad-norm, updated weights) is the same for every
-layout, to fp32 round-off: losses arrive as shares of a global normaliser, gradients are summed and never averaged.
+Invariant: every number that leaves here (log-probs, values, loss, gradient norm, updated weights)
+is the same for every layout, to fp32 round-off: losses arrive as shares of a global normalizer,
+gradients are summed and never averaged.
+Runs in: training rank.
 """
 
 from __future__ import annotations
@@ -21,12 +23,11 @@ from rlhf3d.batching.dispatch import MiniBatch
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
-from rlhf3d.engine.dtypes import DTYPES
 from rlhf3d.engine.finite import NonFiniteUpdate, require_finite
 from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch, token_shape
+from rlhf3d.engine.offload import ModelStates
 from rlhf3d.engine.param_gather import ParamGather
-from rlhf3d.engine.residence import EngineResidence
 from rlhf3d.models.boxes import Box
 from rlhf3d.models.megatron import (
     HEADS,
@@ -45,7 +46,7 @@ from rlhf3d.parallel.platform import Platform
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What all models of a rank share."""
+    """Settings that all models of a rank share."""
 
     spec: ModelSpec
     layout: ParallelLayout
@@ -57,13 +58,13 @@ class EngineContext:
     temperature: float
     total_steps: int
     skip_nonfinite: bool = False
-    """Leave out an optimizer step whose loss or gradient is not finite, instead of stopping."""
+    """Skip an optimizer step whose loss or gradient is not finite, instead of stopping."""
     packed: bool = False
     """Micro-batches are packed sequences instead of padded rows."""
     offload: bool = False
-    """Keep weights, gradients and optimizer state in host memory while the model is not at work."""
+    """Keep weights, gradients and optimizer state in host memory between calls."""
     shared: bool = False
-    """Engines that sleep take the device's memory while the model is not at work."""
+    """Engines that sleep take the device's memory between calls."""
 
 
 class MegatronEngine:
@@ -104,7 +105,7 @@ class MegatronEngine:
         else:
             for model in self.models:
                 model.requires_grad_(False)
-        self.residence = EngineResidence(
+        self.states = ModelStates(
             self.models,
             self.optimizer,
             context.platform.free_cached,
@@ -139,10 +140,13 @@ class MegatronEngine:
             for i, model in enumerate(self.models)
         ]
         self.gather = ParamGather(self.models if layout.overlap_param_gather else [])
-        # Shares of the loss are already normalised: no division by tokens, micro-batches or replicas.
-        self.config.finalize_model_grads_func = lambda models, num_tokens=None, **kwargs: (
+
+        # Shares of the loss are normalized already: no division by tokens, micro-batches or
+        # replicas.
+        def finalize(models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
             finalize_model_grads(models, None, **kwargs)
-        )
+
+        self.config.finalize_model_grads_func = finalize
         if layout.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -157,7 +161,7 @@ class MegatronEngine:
                 adam_eps=optim.eps,
                 clip_grad=optim.clip_grad,
                 bf16=self.context.dtype == "bfloat16",
-                params_dtype=DTYPES[self.context.dtype],
+                params_dtype=getattr(torch, self.context.dtype),
                 use_distributed_optimizer=layout.distributed_optimizer,
                 overlap_param_gather=layout.overlap_param_gather,
             ),
@@ -181,47 +185,44 @@ class MegatronEngine:
     def forward(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]]
     ) -> dict[str, Tensor] | None:
-        """Response-aligned outputs [N, R] of the batch's rows: logprobs and entropy, or values.
+        """Compute response-aligned outputs [N, R] of the rows: logprobs and entropy, or values.
 
-        Every row must stand in exactly one micro-batch; an empty one runs a filler (see `make_microbatch`). None on
-        ranks that are not on the last pipeline stage.
+        Every row must be in exactly one micro-batch; an empty one runs a filler (see
+        `make_microbatch`). Returns None on ranks that are not on the last pipeline stage.
         """
         for model in self.models:
             model.eval()
 
-        def keep(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-            data = {name: column.cpu() for name, column in self._columns(micro, output).items()}
-            return (
-                output.new_zeros(()),
-                torch.zeros((), dtype=torch.int, device=output.device),
-                data,
-            )
+        def no_loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            columns = {name: column.cpu() for name, column in self._columns(micro, output).items()}
+            return output.new_zeros(()), _no_tokens(output), columns
 
-        with self.residence.at_work("weights"):
-            results = self._run(batch, micro_batches, keep, forward_only=True)
+        with self.states.on_device("weights"):
+            results = self._run(batch, micro_batches, no_loss, forward_only=True)
         if not self.is_last_stage:
             return None
-        names = list(results[0])
-        merged = {name: torch.zeros_like(batch["response_mask"]) for name in names}
+        merged = {name: torch.zeros_like(batch["response_mask"]) for name in results[0]}
         for rows, result in zip(micro_batches, results, strict=True):
-            for name in names if rows else ():
-                merged[name][list(rows), : result[name].shape[1]] = result[name]
+            if not rows:  # a filler
+                continue
+            for name, column in result.items():
+                merged[name][list(rows), : column.shape[1]] = column
         return merged
 
     def update(
         self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective
     ) -> UpdateResult:
-        """One optimizer step a mini-batch.
+        """Take one optimizer step per mini-batch.
 
-        A step whose loss or gradient is not finite is taken on no rank: NonFiniteUpdate, or with the context's
-        `skip_nonfinite` the next mini-batch; metrics are means over the steps taken.
+        A step whose loss or gradient is not finite is taken on no rank: it raises NonFiniteUpdate,
+        or is skipped with the context's `skip_nonfinite`. Metrics are means over the steps taken.
         """
         assert self.optimizer is not None, "this model is not trainable"
         for model in self.models:
             model.train()
         self.scheduler.step(increment=1)
         taken, skipped = [], []
-        with self.residence.at_work("weights", "gradients", "optimizer"):
+        with self.states.on_device("weights", "gradients", "optimizer"):
             for mini in mini_batches:
                 try:
                     taken.append(self._optimizer_step(batch, mini, objective))
@@ -230,17 +231,19 @@ class MegatronEngine:
                         raise
                     skipped.append(str(problem))
             self.gather.finish()
-        steps = max(len(taken), 1)
-        totals = {
-            name: sum(shares[name] for shares, _ in taken) / steps
-            for name in (taken[0][0] if taken else ())
-        }
-        grad_norm = sum(norm for _, norm in taken) / steps if taken else math.nan
-        return UpdateResult(totals, grad_norm, self.optimizer.param_groups[0]["lr"], tuple(skipped))
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not taken:
+            return UpdateResult({}, math.nan, lr, tuple(skipped))
+        means: dict[str, float] = {}
+        for name in taken[0][0]:
+            means[name] = sum(shares[name] for shares, _ in taken) / len(taken)
+        grad_norm = sum(norm for _, norm in taken) / len(taken)
+        return UpdateResult(means, grad_norm, lr, tuple(skipped))
 
     def _optimizer_step(
         self, batch: Batch, mini: MiniBatch, objective: Objective
     ) -> tuple[dict[str, float], float]:
+        """Take one step; return metric shares (none before the last stage) and gradient norm."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -250,15 +253,15 @@ class MegatronEngine:
             columns = self._columns(micro, output)
             seen.append((micro.rows, {name: column.detach() for name, column in columns.items()}))
             share, metrics = objective(micro.rows.columns, columns, mini.norm)
-            return share, torch.zeros((), dtype=torch.int, device=share.device), metrics
+            return share, _no_tokens(share), metrics
 
         results = self._run(batch, mini.micro_batches, loss, forward_only=False)
         shares: dict[str, float] = {}
         for result in results if self.is_last_stage else ():
             for name, value in result.items():
                 shares[name] = shares.get(name, 0.0) + float(value)
-        # step() prepares them and takes their norm again, under 1 % of a step: only before it can a
-        # gradient that is not finite be refused, on every rank, without redoing Megatron's own steps.
+        # step() prepares them and takes their norm again, under 1 % of a step: only before it can
+        # a gradient that is not finite be refused on every rank without redoing Megatron's steps.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite(shares, grad_norm, seen, self.context.device)
@@ -267,14 +270,17 @@ class MegatronEngine:
         return shares, grad_norm
 
     def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
-        """(HF tensor, box in it, view of the local weight) of all that this rank is the one to export."""
+        """Yield (HF tensor, box in it, view of the local weight) of what this rank exports.
+
+        Of all copies of a weight, one rank exports it.
+        """
         context = self.context
         return export_pieces(
             self.chunks, context.spec, context.layout, self.coords, HEADS[self.role]
         )
 
     def params(self) -> dict[tuple[int, str], torch.nn.Parameter]:
-        """(model chunk, name in the weight table) -> local weights."""
+        """Return the local weights by (model chunk, name in the weight table)."""
         context = self.context
         bound = bound_params(
             self.chunks, context.spec, context.layout, self.coords, HEADS[self.role]
@@ -282,14 +288,17 @@ class MegatronEngine:
         return {(chunk, entry.name): param for chunk, entry, param in bound}
 
     def _columns(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
-        """Outputs [b, r] of the last stage in fp32, the same on all context-parallel ranks; zero beside responses."""
-        columns = {
-            name: micro.scatter(value) for name, value in self._outputs(micro, output).items()
-        }
+        """Outputs [b, r] of the last stage in fp32, zero outside of responses.
+
+        They are the same on all context-parallel ranks.
+        """
+        outputs = self._outputs(micro, output)
+        columns = {name: micro.scatter(value) for name, value in outputs.items()}
         if self.context.layout.cp == 1:
             return columns
-        whole = sum_shares(torch.stack(list(columns.values())), self.cp_group)
-        return dict(zip(columns, whole.unbind(), strict=True))
+        # Each rank has the tokens it holds, and zero elsewhere.
+        complete = sum_shares(torch.stack(list(columns.values())), self.cp_group)
+        return dict(zip(columns, complete.unbind(), strict=True))
 
     def _outputs(self, micro: MicroBatch, output: Tensor) -> dict[str, Tensor]:
         """Per-response-token outputs [T] of the last stage, in fp32."""
@@ -317,7 +326,10 @@ class MegatronEngine:
         finish: Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, Any]],
         forward_only: bool,
     ) -> list[Any]:
-        """Drive Megatron's schedule over the micro-batches; the `finish` data of each, on the last stage."""
+        """Run Megatron's schedule over the micro-batches.
+
+        Returns the third result of `finish` for each of them, on the last stage.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from rlhf3d.parallel.pipeline import schedule_arguments
@@ -335,12 +347,12 @@ class MegatronEngine:
             )
             return output, partial(finish, micro)
 
-        cp, tp = (
-            self.context.layout.cp,
-            self.context.layout.tp if self.config.sequence_parallel else 1,
-        )
-        sizes = [token_shape(batch, rows, self.widths, cp) for rows in micro_batches]
-        shapes = [(s // tp, b, self.config.hidden_size) for b, s in sizes]
+        layout = self.context.layout
+        sizes = [token_shape(batch, rows, self.widths, layout.cp) for rows in micro_batches]
+        # With sequence parallelism a tensor rank sends its part of the sequence.
+        parts = layout.tp if self.config.sequence_parallel else 1
+        shapes = [(s // parts, b, self.config.hidden_size) for b, s in sizes]
+        # Every model chunk passes over all micro-batches by itself.
         streams = [map(make, micro_batches) for _ in self.models]
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
@@ -353,6 +365,11 @@ class MegatronEngine:
             **schedule_arguments(self.config, shapes),
         )
         return result
+
+
+def _no_tokens(like: Tensor) -> Tensor:
+    """The token count that Megatron's schedule asks of a loss, which `finalize` ignores."""
+    return torch.zeros((), dtype=torch.int, device=like.device)
 
 
 def _packing(micro: MicroBatch) -> Any:

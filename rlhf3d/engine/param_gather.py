@@ -1,7 +1,8 @@
-"""Weights gathered over replicas behind the next mini-batch's forward pass, instead of before it.
+"""Weights gathered over replicas during the next mini-batch's forward pass, instead of before it.
 
-Invariant: a weight is whole before anything reads it: while `pending`, a module waits for its own in Megatron's
-pre-hook and a reader that is no module calls `wait_for`; outside of an update nothing is pending and no hook is there.
+Invariant: a weight is complete before anything reads it. While `pending`, a module waits for its
+own in Megatron's pre-hook, and a reader that is no module calls `wait_for`; outside of an update
+nothing is pending and there is no hook.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 class ParamGather:
-    """The gathers of one engine's models, which are Megatron's DistributedDataParallel with overlap_param_gather."""
+    """The gathers of one engine's models: Megatron's DDP with `overlap_param_gather`."""
 
     def __init__(self, models: Sequence[Any]) -> None:
         self._models = models
@@ -22,7 +23,7 @@ class ParamGather:
             model.disable_forward_pre_hook(param_sync=False)
 
     def stepped(self) -> None:
-        """The optimizer has changed each replica's share: the next forward pass gathers, or else `finish`."""
+        """Note that each replica's share changed: the next forward pass or `finish` gathers."""
         if self._pending or not self._models:
             return
         for model in self._models:
@@ -30,12 +31,12 @@ class ParamGather:
         self._pending = True
 
     def wait_for(self, weight: Tensor) -> None:
-        """Have a weight of the last model chunk whole, which something else than its own module's forward reads."""
+        """Wait for a weight of the last model chunk, for a reader other than its own module."""
         if self._pending:
             self._models[-1].param_to_bucket_group[weight].finish_param_sync()
 
     def finish(self) -> None:
-        """Have every weight whole, and leave it to its readers."""
+        """Gather every weight, and take the hooks off."""
         if self._pending:
             for model in self._models:
                 model.disable_forward_pre_hook(param_sync=True)

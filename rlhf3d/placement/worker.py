@@ -193,7 +193,7 @@ class TrainWorker:
 
     def send_weights(self, name: str, policy_version: int, sync: int) -> SendReport:
         """Send this rank's share of the actor's weights."""
-        with self.engines["actor"].residence.at_work("weights"):
+        with self.engines["actor"].states.on_device("weights"):
             return self.streams[name].send(policy_version, sync)
 
     def start_save(self, role: str, folder: str) -> None:
@@ -203,7 +203,7 @@ class TrainWorker:
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
         engine, optimizer = self.engines[role], self.setup.save_optimizer
-        with engine.residence.at_work("weights", "optimizer"):
+        with engine.states.on_device("weights", "optimizer"):
             self._saves.append(start_save(Path(folder), engine, optimizer, self._writer))
 
     def written(self) -> bool:
@@ -221,5 +221,5 @@ class TrainWorker:
         from rlhf3d.checkpoints.sharded import load
 
         engine = self.engines[role]
-        with engine.residence.at_work("weights", "optimizer"):
+        with engine.states.on_device("weights", "optimizer"):
             return load(Path(folder), engine, optimizer)

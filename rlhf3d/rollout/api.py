@@ -1,6 +1,7 @@
-"""What the loop knows of a rollout engine: token ids in, token ids and log-probabilities out.
+"""A rollout engine as the loop sees it: token ids in, token ids and log-probabilities out.
 
-Invariant: every completion names the policy version that wrote all of its tokens. Pure: no vLLM, no torch.
+Invariant: every completion names the policy version that wrote all of its tokens.
+Pure: no vLLM, no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How all requests of one call are sampled."""
+    """Sampling of all requests of one call."""
 
     temperature: float = 1.0
     """Divides the logits before the softmax; ignored when greedy."""
@@ -27,18 +28,19 @@ class SamplingSettings:
     top_k: int = -1
     """Top-k sampling; -1 is off."""
     max_tokens: int = 512
-    """Longest completion, tokens, the stop token included."""
+    """Longest completion in tokens, stop token included."""
     greedy: bool = False
     """Take the most likely token; its log-probabilities are those at temperature 1."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a completion besides those of the engine (`Stops`)."""
+    """Tokens that end a completion, in addition to the engine's `Stops`."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token")
         if not self.greedy and self.temperature <= 0:
             raise ValueError(
-                f"temperature={self.temperature}: must be above 0; for the most likely token set greedy"
+                f"temperature={self.temperature}: must be above 0; for the most likely token set "
+                "greedy"
             )
 
 
@@ -49,8 +51,8 @@ class Stops:
     token_ids: tuple[int, ...] = ()
     """Any of these tokens, which is then the completion's last."""
     strings: tuple[str, ...] = ()
-    """Any of these texts: the token that completes it is the completion's last. All tokens up to it were generated, so
-    all are trained on, and the text that is scored contains the string."""
+    """Any of these texts: the token that completes it is the completion's last. All tokens up to it
+    were generated, so all are trained on, and the text that is scored contains the string."""
 
 
 NO_STOPS = Stops()
@@ -62,7 +64,7 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
-    """Seeds this completion alone: it does not depend on what else is in the batch."""
+    """Seeds this completion only: it does not depend on what else is in the batch."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class Completion:
     """One sampled completion."""
 
     token_ids: Sequence[int]
-    """Generated tokens, the stop token included; of an engine as `array("i")`, no object a token."""
+    """Generated tokens, stop token included; engines return `array("i")`: no object per token."""
     logprobs: Sequence[float]
-    """log p(token | prompt, earlier tokens) under the sampling distribution, as many as tokens; `array("f")`."""
+    """log p(token | prompt, earlier tokens) under the sampling distribution, one per token;
+    `array("f")`."""
     finish_reason: FinishReason
     """stop: a stop token ended it; length: max_tokens did."""
     policy_version: int
@@ -81,11 +84,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One weight update of one engine."""
+    """One weight update of one engine rank."""
 
     policy_version: int
     received_bytes: int
-    """Bytes of weights, the largest of its ranks."""
+    """Bytes of weights."""
     wait_s: float
     """Seconds spent waiting for senders."""
     verify_s: float
@@ -97,50 +100,54 @@ class SyncReport:
 class RolloutEngine(Protocol):
     """One engine.
 
-    `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve: between the two, `score`
-    and `cached_tokens` can check it.
+    `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve:
+    between the two, `score` and `cached_tokens` can check it.
     """
 
     @property
     def policy_version(self) -> int | None:
-        """The version being served; None until the first `publish` and while an update is under way."""
+        """The version that is served; None until the first `publish` and during an update."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """Sample one completion a request, in order. Raises RuntimeError when nothing is published."""
+        """Sample one completion per request, in order.
+
+        Raises RuntimeError when nothing is published.
+        """
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingSettings
     ) -> Iterator[dict[int, Completion]]:
-        """As `generate`, in parts as they finish: by number of the request."""
+        """Sample as `generate`, in parts as they finish, by number of the request."""
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
-        """Open this engine's end of the weight stream; it is number `engine` of the setup's."""
+        """Open the weight stream's end of this engine, which is number `engine` of the setup."""
 
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """Receive, verify and load the stream's sync number `sync`.
 
-        Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing any more.
+        Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing
+        any more.
         """
 
     def sleep(self) -> None:
-        """Serve nothing and give back what memory can be given back, until the next `update_weights`."""
+        """Serve nothing and release what memory can be released, until the next update."""
 
     def publish(self, policy_version: int) -> None:
-        """Serve what was loaded. Raises RuntimeError unless `policy_version` is what was loaded last."""
+        """Serve what was loaded. Raises RuntimeError for another `policy_version`."""
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """log p(token t | tokens before t) at `temperature` for t = 1, 2, ... of each sequence."""
+        """Return log p(token t | tokens before t) for t = 1, 2, … of each sequence."""
 
     def cached_tokens(self) -> int:
-        """How many tokens of a prompt served before would be taken from the prefix cache: 0 right after an update."""
+        """Return how many tokens of an earlier prompt the prefix cache holds: 0 after an update."""
 
     def close(self) -> None:
         """Free the engine and its processes."""
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
-    """A 63-bit seed of one completion: the same in every run, process and Python version."""
+    """Return a 63-bit seed of one completion, the same in every process and Python version."""
     key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -15,7 +15,7 @@ from rlhf3d.rollout.api import NO_STOPS, Stops
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine's model, its section of the configuration, and what follows from other sections."""
+    """An engine's model, its section of the configuration, and values of other sections."""
 
     model_path: str
     """HF folder: the architecture, and where `load_weights` says so the weights."""

@@ -1,12 +1,15 @@
 """vLLM behind the rollout interface: one tensor-parallel rank of an engine, in this process.
 
-Invariant: an engine serves only weights that were verified, loaded and published in this process; from the start of
-an update until `publish` it refuses to generate. It starts from dummy weights, so nothing else could be served; or, for
-evaluation, from those of the model folder, which are policy 0.
+Invariant: an engine serves only weights that were verified, loaded and published in this process;
+from the start of an update until `publish` it refuses to generate. It starts from dummy weights, so
+nothing else could be served; or, for evaluation, from those of the model folder, which are policy
+0.
 
-The ranks of an engine are equals: each schedules the same requests and gets the same completions (vLLM's
-external_launcher), so all must get the same calls in the same order. Any process can be a rank, so a rank can be put on
-the GPU of the training rank whose weights it shares most of.
+The ranks of an engine are equals: each schedules the same requests and computes the same
+completions (vLLM's external_launcher), so all must get the same calls in the same order. Any
+process can be a rank, so a rank can be put on the GPU of the training rank whose weights it shares
+most of.
+Runs in: engine rank, or the process of `rlhf3d evaluate`.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -32,15 +35,25 @@ from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 from rlhf3d.units import GIB
 
+if TYPE_CHECKING:
+    from rlhf3d.rollout.worker_extension import WeightSyncWorker
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
 STREAM_S = 0.25
-"""Completions are handed on in parts of so many seconds."""
+"""Seconds between two parts of completions."""
 MEETING_S = 300.0
 """Deadline for the ranks of an engine to meet."""
 WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
 class VLLMEngine:
-    """A rank of a `RolloutEngine`. One a process: vLLM reads its settings from the environment, which this sets."""
+    """A rank of a `RolloutEngine`.
+
+    One per process: vLLM reads settings from the environment, which `start` sets.
+    """
 
     def __init__(self, settings: EngineSettings, *, threads: int = 1, rank: int = 0) -> None:
         """Make rank `rank` of an engine, with `threads` CPU threads; `start` starts vLLM."""
@@ -53,6 +66,7 @@ class VLLMEngine:
         self._policy_version: int | None = None
         self._served_prompt: Sequence[int] = ()
         self._llm: Any = None
+        self._worker: type[WeightSyncWorker]
 
     def start(self, meeting: tuple[str, int] | None = None, host: str = "127.0.0.1") -> VLLMEngine:
         """Start vLLM; return the engine itself.
@@ -84,6 +98,9 @@ class VLLMEngine:
         # holds more than the model.
         with model_view(path) if own else nullcontext(path) as folder:
             self._llm = LLM(str(folder), **_llm_arguments(settings))
+        from rlhf3d.rollout.worker_extension import WeightSyncWorker  # imports vLLM
+
+        self._worker = WeightSyncWorker
         if settings.load_weights:
             self._loaded_version = self._policy_version = 0
         if meeting is not None:
@@ -92,31 +109,28 @@ class VLLMEngine:
 
     @property
     def policy_version(self) -> int | None:
-        """The version being served, if any."""
+        """The policy version that is served, if any."""
         return self._policy_version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """See `RolloutEngine.generate`; nothing comes of ranks after the first."""
-        completions = {
-            number: made
-            for part in self.stream(requests, sampling)
-            for number, made in part.items()
-        }
-        return [completions[number] for number in range(len(completions))]
+        """See `RolloutEngine.generate`; empty on ranks after the first."""
+        return _in_order(self.stream(requests, sampling))
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingSettings
     ) -> Iterator[dict[int, Completion]]:
-        """See `RolloutEngine.stream`. Raises ValueError for a request that cannot fit max_model_len."""
+        """See `RolloutEngine.stream`. Raises ValueError for a request over max_model_len."""
         version = self._policy_version
         if version is None:
             raise RuntimeError(
-                "this engine serves no policy yet: update_weights, then publish, come before generate"
+                "this engine serves no policy yet: update_weights, then publish, come before "
+                "generate"
             )
         for request in requests:
             if len(request.prompt_ids) + sampling.max_tokens > self._settings.max_model_len:
                 raise ValueError(
-                    f"a prompt of {len(request.prompt_ids)} tokens and max_tokens={sampling.max_tokens} do not fit "
+                    f"a prompt of {len(request.prompt_ids)} tokens and "
+                    f"max_tokens={sampling.max_tokens} do not fit "
                     f"max_model_len={self._settings.max_model_len}"
                 )
         common = {
@@ -132,41 +146,40 @@ class VLLMEngine:
             "logprobs": 0,
             "flat_logprobs": True,
         }
-        for part in self._stream(
-            [request.prompt_ids for request in requests],
-            [self._params(seed=request.seed, **common) for request in requests],
-        ):
-            if self._rank == 0:  # an engine's other ranks compute the same
-                yield {
-                    number: _completion(output.outputs[0], version)
-                    for number, output in part.items()
-                }
-        self._served_prompt = max((request.prompt_ids for request in requests), key=len)
+        prompts = [request.prompt_ids for request in requests]
+        params = [self._params(seed=request.seed, **common) for request in requests]
+        for part in self._stream(prompts, params):
+            if self._rank > 0:  # it computes the same as rank 0, whose completions count
+                continue
+            yield {
+                number: _completion(output.outputs[0], version) for number, output in part.items()
+            }
+        self._served_prompt = max(prompts, key=len)
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
         """See `RolloutEngine.open_weights`."""
-        self._llm.collective_rpc("open_weights", args=(setup, engine, meeting))
+        self._on_worker(self._worker.open_weights, setup, engine, meeting)
 
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """See `RolloutEngine.update_weights`."""
         self._policy_version = self._loaded_version = None
         self._wake("weights")
-        times = self._llm.collective_rpc("receive_weights", args=(policy_version, sync))[0]
+        report = self._on_worker(self._worker.receive_weights, policy_version, sync)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM kept its prefix cache, computed with the old weights: are requests running?"
             )
         self._loaded_version = policy_version
-        return SyncReport(policy_version=policy_version, **times)
+        return report
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
         self._policy_version = self._loaded_version = None
         if self._frees_memory and not self._asleep:
-            self._llm.sleep(level=2)  # the weights come anew: no copy is kept
+            self._llm.sleep(level=2)  # no copy is kept: the weights will be sent again
             self._asleep = ["weights", "kv_cache"]
         if self._forgets:
-            self._llm.collective_rpc("forget_weights")
+            self._on_worker(self._worker.forget_weights)
 
     def publish(self, policy_version: int) -> None:
         """See `RolloutEngine.publish`."""
@@ -184,21 +197,22 @@ class VLLMEngine:
             raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
         for sequence in token_ids:
             if not 2 <= len(sequence) < self._settings.max_model_len:
-                raise ValueError(
-                    f"cannot score {len(sequence)} tokens: 2 to {self._settings.max_model_len - 1} are possible"
-                )
+                most = self._settings.max_model_len - 1
+                raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {most} are possible")
         params = self._params(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
-        self._llm.collective_rpc("set_logit_scale", args=(1.0 / temperature,))
+        self._on_worker(self._worker.set_logit_scale, 1.0 / temperature)
         try:
             outputs = self._run(token_ids, [params] * len(token_ids))
         finally:
-            self._llm.collective_rpc("set_logit_scale", args=(1.0,))
-        found = [output.prompt_logprobs for output in outputs]
-        for flat, sequence in zip(found, token_ids, strict=True):
+            self._on_worker(self._worker.set_logit_scale, 1.0)
+        logprobs = []
+        for output, sequence in zip(outputs, token_ids, strict=True):
+            flat = output.prompt_logprobs
             assert flat.token_ids == list(sequence[1:]), "vLLM's log-probs are of other tokens"
-        return [flat.logprobs for flat in found]
+            logprobs.append(flat.logprobs)
+        return logprobs
 
     def cached_tokens(self) -> int:
         """See `RolloutEngine.cached_tokens`; 0 where no prompt was served yet."""
@@ -211,47 +225,39 @@ class VLLMEngine:
         """Shut vLLM down and stop its processes; a second call does nothing."""
         if self._llm is not None:
             self._policy_version = self._loaded_version = None
-            self._llm.collective_rpc("close_weights")
+            self._on_worker(self._worker.close_weights)
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def _wake(self, part: str) -> None:
-        """Take memory again: of the weights before they are written, of the cache before the first request, when the
-        training ranks may have let go of theirs."""
+        """Take memory again, where this engine sleeps.
+
+        For the weights, before they are written. For the cache, before the first request: by then
+        training ranks have released theirs.
+        """
         if part in self._asleep:
             self._llm.wake_up(tags=[part])
             self._asleep.remove(part)
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         """vLLM's output of each prompt, in order."""
-        outputs = {
-            number: output
-            for part in self._stream(prompts, params)
-            for number, output in part.items()
-        }
-        return [outputs[number] for number in range(len(prompts))]
+        return _in_order(self._stream(prompts, params))
 
     def _stream(
         self, prompts: Sequence[Sequence[int]], params: Sequence[Any]
     ) -> Iterator[dict[int, Any]]:
-        """vLLM's outputs by number of their prompt, what has finished every STREAM_S."""
+        """vLLM's outputs by number of their prompt: every STREAM_S, those that have finished."""
         self._wake("kv_cache")
         first = self._llm.request_counter.counter  # vLLM names requests by counting them
-        self._llm.enqueue(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], list(params), use_tqdm=False
-        )
-        engine, answered, finished, since = (
-            self._llm.llm_engine,
-            0,
-            dict[int, Any](),
-            time.monotonic(),
-        )
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        self._llm.enqueue(inputs, list(params), use_tqdm=False)
+        engine = self._llm.llm_engine
+        finished: dict[int, Any] = {}
+        answered, since = 0, time.monotonic()
         while engine.has_unfinished_requests():
-            finished |= {
-                int(output.request_id) - first: output
-                for output in engine.step()
-                if output.finished
-            }
+            for output in engine.step():
+                if output.finished:
+                    finished[int(output.request_id) - first] = output
             if finished and time.monotonic() - since > STREAM_S:
                 answered, since = answered + len(finished), time.monotonic()
                 yield finished
@@ -260,6 +266,24 @@ class VLLMEngine:
         assert answered == len(prompts), f"vLLM answered {answered} of {len(prompts)} requests"
         if finished:
             yield finished
+
+    def _on_worker(
+        self,
+        method: Callable[Concatenate[WeightSyncWorker, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Call a method that this project adds to vLLM's worker, which is in this process."""
+        answers: list[R] = self._llm.collective_rpc(method.__name__, args=args, kwargs=kwargs)
+        return answers[0]
+
+
+def _in_order(parts: Iterable[dict[int, T]]) -> list[T]:
+    """What comes in parts, by number, in the order of the numbers."""
+    items: dict[int, T] = {}
+    for part in parts:
+        items |= part
+    return [items[number] for number in range(len(items))]
 
 
 def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -316,14 +340,17 @@ def _gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
 
 
 def _complete_config(config: Any, head_dtype: str) -> Any:
-    """Name the class of the model's type (by `architectures` vLLM would take another, or where that is null none) and
-    the dtype of the logits."""
+    """Name the class of the model's type, and the dtype of the logits.
+
+    By `architectures` vLLM would take another class, or none where that is null.
+    """
     config.architectures = [architecture(config.model_type, "CausalLM")]
     config.head_dtype = head_dtype
     return config
 
 
 def _completion(output: Any, policy_version: int) -> Completion:
+    # Arrays: one object per completion instead of one per token.
     tokens, flat = array("i", output.token_ids), output.logprobs
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(
@@ -334,20 +361,24 @@ def _completion(output: Any, policy_version: int) -> Completion:
 
 
 def _forget_shared_memory(port: int) -> None:
-    """Remove the names of what vLLM's CPU ranks share, now that all have opened it: it goes with its processes."""
+    """Remove the files that vLLM's CPU ranks share, now that all have opened them.
+
+    Without a name the memory is freed when the processes end, however they do.
+    """
     for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
         file.unlink(missing_ok=True)
 
 
 def _rank_environment(rank: int, ranks: int, host: str) -> dict[str, str]:
-    """What torchrun would set, each rank seeing one device; and where ranks on other nodes find this one."""
+    """What torchrun would set, each rank seeing one device, and this one's address."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": "1",
         "VLLM_HOST_IP": host,
-        # torch's symmetric memory takes processes that all have a device 0 for one device, and would fail.
+        # torch's symmetric memory would fail: to it, processes that each have a device 0 are on
+        # one device.
         "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     }
 
@@ -359,7 +390,8 @@ def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, s
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "HF_HUB_OFFLINE": "1",
-        # Of YaRN's window vLLM knows what max_position_embeddings says; ours was checked against the model's.
+        # vLLM takes YaRN's window from max_position_embeddings alone; ours was checked against
+        # the model's.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "OMP_NUM_THREADS": str(threads),
     }
@@ -367,7 +399,7 @@ def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, s
         # "auto" would reserve a core and bind every engine of this host to the same ones.
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if on_cpu and enforce_eager:
-        # vLLM's log-prob ranks, which nobody reads, would otherwise be compiled at the first request: seconds, and a
-        # C++ compiler on the user's machine.
+        # vLLM's ranks of log-probs, which nobody reads, would otherwise be compiled at the first
+        # request: that takes seconds, and a C++ compiler on the user's machine.
         settings["TORCH_COMPILE_DISABLE"] = "1"
     return settings

@@ -1,12 +1,16 @@
-"""Puts new weights into a live vLLM model, in vLLM's own layout: no checkpoint loader, no second copy of the model.
+"""New weights for a live vLLM model, in vLLM's own layout, without a second copy of the model.
 
-Invariant: after `finish`, every layer computes with what was written since the last one, and nothing of the source
-stays referenced. Most parameters are live storage, and rows are copied into them. vLLM's CPU kernels instead compute
-with packed copies that no write to a parameter reaches: linear layers (whose plain weight is gone), vocabulary heads
-(whose weight may be the embedding's) and experts; those are packed again, by vLLM's own code. So are layers that
-compute in FP8: vLLM quantises the whole new weight as it does at its start. `_is_packed` alone tells one kind from the
-other, by looking at the layer. A layout that is neither plain nor known is refused by name.
+Invariant: after `finish`, every layer computes with what was written since the last one, and
+nothing of the source stays referenced.
+
+Most parameters are live storage, and rows are copied into them. vLLM's CPU kernels instead compute
+with packed copies that no write to a parameter reaches: linear layers (whose plain weight is gone),
+vocabulary heads (whose weight may be the embedding's) and experts. Those are packed again, by
+vLLM's own code. So are layers that compute in FP8: vLLM quantizes the complete new weight as it
+does at its start. `_is_packed` alone distinguishes the two kinds, by looking at the layer. A layout
+that is neither plain nor known is refused by name.
 Read against vLLM 0.32.
+Runs in: engine rank.
 """
 
 from __future__ import annotations
@@ -37,14 +41,15 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from rlhf3d.models.weights import LocalParam
 
 PLAIN_MOE_BACKENDS = (UnquantizedMoeBackend.TRITON, UnquantizedMoeBackend.BATCHED_TRITON)
-"""CUDA expert kernels that compute with [experts, rows, columns] as it was created; others shuffle it in place."""
+"""CUDA expert kernels that compute with [experts, rows, columns] as it was created; others shuffle
+it in place."""
 FP8_KERNELS = (ChannelWiseTorchFP8ScaledMMLinearKernel, CutlassFP8ScaledMMLinearKernel)
-"""FP8 kernels that compute with a layer's `weight` and `weight_scale` and keep nothing else of it."""
+"""FP8 kernels that compute with a layer's `weight` and `weight_scale` and keep nothing else."""
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a parameter lives: attribute `leaf` of `layer`."""
+    """A parameter's place: attribute `leaf` of `layer`."""
 
     layer: Any
     leaf: str
@@ -57,19 +62,19 @@ class _Slot:
 
 
 class WeightWriter:
-    """Puts parameters, given whole or in row ranges, into a live vLLM model, packed kernels included.
+    """Write parameters, complete or in row ranges, into a live vLLM model.
 
-    One update: for every parameter, `in_place` and copies into it, or `load_packed`; then `finish`. The order of
-    parameters does not matter. The model must not run in between.
+    One update: for every parameter, `in_place` and copies into it, or `load_packed`; then `finish`.
+    The order of parameters does not matter. The model must not run in between.
     """
 
     def __init__(
         self, model: torch.nn.Module, params: Sequence[LocalParam], dtype: torch.dtype
     ) -> None:
-        """`params` as `engine_params` tells them for this rank; `dtype` is that of the tensors to come.
+        """Take the `params` of this rank (`engine_params`), whose values will be of `dtype`.
 
-        Raises RuntimeError naming the parameter whose name, shape or dtype is not the model's, or whose layer keeps
-        it in a layout this class does not know.
+        Raises RuntimeError naming the parameter whose name, shape or dtype is not the model's, or
+        whose layer keeps it in a layout this class does not know.
         """
         self._model = model
         self._dtype = dtype
@@ -78,58 +83,57 @@ class WeightWriter:
         self._slots = {param.name: _slot(model, param, dtype) for param in params}
         self._half_experts: dict[RoutedExperts, tuple[str, torch.Tensor]] = {}
         self._real_rows: dict[str, int] = {}
-        """Of each parameter with padded rows, which nobody sends and which sleep forgets."""
+        """Rows before the padding, which nobody sends and which sleep forgets."""
         for param in params:
             slot = self._slots[param.name]
-            if isinstance(slot.layer, VocabParallelEmbedding):
-                self._real_rows[param.name] = max(
-                    (piece.local_box[0][1] for piece in param.pieces), default=0
-                )
-                if not isinstance(slot.layer, ParallelLMHead):
-                    vars(slot.layer).pop(
-                        "cpu_linear", None
-                    )  # a packed copy that nothing multiplies by
+            if not isinstance(slot.layer, VocabParallelEmbedding):
+                continue
+            ends = [piece.local_box[0][1] for piece in param.pieces]
+            self._real_rows[param.name] = max(ends, default=0)
+            if not isinstance(slot.layer, ParallelLMHead):
+                # A packed copy that nothing multiplies by.
+                vars(slot.layer).pop("cpu_linear", None)
 
     def in_place(self, name: str) -> torch.Tensor | None:
-        """The live storage of a parameter, of its shape, to `copy_` rows into (a bias may be float32: it casts).
+        """Return the live storage of a parameter, to `copy_` rows into.
 
-        None where a kernel computes with a packed copy alone: `load_packed` then takes the whole tensor.
+        `copy_` casts: a bias may be float32. None where a kernel computes with a packed copy alone:
+        `load_packed` then takes the complete tensor.
         """
         slot = self._slots[name]
         return None if slot.packed else slot.tensor
 
-    def load_packed(self, name: str, whole: torch.Tensor) -> None:
-        """Give a packed layer its whole new weight, contiguous, and pack it; `whole` may change afterwards.
+    def load_packed(self, name: str, weight: torch.Tensor) -> None:
+        """Give a packed layer its complete new weight, contiguous, and pack it.
 
-        Raises RuntimeError when vLLM did not pack it as at its start: this engine is then unusable.
+        `weight` may change afterwards. Raises RuntimeError when vLLM did not pack it as at its
+        start: this engine is then unusable.
         """
         slot = self._slots[name]
         assert slot.packed, f"{name} is not packed: write to in_place"
-        assert (
-            whole.shape == self._shapes[name]
-            and whole.dtype == self._dtype
-            and whole.is_contiguous()
-        ), name
+        assert weight.shape == self._shapes[name], name
+        assert weight.dtype == self._dtype and weight.is_contiguous(), name
         if isinstance(slot.layer, RoutedExperts):
-            self._load_experts(name, whole)
-        elif _is_quantised(slot.layer):
-            _quantise(slot.layer, whole)
+            self._load_experts(name, weight)
+        elif _is_quantized(slot.layer):
+            _quantize(slot.layer, weight)
         else:
-            _pack(slot.layer, whole)
-        if slot.tensor.data_ptr() == whole.data_ptr():
+            _pack(slot.layer, weight)
+        if slot.tensor.data_ptr() == weight.data_ptr():
             raise RuntimeError(
                 f"{name}: vLLM kept the plain weight where it kept a packed copy at its start"
             )
 
     def finish(self) -> None:
-        """Pack what depends on several parameters: heads, tied or not, from the weights now in place.
+        """Pack what depends on several parameters: heads, tied or not.
 
-        Raises RuntimeError when a layer got half of its weights.
+        Raises RuntimeError when a layer got only one of its two weights.
         """
         if self._half_experts:
             name, _ = next(iter(self._half_experts.values()))
             raise RuntimeError(
-                f"{name} came alone: the layer's experts are packed when both of their weights are there"
+                f"{name} came alone: the layer's experts are packed when both of their weights are "
+                "there"
             )
         for padded, rows in self._real_rows.items():
             self._slots[padded].tensor[rows:].zero_()
@@ -147,32 +151,31 @@ class WeightWriter:
                 live.fill_(torch.nan)
         self.finish()
 
-    def _load_experts(self, name: str, whole: torch.Tensor) -> None:
-        """Pack a layer's experts when both of their weights are here; the first one waits as a copy."""
+    def _load_experts(self, name: str, weight: torch.Tensor) -> None:
+        """Pack a layer's experts when both of their weights are here; the first waits as a copy."""
         layer = self._slots[name].layer
-        first, waiting = self._half_experts.pop(layer, (name, whole))
+        first, waiting = self._half_experts.pop(layer, (name, weight))
         if first == name:
-            self._half_experts[layer] = name, whole.clone()
+            self._half_experts[layer] = name, weight.clone()
             return
-        for one, weight in ((first, waiting), (name, whole)):
-            setattr(layer, self._slots[one].leaf, torch.nn.Parameter(weight, requires_grad=False))
-        # The quant method's own update would skip this, and leave plain weights where packed ones are read.
+        for part, value in ((first, waiting), (name, weight)):
+            setattr(layer, self._slots[part].leaf, torch.nn.Parameter(value, requires_grad=False))
+        # The quant method's own update would skip this, and leave plain weights where packed ones
+        # are read.
         layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _pack(layer: Any, weight: torch.Tensor) -> None:
     """Let vLLM pack `weight` for a linear layer or head; on CUDA there is nothing to pack."""
     vars(layer).pop("cpu_linear", None)  # frees the old packed copy before the new one is made
-    layer.weight = (
-        weight
-        if isinstance(weight, torch.nn.Parameter)
-        else torch.nn.Parameter(weight, requires_grad=False)
-    )
+    if not isinstance(weight, torch.nn.Parameter):
+        weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight = weight
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def _quantise(layer: Any, weight: torch.Tensor) -> None:
-    """Let vLLM quantise `weight` [out, in] into the storage that kernels, and CUDA graphs, read."""
+def _quantize(layer: Any, weight: torch.Tensor) -> None:
+    """Let vLLM quantize `weight` [out, in] into the storage that kernels, and CUDA graphs, read."""
     live = {name: getattr(layer, name) for name in ("weight", "weight_scale")}
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     layer._already_called_process_weights_after_loading = False
@@ -182,20 +185,19 @@ def _quantise(layer: Any, weight: torch.Tensor) -> None:
         setattr(layer, name, parameter)
 
 
-def _is_quantised(layer: Any) -> bool:
+def _is_quantized(layer: Any) -> bool:
     return type(getattr(layer, "quant_method", None)) is Fp8PtpcOnlineLinearMethod
 
 
 def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
-    found = {name for name, _ in model.named_parameters()}
-    found -= {
-        f"{name}.weight_scale" for name, layer in model.named_modules() if _is_quantised(layer)
-    }
-    problems = [
-        f"{problem} {', '.join(sorted(names)[:5])} ({len(names)} in all)"
-        for problem, names in (("lacks", found - set(wanted)), ("has besides", set(wanted) - found))
-        if names
-    ]
+    names = {name for name, _ in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if _is_quantized(layer):
+            names.discard(f"{name}.weight_scale")
+    problems = []
+    for problem, odd in (("lacks", names - set(wanted)), ("has besides", set(wanted) - names)):
+        if odd:
+            problems.append(f"{problem} {', '.join(sorted(odd)[:5])} ({len(odd)} in all)")
     if problems:
         raise RuntimeError(
             f"vLLM's {type(model).__name__} differs: the weight table {' and '.join(problems)}"
@@ -206,11 +208,12 @@ def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slo
     parent, _, leaf = param.name.rpartition(".")
     layer: Any = model.get_submodule(parent)
     live = getattr(layer, leaf)
-    # vLLM records parameters (but no biases, which are never packed) before the kernels change them.
+    # vLLM records parameters before kernels change them; not biases, which are never packed.
     recorded = get_layerwise_info(layer).restore_metadata[0].get(leaf, live)
     if tuple(recorded.shape) != param.shape:
         raise RuntimeError(
-            f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the table"
+            f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the "
+            "weight table"
         )
     if recorded.dtype != dtype and leaf != "bias":
         raise RuntimeError(
@@ -225,7 +228,10 @@ def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slo
 
 
 def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
-    """Whether kernels compute with a packed copy only. Raises RuntimeError for a layout this file does not know."""
+    """Whether kernels compute with a packed copy only.
+
+    Raises RuntimeError for a layout this file does not know.
+    """
     method: Any = getattr(layer, "quant_method", None)
     if type(method) is UnquantizedFusedMoEMethod:
         backend = method.unquantized_backend
@@ -237,14 +243,14 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
         if backend in PLAIN_MOE_BACKENDS and live.device.type == "cuda" and live.is_contiguous():
             return False
         raise RuntimeError(
-            f"{name}: vLLM's {backend.value} kernels keep experts in a layout of their own, which cannot be written "
-            f"to; start the engine with moe_backend='triton'"
+            f"{name}: vLLM's {backend.value} kernels keep experts in a layout of their own, which "
+            "cannot be written to; start the engine with moe_backend='triton'"
         )
-    if _is_quantised(layer):
+    if _is_quantized(layer):
         if not isinstance(method.fp8_linear, FP8_KERNELS):
             raise RuntimeError(
-                f"{name}: {type(method.fp8_linear).__name__} may keep weights in a layout of its own, which cannot be "
-                "written to; set rollout.quantization=none"
+                f"{name}: {type(method.fp8_linear).__name__} may keep weights in a layout of its "
+                "own, which cannot be written to; set rollout.quantization=none"
             )
         return name.endswith(".weight")
     if method is not None and type(method) not in (
@@ -252,6 +258,7 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
         UnquantizedEmbeddingMethod,
     ):
         raise RuntimeError(
-            f"{name}: weights of {type(method).__name__} cannot be written to; unquantised and fp8_per_channel ones can"
+            f"{name}: weights of {type(method).__name__} cannot be written to; unquantized and "
+            "fp8_per_channel ones can"
         )
     return live.numel() == 0

@@ -1,13 +1,13 @@
-"""What rlhf3d adds to each vLLM worker: its end of the weight stream, and log-probs at a temperature.
+"""What rlhf3d adds to each vLLM worker: its end of the weight stream, and a scale of the logits.
 
-Invariant: after `receive_weights` every layer computes with the received weights, packed copies included. vLLM mixes
-this class into its worker by name (worker_extension_cls).
+Invariant: after `receive_weights` every layer computes with the received weights, packed copies
+included. vLLM mixes this class into its worker by name (worker_extension_cls).
+Runs in: engine rank.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +17,12 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from rlhf3d.resharding.messages import Group
 from rlhf3d.resharding.receiving import MessageInbox, RingInbox, WeightReceiver
 from rlhf3d.resharding.setup import SyncSetup
+from rlhf3d.rollout.api import SyncReport
 from rlhf3d.rollout.weight_writer import WeightWriter
 
 
 class WeightSyncWorker:
-    """Methods for `LLM.collective_rpc`; `self` is vLLM's worker of one rank."""
+    """Methods for `VLLMEngine._on_worker`; `self` is vLLM's worker of one rank."""
 
     if TYPE_CHECKING:
         model_runner: Any
@@ -29,9 +30,9 @@ class WeightSyncWorker:
         device: torch.device
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
-        """Open this rank's end of the stream; `meeting` is where the senders of messages meet, if there are any.
+        """Open this rank's end of the stream; senders of messages, if any, meet at `meeting`.
 
-        Raises RuntimeError, naming the parameter, where vLLM's model is not what the weight table says.
+        Raises RuntimeError, naming the parameter, where vLLM's model differs from the weight table.
         """
         dst = setup.destination_of(engine, get_tensor_model_parallel_rank())
         self._weight_writer = WeightWriter(
@@ -49,37 +50,46 @@ class WeightSyncWorker:
         self._weight_receiver = WeightReceiver(setup, dst, self._weight_inbox)
 
     @torch.no_grad()
-    def receive_weights(self, policy_version: int, sync: int) -> dict[str, float]:
-        """Load one sync; where its seconds went. After a SyncError the engine is unusable: half of it is new."""
+    def receive_weights(self, policy_version: int, sync: int) -> SyncReport:
+        """Load one sync.
+
+        After a SyncError the engine is unusable: part of its weights are new.
+        """
         if not hasattr(self, "_weight_receiver"):
             raise RuntimeError(
-                "this engine has not opened a weight stream: it was started anew since the run began"
+                "this engine has not opened a weight stream: it was started again since the run "
+                "began"
             )
         start = time.perf_counter()
         with set_current_vllm_config(self.vllm_config):
             self._weight_receiver.load(self._weight_writer, policy_version, sync)
-        times = asdict(self._weight_receiver.times)
-        return {
-            **times,
-            "load_s": time.perf_counter() - start - times["wait_s"] - times["verify_s"],
-        }
+        times = self._weight_receiver.times
+        return SyncReport(
+            policy_version=policy_version,
+            received_bytes=times.received_bytes,
+            wait_s=times.wait_s,
+            verify_s=times.verify_s,
+            load_s=time.perf_counter() - start - times.wait_s - times.verify_s,
+        )
 
     @torch.no_grad()
     def forget_weights(self) -> None:
-        """Make all weights NaN, so that one which is not received again shows; before the stream is open they are
-        vLLM's own, and no others were ever here."""
+        """Make all weights NaN, so that one which is not received again shows."""
         if not hasattr(self, "_weight_writer"):
-            return
+            return  # before the stream is open there are only vLLM's dummy weights
         with set_current_vllm_config(self.vllm_config):
             self._weight_writer.forget()
 
     def close_weights(self) -> None:
-        """Let go of the stream's memory."""
+        """Release the stream's memory."""
         if hasattr(self, "_weight_inbox"):
             self._weight_inbox.close()
 
     def set_logit_scale(self, scale: float) -> None:
-        """Multiply logits by `scale` (1 / temperature) before anything reads them; 1.0 restores the model's own."""
+        """Multiply logits by `scale` (1 / temperature) before anything reads them.
+
+        1.0 restores the model's own.
+        """
         processor: Any = getattr(self.model_runner.get_model(), "logits_processor", None)
         assert hasattr(processor, "scale"), (
             "vLLM's model has no logits_processor.scale to score at a temperature"

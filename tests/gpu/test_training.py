@@ -140,7 +140,7 @@ def test_head(dtype: str, target: Target) -> None:
 
 def resting(rank: int, port: int, target: Target) -> list[tuple[float, float]]:
     """(GiB freed by leaving, GiB taken again) of each round; bits are compared."""
-    from rlhf3d.engine.residence import Residents
+    from rlhf3d.engine.offload import Storages
 
     device = target.platform.device()
     states = [
@@ -149,13 +149,13 @@ def resting(rank: int, port: int, target: Target) -> list[tuple[float, float]]:
     ]
     before = [state.cpu().clone() for state in states]
     rounds = []
-    residents = Residents(states)
+    storages = Storages(states)
     for _ in range(3):
         free = [_free_gib(target)]
-        residents.leave()
+        storages.offload()
         target.platform.free_cached()
         free.append(_free_gib(target))
-        residents.enter()
+        storages.restore()
         free.append(_free_gib(target))
         assert all(torch.equal(a.cpu(), b) for a, b in zip(states, before, strict=True))
         rounds.append((free[1] - free[0], free[1] - free[2]))

@@ -324,11 +324,11 @@ def test_faults_are_refused_with_the_tensors_name(
         rig.generate()
     with pytest.raises(RuntimeError, match="cannot publish"):
         rig.call("publish", rig.version)
-    # An engine that was started anew holds nothing and takes nothing.
+    # An engine that was started again holds nothing and takes nothing.
     rig.children[0].submit(start_engine, tmp_path).result()
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         rig.generate()
-    with pytest.raises(RuntimeError, match="started anew"):
+    with pytest.raises(RuntimeError, match="started again"):
         rig.call("update_weights", rig.version, rig.syncs)
 
 

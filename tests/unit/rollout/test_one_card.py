@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf3d.config.schema import Config, RolloutConfig
-from rlhf3d.engine.residence import EngineResidence
+from rlhf3d.engine.offload import ModelStates
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, Platform
 from rlhf3d.trainer.processes import start_models
 
@@ -142,21 +142,21 @@ class Engine:
 
 
 class Trainer:
-    """A `TrainGroup` of one rank: its states, and the real residence of a model that works and rests."""
+    """A `TrainGroup` of one rank: its states, and the real states of a model that is used now and then."""
 
     def __init__(self, card: Card, sleep: bool) -> None:
         """As the actors' processes start: they load at once."""
         self.card = card
         card.take("states", STATES_GIB)
-        self.residence = EngineResidence(
-            [], None, lambda: card.give("kept by torch"), enabled=False, shared=sleep
+        self.states = ModelStates(
+            [], None, lambda: card.give("kept by torch"), offload=False, shared=sleep
         )
 
     def wait_ready(self) -> None:
         pass
 
     def work(self) -> None:
-        with self.residence.at_work("weights"):
+        with self.states.on_device("weights"):
             self.card.take("kept by torch", ACTIVATIONS_GIB)
 
 

@@ -1,7 +1,7 @@
 """Model states in host memory while other work has the device.
 
-Invariant: a tensor keeps its identity, its views and its bits over `leave` and `enter`; between the two its storage on
-the device is empty, and touching it is an error of ours.
+Invariant: a tensor keeps its identity, its views and its bits over `offload` and `restore`; between
+the two its storage on the device is empty, and touching it is a bug.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from torch import Tensor
 PART_BYTES = 1 << 20
 
 
-class Residents:
-    """Storages that come and go together."""
+class Storages:
+    """Storages that leave the device and return together."""
 
     def __init__(
-        self, tensors: Iterable[Tensor], keep: bool = True, without: Iterable[Residents] = ()
+        self, tensors: Iterable[Tensor], keep: bool = True, without: Iterable[Storages] = ()
     ) -> None:
-        """Those of `tensors`, each once, less those of `without`; unless `keep`, they come back as zeros."""
-        others = {number for residents in without for number in residents._storages}
+        """Take the storages of `tensors`, each once, except those of `without`.
+
+        Unless `keep`, they return as zeros.
+        """
+        others: set[int] = set()
+        for group in without:
+            others |= group._storages.keys()
         self._storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -34,30 +39,28 @@ class Residents:
         self._sizes: dict[int, int] = {}
         self.present = True
 
-    def same_as(self, other: Residents) -> bool:
-        """Whether both are of the same storages."""
+    def same_as(self, other: Storages) -> bool:
+        """Return whether both are of the same storages."""
         return self._storages.keys() == other._storages.keys()
 
-    def leave(self) -> None:
-        """Free the device's memory."""
-        assert self.present, "these states have left already"
+    def offload(self) -> None:
+        """Copy the contents to host memory and free the device's."""
+        assert self.present, "these states are offloaded already"
         for number, storage in self._storages.items():
             self._sizes[number] = storage.nbytes()
             if self._keep:
-                # The copies stay allocated from one leave to the next: pinning memory is slow.
+                # The copies stay allocated from one time to the next: pinning memory is slow.
                 if number not in self._copies:
-                    self._copies[number] = host_memory(
-                        storage.nbytes(), storage.device.type != "cpu"
-                    )
-                content = _bytes(storage)
-                for part, host in _parts(content, self._copies[number]):
+                    pinned = storage.device.type != "cpu"
+                    self._copies[number] = host_memory(storage.nbytes(), pinned)
+                for part, host in _parts(_bytes(storage), self._copies[number]):
                     host.copy_(part)
             storage.resize_(0)
         self.present = False
 
-    def enter(self) -> None:
-        """Take the device's memory again."""
-        assert not self.present, "these states are here already"
+    def restore(self) -> None:
+        """Take device memory again and copy the contents back."""
+        assert not self.present, "these states are on the device already"
         for number, storage in self._storages.items():
             storage.resize_(self._sizes[number])
             content = _bytes(storage)
@@ -70,9 +73,9 @@ class Residents:
 
 
 def host_memory(num_bytes: int, pinned: bool) -> list[Tensor]:
-    """Memory of `num_bytes` in all, in parts whose sizes are powers of two, but for less than PART_BYTES.
+    """Allocate `num_bytes` in parts whose sizes are powers of two, except below PART_BYTES.
 
-    torch takes pinned memory in powers of two: of one part, nearly half could lie idle.
+    torch takes pinned memory in powers of two: of one part, nearly half could be unused.
     """
     parts = []
     while num_bytes:
@@ -83,7 +86,7 @@ def host_memory(num_bytes: int, pinned: bool) -> list[Tensor]:
 
 
 def _parts(content: Tensor, hosts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each piece of `content` with its place in host memory."""
+    """Each part of `content` with its place in host memory."""
     return zip(content.split([host.numel() for host in hosts]), hosts, strict=True)
 
 
@@ -91,37 +94,35 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-class EngineResidence:
-    """The states of one engine: on the device where they are asked for, and else in host memory."""
+class ModelStates:
+    """The states of one engine: on the device while they are in use, otherwise in host memory."""
 
     def __init__(
         self,
         models: Sequence[torch.nn.Module],
         optimizer: Any | None,
         free_cached: Callable[[], None],
-        enabled: bool,
+        offload: bool,
         shared: bool = False,
     ) -> None:
-        """Of these models and Megatron's optimizer, if they learn; `free_cached` gives the device's cache back, also
-        of states that stay, where others want the device's memory between work (`shared`)."""
-        self._models, self._optimizer, self._free_cached, self._enabled = (
-            models,
-            optimizer,
-            free_cached,
-            enabled,
-        )
-        self._shared = shared
-        self._states: dict[str, Residents] = {}
-        if enabled:
+        """Take the states of these models and of Megatron's optimizer, if they learn.
+
+        `offload` moves them. `free_cached` releases the device memory that torch keeps; with
+        `shared`, where others need the device between calls, it is called for states that stay too.
+        """
+        self._models, self._optimizer = models, optimizer
+        self._free_cached, self._offloads, self._shared = free_cached, offload, shared
+        self._states: dict[str, Storages] = {}
+        if offload:
             self._find()
             self._leave()
         elif shared:
             free_cached()
 
     @contextmanager
-    def at_work(self, *names: str) -> Iterator[None]:
-        """Have `weights`, `gradients` or `optimizer` on the device meanwhile."""
-        if not self._enabled:
+    def on_device(self, *names: str) -> Iterator[None]:
+        """Keep `weights`, `gradients` or `optimizer` on the device meanwhile."""
+        if not self._offloads:
             try:
                 yield
             finally:
@@ -129,7 +130,7 @@ class EngineResidence:
                     self._free_cached()
             return
         for name in names:
-            self._states[name].enter()
+            self._states[name].restore()
         try:
             yield
         finally:
@@ -138,24 +139,22 @@ class EngineResidence:
             self._leave()
 
     def _leave(self) -> None:
-        for residents in self._states.values():
-            if residents.present:
-                residents.leave()
+        for storages in self._states.values():
+            if storages.present:
+                storages.offload()
         self._free_cached()
 
     def _find(self) -> None:
-        """Take stock: the optimizer's first step, and a load, make states of their own."""
-        weights = Residents(_weights(self._models))
-        gradients = Residents(_gradients(self._models), keep=False, without=[weights])
-        optimizer = Residents(_optimizer_state(self._optimizer), without=[weights, gradients])
-        found = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-        # What is known already keeps its copies' memory.
-        self._states = {
-            name: known
-            if (known := self._states.get(name)) is not None and known.same_as(residents)
-            else residents
-            for name, residents in found.items()
-        }
+        """List the storages again: the optimizer's first step, and a load, allocate new ones."""
+        weights = Storages(_weights(self._models))
+        gradients = Storages(_gradients(self._models), keep=False, without=[weights])
+        optimizer = Storages(_optimizer_state(self._optimizer), without=[weights, gradients])
+        current = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        for name, storages in current.items():
+            known = self._states.get(name)
+            # A known one has host memory already, which is kept.
+            if known is None or not known.same_as(storages):
+                self._states[name] = storages
 
 
 def _weights(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
@@ -163,9 +162,9 @@ def _weights(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
         yield from (parameter.data for parameter in model.parameters())
         for module in model.modules():  # model.buffers() is something else in Megatron's DDP
             yield from (buffer for buffer in module._buffers.values() if buffer is not None)
-        yield from (
-            buffer.param_data for buffer in _ddp_buffers(model) if buffer.param_data is not None
-        )
+        for buffer in _ddp_buffers(model):
+            if buffer.param_data is not None:
+                yield buffer.param_data
 
 
 def _gradients(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:

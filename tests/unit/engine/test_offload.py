@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf3d.engine import residence
-from rlhf3d.engine.residence import EngineResidence, Residents
+from rlhf3d.engine import offload
+from rlhf3d.engine.offload import ModelStates, Storages
 
 
 def test_what_comes_back_is_what_left() -> None:
@@ -14,11 +14,11 @@ def test_what_comes_back_is_what_left() -> None:
     views = [buffer[:16].view(4, 4), buffer[16:]]
     alone = torch.randn(3, 5, dtype=torch.bfloat16)
     before = [t.clone() for t in (buffer, alone)]
-    residents = Residents([*views, buffer, alone])
+    storages = Storages([*views, buffer, alone])
     for _ in range(3):
-        residents.leave()
+        storages.offload()
         assert [t.untyped_storage().nbytes() for t in (buffer, alone)] == [0, 0]
-        residents.enter()
+        storages.restore()
         assert torch.equal(buffer, before[0]) and torch.equal(alone, before[1])
         assert torch.equal(views[0].flatten(), before[0][:16])
         views[1].add_(1.0)  # a change while here is kept
@@ -27,44 +27,44 @@ def test_what_comes_back_is_what_left() -> None:
 
 def test_what_is_not_kept_comes_back_as_zeros() -> None:
     gradients = torch.ones(8)
-    residents = Residents([gradients], keep=False)
-    residents.leave()
-    residents.enter()
+    storages = Storages([gradients], keep=False)
+    storages.offload()
+    storages.restore()
     assert torch.equal(gradients, torch.zeros(8))
 
 
 def test_a_storage_belongs_to_one_group() -> None:
     """In float32 Megatron's main weights are views of the model's."""
     weights = torch.randn(8)
-    own, moments = Residents([weights]), torch.randn(8)
-    others = Residents([weights[:4], moments], without=[own])
-    assert others.same_as(Residents([moments])) and not others.same_as(own)
-    others.leave()
+    own, moments = Storages([weights]), torch.randn(8)
+    others = Storages([weights[:4], moments], without=[own])
+    assert others.same_as(Storages([moments])) and not others.same_as(own)
+    others.offload()
     assert weights.untyped_storage().nbytes() == 32 and moments.untyped_storage().nbytes() == 0
-    others.enter()
+    others.restore()
 
 
 def test_coming_twice_is_an_error_of_ours() -> None:
-    residents = Residents([torch.ones(2)])
-    with pytest.raises(AssertionError, match="are here already"):
-        residents.enter()
-    residents.leave()
-    with pytest.raises(AssertionError, match="have left already"):
-        residents.leave()
+    storages = Storages([torch.ones(2)])
+    with pytest.raises(AssertionError, match="are on the device already"):
+        storages.restore()
+    storages.offload()
+    with pytest.raises(AssertionError, match="are offloaded already"):
+        storages.offload()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_torch_keeps_goes_after_work_where_others_want_the_device(shared: bool) -> None:
     freed: list[int] = []
-    residence = EngineResidence(
-        [torch.nn.Linear(2, 2)], None, lambda: freed.append(1), enabled=False, shared=shared
+    states = ModelStates(
+        [torch.nn.Linear(2, 2)], None, lambda: freed.append(1), offload=False, shared=shared
     )
     assert len(freed) == shared  # what loading left
-    with residence.at_work("weights"):
+    with states.on_device("weights"):
         assert len(freed) == shared
     with (
         pytest.raises(RuntimeError, match="ours"),
-        residence.at_work("weights", "gradients", "optimizer"),
+        states.on_device("weights", "gradients", "optimizer"),
     ):
         raise RuntimeError("ours")
     assert len(freed) == 3 * shared
@@ -82,16 +82,16 @@ def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "empty", pinned)
     for wanted in (0, 5, 1 << 20, (1 << 22) + 1, 3_000_001):
         asked.clear()
-        parts = residence.host_memory(wanted, pinned=True)
+        parts = offload.host_memory(wanted, pinned=True)
         assert sum(part.numel() for part in parts) == wanted
         taken = sum(1 << (size - 1).bit_length() for size in asked)
-        assert taken - wanted < residence.PART_BYTES
+        assert taken - wanted < offload.PART_BYTES
 
 
 def test_a_storage_in_several_parts_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residence, "PART_BYTES", 16)
+    monkeypatch.setattr(offload, "PART_BYTES", 16)
     tensor = torch.randn(301)
-    before, residents = tensor.clone(), Residents([tensor])
-    residents.leave()
-    residents.enter()
+    before, storages = tensor.clone(), Storages([tensor])
+    storages.offload()
+    storages.restore()
     assert torch.equal(tensor, before)
