@@ -356,8 +356,9 @@ class MegatronEngine:
         streams = [map(make, micro_batches) for _ in self.models]
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=streams if len(self.models) > 1 else streams[0],
-            model=self.models if len(self.models) > 1 else self.models[0],
+            # Megatron takes lists where there are several model chunks.
+            data_iterator=_one_or_list(streams),
+            model=_one_or_list(self.models),
             num_microbatches=len(micro_batches),
             seq_length=sizes[0][1],
             micro_batch_size=sizes[0][0],
@@ -365,6 +366,10 @@ class MegatronEngine:
             **schedule_arguments(self.config, shapes),
         )
         return result
+
+
+def _one_or_list(items: Sequence[Any]) -> Any:
+    return list(items) if len(items) > 1 else items[0]
 
 
 def _no_tokens(like: Tensor) -> Tensor:

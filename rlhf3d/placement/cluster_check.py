@@ -1,7 +1,8 @@
-"""The nodes of a run before any model is loaded: one probe a node, in the place of the node's first rank.
+"""The nodes of a run before any model is loaded: one probe per node, with a rank's resources.
 
-Invariant: every problem of every node is told at once; each wait has a deadline; a run that stays on the driver's own
-node is not checked at all (`rlhf3d.preflight` has done that).
+Invariant: all problems of all nodes are reported together; each wait has a deadline; a run that
+stays on the driver's own node is not checked here (`rlhf3d.preflight` has done that).
+Runs in: driver; `Probe` on every node.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +30,7 @@ from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.models.spec import load_spec
 from rlhf3d.observability.tables import View
 from rlhf3d.parallel.meeting import host_meeting, open_meeting
+from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.cluster import node_name, ray_cluster, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
@@ -39,32 +42,31 @@ ALL_REDUCE_ELEMENTS = 1 << 20
 
 
 class Probe:
-    """Ray actor of one node."""
+    """Ray actor on one node."""
 
-    def look(self, wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
+    def look(self, wanted: Wanted, name: str, ray_gpus: int) -> NodeReport:
         """See `node_report.look`."""
-        return look(wanted, name, gpus_told)
+        return look(wanted, name, ray_gpus)
 
     def listen(self) -> tuple[str, int]:
-        """Open a port, as ranks do for each other; its address."""
+        """Open a port, as ranks do for each other; return its address."""
         return ray.util.get_node_ip_address(), open_meeting()
 
     def connect(self, places: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-        """By node that cannot be reached from here: why."""
+        """Return why nodes cannot be reached from here, by name of the node."""
         failures = {}
-        for name, place in places.items():
+        for name, (address, port) in places.items():
             try:
-                socket.create_connection(place, timeout=CONNECT_S).close()
+                socket.create_connection((address, port), timeout=CONNECT_S).close()
             except OSError as error:
-                failures[name] = f"port {place[1]} of {place[0]}: {error}"
+                failures[name] = f"port {port} of {address}: {error}"
         return failures
 
-    def meeting_place(self) -> tuple[str, int]:
-        """Where the probes can meet; asked of the first."""
-        return ray.util.get_node_ip_address(), open_meeting()
-
     def all_reduce(self, rank: int, world_size: int, meeting: tuple[str, int]) -> float:
-        """Sum a tensor over all probes, by NCCL where this one has a GPU and else by gloo; seconds."""
+        """Sum a tensor over all probes, which meet at the first's `meeting`; return the seconds.
+
+        NCCL does it where this process has a GPU, otherwise gloo.
+        """
         use_node_interface()
         from datetime import timedelta
 
@@ -77,11 +79,10 @@ class Probe:
             *meeting, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
         )
         on_gpu = bool(ray.get_gpu_ids())
-        group: Any = (
-            dist.ProcessGroupNCCL(store, rank, world_size)
-            if on_gpu
-            else dist.ProcessGroupGloo(store, rank, world_size, timeout)
-        )
+        if on_gpu:
+            group: Any = dist.ProcessGroupNCCL(store, rank, world_size)
+        else:
+            group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
         tensor = torch.ones(ALL_REDUCE_ELEMENTS, device="cuda" if on_gpu else "cpu")
         group.allreduce([tensor]).wait(timeout)  # makes the connections
         start = time.monotonic()
@@ -95,8 +96,8 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the probes found."""
+class ClusterReport:
+    """The result of a check."""
 
     reports: list[NodeReport]
     problems: list[str]
@@ -128,19 +129,17 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
         disk_gib=checkpoints_gib(plan_here(config, spec, on_gpu)),
         gpus=config.cluster.gpus_per_node if on_gpu else 0,
     )
-    with _canary(config.trainer.output_dir, wanted) as wanted:
+    with _token_file(config.trainer.output_dir, wanted) as wanted:
         checked = probe(places, wanted, config.cluster.startup_timeout_s)
     problems = checked.problems
     for report in checked.reports:
         if report.gpus:
-            smallest = min(report.gpus, key=lambda gpu: gpu[1])
-            found = plan_here(config, spec, True, smallest).memory.problems
-            # What a host has is not in the report.
-            problems += [
-                f"node {report.name}: {text}"
-                for text in found
-                if not text.startswith("host memory")
-            ]
+            memory_gib = {gpu: gpu[1] for gpu in report.gpus}
+            smallest = min(report.gpus, key=memory_gib.__getitem__)
+            for text in plan_here(config, spec, True, smallest).memory.problems:
+                # The report does not know the memory of the node's host.
+                if not text.startswith("host memory"):
+                    problems.append(f"node {report.name}: {text}")
     if problems:
         raise ConfigError(problems, "The cluster cannot run this as it stands")
     kind, shares = ("GPU" if on_gpu else "CPU"), dict.fromkeys(bundle_of, 0.0)
@@ -153,19 +152,18 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     )
 
 
-def diagnose_cluster(address: str, timeout_s: float = 120.0) -> Checked:
+def diagnose_cluster(address: str, timeout_s: float = 120.0) -> ClusterReport:
     """Join a cluster and check every node of it, without a run."""
     with ray_cluster(ClusterConfig(ray_address=address, startup_timeout_s=timeout_s), local_cpus=0):
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        here = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
-        return probe(
-            {n: {"scheduling_strategy": at, "num_cpus": 0} for n, at in here.items()},
-            Wanted(),
-            timeout_s,
-        )
+        places = {}
+        for node in nodes:
+            on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+            places[node] = {"scheduling_strategy": on_node, "num_cpus": 0}
+        return probe(places, Wanted(), timeout_s)
 
 
-def cluster_view(checked: Checked) -> View:
+def cluster_view(checked: ClusterReport) -> View:
     """Return what `diagnose_cluster` found."""
     lines = [_node_line(report) for report in checked.reports]
     if checked.all_reduce_s is not None:
@@ -183,23 +181,24 @@ def _node_line(report: NodeReport) -> str:
     return f"node {report.name}: {gpus}; {versions}"
 
 
-def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: float) -> Checked:
-    """Start a probe on each node (Ray actor options by node) and let it look around; the probes are gone afterwards.
+def probe(
+    places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: float
+) -> ClusterReport:
+    """Check nodes with a probe on each; `places` are Ray actor options by node.
 
-    Raises WorkerFailure that names the node on which a probe does not start or answer.
+    The probes are gone afterwards. Raises WorkerFailure that names the node on which a probe does
+    not start or answer.
     """
     listed = {node["NodeID"]: node for node in ray.nodes()}
     names = _names({node: node_name(listed[node]) for node in places})
-    told = {node: int(listed[node]["Resources"].get("GPU", 0)) for node in places}
-    actors = {
-        node: ray.remote(Probe).options(**options).remote() for node, options in places.items()
-    }
+    actors: dict[str, Any] = {}
+    looks: dict[str, Reply[NodeReport]] = {}
+    for node, options in places.items():
+        name, ray_gpus = names[node], int(listed[node]["Resources"].get("GPU", 0))
+        actors[node] = ray.remote(Probe).options(**options).remote()
+        looks[f"node {name}"] = start_call(actors[node], Probe.look, wanted, name, ray_gpus)
     try:
-        looks = {
-            f"node {names[node]}": actor.look.remote(wanted, names[node], told[node])
-            for node, actor in actors.items()
-        }
-        reports: list[NodeReport] = gather("cluster check", looks, timeout_s)
+        reports = gather("cluster check", looks, timeout_s)
         driver = look(replace(wanted, folder=None), "of the driver", 0)
         problems = compare(reports, driver, wanted)
         if wanted.folder is not None:
@@ -212,96 +211,100 @@ def probe(places: Mapping[str, Mapping[str, Any]], wanted: Wanted, timeout_s: fl
             if not unreachable and len({report.versions.get("torch") for report in reports}) == 1:
                 all_reduce_s, failed = _check_all_reduce(probes)
                 problems += failed
-        return Checked(reports, problems, all_reduce_s)
+        return ClusterReport(reports, problems, all_reduce_s)
     finally:
         for actor in actors.values():
             ray.kill(actor)
 
 
 def _names(named: Mapping[str, str]) -> dict[str, str]:
-    """By node: its name, with its number where Ray has several on one host."""
-    several = {name for name in named.values() if list(named.values()).count(name) > 1}
-    return {node: f"{name} {node[:8]}" if name in several else name for node, name in named.items()}
+    """Names by node, with a part of its id where Ray has several on one host."""
+    counts = Counter(named.values())
+    names = {}
+    for node, name in named.items():
+        names[node] = f"{name} {node[:8]}" if counts[name] > 1 else name
+    return names
 
 
 def _check_ports(probes: Mapping[str, Any]) -> list[str]:
-    """Whether each node reaches a fresh port of each other."""
-    opened = gather(
-        "cluster check (ports)",
-        {f"node {n}": p.listen.remote() for n, p in probes.items()},
-        CONNECT_S * 4,
-    )
-    places = dict(zip(probes, opened, strict=True))
-    calls = {
-        f"node {name}": probe.connect.remote(
-            {other: at for other, at in places.items() if other != name}
-        )
-        for name, probe in probes.items()
-    }
-    failures = gather("cluster check (ports)", calls, CONNECT_S * (len(probes) + 4))
-    return [
-        f"node {name} does not reach node {other}, {why}: open all ports between the nodes, or start Ray with "
-        "--node-ip-address of the network that they share"
-        for name, failed in zip(probes, failures, strict=True)
-        for other, why in failed.items()
-    ]
+    """Problems of nodes that do not reach a new port of another node."""
+    phase = "cluster check (ports)"
+    listening = {f"node {name}": start_call(probe, Probe.listen) for name, probe in probes.items()}
+    opened = gather(phase, listening, CONNECT_S * 4)
+    calls: dict[str, Reply[dict[str, str]]] = {}
+    for name, probe in probes.items():
+        others = dict(zip(probes, opened, strict=True))
+        del others[name]
+        calls[f"node {name}"] = start_call(probe, Probe.connect, others)
+    problems = []
+    results = gather(phase, calls, CONNECT_S * (len(probes) + 4))
+    for name, failures in zip(probes, results, strict=True):
+        for other, why in failures.items():
+            problems.append(
+                f"node {name} does not reach node {other}, {why}: open all ports between the "
+                "nodes, or start Ray with --node-ip-address of the network that they share"
+            )
+    return problems
 
 
 def _check_all_reduce(probes: Mapping[str, Any]) -> tuple[float | None, list[str]]:
+    """The seconds of an all-reduce over all nodes, or None; and problems."""
     first = next(iter(probes))
-    (meeting,) = gather(
-        "cluster check", {f"node {first}": probes[first].meeting_place.remote()}, CONNECT_S * 4
-    )
+    opened = {f"node {first}": start_call(probes[first], Probe.listen)}
+    meeting = gather("cluster check", opened, CONNECT_S * 4)[0]
     calls = {
-        f"node {name}": probe.all_reduce.remote(rank, len(probes), meeting)
+        f"node {name}": start_call(probe, Probe.all_reduce, rank, len(probes), meeting)
         for rank, (name, probe) in enumerate(probes.items())
     }
     try:
         return max(gather("cluster check (all-reduce)", calls, 2 * ALL_REDUCE_S)), []
     except WorkerFailure as error:
         return None, [
-            f"{error}\n    one process a node cannot sum a tensor: name the nodes' network by GLOO_SOCKET_IFNAME and "
-            "NCCL_SOCKET_IFNAME (rlhf3d launch --env); NCCL_DEBUG=INFO tells what NCCL tries"
+            f"{error}\n    one process per node cannot sum a tensor: name the nodes' network by "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (rlhf3d launch --env); NCCL_DEBUG=INFO "
+            "shows what NCCL tries"
         ]
 
 
 def _files(config: Config) -> dict[str, int]:
     """Sizes of the files that the configuration names, by path."""
-    folders = [
-        Path(folder)
-        for folder in (config.model.path, config.reward_model.path)
-        if folder is not None
-    ]
-    paths = [str(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    own = (config.custom_reward_function.path, config.algorithm.custom_path)
-    paths += [*config.data.train_files, *config.data.val_files, *filter(None, own)]
+    paths: list[str] = []
+    for folder in filter(None, (config.model.path, config.reward_model.path)):
+        paths += [str(path) for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    code = (config.custom_reward_function.path, config.algorithm.custom_path)
+    paths += [*config.data.train_files, *config.data.val_files, *filter(None, code)]
     return {path: Path(path).stat().st_size for path in paths}
 
 
 @contextmanager
-def _canary(folder: str, wanted: Wanted) -> Iterator[Wanted]:
-    """A file with a token in the run's folder, which every node must see, and beside which it must write."""
+def _token_file(folder: str, wanted: Wanted) -> Iterator[Wanted]:
+    """Put a file with a token into the run's folder.
+
+    Every node must see it, and write a file of its own next to it.
+    """
     wanted = replace(
         wanted,
         folder=folder,
-        canary=f".cluster-check-{secrets.token_hex(4)}",
+        token_file=f".cluster-check-{secrets.token_hex(4)}",
         token=secrets.token_hex(8),
     )
-    (Path(folder) / wanted.canary).write_text(wanted.token)
+    (Path(folder) / wanted.token_file).write_text(wanted.token)
     try:
         yield wanted
     finally:
-        for left in Path(folder).glob(f"{wanted.canary}*"):
-            left.unlink()
+        for file in Path(folder).glob(f"{wanted.token_file}*"):
+            file.unlink()
 
 
 def _lost_files(reports: list[NodeReport], wanted: Wanted) -> list[str]:
-    """What nodes wrote and the driver does not see: they wrote to a folder of their own."""
-    return [
-        f"node {report.name}: the driver does not see what it writes to trainer.output_dir = {wanted.folder}: it must "
-        "be on a file system that all nodes share"
-        for report in reports
-        if report.token == wanted.token
-        and report.writable is None
-        and not written_by(wanted, report.name).is_file()
-    ]
+    """Problems of nodes whose files the driver does not see: they wrote to another folder."""
+    problems = []
+    for report in reports:
+        wrote = report.token == wanted.token and report.writable is None
+        if wrote and not written_by(wanted, report.name).is_file():
+            problems.append(
+                f"node {report.name}: the driver does not see what it writes to "
+                f"trainer.output_dir = {wanted.folder}: it must be on a file system that all nodes "
+                "share"
+            )
+    return problems

@@ -1,7 +1,7 @@
-"""One node of a cluster as a run would find it, and what is wrong with it beside the driver's.
+"""One node of a cluster as a run would find it, and its problems compared with the driver's node.
 
-Invariant: `compare` names node, value and remedy of every problem at once. Pure but for `look`, which only reads (and
-leaves one small file beside the driver's, which the driver removes).
+Invariant: `compare` names node, value and remedy of every problem at once. Pure except for `look`,
+which only reads, and leaves one small file next to the driver's, which the driver removes.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SETTLE_S = 5.0
 
 @dataclass(frozen=True)
 class Wanted:
-    """What every node must have: as the driver has it, and as the run needs it."""
+    """What every node must have."""
 
     folder: str | None = None
     """trainer.output_dir, in which the driver has put the token; None where there is no run."""
-    canary: str = ""
+    token_file: str = ""
     """Name of the file with the token."""
     token: str = ""
     files: Mapping[str, int] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a process on a node saw."""
+    """A node as one of its processes sees it."""
 
     name: str
     """Host name and address."""
@@ -59,25 +59,25 @@ class NodeReport:
     token: str | None
     """None where the file is not there."""
     writable: str | None
-    """Why the node cannot write beside it; None where it can."""
+    """Why the node cannot write next to it; None where it can."""
     files: Mapping[str, int]
     """Sizes, bytes; -1 for a file that is not there."""
     disk_gib: float | None
     """Free space there; None without a run, or where it cannot be written."""
     gpus: tuple[tuple[str, float], ...] | None
-    """(name, memory GiB) by the driver's own tool; None where that is not installed."""
-    gpus_told: int
-    """GPUs that the node told Ray it has."""
+    """(name, memory GiB) by nvidia-smi; None where that is not installed."""
+    ray_gpus: int
+    """GPUs that the node has according to Ray."""
 
 
-def look(wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
-    """Look at this node, as the process of a rank sees it."""
+def look(wanted: Wanted, name: str, ray_gpus: int) -> NodeReport:
+    """Return what the process of a rank sees of this node."""
     token, writable, disk_gib = None, None, None
     if wanted.folder is not None:
         folder = Path(wanted.folder)
-        token = _read_soon(folder / wanted.canary)
+        token = _read_soon(folder / wanted.token_file)
         try:
-            (folder / f"{wanted.canary}-{_file_name(name)}").write_text(name)
+            (folder / f"{wanted.token_file}-{_file_name(name)}").write_text(name)
             disk_gib = shutil.disk_usage(folder).free / GIB
         except OSError as error:
             writable = error.strerror or str(error)
@@ -89,12 +89,15 @@ def look(wanted: Wanted, name: str, gpus_told: int) -> NodeReport:
         files={path: _size(path) for path in wanted.files},
         disk_gib=disk_gib,
         gpus=_gpus(),
-        gpus_told=gpus_told,
+        ray_gpus=ray_gpus,
     )
 
 
 def versions() -> dict[str, str]:
-    """Versions of what must be the same everywhere; of this package also a digest of its source."""
+    """Return the versions of what must be the same everywhere.
+
+    This package's has a digest of its source.
+    """
     found = {"python": platform.python_version(), **package_versions(PACKAGES)}
     source, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
@@ -103,86 +106,98 @@ def versions() -> dict[str, str]:
 
 
 def written_by(wanted: Wanted, name: str) -> Path:
-    """The file that a node leaves beside the driver's."""
+    """Return the file that a node leaves next to the driver's."""
     assert wanted.folder is not None
-    return Path(wanted.folder) / f"{wanted.canary}-{_file_name(name)}"
+    return Path(wanted.folder) / f"{wanted.token_file}-{_file_name(name)}"
 
 
 def compare(reports: Sequence[NodeReport], driver: NodeReport, wanted: Wanted) -> list[str]:
-    """Every problem of the nodes, each with the node, what it has and how to mend it."""
-    return [problem for report in reports for problem in _problems(report, driver, wanted)]
+    """Return every problem of the nodes, each with the node, what it has and how to fix it."""
+    problems = []
+    for report in reports:
+        of_node = [*_version_problems(report, driver)]
+        if wanted.folder is not None:
+            of_node += _folder_problems(report, wanted)
+        of_node += [*_file_problems(report, wanted), *_resource_problems(report, wanted)]
+        problems += [f"node {report.name}: {problem}" for problem in of_node]
+    return problems
 
 
-def _problems(report: NodeReport, driver: NodeReport, wanted: Wanted) -> list[str]:
-    found = [*_version_problems(report, driver)]
-    if wanted.folder is not None:
-        found += _folder_problems(report, wanted)
+def _file_problems(report: NodeReport, wanted: Wanted) -> list[str]:
+    problems = []
     missing = [path for path, size in report.files.items() if size < 0]
     if missing:
-        found.append(
-            f"does not see {_some(missing)}: put model, data and code at the same path on every node, or on a shared "
-            "file system, and start Ray there in the driver's working folder"
+        problems.append(
+            f"does not see {_some(missing)}: put model, data and code at the same path on every "
+            "node, or on a shared file system, and start Ray there in the driver's working folder"
         )
     for path, size in report.files.items():
         if 0 <= size != wanted.files[path]:
-            found.append(
-                f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it anew"
+            problems.append(
+                f"{path} has {size} bytes, the driver's {wanted.files[path]}: copy it again"
             )
+    return problems
+
+
+def _resource_problems(report: NodeReport, wanted: Wanted) -> list[str]:
+    problems = []
     if report.disk_gib is not None and report.disk_gib < wanted.disk_gib:
-        found.append(
-            f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need {wanted.disk_gib:.1f}: free some "
-            "space or write elsewhere"
+        problems.append(
+            f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need "
+            f"{wanted.disk_gib:.1f}: free some space or write elsewhere"
         )
-    if report.gpus_told < wanted.gpus:
-        found.append(
-            f"Ray was told {report.gpus_told} GPUs, cluster.gpus_per_node = {wanted.gpus}: start Ray with all of them, "
-            "or change the key"
+    if report.ray_gpus < wanted.gpus:
+        problems.append(
+            f"Ray has {report.ray_gpus} GPUs, cluster.gpus_per_node = {wanted.gpus}: start Ray "
+            "with all of them, or change the key"
         )
-    if report.gpus is not None and len(report.gpus) < report.gpus_told:
-        found.append(
-            f"nvidia-smi shows {len(report.gpus)} GPUs, Ray was told {report.gpus_told}: a GPU fell out (restart the "
-            f"node), or start Ray with --num-gpus={len(report.gpus)}"
+    if report.gpus is not None and len(report.gpus) < report.ray_gpus:
+        problems.append(
+            f"nvidia-smi shows {len(report.gpus)} GPUs, Ray has {report.ray_gpus}: a GPU failed "
+            f"(restart the node), or start Ray with --num-gpus={len(report.gpus)}"
         )
-    return [f"node {report.name}: {problem}" for problem in found]
+    return problems
 
 
 def _version_problems(report: NodeReport, driver: NodeReport) -> list[str]:
-    names = [*driver.versions, *(name for name in report.versions if name not in driver.versions)]
-    pairs = {
-        name: (report.versions.get(name, "none"), driver.versions.get(name, "none"))
-        for name in names
-    }
-    return [
-        f"{name} {here}, the driver has {there}: install the same everywhere (one environment on a shared file system, "
-        "or one image)"
-        for name, (here, there) in pairs.items()
-        if here != there
-    ]
+    problems = []
+    for name in dict.fromkeys((*driver.versions, *report.versions)):
+        here, there = report.versions.get(name, "none"), driver.versions.get(name, "none")
+        if here != there:
+            problems.append(
+                f"{name} {here}, the driver has {there}: install the same everywhere (one "
+                "environment on a shared file system, or one image)"
+            )
+    return problems
 
 
 def _folder_problems(report: NodeReport, wanted: Wanted) -> list[str]:
     if report.token is None:
         return [
-            f"does not see what the driver wrote in trainer.output_dir = {wanted.folder}: it must be on a file system "
-            "that all nodes share, at the same path"
+            "does not see what the driver wrote in trainer.output_dir = "
+            f"{wanted.folder}: it must be on a file system that all nodes share, at the same path"
         ]
     if report.token != wanted.token:
         return [
-            f"sees an old copy of trainer.output_dir = {wanted.folder}: its file system does not show new data"
+            f"sees an old copy of trainer.output_dir = {wanted.folder}: its file system does not "
+            "show new data"
         ]
     if report.writable is not None:
         return [
-            f"cannot write to trainer.output_dir = {wanted.folder} ({report.writable}): mend its mount or rights"
+            f"cannot write to trainer.output_dir = {wanted.folder} ({report.writable}): fix its "
+            "mount or rights"
         ]
     return []
 
 
 def _some(names: Sequence[str]) -> str:
+    """The first names as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def _read_soon(path: Path) -> str | None:
+    """The text of a file that may take SETTLE_S to appear; None where it does not."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         try:
@@ -194,6 +209,7 @@ def _read_soon(path: Path) -> str | None:
 
 
 def _size(path: str) -> int:
+    """Bytes of a file; -1 where there is none."""
     try:
         return Path(path).stat().st_size
     except OSError:

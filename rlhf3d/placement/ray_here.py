@@ -1,7 +1,8 @@
 """Ray's own processes on this machine, where the run starts them.
 
-Invariant: signals that ask the run to stop do not reach them; the death of one that Ray cannot do without is found
-within a second and ends every wait on Ray; when `end` returns, no process of theirs is left.
+Invariant: signals that ask the run to stop do not reach them; the death of one that Ray needs is
+found within a second and ends every wait on Ray; when `end` returns, none of them is left.
+Runs in: driver.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psutil
 import ray
 from ray._private import worker as ray_driver
 
-from rlhf3d.placement.waiting import bounded, ray_ended, set_ray_ended
+from rlhf3d.placement.waiting import exit_on_timeout, ray_ended, set_ray_ended
 from rlhf3d.processes import find_marked, marked, stop_signals_blocked
 
 OBJECT_STORE_BYTES = 256 << 20
@@ -29,12 +30,13 @@ SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_
 """What Ray adds to its temporary folder."""
 LOOK_S = 0.5
 UNWIND_S = 10.0
-"""For the driver to come out of its wait on a Ray that has ended."""
+"""Seconds for the driver to leave its wait on a Ray that has ended."""
 END_S = 10.0
+"""Seconds for Ray's processes to end by themselves."""
 
 
 class RayHere:
-    """Nothing until `start`: `ended` and `end` then are those of a cluster that others started."""
+    """Ray's processes. Without `start`, `ended` and `end` are those of a cluster of others."""
 
     def __init__(self) -> None:
         set_ray_ended(None)
@@ -44,8 +46,11 @@ class RayHere:
         self._looking = threading.Lock()
 
     def start(self, cpus: int, gpus: int | None, timeout_s: float, batch_bytes: int = 0) -> None:
-        """Start Ray with `cpus` logical CPUs, `gpus` GPUs (None: those it finds) and room for two batches of
-        `batch_bytes`, connect to it, and watch it."""
+        """Start Ray, connect to it, and watch it.
+
+        It has `cpus` logical CPUs, `gpus` GPUs (None: those it finds) and room for two batches of
+        `batch_bytes`.
+        """
         assert hasattr(ray_driver, "print_to_stdstream"), (
             "Ray no longer prints its nodes' messages by print_to_stdstream"
         )
@@ -54,7 +59,7 @@ class RayHere:
         with (
             marked() as self._mark,
             stop_signals_blocked(),
-            bounded("start Ray on this machine", timeout_s),
+            exit_on_timeout("start Ray on this machine", timeout_s),
         ):
             ray.init(
                 num_cpus=cpus,
@@ -70,25 +75,28 @@ class RayHere:
         threading.Thread(target=self._watch, name="watch Ray", daemon=True).start()
 
     def ended(self) -> str | None:
-        """Why Ray can do nothing more, if so; looks now."""
+        """Look at the processes now; return why Ray has ended, if it has."""
         with self._looking:  # the first that ended is the cause
             if self._closing.is_set() or ray_ended():
                 return ray_ended()
             for name, process in self._needed.items():
-                if how := _how_it_ended(process):
-                    why = (
-                        f"Ray's {name} on this machine (process {process.pid}) {how}, and with it the run: the same "
-                        "command goes on from its newest checkpoint"
-                    )
-                    set_ray_ended(why)
-                    self._kill()  # the others could only wait and write pages about it
-                    return why
+                how = _how_it_ended(process)
+                if how is None:
+                    continue
+                why = (
+                    f"Ray's {name} on this machine (process {process.pid}) {how}, and with it the "
+                    "run: the same command continues from its newest checkpoint"
+                )
+                set_ray_ended(why)
+                self._kill()  # the others would only wait and write pages about it
+                return why
         return None
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_S):
             if (why := self.ended()) and not self._closing.wait(UNWIND_S):
-                # Ray's own calls wait a minute for what is gone, and then end this process without a word.
+                # Ray's own calls wait a minute for what is gone, and then end this process without
+                # a message.
                 print(why, file=sys.stderr, flush=True)
                 self._kill()
                 os._exit(1)
@@ -109,7 +117,10 @@ class RayHere:
         self._kill()  # what was started meanwhile
 
     def _follow_raylet(self) -> None:
-        """Ray ends its processes one after the other, each after a second in which it is asked to."""
+        """Kill the others once the raylet has ended.
+
+        Ray ends its processes one after the other, and gives each a second.
+        """
         deadline = time.monotonic() + END_S
         raylet = self._needed.get("raylet")
         while raylet is not None and time.monotonic() < deadline:
@@ -126,30 +137,33 @@ class RayHere:
 
 
 def short_temporary_folder() -> str | None:
-    """Ray's own choice (None) where its sockets' paths stay within what the kernel takes, else the usual folder."""
+    """Return a folder with paths short enough for Ray's sockets; None for Ray's own choice."""
     chosen = os.path.join(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
     return None if len(os.fsencode(chosen)) + SESSION_BYTES <= SOCKET_PATH_BYTES else "/tmp/ray"
 
 
 def _log(message: dict[str, Any], **_: object) -> None:
-    """What Ray would print into the command's own output: pages of its log where one of its processes ends."""
+    """Log what Ray would print: pages of its own log where one of its processes ends."""
     logging.getLogger(__name__).warning("Ray: %s", "\n".join(message["lines"]))
 
 
 def _how_it_ended(process: psutil.Process) -> str | None:
-    """In words; None while it runs."""
+    """How a process ended, as text; None while it runs."""
     with suppress(psutil.NoSuchProcess):
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return None
     with suppress(ChildProcessError):
-        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-            return f"was ended by {signal.Signals(found.si_status).name}"
+        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None and status.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+            return f"was ended by {signal.Signals(status.si_status).name}"
     return "ended"
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    """Ray's shutdown does not wait for its workers: they end when they find that their raylet has gone."""
+    """Wait for Ray's workers, which end when they notice that their raylet is gone; kill the rest.
+
+    Ray's shutdown does not wait for them.
+    """
     _, alive = psutil.wait_procs(processes, timeout=END_S)
     for process in alive:
         logging.getLogger(__name__).warning(

@@ -1,16 +1,18 @@
 """Which Ray bundle each process takes.
 
-Invariant: the bundles name every process of a run, so Ray refuses at the start what the cluster cannot hold, and an
-engine that has not to share the training ranks' GPUs is whole on a node. Pure: numbers only.
+Invariant: the bundles count every process of a run, so Ray refuses at the start what the cluster
+cannot hold; and an engine with dedicated GPUs is on one node.
+Pure: numbers only.
 
-On GPUs a bundle is a rank of the actor group, beside which other groups' ranks and engine ranks take their shares, or
-something apart: a rank, or a whole engine. On CPU it is a node.
+On GPUs a bundle is that of a rank of the actor group, where colocated ranks of other groups and of
+engines take their shares, or a dedicated one: of a rank, or of an engine. On CPU it is a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from rlhf3d.config.groups import WorkerGroup
@@ -21,18 +23,19 @@ from rlhf3d.resharding.sites import home_rank
 
 @dataclass(frozen=True)
 class Placement:
-    """Bundles of a run, and what its processes take of them."""
+    """Bundles of a run, and the shares of them that its processes take."""
 
     bundles: list[dict[str, float]]
     """Resources of each bundle."""
     strategy: Literal["PACK", "STRICT_SPREAD"]
-    """On as few nodes as there is room on, or each on a node of its own."""
+    """On as few nodes as have room, or each on a node of its own."""
     groups: dict[str, list[int]]
-    """By worker group and rank: its bundle."""
+    """The bundle of each rank, by worker group."""
     engine_bundles: list[list[int]] | None
-    """By engine and rank: its bundle. None where engine ranks share the bundles of the actor's, by the sync plan."""
+    """The bundle of each rank, by engine. None where engine ranks share those of the actor's ranks:
+    the plan of the weight sync says which."""
     options: dict[str, dict[str, Any]]
-    """By worker group, and `engine`: Ray actor options of a rank."""
+    """Ray actor options of a rank, by worker group and for `engine`."""
 
     @property
     def cpus(self) -> int:
@@ -53,62 +56,70 @@ def place(
     colocated: bool,
     nodes: int,
 ) -> Placement:
-    """Placement of the worker groups (the actor's first) and `engines` vLLM engines of `engine_ranks` ranks each, on
-    CPU over `nodes` nodes.
+    """Return the placement of the worker groups (the actor's first) and of the engines.
 
-    Raises ValueError for a group that has more ranks than the actor's to share devices with.
+    On CPU they spread over `nodes` nodes. Raises ValueError for a colocated group with more ranks
+    than the actor's.
     """
     if platform.resource == "CPU":
         return _place_on_hosts(groups, engines, engine_ranks, nodes)
-    sharing = {group.name for group in groups if group is groups[0] or group.colocated}
-    sharing |= {"engine"} if colocated else set()
-    world, bundle_of, end = groups[0].layout.world_size, {}, 0
-    for group in groups:
+    actor, *others = groups
+    # Who shares the actor's devices: each takes an equal share of a GPU.
+    sharing = [actor.name, *(group.name for group in others if group.colocated)]
+    if colocated:
+        sharing.append("engine")
+    world = actor.layout.world_size
+    bundle_of = {actor.name: list(range(world))}
+    end = world
+    for group in others:
         ranks = group.layout.world_size
-        if group is groups[0] or group.name not in sharing:
-            bundle_of[group.name], end = list(range(end, end + ranks)), end + ranks
-        elif ranks <= world:
-            bundle_of[group.name] = list(range(ranks))
-        else:
+        if group.name not in sharing:
+            bundle_of[group.name] = list(range(end, end + ranks))
+            end += ranks
+            continue
+        if ranks > world:
+            placement_key = group.key.replace("layout", "placement")
             raise ValueError(
-                f"{group.key} has {ranks} ranks ({group.layout}), more than the {world} of actor.layout, whose devices "
-                f"they share; set {group.key.replace('layout', 'placement')}=disaggregated or make the layout smaller"
+                f"{group.key} has {ranks} ranks ({group.layout}), more than the {world} "
+                f"of actor.layout, whose devices they share; set {placement_key}=disaggregated or "
+                "make the layout smaller"
             )
-    gpus = {
-        name: round(1 / len(sharing), 4) if name in sharing else 1.0
-        for name in (*bundle_of, "engine")
-    }
-    apart = 0 if colocated else engines
-    return Placement(
-        bundles=[
-            *[{"GPU": 1.0, "CPU": float(len(sharing))}] * world,
-            *[{"GPU": 1.0, "CPU": 1.0}] * (end - world),
-            *[{"GPU": float(engine_ranks), "CPU": float(engine_ranks)}] * apart,
-        ],
-        strategy="PACK",
-        groups=bundle_of,
-        engine_bundles=None
-        if colocated
-        else [[end + engine] * engine_ranks for engine in range(engines)],
-        options={name: {"num_cpus": 1.0, "num_gpus": gpus[name]} for name in gpus},
-    )
+        bundle_of[group.name] = list(range(ranks))
+    shared = {"GPU": 1.0, "CPU": float(len(sharing))}
+    dedicated = {"GPU": 1.0, "CPU": 1.0}
+    bundles = [shared] * world + [dedicated] * (end - world)
+    of_engines: list[list[int]] | None = None
+    if not colocated:
+        bundles += [{"GPU": float(engine_ranks), "CPU": float(engine_ranks)}] * engines
+        of_engines = [[end + engine] * engine_ranks for engine in range(engines)]
+    options: dict[str, dict[str, Any]] = {}
+    for name in (*bundle_of, "engine"):
+        # Ray counts in ten-thousandths; of four at most, the sum stays within 1.
+        share = round(1 / len(sharing), 4) if name in sharing else 1.0
+        options[name] = {"num_cpus": 1.0, "num_gpus": share}
+    return Placement(bundles, "PACK", bundle_of, of_engines, options)
 
 
 def _place_on_hosts(
     groups: Sequence[WorkerGroup], engines: int, engine_ranks: int, nodes: int
 ) -> Placement:
-    """Each group's ranks in equal shares over the nodes, in order; engines whole on the nodes of their home ranks."""
+    """Each group's ranks in equal shares over the nodes, in order.
+
+    An engine is on one node, that of its home rank.
+    """
     used = min(nodes, max(group.layout.world_size for group in groups))
-    node_of = {
-        group.name: [rank * min(used, ranks) // ranks for rank in range(ranks)]
-        for group in groups
-        for ranks in [group.layout.world_size]
-    }
+    node_of: dict[str, list[int]] = {}
+    for group in groups:
+        ranks = group.layout.world_size
+        node_of[group.name] = [rank * min(used, ranks) // ranks for rank in range(ranks)]
     actor = node_of[groups[0].name]
-    homes = [
-        [actor[home_rank(engine, engines, len(actor))]] * engine_ranks for engine in range(engines)
-    ]
-    processes = [node for of_ranks in (*node_of.values(), *homes) for node in of_ranks]
+    homes = []
+    for engine in range(engines):
+        home = actor[home_rank(engine, engines, len(actor))]
+        homes.append([home] * engine_ranks)
+    processes: list[int] = []
+    for nodes_of_ranks in (*node_of.values(), *homes):
+        processes += nodes_of_ranks
     return Placement(
         bundles=[{"CPU": float(processes.count(node))} for node in range(used)],
         strategy="STRICT_SPREAD",
@@ -119,45 +130,59 @@ def _place_on_hosts(
 
 
 def place_engines(platform: Platform, engines: int, engine_ranks: int) -> Placement:
-    """Placement of engines alone, each whole on a node."""
-    resources = {"CPU": 1.0} | ({"GPU": 1.0} if platform.resource == "GPU" else {})
-    options: dict[str, Any] = {f"num_{kind.lower()}s": amount for kind, amount in resources.items()}
-    bundle = {kind: amount * engine_ranks for kind, amount in resources.items()}
+    """Return the placement of engines alone, each on one node."""
+    options: dict[str, Any] = {"num_cpus": 1.0}
+    bundle = {"CPU": float(engine_ranks)}
+    if platform.resource == "GPU":
+        options["num_gpus"] = 1.0
+        bundle["GPU"] = float(engine_ranks)
     return Placement(
-        [bundle] * engines,
-        "PACK",
-        {},
-        [[engine] * engine_ranks for engine in range(engines)],
-        {"engine": options},
+        bundles=[bundle] * engines,
+        strategy="PACK",
+        groups={},
+        engine_bundles=[[engine] * engine_ranks for engine in range(engines)],
+        options={"engine": options},
     )
 
 
 def engine_bundles(placement: Placement, plan: ReshardPlan) -> list[list[int]]:
-    """By engine and rank: its bundle, where it shares a training rank's GPU the one that the plan has it on."""
+    """Return the bundle of each engine rank, by engine and rank.
+
+    Where engines share the training ranks' GPUs, it is that of the GPU on which the plan has it.
+    """
     if placement.engine_bundles is not None:
         return placement.engine_bundles
-    places = {(engine, d.index): d.device for d in plan.destinations for engine in d.engines}
+    device_of: dict[tuple[int, int], int] = {}
+    for destination in plan.destinations:
+        assert destination.device is not None, "engines share devices"
+        for engine in destination.engines:
+            device_of[engine, destination.index] = destination.device
     ranks = len(plan.engine_tables)
-    devices = [
-        [places[engine, rank] for rank in range(ranks)] for engine in range(len(places) // ranks)
-    ]
-    return [
-        [plan.sites.ranks_on(device)[0] for device in engine if device is not None]
-        for engine in devices
-    ]
+    bundles = []
+    for engine in range(len(device_of) // ranks):
+        devices = [device_of[engine, rank] for rank in range(ranks)]
+        bundles.append([plan.sites.ranks_on(device)[0] for device in devices])
+    return bundles
 
 
 def threads_of(nodes: Sequence[int], cores: Sequence[int], asked: int | None) -> list[int]:
-    """CPU threads of each process of a group, whose nodes are given: `asked`, or the cores of its node (by `cores`)
-    over the group's processes there, at least 1."""
+    """Return the CPU threads of each process of a group, whose `nodes` are given.
+
+    They are `asked`, or the cores of its node (by `cores`) over the group's processes there, at
+    least 1.
+    """
     return [asked or max(1, cores[node] // nodes.count(node)) for node in nodes]
 
 
 def engine_threads(
     bundles: Sequence[Sequence[int]], nodes: Sequence[int], cores: Sequence[int], asked: int | None
 ) -> list[list[int]]:
-    """`threads_of` the engine ranks in these bundles, by engine and rank; `nodes` are those of the bundles."""
-    threads = iter(
-        threads_of([nodes[bundle] for ranks in bundles for bundle in ranks], cores, asked)
-    )
-    return [[next(threads) for _ in ranks] for ranks in bundles]
+    """Return `threads_of` the engine ranks in these bundles, by engine and rank.
+
+    `nodes` are those of the bundles.
+    """
+    node_of_rank: list[int] = []
+    for ranks in bundles:
+        node_of_rank += [nodes[bundle] for bundle in ranks]
+    threads = iter(threads_of(node_of_rank, cores, asked))
+    return [list(islice(threads, len(ranks))) for ranks in bundles]

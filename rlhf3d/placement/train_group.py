@@ -1,4 +1,4 @@
-"""The ranks of one worker group as the driver sees them: whole batches in, whole batches out.
+"""The ranks of one worker group as the driver sees them: a batch in, a batch out.
 
 Invariant: all ranks of a data-parallel replica get the same rows and micro-batches; what comes back
 is in the batch's own row order.
@@ -138,7 +138,7 @@ class TrainGroup:
         Return the results of the ranks whose outputs count, by data-parallel rank.
         """
         # Put once: the ranks of a replica read the same copy.
-        shared = [tuple(ray.put(arg) for arg in args) for args in args_of_dp]
+        shared = [tuple(map(ray.put, args)) for args in args_of_dp]
         calls: dict[str, Reply[R]] = {}
         for rank, worker in enumerate(self.workers):
             args = shared[self.layout.coords(rank).dp]
@@ -191,12 +191,13 @@ class TrainGroup:
 def _update_metrics(role: str, results: Sequence[UpdateResult]) -> dict[str, float]:
     """Metrics of an update from those of its data-parallel ranks."""
     first = results[0]
-    metrics = {name: sum(result.shares[name] for result in results) for name in first.shares}
-    return metrics | {
-        f"{role}/grad_norm": first.grad_norm,
-        f"{role}/lr": first.lr,
-        f"{role}/skipped_steps": float(len(first.skipped)),
-    }
+    metrics: dict[str, float] = {}
+    for name in first.shares:
+        metrics[name] = sum(result.shares[name] for result in results)
+    metrics[f"{role}/grad_norm"] = first.grad_norm
+    metrics[f"{role}/lr"] = first.lr
+    metrics[f"{role}/skipped_steps"] = float(len(first.skipped))
+    return metrics
 
 
 def sequence_cost(spec: ModelSpec) -> SequenceCost:

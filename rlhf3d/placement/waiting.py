@@ -1,6 +1,7 @@
 """Waiting on other processes.
 
-Invariant: every wait has a deadline; its error names the phase, who was waited for, and the first failure's traceback.
+Invariant: every wait has a deadline; its error names the phase, who was waited for, and the first
+failure's traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 GRACE_S = 2.0
+"""Seconds to wait for further failures after the first, one of which may be its cause."""
 LOOK_S = 1.0
+"""Seconds between two looks at whether Ray has ended."""
 _ended: list[str] = []
 
 
@@ -30,24 +33,24 @@ class WorkerFailure(RuntimeError):
     """A worker raised, died or did not answer in time."""
 
     lost_touch: bool = False
-    """Whether nothing is known but that another process does not answer: its node may be gone."""
+    """Whether all that is known is that a process does not answer: its node may be gone."""
 
 
 def set_ray_ended(why: str | None) -> None:
-    """Tell every wait that Ray will answer no more; None at its start."""
+    """Have every wait on Ray fail from now on, because Ray has ended; None at its start."""
     _ended[:] = [] if why is None else [why]
 
 
 def ray_ended() -> str | None:
-    """Why Ray answers no more, if so."""
+    """Return why Ray has ended, if it has."""
     return _ended[0] if _ended else None
 
 
 @contextmanager
-def bounded(what: str, timeout_s: float) -> Iterator[None]:
+def exit_on_timeout(what: str, timeout_s: float) -> Iterator[None]:
     """End this process with `what` and exit code 1 when the block takes longer.
 
-    For calls into libraries that wait without a deadline and that no exception or signal gets out of.
+    For calls into libraries that wait without a deadline and that no exception or signal ends.
     """
 
     def end() -> None:
@@ -77,12 +80,12 @@ def gather(phase: str, calls: Mapping[str, Reply[R]], timeout_s: float) -> list[
 def stream(
     phase: str, streams: Mapping[str, ReplyStream[R]], timeout_s: float
 ) -> Iterator[tuple[str, R]]:
-    """(name, item) of the named streams as items come. Raises WorkerFailure as `gather` does."""
+    """Yield (name, item) of the named streams as items come. Raises WorkerFailure as `gather`."""
     return _arrivals(phase, dict(streams), timeout_s)
 
 
 def _arrivals(phase: str, pending: dict[str, Any], timeout_s: float) -> Iterator[tuple[str, Any]]:
-    """What comes of calls and streams, until all have ended."""
+    """(name, result) of calls and streams, until all have ended."""
     deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
@@ -100,10 +103,12 @@ def _arrivals(phase: str, pending: dict[str, Any], timeout_s: float) -> Iterator
             raise late
         name = next(name for name, waited in pending.items() if waited is ready[0])
         source = pending[name]
-        if isinstance(source, ray.ObjectRef):
-            del pending[name]
         try:
-            item = ray.get(source if isinstance(source, ray.ObjectRef) else next(source))
+            if isinstance(source, ray.ObjectRef):
+                del pending[name]
+                item = ray.get(source)
+            else:
+                item = ray.get(next(source))
         except StopIteration:
             del pending[name]
             continue
@@ -118,21 +123,26 @@ def _first_failure(
     errors: dict[str, Exception],
     pending: Mapping[str, ray.ObjectRef | ray.ObjectRefGenerator],
 ) -> WorkerFailure:
-    """The failure that explains the others: a worker that raised by itself before one that lost its peer."""
+    """The failure that explains the others.
+
+    A worker that raised by itself comes before one that only lost its peer.
+    """
     ends = {
         name: waited if isinstance(waited, ray.ObjectRef) else waited.completed()
         for name, waited in pending.items()
     }
-    ready, _ = (
-        ray.wait(list(ends.values()), num_returns=len(ends), timeout=GRACE_S) if ends else ([], [])
-    )
+    ready: list[Any] = []
+    if ends:
+        ready, _ = ray.wait(list(ends.values()), num_returns=len(ends), timeout=GRACE_S)
     for name, end in ends.items():
         if end in ready:
             try:
                 ray.get(end)
             except RayError as other:
                 errors[name] = other
-    name, error = min(errors.items(), key=lambda item: _is_echo(item[1]))
+    causes = [name for name, error in errors.items() if not _is_echo(error)]
+    name = next(iter(causes or errors))
+    error = errors[name]
     others = sorted(set(errors) - {name})
     echo = f"\n(also failed: {', '.join(others)})" if others else ""
     failure = WorkerFailure(f"{phase} failed on {name}:\n{_traceback(error)}{echo}")
@@ -141,11 +151,9 @@ def _first_failure(
 
 
 def _is_echo(error: Exception) -> bool:
-    text = str(error)
-    return any(
-        sign in text
-        for sign in ("Connection closed by peer", "Connection reset by peer", "Timed out")
-    )
+    """Whether a worker failed because another did: what gloo says of a peer that is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out")
+    return any(sign in str(error) for sign in signs)
 
 
 def _traceback(error: Exception) -> str:

@@ -165,7 +165,7 @@ class TrainWorker:
     def update(
         self, role: str, batch: Batch, mini_batches: list[MiniBatch], objective: Objective
     ) -> UpdateResult:
-        """Take the optimizer steps of `role` on this replica's rows; see `MegatronEngine.update`."""
+        """Take the optimizer steps of `role` on this replica's rows: `MegatronEngine.update`."""
         return self.engines[role].update(batch, mini_batches, objective)
 
     def create_stream(self, setup: SyncSetup) -> None:
@@ -176,7 +176,7 @@ class TrainWorker:
         self.streams[setup.name] = WeightSender(setup, self.rank, params)
 
     def open_stream(self, name: str, meeting: tuple[str, int] | None) -> None:
-        """Open what other ranks own; the senders of messages, if there are any, meet at `meeting`."""
+        """Open what other ranks own; the senders of messages, if any, meet at `meeting`."""
         from rlhf3d.resharding.messages import Group
 
         stream = self.streams[name]

@@ -290,12 +290,14 @@ def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     """The arguments of `vllm.LLM`, besides the model's folder."""
     rollout, on_cpu = settings.rollout, settings.platform.kind == "cpu"
     # Logits in fp32 on GPUs, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
-    complete = partial(_complete_config, head_dtype="model" if on_cpu else "float32")
+    head_dtype = "model" if on_cpu else "float32"
+    quantization = None if rollout.quantization == "none" else rollout.quantization
+    of_platform = _cpu_arguments(settings) if on_cpu else _gpu_arguments(rollout)
     return {
         "config_format": "hf",
-        "hf_overrides": complete,
+        "hf_overrides": partial(_complete_config, head_dtype=head_dtype),
         "dtype": rollout.dtype,
-        "quantization": None if rollout.quantization == "none" else rollout.quantization,
+        "quantization": quantization,
         "load_format": "safetensors" if settings.load_weights else "dummy",
         "skip_tokenizer_init": not settings.stops.strings,
         "tensor_parallel_size": rollout.tensor_parallel_size,
@@ -308,7 +310,7 @@ def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": WORKER_EXTENSION,
-        **(_cpu_arguments(settings) if on_cpu else _gpu_arguments(rollout)),
+        **of_platform,
     }
 
 

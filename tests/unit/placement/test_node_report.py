@@ -12,7 +12,7 @@ from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, vers
 
 WANTED = Wanted(
     folder="/shared/run",
-    canary=".c",
+    token_file=".c",
     token="t",
     files={"model/config.json": 10, "a.parquet": 5},
     disk_gib=100,
@@ -26,9 +26,9 @@ GOOD = NodeReport(
     files={"model/config.json": 10, "a.parquet": 5},
     disk_gib=200.0,
     gpus=(("H100", 80.0),) * 8,
-    gpus_told=8,
+    ray_gpus=8,
 )
-DRIVER = replace(GOOD, name="driver", token=None, gpus=None, gpus_told=0)
+DRIVER = replace(GOOD, name="driver", token=None, gpus=None, ray_gpus=0)
 
 
 def problem(**seen: object) -> str:
@@ -41,7 +41,7 @@ def test_good_nodes_have_no_problems() -> None:
     assert compare([GOOD, GOOD], DRIVER, WANTED) == []
     assert (
         compare(
-            [replace(GOOD, token=None, gpus_told=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)
+            [replace(GOOD, token=None, ray_gpus=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)
         )
         == []
     )
@@ -64,14 +64,12 @@ def test_each_problem_names_node_value_and_remedy() -> None:
     assert "does not see a.parquet: put model, data" in problem(
         files={"model/config.json": 10, "a.parquet": -1}
     )
-    assert "model/config.json has 9 bytes, the driver's 10: copy it anew" in problem(
+    assert "model/config.json has 9 bytes, the driver's 10: copy it again" in problem(
         files={"model/config.json": 9, "a.parquet": 5}
     )
     assert "50.0 GiB free at trainer.output_dir, checkpoints need 100.0" in problem(disk_gib=50.0)
-    assert "Ray was told 7 GPUs, cluster.gpus_per_node = 8" in problem(gpus_told=7)
-    assert "nvidia-smi shows 7 GPUs, Ray was told 8: a GPU fell out" in problem(
-        gpus=(("H100", 80.0),) * 7
-    )
+    assert "Ray has 7 GPUs, cluster.gpus_per_node = 8" in problem(ray_gpus=7)
+    assert "nvidia-smi shows 7 GPUs, Ray has 8: a GPU failed" in problem(gpus=(("H100", 80.0),) * 7)
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -89,7 +87,7 @@ def test_look_reads_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(node_report, "SETTLE_S", 0.0)
     (tmp_path / "here").write_text("12345")
     files = {str(tmp_path / "here"): 5, str(tmp_path / "gone"): 1}
-    wanted = Wanted(folder=str(tmp_path), canary=".c", token="t", files=files)
+    wanted = Wanted(folder=str(tmp_path), token_file=".c", token="t", files=files)
     (tmp_path / ".c").write_text("t")
     seen = look(wanted, "a b (10.0.0.1)", 0)
     assert (seen.token, seen.writable, list(seen.files.values())) == ("t", None, [5, -1])

@@ -6,18 +6,18 @@ import subprocess
 import sys
 import time
 
-from rlhf3d.placement.waiting import bounded
+from rlhf3d.placement.waiting import exit_on_timeout
 
 HANGS = """
 import ctypes
-from rlhf3d.placement.waiting import bounded
-with bounded("connect to nobody", 0.2):
+from rlhf3d.placement.waiting import exit_on_timeout
+with exit_on_timeout("connect to nobody", 0.2):
     ctypes.CDLL(None).sleep(60)  # lets other threads run, as Ray does while it waits
 """
 
 
 def test_a_wait_within_its_time_changes_nothing() -> None:
-    with bounded("a moment", 0.1):
+    with exit_on_timeout("a moment", 0.1):
         pass
     time.sleep(0.2)
 
