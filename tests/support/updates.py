@@ -171,7 +171,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     share = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS, cost)[dp]
     outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
     updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
-    with engine.states.at_work("weights"):
+    with engine.states.on_device("weights"):
         weights = [
             (name, box, tensor.cpu().clone()) for name, box, tensor in engine.export_pieces()
         ]
