@@ -66,7 +66,7 @@ class NodeReport:
     """Free space there; None without a run, or where it cannot be written."""
     gpus: tuple[tuple[str, float], ...] | None
     """(name, memory GiB) by nvidia-smi; None where that is not installed."""
-    ray_gpus: int
+    gpus_told: int
     """GPUs that the node has according to Ray."""
 
 
@@ -89,7 +89,7 @@ def look(wanted: Wanted, name: str, ray_gpus: int) -> NodeReport:
         files={path: _size(path) for path in wanted.files},
         disk_gib=disk_gib,
         gpus=_gpus(),
-        ray_gpus=ray_gpus,
+        gpus_told=ray_gpus,
     )
 
 
@@ -146,14 +146,14 @@ def _resource_problems(report: NodeReport, wanted: Wanted) -> list[str]:
             f"{report.disk_gib:.1f} GiB free at trainer.output_dir, checkpoints need "
             f"{wanted.disk_gib:.1f}: free some space or write elsewhere"
         )
-    if report.ray_gpus < wanted.gpus:
+    if report.gpus_told < wanted.gpus:
         problems.append(
-            f"Ray has {report.ray_gpus} GPUs, cluster.gpus_per_node = {wanted.gpus}: start Ray "
+            f"Ray has {report.gpus_told} GPUs, cluster.gpus_per_node = {wanted.gpus}: start Ray "
             "with all of them, or change the key"
         )
-    if report.gpus is not None and len(report.gpus) < report.ray_gpus:
+    if report.gpus is not None and len(report.gpus) < report.gpus_told:
         problems.append(
-            f"nvidia-smi shows {len(report.gpus)} GPUs, Ray has {report.ray_gpus}: a GPU failed "
+            f"nvidia-smi shows {len(report.gpus)} GPUs, Ray has {report.gpus_told}: a GPU failed "
             f"(restart the node), or start Ray with --num-gpus={len(report.gpus)}"
         )
     return problems

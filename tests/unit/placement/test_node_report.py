@@ -26,9 +26,9 @@ GOOD = NodeReport(
     files={"model/config.json": 10, "a.parquet": 5},
     disk_gib=200.0,
     gpus=(("H100", 80.0),) * 8,
-    ray_gpus=8,
+    gpus_told=8,
 )
-DRIVER = replace(GOOD, name="driver", token=None, gpus=None, ray_gpus=0)
+DRIVER = replace(GOOD, name="driver", token=None, gpus=None, gpus_told=0)
 
 
 def problem(**seen: object) -> str:
@@ -41,7 +41,7 @@ def test_good_nodes_have_no_problems() -> None:
     assert compare([GOOD, GOOD], DRIVER, WANTED) == []
     assert (
         compare(
-            [replace(GOOD, token=None, ray_gpus=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)
+            [replace(GOOD, token=None, gpus_told=0, gpus=None)], DRIVER, Wanted(files=WANTED.files)
         )
         == []
     )
@@ -68,7 +68,7 @@ def test_each_problem_names_node_value_and_remedy() -> None:
         files={"model/config.json": 9, "a.parquet": 5}
     )
     assert "50.0 GiB free at trainer.output_dir, checkpoints need 100.0" in problem(disk_gib=50.0)
-    assert "Ray has 7 GPUs, cluster.gpus_per_node = 8" in problem(ray_gpus=7)
+    assert "Ray has 7 GPUs, cluster.gpus_per_node = 8" in problem(gpus_told=7)
     assert "nvidia-smi shows 7 GPUs, Ray has 8: a GPU failed" in problem(gpus=(("H100", 80.0),) * 7)
 
 
