@@ -169,10 +169,9 @@ def test_devices_of_a_configuration_are_its_bundles() -> None:
             config = Config(
                 actor=ActorConfig(layout=LayoutConfig(tp=4)), critic=critic, rollout=rollout
             )
-            placed = place(CUDA, worker_groups(config), 2, 2, placement == "colocated", 1)
-            assert sum(count for _, count in device_terms(config)) == sum(
-                b["GPU"] for b in placed.bundles
-            )
+            groups = worker_groups(config)
+            placed = place(CUDA, groups, 2, 2, placement == "colocated", 1)
+            assert sum(count for _, count in device_terms(groups, rollout)) == placed.gpus
 
 
 def test_too_many_colocated_engines_are_refused() -> None:
