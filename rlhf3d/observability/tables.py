@@ -6,6 +6,7 @@ Invariant: computes and decides nothing, and reads no markup in the texts that i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from rich.text import Text
 
 from rlhf3d.terminal import Terminal
 
+FILE_WIDTH = 200
+"""Columns of tables in a file or a pipe, where no terminal limits them."""
 Row = Mapping[str, object]
 """Cells by column: numbers, texts, or None for an empty cell. An empty row is a line across."""
 
@@ -34,6 +37,8 @@ class View:
             print(json.dumps(self.data))
             return
         terminal = Terminal(stderr=stderr, highlight=False)
+        if not terminal.is_terminal and "COLUMNS" not in os.environ:
+            terminal.width = FILE_WIDTH
         for part in self.parts:
             terminal.print(part, soft_wrap=not isinstance(part, Table))
 

@@ -223,7 +223,7 @@ def _engines(plan: TimedPlan) -> str:
     if rollout.placement == "disaggregated":
         where = "dedicated"
     elif rollout.sleep:
-        where = "colocated, asleep between"
+        where = "sleeping"  # colocated, and asleep while training goes on
     cut = f"{rollout.engines} x TP{rollout.tensor_parallel_size}"
     return f"{cut} {where}, {rollout.gpu_memory_utilization:g}"
 

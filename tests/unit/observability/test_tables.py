@@ -34,6 +34,16 @@ def test_no_rows_are_an_empty_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(View([table([])], None), capsys).strip() == ""
 
 
+def test_without_a_terminal_tables_are_as_wide_as_they_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    rows: list[Row] = [{"text": "word " * 20, "count": 1}]
+    assert "word " * 20 in shown(View([table(rows)], None), capsys)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "word " * 20 not in shown(View([table(rows)], None), capsys)
+
+
 def test_lines_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     line = "word " * 100
     assert shown(View([line], None), capsys) == f"{line}\n"
