@@ -122,7 +122,7 @@ driver:
 TESTS := not full
 PROPERTIES := quick
 PYTEST = $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
-IN_TWO := -n 2 --dist loadfile
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint unit integration ## all checks, in 15 minutes on two cores
 

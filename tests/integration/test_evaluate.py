@@ -88,8 +88,9 @@ def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> No
     assert other.returncode == 2 and "holds another evaluation (temperature differ)" in other.stderr
 
 
-def test_engines_of_several_ranks_give_the_same(tmp_path: Path) -> None:
-    """Two engines of two ranks each, scored by a function of one's own."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_several_engines_give_the_same(ranks: int, tmp_path: Path) -> None:
+    """Two engines, scored by a function of one's own."""
     model = make_tiny_model(tmp_path / "model", hidden=64, heads=2, kv_heads=2, layers=2)
     questions = [f"{i} and {i}?" for i in range(5)]
     rows = [
@@ -119,7 +120,7 @@ def test_engines_of_several_ranks_give_the_same(tmp_path: Path) -> None:
         "--threads",
         "1",
     ]
-    arguments += ["--kv-cache-gib", "0.05", "--engines", "2", "--tensor-parallel-size", "2"]
+    arguments += ["--kv-cache-gib", "0.05", "--engines", "2", "--tensor-parallel-size", str(ranks)]
     done = run(*arguments, "--reward", str(tmp_path / "reward.py"))
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (output / "generations.jsonl").read_text().splitlines()]

@@ -80,6 +80,7 @@ def wait_for(file: Path, process: subprocess.Popen[str], timeout_s: float) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)
 def test_a_rehearsal_over_two_nodes_goes_on_after_the_loss_of_one(
     nodes: Network, tmp_path: Path

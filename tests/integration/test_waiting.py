@@ -164,10 +164,7 @@ print(time.monotonic() - began)
 @pytest.mark.parametrize("name", ["raylet", "gcs_server", "SIGTERM"])
 def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str) -> None:
     """So is a signal in a wait on Ray, whose calls may return a result though its handler raised."""
-    from integration.test_learning import (
-        MARKED,
-        left_behind,
-    )  # Ray's workers, which import this file, cannot
+    from support.jobs import MARKED, left_behind  # Ray's workers, which import this file, cannot
 
     done = subprocess.run(
         [sys.executable, "-c", LOSES_RAY, name],
@@ -178,7 +175,8 @@ def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str
         check=True,
     )
     told, seconds = done.stdout.splitlines()
-    sentence = rf"Ray's {name} on this machine \(process \d+\) was ended by SIGKILL, .*checkpoint"
+    # Which signal ended it is not known where another waits for it first.
+    sentence = rf"Ray's {name} on this machine \(process \d+\) (was )?ended\b.*checkpoint"
     assert re.fullmatch("preempted" if name == "SIGTERM" else sentence, told)
     assert float(seconds) < 20
     assert left_behind() == set()

@@ -1,24 +1,31 @@
 """A tiny job for the whole command, run as a user would.
 
-Invariant: every process of a run inherits `MARK`, so that a test can tell its own from those of others.
+Invariant: every process of a run inherits `MARK`, so that a test knows its own processes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from support.tiny_models import make_tiny_model
 
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
+from rlhf3d.resharding.setup import FILE_PREFIX
 
-STEPS = 30
+STEPS = 24
 MARK = "RLHF3D_TEST_RUN"
 MARKED = {**os.environ, MARK: str(os.getpid())}
 REWARD = '''
@@ -83,13 +90,78 @@ def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
     return path
 
 
+def command_line(job: Path, *overrides: str) -> list[str]:
+    """The command that trains a job."""
+    return [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *overrides]
+
+
 def train(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would."""
-    command = [str(Path(sys.executable).with_name("rlhf3d")), "train", str(job), *overrides]
+    command = command_line(job, *overrides)
     return subprocess.run(
         command, env=MARKED, capture_output=True, text=True, timeout=600, check=False
     )
 
 
+def stop_at(
+    job: Path, step: int, act: Callable[[subprocess.Popen[str]], None], *overrides: str
+) -> tuple[int, str]:
+    """Train until the line of a step is printed, and act on the process.
+
+    Returns its exit code and the end of what it printed.
+    """
+    # Processes that are started in the background ignore SIGINT.
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = command_line(job, *overrides)
+    with subprocess.Popen(command, env=MARKED, preexec_fn=listening, **pipes) as process:
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if re.match(rf"step +{step}/", line):
+                act(process)
+                break
+        rest = process.stdout.read()
+        return process.wait(timeout=60), ("".join(printed) + rest)[-3000:]
+
+
+def own_processes() -> list[psutil.Process]:
+    """Processes that inherited these tests' mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == MARKED[MARK]:
+                found.append(process)
+    return found
+
+
+def signal_everyone(number: int) -> None:
+    """Send a signal to every process of the run, as service managers do."""
+    for process in own_processes():
+        with suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def left_behind() -> set[str]:
+    """Own processes, and shared files of runs whose driver has gone."""
+    found = set()
+    for process in own_processes():
+        with suppress(psutil.Error):
+            found.add(f"{process.name()} {process.pid}")
+    for path in Path("/dev/shm").glob(f"{FILE_PREFIX}*"):
+        driver = path.name.removeprefix(FILE_PREFIX).split("-")[0]
+        if driver.isdigit() and not psutil.pid_exists(int(driver)):
+            found.add(path.name)
+    return found
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints, ascending."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(int(path.name.removeprefix("step_")) for path in found)
+
+
 def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The metrics, a row for each step."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,127 @@
+"""The complete command, stopped by signals and time: it saves, goes on, and leaves nothing behind.
+
+The job has a user's own algorithm and dynamic sampling on two pipeline stages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.jobs import (
+    left_behind,
+    read_rows,
+    saved_steps,
+    signal_everyone,
+    stop_at,
+    train,
+    write_job,
+)
+
+from rlhf3d.trainer.stopping import SAME_SIGNAL_S
+
+OWN_ALGORITHM = '''
+from rlhf3d.algorithms.advantages import register_advantage
+from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
+
+
+@register_advantage("centred")
+def centred(inputs):
+    """Score less the mean score of the batch, on every token."""
+    scores = inputs.token_level_rewards.sum(-1, keepdim=True)
+    advantages = inputs.custom["scale"] * (scores - scores.mean()).expand_as(inputs.response_mask)
+    return advantages, advantages
+
+
+@register_policy_loss("squared_clip")
+def squared_clip(logprobs, old_logprobs, advantages, response_mask, settings):
+    """Plain policy gradient, with a squared penalty instead of a clip."""
+    log_ratio = logprobs - old_logprobs
+    loss = -advantages * log_ratio.exp() + settings.custom["penalty"] * log_ratio.square()
+    return PolicyLossTerms(loss, {"ppo_kl": -log_ratio})
+'''
+WITHOUT_END = ("trainer.total_training_steps=10000", "trainer.save_freq=0")
+
+
+@pytest.mark.timeout(900)
+def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path) -> None:
+    """SIGUSR1 ends after a checkpoint; the same command goes on; SIGINT ends at once."""
+    own = {"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")}
+    job, run = write_job(tmp_path, algorithm=own), tmp_path / "run"
+    (tmp_path / "own.py").write_text(OWN_ALGORITHM)
+    sizes = (
+        "data.train_batch_size=16",
+        "data.gen_batch_size=20",
+        "actor.ppo_mini_batch_size=8",
+        "rollout.n=4",
+    )
+    settings = (
+        *sizes,
+        "actor.policy_loss=squared_clip",
+        "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}",
+        "algorithm.filter_groups.enable=true",
+        "algorithm.rollout_correction.rollout_is=token",
+        "actor.layout.pp=2",
+        "cluster.threads_per_rank=1",
+        *WITHOUT_END,
+    )
+    code, text = stop_at(job, 3, lambda _: signal_everyone(signal.SIGUSR1), *settings)
+    assert code == 75 and "SIGUSR1" in text, text
+    (first,) = saved_steps(run)
+    assert [row["step"] for row in read_rows(run)] == list(range(first + 1))
+    assert not (run / "checkpoints" / f"step_{first}" / "hf").exists()
+
+    code, text = stop_at(job, 10, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
+    assert code == 130 and "interrupted" in text, text
+    assert saved_steps(run) == [first] and left_behind() == set()
+
+    rows = read_rows(run)[1:]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 10
+    assert rows[0]["critic/score/mean"] < 0.4
+    assert rows[9]["filter_groups/generated_score/mean"] > 0.7
+    for row in rows:
+        assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
+        assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
+    misspelt = train(job, *sizes, "algorithm.adv_estimator=centered")
+    assert misspelt.returncode == 2 and "did you mean centred?" in misspelt.stderr
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_time_limit_and_second_signal(tmp_path: Path) -> None:
+    """A time limit ends after one step; two signals end at once, and leave nothing."""
+    job, run = write_job(tmp_path), tmp_path / "run"
+    shape = ("algorithm.adv_estimator=reinforce_plus_plus", *WITHOUT_END)
+    timed = train(job, *shape, "trainer.max_wall_clock_s=1")
+    assert timed.returncode == 75 and "trainer.max_wall_clock_s = 1" in timed.stdout, timed.stderr
+    assert saved_steps(run) == [1]
+
+    def twice(process: subprocess.Popen[str]) -> None:
+        signal_everyone(signal.SIGTERM)
+        time.sleep(2 * SAME_SIGNAL_S)
+        signal_everyone(signal.SIGTERM)
+
+    # A step of seconds: the second signal comes before the end that the first one asked for.
+    code, text = stop_at(job, 3, twice, *shape, "actor.ppo_epochs=40")
+    assert code == 130 and "interrupted" in text, text
+    assert "trainer.max_wall_clock_s: 1 -> None" in text
+    assert saved_steps(run) == [1] and left_behind() == set()
+
+
+@pytest.mark.full
+def test_failing_reward_function_ends_in_one_screen(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return 1 / 0\n"
+    )
+    failed = train(job, "trainer.val_before_train=false")
+    assert failed.returncode == 1
+    for part in ("ZeroDivisionError", "reward.max_error_rate", "4 of 64 completions"):
+        assert part in failed.stderr
+    assert len(failed.stderr.splitlines()) < 50
+    assert left_behind() == set()
