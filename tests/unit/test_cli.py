@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from rlhf3d import cli
 from rlhf3d.commands.errors import raised_by_us
 from rlhf3d.config.keys import all_keys
+from rlhf3d.rewards.custom import load_custom_reward
+from rlhf3d.rewards.manager import RewardManager
+from rlhf3d.rewards.score import ScoreItem
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -165,3 +168,23 @@ def test_a_mistake_in_our_own_code_is_not_the_users() -> None:
             exec(compile(source, path, "exec"))
         errors[name] = raised_by_us(caught.value)
     assert errors == {"compare": False, "refuse": True}
+
+
+def test_a_failing_reward_function_is_one_screen_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "reward.py"
+    own.write_text("def compute_score(*args, **kwargs):\n    return 1 / 0\n")
+
+    def score() -> None:
+        function = load_custom_reward(own)
+        with RewardManager(function, workers=1, timeout_s=20.0, max_error_rate=0.1) as manager:
+            manager.score_batch([ScoreItem("t", "x", "1")] * 20)
+
+    monkeypatch.setattr(cli, "app", score)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error and "reward.max_error_rate" in error
+    assert len(error.splitlines()) < 50
