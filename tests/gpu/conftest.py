@@ -1,10 +1,11 @@
 """Skips what the machine has no GPU for, and keeps what was measured for `rlhf3d plan`.
 
-    pytest -m gpu tests/gpu              one GPU: everything that can go wrong there, in about 15 minutes
+    pytest -m gpu tests/gpu              one GPU: all that can go wrong there, in about 15 minutes
     pytest -m gpu2 tests/gpu             two GPUs: what needs a second one
     pytest tests/gpu --on-cpu            the suite itself, on CPU processes in the place of GPUs
 
-Numbers measured on a GPU go to `runs/gpu_measured.json`, which `rlhf3d plan` takes instead of what it assumes.
+Numbers measured on a GPU go to `runs/gpu_measured.json`, which `rlhf3d plan` takes instead of what
+it assumes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from support.gpu_target import Target, cpu_target, find_gpus, gpu_target
 
 from rlhf3d.planning.measured import DEFAULT, write_measured
 
-NO_GPU = "no GPU: nvidia-smi finds {found} of {needed} (pytest tests/gpu --on-cpu tries the suite without one)"
+NO_GPU = (
+    "no GPU: nvidia-smi finds {found} of {needed}"
+    " (pytest tests/gpu --on-cpu tries the suite without one)"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +53,10 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @pytest.fixture(scope="session")
 def measured(target: Target, request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
-    """Numbers by the names of `rlhf3d.planning.measured`; those of a GPU are kept, unless a test failed."""
+    """Numbers by the names of `rlhf3d.planning.measured`.
+
+    Those of a GPU are kept, unless a test failed.
+    """
     numbers: dict[str, float] = {}
     yield numbers
     if target.is_gpu and numbers and not request.session.testsfailed:

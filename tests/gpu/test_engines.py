@@ -1,4 +1,7 @@
-"""vLLM on one GPU: its log-probs follow every write of weights, eager and in CUDA graphs, also after a sleep."""
+"""vLLM on one GPU: its log-probs follow every write of weights.
+
+Eager and in CUDA graphs, also after a sleep.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,10 @@ def test_other_models(
 def test_sleeps_and_wakes(
     target: Target, child: ProcessPoolExecutor, tmp_path: Path, measured: dict[str, float]
 ) -> None:
-    """Three times: memory goes and comes back, and the log-probs are those of what was written after waking."""
+    """Three times: memory goes and comes back.
+
+    The log-probs are those of what was written after waking.
+    """
     if not target.is_gpu:
         pytest.skip("an engine on the CPU gives nothing back")
     settings = engine(target, "bfloat16", enable_sleep_mode=True, enforce_eager=False)

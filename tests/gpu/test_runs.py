@@ -1,4 +1,7 @@
-"""The whole command on one GPU and on two: it trains, rests, saves, resumes exactly, and takes the memory planned."""
+"""The complete command on one GPU and on two.
+
+It trains, rests, saves, resumes exactly, and takes the memory planned.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
-    """Two steps, a checkpoint, two more are four steps; engine and trainer agree; memory is what the plan says."""
+    """Two steps, a checkpoint, two more are four steps.
+
+    Engine and trainer agree; memory is what the plan says.
+    """
     path, overrides = job(tmp_path / "whole", target, "bfloat16" if target.is_gpu else "float32")
     overrides += [
         "rollout.sleep=true",
@@ -93,7 +99,8 @@ def test_trains_rests_and_resumes(target: Target, tmp_path: Path) -> None:
     times = [row["timing_s/old_logprobs"] + row["timing_s/update_actor"] for row in steps]
     peak_mib = max(samples, default=0)
     print(
-        f"RUN canary {max(canaries):.1e}, old_logprobs and update_actor {times} s, peak {peak_mib} MiB"
+        f"RUN canary {max(canaries):.1e}, "
+        f"old_logprobs and update_actor {times} s, peak {peak_mib} MiB"
     )
     assert max(canaries) < CANARY
     if target.is_gpu:
@@ -152,7 +159,10 @@ LAYOUTS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_two_gpus(layout: str, target: Target, tmp_path: Path) -> None:
-    """Messages between GPUs, relays, pipelines and engines of two ranks: engine and trainer agree after each sync."""
+    """Messages between GPUs, relays, pipelines and engines of two ranks.
+
+    Engine and trainer agree after each sync.
+    """
     path, overrides = job(tmp_path / "job", target, "bfloat16" if target.is_gpu else "float32")
     gpus = ["cluster.gpus_per_node=2"] if target.is_gpu else []
     overrides += ["trainer.total_training_steps=2", "actor.ppo_micro_batch_size_per_gpu=8"]

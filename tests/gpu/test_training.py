@@ -1,4 +1,6 @@
-"""A training rank on one GPU: libraries, updates, vocabulary head, states that leave and come back, the ring.
+"""A training rank on one GPU.
+
+Libraries, updates, vocabulary head, states that leave and come back, the ring.
 
 Oracle of the updates: Megatron's local layers in float32 on the CPU.
 """
@@ -87,14 +89,18 @@ def test_updates(
     for role in PPO:
         metric, norm, weight = compare(ours[role], references[case.model][role], bound=bound)
         print(
-            f"UPDATE {case} packed={packed} {role}: metrics {metric:.1e} norm {norm:.1e} weights {weight:.1e}"
+            f"UPDATE {case} packed={packed} {role}: "
+            f"metrics {metric:.1e} norm {norm:.1e} weights {weight:.1e}"
         )
 
 
 def head_errors(
     rank: int, port: int, target: Target, dtype: torch.dtype
 ) -> tuple[float, float, float | None]:
-    """Largest errors against float64 of log-probs, and of gradients relative to the largest; peak GiB on a GPU."""
+    """Largest errors against float64 of log-probs, and of gradients relative to the largest.
+
+    Peak GiB on a GPU.
+    """
     from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 
     platform, device = target.platform, target.platform.device()
@@ -126,10 +132,14 @@ def head_errors(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head(dtype: str, target: Target) -> None:
-    """Log-probs from logits in fp32 (rounded to bfloat16 they would be off by 1e-2) in chunks of bounded memory."""
+    """Log-probs from logits in fp32, in chunks of bounded memory.
+
+    Rounded to bfloat16 they would be off by 1e-2.
+    """
     ((values, gradients, peak),) = target.run(1, dtype, head_errors, target, getattr(torch, dtype))
     print(
-        f"HEAD {dtype}: log-probs and entropy {values:.1e}, gradients {gradients:.1e}, peak {peak} GiB"
+        f"HEAD {dtype}: log-probs and entropy {values:.1e}, "
+        f"gradients {gradients:.1e}, peak {peak} GiB"
     )
     if target.is_gpu or dtype == "float32":  # CPU ranks multiply in bfloat16
         assert values < 5e-4

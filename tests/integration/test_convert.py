@@ -1,4 +1,7 @@
-"""Conversion against the real parts: megatron-core saves and loads in many layouts, transformers and vLLM load."""
+"""Conversion against the real parts.
+
+Megatron-core saves and loads in many layouts, transformers and vLLM load.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU core attention equals upstream's, alone for each packed sequence, in every supported layout."""
+"""The CPU core attention equals upstream's, for each packed sequence alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def patched() -> None:
 
 
 def largest_difference_to_upstream(rank: int, port: int) -> dict[str, float]:
-    """Same weights and tokens through our attention and through DotProductAttention: loss and gradients."""
+    """Differences of loss and gradients between our attention and DotProductAttention."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 

@@ -1,4 +1,7 @@
-"""`rlhf3d evaluate` on real vLLM: it serves the folder's own weights, and a second call has nothing left to do."""
+"""`rlhf3d evaluate` on real vLLM.
+
+It serves the folder's own weights, and a second call has nothing left to do.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ def test_it_measures_the_folders_own_weights_and_continues(tmp_path: Path) -> No
     save_file({"tok_embeddings.weight": torch.zeros(2, 2)}, model / "consolidated.safetensors")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    # Together more tokens than vLLM takes in one step, which on CPU must not cut a seeded request's prompt in two.
+    # Together more tokens than vLLM takes in one step, which must not cut a seeded request's
+    # prompt in two on the CPU.
     questions = [
         "1+1?",
         "How many legs has a spider?",
@@ -100,7 +104,8 @@ def test_several_engines_give_the_same(ranks: int, tmp_path: Path) -> None:
     ]
     write_parquet(rows, tmp_path / "test.parquet", {})
     (tmp_path / "reward.py").write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return len(solution_str)\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return len(solution_str)\n"
     )
     output = tmp_path / "out"
     arguments = [

@@ -1,8 +1,10 @@
-"""An update of actor and critic gives the same loss, gradient norm and weights in every layout and batching.
+"""An update of actor and critic gives the same numbers in every layout and batching.
 
-Every layout runs clipped PPO and the critic. A sample of them runs every policy loss and aggregation,
-padded and packed, by number and by budget, over ranks that do not divide the rows. Advantages are data
-here: the driver computes them over the complete batch.
+The numbers are loss, gradient norm and weights.
+
+Every layout runs clipped PPO and the critic. A sample of them runs every policy loss and
+aggregation, padded and packed, by number and by budget, over ranks that do not divide the rows.
+Advantages are data here: the driver computes them over the complete batch.
 
 `make test` runs each pair of settings of a layout, and each pair of layout, batching and algorithm;
 `make test-all` runs all combinations.
@@ -140,7 +142,7 @@ def batchings(case: Case) -> dict[str, MicroBatching]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tied models with 4 heads, one with SmolLM2's 9 heads and 3 KV heads, and a mixture of experts."""
+    """Tied models of 4 heads, one of SmolLM2's 9 heads and 3 KV heads, a mixture of experts."""
     root = tmp_path_factory.mktemp("models")
     return {
         "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=8),
@@ -195,9 +197,9 @@ def algorithm_references(folders: dict[str, Path]) -> dict[str, dict]:
 
 
 def combinations_of(case: Case, everything: bool) -> list[tuple[str, str]]:
-    """(batching, algorithm): all of a case, or such that the cases with these batchings share them out.
+    """(batching, algorithm): all of a case, or what is left when cases share them out.
 
-    So each algorithm meets each batching, and each layout.
+    Cases with the same batchings do, so each algorithm meets each batching, and each layout.
     """
     rules, chosen = list(batchings(case)), []
     peers = [other for other in BATCHING_CASES if list(batchings(other)) == rules]

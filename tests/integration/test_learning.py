@@ -42,7 +42,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two ranks with all models and an engine; TP2 x PP2 with two engines and a dedicated critic."""
+    """The job with all models on two ranks; and on TP2 x PP2, two engines, a dedicated critic."""
     done = {}
     for name, layout in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -113,7 +113,7 @@ def untimed(run: Path) -> list[dict[str, Any]]:
 
 
 def copy_without_the_end(run: Path, again: Path) -> None:
-    """What a kill between the last step and its checkpoint leaves: rows, samples, one checkpoint."""
+    """Copy what a kill between the last step and its checkpoint leaves."""
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / f"step_{STEPS}")
     (again / "checkpoints" / "latest").write_text(f"step_{SAVED}")

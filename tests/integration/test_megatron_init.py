@@ -1,4 +1,7 @@
-"""Process groups agree with ParallelLayout, can be left and joined again, and do not wait for ever."""
+"""Process groups agree with ParallelLayout, and waits on them end.
+
+They can be left and joined again.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def patched() -> None:
 
 
 def coordinates(rank: int, port: int, layout: ParallelLayout) -> tuple[int, ...]:
-    """Coordinates that Megatron gives this rank, and the sum of ranks in its data-parallel group."""
+    """Coordinates that Megatron gives this rank, and the sum of its data-parallel group."""
     import torch
     from megatron.core import parallel_state as mpu
 

@@ -1,4 +1,4 @@
-"""Every patch is needed (upstream fails or is wrong without it) and works (the library is right with it)."""
+"""Every patch is needed and works: upstream is wrong without it, and right with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ FAILURES = {
 @pytest.fixture(scope="module")
 def without() -> dict[str, dict[str, Any]]:
     """Outcome of every case with every patch but its own, from a fresh interpreter."""
-    path = f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'tests'}:{ROOT}"  # first what this process has first
+    # First what this process has first.
+    path = f"{os.environ.get('PYTHONPATH', '')}:{ROOT / 'tests'}:{ROOT}"
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "support.megatron_cases"]
     done = subprocess.run(

@@ -1,5 +1,8 @@
-"""Megatron's schedules under NCCL's rules: pipelines, interleaved or not, send nothing that NCCL refuses or that has
-been freed, and the update is that of one process."""
+"""Megatron's schedules under NCCL's rules.
+
+Pipelines, interleaved or not, send nothing that NCCL refuses or that has been freed, and the update
+is that of one process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An optimizer step with a NaN in one sequence: no rank takes it, and every rank says which sequence and term."""
+"""An optimizer step with a NaN in one sequence.
+
+No rank takes it, and every rank says which sequence and term.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def make_batch() -> Batch:
 
 
 def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
-    """Weights after skipping the broken mini-batch, after an update without it, and the error of a run that stops."""
+    """Update with a broken mini-batch: skipped, absent, and ending in an error."""
     from rlhf3d.algorithms.objectives import PolicyObjective
     from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
 

@@ -1,4 +1,7 @@
-"""Megatron models against transformers: same folder, same tokens, same logits, whatever the layout."""
+"""Megatron models against transformers.
+
+Same folder, same tokens, same logits, whatever the layout.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,10 @@ def logits_rank(
     sequence_parallel: bool,
     tokens: list[torch.Tensor],
 ) -> torch.Tensor | None:
-    """Full logits [b, s, vocab] of this data-parallel rank's tokens, on the last stage's tensor rank 0."""
+    """Full logits [b, s, vocab] of this data-parallel rank's tokens.
+
+    On tensor rank 0 of the last stage; None elsewhere.
+    """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     chunks = start_rank(rank, port, folder, layout, "policy", sequence_parallel)
@@ -276,7 +282,10 @@ def gradient_rank(
     sequence_parallel: bool,
     tokens: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Scores (values, or this rank's share of the logits) and gradients of sum(scores**2) at both ends."""
+    """Scores and gradients of sum(scores**2) at both ends.
+
+    Scores are values, or this rank's share of the logits.
+    """
     chunks = start_rank(rank, port, folder, layout, role, sequence_parallel)
 
     def loss(

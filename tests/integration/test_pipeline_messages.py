@@ -1,4 +1,6 @@
-"""Pipeline stages work out the shapes of their messages and get what upstream's stages get by telling each other.
+"""Pipeline stages work out the shapes of their messages instead of sending them.
+
+They get what upstream's stages get.
 
 Nor do they wait for the device in between.
 """
@@ -35,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def update(
     rank: int, port: int, case: Case, folder: Path, updates: dict[str, Update], planned: bool
 ) -> tuple[dict[str, dict], int, int]:
-    """The updates, how many shapes this rank sent or received, and how often it waited for the device."""
+    """The updates, and how many shapes this rank passed on and waits for the device it made."""
     from megatron_patches import cpu_cuda
     from rlhf3d.parallel import pipeline
 

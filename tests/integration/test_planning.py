@@ -1,8 +1,9 @@
 """The memory model against real Megatron ranks: states to the byte, activations within 10 %.
 
-Each case builds actor and critic on real (tiny) ranks, takes an optimizer step so that all state exists, and compares
-every rank's buffers with `model_states`; then it measures the bytes alive at the peak of a forward pass and of an
-update, operation by operation, and compares them with `Activations`.
+Each case builds actor and critic on real (tiny) ranks, takes an optimizer step so that all state
+exists, and compares every rank's buffers with `model_states`; then it measures the bytes alive at
+the peak of a forward pass and of an update, operation by operation, and compares them with
+`Activations`.
 """
 
 from __future__ import annotations
@@ -183,7 +184,10 @@ def measure_model(context, case: Case, folder: Path, role: str) -> Measured:
 
 
 def peak_before_step(engine, meter: LiveBytes) -> None:
-    """Note the peak when the passes are over: these models are so small that Adam's temporaries could be more."""
+    """Note the peak when the passes are over.
+
+    These models are so small that Adam's temporaries could be more.
+    """
     prepare = engine.optimizer.prepare_grads
 
     def noting() -> object:
@@ -257,9 +261,14 @@ def test_plan_is_what_the_ranks_hold(case: Case, tmp_path: Path) -> None:
         at = layout.coords(rank)
         for role, measured in found.items():
             states = model_states(
-                spec, layout, at, HEADS[role], case.dtype,
-                distributed_optimizer=settings.distributed_optimizer, overlap_grad_reduce=settings.overlap_grad_reduce,
-            )  # fmt: skip
+                spec,
+                layout,
+                at,
+                HEADS[role],
+                case.dtype,
+                distributed_optimizer=settings.distributed_optimizer,
+                overlap_grad_reduce=settings.overlap_grad_reduce,
+            )
             ours = (states.weights, states.gradients, states.master, states.moments)
             assert ours == (
                 measured.weights,
@@ -268,9 +277,16 @@ def test_plan_is_what_the_ranks_hold(case: Case, tmp_path: Path) -> None:
                 measured.moments,
             ), (rank, role)
             passes = Activations(
-                spec, layout, HEADS[role], case.dtype, "local",
-                settings.sequence_parallel, settings.recompute, False, micro,
-            )  # fmt: skip
+                spec,
+                layout,
+                HEADS[role],
+                case.dtype,
+                "local",
+                settings.sequence_parallel,
+                settings.recompute,
+                False,
+                micro,
+            )
             layers = len(layout.layers(spec.num_layers, at.pp))
             off = passes.update_peak(at.pp, case.micro_batches, layers) / measured.update - 1
             off_forward = passes.forward_peak(at.pp, case.micro_batches) / measured.forward - 1

@@ -1,4 +1,7 @@
-"""Ray with GPUs that are not there: which one a process is shown, and what it finds set before CUDA could start."""
+"""Ray with GPUs that are not there.
+
+Which one a process is shown, and what it finds set before CUDA could start.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,12 @@ from rlhf3d.rollout.settings import EngineSettings
 
 GPUS = 8
 WATCHED = (
-    "CUDA_VISIBLE_DEVICES CUDA_DEVICE_MAX_CONNECTIONS NVIDIA_TF32_OVERRIDE TRITON_F32_DEFAULT PYTORCH_CUDA_ALLOC_CONF"
-).split()
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "TRITON_F32_DEFAULT",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 @pytest.fixture(scope="module")

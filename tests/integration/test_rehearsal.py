@@ -1,4 +1,7 @@
-"""A rehearsal of a job for GPUs that cannot run here, under the rules of GPUs: whole, with its resume."""
+"""A rehearsal of a job for GPUs that cannot run here, under the rules of GPUs.
+
+Complete, with its resume.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from rlhf3d.data.parquet import read_parquet
 
 JOB = """
 model: {path: nowhere/Big-Model, dtype: bfloat16, use_remove_padding: true, offload: true}
-data: {train_files: [nowhere/train.parquet], val_files: [nowhere/test.parquet], train_batch_size: 512}
+data:
+  train_files: [nowhere/train.parquet]
+  val_files: [nowhere/test.parquet]
+  train_batch_size: 512
 actor:
   layout: {tp: 4, pp: 2, dp: 8, sequence_parallel: true, recompute: full}
   ppo_mini_batch_size: 128

@@ -1,8 +1,8 @@
 """Weights between real processes: engines on devices of their own, and hosts that share no memory.
 
-Proven: sync after sync every engine rank gets exactly its share of the newest weights, by messages alone (gloo) and by
-messages that the owners of shared memory pass on; a process that is gone or silent ends every wait on it in time, in an
-error that names it.
+Proven: sync after sync every engine rank gets exactly its share of the newest weights, by messages
+alone (gloo) and by messages that the owners of shared memory pass on; a process that is gone or
+silent ends every wait on it in time, in an error that names it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ TWO_HOSTS = replace(
     tensor_parallel_size=1,
     colocated=True,
 )
-"""Each host has one pipeline stage and one engine: half of what an engine needs is on the other host."""
+"""Each host has one pipeline stage and one engine.
+
+Half of what an engine needs is on the other host.
+"""
 
 
 class FullMessages(Group):
@@ -210,7 +213,10 @@ def test_owners_pass_on_what_comes_from_another_host(
 
 
 def outcome(work: Any, *args: Any) -> tuple[str, float]:
-    """The SyncError that a call ends in and the seconds until it did; empty text where it succeeds."""
+    """The SyncError that a call ends in and the seconds until it did.
+
+    Empty text where it succeeds.
+    """
     start = time.monotonic()
     try:
         work(*args)

@@ -1,4 +1,4 @@
-"""A reward model in the engine gives transformers' own scores, in any layout, and a run is trained on them."""
+"""A reward model gives transformers' own scores, in any layout, and a run trains on them."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ def test_scores_are_those_of_transformers(
     folder = make_tiny_model(tmp_path / "m", family, tie=False, classifier=True)
     expected = hf_scores(folder, ITEMS)
     scores = run_ranks(layout.world_size, score_rank, folder, layout)[layout.collectors()[0]]
-    print(
-        f"\n{family} {layout}: max|Δscore| {float((scores - expected).abs().max()):.2e} of {expected.tolist()}"
-    )
+    difference = float((scores - expected).abs().max())
+    print(f"\n{family} {layout}: max|Δscore| {difference:.2e} of {expected.tolist()}")
     assert float(expected.std()) > 0.1
     assert torch.allclose(scores, expected, atol=1e-5, rtol=0)
 
@@ -107,8 +106,8 @@ def test_the_tool_trains_what_a_run_loads(tmp_path: Path) -> None:
 def test_a_mixture_of_experts_is_trained_on_a_reward_model_alone(tmp_path: Path) -> None:
     """Each score is exact: rows without ground truth, a greedy baseline, another architecture.
 
-    Two training ranks share out the experts and each sequence, vLLM cuts each expert in two, and the
-    reward model has two ranks of its own.
+    Two training ranks share out the experts and each sequence, vLLM cuts each expert in two, and
+    the reward model has two ranks of its own.
     """
     judge = tmp_path / "judge"
     job = write_job(

@@ -1,6 +1,9 @@
-"""Real vLLM, fed by the weight stream: its log-probs are those of the new weights, and faults are refused.
+"""Real vLLM, fed by the weight stream.
 
-Every engine lives in one child process (vLLM patches torch and the environment), one after the other.
+Its log-probs are those of the new weights, and faults are refused.
+
+Every engine lives in one child process (vLLM patches torch and the environment), one after the
+other.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ def wait_all(calls: list[Future]) -> list[Any]:
 
 
 class Rig:
-    """A model (transformers', here) cut for four training ranks, their ends of the stream, an engine in the child."""
+    """A model cut for four training ranks, their ends of the stream, an engine in the child."""
 
     layout = ParallelLayout(tp=2, pp=2)
 

@@ -1,8 +1,11 @@
-"""The layers that GPUs train with: Transformer Engine's own Python over stand-ins for its kernels, on CPU ranks.
+"""The layers that GPUs train with.
 
-It and Megatron are those of the GPU set. An update and a resumed one give what the CPU set's Megatron gives with its
-local layers, so weights are where the table says, and Megatron's and Transformer Engine's code is called as it wants to
-be. Its kernels, its fused attention and speed are not tested.
+Transformer Engine's own Python over stand-ins for its kernels, on CPU ranks.
+
+It and Megatron are those of the GPU set. An update and a resumed one give what the CPU set's
+Megatron gives with its local layers, so weights are where the table says, and Megatron's and
+Transformer Engine's code is called as it wants to be. Its kernels, its fused attention and speed
+are not tested.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def convert(source: Path, destination: Path, **options: Path) -> Path:
 def converted(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
-    """Of a model: the Megatron checkpoint that its folder was converted to, and where ranks save what they loaded."""
+    """By model: its converted Megatron checkpoint, and where ranks save what they loaded."""
     root = tmp_path_factory.mktemp("converted")
     return {
         name: (convert(folders[name], root / name) / "actor", root / f"{name} saved")

@@ -1,7 +1,9 @@
-"""A rehearsal over two nodes (network namespaces of this machine), started by the rendered ssh script.
+"""A rehearsal over two nodes, started by the rendered ssh script.
 
-Each node has a network, a host name and a /dev/shm of its own; the worker also has its own processes, so that it can be
-lost. What is not shown here: GPUs, and file systems that are really remote.
+Nodes are network namespaces of this machine.
+
+Each node has its own network, host name and /dev/shm; the worker also has its own processes, so
+that it can be lost. What is not shown here: GPUs, and file systems that are really remote.
 """
 
 from __future__ import annotations

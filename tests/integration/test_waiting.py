@@ -163,7 +163,7 @@ print(time.monotonic() - began)
 
 @pytest.mark.parametrize("name", ["raylet", "gcs_server", "SIGTERM"])
 def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str) -> None:
-    """So is a signal in a wait on Ray, whose calls may return a result though its handler raised."""
+    """So is a signal in a wait on Ray, whose calls may return although its handler raised."""
     from support.jobs import MARKED, left_behind  # Ray's workers, which import this file, cannot
 
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""The weight writer in real vLLM: after each of several updates its log-probs are those of the new weights."""
+"""The weight writer in real vLLM.
+
+After each of several updates its log-probs are those of the new weights.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ def child() -> Iterator[ProcessPoolExecutor]:
 
 
 def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
-    """Packed linear layers and head, live embedding and norms; what does not fit is refused by name; no leak."""
+    """Packed linear layers and head, live embedding and norms.
+
+    What does not fit is refused by name; no leak.
+    """
     rig = Rig(child, tmp_path, family="llama", tie=True, kv_heads=1, ffn=2048)
     rig.check()
     rig.check_memory()
@@ -99,7 +105,7 @@ def test_bfloat16_equals_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: 
 
 
 def test_fp8_equals_vllms_own_quantisation(child: ProcessPoolExecutor, tmp_path: Path) -> None:
-    """Bits and scales are those that vLLM makes of the same folder, in the storage that was there at the start."""
+    """Bits and scales are vLLM's own of the same folder, in the storage of the start."""
     fp8 = {"quantization": "fp8_per_channel"}
     rig = Rig(child, tmp_path, dtype="bfloat16", engine=fp8, family="qwen2", tie=False, kv_heads=2)
     places = rig.rpc("addresses")
@@ -119,7 +125,10 @@ def test_fp8_equals_vllms_own_quantisation(child: ProcessPoolExecutor, tmp_path:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> None:
-    """An expert size that is not a multiple of the CPU kernel's 32 columns: it is padded before it is packed."""
+    """An expert size that is not a multiple of the CPU kernel's 32 columns.
+
+    It is padded before it is packed.
+    """
     model = {"norm_topk_prob": False} if family == "qwen3_moe" else {"experts": 8}
     rig = Rig(
         child, tmp_path, family=family, tie=family == "mixtral", kv_heads=1, ffn=1008, **model
@@ -127,7 +136,8 @@ def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> Non
     rig.check()
     rig.check_memory()
     ((_, packed),) = rig.rpc("live_and_packed")
-    experts = f"model.layers.0.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.experts.routed_experts"
+    block = "block_sparse_moe" if family == "mixtral" else "mlp"
+    experts = f"model.layers.0.{block}.experts.routed_experts"
     assert {f"{experts}.w13_weight", f"{experts}.w2_weight"} < set(packed)
     refused = rig.rpc("refusal_of_backend", experts)[0]
     assert refused.startswith(f"{experts}.w13_weight: vLLM's FlashInfer CUTLASS kernels")
@@ -156,7 +166,10 @@ def test_two_tensor_parallel_ranks(
 def test_whole_experts_on_two_ranks_equal_vllms_own_loader(
     child: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    """By the bits of the packed experts: vLLM's CPU kernel crashes on experts that are elsewhere."""
+    """By the bits of the packed experts.
+
+    vLLM's CPU kernel crashes on experts that are elsewhere.
+    """
     engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
     rig = Rig(
         child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1

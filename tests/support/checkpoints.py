@@ -1,6 +1,7 @@
 """Megatron folders as ranks of any layout write them, without ranks; and models as tensors.
 
-Invariant: the chunks are those of the weight table of the layout, so that they differ from layout to layout.
+Invariant: the chunks are those of the weight table of the layout, so that they differ from layout
+to layout.
 """
 
 from __future__ import annotations

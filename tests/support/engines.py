@@ -1,6 +1,6 @@
 """A training rank on the CPU: the one place where tests start one and make an `EngineContext`.
 
-Invariant: nothing heavy is imported with this module; `import_engine` is for the process that forks.
+Invariant: nothing heavy is imported with this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CPU = CPUPlatform("test")
 
 
 def import_engine() -> None:
-    """Import Megatron with its patches, and what ranks use: seconds, that forked ranks then save."""
+    """Import Megatron with its patches and what ranks use, so that forked ranks need not."""
     import megatron_patches
 
     torch.set_num_threads(1)  # a forked rank must not wait for threads that only its parent has

@@ -1,4 +1,4 @@
-"""The GPU set's Megatron and Transformer Engine, as `make integration` unpacks them beside the environment.
+"""The GPU set's Megatron and Transformer Engine, as `make integration` unpacks them.
 
 Invariant: a version is said once, in requirements/gpu.txt.
 """

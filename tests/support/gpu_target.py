@@ -1,6 +1,7 @@
 """Where the GPU suite runs: on GPUs, or, to try the suite itself, on CPU processes in their place.
 
-Invariant: the parent process never starts CUDA, so that its ranks can be forked; a rank sees one device, as in a run.
+Invariant: the parent process never starts CUDA, so that its ranks can be forked; a rank sees one
+device, as in a run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class Target:
     def run(
         self, ranks: int, dtype: str, function: Callable[..., Any], *args: Any, shared: bool = False
     ) -> list[Any]:
-        """`function(rank, port, *args)` on forked ranks, one a device (or all on the first), ready for Megatron."""
+        """Call `function(rank, port, *args)` on forked ranks, ready for Megatron.
+
+        Each has a device, or all have the first.
+        """
         return run_ranks(
             ranks, _on_device, self.platform, dtype, shared, function, args, timeout_s=280.0
         )

@@ -1,8 +1,10 @@
-"""One small Megatron run for every patch: what it returns with the patch, and what happens without it.
+"""One small Megatron run for every patch.
 
-Invariant: a case touches one defect only. `python -m support.megatron_cases` runs every case without its
-patch, in processes forked after one import, and prints {patch: {"error": text} or {"value": result}} as JSON;
-"apply_cuda" stands for what `apply("cuda")` does.
+What it returns with the patch, and what happens without it.
+
+Invariant: a case touches one defect only. `python -m support.megatron_cases` runs every case
+without its patch, in processes forked after one import, and prints {patch: {"error": text} or
+{"value": result}} as JSON; "apply_cuda" stands for what `apply("cuda")` does.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def join(rank: int, port: int, layout: ParallelLayout) -> None:
 def build_model(
     layout: ParallelLayout, *, sequence_parallel: bool = False, experts: int = 0, **config: Any
 ) -> Any:
-    """A two-layer GPT whose weights depend on their names only: every tensor-parallel size starts alike."""
+    """A two-layer GPT whose weights depend on their names only.
+
+    Every tensor-parallel size starts alike.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -62,24 +67,39 @@ def build_model(
     else:
         spec = platform.layer_spec(qk_layernorm=False)
     transformer_config = TransformerConfig(
-        num_layers=2, hidden_size=HIDDEN, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=64,
-        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-        add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-        sequence_parallel=sequence_parallel, **platform.transformer_config_overrides() | config,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=64,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=sequence_parallel,
+        **platform.transformer_config_overrides() | config,
+    )
     model = GPTModel(
-        transformer_config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE,
-        position_embedding_type="rope", share_embeddings_and_output_weights=False,
+        transformer_config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-    )  # fmt: skip
+    )
     set_weights(model, layout)
     return model
 
 
 def set_weights(model: Any, layout: ParallelLayout) -> None:
-    """Draw every full tensor by name, keep this tensor-parallel rank's part (gate and up of an MLP apart)."""
+    """Draw every full tensor by name and keep this tensor-parallel rank's part."""
     import zlib
 
     import torch
@@ -215,7 +235,7 @@ def norm_sequence_parallel(rank: int, port: int) -> list[tuple[float, float]]:
 
 
 def isend_alias(rank: int, port: int) -> float:
-    """Mean of the ones that rank 0 sends, which it frees, as the schedule does, before rank 1 receives."""
+    """Mean of the ones that rank 0 sends, and frees, as the schedule does, before they arrive."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import p2p_communication
@@ -228,10 +248,14 @@ def isend_alias(rank: int, port: int) -> float:
 
     def exchange(send: Any, receive: Any) -> Any:
         return p2p_communication._p2p_ops(
-            tensor_send_prev=None, tensor_recv_prev=receive, tensor_send_next=send, tensor_recv_next=None,
+            tensor_send_prev=None,
+            tensor_recv_prev=receive,
+            tensor_send_next=send,
+            tensor_recv_next=None,
             group=parallel_state.get_pipeline_model_parallel_group(),
-            prev_pipeline_rank=0, next_pipeline_rank=1,
-        )  # fmt: skip
+            prev_pipeline_rank=0,
+            next_pipeline_rank=1,
+        )
 
     requests = exchange(activation, None) if rank == 0 else {}
     if rank == 0:
@@ -263,7 +287,7 @@ def _processes_of_a_save(rank: int, port: int) -> dict[str, int]:
 
 
 def _experts(rank: int, port: int, expert_parallel: int) -> float:
-    """Mean loss of a mixture of four experts over `expert_parallel` ranks, after a backward pass."""
+    """Mean loss of four experts over `expert_parallel` ranks, after a backward pass."""
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
@@ -341,7 +365,7 @@ def run_without(rank: int, port: int, name: str) -> Any:
 
 
 def apply_cuda(rank: int, port: int) -> dict[str, Any]:
-    """Status of every patch after `apply("cuda")`, and whether Megatron was rewritten for the CPU."""
+    """Status of patches after `apply("cuda")`; whether Megatron was rewritten for the CPU."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only to import faster
     megatron_patches.apply("cuda")
     from megatron.core.pipeline_parallel import p2p_communication

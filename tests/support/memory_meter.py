@@ -1,7 +1,7 @@
 """Bytes of tensors alive, counted operation by operation, on one rank of a real engine.
 
-Invariant: counts every storage that an operation makes while the meter is on, once, until it is freed; what existed
-before (weights, gradients, optimizer) is not counted.
+Invariant: counts every storage that an operation makes while the meter is on, once, until it is
+freed; what existed before (weights, gradients, optimizer) is not counted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Machines of a cluster on this one: each a network, a host name, a /dev/shm and (but the first) processes of its own.
+"""Machines of a cluster on this one.
 
-Invariant: they end with the process that made them; nothing of theirs is seen or changed outside. Needs root.
+Each a network, a host name, a /dev/shm and (but the first) processes of its own.
+
+Invariant: they end with the process that made them; nothing of theirs is seen or changed outside.
+Needs root.
 """
 
 from __future__ import annotations
@@ -86,7 +89,8 @@ class Network:
         link = f"link{number}-{holder.pid}"[:15]
         self._on_switch(f"ip link add {link} type veth peer name eth0 netns {self.nodes[name]}")
         self._on_switch(f"ip link set {link} master br0 up")
-        address = f"ip addr add 10.77.0.{number + 1}/24 dev eth0 && ip link set eth0 up && ip link set lo up"
+        address = f"ip addr add 10.77.0.{number + 1}/24 dev eth0"
+        address += " && ip link set eth0 up && ip link set lo up"
         # Nobody is there; but Ray learns a node's own address from the route to elsewhere.
         subprocess.run(
             self.enter(name, "bash", "-c", f"{address} && ip route add default via 10.77.0.254"),

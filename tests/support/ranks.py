@@ -1,7 +1,7 @@
 """Run a function on N forked ranks: import once, fork, collect what each rank returns.
 
-Invariant: when `run_ranks` returns or raises, none of its children is alive; a child dies with its parent.
-Fork only from a process without process groups; set `OMP_NUM_THREADS=1` when cores are few.
+Invariant: when `run_ranks` returns or raises, none of its children is alive; a child dies with its
+parent. Fork only from a process without process groups; set `OMP_NUM_THREADS=1` when cores are few.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ def free_port() -> int:
 def run_ranks(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0
 ) -> list[Any]:
-    """Fork `world_size` ranks, call `fn(rank, port, *args)` on each; its (picklable) results in rank order.
+    """Fork `world_size` ranks, call `fn(rank, port, *args)` on each; results in rank order.
 
-    `port` is a free port for the rendezvous at 127.0.0.1; `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`
-    and `MASTER_PORT` are set too. Raises RankError with the traceback of the rank that failed first, or with
-    every unfinished rank's stacks after `timeout_s`.
+    Results are pickled.
+
+    `port` is a free port for the rendezvous at 127.0.0.1; `RANK`, `LOCAL_RANK`, `WORLD_SIZE`,
+    `MASTER_ADDR` and `MASTER_PORT` are set too. Raises RankError with the traceback of the rank
+    that failed first, or with every unfinished rank's stacks after `timeout_s`.
     """
     port, parent = free_port(), os.getpid()
     pids: list[int] = []
@@ -78,9 +80,16 @@ def run_ranks(
 
 
 def _child(
-    rank: int, world_size: int, port: int, parent: int, pipe: int, stacks: IO[bytes], timeout_s: float,
-    fn: Callable[..., Any], args: tuple[Any, ...],
-) -> NoReturn:  # fmt: skip
+    rank: int,
+    world_size: int,
+    port: int,
+    parent: int,
+    pipe: int,
+    stacks: IO[bytes],
+    timeout_s: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> NoReturn:
     """Life of one rank: watchdogs, the call, one pickled (ok, value) on `pipe`."""
     status = 1
     try:
@@ -110,7 +119,10 @@ def _child(
 def _collect(
     pids: list[int], pipes: list[int], stacks: list[IO[bytes]], deadline: float
 ) -> list[Any]:
-    """Read every rank's reply until end of file; the first reply that is no success ends the wait."""
+    """Read every rank's reply until end of file.
+
+    The first reply that is no success ends the wait.
+    """
     world_size = len(pipes)
     received = [bytearray() for _ in pipes]
     results: dict[int, Any] = {}
@@ -139,12 +151,14 @@ def _collect(
 
 
 def _post_mortem(rank: int, pid: int, stacks: list[IO[bytes]], results: dict[int, Any]) -> str:
-    """What is known about a rank that ended without a reply: its status and what the watchdogs wrote."""
+    """What is known about a rank that ended without a reply.
+
+    Its status and what the watchdogs wrote.
+    """
     time.sleep(0.5)  # ranks that hang together reach their watchdogs together
     info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    text = [
-        f"rank {rank} of {len(stacks)} ended without a result (status {info.si_status if info else '?'})"
-    ]
+    status = info.si_status if info else "?"
+    text = [f"rank {rank} of {len(stacks)} ended without a result (status {status})"]
     for other, file in enumerate(stacks):
         file.seek(0)
         dump = file.read().decode(errors="replace")

@@ -84,7 +84,7 @@ def load_and_save(
     converted: Path,
     out: Path,
 ) -> int:
-    """Load what was converted, compare with what the engine loads from the HF folder, save it with optimizer state."""
+    """Load what was converted, compare it with the HF folder, save it with optimizer state."""
     from rlhf3d.checkpoints import sharded
     from rlhf3d.engine.megatron_engine import MegatronEngine
 

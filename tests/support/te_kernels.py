@@ -1,7 +1,10 @@
-"""Transformer Engine without a GPU: its own Python, its compiled kernels replaced by a few lines of torch each.
+"""Transformer Engine without a GPU.
 
-Invariant: everything above the kernels is Transformer Engine's and Megatron's released code; a kernel that has no
-stand-in here fails when it is called. Import before Megatron, in a process of its own.
+Its own Python, its compiled kernels replaced by a few lines of torch each.
+
+Invariant: everything above the kernels is Transformer Engine's and Megatron's released code; a
+kernel that has no stand-in here fails when it is called. Import before Megatron, in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -93,8 +96,20 @@ def rmsnorm_bwd(
     return dx.to(x.dtype), (dy.float() * normal).sum(0).to(weight.dtype)
 
 
-def generic_gemm(A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor | None, quantizer: Any, dtype: Any,
-                 bias: Any, bias_dtype: Any, gelu: bool, *rest: Any, **_: Any) -> tuple:  # fmt: skip
+def generic_gemm(
+    A: Tensor,
+    transa: bool,
+    B: Tensor,
+    transb: bool,
+    out: Tensor | None,
+    quantizer: Any,
+    dtype: Any,
+    bias: Any,
+    bias_dtype: Any,
+    gelu: bool,
+    *rest: Any,
+    **_: Any,
+) -> tuple:
     """B · Aᵀ ("TN"), B · A ("NN") or Bᵀ · A ("NT"), rows of the last dimension."""
     assert bias is None and not gelu and quantizer is None
     accumulate = rest[4]
@@ -108,9 +123,24 @@ def generic_gemm(A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor |
     return out, None, None, None
 
 
-def te_general_grouped_gemm(A: list, transa: bool, B: list, transb: bool, out: list, dtype: Any, splits: Any,
-                            bias: Any, bias_dtype: Any, single_output: bool, gelu: Any, grad: bool, workspaces: Any,
-                            size: int, accumulate: bool, *_: Any) -> Any:  # fmt: skip
+def te_general_grouped_gemm(
+    A: list,
+    transa: bool,
+    B: list,
+    transb: bool,
+    out: list,
+    dtype: Any,
+    splits: Any,
+    bias: Any,
+    bias_dtype: Any,
+    single_output: bool,
+    gelu: Any,
+    grad: bool,
+    workspaces: Any,
+    size: int,
+    accumulate: bool,
+    *_: Any,
+) -> Any:
     """A product a group, into one tensor after the other or the rows of one."""
     pairs = [(a.to(out[0].dtype), b.to(out[0].dtype)) for a, b in zip(A, B, strict=True)]
     products = [(b.t() if transb else b) @ (a.t() if transa else a) for a, b in pairs]
@@ -121,7 +151,10 @@ def te_general_grouped_gemm(A: list, transa: bool, B: list, transb: bool, out: l
 
 
 def _angles(freqs: Tensor, lengths: Sequence[int], cp: int, rank: int) -> Tensor:
-    """[t, 1, d] angles of packed rows of these (whole) lengths, or of the share that a context-parallel rank holds."""
+    """[t, 1, d] angles of packed rows of these (complete) lengths.
+
+    Or of the share that a context-parallel rank holds.
+    """
     parts = []
     for length in lengths:
         chunks = freqs[:length, 0].chunk(2 * cp) if cp > 1 else (freqs[:length, 0],)
@@ -140,15 +173,31 @@ def _rotate(
     return (x * angles.cos() + sign * turned * angles.sin()).to(t.dtype)
 
 
-def fused_rope_forward(t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool, cu_seqlens: Tensor | None,
-                       cp: int, rank: int) -> Tensor:  # fmt: skip
+def fused_rope_forward(
+    t: Tensor,
+    freqs: Tensor,
+    start: Any,
+    layout: Any,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    cp: int,
+    rank: int,
+) -> Tensor:
     """Rotated queries or keys, sbhd or packed."""
     assert start is None and not interleaved
     return _rotate(t, freqs, cu_seqlens, cp, rank, 1)
 
 
-def fused_rope_backward(t: Tensor, freqs: Tensor, start: Any, layout: Any, interleaved: bool, cu_seqlens: Any,
-                        cp: int, rank: int) -> Tensor:  # fmt: skip
+def fused_rope_backward(
+    t: Tensor,
+    freqs: Tensor,
+    start: Any,
+    layout: Any,
+    interleaved: bool,
+    cu_seqlens: Any,
+    cp: int,
+    rank: int,
+) -> Tensor:
     """Turned back."""
     return _rotate(t, freqs, cu_seqlens, cp, rank, -1)
 
@@ -185,8 +234,19 @@ def multi_tensor_scale(
         target.copy_(source * scale)
 
 
-def multi_tensor_adam(chunk: int, noop: Tensor, lists: list, lr: float, beta1: float, beta2: float, eps: float,
-                      step: int, adam_w: int, bias_correction: int, weight_decay: float) -> None:  # fmt: skip
+def multi_tensor_adam(
+    chunk: int,
+    noop: Tensor,
+    lists: list,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    adam_w: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
     """Gradients, weights and the two moments in four lists."""
     assert adam_w and bias_correction and len(lists) == 4
     for grad, weight, m, v in zip(*lists, strict=True):
@@ -197,7 +257,10 @@ def multi_tensor_adam(chunk: int, noop: Tensor, lists: list, lr: float, beta1: f
 
 
 def make_row_id_map(routing_map: Tensor, tokens: int, experts: int) -> Tensor:
-    """[t, 2e + 1] of which the first e columns are used here: where an expert's copy of a token goes, or -1."""
+    """[t, 2e + 1] of which the first e columns are used here.
+
+    Where an expert's copy of a token goes, or -1.
+    """
     mask = routing_map.bool()
     rows = mask.t().flatten().cumsum(0).view(experts, tokens).t() - 1
     return torch.cat(
@@ -211,8 +274,17 @@ def _copies(row_id_map: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return token, expert, row_id_map[token, expert].long()
 
 
-def permute_with_mask_map(inp: Tensor, row_id_map: Tensor, probs: Tensor | None, scale: Any, pad_offsets: Any,
-                          tokens: int, experts: int, rows: int, *_: Any) -> tuple:  # fmt: skip
+def permute_with_mask_map(
+    inp: Tensor,
+    row_id_map: Tensor,
+    probs: Tensor | None,
+    scale: Any,
+    pad_offsets: Any,
+    tokens: int,
+    experts: int,
+    rows: int,
+    *_: Any,
+) -> tuple:
     """Copies of tokens by expert, nothing, and their probabilities."""
     assert scale is None and pad_offsets is None
     token, expert, row = _copies(row_id_map, experts)
@@ -220,8 +292,16 @@ def permute_with_mask_map(inp: Tensor, row_id_map: Tensor, probs: Tensor | None,
     return inp[token[source]], None, None if probs is None else probs[token[source], expert[source]]
 
 
-def unpermute_with_mask_map(inp: Tensor, row_id_map: Tensor, merging_probs: Any, probs: Tensor | None, pad_offsets: Any,
-                            tokens: int, experts: int, hidden: int) -> tuple:  # fmt: skip
+def unpermute_with_mask_map(
+    inp: Tensor,
+    row_id_map: Tensor,
+    merging_probs: Any,
+    probs: Tensor | None,
+    pad_offsets: Any,
+    tokens: int,
+    experts: int,
+    hidden: int,
+) -> tuple:
     """Sums of each token's copies, and their probabilities [t, e]."""
     assert merging_probs is None and pad_offsets is None
     token, expert, row = _copies(row_id_map, experts)
@@ -242,8 +322,14 @@ def make_chunk_sort_map(
     return torch.cat([chunks[number] for number in sorted_indices.tolist()]).argsort().int()
 
 
-def sort_chunks_by_map(inp: Tensor, row_id_map: Tensor, probs: Tensor | None, tokens: int, hidden: int,
-                       is_forward: bool) -> tuple:  # fmt: skip
+def sort_chunks_by_map(
+    inp: Tensor,
+    row_id_map: Tensor,
+    probs: Tensor | None,
+    tokens: int,
+    hidden: int,
+    is_forward: bool,
+) -> tuple:
     """Rows and probabilities in the new order, or back."""
     source = row_id_map.long().argsort() if is_forward else row_id_map.long()
     return inp[source], None if probs is None else probs[source]
@@ -260,7 +346,7 @@ PERMUTATION_KERNELS = (
 
 
 def compare_permutation(rank: int, port: int, folder: Path) -> dict[str, bool]:
-    """Whether each stand-in for a Triton kernel gives what the kernel gives in Triton's interpreter.
+    """Whether each stand-in gives what the Triton kernel gives in Triton's interpreter.
 
     In a process that was started with TRITON_INTERPRET=1.
     """
@@ -353,7 +439,7 @@ def _common(folder: Path) -> types.ModuleType:
 
 
 def install(folder: Path) -> None:
-    """Make `import transformer_engine` find the sources in `folder`, with the stand-ins for their kernels."""
+    """Make `import transformer_engine` find the sources in `folder`, and the stand-ins."""
     sys.path.append(str(folder))  # for its metadata
     sys.meta_path.insert(0, _Finder(folder))
     kernels = _Names("transformer_engine_torch")

@@ -1,8 +1,10 @@
-"""What Transformer Engine's layers compute on CPU ranks: `python -m support.te_runs FOLDER JOBS RESULTS`.
+"""What Transformer Engine's layers compute on CPU ranks.
 
-Invariant: Transformer Engine is in this process alone, and in the ranks forked from it: Megatron uses it wherever it
-is found. FOLDER holds its sources; JOBS are (world size, function, arguments) by name, and RESULTS what the ranks
-return, as torch saves them.
+`python -m support.te_runs FOLDER JOBS RESULTS`.
+
+Invariant: Transformer Engine is in this process alone, and in the ranks forked from it: Megatron
+uses it wherever it is found. FOLDER holds its sources; JOBS are (world size, function, arguments)
+by name, and RESULTS what the ranks return, as torch saves them.
 """
 
 from __future__ import annotations

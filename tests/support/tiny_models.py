@@ -1,7 +1,9 @@
-"""Tiny random models as real Hugging Face folders (config, safetensors, tokenizer with chat template).
+"""Tiny random models as real Hugging Face folders.
 
-Invariant: the same arguments write the same weights, and every weight is random (norms and biases too), so
-that a swapped or forgotten tensor changes the logits.
+With configuration, safetensors, and a tokenizer with chat template.
+
+Invariant: the same arguments write the same weights, and every weight is random (norms and biases
+too), so that a swapped or forgotten tensor changes the logits.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def make_tiny_model(
     dtype: torch.dtype = torch.float32,
     classifier: bool = False,
 ) -> Path:
-    """Write a llama, qwen2, qwen3, mixtral or qwen3_moe and return its folder; in the last two each expert has `ffn`.
+    """Write a llama, qwen2, qwen3, mixtral or qwen3_moe and return its folder.
+
+    In the last two each expert has `ffn`.
 
     A `classifier` has one output instead of a vocabulary head.
 

@@ -1,6 +1,9 @@
-"""PPO updates of actor and critic on real ranks, cut in any layout and batching, as one process would see them.
+"""PPO updates of actor and critic on real ranks, as one process would see them.
 
-Invariant: advantages are data: the driver computes them over the whole batch, so a layout can change nothing in them.
+In any layout and batching.
+
+Invariant: advantages are data: the driver computes them over the complete batch, so a layout can
+change nothing in them.
 """
 
 from __future__ import annotations
@@ -65,10 +68,18 @@ class Case:
     @property
     def layout_config(self) -> LayoutConfig:
         return LayoutConfig(
-            tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp, ep=self.ep, cp=self.cp, sequence_parallel=self.sp,
-            distributed_optimizer=self.distributed_optimizer, overlap_grad_reduce=self.overlap,
-            overlap_param_gather=self.gather, recompute=self.recompute,
-        )  # fmt: skip
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+            vpp=self.vpp,
+            ep=self.ep,
+            cp=self.cp,
+            sequence_parallel=self.sp,
+            distributed_optimizer=self.distributed_optimizer,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.gather,
+            recompute=self.recompute,
+        )
 
     @property
     def fixed(self) -> MicroBatching:
@@ -93,7 +104,10 @@ class Case:
 
 
 def make_batch() -> Batch:
-    """Sequences of many lengths, with old values that make both clips bite, and sampling-correction weights."""
+    """Sequences of many lengths, with old values that make both clips bite.
+
+    Sampling-correction weights.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def randint(low: int, high: int, size: int = 1) -> list[int]:
@@ -129,7 +143,8 @@ def run_updates(
 ) -> dict[Any, dict]:
     """Each update on one rank; metrics, outputs and this rank's weights."""
     context = start(rank, port, case, folder)
-    if case.gather:  # every weight in a bucket of its own; else all of a tiny model are whole when the first one is
+    if case.gather:
+        # Each weight in its own bucket: else a tiny model is complete when its first weight is.
         from megatron.core import distributed
 
         whole = distributed.DistributedDataParallelConfig
@@ -143,13 +158,23 @@ def run_updates(
 def start(rank: int, port: int, case: Case, folder: Path) -> Any:
     """Start one rank of a case; what its engines share."""
     return join(
-        rank, port, folder, case.layout, case.layout_config, case.platform,
-        dtype=case.dtype, temperature=0.9, offload=case.offload,
-    )  # fmt: skip
+        rank,
+        port,
+        folder,
+        case.layout,
+        case.layout_config,
+        case.platform,
+        dtype=case.dtype,
+        temperature=0.9,
+        offload=case.offload,
+    )
 
 
 def one_update(context: Any, folder: Path, update: Update) -> dict:
-    """Forward pass, two optimizer steps, forward pass; `fused` are the weights whose gradients products summed."""
+    """Forward pass, two optimizer steps, forward pass.
+
+    `fused` are the weights whose gradients products summed.
+    """
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
     batch, layout, cost = make_batch(), context.layout, SequenceCost(0.02)
@@ -192,7 +217,10 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
 
 
 def assemble(case: Case, results: list[dict], name: Any) -> dict:
-    """What the driver would see of an update: outputs by row, metrics summed, weights by HF name."""
+    """What the driver would see of an update.
+
+    Outputs by row, metrics summed, weights by HF name.
+    """
     last = [results[rank][name] for rank in case.layout.collectors()]
     merged: dict = {"grad_norm": last[0]["grad_norm"], "outputs": {}, "after": {}}
     for key in ("outputs", "after"):
@@ -218,10 +246,13 @@ def full_weights(exported: list[list]) -> dict[str, torch.Tensor]:
 def compare(
     ours: dict, theirs: dict, terms: int = 1, bound: float = 2e-6
 ) -> tuple[float, float, float]:
-    """Largest differences of metrics (relative above 1), gradient norm (relative) and weights; asserts their bounds.
+    """Largest differences of metrics (relative above 1), gradient norm (relative) and weights.
 
-    Metrics that are sums of `terms` numbers of about 1, which cancel, are rounded like their terms. `bound` is that of
-    metrics and norm; weights may differ by 5 times, log-probs and values by 10 times as much.
+    Asserts their bounds.
+
+    Metrics that are sums of `terms` numbers of about 1, which cancel, are rounded like their terms.
+    `bound` is that of metrics and norm; weights may differ by 5 times, log-probs and values by 10
+    times as much.
     """
     assert (
         ours["weights"].keys() == theirs["weights"].keys()

@@ -1,6 +1,9 @@
-"""Weights by the table, without a model: small specs, numbered tensors cut for any layout, plans carried out by copies.
+"""Weights by the table, without a model.
 
-Invariant: every element of a made tensor is a different number, so that a block in the wrong place shows.
+Small specs, numbered tensors cut for any layout, plans carried out by copies.
+
+Invariant: every element of a made tensor is a different number, so that a block in the wrong place
+shows.
 """
 
 from __future__ import annotations
@@ -46,13 +49,26 @@ QWEN2 = ModelSpec(
     qkv_bias=True,
 )
 QWEN3_MOE = ModelSpec(
-    "qwen3_moe", 2, 8, num_heads=4, num_kv_heads=2, head_dim=4, ffn_size=1, vocab_size=65, qk_norm=True,
-    num_experts=4, experts_per_token=2, moe_ffn_size=12,
-)  # fmt: skip
+    "qwen3_moe",
+    2,
+    8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_size=1,
+    vocab_size=65,
+    qk_norm=True,
+    num_experts=4,
+    experts_per_token=2,
+    moe_ffn_size=12,
+)
 
 
 def sparse_weights(folder: Path, head: Head = "lm") -> Path:
-    """Write model.safetensors with the tensors of the folder's config.json, in bfloat16: a header and a hole."""
+    """Write model.safetensors with the tensors of the folder's config.json, in bfloat16.
+
+    A header and a hole.
+    """
     header, end = {}, 0
     for name, shape in hf_tensors(load_spec(folder, with_weights=False), head).items():
         start, end = end, end + 2 * math.prod(shape)
@@ -65,7 +81,7 @@ def sparse_weights(folder: Path, head: Head = "lm") -> Path:
 
 
 def numbered_tensors(spec: ModelSpec, version: int = 0) -> dict[str, torch.Tensor]:
-    """Every Hugging Face tensor of the policy in float32, no two elements alike (below 2^24 of them)."""
+    """Every Hugging Face tensor of the policy in float32, no two elements alike below 2^24."""
     start, tensors = 1 + version, {}
     for name, shape in hf_tensors(spec, "lm").items():
         count = torch.Size(shape).numel()
@@ -103,7 +119,10 @@ def rank_params(
 def carry_out(
     plan: ReshardPlan, dst: int, training: Mapping[int, Params]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[TransferOp]]:
-    """A destination's parameters by plain copies along the ops, how often each element was written, and the ops."""
+    """A destination's parameters by plain copies along the ops, how often each element was written.
+
+    The ops.
+    """
     table = plan.engine_tables[plan.destinations[dst].index]
     made = {param.name: torch.zeros(param.shape) for param in table}
     writes = {param.name: torch.zeros(param.shape, dtype=torch.int) for param in table}
@@ -127,8 +146,11 @@ class Pair(NamedTuple):
 
 @st.composite
 def pairs(draw: st.DrawFn) -> Pair:
-    """Small legal combinations of all families: uneven and virtual stages, experts, padded vocabularies, and engines
-    with more and with fewer ranks than key-value heads."""
+    """Small legal combinations of all families.
+
+    Uneven and virtual stages, experts, padded vocabularies, and engines with more and with fewer
+    ranks than key-value heads.
+    """
     family = draw(st.sampled_from(sorted(FAMILIES)))
     sparse = FAMILIES[family].experts is not None
     tp, pp, dp = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -142,8 +164,12 @@ def pairs(draw: st.DrawFn) -> Pair:
     first, last = (vpp * draw(st.integers(1, 2)) if given else None for given in uneven)
     engine_tp = draw(st.sampled_from([1, 2, 3, 4, 6]))
     expert_parallel = sparse and draw(st.booleans())
-    kv_heads = draw(st.sampled_from([n * tp for n in (1, 2, 3) if n * tp % engine_tp == 0 or engine_tp % (n * tp) == 0]
-                                    or [math.lcm(tp, engine_tp)]))  # fmt: skip
+    kv_heads = draw(
+        st.sampled_from(
+            [n * tp for n in (1, 2, 3) if n * tp % engine_tp == 0 or engine_tp % (n * tp) == 0]
+            or [math.lcm(tp, engine_tp)]
+        )
+    )
     spec = ModelSpec(
         family=family,
         num_layers=vpp * (pp - sum(uneven)) + (first or 0) + (last or 0),

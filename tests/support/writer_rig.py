@@ -1,7 +1,9 @@
-"""A vLLM engine in a child process whose weights are written as a weight sync writes them, and its oracle.
+"""A vLLM engine in a child process whose weights are written as a weight sync writes them.
 
-Oracle: transformers on the same folder, in float32, on the CPU. Every engine lives in one child process (vLLM patches
-torch and the environment), one after the other.
+Its oracle.
+
+Oracle: transformers on the same folder, in float32, on the CPU. Every engine lives in one child
+process (vLLM patches torch and the environment), one after the other.
 """
 
 from __future__ import annotations
@@ -155,8 +157,11 @@ class Rig:
         return torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
 
     def check(self, error: float = 1e-4, updates: int = 2, rests: bool = False) -> float:
-        """Log-probs follow each of several updates within `error`, on average where they are rounded; the largest
-        mean difference. `rests`: the engine sleeps before each, and its cache wakes after it."""
+        """Check that log-probs follow each of several updates within `error`.
+
+        On average where they are rounded; returns the largest mean difference. `rests`: the engine
+        sleeps before each, and its cache wakes after it.
+        """
         stale, worst = self.expected(), 0.0
         for _ in range(updates):
             if rests:

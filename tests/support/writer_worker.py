@@ -1,4 +1,7 @@
-"""What the weight writer's test adds to each vLLM worker: loading a Hugging Face folder through the weight table."""
+"""What the weight writer's test adds to each vLLM worker.
+
+Loading a Hugging Face folder through the weight table.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ class WriterWorker:
         skip: Sequence[str] = (),
         times: int = 1,
     ) -> list[int]:
-        """Load all parameters but `skip`, live ones a few rows at a time, through a buffer filled with NaN after each.
+        """Load all parameters except `skip`, live ones a few rows at a time.
+
+        The buffer that they pass through is filled with NaN after each.
 
         Returns the resident bytes of this worker's process after each of `times` loads.
         """
@@ -81,7 +86,10 @@ class WriterWorker:
         return live, [name for name in names if name not in live]
 
     def shared_memory(self, spec: ModelSpec) -> list[str]:
-        """Files that this worker shares with the other ranks, and that vLLM leaves behind when it ends."""
+        """Files that this worker shares with the other ranks.
+
+        That vLLM leaves behind when it ends.
+        """
         lines = Path("/proc/self/maps").read_text().splitlines()
         return sorted(
             {line.split()[-1] for line in lines if "/dev/shm/" in line and "cpushm" in line}
@@ -94,7 +102,10 @@ class WriterWorker:
         return live.abs().sum(-1).tolist()
 
     def matrix_digests(self, spec: ModelSpec) -> dict[str, str]:
-        """A digest of the bits of each linear layer's weight, and of its scales, as the kernel reads them."""
+        """A digest of the bits of each linear layer's weight.
+
+        Of its scales, as the kernel reads them.
+        """
         tensors = dict(self.model_runner.get_model().named_parameters())
         return {
             n: _digest(tensors[n])
@@ -115,7 +126,7 @@ class WriterWorker:
         }
 
     def refusal(self, spec: ModelSpec, name: str, change: dict[str, Any]) -> str:
-        """What a writer says to a table whose parameter `name` is changed so (and left out where nothing is)."""
+        """What a writer says to a table whose parameter `name` is changed, or left out."""
         changed = [
             replace(p, **change) if p.name == name else p
             for p in self._table(spec)
