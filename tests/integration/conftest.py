@@ -10,7 +10,7 @@ LONGEST_FIRST = (
     "test_rehearsal",
     "test_layout_invariance",
     "test_planning",
-    "test_stopping",
+    "test_resume",
     "test_transformer_engine",
     "test_reward_model",
     "test_evaluate",
