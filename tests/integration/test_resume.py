@@ -22,7 +22,7 @@ from support.jobs import (
     write_job,
 )
 
-from rlhf3d.trainer.stopping import SAME_SIGNAL_S
+from rlhf3d.trainer.preemption import SAME_SIGNAL_S
 
 OWN_ALGORITHM = '''
 from rlhf3d.algorithms.advantages import register_advantage
