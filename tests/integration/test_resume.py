@@ -53,14 +53,11 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     own = {"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")}
     job, run = write_job(tmp_path, algorithm=own), tmp_path / "run"
     (tmp_path / "own.py").write_text(OWN_ALGORITHM)
-    sizes = (
+    settings = (
         "data.train_batch_size=16",
         "data.gen_batch_size=20",
         "actor.ppo_mini_batch_size=8",
         "rollout.n=4",
-    )
-    settings = (
-        *sizes,
         "actor.policy_loss=squared_clip",
         "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}",
         "algorithm.filter_groups.enable=true",
@@ -75,7 +72,7 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     assert [row["step"] for row in read_rows(run)] == list(range(first + 1))
     assert not (run / "checkpoints" / f"step_{first}" / "hf").exists()
 
-    code, text = stop_at(job, 10, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
+    code, text = stop_at(job, 11, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
     assert code == 130 and "interrupted" in text, text
     assert saved_steps(run) == [first] and left_behind() == set()
 
@@ -86,7 +83,7 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     for row in rows:
         assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
         assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
-    misspelt = train(job, *sizes, "algorithm.adv_estimator=centered")
+    misspelt = train(job, "algorithm.adv_estimator=centered")
     assert misspelt.returncode == 2 and "did you mean centred?" in misspelt.stderr
 
 
