@@ -81,9 +81,10 @@ def evaluate(
     ValueError where `output` holds another evaluation, unless `restart`.
     """
     modes = settings.modes()
+    _check_ks(settings.n, ks or ())
     spec = load_spec(str(model))
     check_weights(model, spec, "lm")
-    _check_limits(settings, spec, ks or ())
+    _check_limits(settings, spec)
     tokenizer = load_tokenizer(model)
     prompts = PromptDataset(
         files,
@@ -135,12 +136,13 @@ def evaluate(
     return report
 
 
-def _check_limits(settings: EvaluationSettings, spec: ModelSpec, ks: Sequence[int]) -> None:
-    if max(ks, default=0) > settings.n:
-        k = max(ks)
-        raise ValueError(
-            f"-k {k}: more than the --n {settings.n} samples a prompt; set --n {k} or more"
-        )
+def _check_ks(n: int, ks: Sequence[int]) -> None:
+    k = max(ks, default=0)
+    if k > n:
+        raise ValueError(f"-k {k}: more than the --n {n} samples a prompt; set --n {k} or more")
+
+
+def _check_limits(settings: EvaluationSettings, spec: ModelSpec) -> None:
     longest = settings.max_prompt_length + settings.max_tokens
     if longest > spec.max_position:
         raise ValueError(
