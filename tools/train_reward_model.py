@@ -115,11 +115,15 @@ def main() -> None:
     held_out = encode(
         [p for i, p in enumerate(pairs) if is_held_out(i)], tokenizer, args.max_length
     )
-    print(f"{len(pairs)} pairs: {len(train)} to learn from, {len(held_out)} held out, "
-          f"{len(pairs) - len(train) - len(held_out)} over {args.max_length} tokens left out")  # fmt: skip
+    print(
+        f"{len(pairs)} pairs: {len(train)} to learn from, {len(held_out)} held out, "
+        f"{len(pairs) - len(train) - len(held_out)} over {args.max_length} tokens left out"
+    )
     longer = [float(len(chosen) > len(rejected)) for chosen, rejected in held_out]
-    print(f"before: {accuracy(model, held_out, args.batch)}; the longer answer is the chosen one in "
-          f"{sum(longer) / len(longer):.1%}")  # fmt: skip
+    print(
+        f"before: {accuracy(model, held_out, args.batch)}; the longer answer is the chosen one in "
+        f"{sum(longer) / len(longer):.1%}"
+    )
 
     rng = random.Random(args.seed)
     plan = [batch for _ in range(args.epochs) for batch in batches_of(train, args.batch, rng)]
@@ -140,7 +144,8 @@ def main() -> None:
         if step % 10 == 0 or step == len(plan):
             seconds = time.monotonic() - began
             print(
-                f"step {step}/{len(plan)}: loss {sum(losses[-10:]) / len(losses[-10:]):.3f}, {seconds:.0f} s",
+                f"step {step}/{len(plan)}: loss {sum(losses[-10:]) / len(losses[-10:]):.3f}, "
+                f"{seconds:.0f} s",
                 flush=True,
             )
     print(f"after: {accuracy(model, held_out, args.batch)}")

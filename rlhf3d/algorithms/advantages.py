@@ -144,20 +144,22 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     Without `norm_by_std`: s - mean, Dr.GRPO (arXiv 2503.20783).
     """
     scores, counted = _outcomes(inputs)
-    centred, size = _centred(scores, counted, inputs.group_ids)
+    centered, size = _centered(scores, counted, inputs.group_ids)
     if inputs.norm_by_std:
-        variance = group_sum(counted * centred.square(), inputs.group_ids) / (size - 1).clamp(min=1)
-        centred = centred / (torch.where(size > 1, variance.sqrt(), 1.0) + 1e-6)
-    return _on_every_token(centred, inputs)
+        variance = group_sum(counted * centered.square(), inputs.group_ids) / (size - 1).clamp(
+            min=1
+        )
+        centered = centered / (torch.where(size > 1, variance.sqrt(), 1.0) + 1e-6)
+    return _on_every_token(centered, inputs)
 
 
 @_built_in("rloo")
 def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Score minus the mean of the group's other scores (arXiv 2402.14740); a lone one gets 0."""
     scores, counted = _outcomes(inputs)
-    centred, size = _centred(scores, counted, inputs.group_ids)
+    centered, size = _centered(scores, counted, inputs.group_ids)
     return _on_every_token(
-        centred * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs
+        centered * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs
     )
 
 
@@ -181,8 +183,8 @@ def reinforce_plus_plus(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Score minus its group's mean, on every token, whitened (arXiv 2501.03262)."""
     scores, counted = _outcomes(inputs)
-    centred, _ = _centred(scores, counted, inputs.group_ids)
-    advantages = masked_whiten(_on_every_token(centred, inputs)[0], inputs.response_mask)
+    centered, _ = _centered(scores, counted, inputs.group_ids)
+    advantages = masked_whiten(_on_every_token(centered, inputs)[0], inputs.response_mask)
     return advantages, advantages
 
 
@@ -218,7 +220,7 @@ def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     return inputs.token_level_rewards.double().sum(-1), counted
 
 
-def _centred(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Score minus group mean [N], and group size [N].
 
     Only non-empty responses count. A group of one gets exactly 0.

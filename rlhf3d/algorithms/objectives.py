@@ -1,6 +1,6 @@
 """What a micro-batch contributes to the actor's and the critic's loss.
 
-Invariant: normalisers are the global mini-batch's (`LossNorm`), so the contributions of any split
+Invariant: normalizers are the global mini-batch's (`LossNorm`), so the contributions of any split
 into micro-batches and data-parallel ranks add up to the same loss and gradient.
 """
 

@@ -307,7 +307,7 @@ class TrainerConfig:
     total_epochs: Count = 1
     """Passes over the training data when total_training_steps is null."""
     seed: CountOrZero = 0
-    """Seeds data order, sampling and initialisation."""
+    """Seeds data order, sampling and initialization."""
     output_dir: UserPath = "runs/default"
     """Where everything the run writes goes."""
     val_before_train: bool = True

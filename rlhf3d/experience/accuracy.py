@@ -120,12 +120,17 @@ def summarize(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
     if n == 1:
         return figures
     figures[f"std@{n}"] = sum(map(_std, prompts)) / len(prompts)
+    right = [_num_right(prompt) for prompt in prompts]
     for k in ks or default_ks(n):
-        right = [sum(score >= 1.0 for score in prompt.scores) for prompt in prompts]
         figures[f"pass@{k}"] = sum(pass_at_k(n, c, k) for c in right) / len(prompts)
         if k > 1 and all(len(prompt.answers) == n for prompt in prompts):
             figures[f"maj@{k}"] = sum(maj_at_k(prompt, k) for prompt in prompts) / len(prompts)
     return figures
+
+
+def _num_right(prompt: Answers) -> int:
+    """Completions with full score."""
+    return sum(score >= 1.0 for score in prompt.scores)
 
 
 def vote(answer: object, outcome: str) -> str | None:

@@ -84,7 +84,7 @@ def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = F
 
 
 def check_quantization(spec: ModelSpec, quantization: str) -> None:
-    """Raise ValueError naming rollout.quantization unless engines can quantise the model."""
+    """Raise ValueError naming rollout.quantization unless engines can quantize the model."""
     if spec.num_experts and quantization != "none":
         raise ValueError(
             f"rollout.quantization = {quantization}: the model has experts, whose weights stay "
@@ -209,9 +209,9 @@ class _RankTable:
     def experts(self, layer: int) -> list[LocalParam]:
         """w13 [experts, gate then up rows, hidden] and w2 [experts, hidden, columns] of one layer.
 
-        Every rank holds a share of each expert, or (`expert_parallel`) complete experts in a row: rank
-        r of n those from r * experts / n. A piece's `hf_box` has two dimensions and its `local_box`
-        the expert's slot in front of them.
+        Every rank holds a share of each expert, or (`expert_parallel`) complete experts in a row:
+        rank r of n those from r * experts / n. A piece's `hf_box` has two dimensions and its
+        `local_box` the expert's slot in front of them.
         """
         names, hidden = self.names, self.spec.hidden_size
         count, share = self.spec.num_experts, self.spec.moe_ffn_size

@@ -1,7 +1,7 @@
 """Megatron models from a `ModelSpec`: policy (hidden states) and critic (values).
 
 Invariant: every parameter of a chunk is in the weight table, under the same name and with the same
-shape; weights come from there alone (Megatron initialises nothing). Imports Megatron, so patch it
+shape; weights come from there alone (Megatron initializes nothing). Imports Megatron, so patch it
 first.
 """
 
@@ -101,7 +101,7 @@ def transformer_config(
         # The default dispatcher refuses variable lengths, in dense models too.
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
-        # With two stages both neighbours are one rank, and batched sends of interleaved chunks get
+        # With two stages both neighbors are one rank, and batched sends of interleaved chunks get
         # mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -275,7 +275,7 @@ def build_chunks(
             f"Megatron built layers {built}, the layout says {list(layers)}"
         )
         chunks.append(model.to(device))
-    # Megatron marks tensor-parallel weights where it initialises them; unmarked ones of tensor rank
+    # Megatron marks tensor-parallel weights where it initializes them; unmarked ones of tensor rank
     # > 0 would be taken for replicas and left out of the gradient norm.
     for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
         if (entry.tp_dim is not None or entry.expert) and not hasattr(

@@ -211,13 +211,13 @@ def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
     if len(set(counts)) > 1:
         raise fields.wrong(keys.num_experts[0], f"{counts[1]}, as {keys.num_experts[1]}")
     chosen = fields.integer(keys.experts_per_token)
-    normalised = keys.norm_topk_prob is None or fields.flag(keys.norm_topk_prob, False)
+    normalized = keys.norm_topk_prob is None or fields.flag(keys.norm_topk_prob, False)
     if chosen > counts[0]:
         raise ValueError(
             f"model.path: {fields.source} has {keys.experts_per_token}={chosen} of {counts[0]} "
             f"experts; it must be 1 to {counts[0]}: download config.json again"
         )
-    if chosen == 1 and normalised:
+    if chosen == 1 and normalized:
         raise ValueError(
             f"model.path: {fields.source} has {keys.experts_per_token}=1 with probabilities scaled "
             "to sum to 1: the router then has no effect on them and cannot be trained; choose a "
@@ -227,7 +227,7 @@ def _parse_experts(fields: Fields, keys: ExpertKeys) -> dict[str, Any]:
         "num_experts": counts[0],
         "experts_per_token": chosen,
         "moe_ffn_size": fields.integer(keys.ffn_size),
-        "norm_topk_prob": normalised,
+        "norm_topk_prob": normalized,
     }
 
 

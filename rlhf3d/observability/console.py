@@ -195,14 +195,16 @@ class Console:
                 self._progress.add_task("")
                 self._progress.start()
             now, eta_s = self._clock(), self._eta_s()
+            steps = "" if self._total is None else f"{self._step}/{self._total} steps"
+            ends_at = None if eta_s is None else now + eta_s
             self._progress.update(
                 self._progress.task_ids[0],
-                description="" if self._total is None else f"{self._step}/{self._total} steps",
+                description=steps,
                 total=self._total,
                 completed=self._step,
                 phase=phase,
                 phase_began=now,
-                ends_at=None if eta_s is None else now + eta_s,
+                ends_at=ends_at,
             )
 
 

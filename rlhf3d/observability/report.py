@@ -148,19 +148,19 @@ def learning_table(rows: Rows) -> str:
     """
     phases = keys_of(phase_seconds(row) for row in rows)
     accuracies = keys_of(validation_accuracy(row) for row in rows)
-    judgements = keys_of(validation_reward(row) for row in rows)
+    judgments = keys_of(validation_reward(row) for row in rows)
     heading = ["step", "reward", "length, tokens"]
     heading += [_cell(" ".join(key)) for key in accuracies]
-    heading += [_cell(f"{' '.join(key)}, reward model") for key in judgements]
+    heading += [_cell(f"{' '.join(key)}, reward model") for key in judgments]
     heading += [f"{phase}, s" for phase in phases]
     body = []
     for span in _spans(rows):
         last = span[-1]
-        accuracy, judgement = validation_accuracy(last), validation_reward(last)
+        accuracy, judgment = validation_accuracy(last), validation_reward(last)
         cells = [str(last["step"]), _mean(span, "critic/score/mean", ".3f")]
         cells.append(_mean(span, "response_length/mean", ".0f"))
         cells += [f"{accuracy[key]:.1%}" if key in accuracy else "–" for key in accuracies]
-        cells += [f"{judgement[key]:.3f}" if key in judgement else "–" for key in judgements]
+        cells += [f"{judgment[key]:.3f}" if key in judgment else "–" for key in judgments]
         cells += [_mean(span, f"timing_s/{phase}", ".1f") for phase in phases]
         body.append(cells)
     return _table(heading, body)

@@ -99,15 +99,17 @@ def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
     cut = replace(layout, dp=sizes["dp"], cp=sizes["cp"], pp=sizes["pp"], tp=sizes["tp"])
     if cut == layout:
         return layout
-    uneven = cut.pp > 1 and len(set(parallel_layout(layout).stage_layers(layers) or ())) > 1
-    return replace(
+    cut = replace(
         cut,
         ep=gcd(cut.ep, cut.tp * cut.cp * cut.dp),
-        vpp=cut.vpp if cut.pp > 1 else None,
         sequence_parallel=cut.sequence_parallel and cut.tp > 1,
-        first_stage_layers=cut.first_stage_layers if uneven else None,
-        last_stage_layers=cut.last_stage_layers if uneven else None,
     )
+    if cut.pp == 1:  # a single stage has nothing to interleave
+        cut = replace(cut, vpp=None)
+    uneven = len(set(parallel_layout(layout).stage_layers(layers) or ())) > 1
+    if cut.pp == 1 or not uneven:
+        cut = replace(cut, first_stage_layers=None, last_stage_layers=None)
+    return cut
 
 
 def _divided(size: int) -> int:
@@ -128,11 +130,11 @@ def shrink_layout(layout: LayoutConfig, layers: int) -> tuple[LayoutConfig, int]
     assert stages is not None, f"{layers} layers do not divide into {grid}"
     small = [grid.vpp * (1 + (size > min(stages))) for size in stages]
     first, last = layout.first_stage_layers, layout.last_stage_layers
-    shrunk = replace(
-        layout,
-        first_stage_layers=None if first is None else small[0],
-        last_stage_layers=None if last is None else small[-1],
-    )
+    shrunk = layout
+    if first is not None:
+        shrunk = replace(shrunk, first_stage_layers=small[0])
+    if last is not None:
+        shrunk = replace(shrunk, last_stage_layers=small[-1])
     return shrunk, sum(small)
 
 

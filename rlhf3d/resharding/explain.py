@@ -98,7 +98,10 @@ def explain(setup: SyncSetup) -> Explanation:
         dst = place.number
         ranks.append(
             RankBytes(
-                dst, place.engines, place.index, place.device,
+                dst,
+                place.engines,
+                place.index,
+                place.device,
                 needed=traffic.needed[dst] * size,
                 local=traffic.local[dst] * size,
                 received=traffic.received[dst] * size,
@@ -108,7 +111,7 @@ def explain(setup: SyncSetup) -> Explanation:
                 ops=traffic.ops[dst],
                 buckets=len(setup.buckets(dst)),
             )
-        )  # fmt: skip
+        )
     buckets: list[int] = []
     for place in plan.destinations:
         buckets += [bucket.num_bytes for bucket in setup.buckets(place.number)]

@@ -62,13 +62,14 @@ def left_out(
     tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Any] = ()
 ) -> list[str]:
     """Names of the parts, except role and content, that the prompt's tokens do not depend on."""
-    keys = {key for message in messages for key in message} - {"role", "content"}
+    keys = set().union(*messages) - {"role", "content"}
     if not keys and not tools:
         return []
     ids = tokenize(tokenizer, messages, tools)
     parts = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
     for key in sorted(keys):
-        if _same(tokenizer, [_without(message, key) for message in messages], tools, ids):
+        bare = [_without(message, key) for message in messages]
+        if _same(tokenizer, bare, tools, ids):
             parts.append(key)
     return parts
 

@@ -29,8 +29,8 @@ from rlhf3d.algorithms.advantages import register_advantage
 from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
 
 
-@register_advantage("centred")
-def centred(inputs):
+@register_advantage("centered")
+def centered(inputs):
     """Score less the mean score of the batch, on every token."""
     scores = inputs.token_level_rewards.sum(-1, keepdim=True)
     advantages = inputs.custom["scale"] * (scores - scores.mean()).expand_as(inputs.response_mask)
@@ -50,7 +50,7 @@ WITHOUT_END = ("trainer.total_training_steps=10000", "trainer.save_freq=0")
 @pytest.mark.timeout(900)
 def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path) -> None:
     """SIGUSR1 ends after a checkpoint; the same command goes on; SIGINT ends at once."""
-    own = {"adv_estimator": "centred", "custom_path": str(tmp_path / "own.py")}
+    own = {"adv_estimator": "centered", "custom_path": str(tmp_path / "own.py")}
     job, run = write_job(tmp_path, algorithm=own), tmp_path / "run"
     (tmp_path / "own.py").write_text(OWN_ALGORITHM)
     settings = (
@@ -84,7 +84,7 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
         assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
         assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
     misspelt = train(job, "algorithm.adv_estimator=centered")
-    assert misspelt.returncode == 2 and "did you mean centred?" in misspelt.stderr
+    assert misspelt.returncode == 2 and "did you mean centered?" in misspelt.stderr
 
 
 @pytest.mark.full

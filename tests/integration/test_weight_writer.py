@@ -104,7 +104,7 @@ def test_bfloat16_equals_vllms_own_loader(child: ProcessPoolExecutor, tmp_path: 
     assert torch.equal(rig.score(), own)
 
 
-def test_fp8_equals_vllms_own_quantisation(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_fp8_equals_vllms_own_quantization(child: ProcessPoolExecutor, tmp_path: Path) -> None:
     """Bits and scales are vLLM's own of the same folder, in the storage of the start."""
     fp8 = {"quantization": "fp8_per_channel"}
     rig = Rig(child, tmp_path, dtype="bfloat16", engine=fp8, family="qwen2", tie=False, kv_heads=2)

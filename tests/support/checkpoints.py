@@ -67,7 +67,9 @@ def _rank_pieces(spec: ModelSpec, layout: ParallelLayout, rank: int, head: Head)
 
 
 def _stored_boxes(model: StoredModel, piece: Piece) -> Iterator[tuple[str, Box, Box]]:
-    """Key and box of the stored tensor, and box of the Hugging Face tensor, of each common block."""
+    """Key and box of the stored tensor, and box of the Hugging Face tensor, of each common
+    block.
+    """
     for slab in model.slabs:
         for place in slab.pieces:
             if place.hf_name == piece.hf_name:

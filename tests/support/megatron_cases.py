@@ -34,7 +34,7 @@ CHECKPOINT_METADATA = {
 
 
 def join(rank: int, port: int, layout: ParallelLayout) -> None:
-    """Initialise one CPU rank."""
+    """Initialize one CPU rank."""
     from rlhf3d.parallel.megatron_init import initialize_megatron
 
     initialize_megatron(layout, rank, 7, CPUPlatform("test"), timeout_s=60, master_port=port)

@@ -81,7 +81,7 @@ class _Names(types.ModuleType):
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, *_: Any
 ) -> tuple:
-    """Normalised rows, nothing, and 1 / root mean square."""
+    """Normalized rows, nothing, and 1 / root mean square."""
     assert out is None and quantizer is None
     rsigma = (x.float().square().mean(-1) + eps).rsqrt()
     return (x.float() * rsigma[:, None] * weight.float()).to(x.dtype), None, rsigma

@@ -32,7 +32,9 @@ def rlhf3d(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 def test_help_is_quick() -> None:
-    """Under a second of processor time (the wall clock depends on what else runs), best of three."""
+    """Under a second of processor time (the wall clock depends on what else runs), best of
+    three.
+    """
     seconds = []
     for _ in range(3):
         before = os.times()

@@ -1,4 +1,6 @@
-"""The doctor's attention, against attentions that are right and wrong, and which copy of a library was loaded."""
+"""The doctor's attention, against attentions that are right and wrong, and which copy of a library
+was loaded.
+"""
 
 from __future__ import annotations
 

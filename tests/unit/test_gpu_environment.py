@@ -1,6 +1,7 @@
 """The GPU environment: one way to make it, never over the CPU's, and its packages fit together.
 
-Nothing of it is installed here. requirements/gpu_wheels.json says what the wheels hold (tools/gpu_wheels.py makes it).
+Nothing of it is installed here. requirements/gpu_wheels.json says what the wheels hold
+(tools/gpu_wheels.py makes it).
 """
 
 from __future__ import annotations
@@ -178,7 +179,9 @@ def test_the_extension_is_built_against_this_torch_with_the_headers_of_these_pac
 
 
 def test_the_lock_is_what_the_set_resolves_to(tmp_path: Path) -> None:
-    """Against the package index: the pins exist, agree with each other, and nothing is missing or left over."""
+    """Against the package index: the pins exist, agree with each other, and nothing is missing or
+    left over.
+    """
     lock = tmp_path / "gpu.lock"
     shutil.copy(REQUIREMENTS / "gpu.lock", lock)
     (options,) = re.findall("uv (pip compile [^;]*);", recipe("lock", "GPU=1"))

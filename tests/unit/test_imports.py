@@ -1,4 +1,6 @@
-"""Which way dependencies run: pure rooms load no Ray, vLLM or Megatron, and the command line no torch."""
+"""Which way dependencies run: pure rooms load no Ray, vLLM or Megatron, and the command line no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ import sys
 import pytest
 
 PURE = (
-    "rlhf3d.algorithms.advantages, rlhf3d.algorithms.losses, rlhf3d.algorithms.kl, rlhf3d.algorithms.rewards, "
-    "rlhf3d.batching.dispatch, rlhf3d.resharding.ring, rlhf3d.models.weights, rlhf3d.models.spec, "
-    "rlhf3d.parallel.layout, rlhf3d.parallel.platform, rlhf3d.data.loader, rlhf3d.rewards.manager, rlhf3d.rollout.api, "
-    "rlhf3d.experience.source, rlhf3d.experience.trajectory"
+    "rlhf3d.algorithms.advantages, rlhf3d.algorithms.losses, rlhf3d.algorithms.kl, "
+    "rlhf3d.algorithms.rewards, rlhf3d.batching.dispatch, rlhf3d.resharding.ring, "
+    "rlhf3d.models.weights, rlhf3d.models.spec, rlhf3d.parallel.layout, rlhf3d.parallel.platform, "
+    "rlhf3d.data.loader, rlhf3d.rewards.manager, rlhf3d.rollout.api, rlhf3d.experience.source, "
+    "rlhf3d.experience.trajectory"
 )
 
 
@@ -20,7 +23,8 @@ PURE = (
     [
         (PURE, {"ray", "vllm", "megatron"}),
         (
-            "rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup, rlhf3d.planning.search.command",
+            "rlhf3d.cli, rlhf3d.config.load, rlhf3d.resharding.setup, "
+            "rlhf3d.planning.search.command",
             {"torch", "ray", "vllm", "megatron"},
         ),
     ],

@@ -26,10 +26,17 @@ def make(*overrides: str) -> Config:
 def write_model(folder: Path, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
     config = {
-        "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 36, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "intermediate_size": 48, "vocab_size": 96, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 1024, "hidden_act": "silu",
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": 6,
+        "hidden_size": 36,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 48,
+        "vocab_size": 96,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024,
+        "hidden_act": "silu",
+    }
     (folder / "config.json").write_text(json.dumps(config | changes))
     return sparse_weights(folder)
 

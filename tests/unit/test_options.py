@@ -1,4 +1,6 @@
-"""Options: numbers have ranges, what would be ignored is refused, ~ is the home folder, names are no markup."""
+"""Options: numbers have ranges, what would be ignored is refused, ~ is the home folder, names are
+no markup.
+"""
 
 from __future__ import annotations
 

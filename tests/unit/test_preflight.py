@@ -30,22 +30,43 @@ LAPTOP = Machine(
     compiler="c++",
 )
 QWEN_7B = ModelSpec(
-    family="qwen2", num_layers=28, hidden_size=3584, num_heads=28, num_kv_heads=4, head_dim=128,
-    ffn_size=18944, vocab_size=152064, qkv_bias=True,
-)  # fmt: skip
+    family="qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    ffn_size=18944,
+    vocab_size=152064,
+    qkv_bias=True,
+)
 SMOLLM2 = ModelSpec(
-    family="llama", num_layers=30, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_size=1536,
-    vocab_size=49152, tie_embeddings=True,
-)  # fmt: skip
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    ffn_size=1536,
+    vocab_size=49152,
+    tie_embeddings=True,
+)
 
 
 def make(folder: Path, spec: ModelSpec = SMOLLM2, **raw: dict) -> Config:
     description = {
-        "model_type": spec.family, "num_hidden_layers": spec.num_layers, "hidden_size": spec.hidden_size,
-        "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.ffn_size, "vocab_size": spec.vocab_size, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192, "tie_word_embeddings": spec.tie_embeddings, "hidden_act": "silu",
-    }  # fmt: skip
+        "model_type": spec.family,
+        "num_hidden_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "intermediate_size": spec.ffn_size,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "hidden_act": "silu",
+    }
     (folder / "config.json").write_text(json.dumps(description))
     sparse_weights(folder)
     (folder / "t.parquet").touch()
@@ -97,8 +118,12 @@ def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[M
     gpus, memory, shm, disk = preflight(config)
     assert "needs 8 GPUs" in gpus
     assert "found 0" in gpus
-    # 8 training and 8 engine processes of 4 GiB; two models of 7.6 (the critic: 7.1) billion parameters at 14 bytes.
-    terms = "driver 0.6, weight sync 0.5, training processes 32.0, engine processes 32.0, copies to save 191.5"
+    # 8 training and 8 engine processes of 4 GiB; two models of 7.6 (the critic: 7.1) billion
+    # parameters at 14 bytes.
+    terms = (
+        "driver 0.6, weight sync 0.5, training processes 32.0, engine processes 32.0, "
+        "copies to save 191.5"
+    )
     assert memory.startswith(f"host memory: needs about 256.6 GiB ({terms}), found 20.0 GiB")
     assert shm.startswith("/dev/shm: needs about 8.5 GiB, found 6.0 GiB")
     assert disk.startswith("disk: 2 checkpoint(s) of 191.5 GiB")
@@ -122,7 +147,10 @@ def test_small_gpus_are_refused(tmp_path: Path, machine: list[Machine]) -> None:
 def test_the_plan_is_for_the_gpus_that_are_here(
     tmp_path: Path, machine: list[Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their own numbers, and what was measured on them; a file of measurements that is broken is reported."""
+    """Their own numbers, and what was measured on them.
+
+    A file of measurements that is broken is reported.
+    """
     monkeypatch.chdir(tmp_path)
     config = make(
         tmp_path, QWEN_7B, cluster={"platform": "cuda"}, rollout={"gpu_memory_utilization": 0.2}
@@ -210,7 +238,8 @@ def test_a_group_of_its_own_is_counted_and_named(tmp_path: Path, machine: list[M
     small = make(tmp_path, actor={"layout": {"pp": 2}}, critic={"layout": {"dp": 3}}, **dtypes)
     machine[0] = replace(LAPTOP, memory_available_gib=3.0)
     (memory,) = preflight(small)
-    # Each of 2 stages holds the tied embeddings, 81 M parameters at 18 bytes; each of 3 replicas all at 2 + 4 + 12 / 3.
+    # Each of 2 stages holds the tied embeddings, 81 M parameters at 18 bytes; each of 3 replicas
+    # all at 2 + 4 + 12 / 3.
     assert "(actor group 3.5, critic group 5.0, engines 2.3), found 3.0" in memory
 
 

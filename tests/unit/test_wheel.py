@@ -18,7 +18,9 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(s
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files of the wheel, built from a copy (setuptools writes beside its sources)."""
+    """A folder with the files of the wheel, built from a copy (setuptools writes beside its
+    sources).
+    """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__")
     for name in SOURCES:

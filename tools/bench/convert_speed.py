@@ -1,10 +1,12 @@
-"""Conversion against a plain copy of the same bytes: seconds, bytes a second, peak memory, and whether all came back.
+"""Conversion against a plain copy of the same bytes: seconds, bytes a second, peak memory, and
+whether all came back.
 
     python tools/bench/convert_speed.py configs/models/Qwen2.5-7B-Instruct --scratch /tmp/convert
 
-Writes a Hugging Face folder of that shape with random bfloat16 weights, then: copy (cp and fsync), HF -> Megatron,
-copy, Megatron -> HF, each from a source that is not in the page cache, and compares every byte of the tensors. Needs
-three times the model's bytes on the disk of --scratch, which it empties at the end (--keep leaves it).
+Writes a Hugging Face folder of that shape with random bfloat16 weights, then: copy (cp and fsync),
+HF -> Megatron, copy, Megatron -> HF, each from a source that is not in the page cache, and compares
+every byte of the tensors. Needs three times the model's bytes on the disk of --scratch, which it
+empties at the end (--keep leaves it).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How near the planner's step time comes: each run planned with numbers fitted to the others.
 
-    python tools/bench/plan_accuracy.py runs/a runs/b runs/c runs/d     # runs there are
-    python tools/bench/plan_accuracy.py --run runs/accuracy             # first makes four, about 10 minutes when quiet
+    python tools/bench/plan_accuracy.py runs/a runs/b runs/c runs/d     # runs there are python
+    tools/bench/plan_accuracy.py --run runs/accuracy             # first makes four, about 10
+    minutes when quiet
 
 The four are the quickstart's first two steps in different layouts. Every figure is of the phases
 from generate to update_actor; sync_weights, which a canary makes several times longer in the first
@@ -49,7 +50,8 @@ def main() -> None:
     if len(seen) < 2:
         parser.error("give two runs or more: each is planned from the others")
     print(
-        "| run | layout | measured s | planned s | off | phases, measured → planned |\n|---|---|---|---|---|---|"
+        "| run | layout | measured s | planned s | off | phases, measured → planned |\n"
+        "|---|---|---|---|---|---|"
     )
     for run in seen:
         print(row(run, [other for other in seen if other is not run]))
@@ -82,8 +84,8 @@ def row(run: Observation, others: list[Observation]) -> str:
     )
     layout = run.config.actor.layout
     return (
-        f"| {run.folder.name} | TP{layout.tp}×PP{layout.pp}×DP{layout.dp} | {run.step_s:.1f} | {planned:.1f} | "
-        f"{planned / run.step_s - 1:+.0%} | {each} |"
+        f"| {run.folder.name} | TP{layout.tp}×PP{layout.pp}×DP{layout.dp} | {run.step_s:.1f} | "
+        f"{planned:.1f} | {planned / run.step_s - 1:+.0%} | {each} |"
     )
 
 

@@ -63,9 +63,19 @@ LLAMA3_70B = ModelSpec(
     "llama", 80, 8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672, vocab_size=128256
 )
 QWEN3_235B = ModelSpec(
-    "qwen3_moe", 94, 4096, num_heads=64, num_kv_heads=4, head_dim=128, ffn_size=12288, vocab_size=151936, qk_norm=True,
-    num_experts=128, experts_per_token=8, moe_ffn_size=1536,
-)  # fmt: skip
+    "qwen3_moe",
+    94,
+    4096,
+    num_heads=64,
+    num_kv_heads=4,
+    head_dim=128,
+    ffn_size=12288,
+    vocab_size=151936,
+    qk_norm=True,
+    num_experts=128,
+    experts_per_token=8,
+    moe_ffn_size=1536,
+)
 SMOLLM2 = ModelSpec(
     "llama",
     30,
@@ -78,13 +88,15 @@ SMOLLM2 = ModelSpec(
     tie_embeddings=True,
 )
 JOBS = {
-    "llama-3-405b": Job(LLAMA3_405B, ParallelLayout(8, 16, 8, first_stage_layers=7, last_stage_layers=7), 8),
+    "llama-3-405b": Job(
+        LLAMA3_405B, ParallelLayout(8, 16, 8, first_stage_layers=7, last_stage_layers=7), 8
+    ),
     "llama-3-70b": Job(LLAMA3_70B, ParallelLayout(8, 4, 2), 8),
     "qwen3-235b-a22b": Job(
         QWEN3_235B, ParallelLayout(4, 16, 4, ep=8, first_stage_layers=5, last_stage_layers=5), 8
     ),
     "smollm2-135m": Job(SMOLLM2, ParallelLayout(3, 2), 1),
-}  # fmt: skip
+}
 
 
 def measure(name: str) -> dict[str, Any]:

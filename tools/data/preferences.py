@@ -1,7 +1,7 @@
 """Preference pairs: a prompt, a chosen and a rejected answer, as chat messages.
 
-Invariant: of one file, every `HELD_OUT_EVERY`th pair is held out, by its number: a reward model trained on the others
-and prompts prepared for training never meet it.
+Invariant: of one file, every `HELD_OUT_EVERY`th pair is held out, by its number: a reward model
+trained on the others and prompts prepared for training never meet it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def is_held_out(number: int) -> bool:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a jsonl, json, parquet or arrow file. Raises ValueError that names file and row."""
+    """The pairs of a jsonl, json, parquet or arrow file.
+
+    Raises ValueError that names file and row.
+    """
     return [pair_of(row, f"{path}: row {number}") for number, row in enumerate(read_rows(path))]
 
 
@@ -54,7 +57,8 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
         )
         if chosen_talk[:-1] != rejected_talk[:-1]:
             raise ValueError(
-                f"{where}: chosen and rejected differ before their last message: a pair has one prompt"
+                f"{where}: chosen and rejected differ before their last message: a pair has one "
+                "prompt"
             )
         before = chosen_talk[:-1]
         prompt = before if prompt is None else prompt
@@ -66,18 +70,23 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     chosen, rejected = answers
     if prompt is None or not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError(
-            f"{where} needs prompt, chosen and rejected as text or messages, has {', '.join(sorted(row))}"
+            f"{where} needs prompt, chosen and rejected as text or messages, has "
+            f"{', '.join(sorted(row))}"
         )
     return Pair(prompt_messages(prompt, where), chosen.strip(), rejected.strip())
 
 
 def prompt_messages(prompt: Any, where: str) -> Messages:
-    """Messages as they are, a text as the user's; of `Human: … Assistant:` dialogues, their turns."""
+    """Messages as they are, a text as the user's.
+
+    Of `Human: … Assistant:` dialogues, their turns.
+    """
     if isinstance(prompt, list):
         return read_messages(prompt, where)
     if not isinstance(prompt, str):
         raise ValueError(
-            f"{where}: prompt must be text or messages, not {type(prompt).__name__} {str(prompt)[:80]!r}"
+            f"{where}: prompt must be text or messages, not {type(prompt).__name__} "
+            f"{str(prompt)[:80]!r}"
         )
     pieces = _TURN.split(prompt)
     if len(pieces) == 1:

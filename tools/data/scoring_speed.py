@@ -67,7 +67,8 @@ def main() -> None:
     seconds, processor, outcomes = measure(items[:half], items[half:], arguments.workers, reward)
     count = len(items) - half
     print(
-        f"{count} answers, {arguments.workers} processes: {count / seconds:.0f} a second by the clock,"
+        f"{count} answers, {arguments.workers} processes: {count / seconds:.0f} a second by the "
+        "clock,"
     )
     print(f"{count / processor:.0f} a second of processor time; {dict(outcomes)}")
 

@@ -92,7 +92,8 @@ def generate(
     """Return training and test rows, each spread evenly over the templates.
 
     `templates` of null is all of `TEMPLATES`, or `EASY_TEMPLATES` where `difficulty` is easy.
-    ValueError for an unknown difficulty or template, and where there are fewer problems than asked for.
+    ValueError for an unknown difficulty or template, and where there are fewer problems than asked
+    for.
     """
     if difficulty not in NUMBER_RANGES:
         raise ValueError(f"difficulty: no {difficulty!r}; known are {', '.join(NUMBER_RANGES)}")

@@ -17,7 +17,7 @@ NOTES = (
     "LIMR is contaminated: 502 of its 1,389 problems are MATH *test* problems. Never report MATH's "
     "test split after training on it; evaluate on MATH-500 and leave its problems out with "
     "--exclude math500/test.parquet.",
-    "LIMR states no licence.",
+    "LIMR states no license.",
 )
 
 

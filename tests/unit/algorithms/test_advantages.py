@@ -53,7 +53,10 @@ def random_inputs(seed: int, rows: int = 6, width: int = 7) -> AdvantageInputs:
 
 
 def gae_by_definition(inputs: AdvantageInputs) -> tuple[np.ndarray, np.ndarray]:
-    """A_t = sum over k of (γλ)^k δ_{t+k}, over the response tokens of a row only; before whitening."""
+    """A_t = sum over k of (γλ)^k δ_{t+k}, over the response tokens of a row only.
+
+    Before whitening.
+    """
     assert inputs.values is not None
     rewards, values = inputs.token_level_rewards.double().numpy(), inputs.values.double().numpy()
     mask = inputs.response_mask.bool().numpy()
@@ -161,7 +164,10 @@ def test_rloo_is_scaled_dr_grpo() -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo"])
 def test_a_lone_response_has_no_advantage(name: str) -> None:
-    """Its group's other response is empty, so nothing tells whether 0.7 is good; no signal, as `groups` says."""
+    """Its group's other response is empty, so nothing tells whether 0.7 is good.
+
+    No signal, as `groups` says.
+    """
     inputs = outcome_inputs([0.7, 9.0, 1.0, 0.0], [0, 0, 1, 1], [3, 0, 1, 1])
     advantages = compute_advantages(name, inputs)[0]
     assert advantages[0].tolist() == [0.0, 0.0, 0.0] and advantages[2, 0] > 0
@@ -183,7 +189,9 @@ def test_reinforce_plus_plus_by_hand() -> None:
 
 
 def test_reinforce_plus_plus_baseline_by_hand() -> None:
-    """Scores less the group mean are ±½ on two tokens each, so whitening divides by sqrt(4·¼ / 3)."""
+    """Scores less the group mean are ±½ on two tokens each, so whitening divides by sqrt(4·¼ /
+    3).
+    """
     inputs = outcome_inputs([1.0, 0.0], [0, 0], [2, 2])
     advantages, _ = compute_advantages("reinforce_plus_plus_baseline", inputs)
     expected = 0.5 / math.sqrt(1 / 3)

@@ -38,8 +38,9 @@ RATIOS = [[4.0, 0.5, 1.0], [0.25, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
 
 def test_token_weights_are_truncated() -> None:
-    """Ratios 4, ½, ¼ become weights 3, ½, ¼; the statistics are verl's: the mean is that of the ratios, the
-    deviation and the sample size are those of 3, ½, ⅓, the ratios clamped to [1/3, 3]."""
+    """Ratios 4, ½, ¼ become weights 3, ½, ¼; the statistics are verl's: the mean is that of the
+    ratios, the deviation and the sample size are those of 3, ½, ⅓, the ratios clamped to [1/3, 3].
+    """
     old, rollout = logprobs(RATIOS)
     weights, metrics = importance_weights(
         old, rollout, MASK, CorrectionSettings("token", Bounds(0, 3))
@@ -58,8 +59,10 @@ def test_token_weights_are_truncated() -> None:
 
 
 def test_sequence_weights_are_products() -> None:
-    """4 · ½ = 2 truncated at 1.5, and ¼; the empty sequence does not count. The mean is over the three tokens,
-    2, 2 and ¼, the deviation over 1.5, 1.5 and 2/3, and the shares over the two sequences."""
+    """4 · ½ = 2 truncated at 1.5, and ¼; the empty sequence does not count. The mean is over the
+    three tokens, 2, 2 and ¼, the deviation over 1.5, 1.5 and 2/3, and the shares over the two
+    sequences.
+    """
     old, rollout = logprobs(RATIOS)
     weights, metrics = importance_weights(
         old, rollout, MASK, CorrectionSettings("sequence", Bounds(0, 1.5))
@@ -161,7 +164,10 @@ def test_criteria_add_up() -> None:
 
 
 def test_rejected_tokens_are_in_neither_numerator_nor_divisor() -> None:
-    """Losses 1, 3 and 5, of which the 1 is rejected: (3 + 5) / 2. A weight of 0 keeps the divisor: (3 + 5) / 3."""
+    """Losses 1, 3 and 5, of which the 1 is rejected: (3 + 5) / 2.
+
+    A weight of 0 keeps the divisor: (3 + 5) / 3.
+    """
     loss = torch.tensor([[1.0, 3.0, 9.0], [5.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
     old, rollout = logprobs([[4.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     kept, _ = rejection_mask(old, rollout, MASK, (Rejection("token_k1", Bounds(0.5, 2)),))

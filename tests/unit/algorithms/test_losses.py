@@ -22,7 +22,9 @@ SETTINGS = PolicyLossSettings(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_rati
 
 
 def run(name: str, ratios: list[float], advantages: list[float]) -> tuple[PolicyLossTerms, Tensor]:
-    """Loss terms of one row with these ratios, and the gradient to its log-probabilities (old: -1)."""
+    """Loss terms of one row with these ratios, and the gradient to its log-probabilities (old:
+    -1).
+    """
     old = torch.full((1, len(ratios)), -1.0)
     logprobs = (old + torch.tensor([ratios]).log()).requires_grad_()
     weights = torch.tensor([advantages])

@@ -29,6 +29,6 @@ def test_kl_penalty_by_hand() -> None:
     rewards = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
     logp = torch.tensor([[-1.0, -1.0], [-1.0, math.nan], [math.nan, math.nan]])
     ref = torch.tensor([[-1.5, -2.0], [-1.0, -1.0], [0.0, 0.0]])
-    penalised, mean_kl = apply_kl_penalty(rewards, logp, ref, mask, 0.1, "k1")
-    assert torch.allclose(penalised, torch.tensor([[-0.05, 0.9], [2.0, 0.0], [0.0, 0.0]]))
+    penalized, mean_kl = apply_kl_penalty(rewards, logp, ref, mask, 0.1, "k1")
+    assert torch.allclose(penalized, torch.tensor([[-0.05, 0.9], [2.0, 0.0], [0.0, 0.0]]))
     assert mean_kl == pytest.approx((0.75 + 0.0) / 2)  # mean over the two non-empty sequences

@@ -1,4 +1,6 @@
-"""Placement of rows: each row once, equal counts where wanted, bounded imbalance, same answer every time."""
+"""Placement of rows: each row once, equal counts where wanted, bounded imbalance, same answer every
+time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of a batch: every row once, normalisers global, groups whole, ranks in step, work even."""
+"""Shares of a batch: every row once, normalizers global, groups whole, ranks in step, work even."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_shard_rows_are_the_batch_rows() -> None:
 
 
 def test_a_budget_balances_work_rather_than_rows() -> None:
-    """62 tokens cost 62 + 0.05·62² = 254, 22 tokens 46: 254 + 2·46 against 8·46, with equal counts + 4·46 to 6·46."""
+    """62 tokens cost 62 + 0.05·62² = 254, 22 tokens 46: 254 + 2·46 against 8·46, with equal counts
+    + 4·46 to 6·46.
+    """
     batch = batch_of([60, *[20] * 10])
     work = {}
     for tokens in (None, 64):

@@ -1,4 +1,6 @@
-"""Micro-batches: each row once, as many on every rank, never over the budget, few and with little padding."""
+"""Micro-batches: each row once, as many on every rank, never over the budget, few and with little
+padding.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def test_budget_by_hand() -> None:
     assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=16)) == [
         [[2, 3, 4, 0], [1]]
     ]
-    # With 12 also 9 | 4 3 3 | 2 and 9 | 4 3 | 3 2 would do, but 9 | 4 | 3 3 2 has fewest positions: 22.
+    # With 12 also 9 | 4 3 3 | 2 and 9 | 4 3 | 3 2 would do, but 9 | 4 | 3 3 2 has fewest positions:
+    # 22.
     assert plan_micro_batches(lengths, [range(5)], MicroBatching(1, tokens=12)) == [
         [[1], [3, 4, 0], [2]]
     ]
@@ -84,7 +87,10 @@ def test_budget_by_hand() -> None:
 
 
 def test_budget_counts_the_rounding_of_sequence_parallelism() -> None:
-    """Padded to multiples of 4, three rows of 5 take 24 positions; packed, their 15 tokens take 16."""
+    """Padded to multiples of 4, three rows of 5 take 24 positions.
+
+    Packed, their 15 tokens take 16.
+    """
     for packed, positions in ((False, 24), (True, 16)):
         rule = MicroBatching(1, tokens=positions, packed=packed, multiple_of=4)
         assert rule.positions([5, 5, 5]) == positions

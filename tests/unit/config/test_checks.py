@@ -65,11 +65,13 @@ def says(problem: str, expected: str) -> bool:
         ),
         (
             ["actor.layout.dp=3"],
-            "actor.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … actor.layout.dp = 3 … 16 % 3 = 1",
+            "actor.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … actor.layout.dp = 3 … 16 % 3 = "
+            "1",
         ),
         (
             ["critic.layout.dp=3"],
-            "critic.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … critic.layout.dp = 3 … 16 % 3 = 1",
+            "critic.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … critic.layout.dp = 3 … 16 % 3 "
+            "= 1",
         ),
         (
             ["actor.layout.dp=2", "actor.ppo_micro_batch_size_per_gpu=3"],
@@ -83,12 +85,14 @@ def says(problem: str, expected: str) -> bool:
         ),
         (
             ["actor.layout={pp: 4, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=8"],
-            "actor.ppo_micro_batch_size_per_gpu = 8 makes 2 … actor.layout.vpp = 2 … actor.layout.pp = 4",
+            "actor.ppo_micro_batch_size_per_gpu = 8 makes 2 … actor.layout.vpp = 2 … "
+            "actor.layout.pp = 4",
         ),
         # token budgets
         (
             [BUDGET, "actor.ppo_max_token_len_per_gpu=1023"],
-            "actor.ppo_max_token_len_per_gpu = 1023 … 512 + data.max_response_length 512 = 1024 … set 1024",
+            "actor.ppo_max_token_len_per_gpu = 1023 … 512 + data.max_response_length 512 = 1024 … "
+            "set 1024",
         ),
         (
             [
@@ -96,7 +100,8 @@ def says(problem: str, expected: str) -> bool:
                 "critic.use_dynamic_bsz=true",
                 "critic.ppo_max_token_len_per_gpu=1024",
             ],
-            "critic.ppo_max_token_len_per_gpu = 1024 … multiple of actor.layout.tp = 3 = 1026 … set 1026",
+            "critic.ppo_max_token_len_per_gpu = 1024 … multiple of actor.layout.tp = 3 = 1026 … "
+            "set 1026",
         ),
         (
             [
@@ -104,7 +109,8 @@ def says(problem: str, expected: str) -> bool:
                 "critic.use_dynamic_bsz=true",
                 "critic.ppo_max_token_len_per_gpu=1025",
             ],
-            "critic.ppo_max_token_len_per_gpu = 1025 … multiple of critic.layout.tp = 3 = 1026 … set 1026",
+            "critic.ppo_max_token_len_per_gpu = 1025 … multiple of critic.layout.tp = 3 = 1026 … "
+            "set 1026",
         ),
         (
             [
@@ -147,13 +153,16 @@ def says(problem: str, expected: str) -> bool:
         ),
         (
             [
-                "critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, distributed_optimizer: false}"
+                "critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, "
+                "distributed_optimizer: false}"
             ],
-            "critic.layout.overlap_param_gather = true … critic.layout.distributed_optimizer = true",
+            "critic.layout.overlap_param_gather = true … critic.layout.distributed_optimizer = "
+            "true",
         ),
         (
             [GPUS_4, "actor.layout={tp: 4, dp: 2}"],
-            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks … cluster.num_nodes 1 x gpus_per_node 4 = 4",
+            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks … cluster.num_nodes 1 x gpus_per_node 4 = "
+            "4",
         ),
         (
             [
@@ -162,13 +171,14 @@ def says(problem: str, expected: str) -> bool:
                 "critic.layout.dp=2",
                 "critic.placement=disaggregated",
             ],
-            "actor.layout: tp 4 x pp 1 x dp 1 = 4 ranks + critic.layout: tp 1 x pp 1 x dp 2 = 2 ranks = 6 GPUs … "
-            "cluster.num_nodes 1 x gpus_per_node 4 = 4",
+            "actor.layout: tp 4 x pp 1 x dp 1 = 4 ranks + critic.layout: tp 1 x pp 1 x dp 2 = 2 "
+            "ranks = 6 GPUs … cluster.num_nodes 1 x gpus_per_node 4 = 4",
         ),
         # sampling
         (
             ["rollout.quantization=fp8_per_channel"],
-            "rollout.quantization = fp8_per_channel … algorithm.rollout_correction.rollout_is=token",
+            "rollout.quantization = fp8_per_channel … "
+            "algorithm.rollout_correction.rollout_is=token",
         ),
         (
             [*QUANTISED, "rollout.dtype=float32"],
@@ -194,11 +204,13 @@ def says(problem: str, expected: str) -> bool:
                 "algorithm.filter_groups={enable: true, metric: seq_final_reward}",
                 "algorithm.use_kl_in_reward=true",
             ],
-            "algorithm.filter_groups.metric = seq_final_reward … algorithm.use_kl_in_reward … metric=seq_reward",
+            "algorithm.filter_groups.metric = seq_final_reward … algorithm.use_kl_in_reward … "
+            "metric=seq_reward",
         ),
         (
             ["data.gen_batch_size=48"],
-            "data.gen_batch_size = 48 … algorithm.filter_groups … data.train_batch_size = 16 … set null",
+            "data.gen_batch_size = 48 … algorithm.filter_groups … data.train_batch_size = 16 … set "
+            "null",
         ),
         (["data.val_max_samples=0"], "data.val_max_samples = 0 … 1 or more, or -1"),
         # rewards and corrections
@@ -225,7 +237,8 @@ def says(problem: str, expected: str) -> bool:
         ),
         (
             ["algorithm.rollout_correction={bypass_mode: true, rollout_is: token}"],
-            "algorithm.rollout_correction.bypass_mode = true … rollout_is … actor.policy_loss=cispo",
+            "algorithm.rollout_correction.bypass_mode = true … rollout_is … "
+            "actor.policy_loss=cispo",
         ),
         (
             ["algorithm.rollout_correction={rollout_is: token, rollout_is_threshold: 0.52}"],
@@ -296,7 +309,10 @@ def test_truncated_sampling_needs_a_correction() -> None:
 def test_a_users_file_is_executed_in_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading and checking do not execute it; resolving does, and what the estimator needs becomes data."""
+    """Reading and checking do not execute it.
+
+    Resolving does, and what the estimator needs becomes data.
+    """
     monkeypatch.setattr(ADVANTAGES, "_entries", ADVANTAGES.entries())
     mine, ran = tmp_path / "mine.py", tmp_path / "ran"
     mine.write_text(

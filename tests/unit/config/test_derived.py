@@ -99,7 +99,10 @@ def test_widths_divide_by_what_shares_out_a_sequence() -> None:
 
 
 def test_gpus_get_few_widths() -> None:
-    """Multiples of 128, rows of a packed micro-batch apart; the plan, the engine and the budget's check agree."""
+    """Multiples of 128, rows of a packed micro-batch apart.
+
+    The plan, the engine and the budget's check agree.
+    """
 
     def rule(**layout: Any) -> MicroBatching:
         actor = ActorConfig(layout=LayoutConfig(**layout))

@@ -178,7 +178,8 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ),
         (
             "trainer.seed=",
-            "override 'trainer.seed=': no value is given; write null for none, '' for an empty text",
+            "override 'trainer.seed=': no value is given; write null for none, '' for an empty "
+            "text",
         ),
         (
             "data.train_files=a,b",
@@ -211,7 +212,8 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ),
         (
             "~trainer.seed",
-            "override '~trainer.seed': Hydra's +, ++ and ~ are not used here: write trainer.seed=VALUE",
+            "override '~trainer.seed': Hydra's +, ++ and ~ are not used here: write "
+            "trainer.seed=VALUE",
         ),
         (
             "trainer.output_dir=''",
@@ -221,7 +223,8 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
         ("data.val_files=[a, '${V}/b']", f"data.val_files = a, ${{V}}/b: {SHELL}"),
         (
             "model.path=~no-one/x",
-            "model.path = ~no-one/x: no user has the home folder ~no-one; ./~no-one/x is the name itself",
+            "model.path = ~no-one/x: no user has the home folder ~no-one; ./~no-one/x is the name "
+            "itself",
         ),
         ("rollout.threads=x", "rollout.threads = 'x': expected int or null"),
         (
@@ -344,7 +347,10 @@ def test_yaml_round_trip(data: st.DataObject, keys: list) -> None:
 
 
 def test_a_section_that_may_be_null(tmp_path: Path) -> None:
-    """Any of its keys makes it a section with defaults; null makes it none; both survive the round trip."""
+    """Any of its keys makes it a section with defaults.
+
+    Null makes it none; both survive the round trip.
+    """
     assert load(tmp_path).critic.layout is None
     critic = load(tmp_path, "critic.layout.dp=2").critic
     assert critic.layout == LayoutConfig(dp=2)

@@ -17,8 +17,9 @@ from rlhf3d.data.rows import PromptRow
 
 WORDS = ["<unk>", "<user>", "<system>", "<assistant>", *"abcdefghij"]
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% "
+    "endif %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt "
+    "%}<assistant>{% endif %}"
 )
 
 

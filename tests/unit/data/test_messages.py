@@ -25,7 +25,8 @@ FULL = make_tiny_tokenizer()
 FULL.chat_template = """
 {%- if tools %}T{% for tool in tools %}{{ tool | tojson }}{% endfor %};{% endif %}
 {%- for m in messages %}{{ m.role }}{% if m.name %}({{ m.name }}){% endif %}:{{ m.content }}
-{%- for call in m.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]{% endfor %}/
+{%- for call in m.tool_calls or [] %}[{{ call.function.name }} {{
+    call.function.arguments | tojson }}]{% endfor %}/
 {%- endfor %}
 {%- if add_generation_prompt %}assistant:<think>{% endif %}"""
 USER = {"role": "user", "content": "why"}

@@ -47,7 +47,8 @@ def test_gsm8k_row_is_verls() -> None:
     assert row.prompt == [
         {
             "role": "user",
-            "content": 'How far is it? Let\'s think step by step and output the final answer after "####".',
+            "content": "How far is it? Let's think step by step and output the final answer after "
+            '"####".',
         }
     ]
     assert row.reward_model == {"style": "rule", "ground_truth": "1080"}
@@ -198,7 +199,8 @@ def test_math_row_is_verls() -> None:
     row = math.make_map_fn("train")(source, 3)
     assert row.data_source == "DigitalLearningGmbH/MATH-lighteval"
     assert question(row) == (
-        f"{source['problem']} Let's think step by step and output the final answer within \\boxed{{}}."
+        f"{source['problem']} Let's think step by step and output the final answer within "
+        f"\\boxed{{}}."
     )
     assert f"\\boxed{{{row.reward_model['ground_truth']}}}" in source["solution"]
     assert row.extra_info["index"] == 3 and row.extra_info["level"] == source["level"]
@@ -283,8 +285,11 @@ def make_map_fn(split, suffix="!"):
         if not row["a"]:
             raise ValueError("it has no answer")
         return {
-            "data_source": "mine", "prompt": [{"role": "user", "content": row["q"] + suffix}], "ability": "chat",
-            "reward_model": {"style": "rule", "ground_truth": row["a"]}, "extra_info": {"split": split},
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": row["q"] + suffix}],
+            "ability": "chat",
+            "reward_model": {"style": "rule", "ground_truth": row["a"]},
+            "extra_info": {"split": split},
         }
     return to_row
 """

@@ -60,7 +60,9 @@ def test_rows_without_extra_info(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_writer_loads(tmp_path: Path) -> None:
-    """As `datasets` or pandas write it: large strings, more columns, nested extra_info, no ability."""
+    """As `datasets` or pandas write it: large strings, more columns, nested extra_info, no
+    ability.
+    """
     message = pa.struct([("content", pa.large_string()), ("role", pa.large_string())])
     table = pa.table(
         {

@@ -94,7 +94,9 @@ def test_files_of_other_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
-    """400,000 rows, 160 MB unpacked: touching 500 of them all over keeps the process's own memory flat."""
+    """400,000 rows, 160 MB unpacked: touching 500 of them all over keeps the process's own memory
+    flat.
+    """
     schema = pa.schema(
         [
             ("data_source", pa.string()),
@@ -119,7 +121,8 @@ def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:
         "import sys, random\n"
         "from rlhf3d.data.store import RowStore\n"
         "def own():\n"
-        "    return sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Anonymous'))\n"
+        "    lines = open('/proc/self/smaps_rollup')\n"
+        "    return sum(int(l.split()[1]) for l in lines if l.startswith('Anonymous'))\n"
         "before = own()\n"
         "store = RowStore([sys.argv[1]], sys.argv[2])\n"
         "for i in random.Random(0).sample(range(len(store)), 500):\n"
@@ -152,5 +155,21 @@ def test_large_sets_are_shuffled_by_numpy(monkeypatch: pytest.MonkeyPatch, count
         assert served != list(make_order(rows, "0:1", True))
     if count == 17:
         assert [number - 100 for number in served] == [
-            16, 0, 12, 7, 1, 5, 15, 11, 8, 9, 14, 13, 3, 2, 4, 6, 10,
-        ]  # fmt: skip
+            16,
+            0,
+            12,
+            7,
+            1,
+            5,
+            15,
+            11,
+            8,
+            9,
+            14,
+            13,
+            3,
+            2,
+            4,
+            6,
+            10,
+        ]

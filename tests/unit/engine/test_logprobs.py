@@ -144,7 +144,9 @@ def test_no_tokens() -> None:
 def padded_share(
     rank: int, port: int, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> list:
-    """Log-probs, entropy and gradients on the rank that holds rows 2 rank and 2 rank + 1 of a padded weight."""
+    """Log-probs, entropy and gradients on the rank that holds rows 2 rank and 2 rank + 1 of a
+    padded weight.
+    """
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     padded = torch.cat([weight, torch.full((3, 4), 7.0)])[2 * rank : 2 * rank + 2].requires_grad_()
     states = hidden.clone().requires_grad_()

@@ -109,7 +109,9 @@ def test_a_micro_batch_has_the_shape_that_is_planned(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_context_parallel_ranks_share_out_rows_and_response_tokens(packed: bool) -> None:
-    """Together they hold what one rank holds: each response token where the hidden state before it is."""
+    """Together they hold what one rank holds: each response token where the hidden state before it
+    is.
+    """
     rule = MicroBatching(1, packed=packed, multiple_of=4, row_multiple_of=4)
     whole = make_microbatch(BATCH, [1, 0], CPU, rule)
     parts = [make_microbatch(BATCH, [1, 0], CPU, rule, 2, rank) for rank in (0, 1)]

@@ -1,7 +1,8 @@
-"""What rounding on GPUs does to log-probs, emulated: it says which limits a canary can have, and what must be exact.
+"""What rounding on GPUs does to log-probs, emulated: it says which limits a canary can have, and
+what must be exact.
 
-A residual network whose largest logit is that of SmolLM2-135M on text (26); there, measured, products of TF32 move
-log-probs by 1.3e-3 on average, logits rounded to bfloat16 by 0.023.
+A residual network whose largest logit is that of SmolLM2-135M on text (26); there, measured,
+products of TF32 move log-probs by 1.3e-3 on average, logits rounded to bfloat16 by 0.023.
 """
 
 from __future__ import annotations

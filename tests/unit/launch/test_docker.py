@@ -55,7 +55,9 @@ def test_pins_are_those_of_the_requirements(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_environment_is_made_as_on_a_host(path: Path) -> None:
-    """With what `make setup` wants to find, and for GPUs a compiler of CUDA 13 but no second cuDNN."""
+    """With what `make setup` wants to find, and for GPUs a compiler of CUDA 13 but no second
+    cuDNN.
+    """
     text = path.read_text()
     assert "g++" in text and " make " in text
     packages = [

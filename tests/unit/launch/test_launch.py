@@ -30,12 +30,36 @@ TWO_NODES = ("--nodes", "2", "--gpus-per-node", "4", "--time", "4h", "--workdir"
 IMAGE = ("--image", "registry/rlhf3d:gpu")
 SHARED = "trainer.output_dir=/shared/runs/math"
 CASES: dict[str, tuple[str, ...]] = {
-    "local.sh": ("local", "configs/quickstart.yaml", "--gpus-per-node", "0", "--workdir", "/home/user/rlhf3d"),
-    "slurm.sh": ("slurm", "configs/math.yaml", *TWO_NODES, "--partition", "gpu", "--env", "NCCL_DEBUG=WARN"),
+    "local.sh": (
+        "local",
+        "configs/quickstart.yaml",
+        "--gpus-per-node",
+        "0",
+        "--workdir",
+        "/home/user/rlhf3d",
+    ),
+    "slurm.sh": (
+        "slurm",
+        "configs/math.yaml",
+        *TWO_NODES,
+        "--partition",
+        "gpu",
+        "--env",
+        "NCCL_DEBUG=WARN",
+    ),
     "ssh.sh": ("ssh", "configs/math.yaml", SHARED, *TWO_NODES, "--hosts", "node-1,node-2"),
     "kuberay.yaml": ("kuberay", "configs/math.yaml", *TWO_NODES, *IMAGE, "--volume", "shared"),
-    "skypilot.yaml": ("skypilot", "configs/math.yaml", SHARED, *TWO_NODES[:6], "--volume", "v", "--gpu-type", "H100"),
-}  # fmt: skip
+    "skypilot.yaml": (
+        "skypilot",
+        "configs/math.yaml",
+        SHARED,
+        *TWO_NODES[:6],
+        "--volume",
+        "v",
+        "--gpu-type",
+        "H100",
+    ),
+}
 
 
 def launch(*arguments: str) -> Result:
@@ -61,7 +85,9 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name: str) -> None:
-    """Written anew by `RLHF3D_GOLDEN=1 pytest tests/unit/launch`, to be read before it is committed."""
+    """Written anew by `RLHF3D_GOLDEN=1 pytest tests/unit/launch`, to be read before it is
+    committed.
+    """
     text, path = rendered(name), GOLDEN / name
     if os.environ.get("RLHF3D_GOLDEN"):
         path.write_text(text)
@@ -235,8 +261,8 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     )
     text = refusal("slurm", "configs/math.yaml", "trainer.max_wall_clock_s=3600", "--time", "1h")
     assert (
-        "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 900 = 4500 s, more than --time 3600 s"
-        in text
+        "trainer.max_wall_clock_s 3600 + cluster.startup_timeout_s 900 = 4500 s, more than --time "
+        "3600 s" in text
     )
 
 
@@ -277,9 +303,16 @@ def test_the_time_limit_follows_from_the_runs_own() -> None:
 
 
 def test_durations() -> None:
-    assert [parse_duration(text) for text in ("90m", "4h", "2d", "5s", "01:00:01", "1-00:00:00")] == [
-        5400, 14400, 172800, 5, 3601, 86400,
-    ]  # fmt: skip
+    assert [
+        parse_duration(text) for text in ("90m", "4h", "2d", "5s", "01:00:01", "1-00:00:00")
+    ] == [
+        5400,
+        14400,
+        172800,
+        5,
+        3601,
+        86400,
+    ]
     assert slurm_time(parse_duration("2-03:04:05")) == "2-03:04:05"
     for text in ("4", "4 h", "1:00", "h"):
         with pytest.raises(ValueError, match="no duration"):
@@ -334,7 +367,9 @@ def errors_by_schema(text: str) -> list[str]:
 
 
 def as_strict_schema(node: Any) -> Any:
-    """An OpenAPI schema of a CustomResourceDefinition as JSON Schema, unknown fields being errors."""
+    """An OpenAPI schema of a CustomResourceDefinition as JSON Schema, unknown fields being
+    errors.
+    """
     if isinstance(node, list):
         return [as_strict_schema(item) for item in node]
     if not isinstance(node, dict):

@@ -1,4 +1,6 @@
-"""vLLM's weight table: what the ranks hold together is every Hugging Face tensor, cut as vLLM cuts it."""
+"""vLLM's weight table: what the ranks hold together is every Hugging Face tensor, cut as vLLM cuts
+it.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def test_pieces_tile_every_parameter_but_the_padding(case: Case) -> None:
 @settings(deadline=None)
 @given(cases())
 def test_a_fused_qkv_serves_its_own_query_heads(case: Case) -> None:
-    """Each query head's rank holds the key and value head that attention gives it, at the offset vLLM splits at."""
+    """Each query head's rank holds the key and value head that attention gives it, at the offset
+    vLLM splits at.
+    """
     spec, tp, expert_parallel = case
     group = spec.num_heads // spec.num_kv_heads
     for rank in range(tp):
@@ -205,7 +209,8 @@ def test_vocabulary_is_padded_and_a_tied_head_has_no_entry() -> None:
             SMALL,
             3,
             r"rollout\.tensor_parallel_size 3 does not fit .* num_attention_heads 4 % 3 = 1; "
-            r"vocab_size 8 padded to 64 % 3 = 1; num_key_value_heads 2 % 3 = 2 and 3 % 2 = 1 .* Nearest legal: 2$",
+            r"vocab_size 8 padded to 64 % 3 = 1; num_key_value_heads 2 % 3 = 2 and 3 % 2 = 1 "
+            r".* Nearest legal: 2$",
         ),
         (
             replace(SMALL, num_heads=12, num_kv_heads=3, vocab_size=190, ffn_size=12),
@@ -236,7 +241,7 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         check_engine_layout(SMALL, 2, expert_parallel=True)
 
 
-def test_experts_are_not_quantised() -> None:
+def test_experts_are_not_quantized() -> None:
     check_quantization(EXPERTS, "none")
     check_quantization(SMALL, "fp8_per_channel")
     with pytest.raises(

@@ -150,7 +150,10 @@ def test_two_models_in_a_folder_are_refused_with_both_names(folder: Path) -> Non
     tensors = load_file(folder / SINGLE_NAME)
     shards(folder, old(tensors), 2)
     save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
-    both = r"holds two models: model\.safetensors, .* and model-00001-of-00002\.safetensors, model-00002-.*remove one"
+    both = (
+        r"holds two models: model\.safetensors, .* and model-00001-of-00002\.safetensors, "
+        r"model-00002-.*remove one"
+    )
     with pytest.raises(ValueError, match=both):
         weight_files(folder)
     (folder / SINGLE_NAME).unlink()

@@ -16,9 +16,15 @@ from rlhf3d.models.hf_config import Llama3RopeScaling, YarnRopeScaling
 from rlhf3d.models.spec import FAMILIES, ModelSpec, load_spec
 
 SHAPE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -47,7 +53,9 @@ def read(folder: Path) -> ModelSpec:
 
 
 def rotary(config: Any) -> Any:
-    """transformers' own module of rotary positions, which holds frequencies and the factor of cos and sin."""
+    """transformers' own module of rotary positions, which holds frequencies and the factor of cos
+    and sin.
+    """
     module = importlib.import_module(
         f"transformers.models.{config.model_type}.modeling_{config.model_type}"
     )
@@ -66,28 +74,65 @@ ROPES: list[dict[str, Any]] = [
     {"rope_parameters": {}, "rope_theta": 5e5},
     {"rope_parameters": None},
     {"rope_theta": 5e5, "partial_rotary_factor": 1.0},
-    {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "original_max_position_embeddings": 64, **LLAMA3}},
+    {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "llama3", "original_max_position_embeddings": 64, **LLAMA3},
+    },
     {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 64, **LLAMA3}},
+    {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 64,
+            **LLAMA3,
+        }
+    },
     {"rope_scaling": {"type": "yarn", **YARN}},
     {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}},
     {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "type": "yarn", **YARN}},
     {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 2.5}},
     {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
     {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_theta": 1e6},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", **YARN},
-     "rope_theta": 1e4},
-    {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 1e6},
+    {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"rope_type": "yarn", **YARN},
+        "rope_theta": 1e4,
+    },
+    {
+        "rope_parameters": {"rope_type": "default"},
+        "rope_scaling": {"type": "yarn", **YARN},
+        "rope_theta": 1e6,
+    },
     {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {}, "rope_theta": 1e6},
-    {"rope_parameters": {"rope_type": "yarn", **YARN}, "rope_scaling": {"rope_type": "default"}, "rope_theta": 1e6},
+    {
+        "rope_parameters": {"rope_type": "yarn", **YARN},
+        "rope_scaling": {"rope_type": "default"},
+        "rope_theta": 1e6,
+    },
     {"rope_scaling": {"type": "yarn", **YARN}, "original_max_position_embeddings": 128},
-    {"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}},
+    {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "truncate": False,
+        }
+    },
     {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": 1.5}},
-    {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": None, "mscale": 0.7, "mscale_all_dim": 0.5}},
+    {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            **YARN,
+            "attention_factor": None,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.5,
+        }
+    },
     {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 0.7}},
     {"rope_scaling": {"rope_type": "yarn", **YARN, "factor": 1.0}},
     {"rope_scaling": SMALL_YARN},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -146,7 +191,9 @@ FORMS: list[dict[str, Any]] = [
 def test_shapes_are_those_of_transformers(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    """Also of keys that are not there, for which each of transformers' classes has a value of its own."""
+    """Also of keys that are not there, for which each of transformers' classes has a value of its
+    own.
+    """
     folder = write(tmp_path, family, **changes)
     spec, config = read(folder), AutoConfig.from_pretrained(folder)
     assert spec.num_kv_heads == config.num_key_value_heads
@@ -263,7 +310,8 @@ def test_experts_by_either_key(tmp_path: Path) -> None:
         ),
         (
             {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "yarn", **YARN}},
-            r"rope_theta=1000000\.0 in rope_parameters, which its rope_scaling replaces: transformers would take 10000",
+            r"rope_theta=1000000\.0 in rope_parameters, which its rope_scaling replaces: "
+            r"transformers would take 10000",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         (
@@ -305,7 +353,9 @@ def test_experts_are_checked(tmp_path: Path) -> None:
 
 
 def test_the_published_recipe_for_qwen(tmp_path: Path) -> None:
-    """As Qwen2.5's model card says: max_position_embeddings stays, and the window is four times it."""
+    """As Qwen2.5's model card says: max_position_embeddings stays, and the window is four times
+    it.
+    """
     scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
     spec = read(
         write(

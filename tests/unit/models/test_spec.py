@@ -206,7 +206,8 @@ def test_check_layout_lists_every_violation_with_the_nearest_legal_sizes(tmp_pat
     check_layout(spec, ParallelLayout(pp=4, first_stage_layers=6, last_stage_layers=8))
     with pytest.raises(
         ValueError,
-        match=r"30 - first 6 - last 9 = 15 layers for the other 2 of pp 4\. .*leave all other stages the same",
+        match=r"30 - first 6 - last 9 = 15 layers for the other 2 of pp 4\. "
+        r".*leave all other stages the same",
     ):
         check_layout(spec, ParallelLayout(pp=4, first_stage_layers=6, last_stage_layers=9))
 

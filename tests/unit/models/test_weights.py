@@ -1,4 +1,6 @@
-"""The weight table: pieces tile tensors and parameters exactly once, and copying along them loses nothing."""
+"""The weight table: pieces tile tensors and parameters exactly once, and copying along them loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ STYLES: list[SpecStyle] = ["local", "te"]
 
 @st.composite
 def specs_and_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout]:
-    """Small legal combinations, head sizes that are not hidden / heads and vocabularies that need padding included."""
+    """Small legal combinations, head sizes that are not hidden / heads and vocabularies that need
+    padding included.
+    """
     family = draw(st.sampled_from(sorted(FAMILIES)))
     sparse = FAMILIES[family].experts is not None
     tp, pp, dp, cp = (
@@ -136,7 +140,9 @@ SMALL = ModelSpec("llama", 2, 4, num_heads=4, num_kv_heads=2, head_dim=1, ffn_si
 
 
 def test_fused_rows_by_hand() -> None:
-    """Two KV groups on two ranks: rank 1 has query heads 2 and 3, KV head 1, half of gate and up."""
+    """Two KV groups on two ranks: rank 1 has query heads 2 and 3, KV head 1, half of gate and
+    up.
+    """
     layout = ParallelLayout(tp=2)
     params = {p.name: p for p in local_params(SMALL, layout, layout.coords(1))}
     qkv = params["decoder.layers.0.self_attention.linear_qkv.weight"]
@@ -215,7 +221,9 @@ MOE = ModelSpec(
 
 
 def test_experts_by_hand() -> None:
-    """Two tensor x two data ranks in groups of two: ranks 1 and 3 hold experts 2 and 3, and rank 1 exports them."""
+    """Two tensor x two data ranks in groups of two: ranks 1 and 3 hold experts 2 and 3, and rank 1
+    exports them.
+    """
     layout = ParallelLayout(tp=2, dp=2, ep=2)
     one, three = (
         {p.name: p for p in local_params(MOE, layout, layout.coords(rank))} for rank in (1, 3)

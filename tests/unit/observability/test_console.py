@@ -1,4 +1,7 @@
-"""Console output: plain text is exact and free of control characters; the live bar shows phase and ETA."""
+"""Console output: plain text is exact and free of control characters.
+
+The live bar shows phase and ETA.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Phase seconds and the metrics file: what is written is what is read, also after a kill and a resume."""
+"""Phase seconds and the metrics file: what is written is what is read, also after a kill and a
+resume.
+"""
 
 from __future__ import annotations
 

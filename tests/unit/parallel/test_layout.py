@@ -16,7 +16,7 @@ LAYOUTS = st.builds(
 )
 
 
-def test_tensor_ranks_are_neighbours_then_context_then_data_then_pipeline() -> None:
+def test_tensor_ranks_are_neighbors_then_context_then_data_then_pipeline() -> None:
     layout = ParallelLayout(tp=2, pp=2, dp=2, cp=2)
     order = [(c.pp, c.dp, c.cp, c.tp) for c in map(layout.coords, range(16))]
     assert order == list(product((0, 1), repeat=4))

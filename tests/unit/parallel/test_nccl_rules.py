@@ -1,4 +1,6 @@
-"""The back end with NCCL's rules: what is legal arrives, and each thing that NCCL refuses, or corrupts, fails here."""
+"""The back end with NCCL's rules: what is legal arrives, and each thing that NCCL refuses, or
+corrupts, fails here.
+"""
 
 from __future__ import annotations
 

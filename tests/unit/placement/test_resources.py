@@ -153,8 +153,10 @@ def test_every_group_has_its_bundles_on_gpus() -> None:
     )
     assert mixed.bundles == [{"GPU": 1.0, "CPU": 2.0}] * 4 + [{"GPU": 1.0, "CPU": 1.0}] * 2
     assert {name: options["num_gpus"] for name, options in mixed.options.items()} == {
-        "actor": 0.5, "critic": 1.0, "engine": 0.5,
-    }  # fmt: skip
+        "actor": 0.5,
+        "critic": 1.0,
+        "engine": 0.5,
+    }
     with pytest.raises(
         ValueError, match=r"critic.layout has 8 ranks .* more than the 4 of actor.layout"
     ):

@@ -1,4 +1,6 @@
-"""Whole batches in, whole batches out: rows come back in their own order, and padding is counted phase by phase."""
+"""Whole batches in, whole batches out: rows come back in their own order, and padding is counted
+phase by phase.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The jobs for GPUs that ship: each fits what its comment says, and the comment's figures are the plan's."""
+"""The jobs for GPUs that ship: each fits what its comment says, and the comment's figures are the
+plan's.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ COMMENT = re.compile(r"# plan on (\S+): .*")
 
 
 def comment(plan: TimedPlan, gpus: str) -> str:
-    """The line that a configuration carries; `python tests/unit/planning/test_configs.py` writes those of today."""
+    """The line that a configuration carries.
+
+    `python tests/unit/planning/test_configs.py` writes those of today.
+    """
     rank, phase = plan.memory.peak
     assert plan.memory.device_limit is not None
     longest = sorted(plan.time.phases, key=lambda phase: -phase.total)[:3]
     most = ", ".join(f"{phase.phase} {phase.total:.0f}" for phase in longest)
     return (
-        f"# plan on {gpus}: {phase.total / GIB:.0f} of {plan.memory.device_limit / GIB:.0f} GiB at most "
-        f"({phase.phase} on {rank.place}), {plan.step_s:.0f} s a step ({most}), not measured"
+        f"# plan on {gpus}: {phase.total / GIB:.0f} of {plan.memory.device_limit / GIB:.0f} GiB at "
+        f"most ({phase.phase} on {rank.place}), {plan.step_s:.0f} s a step ({most}), not measured"
     )
 
 

@@ -1,4 +1,7 @@
-"""Numbers measured on a GPU take the place of assumed ones; a file that is not of the form is refused by name."""
+"""Numbers measured on a GPU take the place of assumed ones.
+
+A file that is not of the form is refused by name.
+"""
 
 from __future__ import annotations
 

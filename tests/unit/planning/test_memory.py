@@ -1,4 +1,6 @@
-"""Memory of described runs, by hand where a hand can do it, and what is said of runs that do not fit."""
+"""Memory of described runs, by hand where a hand can do it, and what is said of runs that do not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -173,8 +175,10 @@ def test_a_critic_of_its_own() -> None:
     critic = {"layout": {"dp": 2}, "ppo_micro_batch_size_per_gpu": 1}
     beside = plan(**COLOCATED, critic=critic).memory.ranks
     assert [(rank.ranks, rank.place) for rank in beside] == [
-        ((0, 1), "actor pp0, critic pp0"), ((2, 3), "actor pp0"), ((4, 5, 6, 7), "actor pp1"),
-    ]  # fmt: skip
+        ((0, 1), "actor pp0, critic pp0"),
+        ((2, 3), "actor pp0"),
+        ((4, 5, 6, 7), "actor pp1"),
+    ]
     assert beside[0].resident["process"] == 2 * beside[1].resident["process"]
     apart = plan(
         parse_cluster("10xH100", HARDWARE),
@@ -254,7 +258,9 @@ def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
 
 
 def test_an_engine_takes_more_than_its_share() -> None:
-    """vLLM measures after its context and communicators are there, and computes 16,384 prompt tokens at once."""
+    """vLLM measures after its context and communicators are there, and computes 16,384 prompt
+    tokens at once.
+    """
     made = plan(**COLOCATED)
     engine, hardware = made.memory.engine, HARDWARE["H100"]
     assert engine.outside == int((hardware.engine_context_gib + hardware.engine_comm_gib) * GIB)
@@ -274,7 +280,9 @@ def test_an_engine_takes_more_than_its_share() -> None:
 
 
 def test_tight_is_between_fitting_and_not() -> None:
-    """The peak is within the device, but little is left for holes between blocks and what is not counted."""
+    """The peak is within the device, but little is left for holes between blocks and what is not
+    counted.
+    """
 
     def on(gib: float) -> TimedPlan:
         return plan(
@@ -297,7 +305,8 @@ def test_tight_is_between_fitting_and_not() -> None:
     assert fits == [False, True, True]
     (text,) = cluster[1].memory.tight
     assert text.startswith(
-        f"device memory: {phase.phase} on device 0 (actor pp0) leaves 0.1 of {need + 0.1:.1f} GiB free"
+        f"device memory: {phase.phase} on device 0 (actor pp0) leaves 0.1 of {need + 0.1:.1f} GiB "
+        "free"
     )
 
 
@@ -333,7 +342,9 @@ def test_70b_on_16_devices_of_80_gb_is_not_said_to_fit() -> None:
 
 
 def test_published_states_of_mixtral() -> None:
-    """Mixtral 8x7B on 16 H100 as PP2, EP8: 54,251 MiB allocated between steps (NVIDIA/Megatron-LM, issue 756)."""
+    """Mixtral 8x7B on 16 H100 as PP2, EP8: 54,251 MiB allocated between steps (NVIDIA/Megatron-LM,
+    issue 756).
+    """
     spec = load_spec(ROOT / "configs/models/Mixtral-8x7B-Instruct-v0.1", with_weights=False)
     layout = ParallelLayout(pp=2, dp=8, ep=8)
     states = [

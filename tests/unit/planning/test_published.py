@@ -1,4 +1,6 @@
-"""The time model against published measurements: within 25 %, with the same hardware numbers for all of them."""
+"""The time model against published measurements: within 25 %, with the same hardware numbers for
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -62,13 +64,16 @@ def planned(run: dict[str, Any]) -> TimedPlan:
 
 
 def row(run: dict[str, Any]) -> str:
-    """Its line in docs/planning.md; `python tests/unit/planning/test_published.py` prints those of today."""
+    """Its line in docs/planning.md.
+
+    `python tests/unit/planning/test_published.py` prints those of today.
+    """
     made = planned(run)
     generate = next(phase.total for phase in made.time.phases if phase.phase == "generate")
     off = made.step_s / run["seconds"] - 1
     return (
-        f"| {run['model']} | {run['gpus']} | {run['release']} | {run['seconds']} | {made.step_s:.0f} | "
-        f"{off:+.0%} | {generate:.0f} |"
+        f"| {run['model']} | {run['gpus']} | {run['release']} | {run['seconds']} | "
+        f"{made.step_s:.0f} | {off:+.0%} | {generate:.0f} |"
     )
 
 

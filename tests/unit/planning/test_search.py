@@ -1,4 +1,6 @@
-"""What a search may propose: only what a run accepts and what fits, and it says why the rest does not."""
+"""What a search may propose: only what a run accepts and what fits, and it says why the rest does
+not.
+"""
 
 from __future__ import annotations
 

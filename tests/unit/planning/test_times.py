@@ -1,4 +1,6 @@
-"""The time model: by hand where a hand can do it, and how it moves when the job or the hardware does."""
+"""The time model: by hand where a hand can do it, and how it moves when the job or the hardware
+does.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +105,13 @@ def test_what_makes_a_step_slower() -> None:
         "ppo_mini_batch_size": 16
     }  # four optimizer steps; of the gathers the last is waited for
     late, early = (
-        next(p for p in times(actor={"layout": buckets | {"overlap_param_gather": on}, **mini}).phases
-             if p.phase == "update_actor").parts["gradients over replicas"]
+        next(
+            p
+            for p in times(actor={"layout": buckets | {"overlap_param_gather": on}, **mini}).phases
+            if p.phase == "update_actor"
+        ).parts["gradients over replicas"]
         for on in (False, True)
-    )  # fmt: skip
+    )
     assert early == pytest.approx(late / 4)
     piped = times(actor={"layout": {"pp": 4, "dp": 2}})
     bubble = next(phase for phase in piped.phases if phase.phase == "update_actor").parts["bubble"]
@@ -119,7 +124,9 @@ def test_what_makes_a_step_slower() -> None:
 
 
 def test_context_ranks_share_out_a_sequence_and_exchange_keys_and_values() -> None:
-    """Four ranks on one sequence take as long as a quarter of the sequences each, and their messages."""
+    """Four ranks on one sequence take as long as a quarter of the sequences each, and their
+    messages.
+    """
     long = {
         "data": {"train_batch_size": 64, "max_response_length": 16384},
         "lengths": Lengths(256, 8192),
@@ -130,8 +137,10 @@ def test_context_ranks_share_out_a_sequence_and_exchange_keys_and_values() -> No
     assert apart < together < 1.2 * apart  # and shorter products
 
 
-def test_padding_is_that_of_neighbours_in_the_order_of_lengths() -> None:
-    """16 sequences a rank and step, whose lengths spread to 1,024: rows of a pair are 64 apart, and widths 128."""
+def test_padding_is_that_of_neighbors_in_the_order_of_lengths() -> None:
+    """16 sequences a rank and step, whose lengths spread to 1,024: rows of a pair are 64 apart, and
+    widths 128.
+    """
     mean, alone = 768 + 127 / 2, {"actor": {"layout": {"dp": 8}, "ppo_micro_batch_size_per_gpu": 1}}
     on = Cluster(replace(HARDWARE["H100"], matmul_half=0.0, layer_overhead_s=0.0), 8, 8)
     raw = {
@@ -148,7 +157,10 @@ def test_padding_is_that_of_neighbours_in_the_order_of_lengths() -> None:
 
 
 def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:
-    """No more sequences in a micro-batch than an optimizer step has; as many as the interleaved schedule wants."""
+    """No more sequences in a micro-batch than an optimizer step has.
+
+    As many as the interleaved schedule wants.
+    """
     layout = {"dp": 4, "pp": 2, "overlap_grad_reduce": True}
     budget = {"use_dynamic_bsz": True, "ppo_mini_batch_size": 8}
 
@@ -167,7 +179,10 @@ def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:
 
 
 def test_small_products_reach_less() -> None:
-    """An expert's products take longer than their operations; where nothing is small they do not."""
+    """An expert's products take longer than their operations.
+
+    Where nothing is small they do not.
+    """
     hardware = HARDWARE["H100"]
     assert hardware.product_flops(1 << 20, 1 << 20, 1 << 20) == pytest.approx(2 * 2.0**60, rel=1e-3)
     assert hardware.product_flops(512, 2048, 1536) == pytest.approx(
@@ -234,7 +249,7 @@ def test_ranks_on_a_cpu_share_its_cores() -> None:
     )
     assert one == pytest.approx(
         2 * two, rel=0.05
-    )  # neighbours in the order of lengths are nearer on one rank
+    )  # neighbors in the order of lengths are nearer on one rank
     assert two == pytest.approx(four, rel=0.1)
 
 
@@ -260,9 +275,12 @@ def test_calibration_finds_the_hardware_again(tmp_path: Path) -> None:
     seen: list[Observation] = []
     for name, layout in (("a", {"tp": 4}), ("b", {"pp": 2, "dp": 2}), ("c", {})):
         made = config(
-            model={"path": "models/Qwen2.5-7B-Instruct", "dtype": "float32"}, rollout={"dtype": "float32"},
-            cluster={"platform": "cpu"}, actor={"layout": layout}, data={"train_files": "x.parquet"},
-        )  # fmt: skip
+            model={"path": "models/Qwen2.5-7B-Instruct", "dtype": "float32"},
+            rollout={"dtype": "float32"},
+            cluster={"platform": "cpu"},
+            actor={"layout": layout},
+            data={"train_files": "x.parquet"},
+        )
         job = make_job(made, QWEN_7B, Cluster(truth, 1, 1), lengths=Lengths(256, 512, 1024))
         seen.append(observe(make_run(tmp_path / name, plan_time(job), made)))
     found = fit(HARDWARE["laptop"], seen)

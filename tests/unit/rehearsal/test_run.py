@@ -24,7 +24,9 @@ from rlhf3d.tokenizer.load import load_tokenizer
 
 
 def write_job(folder: Path, **layout: int) -> Path:
-    """A job whose model folder has its config alone, whose training file is here and whose validation file is not."""
+    """A job whose model folder has its config alone, whose training file is here and whose
+    validation file is not.
+    """
     make_tiny_model(folder / "whole", "qwen3", layers=6, heads=8, kv_heads=4, hidden=256, vocab=999)
     (folder / "models" / "shape").mkdir(parents=True)
     (folder / "models" / "shape" / "config.json").write_bytes(

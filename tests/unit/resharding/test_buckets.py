@@ -1,4 +1,7 @@
-"""Buckets hold every real row once, within the budget, whole parameters whole; copies fill them without a gap."""
+"""Buckets hold every real row once, within the budget, whole parameters whole.
+
+Copies fill them without a gap.
+"""
 
 from __future__ import annotations
 

@@ -17,14 +17,23 @@ SPEC = ModelSpec(
     "llama", 4, 32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64, vocab_size=128
 )
 SETUP = SyncSetup(
-    "test", SPEC, ParallelLayout(tp=4), "local", Sites.gpus(4, 4), "bfloat16", 1 << 20, 1.0, engines=2,
+    "test",
+    SPEC,
+    ParallelLayout(tp=4),
+    "local",
+    Sites.gpus(4, 4),
+    "bfloat16",
+    1 << 20,
+    1.0,
+    engines=2,
     tensor_parallel_size=2,
-)  # fmt: skip
+)
 
 
 def test_figures_add_up() -> None:
     facts = explain(SETUP)
-    # Embedding and head 128 x 32 each; a layer: 4 x 32 x 32 attention, 3 x 64 x 32 MLP, 2 norms; the final norm.
+    # Embedding and head 128 x 32 each; a layer: 4 x 32 x 32 attention, 3 x 64 x 32 MLP, 2 norms;
+    # the final norm.
     assert facts.model_bytes == 2 * (2 * 128 * 32 + 4 * (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32) + 32)
     assert facts.formula_bytes == facts.model_bytes * (4 - 2) // (4 * 2)
     for rank in facts.ranks:

@@ -1,4 +1,5 @@
-"""A fingerprint tells which bits a block has and where they belong, and nothing about the memory they lie in.
+"""A fingerprint tells which bits a block has and where they belong, and nothing about the memory
+they lie in.
 
 Also proven: what it does not see, so that nobody relies on it.
 """

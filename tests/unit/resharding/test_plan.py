@@ -1,8 +1,9 @@
-"""The reshard plan, carried out by plain copies, gives every engine rank exactly its weights, each element once.
+"""The reshard plan, carried out by plain copies, gives every engine rank exactly its weights, each
+element once.
 
-Also proven: an op's sender holds what it sends; what the own device holds comes from nowhere else, and what the own
-node holds from no other node; replicas share the sending; the bytes received reach HybridFlow's lower bound and, on
-small worlds, the best of all mappings of engine ranks to devices.
+Also proven: an op's sender holds what it sends; what the own device holds comes from nowhere else,
+and what the own node holds from no other node; replicas share the sending; the bytes received reach
+HybridFlow's lower bound and, on small worlds, the best of all mappings of engine ranks to devices.
 """
 
 from __future__ import annotations
@@ -215,7 +216,9 @@ def nearest(ranks: list[int], place: Destination, sites: Sites) -> tuple[int, ..
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(cases())
 def test_replicas_send_equally_much(case: Case) -> None:
-    """n replicas that d engine ranks can take E elements from send d E / n each, give or take a quarter and a row."""
+    """n replicas that d engine ranks can take E elements from send d E / n each, give or take a
+    quarter and a row.
+    """
     plan = case.plan()
     sent: dict[tuple[Ints, int, Ints], list[TransferOp]] = defaultdict(list)
     demand: dict[tuple[Ints, int, Ints], set[int]] = defaultdict(set)
@@ -255,7 +258,10 @@ def test_data_parallel_ranks_send_within_a_quarter_of_their_mean(engines: int) -
 
 
 def even_shards(layout: ParallelLayout, layers: int, rows: int, columns: int) -> TrainingShards:
-    """Every tensor cut evenly by rows over `layout.tp`, every stage with as many; nothing on two shards."""
+    """Every tensor cut evenly by rows over `layout.tp`, every stage with as many.
+
+    Nothing on two shards.
+    """
     share = rows // layout.tp
     tables, ranks = [], []
     for pp, tp in itertools.product(range(layout.pp), range(layout.tp)):
@@ -306,7 +312,10 @@ EVEN = [
 
 @pytest.mark.parametrize(("tp", "pp", "dp", "g"), EVEN)
 def test_received_bytes_are_the_lower_bound(tp: int, pp: int, dp: int, g: int) -> None:
-    """(n - g) / (n g) of the model for every colocated rank, n = tp pp; 1 / g of it for every rank apart."""
+    """(n - g) / (n g) of the model for every colocated rank, n = tp pp.
+
+    1 / g of it for every rank apart.
+    """
     layers, rows, columns = 6, 64, 3
     layout = ParallelLayout(tp, pp, dp)
     shards, engine = (
@@ -323,7 +332,9 @@ def test_received_bytes_are_the_lower_bound(tp: int, pp: int, dp: int, g: int) -
 
 
 def test_hybridflow_table_2() -> None:
-    """Training TP8, generation TP2: three eighths of the model per rank, where a full gather takes seven."""
+    """Training TP8, generation TP2: three eighths of the model per rank, where a full gather takes
+    seven.
+    """
     layout = ParallelLayout(tp=8)
     shards, engine = even_shards(layout, 4, 64, 4), even_engine(2, 4, 64, 4)
     traffic = build_plan(shards, engine, Sites.gpus(8, 8), engines=4, colocated=True).traffic
@@ -361,7 +372,9 @@ def test_no_other_mapping_keeps_more(
     tp: int,
     expert_parallel: bool,
 ) -> None:
-    """Against every way to give the ranks an engine index or none, engines being whole on a node where they fit."""
+    """Against every way to give the ranks an engine index or none, engines being whole on a node
+    where they fit.
+    """
     world = layout.world_size
     plan = plan_sync(
         spec, layout, Sites.gpus(world, per_node), engines, tp, expert_parallel=expert_parallel
@@ -451,7 +464,9 @@ def test_a_rank_left_without_a_row_is_no_sender() -> None:
 
 
 def test_planning_a_thousand_ranks_stays_within_its_limits() -> None:
-    """Llama 3 405B from TP8 PP16 DP8 to 128 engines, in a process of its own: 10 s, 2 GiB, received as the bound."""
+    """Llama 3 405B from TP8 PP16 DP8 to 128 engines, in a process of its own: 10 s, 2 GiB, received
+    as the bound.
+    """
     run = subprocess.run(
         [sys.executable, str(BENCH), "--only", "llama-3-405b", "--json"],
         capture_output=True,

@@ -1,7 +1,8 @@
-"""The ring hands on every bucket whole, to every reader, before it is overwritten; waits end and name who is late.
+"""The ring hands on every bucket whole, to every reader, before it is overwritten; waits end and
+name who is late.
 
-Also proven: its memory is what its shape says and goes when its processes have gone; a file of another plan, a full
-disk and a file that a killed run left are handled.
+Also proven: its memory is what its shape says and goes when its processes have gone; a file of
+another plan, a full disk and a file that a killed run left are handled.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def test_shape_counts_every_byte(shape: RingShape) -> None:
 
 
 def test_a_slow_reader_is_never_overwritten(shape: RingShape) -> None:
-    """Two senders and two readers of different pace: every reader sees every bucket as both senders left it."""
+    """Two senders and two readers of different pace: every reader sees every bucket as both senders
+    left it.
+    """
     buckets = 40
     ring = Ring.create(shape)
 

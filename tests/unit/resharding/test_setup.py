@@ -1,4 +1,6 @@
-"""What processes derive from a setup: the same everywhere, buckets in an order of each destination's own."""
+"""What processes derive from a setup: the same everywhere, buckets in an order of each
+destination's own.
+"""
 
 from __future__ import annotations
 

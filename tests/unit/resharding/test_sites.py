@@ -1,4 +1,6 @@
-"""Engine ranks are put on devices that have room for them, engines whole on a node, with the greatest overlap."""
+"""Engine ranks are put on devices that have room for them, engines whole on a node, with the
+greatest overlap.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,17 @@ def test_the_sum_of_overlaps_is_the_greatest(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("world", "per_node", "tp", "engines"),
-    [(16, 8, 4, 4), (16, 8, 8, 2), (12, 4, 3, 3), (10, 8, 2, 5), (10, 4, 4, 2), (6, 4, 2, 3), (8, 8, 3, 2),
-     (20, 8, 4, 5)],
-)  # fmt: skip
+    [
+        (16, 8, 4, 4),
+        (16, 8, 8, 2),
+        (12, 4, 3, 3),
+        (10, 8, 2, 5),
+        (10, 4, 4, 2),
+        (6, 4, 2, 3),
+        (8, 8, 3, 2),
+        (20, 8, 4, 5),
+    ],
+)
 def test_engines_are_whole_on_a_node(world: int, per_node: int, tp: int, engines: int) -> None:
     """Uneven last nodes take what they have room for."""
     sites = Sites.gpus(world, per_node)
@@ -70,7 +80,7 @@ def test_engines_are_whole_on_a_node(world: int, per_node: int, tp: int, engines
     assert max(Counter(itertools.chain(*placed)).values()) == 1
 
 
-def test_an_engine_larger_than_a_node_gets_neighbouring_nodes() -> None:
+def test_an_engine_larger_than_a_node_gets_neighboring_nodes() -> None:
     sites = Sites.gpus(16, per_node=4)
     placed = assign_engines(sites, 2, 8, nothing)
     assert [{sites.node_of_device[device] for device in engine} for engine in placed] == [
@@ -102,6 +112,9 @@ def test_an_engine_fits_beside_what_its_ranks_hold() -> None:
 def test_too_many_engines_are_refused_with_the_arithmetic(
     world: int, per_node: int, tp: int, engines: int, room: int
 ) -> None:
-    message = rf"engines = {engines} x rollout\.tensor_parallel_size = {tp}: .* {world} devices .* room for {room} eng"
+    message = (
+        rf"engines = {engines} x rollout\.tensor_parallel_size = {tp}: .* {world} devices "
+        rf".* room for {room} eng"
+    )
     with pytest.raises(ValueError, match=message):
         assign_engines(Sites.gpus(world, per_node), engines, tp, nothing)

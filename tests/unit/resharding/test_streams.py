@@ -1,8 +1,9 @@
-"""Weights go from senders to receivers through real shared memory: right, sync after sync, in two buckets of memory.
+"""Weights go from senders to receivers through real shared memory: right, sync after sync, in two
+buckets of memory.
 
-Also proven: what is changed, left out, old or late on the way is refused by the name of its tensor or process, and
-nothing of the bad bucket is handed on. Senders and receivers are threads here; processes are in
-tests/integration/test_resharding.py.
+Also proven: what is changed, left out, old or late on the way is refused by the name of its tensor
+or process, and nothing of the bad bucket is handed on. Senders and receivers are threads here;
+processes are in tests/integration/test_resharding.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from rlhf3d.resharding.setup import SLOTS, SyncSetup
 from rlhf3d.resharding.sites import Sites
 
 TWO_BUCKETS = 13000
-"""Budget under which LLAMA takes two buckets, so that no sender waits for a reader that has given up."""
+"""Budget under which LLAMA takes two buckets, so that no sender waits for a reader that has given
+up.
+"""
 numbers = itertools.count()
 Weights = dict[str, torch.Tensor]
 
@@ -450,7 +453,9 @@ def test_processes_with_different_plans_do_not_talk(streams: list[Stream]) -> No
 
 
 class Backend:
-    """Stands for a process group: `wait` of a work returns or raises what it is told to, after `seconds`."""
+    """Stands for a process group: `wait` of a work returns or raises what it is told to, after
+    `seconds`.
+    """
 
     def __init__(
         self,
@@ -591,7 +596,9 @@ def test_a_process_group_has_the_deadline_of_the_sync(monkeypatch: pytest.Monkey
 
 
 def test_nccl_takes_every_exchange_as_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one communicator, made at the start: lone and grouped messages would else miss each other."""
+    """Of one communicator, made at the start: lone and grouped messages would else miss each
+    other.
+    """
     real = torch.distributed.distributed_c10d.ProcessGroupGloo  # has the methods of every backend
     assert all(
         hasattr(real, name)

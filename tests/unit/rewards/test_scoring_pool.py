@@ -361,7 +361,7 @@ def test_a_hanging_async_call_costs_its_own_sample(batch_file: Path) -> None:
 ODD = """
 import asyncio, concurrent.futures, enum, multiprocessing
 slots = asyncio.Semaphore(2)
-class Colour(str, enum.Enum):
+class Color(str, enum.Enum):
     RED = "red"
 class Detail:
     def __reduce__(self):
@@ -383,7 +383,7 @@ def spawns(data_source, solution_str, ground_truth, extra_info=None):
 def rich(data_source, solution_str, ground_truth, extra_info=None):
     import numpy
     print("said aloud")
-    more = {"colour": Colour.RED, "detail": Detail(), 3: numpy.arange(3), "reward_model": "judge"}
+    more = {"color": Color.RED, "detail": Detail(), 3: numpy.arange(3), "reward_model": "judge"}
     return {"score": numpy.float32(1), "acc": numpy.bool_(True), "log": "x" * 10_000_000, **more}
 def acc(data_source, solution_str, ground_truth, extra_info=None):
     odd = {"none": None, "text": "1", "nan": float("nan"), "list": [1]}
@@ -418,14 +418,12 @@ def test_extras_cross_as_plain_values_and_prints_are_no_output(
         (score,) = pool.score_batch(items("a"))
     assert (score.value, score.accuracy, score.outcome) == (1.0, 1.0, Outcome.SCORED)
     extra = score.extra
-    assert (extra["colour"], extra["3"], extra["returned_reward_model"]) == (
+    assert (extra["color"], extra["3"], extra["returned_reward_model"]) == (
         "red",
         [0, 1, 2],
         "judge",
     )
-    assert (
-        type(extra["colour"]) is str and "Detail" in extra["detail"] and len(extra["log"]) == 2000
-    )
+    assert type(extra["color"]) is str and "Detail" in extra["detail"] and len(extra["log"]) == 2000
     captured = capfd.readouterr()
     assert captured.out == "" and "said aloud" in captured.err
 

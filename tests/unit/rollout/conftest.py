@@ -12,7 +12,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def in_vllm_process() -> Iterator[Callable[..., Any]]:
-    """Runs a function of the test's module with its arguments there; loading vLLM is paid for once."""
+    """Runs a function of the test's module with its arguments there.
+
+    Loading vLLM is paid for once.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")  # read when Triton is loaded

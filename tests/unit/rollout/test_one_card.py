@@ -1,4 +1,6 @@
-"""Engine and trainer on one card: vLLM's own measuring, sleep and waking over a ledger that both write to."""
+"""Engine and trainer on one card: vLLM's own measuring, sleep and waking over a ledger that both
+write to.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,9 @@ class Engine:
 
 
 class Trainer:
-    """A `TrainGroup` of one rank: its states, and the real states of a model that is used now and then."""
+    """A `TrainGroup` of one rank: its states, and the real states of a model that is used now and
+    then.
+    """
 
     def __init__(self, card: Card, sleep: bool) -> None:
         """As the actors' processes start: they load at once."""
@@ -189,7 +193,10 @@ def start_together() -> None:
 
 
 def steps() -> list[dict[str, float]]:
-    """In vLLM's process: engines that sleep, two steps; what the card holds at each wake-up's end."""
+    """In vLLM's process: engines that sleep, two steps.
+
+    What the card holds at each wake-up's end.
+    """
     card, engine, trainer = start(
         CUDAPlatform("test"), config_of(gpu_memory_utilization=0.34, sleep=True)
     )
@@ -210,7 +217,8 @@ def test_the_cache_is_what_utilization_leaves_of_a_card_on_which_trainers_load_l
     in_vllm_process: Callable[..., Any],
 ) -> None:
     cache = in_vllm_process(start_awake)
-    # vLLM's context is there before it looks; what it takes of its share afterwards is not the cache's.
+    # vLLM's context is there before it looks; what it takes of its share afterwards is not the
+    # cache's.
     assert cache == pytest.approx(0.3 * CARD_GIB - WEIGHTS_GIB - PEAK_GIB - GRAPHS_GIB, abs=0.01)
 
 

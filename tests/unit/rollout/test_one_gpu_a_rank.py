@@ -1,4 +1,7 @@
-"""vLLM's own CUDA code on ranks that each see one GPU, as Ray shows it; only the driver is faked."""
+"""vLLM's own CUDA code on ranks that each see one GPU, as Ray shows it.
+
+Only the driver is faked.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def of_two(platform: Platform) -> EngineSettings:
 
 
 def start_engine(rank: int, port: int, status: int) -> str:
-    """In a rank: our engine of two ranks, of which vLLM makes no more than its CustomAllreduce; how far that gets."""
+    """In a rank: our engine of two ranks, of which vLLM makes no more than its CustomAllreduce.
+
+    How far that gets.
+    """
     import vllm
     from vllm.distributed.device_communicators import custom_all_reduce
     from vllm.platforms.interface import DeviceCapability, Platform
@@ -111,7 +117,9 @@ def ask_another_all_reduce() -> None:
 
 
 def settings(rank: int, port: int, kind: str) -> list[Any]:
-    """In a rank: what vLLM is told for an engine of two, what it makes of the head's dtype, where it can be found."""
+    """In a rank: what vLLM is told for an engine of two, what it makes of the head's dtype, where
+    it can be found.
+    """
     import vllm
     from vllm.config.model import _get_head_dtype
 

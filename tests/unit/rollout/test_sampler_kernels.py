@@ -1,4 +1,6 @@
-"""The sampler's kernels of vLLM on GPUs, in Triton's interpreter, against what the trainer computes."""
+"""The sampler's kernels of vLLM on GPUs, in Triton's interpreter, against what the trainer
+computes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def interpreted(module: str, patch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def engine_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """In vLLM's process: processed log-probs of sampled tokens, each row a request with a temperature of its own."""
+    """In vLLM's process: processed log-probs of sampled tokens, each row a request with a
+    temperature of its own.
+    """
     logits = logits.clone()
     with pytest.MonkeyPatch.context() as patch:
         gumbel, logprob = interpreted("gumbel", patch), interpreted("logprob", patch)

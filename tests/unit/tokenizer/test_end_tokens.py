@@ -68,7 +68,9 @@ def test_tokens_that_cannot_be_generated_are_left_out_and_named(tmp_path: Path) 
 
 
 def test_a_template_that_ends_turns_with_another_token_is_named(tmp_path: Path) -> None:
-    """A base model's end of text under an instruction template: it would be trained on turns that never end."""
+    """A base model's end of text under an instruction template: it would be trained on turns that
+    never end.
+    """
     found = find(tmp_path, UNK, eos="<|unk|>")
     assert found.ids == (UNK,)
     assert (

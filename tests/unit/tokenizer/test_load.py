@@ -61,7 +61,9 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
 def test_prompts_with_tokens_that_the_model_lacks_are_refused_with_their_row(
     tmp_path: Path,
 ) -> None:
-    """Tokens that were added without resizing the model: those in no prompt do no harm, the template's own do."""
+    """Tokens that were added without resizing the model: those in no prompt do no harm, the
+    template's own do.
+    """
     rows = [
         PromptRow("s", [{"role": "user", "content": text}], "", {"ground_truth": "1"})
         for text in ("a", "b<|think|>")

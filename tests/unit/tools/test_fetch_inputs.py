@@ -1,4 +1,6 @@
-"""What `make train-7b` downloads: what the configuration names, the project knows and this machine lacks."""
+"""What `make train-7b` downloads: what the configuration names, the project knows and this machine
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def commands(tool: ModuleType, name: str, *overrides: str) -> list[str]:
 
 def test_all_that_is_missing(tool: ModuleType) -> None:
     assert commands(tool, "math.yaml") == [
-        "hf download Qwen/Qwen2.5-7B-Instruct --local-dir models/Qwen2.5-7B-Instruct --exclude original/*",
+        "hf download Qwen/Qwen2.5-7B-Instruct --local-dir models/Qwen2.5-7B-Instruct --exclude "
+        "original/*",
         "rlhf3d data prepare math --source hub",
         "rlhf3d data prepare math500 --source hub",
     ]
