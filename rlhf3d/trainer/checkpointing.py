@@ -56,8 +56,8 @@ class _Save:
 class CheckpointWriter:
     """Writes the folders `checkpoints/step_N`.
 
-    `actor/` and `critic/` are sharded, `hf/` is the actor as a Hugging Face folder, `driver.json` the
-    driver's state, `config.yaml` the run's configuration.
+    `actor/` and `critic/` are sharded, `hf/` is the actor as a Hugging Face folder, `driver.json`
+    the driver's state, `config.yaml` the run's configuration.
     """
 
     def __init__(

@@ -7,10 +7,12 @@ Runs in: driver.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+
+from ray.util.placement_group import PlacementGroup
 
 from rlhf3d.config.derived import Derived, micro_batching_of
 from rlhf3d.config.groups import WorkerGroup
@@ -19,10 +21,17 @@ from rlhf3d.experience.collect import Phase
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
 from rlhf3d.placement.cluster_check import check_cluster
-from rlhf3d.placement.resources import engine_bundles, engine_threads, place, threads_of
+from rlhf3d.placement.resources import (
+    Placement,
+    engine_bundles,
+    engine_threads,
+    place,
+    threads_of,
+)
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.worker import worker_setup
+from rlhf3d.resharding.plan import ReshardPlan
 from rlhf3d.resharding.setup import SyncSetup, sync_setup
 from rlhf3d.rollout.api import Stops
 from rlhf3d.rollout.settings import EngineSettings
@@ -54,8 +63,45 @@ def start_processes(
     phase: Phase,
 ) -> Processes:
     """Join Ray, reserve devices, check the nodes, start ranks and engines."""
+    placement = _placement(config, derived, platform)
+    devices = platform.pretended_devices(placement.gpus)
+    # Ray installs a SIGTERM handler of its own: ours goes in again after it.
+    stack.enter_context(
+        ray_cluster(config.cluster, placement.cpus, preemption.handle, devices, derived.batch_bytes)
+    )
+    startup_timeout_s = config.cluster.startup_timeout_s
+    reserved = stack.enter_context(reserve(placement, startup_timeout_s))
+    # Before models load: a node without the run's files would only fail minutes later.
+    check_cluster(config, reserved)
+    with phase("start"):
+        nodes, cores = nodes_of(reserved), cores_of(reserved, startup_timeout_s)
+        reservation = _Reservation(config, platform, placement, reserved, nodes, cores)
+        # Before the engines: which weights go where depends on the ranks' nodes, and decides where
+        # the engines are.
+        actor_nodes = reservation.nodes_of("actor")
+        name = f"{os.getpid()}"  # of the files in shared memory, which tell whose they are
+        sync = sync_setup(config.rollout, inputs.spec, derived.layout, platform, name, actor_nodes)
+        engine_settings = EngineSettings(
+            os.path.abspath(config.model.path),
+            config.rollout,
+            derived.max_sequence_length,
+            platform,
+            config.trainer.seed,
+            Stops(inputs.ends.ids, config.rollout.stop),
+        )
+        assert derived.total_steps is not None
+        start_groups = {
+            group.name: partial(reservation.start_group, group, derived.total_steps)
+            for group in derived.groups
+        }
+        start_engines = partial(reservation.start_engines, engine_settings, sync.plan)
+        rollout, groups = start_models(config.rollout, platform, start_engines, start_groups)
+    return Processes(_by_role(derived.groups, groups), rollout, sync)
+
+
+def _placement(config: Config, derived: Derived, platform: Platform) -> Placement:
     cluster, engines = config.cluster, config.rollout
-    placement = place(
+    return place(
         platform,
         derived.groups,
         engines.engines,
@@ -63,56 +109,48 @@ def start_processes(
         engines.placement == "colocated",
         1 if cluster.ray_address is None else cluster.num_nodes,
     )
-    devices = platform.pretended_devices(placement.gpus)
-    # Ray installs a SIGTERM handler of its own: ours goes in again after it.
-    stack.enter_context(
-        ray_cluster(cluster, placement.cpus, preemption.handle, devices, derived.batch_bytes)
-    )
-    reserved = stack.enter_context(reserve(placement, cluster.startup_timeout_s))
-    check_cluster(config, reserved)  # before anything loads that would find out the slow way
-    with phase("start"):
-        # The ranks' nodes decide which weights go where, and so where each engine is placed best.
-        nodes, cores = nodes_of(reserved), cores_of(reserved, cluster.startup_timeout_s)
-        places = {
-            name: [nodes[bundle] for bundle in ranks] for name, ranks in placement.groups.items()
-        }
-        sync = sync_setup(
-            engines, inputs.spec, derived.layout, platform, f"{os.getpid()}", places["actor"]
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    """The devices of a run, and what is started on them."""
+
+    config: Config
+    platform: Platform
+    placement: Placement
+    reserved: PlacementGroup
+    nodes: Sequence[int]
+    """Number of the node that each bundle is on."""
+    cores: Sequence[int]
+    """Cores of each node."""
+
+    def nodes_of(self, group: str) -> list[int]:
+        """The node of each rank of a group."""
+        return [self.nodes[bundle] for bundle in self.placement.groups[group]]
+
+    def start_group(self, group: WorkerGroup, total_steps: int) -> TrainGroup:
+        """Start the ranks of a worker group."""
+        config = self.config
+        nodes = self.nodes_of(group.name)
+        return TrainGroup(
+            worker_setup(config, group, self.platform, total_steps),
+            config.cluster,
+            self.placement,
+            self.reserved,
+            threads_of(nodes, self.cores, config.cluster.threads_per_rank),
+            {role: micro_batching_of(config, role) for role in group.roles},
+            config.data.max_response_length,
         )
-        bundles = engine_bundles(placement, sync.plan)
-        engine_settings = EngineSettings(
-            os.path.abspath(config.model.path),
-            engines,
-            derived.max_sequence_length,
-            platform,
-            config.trainer.seed,
-            Stops(inputs.ends.ids, engines.stop),
+
+    def start_engines(self, settings: EngineSettings, plan: ReshardPlan) -> RolloutGroup:
+        """Start the engine ranks on the devices that the plan of the sync is made for."""
+        config = self.config
+        bundles = engine_bundles(self.placement, plan)
+        threads = engine_threads(bundles, self.nodes, self.cores, config.rollout.threads)
+        output_dir = os.path.abspath(config.trainer.output_dir)
+        return RolloutGroup(
+            settings, config.cluster, self.placement, self.reserved, bundles, threads, output_dir
         )
-        steps = derived.total_steps
-        assert steps is not None
-
-        def start_group(group: WorkerGroup) -> TrainGroup:
-            threads = threads_of(places[group.name], cores, cluster.threads_per_rank)
-            return TrainGroup(
-                worker_setup(config, group, platform, steps),
-                cluster,
-                placement,
-                reserved,
-                threads,
-                {role: micro_batching_of(config, role) for role in group.roles},
-                config.data.max_response_length,
-            )
-
-        def start_engines() -> RolloutGroup:
-            threads = engine_threads(bundles, nodes, cores, engines.threads)
-            folder = os.path.abspath(config.trainer.output_dir)
-            return RolloutGroup(
-                engine_settings, cluster, placement, reserved, bundles, threads, folder
-            )
-
-        start_groups = {group.name: partial(start_group, group) for group in derived.groups}
-        rollout, groups = start_models(engines, platform, start_engines, start_groups)
-    return Processes(_by_role(derived.groups, groups), rollout, sync)
 
 
 def start_models(

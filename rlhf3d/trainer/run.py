@@ -41,6 +41,7 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
     config = resolve_platform(config, platform)
+    # First everything that can be wrong with files, while nothing has been started or written.
     inputs = read_inputs(config)
     derived = derive(config, len(inputs.train_data))
     assert derived.total_steps is not None
@@ -49,16 +50,19 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
         return show_finished(start.finished)
     notes = prepare_folder(start, inputs.spec)
     config, checkpoint = start.config, start.checkpoint
-    if checkpoint is not None:  # other data are refused before anything is started
+    if checkpoint is not None:  # here already: other data are refused before anything is started
         inputs.loader.load_state_dict(checkpoint.state["loader"])
     output = Path(config.trainer.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     setup_logging(output, "driver")
-    with ExitStack() as stack:  # ends everything that is started below, the last one first
+    # The stack ends what is started below, the last one first: engines before Ray, the console and
+    # the metrics file, which the ending may still write to, at the end.
+    with ExitStack() as stack:
         console = stack.enter_context(Console())
         writer = stack.enter_context(open_metrics(output, checkpoint))
         log = StepLog(console, writer, derived.total_steps, derived.devices)
+        # Before the header: its warnings come from scoring the data's own answers.
         rewards = stack.enter_context(_reward_manager(config, inputs))
         lines = [
             *summary_lines(config, derived),
