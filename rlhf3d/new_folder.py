@@ -41,8 +41,8 @@ def new_folder(destination: Path, num_bytes: int = 0) -> Iterator[Path]:
         sync(destination.parent)
     except OSError as error:
         raise RuntimeError(
-            f"cannot write {destination} ({error.strerror or error}): fix that and repeat the "
-            "command"
+            f"cannot write {destination} ({error.strerror or error}): "
+            "fix that and repeat the command"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -192,7 +192,7 @@ class MegatronSource:
                 )
 
     def _chunks_by_layer(self) -> dict[tuple[str, tuple[int, ...]], list[Chunk]]:
-        """Chunks by key and, of tensors that are stacked, layer: a model can have many thousands."""
+        """Index the chunks, of which there can be many thousands, by key and (if stacked) layer."""
         stacked = {slab.key for slab in self.model.slabs if slab.place}
         found: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
         for key, stored_key in self.keys.items():

@@ -19,7 +19,7 @@ _SAMPLED_BYTES = 64 << 10
 
 
 def model_identity(folder: Path | str) -> str:
-    """A digest that tells models apart: sizes of the weight files, and 64 KiB at start, middle and end of each."""
+    """Return a digest of the weight files: sizes, and 64 KiB at start, middle and end of each."""
     digest = hashlib.sha256()
     for path in (Path(folder) / name for name in weight_files(Path(folder)).names):
         size = path.stat().st_size
@@ -32,7 +32,7 @@ def model_identity(folder: Path | str) -> str:
 
 
 def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
-    """What `check_resume` compares, beside the configuration; part of the driver's state."""
+    """What `check_resume` compares besides the configuration; part of the driver's state."""
     layouts = {role: str(group.layout) for group in worker_groups(config) for role in group.roles}
     return {
         "model": {"identity": model_identity(config.model.path), "spec": asdict(spec)},

@@ -1,7 +1,7 @@
 """What a run, checkpoint, Megatron folder or Hugging Face folder holds, and whether it is complete.
 
-Invariant: only reads; every file that is missing, cut off or (looked at deeply) changed is named in `problems`, and
-what was not looked at in `not_compared`: only without either is a folder called complete.
+Invariant: only reads. Every file that is missing, cut off or (with `deep`) changed is named in
+`problems`, and what was not looked at in `not_compared`: a folder without either is complete.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
             found[part] = inspect(path / part)  # the manifest's checksums cover its files
     parts = [found[part] for part in (*ROLES, "hf") if part in found]
     found["not_compared"] = [text for part in parts for text in _own(part)]
-    # What is damaged according to the manifest need not be told again, in other words.
+    # What the manifest finds damaged is not reported a second time.
     return found | {"problems": damaged or [text for part in parts for text in part["problems"]]}
 
 
 def _own(found: dict[str, Any]) -> list[str]:
-    """What was not compared of a part, beside the contents, of which the folder around it tells."""
+    """What was not compared of a part, except contents: the folder around it reports those."""
     return [text for text in found["not_compared"] if not text.startswith("contents of files")]
 
 
 def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What the run's configuration says of each role's layout, without what is off; empty where there is none."""
+    """Each role's layout in the run's configuration, without what is off; empty if unknown."""
     config_file = checkpoint / "config.yaml"
     config = (
         (yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})

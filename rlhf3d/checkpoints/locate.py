@@ -1,6 +1,6 @@
 """What a path holds: a Hugging Face folder, a Megatron folder, a checkpoint or a run.
 
-Invariant: only looks; what cannot be found ends in a ValueError that says what was looked for. Pure: no torch.
+Invariant: only reads; an error says what was looked for. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ Kind = Literal["hf", "megatron", "checkpoint", "run"]
 Role = Literal["actor", "critic"]
 ROLES: tuple[Role, ...] = ("actor", "critic")
 TRACKER = "latest_checkpointed_iteration.txt"
-"""What Megatron-LM's trainer writes beside its folders iter_0000100 …, or release: the newest one's number."""
+"""Megatron-LM's file with the number of its newest folder (iter_0000100 …), or `release`."""
 
 
 def kind_of(path: Path) -> Kind:
-    """What `path` is, told by the files in it."""
+    """What `path` is, by the files in it."""
     if not path.is_dir():
         raise ValueError(f"no folder {str(path)!r}")
     if (path / ".metadata").is_file() or any(path.glob("*.distcp")) or (path / TRACKER).is_file():
         return "megatron"
     if any(path.glob("mp_rank_*")):
         raise ValueError(
-            f"{path} is in Megatron-LM's older format (mp_rank_…, which only its own code can read): let Megatron-LM "
-            "save it with --ckpt-format torch_dist, then give that folder"
+            f"{path} is in Megatron-LM's older format (mp_rank_…, which only its own code can "
+            "read): let Megatron-LM save it with --ckpt-format torch_dist, then give that folder"
         )
     if iterations := sorted(path.glob("iter_*")):
         raise ValueError(
@@ -40,8 +40,8 @@ def kind_of(path: Path) -> Kind:
     if (path / "checkpoints").is_dir():
         return "run"
     raise ValueError(
-        f"{path} is neither a Hugging Face folder (config.json), nor a Megatron folder (.metadata), nor a checkpoint "
-        f"(checkpoints/step_N), nor a run (checkpoints/)"
+        f"{path} is neither a Hugging Face folder (config.json), nor a Megatron folder "
+        "(.metadata), nor a checkpoint (checkpoints/step_N), nor a run (checkpoints/)"
     )
 
 
@@ -56,13 +56,16 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def megatron_folder(path: Path, role: Role | None) -> Path:
-    """The Megatron folder that `path` is, or that its (newest) checkpoint holds for `role` (the actor, if not said)."""
+    """The Megatron folder that `path` is, or that its newest checkpoint holds for `role`.
+
+    Without a role, the actor's.
+    """
     kind = kind_of(path)
     if kind == "megatron":
         return _newest_iteration(path) if (path / TRACKER).is_file() else path
     if kind == "hf":
         raise ValueError(
-            f"{path} is a Hugging Face folder: to convert it is to write a Megatron one (--to megatron)"
+            f"{path} is a Hugging Face folder: it converts to a Megatron one (--to megatron)"
         )
     checkpoint = latest_checkpoint(path) if kind == "run" else path
     if not (checkpoint / MANIFEST).is_file():

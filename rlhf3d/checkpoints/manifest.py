@@ -1,6 +1,7 @@
-"""What a checkpoint holds, in its `manifest.json`: step, metric, versions, and size and checksum of every file.
+"""A checkpoint's `manifest.json`: step, metric, versions, size and checksum of every file.
 
-Invariant: the manifest is written last; a folder whose files all are as it says is whole. Imports nothing heavy.
+Invariant: the manifest is written last; a folder is complete if all its files are as it says.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rlhf3d.machine import package_versions
+from rlhf3d.new_folder import sync
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -68,7 +71,7 @@ def infos_below(folder: Path, skip: Mapping[str, FileInfo]) -> dict[str, FileInf
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write and sync the manifest, beside first, and the names of all folders below."""
+    """Write and sync the manifest, then the names of all folders below."""
     partial = folder / f"{MANIFEST}.partial"
     with partial.open("w") as file:
         json.dump(asdict(manifest), file, indent=1)
@@ -76,16 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
     os.replace(partial, folder / MANIFEST)
     for path in {folder, *((folder / name).parent for name in manifest.files)}:
-        sync_folder(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -95,13 +89,14 @@ def read_manifest(folder: Path) -> Manifest:
         found: dict[str, Any] = json.loads(path.read_text())
         version = found["format_version"]
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}, so it is no (whole) checkpoint") from None
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is no complete checkpoint") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a manifest ({error!r})") from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version}, this rlhf3d reads {FORMAT_VERSION}: resume it with the version that "
-            "wrote it, or start a new run from its hf/ folder (model.path)"
+            f"{path} has format_version {version}, this rlhf3d reads {FORMAT_VERSION}: "
+            "resume it with the version that wrote it, or start a new run from its hf/ folder "
+            "(model.path)"
         )
     try:
         files = {name: FileInfo(*info) for name, info in found.pop("files").items()}
@@ -111,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def problems(folder: Path, manifest: Manifest, contents: bool = True) -> list[str]:
-    """Each file that is missing, of another size or (with `contents`, which reads everything) of other contents."""
+    """Each file that is missing or of another size or, if `contents` are read, different."""
 
     def problem(name: str) -> str | None:
         path, wanted = folder / name, manifest.files[name]
@@ -130,13 +125,8 @@ def problems(folder: Path, manifest: Manifest, contents: bool = True) -> list[st
 
 
 def versions() -> dict[str, str]:
-    """Of this code (its git commit where it is a checkout) and of the libraries that are installed."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    """Of this code (with the git commit of a checkout) and of the installed libraries."""
+    found = package_versions(LIBRARIES)
     if commit := _git_describe():
         found["git"] = commit
     return found

@@ -1,9 +1,14 @@
-"""Adam's moments and fp32 weights of a model, in the shape of its parameters, however ranks share them out.
+"""Adam's moments and fp32 weights of a model, in the shapes of its parameters.
 
-Invariant: a save copies at most the parameters that several data-parallel ranks share, each element is written by one
-rank, and after a load each parameter counts its own steps. Names and shapes are those of megatron-core's
-`fully_reshardable` format; its own code, which nothing here calls, holds the whole state several times over on every
-data-parallel rank, and after a load gives all parameters one step counter, which torch's Adam then advances for each.
+Invariant: a save copies at most the parameters that several data-parallel ranks share, each element
+is written by one rank, and after a load each parameter counts its own steps. Names and shapes are
+those of megatron-core's `fully_reshardable` format, for any split over ranks.
+
+megatron-core's own code for that format is not called: it holds the complete state several times on
+every data-parallel rank, and after a load gives all parameters one step counter, which torch's Adam
+then advances once for each of them.
+
+Runs in: training rank.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, end) of the flattened parameter, in rank `rank` of the data-parallel group."""
+    """Elements [start, end) of a flattened parameter, on rank `rank` of the data-parallel group."""
 
     rank: int
     start: int
@@ -36,7 +41,7 @@ class ParamState:
 
     param: torch.nn.Parameter
     parts: tuple[Part, ...]
-    """Which rank holds what; together the whole parameter, or each the whole."""
+    """Which rank holds what; together the complete parameter, or each all of it."""
     group: Any
     """The data-parallel group that shares it."""
     tensors: dict[str, Tensor]
@@ -53,7 +58,7 @@ class ParamState:
 
 
 def param_states(optimizer: Any) -> Iterator[ParamState]:
-    """State of every parameter of the model, in an order that all ranks of a data-parallel group share."""
+    """State of every parameter, in one order on all ranks of a data-parallel group."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -63,7 +68,9 @@ def param_states(optimizer: Any) -> Iterator[ParamState]:
 
 
 def _shared(optimizer: Any) -> Iterator[ParamState]:
-    """Of the distributed optimizer: each rank holds one slice of each bucket, wherever parameters begin and end."""
+    """Of the distributed optimizer: each rank holds one slice of each bucket, which may start and
+    end inside parameters.
+    """
     group = optimizer.data_parallel_group
     for buffer in optimizer.buffers:
         for param, (start, end, bucket_id) in buffer.param_index_map.items():
@@ -83,7 +90,7 @@ def _shared(optimizer: Any) -> Iterator[ParamState]:
 
 
 def _whole(optimizer: Any) -> Iterator[ParamState]:
-    """Of optimizers that keep the whole state on every data-parallel rank."""
+    """Of optimizers that keep the complete state on every data-parallel rank."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -105,7 +112,7 @@ def _whole(optimizer: Any) -> Iterator[ParamState]:
 
 
 def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
-    """Moments (made where no step was taken yet) and, where it is no view of the parameter, the fp32 weights."""
+    """Moments (made before the first step) and fp32 weights that are no view of the parameter."""
     state = inner.state[main]
     if not state and _counts_by_param(inner):
         state["step"] = torch.tensor(0.0)
@@ -117,7 +124,7 @@ def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, T
 
 
 def _counts_by_param(inner: Any) -> bool:
-    """Whether each parameter counts its steps, as in torch's Adam, and not each group, as in fused ones."""
+    """Whether each parameter counts its steps, as in torch's Adam, or each group (fused ones)."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
@@ -147,7 +154,7 @@ def step_of(optimizer: Any) -> int:
 
 
 def set_step(optimizer: Any, step: int) -> None:
-    """Let every parameter have taken `step` steps: a counter of its own where the optimizer has them."""
+    """Set every step counter: one per parameter where the optimizer has those."""
     for inner, group in _groups(optimizer):
         if not _counts_by_param(inner):
             group["step"] = step
@@ -202,10 +209,10 @@ def to_save(states: Sequence[ParamState], entries: dict[int, Any]) -> dict[str, 
 
 
 def collect(state: ParamState, name: str) -> Tensor | None:
-    """The whole flat tensor on its owner, None elsewhere; a view where the owner holds all of it.
+    """The complete flat tensor on its owner, None elsewhere; a view if the owner holds all of it.
 
-    Sent as one group of messages, in the communicator that the group has: lone messages would have NCCL open one for
-    each pair of ranks, when GPUs are at their fullest.
+    Sent as one group of messages, in the communicator that the group has: for single messages NCCL
+    would open one per pair of ranks, when GPU memory is at its fullest.
     """
     rank, mine = dist.get_rank(state.group), state.tensors.get(name)
     if any(

@@ -1,6 +1,9 @@
-"""Where a run starts: from nothing in a fresh folder, or from a whole checkpoint, checked against the configuration.
+"""Where a run starts: in a new folder, or from a complete checkpoint that fits the configuration.
 
-Invariant: what is not whole is never resumed from, and what a resume could not continue exactly is refused or said.
+Invariant: a run never resumes from an incomplete checkpoint. A change with which it could not
+continue exactly is refused or reported.
+
+Runs in: driver.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ _UNSAID = ("trainer.output_dir", "trainer.resume_mode")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint to go on from."""
+    """A complete checkpoint to resume from."""
 
     folder: Path
     manifest: Manifest
@@ -58,7 +61,7 @@ class Start:
 
 
 def choose_start(config: Config, total_steps: int) -> Start:
-    """What trainer.resume_mode asks for; ValueError where a given checkpoint is not whole."""
+    """What trainer.resume_mode asks for; ValueError if a given checkpoint is not complete."""
     mode = config.trainer.resume_mode
     if mode == "never":
         return Start(_fresh(config), None, [])
@@ -70,13 +73,13 @@ def choose_start(config: Config, total_steps: int) -> Start:
     found, notes = newest_whole(Store(run / CHECKPOINTS))
     if _finished(run, found.manifest.step if found else 0, total_steps, config.trainer.save_at_end):
         same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), config)
-        note = f"{run} is finished, with another configuration: a new run in a folder beside it"
+        note = f"{run} is finished, with another configuration: a new run in a folder next to it"
         return Start(_fresh(config), None, [*notes, note], run if same else None)
     if found is None:
         return Start(
             _fresh(config),
             None,
-            [*notes, f"{run} has no whole checkpoint: a new run in a folder beside it"],
+            [*notes, f"{run} has no complete checkpoint: a new run in a folder next to it"],
         )
     return Start(_in_folder(config, run), found, notes)
 
@@ -88,21 +91,23 @@ def _start_from(config: Config, path: Path) -> Start:
         notes: list[str] = []
         if wrong := problems(path, read_manifest(path)):
             raise ValueError(
-                f"trainer.resume_mode = {path}: {_listed(wrong)}; copy it again or resume an earlier one"
+                f"trainer.resume_mode = {path}: {_listed(wrong)}; "
+                "copy it again or resume an earlier one"
             )
     else:
         found, notes = newest_whole(Store(path / CHECKPOINTS))
     if found is None:
         raise ValueError(
-            f"trainer.resume_mode = {path}: neither a checkpoint (with {MANIFEST}) nor a run's folder that has a whole "
-            "one; give auto, never or a path" + "".join(f"\n{note}" for note in notes)
+            f"trainer.resume_mode = {path}: neither a checkpoint (with {MANIFEST}) nor a "
+            "run's folder that has a complete one; give auto, never or a path"
+            + "".join(f"\n{note}" for note in notes)
         )
     own = next((folder for folder in _chain(config) if folder.resolve() == found.run), None)
     return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
 
 
 def newest_whole(store: Store) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every file is as written, and a line on each newer one that is not."""
+    """The newest checkpoint whose every file is as written; a line on each newer one."""
     notes: list[str] = []
     for step in reversed(store.steps()):
         try:
@@ -122,8 +127,9 @@ def _listed(wrong: list[str]) -> str:
 def _read(folder: Path) -> Checkpoint:
     if absent := [name for name in (DRIVER_FILE, CONFIG_FILE) if not (folder / name).is_file()]:
         raise ValueError(
-            f"{folder} has no {' and no '.join(absent)}: it holds a model (converted, for example), not the state of a "
-            "run; set model.path to its Hugging Face folder to train on from it"
+            f"{folder} has no {' and no '.join(absent)}: it holds a model (converted, for "
+            "example), not the state of a run; set model.path to its Hugging Face folder to train "
+            "on from it"
         )
     state = json.loads((folder / DRIVER_FILE).read_text())
     return Checkpoint(folder, read_manifest(folder), state, _read_config(folder))
@@ -135,7 +141,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def set_aside(store: Store, step: int) -> list[str]:
-    """Rename checkpoints later than `step`, which are another future than the one that begins; their new names."""
+    """Rename checkpoints later than `step`, which the run writes again; return the new names."""
     moved = []
     for later in (s for s in store.steps() if s > step):
         path = store.path(later)
@@ -147,7 +153,7 @@ def set_aside(store: Store, step: int) -> list[str]:
 
 
 def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str]:
-    """One line a key that has changed; ValueError for what would make the run wrong, with all reasons."""
+    """Return a line per key that has changed. ValueError lists what would make the run wrong."""
     refused = []
     saved, manifest = found.state["model"], found.manifest
     now = json.loads(json.dumps(asdict(spec)))
@@ -161,29 +167,33 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
         )
     elif saved["identity"] != model_identity(config.model.path):
         refused.append(
-            f"model.path = {config.model.path} holds other weights than this run began with, from which the reference "
-            "and the companion files come"
+            f"model.path = {config.model.path} holds other weights than this run began with, "
+            "from which the reference and the companion files come"
         )
     dtype = found.config["model.dtype"]
     if dtype != config.model.dtype:
         refused.append(
-            f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: set model.dtype={dtype}"
+            f"model.dtype = {config.model.dtype}, the checkpoint's is {dtype}: "
+            f"set model.dtype={dtype}"
         )
     kl = found.config["algorithm.kl_ctrl.type"]
     if kl != (kl_now := config.algorithm.kl_ctrl.type):
         refused.append(
-            f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a {kl} controller"
+            f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a "
+            f"{kl} controller"
         )
     wanted = [role for group in worker_groups(config) for role in group.roles if role in TRAINABLE]
     if missing := [role for role in wanted if role not in manifest.models]:
+        before = found.config["algorithm.adv_estimator"]
         refused.append(
-            f"algorithm.adv_estimator = {config.algorithm.adv_estimator} trains a {', '.join(missing)}, which the "
-            f"checkpoint does not hold (it was {found.config['algorithm.adv_estimator']})"
+            f"algorithm.adv_estimator = {config.algorithm.adv_estimator} trains a "
+            f"{', '.join(missing)}, which the checkpoint does not hold (it was {before})"
         )
     if not manifest.optimizer and not config.trainer.resume_fresh_optimizer:
         refused.append(
-            "it holds no optimizer state (trainer.save_optimizer was false), so the run cannot go on as it was: "
-            "trainer.resume_fresh_optimizer=true goes on with fresh optimizers"
+            "it holds no optimizer state (trainer.save_optimizer was false), so the run cannot "
+            "continue as it was: trainer.resume_fresh_optimizer=true continues with fresh "
+            "optimizers"
         )
     if refused:
         raise ValueError(
@@ -195,7 +205,7 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
 
 
 def _changes(before: dict[str, Any], config: Config) -> list[str]:
-    """One line a key that has changed since a run's configuration."""
+    """One line per key that has changed since a run's configuration."""
     now = dict(_flat(yaml.safe_load(config_to_yaml(config))))
     keys = [key for key in sorted({*now, *before}) if key not in _UNSAID]
     return [
@@ -221,7 +231,7 @@ def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool
 
 
 def _chain(config: Config) -> Iterator[Path]:
-    """trainer.output_dir and the folders that later runs took beside it, as far as they are there."""
+    """trainer.output_dir and the folders next to it (-2, -3, …) that later runs took."""
     wanted = config.trainer.output_dir
     for name in chain([wanted], (f"{wanted}-{i}" for i in count(2))):
         if not Path(name).is_dir():

@@ -1,7 +1,10 @@
-"""A rank's share of a model's checkpoint: weights, optimizer state, schedule and random state, saved and loaded.
+"""A rank's share of a model's checkpoint: weights, optimizer, schedule and random state.
 
-Invariant: what is written does not depend on the layout that wrote it (megatron-core's `fully_reshardable` format): any
-layout can load it. Between `start_save` and `finish_save` the model may change: what is written is what it was.
+Invariant: what is written does not depend on the layout that wrote it (megatron-core's
+`fully_reshardable` format), so any layout can load it. Between `start_save` and `finish_save` the
+model may change: what is written is the model at `start_save`.
+
+Runs in: training rank.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ class PendingSave:
 
 
 def model_state(engine: MegatronEngine) -> dict[str, Any]:
-    """Sharded state dict of each chunk of the model, with Megatron's own names whatever wraps it."""
+    """Sharded state dict of each model chunk, with Megatron's own names whatever wraps it."""
     names = (
         ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
     )
@@ -57,7 +60,7 @@ def model_state(engine: MegatronEngine) -> dict[str, Any]:
 def start_save(
     folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor
 ) -> PendingSave:
-    """Copy this rank's share and begin to write it to the empty `folder`, on shared storage. All ranks call it."""
+    """Copy this rank's share and start writing it to the empty, shared `folder`: all ranks."""
     from megatron.core import dist_checkpointing
 
     state = model_state(engine)
@@ -80,7 +83,8 @@ def start_save(
     )
     assert request is not None
     if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():
-        # Newer versions keep it among the tensors, where older ones do not look; this file all of them read.
+        # Newer versions keep it among the tensors, where older ones do not look; all versions read
+        # this file.
         torch.save({**common, "content_metadata": METADATA}, folder / COMMON_FILE)
     live = _storages([p for model in engine.models for p in model.parameters()])
     live |= _storages(tensor for s in states for tensor in s.tensors.values())
@@ -96,7 +100,7 @@ def start_save(
 
 
 def _own_writer() -> dict[str, Any]:
-    """The argument by which newer versions of Megatron write as older ones do, without nvidia-resiliency-ext."""
+    """The argument with which newer versions of Megatron write without nvidia-resiliency-ext."""
     from megatron.core import dist_checkpointing
 
     known = inspect.signature(dist_checkpointing.save).parameters
@@ -104,7 +108,10 @@ def _own_writer() -> dict[str, Any]:
 
 
 def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
-    """Wait for the writer and complete the folder; this rank's files. All ranks call it, in the order of the starts."""
+    """Wait for the writer and complete the folder; return this rank's files.
+
+    All ranks call it, in the order of the starts.
+    """
     error: Exception | None = None
     files: dict[str, FileInfo] = {}
     try:
@@ -121,7 +128,7 @@ def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
 
 
 def _write(save: Any, arguments: tuple[Any, ...]) -> dict[str, FileInfo]:
-    """Write the buckets; their files by name. What goes wrong in `save` is for its finalisation to tell."""
+    """Write the buckets; return their files by name. Finalization reports a failure of `save`."""
     save(*arguments)
     return {name: file_info(Path(path)) for path, name, _ in arguments[1] if Path(path).exists()}
 
@@ -137,9 +144,10 @@ def _copied(tensor: Tensor, live: set[int]) -> Tensor:
 
 
 def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
-    """Take over a saved model, with its optimizer and schedule; whether random state was there for this world size.
+    """Load a saved model, with its optimizer and schedule.
 
-    All ranks call it. Of the optimizer's state each rank reads the parameters it has a part of, one tensor at a time.
+    Return whether random state was there for this world size. All ranks call it. Of the optimizer's
+    state each rank reads the parameters that it has a part of, one tensor at a time.
     """
     from megatron.core import dist_checkpointing
 
@@ -161,8 +169,11 @@ def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
 
 
 def _without_extra_state(entries: dict[str, Any]) -> dict[str, Any]:
-    """All but the quantisation state of Transformer Engine's modules: it is empty, and other layer specs and versions
-    have other modules with it, whose checkpoints can be loaded all the same."""
+    """All except the quantization state of Transformer Engine's modules.
+
+    It is empty, and other layer specs and versions, whose checkpoints load too, have it in other
+    modules.
+    """
     return {name: entry for name, entry in entries.items() if "_extra_state" not in name}
 
 

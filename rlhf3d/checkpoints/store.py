@@ -1,7 +1,10 @@
-"""The folder `checkpoints/` of a run: what is whole, what comes next to it, what goes.
+"""The folder `checkpoints/` of a run: which are complete, how one is added, which are removed.
 
-Invariant: `step_N` with a manifest appears and disappears in one rename, and everything it says is on disk before it
-appears; leftovers of a killed process have other names and are removed at the next start.
+Invariant: `step_N` with a manifest appears and disappears in one rename, and everything it says is
+on disk before it appears. Leftovers of a killed process have other names and are removed at the
+next start.
+
+Runs in: driver.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf3d.checkpoints.manifest import MANIFEST, read_manifest, sync_folder
+from rlhf3d.checkpoints.manifest import MANIFEST, read_manifest
+from rlhf3d.new_folder import sync
 
 LATEST, DRIVER_FILE, CONFIG_FILE = "latest", "driver.json", "config.yaml"
 PARTIAL, DELETED = ".partial", ".deleted"
@@ -69,7 +73,7 @@ class Store:
         if final.exists():
             self._remove(final)
         os.replace(partial, final)
-        sync_folder(self.folder)
+        sync(self.folder)
         reached("renamed")
         pointer = self.folder / f"{LATEST}{PARTIAL}"
         pointer.write_text(final.name)
@@ -78,7 +82,10 @@ class Store:
         return final
 
     def keep(self, last: int | None, best: int, metrics: Mapping[int, float]) -> list[int]:
-        """Remove what is neither among the `last` newest nor the `best` highest by metric; the steps removed."""
+        """Remove what is neither among the `last` newest nor the `best` highest by metric.
+
+        Return the steps removed.
+        """
         gone = expendable(self.steps(), last, best, metrics)
         for step in gone:
             self._remove(self.path(step))
@@ -88,7 +95,7 @@ class Store:
         doomed = path.with_name(path.name + DELETED)
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
-        sync_folder(self.folder)
+        sync(self.folder)
         reached("removing")
         shutil.rmtree(doomed)
 

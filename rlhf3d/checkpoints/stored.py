@@ -1,8 +1,9 @@
-"""A model as megatron-core stores it: Hugging Face tensor <-> block of a global tensor, for every layout at once.
+"""A model as megatron-core stores it: Hugging Face tensor <-> block of a stored tensor.
 
-Invariant: a checkpoint's tensors do not depend on the layout that wrote it, but for the rows that pad the vocabulary:
-they are the weight table of one rank, each kind of parameter stacked over layers and experts, or, as Megatron-LM's
-trainer saves since megatron-core 0.15 (`singleton_local_shards`), under a key of its own. Pure: no torch.
+Invariant: a checkpoint's tensors do not depend on the layout that wrote it, except for the rows
+that pad the vocabulary. They are the weight table of one rank, each kind of parameter stacked over
+layers and experts, or, as Megatron-LM's trainer saves since megatron-core 0.15
+(`singleton_local_shards`), under a key of its own. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rlhf3d.models.weights import Head, LocalParam, local_params
 from rlhf3d.parallel.layout import ParallelLayout
 
 WRAPPER_PREFIX = "module."
-"""What Megatron's data-parallel wrapper, where it was saved with the model, puts before every key."""
+"""Megatron's data-parallel wrapper, if it was saved with the model, puts this before each key."""
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors whose last rows may be padding."""
 OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -72,7 +73,7 @@ def _relative(part: Box, box: Box) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The tensors of a checkpoint, by key without prefix. Each Hugging Face tensor is in one slab."""
+    """The tensors of a checkpoint, by key without prefix. A Hugging Face tensor is in one slab."""
 
     shapes: Mapping[str, tuple[int, ...]]
     slabs: tuple[Slab, ...]
@@ -94,7 +95,7 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class KeyStyle:
-    """What has keys of its own in a folder; by default, and where this framework writes, nothing."""
+    """What is stored under its own keys instead of stacked; here, when written, nothing."""
 
     layers: bool = False
     experts: bool = False
@@ -153,7 +154,7 @@ def _stacked(
 
 
 def _halves(param: LocalParam) -> Iterator[tuple[str, LocalParam]]:
-    """The gate's and the up projection's rows of a gated first layer, by the suffix of their keys."""
+    """The gate and the up projection of a gated first layer, by the suffix of their keys."""
     rows = param.shape[0] // 2
     for suffix, start in (("_w", 0), ("_v", rows)):
         pieces = []
@@ -168,7 +169,10 @@ def _halves(param: LocalParam) -> Iterator[tuple[str, LocalParam]]:
 def differences(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """Every tensor that is missing, extra or of the wrong shape; further rows that may pad a vocabulary are neither."""
+    """Every tensor that is missing, extra or of the wrong shape.
+
+    Further rows that may pad a vocabulary are accepted.
+    """
     lines = [
         f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found
     ]

@@ -1,7 +1,8 @@
-"""Proof that a Megatron folder and a Hugging Face folder hold one model, by readers that the conversion does not use.
+"""Check that a Megatron folder and a Hugging Face folder hold the same model.
 
-Invariant: success means that every element of every tensor was compared bit for bit, as torch.load and safetensors read
-them, and where memory allows that Megatron (after `dist_checkpointing.load`) and transformers compute the same logits.
+Invariant: success means that every element of every tensor was read back from disk and compared bit
+for bit and, if memory allows, that Megatron (after its own `dist_checkpointing.load`) and
+transformers compute the same logits.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from rlhf3d.models.weights import num_weights
 from rlhf3d.units import GIB
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit, as a share of the largest logit: float32 round-off of two implementations."""
+"""Largest difference of a logit over the largest logit: float32 round-off."""
 TOKENS = (2, 32)
 """Rows and columns of the random batch."""
 MEMORY_FACTOR = 2.0
-"""Peak memory of a float32 model that is loaded, over its weights (Megatron joins gate and up in a copy)."""
+"""Peak memory of loading a float32 model, over its weights: gate and up are joined in a copy."""
 
 
 class VerifyError(RuntimeError):
@@ -54,13 +55,16 @@ class Verified:
 
 
 def verify(megatron: Path, hf: Path, to: To, on_bytes: OnBytes = lambda count: None) -> Verified:
-    """Compare the two folders; `to` says which was made from the other. Raises VerifyError with what differs."""
+    """Compare the folders; `to` is the one that was made. VerifyError says what differs."""
     source = MegatronSource(megatron, load_spec(hf, with_weights=False))
     elements = _compare_tensors(source, hf, to, on_bytes)
     wanted_gib = num_weights(source.spec, HEADS[source.role]) * 4 * MEMORY_FACTOR / GIB
     there_gib = read_machine().memory_available_gib
     if wanted_gib > there_gib:
-        skipped = f"a float32 model needs {wanted_gib:.1f} GiB of memory, {there_gib:.1f} GiB are available"
+        skipped = (
+            f"a float32 model needs {wanted_gib:.1f} GiB of memory, "
+            f"{there_gib:.1f} GiB are available"
+        )
         return Verified(len(source.shapes), elements, None, None, skipped)
     with HFReader(hf, option="") as reader:
         dtypes = {name: reader.dtype(name) for name in reader.names()}

@@ -1,8 +1,9 @@
 """Which files of a Hugging Face folder are the model's weights, and what their headers say.
 
-Invariant: every reader (train, evaluate, convert, inspect) takes the same files, those that transformers takes:
-model.safetensors, else the files that model.safetensors.index.json names. A folder with two models in it is refused
-with both names; what is not of the model is named and left alone. Pure: no torch.
+Invariant: every reader (train, evaluate, convert, inspect) takes the same files, those that
+transformers takes: model.safetensors, otherwise the files in model.safetensors.index.json. A folder
+with two models is refused with both names; files that are not the model's are named and ignored.
+Pure: no torch.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class TensorInfo:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, of whatever format, or is an index or the settings of such files."""
+    """Whether a file of this name holds weights of any format, or is their index or settings."""
     endings = (*_WEIGHTS, *_OF_OTHER_LIBRARIES, ".index.json")
     return name.endswith(endings) or name == "adapter_config.json"
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Choose the model's files. ValueError where there are none, one is missing, or two models could be meant."""
+    """Choose the model's files. ValueError if there are none, one is missing, or for two models."""
     single, index = (folder / SINGLE_NAME).is_file(), folder / INDEX_NAME
     if single:
         _refuse_second_model(folder, index)
@@ -65,23 +66,23 @@ def weight_files(folder: Path) -> WeightFiles:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{folder} lacks {_some(missing)}, {len(missing)} of the {len(names)} files that {INDEX_NAME} names; "
-                "download them"
+                f"{folder} lacks {_some(missing)}, {len(missing)} of the {len(names)} files that "
+                f"{INDEX_NAME} names; download them"
             )
         return _chosen(folder, names, weight_map)
     return _chosen(folder, _shards_without_index(folder), {})
 
 
 def _refuse_second_model(folder: Path, index: Path) -> None:
-    """An index beside model.safetensors is a leftover, unless all the files that it names are there."""
+    """An index next to model.safetensors is left over, unless all files that it names are there."""
     try:
         shards = sorted(set(_weight_map(index).values()) - {SINGLE_NAME}) if index.is_file() else []
     except ValueError:
         return  # named among what is ignored
     if shards and all((folder / name).is_file() for name in shards):
         raise ValueError(
-            f"{folder} holds two models: {SINGLE_NAME}, which transformers would load, and {_some(shards)} of "
-            f"{INDEX_NAME}, which vLLM would load; remove one of them"
+            f"{folder} holds two models: {SINGLE_NAME}, which transformers would load, and "
+            f"{_some(shards)} of {INDEX_NAME}, which vLLM would load; remove one of them"
         )
 
 
@@ -92,7 +93,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in found.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(
-                f"{index} gives {name!r} as the file of {tensor}: a name in the same folder is needed"
+                f"{index} gives {name!r} as the file of {tensor}: a name in the same "
+                "folder is needed"
             )
     return found
 
@@ -106,7 +108,8 @@ def _shards_without_index(folder: Path) -> list[str]:
     if len(sets) > 1:
         first, second = (names[0] for names in list(sets.values())[:2])
         raise ValueError(
-            f"{folder} holds the shards of two models ({first} and {second}) and no {INDEX_NAME}; remove the old ones"
+            f"{folder} holds the shards of two models ({first} and {second}) and no "
+            f"{INDEX_NAME}; remove the old ones"
         )
     if not sets:
         raise ValueError(_no_weights(folder))
@@ -128,17 +131,24 @@ def _no_weights(folder: Path) -> str:
         )
     if "adapter_model.safetensors" in others:
         return (
-            f"{folder} holds an adapter (adapter_model.safetensors) and no model; merge it into its base model first "
-            "(PeftModel.merge_and_unload, then save_pretrained)"
+            f"{folder} holds an adapter (adapter_model.safetensors) and no model; merge it "
+            "into its base model first (PeftModel.merge_and_unload, then save_pretrained)"
         )
     if pickles and len(pickles) == len(others):
         return (
             f"{folder} holds weights only as pickles ({pickles[0]}), which can run code; "
-            f"convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            "convert once: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     if others:
-        return f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}; {_some(others)} is not what transformers loads"
-    return f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; download the weights beside config.json"
+        return (
+            f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            f"{_some(others)} is not what transformers loads"
+        )
+    return (
+        f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; "
+        "download the weights next to config.json"
+    )
 
 
 def _chosen(folder: Path, names: list[str], weight_map: dict[str, str]) -> WeightFiles:
@@ -157,8 +167,8 @@ def _chosen(folder: Path, names: list[str], weight_map: dict[str, str]) -> Weigh
 def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
     """The tensors of the model's files, by name.
 
-    ValueError naming the file that is cut off, no safetensors file or not what the index says, and the tensor that is
-    in two files or not of a floating-point dtype.
+    ValueError names the file that is cut off, no safetensors file or not what the index says, and
+    the tensor that is in two files or not of a floating-point dtype.
     """
     found: dict[str, TensorInfo] = {}
     for name in files.names:
@@ -167,12 +177,13 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
                 continue
             if tensor in found:
                 raise ValueError(
-                    f"{tensor} is both in {found[tensor].file} and in {info.file}; download them again"
+                    f"{tensor} is both in {found[tensor].file} and in {info.file}; "
+                    "download them again"
                 )
             if info.dtype not in DTYPE_BYTES:
                 raise ValueError(
-                    f"{info.file} holds {tensor} as {info.dtype}: weights are {', '.join(DTYPE_BYTES)}; give the "
-                    "original weights, not quantized ones"
+                    f"{info.file} holds {tensor} as {info.dtype}: weights are "
+                    f"{', '.join(DTYPE_BYTES)}; give the original weights, not quantized ones"
                 )
             found[tensor] = info
     lost = [
@@ -182,14 +193,14 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
     ]
     if lost:
         raise ValueError(
-            f"{files.folder / INDEX_NAME} names tensors that are not there: {_some(lost)} should be in "
-            f"{files.weight_map[lost[0]]}"
+            f"{files.folder / INDEX_NAME} names tensors that are not there: "
+            f"{_some(lost)} should be in {files.weight_map[lost[0]]}"
         )
     return found
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. ValueError naming the file where header and size do not agree."""
+    """The tensors of one safetensors file. ValueError names it if header and size do not agree."""
     try:
         refuse_pointer(path)
         with path.open("rb") as file:

@@ -102,7 +102,7 @@ class HFReader:
 
 
 def check_weights(folder: Path | str, spec: ModelSpec, head: Head) -> None:
-    """Raise ValueError naming model.path unless the folder's files hold the model of its config.json, complete."""
+    """Raise ValueError naming model.path unless the folder holds all of its config.json's model."""
     _check_config_class(Path(folder))
     with HFReader(folder) as reader:
         check_hf_tensors({name: reader.shape(name) for name in reader.names()}, spec, head, folder)
@@ -111,7 +111,7 @@ def check_weights(folder: Path | str, spec: ModelSpec, head: Head) -> None:
 
 
 def _check_config_class(folder: Path) -> None:
-    """Raise ValueError where the class of transformers, which vLLM builds too, refuses a config.json."""
+    """Raise ValueError if transformers' class, which vLLM builds too, refuses a config.json."""
     from transformers import AutoConfig
 
     try:
@@ -168,7 +168,7 @@ def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
 
 @contextmanager
 def model_view(folder: Path | str) -> Iterator[Path]:
-    """A folder of links to the model's files alone, for libraries that choose among files by rules of their own."""
+    """Give a folder with only the model's files (links), for libraries that would choose others."""
     folder = Path(folder).resolve()
     files = weight_files(folder)
     if not files.notes and (len(files.names) == 1 or (folder / INDEX_NAME).is_file()):
@@ -213,7 +213,7 @@ def write_model(
 
 
 def copy_companions(source_folder: Path, destination: Path) -> None:
-    """Copy what a model folder holds beside weights: configuration, tokenizer and its code, templates, license."""
+    """Copy all but the weights: configuration, tokenizer and its code, templates, license."""
     for name in companions(source_folder):
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source_folder / name, destination / name)

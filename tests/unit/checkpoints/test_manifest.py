@@ -50,9 +50,7 @@ def test_names_the_file_that_is_missing_short_or_changed(tmp_path: Path) -> None
 
 
 def test_refuses_what_is_no_manifest_of_this_format(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has no manifest\.json, so it is no \(whole\) checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"has no manifest\.json, so it is no complete checkpoint"):
         read_manifest(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({"format_version": 1, "step": 3, "files": {"driver.json": 2}}))

@@ -109,7 +109,7 @@ def test_a_run_killed_in_its_last_save_is_not_finished(config: Config) -> None:
 def test_without_a_checkpoint_a_run_starts_beside(config: Config) -> None:
     write_rows(config, 3)
     start = choose_start(config, TOTAL)
-    assert outcome(start) == ("run-2", None) and "run has no whole checkpoint" in start.notes[-1]
+    assert outcome(start) == ("run-2", None) and "run has no complete checkpoint" in start.notes[-1]
     later = replace(
         config, trainer=replace(config.trainer, output_dir=start.config.trainer.output_dir)
     )
