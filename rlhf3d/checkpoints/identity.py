@@ -33,7 +33,9 @@ def model_identity(folder: Path | str) -> str:
 
 def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
     """What `check_resume` compares besides the configuration; part of the driver's state."""
-    layouts = {role: str(group.layout) for group in worker_groups(config) for role in group.roles}
+    layouts: dict[str, str] = {}
+    for group in worker_groups(config):
+        layouts |= dict.fromkeys(group.roles, str(group.layout))
     return {
         "model": {"identity": model_identity(config.model.path), "spec": asdict(spec)},
         "layouts": layouts,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
         if (path / part).is_dir() and (part in ROLES or any((path / part).glob("*.safetensors"))):
             found[part] = inspect(path / part)  # the manifest's checksums cover its files
     parts = [found[part] for part in (*ROLES, "hf") if part in found]
-    found["not_compared"] = [text for part in parts for text in _own(part)]
+    found["not_compared"] = list(chain.from_iterable(map(_own, parts)))
     # What the manifest finds damaged is not reported a second time.
-    return found | {"problems": damaged or [text for part in parts for text in part["problems"]]}
+    found["problems"] = damaged or list(chain.from_iterable(part["problems"] for part in parts))
+    return found
 
 
 def _own(found: dict[str, Any]) -> list[str]:
@@ -86,18 +88,17 @@ def _own(found: dict[str, Any]) -> list[str]:
 def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Each role's layout in the run's configuration, without what is off; empty if unknown."""
     config_file = checkpoint / "config.yaml"
-    config = (
-        (yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
-        if config_file.is_file()
-        else {}
-    )
+    if not config_file.is_file():
+        return {}
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
     sizes = ("tp", "pp", "dp", "cp", "vpp", "ep", "first_stage_layers", "last_stage_layers")
-    given = {role: (config.get(role) or {}).get("layout") for role in ROLES}
-    return {
-        role: {name: layout[name] for name in sizes if layout.get(name) is not None}
-        for role, layout in given.items()
-        if layout
-    }
+    layouts: dict[str, dict[str, Any]] = {}
+    for role in ROLES:
+        layout = (config.get(role) or {}).get("layout")
+        if layout:
+            given = {name: layout[name] for name in sizes if layout.get(name) is not None}
+            layouts[role] = given
+    return layouts
 
 
 def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -114,13 +115,15 @@ def _megatron(path: Path, deep: bool) -> dict[str, Any]:
 def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     reader = TorchDistReader(path)
     weights = {key: reader.tensors[key] for key in reader.weight_keys()}
+    has_value_head = any(key.endswith("value_head.weight") for key in weights)
+    chunks = set(chain.from_iterable(tensor.chunks for tensor in weights.values()))
     found: dict[str, Any] = {
-        "role": "critic" if any(key.endswith("value_head.weight") for key in weights) else "actor",
+        "role": "critic" if has_value_head else "actor",
         "dtypes": _names({tensor.dtype for tensor in weights.values()}),
         "parameters": sum(prod(tensor.shape) for tensor in weights.values()),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
         "optimizer": len(weights) < len(reader.tensors),
-        "chunks": len({chunk for tensor in weights.values() for chunk in tensor.chunks}),
+        "chunks": len(chunks),
     }
     try:
         reference = reference_folder(path, None)
@@ -147,17 +150,19 @@ def _hf(path: Path, deep: bool) -> dict[str, Any]:
 
 def _hf_contents(path: Path, deep: bool) -> dict[str, Any]:
     hf = open_hf(path, None)
-    reader, notes = hf.reader, hf.reader.notes
-    return {
+    reader = hf.reader
+    found = {
         "role": hf.role,
         "dtypes": _names({reader.dtype(name) for name in hf.names}),
         "parameters": sum(prod(reader.shape(name)) for name in hf.names),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
         "files": len({reader.file(name) for name in hf.names}),
         **_model(hf.spec),
-        **({"notes": list(notes)} if notes else {}),
         "problems": _not_finite(hf) if deep else [],
     }
+    if reader.notes:
+        found["notes"] = list(reader.notes)
+    return found
 
 
 def _not_finite(hf: HFSource) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -94,16 +94,12 @@ def _whole(optimizer: Any) -> Iterator[ParamState]:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    halves, masters = (
-        getattr(optimizer, "float16_groups", []),
-        getattr(optimizer, "fp32_from_float16_groups", []),
-    )
-    model = {
-        id(m): p
-        for ps, ms in zip(halves, masters, strict=True)
-        for p, m in zip(ps, ms, strict=True)
-    }
-    for main in (main for group_ in optimizer.optimizer.param_groups for main in group_["params"]):
+    # Of bf16 models the optimizer has fp32 copies of the weights, of others the weights themselves.
+    halves = chain.from_iterable(getattr(optimizer, "float16_groups", []))
+    masters = chain.from_iterable(getattr(optimizer, "fp32_from_float16_groups", []))
+    model = {id(master): half for half, master in zip(halves, masters, strict=True)}
+    groups = optimizer.optimizer.param_groups
+    for main in chain.from_iterable(of_group["params"] for of_group in groups):
         param = model.get(id(main), main)
         expert = not getattr(param, "allreduce", True)
         shared_by = parallel_state.get_expert_data_parallel_group() if expert else group

@@ -182,7 +182,8 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a "
             f"{kl} controller"
         )
-    wanted = [role for group in worker_groups(config) for role in group.roles if role in TRAINABLE]
+    roles = chain.from_iterable(group.roles for group in worker_groups(config))
+    wanted = [role for role in roles if role in TRAINABLE]
     if missing := [role for role in wanted if role not in manifest.models]:
         before = found.config["algorithm.adv_estimator"]
         refused.append(

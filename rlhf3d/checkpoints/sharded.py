@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +87,16 @@ def start_save(
         # Newer versions keep it among the tensors, where older ones do not look; all versions read
         # this file.
         torch.save({**common, "content_metadata": METADATA}, folder / COMMON_FILE)
-    live = _storages([p for model in engine.models for p in model.parameters()])
-    live |= _storages(tensor for s in states for tensor in s.tensors.values())
+    # What the next update writes to: these are copied, the rest may be written as it is.
+    live = _storages(chain.from_iterable(model.parameters() for model in engine.models))
+    live |= _storages(chain.from_iterable(state.tensors.values() for state in states))
     if request.async_fn is None:
         return PendingSave(folder, request, threads.submit(dict))
     rank, buckets, results = request.async_fn_args
-    copies = [
-        (path, name, (data, [(item, _copied(t, live)) for item, t in ts]))
-        for path, name, (data, ts) in buckets
-    ]
+    copies = []
+    for path, name, (data, tensors) in buckets:
+        copied = [(item, _copied(tensor, live)) for item, tensor in tensors]
+        copies.append((path, name, (data, copied)))
     written = threads.submit(_write, request.async_fn, (rank, copies, results))
     return PendingSave(folder, request, written)
 

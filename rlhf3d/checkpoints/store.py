@@ -101,7 +101,7 @@ class Store:
 
     def clean(self) -> list[str]:
         """Remove what a killed process left behind; its names."""
-        left = [path for end in (PARTIAL, DELETED) for path in self.folder.glob(f"*{end}")]
+        left = [*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"*{DELETED}")]
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return sorted(path.name for path in left)

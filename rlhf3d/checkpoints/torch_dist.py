@@ -216,9 +216,9 @@ def _stored_tensor(
 def _check_tiling(key: str, tensor: StoredTensor, folder: Path) -> None:
     complete = full_box(tensor.shape)
     inside = all(intersect(chunk.box, complete) == chunk.box for chunk in tensor.chunks)
-    starts = {tuple(start for start, _ in chunk.box) for chunk in tensor.chunks}
-    covered = 0
+    starts, covered = set(), 0
     for chunk in tensor.chunks:
+        starts.add(tuple(start for start, _ in chunk.box))
         covered += prod(stop - start for start, stop in chunk.box)
     if not inside or len(starts) != len(tensor.chunks) or covered != prod(tensor.shape):
         raise ValueError(

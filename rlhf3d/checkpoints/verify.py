@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf3d.checkpoints.convert import HEADS, MegatronSource, OnBytes, To
 from rlhf3d.checkpoints.locate import Role
-from rlhf3d.checkpoints.stored import WRAPPER_PREFIX
+from rlhf3d.checkpoints.stored import WRAPPER_PREFIX, Overlap
 from rlhf3d.machine import read_machine
 from rlhf3d.models.boxes import box_slices, show
 from rlhf3d.models.hf_io import HFReader, model_view
@@ -91,11 +91,7 @@ def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: OnBytes
                 values = source.reader.read_chunk(chunk)
                 for part in slab.overlaps(chunk.box):
                     theirs = reader.read(part.hf_name, part.hf_box)
-                    if not _same_bits(values[part.index], theirs, to):
-                        raise VerifyError(
-                            f"{part.hf_name}{show(part.hf_box)} differs from what {hf} was made "
-                            "from or into"
-                        )
+                    _check_same(values[part.index], theirs, to, part, hf)
                     compared[part.hf_name] += theirs.numel()
                     on_bytes((theirs if to == "hf" else values).itemsize * theirs.numel())
     for name, shape in source.shapes.items():
@@ -104,6 +100,14 @@ def _compare_tensors(source: MegatronSource, hf: Path, to: To, on_bytes: OnBytes
                 f"{name}: {compared[name]} of {prod(shape)} elements are in {source.folder}"
             )
     return sum(compared.values())
+
+
+def _check_same(ours: Tensor, theirs: Tensor, to: To, part: Overlap, hf: Path) -> None:
+    """Raise VerifyError, naming the block, unless it is the same on both sides."""
+    if not _same_bits(ours, theirs, to):
+        raise VerifyError(
+            f"{part.hf_name}{show(part.hf_box)} differs from what {hf} was made from or into"
+        )
 
 
 def _same_bits(ours: Tensor, theirs: Tensor, to: To) -> bool:

@@ -150,9 +150,8 @@ def vllm_scores(folder: Path, tokens: list[list[int]]) -> list[list[float]]:
     from rlhf3d.rollout.vllm_engine import VLLMEngine
 
     rollout = RolloutConfig(dtype="float32", max_num_seqs=4, kv_cache_gib=0.05, enforce_eager=True)
-    engine = VLLMEngine(
-        EngineSettings(str(folder), rollout, 64, CPUPlatform("test"), load_weights=True)
-    )
+    settings = EngineSettings(str(folder), rollout, 64, CPUPlatform("test"), load_weights=True)
+    engine = VLLMEngine(settings).start()
     try:
         return engine.score(tokens)
     finally:

@@ -1,4 +1,6 @@
-"""Conversion: bitwise both ways, complete or refused with the list, and never half done under the final name."""
+"""Conversion: bitwise both ways, complete or refused with the list, and never half done under
+the final name.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ from rlhf3d.parallel.layout import ParallelLayout
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with one whole checkpoint, its manifest with checksums, and one that was not finished."""
+    """A run with one whole checkpoint, its manifest with checksums, and one that was not
+    finished.
+    """
     hf = make_tiny_model(tmp_path / "model", layers=2, vocab=101)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
     write_megatron_folder(

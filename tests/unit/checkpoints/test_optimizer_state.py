@@ -1,4 +1,6 @@
-"""Parameters of which several ranks hold parts are put together in the communicator that their group has."""
+"""Parameters of which several ranks hold parts are put together in the communicator that their
+group has.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ VALUES = torch.arange(10.0)
 
 
 def collect_parts(rank: int, port: int, backend: str) -> tuple[list[float] | None, set[str]]:
-    """What a rank gets of a parameter in three parts, one of them in the last place; communicators of messages."""
+    """What a rank gets of a parameter in three parts, one of them in the last place.
+
+    Communicators of messages.
+    """
     nccl_rules.register()
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
     group = dist.group.WORLD

@@ -59,7 +59,9 @@ def test_keys_by_hand() -> None:
 
 
 def test_keys_of_their_own_by_hand() -> None:
-    """As megatron-core names them with singleton_local_shards, the default of Megatron-LM's trainer since 0.15."""
+    """As megatron-core names them with singleton_local_shards, the default of Megatron-LM's
+    trainer since 0.15.
+    """
     dense, sparse = stored_model(LLAMA, "lm", ALL_OWN), stored_model(QWEN3_MOE, "lm", ALL_OWN)
     assert dense.shapes["decoder.layers.3.mlp.linear_fc1.weight_w"] == (24, 8)
     assert dense.shapes["decoder.layers.3.mlp.linear_fc1.weight_v"] == (24, 8)

@@ -1,4 +1,6 @@
-"""The torch_dist folder: blocks read back from any chunks, torch's own loader agrees, damage is named, no code runs."""
+"""The torch_dist folder: blocks read back from any chunks, torch's own loader agrees, damage is
+named, no code runs.
+"""
 
 from __future__ import annotations
 

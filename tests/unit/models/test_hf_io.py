@@ -72,9 +72,14 @@ def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: in
     )
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names - weights - {INDEX_NAME} == {
-        "config.json", "chat_template.jinja", "merges.txt", "additional_chat_templates/rag.jinja",
-        "tokenization_own.py", "vocab.bpe", "LICENSE",
-    }  # fmt: skip
+        "config.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "additional_chat_templates/rag.jinja",
+        "tokenization_own.py",
+        "vocab.bpe",
+        "LICENSE",
+    }
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model"]
 
 
@@ -145,11 +150,19 @@ def test_a_value_beyond_the_dtypes_range_is_refused() -> None:
 
 
 def test_a_reward_model_needs_one_output(tmp_path: Path) -> None:
-    """A language model, and a classifier of three classes, are refused by the key that names them."""
+    """A language model, and a classifier of three classes, are refused by the key that names
+    them.
+    """
     shape = {
-        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "vocab_size": 8,
-        "intermediate_size": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 40,
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": 4,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+        "intermediate_size": 4,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 40,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     for tensors, wrong in (
         ({}, r"has no score\.weight \[1, 4\]"),
