@@ -64,7 +64,7 @@ def param_states(optimizer: Any) -> Iterator[ParamState]:
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(inner, "is_stub_optimizer", False):
             continue
-        yield from (_shared if isinstance(inner, DistributedOptimizer) else _whole)(inner)
+        yield from (_shared if isinstance(inner, DistributedOptimizer) else _replicated)(inner)
 
 
 def _shared(optimizer: Any) -> Iterator[ParamState]:
@@ -89,7 +89,7 @@ def _shared(optimizer: Any) -> Iterator[ParamState]:
             yield ParamState(param, parts, group, tensors)
 
 
-def _whole(optimizer: Any) -> Iterator[ParamState]:
+def _replicated(optimizer: Any) -> Iterator[ParamState]:
     """Of optimizers that keep the complete state on every data-parallel rank."""
     from megatron.core import parallel_state
 

@@ -27,7 +27,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINTS = "checkpoints"
-_UNSAID = ("trainer.output_dir", "trainer.resume_mode")
+_UNREPORTED = ("trainer.output_dir", "trainer.resume_mode")
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def choose_start(config: Config, total_steps: int) -> Start:
         return Start(_fresh(config), None, [])
     if mode != "auto":
         return _start_from(config, Path(mode))
-    run = next(reversed([path for path in _chain(config) if _is_run(path)]), None)
+    run = next(reversed([path for path in _run_folders(config) if _is_run(path)]), None)
     if run is None:
         return Start(_fresh(config), None, [])
-    found, notes = newest_whole(Store(run / CHECKPOINTS))
+    found, notes = newest_complete(Store(run / CHECKPOINTS))
     if _finished(run, found.manifest.step if found else 0, total_steps, config.trainer.save_at_end):
         same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), config)
         note = f"{run} is finished, with another configuration: a new run in a folder next to it"
@@ -95,18 +95,18 @@ def _start_from(config: Config, path: Path) -> Start:
                 "copy it again or resume an earlier one"
             )
     else:
-        found, notes = newest_whole(Store(path / CHECKPOINTS))
+        found, notes = newest_complete(Store(path / CHECKPOINTS))
     if found is None:
         raise ValueError(
-            f"trainer.resume_mode = {path}: neither a checkpoint (with {MANIFEST}) nor a "
-            "run's folder that has a complete one; give auto, never or a path"
+            f"trainer.resume_mode = {path}: not a checkpoint (it has no {MANIFEST}), and not a run "
+            "folder with a complete checkpoint; give auto, never or a path"
             + "".join(f"\n{note}" for note in notes)
         )
-    own = next((folder for folder in _chain(config) if folder.resolve() == found.run), None)
+    own = next((folder for folder in _run_folders(config) if folder.resolve() == found.run), None)
     return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
 
 
-def newest_whole(store: Store) -> tuple[Checkpoint | None, list[str]]:
+def newest_complete(store: Store) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose every file is as written; a line on each newer one."""
     notes: list[str] = []
     for step in reversed(store.steps()):
@@ -208,7 +208,7 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
 def _changes(before: dict[str, Any], config: Config) -> list[str]:
     """One line per key that has changed since a run's configuration."""
     now = dict(_flat(yaml.safe_load(config_to_yaml(config))))
-    keys = [key for key in sorted({*now, *before}) if key not in _UNSAID]
+    keys = [key for key in sorted({*now, *before}) if key not in _UNREPORTED]
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in keys
@@ -231,7 +231,7 @@ def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool
     return done >= total_steps and (step >= total_steps or not save_at_end)
 
 
-def _chain(config: Config) -> Iterator[Path]:
+def _run_folders(config: Config) -> Iterator[Path]:
     """trainer.output_dir and the folders next to it (-2, -3, …) that later runs took."""
     wanted = config.trainer.output_dir
     for name in chain([wanted], (f"{wanted}-{i}" for i in count(2))):

@@ -101,19 +101,23 @@ def _check_optim(config: Config) -> Iterator[str]:
             yield f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}"
 
 
+_FULL_VOCABULARY = "training takes log-probs over the full vocabulary"
+_OR_CORRECT = "or algorithm.rollout_correction.rollout_is=token"
+
+
 def _check_sampling(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Iterator[str]:
     correction = algorithm.rollout_correction
     corrected = _has_weights(correction) or correction.bypass_mode
     if rollout.top_p != 1.0 and not corrected:
-        yield f"rollout.top_p = {rollout.top_p}: training needs the full vocabulary; set 1.0 (off)"
+        yield f"rollout.top_p = {rollout.top_p}: {_FULL_VOCABULARY}; set 1.0 (off), {_OR_CORRECT}"
     if rollout.top_k != -1 and not corrected:
-        yield f"rollout.top_k = {rollout.top_k}: training needs the full vocabulary; set -1 (off)"
+        yield f"rollout.top_k = {rollout.top_k}: {_FULL_VOCABULARY}; set -1 (off), {_OR_CORRECT}"
     if rollout.quantization != "none":
         yield from _check_quantization(rollout, corrected)
     for text in rollout.stop:
         if re.fullmatch(r"(\\[nrt])+", text):
             yield (
-                f"rollout.stop = {text}: a backslash and a letter are no line end; write "
+                f"rollout.stop = {text}: this is a backslash and a letter, not a line end; write "
                 f'rollout.stop=["{text}"]'
             )
     if "" in rollout.stop:

@@ -134,10 +134,10 @@ class RolloutConfig:
     sync_timeout_s: Positive = 300.0
     """Deadline of each bucket of a weight sync or export."""
     canary_steps: CountOrZero = 3
-    """Compare engine log-probs with Megatron's after the sync of each of the first N steps, and at
-    every resume."""
+    """Compare engine log-probs with Megatron's after each of the first N weight syncs of a start
+    or resume."""
     canary_every: CountOrZero = 0
-    """Compare again every N steps after that; 0 for never."""
+    """Compare again after every Nth weight sync; 0 for never."""
     canary_max_abs_diff: Positive | None = None
     """Largest mean |log-prob difference| accepted; null: 1e-3 in float32, 0.1 in bfloat16, 0.4 in
     FP8."""

@@ -104,7 +104,10 @@ class PromptLoader:
         return min(stream.epoch for stream in self._streams)
 
     def steps(self, epochs: int) -> int:
-        """Batches until every prompt was served `epochs` times (with weights: as many prompts)."""
+        """Batches until every prompt was served `epochs` times.
+
+        With weights: until that many prompts were drawn, repeats included.
+        """
         return math.ceil(epochs * len(self._dataset) / self._batch_size)
 
     def next_batch(self) -> list[Prompt]:
@@ -145,6 +148,7 @@ class PromptLoader:
             draw = random.Random(f"{self._seed}:file:{self._served}")
             stream = draw.choices(self._streams, self._weights)[0]
         self._served += 1
+        # The dataset gives None for an overlong prompt; after this many tries all of them are.
         for _ in range(len(self._dataset) + 1):
             prompt = self._dataset.get(stream.next())
             if prompt is not None:

@@ -214,12 +214,14 @@ class MegatronEngine:
     ) -> UpdateResult:
         """Take one optimizer step per mini-batch.
 
-        A step whose loss or gradient is not finite is taken on no rank: it raises NonFiniteUpdate,
-        or is skipped with the context's `skip_nonfinite`. Metrics are means over the steps taken.
+        No rank takes a step whose loss or gradient is not finite: it raises NonFiniteUpdate, or is
+        skipped where the context says `skip_nonfinite`. Metrics are means over the steps taken.
         """
         assert self.optimizer is not None, "this model is not trainable"
         for model in self.models:
             model.train()
+        # Once a training step, not once a mini-batch, as in verl; before the optimizer's steps, so
+        # that the first one has the first learning rate of the warm-up instead of 0.
         self.scheduler.step(increment=1)
         taken, skipped = [], []
         with self.states.on_device("weights", "gradients", "optimizer"):
@@ -260,8 +262,8 @@ class MegatronEngine:
         for result in results if self.is_last_stage else ():
             for name, value in result.items():
                 shares[name] = shares.get(name, 0.0) + float(value)
-        # step() prepares them and takes their norm again, under 1 % of a step: only before it can
-        # a gradient that is not finite be refused on every rank without redoing Megatron's steps.
+        # step() does both again, under 1 % of a step. They come first here so that every rank can
+        # refuse a gradient that is not finite before any weight has changed.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         require_finite(shares, grad_norm, seen, self.context.device)

@@ -53,7 +53,7 @@ PHASES = (
     "sync_weights",
     "save_checkpoint",
 )
-"""In the order of a step."""
+"""In the order of a step, the weight sync after the update whose weights it moves."""
 Terms = dict[str, int]
 """Bytes by what takes them."""
 
@@ -78,7 +78,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Devices (on CPU: processes) that need the same."""
+    """Devices (on CPU: processes) with identical needs."""
 
     ranks: tuple[int, ...]
     """Their numbers: the actor's ranks first, then dedicated groups, then dedicated engines."""
@@ -144,7 +144,7 @@ class MemoryPlan:
 
     @property
     def _fullest(self) -> list[RankMemory]:
-        """Of the devices that hold the same models, those that need most: one message for each."""
+        """The fullest device of each set that holds the same models: each problem is told once."""
         fullest: dict[tuple[str, ...], RankMemory] = {}
         by_need = sorted(self.ranks, key=lambda rank: rank.tightest.total + rank.tightest.margin)
         for rank in by_need:
@@ -342,7 +342,10 @@ def _engine_terms(
 def _model_phases(
     job: Job, model: Model, rank: int, resident: Terms, loaded: Terms
 ) -> list[PhaseMemory]:
-    """The passes of one model on one rank; `loaded`: its states, if other phases have them not."""
+    """The passes of one model on one rank.
+
+    `loaded`: its states, where they are offloaded between its own passes.
+    """
     pp, count = model.layout.coords(rank).pp, job.micro_batches(model)
     passes = job.activations(model, job.longest(model))
     activations = {"activations": int(passes.forward_peak(pp, count))}

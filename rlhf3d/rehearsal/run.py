@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_whole
+from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_complete
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import ConfigError, config_to_yaml
@@ -149,7 +149,7 @@ def _is_interrupted(job: Path, run: Path, config: Config) -> bool:
     """Whether the same miniature has a complete checkpoint that is not its last."""
     if not job.is_file() or job.read_text(encoding="utf-8") != config_to_yaml(config):
         return False
-    found, _ = newest_whole(Store(run / CHECKPOINTS))
+    found, _ = newest_complete(Store(run / CHECKPOINTS))
     return found is not None and found.manifest.step < STEPS
 
 

@@ -45,7 +45,7 @@ class Writer(Protocol):
     def in_place(self, name: str) -> torch.Tensor | None:
         """Live storage of a parameter, or None where it must be given complete."""
 
-    def load_packed(self, name: str, weights: torch.Tensor) -> None:
+    def load_packed(self, name: str, weight: torch.Tensor) -> None:
         """Take a complete parameter, whose memory may change afterwards."""
 
     def finish(self) -> None:

@@ -3,9 +3,10 @@
 Invariant: a rank sends exactly the copies of the plan, cast to the receiver's dtype, each with the
 policy version and the fingerprint of what it sent; no tensor is gathered anywhere.
 
-A destination on the sender's own device is reached through shared memory. One elsewhere gets
-messages: on devices of its own it receives them itself, on devices of training ranks the rank that
-owns its shared memory passes them on.
+A destination on the sender's own device is reached through shared memory. A remote one gets
+messages: on a dedicated device it receives them itself; on a device that also trains, the training
+rank that owns the destination's shared memory relays them into it. Buckets are counted within a
+sync (`number`) and since the shared memory was made (`counted`).
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ class WeightSender:
             relays = [(r, r.empty(number)) for r in self._relays if number < r.rounds]
             coming = [(message, relay.sender) for relay, message in relays if len(message)]
             started = self.group.exchange(sends, coming)
-            unfinished.append([(work, *post) for work, post in zip(started, sends, strict=False)])
+            # `exchange` gives the works of the sends first, then those of the receives.
+            sent = zip(started[: len(sends)], sends, strict=True)
+            unfinished.append([(work, *post) for work, post in sent])
             arriving = iter(started[len(sends) :])
             # A relay forwards empty buckets too: the readers count one of every sender.
             for relay, message in relays:
@@ -142,8 +145,9 @@ class WeightSender:
                 relay.forward(number, sync, message, deadline)
         for works in unfinished:
             self._finish(works, time.monotonic() + self.setup.timeout_s)
-        sent = sum(near.num_bytes for near in self._near) + sum(far.num_bytes for far in self._far)
-        return SendReport(sent, time.monotonic() - start)
+        num_bytes = sum(near.num_bytes for near in self._near)
+        num_bytes += sum(far.num_bytes for far in self._far)
+        return SendReport(num_bytes, time.monotonic() - start)
 
     def close(self) -> None:
         """Give up the shared memory."""
@@ -271,7 +275,11 @@ class _Relay:
 
 
 def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
-    """Wait until the slot of bucket `counted`, and its rows of the table, have been read."""
+    """Wait until the slot of bucket `counted`, and its rows of the table, have been read.
+
+    A slot is used again after SLOTS buckets, but a row of the table after a complete sync: `rounds`
+    buckets, which may be fewer.
+    """
     ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 

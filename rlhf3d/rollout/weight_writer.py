@@ -83,7 +83,7 @@ class WeightWriter:
         self._slots = {param.name: _slot(model, param, dtype) for param in params}
         self._half_experts: dict[RoutedExperts, tuple[str, torch.Tensor]] = {}
         self._real_rows: dict[str, int] = {}
-        """Rows before the padding, which nobody sends and which sleep forgets."""
+        """Rows before the padding, which is never sent and lost in sleep: `finish` zeroes it."""
         for param in params:
             slot = self._slots[param.name]
             if not isinstance(slot.layer, VocabParallelEmbedding):
@@ -91,7 +91,7 @@ class WeightWriter:
             ends = [piece.local_box[0][1] for piece in param.pieces]
             self._real_rows[param.name] = max(ends, default=0)
             if not isinstance(slot.layer, ParallelLMHead):
-                # A packed copy that nothing multiplies by.
+                # Embeddings are looked up, never multiplied: the packed copy is a waste.
                 vars(slot.layer).pop("cpu_linear", None)
 
     def in_place(self, name: str) -> torch.Tensor | None:
@@ -132,7 +132,7 @@ class WeightWriter:
         if self._half_experts:
             name, _ = next(iter(self._half_experts.values()))
             raise RuntimeError(
-                f"{name} came alone: the layer's experts are packed when both of their weights are "
+                f"{name} came alone: a layer's experts are packed once both of their weights are "
                 "there"
             )
         for padded, rows in self._real_rows.items():
@@ -195,12 +195,14 @@ def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> 
         if _is_quantized(layer):
             names.discard(f"{name}.weight_scale")
     problems = []
-    for problem, odd in (("lacks", names - set(wanted)), ("has besides", set(wanted) - names)):
+    only_vllm, only_table = names - set(wanted), set(wanted) - names
+    for problem, odd in (("lacks", only_vllm), ("alone has", only_table)):
         if odd:
             problems.append(f"{problem} {', '.join(sorted(odd)[:5])} ({len(odd)} in all)")
     if problems:
         raise RuntimeError(
-            f"vLLM's {type(model).__name__} differs: the weight table {' and '.join(problems)}"
+            f"vLLM's {type(model).__name__} and the weight table differ: the table "
+            f"{' and '.join(problems)}"
         )
 
 

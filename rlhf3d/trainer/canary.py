@@ -71,7 +71,7 @@ class Canary:
         return sync < self._config.canary_steps or (every > 0 and sync % every == 0)
 
     def check(self, version: int) -> float:
-        """The largest difference over engines; CanaryError where one is over the limit.
+        """The largest mean |difference| of an engine; CanaryError where one is over the limit.
 
         `version` is what the engines have loaded and not published yet.
         """
@@ -120,5 +120,6 @@ def _differences(trained: Tensor, engine: Sequence[Sequence[float]]) -> list[flo
     """|difference| of each token; the trainer's rows are padded, the engine's are not."""
     diffs: list[float] = []
     for row, scores in zip(trained.tolist(), engine, strict=True):
-        diffs += [abs(a - b) for a, b in zip(row, scores, strict=False)]
+        own = row[: len(scores)]
+        diffs += [abs(a - b) for a, b in zip(own, scores, strict=True)]
     return diffs

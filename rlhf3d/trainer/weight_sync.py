@@ -37,7 +37,7 @@ class WeightSync:
         self._phase = phase
         open_stream(setup, actor, rollout)
         self.trained_version = 0
-        """Optimizer publications: version of the weights that the actor has."""
+        """Version of the actor's weights: the number of its updates."""
         self.served_version: int | None = None
         """Version that the engines serve; None where they hold no weights."""
         self.syncs = 0
@@ -89,7 +89,8 @@ class WeightSync:
 def open_stream(setup: SyncSetup, actor: TrainGroup, rollout: RolloutGroup | None) -> None:
     """Make and open a weight stream everywhere.
 
-    With engines its files have no names afterwards; without, who reads them must open and seal it.
+    With engines, its files are unlinked once all have opened them. Without, the reader has to open
+    them and then call `seal_stream`.
     """
     phase = "open weight stream"
     actor.call_all(phase, TrainWorker.create_stream, setup)

@@ -121,7 +121,7 @@ def test_without_a_checkpoint_a_run_starts_beside(config: Config) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed", "manifest"])
-def test_falls_back_to_the_newest_whole_one(damage: str, config: Config) -> None:
+def test_falls_back_to_the_newest_complete_one(damage: str, config: Config) -> None:
     add_checkpoint(config, 2)
     newest = add_checkpoint(config, 4)
     file = newest / ("manifest.json" if damage == "manifest" else "actor.distcp")

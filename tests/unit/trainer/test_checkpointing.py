@@ -20,7 +20,7 @@ from support.tiny_models import make_tiny_model
 
 from rlhf3d.checkpoints import store
 from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
-from rlhf3d.checkpoints.resume import newest_whole
+from rlhf3d.checkpoints.resume import newest_complete
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
 from rlhf3d.models.hf_io import write_hf_folder
@@ -123,7 +123,7 @@ def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(
     save(made, 2)
     assert killed_at(stage, lambda: save(made, 4)) == signal.SIGKILL
     kept = Store(tmp_path / "checkpoints")
-    found, notes = newest_whole(kept)
+    found, notes = newest_complete(kept)
     assert found is not None and notes == []
     assert (
         found.manifest.step == (4 if stage in NEW_IS_THERE else 2)
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
         match=r"is full; .* complete \(newest: none of this process\).*trainer.keep_last",
     ):
         save(make_writer(model, small_disk, FakeGroup(size=200_000)), 2)
-    found, _ = newest_whole(Store(small_disk / "checkpoints"))
+    found, _ = newest_complete(Store(small_disk / "checkpoints"))
     assert (
         found is not None
         and found.manifest.step == 1
