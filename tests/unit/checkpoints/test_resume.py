@@ -145,7 +145,7 @@ def test_from_a_given_checkpoint(config: Config, tmp_path: Path) -> None:
     elsewhere = replace(config, trainer=replace(config.trainer, output_dir=str(tmp_path / "other")))
     assert outcome(choose_start(with_mode(elsewhere, str(older)), TOTAL)) == ("other", 2)
     assert outcome(choose_start(with_mode(elsewhere, str(tmp_path / "run")), TOTAL)) == ("other", 4)
-    with pytest.raises(ValueError, match="neither a checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         choose_start(with_mode(config, str(tmp_path / "nothing")), TOTAL)
 
 

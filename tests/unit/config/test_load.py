@@ -401,5 +401,5 @@ def test_an_empty_file_derives_from_nothing(tmp_path: Path) -> None:
 
 def test_a_stop_text_of_backslashes_is_no_line_end(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, r"rollout.stop=[\n\n]")
-    assert "a backslash and a letter are no line end" in problem
+    assert "this is a backslash and a letter, not a line end" in problem
     assert load(tmp_path, r'rollout.stop=["\n\n"]').rollout.stop == ("\n\n",)
