@@ -237,9 +237,8 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
     if options.role not in (None, megatron.role):
         raise ValueError(f"{folder} holds a {megatron.role}, not a {options.role}")
     dtype = DTYPES[options.dtype]
-    sizes = {
-        name: prod(shape) * (dtype or megatron.dtypes[name]).itemsize
-        for name, shape in megatron.shapes.items()
+    forms = {
+        name: (shape, dtype or megatron.dtypes[name]) for name, shape in megatron.shapes.items()
     }
 
     def tensors(on_bytes: OnBytes) -> Iterator[tuple[str, Tensor]]:
@@ -248,7 +247,7 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
             yield name, tensor
 
     def write(partial: Path, on_bytes: OnBytes) -> None:
-        write_model(partial, tensors(on_bytes), reference, options.max_shard_gib)
+        write_model(partial, forms, tensors(on_bytes), reference, options.max_shard_gib)
         write_role(partial / "config.json", megatron.role)
 
     return Conversion(
@@ -258,7 +257,7 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
         to="hf",
         role=megatron.role,
         spec=megatron.spec,
-        num_bytes=sum(sizes.values()),
+        num_bytes=sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values()),
         write=write,
         notes=megatron.notes,
     )

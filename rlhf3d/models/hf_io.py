@@ -1,7 +1,7 @@
 """Hugging Face folders on disk: read any block of any tensor, write a complete folder.
 
 Invariant: only the bytes asked for are read, through a mapping of the file, and nothing is
-unpickled. A written folder appears complete or not at all; writing holds one file in memory.
+unpickled. A written folder appears complete or not at all; writing holds one tensor in memory.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from rlhf3d.models.boxes import Box, box_slices, full_box, row_boxes
 from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
@@ -186,30 +186,37 @@ def model_view(folder: Path | str) -> Iterator[Path]:
         yield Path(view)
 
 
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
 def write_hf_folder(
     destination: Path | str,
+    forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
     source_folder: Path | str,
     max_shard_gib: float = 4.0,
 ) -> None:
     """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`.
 
-    Consumes `tensors` one at a time. Raises ValueError if `destination` exists.
+    `forms` says by name what will come, in the order of the files; `tensors` may come in any order
+    and are written one at a time. Raises ValueError if `destination` exists.
     """
     with new_folder(Path(destination)) as folder:
-        write_model(folder, tensors, Path(source_folder), max_shard_gib)
+        write_model(folder, forms, tensors, Path(source_folder), max_shard_gib)
 
 
 def write_model(
     folder: Path,
+    forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
     source_folder: Path,
     max_shard_gib: float,
 ) -> None:
     """As `write_hf_folder`, into a folder that is there."""
-    dtypes = _write_shards(folder, tensors, int(max_shard_gib * GIB))
+    _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
     copy_companions(source_folder, folder)
-    record_dtype(folder / "config.json", dtypes)
+    record_dtype(folder / "config.json", {dtype for _, dtype in forms.values()})
 
 
 def copy_companions(source_folder: Path, destination: Path) -> None:
@@ -237,48 +244,86 @@ def companions(folder: Path) -> list[str]:
 
 
 def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
-) -> set[torch.dtype]:
-    """Write the files (one without an index if all fits in one). Return the dtypes written."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total_bytes = pending_bytes = 0
-    dtypes: set[torch.dtype] = set()
-    for name, tensor in tensors:
-        tensor = tensor.detach().to("cpu").contiguous()
-        if pending and pending_bytes + tensor.nbytes > limit_bytes:
-            shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
-            pending, pending_bytes = {}, 0
-        assert name not in pending, f"{name} written twice"
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        dtypes.add(tensor.dtype)
-        del tensor  # the file's tensors are freed before the next one is made
-    shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
-    # How many files there are, which each name says, is known only now.
-    if len(shards) == 1:
-        (folder / "0.partial").rename(folder / "model.safetensors")
-        return dtypes
+    folder: Path,
+    forms: Mapping[str, Form],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    limit_bytes: int,
+) -> None:
+    """Write the files: one without an index if all fits in one."""
+    shards = _plan_shards(forms, limit_bytes)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        _write_index(folder / INDEX_NAME, forms, dict(zip(names, shards, strict=True)))
+    with ExitStack() as stack:
+        places: dict[str, tuple[IO[bytes], int]] = {}
+        for name, shard in zip(names, shards, strict=True):
+            file: IO[bytes] = stack.enter_context(open(folder / name, "wb"))
+            header, offsets = _header({tensor: forms[tensor] for tensor in shard})
+            file.write(header)
+            places |= {tensor: (file, offset) for tensor, offset in offsets.items()}
+        for name, tensor in tensors:
+            assert name in places, f"{name} is not to be written, or was written already"
+            target, offset = places.pop(name)
+            assert (tuple(tensor.shape), tensor.dtype) == forms[name], f"{name} has another form"
+            target.seek(offset)
+            # Through uint8: numpy has no bfloat16.
+            values = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+            target.write(memoryview(values.numpy()))
+        assert not places, f"{sorted(places)} never came"
+
+
+def _plan_shards(forms: Mapping[str, Form], limit_bytes: int) -> list[list[str]]:
+    """The names of each file's tensors, of at most `limit_bytes` unless a tensor alone is more."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, form in forms.items():
+        if shards[-1] and used + _num_bytes(form) > limit_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += _num_bytes(form)
+    return shards
+
+
+def _num_bytes(form: Form) -> int:
+    shape, dtype = form
+    return prod(shape) * dtype.itemsize
+
+
+def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, list[str]]) -> None:
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{i}.partial").rename(folder / file_name)
-        assert weight_map.keys().isdisjoint(names), f"{names} written twice"
+    for file_name, names in shards.items():
         weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    return dtypes
+    total = sum(map(_num_bytes, forms.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of the system too, such as a full disk
-        raise RuntimeError(
-            f"cannot write {path.parent} ({error}): fix that and repeat the command"
-        ) from error
-    return list(tensors)
+def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where in the file each tensor begins.
+
+    The safetensors library writes a file from tensors that are all in memory; this format (length
+    of the header in 8 bytes, JSON, values) is simple enough to write them one at a time.
+    """
+    names_of_dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, form in forms.items():
+        starts[name], end = end, end + _num_bytes(form)
+        shape, dtype = form
+        offsets = [starts[name], end]
+        entries[name] = {
+            "dtype": names_of_dtypes[dtype],
+            "shape": list(shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as the library has it
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:

@@ -1,6 +1,6 @@
 """The actor as a Hugging Face folder: its complete tensors, gathered by the driver one at a time.
 
-Invariant: the driver never holds more than one shard of the file that is being written.
+Invariant: the driver never holds more than one tensor.
 Runs in: driver, through a weight stream of its own from the training ranks.
 """
 
@@ -11,9 +11,11 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rlhf3d.models.hf_io import write_hf_folder
+from rlhf3d.models.weights import hf_tensors
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker
@@ -42,14 +44,16 @@ class HFExport:
 
     def write(self, folder: Path, policy_version: int) -> None:
         """Write the weights as they are now, which are of `policy_version`."""
-        write_hf_folder(folder, self._tensors(policy_version), self._model_folder)
+        dtype = getattr(torch, self._dtype)
+        forms = {name: (shape, dtype) for name, shape in hf_tensors(self._sync.spec, "lm").items()}
+        write_hf_folder(folder, forms, self._tensors(policy_version), self._model_folder)
 
     def close(self) -> None:
         """Release shared memory; that of other processes goes with them."""
         self._open_files.close()
 
     def _tensors(self, policy_version: int) -> Iterator[tuple[str, Tensor]]:
-        """By HF name."""
+        """By HF name; a tensor is valid until the next is asked for."""
         if self._receiver is None:
             self._receiver = self._open()
         stream, export = self._receiver, self._exports
@@ -58,7 +62,7 @@ class HFExport:
             TrainWorker.send_weights, stream.setup.name, policy_version, export
         )
         for param, tensor in stream.stream_params(policy_version, export):
-            yield param.name, tensor.clone()  # the stream reuses its buffer
+            yield param.name, tensor
         gather("save_checkpoint", sends, self._actor.timeout_s)
 
     def _open(self) -> WeightReceiver:

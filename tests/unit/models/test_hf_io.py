@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ TENSORS = {
     "b": torch.arange(5.0),
     "c": torch.full((3, 3), 2.0),
 }
+FORMS = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("shard_bytes", [2**20, 100], ids=["one-file", "sharded"])
 def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: int) -> None:
     folder = tmp_path / "out" / "model"
-    write_hf_folder(folder, TENSORS.items(), source, max_shard_gib=shard_bytes / 2**30)
+    backwards = reversed(TENSORS.items())  # they may come in any order
+    write_hf_folder(folder, FORMS, backwards, source, max_shard_gib=shard_bytes / 2**30)
     sharded = (folder / INDEX_NAME).is_file()
     assert sharded == (shard_bytes == 100)
     with HFReader(folder) as reader:
@@ -84,7 +87,9 @@ def test_written_folder_reads_back(tmp_path: Path, source: Path, shard_bytes: in
 
 
 def test_config_records_the_written_dtype(tmp_path: Path, source: Path) -> None:
-    write_hf_folder(tmp_path / "m", ((n, t.bfloat16()) for n, t in TENSORS.items()), source)
+    halves = {name: tensor.bfloat16() for name, tensor in TENSORS.items()}
+    forms = {name: (shape, torch.bfloat16) for name, (shape, _) in FORMS.items()}
+    write_hf_folder(tmp_path / "m", forms, halves.items(), source)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_file(tmp_path / "m" / "model.safetensors")["a"].dtype == torch.bfloat16
 
@@ -96,13 +101,42 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, source: Path) -> None:
 
     (tmp_path / "out").mkdir()
     with pytest.raises(RuntimeError, match="rank lost"):
-        write_hf_folder(tmp_path / "out" / "model", broken(), source)
+        write_hf_folder(tmp_path / "out" / "model", FORMS, broken(), source)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_every_tensor_comes_once_in_the_form_announced(tmp_path: Path, source: Path) -> None:
+    """Nothing is written that is not all of the model."""
+    everything = list(TENSORS.items())
+    odd = [
+        everything[:-1],
+        [*everything, everything[0]],
+        [*everything[:-1], ("c", TENSORS["c"].bfloat16())],
+    ]
+    for tensors in odd:
+        with pytest.raises(AssertionError):
+            write_hf_folder(tmp_path / "m", FORMS, tensors, source)
+        assert not (tmp_path / "m").exists()
+
+
+def test_writing_holds_one_tensor_at_a_time(tmp_path: Path, source: Path) -> None:
+    """A tensor is free for the next one as soon as it is written."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():
+            copied = tensor.clone()
+            assert sum(other() is not None for other in alive) <= 1
+            alive.append(weakref.ref(copied))
+            yield name, copied
+            del copied
+
+    write_hf_folder(tmp_path / "m", FORMS, one_by_one(), source)
 
 
 def test_refuses_to_overwrite(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="exists; remove it"):
-        write_hf_folder(source, TENSORS.items(), source)
+        write_hf_folder(source, FORMS, TENSORS.items(), source)
 
 
 def test_a_tied_head_that_is_written_out_must_be_the_embedding(tmp_path: Path) -> None:

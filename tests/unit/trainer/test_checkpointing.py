@@ -76,7 +76,8 @@ class FakeExport:
         """It can be made."""
 
     def write(self, folder: Path, policy_version: int) -> None:
-        write_hf_folder(folder, iter([("w", torch.ones(4))]), self.model)
+        forms = {"w": ((4,), torch.float32)}
+        write_hf_folder(folder, forms, [("w", torch.ones(4))], self.model)
 
 
 @pytest.fixture(scope="module")
