@@ -83,7 +83,7 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     for row in rows:
         assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
         assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
-    misspelt = train(job, "algorithm.adv_estimator=centered")
+    misspelt = train(job, "algorithm.adv_estimator=centred")
     assert misspelt.returncode == 2 and "did you mean centered?" in misspelt.stderr
 
 

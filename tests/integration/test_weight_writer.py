@@ -49,7 +49,7 @@ def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
         f"{name} has shape (64, 2048) in vLLM and (64, 127)"
         in rig.rpc("refusal", name, {"shape": (64, 127)})[0]
     )
-    assert f"the weight table lacks {name} (1 in all)" in rig.rpc("refusal", name, {})[0]
+    assert f"the table lacks {name} (1 in all)" in rig.rpc("refusal", name, {})[0]
     renamed = rig.rpc("refusal", name, {"name": "model.typo.weight"})[0]
     assert f"lacks {name} (1 in all) and has besides model.typo.weight (1 in all)" in renamed
     assert "is torch.float32 in vLLM" in rig.rpc("refusal_of_dtype", torch.bfloat16)[0]
