@@ -165,8 +165,8 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Score minus the mean of the group's other scores (arXiv 2402.14740); a lone one gets 0."""
     scores, counted = _outcomes(inputs)
     centered, size = _centered(scores, counted, inputs.group_ids)
+    # n / (n - 1) times (s - mean of all n) is s - mean of the other n - 1.
     return _on_every_token(
-        # n / (n - 1) times (s - mean of all n) is s - mean of the other n - 1.
         centered * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs
     )
 

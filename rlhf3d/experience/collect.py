@@ -95,6 +95,7 @@ class Collector:
         Completions go to the scorer as they finish, so that `score` only waits for the last ones.
         """
         with self.phase("generate"):
+            # Opened before the first completion, so that scoring overlaps with generation.
             scoring = self.rewards.start(len(requests))
             trajectories: dict[int, Trajectory] = {}
             texts: dict[int, str] = {}
@@ -125,11 +126,13 @@ class Collector:
                 for number in numbers
             ]
             for part in self.stream(asked, sampling):
+                # The engine counts from 0 within a call; `numbers` leads back to the request.
                 yield {numbers[place]: completion for place, completion in part.items()}
 
     def _decode(self, completions: Mapping[int, Completion]) -> dict[int, str]:
         """Responses as text, without special tokens."""
         ids = [list(completion.token_ids) for completion in completions.values()]
+        # Special tokens: most completions end with one, such as the end of the turn.
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return dict(zip(completions, texts, strict=True))
 

@@ -43,6 +43,7 @@ def begun(
 
     It is what the template opens an answer with, and the assistant's last words.
     """
+    # Rendered without an opening, the request is the beginning of `ids`; the rest was begun.
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not before:
         return str(tokenizer.decode(list(ids)))
@@ -66,6 +67,7 @@ def left_out(
     if not keys and not tools:
         return []
     ids = tokenize(tokenizer, messages, tools)
+    # A part is left out where the tokens are the same without it.
     parts = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
     for key in sorted(keys):
         bare = [_without(message, key) for message in messages]
@@ -95,4 +97,5 @@ def _render(
 ) -> tuple[int, ...]:
     if tools:  # some templates take an empty list for tools
         options["tools"] = list(tools)
+    # transformers' default is a dict of ids and attention mask.
     return tuple(tokenizer.apply_chat_template(list(messages), return_dict=False, **options))
