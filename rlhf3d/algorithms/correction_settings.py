@@ -82,7 +82,6 @@ def _rejections(kinds_text: str | None, threshold: float | str | None) -> tuple[
             f"({', '.join(kinds)}); give one, or one each"
         )
     if len(texts) == 1:
-        # One threshold is every criterion's.
         texts *= len(kinds)
     return tuple(_rejection(kind, text) for kind, text in zip(kinds, texts, strict=True))
 

@@ -95,7 +95,6 @@ class Collector:
         Completions go to the scorer as they finish, so that `score` only waits for the last ones.
         """
         with self.phase("generate"):
-            # Opened before the first completion, so that scoring overlaps with generation.
             scoring = self.rewards.start(len(requests))
             trajectories: dict[int, Trajectory] = {}
             texts: dict[int, str] = {}

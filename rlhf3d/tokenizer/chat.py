@@ -67,7 +67,6 @@ def left_out(
     if not keys and not tools:
         return []
     ids = tokenize(tokenizer, messages, tools)
-    # A part is left out where the tokens are the same without it.
     parts = ["tools"] if tools and _same(tokenizer, messages, (), ids) else []
     for key in sorted(keys):
         bare = [_without(message, key) for message in messages]
