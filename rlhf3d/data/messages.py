@@ -127,7 +127,6 @@ def _tool_call(call: Any) -> Any:
         return call
     if not isinstance(parsed, dict):
         return call
-    # Copies: the record that was read stays as it is.
     changed = {**function, "arguments": parsed}
     return {**call, "function": changed} if "function" in call else changed
 

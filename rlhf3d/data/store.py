@@ -92,7 +92,7 @@ def _open(path: Path, cache: Path) -> list[pa.RecordBatch]:
     unpacked = cache / f"{_identity(path)}.arrow"
     if not unpacked.is_file():
         _unpack_to(file, path, unpacked)
-    # The batches are views of the mapped file: their pages are read when a row is, and given back.
+    # The batches are views of the mapped file: a page is read when a row of it is.
     reader = pa.ipc.open_file(pa.memory_map(str(unpacked)))
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 

@@ -199,7 +199,7 @@ def _generate(
         for position, lacking in task.missing[start : start + batch]:
             prompt = prompts[position]
             for sample in lacking:
-                # Of prompt and sample alone, as there is no step: what comes after a cut-off is what
+                # Of prompt and sample alone, as there is no step: after a cut-off comes what
                 # would have been generated before it.
                 own = request_seed(seed, 0, prompt.index, sample)
                 requests.append(TrajectoryRequest(prompt, prompt.index, own, task.sampling))
@@ -227,7 +227,7 @@ def _generation(mode: Mode, sample: int, row: ScoredTrajectory) -> Generation:
         response=row.text,
         ground_truth=shown(prompt.ground_truth),
         answer=None if answer is None else str(answer),
-        # Not the value: that may hold parts for the form, and what is measured is the answer.
+        # Not the value: a user's function may return `acc` besides a `score` of more parts.
         score=score.accuracy,
         outcome=score.outcome.value,
         length=trajectory.response_length,
