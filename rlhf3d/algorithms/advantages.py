@@ -106,12 +106,14 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
         raise ValueError(f"algorithm.adv_estimator={name} needs values: place a critic")
     if spec.needs.greedy_baseline and inputs.greedy_scores is None:
         raise ValueError(f"algorithm.adv_estimator={name} needs the scores of greedy completions")
+    # Zeroed once here, so that estimators, a user's too, may sum over complete rows.
     clean = replace(
         inputs,
         token_level_rewards=zero_outside(inputs.token_level_rewards, mask),
         values=None if values is None else zero_outside(values, mask),
     )
     advantages, returns = spec.fn(clean)
+    # An estimator may fill complete rows, as with `expand_as`.
     return zero_outside(advantages, mask), zero_outside(returns, mask)
 
 
@@ -124,15 +126,18 @@ def gae(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """
     rewards, values, mask = inputs.token_level_rewards, inputs.values, inputs.response_mask.bool()
     assert values is not None
+    # [N]. Nothing follows the last response token, also where the length limit cut it off.
     next_value = torch.zeros_like(rewards[:, 0])
     running = torch.zeros_like(next_value)
     columns = []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + inputs.gamma * next_value - values[:, t]
+        # Where token t is masked, the state of the next response token passes through unchanged.
         running = torch.where(mask[:, t], delta + inputs.gamma * inputs.lam * running, running)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         columns.append(running)
     advantages = torch.stack(columns[::-1], dim=1)
+    # The critic predicts unwhitened rewards, so its targets are on their scale.
     return masked_whiten(advantages, mask), advantages + values
 
 
@@ -146,9 +151,11 @@ def grpo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     scores, counted = _outcomes(inputs)
     centered, size = _centered(scores, counted, inputs.group_ids)
     if inputs.norm_by_std:
+        # `counted`: an empty response's score is 0, but its distance from the mean is not.
         variance = group_sum(counted * centered.square(), inputs.group_ids) / (size - 1).clamp(
             min=1
         )
+        # A lone response has no deviation; its centered score is 0 whatever divides it.
         centered = centered / (torch.where(size > 1, variance.sqrt(), 1.0) + 1e-6)
     return _on_every_token(centered, inputs)
 
@@ -158,6 +165,7 @@ def rloo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Score minus the mean of the group's other scores (arXiv 2402.14740); a lone one gets 0."""
     scores, counted = _outcomes(inputs)
     centered, size = _centered(scores, counted, inputs.group_ids)
+    # n / (n - 1) times (s - mean of all n) is s - mean of the other n - 1.
     return _on_every_token(
         centered * torch.where(size > 1, size / (size - 1).clamp(min=1), 1.0), inputs
     )
@@ -192,7 +200,9 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> tuple[Tensor, Tenso
 def remax(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     """Undiscounted reward-to-go minus the prompt's greedy score (arXiv 2310.10505)."""
     assert inputs.greedy_scores is not None
+    # Sum over t and all later tokens: rewards are 0 outside the mask, so holes need no care.
     returns = inputs.token_level_rewards.flip(-1).cumsum(-1).flip(-1)
+    # The baseline does not depend on the sampled tokens, so it adds no bias to the gradient.
     return returns - inputs.greedy_scores.to(returns.dtype)[:, None], returns
 
 
@@ -205,6 +215,7 @@ def opo(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     scores, counted = _outcomes(inputs)
     lengths = inputs.response_mask.bool().sum(-1).double()
     weighted = group_sum(scores * lengths, inputs.group_ids)
+    # Empty responses have length 0 and so no weight; the clamp is for a group of them alone.
     baseline = weighted / group_sum(lengths, inputs.group_ids).clamp(min=1)
     size = group_sum(counted, inputs.group_ids)
     # A lone score minus its own weighted mean is 0 except for rounding.
@@ -226,6 +237,7 @@ def _centered(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tenso
     Only non-empty responses count. A group of one gets exactly 0.
     """
     size = group_sum(counted, group_ids)
+    # Empty responses add nothing to the sum: without a token, their score is 0.
     return scores - group_sum(scores, group_ids) / size.clamp(min=1), size
 
 

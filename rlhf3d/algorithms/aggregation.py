@@ -54,6 +54,7 @@ def aggregate(per_token: Tensor, response_mask: Tensor, mode: str, norm: LossNor
     if mode == "seq-mean-token-sum":
         return masked_sum(per_token, response_mask) / norm.sequences
     if mode == "seq-mean-token-mean":
+        # An empty row adds 0 here, and `norm.sequences` does not count it.
         return masked_mean(per_token, response_mask, dim=-1).sum() / norm.sequences
     if mode == "seq-mean-token-sum-norm":
         return masked_sum(per_token, response_mask) / (norm.sequences * norm.max_response_tokens)

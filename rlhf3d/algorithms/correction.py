@@ -42,12 +42,15 @@ def importance_weights(
     assert settings.is_level in IS_LEVELS, settings.is_level
     log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
     sequences = mask.bool().any(-1)
+    # `logs` and what follows from it: [N, R] at the token level, [N] at the sequence level.
     if settings.is_level == "token":
         logs, counted = log_ratio, mask.bool()
     else:
+        # 0 outside the mask, so this is the log of the product over the response's tokens.
         logs, counted = log_ratio.sum(-1), sequences
     ratio = logs.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     low, high = settings.is_bounds.low, settings.is_bounds.high
+    # Without a lower bound TIS, with one IcePop.
     weights = (
         ratio.clamp(max=high)
         if low == 0
@@ -56,6 +59,7 @@ def importance_weights(
     on_tokens = ratio if settings.is_level == "token" else ratio[:, None].expand_as(log_ratio)
     metrics = _ratio_metrics(ratio[counted], on_tokens[mask.bool()], low or 1 / high, high)
     if settings.batch_normalize:
+        # Over sequences at the sequence level: a long one weighs no more than a short one.
         mean = float(weights[counted].mean())
         if mean == 0:
             raise ValueError(
@@ -73,6 +77,7 @@ def _ratio_metrics(ratios: Tensor, on_tokens: Tensor, low: float, high: float) -
     clamped = on_tokens.clamp(low, high)
     return {
         "rollout_is_mean": float(on_tokens.mean()),
+        # Bessel's correction would make it NaN for a single token.
         "rollout_is_std": float(clamped.std(unbiased=False)),
         "rollout_is_max": float(ratios.max()),
         "rollout_is_min": float(ratios.min()),
@@ -106,6 +111,7 @@ def rejection_mask(
     for rejection in rejections:
         kept &= _trusted(log_ratio, mask, rejection)
     sequences = inside.any(-1)
+    # Share of the response tokens, and of the sequences that lost at least one.
     rejected_tokens = (inside & ~kept)[inside].double().mean()
     touched = (inside & ~kept).any(-1)[sequences].double().mean()
     return kept.to(mask.dtype), {
@@ -116,13 +122,18 @@ def rejection_mask(
 
 def _trusted(log_ratio: Tensor, mask: Tensor, rejection: Rejection) -> Tensor:
     """[N, R] True where a criterion keeps the token."""
+    # "seq_mean_k1" is level "seq_mean" and kind "k1".
     level, _, kind = rejection.kind.rpartition("_")
     bounds = rejection.bounds
     if kind == "k1":
+        # Bounds of r, compared as logs: a long sequence's product cannot overflow, and the mean of
+        # the logs is the log of the geometric mean.
         per_token, low, high = log_ratio, math.log(bounds.low), math.log(bounds.high)
     else:
         clamped = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        # k3 by expm1, which keeps the digits that exp(l) - 1 loses near 0.
         per_token = 0.5 * log_ratio.square() if kind == "k2" else clamped.expm1() - clamped
+        # Neither k2 nor k3 is ever negative, so they have no lower bound.
         low, high = 0.0, bounds.high
     if level == "token":
         value = per_token
@@ -131,7 +142,9 @@ def _trusted(log_ratio: Tensor, mask: Tensor, rejection: Rejection) -> Tensor:
     elif level == "seq_mean":
         value = masked_mean(per_token, mask, dim=-1)[:, None]
     else:
+        # 0 is the smallest k2 and k3 (there is no seq_max_k1): padding is never the largest.
         value = zero_outside(per_token, mask).amax(-1)[:, None]
+    # [N, R], or [N, 1] where a sequence's tokens share one verdict.
     return ((value >= low) & (value <= high)).expand_as(log_ratio)
 
 
@@ -149,11 +162,14 @@ def mismatch_metrics(
     sequences = mask.bool().any(-1)
     tokens = log_ratio[mask.bool()]
     clamped = tokens.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    # [sequences]: minus the mean log-prob of each, the log of its perplexity.
     old, rollout = (
         -masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs)
     )
+    # Log of each sequence's product of ratios.
     products = log_ratio.sum(-1)[sequences].clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return {
+        # The engine drew the tokens, so -log r on average estimates KL(rollout, old).
         "kl": float(-tokens.mean()),
         "k3_kl": float((clamped.expm1() - clamped).mean()),
         "training_ppl": float(old.exp().mean()),
@@ -161,6 +177,7 @@ def mismatch_metrics(
         "log_ppl_diff": float((old - rollout).mean()),
         "log_ppl_abs_diff": float((old - rollout).abs().mean()),
         "ppl_ratio": float((old - rollout).exp().mean()),
+        # exp(2 log r) is r².
         "chi2_token": float((2 * clamped).exp().mean() - 1),
         "chi2_seq": float((2 * products).exp().mean() - 1),
     }
@@ -168,4 +185,5 @@ def mismatch_metrics(
 
 def _log_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log r [N, R] in float64, 0 outside the mask."""
+    # float64: rounding adds up over a sequence's tokens, and the sum is an exponent.
     return zero_outside(old_logprobs.double() - rollout_logprobs.double(), mask)

@@ -91,6 +91,7 @@ def _rejection(kind: str, text: str) -> Rejection:
         raise unknown_name(f"{_SECTION}.rollout_rs", kind, RS_KINDS)
     if kind.endswith("k1"):
         return Rejection(kind, _ratio_bounds("rollout_rs_threshold", text, symmetric=True))
+    # Before `_range`, which would take it for low_high.
     if "_" in text:
         raise ValueError(
             f"{_SECTION}.rollout_rs_threshold = {text}: {kind} is a divergence and has an upper "
@@ -103,6 +104,7 @@ def _rejection(kind: str, text: str) -> Rejection:
 def _range(key: str, value: float | str) -> tuple[float | None, float]:
     """(low, high) of a text; low is None where the text is one number."""
     try:
+        # Split first: float() reads 0.5_2 as 0.52, underscores are allowed in its digits.
         numbers = [float(part) for part in str(value).split("_")]
     except ValueError:
         numbers = []

@@ -25,8 +25,10 @@ def load_custom_algorithms(path: str | Path) -> None:
     ValueError, with the key, when the file is missing, fails, or registers nothing.
     """
     file = Path(path).resolve()
+    # Executed again, its decorators would find their names taken.
     if file in _LOADED:
         return
+    # Copies: to see whether the file adds anything, and to take that back where it fails half-way.
     advantages, losses = ADVANTAGES.entries(), POLICY_LOSSES.entries()
     try:
         load_file(file, _KEY)
@@ -35,6 +37,7 @@ def load_custom_algorithms(path: str | Path) -> None:
                 f"{_KEY}: {file} registers nothing; decorate a function with "
                 "@register_advantage(name)"
             )
+    # `load_file` turns whatever the file raises into ValueError.
     except ValueError:
         ADVANTAGES.restore(advantages)
         POLICY_LOSSES.restore(losses)

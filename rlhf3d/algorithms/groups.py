@@ -12,6 +12,7 @@ from torch import Tensor
 def group_sum(x: Tensor, group_ids: Tensor) -> Tensor:
     """For each row, the sum of `x` [N] over the rows with its number in `group_ids` [N]."""
     ids, index = torch.unique(group_ids, return_inverse=True)
+    # `index` [N] is each row's place in `ids` [G]: sums [G], and then each row's own [N].
     return x.new_zeros(len(ids)).index_add(0, index, x)[index]
 
 
@@ -26,6 +27,7 @@ def groups_with_signal(values: Tensor, counted: Tensor, group_ids: Tensor) -> Te
     ids, index = torch.unique(group_ids, return_inverse=True)
     inside = counted.bool()
     index, values = index[inside], values[inside].double()
+    # A group of empty responses alone keeps -inf as highest and inf as lowest: no signal.
     nothing = torch.full((len(ids),), torch.inf, dtype=torch.float64)
     highest = (-nothing).scatter_reduce(0, index, values, "amax")
     lowest = nothing.scatter_reduce(0, index, values, "amin")

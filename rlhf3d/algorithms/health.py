@@ -50,6 +50,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """
     inside = mask.bool()
     target, error = returns[inside].double(), (returns - values)[inside].double()
+    # Not `var() > 0`: rounding can leave equal values a tiny variance, and a ratio of noise.
     if target.numel() < 2 or not bool((target != target[0]).any()):
         return math.nan
     return float(1.0 - error.var() / target.var())
@@ -74,6 +75,7 @@ class SpikeMonitor:
         usual = median(self._values) if len(self._values) >= self._least else math.nan
         if math.isfinite(value):
             self._values.append(value)
+        # NaN != 0 holds, and value / NaN is NaN.
         return value / usual if usual != 0 else math.nan
 
     def state_dict(self) -> list[float]:
@@ -94,6 +96,7 @@ def nonfinite_rows(columns: Mapping[str, Tensor], mask: Tensor) -> dict[int, lis
     found: dict[int, list[str]] = {}
     inside = mask.bool()
     for name, column in columns.items():
+        # Outside the mask anything is allowed, and nothing is read.
         bad = (~column.isfinite() & inside).any(-1)
         for row in bad.nonzero().flatten().tolist():
             found.setdefault(row, []).append(name)

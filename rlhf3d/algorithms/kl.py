@@ -15,6 +15,7 @@ from rlhf3d.algorithms.masked import zero_outside
 from rlhf3d.algorithms.names import KL_KINDS
 from rlhf3d.algorithms.registry import unknown_name
 
+# exp(20) is about 5e8: far beyond any clip range, and finite in float32 when it is squared.
 LOG_RATIO_CLAMP = 20.0
 K3_CLAMP = 10.0
 
@@ -34,12 +35,14 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, mask: Tensor | None =
             "KL estimator (algorithm.kl_penalty, actor.kl_loss_type)", kind, KL_KINDS
         )
     log_ratio = logp - ref_logp
+    # Before the estimate: a gradient of 0 that flows back through a NaN or infinity is NaN.
     if mask is not None:
         log_ratio = zero_outside(log_ratio, mask)
     estimate = _estimate(log_ratio, kind.removesuffix("+"))
     if not kind.endswith("+"):
         return estimate
     k2 = 0.5 * log_ratio.square()
+    # k2 - k2 is 0, so the value is the estimate's; the gradient is that of k2.
     return estimate.detach() + (k2 - k2.detach())
 
 
@@ -50,6 +53,7 @@ def _estimate(log_ratio: Tensor, kind: str) -> Tensor:
         return log_ratio.abs()
     if kind in ("k2", "mse"):
         return 0.5 * log_ratio.square()
+    # k3. With x = -l: exp(x) - 1 - x; expm1 keeps the digits that exp(x) - 1 loses near 0.
     negative = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (negative.expm1() - negative).clamp(-K3_CLAMP, K3_CLAMP)
 
@@ -110,6 +114,7 @@ class AdaptiveKLController:
             raise ValueError(
                 f"the measured KL is {current_kl}: the policy's log-probabilities are broken"
             )
+        # The factor below can be as low as 1 - 0.2 n_steps / horizon, which must stay above 0.
         if 0.2 * n_steps >= self.horizon:
             raise ValueError(
                 f"algorithm.kl_ctrl.horizon={self.horizon} is too short for steps of {n_steps} "

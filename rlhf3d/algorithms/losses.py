@@ -39,6 +39,7 @@ class PolicyLossSettings:
         for key in ("clip_ratio_low", "clip_ratio_high"):
             if getattr(self, key) < 0:
                 raise ValueError(f"actor.{key}={getattr(self, key)} must not be negative")
+        # At c <= 1 the bound would hold at ratio 1 already: bad tokens would have no gradient.
         if self.clip_ratio_c <= 1:
             raise ValueError(f"actor.clip_ratio_c={self.clip_ratio_c} must be above 1 (3 is usual)")
 
@@ -82,10 +83,12 @@ def compute_policy_loss(
     0 outside the mask. `rollout_is_weights` [b, R] multiply its loss (see `correction`). ValueError
     for an unknown name.
     """
+    # Padding may hold anything, NaN too; zeroed, exp() and its gradient stay finite there.
     new, old, weights = (
         zero_outside(x, response_mask) for x in (logprobs, old_logprobs, advantages)
     )
     terms = POLICY_LOSSES[name](new, old, weights, response_mask, settings)
+    # The weights are columns of the batch: constants, so no gradient flows into them.
     loss = terms.loss if rollout_is_weights is None else terms.loss * rollout_is_weights
     metrics = {
         key: zero_outside(value.detach(), response_mask) for key, value in terms.metrics.items()
@@ -123,9 +126,12 @@ def gspo(
     ratio and its own gradient; meant for seq-mean-token-mean.
     """
     mean = masked_mean((logprobs - old_logprobs).detach(), response_mask, dim=-1)
+    # mean + log π - sg(log π): the value is the sequence's, the gradient each token's own. Only the
+    # detached mean is clamped, so no token loses its gradient to the clamp.
     log_ratio = (
         mean.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)[:, None] + logprobs - logprobs.detach()
     )
+    # GSPO's paper has no dual clip.
     return _clipped(log_ratio, advantages, settings, bounded=False)
 
 
@@ -141,6 +147,7 @@ def cispo(
 
     The clip bounds the weight; no token loses its gradient.
     """
+    # Detached: the clipped ratio is a weight, and the gradient is that of log π alone.
     log_ratio = _log_ratio(logprobs, old_logprobs).detach()
     ratio = log_ratio.exp()
     weight = ratio.clamp(1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high)
@@ -181,11 +188,13 @@ def value_loss(
     clipped = torch.maximum(
         torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value
     )
+    # Where the clip decides, `clipped` is constant in v: it has moved far enough from v_old.
     plain, bounded = (values - returns).square(), (clipped - returns).square()
     return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(values.dtype)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    # Keeps exp() finite; a token beyond the clamp gets no gradient from its ratio.
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
@@ -196,9 +205,11 @@ def _clipped(
     ratio = log_ratio.exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high)
+    # The larger loss is PPO's smaller objective: the clip never makes a step look better.
     loss = torch.maximum(plain, clipped)
     metrics = {"pg_clipfrac": (clipped > plain).to(ratio.dtype), "ppo_kl": -log_ratio}
     if bounded:
+        # For A < 0 the loss grows with r without limit, as clip() bounds only the other side.
         bound = -advantages * settings.clip_ratio_c
         over = (advantages < 0) & (loss > bound)
         metrics["pg_clipfrac_lower"] = over.to(ratio.dtype)

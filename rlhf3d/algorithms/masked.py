@@ -12,6 +12,7 @@ from torch import Tensor
 def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
     """`x` with 0 outside `mask`; no gradient flows there."""
     assert x.shape == mask.shape, f"data {tuple(x.shape)} and mask {tuple(mask.shape)} differ"
+    # Not x * mask: NaN * 0 is NaN, in the value and in the gradient.
     return x.masked_fill(~mask.bool(), 0)
 
 
@@ -46,4 +47,5 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     Errors as `masked_var`.
     """
+    # 1e-8: values that are all equal whiten to 0, not NaN.
     return zero_outside((x - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt(), mask)

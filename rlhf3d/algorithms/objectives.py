@@ -51,9 +51,11 @@ class PolicyObjective:
             for name, value in terms.metrics.items()
         }
         mean["pg_loss"] = pg_loss
+        # Reported as a token mean, whatever loss_agg_mode weighs it by in the loss.
         mean["entropy"] = aggregate(entropy, mask, "token-mean", norm)
         if self.entropy_coeff:
             loss = loss - self.entropy_coeff * aggregate(entropy, mask, self.loss_agg_mode, norm)
+        # A reference model exists, and with it `ref_logprobs`, only where a KL term uses it.
         if self.kl_loss_coef:
             kl = kl_estimate(logprobs, rows["ref_logprobs"], self.kl_loss_type, mask)
             kl_loss = aggregate(kl, mask, self.loss_agg_mode, norm)
@@ -79,6 +81,7 @@ class ValueObjective:
         `outputs` are values [b, r].
         """
         mask, values = rows["response_mask"], outputs["values"]
+        # rows["values"] are the critic's before this step's updates, `values` its current ones.
         per_token, clipped = value_loss(
             values, rows["values"], rows["returns"], mask, self.cliprange_value
         )

@@ -27,8 +27,10 @@ def token_level_rewards(scores: Tensor, response_mask: Tensor) -> Tensor:
     if bad:
         raise ValueError(f"the scores of completions {bad} are not finite: rewards must be numbers")
     positions = torch.arange(mask.shape[1], device=mask.device)
+    # [N] position of the last response token, also behind holes; -1 where the response is empty.
     last = torch.where(mask, positions, -1).amax(-1)
     rewards = scores.new_zeros(mask.shape)
+    # `rows` leaves empty responses out, whose -1 would index the last column.
     rewards[rows, last[rows]] = scores[rows]
     return rewards
 
@@ -42,6 +44,7 @@ def apply_kl_penalty(
     means, 0 without any. (verl's counts an empty sequence as one with KL 0.)
     """
     kl = kl_estimate(logp, ref_logp, kind, mask)
+    # [N] token means, then their mean: a long response weighs no more than a short one.
     mean_kl = masked_mean(masked_mean(kl, mask, dim=-1), mask.bool().any(-1))
     return zero_outside(token_rewards - coef * kl, mask), float(mean_kl)
 

@@ -145,6 +145,7 @@ class PromptDataset(Sequence[Prompt]):
 
     def sample(self, count: int) -> list[PromptRow]:
         """At most `count` rows, evenly spread over the set."""
+        # Rounded up, so that there are at most `count`.
         step = max(1, -(-len(self) // count))
         return [self.row(index) for index in range(0, len(self), step)]
 
@@ -156,6 +157,7 @@ class PromptDataset(Sequence[Prompt]):
     @property
     def file_ranges(self) -> list[range]:
         """The indices of each file's prompts."""
+        # `_numbers` ascend, and a file's rows are consecutive: each file is a range of indices.
         stops = [bisect.bisect_left(self._numbers, rows.stop) for rows in self._store.file_ranges]
         return [range(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
@@ -181,8 +183,10 @@ class PromptDataset(Sequence[Prompt]):
 
     def _scan(self) -> None:
         """Tokenize all rows, or evenly spread ones of a large set, and count the overlong."""
+        # Rounded down, so that at least `PROBED` rows are looked at.
         step = 1 if self.scanned else self.rows // PROBED
         looked_at = range(0, self.rows, step)
+        # 8 bytes a row; a list would hold an object for each.
         served, lengths = array("q"), array("q")
         first = -1
         digest = hashlib.sha256()
@@ -197,9 +201,12 @@ class PromptDataset(Sequence[Prompt]):
                     continue
             served.append(number)
             cut = self._cut(ids)
+            # With its length in front: moving a token to the next prompt changes the digest.
             digest.update(array("q", (len(cut), *cut)).tobytes())
+            # repr, which tells the text "3" from the number.
             digest.update(repr(row.ground_truth).encode())
             self._sources.add(row.data_source)
+        # After all rows, so that the message gives the limit that all of them need.
         if lengths and self._overlong == "error":
             raise ValueError(
                 self._overlong_message(
@@ -218,6 +225,7 @@ class PromptDataset(Sequence[Prompt]):
             self.dropped = len(lengths)
         else:
             self.truncated = len(lengths)
+        # Never of a set that is not scanned: there `served` holds the probed rows only.
         if self.dropped:
             self._numbers = served
         self._fingerprint = digest.hexdigest()

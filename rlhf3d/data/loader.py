@@ -32,6 +32,7 @@ class Curriculum:
     ) -> None:
         self._function = guarded(load_function(Path(path).resolve(), name, "data.curriculum"), path)
         self._kwargs = dict(kwargs or {})
+        # The file's text is part of the identity: an edited function gives another order.
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.identity = f"{name}:{sorted(self._kwargs.items())}:{digest}"
 
@@ -80,6 +81,7 @@ class PromptLoader:
         self._weights, self._curriculum = tuple(weights), curriculum
         if weights:
             ranges = dataset.file_ranges
+            # A key of its own for each file, so that files of equal length are not shuffled alike.
             keys = [f"{seed}:{number}" for number in range(len(ranges))]
         else:
             ranges, keys = [range(len(dataset))], [str(seed)]
@@ -95,6 +97,7 @@ class PromptLoader:
             "curriculum": curriculum.identity if curriculum else None,
             "fingerprint": dataset.fingerprint(),
         }
+        # Only there: an order of fewer rows does not depend on it.
         if shuffle and max(map(len, ranges)) > PYTHON_ROWS:
             self._identity["order"] = LARGE_ORDER
 
@@ -132,6 +135,7 @@ class PromptLoader:
                     f"the checkpoint was taken with other data ({name} {state.get(name)}, now "
                     f"{ours}): resume with the same data section, trainer.seed and tokenizer"
                 )
+        # Orders are not saved: the identity was equal, so each follows from key and epoch.
         for stream, (epoch, position) in zip(self._streams, state["streams"], strict=True):
             stream.move_to(epoch, position)
         self._served = state["served"]
@@ -181,6 +185,7 @@ class _Stream:
     def next(self) -> int:
         index = self._order[self.position]
         self.position += 1
+        # At once and not at the next call: `epoch` and the state are those of the next prompt.
         if self.position == len(self._order):
             self.move_to(self.epoch + 1, 0)
         return index

@@ -41,8 +41,10 @@ def _read_message(message: Message, where: str) -> Message:
         message["content"] = _text_of(message["content"], where)
     if message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+        # Often null beside a call, and then taken out by `without_nulls`; templates want text.
         message.setdefault("content", "")
     else:
+        # An empty list is no call, but a template may only test whether the key is there.
         message.pop("tool_calls", None)
     return message
 

@@ -33,11 +33,14 @@ def make_order(
 def _shuffled(rows: range, key: str) -> Sequence[int]:
     if len(rows) <= PYTHON_ROWS:
         numbers = array("q", rows)
+        # Seeded by text, which Python hashes by SHA-512: the same in every process.
         random.Random(key).shuffle(numbers)
         return numbers
     # RandomState and not the newer Generator: its stream is the same in every version of numpy.
     seed = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype=np.uint32)
+    # RandomState takes an array of 32-bit words as its seed: all 256 bits count.
     order = np.random.RandomState(seed).permutation(len(rows))
+    # Positions to the rows' numbers, in the 8 bytes each that "q" holds.
     return array("q", (order + rows.start).astype(np.int64).tobytes())
 
 

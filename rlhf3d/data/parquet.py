@@ -41,6 +41,7 @@ def write_parquet(
     where a later row has other keys, or other types under them.
     """
     path = Path(path)
+    # Beside `path`, so that the rename at the end is atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows, count = iter(rows), 0
     try:
@@ -48,6 +49,7 @@ def write_parquet(
             writer = None
             while group := list(islice(rows, row_group_size)):
                 if writer is None:
+                    # Only now: the keys of reward_model and extra_info are those of the first rows.
                     schema = _schema_of(group)
                     writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
                 _check_keys(group, schema, count, path)
@@ -57,6 +59,7 @@ def write_parquet(
             if writer is None:
                 raise ValueError(f"{path}: no rows to write")
             origin = json.dumps(provenance, sort_keys=True).encode()
+            # Parquet's metadata is at the end of a file, so it may be added after the rows.
             writer.add_key_value_metadata({_PROVENANCE_KEY: origin})
         os.replace(temporary, path)
     except pa.ArrowException as error:
@@ -75,6 +78,7 @@ def _schema_of(rows: Sequence[PromptRow]) -> pa.Schema:
     `reward_model` and `extra_info`, which are the data set's.
     """
     prompt = pa.list_(_MESSAGE)
+    # With tool calls or names the fields are the data set's own, so they are read off its rows.
     if not all(_is_plain(row) for row in rows):
         prompt = pa.infer_type([row.prompt for row in rows])
     fields = [
@@ -146,6 +150,7 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
             f"{path}: not a parquet file ({one_line(error)}); `rlhf3d data prepare` writes them"
         ) from error
     columns = file.schema_arrow.names
+    # A record is a dict by column name, so one of two would be lost.
     for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         if columns.count(column) > 1:
             raise ValueError(
@@ -181,6 +186,7 @@ def _is_text(kind: Any) -> bool:
 
 def prompt_columns(schema: pa.Schema) -> list[str]:
     """Those columns of a file that make a `PromptRow`."""
+    # NOT_TEXT is read too, in order to refuse rows that use it.
     known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *NOT_TEXT)
     return [name for name in known if name in schema.names]
 

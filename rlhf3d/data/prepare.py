@@ -81,6 +81,7 @@ def prepare(
     else:
         splits = _from_source(name, module, source, split, revision, options)
     folder = Path(output)
+    # Beside the folder and not in /tmp: renames within a file system are atomic.
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
@@ -92,6 +93,7 @@ def prepare(
             rows = _rows(name, part, to_row, excluded, file.reasons)
             _write(file, rows, part, provenance, row_group_size)
             written.append(file)
+        # All splits are complete by now, so a failure in the last one leaves no new file behind.
         folder.mkdir(parents=True, exist_ok=True)
         for file in written:
             final = folder / f"{file.split}.parquet"
@@ -124,6 +126,7 @@ def load_set(name: str) -> ModuleType:
 def _check_options(name: str, module: ModuleType, options: dict[str, Any]) -> None:
     function = getattr(module, "generate", None) or module.make_map_fn
     parameters = inspect.signature(function).parameters
+    # These two are given by this module, or by one set to another, not by the user.
     known = [option for option in parameters if option not in ("split", "data_source")]
     for option in options:
         if option not in known:
@@ -238,6 +241,7 @@ def _rows(
             row = to_row(source_row, index)
             if not isinstance(row, PromptRow):
                 row = row_of(row, "make_map_fn's result")
+        # Before ValueError, which it is one of: a bug is no refusal of a row.
         except BrokenSet:
             raise
         except ValueError as error:

@@ -59,11 +59,13 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
     if not isinstance(record["data_source"], str):
         raise ValueError(f"{where}: data_source must be text, not {record['data_source']!r}")
     reward_model = _struct(record["reward_model"], f"{where}: reward_model")
+    # Refused here and not when it is scored: a rule without a truth would fail at every completion.
     if reward_model.get("style") != "model" and reward_model.get("ground_truth") is None:
         raise ValueError(
             f"{where}: reward_model must be a struct with a ground_truth, or of style model, not "
             f"{record['reward_model']!r}"
         )
+    # Such a prompt's text refers to what the model would not see.
     for column in NOT_TEXT:
         if without_nulls(record.get(column)) not in (None, [], {}, "", b""):
             raise ValueError(

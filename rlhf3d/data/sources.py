@@ -113,6 +113,7 @@ def _split_files(
         return {split or _split_of_file(source, splits): [source]}
     if not source.is_dir():
         raise ValueError(f"{name}: no such source: {source}; give a folder, a file or {HUB!r}")
+    # Sorted: file systems list in any order, and the rows' order is part of the output.
     paths = sorted(path for path in source.rglob("*") if _has_rows(path))
     files: dict[str, list[Path]] = {part: [] for part in splits}
     for path in paths:
@@ -215,6 +216,7 @@ def _read_document(path: Path) -> list[Any] | None:
     try:
         document = _json(text)
     except json.JSONDecodeError as error:
+        # json's message for a second value behind the first: one object a line.
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return None
         raise ValueError(f"{path}: not JSON ({error})") from error
@@ -244,6 +246,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 def _text(data: bytes, where: str) -> str:
     """UTF-8, with or without a byte order mark; ValueError, with `where`, for the rest."""
     try:
+        # Some editors begin a file with a byte order mark, which JSON does not allow.
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -254,6 +257,7 @@ def _text(data: bytes, where: str) -> str:
 
 def _json(text: str) -> Any:
     """A JSON value; ValueError for a key twice in an object, and for text that is not Unicode."""
+    # By default the last of two equal keys wins without a word.
     value = json.loads(text, object_pairs_hook=_unique_keys)
     if "\\u" in text:  # only an escape can make half a surrogate pair
         try:

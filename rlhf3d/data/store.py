@@ -83,6 +83,7 @@ def default_cache() -> Path:
 def _open(path: Path, cache: Path) -> list[pa.RecordBatch]:
     file = open_parquet(path)
     metadata = file.metadata
+    # Parquet's total_byte_size is that before compression.
     unpacked_bytes = sum(
         metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
     )
@@ -91,18 +92,22 @@ def _open(path: Path, cache: Path) -> list[pa.RecordBatch]:
     unpacked = cache / f"{_identity(path)}.arrow"
     if not unpacked.is_file():
         _unpack_to(file, path, unpacked)
+    # The batches are views of the mapped file: a page is read when a row of it is.
     reader = pa.ipc.open_file(pa.memory_map(str(unpacked)))
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _identity(path: Path) -> str:
     status = path.stat()
+    # A replaced file gets another name, and so is unpacked again; reading it all would be slow.
     key = f"{_FORMAT}:{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
     return f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
 
 def _unpack_to(file: pq.ParquetFile, path: Path, unpacked: Path) -> None:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the rename is atomic; with the process's id, so that two jobs
+    # that unpack the same file do not write to one.
     partial = unpacked.with_name(f".{unpacked.name}.{os.getpid()}.tmp")
     try:
         with pa.OSFile(str(partial), "wb") as sink:

@@ -118,6 +118,7 @@ def _parts(sample: Sample) -> list[Text]:
 def clean(text: object) -> str:
     """Text as it stands, line breaks kept, control characters shown as ·."""
     spaced = str(text).replace("\t", " ")
+    # Escape sequences that a model wrote could move the cursor or recolor the terminal.
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in spaced)
 
 

@@ -49,6 +49,7 @@ def engine_maker(
             from rlhf3d.machine import cores
             from rlhf3d.rollout.vllm_engine import VLLMEngine
 
+            # The engine will live in this process, and its libraries read these once.
             os.environ.update(platform.environment("engine", settings.rollout.dtype))
             return VLLMEngine(settings, threads=rollout.threads or cores()).start()
         return PlacedEngines(settings, ClusterConfig(ray_address=ray_address))
@@ -77,6 +78,7 @@ class PlacedEngines:
             self._group = RolloutGroup(settings, cluster, placement, reserved, bundles, threads)
             self._group.wait_ready()
             stack.callback(self._group.close)
+            # Everything started: from here on `close` ends it.
             self._placed = stack.pop_all()
 
     def stream(

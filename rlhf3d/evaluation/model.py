@@ -45,6 +45,7 @@ def model_digest(folder: Path) -> str:
                 continue
             # Reading all of the weights would take longer than loading them.
             for place in range(_SAMPLES):
+                # Evenly spread, from the file's first bytes to its last ones.
                 file.seek(place * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

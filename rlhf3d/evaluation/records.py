@@ -64,6 +64,7 @@ def read_generations(folder: Path, repair: bool = True) -> list[Generation]:
     if not path.is_file():
         return []
     text = path.read_bytes()
+    # JSON writes a line break inside a text as \n, so each of the file's own ends a generation.
     complete = text.rfind(b"\n") + 1
     if repair and complete < len(text):
         os.truncate(path, complete)
@@ -92,6 +93,7 @@ def answers_of(generations: Sequence[Generation]) -> dict[int, Answers]:
         by_prompt.setdefault(generation.index, []).append(generation)
     answers = {}
     for index, own in sorted(by_prompt.items()):
+        # maj@k takes sets in order, so a continued evaluation must not give another order.
         own.sort(key=attrgetter("sample"))
         answers[index] = Answers(tuple(g.score for g in own), tuple(g.vote for g in own))
     return answers

@@ -102,6 +102,7 @@ def evaluate(
     rule = settings.reward(prompts.data_sources)
     if isinstance(rule, BuiltinReward):  # reported before anything is generated
         stated_truths(prompts.sample(LOOKED_AT), rule, "DATA")
+    # What the generations depend on: where a continued evaluation differs, its folder is refused.
     identity = {
         "model": model_digest(model),
         "prompts": prompts.fingerprint(),
@@ -112,6 +113,7 @@ def evaluate(
     # Starting vLLM takes a minute, so not for an evaluation that is complete.
     if any(task.missing for task in tasks):
         with (
+            # First, as its processes load in the background while the engine starts.
             RewardManager(rule, workers=workers, timeout_s=timeout_s) as rewards,
             closing(make_engine(Stops(ends.ids, settings.stop))) as engine,
         ):
@@ -197,12 +199,15 @@ def _generate(
         for position, lacking in task.missing[start : start + batch]:
             prompt = prompts[position]
             for sample in lacking:
+                # Of prompt and sample alone, as there is no step: after a cut-off comes what
+                # would have been generated before it.
                 own = request_seed(seed, 0, prompt.index, sample)
                 requests.append(TrajectoryRequest(prompt, prompt.index, own, task.sampling))
                 samples.append(sample)
         rows = collector.collect(requests)
         failed += [row.score for row in rows if row.score.failed]
         remedy = "Fix the reward function and evaluate again."
+        # Of all of the task's completions, as the share of one part's would be of few.
         check_outcomes(failed, MAX_ERROR_RATE, task.total, remedy)
         task.finished += len(rows)
         yield [
@@ -222,6 +227,7 @@ def _generation(mode: Mode, sample: int, row: ScoredTrajectory) -> Generation:
         response=row.text,
         ground_truth=shown(prompt.ground_truth),
         answer=None if answer is None else str(answer),
+        # Not the value: a user's function may return `acc` besides a `score` of more parts.
         score=score.accuracy,
         outcome=score.outcome.value,
         length=trajectory.response_length,
@@ -245,6 +251,7 @@ def _open_output(
             )
         return read_generations(output)
     if settings.is_file():
+        # Only a folder that is known to be an evaluation is ever deleted.
         shutil.rmtree(output)
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} holds files that are no evaluation: name another --output")
@@ -259,4 +266,5 @@ def _open_output(
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    # A reader, or a run that is cut off here, never sees half a file.
     os.replace(partial, path)

@@ -66,6 +66,7 @@ class EvaluationSettings:
         """
         digest = None
         if self.reward_path is not None:
+            # In the place of the path: a moved file is the same reward, an edited one is not.
             digest = hashlib.sha256(Path(self.reward_path).read_bytes()).hexdigest()
         return self.to_json() | {"reward_path": digest}
 

@@ -40,6 +40,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k}: k must be between 1 and the {n} answers a prompt")
+    # The share of the sets of k without a right one; comb is 0 where fewer than k are wrong.
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -66,6 +67,7 @@ def maj_at_k(answers: Answers, k: int) -> float:
     n = len(answers.scores)
     if not 1 <= k <= n:
         raise ValueError(f"maj@{k}: k must be between 1 and the {n} answers a prompt")
+    # A rest of fewer than k answers is left out: its majority would be one of fewer votes.
     starts = range(0, n - k + 1, k)
     total = 0.0
     for start in starts:
@@ -110,6 +112,7 @@ def summarize(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
         raise ValueError(f"prompts have {sorted(sizes)} answers: all need the same number")
     (n,) = sizes
     means = [prompt.mean for prompt in prompts]
+    # A user's scores may lie outside [0, 1]; Wilson's interval is one of shares.
     low, high = interval([min(1.0, max(0.0, mean)) for mean in means])
     figures = {
         f"mean@{n}": sum(means) / len(means),
@@ -117,6 +120,7 @@ def summarize(prompts: Sequence[Answers], ks: Sequence[int] | None = None) -> di
         "ci_high": high,
         "prompts": float(len(prompts)),
     }
+    # One answer has no spread, and pass@1 would repeat the mean.
     if n == 1:
         return figures
     figures[f"std@{n}"] = sum(map(_std, prompts)) / len(prompts)
@@ -144,5 +148,6 @@ def vote(answer: object, outcome: str) -> str | None:
 
 
 def _std(prompt: Answers) -> float:
+    # Called for n > 1 only, so n - 1 divides.
     squares = sum((score - prompt.mean) ** 2 for score in prompt.scores)
     return math.sqrt(squares / (len(prompt.scores) - 1))

@@ -125,11 +125,13 @@ class Collector:
                 for number in numbers
             ]
             for part in self.stream(asked, sampling):
+                # The engine counts from 0 within a call; `numbers` leads back to the request.
                 yield {numbers[place]: completion for place, completion in part.items()}
 
     def _decode(self, completions: Mapping[int, Completion]) -> dict[int, str]:
         """Responses as text, without special tokens."""
         ids = [list(completion.token_ids) for completion in completions.values()]
+        # Special tokens: most completions end with one, such as the end of the turn.
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return dict(zip(completions, texts, strict=True))
 

@@ -98,6 +98,7 @@ class Experience:
             [trajectory.prompt.prompt_ids for trajectory in trajectories],
             [trajectory.response_ids for trajectory in trajectories],
             pad_id,
+            # Replaces the default mask, which counts every token after the prompt as trained on.
             response_mask=[trajectory.response_mask for trajectory in trajectories],
             rollout_logprobs=[trajectory.logprobs for trajectory in trajectories],
         ).with_columns(
@@ -105,6 +106,7 @@ class Experience:
             group_ids=self.group_ids,
             rewards=self.rewards,
         )
+        # One for every row or for none (`source` adds them to all), so it aligns with the rows.
         greedy = [row.greedy_reward for row in self.rows if row.greedy_reward is not None]
         if not greedy:
             return batch

@@ -69,10 +69,14 @@ class OnPolicy:
     def next_batch(self, step: int) -> Experience:
         """`n` scored trajectories of each of the loader's next prompts."""
         settings, metrics = self._settings, self._sync_weights()
+        # Asked again within a step, the same object counts on: a prompt that comes again in it gets
+        # other seeds and a group of its own.
         if self._requests is None or self._requests.step != step:
             self._requests = Requests(settings.seed, step)
         sampled = self._requests.draw(self._loader.next_batch(), settings.n, settings.sampling)
         greedy = self._greedy_requests(sampled) if settings.greedy_baseline else []
+        # The greedy answers go last, so that the split below is by position, and get the overlong
+        # penalty too: what a reward is compared with must be made like it.
         rows = self._rewarded(self._collector.collect([*sampled, *greedy]))
         self._check_versions(rows)
         rows, baselines = rows[: len(sampled)], rows[len(sampled) :]
@@ -108,6 +112,7 @@ class OnPolicy:
 
     def _check_versions(self, rows: Sequence[ScoredTrajectory]) -> None:
         version = self._trained_version()
+        # Estimators and ratios take all tokens to be of the policy that is updated next.
         for row in rows:
             oldest, newest = row.trajectory.oldest_version, row.trajectory.newest_version
             assert oldest == newest == version, (
@@ -145,6 +150,8 @@ class DynamicSampling:
         """The first groups whose rows differ in `metric`; TooFewGroups without enough of them."""
         found = _Draws(self._config.metric)
         while len(found.groups) < self._groups:
+            # `_state` then still is the position before this step's first batch, so
+            # the continued run draws the same prompts again.
             if found.batches == self._config.max_num_gen_batches:
                 raise TooFewGroups(self._too_few(found))
             found.add(self._source.next_batch(step))
@@ -199,6 +206,7 @@ class _Draws:
     def add(self, drawn: Experience) -> None:
         ids = drawn.group_ids
         signal = groups_with_signal(drawn.metric(self._metric), drawn.written, ids)
+        # `unique` sorts, as `groups_with_signal` does: the two align.
         kept = set(ids.unique()[signal].tolist())
         rows_of: dict[int, list[ScoredTrajectory]] = {}
         for row in drawn.rows:
@@ -209,4 +217,5 @@ class _Draws:
         self.generated += len(signal)
         self.tokens += int(drawn.lengths.sum())
         self.rewards.append(drawn.rewards)
+        # Only the first batch of a step syncs weights, so later ones overwrite none of its metrics.
         self.metrics |= drawn.metrics

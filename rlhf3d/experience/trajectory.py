@@ -63,6 +63,7 @@ class Trajectory:
         """[R] 1 for sampled tokens, which are trained on, 0 for the others."""
         mask = array("b")
         for span in self.spans:
+            # One byte a token, 0 or 1, without a loop over tokens.
             mask.frombytes(bytes([span.author == "sampled"]) * len(span.token_ids))
         return mask
 

@@ -44,6 +44,7 @@ class CallPool:
         memory_gib: float | None = None,
         startup_timeout_s: float = 120.0,
     ) -> None:
+        # Once, and here: what does not pickle is raised to the caller; restarts reuse the bytes.
         self._recipe = pickle.dumps((load, memory_gib))
         self._what, self._startup_timeout_s = what, startup_timeout_s
         self._lock = Lock()
@@ -53,6 +54,8 @@ class CallPool:
         self._failure: Exception | None = None
         self._closed = False
         self._slots = [_Slot(Condition(self._lock)) for _ in range(workers)]
+        # Each starts its slot's processes itself and lives as long as the pool: the kernel kills
+        # them when the thread that started them ends. Daemons: a program can end without `close`.
         self._threads = [Thread(target=self._work, args=[s], daemon=True) for s in self._slots]
         for thread in self._threads:
             thread.start()
@@ -66,6 +69,7 @@ class CallPool:
         the function, or OSError where none could be started, and so do all later calls. A call of a
         `session` waits for its process.
         """
+        # Outside of the lock: a large payload must not hold up the other threads.
         call = _Call(pickle.dumps(payload), timeout_s, session)
         with self._lock:
             assert not self._closed, "the pool is closed"
@@ -74,8 +78,10 @@ class CallPool:
             elif session is None:
                 self._calls.append(call)
                 if self._idle:
+                    # Taken off here, not by its thread: the next `submit` must wake another one.
                     self._idle.pop().wake.notify()
             else:
+                # Its state is in one process: the call waits for that one, even if others idle.
                 slot = self._slot_of(session)
                 slot.calls.append(call)
                 if slot in self._idle:
@@ -92,6 +98,7 @@ class CallPool:
 
     def _slot_of(self, session: Session) -> _Slot:
         if session.slot is None:
+            # `sessions` is a WeakSet: those that nobody holds any more do not count.
             session.slot = min(self._slots, key=lambda slot: len(slot.sessions))
             session.slot.sessions.add(session)
         return session.slot
@@ -99,6 +106,7 @@ class CallPool:
     def _stop(self, failure: Exception | None = None) -> list[_Call]:
         """Kill the processes, which ends their threads; the calls that still wait."""
         with self._lock:
+            # Without a failure this is `close`; of several failures the first is kept.
             self._closed = self._closed or failure is None
             self._failure = self._failure or failure
             waiting = [*self._calls]
@@ -119,8 +127,10 @@ class CallPool:
             while (call := self._next(slot)) is not None:
                 if not process.alive:  # since its last call
                     process = self._start(slot)
+                # False where it was cancelled while it waited.
                 if call.future.set_running_or_notify_cancel():
                     call.future.set_result(_make(call, process))
+                # Its future is done: should the next start fail, only waiting calls get the error.
                 call = None
                 if not process.alive:  # loading takes seconds: not when the next call waits for it
                     process = self._start(slot)
@@ -129,6 +139,7 @@ class CallPool:
             if call is not None:
                 waiting.append(call)
             for failed in waiting:
+                # This thread's own call may be running, and a second set_running would raise.
                 if failed.future.running() or failed.future.set_running_or_notify_cancel():
                     failed.future.set_exception(error)
         finally:
@@ -150,8 +161,10 @@ class CallPool:
         """Wait for a call; null when the pool has ended."""
         with self._lock:
             while not (self._closed or self._failure):
+                # Its sessions' calls first: no other slot can take them.
                 if calls := slot.calls or self._calls:
                     return calls.popleft()
+                # Whoever wakes this thread has taken the slot off `_idle`, or the pool has ended.
                 self._idle.append(slot)
                 slot.wake.wait()
         return None
@@ -190,6 +203,7 @@ class _Slot:
 
 def _make(call: _Call, process: WorkerProcess) -> CallResult:
     if session := call.session:
+        # The first call binds the session to the process that is in the slot now.
         session.process = session.process or process
         if session.process is not process:
             return CallResult(Ending.DIED, message="the process that kept its state has ended")

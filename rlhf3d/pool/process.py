@@ -80,8 +80,10 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[child_end.fileno()],
                 start_new_session=True,
+                # The recipe is unpickled by module names, to be found where the parent finds them.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
+        # While this process held it too, the end of the child would not close the pipe.
         child_end.close()
         with suppress(OSError):  # it is gone already: `wait_until_ready` says so
             self._connection.send_bytes(recipe)
@@ -97,6 +99,7 @@ class WorkerProcess:
             if not self._connection.poll(timeout_s):
                 self.end()
                 raise StartError(f"{what} did not load within {timeout_s} s")
+            # None, or the traceback of the load (see `serve`).
             failure = self._connection.recv()
         except (EOFError, OSError):
             raise StartError(f"{self._how_it_ended()} while it loaded {what}") from None
@@ -109,6 +112,8 @@ class WorkerProcess:
         deadline = time.monotonic() + timeout_s
         try:
             self._connection.send_bytes(payload)
+            # Sending counts too: it blocks while the child does not read. `poll` says that a reply
+            # has begun; how long the rest may take is bounded by `_limit_stalls`.
             if not self._connection.poll(max(0.0, deadline - time.monotonic())):
                 self.end()
                 return CallResult(Ending.TIMEOUT, message=f"it took more than {timeout_s} s")
@@ -147,8 +152,10 @@ class WorkerProcess:
 
 def _limit_stalls(connection: Connection[Any, Any]) -> None:
     """Bound the wait for the rest of a message whose other side has stopped in its middle."""
+    # Options belong to the socket, not to the descriptor: they stay when this copy is closed.
     with socket.socket(fileno=os.dup(connection.fileno())) as shared:
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            # A struct timeval: seconds and microseconds.
             shared.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STALL_S, 0))
 
 
@@ -157,6 +164,8 @@ def serve(file_descriptor: int, parent: int) -> None:
     _die_with(parent)
     ignore_stop_signals()
     connection: Connection[Any, Any] = Connection(file_descriptor)
+    # `pass_fds` made it inheritable. A process that the function starts must not hold the pipe
+    # open: the parent would wait for one that has ended.
     os.set_inheritable(file_descriptor, False)
     os.dup2(2, 1)  # what the function prints is no part of the command's output
     try:
@@ -166,6 +175,7 @@ def serve(file_descriptor: int, parent: int) -> None:
         connection.send(traceback.format_exc())
         return
     if memory_gib is not None:
+        # Not RLIMIT_AS, which counts mapped files and reserved addresses too.
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gib * 2**30),) * 2)
     connection.send(None)
     while True:
@@ -191,6 +201,7 @@ def _call(function: Any, payload: bytes) -> bytes:
 
 def _die_with(parent: int) -> None:
     """Have the kernel end this process with its parent, even in a call that never returns."""
+    # Not by noticing that the pipe is closed: code that never returns would not look.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before it was asked for
         os._exit(1)

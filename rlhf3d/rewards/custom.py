@@ -75,6 +75,7 @@ class CustomReward(RewardFunction):
                 **self._kwargs,
             )
             returned.append(result)
+        # An async function has only made its coroutines so far: here all of them run at once.
         if any(map(inspect.isawaitable, returned)):
             return _loop().run_until_complete(_gather(returned))
         return returned
@@ -109,6 +110,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 async def _gather(returned: list[Any]) -> list[Any]:
+    # Otherwise the first exception would be raised in the place of all the other results.
     return list(await asyncio.gather(*map(_result, returned), return_exceptions=True))
 
 
@@ -137,6 +139,7 @@ def load_custom_reward(
     kwargs = dict(kwargs or {})
     file = Path(path).resolve()
     function = load_function(file, name, "custom_reward_function")
+    # A function that takes either form, as **kwargs does, is called for one sample at a time.
     misfit = _misfit(function, _SINGLE, kwargs)
     batch = misfit is not None
     if batch and _misfit(function, _BATCH, kwargs) is not None:

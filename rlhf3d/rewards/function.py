@@ -57,6 +57,7 @@ def score_items(function: RewardFunction, items: Sequence[ScoreItem]) -> list[Sc
     except WrongCount as error:  # halves of them would only hide it
         return [_failure(error)] * len(items)
     except BaseException as error:  # SystemExit and KeyboardInterrupt of the user's code too
+        # Raised, the manager tries the halves until the item that caused it is alone.
         if isinstance(error, MemoryError) or len(items) > 1:
             raise
         return [_failure(error)]
@@ -101,6 +102,7 @@ def _finite(value: Any, what: str) -> float:
     """A number, also of numpy or torch, that 32 bits can hold."""
     number = math.nan
     if not isinstance(value, (str, bytes)):  # float() would read them
+        # Overflow: an integer like 10**400. RuntimeError: a torch tensor of several numbers.
         with suppress(TypeError, ValueError, OverflowError, RuntimeError):
             number = float(value)
     if not abs(number) <= _LARGEST:  # also where it is NaN
@@ -116,6 +118,7 @@ def _key(key: Any) -> str:
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """`value` as None, booleans, numbers, text, lists and dicts, cut to what is quick to send."""
+    # Exactly these types: what is sent to the driver must unpickle without a module of the user's.
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, float):  # a class of the user's own, as in the next lines
@@ -123,6 +126,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, bool | int):
         return int(value)
     if isinstance(value, str):
+        # A subclass may define its own __str__; this gives the plain text.
         return str.__str__(value)[:_LONGEST_TEXT]
     if _is_small_array(value):
         return _plain(value.tolist(), depth)

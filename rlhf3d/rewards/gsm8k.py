@@ -53,6 +53,7 @@ def extract_answer(text: str, method: str = "flexible") -> str | None:
     if method not in METHODS:
         raise ValueError(f"reward.method: no {method!r}; choose one of {', '.join(METHODS)}")
     pattern = _HASHED_NUMBER if method == "strict" else _LAST_NUMBER
+    # The last match, without a list of all of them: a completion may be megabytes of digits.
     last = deque(pattern.finditer(text), maxlen=1)
     return canonical(last[0]["sign"], last[0]["number"]) if last else None
 
@@ -63,6 +64,7 @@ def compute_score(solution_str: str, ground_truth: str, method: str = "flexible"
     The ground truth is a number, perhaps with text around it, or a worked answer that ends with
     `#### number`. ValueError where it holds no number or several (1/2), or the method is unknown.
     """
+    # A worked answer holds many numbers, of which only the one after #### is the truth.
     truth = extract_answer(ground_truth, "strict") or _only_number(ground_truth)
     if truth is None:
         raise ValueError(

@@ -20,6 +20,7 @@ def make_reward(
     reward: RewardConfig, custom: CustomRewardConfig, data_sources: Iterable[str]
 ) -> RewardFunction | None:
     """The reward function of a run over these data sources; None: only a reward model scores."""
+    # The manager adds the reward model's part to what the scoring processes return.
     weights = {name: weight for name, weight in reward.weights.items() if name != PART}
     if not weights:
         return None
@@ -28,6 +29,7 @@ def make_reward(
     if custom.path is not None:
         base = load_custom_reward(custom.path, custom.name, custom.kwargs)
     else:
+        # Only here: a user's function scores whatever data sources it likes.
         check_data_sources(sources, reward.scorers)
         base = BuiltinReward(reward.method, sources, dict(reward.scorers))
     if weights == {"accuracy": 1.0}:

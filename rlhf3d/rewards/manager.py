@@ -82,6 +82,7 @@ class ScoringBatch:
         self._manager, self._total = manager, total
         self._items: dict[int, ScoreItem] = {}
         # The threads of the pool record scores, so that the caller's is not woken for each of them.
+        # Its lock is reentrant: `_take` submits halves while `_ended` holds it.
         self._changed = Condition()
         self._scores: dict[int, Score] = {}
         self._calls: set[Future[CallResult]] = set()
@@ -97,6 +98,7 @@ class ScoringBatch:
         self._items.update(items)
         numbers = list(items)
         if self._manager.pool is not None and numbers:
+            # At most what one call may score, and little enough that every process gets a share.
             size = min(self._manager.chunk_size, -(-len(numbers) // self._manager.workers))
             for start in range(0, len(numbers), size):
                 self._submit(numbers[start : start + size])
@@ -108,6 +110,7 @@ class ScoringBatch:
             f"{len(self._items)} of {self._total} items were added"
         )
         with self._changed:
+            # Without a deadline: every call has its own, which the pool keeps.
             self._changed.wait_for(lambda: self._failure is not None or not self._calls)
         self._raise_failure()
         if self._manager.model is not None:
@@ -116,6 +119,7 @@ class ScoringBatch:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
+            # A copy: `cancel` calls `_ended` before it returns, which removes the call.
             for call in [*self._calls]:
                 call.cancel()
             raise self._failure
@@ -127,12 +131,14 @@ class ScoringBatch:
         call = pool.submit(items, self._manager.timeout_s)
         with self._changed:
             self._calls.add(call)
+        # Only after it is in `_calls`: for a call that has ended by now it runs at once.
         call.add_done_callback(partial(self._ended, numbers))
 
     def _ended(self, numbers: list[int], call: Future[CallResult]) -> None:
         """Record a call that ended; what it raises here is raised to the caller of the batch."""
         with self._changed:
             try:
+                # After a failure nothing is recorded or tried again; calls only leave `_calls`.
                 if not call.cancelled() and self._failure is None:
                     self._take(numbers, call)
             except Exception as error:
@@ -151,6 +157,7 @@ class ScoringBatch:
             for number, score in zip(numbers, result.value, strict=True):
                 self._record(number, score)
         elif len(numbers) > 1:
+            # They join `_calls` before this call leaves it, so `finish` cannot return in between.
             half = len(numbers) // 2
             self._submit(numbers[:half])
             self._submit(numbers[half:])
@@ -162,6 +169,7 @@ class ScoringBatch:
             self._scores[number] = score
             return
         self._scores[number] = _with_sample(score, number, self._items[number])
+        # Of the complete batch: among the few scored so far one failure may be a large share.
         scores, allowed = list(self._scores.values()), self._manager.max_error_rate
         check_outcomes(scores, allowed, total=self._total)
 

@@ -43,6 +43,8 @@ _SPELLINGS = (
     (re.compile(r"\\(overline|bar|dot)\s*([0-9])"), r"\\\1{\2}"),
 )
 _ONE_CHARACTER = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
+# At most 40 digits each: int(), which reads them below and in `_MIXED`, raises for more than
+# 4,300.
 _REPEATING = re.compile(
     r"(?<![0-9A-Za-z.,}])([0-9]{0,40})\.([0-9]{0,40})"
     r"\\(?:overline|bar|dot)\s*\{([0-9]{1,40})\}(?!\s*[0-9])"
@@ -72,6 +74,7 @@ def tidy(answer: str) -> str:
     text = _REPEATING.sub(_fraction_of_repeating, text)
     if text.startswith("{") and _group_end(text) == len(text):
         text = text[1:-1].strip()
+    # 1 5/4 is no mixed number, and might be two answers.
     if (match := _MIXED.fullmatch(text)) and int(match[2]) < int(match[3]):
         return f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
     if match := _WITH_BASE.fullmatch(text):
@@ -82,6 +85,7 @@ def tidy(answer: str) -> str:
 
 
 def _fraction_of_character(match: re.Match[str]) -> str:
+    # `numeric` gives a float; no character of `_ONE_CHARACTER` has a denominator above 8.
     return _as_tex(Fraction(unicodedata.numeric(match[0])).limit_denominator(10))
 
 
@@ -134,9 +138,12 @@ def normalize(answer: str) -> str:
     """
     text = tidy(answer.strip().rstrip("."))
     text = text.replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
+    # Before `_TEXT` unwraps the groups: after it, a unit looks like a variable.
     without_unit = _UNITS.sub("", text).strip()
+    # An answer of nothing but text (\text{even}) is no unit.
     text = _TEXT.sub(r"\1", without_unit or text)
     text = _WITHOUT_MEANING.sub("", _THIN_COMMA.sub(",", text)).strip()
+    # The complete text only: in (1,200) or 1,200,3 a comma may separate two numbers.
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     text = _SPACE.sub("", text)
@@ -199,6 +206,7 @@ def split_unit(answer: str) -> tuple[str, str | None]:
     if match is None:
         return answer, None
     name = match["bare"] or match["text"]
+    # `5 m` may be 5 times m; `5\text{ m}` is meters.
     may_be_a_variable = match["bare"] is not None and len(name) == 1
     if name not in _UNIT_OF or may_be_a_variable:
         return answer, None

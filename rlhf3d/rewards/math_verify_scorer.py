@@ -71,6 +71,7 @@ def _score_unboxed(text: str, ground_truth: str) -> Score:
 def _verify(parsed: tuple[Any, ...], ground_truth: str) -> float:
     # No deadline of Math-Verify's own, which is a signal: the pool kills what takes too long.
     truth = _parse_truth(ground_truth)
+    # The truth first: `verify` is not symmetric, as for an interval and an inequality.
     return float(_grader().verify(truth, list(parsed), timeout_seconds=None))
 
 
@@ -114,6 +115,7 @@ def _quick(answer: str, truth: str) -> bool | None:
 
     That is the same text, two numbers, or different bases, units or halves of the day.
     """
+    # First of all: the comparisons below may drop a base, a half of the day or a unit.
     if _both_differ(bases(answer), bases(truth)):
         return False
     if _both_differ(half_of_day(answer), half_of_day(truth)):
@@ -139,6 +141,7 @@ def _compare_numbers(one: Fraction | None, other: Fraction | None) -> bool | Non
         return None
     if one == other:
         return True
+    # Close ones may be equal as rounded decimals, which Math-Verify decides.
     close = abs(one - other) <= _ROUNDING * max(abs(one), abs(other))
     return None if close else False
 
@@ -181,6 +184,8 @@ def _parse_truth(truth: str) -> list[Any]:
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> tuple[Any, ...]:
     """What Math-Verify reads in `text`: an expression and its text, or nothing."""
+    # A group's completions share their truth, and often their answers: hence the caches. No time
+    # limit, as in `_verify`.
     from math_verify import parse
 
     return tuple(parse(text, extraction_config=_extraction(), parsing_timeout=None))
@@ -193,6 +198,7 @@ def _extraction() -> list[Any]:
     for name in ("math_verify", "latex2sympy2_extended"):
         # They log a traceback for every text that they cannot read.
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # 0 puts a box before "the final answer is ...", which Math-Verify otherwise looks for first.
     return [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
 
@@ -215,6 +221,7 @@ def _grader() -> Any:
         equal = original(a, b, float_rounding, numeric_precision)
         return bool(equal) and _same_size(a, b, grader.get_pct_val)
 
+    # In the module, where `verify` and the function's own recursion into matrices look it up.
     grader.sympy_numeric_eq = numeric_eq
     return grader
 

@@ -19,6 +19,7 @@ from rlhf3d.rewards.score import Score, ScoreItem
 FORMATS = ("boxed", "hashes", "think")
 PARTS = ("accuracy", "format")
 _NO_TAG = r"(?!</?think>)"
+# Each character is checked not to begin a tag, so a second <think> anywhere is no match.
 _THINK = re.compile(
     rf"\s*<think>(?:{_NO_TAG}.)*</think>(?:{_NO_TAG}.)*{_NO_TAG}\S(?:{_NO_TAG}.)*", re.DOTALL
 )
@@ -66,6 +67,7 @@ class WeightedReward(RewardFunction):
 
     def score_items(self, items: Sequence[ScoreItem]) -> list[Score]:
         """The weighted sum for each item."""
+        # The function, not the method: it makes `Score`s of results and of exceptions.
         scores = score_items(self._base, items)
         return [self._weigh(item, score) for item, score in zip(items, scores, strict=True)]
 

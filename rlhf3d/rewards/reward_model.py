@@ -50,6 +50,7 @@ class ModelPart:
         extra = {PART: model_score.value, f"{PART}_cut": model_score.cut}
         if score is None:
             return Score(part, Outcome.SCORED, extra)
+        # Without the rule's verdict, the model's score alone would be a reward on another scale.
         if score.failed:
             return score
         extra = {**score.extra, **extra, "acc": score.accuracy}
@@ -101,6 +102,7 @@ def model_inputs(
                 f"{_shown(item)}; raise it, shorten data.max_prompt_length or "
                 "data.max_response_length, or set reward_model.overlong=truncate_left"
             )
+        # The end stays: the completion is there, and the token that the score is taken at.
         inputs.append(ModelInput(ids[-limit:], cut=len(ids) > limit))
     return inputs
 

@@ -46,6 +46,7 @@ class Scorer:
         for answer in accepted(ground_truth):
             try:
                 score = self.compare(solution_str, answer, method)
+            # Another accepted answer may still be right, and then this one does not matter.
             except ValueError as error:
                 errors.append(error)
                 continue
@@ -164,6 +165,7 @@ class BuiltinReward(RewardFunction):
         if item.ground_truth is None:
             raise ValueError(WITHOUT_TRUTH)
         scorer = scorer_of(item.data_source, self.scorers)
+        # The scorer looks for the marker, which such a completion does not repeat.
         opened = _OPEN_ANSWER.search(item.begun)
         text = opened[0] + item.solution_str if opened else item.solution_str
         return scorer.score(text, item.ground_truth, self.method)

@@ -188,6 +188,7 @@ def training_warnings(
     scorer needs one.
     """
     warnings = _shared_questions(train, val)
+    # A user's function need not give the bare truth full marks, so it says nothing here.
     if not isinstance(reward, BuiltinReward) or pool is None:
         return warnings
     rows = train.sample(_SCORED)

@@ -58,6 +58,7 @@ def _list_in(text: str) -> Any:
             f"reward_model.ground_truth: {text[:80]!r} looks like a printed numpy array; write the "
             "answers as a list"
         )
+    # Python's text has single quotes, which JSON does not read. `literal_eval` runs no code.
     for read in (json.loads, ast.literal_eval):
         try:
             entries = read(stripped)
@@ -88,6 +89,7 @@ def _number(value: int | float | Decimal) -> str:
     """Digits without an exponent or padding zeros."""
     if isinstance(value, int) or not math.isfinite(value):
         return str(value)
+    # Through the shortest text: Decimal(0.1) itself has 55 digits.
     text = format(Decimal(str(value)), "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".") or "0"

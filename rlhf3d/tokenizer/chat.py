@@ -43,6 +43,7 @@ def begun(
 
     It is what the template opens an answer with, and the assistant's last words.
     """
+    # Rendered without an opening, the request is the beginning of `ids`; the rest was begun.
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not before:
         return str(tokenizer.decode(list(ids)))
@@ -95,4 +96,5 @@ def _render(
 ) -> tuple[int, ...]:
     if tools:  # some templates take an empty list for tools
         options["tools"] = list(tools)
+    # transformers' default is a dict of ids and attention mask.
     return tuple(tokenizer.apply_chat_template(list(messages), return_dict=False, **options))

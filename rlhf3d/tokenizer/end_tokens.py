@@ -37,6 +37,7 @@ def end_tokens(
     every = set(further).union(*named.values())
     ids = tuple(sorted(token for token in every if token < vocab_size))
     notes = []
+    # Sets: files may list the same tokens in another order.
     if len({frozenset(ids) for ids in named.values()}) > 1:
         listed = "; ".join(f"{file} {_shown(ids, tokenizer)}" for file, ids in named.items())
         notes.append(f"end tokens differ ({listed}): each of them ends a completion")
@@ -86,9 +87,11 @@ def _turn_end(tokenizer: Any) -> list[int]:
     """The tokens that the chat template puts after an assistant's answer, if it takes one."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     try:
+        # As text and not as ids: a token may span the end of the answer and what follows.
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template may raise anything; a prompt that it refuses is named later
         return []
+    # The last occurrence: a template may repeat the conversation before it.
     _, answer, after = text.rpartition(_ANSWER)
     return list(tokenizer(after, add_special_tokens=False)["input_ids"]) if answer else []
 

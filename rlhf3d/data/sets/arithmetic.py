@@ -35,6 +35,7 @@ class Template:
         for x in range(low, high + 1):
             for y in range(low, high + 1):
                 if self.op == "/":
+                    # a is the product, so that a / b is the integer x.
                     yield x * y, y
                 elif self.op != "-" or x > y:
                     yield x, y
@@ -101,6 +102,7 @@ def generate(
         raise ValueError(
             f"train_size={train_size} must be at least 1 and test_size={test_size} at least 0"
         )
+    # Seeded by text: another difficulty is another shuffle, also with the same seed.
     rng = random.Random(f"{DATA_SOURCE}:{difficulty}:{seed}")
     chosen = _choose(templates or _default_keys(difficulty))
     decks = [(template, list(template.pairs(*NUMBER_RANGES[difficulty]))) for template in chosen]
@@ -108,11 +110,13 @@ def generate(
         rng.shuffle(pairs)
     test_decks = []
     for template, pairs in decks:
+        # One name for each (a, b), so that no test question is another with the name changed.
         test_decks.append([_Problem(template, a, b, rng.choice(NAMES)) for a, b in pairs])
     test = _deal(test_decks, test_size)
     taken = {(problem.template.key, problem.a, problem.b) for problem in test}
     train_decks = []
     for template, pairs in decks:
+        # Without a name in it, eight names would be eight times the same question.
         names = NAMES if "{name}" in template.text else NAMES[:1]
         deck = []
         for a, b in pairs:
@@ -155,6 +159,7 @@ def _rows(problems: list[_Problem], split: str, suffix: str) -> list[PromptRow]:
     for index, problem in enumerate(problems):
         template, a, b = problem.template, problem.a, problem.b
         result, op = template.answer(a, b), template.op
+        # gsm8k's form: <<...>> is the note of a calculator, #### the final answer.
         working = f"{a} {op} {b} = <<{a}{op}{b}={result}>>{result}\n#### {result}"
         question = template.text.format(a=a, b=b, name=problem.name)
         extra = {"split": split, "index": index, "template": template.key}

@@ -23,6 +23,7 @@ def ground_truth(answer: str) -> str:
     found = _FINAL_ANSWER.findall(answer)
     if not found:
         raise ValueError(f"no `#### number` in the answer {answer[-80:]!r}")
+    # The pattern takes a sentence's final period for a part of the number.
     return str(found[-1]).replace(",", "").rstrip(".")
 
 
