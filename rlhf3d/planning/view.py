@@ -82,6 +82,7 @@ def _peak(limit: int | None, rank: RankMemory) -> Text:
         text.stylize("bold red" if rank.peak.total > limit else "bold yellow")
     return text
 
+# Fullest and last may be among the first: a set shows each once.
 
 def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
     """The first kinds of ranks, the fullest and the last."""
