@@ -82,7 +82,6 @@ def engine_weight_bytes(spec: ModelSpec, rollout: RolloutConfig) -> int:
 def kv_bytes_a_token(spec: ModelSpec, tensor_parallel_size: int, dtype: str) -> int:
     """Keys and values of a token in all layers of one rank; a head is never cut."""
     heads = max(1, spec.num_kv_heads // tensor_parallel_size)
-    # 2: keys and values.
     return 2 * spec.num_layers * heads * spec.head_dim * ITEM_BYTES[dtype]
 
 
@@ -98,8 +97,8 @@ def engine_memory(job: Job) -> EngineMemory:
         if job.on_gpu
         else max(4096, length)
     )
-    # vLLM pads the vocabulary before its ranks share it out.
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    # vLLM pads the vocabulary before its ranks share it out.
     rows = engine_vocab_size(spec.vocab_size) // tp
     activations = (
         batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4

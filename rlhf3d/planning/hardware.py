@@ -157,8 +157,8 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
     wanted = {item.name for item in fields(Hardware)} - NOT_IN_FILES
     kinds, found = get_type_hints(Hardware), {}
     for name, entry in raw.items():
+        # No number has a default: all that is assumed of a machine stands in the file.
         if not isinstance(entry, dict) or set(entry) != wanted:
-            # No number has a default: all that is assumed of a machine stands in the file.
             given = set(entry) if isinstance(entry, dict) else set()
             raise ValueError(
                 f"{path}: {name} lacks {', '.join(sorted(wanted - given)) or 'nothing'} and has "

@@ -245,8 +245,8 @@ def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
     rule, layout = micro_batching_of(config, role), config.reward_model.layout
     return replace(
         derived.actor,
-        # A step's batch is one pass; it has no mini-batches.
         micro_batching=rule,
+        # A reward model scores the batch of a step in one pass: it has no mini-batches.
         micro_batches_per_rank=max(1, derived.sequences_per_step // layout.dp // rule.rows),
     )
 

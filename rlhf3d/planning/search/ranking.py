@@ -196,7 +196,7 @@ class Search:
             if least <= share:
                 fitting.append(self._option(job, rollout, share, training_s, excess=0.0))
         least, rollout = min(engines, key=lambda each: each.least)
-        # What does not fit is shown with the smallest engines: nearer it cannot come.
+        # What does not fit is shown with the smallest engines, which lack least.
         colocated_share = min(least, 1.0) if rollout.placement == "colocated" else 0.0
         excess = peak - (1 - colocated_share) * self.limit
         share = colocated_share or DEDICATED_UTILIZATION
@@ -260,7 +260,7 @@ class Search:
         for option in options:
             if option.kind in kinds:
                 continue
-            # Options are ranked by partial sums; whether one fits, the complete plan decides.
+            # The search's own sums rank options; whether one fits, the complete plan decides.
             plan = make_timed_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
             if fits == (plan.verdict == "fits"):
                 found.append(plan)

@@ -129,8 +129,8 @@ def _ends(layers: int, pp: int, vpp: int) -> list[tuple[int | None, int | None]]
     """
     if layers % (pp * vpp) == 0:
         return [(None, None)]
-    # Middle stages get equal chunks, rounded up; the ends share what is left, of an odd number the
-    # last stage, which has the head, the smaller part.
+    # Middle stages get equal chunks, rounded up. The ends share what is left; the last one, which
+    # has the head, gets the smaller part.
     middle = ceil_div(layers, pp * vpp) * vpp
     left = layers - (pp - 2) * middle
     half = left // 2 // vpp * vpp
@@ -154,7 +154,7 @@ def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
     # A budget has to hold one longest row as it is rounded up for context and tensor ranks.
     chunks = width_multiples(layout, "cuda")["multiple_of"]
     longest = round_up(longest_sequence(config.data), chunks)
-    # None follows the actor.
+    # None: as the actor.
     as_actor = replace(
         config.critic,
         layout=None,

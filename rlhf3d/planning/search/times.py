@@ -307,7 +307,6 @@ def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop
     if layout.cp == 1:
         return 0.0
     item = ITEM_BYTES[job.config.model.dtype]
-    # 2: keys and values.
     keys_and_values = 2 * positions * spec.num_kv_heads * spec.head_dim / layout.tp * item
     received = (layout.cp - 1) * keys_and_values
     seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp)
@@ -342,8 +341,8 @@ def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
     """Seconds in which states that wait in host memory come and go again."""
     if not job.config.model.offload:
         return 0.0
-    # GPUs copy side by side; on CPU all ranks share one host's memory.
     states = states_of(job, model, rank=0)
+    # GPUs copy side by side; on CPU all ranks share one host's memory.
     sharing = 1 if job.on_gpu else model.layout.world_size
     moved = 2 * sharing * (states.weights + states.optimizer * optimizer)
     return moved / (job.cluster.hardware.host_gbs * 1e9)
@@ -425,7 +424,6 @@ def generate_time(job: Job) -> PhaseTime:
     spec, rollout, hardware = job.spec, job.config.rollout, job.cluster.hardware
     tp = rollout.tensor_parallel_size
     rate, read = hardware.matmul_flops(rollout.dtype), hardware.read_bytes_s
-    # Engines are planned as if each had its equal part of the host.
     if not job.on_gpu:  # engines share the host
         rate /= rollout.engines * tp
         read /= rollout.engines * tp
