@@ -79,6 +79,7 @@ def diagnose() -> Diagnosis:
         kind, reason = platform.kind, platform.reason
     except ModuleNotFoundError as error:
         kind, reason = "cpu", f"{error.name} is not installed, so no GPU could be looked for"
+    # nvidia-smi comes with the driver, and is what the Makefile looks for too.
     package_set = choose_set(installed_packages(), shutil.which("nvidia-smi") is not None)
     return Diagnosis(
         platform=kind,
@@ -137,14 +138,17 @@ def check_gpu_libraries(
     """Return whether Transformer Engine loads and computes here, and with which libraries."""
     fix = f"remove this environment, then {SETUP['gpu']}"
     try:
+        # In a process of its own: libraries that do not fit may end it.
         done = subprocess.run(program, capture_output=True, text=True, timeout=GPU_CHECK_S)
     except subprocess.TimeoutExpired:
         why = f"no answer in {GPU_CHECK_S:.0f} s"
         return [_finding("Transformer Engine", "loads", why, False, fix)]
     if done.returncode:
+        # Where a signal ended it, it wrote nothing: its exit code is all there is.
         ended = f"ended by signal or exit code {done.returncode}"
         why = [ended, *done.stderr.strip().splitlines()][-1]
         return [_finding("Transformer Engine", "loads", why, False, fix)]
+    # Libraries may print before the facts.
     facts = json.loads(done.stdout.splitlines()[-1])
     core = f"transformer-engine-cu{facts['torch_cuda'].split('.')[0]}"
     cores = f"{', '.join(facts['cores'])} {facts['version']}, torch's CUDA {facts['torch_cuda']}"
@@ -264,6 +268,7 @@ def _fixes(diagnosis: Diagnosis) -> list[str]:
     """Each command once; those that a run needs after the optional ones, so that they are seen."""
     missing = [finding for finding in diagnosis.findings if not finding.ok]
     missing.sort(key=lambda finding: finding.required)
+    # A fix that several findings share stands once; a required one, being last, gives its kind.
     fixes = {finding.fix: "run" if finding.required else "optional" for finding in missing}
     return [f"  {kind}: {fix}" for fix, kind in fixes.items()]
 

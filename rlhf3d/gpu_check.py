@@ -40,9 +40,12 @@ def attention_error(attention: Callable[..., torch.Tensor], device: str) -> floa
     torch.manual_seed(0)
     shape = (3, TOKENS, ROWS, HEADS, HEAD_SIZE)
     inputs = torch.randn(shape).to(device, torch.bfloat16).requires_grad_()
+    # The same rounded numbers in fp32, so that the inputs' rounding is no part of the error.
     exact = inputs.detach().float().requires_grad_()
     result = attention(*inputs)
     result.float().square().mean().backward()
+    # torch's attention takes [rows, heads, tokens, size]; heads and size are one in the result of
+    # Transformer Engine's.
     query, key, value = (x.permute(1, 2, 0, 3) for x in exact)
     expected = (
         scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -51,6 +54,7 @@ def attention_error(attention: Callable[..., torch.Tensor], device: str) -> floa
     )
     expected.square().mean().backward()
     assert inputs.grad is not None and exact.grad is not None
+    # Gradients of a mean are tiny: their error counts against the largest of them.
     scale = exact.grad.abs().max()
     gradient_error = (inputs.grad.float() - exact.grad).abs().max() / scale
     return max((result - expected).abs().max().item(), gradient_error.item())
@@ -60,6 +64,7 @@ def main() -> None:
     """Print the facts as JSON."""
     import torch
 
+    # Before the import, which opens cuDNN.
     use_torchs_cudnn()
     import transformer_engine.pytorch as te
 

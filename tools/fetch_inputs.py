@@ -34,6 +34,7 @@ def missing(config: Config) -> list[list[str]]:
             "--local-dir",
             str(model),
             "--exclude",
+            # Llama's weights a second time, in Meta's own format.
             "original/*",
         ]
         commands.append(hub)
@@ -51,6 +52,7 @@ def preparations(absent: set[str]) -> list[list[str]]:
     of_hub = {name: sets.load(name) for name in sets.names() if hasattr(sets.load(name), "HUB")}
     excluded = {name: getattr(module, "EXCLUDE", ()) for name, module in of_hub.items()}
     commands = []
+    # Sets that others exclude come before those.
     for name in sorted(absent & of_hub.keys(), key=lambda name: (bool(excluded[name]), name)):
         command = ["rlhf3d", "data", "prepare", name, "--source", "hub"]
         for other in excluded[name]:

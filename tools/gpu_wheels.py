@@ -64,8 +64,10 @@ def read_records(folder: Path) -> list[Owned]:
 
 
 def _read_record(record: Path) -> Iterator[Owned]:
+    # A RECORD's folder is NAME-VERSION.dist-info.
     package = record.parent.name.split("-")[0].replace("_", "-").lower()
     for path, digest, _ in csv.reader(record.read_text().splitlines()):
+        # Every package has its own metadata, which cannot conflict.
         if not path.startswith(record.parent.name):
             yield Owned(package, PurePosixPath(path), digest)
 
@@ -124,6 +126,7 @@ def find_unresolved(folder: Path, records: list[Owned]) -> dict[str, list[str]]:
                     called[f"{function}@{library}"].add(package)
                 else:
                     defined.add(f"{function}@{library}")
+    # Only calls into shipped libraries: others are the system's.
     missing = {call for call in called.keys() - defined if call.partition("@")[2] in shipped}
     return {call: sorted(called[call]) for call in sorted(missing)}
 
@@ -139,6 +142,7 @@ def _needed(library: Path) -> set[str]:
     header = subprocess.run(["readelf", "-d", library], capture_output=True, text=True)
     names = set(re.findall(r"\(NEEDED\).*\[(.*)\]", header.stdout))
     if library.name.startswith("libcudnn"):
+        # cuDNN 9's files end in .so.9.
         names |= {f"{name.decode()}.9" for name in BY_NAME.findall(library.read_bytes())}
     return names
 
@@ -146,6 +150,7 @@ def _needed(library: Path) -> set[str]:
 def main() -> int:
     """Install the locked wheels into a temporary folder and write what is in them."""
     lock = read_lock()
+    # The one that is built has no wheel to look into.
     wheels = [line for line in lock if not line.startswith(f"{BUILT}==")]
     with tempfile.TemporaryDirectory(prefix="gpu_wheels.") as folder:
         uv = [
@@ -157,6 +162,7 @@ def main() -> int:
             "--target",
             folder,
         ]
+        # The interpreter and the C library of the machines that install them (Makefile).
         where = [
             "--python-version",
             "3.12",

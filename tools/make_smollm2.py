@@ -62,6 +62,7 @@ def make_config(field: Any) -> LlamaConfig:
         num_attention_heads=field("llama.attention.head_count"),
         num_key_value_heads=field("llama.attention.head_count_kv"),
         max_position_embeddings=field("llama.context_length"),
+        # The file has it as fp32, in which 1e-5 reads 9.99999974e-06.
         rms_norm_eps=round(field("llama.attention.layer_norm_rms_epsilon"), 10),
         rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
         tie_word_embeddings=True,
@@ -88,6 +89,7 @@ def make_tokenizer(field: Any) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
+    # 3 is the kind of control tokens.
     control = [
         t for t, kind in zip(tokens, field("tokenizer.ggml.token_type"), strict=True) if kind == 3
     ]
@@ -116,6 +118,8 @@ def hf_weight(name: str, weight: np.ndarray, config: LlamaConfig) -> tuple[str, 
         _, layer, part, _ = name.split(".")
         hf_name = f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
         if part in ("attn_q", "attn_k"):
+            # Rotary pairs lie side by side in a GGUF, as [heads, size / 2, 2, columns];
+            # Hugging Face wants first halves, then second halves.
             heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             rows, columns = weight.shape
             halves = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -133,10 +137,13 @@ def write_folder(gguf: Path, output: Path) -> None:
     weights = dict(
         hf_weight(t.name, dequantize(t.data, t.tensor_type), config) for t in reader.tensors
     )
+    # On no device: every weight comes from the file.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
+    # The file has a tied head only as the embedding.
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
+    # Assigned tensors replaced the tied parameter: tie it again.
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)
 
@@ -145,8 +152,10 @@ def write_folder(gguf: Path, output: Path) -> None:
     try:
         model.save_pretrained(partial)
         make_tokenizer(metadata.__getitem__).save_pretrained(partial)
+        # A folder can only be renamed over an empty one.
         if output.exists():
             shutil.rmtree(output)
+        # mkdtemp made it readable by its owner alone.
         partial.chmod(0o755)
         partial.rename(output)
     finally:

@@ -43,13 +43,16 @@ def encode(pairs: list[Pair], tokenizer: Any, limit: int) -> list[Encoded]:
 
 def margins(model: Any, batch: list[Encoded]) -> torch.Tensor:
     """[b] score(chosen) - score(rejected)."""
+    # [2b, width]: all chosen answers, then all rejected ones.
     rows = [chosen for chosen, _ in batch] + [rejected for _, rejected in batch]
     width, device = max(map(len, rows)), model.device
     pad = model.config.pad_token_id
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    # The backbone in bf16; weights and the score stay fp32.
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(ids, attention_mask=mask).last_hidden_state
+    # Padding is on the right: a sequence is scored at its last own token.
     last = mask.sum(-1) - 1
     scores = model.score(hidden[torch.arange(len(rows), device=device), last].float())[:, 0]
     return scores[: len(batch)] - scores[len(batch) :]
@@ -57,6 +60,7 @@ def margins(model: Any, batch: list[Encoded]) -> torch.Tensor:
 
 def batches_of(pairs: list[Encoded], size: int, rng: random.Random) -> list[list[Encoded]]:
     """Pairs of similar length together, so that little is padding; batches in random order."""
+    # Equal lengths in random order.
     ordered = sorted(pairs, key=lambda pair: (max(map(len, pair)), rng.random()))
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     rng.shuffle(batches)
@@ -105,6 +109,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model, num_labels=1, dtype=torch.float32
     ).to(device)
+    # Saved with the model: a classifier of several rows needs to know what is padding.
     model.config.pad_token_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )
@@ -119,12 +124,14 @@ def main() -> None:
         f"{len(pairs)} pairs: {len(train)} to learn from, {len(held_out)} held out, "
         f"{len(pairs) - len(train) - len(held_out)} over {args.max_length} tokens left out"
     )
+    # What a judge of length alone would get.
     longer = [float(len(chosen) > len(rejected)) for chosen, rejected in held_out]
     print(
         f"before: {accuracy(model, held_out, args.batch)}; the longer answer is the chosen one in "
         f"{sum(longer) / len(longer):.1%}"
     )
 
+    # All epochs at once, as the schedule needs their number of steps.
     rng = random.Random(args.seed)
     plan = [batch for _ in range(args.epochs) for batch in batches_of(train, args.batch, rng)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)

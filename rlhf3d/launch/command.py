@@ -83,6 +83,7 @@ def _note_absolute_path(target: str, config: Path, mount: str) -> None:
 def _write(path: Path, text: str) -> None:
     """Readable by its owner alone: --env may hold a password."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Created with this mode: never, not even for a moment, can others read it.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
         os.fchmod(file.fileno(), 0o600)  # also of a file that was there
@@ -91,6 +92,7 @@ def _write(path: Path, text: str) -> None:
 
 def _submit(command: list[str]) -> None:
     # A token of its own for each job, unless the user has one.
+    # Later keys win: what the user has set stays.
     environment = {"RAY_AUTH_TOKEN": secrets.token_hex(32), **os.environ}
     try:
         done = subprocess.run(command, env=environment, check=False)

@@ -29,6 +29,7 @@ def startup_s(cluster: ClusterConfig) -> int:
 def processes(config: Config) -> list[int]:
     """Return the training and engine ranks of each node that has any, on CPU: each needs a core."""
     rollout = config.rollout
+    # On CPU every rank is a process of its own, so colocated (True) or not makes no difference.
     placed = place(
         CPUPlatform(reason="launch"),
         worker_groups(config),
@@ -71,6 +72,7 @@ def _check_gpu_nodes(config: Config, gpus: int, options: Options) -> Iterator[st
             f"{shm_gib} GiB, is part of it; give more (`rlhf3d plan` shows how much host memory "
             "a run takes)"
         )
+    # All ranks that share a GPU are processes that each take a core of Ray's.
     on_each_gpu = sum(group.colocated for group in worker_groups(config))
     on_each_gpu += config.rollout.placement == "colocated"
     cores, ranks = options.cpus_per_node, gpus * on_each_gpu
@@ -97,6 +99,7 @@ def _check_borders(config: Config, gpus: int) -> Iterator[str]:
             )
     terms = device_terms(worker_groups(config), config.rollout)
     needed = sum(count for _, count in terms)
+    # Ray packs the ranks into as few nodes as hold them.
     busy = ceil_div(needed, gpus)
     if busy < nodes:
         yield (

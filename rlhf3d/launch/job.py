@@ -29,6 +29,7 @@ CPUS_PER_GPU = 8
 """Cores asked for with each GPU by default (training rank, engine rank, scoring, data)."""
 RETRIES = {"slurm": 20, "kuberay": 3}
 """Attempts after the first: on Slurm after exit code 75 alone, on KubeRay after any failure."""
+# Without the second Ray empties CUDA_VISIBLE_DEVICES of processes that ask for no GPU.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Environment variables of Ray's processes on every node."""
 
@@ -68,6 +69,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if problems := list(check_names(target, options)):
         raise ConfigError(problems, f"`{target}` does not take these options")
     if options.rehearse:
+        # A rehearsal runs on CPUs alone: a core for each process of the miniature at its largest.
         cores = options.cpus_per_node or MAX_RANKS + ENGINE_RANKS
         options = replace(options, gpus_per_node=0, cpus_per_node=cores)
     config = _with_nodes(load_run(path, overrides), target, options)
@@ -85,6 +87,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     mounts: tuple[str, ...] = ()
     in_container = target == "slurm" and options.image is not None
     if in_container:
+        # `mounts_of` compares absolute paths.
         workdir = os.path.abspath(workdir)
         mounts = mounts_of(config, workdir, files_of(Path(path)))
     more = _overrides_of_place(config, target, gpus, options)
@@ -134,6 +137,7 @@ def _overrides_of_place(config: Config, target: str, gpus: int, options: Options
     # Slurm sends a signal before the end; elsewhere the run has to know the time itself.
     time_s = _time_s(config, options)
     if time_s is not None and trainer.max_wall_clock_s is None and target != "slurm":
+        # The job's time begins before Ray is up, and ends when the run has had its time to save.
         limit_s = time_s - startup_s(config.cluster) - options.grace_s
         overrides.append(f"trainer.max_wall_clock_s={max(1, limit_s)}")
     return overrides
@@ -148,6 +152,7 @@ def _overrides_of_home(config: Config) -> list[str]:
         paths = value if isinstance(value, tuple) else (value,)
         absolute = [path for path in paths if path is not None and path.startswith("/")]
         if any(is_below(path, home) for path in absolute):
+            # Overrides are read as YAML, of which JSON is a part.
             text = json.dumps(value) if isinstance(value, tuple) else value
             overrides.append(f"{key}={text}")
     return overrides
@@ -170,6 +175,7 @@ def _time_s(config: Config, options: Options) -> int | None:
     limit_s = config.trainer.max_wall_clock_s
     if options.time_s is not None or limit_s is None:
         return options.time_s
+    # Slurm limits time in minutes.
     return 60 * math.ceil((limit_s + startup_s(config.cluster)) / 60)
 
 

@@ -56,6 +56,7 @@ def render(target: str, job: Job) -> str:
         "sh": shlex.quote,
         "sh_path": sh_path,
         "words": shlex.join,
+        # A JSON string is a YAML string, quotes and escapes included.
         "yaml": json.dumps,
         "kubernetes": kubernetes_text,
         "mounts": mounts,

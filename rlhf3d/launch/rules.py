@@ -60,6 +60,7 @@ FILES = (
     "CONFIG",
 )
 """Keys that name files, of which a container needs the folder."""
+# Words of trainer.resume_mode, which takes the path of a checkpoint as well.
 NO_PATHS = (("trainer.resume_mode", "auto"), ("trainer.resume_mode", "never"))
 
 
@@ -70,6 +71,7 @@ def default_name(target: str, path: str) -> str:
         return name
     if not name[0].isalpha():
         name = f"run-{name}"
+    # The cut may leave a hyphen at the end.
     return name[: KUBERNETES_JOB.longest].strip("-")
 
 
@@ -77,6 +79,7 @@ def check_names(target: str, options: Options) -> Iterator[str]:
     """Yield a message for each name that the target would not take."""
     for option in TEXTS:
         text = getattr(options, option)
+        # A line break would end the line of the job file that the text stands in.
         if text is not None and (not text or not text.isprintable()):
             yield f"{_flag(option)} {text!r}: expected text in one line"
     in_kubernetes = target in ("kuberay", "skypilot")
@@ -162,6 +165,7 @@ def mounts_of(config: Config, workdir: str, config_files: Iterable[Path]) -> tup
     folders = {named.folder for named in named_paths(config, workdir, config_files)}
     outside = sorted(folder for folder in folders if not is_below(folder, workdir))
     for folder in [*outside, workdir]:
+        # Both separate mounts in --container-mounts.
         if folder == "/" or set(folder) & set(",:"):
             raise ValueError(
                 f"{folder} cannot be mounted into a container: "

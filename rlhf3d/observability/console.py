@@ -24,6 +24,7 @@ from rlhf3d.terminal import Terminal
 from rlhf3d.units import format_clock
 
 STEP_FIELDS = (
+    # z: what rounds to zero has no minus sign.
     ("reward", "critic/score/mean", "z.3f"),
     ("len", "response_length/mean", ".0f"),
     ("kl", "actor/ppo_kl", "z.4f"),
@@ -57,6 +58,7 @@ class Console:
     ) -> None:
         """Write to `file` (None: standard output); `interactive` None: if that is a terminal."""
         if interactive is None:
+            # A dumb terminal cannot redraw a line.
             interactive = (file or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
         self._rich = (
             Terminal(file=file, force_terminal=True, highlight=False)
@@ -91,6 +93,7 @@ class Console:
         """
         if self._interactive:
             self._show(name)
+        # Later in a log the step lines alone show that it goes on.
         elif self._steps_printed == 0:
             self._line(f"[{format_clock(self._clock() - self._began)}] {name} …")
         try:
@@ -161,6 +164,7 @@ class Console:
 
     def _line(self, text: str) -> None:
         with self._whoever_reads():
+            # One line in a log stays one line, however wide.
             self._rich.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -169,6 +173,7 @@ class Console:
         try:
             yield
         except OSError:
+            # From here on rich writes nothing, so that this happens once.
             self._rich.quiet = True
 
     def _eta_s(self) -> float | None:
@@ -196,6 +201,7 @@ class Console:
                 self._progress.start()
             now, eta_s = self._clock(), self._eta_s()
             steps = "" if self._total is None else f"{self._step}/{self._total} steps"
+            # As times of the clock: `_LiveColumn` counts on while a phase blocks this thread.
             ends_at = None if eta_s is None else now + eta_s
             self._progress.update(
                 self._progress.task_ids[0],

@@ -114,6 +114,7 @@ def _lines(
             other = axes.twinx()
             other.set_ylabel(label)
             other.plot(steps, values, "k--")
+            # A legend lists the lines of its own axes: an empty one stands for that on the right.
             axes.plot([], [], "k--", label=f"{label} (right)")
     _finish(axes, title)
 
@@ -153,6 +154,7 @@ def _finish(axes: Any, title: str, legend_outside: bool = False) -> None:
     if not axes.get_legend_handles_labels()[0]:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
     elif legend_outside:
+        # Bars are stacked upward: reversed, the legend is in their order.
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     else:
         axes.legend(fontsize="small")

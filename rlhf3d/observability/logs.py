@@ -26,6 +26,7 @@ _NOISY_LOGGERS = (
 _QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    # tokenizers warns, and stops using threads, where a process forks after it has used them.
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -43,6 +44,7 @@ def setup_logging(output_dir: str | Path, process: str, level: int = logging.INF
     path = Path(output_dir) / LOGS_DIR / f"{process}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
+    # Of ours alone: handlers of libraries stay.
     for old in [handler for handler in root.handlers if handler.name == _HANDLER_NAME]:
         root.removeHandler(old)
         old.close()

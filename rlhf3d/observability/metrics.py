@@ -53,6 +53,7 @@ class PhaseTimer:
 
     def pop(self) -> dict[str, float]:
         """Return seconds by `timing_s/<phase>` since the last `pop`, and all as `timing_s/step`."""
+        # From pop to pop, so that time between the phases is in the step too.
         now = self._clock()
         seconds = {**self._seconds, STEP_TIME: now - self._began}
         self._seconds, self._began = {}, now
@@ -93,11 +94,14 @@ class MetricsWriter:
         self.last_step = step
         values = {name: _number(value) for name, value in metrics.items()}
         nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
+        # Strict JSON has no NaN: later keys win, so that these become null.
         row: dict[str, Any] = {"step": step, **values, **dict.fromkeys(nonfinite)}
         if nonfinite:
             row["nonfinite"] = nonfinite
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        # With the system from here on: a kill of this process loses no row.
         self._file.flush()
+        # After the file, which is the truth; trackers get NaN as it is.
         self._trackers.log(step, values)
 
     def samples(self, step: int, samples: Sequence[Sample], kind: Kind = "train") -> None:
@@ -129,6 +133,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             "give the trainer.output_dir of a run that finished at least one step"
         )
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # Rows are written with their line end, so a line without one is not complete.
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     rows = []
@@ -183,6 +188,7 @@ def keys_of(mappings: Iterable[Mapping[Key, float]]) -> list[Key]:
 
 
 def _number(value: Any) -> int | float:
+    # Integers stay exact; numpy scalars and one-element tensors have __float__.
     return int(value) if isinstance(value, int) else float(value)
 
 
@@ -198,6 +204,7 @@ def _truncate(path: Path, resume_step: int | None) -> int:
             "resume that run, or choose another folder"
         )
     kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+    # Renamed over the old file: a kill leaves the one or the other, complete.
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(partial, path)

@@ -107,6 +107,7 @@ def _gain(source: str, measure: str, measured: Points) -> list[str]:
     gain = f"{100 * (end - start):+.1f}"
     if prompts:
         errors = [binomial_standard_error(accuracy, prompts) for accuracy in (start, end)]
+        # Errors of independent measurements add up as squares.
         gain += f" ± {100 * math.hypot(*errors):.1f}"
     return [*cells, f"{_percent(end, prompts)} (step {last['step']})", gain]
 
@@ -172,6 +173,7 @@ def _spans(rows: Rows) -> list[Rows]:
         i for i, row in enumerate(rows) if validation_accuracy(row) or validation_reward(row)
     ]
     stride = math.ceil(len(rows) / _TABLE_ROWS)
+    # With at least three validations each has a row, and there are none between.
     ends = validated if len(validated) > 2 else [*validated, *range(0, len(rows), stride)]
     cuts = [0, *(end + 1 for end in sorted({*ends, len(rows) - 1}))]
     return [rows[start:stop] for start, stop in pairwise(cuts)]

@@ -105,6 +105,7 @@ def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], 
     kinds: tuple[Kind, Kind] = ("greedy", "sampled")
     for kind in kinds:
         steps = sample_steps(output_dir, kind)
+        # Before and after need two validations.
         if len(steps) >= 2:
             first = _first_answers(samples_path(output_dir, steps[0], kind))
             last = _first_answers(samples_path(output_dir, steps[-1], kind))
@@ -126,6 +127,7 @@ def printable(text: str, limit: int = 400) -> str:
 def _first_answers(path: Path) -> dict[str, Sample]:
     """The first answer to each prompt of a file."""
     answers: dict[str, Sample] = {}
+    # With several answers a prompt, the first: prompts stand in the order of the held-out set.
     for sample in read_samples(path):
         answers.setdefault(sample.prompt, sample)
     return answers

@@ -40,6 +40,7 @@ class TensorBoard:
         # Imported here: it pulls in torch, which reading a run's metrics does not need.
         from torch.utils.tensorboard import SummaryWriter
 
+        # Steps after the checkpoint are written again: TensorBoard hides the first writing.
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(output_dir / TENSORBOARD_DIR), purge_step=purge_step)
 
@@ -47,6 +48,7 @@ class TensorBoard:
         """See `Tracker`."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        # By itself it writes every two minutes.
         self._writer.flush()
 
     def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
@@ -65,6 +67,7 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tracker`."""
+        # A copy, as a tracker that fails leaves the list.
         for tracker in list(self._trackers):
             self._call(tracker, partial(tracker.log, step, metrics))
 

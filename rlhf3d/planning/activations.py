@@ -88,6 +88,7 @@ class Activations:
         """Input and output of a norm; torch's keeps the normalized input too, and both in fp32."""
         if self.style == "te":
             return 2 * self.hidden
+        # fp32 input and normalized input, the output, and one fp32 factor a position.
         return self.sharded * (self.spec.hidden_size * (8 + self.item) + 4)
 
     def _attention(self) -> float:
@@ -97,6 +98,7 @@ class Activations:
         """
         spec, tp, S = self.spec, self.layout.tp, self.positions
         q, g = spec.num_heads * spec.head_dim / tp, spec.num_kv_heads * spec.head_dim / tp
+        # Rotated queries and the output; one fp32 log-sum-exp a head.
         kept = S * (2 * self.item * q + 4 * spec.num_heads / tp)
         if self.style == "te":
             return kept + S * self.item * (q + 3 * g + (q + g) * spec.qk_norm)
@@ -112,8 +114,11 @@ class Activations:
         """Gate and up, gate's activation, up again, their product; of every copy of a token."""
         spec, fused = self.spec, self.style == "te"
         if not spec.num_experts:
+            # Fused kernels keep gate, up and their product; torch's also gate's
+            # activation, and up again.
             tensors = 3 if fused else 5
             return self.positions * spec.ffn_size / self.layout.tp * tensors * self.item
+        # Experts work on copies of this rank's tokens, `experts_per_token` of each.
         copies = self.sharded * spec.experts_per_token
         router = self.sharded * (10 * spec.num_experts + 24 * spec.experts_per_token)
         expert = (4 if fused else 6) * spec.moe_ffn_size + spec.hidden_size
@@ -144,6 +149,7 @@ class Activations:
         spec, S, tp = self.spec, self.positions, self.layout.tp
         if spec.num_experts:
             copies = self.sharded * spec.experts_per_token
+            # Local layers compute one expert after the other, Transformer Engine's all at once.
             wide = copies if self.style == "te" else self._busiest(copies)
             gradients = 2 * copies * spec.hidden_size * self.item + 12 * wide * spec.moe_ffn_size
             rows = 2.0 * spec.moe_ffn_size
@@ -203,6 +209,7 @@ class Activations:
             return 2 * norm
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
         chunk, chunks = self._chunk(rows)
+        # The logits of one chunk stay alive until the next one's are assigned to their name.
         bytes_of_logit = 8  # two fp32 copies
         if chunks > 1:
             bytes_of_logit = 14 if low else 12
@@ -228,6 +235,7 @@ class Activations:
         peak = flying * kept + top
         if pp == 0:
             # When the last layer is done, the gradient of the embedding is made.
+            # This micro-batch has given up what it kept by then.
             rows = padded_vocab_size(self.spec, layout) // layout.tp
             peak = max(
                 peak, (flying - 1) * kept + self.hidden + rows * self.spec.hidden_size * self.item

@@ -70,6 +70,7 @@ def engine_weight_bytes(spec: ModelSpec, rollout: RolloutConfig) -> int:
     check_quantization(spec, rollout.quantization)
     if rollout.quantization == "none":
         return size
+    # vLLM's linear layers: all the matrices of these names, while embedding and head stay whole.
     shapes = [
         p.shape
         for p in engine_params(spec, rollout.tensor_parallel_size, 0)
@@ -90,24 +91,28 @@ def engine_memory(job: Job) -> EngineMemory:
     tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
     weights = engine_weight_bytes(spec, config)
     length = job.derived.max_sequence_length
+    # The most tokens of one forward pass: on CPU as `rollout.vllm_engine` sets it.
     batched = (
         min(hardware.batched_tokens, config.max_num_seqs * length)
         if job.on_gpu
         else max(4096, length)
     )
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    # vLLM pads the vocabulary before its ranks share it out.
     rows = engine_vocab_size(spec.vocab_size) // tp
     activations = (
         batched * (4 * spec.hidden_size + 3 * ffn // tp) * item + 3 * config.max_num_seqs * rows * 4
     )
     a_token = kv_bytes_a_token(spec, tp, config.dtype)
     if not job.on_gpu:
+        # On CPU the KV cache has a size of its own; activations are no part of it.
         room = int(config.kv_cache_gib * GIB)
         return EngineMemory(
             weights, weights, activations, room, a_token, length, 0, max(0, a_token * length - room)
         )
     assert hardware.memory_gib is not None
     activations += 0 if config.enforce_eager else int(GRAPHS_GIB * GIB)
+    # As in vLLM, the KV cache gets what is left of the share after weights and a forward pass.
     room = int(config.gpu_memory_utilization * hardware.memory_gib * GIB) - weights - activations
     outside = int((hardware.engine_context_gib + hardware.engine_comm_gib * (tp > 1)) * GIB)
     missing = max(0, a_token * length - room)

@@ -69,6 +69,7 @@ class Hardware:
     """Which of these were measured on this device (`rlhf3d.planning.measured`), and how; empty for
     none."""
 
+    # The generated hash would fail at the dict `flops`; equality still compares every field.
     def __hash__(self) -> int:
         return hash((self.name, self.source, self.measured_here))
 
@@ -92,6 +93,7 @@ class Hardware:
 
     def is_device(self, device: str) -> bool:
         """Whether a device that its driver calls so ("NVIDIA A100-SXM4-80GB") is this hardware."""
+        # By complete words: `B200` is in the name of a GB200 too.
         return self.name == device or self.name.lower() in device.lower().replace("-", " ").split()
 
 
@@ -110,6 +112,7 @@ class Cluster:
 
     def inside(self, ranks: int, stride: int = 1) -> bool:
         """Whether a group of `ranks` whose numbers are `stride` apart is on one node."""
+        # Groups are taken to begin with a node's first device. CPU ranks are all on one host.
         return (ranks - 1) * stride < self.devices_per_node or self.hardware.kind == "cpu"
 
     def bandwidth(self, ranks: int, stride: int = 1) -> float:
@@ -129,6 +132,7 @@ class Cluster:
         Those to other nodes go over the network meanwhile.
         """
         hardware = self.hardware
+        # A rank keeps its own of the `ranks` parts, and sends `near` - 1 of them inside its node.
         near = ranks if self.inside(ranks) else self.devices_per_node
         link = hardware.link_gbs * 1e9 * hardware.exchange_efficiency
         network = hardware.network_gbs * 1e9 * hardware.exchange_efficiency
@@ -153,6 +157,7 @@ def load_hardware(path: str | Path = FILE) -> dict[str, Hardware]:
     wanted = {item.name for item in fields(Hardware)} - NOT_IN_FILES
     kinds, found = get_type_hints(Hardware), {}
     for name, entry in raw.items():
+        # No number has a default: all that is assumed of a machine stands in the file.
         if not isinstance(entry, dict) or set(entry) != wanted:
             given = set(entry) if isinstance(entry, dict) else set()
             raise ValueError(

@@ -131,6 +131,7 @@ class Job:
     def devices(self) -> tuple[Devices, ...]:
         """Training ranks by device, in the order of devices; dedicated engines come after."""
         actor, *others = self.derived.groups
+        # On CPU every rank is a process of its own, whatever its placement.
         sharing = [group for group in others if group.colocated and self.on_gpu]
         with_engine = self.engine_ranks if self.on_gpu and self.colocated else 0
         devices = _shared_devices([actor, *sharing], 0, with_engine)
@@ -167,9 +168,11 @@ class Job:
             rows = rule.rows
             positions = rule.positions([prompt + response] * rows)
         else:
+            # A width or packed total is a multiple too: the rest of the budget stays unused.
             positions = rule.tokens // rule.multiple_of * rule.multiple_of
             rows = max(1, positions // width)
             positions = positions if rule.packed else rows * width
+        # The head is applied to responses alone, this share of the positions of a full row.
         responses = min(positions, ceil_div(positions * response, prompt + response))
         return Micro(positions, positions if rule.packed else width, responses)
 
@@ -183,6 +186,7 @@ class Job:
             return max(1, plan.micro_batches_per_rank)
         assert plan.micro_batching.tokens is not None
         tokens = plan.sequences_per_mini_batch / model.layout.dp * self.lengths.total
+        # Megatron's interleaved schedule wants a multiple of the stages.
         least = model.layout.pp if model.layout.vpp > 1 else 1
         return max(least, ceil_div(int(tokens), plan.micro_batching.tokens))
 
@@ -226,6 +230,7 @@ def make_job(
                 Model(role, of, head, group, update, role in ("actor", "critic"), entropy)
             )
     data = config.data
+    # Where no lengths are given: half of the longest (`rlhf3d plan --prompt-tokens`).
     half = Lengths(data.max_prompt_length / 2, data.max_response_length / 2)
     return Job(config, spec, cluster, tuple(models), derived, lengths or half)
 
@@ -241,6 +246,7 @@ def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
     return replace(
         derived.actor,
         micro_batching=rule,
+        # A reward model scores the batch of a step in one pass: it has no mini-batches.
         micro_batches_per_rank=max(1, derived.sequences_per_step // layout.dp // rule.rows),
     )
 

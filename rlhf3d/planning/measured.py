@@ -78,6 +78,7 @@ def _check_number(name: str, value: Any, where: str) -> None:
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(sorted(MEASURED))
         raise ValueError(f"{where}: numbers.{name} is not known; {hint}Known are {known}")
+    # To Python true and false are integers.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= MEASURED[name]:
         most = f"{MEASURED[name]:g}"
@@ -135,5 +136,6 @@ def with_measured(cluster: Cluster, given: Path | None) -> Cluster:
         )
     names = ", ".join(sorted(measured.numbers))
     note = f"{names} measured ({path}: {measured.source}), others from data sheets"
+    # Every name in `MEASURED` is a field of `Hardware`, so that the file can replace it as it is.
     numbers: dict[str, Any] = dict(measured.numbers)
     return replace(cluster, hardware=replace(hardware, measured_here=note, **numbers))

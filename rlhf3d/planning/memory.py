@@ -146,6 +146,7 @@ class MemoryPlan:
     def _fullest(self) -> list[RankMemory]:
         """The fullest device of each set that holds the same models: each problem is told once."""
         fullest: dict[tuple[str, ...], RankMemory] = {}
+        # From least to most: the fullest device of a set overwrites the others.
         by_need = sorted(self.ranks, key=lambda rank: rank.tightest.total + rank.tightest.margin)
         for rank in by_need:
             fullest[tuple(rank.states)] = rank
@@ -161,6 +162,7 @@ class MemoryPlan:
         for rank in self._fullest:
             phase = rank.tightest
             wanted = spare(limit, phase)
+            # What does not fit at all is among `problems`.
             if rank.peak.total <= limit < phase.total + wanted:
                 messages.append(
                     f"device memory: {phase.phase} on device {rank.ranks[0]} ({rank.place}) leaves "
@@ -250,6 +252,7 @@ def training_memory(job: Job, engine: EngineMemory, ends: bool = False) -> list[
     for devices in job.devices:
         stages = [(group, group.layout.coords(rank).pp) for group, rank in devices.ranks]
         if not ends or all(pp in (0, 1, group.layout.pp - 1) for group, pp in stages):
+            # Tensor, context and data ranks of a stage need the same, give or take padding.
             key = (devices.with_engine, *((group.name, pp) for group, pp in stages))
             alike[key].append(devices)
     return [_training_ranks(job, devices, engine) for devices in alike.values()]
@@ -265,6 +268,7 @@ def _training_ranks(job: Job, alike: Sequence[Devices], engine: EngineMemory) ->
     for group, rank in first.ranks:
         members += [(model, rank) for model in job.models if model.group == group]
     states = {model.role: states_of(job, model, rank) for model, rank in members}
+    # Groups that share a device are processes of their own, each with its CUDA context.
     resident = {"process": int(len(first.ranks) * job.cluster.hardware.process_gib * GIB)}
     loaded: dict[str, Terms] = {}
     """States by role, of models that are on the device in their own phases alone."""
@@ -280,6 +284,7 @@ def _training_ranks(job: Job, alike: Sequence[Devices], engine: EngineMemory) ->
     phases = [PhaseMemory("generate", resident | serving)]
     for model, rank in members:
         phases += _model_phases(job, model, rank, resident, loaded.get(model.role, {}))
+    # Only the actor's ranks send weights. On CPU buckets are in shared memory, a term of the host.
     if "actor" in states:
         buckets = {"buckets": SLOTS * job.sync_bucket_bytes} if job.on_gpu else {}
         weights = _only(loaded.get("actor", {}), "weights")
@@ -381,6 +386,7 @@ def _host(job: Job, ranks: list[RankMemory], engine: EngineMemory) -> HostMemory
     offloaded = 0
     if job.config.model.offload:
         for rank in ranks:
+            # Gradients are not moved: they are dropped and made again.
             each = sum(state.weights + state.optimizer for state in rank.states.values())
             offloaded += len(rank.ranks) * each
     limit = int(job.cluster.hardware.host_memory_gib * GIB)
@@ -414,6 +420,7 @@ def _host_of_cpus(
     """The phase in which processes, ranks and engines hold most, and all that they hold in it."""
     rollout = job.config.rollout
     engine_ranks = rollout.engines * rollout.tensor_parallel_size
+    # Weights, and the packed copies that CPU kernels compute with.
     each_engine_rank = job.cluster.hardware.engine_process_gib * GIB + engine.weights * 2
     # Buckets of each rank of an engine, and those of an export.
     buckets = SLOTS * (rollout.tensor_parallel_size + 1)
@@ -424,6 +431,7 @@ def _host_of_cpus(
     terms["engines"] = int(engine_ranks * each_engine_rank) + kv_cache
     resident = sum(len(rank.ranks) * sum(rank.resident.values()) for rank in ranks)
     by_phase: dict[str, int] = {}
+    # Host memory is shared: ranks without a part in a phase still hold their resident terms in it.
     for rank in ranks:
         for phase in rank.phases:
             by_phase.setdefault(phase.phase, resident)
@@ -461,4 +469,5 @@ def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style:
             sizes = chunk_sizes(spec, layout, pp, chunk, head, style)
             experts += sum(sizes.experts)
             dense += sizes.total - sum(sizes.experts)
+    # Parameters that tensor ranks replicate (norms) count once a rank: next to nothing of a model.
     return dense * layout.tp + experts * layout.ep

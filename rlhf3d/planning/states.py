@@ -19,7 +19,9 @@ from rlhf3d.units import ITEM_BYTES, round_up
 
 BUCKET_ELEMENTS = 40_000_000
 """Megatron's least bucket of gradients, where their reduction overlaps the backward pass."""
+# With many replicas Megatron's buckets grow, so that NCCL's ring stays bound by bandwidth.
 BUCKET_ELEMENTS_A_REPLICA = 1_000_000
+# Megatron aligns a parameter to 128 bytes and a bucket to 256, in elements of 2 bytes.
 PARAM_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
 LAYER_PREFIX = "decoder.layers."
@@ -80,7 +82,9 @@ def chunk_sizes(
     times.
     """
     first, last = pp == 0 and chunk == 0, pp == layout.pp - 1 and chunk == layout.vpp - 1
+    # The smallest pipeline with such a chunk: 1 stage, an end of 2, or the middle of 3.
     stages = 3 - first - last
+    # ep has to divide tp x dp: the fewest replicas that let it.
     dp = layout.ep // math.gcd(layout.ep, layout.tp)
     smallest = ParallelLayout(tp=layout.tp, pp=stages, dp=dp, ep=layout.ep)
     layers = len(layout.layers(spec.num_layers, pp, chunk))
@@ -96,11 +100,13 @@ def _chunk_sizes(
     """`spec` has one layer a stage; its layer counts `layers` times."""
     params = local_params(spec, layout, RankCoords(0, pp, 0), 0, head, style)
     sizes = [(param, math.prod(param.shape)) for param in params]
+    # A layer's parameters stand together. Their order is kept: padding depends on it.
     repeated = [param.name.startswith(LAYER_PREFIX) for param in params]
     start, stop = repeated.index(True), len(repeated) - repeated[::-1].index(True)
     sizes = sizes[:start] + sizes[start:stop] * layers + sizes[stop:]
     dense = [(param, size) for param, size in sizes if not param.expert]
     experts = tuple(size for param, size in sizes if param.expert)
+    # On a single stage a tied head is the embedding's own parameter.
     shared = head == "lm" and spec.tie_embeddings and layout.pp > 1
     return Sizes(
         dense=tuple(size for _, size in dense),
@@ -144,8 +150,10 @@ def model_states(
         chunk_sizes(spec, layout, coords.pp, chunk, head, style) for chunk in range(layout.vpp)
     ]
     elements = sum(chunk.total for chunk in chunks)
+    # A frozen model has no DDP buffers, so nothing is padded.
     if not trained:
         return States(elements * item)
+    # Nor does Megatron pad buffers that are all-reduced whole.
     if not distributed_optimizer:
         return States(elements * item, elements * 4, elements * master, elements * 8)
     buffered = owned = 0
@@ -153,14 +161,19 @@ def model_states(
     limit = (
         max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_REPLICA * layout.dp) if overlap_grad_reduce else None
     )
+    # Megatron cuts only the first stage's first chunk into buckets: the reductions of all others
+    # are off the critical path.
     for number, chunk in enumerate(chunks):
         bucketed = limit if number == 0 and coords.pp == 0 else None
+        # Experts have a buffer of their own, as they are reduced over fewer replicas.
         for sizes, tied, replicas, replica in (
             (chunk.dense, chunk.tied, layout.replicas, layout.replica(coords)),
             (chunk.experts, None, expert_dp, layout.expert_replica(coords)),
         ):
             total, share = _buffer(sizes, tied, replicas, replica, bucketed)
             buffered, owned = buffered + total, owned + share
+    # The buffer of weights has the gradients' layout, padding included; gradients are fp32. Of a
+    # bucket's share only what belongs to parameters gets master weights and moments.
     return States(buffered * item, buffered * 4, owned * master, owned * 8)
 
 
@@ -182,14 +195,17 @@ def _buffer(
         nonlocal bucket_start, owned
         end = round_up(stop, divisor)
         share = (end - bucket_start) // replicas
+        # `divisor` makes a bucket a multiple of the replicas: all shares are equal.
         low = bucket_start + replica * share
         owned += sum(max(0, min(last, low + share) - max(first, low)) for first, last in spans)
         spans.clear()
         bucket_start = end
         return end
 
+    # Backward passes finish gradients from the last parameter on.
     for place in reversed(range(len(sizes))):
         start = round_up(start, PARAM_ALIGNMENT)
+        # The bucket of a tied parameter holds nothing else: what came before is closed first.
         if place == tied and spans:
             start = close(start)
         stop = start + sizes[place]

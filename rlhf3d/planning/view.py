@@ -85,6 +85,7 @@ def _peak(limit: int | None, rank: RankMemory) -> Text:
 
 def _shown(ranks: tuple[RankMemory, ...]) -> list[RankMemory]:
     """The first kinds of ranks, the fullest and the last."""
+    # The fullest and the last may be among the first: a set shows each once.
     shown = set(range(MOST_COLUMNS - 2)) | {len(ranks) - 1}
     shown.add(ranks.index(max(ranks, key=lambda rank: rank.peak.total)))
     return [rank for number, rank in enumerate(ranks) if number in shown]

@@ -42,8 +42,10 @@ def byte_tokenizer(vocab: int, chat_template: str = CHAT_TEMPLATE) -> PreTrained
     ascii_tokens = ["Ċ", "Ġ", *printable]  # byte-level names of newline and space
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(ascii_tokens))
     fillers = [f"<{i}>" for i in range(vocab)]
+    # Cut at the end: special tokens and ASCII are there whatever the size.
     tokens = [*SPECIAL_TOKENS, *ascii_tokens, *others, *fillers][:vocab]
     ids = {token: number for number, token in enumerate(tokens)}
+    # Without merges each byte is a token of its own, so nothing has to be learned.
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -91,8 +93,10 @@ def write_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    # Places in SPECIAL_TOKENS: end of turn and padding.
     ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(**{**shape, **ids})
+    # Just before the weights are drawn, so that nothing else shifts them.
     torch.manual_seed(seed)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     kind.from_config(config, dtype=torch.float32).save_pretrained(folder)

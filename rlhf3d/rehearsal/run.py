@@ -72,14 +72,18 @@ def prepare(
             "--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu"
         )
     shapes = _read_shapes(config, path.parent / "models", shape_folder)
+    # The job itself is judged first: its mistakes should not come as those of the miniature.
     _check_job(config, shapes)
     reward_shape = None if shapes.reward is None else shapes.reward.config
     shrunk = shrink_config(config, shapes.model.config, max_ranks, reward_shape, as_gpu)
     small, absent = _write_inputs(shrunk, shapes, folder)
     run = folder / "run"
+    # `_train` overrides both; here they are the same every time, so that the job.yaml of
+    # an interrupted rehearsal can be compared.
     small = replace(small, trainer=replace(small.trainer, output_dir=str(run), resume_mode="never"))
     job = folder / "job.yaml"
     continues = config.trainer.resume_mode == "auto" and _is_interrupted(job, run, small)
+    # A run that was interrupted after its first step stays, with its checkpoint.
     for old in ("resumed",) if continues else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
     job.write_text(config_to_yaml(small), encoding="utf-8")
@@ -136,6 +140,7 @@ def _write_inputs(shrunk: Shrunk, shapes: _Shapes, folder: Path) -> tuple[Config
     config = replace(config, model=replace(config.model, path=str(model)))
     if shrunk.reward is not None:
         assert shapes.reward is not None
+        # Other weights than the policy's.
         write_model(reward, shrunk.reward, shapes.reward.folder, seed + 1, classifier=True)
         config = replace(config, reward_model=replace(config.reward_model, path=str(reward)))
     rows = max(STAND_IN_ROWS, (STEPS + 1) * config.data.train_batch_size)
@@ -170,6 +175,7 @@ def rehearse(miniature: Miniature, say: Callable[[str], None]) -> None:
     """Train the miniature, resume it from its first step, and compare. Raises RehearsalFailed."""
     _train(miniature, miniature.run, "auto" if miniature.continues else "never", say)
     again = miniature.run.with_name("resumed")
+    # From the checkpoint before the last step: the resumed run repeats that step alone.
     _train(miniature, again, str(miniature.run / "checkpoints" / f"step_{STEPS - 1}"), say)
     steps = [row["step"] for row in read_metrics(again)]
     if steps != [STEPS]:
@@ -190,6 +196,7 @@ def _train(miniature: Miniature, output: Path, resume: str, say: Callable[[str],
     with subprocess.Popen(command) as child:
         # A job script signals this process alone; the run has to save and end.
         for number in SIGNALS:
+            # They stay when the child has ended, which send_signal takes as nothing to do.
             signal.signal(number, lambda number, frame: child.send_signal(number))
         code = child.wait()
     if code == PREEMPTED:

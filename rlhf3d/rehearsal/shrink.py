@@ -101,6 +101,7 @@ def cut_layout(layout: LayoutConfig, room: int, layers: int) -> LayoutConfig:
         return layout
     cut = replace(
         cut,
+        # The ranks of a stage share out into groups of ep.
         ep=gcd(cut.ep, cut.tp * cut.cp * cut.dp),
         sequence_parallel=cut.sequence_parallel and cut.tp > 1,
     )
@@ -148,6 +149,7 @@ def shrink_model(
     """
     spec = parse_config(dict(config), "the model's config.json")
     modulus = lcm(*tensor_parallel)
+    # From 1 on: the smallest number that divides, or fails to, as the job's does.
     kv_heads = _congruent(1, spec.num_kv_heads, modulus)
     heads = kv_heads * (spec.num_heads // spec.num_kv_heads)
     small: dict[str, Any] = {
@@ -192,9 +194,11 @@ def shrink_config(
     changes = Changes()
     with_critic = config.critic.layout is not None and config.needs_critic
     groups = with_critic + (reward is not None)
+    # The actor gets two shares of the room, and every other group one.
     own_room = max(1, room // (2 + groups))  # of each group beside the actor's
     actor = cut_layout(config.actor.layout, room - groups * own_room, spec.num_layers)
     devices = parallel_layout(actor).world_size
+    # Colocated groups have no more ranks than the actor, whose devices they share.
     if as_gpu:
         own_room = min(own_room, devices)
     changes.note_layout("actor", config.actor.layout, actor, room)
@@ -214,6 +218,7 @@ def shrink_config(
     layouts = [actor]
     if critic is not None:
         critic, critic_layers = shrink_layout(critic, spec.num_layers)
+        # Actor and critic are one shape, whose layers both layouts have to cut.
         layers = lcm(layers, critic_layers)
         layouts.append(critic)
     tensor_parallel = [rollout.tensor_parallel_size, *(layout.tp for layout in layouts)]
@@ -355,10 +360,12 @@ def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> dict[str, int]:
     """
     replicas = lcm(*(layout.dp for layout in layouts))
     interleaved = [layout.pp for layout in layouts if layout.vpp is not None and layout.vpp > 1]
+    # At least two sequences for each replica, and complete rounds of interleaved stages.
     prompts = replicas * lcm(2, *interleaved)
     actor = config.actor.ppo_mini_batch_size
     mini = {"actor": actor, "critic": config.critic.ppo_mini_batch_size or actor}
     steps = {role: min(2, max(1, config.data.train_batch_size // mini[role])) for role in mini}
+    # Mini-batches of both models divide it.
     train = prompts * lcm(*steps.values())
     return {"train": train, **{role: train // count for role, count in steps.items()}}
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+# The tiny job is the tests' own.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from support.jobs import read_rows, train, write_job
@@ -63,6 +64,7 @@ ALGORITHMS = {
     ),
 }
 QUICK = [
+    # Nothing but training: validations and saves would only take time.
     *("trainer.val_before_train=false", "trainer.save_at_end=false", "data.val_max_samples=1"),
     "algorithm.use_kl_in_reward=false",
 ]
@@ -100,6 +102,7 @@ def run(
         f"trainer.output_dir={output}",
     ]
     done = train(job, *chosen, f"trainer.total_training_steps={steps}")
+    # Without groups that differ there is no step: for DAPO the task is solved, and the run ends.
     solved = algorithm == "dapo" and "groups" in done.stderr
     if done.returncode and not solved:
         sys.exit(f"{algorithm}, seed {seed} failed:\n{done.stderr[-3000:]}")

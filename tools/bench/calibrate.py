@@ -61,6 +61,7 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
         )
     config = load_run(folder / "config.yaml")
     phases = {name for row in rows for name in row if name.startswith("timing_s/")}
+    # Medians, so that one disturbed step moves nothing.
     seconds = {
         name.removeprefix("timing_s/"): median(row[name] for row in rows if name in row)
         for name in sorted(phases)
@@ -69,6 +70,7 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
     prompt, response = (
         median(row[f"{kind}_length/mean"] for row in rows) for kind in ("prompt", "response")
     )
+    # Padded positions are what the run computed: no order of lengths has to be assumed.
     padding = median(row.get("perf/padding_share/update_actor", 0.0) for row in rows)
     spec, _ = find_spec(config.model.path)
     lengths = Lengths(prompt, response, (prompt + response) / (1 - padding))
@@ -101,6 +103,7 @@ def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:
     """
 
     def moved(shifts: Mapping[str, float]) -> Hardware:
+        # A shift is a factor of exp(shift): numbers stay above 0.
         return replace(
             hardware, **{name: getattr(hardware, name) * math.exp(shifts[name]) for name in FITTED}
         )
@@ -110,11 +113,13 @@ def fit(hardware: Hardware, seen: Sequence[Observation]) -> Hardware:
         for run in seen:
             planned = {phase.phase: phase.total for phase in predict(run, moved(shifts)).phases}
             total += sum(
+                # Each phase by its share of the step; twice and half as long are equally far off.
                 seconds / run.step_s * math.log(planned[name] / seconds) ** 2
                 for name, seconds in run.seconds.items()
             )
         return total
 
+    # From factors of e on; where no step helps any more, half as large ones.
     best = dict.fromkeys(FITTED, 0.0)
     value, width = misfit(best), 1.0
     for _ in range(ROUNDS):

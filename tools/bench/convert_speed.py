@@ -50,6 +50,7 @@ def make_model(config: Path, folder: Path) -> None:
 
 def forget(folder: Path) -> int:
     """Have the kernel drop the folder's files from the page cache; their bytes."""
+    # Only pages that are on the disk can be dropped.
     total = 0
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
@@ -73,12 +74,14 @@ def timed(*command: str) -> Timed:
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
+        # wait4 has the resources of this child alone; with a code set, Popen waits no more.
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(process.returncode)
     cpu_s = usage.ru_utime + usage.ru_stime
+    # ru_maxrss is in KiB.
     return Timed(time.monotonic() - began, cpu_s, usage.ru_maxrss / 1024, output)
 
 
@@ -120,6 +123,7 @@ def same(one: Path, other: Path) -> bool:
         if set(first.names()) != set(second.names()):
             return False
         for name in first.names():
+            # As bytes: NaN is not equal to itself.
             a, b = (reader.read(name).contiguous().view(torch.uint8) for reader in (first, second))
             if not torch.equal(a, b):
                 return False

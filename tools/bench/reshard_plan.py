@@ -109,6 +109,7 @@ def measure(name: str) -> dict[str, Any]:
     )
     traffic = plan.traffic
     seconds = time.process_time() - start
+    # ru_maxrss is in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     whole = sum(_product(shape) for shape in hf_tensors(job.spec, "lm").values())
     shards = job.layout.tp * job.layout.pp

@@ -98,6 +98,7 @@ class Trainer:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=self.rank, world_size=self.world
         )
+        # Ranks are counted tensor-parallel first: a row is a stage, a column a pipeline.
         ranks = torch.arange(self.world).view(self.layout.pp, self.layout.tp)
         self.tp_groups = [dist.new_group(row.tolist()) for row in ranks]
         self.pp_groups = [dist.new_group(column.tolist()) for column in ranks.T]
@@ -120,6 +121,7 @@ class Trainer:
 
     def send(self, sync: int, fingerprints: bool) -> float:
         """One sync's sends."""
+        # Replaced where `send` looks it up; in this process alone.
         if not fingerprints:
             sending.fingerprint = lambda block, box: 0
         try:
@@ -161,13 +163,16 @@ class Trainer:
                 shards[0].copy_(own)
             else:
                 dist.all_gather(shards, own, group=self.tp_groups[stage])
+        # The stage that has them sends to the same tensor rank of all others.
         for shard in shards:
             dist.broadcast(
                 shard, self.layout.rank(self.at.tp, stage, 0), group=self.pp_groups[self.at.tp]
             )
+        # A parameter that is not cut stands for every rank's.
         return shards * (self.layout.tp // tp)
 
 
+# The one function of both modules, to put back.
 receiving_fingerprint = sending.fingerprint
 
 

@@ -52,6 +52,7 @@ def pair_of(row: Mapping[str, Any], where: str) -> Pair:
     answers = [row.get(key) for key in ("chosen", "rejected")]
     prompt = row.get("prompt")
     if all(isinstance(answer, list) and answer for answer in answers):
+        # Complete conversations: the last message is the answer, all before it the prompt.
         chosen_talk, rejected_talk = (
             read_messages(answer, f"{where}: answer") for answer in answers
         )
@@ -89,9 +90,11 @@ def prompt_messages(prompt: Any, where: str) -> Messages:
             f"{str(prompt)[:80]!r}"
         )
     pieces = _TURN.split(prompt)
+    # No Human: or Assistant: in it. The pattern's group puts names at odd places, texts after them.
     if len(pieces) == 1:
         return [{"role": "user", "content": prompt.strip()}]
     turns = [(name, text.strip()) for name, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    # The end of a dialogue asks for the answer.
     if turns[-1] == ("Assistant", ""):
         turns.pop()
     if not turns or turns[-1][0] != "Human" or pieces[0].strip():

@@ -30,6 +30,7 @@ def measure(
     """Seconds and processor seconds of `items` in a pool that has scored `warm`, and their
     outcomes.
     """
+    # Workers' time counts once they have ended: a pool that only warms up tells what to subtract.
     before = cpu_seconds()
     with RewardManager(reward, workers=workers, timeout_s=10.0) as pool:
         pool.score_batch(warm)

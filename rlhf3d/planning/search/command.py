@@ -51,6 +51,7 @@ def plan_command(
 
 def find_cluster(wanted: ClusterConfig, gpus: str | None, hardware: Path | None = None) -> Cluster:
     """Return the devices to plan for: `gpus`, such as 8xH100; else those `wanted`, or this host."""
+    # The user's entries replace shipped ones of the same name.
     known = load_hardware(FILE) | (load_hardware(hardware) if hardware else {})
     if gpus is not None:
         return parse_cluster(gpus, known)

@@ -16,12 +16,14 @@ ACTIVATION_PASSES = 8
 
 def layer_weights(spec: ModelSpec) -> int:
     """Weights of a decoder layer that a token meets."""
+    # Queries and the output, keys and values.
     heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
     return spec.hidden_size * heads * spec.head_dim + _mlp_weights(spec)
 
 
 def _mlp_weights(spec: ModelSpec) -> int:
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    # Gate, up and down; and the router, of a dense model 0.
     return spec.hidden_size * (3 * ffn + spec.num_experts)
 
 
@@ -35,6 +37,7 @@ def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:
 
     Each attends to `context` others on average.
     """
+    # Scores and their product with the values: two products of two operations each.
     attention = 4 * spec.num_heads * spec.head_dim * context
     return positions * (2 * layer_weights(spec) + attention)
 
@@ -77,8 +80,10 @@ def decoder_weights_read(spec: ModelSpec, batch: float) -> float:
     """
     attention = spec.hidden_size * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     if spec.num_experts:
+        # Share of the experts that any of the tokens chose, if all choices are equally likely.
         chosen = 1 - (1 - spec.experts_per_token / spec.num_experts) ** batch
         mlp = spec.num_experts * chosen * 3 * spec.hidden_size * spec.moe_ffn_size
     else:
         mlp = 3.0 * spec.hidden_size * spec.ffn_size
+    # Of the head all rows; the embedding reads one row a token, next to nothing.
     return spec.num_layers * (attention + mlp) + spec.vocab_size * spec.hidden_size

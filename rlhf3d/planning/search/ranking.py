@@ -128,6 +128,7 @@ class Search:
                 fitting.append(fits)
         counts["fit"], counts["do not fit"] = len(fitting), len(too_big)
         fitting.sort(key=lambda option: option.seconds)
+        # A layout of its own multiplies the search, so it is tried for the best alone.
         if self.config.needs_critic:
             better = [self._with_own_critic(option) for option in fitting[:CRITICS]]
             fitting += [option for option in better if option is not None]
@@ -135,7 +136,9 @@ class Search:
         best = self._plans(fitting, fits=True)
         fastest = best[0].step_s if best else math.inf
         too_big.sort(key=lambda option: option.excess)
+        # Slower than the best plan that fits, they are of no interest.
         near = [option for option in too_big if option.seconds <= fastest]
+        # The plus drops counts of 0.
         return Found(best, self._plans(near, fits=False), +counts)
 
     def _candidates(self) -> Iterator[tuple[Config, list[Engines]]]:
@@ -172,6 +175,7 @@ class Search:
             job = make_job(replace(config, rollout=settings), self.spec, self.cluster)
             memory = engine_memory(job)
             least = (memory.weights + memory.activations + memory.one_sequence) / self.limit
+            # Rounded up to the steps in which shares are tried.
             found.append(Engines(math.ceil(least / UTILIZATION_STEP) * UTILIZATION_STEP, settings))
         return found
 
@@ -184,6 +188,7 @@ class Search:
         free = 1 - peak / self.limit
         fitting = []
         for least, rollout in engines:
+            # Engines on devices of their own leave training alone, which must fit by itself.
             share = DEDICATED_UTILIZATION if free >= 0 else 0.0
             if rollout.placement == "colocated":
                 steps = math.floor((free - UTILIZATION_STEP / 4) / UTILIZATION_STEP)
@@ -191,6 +196,7 @@ class Search:
             if least <= share:
                 fitting.append(self._option(job, rollout, share, training_s, excess=0.0))
         least, rollout = min(engines, key=lambda each: each.least)
+        # What does not fit is shown with the smallest engines, which lack least.
         colocated_share = min(least, 1.0) if rollout.placement == "colocated" else 0.0
         excess = peak - (1 - colocated_share) * self.limit
         share = colocated_share or DEDICATED_UTILIZATION
@@ -228,6 +234,7 @@ class Search:
         rollout = replace(rollout, gpu_memory_utilization=round(share, 2))
         config = replace(job.config, rollout=rollout)
         job = replace(job, config=config)
+        # Without room for one sequence vLLM does not start, so there is no time.
         if rollout not in self.generate_s:
             starts = not engine_memory(job).missing
             self.generate_s[rollout] = generate_time(job).total if starts else math.inf
@@ -253,6 +260,7 @@ class Search:
         for option in options:
             if option.kind in kinds:
                 continue
+            # The search's own sums rank options; whether one fits, the complete plan decides.
             plan = make_timed_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
             if fits == (plan.verdict == "fits"):
                 found.append(plan)

@@ -129,6 +129,8 @@ def _ends(layers: int, pp: int, vpp: int) -> list[tuple[int | None, int | None]]
     """
     if layers % (pp * vpp) == 0:
         return [(None, None)]
+    # Middle stages get equal chunks, rounded up. The ends share what is left; the last one, which
+    # has the head, gets the smaller part.
     middle = ceil_div(layers, pp * vpp) * vpp
     left = layers - (pp - 2) * middle
     half = left // 2 // vpp * vpp
@@ -149,8 +151,10 @@ def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
 
     Micro-batches are in the configuration's own unit: sequences or tokens.
     """
+    # A budget has to hold one longest row as it is rounded up for context and tensor ranks.
     chunks = width_multiples(layout, "cuda")["multiple_of"]
     longest = round_up(longest_sequence(config.data), chunks)
+    # None: as the actor.
     as_actor = replace(
         config.critic,
         layout=None,
@@ -162,6 +166,7 @@ def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
         actor = replace(
             config.actor,
             layout=replace(layout, recompute=recompute),
+            # The run reads the one that actor.use_dynamic_bsz selects.
             ppo_micro_batch_size_per_gpu=size,
             ppo_max_token_len_per_gpu=size * longest,
         )

@@ -147,6 +147,8 @@ def _padded(job: Job, model: Model, backward: bool) -> float:
         return job.lengths.padded
     sequences = _sequences(job, model, backward)
     rows = min(sequences, rule.rows if rule.tokens is None else rule.tokens / mean)
+    # Neighbors in that order differ by longest / sequences, and the widest of `rows` is
+    # (rows - 1) / 2 such gaps above their mean; rounding up adds half a multiple on average.
     spread = max(0.0, rows - 1) / 2 * longest / sequences
     return min(longest, mean + spread + (rule.multiple_of - 1) / 2)
 
@@ -169,6 +171,7 @@ def _micro_batches(job: Job, model: Model, backward: bool) -> tuple[float, int]:
     rows = float(rule.rows)
     if rule.tokens is not None:
         rows = max(1.0, rule.tokens / _padded(job, model, backward) - UNFILLED)
+    # A quotient of floats may be a hair above the integer that it means.
     count = max(1, math.ceil(sequences / rows - 1e-9))
     if layout.vpp > 1:
         count = round_up(count, layout.pp)  # as Megatron's interleaved schedule wants
@@ -182,13 +185,17 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     rows, _ = _micro_batches(job, model, backward)
     width = _padded(job, model, backward)
     positions, responses = rows * width / layout.cp, rows * job.lengths.response / layout.cp
+    # The peak is the device's; on CPU `cores` processes share it.
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
+    # A causal position attends to half of a row on average.
     layer, collectives = _layer_passes_s(job, model, backward, positions, width / 2, rate)
     hidden_bytes = positions * spec.hidden_size * item
     if settings.sequence_parallel:
         hidden_bytes /= layout.tp
+    # Ranks of neighboring stages are `stage_size` apart.
     message_s = hidden_bytes / job.cluster.bandwidth(2, stride=layout.stage_size)
     message_s += job.cluster.latency_s(2, stride=layout.stage_size)
+    # One message a chunk: its input, and in a backward pass its gradient.
     messages = layout.vpp * (1 + backward) if layout.pp > 1 else 0
     head_s = head_flops(spec, responses) / layout.tp / rate * (1 + HEAD_BACKWARD * backward)
     found = []
@@ -213,6 +220,7 @@ def _layer_passes_s(
     of_attention += _context_messages_s(job, model, positions, context / rate)
     passes = 1.0 + BACKWARD * backward
     compute, collectives = (attention + mlp) * passes, (of_attention + of_mlp) * passes
+    # Recomputation repeats forward work in the backward pass, with its collectives.
     if backward and recompute != "none":
         again = recompute == "full"  # else the MLP alone
         compute += mlp + attention * again
@@ -233,6 +241,7 @@ def _layer_s(
     def products_flops(rows: float, products: tuple[tuple[float, float], ...]) -> float:
         return sum(hardware.product_flops(rows, *sides) for sides in products)
 
+    # Scores and their product with the values: two products of two operations each.
     scores = positions * 4 * spec.num_heads * spec.head_dim * context / layout.tp
     projections = products_flops(positions, attention_products(spec, layout.tp))
     attention = (projections + scores) / rate
@@ -240,8 +249,10 @@ def _layer_s(
     if not spec.num_experts:
         mlp = products_flops(positions, mlp_products(spec, layout.tp)) / rate
         return attention + host, mlp + host
+    # Tensor ranks share out the tokens; experts' matrices are complete.
     own = positions / layout.tp
     experts_here = spec.num_experts / layout.ep
+    # After the exchange a rank has as many copies as it sent, over its own experts.
     rows = own * spec.experts_per_token / experts_here
     experts = experts_here * products_flops(rows, mlp_products(spec, 1)) / rate
     if job.on_gpu:
@@ -259,12 +270,15 @@ def busiest_rank(spec: ModelSpec, ep: int) -> float:
     """
     if ep == 1:
         return 1.0
+    # A rank's load is the mean of num_experts / ep experts, whose deviation falls with the root of
+    # their number; the largest of n normal numbers is sqrt(2 ln n) deviations above the mean.
     spread = EXPERT_SPREAD * math.log2(spec.num_experts) * math.sqrt(ep / spec.num_experts)
     return 1 + spread * math.sqrt(2 * math.log(ep))
 
 
 def _ring_bytes(ranks: int, size: float) -> float:
     """Bytes that each rank sends in a ring all-reduce of `size` bytes."""
+    # A reduce-scatter and an all-gather, of (n - 1) / n of the bytes each.
     return 2 * (ranks - 1) / ranks * size
 
 
@@ -297,6 +311,7 @@ def _context_messages_s(job: Job, model: Model, positions: float, seconds_a_flop
     received = (layout.cp - 1) * keys_and_values
     seconds = received / job.cluster.bandwidth(layout.cp, stride=layout.tp)
     seconds += job.cluster.latency_s(layout.cp, stride=layout.tp)
+    # `seconds_a_flop` is of one operation for each position of the context.
     attention = 4 * positions * spec.num_heads * spec.head_dim / layout.tp * seconds_a_flop
     return max(0.0, seconds - attention) if job.on_gpu else seconds
 
@@ -310,6 +325,8 @@ def _scheduled(job: Job, model: Model, parts: list[Stage], micro_batches: int) -
     layout, cores = model.layout, job.cluster.hardware.cores
     slowest = max(parts, key=lambda stage: stage.total)
     compute, messages = micro_batches * slowest.compute_s, micro_batches * slowest.messages_s
+    # The pipeline fills and drains: a stage's time for each other stage, or with interleaving a
+    # chunk's.
     bubble = (layout.pp - 1) / layout.vpp * slowest.total
     if not job.on_gpu:
         shared = micro_batches * layout.stage_size / cores
@@ -325,6 +342,7 @@ def _moved_s(job: Job, model: Model, optimizer: bool) -> float:
     if not job.config.model.offload:
         return 0.0
     states = states_of(job, model, rank=0)
+    # GPUs copy side by side; on CPU all ranks share one host's memory.
     sharing = 1 if job.on_gpu else model.layout.world_size
     moved = 2 * sharing * (states.weights + states.optimizer * optimizer)
     return moved / (job.cluster.hardware.host_gbs * 1e9)
@@ -369,6 +387,7 @@ def _reduced_s(job: Job, model: Model, by_stage: list[Stage], elements: int) -> 
     bandwidth = job.cluster.bandwidth(layout.replicas, stride=layout.tp)
     share = (layout.replicas - 1) / layout.replicas
     slowest = max(stage.compute_s for stage in by_stage)
+    # fp32. A reduce-scatter sends all but the own share.
     gradients = 4 * elements * share / bandwidth
     if not settings.distributed_optimizer:
         gradients *= 2  # an all-reduce, and no reduce-scatter
@@ -409,6 +428,7 @@ def generate_time(job: Job) -> PhaseTime:
         rate /= rollout.engines * tp
         read /= rollout.engines * tp
     prompts = job.config.data.train_batch_size / rollout.engines
+    # Causal: a prompt's token attends to half of the prompt on average.
     prompt_layer = layer_flops(spec, prompts * job.lengths.prompt, job.lengths.prompt / 2)
     prefill = (spec.num_layers * prompt_layer + head_flops(spec, prompts)) / tp / rate
     context = job.lengths.total / 2
@@ -416,11 +436,14 @@ def generate_time(job: Job) -> PhaseTime:
     token = spec.num_layers * layer_flops(spec, 1, context) + head_flops(spec, 1)
     compute = decoded * token / tp / rate
     elements = engine_elements(spec, tp, rollout.expert_parallel)
+    # In FP8 the mean over bytes and what stays whole.
     weight_bytes = engine_weight_bytes(spec, rollout) / elements
+    # decoded / steps: sequences in a step, on average.
     weights = decoder_weights_read(spec, decoded / steps) * weight_bytes / tp
     cache_bytes = decoded * context * kv_bytes_a_token(spec, tp, rollout.dtype)
     memory = (steps * weights + cache_bytes) / read
     kernels = KERNELS["experts" if spec.num_experts else "dense"] * hardware.decode_kernel_s
+    # Without CUDA graphs a layer takes as long as the host takes to launch its kernels.
     if rollout.enforce_eager:
         kernels = hardware.decode_eager_s
     host = steps * hardware.decode_overhead_s + decoded * hardware.decode_sequence_s
@@ -428,6 +451,7 @@ def generate_time(job: Job) -> PhaseTime:
         "generate",
         {
             "prompts": prefill,
+            # A GPU reads memory while it computes (roofline); on CPU the two are added up.
             "tokens": max(compute, memory) if job.on_gpu else compute + memory,
             "messages": steps * _decoding_messages_s(job, decoded / steps),
             "kernels": steps * spec.num_layers * kernels,
@@ -440,12 +464,14 @@ def _decoding_steps(job: Job, sequences: float, context: float) -> tuple[float, 
     """Decoding steps of an engine, and tokens that it decodes in them."""
     rollout = job.config.rollout
     a_token = kv_bytes_a_token(job.spec, rollout.tensor_parallel_size, rollout.dtype)
+    # Sequences of `context` tokens whose keys and values the cache holds at once.
     cached = engine_memory(job).kv_cache / (a_token * max(context, 1.0))
     batch = max(1.0, min(sequences, rollout.max_num_seqs, cached))
     decoded = sequences * job.lengths.response
     longest = job.lengths.response
     if sequences > 1:  # one of several completions is as long as it may be
         longest = max(longest, job.config.data.max_response_length)
+    # The longest completion takes a step a token; a queue lasts until all are decoded.
     return max(longest, decoded / batch), decoded
 
 
@@ -459,6 +485,7 @@ def _decoding_messages_s(job: Job, batch: float) -> float:
     ring = _ring_bytes(tp, size) / job.cluster.bandwidth(tp)
     # In a node vLLM's own all-reduce takes half as long as NCCL's.
     latency = hardware.latency_s / 2 if job.cluster.inside(tp) else hardware.network_latency_s
+    # Two all-reduces a layer, after attention and after the MLP.
     return 2 * job.spec.num_layers * (ring + latency)
 
 
@@ -494,5 +521,6 @@ def save_time(job: Job) -> PhaseTime:
     trainer, written = job.config.trainer, checkpoint_bytes(job)
     if trainer.save_hf == "always":
         written += engine_elements(job.spec, 1, False) * ITEM_BYTES[job.config.model.dtype]
+    # A save in the background takes no time of the step.
     seconds = 0.0 if trainer.async_save else written / (job.cluster.hardware.disk_gbs * 1e9)
     return PhaseTime("save_checkpoint", {"disk": seconds / trainer.save_freq})

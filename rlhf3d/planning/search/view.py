@@ -149,6 +149,7 @@ def search_view(found: Found, cluster: Cluster, shape: Path) -> View:
     else:
         parts.append("nothing fits: take more GPUs, or shorten the sequences")
     if found.near:
+        # A plan of `near` does not fit or is tight, so that it has a reason.
         reasons = [[*plan.problems, *plan.memory.tight][0] for plan in found.near]
         parts.append(_search_table("faster, but too big or tight", found.near))
         parts.append("\n".join(f"  {i}. {reason}" for i, reason in enumerate(reasons, 1)))
