@@ -100,9 +100,9 @@ def versions() -> dict[str, str]:
     This package's has a digest of its source.
     """
     found = {"python": platform.python_version(), **package_versions(PACKAGES)}
-    # A checkout keeps its version while its source changes; sorted, since file systems list
-    # files in different orders.
+    # A checkout keeps its version while its source changes.
     source, digest = Path(__file__).parents[1], hashlib.sha256()
+    # Sorted: file systems list files in different orders.
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + path.read_bytes())
     return found | {"rlhf3d": f"{metadata.version('rlhf3d')}, source {digest.hexdigest()[:8]}"}

@@ -26,7 +26,7 @@ GRACE_S = 2.0
 """Seconds to wait for further failures after the first, one of which may be its cause."""
 LOOK_S = 1.0
 """Seconds between two looks at whether Ray has ended."""
-# Empty or one reason; the thread that watches Ray sets it.
+# Empty or one reason, for all waits of this process.
 _ended: list[str] = []
 
 
