@@ -55,6 +55,7 @@ def ray_cluster(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler = on_sigterm or _interrupt
+    # Before Ray starts, whose own handler takes its place.
     previous = signal.getsignal(signal.SIGTERM)
     own = RayHere()
     try:
@@ -72,15 +73,18 @@ def ray_cluster(
             raise
         # ray.init sets a handler of its own.
         signal.signal(signal.SIGTERM, handler)
+        # A cluster that is joined may have lost nodes long before this run.
         lost_before = set(_lost_nodes())
         try:
             yield
         except Exception as error:
             _raise_swallowed(error)
+            # Asked first: when Ray's processes end, all else that fails follows from it.
             if why := own.ended():
                 raise WorkerFailure(why) from None
             if not isinstance(error, WorkerFailure):
                 raise
+            # Only then is it worth waiting until Ray's health checks give a node up.
             may_be_lost = error.lost_touch and config.num_nodes > 1
             lost = _wait_for_loss(lost_before, LOSS_S if may_be_lost else 0.0)
             if not lost:
@@ -165,6 +169,7 @@ def use_node_interface() -> None:
     own_address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if own_address in [address.address for address in addresses]:
+            # setdefault: the user's own choice stands.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
@@ -173,6 +178,7 @@ def reserve(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
     """Reserve the bundles of a placement. Raises ValueError when the cluster cannot hold them."""
     group = placement_group(placement.bundles, strategy=placement.strategy)
     try:
+        # A group that the cluster cannot hold stays pending: the deadline alone shows it.
         if not group.wait(timeout_s):
             offers = [f"{node_name(node)}: {_offer(node)}" for node in _live_nodes()]
             raise ValueError(
@@ -221,11 +227,13 @@ def cores_of(group: PlacementGroup, timeout_s: float) -> list[int]:
     Ray's own number of CPUs is whatever it was started with, not what the node has.
     """
     nodes = dict.fromkeys(_node_ids(group))
+    # No task where none is needed: it would start one more worker process.
     if set(nodes) == {ray.get_runtime_context().get_node_id()}:
         return [cores()]
     calls: dict[str, Reply[int]] = {}
     for node in nodes:
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+        # num_cpus=0: the bundles may hold every CPU that Ray has, and the task would wait for one.
         task = ray.remote(cores).options(num_cpus=0, scheduling_strategy=on_node)
         calls[f"node {node[:8]}"] = task.remote()
     return gather("count cores", calls, timeout_s)

@@ -38,6 +38,7 @@ from rlhf3d.preflight import checkpoints_gib, plan_here
 
 CONNECT_S = 5.0
 ALL_REDUCE_S = 60.0
+# In float32: 4 MiB.
 ALL_REDUCE_ELEMENTS = 1 << 20
 
 
@@ -57,6 +58,7 @@ class Probe:
         failures = {}
         for name, (address, port) in places.items():
             try:
+                # Nobody accepts there: the kernel completes the connection in the listening queue.
                 socket.create_connection((address, port), timeout=CONNECT_S).close()
             except OSError as error:
                 failures[name] = f"port {port} of {address}: {error}"
@@ -67,6 +69,7 @@ class Probe:
 
         NCCL does it where this process has a GPU, otherwise gloo.
         """
+        # Before the group is made: gloo reads the interface then.
         use_node_interface()
         from datetime import timedelta
 
@@ -87,7 +90,9 @@ class Probe:
         group.allreduce([tensor]).wait(timeout)  # makes the connections
         start = time.monotonic()
         group.allreduce([tensor]).wait(timeout)
+        # Reads from the device, so the sum is there before the clock is read again.
         total = float(tensor[-1])
+        # The first sum of ones gives world_size everywhere, the second world_size of those.
         if total != world_size**2:
             raise RuntimeError(
                 f"the sum of ones, twice over {world_size} nodes, came out as {total}"
@@ -112,12 +117,14 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     bundle_of: dict[str, int] = {}
     for bundle, node in sorted(table["bundles_to_node_id"].items()):
         bundle_of.setdefault(node, bundle)
+    # All on the driver's node: there is nothing to compare or connect.
     if set(bundle_of) == {ray.get_runtime_context().get_node_id()}:
         return
     places = {}
     for node, bundle in bundle_of.items():
         resources = table["bundles"][bundle]
         strategy = PlacementGroupSchedulingStrategy(reserved, bundle)
+        # A complete bundle, for a probe to see GPUs as a rank would; free again when it is gone.
         places[node] = {
             "scheduling_strategy": strategy,
             "num_cpus": resources["CPU"],
@@ -135,6 +142,7 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     for report in checked.reports:
         if report.gpus:
             memory_gib = {gpu: gpu[1] for gpu in report.gpus}
+            # Any rank may get this one, so the plan must hold on it.
             smallest = min(report.gpus, key=memory_gib.__getitem__)
             for text in plan_here(config, spec, True, smallest).memory.problems:
                 # The report does not know the memory of the node's host.
@@ -199,6 +207,7 @@ def probe(
         looks[f"node {name}"] = start_call(actors[node], Probe.look, wanted, name, ray_gpus)
     try:
         reports = gather("cluster check", looks, timeout_s)
+        # Without the folder: the driver's own versions are all that is compared.
         driver = look(replace(wanted, folder=None), "of the driver", 0)
         problems = compare(reports, driver, wanted)
         if wanted.folder is not None:
@@ -237,6 +246,7 @@ def _check_ports(probes: Mapping[str, Any]) -> list[str]:
         del others[name]
         calls[f"node {name}"] = start_call(probe, Probe.connect, others)
     problems = []
+    # Each probe tries the others one after the other.
     results = gather(phase, calls, CONNECT_S * (len(probes) + 4))
     for name, failures in zip(probes, results, strict=True):
         for other, why in failures.items():

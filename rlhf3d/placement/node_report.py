@@ -77,6 +77,7 @@ def look(wanted: Wanted, name: str, ray_gpus: int) -> NodeReport:
         folder = Path(wanted.folder)
         token = _read_soon(folder / wanted.token_file)
         try:
+            # A file of its own for each node: the driver looks whether every one has arrived.
             (folder / f"{wanted.token_file}-{_file_name(name)}").write_text(name)
             disk_gib = shutil.disk_usage(folder).free / GIB
         except OSError as error:
@@ -99,7 +100,9 @@ def versions() -> dict[str, str]:
     This package's has a digest of its source.
     """
     found = {"python": platform.python_version(), **package_versions(PACKAGES)}
+    # A checkout keeps its version while its source changes.
     source, digest = Path(__file__).parents[1], hashlib.sha256()
+    # Sorted: file systems list files in different orders.
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + path.read_bytes())
     return found | {"rlhf3d": f"{metadata.version('rlhf3d')}, source {digest.hexdigest()[:8]}"}
@@ -230,6 +233,8 @@ def _gpus() -> tuple[tuple[str, float], ...] | None:
     except FileNotFoundError:
         return None
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        # It is installed and fails: no GPU can be counted on.
         return ()
+    # From the right: the memory has no comma, a name could.
     rows = [line.rpartition(",") for line in listed.splitlines() if line.strip()]
     return tuple((name.strip(), float(mib) / 1024) for name, _, mib in rows)

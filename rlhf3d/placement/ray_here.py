@@ -23,9 +23,12 @@ from ray._private import worker as ray_driver
 from rlhf3d.placement.waiting import exit_on_timeout, ray_ended, set_ray_ended
 from rlhf3d.processes import find_marked, marked, stop_signals_blocked
 
+# Besides the batches; by itself Ray takes a share of the machine's memory.
 OBJECT_STORE_BYTES = 256 << 20
 NEEDED = ("raylet", "gcs_server")
+# Linux has 108 bytes for the path of a Unix socket, the last of which is 0.
 SOCKET_PATH_BYTES = 107
+# With the longest process id that Linux gives.
 SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12")
 """What Ray adds to its temporary folder."""
 LOOK_S = 0.5
@@ -39,6 +42,7 @@ class RayHere:
     """Ray's processes. Without `start`, `ended` and `end` are those of a cluster of others."""
 
     def __init__(self) -> None:
+        # It belongs to the process: what an earlier Ray left must not end waits on this one.
         set_ray_ended(None)
         self._mark: str | None = None
         self._needed: dict[str, psutil.Process] = {}
@@ -55,6 +59,7 @@ class RayHere:
             "Ray no longer prints its nodes' messages by print_to_stdstream"
         )
         ray_driver.print_to_stdstream = _log
+        # Ray's processes are the children that ray.init adds.
         before = set(psutil.Process().children())
         with (
             marked() as self._mark,
@@ -77,6 +82,7 @@ class RayHere:
     def ended(self) -> str | None:
         """Look at the processes now; return why Ray has ended, if it has."""
         with self._looking:  # the first that ended is the cause
+            # While Ray is being ended, a process that ends is no failure.
             if self._closing.is_set() or ray_ended():
                 return ray_ended()
             for name, process in self._needed.items():
@@ -94,11 +100,13 @@ class RayHere:
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_S):
+            # The driver, whose wait ends now, gets UNWIND_S to reach `end`.
             if (why := self.ended()) and not self._closing.wait(UNWIND_S):
                 # Ray's own calls wait a minute for what is gone, and then end this process without
                 # a message.
                 print(why, file=sys.stderr, flush=True)
                 self._kill()
+                # The main thread is inside a call of Ray that no exception reaches.
                 os._exit(1)
 
     def end(self) -> None:
@@ -149,10 +157,12 @@ def _log(message: dict[str, Any], **_: object) -> None:
 
 def _how_it_ended(process: psutil.Process) -> str | None:
     """How a process ended, as text; None while it runs."""
+    # A child that nobody has waited for yet is a zombie: it has ended.
     with suppress(psutil.NoSuchProcess):
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return None
     with suppress(ChildProcessError):
+        # WNOWAIT leaves the status to Ray's own code, which waits for the same children.
         status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if status is not None and status.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
             return f"was ended by {signal.Signals(status.si_status).name}"

@@ -69,6 +69,7 @@ def place(
     if colocated:
         sharing.append("engine")
     world = actor.layout.world_size
+    # Bundle r is that of the actor's rank r; dedicated ones follow.
     bundle_of = {actor.name: list(range(world))}
     end = world
     for group in others:
@@ -84,12 +85,15 @@ def place(
                 f"of actor.layout, whose devices they share; set {placement_key}=disaggregated or "
                 "make the layout smaller"
             )
+        # Rank r shares the GPU of the actor's rank r.
         bundle_of[group.name] = list(range(ranks))
+    # One CPU for each process that shares the GPU.
     shared = {"GPU": 1.0, "CPU": float(len(sharing))}
     dedicated = {"GPU": 1.0, "CPU": 1.0}
     bundles = [shared] * world + [dedicated] * (end - world)
     of_engines: list[list[int]] | None = None
     if not colocated:
+        # One bundle for all ranks of an engine: Ray keeps a bundle on one node.
         bundles += [{"GPU": float(engine_ranks), "CPU": float(engine_ranks)}] * engines
         of_engines = [[end + engine] * engine_ranks for engine in range(engines)]
     options: dict[str, dict[str, Any]] = {}
@@ -107,10 +111,12 @@ def _place_on_hosts(
 
     An engine is on one node, that of its home rank.
     """
+    # Every node that is used gets a rank of the largest group.
     used = min(nodes, max(group.layout.world_size for group in groups))
     node_of: dict[str, list[int]] = {}
     for group in groups:
         ranks = group.layout.world_size
+        # Consecutive ranks on a node: `min` gives a small group one rank on each of fewer nodes.
         node_of[group.name] = [rank * min(used, ranks) // ranks for rank in range(ranks)]
     actor = node_of[groups[0].name]
     homes = []
@@ -161,6 +167,7 @@ def engine_bundles(placement: Placement, plan: ReshardPlan) -> list[list[int]]:
     bundles = []
     for engine in range(len(device_of) // ranks):
         devices = [device_of[engine, rank] for rank in range(ranks)]
+        # A GPU has one rank of the actor, and that rank has the bundle of its own number.
         bundles.append([plan.sites.ranks_on(device)[0] for device in devices])
     return bundles
 

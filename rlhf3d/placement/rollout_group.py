@@ -88,6 +88,7 @@ class RolloutGroup:
             bundle = bundles[engine][rank]
             actor = ray.remote(EngineRank).options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
+                # In the environment that the process starts with: libraries read it when imported.
                 runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": str(own)}},
                 **placement.options["engine"],
             )
@@ -96,6 +97,7 @@ class RolloutGroup:
         self.engines: list[list[Any]] = []
         for engine, ranks in enumerate(self._ranks):
             self.engines.append([make(engine, rank) for rank in range(ranks)])
+        # By now all processes are starting at once; an engine meets where its rank 0 listens.
         firsts = {
             f"engine {engine}": start_call(actors[0], EngineRank.rendezvous)
             for engine, actors in enumerate(self.engines)
@@ -161,6 +163,7 @@ class RolloutGroup:
         streams: dict[str, ReplyStream[dict[int, Completion]]] = {}
         for engine in range(min(count, len(requests))):
             own = list(requests[engine::count])
+            # To every rank: they compute each layer together.
             for rank, actor in enumerate(self.engines[engine]):
                 name = self._name(engine, rank)
                 streams[name] = start_stream(actor, EngineRank.stream, own, sampling)
@@ -171,6 +174,7 @@ class RolloutGroup:
                 continue
             answered += len(part)
             engine = engine_of[name]
+            # Number k of engine e is request e + count * k, as dealt above.
             yield {engine + count * number: done for number, done in part.items()}
         assert answered == len(requests), f"the engines dropped {len(requests) - answered} requests"
 

@@ -34,6 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
+# What a forward pass reads; the other columns stay on the driver.
 FORWARD_COLUMNS = ("input_ids", "prompt_lengths", "response_lengths", "response_mask")
 
 
@@ -163,6 +164,7 @@ class TrainGroup:
         for share, result in zip(shares, results, strict=True):
             assert result is not None, "ranks of the last pipeline stage have outputs"
             for name, value in result.items():
+                # [N, R] on the driver; a result is [n, R], in the order of the rows it was sent.
                 column = merged.setdefault(name, torch.zeros_like(batch["response_mask"]))
                 column[share.rows] = value
         return merged
@@ -178,6 +180,7 @@ class TrainGroup:
         shares = split_update(batch, plan, self.layout, self.max_response_tokens, self.cost)
         args = [(role, batch.select(share.rows), share.mini_batches, objective) for share in shares]
         results = self._dispatch(phase, TrainWorker.update, args)
+        # Of any rank: a step is left out on all of them or on none.
         for problem in results[0].skipped:
             logging.getLogger(__name__).warning("%s left out an optimizer step: %s", phase, problem)
         padding, self._padding = self._padding, {}
@@ -192,6 +195,7 @@ def _update_metrics(role: str, results: Sequence[UpdateResult]) -> dict[str, flo
     """Metrics of an update from those of its data-parallel ranks."""
     first = results[0]
     metrics: dict[str, float] = {}
+    # Each replica gives its share of a mean over the mini-batch of all, so the sum is the mean.
     for name in first.shares:
         metrics[name] = sum(result.shares[name] for result in results)
     metrics[f"{role}/grad_norm"] = first.grad_norm
@@ -208,6 +212,7 @@ def sequence_cost(spec: ModelSpec) -> SequenceCost:
     their ratio is heads·head_dim·L²/p.
     """
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
+    # Per head_dim: queries and the output projection, keys and values. 3: gate, up and down.
     heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
     weights = spec.hidden_size * (heads * spec.head_dim + 3 * ffn)
     return SequenceCost(spec.num_heads * spec.head_dim / weights)

@@ -26,6 +26,7 @@ GRACE_S = 2.0
 """Seconds to wait for further failures after the first, one of which may be its cause."""
 LOOK_S = 1.0
 """Seconds between two looks at whether Ray has ended."""
+# Empty or one reason, for all waits of this process.
 _ended: list[str] = []
 
 
@@ -89,6 +90,7 @@ def _arrivals(phase: str, pending: dict[str, Any], timeout_s: float) -> Iterator
     deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
+        # In turns of LOOK_S: ray.wait itself does not return when Ray has ended.
         ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=min(LOOK_S, left_s))
         if why := ray_ended():
             raise WorkerFailure(why)
@@ -108,6 +110,7 @@ def _arrivals(phase: str, pending: dict[str, Any], timeout_s: float) -> Iterator
                 del pending[name]
                 item = ray.get(source)
             else:
+                # ray.wait said that there is an item, or that the stream has ended.
                 item = ray.get(next(source))
         except StopIteration:
             del pending[name]
@@ -127,6 +130,7 @@ def _first_failure(
 
     A worker that raised by itself comes before one that only lost its peer.
     """
+    # A stream's next item may be a good one: only its end tells of a failure.
     ends = {
         name: waited if isinstance(waited, ray.ObjectRef) else waited.completed()
         for name, waited in pending.items()

@@ -113,6 +113,7 @@ class TrainWorker:
     def build(self, address: str, port: int, threads: int) -> None:
         """Join the process groups, then load the group's models."""
         use_node_interface()
+        # Before Megatron is imported, which is patched here.
         self.setup.platform.prepare_worker(threads)
         from rlhf3d.parallel.megatron_init import initialize_megatron
 
@@ -134,6 +135,7 @@ class TrainWorker:
 
         setup, group = self.setup, self.setup.group
         if setup.custom_algorithms is not None:
+            # An objective names its loss: the name must be known in this process too.
             load_custom_algorithms(setup.custom_algorithms)
         context = EngineContext(
             spec=load_spec(group.model),
@@ -180,6 +182,7 @@ class TrainWorker:
         from rlhf3d.resharding.messages import Group
 
         stream = self.streams[name]
+        # Messages of a stream go through a group apart from Megatron's.
         group = None
         if meeting is not None:
             setup = stream.setup
@@ -201,6 +204,7 @@ class TrainWorker:
         from rlhf3d.checkpoints.sharded import start_save
 
         if self._writer is None:
+            # One thread: models are written in the order in which their saves start.
             self._writer = ThreadPoolExecutor(1, "checkpoint")
         engine, optimizer = self.engines[role], self.setup.save_optimizer
         with engine.states.on_device("weights", "optimizer"):

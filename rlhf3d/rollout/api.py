@@ -37,6 +37,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token")
+        # vLLM reads temperature 0 as greedy; here greedy is a field of its own.
         if not self.greedy and self.temperature <= 0:
             raise ValueError(
                 f"temperature={self.temperature}: must be above 0; for the most likely token set "
@@ -149,5 +150,6 @@ class RolloutEngine(Protocol):
 
 def request_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
     """Return a 63-bit seed of one completion, the same in every process and Python version."""
+    # Not hash(): Python's hash of a string differs from process to process.
     key = f"{run_seed}/{step}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

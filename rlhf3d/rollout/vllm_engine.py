@@ -59,11 +59,14 @@ class VLLMEngine:
         """Make rank `rank` of an engine, with `threads` CPU threads; `start` starts vLLM."""
         rollout, platform = settings.rollout, settings.platform
         self._settings, self._threads, self._rank = settings, threads, rank
+        # vLLM's sleep frees nothing on CPU.
         self._frees_memory = rollout.sleep and platform.kind == "cuda"
         self._forgets = rollout.sleep and platform.sleep_forgets
+        # Parts whose memory is released: weights and cache wake at different times.
         self._asleep: list[str] = []
         self._loaded_version: int | None = None
         self._policy_version: int | None = None
+        # Asked again after an update, when the prefix cache must not know it any more.
         self._served_prompt: Sequence[int] = ()
         self._llm: Any = None
         self._worker: type[WeightSyncWorker]
@@ -76,15 +79,19 @@ class VLLMEngine:
         """
         settings, rollout, rank = self._settings, self._settings.rollout, self._rank
         on_cpu, threads = settings.platform.kind == "cpu", self._threads
+        # Before vLLM is imported, which sets up its logging from them.
         os.environ.update(_environment(on_cpu, rollout.enforce_eager is True, threads))
         if rollout.tensor_parallel_size > 1:
             assert meeting is not None, "the ranks of an engine must know where to meet"
+            # After the settings above, whose VLLM_HOST_IP it replaces.
             os.environ.update(_rank_environment(rank, rollout.tensor_parallel_size, host))
+            # Rank 0's process owns the port and serves there; in the others this does nothing.
             host_meeting(meeting[1], MEETING_S)
             meet_at(rank, *meeting)
             if not on_cpu:
                 ask_driver_for_peers()
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
+        # torch read OMP_NUM_THREADS when it was imported, before it was set.
         torch.set_num_threads(threads)
         from torch._dynamo import config as dynamo
         from vllm import LLM, SamplingParams
@@ -126,6 +133,7 @@ class VLLMEngine:
                 "this engine serves no policy yet: update_weights, then publish, come before "
                 "generate"
             )
+        # vLLM would cut such a completion short at max_model_len instead.
         for request in requests:
             if len(request.prompt_ids) + sampling.max_tokens > self._settings.max_model_len:
                 raise ValueError(
@@ -140,20 +148,24 @@ class VLLMEngine:
             "max_tokens": sampling.max_tokens,
             "stop_token_ids": sorted({*self._settings.stops.token_ids, *sampling.stop_token_ids}),
             "stop": list(self._settings.stops.strings),
+            # Text is made for stop strings only: callers get token ids.
             "detokenize": bool(self._settings.stops.strings),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop string may be one
+            # 0: of the sampled token alone; flat: lists of numbers, no object per token.
             "logprobs": 0,
             "flat_logprobs": True,
         }
         prompts = [request.prompt_ids for request in requests]
         params = [self._params(seed=request.seed, **common) for request in requests]
+        # Every rank takes every step, since each computes its part of each layer.
         for part in self._stream(prompts, params):
             if self._rank > 0:  # it computes the same as rank 0, whose completions count
                 continue
             yield {
                 number: _completion(output.outputs[0], version) for number, output in part.items()
             }
+        # The longest: the cache holds whole blocks only, and a short prompt may fill none.
         self._served_prompt = max(prompts, key=len)
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
@@ -162,6 +174,7 @@ class VLLMEngine:
 
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """See `RolloutEngine.update_weights`."""
+        # First of all, so that an engine whose update fails refuses to generate.
         self._policy_version = self._loaded_version = None
         self._wake("weights")
         report = self._on_worker(self._worker.receive_weights, policy_version, sync)
@@ -196,20 +209,24 @@ class VLLMEngine:
         if self._loaded_version is None:
             raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
         for sequence in token_ids:
+            # The first token has no prediction; one more place is for the token vLLM must generate.
             if not 2 <= len(sequence) < self._settings.max_model_len:
                 most = self._settings.max_model_len - 1
                 raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {most} are possible")
         params = self._params(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
+        # A request's temperature does not touch log-probs of its prompt: the logits are scaled.
         self._on_worker(self._worker.set_logit_scale, 1.0 / temperature)
         try:
+            # With prompt log-probs vLLM does not read the prefix cache: it computes every position.
             outputs = self._run(token_ids, [params] * len(token_ids))
         finally:
             self._on_worker(self._worker.set_logit_scale, 1.0)
         logprobs = []
         for output, sequence in zip(outputs, token_ids, strict=True):
             flat = output.prompt_logprobs
+            # Flat log-probs have no entry for the first token.
             assert flat.token_ids == list(sequence[1:]), "vLLM's log-probs are of other tokens"
             logprobs.append(flat.logprobs)
         return logprobs
@@ -225,6 +242,7 @@ class VLLMEngine:
         """Shut vLLM down and stop its processes; a second call does nothing."""
         if self._llm is not None:
             self._policy_version = self._loaded_version = None
+            # Before the shutdown, after which there is no worker to call.
             self._on_worker(self._worker.close_weights)
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
@@ -254,6 +272,7 @@ class VLLMEngine:
         engine = self._llm.llm_engine
         finished: dict[int, Any] = {}
         answered, since = 0, time.monotonic()
+        # Not LLM.generate, which returns with the last request: scoring starts with the first.
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -294,11 +313,13 @@ def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
     quantization = None if rollout.quantization == "none" else rollout.quantization
     of_platform = _cpu_arguments(settings) if on_cpu else _gpu_arguments(rollout)
     return {
+        # By itself vLLM would look for files in the format of Mistral first.
         "config_format": "hf",
         "hf_overrides": partial(_complete_config, head_dtype=head_dtype),
         "dtype": rollout.dtype,
         "quantization": quantization,
         "load_format": "safetensors" if settings.load_weights else "dummy",
+        # Token ids go in and out; only stop strings need text.
         "skip_tokenizer_init": not settings.stops.strings,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": _executor(rollout),
@@ -307,7 +328,9 @@ def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": rollout.enforce_eager,
         "seed": settings.seed,
+        # The samples of a prompt share its keys and values.
         "enable_prefix_caching": True,
+        # Of the distribution that tokens are drawn from: after temperature, top-p and top-k.
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": WORKER_EXTENSION,
         **of_platform,
@@ -325,6 +348,7 @@ def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
         # For a prompt cut into chunks vLLM takes back a draw of the request's generator, which only
         # CUDA's can.
         "enable_chunked_prefill": False,
+        # Without chunks, one step must take the longest prompt whole.
         "max_num_batched_tokens": max(4096, settings.max_model_len),
     }
     if settings.platform.kv_block_tokens is not None:
@@ -367,6 +391,7 @@ def _forget_shared_memory(port: int) -> None:
 
     Without a name the memory is freed when the processes end, however they do.
     """
+    # vLLM names them by the port of the init method.
     for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
         file.unlink(missing_ok=True)
 
@@ -387,6 +412,8 @@ def _rank_environment(rank: int, ranks: int, host: str) -> dict[str, str]:
 
 def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:
     settings = {
+        # Core and worker in this process: external_launcher demands it, and `_on_worker` passes
+        # objects that are not serialized.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

@@ -48,6 +48,7 @@ def ask_driver_for_peers() -> None:
     )
 
     def can_p2p(rank: int, world_size: int) -> bool:
+        # About all GPUs of the node: which ones the engine's other ranks have is unknown here.
         return _gpus_reach_each_other()
 
     custom_all_reduce._can_p2p = can_p2p
@@ -60,6 +61,7 @@ def _gpus_reach_each_other() -> bool:
     nvml = import_pynvml()
     nvml.nvmlInit()
     try:
+        # NVML counts all GPUs, whatever CUDA_VISIBLE_DEVICES shows to this process.
         gpus = [
             nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())
         ]

@@ -81,6 +81,7 @@ class WeightWriter:
         self._shapes = {param.name: param.shape for param in params}
         _check_names(model, self._shapes)
         self._slots = {param.name: _slot(model, param, dtype) for param in params}
+        # By layer: name and copy of the first of its two expert weights to come in an update.
         self._half_experts: dict[RoutedExperts, tuple[str, torch.Tensor]] = {}
         self._real_rows: dict[str, int] = {}
         """Rows before the padding, which is never sent and lost in sleep: `finish` zeroes it."""
@@ -88,6 +89,7 @@ class WeightWriter:
             slot = self._slots[param.name]
             if not isinstance(slot.layer, VocabParallelEmbedding):
                 continue
+            # Where the rows of each piece end; without a piece the share is all padding.
             ends = [piece.local_box[0][1] for piece in param.pieces]
             self._real_rows[param.name] = max(ends, default=0)
             if not isinstance(slot.layer, ParallelLMHead):
@@ -119,6 +121,7 @@ class WeightWriter:
             _quantize(slot.layer, weight)
         else:
             _pack(slot.layer, weight)
+        # A layer that kept `weight` itself would change with the stream's next bucket.
         if slot.tensor.data_ptr() == weight.data_ptr():
             raise RuntimeError(
                 f"{name}: vLLM kept the plain weight where it kept a packed copy at its start"
@@ -137,6 +140,7 @@ class WeightWriter:
             )
         for padded, rows in self._real_rows.items():
             self._slots[padded].tensor[rows:].zero_()
+        # A tied head too: its packed copy is apart from the embedding that was written.
         for layer in self._model.modules():
             if isinstance(layer, ParallelLMHead):
                 _pack(layer, layer.weight)
@@ -156,6 +160,7 @@ class WeightWriter:
         layer = self._slots[name].layer
         first, waiting = self._half_experts.pop(layer, (name, weight))
         if first == name:
+            # The stream reuses the memory of `weight` before the second comes.
             self._half_experts[layer] = name, weight.clone()
             return
         for part, value in ((first, waiting), (name, weight)):
@@ -178,6 +183,7 @@ def _quantize(layer: Any, weight: torch.Tensor) -> None:
     """Let vLLM quantize `weight` [out, in] into the storage that kernels, and CUDA graphs, read."""
     live = {name: getattr(layer, name) for name in ("weight", "weight_scale")}
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    # vLLM quantizes a layer once, unless this says that it has not.
     layer._already_called_process_weights_after_loading = False
     layer.quant_method.process_weights_after_loading(layer)
     for name, parameter in live.items():
@@ -186,12 +192,14 @@ def _quantize(layer: Any, weight: torch.Tensor) -> None:
 
 
 def _is_quantized(layer: Any) -> bool:
+    # The exact type: a subclass may keep weights in another layout.
     return type(getattr(layer, "quant_method", None)) is Fp8PtpcOnlineLinearMethod
 
 
 def _check_names(model: torch.nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
     names = {name for name, _ in model.named_parameters()}
     for name, layer in model.named_modules():
+        # Computed from the weight, so it is in no weight table.
         if _is_quantized(layer):
             names.discard(f"{name}.weight_scale")
     problems = []
@@ -217,6 +225,7 @@ def _slot(model: torch.nn.Module, param: LocalParam, dtype: torch.dtype) -> _Slo
             f"{param.name} has shape {tuple(recorded.shape)} in vLLM and {param.shape} in the "
             "weight table"
         )
+    # vLLM's CPU kernels may turn biases into float32.
     if recorded.dtype != dtype and leaf != "bias":
         raise RuntimeError(
             f"{param.name} is {recorded.dtype} in vLLM; the weights to come are {dtype}"
@@ -263,4 +272,5 @@ def _is_packed(layer: Any, live: torch.Tensor, name: str) -> bool:
             f"{name}: weights of {type(method).__name__} cannot be written to; unquantized and "
             "fp8_per_channel ones can"
         )
+    # Where vLLM computes with a packed copy alone, it leaves an empty parameter.
     return live.numel() == 0

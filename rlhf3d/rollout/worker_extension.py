@@ -40,9 +40,11 @@ class WeightSyncWorker:
         )
         place = setup.plan.destinations[dst]
         if setup.colocated:
+            # Several engines may read one ring; each acknowledges buckets in its own place.
             self._weight_inbox: Any = RingInbox(setup, dst, place.engines.index(engine))
         else:
             assert meeting is not None, "engines on devices of their own receive messages"
+            # In the messages' group training ranks come first, then engine ranks.
             rank = setup.layout.world_size + dst
             group = Group(setup.backend, rank, setup.message_ranks, *meeting, setup.timeout_s)
             device = self.device if setup.weights_on_gpu else torch.device("cpu")
@@ -61,6 +63,7 @@ class WeightSyncWorker:
                 "began"
             )
         start = time.perf_counter()
+        # Parts of vLLM's packing code ask for the current config, which is set only in the block.
         with set_current_vllm_config(self.vllm_config):
             self._weight_receiver.load(self._weight_writer, policy_version, sync)
         times = self._weight_receiver.times
@@ -95,5 +98,6 @@ class WeightSyncWorker:
             "vLLM's model has no logits_processor.scale to score at a temperature"
         )
         if not hasattr(self, "_own_logit_scale"):
+            # Once: afterwards processor.scale holds what this method set.
             self._own_logit_scale = processor.scale
         processor.scale = self._own_logit_scale * scale

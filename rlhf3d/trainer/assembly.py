@@ -60,6 +60,7 @@ class Assembly:
 
     def components(self, stack: ExitStack, preemption: PreemptionHandler) -> RunComponents:
         """Make all of them; `stack` closes what they open."""
+        # First, as sources and validation score with what `rewards` holds.
         if "reward" in self.processes.groups:
             self._add_reward_model(self.processes.groups["reward"])
         weights = self.weight_sync()
@@ -105,6 +106,7 @@ class Assembly:
             self.inputs.loader,
             collector,
             weights.sync_weights,
+            # Asked at each batch: completions of any other version are refused.
             lambda: weights.trained_version,
         )
         if not algorithm.filter_groups.enable:
@@ -134,6 +136,7 @@ class Assembly:
 
     def validation(self, weights: WeightSync) -> Validation:
         """On the held-out prompts; its generation and scoring are one phase, `validate`."""
+        # Without phases of its own: phases do not nest.
         collector = Collector(
             partial(self.processes.rollout.stream, "validate"),
             self.rewards,

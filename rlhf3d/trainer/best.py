@@ -42,6 +42,7 @@ class BestTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep, as JSON."""
+        # JSON has no -inf, which is the value before the first validation.
         return {"name": self.name, "value": self.value if self.step else None, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

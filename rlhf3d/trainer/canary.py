@@ -60,6 +60,7 @@ class Canary:
         self._tokens = [list(sequence) for sequence in tokens]
         coarsest: str = config.quantization
         if coarsest == "none":
+            # One side in bfloat16 is enough to round the difference.
             both_float32 = model_dtype == config.dtype == "float32"
             coarsest = "float32" if both_float32 else "bfloat16"
         limit = config.canary_max_abs_diff
@@ -86,7 +87,9 @@ class Canary:
         # Token 0 has no prediction: it plays the prompt, the rest the response.
         firsts = [tokens[:1] for tokens in self._tokens]
         rests = [tokens[1:] for tokens in self._tokens]
+        # Any pad id will do: padding is masked.
         batch = from_sequences(firsts, rests, pad_id=0)
+        # This pass is no part of a training step, which has its padding among its metrics.
         outputs = self._actor.forward(_PHASE, "actor", batch, measure_padding=False)
         return outputs["logprobs"]
 
@@ -120,6 +123,7 @@ def _differences(trained: Tensor, engine: Sequence[Sequence[float]]) -> list[flo
     """|difference| of each token; the trainer's rows are padded, the engine's are not."""
     diffs: list[float] = []
     for row, scores in zip(trained.tolist(), engine, strict=True):
+        # Both are of tokens 1, 2, … of a sequence.
         own = row[: len(scores)]
         diffs += [abs(a - b) for a, b in zip(own, scores, strict=True)]
     return diffs

@@ -114,8 +114,10 @@ class CheckpointWriter:
         `last`: no step follows. With trainer.async_save, and unless `wait`, it returns once every
         rank has copied what it writes.
         """
+        # One save at a time: the one before is complete before the next takes room.
         metrics = self.finish()
         export = self.config.save_hf == "always" or (self.config.save_hf == "last" and last)
+        # Again at each save: the disk may have filled since the start.
         self.check_room(export)
         began = time.monotonic()
         partial = self.store.begin(step)
@@ -144,6 +146,8 @@ class CheckpointWriter:
         save = self._save
         if save is None:
             return {}
+        # Every rank is asked first: completing a save is collective, and would hold all ranks up
+        # for the slowest writer.
         for role in save.writing:
             if not all(self.models[role].call_all("save_checkpoint", TrainWorker.written)):
                 return {}
@@ -151,12 +155,14 @@ class CheckpointWriter:
 
     def finish(self) -> dict[str, float]:
         """Wait for the save under way and publish it; its metrics."""
+        # Forgotten first, so that a save that failed is not completed by the next call.
         save, self._save = self._save, None
         if save is None:
             return {}
         began = time.monotonic()
         with self._removed_on_error(save.folder):
             self._collect(save)
+            # What the driver wrote; the ranks reported the sizes and checksums of their own files.
             save.files |= infos_below(save.folder, skip=save.files)
             reached("written")
             manifest = Manifest(
@@ -167,6 +173,7 @@ class CheckpointWriter:
                 files=dict(sorted(save.files.items())),
                 **save.manifest,
             )
+            # Last: the manifest is what makes a folder a checkpoint.
             write_manifest(save.folder, manifest)
             self.last = self.store.publish(save.step, save.folder)
         # Only now: until here the checkpoints before were all there was.
@@ -197,6 +204,7 @@ class CheckpointWriter:
             yield
         except (OSError, RuntimeError) as error:
             # torch's own writer calls a full disk an iostream error.
+            # Asked before the removal, which makes room.
             free = shutil.disk_usage(self.store.folder).free
             full = free < _FULL_BYTES or "No space left on device" in str(error)
             shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ from rlhf3d.trainer.weight_sync import WeightSync
 
 @dataclass(frozen=True)
 class RunComponents:
-    """Built by `run.py`, used by the loop."""
+    """Built by `assembly.py`, used by the loop."""
 
     source: ExperienceSource
     learner: Learner

@@ -50,6 +50,7 @@ def correct(
 
 def _require_tokens(mask: Tensor, sequences: int, rejected: float) -> None:
     """RuntimeError where a mini-batch of `sequences` rows has no token: its loss is 0 / 0."""
+    # The update's mini-batches are these runs of consecutive rows.
     for start in range(0, len(mask), sequences):
         if not mask[start : start + sequences].any():
             raise RuntimeError(

@@ -63,6 +63,7 @@ class HealthMonitor:
         RuntimeError when some are not finite and the run is to stop.
         """
         mask = batch["response_mask"]
+        # The response-aligned columns [N, R], which the mask fits.
         columns = {
             name: column for name, column in batch.columns.items() if column.shape == mask.shape
         }
@@ -95,6 +96,7 @@ class HealthMonitor:
                 continue
             ratio = self._spikes[role].ratio(norm)
             ratios[f"{role}/grad_norm_ratio"] = ratio
+            # False while too few steps are known: the ratio is NaN then.
             if ratio > self._factor:
                 self._report(
                     f"step {step}: gradient norm of the {role} {norm:.3g}, {ratio:.1f} times its "

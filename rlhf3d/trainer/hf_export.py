@@ -54,10 +54,12 @@ class HFExport:
 
     def _tensors(self, policy_version: int) -> Iterator[tuple[str, Tensor]]:
         """By HF name; a tensor is valid until the next is asked for."""
+        # At the first export: a run that makes none needs no shared memory for it.
         if self._receiver is None:
             self._receiver = self._open()
         stream, export = self._receiver, self._exports
         self._exports += 1
+        # Not waited for yet: ranks go on only as the driver takes what they sent.
         sends = self._actor.start_all(
             TrainWorker.send_weights, stream.setup.name, policy_version, export
         )
@@ -66,6 +68,8 @@ class HFExport:
         gather("save_checkpoint", sends, self._actor.timeout_s)
 
     def _open(self) -> WeightReceiver:
+        # A name of its own, which shared memory goes by; the driver reads that memory as an engine
+        # on the device of `reader_beside` would.
         setup = replace(
             self._sync,
             name=f"{self._sync.name}-export",

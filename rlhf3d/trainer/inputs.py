@@ -59,6 +59,7 @@ def read_inputs(config: Config) -> RunInputs:
         val_data = _dataset(config, tokenizer, "val_files", spec.vocab_size)
     ends = end_tokens(folder, tokenizer, spec.vocab_size, config.rollout.stop_token_ids)
     loader = _loader(config, train_data)
+    # Of validation too: the rule has to know how to score each of them.
     data_sources = set(train_data.data_sources)
     if val_data is not None:
         data_sources |= set(val_data.data_sources)
@@ -89,6 +90,7 @@ def _loader(config: Config, train_data: PromptDataset) -> PromptLoader:
         curriculum = Curriculum(data.curriculum.path, own.name, own.kwargs)
     return PromptLoader(
         train_data,
+        # Dynamic sampling drops groups, so it may draw more prompts at a time than a step needs.
         data.gen_batch_size or data.train_batch_size,
         config.trainer.seed,
         data.shuffle,

@@ -52,6 +52,7 @@ class Learner:
     def old_logprobs(self, batch: Batch) -> Batch:
         """Add the actor's log-probs before its update; in bypass mode those are the engine's."""
         if self._config.rollout_correction.bypass_mode:
+            # The same tensor object, by which `training_metrics` recognizes bypass mode.
             return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
         outputs = self._forward("old_logprobs", "actor", batch)
         return batch.with_columns(old_logprobs=outputs["logprobs"])
@@ -75,6 +76,7 @@ class Learner:
         config = self._config
         with self._phase("advantages"):
             mask = batch["response_mask"]
+            # [N] to [N, R]: a row earns its reward at its last token.
             rewards = token_level_rewards(batch["rewards"], mask)
             metrics: dict[str, float] = {}
             if config.use_kl_in_reward:
@@ -113,12 +115,14 @@ class Learner:
 
     def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
         """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
+        # The policy stays the same version: `weights_changed` is not called.
         if step <= self._critic_warmup:
             return {}
         with self._phase("update_actor"):
             metrics: dict[str, float] = {}
             # In bypass mode the engine's log-probs are π_old: there is no mismatch to correct.
             if not self._config.rollout_correction.bypass_mode:
+                # This method's batch alone: the step's metrics are of all response tokens.
                 batch, metrics = correct(batch, self._correction, self._plans["actor"])
             metrics |= self._update("actor", batch)
             self._weights_changed()

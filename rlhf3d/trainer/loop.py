@@ -29,17 +29,22 @@ class Trainer:
         run, config = self.run, self.config
         if self.step == 0 and config.val_before_train and (metrics := run.validate(0)):
             run.log.record(0, metrics)
+        # Of the last step: what is saved if the next one gets no experience.
         metrics = {}
         while self.step < self.total_steps:
             try:
+                # A save in the background that is written by now is completed after the step.
                 metrics = self.train_step(self.step + 1) | run.checkpoints.poll()
             except TooFewGroups:
+                # Raised before any weight changes: the models are still those of `self.step`.
                 self._save_before_failing(metrics)
                 raise
             self.step += 1
             last = self.step == self.total_steps
+            # A run that must stop leaves the validation out: its time may be needed for the save.
             if last or (self._due(config.test_freq) and not self._stop_reason()):
                 metrics |= run.validate(self.step)
+            # Asked again: the validation took time, and a signal may have come in it.
             stop = None if last else self._stop_reason()
             try:
                 if stop or (last and config.save_at_end) or self._due(config.save_freq):
@@ -56,7 +61,9 @@ class Trainer:
         """One step of the algorithm; its metrics."""
         run, learner = self.run, self.run.learner
         experience = run.source.next_batch(step)  # sync_weights, generate, score
+        # From here on the training ranks need the memory of the devices that they share.
         run.weights.sleep_engines()
+        # Written before the checks: their messages name lines of this file.
         samples = [row.sample() for row in experience.rows]
         run.log.samples(step, samples)
         run.health.check_rewards(step, experience)

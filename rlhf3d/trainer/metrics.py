@@ -44,6 +44,7 @@ def rollout_metrics(
     """What was generated and what it is worth; `overlong`: with the figures of the penalty."""
     metrics = score_metrics(experience) | length_metrics(experience, max_response_length)
     if overlong:
+        # A reward is the score plus this penalty, which is 0 or negative.
         penalty = experience.rewards - experience.metric("score")
         metrics["reward/overlong_penalty/mean"] = penalty.mean().item()
         metrics["reward/overlong_share"] = (penalty < 0).float().mean().item()
@@ -57,6 +58,7 @@ def score_metrics(experience: Experience) -> dict[str, float]:
     """Scores, the count of each outcome, and the share of groups whose rows differ in reward."""
     scores = [row.score for row in experience.rows]
     outcomes = Counter(score.outcome for score in scores)
+    # The name is of verl, and there with and without a critic.
     metrics = _spread("critic/score", experience.rewards[experience.written])
     for outcome in Outcome:
         metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])
@@ -104,6 +106,7 @@ def training_metrics(batch: Batch) -> dict[str, float]:
     """Rewards, advantages, returns, values, and how far engine and trainer disagree."""
     mask = batch["response_mask"].bool()
     metrics = {
+        # [N]: sums of the rows that have a token.
         **_spread("critic/rewards", batch["token_level_rewards"].sum(-1)[mask.any(-1)]),
         **_spread("critic/advantages", batch["advantages"][mask]),
         **_spread("critic/returns", batch["returns"][mask]),

@@ -42,7 +42,9 @@ class PreemptionHandler:
         """`limit_s`: trainer.max_wall_clock_s; `age_s`: seconds that the process has run."""
         self.limit_s, self._clock = limit_s, clock
         self._boundary = clock()
+        # A time limit counts from the start of the process, imports included.
         self._began = self._boundary - age_s
+        # Seconds of the last steps, the slowest of which stands for the next one.
         self._steps: deque[float] = deque(maxlen=3)
         self.signal: str | None = None
         """The first that came."""
@@ -111,6 +113,7 @@ class PreemptionHandler:
         if self.limit_s is None:
             return None
         now = self._clock()
+        # With the step that is about to end, which `step_ended` has not counted yet.
         step_s = max([*self._steps, now - self._boundary])
         if now - self._began + step_s + save_s + CLOSING_S <= self.limit_s:
             return None

@@ -88,6 +88,7 @@ def _train(
     components, console = assembly.components(stack, preemption), assembly.log.console
     trainer = Trainer(assembly.config, components)
     if checkpoint is not None:
+        # Before the first sync: the engines get what is loaded here.
         with console.phase("load_checkpoint"):
             load_checkpoint(checkpoint, assembly.trained(), components)
         trainer.step = checkpoint.manifest.step

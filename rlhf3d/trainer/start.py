@@ -25,12 +25,14 @@ def prepare_folder(start: Start, spec: ModelSpec) -> list[str]:
     output, checkpoint = Path(start.config.trainer.output_dir), start.checkpoint
     notes = list(start.notes)
     if checkpoint is not None:
+        # Before anything is removed, as it may refuse.
         changes = check_resume(checkpoint, start.config, spec)
         notes.append(f"resume from step {checkpoint.manifest.step}: {checkpoint.folder}")
         notes += [f"changed {change}" for change in changes]
     store = Store(output / CHECKPOINTS)
     if left := store.clean():
         notes.append(f"removed what a killed run left of {', '.join(left)}")
+    # Only in the run's own folder: a new run from it leaves the old one as it is.
     if checkpoint is not None and checkpoint.run == output.resolve():
         step = checkpoint.manifest.step
         if moved := set_aside(store, step):

@@ -105,6 +105,7 @@ def _reward_model_metrics(
     for group in groups:
         values = [row.score.extra[PART] for row in group if PART in row.score.extra]
         if values:
+            # One mean a prompt: its answers are not independent samples for the standard error.
             means.setdefault(_source(group), []).append(fmean(values))
     metrics: dict[str, float] = {}
     for source, of_prompts in means.items():

@@ -40,6 +40,7 @@ class WeightSync:
         """Version of the actor's weights: the number of its updates."""
         self.served_version: int | None = None
         """Version that the engines serve; None where they hold no weights."""
+        # Both ends number the slots of shared memory by it.
         self.syncs = 0
 
     def weights_changed(self) -> None:
@@ -62,6 +63,7 @@ class WeightSync:
         with self._phase("sync_weights"):
             version = self.trained_version
             metrics = self._send(version)
+            # Loaded and not published yet: where the canary fails, nothing was served.
             if self.canary.due(self.syncs):
                 metrics["sync/canary_abs_diff"] = self.canary.check(version)
             self.rollout.publish(version)
@@ -79,6 +81,7 @@ class WeightSync:
         sent, loaded = results[: len(sends)], results[len(sends) :]
         return {
             "sync/sent_bytes": float(sum(report.sent_bytes for report in sent)),
+            # The slowest of all processes, which work at the same time.
             "sync/send_s": max(report.send_s for report in sent),
             "sync/wait_s": max(report.wait_s for report in loaded),
             "sync/verify_s": max(report.verify_s for report in loaded),
@@ -93,7 +96,9 @@ def open_stream(setup: SyncSetup, actor: TrainGroup, rollout: RolloutGroup | Non
     them and then call `seal_stream`.
     """
     phase = "open weight stream"
+    # All ranks answer before any opens what another has made.
     actor.call_all(phase, TrainWorker.create_stream, setup)
+    # At training rank 0, which is rank 0 of the messages' group and serves its store.
     meeting = actor.meeting_place() if setup.needs_messages else None
     opening = actor.start_all(TrainWorker.open_stream, setup.name, meeting)
     if rollout is not None:

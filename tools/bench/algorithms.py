@@ -1,9 +1,9 @@
-"""Does every algorithm learn, and is it the same in another layout? A tiny model and task, the
-whole command each time.
+"""Does every algorithm learn, and is it the same in another layout?
 
-    python tools/bench/algorithms.py learning [--algorithms ppo grpo rloo reinforce_plus_plus dapo]
-    [--seeds 0 1 2] python tools/bench/algorithms.py invariance [--algorithms ppo gspo ...] [--steps
-    3]
+A tiny model and task, by the complete command each time.
+
+    python tools/bench/algorithms.py learning [--algorithms ppo grpo ...] [--seeds 0 1 2]
+    python tools/bench/algorithms.py invariance [--algorithms ppo gspo ...] [--steps 3]
 
 The task: answer with lower-case letters (reward: their share of four characters). A model of 0.1 M
 random weights starts near 0.23. `learning` prints the mean reward of the first step and of the

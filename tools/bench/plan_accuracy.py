@@ -1,12 +1,11 @@
 """How near the planner's step time comes: each run planned with numbers fitted to the others.
 
-    python tools/bench/plan_accuracy.py runs/a runs/b runs/c runs/d     # runs there are python
-    tools/bench/plan_accuracy.py --run runs/accuracy             # first makes four, about 10
-    minutes when quiet
+    python tools/bench/plan_accuracy.py runs/a runs/b runs/c runs/d    # of runs that are there
+    python tools/bench/plan_accuracy.py --run runs/accuracy            # makes four first
 
-The four are the quickstart's first two steps in different layouts. Every figure is of the phases
-from generate to update_actor; sync_weights, which a canary makes several times longer in the first
-steps, is left out of both.
+The four take about 10 minutes on a quiet machine; they are the quickstart's first two steps in
+different layouts. Every figure is of the phases from generate to update_actor; sync_weights, which
+a canary makes several times longer in the first steps, is left out of both.
 """
 
 from __future__ import annotations

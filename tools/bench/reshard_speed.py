@@ -1,21 +1,18 @@
-"""Weight sync into a live vLLM engine: our stream beside a gather of every tensor, and beside a
-plain copy.
+"""Weight sync into a live vLLM engine, compared with a gather of every tensor and a plain copy.
 
-    python tools/bench/reshard_speed.py [--model FOLDER] [--tp 3] [--pp 2] [--dtype bfloat16]
-    [--repeats 7]
+    python tools/bench/reshard_speed.py [--model FOLDER] [--tp 3] [--pp 2] [--repeats 7]
 
 Six processes hold the model's weights as TP3×PP2 Megatron ranks would (cut by the weight table; no
 Megatron needed), one more runs vLLM. Each repeat measures, one after the other:
 
 * memcpy: as many bytes copied once by one process
 * transfer: the stream into shared memory and out of it again, without fingerprints and without an
-engine
+  engine
 * verified: the same with fingerprints on both sides
-* ours: a whole sync into vLLM, split into its parts
+* ours: a complete sync into vLLM, split into its parts
 * gather: what frameworks commonly do: every rank all-gathers every tensor over its tensor-parallel
-group and gets it
-  from the other stages by broadcast; rank 0 hands Hugging Face tensors to the engine, which runs
-  `load_weights`
+  group and gets it from the other stages by broadcast; rank 0 hands Hugging Face tensors to the
+  engine, which runs `load_weights`
 
 Figures that compare come from one run; the medians of all repeats are printed, with ratios.
 """
