@@ -80,6 +80,7 @@ class HFReader:
         return block
 
     def _open(self, file: Path) -> Any:
+        # Opening reads and checks the whole header, so a file is opened once.
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
@@ -156,10 +157,12 @@ def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
     Raises ValueError that begins with `what` where a finite value would become infinite.
     """
     out.copy_(block)
+    # Most loads end here, without looking at the values.
     if out.dtype == block.dtype or torch.finfo(out.dtype).max >= torch.finfo(block.dtype).max:
         return
     if bool((out.isinf() & block.isfinite()).any()):
         name = str(out.dtype).removeprefix("torch.")
+        # NaN and infinities count as 0: they are not what became too large.
         largest = float(block.abs().nan_to_num(0, 0).max())
         raise ValueError(
             f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range"
@@ -175,6 +178,7 @@ def model_view(folder: Path | str) -> Iterator[Path]:
         yield folder  # nothing else to choose: and caches that go by the path know it again
         return
     with tempfile.TemporaryDirectory(prefix="rlhf3d-model-") as view:
+        # Names may have a subfolder in them.
         for name in (*files.names, *companions(folder)):
             (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(view) / name).symlink_to(folder / name)
@@ -245,7 +249,9 @@ def _write_shards(
     total_bytes = pending_bytes = 0
     dtypes: set[torch.dtype] = set()
     for name, tensor in tensors:
+        # safetensors refuses tensors that are not contiguous.
         tensor = tensor.detach().to("cpu").contiguous()
+        # A tensor larger than the limit has a file of its own.
         if pending and pending_bytes + tensor.nbytes > limit_bytes:
             shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
             pending, pending_bytes = {}, 0
@@ -273,6 +279,7 @@ def _write_shards(
 
 def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
     try:
+        # transformers 4 refuses a file without this format.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # of the system too, such as a full disk
         raise RuntimeError(
@@ -286,6 +293,7 @@ def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
     if len(dtypes) != 1:
         return
     config = json.loads(config_file.read_text())
+    # transformers 4 wrote `torch_dtype`, 5 writes `dtype`; two of them could contradict each other.
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(next(iter(dtypes))).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2) + "\n")
