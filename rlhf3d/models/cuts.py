@@ -68,7 +68,6 @@ def cut_rows(
     columns, height = (0, shape[1]), stop - start
     pieces = []
     for number, hf_name in enumerate(hf_names):
-        # One tensor's share below the other's, each `height` rows high.
         place = (number * height, (number + 1) * height)
         pieces.append(Piece(hf_name, ((start, stop), columns), (place, columns)))
     return LocalParam(name, (len(pieces) * height, shape[1]), tuple(pieces), primary, tp_dim=0)

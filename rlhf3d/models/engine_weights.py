@@ -199,7 +199,6 @@ class _RankTable:
             (kv_start, kv_heads),
             (kv_start, kv_heads),
         )
-        # Dimensions behind the rows: a bias has none.
         rest = () if bias else (spec.hidden_size,)
         pieces, row = [], 0
         for hf_name, (first, heads) in zip(projections, blocks, strict=True):

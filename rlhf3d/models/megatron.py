@@ -184,7 +184,7 @@ class PolicyModel(GPTModel):
     def _postprocess(
         self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> torch.Tensor:
-        # An earlier stage hands its hidden states on as they are, [s, b, h].
+        # An earlier stage hands them on as they are: [s, b, h], s / tp where sequence_parallel.
         if not self.post_process:
             return hidden_states
         # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor
@@ -342,7 +342,7 @@ def yarn_frequencies(
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # As transformers does: the bound is the head's size less one, twice what there are frequencies.
+    # The upper bound is transformers': the size of a head less one, not the last frequency.
     low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
     # As in transformers, where low and high fall on one dimension.
     width = high - low or 0.001

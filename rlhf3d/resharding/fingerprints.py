@@ -73,10 +73,7 @@ def _as_words(block: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _cached_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
-    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al.
-
-    2014) over positions of `stream`.
-    """
+    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al. 2014) over a stream."""
     # Streams are 2^40 positions apart and never meet; + 1, as the mixer maps 0 to 0.
     x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(
         0x9E3779B97F4A7C15

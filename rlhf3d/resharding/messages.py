@@ -56,7 +56,6 @@ class Group:
         store = dist.TCPStore(
             address, port, len(names), is_master=rank == 0, timeout=timeout, multi_tenant=True
         )
-        # The group works through it for as long as it lives.
         self._store = store
         self._lost: str | None = None
         if backend == "gloo":
@@ -81,7 +80,6 @@ class Group:
         a message was lost the group refuses all others: a peer would take the next for the lost
         one.
         """
-        # A peer matches messages by their order alone.
         if self._lost:
             raise SyncError(self._lost)
         if self._backend == "gloo" or not (sends or receives):

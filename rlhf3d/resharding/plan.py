@@ -199,8 +199,8 @@ class ReshardPlan:
         return self._parts[key][share.part]
 
     @cached_property
-    # A frozen dataclass allows this: `cached_property` writes to `__dict__` directly.
     def _parts(self) -> dict[tuple[int, int, int], list[tuple[Block, ...]]]:
+        # A frozen dataclass allows this: `cached_property` writes to `__dict__` directly.
         return {}
 
     @cached_property

@@ -92,7 +92,6 @@ class MessageInbox:
         ]
 
         def memory_of_messages() -> list[torch.Tensor]:
-            # Made once: each bucket uses the front of it.
             longest = map(_longest, self.layouts)
             return [torch.empty(size, dtype=torch.uint8, device=device) for size in longest]
 

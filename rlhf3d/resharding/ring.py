@@ -71,7 +71,7 @@ class Ring:
         # First: what killed runs left may be the memory that this one lacks.
         _remove_abandoned()
         path = shape.path()
-        # O_EXCL: such a file is a living stream's. 0600: readers unpickle from it.
+        # O_EXCL: a file of this name is another stream's. 0600: readers unpickle from it.
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             # Lasts as long as the process, however that ends: see `_remove_abandoned`.

@@ -77,7 +77,7 @@ class RingShape:
         The same once the file is there.
         """
         shm, temporary = Path("/dev/shm"), Path(tempfile.gettempdir())
-        # First where the file is: with it there, free space may say something else than before.
+        # A file takes room itself: once there, it says where it is, and not the free space.
         for folder in (shm, temporary):
             if (folder / f"{FILE_PREFIX}{self.name}").exists():
                 return folder / f"{FILE_PREFIX}{self.name}"

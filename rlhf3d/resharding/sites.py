@@ -135,7 +135,6 @@ def _spread(
             f"{len(sites.node_of_device)} devices that train have room for {sum(rooms)} engines; "
             "lower one of them, or set rollout.placement = disaggregated"
         )
-    # One engine at a time, each to the group that has fewest.
     for _ in range(engines):
         with_room = [number for number, room in enumerate(rooms) if counts[number] < room]
         counts[min(with_room, key=counts.__getitem__)] += 1
