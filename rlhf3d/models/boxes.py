@@ -42,6 +42,7 @@ def volume(box: Box) -> int:
 def intersect(a: Box, b: Box) -> Box | None:
     """The block that lies in both boxes, if any."""
     common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    # Boxes that only touch have nothing in common.
     return common if all(start < stop for start, stop in common) else None
 
 
@@ -61,6 +62,7 @@ def locate(piece: Piece, hf_box: Box) -> Box:
 def split_rows(box: Box, parts: int) -> list[Box]:
     """`box` cut along its first dimension into at most `parts` boxes of nearly equal size."""
     (start, stop), *rest = box
+    # A row is not cut, and no part may be empty.
     parts = min(parts, stop - start)
     cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
     return [((a, b), *rest) for a, b in pairwise(cuts)]

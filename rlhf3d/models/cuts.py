@@ -53,6 +53,7 @@ def cut_columns(
     name: str, hf_name: str, shape: tuple[int, int], share: Share, primary: bool
 ) -> LocalParam:
     """A share of the columns of a [rows, columns] tensor."""
+    # In the tensor; in the parameter the same columns begin at 0.
     rows, columns = (0, shape[0]), share.of(shape[1])
     width = columns[1] - columns[0]
     piece = Piece(hf_name, (rows, columns), (rows, (0, width)))
@@ -80,6 +81,7 @@ def cut_vocabulary(
     A rank that holds nothing but padding has no piece.
     """
     start, stop = share.of(padded_rows)
+    # Negative where the share begins behind the last token.
     real, columns = min(stop, shape[0]) - start, (0, shape[1])
     pieces: tuple[Piece, ...] = ()
     if real > 0:

@@ -75,6 +75,7 @@ def check_engine_layout(spec: ModelSpec, tp_size: int, expert_parallel: bool = F
         )
     wrong = _misfits(spec, tp_size, expert_parallel)
     if wrong:
+        # More ranks than query heads never fit.
         legal = [n for n in range(1, spec.num_heads + 1) if not _misfits(spec, n, expert_parallel)]
         nearest = [n for n in legal if n < tp_size][-1:] + [n for n in legal if n > tp_size][:1]
         raise ValueError(
@@ -117,6 +118,7 @@ def _misfits(spec: ModelSpec, tp: int, expert_parallel: bool) -> list[str]:
 
 def _fused(hf_name: str, module: str) -> str:
     """The parameter of vLLM's fused `module` that stands in the place of `hf_name`."""
+    # `….self_attn.q_proj.weight` -> `….self_attn`, `weight`.
     parent, _, leaf = hf_name.rsplit(".", 2)
     return f"{parent}.{module}.{leaf}"
 
@@ -164,6 +166,7 @@ class _RankTable:
             return
         gate, up, mlp = hf(names.gate), hf(names.up), (spec.ffn_size, spec.hidden_size)
         fused = _fused(gate, "gate_up_proj")
+        # vLLM's MergedColumnParallelLinear: this rank's rows of gate, then its rows of up.
         yield cut_rows(fused, (gate, up), mlp, self.share, primary=True)
         yield self.columns(hf(names.down), spec.ffn_size)
 
@@ -187,6 +190,7 @@ class _RankTable:
         With fewer key-value heads than ranks, each head is on tp / num_kv_heads ranks in a row.
         """
         spec, query = self.spec, projections[0]
+        # Either number divides the other (`_misfits`), so both lines hold with copied heads too.
         kv_heads = max(1, spec.num_kv_heads // self.tp)
         kv_start = self.rank * spec.num_kv_heads // self.tp
         query_heads = spec.num_heads // self.tp
@@ -217,9 +221,11 @@ class _RankTable:
         count, share = self.spec.num_experts, self.spec.moe_ffn_size
         if self.expert_parallel:
             count //= self.tp
+            # The ranks share out the first dimension of w13 and w2, the experts.
             first, start, cut_dims = self.rank * count, 0, (0, 0)
         else:
             share //= self.tp
+            # They share out w13's rows and w2's columns, which are an expert's neurons.
             first, start, cut_dims = 0, self.rank * share, (1, 2)
         cut, all_hidden = (start, start + share), (0, hidden)
         w13: list[Piece] = []
@@ -232,6 +238,7 @@ class _RankTable:
             w13.append(Piece(gate, (cut, all_hidden), (place, (0, share), all_hidden)))
             w13.append(Piece(up, (cut, all_hidden), (place, (share, 2 * share), all_hidden)))
             w2.append(Piece(down, (all_hidden, cut), (place, all_hidden, (0, share))))
+        # `….experts.`: the module is the one that holds the experts in the Hugging Face names.
         prefix = names.gate.split("{expert}")[0].format(layer=layer) + "routed_experts."
         w13_shape, w2_shape = (count, 2 * share, hidden), (count, hidden, share)
         w13_dim, w2_dim = cut_dims

@@ -22,6 +22,7 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """The dtypes of weights, by the name a safetensors header gives them."""
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Neither loaded nor named in notes, but left out where a model's other files are copied.
 _OF_OTHER_LIBRARIES = (".h5", ".msgpack", ".onnx", ".ot", ".distcp")
 
 
@@ -58,11 +59,13 @@ def weight_files(folder: Path) -> WeightFiles:
     """Choose the model's files. ValueError if there are none, one is missing, or for two models."""
     single, index = (folder / SINGLE_NAME).is_file(), folder / INDEX_NAME
     if single:
+        # transformers prefers the single file and vLLM the index: both must mean one model.
         _refuse_second_model(folder, index)
         return _chosen(folder, [SINGLE_NAME], {})
     if index.is_file():
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
+        # An interrupted download leaves the index without some of its files.
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -91,6 +94,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{index} has no weight_map of tensors and their files; download it again")
     for tensor, name in found.items():
+        # A path could lead out of the folder.
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(
                 f"{index} gives {name!r} as the file of {tensor}: a name in the same "
@@ -173,6 +177,7 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for name in files.names:
         for tensor, info in read_header(files.folder / name).items():
+            # A buffer in old folders; the loaders compute it from config.json.
             if tensor.endswith("rotary_emb.inv_freq"):
                 continue
             if tensor in found:
@@ -208,6 +213,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             file.seek(0)
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
+            # A file of another kind may claim any length: no more is read than it has.
             text = file.read(length) if len(prefix) == 8 and length <= size else b""
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from error
@@ -216,6 +222,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
     except (
+        # A header can be any JSON, or none: whatever goes wrong in it means the same.
         AssertionError,
         AttributeError,
         KeyError,
@@ -226,6 +233,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(
             f"{path} is no safetensors file, or is cut off ({size} bytes); download it again"
         ) from error
+    # A file is cut off or has grown where its last tensor does not end it.
     needed = max((stop for _, stop in entries.values()), default=8 + length)
     if size != needed:
         raise ValueError(f"{path} has {size} bytes, its header says {needed}: copy it again")
@@ -235,6 +243,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _entry(path: Path, base: int, entry: dict[str, Any]) -> tuple[TensorInfo, int]:
     """A tensor and the byte after its last."""
     (start, stop), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    # `type` is int, because True would pass isinstance.
     assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     assert dtype not in DTYPE_BYTES or stop - start == prod(shape) * DTYPE_BYTES[dtype]
     return TensorInfo(path, dtype, shape, base + start), base + stop

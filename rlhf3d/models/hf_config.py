@@ -65,6 +65,7 @@ class Fields:
     def integer(self, key: str) -> int:
         """A whole number, 1 or more."""
         value = self._needed(key)
+        # Not isinstance: True is an int in Python.
         if type(value) is not int or value < 1:
             raise self.wrong(key, "a whole number of 1 or more")
         return value
@@ -85,6 +86,7 @@ class Fields:
 
     def section(self, key: str) -> Fields | None:
         """The object under a key; None where it is null, empty or absent."""
+        # An empty object says nothing, as in transformers.
         value = self.values.get(key) or None
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, "an object")
@@ -120,6 +122,7 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
     """
     scaling, parameters = config.section("rope_scaling"), config.section("rope_parameters")
     rope = scaling or parameters or Fields({}, config.source)
+    # A base among the rotary parameters goes before that of the model.
     of_all = {"rope_theta": config.values.get("rope_theta", default_theta)}
     rope = Fields(of_all | dict(rope.values), rope.source, rope.within)
     theta = rope.number("rope_theta")
@@ -135,6 +138,7 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
             f"rope_parameters, which its rope_scaling replaces: transformers would take {theta:g}; "
             "put both into rope_parameters"
         )
+    # transformers 5 nests a set of parameters for each kind of layer.
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise ValueError(
             f"model.path: {config.source} has rotary positions by kind of layer, which is not "
@@ -151,6 +155,7 @@ def read_rope(config: Fields, default_theta: float) -> tuple[float, RopeScaling 
 
 
 def _read_scaling(config: Fields, rope: Fields) -> RopeScaling | None:
+    # Older files say `type`.
     kinds = [rope.values[key] for key in ("rope_type", "type") if rope.given(key)] or ["default"]
     kind = kinds[0]
     if kinds[-1] != kind:
@@ -183,6 +188,7 @@ def _read_yarn(rope: Fields, original: int) -> YarnRopeScaling:
         raise rope.wrong("factor", "1 or more")
     if rope.given("attention_factor"):
         attention = rope.number("attention_factor")
+    # By truth, as in transformers: 0 counts as absent.
     elif rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
         attention = _mscale(factor, rope.number("mscale")) / _mscale(
             factor, rope.number("mscale_all_dim")

@@ -80,6 +80,7 @@ class HFReader:
         return block
 
     def _open(self, file: Path) -> Any:
+        # Opening reads and checks the whole header, so a file is opened once.
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
@@ -156,10 +157,12 @@ def copy_in_range(out: torch.Tensor, block: torch.Tensor, what: str) -> None:
     Raises ValueError that begins with `what` where a finite value would become infinite.
     """
     out.copy_(block)
+    # Most loads end here, without looking at the values.
     if out.dtype == block.dtype or torch.finfo(out.dtype).max >= torch.finfo(block.dtype).max:
         return
     if bool((out.isinf() & block.isfinite()).any()):
         name = str(out.dtype).removeprefix("torch.")
+        # NaN and infinities count as 0: they are not what became too large.
         largest = float(block.abs().nan_to_num(0, 0).max())
         raise ValueError(
             f"{what} of {largest:g}, beyond the range of {name}: choose a dtype with more range"
@@ -175,6 +178,7 @@ def model_view(folder: Path | str) -> Iterator[Path]:
         yield folder  # nothing else to choose: and caches that go by the path know it again
         return
     with tempfile.TemporaryDirectory(prefix="rlhf3d-model-") as view:
+        # Names may have a subfolder in them.
         for name in (*files.names, *companions(folder)):
             (Path(view) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(view) / name).symlink_to(folder / name)
@@ -244,6 +248,7 @@ def companions(folder: Path) -> list[str]:
 
 
 def _write_shards(
+<<<<<<< HEAD
     folder: Path,
     forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -293,6 +298,33 @@ def _num_bytes(form: Form) -> int:
 
 
 def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, list[str]]) -> None:
+=======
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
+) -> set[torch.dtype]:
+    """Write the files (one without an index if all fits in one). Return the dtypes written."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total_bytes = pending_bytes = 0
+    dtypes: set[torch.dtype] = set()
+    for name, tensor in tensors:
+        # safetensors refuses tensors that are not contiguous.
+        tensor = tensor.detach().to("cpu").contiguous()
+        # A tensor larger than the limit has a file of its own.
+        if pending and pending_bytes + tensor.nbytes > limit_bytes:
+            shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
+            pending, pending_bytes = {}, 0
+        assert name not in pending, f"{name} written twice"
+        pending[name] = tensor
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        dtypes.add(tensor.dtype)
+        del tensor  # the file's tensors are freed before the next one is made
+    shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
+    # How many files there are, which each name says, is known only now.
+    if len(shards) == 1:
+        (folder / "0.partial").rename(folder / "model.safetensors")
+        return dtypes
+>>>>>>> c2
     weight_map: dict[str, str] = {}
     for file_name, names in shards.items():
         weight_map |= dict.fromkeys(names, file_name)
@@ -301,6 +333,7 @@ def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, lis
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
+<<<<<<< HEAD
 def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where in the file each tensor begins.
 
@@ -324,6 +357,17 @@ def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as the library has it
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
+=======
+def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
+    try:
+        # transformers 4 refuses a file without this format.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the system too, such as a full disk
+        raise RuntimeError(
+            f"cannot write {path.parent} ({error}): fix that and repeat the command"
+        ) from error
+    return list(tensors)
+>>>>>>> c2
 
 
 def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
@@ -331,6 +375,7 @@ def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
     if len(dtypes) != 1:
         return
     config = json.loads(config_file.read_text())
+    # transformers 4 wrote `torch_dtype`, 5 writes `dtype`; two of them could contradict each other.
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(next(iter(dtypes))).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2) + "\n")

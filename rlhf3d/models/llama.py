@@ -27,6 +27,7 @@ FAMILY = Family(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        # vLLM reads it as attention_bias; transformers' Llama does not know it.
         "bias": False,
         "sliding_window": None,
     },

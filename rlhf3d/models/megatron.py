@@ -40,6 +40,7 @@ from rlhf3d.parallel.platform import Platform
 Role = Literal["policy", "value"]
 HEADS: dict[Role, Head] = {"policy": "lm", "value": "value"}
 
+# The overrides rely on the first two by name and ignore the others.
 _POSTPROCESS = ["self", "hidden_states", "input_ids", "position_ids", "labels"]
 _found = list(inspect.signature(GPTModel._postprocess).parameters)[: len(_POSTPROCESS)]
 assert _found == _POSTPROCESS, (
@@ -78,14 +79,18 @@ def transformer_config(
         layernorm_epsilon=spec.rms_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        # No family has biases on output projection or MLP; those of QKV have their own flag.
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
+        # Megatron's default is 0.1, which would make the log-probs of two passes differ.
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=_softmax_scale(spec),
+        # Every weight comes from the folder or starts at zero.
         perform_initialization=False,
         params_dtype=torch_dtype,
+        # The dtype in which hidden states travel between stages.
         pipeline_dtype=torch_dtype,
         bf16=dtype == "bfloat16",
         tensor_model_parallel_size=layout.tp,
@@ -95,8 +100,10 @@ def transformer_config(
         **_uneven_stages(stages),
         # A single tensor rank holds all of the sequence anyway.
         sequence_parallel=sequence_parallel and layout.tp > 1,
+        # Micro-batches differ in length, so stages cannot count on one shape of message.
         variable_seq_lengths=layout.pp > 1,
         expert_model_parallel_size=layout.ep,
+        # The weight table has complete experts on a rank; Megatron's default is tp.
         expert_tensor_parallel_size=1,
         # The default dispatcher refuses variable lengths, in dense models too.
         moe_token_dispatcher_type="alltoall",
@@ -107,9 +114,12 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         # It would wait for the device after each message, for the sake of old versions of torch.
         batch_p2p_sync=False,
+        # Megatron then divides neither losses by micro-batches nor gradients by ranks: each loss
+        # is a share of the complete mini-batch's already (`LossNorm`).
         calculate_per_token_loss=True,
         **_recompute_config(spec, recompute),
         **_expert_config(spec),
+        # Keywords cannot repeat, so the platform only adds to the settings above.
         **platform.transformer_config_overrides(),
     )
 
@@ -118,6 +128,7 @@ def _uneven_stages(stages: Sequence[int]) -> dict[str, Any]:
     """How many layers the first and the last pipeline stage have, where stages differ."""
     if len(set(stages)) == 1:
         return {}
+    # All stages between are equal: `stage_layers` allows nothing else.
     sizes = {"num_layers_in_first_pipeline_stage": stages[0]}
     # Of two stages Megatron derives the last itself; given both it divides by zero where they
     # interleave.
@@ -173,6 +184,7 @@ class PolicyModel(GPTModel):
     def _postprocess(
         self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> torch.Tensor:
+        # An earlier stage hands them on as they are: [s, b, h], s / tp where sequence_parallel.
         if not self.post_process:
             return hidden_states
         # Each rank's vocabulary shard yields part of the gradient: both mappings sum it over tensor
@@ -191,6 +203,7 @@ class PolicyModel(GPTModel):
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the vocabulary head, [padded vocab/tp, h]; only on the last stage."""
         assert self.post_process, "the vocabulary head is on the last pipeline stage"
+        # With one stage Megatron allocates no weight for a tied head; a later stage has a copy.
         own = self.output_layer.weight
         return self.embedding.word_embeddings.weight if own is None else own
 
@@ -211,6 +224,7 @@ class ValueModel(GPTModel):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if self.post_process:
+            # GPTModel always makes one, [vocab / tp, h]; a critic's table has none.
             del self.output_layer
             self.value_head = ValueHead(
                 config.hidden_size, 1, bias=False, dtype=config.params_dtype
@@ -228,6 +242,7 @@ class ValueModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
+        # [s, b, h] -> [s, b, 1] -> [b, s].
         return self.value_head(hidden_states).squeeze(-1).transpose(0, 1)
 
     def sharded_state_dict(
@@ -263,6 +278,7 @@ def build_chunks(
             max_sequence_length=spec.max_position,
             pre_process=coords.pp == 0 and chunk == 0,
             post_process=coords.pp == layout.pp - 1 and chunk == layout.vpp - 1,
+            # A critic has no vocabulary head that its embedding could be tied to.
             share_embeddings_and_output_weights=role == "policy" and spec.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=spec.rope_theta,
@@ -270,6 +286,7 @@ def build_chunks(
         )
         _scale_rope(model, spec)
         layers = layout.layers(spec.num_layers, coords.pp, chunk)
+        # Megatron numbers layers from 1, over the whole model.
         built = [layer.layer_number - 1 for layer in model.decoder.layers]
         assert built == list(layers), (
             f"Megatron built layers {built}, the layout says {list(layers)}"
@@ -281,6 +298,7 @@ def build_chunks(
         if (entry.tp_dim is not None or entry.expert) and not hasattr(
             param, "tensor_model_parallel"
         ):
+            # An expert has no `tp_dim`, and is no replica either.
             set_tensor_model_parallel_attributes(param, True, entry.tp_dim or 0, 1)
         if entry.expert:
             # With ep 1 Megatron takes experts for dense weights and never sums their gradients over
@@ -320,10 +338,13 @@ def yarn_frequencies(
         wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
         return 2 * len(frequencies) * math.log(wavelength) / (2 * math.log(theta))
 
+    # Rotations fall with the dimension, so fast ones are the low dimensions.
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
+    # The upper bound is transformers': the size of a head less one, not the last frequency.
     low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
+    # As in transformers, where low and high fall on one dimension.
     width = high - low or 0.001
     stretched = ((torch.arange(len(frequencies), device=frequencies.device) - low) / width).clamp(
         0, 1
@@ -338,6 +359,7 @@ def _softmax_scale(spec: ModelSpec) -> float | None:
     """
     if not isinstance(spec.rope_scaling, YarnRopeScaling):
         return None
+    # Once for queries and once for keys: their product is what attention scales.
     return spec.rope_scaling.attention_factor**2 / math.sqrt(spec.head_dim)
 
 
@@ -348,6 +370,7 @@ def bound_params(
     for i, chunk in enumerate(chunks):
         params = dict(chunk.named_parameters())
         table = local_params(spec, layout, coords, i, head, spec_style(chunk))
+        # Both ways: a parameter without an entry would silently keep whatever memory held.
         different = {entry.name for entry in table} ^ set(params)
         assert not different, f"weight table and model chunk {i} differ in {sorted(different)}"
         for entry in table:
@@ -385,6 +408,7 @@ def load_hf_weights(
         in_file = {name: reader.shape(name) for name in reader.names()}
         check_hf_tensors(in_file, spec, HEADS[role], folder)
         for _, entry, param in bound_params(chunks, spec, layout, coords, HEADS[role]):
+            # Also what no piece covers: Megatron leaves parameters uninitialized.
             param.zero_()
             for piece in entry.pieces:
                 if piece.hf_name in in_file:

@@ -16,6 +16,7 @@ FAMILY = Family(
         up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
         down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
     ),
+    # transformers adds router noise in training; vLLM has none.
     required={"hidden_act": "silu", "sliding_window": None, "router_jitter_noise": 0.0},
     defaults={"num_key_value_heads": 8},
     experts=ExpertKeys(

@@ -20,6 +20,7 @@ FAMILY = Family(
         "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
+        # Together: experts in every layer, and no MLP that all tokens share.
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "shared_expert_intermediate_size": 0,

@@ -92,6 +92,7 @@ def load_reward_spec(folder: Path | str) -> ModelSpec:
     from rlhf3d.models.hf_io import HFReader, check_weights  # loads torch
 
     try:
+        # Its messages name model.path; they are renamed below.
         spec = load_spec(folder)
         with HFReader(folder) as reader:
             head, names = FAMILIES[spec.family].names.value_head, reader.names()
@@ -122,6 +123,7 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
     for key, wanted in {**_REQUIRED, **family.required}.items():
         given = config.get(key)
         if given is not None and (
+            # In Python 0 == False and 1 == True.
             given != wanted or isinstance(wanted, bool) != isinstance(given, bool)
         ):
             raise ValueError(
@@ -133,6 +135,7 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
             raise ValueError(
                 f"model.path: {source} is quantized ({key}); give the original weights"
             )
+    # null in config.json replaces a default here, as it does in transformers.
     fields = Fields({**family.defaults, **config}, source)
     layers = fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
@@ -141,6 +144,7 @@ def parse_config(config: dict[str, Any], source: str) -> ModelSpec:
     theta, scaling = read_rope(fields, family.default_rope_theta)
     window = fields.integer("max_position_embeddings")
     if isinstance(scaling, YarnRopeScaling):
+        # `max_position_embeddings` may still be that of the window before it was stretched.
         window = scaling.window
     experts = _parse_experts(fields, family.experts) if family.experts else {}
     return ModelSpec(
@@ -190,6 +194,7 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     head_dim = None
     if "head_dim" in family.defaults or fields.given("head_dim"):
         head_dim = fields.integer("head_dim")
+    # Some classes of transformers refuse this even where head_dim is given.
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):
         raise ValueError(
             f"model.path: {fields.source} has hidden_size={hidden} and "
@@ -272,6 +277,7 @@ def _tensor_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
     sizes = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
     if not spec.num_experts:  # an expert is whole on its rank
         sizes["intermediate_size"] = spec.ffn_size
+    # A legal tp divides all of them, so it divides their greatest common divisor.
     fix = _nearest("tp", gcd(*sizes.values()), layout.tp)
     return [
         (f"{name} {size} % tp {layout.tp} = {size % layout.tp}", fix)
@@ -321,6 +327,7 @@ def _uneven_problem(spec: ModelSpec, layout: ParallelLayout) -> Problem:
 
 
 def _expert_problems(spec: ModelSpec, layout: ParallelLayout) -> list[Problem]:
+    # Groups of ep are made of the ranks of one pipeline stage.
     ep, ranks = layout.ep, layout.stage_size
     if ep > 1 and not spec.num_experts:
         return [(f"ep {ep}, but the model is dense: it has no experts to share out", "ep 1")]

@@ -43,6 +43,7 @@ def hf_tensors(spec: ModelSpec, head: Head) -> dict[str, tuple[int, ...]]:
     names = FAMILIES[spec.family].names
     tensors: dict[str, tuple[int, ...]] = {names.embedding: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
+        # Dense layers' MLP is among these; experts' names need their number too.
         tensors |= {name.format(layer=layer): shape for name, shape in _layer_tensors(spec, names)}
         for expert in range(spec.num_experts):
             tensors |= {
@@ -70,12 +71,15 @@ def check_hf_tensors(
     `found`: name -> shape. The value head may be absent (it then starts at zero); the other
     role's head and a written-out tied head may be present.
     """
+    # First: where there is one reason, a list of missing tensors would hide it.
     refuse_odd_names(found, spec, head, source)
     names = FAMILIES[spec.family].names
     wanted = hf_tensors(spec, head)
+    # A critic may start from a language model, and a policy from a folder with a value head.
     unused = set(found) - set(wanted) - {names.lm_head, names.value_head}
     problems = {
         "lacks": sorted(set(wanted) - set(found) - {names.value_head}),
+        # Old folders hold this buffer, which is computed from config.json.
         "holds tensors that the model does not use:": sorted(
             n for n in unused if not n.endswith("rotary_emb.inv_freq")
         ),
@@ -104,6 +108,7 @@ def refuse_odd_names(found: Iterable[str], spec: ModelSpec, head: Head, source: 
             f"model.path: {source} is a sequence classifier ({names.value_head}), not a language "
             "model: give the model that it was made from"
         )
+    # Nothing else is absent, so this is no cut-off download but a head that was never written.
     if absent == {names.lm_head}:
         raise ValueError(
             f"model.path: {source} lacks {names.lm_head}, and its config.json does not have "
@@ -191,6 +196,7 @@ def local_params(
         if head == "lm" and not (spec.tie_embeddings and first):
             tied = spec.tie_embeddings
             source = names.embedding if tied else names.lm_head
+            # A tied embedding is exported by the first stage alone.
             params.append(table.vocabulary("output_layer.weight", source, exported=not tied))
     return params
 
@@ -230,6 +236,7 @@ class _RankTable:
             assert template, f"{spec.family} lacks the name of a weight that its layers have"
             return template.format(layer=layer)
 
+        # The order of the `local` layers: Megatron makes linear_proj before linear_qkv.
         yield self.replicated(prefix + qkv_norm, hf(names.input_norm), hidden)
         output = (spec.hidden_size, spec.num_heads * spec.head_dim)
         name = attention + "linear_proj.weight"
@@ -262,6 +269,7 @@ class _RankTable:
         """A dense layer's MLP: this rank's rows of gate and up stacked, its columns of down."""
         ffn, hidden = self.spec.ffn_size, self.spec.hidden_size
         fc1, fc2 = prefix + "linear_fc1.weight", prefix + "linear_fc2.weight"
+        # Gate above up on each rank: Megatron halves its own rows of fc1's output for SwiGLU.
         yield cut_rows(fc1, (gate, up), (ffn, hidden), self.share, self.primary)
         yield cut_columns(fc2, down, (hidden, ffn), self.share, self.primary)
 
@@ -270,8 +278,10 @@ class _RankTable:
         names, everything = self.names, Share(0, 1)
         ffn, hidden = self.spec.moe_ffn_size, self.spec.hidden_size
         count = self.spec.num_experts // self.layout.ep
+        # Replicas of experts are counted apart: tensor ranks may be replicas too.
         primary = self.layout.expert_replica(self.coords) == 0
         for local in range(count):
+            # Megatron gives each expert-parallel rank experts with consecutive numbers.
             expert = self.coords.ep * count + local
             gate = names.gate.format(layer=layer, expert=expert)
             up = names.up.format(layer=layer, expert=expert)
@@ -279,6 +289,7 @@ class _RankTable:
             fc1 = prefix + _EXPERT_NAMES[style].format(expert=local, linear=1)
             fc2 = prefix + _EXPERT_NAMES[style].format(expert=local, linear=2)
             stacked = cut_rows(fc1, (gate, up), (ffn, hidden), everything, primary)
+            # `cut_rows` says that rows are shared out; here one rank of one holds them all.
             yield replace(stacked, tp_dim=None, expert=True)
             yield replace(replicated(fc2, down, (hidden, ffn), primary), expert=True)
 
@@ -299,6 +310,7 @@ class _RankTable:
         for group in range(*self.share.of(spec.num_kv_heads)):
             for template, rows in parts:
                 hf_name = (bias_name(template) if bias else template).format(layer=layer)
+                # Group g has the g-th part of queries, keys and values alike.
                 hf_rows, local_rows = (group * rows, (group + 1) * rows), (row, row + rows)
                 pieces.append(Piece(hf_name, (hf_rows, *rest), (local_rows, *rest)))
                 row += rows
@@ -308,9 +320,11 @@ class _RankTable:
 
 _NORM_NAMES: dict[SpecStyle, tuple[str, str]] = {
     "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
+    # Transformer Engine fuses a norm into the linear layer behind it, which owns its weight.
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
 }
 _EXPERT_NAMES: dict[SpecStyle, str] = {
     "local": "experts.local_experts.{expert}.linear_fc{linear}.weight",
+    # One grouped linear layer for all local experts, a parameter for each.
     "te": "experts.linear_fc{linear}.weight{expert}",
 }

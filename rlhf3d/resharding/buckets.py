@@ -16,6 +16,7 @@ from rlhf3d.models.weights import LocalParam
 from rlhf3d.resharding.plan import ReshardPlan
 from rlhf3d.units import round_up
 
+# A multiple of every dtype's size and of a fingerprint's word: segments can be viewed as either.
 ALIGNMENT_BYTES = 64
 
 
@@ -79,16 +80,20 @@ def plan_buckets(
                 f"rollout.sync_bucket_mib: a bucket of {budget_bytes} bytes cannot hold one row of "
                 f"{param.name} ({row_bytes} bytes); raise it"
             )
+        # Padding of the vocabulary is not sent: the receiver zeroes it.
         start, stop = 0, real_rows(param)
         while start < stop:
+            # In rows; `used` may exceed the budget by the padding behind the last segment.
             room = max(0, budget_bytes - used) // row_bytes
             # A parameter that fits a bucket is never cut: it begins a new one instead.
             fits_alone = (stop - start) * row_bytes <= budget_bytes
             if segments and (room == 0 or (fits_alone and room < stop - start)):
+                # `used` is rounded up past the last segment, which may take it beyond the budget.
                 buckets.append(Bucket(tuple(segments), min(used, budget_bytes)))
                 segments, used = [], 0
                 continue
             end = min(stop, start + room)
+            # False where the parameter has padding, which no segment carries.
             complete = (start, end) == (0, param.shape[0])
             segments.append(
                 Segment(number, (start, end), (end - start, *param.shape[1:]), used, complete)
@@ -111,15 +116,18 @@ def copies_to(
     """By bucket: what `sender` copies to destination `dst`."""
     table = plan.engine_tables[plan.destinations[dst].index]
     numbers = {param.name: i for i, param in enumerate(table)}
+    # Parameter number -> (bucket number, segment) for each of its segments.
     segments: dict[int, list[tuple[int, Segment]]] = {}
     for number, bucket in enumerate(buckets):
         for segment in bucket.segments:
             segments.setdefault(segment.param, []).append((number, segment))
     copies: list[list[Copy]] = [[] for _ in buckets]
+    # Counted over all buckets: a row of the fingerprint table is used once a sync.
     row = 0
     for op in plan.ops_from(sender, dst):
         for number, segment in segments[numbers[op.dst_param]]:
             placed = _place(op.dst_box, segment)
+            # An op knows nothing of buckets: a large block reaches into several.
             if placed is None:
                 continue
             inside, dst_part = placed
@@ -147,6 +155,7 @@ def _place(dst_box: Box, segment: Segment) -> tuple[Box, Box] | None:
     common = intersect(dst_box, window)
     if common is None:
         return None
+    # Only rows are cut, so the other dimensions keep their place.
     first = segment.rows[0]
     (a, b), *rest = common
     return ((a - first, b - first), *rest), common
@@ -157,6 +166,7 @@ def _same_part(box: Box, dst_box: Box, part: Box) -> Box:
 
     Where the two have different numbers of dimensions the leading ones, of size one, are skipped.
     """
+    # Only packed experts differ in number: [1, rows, columns] there, [rows, columns] in the tensor.
     dims = min(len(box), len(dst_box))
     lead = box[: len(box) - dims]
     inner = zip(box[len(box) - dims :], dst_box[-dims:], part[-dims:], strict=True)

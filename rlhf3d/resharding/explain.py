@@ -79,9 +79,11 @@ def setup_of(config: Config, gpus: bool) -> SyncSetup:
     """
     on_gpu = gpus or config.cluster.platform == "cuda"
     platform = CUDAPlatform(reason="reshard") if on_gpu else CPUPlatform(reason="reshard")
+    # First, as settings that are null mean what the platform says.
     config = resolve_platform(config, platform)
     layout, spec = derive(config).layout, load_spec(config.model.path, with_weights=False)
     check_layout(spec, layout)
+    # Without GPUs the plan is explained for one host, on which all ranks share memory.
     per_node = config.cluster.gpus_per_node if on_gpu else layout.world_size
     nodes = [rank // per_node for rank in range(layout.world_size)]
     return sync_setup(config.rollout, spec, layout, platform, "explain", nodes)
@@ -91,6 +93,7 @@ def explain(setup: SyncSetup) -> Explanation:
     """The figures of a setup's plan. Raises ValueError as the planner does."""
     plan, size = setup.plan, setup.item_bytes
     traffic = plan.traffic
+    # Distinct shards of a dense model: dp and cp ranks hold copies.
     shards = setup.layout.tp * setup.layout.pp
     model = num_weights(setup.spec, "lm") * size
     ranks = []
@@ -116,6 +119,7 @@ def explain(setup: SyncSetup) -> Explanation:
     for place in plan.destinations:
         buckets += [bucket.num_bytes for bucket in setup.buckets(place.number)]
     engine = setup.tensor_parallel_size
+    # The formula is for an engine rank that finds its share on its own device.
     nested = setup.colocated and setup.layout.tp % engine == 0
     return Explanation(
         model_bytes=model,
@@ -165,6 +169,7 @@ def _rank_table(facts: Explanation) -> Table:
     unit, size = size_unit(max(rank.needed for rank in facts.ranks))
     alike: dict[tuple[int, ...], list[RankBytes]] = defaultdict(list)
     for rank in facts.ranks:
+        # Not the device, engines or destination: these are what may differ within a row.
         key = (rank.rank, rank.needed, rank.local, rank.received, rank.senders, rank.ops)
         alike[key].append(rank)
     rows: list[Row] = []

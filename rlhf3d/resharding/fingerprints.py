@@ -26,20 +26,25 @@ WORD_BYTES = 8
 
 def fingerprint(block: torch.Tensor, box: Box) -> int:
     """Fingerprint of `block`, which is the part `box` of its tensor (1-D or 2-D), on any device."""
+    # Packed experts have a leading dimension of one that their tensor lacks.
     block = block.reshape(box_shape(box))
     if len(box) == 1:
         block, box = block.unsqueeze(0), ((0, 1), *box)
     (row_start, row_stop), (start, stop) = box
     size = block.element_size()
+    # Decided by the box alone: both ends take the same branch, wherever their memory lies.
     if start * size % WORD_BYTES or stop * size % WORD_BYTES:
+        # An element is a word here, with weights of its own: its positions count elements.
         words, stream = block.contiguous().view(_INTEGERS[size]).to(torch.int64), 2
     else:
         words, stream = _as_words(block), 1
         start, stop = start * size // WORD_BYTES, stop * size // WORD_BYTES
+    # Weights go by the place in the complete tensor, so a block in another place has another sum.
     columns = _odd_weights(stream, stop, block.device)[start:stop]
     rows = _odd_weights(0, row_stop, block.device)[row_start:row_stop]
     # Integer matrix products exist on CPU only.
     sums = words.mv(columns) if words.device.type == "cpu" else (words * columns).sum(1)
+    # int64 products and sums wrap around, which is the modulo 2^64.
     return int((sums * rows).sum())
 
 
@@ -48,12 +53,14 @@ def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
+# Elements of 8 bytes are always complete words.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 def _as_words(block: torch.Tensor) -> torch.Tensor:
     """The block as int64 [rows, words]; a copy only where its memory does not allow a view."""
     per_word = WORD_BYTES // block.element_size()
+    # What `view` to a larger dtype asks for, and that reads of words are aligned.
     aligned = (
         block.stride(1) == 1
         and block.stride(0) % per_word == 0
@@ -66,10 +73,8 @@ def _as_words(block: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _cached_weights(stream: int, count: int, device: torch.device) -> torch.Tensor:
-    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al.
-
-    2014) over positions of `stream`.
-    """
+    """`count` odd int64 numbers: SplitMix64's mixer (Steele et al. 2014) over a stream."""
+    # Streams are 2^40 positions apart and never meet; + 1, as the mixer maps 0 to 0.
     x = (np.arange(count, dtype=np.uint64) + np.uint64((stream << 40) + 1)) * np.uint64(
         0x9E3779B97F4A7C15
     )

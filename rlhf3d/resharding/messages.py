@@ -25,6 +25,7 @@ from rlhf3d.resharding.fingerprints import box_shape
 from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
 from rlhf3d.units import round_up
 
+# A multiple of every dtype's size and of a fingerprint's word.
 _ALIGN = 16
 _CLOCK_S = 0.05
 """Backends round deadlines to milliseconds."""
@@ -50,6 +51,7 @@ class Group:
         """
         self.names, self._backend = tuple(names), backend
         timeout = timedelta(seconds=timeout_s)
+        # Serves the store if this process opened the port; `multi_tenant` below finds that one.
         host_meeting(port, timeout_s)
         store = dist.TCPStore(
             address, port, len(names), is_master=rank == 0, timeout=timeout, multi_tenant=True
@@ -82,9 +84,11 @@ class Group:
             raise SyncError(self._lost)
         if self._backend == "gloo" or not (sends or receives):
             return self._start(sends, receives)
+        # torch's own `batch_isend_irecv` takes only groups that torch.distributed registered.
         self._group._start_coalescing()
         count = len(self._start(sends, receives))
         work = self._group._end_coalescing()
+        # The group ends as one, so every message has the same work.
         return [work] * count
 
     def _start(self, sends: Sequence[Post], receives: Sequence[Post]) -> list[Any]:
@@ -97,6 +101,7 @@ class Group:
         """Start one message. Raises SyncError that names the peer when it is gone already."""
         message, peer = post
         try:
+            # One tag for all: messages of a pair are taken in the order of buckets.
             return start([message], peer, 0)
         except RuntimeError as error:
             raise self._lose(what, peer, f": {error}") from error
@@ -106,6 +111,7 @@ class Group:
         try:
             done = self._completed(work, deadline)
         except RuntimeError as error:
+            # An error before the deadline is the connection's: its text is worth showing.
             if time.monotonic() < deadline - _CLOCK_S:
                 raise self._lose(what, peer, f": {error}") from error
             done = False  # gloo raises at a deadline too
@@ -146,6 +152,7 @@ class MessageLayout:
     @classmethod
     def of(cls, copies: Sequence[Copy], item_bytes: int) -> MessageLayout:
         """The layout for these copies."""
+        # The table comes first, at a fixed place: whoever receives knows the number of copies.
         offset = 16 * len(copies)  # the table: two int64 a copy
         offsets = []
         for copy in copies:

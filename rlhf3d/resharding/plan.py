@@ -185,6 +185,7 @@ class ReshardPlan:
 
     def _source_on(self, rank: int, block: Block) -> Source:
         """Where a rank that holds a block has it."""
+        # Shards share no rank, so at most one source is on it.
         return next(s for s in block.sources if rank in self.shards.ranks[s.shard])
 
     def _part(self, index: int, number: int, share: SendShare) -> tuple[Block, ...]:
@@ -199,6 +200,7 @@ class ReshardPlan:
 
     @cached_property
     def _parts(self) -> dict[tuple[int, int, int], list[tuple[Block, ...]]]:
+        # A frozen dataclass allows this: `cached_property` writes to `__dict__` directly.
         return {}
 
     @cached_property
@@ -268,6 +270,7 @@ def build_plan(
     the training side does not hold a block exactly once.
     """
     sources = _sources(shards)
+    # Every process plans for itself, so nothing here may depend on anything but the arguments.
     tables = tuple(tuple(table) for table in engine_tables)
     groups = tuple(_group_by_holders(table, sources, shards) for table in tables)
     if colocated:
@@ -277,6 +280,7 @@ def build_plan(
         )
         destinations = _destinations(best)
     else:
+        # Engine by engine: message ranks are numbered in this order (`SyncSetup.message_ranks`).
         each = product(range(engines), range(len(tables)))
         destinations = tuple(
             Destination(i, index, None, (engine,)) for i, (engine, index) in enumerate(each)
@@ -291,6 +295,7 @@ def _sources(shards: TrainingShards) -> dict[str, dict[Box, list[Source]]]:
     for shard, chunks in enumerate(shards.tables):
         for chunk, params in enumerate(chunks):
             for param in params:
+                # Whether `primary` or not: any replica may send.
                 for piece in param.pieces:
                     source = Source(shard, chunk, param.name, piece.local_box)
                     found[piece.hf_name][piece.hf_box].append(source)
@@ -309,6 +314,7 @@ def _group_by_holders(
     blocks: dict[tuple[int, ...], list[Block]] = defaultdict(list)
     for number, param in enumerate(table):
         for piece in param.pieces:
+            # Replicas hold the same box, which is one key of `sources`, so no element counts twice.
             covered = 0
             for held, places in sources.get(piece.hf_name, {}).items():
                 common = intersect(held, piece.hf_box)
@@ -317,6 +323,7 @@ def _group_by_holders(
                 covered += volume(common)
                 inner = tuple(_within(source, held, common) for source in places)
                 block = Block(piece.hf_name, common, number, locate(piece, common), inner)
+                # The key is short where the ranks of these shards would be thousands.
                 blocks[tuple(sorted({source.shard for source in inner}))].append(block)
             assert covered == volume(piece.hf_box), (
                 f"training ranks hold {covered} of the {volume(piece.hf_box)} elements of "
@@ -324,6 +331,7 @@ def _group_by_holders(
             )
     groups = []
     for holding, of_shards in sorted(blocks.items()):
+        # A rank holds one shard, so no rank appears twice.
         holders = sorted(chain.from_iterable(shards.ranks[shard] for shard in holding))
         groups.append(HeldBlocks(tuple(holders), tuple(of_shards)))
     return tuple(groups)
@@ -331,6 +339,7 @@ def _group_by_holders(
 
 def _within(source: Source, held: Box, part: Box) -> Source:
     """The part `part` of a source that holds the block `held` of a tensor."""
+    # The usual case, and sources are shared instead of made again.
     if part == held:
         return source
     # A stacked parameter (experts) has leading dimensions that the tensor lacks.
@@ -347,6 +356,7 @@ def _held(groups: Sequence[Sequence[HeldBlocks]], sites: Sites) -> Mapping[tuple
     held: dict[tuple[int, int], int] = defaultdict(int)
     for index, of_index in enumerate(groups):
         for group in of_index:
+            # A set: ranks of one device that hold the same block bring nothing twice.
             for device in {sites.device_of_rank[rank] for rank in group.holders}:
                 held[device, index] += group.elements
     return held
@@ -368,11 +378,13 @@ def _share_out(
     destinations: Sequence[Destination], groups: Sequence[Sequence[HeldBlocks]], sites: Sites
 ) -> tuple[tuple[tuple[SendShare, ...], ...], ...]:
     """Choose who sends every group to every destination; those of a pool send equally much."""
+    # 1. How many destinations draw each group from each pool.
     demand: dict[tuple[int, ...], int] = defaultdict(int)
     for place in destinations:
         for number, group in enumerate(groups[place.index]):
             pool = _pool(group.holders, place, sites)
             demand[(place.index, number, *pool)] += 1
+    # 2. Deal out each pool in turn: a destination starts where the one before it stopped.
     taken: dict[tuple[int, ...], int] = defaultdict(int)
     shares = []
     for place in destinations:
@@ -398,6 +410,7 @@ def _pool(holders: tuple[int, ...], place: Destination, sites: Sites) -> tuple[i
     on_device = tuple(rank for rank in holders if sites.device_of_rank[rank] == place.device)
     node = sites.node_of_device[place.device]
     on_node = tuple(rank for rank in holders if sites.node_of_rank(rank) == node)
+    # All of the nearest, so that replicas share the work.
     return on_device or on_node or holders
 
 
@@ -427,6 +440,7 @@ def _split_block(block: Block, parts: int) -> list[Block]:
     """A block cut by rows into at most `parts`."""
     if parts == 1:
         return [block]
+    # The dimension of rows: packed experts have leading dimensions that the tensor lacks.
     row = len(block.param_box) - len(block.box)
     pieces = []
     for box in split_rows(block.box, parts):

@@ -59,6 +59,7 @@ class RingInbox:
         """`reader` is this process's place among the destination's engines."""
         self.ring, self.reader = Ring.open(setup.ring_shape(dst)), reader
         self.copies = [setup.copies(dst, sender) for sender in setup.plan.senders_to(dst)]
+        # Syncs have equally many buckets, so the ring's count follows from sync and number.
         self.rounds = len(setup.buckets(dst))
 
     def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
@@ -105,6 +106,7 @@ class MessageInbox:
     def wait(self, number: int, sync: int, deadline: float) -> tuple[torch.Tensor, list[Arrival]]:
         if number == 0:
             self._coming = self._start(0)
+        # The next bucket's messages travel while this one is checked and loaded.
         coming, self._coming = self._coming, self._start(number + 1)
         arrivals: list[Arrival] = []
         for work, sender, layout, message in coming:
@@ -125,6 +127,7 @@ class MessageInbox:
             for sender, layouts, memory in zip(
                 self.senders, self.layouts, self.messages[number % 2], strict=True
             )
+            # No block, no message: the sender sends none either.
             if layouts[number].copies
         ]
         works = self.group.exchange([], [(message, sender) for sender, _, message in coming])
@@ -174,19 +177,23 @@ class WeightReceiver:
             slot, arrivals = self.inbox.wait(number, sync, time.monotonic() + self.setup.timeout_s)
             waited = time.perf_counter()
             self.times.wait_s += waited - start
+            # All of a bucket before any of it is handed on.
             for copy, version, checksum in arrivals:
                 self._check(slot, copy, version, checksum, policy_version)
             self.times.verify_s += time.perf_counter() - waited
             self.times.received_bytes += bucket.num_bytes
             for segment in bucket.segments:
                 yield segment, self._view(slot, segment)
+            # Reached when the next segment is asked for: the consumer is done with this bucket.
             self.inbox.done(number, sync)
 
     def load(self, writer: Writer, policy_version: int, sync: int) -> None:
         """Put a sync's weights into a live model as they come."""
+        # One is enough: the segments of a parameter follow each other (`SyncSetup.buckets`).
         partial: torch.Tensor | None = None
         for segment, rows in self.stream(policy_version, sync):
             param = self.table[segment.param]
+            # Live storage takes rows as they come, with no copy of the parameter in between.
             live = writer.in_place(param.name)
             if live is not None:
                 live[slice(*segment.rows)].copy_(rows)
@@ -194,6 +201,7 @@ class WeightReceiver:
                 writer.load_packed(param.name, rows)
             else:
                 partial = self._assemble(partial, segment, rows)
+                # Its last rows: what lies beyond is padding, which is not sent.
                 if segment.rows[1] == real_rows(param):
                     writer.load_packed(param.name, partial)
                     partial = None

@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingShape
 
+# Policy versions count from 0.
 _NEVER = -1
 FIRST_PAUSE_S = 2e-5
 _LONGEST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S = 1e-3, 1e-4
@@ -67,11 +68,15 @@ class Ring:
 
         Raises OSError that says how much memory it needs.
         """
+        # First: what killed runs left may be the memory that this one lacks.
         _remove_abandoned()
         path = shape.path()
+        # O_EXCL: a file of this name is another stream's. 0600: readers unpickle from it.
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
+            # Lasts as long as the process, however that ends: see `_remove_abandoned`.
             fcntl.flock(fd, fcntl.LOCK_SH)
+            # Without it a full /dev/shm shows only at the first write, as SIGBUS.
             os.posix_fallocate(fd, 0, shape.total_bytes)
             ring = cls(shape, path, fd)
         except OSError as error:
@@ -100,6 +105,7 @@ class Ring:
         path = shape.path()
         fd = os.open(path, os.O_RDWR)
         fcntl.flock(fd, fcntl.LOCK_SH)
+        # Before mapping: a file that is too short fails there without saying why.
         if os.fstat(fd).st_size != shape.total_bytes:
             os.close(fd)
             raise SyncError(f"{path} was made for another plan: its size differs")
@@ -118,6 +124,7 @@ class Ring:
 
     def wait_free(self, number: int, deadline: float) -> None:
         """Wait until every reader has taken what was in the slot of bucket `number`."""
+        # Bucket number - SLOTS lay in this slot; the first SLOTS buckets need not wait.
         self._wait(
             lambda: int(self._taken.min()) > number - SLOTS, "read", number - SLOTS, deadline
         )
@@ -125,6 +132,7 @@ class Ring:
     def fill(self, sender: int, number: int) -> None:
         """`sender` has put its part into bucket `number`."""
         self._finish_copies()
+        # After the data: a reader looks at the slot as soon as it sees this.
         self._filled[sender] = number + 1
 
     def wait_filled(self, number: int, deadline: float) -> None:
@@ -200,8 +208,10 @@ class Ring:
 def _share_gpu_memory(num_bytes: int, handle: torch.Tensor) -> torch.Tensor:
     """Memory on the current GPU; its pickled IPC handle is written to `handle`."""
     memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    # What torch.multiprocessing itself sends for a CUDA tensor: the IPC handle and how to open it.
     pickled = pickle.dumps(reduce_tensor(memory))
     assert len(pickled) + 8 <= handle.numel(), f"an IPC handle of {len(pickled)} bytes"
+    # int64 length, then the pickle: its size varies, the room for it does not.
     handle[:8].view(torch.int64).fill_(len(pickled))
     handle[8 : 8 + len(pickled)] = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
     return memory
@@ -211,6 +221,7 @@ def _open_gpu_memory(handle: torch.Tensor) -> torch.Tensor:
     """The memory that another process on this GPU shared."""
     size = int(handle[:8].view(torch.int64))
     rebuild, arguments = pickle.loads(handle[8 : 8 + size].numpy().tobytes())
+    # It is the maker's memory, valid while the maker keeps its own tensor: rings live equally long.
     memory: torch.Tensor = rebuild(*arguments)
     return memory
 
@@ -229,6 +240,7 @@ def _remove_abandoned() -> None:
             except (FileNotFoundError, PermissionError):
                 continue
             try:
+                # Fails at once where any process still holds the shared lock.
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
             except BlockingIOError:

@@ -66,6 +66,7 @@ class WeightSender:
         self._near: list[_RingOutbox] = []
         self._far: list[_MessageOutbox] = []
         self._relays: list[_Relay] = []
+        # Rings are made before any is opened: `open` on another rank must find the file.
         self._shared = [d.number for d in setup.plan.destinations if d.device is not None]
         for dst in self._shared:
             if setup.owner(dst) == rank:
@@ -89,6 +90,7 @@ class WeightSender:
                     _RingOutbox(ring, senders.index(rank), setup.copies(dst, rank), self.dtype)
                 )
             elif rank in senders:
+                # Dedicated engine ranks follow the training ranks in the group, one a destination.
                 peer = setup.plan.shards.world_size + dst if owner is None else owner
                 self._far.append(_MessageOutbox(setup, dst, rank, peer, self.dtype, self._device))
             if rank == owner:
@@ -114,11 +116,15 @@ class WeightSender:
         `sync` counts the syncs of this stream from 0.
         """
         start = time.monotonic()
+        # New for each sync: fingerprints of the last one's weights are void.
         block = self._blocks()
+        # Destinations differ in their number of buckets; who has none left is skipped below.
         rounds = [near.rounds for near in self._near] + [far.rounds for far in self._far]
         rounds += [relay.rounds for relay in self._relays]
         unfinished: list[list[Sent]] = []
+        # All ranks go through the buckets in one order, or they could wait for each other forever.
         for number in range(max(rounds, default=0)):
+            # Each bucket has a deadline of its own: a large model does not need a longer one.
             deadline = time.monotonic() + self.setup.timeout_s
             for near in self._near:
                 near.send(number, sync, policy_version, block, deadline)
@@ -131,8 +137,10 @@ class WeightSender:
                 for far in self._far
                 if far.has(number)
             ]
+            # Without a block in this bucket a sender sends no message: `empty` then has no bytes.
             relays = [(r, r.empty(number)) for r in self._relays if number < r.rounds]
             coming = [(message, relay.sender) for relay, message in relays if len(message)]
+            # One call for both directions: see `Group.exchange`.
             started = self.group.exchange(sends, coming)
             # `exchange` gives the works of the sends first, then those of the receives.
             sent = zip(started[: len(sends)], sends, strict=True)
@@ -152,6 +160,7 @@ class WeightSender:
     def close(self) -> None:
         """Give up the shared memory."""
         self.seal()
+        # They refer to the rings, whose mapping cannot be closed under a view.
         self._near, self._relays = [], []
         for ring in self._rings.values():
             ring.close()
@@ -170,7 +179,9 @@ class WeightSender:
 
         def block(copy: Copy) -> tuple[torch.Tensor, int]:
             param = self.params[copy.src_chunk, copy.src_param]
+            # Cast before the fingerprint: it is of the bits that travel.
             tensor = param[box_slices(copy.src_box)].to(self.dtype)
+            # The box in the tensor, on which a fingerprint depends too, follows from these.
             key = (copy.src_chunk, copy.src_param, copy.src_box)
             if key not in known:
                 known[key] = fingerprint(tensor, copy.hf_box)
@@ -196,6 +207,7 @@ class _RingOutbox:
     def send(self, number: int, sync: int, version: int, block: ReadBlock, deadline: float) -> None:
         if number >= self.rounds:
             return
+        # The ring's counters go on from sync to sync; only the table's rows begin again.
         counted = sync * self.rounds + number
         _wait_free(self.ring, counted, self.rounds, deadline)
         slot = self.ring.slot(counted)
@@ -203,6 +215,7 @@ class _RingOutbox:
             tensor, checksum = block(copy)
             view_in(slot, copy, self.dtype).copy_(tensor)
             self.ring.record(self.position, copy.row, version, checksum)
+        # Last, and also without a copy in this bucket: readers wait for the count of every sender.
         self.ring.fill(self.position, counted)
 
 
@@ -230,6 +243,7 @@ class _MessageOutbox:
 
     def fill(self, number: int, version: int, block: ReadBlock) -> torch.Tensor:
         layout = self.layouts[number]
+        # Of its own for each bucket: the last ones may still be under way.
         message = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
         for i, copy in enumerate(layout.copies):
             tensor, checksum = block(copy)

@@ -77,10 +77,12 @@ class RingShape:
         The same once the file is there.
         """
         shm, temporary = Path("/dev/shm"), Path(tempfile.gettempdir())
+        # A file takes room itself: once there, it says where it is, and not the free space.
         for folder in (shm, temporary):
             if (folder / f"{FILE_PREFIX}{self.name}").exists():
                 return folder / f"{FILE_PREFIX}{self.name}"
         has_room = (
+            # In a container /dev/shm may be as small as 64 MiB.
             shm.is_dir() and os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize > self.total_bytes
         )
         return (shm if has_room else temporary) / f"{FILE_PREFIX}{self.name}"
@@ -138,7 +140,9 @@ class SyncSetup:
         pipeline stage at once.
         """
         buckets = _buckets(self, self.plan.destinations[dst].index)
+        # Only where a parameter begins: `WeightReceiver` needs its segments in a row.
         starts = [i for i, bucket in enumerate(buckets) if bucket.segments[0].rows[0] == 0]
+        # Spread evenly, by a rule that sender and receiver know without asking.
         first = starts[dst * len(starts) // len(self.plan.destinations)]
         return buckets[first:] + buckets[:first]
 
@@ -155,8 +159,10 @@ class SyncSetup:
             name=f"{self.name}-{dst}",
             senders=tuple(f"training rank {rank}" for rank in senders),
             readers=tuple(readers) if self.target == "engines" else ("the driver",),
+            # The table is a rectangle, so the sender with most copies sets its width.
             rows=max(sum(map(len, self.copies(dst, sender))) for sender in senders),
             slot_bytes=max(bucket.num_bytes for bucket in self.buckets(dst)),
+            # The driver, which reads exports, uses no GPU.
             on_gpu=self.weights_on_gpu and self.target == "engines",
             digest=_digest(self),
         )
@@ -192,6 +198,7 @@ class SyncSetup:
         Training ranks come first, then engine ranks on dedicated devices.
         """
         names = [f"training rank {rank}" for rank in range(self.layout.world_size)]
+        # All destinations or none, so `world_size` + a destination's number is its rank here.
         apart = [d for d in self.plan.destinations if d.device is None]
         return (*names, *(f"engine {d.engines[0]} rank {d.index}" for d in apart))
 
@@ -215,6 +222,7 @@ def sync_setup(
         spec=spec,
         layout=layout,
         style=platform.spec_style,
+        # On CPU the ranks of a host share memory at no cost, so the host is the device.
         sites=Sites.one_each(node_of_rank) if one_each else Sites.hosts(node_of_rank),
         dtype=rollout.dtype,
         bucket_bytes=(rollout.sync_bucket_mib or platform.sync_bucket_mib) << 20,
@@ -259,7 +267,9 @@ def _digest(setup: SyncSetup) -> int:
     """63 bits that identify what was derived, not only what it was derived from."""
     plan = setup.plan
     buckets = [_buckets(setup, index) for index in range(len(plan.engine_tables))]
+    # Tuples of numbers and names: equal values have equal text in every process, unlike hash().
     text = repr((setup, plan.destinations, plan.shares, buckets))
+    # The ring holds it as int64: one bit less, so that it is never negative.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -44,6 +44,7 @@ class Sites:
     @classmethod
     def hosts(cls, host_of_rank: Sequence[int]) -> Sites:
         """CPU ranks: each host is one device."""
+        # Each host is a device and a node at once, with one number for both.
         return cls(tuple(host_of_rank), tuple(range(max(host_of_rank) + 1)), slots=None)
 
     def ranks_on(self, device: int) -> list[int]:
@@ -74,9 +75,12 @@ def assign_engines(
     """
     if sites.slots is None:
         homes = (home_rank(engine, engines, len(sites.device_of_rank)) for engine in range(engines))
+        # A host holds all of an engine's ranks: on CPU it has no slots to run out of.
         return [(sites.device_of_rank[home],) * engine_tp for home in homes]
     groups = _node_groups(sites, engine_tp)
+    # How many engines each group takes comes first, so that groups can be solved one by one.
     counts = _spread(sites, groups, engines, engine_tp)
+    # (engines of a group, overlap [device][index]) -> positions of its devices.
     solved: dict[tuple[int, tuple[tuple[int, ...], ...]], list[int]] = {}
     placed: list[tuple[int, ...]] = []
     for devices, count in zip(groups, counts, strict=True):
@@ -104,6 +108,7 @@ def _node_groups(sites: Sites, engine_tp: int) -> list[list[int]]:
         nodes.setdefault(node, []).append(device)
     groups: list[list[int]] = [[]]
     for node in sorted(nodes):
+        # One engine fits: the group is complete. Smaller nodes are joined until then.
         if _room(sites, groups[-1], engine_tp):
             groups.append([])
         groups[-1] += nodes[node]
@@ -144,16 +149,20 @@ def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int) -> list
     """
     indices = range(len(weights[0]))
     graph = networkx.DiGraph()
+    # In networkx a negative demand is a supply: every rank of every engine leaves here.
     graph.add_node("source", demand=-count * len(indices))
     for index in indices:
         graph.add_node(("index", index), demand=count)
     for position, row in enumerate(weights):
+        # All weights are whole numbers, for which the flow found is exactly the best.
         graph.add_edge("source", position, capacity=slots, weight=0)
         for index in indices:
+            # Negative, as the flow of least cost is to keep the most bytes in place.
             graph.add_edge(position, ("index", index), weight=-row[index])
     flow = networkx.min_cost_flow(graph)
     positions: list[int] = []
     for index in indices:
         for position in range(len(weights)):
+            # The flow over an edge may exceed 1 where a device has several slots.
             positions += [position] * flow[position].get(("index", index), 0)
     return positions

@@ -24,6 +24,7 @@ def training_shards(
     holders: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for rank in range(layout.world_size):
         at = layout.coords(rank)
+        # Ranks that differ only in dp or cp hold the same weights.
         holders[at.pp, at.tp, at.ep].append(rank)
 
     def table_of(rank: int, chunk: int) -> tuple[LocalParam, ...]:
@@ -86,6 +87,7 @@ def plan_export(
 
     The reader is on the device of rank `beside`.
     """
+    # One engine of one rank, put where its reader is instead of where the bytes are.
     shards, devices = training_shards(spec, layout, style), [(sites.device_of_rank[beside],)]
     return build_plan(
         shards, [complete_tensors(spec)], sites, engines=1, colocated=True, devices=devices
