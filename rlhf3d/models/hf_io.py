@@ -248,7 +248,6 @@ def companions(folder: Path) -> list[str]:
 
 
 def _write_shards(
-<<<<<<< HEAD
     folder: Path,
     forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -298,33 +297,6 @@ def _num_bytes(form: Form) -> int:
 
 
 def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, list[str]]) -> None:
-=======
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
-) -> set[torch.dtype]:
-    """Write the files (one without an index if all fits in one). Return the dtypes written."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total_bytes = pending_bytes = 0
-    dtypes: set[torch.dtype] = set()
-    for name, tensor in tensors:
-        # safetensors refuses tensors that are not contiguous.
-        tensor = tensor.detach().to("cpu").contiguous()
-        # A tensor larger than the limit has a file of its own.
-        if pending and pending_bytes + tensor.nbytes > limit_bytes:
-            shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
-            pending, pending_bytes = {}, 0
-        assert name not in pending, f"{name} written twice"
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        dtypes.add(tensor.dtype)
-        del tensor  # the file's tensors are freed before the next one is made
-    shards.append(_write_shard(folder / f"{len(shards)}.partial", pending))
-    # How many files there are, which each name says, is known only now.
-    if len(shards) == 1:
-        (folder / "0.partial").rename(folder / "model.safetensors")
-        return dtypes
->>>>>>> c2
     weight_map: dict[str, str] = {}
     for file_name, names in shards.items():
         weight_map |= dict.fromkeys(names, file_name)
@@ -333,7 +305,6 @@ def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, lis
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-<<<<<<< HEAD
 def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
     """The head of a safetensors file, and where in the file each tensor begins.
 
@@ -357,17 +328,6 @@ def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as the library has it
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
-=======
-def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
-    try:
-        # transformers 4 refuses a file without this format.
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of the system too, such as a full disk
-        raise RuntimeError(
-            f"cannot write {path.parent} ({error}): fix that and repeat the command"
-        ) from error
-    return list(tensors)
->>>>>>> c2
 
 
 def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
