@@ -128,7 +128,6 @@ def _place_on_hosts(
         processes += nodes_of_ranks
     return Placement(
         bundles=[{"CPU": float(processes.count(node))} for node in range(used)],
-        # A bundle is the share of one node.
         strategy="STRICT_SPREAD",
         groups=node_of,
         engine_bundles=homes,
