@@ -27,7 +27,6 @@ def start_call(
     actor: Any, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs
 ) -> Reply[R]:
     """Start a method of an actor's class; `gather` waits for it."""
-    # By the method's name: an actor's handle has remote methods of the same names.
     return cast("Reply[R]", getattr(actor, method.__name__).remote(*args, **kwargs))
 
 

@@ -92,6 +92,7 @@ def ray_cluster(
             text = f"{'; '.join(lost)}; the same command continues when it is back\n{error}"
             raise WorkerFailure(text) from None
     finally:
+        # The old handler comes last: by default SIGTERM would end this process with Ray half ended.
         own.end()
         signal.signal(signal.SIGTERM, previous)
 

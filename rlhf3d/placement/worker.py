@@ -182,7 +182,6 @@ class TrainWorker:
         from rlhf3d.resharding.messages import Group
 
         stream = self.streams[name]
-        # Messages of a stream go through a group apart from Megatron's.
         group = None
         if meeting is not None:
             setup = stream.setup

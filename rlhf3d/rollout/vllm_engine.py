@@ -319,7 +319,6 @@ def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "dtype": rollout.dtype,
         "quantization": quantization,
         "load_format": "safetensors" if settings.load_weights else "dummy",
-        # Token ids go in and out; only stop strings need text.
         "skip_tokenizer_init": not settings.stops.strings,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": _executor(rollout),

@@ -173,6 +173,7 @@ class WeightWriter:
 def _pack(layer: Any, weight: torch.Tensor) -> None:
     """Let vLLM pack `weight` for a linear layer or head; on CUDA there is nothing to pack."""
     vars(layer).pop("cpu_linear", None)  # frees the old packed copy before the new one is made
+    # A head's own parameter stays the same object: an embedding may share it.
     if not isinstance(weight, torch.nn.Parameter):
         weight = torch.nn.Parameter(weight, requires_grad=False)
     layer.weight = weight

@@ -47,6 +47,7 @@ class Trainer:
             # Asked again: the validation took time, and a signal may have come in it.
             stop = None if last else self._stop_reason()
             try:
+                # Waited for where no later step would complete it.
                 if stop or (last and config.save_at_end) or self._due(config.save_freq):
                     metrics |= run.save(self.step, metrics, wait=last or stop is not None)
             finally:  # a failed save must not take the step's metrics with it
@@ -54,6 +55,7 @@ class Trainer:
             run.preemption.step_ended()
             if stop:
                 return stop
+        # Without a save at the end, one in the background may be left from an earlier step.
         run.checkpoints.finish()
         return None
 

@@ -58,7 +58,6 @@ def score_metrics(experience: Experience) -> dict[str, float]:
     """Scores, the count of each outcome, and the share of groups whose rows differ in reward."""
     scores = [row.score for row in experience.rows]
     outcomes = Counter(score.outcome for score in scores)
-    # The name is of verl, and there with and without a critic.
     metrics = _spread("critic/score", experience.rewards[experience.written])
     for outcome in Outcome:
         metrics[f"reward/outcome/{outcome.value}"] = float(outcomes[outcome])

@@ -107,6 +107,7 @@ def _placement(config: Config, derived: Derived, platform: Platform) -> Placemen
         engines.engines,
         engines.tensor_parallel_size,
         engines.placement == "colocated",
+        # A Ray that is started here has this node alone.
         1 if cluster.ray_address is None else cluster.num_nodes,
     )
 

@@ -37,6 +37,7 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
 
     Errors are raised; the command line turns them, and Preempted, into exit codes.
     """
+    # The handler is older than the configuration: signals reach it from the start.
     preemption.limit_s = config.trainer.max_wall_clock_s
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)

@@ -52,6 +52,7 @@ class Validation:
             if self._config.sampled_n:
                 sampling = SamplingSettings(self._config.temperature, max_tokens=self._max_tokens)
                 metrics |= self._answers(step, "sampled", self._config.sampled_n, sampling)
+        # A save may follow, and needs the memory.
         self._weights.sleep_engines()
         self._log.console.validation(f"step {step}", metrics)
         return metrics

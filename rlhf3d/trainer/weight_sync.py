@@ -51,6 +51,7 @@ class WeightSync:
         """Leave the engines' memory to the updates, where the configuration says so."""
         if self.config.sleep:
             self.rollout.sleep()
+            # Asleep they serve nothing: the next use must send the weights again.
             self.served_version = None
 
     def sync_weights(self) -> dict[str, float]:
