@@ -30,6 +30,7 @@ app = Commands(
     help="PPO for language models: 3D-parallel training, vLLM rollouts, in-memory resharding.",
     no_args_is_help=True,
     add_completion=False,
+    # `main` decides what of an error is shown.
     pretty_exceptions_enable=False,
 )
 for _command in (
@@ -57,15 +58,18 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command line; report mistakes of the user (exit code 2) and failures (1)."""
+    # Before any output: messages have × and …, which an ASCII locale cannot print.
     write_what_can_be_encoded()
     try:
         app()
     except (ValueError, RuntimeError) as error:
+        # A traceback belongs to faults of this code and of libraries: let Python print it.
         if not raised_by_us(error):
             raise
         tell(str(error))
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except OSError as error:
+        # With a name it is a file of the user's: not there, not allowed, disk full.
         if error.filename is None:
             raise
         tell(f"{error.filename}: {error.strerror}")

@@ -14,6 +14,7 @@ from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
 from rlhf3d.paths import folder_problem
 
+# An earlier run, such as one of another user, may have left folders that this one cannot write.
 RUN_FOLDERS = ("", "checkpoints", "logs", "samples", "tensorboard")
 """A run's output folder, and those in it."""
 
@@ -75,6 +76,7 @@ def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None
         try:
             check_layout(shape, group.layout, group.layout_config.sequence_parallel)
         except ValueError as error:
+            # The error begins with `layout:`, which becomes critic.layout: for that group.
             problems.append(f"{group.key.removesuffix('layout')}{error}")
     rollout = config.rollout
     try:

@@ -44,6 +44,7 @@ class Machine:
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""
+    # os.cpu_count ignores taskset, cpusets and Slurm's binding.
     return len(os.sched_getaffinity(0))
 
 
@@ -66,9 +67,11 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 def read_machine(output: str | Path = ".") -> Machine:
     """Look at this host; `output` is the folder, existing or not, whose disk is asked."""
+    # psutil sees the host; a container's limit may be lower.
     available = psutil.virtual_memory().available
     for limit, used_file in _container_limits():
         available = min(available, limit - int(Path(used_file).read_text()))
+    # disk_usage needs a folder that is there: its nearest parent is on that disk.
     folder = Path(output).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -111,6 +114,7 @@ def loaded_from(library: str) -> Path | None:
 
     ValueError when there are two.
     """
+    # The files that are mapped into this process: what the dynamic loader took in the end.
     lines = Path("/proc/self/maps").read_text().splitlines()
     files = [Path(line.split()[-1]) for line in lines if "/" in line]
     folders = sorted({str(file.parent) for file in files if file.name.startswith(library)})

@@ -28,6 +28,7 @@ def new_folder(destination: Path, num_bytes: int = 0) -> Iterator[Path]:
     """
     if destination.exists():
         raise ValueError(f"{destination} exists; remove it or choose another folder to write to")
+    # Before the room is checked: they may hold most of the disk.
     _remove_abandoned(destination)
     # Two processes never share this name: whichever renames second fails, and neither mixes
     # its files with the other's.
@@ -36,6 +37,7 @@ def new_folder(destination: Path, num_bytes: int = 0) -> Iterator[Path]:
         partial.mkdir(parents=True)
         _check_room(partial, num_bytes)
         yield partial
+        # Contents first, then the name: after a power cut a folder of that name is complete.
         sync_tree(partial)
         os.rename(partial, destination)
         sync(destination.parent)
@@ -45,10 +47,12 @@ def new_folder(destination: Path, num_bytes: int = 0) -> Iterator[Path]:
             "fix that and repeat the command"
         ) from error
     finally:
+        # After the rename there is nothing of this name.
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stem(destination: Path) -> str:
+    # With the host: on a shared disk a process id says nothing about another machine's.
     return f".{destination.name}.partial-{platform.node()}-"
 
 
@@ -65,6 +69,7 @@ def _remove_abandoned(destination: Path) -> None:
 
 def _is_alive(process: int) -> bool:
     try:
+        # Signal 0 sends nothing; it only asks whether the process is there.
         os.kill(process, 0)
     except ProcessLookupError:
         return False

@@ -38,10 +38,12 @@ class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         hints = get_type_hints(self.callback)
         for name, value in ctx.params.items():
+            # Python's float reads nan and inf, and nan passes the comparisons with min and max.
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"--{name.replace('_', '-')} {value}: no finite number")
             if value and _takes_paths(hints.get(name)):
                 many = isinstance(value, list | tuple)
+                # A shell leaves ~ alone in `--output=~/runs`, which does not begin with it.
                 expanded = [Path(expand_user(str(path))) for path in (value if many else [value])]
                 ctx.params[name] = expanded if many else expanded[0]
         return super().invoke(ctx)
@@ -57,6 +59,7 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     Typer sees one flat signature; `command` gets the dataclasses.
     """
+    # With extras: Typer reads its options from Annotated.
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
     groups: dict[str, type[Any]] = {}
@@ -79,6 +82,7 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     with_flat_signature.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
     annotations = {parameter.name: parameter.annotation for parameter in flat}
+    # Typer takes names from the signature and types from the annotations.
     with_flat_signature.__annotations__ = annotations | {"return": None}
     return with_flat_signature
 
@@ -106,6 +110,7 @@ def refuse_unused(context: typer.Context, names: Iterable[str], why: str) -> Non
     """Raise ValueError for those of these options that are given."""
     for name in names:
         source = context.get_parameter_source(name)
+        # A default is nobody's wish; only what was typed would be ignored.
         if source is not None and source.name == "COMMANDLINE":
             option = next(param.opts[0] for param in context.command.params if param.name == name)
             raise ValueError(f"{option} would be ignored: {why}")
@@ -115,6 +120,7 @@ def scorers_of(pairs: Iterable[str] | None) -> dict[str, str]:
     """The mapping that `--scorer DATA_SOURCE=SCORER` options describe. Raises ValueError."""
     scorers: dict[str, str] = {}
     for pair in pairs or ():
+        # The last =: a data source may have one in its name, a scorer does not.
         source, equals, scorer = pair.rpartition("=")
         if not (source and equals and scorer):
             raise ValueError(

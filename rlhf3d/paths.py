@@ -48,7 +48,9 @@ def folder_problem(folder: str | Path) -> str | None:
     """Why a folder cannot be made or written to; None where it can."""
     at = Path(folder).absolute()
     try:
+        # Of a folder that is to be made, its nearest parent that is there decides.
         while not at.exists():
+            # It does not exist for `exists`, but mkdir would fail: the name is taken.
             if at.is_symlink():
                 return f"{at} is a link to what is not there"
             at = at.parent
@@ -56,6 +58,7 @@ def folder_problem(folder: str | Path) -> str | None:
             return f"{at} is a file, not a folder"
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         return f"{at}: {error.strerror}"
+    # Making an entry in a folder takes both.
     if not os.access(at, os.W_OK | os.X_OK):
         return f"{at} cannot be written to"
     return None
@@ -96,6 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def refuse_pointer(path: Path) -> None:
     """Raise ValueError where git-lfs left a pointer in the place of a file."""
     with path.open("rb") as file:
+        # A clone without git-lfs has small text files where the large ones belong.
         if file.read(len(_GIT_LFS)) == _GIT_LFS:
             raise ValueError(
                 f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in "

@@ -41,6 +41,7 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     platform = config.cluster.platform
     cuda = platform == "cuda" or (platform == "auto" and bool(machine.gpus))
     problems = _of_the_platform(config, cuda)
+    # From here on no value is `auto`: files, plan and memory are those of this platform.
     config = _resolved(config, cuda)
     problems += check_files(config)
     if cuda:
@@ -68,6 +69,7 @@ def _resolved(config: Config, cuda: bool) -> Config:
 
 def _of_the_platform(config: Config, cuda: bool) -> list[str]:
     """What is wrong only with what `auto` became; the rest was reported when it was read."""
+    # By the text of each problem: a second check repeats those that were reported.
     known = set(check(config))
     return [problem for problem in check(_resolved(config, cuda)) if problem not in known]
 
@@ -76,7 +78,9 @@ def _plan_if_possible(config: Config, cuda: bool, machine: Machine) -> Plan | No
     """The plan; None without a model that it could be made for, which `check_files` reports."""
     gpu = None
     if machine.gpus:
+        # Ranks hold about the same: the GPU with the least memory decides.
         gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus))
+    # On CPU host memory is the device's: the plan takes all of it, `_cpu_memory` what is free.
     host_gib = machine.memory_available_gib if cuda else machine.memory_gib
     try:
         return plan_here(config, find_spec(config.model.path)[0], cuda, gpu, host_gib)
@@ -98,6 +102,7 @@ def plan_here(
     """
     known = load_hardware()
     hardware = known[DEFAULT_GPU if cuda else DEFAULT_CPU]
+    # A CPU machine counts as one device, which all ranks share.
     cluster = Cluster(hardware, 1, 1)
     if cuda:
         if gpu is not None:
@@ -129,6 +134,7 @@ def _devices(config: Config, derived: Derived, machine: Machine) -> list[str]:
 
 def _local_devices(config: Config, derived: Derived) -> int:
     """GPUs of a node."""
+    # Colocated engines may take more GPUs than the ranks that train.
     return math.ceil(max(derived.devices, derived.engine_ranks) / config.cluster.num_nodes)
 
 
@@ -160,7 +166,9 @@ def _cpu_memory(plan: Plan, derived: Derived, machine: Machine) -> list[str]:
         if name in plan.memory.host.terms:
             terms[name] = plan.memory.host.terms[name]
     cluster = plan.job.config.cluster
+    # Without a cluster that is named, CPU ranks all run here, whatever num_nodes says.
     hosts = 1 if cluster.ray_address is None else cluster.num_nodes
+    # The plan's other problems are about peaks; here only what is held all the time counts.
     problems = [problem for problem in plan.memory.problems if problem.startswith("vLLM")]
     return problems + _host_memory(machine, terms, hosts)
 
@@ -184,6 +192,7 @@ def _shared_memory(config: Config, derived: Derived, machine: Machine, cuda: boo
     Each reader of a sync has two buckets: that of an export, on CPU also each rank of an engine.
     """
     platform = CUDAPlatform if cuda else CPUPlatform
+    # On GPUs engines read weights from GPU memory; only an export reads through /dev/shm.
     readers = 1 if cuda else config.rollout.tensor_parallel_size + 1
     bucket_mib = config.rollout.sync_bucket_mib or platform.sync_bucket_mib
     needed_gib = SHARED_MEMORY_GIB

@@ -37,8 +37,10 @@ def stop_signals_blocked() -> Iterator[None]:
 def ignore_stop_signals() -> None:
     """Ignore STOP_SIGNALS in this process, but not in what a user's code starts from here."""
     for number in STOP_SIGNALS:
+        # A handler before the unblock below: what came while it was blocked is delivered there.
         signal.signal(number, _ignore)  # unlike SIG_IGN, not inherited through exec
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # exec drops handlers by itself; a fork without exec keeps them.
     os.register_at_fork(after_in_child=_set_defaults)
 
 
@@ -49,6 +51,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 def _set_defaults() -> None:
     for number in STOP_SIGNALS - {signal.SIGINT}:
         signal.signal(number, signal.SIG_DFL)
+    # Python's own default, which raises KeyboardInterrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -56,6 +59,7 @@ def _set_defaults() -> None:
 def marked() -> Iterator[str]:
     """Mark processes started inside, and theirs, so that they are found whoever their parent is."""
     mark = secrets.token_hex(8)
+    # Environments are inherited, also by processes whose parent has ended.
     os.environ[_MARK] = mark
     try:
         yield mark
@@ -67,6 +71,7 @@ def find_marked(mark: str) -> list[psutil.Process]:
     """All processes with a mark."""
     marked_processes = []
     for process in psutil.process_iter():
+        # Other users' processes may not be read, and some end meanwhile.
         with suppress(psutil.Error):
             if process.environ().get(_MARK) == mark:
                 marked_processes.append(process)

@@ -23,6 +23,7 @@ class Terminal(Console):
 
     def on_broken_pipe(self) -> None:
         """Whoever read the output is gone: be silent (rich would end the process)."""
+        # A command with work to finish goes on without its output.
         self.quiet = True
         with suppress(
             OSError, ValueError

@@ -59,9 +59,11 @@ def running(folder: Path) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Send standard output to standard error: Python's, and that of processes started meanwhile."""
+    # What is buffered belongs to the real standard output.
     sys.stdout.flush()
     stderr = sys.stderr
     try:
+        # The descriptor too: processes that the code starts write there, not to sys.stdout.
         stdout_copy = os.dup(1)
         os.dup2(2, 1)
     except OSError:  # one of them is closed: there is nothing to separate
@@ -148,6 +150,7 @@ def _execute(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_name_of(file), file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As Python's import does, but a file that fails leaves what was there before.
     previous = sys.modules.get(spec.name)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     try:
@@ -168,6 +171,7 @@ def _name_of(file: Path) -> str:
         found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(file.stem)
         if found is not None and found.origin == str(file):
             return file.stem
+    # By path: two users' files reward.py are two modules.
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
     return f"rlhf3d_user_{file.stem.replace('.', '_')}_{digest}"
 
@@ -188,6 +192,7 @@ def _package_name(file: Path) -> str | None:
     while (folder / "__init__.py").is_file():
         names.insert(0, folder.name)
         folder = folder.parent
+    # At the end: no module of the package's folder hides one of ours.
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     return ".".join(names)
@@ -198,7 +203,9 @@ def _forget_namesakes(folder: Path) -> None:
 
     Each file then imports its own helper.
     """
+    # Only folders of users' files: a library of the same name is nobody's helper.
     others = _FOLDERS - {str(folder)}
+    # A list: entries are deleted on the way.
     for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None) or ""
         if os.path.dirname(origin) not in others:
@@ -210,6 +217,7 @@ def _forget_namesakes(folder: Path) -> None:
 @contextmanager
 def _no_exit() -> Iterator[None]:
     """Have `os._exit` raise in this process; in a forked child it still ends that child."""
+    # The id tells this process from its forked children, which have the same replacement.
     real_exit, pid = os._exit, os.getpid()
 
     def ended(code: int) -> Any:

@@ -136,6 +136,7 @@ def plan_conversion(source: Path, destination: Path, options: Options) -> Conver
         raise ValueError(f"--dtype {options.dtype}: it is {' or '.join(DTYPES)}")
     if options.max_shard_gib <= 0:
         raise ValueError(f"--max-shard-size {options.max_shard_gib}: it must be more than 0")
+    # The format that the source is not in; runs and checkpoints hold Megatron folders.
     to = options.to or ("megatron" if kind_of(source) == "hf" else "hf")
     if to == "hf":
         return _to_hf(source, destination, options)
@@ -161,6 +162,7 @@ class MegatronSource:
         self.model = stored_model(self.spec, HEADS[self.role], self.style)
         stored = {key: self.reader.tensors[name] for key, name in self.keys.items()}
         shapes = {key: tensor.shape for key, tensor in stored.items()}
+        # Shapes are compared before any value is read: a wrong config.json costs no time.
         if problems := differences(self.model.shapes, shapes):
             raise MismatchError(folder, problems)
         self.shapes = hf_tensors(self.spec, HEADS[self.role])
@@ -197,6 +199,8 @@ class MegatronSource:
         found: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
         for key, stored_key in self.keys.items():
             for chunk in self.reader.tensors[stored_key].chunks:
+                # Dimension 0 of a stacked tensor is the layer: a chunk with several is listed under
+                # each of them.
                 layers = [(i,) for i in range(*chunk.box[0])] if key in stacked else [()]
                 for layer in layers:
                     found.setdefault((key, layer), []).append(chunk)
@@ -204,6 +208,7 @@ class MegatronSource:
 
     def chunks(self, slab: Slab) -> list[Chunk]:
         """The chunks that hold a parameter."""
+        # The index is by layer only; of an expert's layer `is_in` picks the expert.
         near = self._chunks[slab.key, slab.place[:1]]
         return [chunk for chunk in near if slab.is_in(chunk.box)]
 
@@ -211,6 +216,7 @@ class MegatronSource:
         """Give each Hugging Face tensor, in `dtype` or (None) as stored."""
         for slab in self.model.slabs:
             tensors = {
+                # Not zeroed: the count below proves that every element is written.
                 piece.hf_name: torch.empty(
                     self.shapes[piece.hf_name], dtype=dtype or self.dtypes[piece.hf_name]
                 )
@@ -270,6 +276,7 @@ def write_role(config_file: Path, role: Role) -> None:
         "CausalLM" if role == "actor" else "SequenceClassification"
     )
     config["architectures"] = [architecture(config["model_type"], head)]
+    # Left over from the model that the run began with: they would say another number of labels.
     for key in ("num_labels", "id2label", "label2id"):
         config.pop(key, None)
     if role == "critic":  # transformers counts labels by these
@@ -300,6 +307,7 @@ def open_hf(folder: Path, role: Role | None) -> HFSource:
     names = FAMILIES[spec.family].names
     role = role or ("critic" if names.value_head in shapes else "actor")
     refuse_odd_names(shapes, spec, HEADS[role], folder)
+    # A tied head that is written out is a copy of the embedding, which Megatron stores once.
     if spec.tie_embeddings and names.lm_head in shapes:
         check_tied_head(reader, spec)
         del shapes[names.lm_head]
@@ -321,6 +329,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
     hf = open_hf(source, options.role)
     model = stored_model(hf.spec, HEADS[hf.role])
     dtypes = _key_dtypes(model, hf.reader, DTYPES[options.dtype])
+    # A plan of every chunk, without values: those are read when the chunk is written.
     slab_of: dict[Block, Slab] = {}
     for slab in model.slabs:
         for box in _chunk_boxes(slab, dtypes[slab.key].itemsize):
@@ -336,6 +345,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
             return filled
 
         folder = partial / hf.role
+        # The lower of the user's limit and the size that leaves enough files to write in parallel.
         files = _files(list(slab_of), min(int(options.max_shard_gib * GIB), shared))
         common = {"content_metadata": METADATA}
         written = write_folder(folder, files, values, model.extra_states(), common)
@@ -344,6 +354,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         copy_companions(source, partial / "hf")
         write_role(partial / "hf" / "config.json", hf.role)
         record_dtype(partial / "hf" / "config.json", set(dtypes.values()))
+        # The tensors' files were checksummed as they were written; hf/ is small and read now.
         infos = {f"{hf.role}/{name}": info for name, info in written.items()}
         manifest = Manifest(
             step=0,
@@ -353,6 +364,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
             versions=versions(),
             files=dict(sorted((infos | infos_below(partial, skip=infos)).items())),
         )
+        # Last: it names every other file.
         write_manifest(partial, manifest)
 
     return Conversion(
@@ -398,6 +410,7 @@ def _key_dtypes(
 def _chunk_boxes(slab: Slab, itemsize: int) -> Iterator[Box]:
     """Cut a parameter by rows into chunks of at most CHUNK_BYTES."""
     lead = tuple((i, i + 1) for i in slab.place)
+    # `slab.shape` has no stack dimensions; each chunk lies in one layer and expert.
     for rows in row_boxes(slab.shape, itemsize, CHUNK_BYTES):
         yield (*lead, *rows)
 

@@ -97,6 +97,7 @@ def convert(source: Path, destination: Path, options: Options, proof: bool = Fal
 
         def check(written: Path) -> None:
             nonlocal seconds, verified
+            # Taken here: the time of the conversion alone, without that of the proof.
             seconds = time.monotonic() - began
             if proof:
                 reading = progress.add_task("verifying", total=conversion.num_bytes)

@@ -23,8 +23,10 @@ def model_identity(folder: Path | str) -> str:
     digest = hashlib.sha256()
     for path in (Path(folder) / name for name in weight_files(Path(folder)).names):
         size = path.stat().st_size
+        # Names without the folder, so that a folder that was moved has the same digest.
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
+            # Samples, since every start computes this and weight files have many GB.
             for offset in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
                 file.seek(offset)
                 digest.update(file.read(_SAMPLED_BYTES))

@@ -116,16 +116,19 @@ def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
     reader = TorchDistReader(path)
     weights = {key: reader.tensors[key] for key in reader.weight_keys()}
     has_value_head = any(key.endswith("value_head.weight") for key in weights)
+    # A set of chunks by place: the count says into how many blocks the weights are cut.
     chunks = set(chain.from_iterable(tensor.chunks for tensor in weights.values()))
     found: dict[str, Any] = {
         "role": "critic" if has_value_head else "actor",
         "dtypes": _names({tensor.dtype for tensor in weights.values()}),
         "parameters": sum(prod(tensor.shape) for tensor in weights.values()),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        # All tensors that are not the model's are the optimizer's.
         "optimizer": len(weights) < len(reader.tensors),
         "chunks": len(chunks),
     }
     try:
+        # Without a config.json there is no model to compare with; that is reported, not an error.
         reference = reference_folder(path, None)
     except ValueError:
         reference = None
@@ -170,6 +173,7 @@ def _not_finite(hf: HFSource) -> list[str]:
     found = []
     for name in hf.names:
         count, dtype = 0, hf.reader.dtype(name)
+        # Blocks of rows: an embedding need not fit into memory.
         for box in row_boxes(hf.reader.shape(name), dtype.itemsize, BLOCK_BYTES):
             count += int((~hf.reader.read(name, box).isfinite()).sum())
         if count:

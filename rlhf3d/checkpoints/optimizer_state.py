@@ -62,6 +62,7 @@ def param_states(optimizer: Any) -> Iterator[ParamState]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # Megatron's stand-in for an optimizer without parameters; it lacks the fields read below.
         if getattr(inner, "is_stub_optimizer", False):
             continue
         yield from (_shared if isinstance(inner, DistributedOptimizer) else _replicated)(inner)
@@ -75,6 +76,8 @@ def _shared(optimizer: Any) -> Iterator[ParamState]:
     for buffer in optimizer.buffers:
         for param, (start, end, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]
+            # Even: Megatron pads each bucket to a multiple of the group's size. `start`, `end` and
+            # `offset` all count elements from the start of the buffer.
             share = bucket.grad_data.numel() // group.size()
             cuts = [bucket.offset + rank * share for rank in range(group.size() + 1)]
             spans = [(max(start, low), min(end, high)) for low, high in pairwise(cuts)]
@@ -82,6 +85,7 @@ def _shared(optimizer: Any) -> Iterator[ParamState]:
                 Part(rank, a - start, b - start) for rank, (a, b) in enumerate(spans) if a < b
             )
             tensors: dict[str, Tensor] = {}
+            # The map has only the parameters of which this rank's slice holds a part.
             if param in optimizer.model_param_group_index_map:
                 number, order = optimizer.model_param_group_index_map[param]
                 inner = optimizer.optimizer
@@ -101,6 +105,7 @@ def _replicated(optimizer: Any) -> Iterator[ParamState]:
     groups = optimizer.optimizer.param_groups
     for main in chain.from_iterable(of_group["params"] for of_group in groups):
         param = model.get(id(main), main)
+        # Megatron marks experts' weights with allreduce=False: fewer ranks share them.
         expert = not getattr(param, "allreduce", True)
         shared_by = parallel_state.get_expert_data_parallel_group() if expert else group
         parts = tuple(Part(rank, 0, param.numel()) for rank in range(shared_by.size()))
@@ -110,17 +115,21 @@ def _replicated(optimizer: Any) -> Iterator[ParamState]:
 def _tensors(inner: Any, param: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
     """Moments (made before the first step) and fp32 weights that are no view of the parameter."""
     state = inner.state[main]
+    # torch's Adam makes step and moments together, and only where the state is empty: with
+    # moments put here first it would miss its counter.
     if not state and _counts_by_param(inner):
         state["step"] = torch.tensor(0.0)
     for name in MOMENTS:
         if name not in state:
             state[name] = torch.zeros_like(main.data)
     found = {name: state[name].flatten() for name in MOMENTS}
+    # Of an fp32 model the optimizer's weights are the model's own, which are saved as such.
     return found if param.dtype == torch.float32 else {"param": main.detach().flatten(), **found}
 
 
 def _counts_by_param(inner: Any) -> bool:
     """Whether each parameter counts its steps, as in torch's Adam, or each group (fused ones)."""
+    # On GPUs the inner optimizer is Transformer Engine's or Apex's FusedAdam, a step per group.
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
 
 
@@ -178,6 +187,7 @@ def _sharded(entry: Any, name: str, data: Tensor, replica_id: tuple[int, ...]) -
         "key": f"{PREFIX}.{name}.{entry.key}",
         "data": data.view(entry.data.shape),
     }
+    # A ShardedTensorFactory has no dtype field; it builds its tensors from `data`.
     if hasattr(entry, "dtype"):
         fields["dtype"] = data.dtype
     return replace(entry, **fields, replica_id=replica_id)
@@ -193,6 +203,8 @@ def to_save(states: Sequence[ParamState], entries: dict[int, Any]) -> dict[str, 
         dist.all_reduce(param.new_zeros(1), group=group)
     for number, state in enumerate(states):
         entry = entries[id(state.param)]
+        # Its last number is the data-parallel rank, which `owner` replaces: whichever rank of the
+        # group has the complete tensor writes it as the main replica.
         replica_id = (*entry.replica_id[:-1], 0)
         if not is_main_replica(replica_id):  # another tensor- or pipeline-parallel rank writes it
             continue
@@ -212,6 +224,7 @@ def collect(state: ParamState, name: str) -> Tensor | None:
     """
     rank, mine = dist.get_rank(state.group), state.tensors.get(name)
     if any(
+        # The distributed optimizer puts most parameters into one rank's slice: nothing to send.
         part.rank == state.owner and part.end - part.start == state.param.numel()
         for part in state.parts
     ):
@@ -229,6 +242,7 @@ def collect(state: ParamState, name: str) -> Tensor | None:
     assert mine is not None
     whole, coming = mine.new_empty(state.param.numel()), []
     for part in state.parts:
+        # A view: what is received lands in its place without another copy.
         span = whole[part.start : part.end]
         if part.rank == rank:
             span.copy_(mine)
@@ -256,6 +270,8 @@ def to_load(states: Sequence[ParamState], entries: dict[int, Any], name: str) ->
         str(number): _sharded(
             entry := entries[id(state.param)],
             name,
+            # The complete parameter, since a part may begin and end inside a row. On the host:
+            # only the part goes to the device.
             torch.zeros(state.param.numel(), dtype=state.tensors[name].dtype),
             entry.replica_id,
         )
@@ -269,5 +285,6 @@ def take(states: Sequence[ParamState], name: str, loaded: dict[str, Tensor]) -> 
     for number, whole in loaded.items():
         state = states[int(number)]
         part = state.local()
+        # `to_load` asked only for parameters of which this rank has a part.
         assert part is not None
         state.tensors[name].copy_(whole.flatten()[part.start : part.end])

@@ -27,6 +27,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINTS = "checkpoints"
+# They say where the run is, not what it computes.
 _UNREPORTED = ("trainer.output_dir", "trainer.resume_mode")
 
 
@@ -67,11 +68,14 @@ def choose_start(config: Config, total_steps: int) -> Start:
         return Start(_fresh(config), None, [])
     if mode != "auto":
         return _start_from(config, Path(mode))
+    # Folders are in the order of their numbers: the last is the newest run.
     run = next(reversed([path for path in _run_folders(config) if _is_run(path)]), None)
     if run is None:
         return Start(_fresh(config), None, [])
+    # Also for a finished run: its last checkpoint decides whether it is finished.
     found, notes = newest_complete(Store(run / CHECKPOINTS))
     if _finished(run, found.manifest.step if found else 0, total_steps, config.trainer.save_at_end):
+        # The same command again has nothing to do; another configuration means a new run.
         same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), config)
         note = f"{run} is finished, with another configuration: a new run in a folder next to it"
         return Start(_fresh(config), None, [*notes, note], run if same else None)
@@ -87,6 +91,7 @@ def choose_start(config: Config, total_steps: int) -> Start:
 def _start_from(config: Config, path: Path) -> Start:
     """From a checkpoint or a run's newest; in its run's folder where that is trainer.output_dir."""
     if (path / MANIFEST).is_file():
+        # A checkpoint that is named is meant: where it is damaged, no earlier one takes its place.
         found: Checkpoint | None = _read(path)
         notes: list[str] = []
         if wrong := problems(path, read_manifest(path)):
@@ -102,6 +107,7 @@ def _start_from(config: Config, path: Path) -> Start:
             "folder with a complete checkpoint; give auto, never or a path"
             + "".join(f"\n{note}" for note in notes)
         )
+    # A checkpoint of this run continues in its folder; that of another starts a new one.
     own = next((folder for folder in _run_folders(config) if folder.resolve() == found.run), None)
     return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
 
@@ -109,6 +115,7 @@ def _start_from(config: Config, path: Path) -> Start:
 def newest_complete(store: Store) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose every file is as written; a line on each newer one."""
     notes: list[str] = []
+    # Every file is read; the first good one ends the search.
     for step in reversed(store.steps()):
         try:
             wrong = problems(store.path(step), read_manifest(store.path(step)))
@@ -146,7 +153,9 @@ def set_aside(store: Store, step: int) -> list[str]:
     for later in (s for s in store.steps() if s > step):
         path = store.path(later)
         names = (path.with_name(f"{path.name}.aside{'' if i == 1 else f'-{i}'}") for i in count(1))
+        # A run may be resumed from the same early step again: older ones set aside stay.
         free = next(name for name in names if not name.exists())
+        # `Store.steps` takes step_N alone, so this hides it from resume and keep.
         path.rename(free)
         moved.append(free.name)
     return moved
@@ -156,6 +165,7 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
     """Return a line per key that has changed. ValueError lists what would make the run wrong."""
     refused = []
     saved, manifest = found.state["model"], found.manifest
+    # Through JSON, as the saved one went: tuples become lists.
     now = json.loads(json.dumps(asdict(spec)))
     if shapes := [
         f"{key} {saved['spec'].get(key)} -> {now[key]}"
@@ -182,6 +192,7 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a "
             f"{kl} controller"
         )
+    # Only models that learn have a checkpoint; reference and reward model start from model.path.
     roles = chain.from_iterable(group.roles for group in worker_groups(config))
     wanted = [role for role in roles if role in TRAINABLE]
     if missing := [role for role in wanted if role not in manifest.models]:
@@ -227,6 +238,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool:
     rows = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    # Metrics go on after the last save: `done` may be ahead of the newest checkpoint.
     done = max((row["step"] for row in rows), default=0)
     return done >= total_steps and (step >= total_steps or not save_at_end)
 
@@ -234,6 +246,7 @@ def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool
 def _run_folders(config: Config) -> Iterator[Path]:
     """trainer.output_dir and the folders next to it (-2, -3, …) that later runs took."""
     wanted = config.trainer.output_dir
+    # The first name that is not there ends the series.
     for name in chain([wanted], (f"{wanted}-{i}" for i in count(2))):
         if not Path(name).is_dir():
             return

@@ -29,12 +29,15 @@ from rlhf3d.checkpoints.manifest import FileInfo, file_info
 if TYPE_CHECKING:
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
+# Told to Megatron's sharded_state_dict, and stored in the folder for its readers. Without singleton
+# shards, layers and experts are stacked, and gate and up are one tensor.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
 COMMON_FILE = "common.pt"
+# Rank 0 alone writes these; they are in no rank's buckets.
 RANK_0_FILES = (".metadata", COMMON_FILE, "metadata.json")
 
 
@@ -82,6 +85,7 @@ def start_save(
         content_metadata=METADATA,
         **_own_writer(),
     )
+    # A synchronous save returns None, an asynchronous one its request.
     assert request is not None
     if dist.get_rank() == 0 and not (folder / COMMON_FILE).exists():
         # Newer versions keep it among the tensors, where older ones do not look; all versions read
@@ -90,11 +94,14 @@ def start_save(
     # What the next update writes to: these are copied, the rest may be written as it is.
     live = _storages(chain.from_iterable(model.parameters() for model in engine.models))
     live |= _storages(chain.from_iterable(state.tensors.values() for state in states))
+    # Megatron gives no function to a rank that has nothing to write; it still finishes with all.
     if request.async_fn is None:
         return PendingSave(folder, request, threads.submit(dict))
     rank, buckets, results = request.async_fn_args
     copies = []
     for path, name, (data, tensors) in buckets:
+        # Megatron copies CPU tensors only if they are views of larger storage, and leaves GPU
+        # tensors on the device until they are written: neither would survive the next update.
         copied = [(item, _copied(tensor, live)) for item, tensor in tensors]
         copies.append((path, name, (data, copied)))
     written = threads.submit(_write, request.async_fn, (rank, copies, results))
@@ -120,6 +127,7 @@ def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
         files = pending.written.result(timeout_s)
     except Exception as problem:  # the others must not wait for this rank in vain
         error = problem
+    # Collective: a rank that failed takes part first and raises afterwards.
     for finish in pending.request.finalize_fns:
         finish()
     if error is not None:
@@ -132,6 +140,7 @@ def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
 def _write(save: Any, arguments: tuple[Any, ...]) -> dict[str, FileInfo]:
     """Write the buckets; return their files by name. Finalization reports a failure of `save`."""
     save(*arguments)
+    # A file that is missing here was not written: Megatron's finalization raises for it.
     return {name: file_info(Path(path)) for path, name, _ in arguments[1] if Path(path).exists()}
 
 
@@ -141,6 +150,7 @@ def _storages(tensors: Iterable[Tensor]) -> set[int]:
 
 def _copied(tensor: Tensor, live: set[int]) -> Tensor:
     """The tensor in host memory that the next update does not touch."""
+    # By storage: a view shares its parameter's, but may begin at another address.
     shared = tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() in live
     return tensor.to("cpu", copy=True) if shared else tensor
 
@@ -156,6 +166,7 @@ def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
     wanted = {name: _without_extra_state(entries) for name, entries in model_state(engine).items()}
     loaded = dist_checkpointing.load(wanted, str(folder))
     for name, chunk in zip(wanted, engine.chunks, strict=True):
+        # Not strict, since extra state was left out of what is loaded; all else is checked below.
         missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
         assert not [*_without_extra_state(dict.fromkeys(missing)), *unexpected], (
             f"{missing}, {unexpected}"
@@ -163,7 +174,9 @@ def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:
     if optimizer:
         _load_optimizer(folder, engine, loaded)
     else:
+        # The optimizer's fp32 weights were made from those before the load.
         engine.optimizer.reload_model_params()
+    # Random state is one object per rank: with another number of ranks there is none to match.
     same_world = bool(loaded.get("world_size") == dist.get_world_size())
     if same_world:
         _set_rng_state(dist_checkpointing.load({"rng": _rng_object(None)}, str(folder))["rng"])
@@ -186,9 +199,13 @@ def _load_optimizer(folder: Path, engine: MegatronEngine, common: dict[str, Any]
     entries = optimizer_state.entries_by_param(model_state(engine))
     for name in optimizer_state.names_to_load(states):
         wanted = {"part": optimizer_state.to_load(states, entries, name)}
+        # The check wants the main replicas to cover every tensor; here a rank asks only for what
+        # it has a part of, and the main replica of a parameter may have none.
         found = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
         optimizer_state.take(states, name, found["part"])
     optimizer_state.set_step(engine.optimizer, common["optimizer_step"])
+    # step() adds to the counter and then sets each group's learning rate, which a plain
+    # assignment of num_steps would leave as it was.
     engine.scheduler.num_steps = 0
     engine.scheduler.step(increment=common["scheduler_steps"])
 

@@ -37,6 +37,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Steps with a manifest, ascending."""
+        # Full match: step_8.partial, step_8.deleted and step_8.aside are no checkpoints.
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
         return sorted(
             int(match[1])
@@ -49,6 +50,7 @@ class Store:
         found: dict[int, float] = {}
         for step in self.steps():
             with suppress(ValueError):
+                # A manifest holds one metric or none; with none, zip adds nothing.
                 found.update(
                     zip([step], read_manifest(self.path(step)).metric.values(), strict=False)
                 )
@@ -70,11 +72,14 @@ class Store:
         """Give a complete folder its name, and `latest` to it; an older one of that name goes."""
         final = self.path(step)
         reached("complete")
+        # A rename cannot replace a folder that is not empty.
         if final.exists():
             self._remove(final)
         os.replace(partial, final)
         sync(self.folder)
         reached("renamed")
+        # After the rename, so that `latest` never names a folder that is not there yet; through
+        # a file of its own, so that it is never half written.
         pointer = self.folder / f"{LATEST}{PARTIAL}"
         pointer.write_text(final.name)
         os.replace(pointer, self.folder / LATEST)
@@ -94,6 +99,8 @@ class Store:
     def _remove(self, path: Path) -> None:
         doomed = path.with_name(path.name + DELETED)
         shutil.rmtree(doomed, ignore_errors=True)
+        # Renamed first: deleting takes a while, and a folder that is half deleted must not have
+        # the name of a checkpoint.
         os.replace(path, doomed)
         sync(self.folder)
         reached("removing")
@@ -113,8 +120,10 @@ def expendable(
     """Which of the ascending `steps` to remove; never the newest. `last` None keeps all."""
     if last is None:
         return []
+    # Highest metric first; of equal ones the newest.
     ranked = sorted(
         (step for step in steps if step in metrics), key=lambda step: (-metrics[step], -step)
     )
+    # At least 1: a slice from -0 on would keep all.
     kept = {*steps[-max(last, 1) :], *ranked[:best]}
     return [step for step in steps if step not in kept]

@@ -41,6 +41,7 @@ class Slab:
 
     def is_in(self, box: Box) -> bool:
         """Whether the block `box` of the stored tensor has elements of this parameter."""
+        # The stack's dimensions come first in a tensor; zip ends with them.
         lead = zip(self.place, box, strict=False)
         return all(start <= i < stop for i, (start, stop) in lead)
 
@@ -88,6 +89,7 @@ class StoredModel:
             if match := _WITH_EXTRA_STATE.fullmatch(slab.key):
                 lead = len(slab.place)
                 place = ".".join(map(str, slab.place)) or "0"
+                # Megatron names an object by its place and its grid: shard_3_24 is layer 3 of 24.
                 stack = ".".join(map(str, self.shapes[slab.key][:lead])) or "1"
                 names.append(f"{match[1]}._extra_state/shard_{place}_{stack}")
         return names
@@ -119,6 +121,7 @@ def key_style(keys: Iterable[str]) -> KeyStyle:
 
 def stored_model(spec: ModelSpec, head: Head, style: KeyStyle | None = None) -> StoredModel:
     """What a checkpoint of the model holds."""
+    # The table of a layout with one rank has every tensor uncut, which is how they are stored.
     layout, style = ParallelLayout(), style or KeyStyle()
     # The names of Transformer Engine's layer spec are those of every spec's checkpoints.
     table = local_params(spec, layout, layout.coords(0), 0, head, "te")
@@ -155,6 +158,7 @@ def _stacked(
 
 def _halves(param: LocalParam) -> Iterator[tuple[str, LocalParam]]:
     """The gate and the up projection of a gated first layer, by the suffix of their keys."""
+    # Gate and up are stacked by rows, gate first: [2 x ffn, hidden].
     rows = param.shape[0] // 2
     for suffix, start in (("_w", 0), ("_v", rows)):
         pieces = []
@@ -185,4 +189,5 @@ def differences(
 
 def _padded(name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> bool:
     same_columns = found[1:] == wanted[1:] and len(found) == len(wanted)
+    # Megatron pads a vocabulary so that tensor-parallel ranks get equal shares.
     return name in VOCABULARY_KEYS and same_columns and found[0] > wanted[0]

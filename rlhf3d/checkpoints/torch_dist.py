@@ -94,6 +94,7 @@ class TorchDistReader:
         self.folder = folder
         self._storage = _SafeReader(folder)
         index = self._storage.read_metadata()
+        # Gives the reader the place of each chunk, which read_data looks up.
         self._storage.set_up_storage_reader(index, is_coordinator=True)
         self.tensors: dict[str, StoredTensor] = {}
         self.objects: list[str] = []
@@ -130,6 +131,7 @@ class TorchDistReader:
 
     def read_chunk(self, chunk: Chunk) -> Tensor:
         """Return a chunk's values. ValueError that names its file if it is damaged."""
+        # One chunk as the source: torch would intersect the block with every chunk of the tensor.
         return self._read(chunk.key, chunk.box, [chunk])
 
     def read(self, key: str, box: Box) -> Tensor:
@@ -144,6 +146,7 @@ class TorchDistReader:
             torch.Size(stored.shape),
             [_placed(chunk.box) for chunk in chunks],
         )
+        # One item per chunk that overlaps the block, read one at a time: one chunk in memory.
         for item in create_read_items_for_chunk_list(key, source, [_placed(box)]):
             try:
                 self._storage.read_data(LoadPlan([item]), _Into(block)).wait()
@@ -272,6 +275,7 @@ class _IndexUnpickler(pickle.Unpickler):
             name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return getattr(torch, name)
+        # How torch.layout pickles itself, as a part of TensorProperties.
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
         paths = ("PosixPath", "PurePosixPath", "WindowsPath")
@@ -332,6 +336,7 @@ def write_folder(
 
     def write(plan: SavePlan) -> list[WriteResult]:
         results = storage.write_data(plan, planner).wait()
+        # FileSystemWriter puts all items of a plan into a single file by default.
         name = results[0].storage_data.relative_path
         infos[name] = file_info(folder / name)
         return results
@@ -340,6 +345,7 @@ def write_folder(
         results = list(threads.map(write, plans))
     torch.save(dict(common or {}), folder / COMMON)
     (folder / BACKEND).write_text(json.dumps(_BACKEND))
+    # Writes .metadata, without which the folder is no checkpoint: after all else is there.
     storage.finish(index, results)
     return infos
 
@@ -369,6 +375,7 @@ class _Lazy(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             content = io.BytesIO()
+            # Megatron stores an object as the list of its local shards' data; here one, empty.
             torch.save([None], content)
             return content
         return self.values(self.blocks[write_item.index])

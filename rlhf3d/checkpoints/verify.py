@@ -58,6 +58,7 @@ def verify(megatron: Path, hf: Path, to: To, on_bytes: OnBytes = lambda count: N
     """Compare the folders; `to` is the one that was made. VerifyError says what differs."""
     source = MegatronSource(megatron, load_spec(hf, with_weights=False))
     elements = _compare_tensors(source, hf, to, on_bytes)
+    # 4 bytes per float32. The two models are loaded one after the other, not side by side.
     wanted_gib = num_weights(source.spec, HEADS[source.role]) * 4 * MEMORY_FACTOR / GIB
     there_gib = read_machine().memory_available_gib
     if wanted_gib > there_gib:
@@ -68,6 +69,8 @@ def verify(megatron: Path, hf: Path, to: To, on_bytes: OnBytes = lambda count: N
         return Verified(len(source.shapes), elements, None, None, skipped)
     with HFReader(hf, option="") as reader:
         dtypes = {name: reader.dtype(name) for name in reader.names()}
+    # A Hugging Face folder that was made with another dtype holds rounded weights: the Megatron
+    # side is rounded alike, so that only the computation is compared.
     cast = None if to == "megatron" else dtypes
     theirs = _in_process(_hf_scores, hf, source.role)
     wrapped = all(key.startswith(WRAPPER_PREFIX) for key in source.keys.values())
@@ -117,6 +120,7 @@ def _same_bits(ours: Tensor, theirs: Tensor, to: To) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    # As bytes a NaN equals itself, and 0.0 differs from -0.0.
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
@@ -131,6 +135,7 @@ def _in_process(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def random_tokens(spec: ModelSpec) -> Tensor:
     """The batch that both sides score, [rows, columns]."""
+    # A generator of its own: both processes draw the same tokens, whatever else was drawn before.
     return torch.randint(0, spec.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
 
 
@@ -148,6 +153,7 @@ def _hf_scores(folder: Path, role: Role) -> Tensor:
     }
     if any(left.values()):
         raise VerifyError(f"transformers loads {folder} with {left}")
+    # The head is applied to every token: the classifier's own forward scores only the last.
     hidden = getattr(model, model.base_model_prefix)(
         random_tokens(load_spec(folder))
     ).last_hidden_state
@@ -178,6 +184,7 @@ def _megatron_scores(
         ParallelLayout(),
         load_spec(reference, with_weights=False),
     )
+    # Before the first import of Megatron: this applies the patches.
     platform.prepare_worker(torch.get_num_threads())
     initialize_megatron(layout, 0, 0, platform, timeout_s=60, master_port=open_meeting())
     from megatron.core import dist_checkpointing
@@ -202,4 +209,5 @@ def _megatron_scores(
     tokens = random_tokens(spec)
     output = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     scores: Tensor = output.unsqueeze(-1) if role == "critic" else output @ model.head_weight().T
+    # transformers has no columns for rows that pad Megatron's vocabulary.
     return scores[..., : spec.vocab_size] if role == "actor" else scores

@@ -214,5 +214,6 @@ def _settings(sampling: Sampling, scoring: Scoring) -> EvaluationSettings:
 
 
 def _default_output(model: Path, data: list[Path]) -> Path:
+    # A prompt file is named train or test; its folder says which data set it is.
     names = [model.resolve().name, *(path.resolve().parent.name for path in data)]
     return Path("evaluations") / "-".join(names)

@@ -64,6 +64,7 @@ class Workload:
 
 def _mean(option: str, mean: float | None, longest: int) -> float:
     if mean is None:
+        # Without data to look at, the middle of what is allowed.
         return longest / 2
     if mean > longest:
         raise ValueError(

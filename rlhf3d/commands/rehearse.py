@@ -46,6 +46,7 @@ def rehearse(
 
     folder = output or Path("rehearsals") / config.stem
     check_output("--output", folder)
+    # The folder is emptied: only one that a rehearsal wrote (it has job.yaml), or an empty one.
     if not (folder / "job.yaml").is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are no rehearsal: name another --output")
     miniature = prepare(config, overrides or [], folder, max_ranks, model_config, as_gpu)

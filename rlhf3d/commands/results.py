@@ -91,6 +91,7 @@ def compare(
     from rlhf3d.observability.metrics import read_metrics
 
     check_output("--output", output, is_file=True)
+    # By resolved path: a run given twice is drawn once.
     names = {run.resolve(): run.resolve().name for run in runs}
     if len(set(names.values())) < len(names):
         # Runs of the same name: tell them apart by their complete paths.

@@ -58,6 +58,7 @@ def _train(config: Path, overrides: list[str], preemption: PreemptionHandler) ->
     loaded = load_run(config, overrides)
     if problems := preflight(loaded, show=show_memory):
         raise ConfigError(problems, f"This machine cannot run {config} as it stands")
+    # After the checks: the loop is loaded only for a run that can start.
     from rlhf3d.trainer.run import run_training
 
     return run_training(loaded, preemption)

@@ -36,6 +36,7 @@ def check(config: Config) -> list[str]:
     """
     out_of_range = _check_ranges(config)
     if not config.algorithm.is_resolved:
+        # So that `needs` below has an answer; `load_run` checks again once the file was executed.
         algorithm = replace(config.algorithm, own_needs=EstimatorNeeds())
         config = replace(config, algorithm=algorithm)
     problems = [
@@ -65,6 +66,7 @@ def _keys_with_rules() -> list[Key]:
 
 def not_one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     """The problem of a key whose value is not one of the names it may have."""
+    # Only a name that is close enough to be a typo: the default cutoff, 0.6.
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{name} = {value!r}: must be one of {', '.join(allowed)}{hint}"
@@ -114,6 +116,7 @@ def _check_sampling(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> Itera
         yield f"rollout.top_k = {rollout.top_k}: {_FULL_VOCABULARY}; set -1 (off), {_OR_CORRECT}"
     if rollout.quantization != "none":
         yield from _check_quantization(rollout, corrected)
+    # A shell passes \n in an override as two characters; quoted, YAML makes it a line end.
     for text in rollout.stop:
         if re.fullmatch(r"(\\[nrt])+", text):
             yield (
@@ -155,6 +158,7 @@ def _check_data(config: Config) -> Iterator[str]:
     if data.val_max_samples == 0:
         yield "data.val_max_samples = 0: must be 1 or more, or -1 (all)"
     filtered = config.algorithm.filter_groups.enable
+    # Only dynamic sampling generates in batches of its own.
     if not filtered and data.gen_batch_size not in (None, data.train_batch_size):
         yield (
             f"data.gen_batch_size = {data.gen_batch_size}: without algorithm.filter_groups a step "
@@ -189,6 +193,7 @@ def _check_kl(config: Config) -> Iterator[str]:
         return
     sequences = config.data.train_batch_size * config.rollout.n
     # One update changes the coefficient by up to 0.2 * sequences / horizon of it.
+    # From a factor of 5 on, one update could set the coefficient to 0 or below.
     if sequences >= 5 * controller.horizon:
         yield (
             f"algorithm.kl_ctrl.horizon = {controller.horizon}: too short for steps of "
@@ -236,6 +241,7 @@ def _check_retention(trainer: TrainerConfig, data: DataConfig) -> Iterator[str]:
 
 def _check_schedule(config: Config) -> Iterator[str]:
     total, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
+    # The critic's keys have defaults where there is no critic: nothing reads them.
     for role in ("actor", "critic") if config.needs_critic else ("actor",):
         steps = value_of(config, f"{role}.optim.lr_warmup_steps")
         if total is not None and steps > total:

@@ -19,6 +19,7 @@ WIDTH_MULTIPLE = {"cuda": 128}
 """By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and
 width, and torch's allocator keeps blocks of every size: widths are rounded so that there are
 few of them."""
+# 8 (int64) + 10 x 4.
 COLUMN_BYTES_PER_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
 
@@ -145,6 +146,8 @@ def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     Context-parallel ranks take two chunks of each sequence; with sequence parallelism
     tensor-parallel ranks take a part of those; and kernels should meet few different widths.
     """
+    # Each rank takes one chunk from the front and one from the back: causal attention costs more
+    # toward the end, so that pairs of chunks cost the same.
     chunks = 2 * layout.cp if layout.cp > 1 else 1
     shared = chunks * (layout.tp if layout.sequence_parallel else 1)
     return {
@@ -158,6 +161,7 @@ def micro_batching_of(config: Config, role: str) -> MicroBatching:
     if role == "critic":
         batching = critic_batching(config.actor, config.critic)
     elif role == "reward":
+        # No mini-batches: it is never updated.
         batching = Batching(0, config.reward_model.micro_batch_size_per_gpu, 1, None)
     else:
         batching = actor_batching(config.actor)
@@ -172,6 +176,7 @@ def _critic_plan(config: Config) -> UpdatePlan:
 def _update_plan(config: Config, batching: Batching, layout: LayoutConfig) -> UpdatePlan:
     mini, micro, epochs, budget = batching
     sequences = mini * config.rollout.n
+    # Exact, as the next division: `size_checks` refuses what does not divide.
     per_rank = sequences // layout.dp
     mini_batches = config.data.train_batch_size // mini
     return UpdatePlan(
@@ -180,6 +185,7 @@ def _update_plan(config: Config, batching: Batching, layout: LayoutConfig) -> Up
         sequences_per_mini_batch=sequences,
         sequences_per_rank=per_rank,
         micro_batching=micro_batching(config, batching, layout),
+        # By tokens their number differs from batch to batch.
         micro_batches_per_rank=per_rank // micro if budget is None else None,
         epochs=epochs,
         optimizer_steps_per_step=mini_batches * epochs,

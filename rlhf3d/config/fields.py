@@ -90,6 +90,7 @@ def markers(kind: Any) -> Iterator[Any]:
     """The markers in a type, wherever they stand in it."""
     if get_origin(kind) is Annotated:
         yield from kind.__metadata__
+    # In unions and tuples as well: `Count | None` has the marker one level down.
     for part in get_args(kind):
         yield from markers(part)
 
@@ -109,6 +110,7 @@ def broken_rule(value: Any, kind: Any) -> Rule | None:
         rules = [marker for marker in kind.__metadata__ if isinstance(marker, Rule)]
         return next((rule for rule in rules if not rule.holds(value)), None)
     if origin is tuple:
+        # A tuple's items all have one annotated type, also where their number is fixed.
         broken = (broken_rule(item, parts[0]) for item in value)
         return next((rule for rule in broken if rule is not None), None)
     if origin in (Union, types.UnionType):

@@ -67,6 +67,7 @@ def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
     roles = ["actor"]
     dedicated = []
     if config.needs_critic and critic.layout is None:
+        # Without a layout of its own it is one more model in the actor's processes.
         roles.append("critic")
     elif config.needs_critic and critic.layout is not None:
         colocated = critic.placement == "colocated"
@@ -74,6 +75,7 @@ def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
             WorkerGroup("critic", "critic.layout", ("critic",), model, critic.layout, colocated)
         )
     if config.needs_reference:
+        # Always with the actor: it has the actor's layout and weights to start from.
         roles.append("ref")
     if reward.path is not None:
         key, colocated = "reward_model.layout", reward.placement == "colocated"
@@ -92,6 +94,7 @@ def group_of(config: Config, role: str) -> WorkerGroup:
 def device_terms(groups: tuple[WorkerGroup, ...], rollout: RolloutConfig) -> list[tuple[str, int]]:
     """Everything that has its own GPUs: how many as a product, for messages, and as a number."""
     actor, *others = groups
+    # Colocated groups and engines share the actor's devices, which are counted once.
     dedicated = [actor, *(group for group in others if not group.colocated)]
     terms = [(group.size_text, group.layout.world_size) for group in dedicated]
     if rollout.placement == "disaggregated":

@@ -85,6 +85,7 @@ def _attribute_docs(section: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
+    # Python keeps no docstring of an attribute: it is the string statement after the field.
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
@@ -116,7 +117,9 @@ def describe(kind: Any) -> str:
 def nearest_key(name: str) -> str:
     """A hint with the known key nearest to `name`: one with the same last part if there is any."""
     known = [key.name for key in all_keys()]
+    # Sections can be misspelled too.
     known += sorted({key.rpartition(".")[0] for key in known} - {""})
+    # The right name under a wrong section is the most common mistake: any distance will do there.
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     cutoff = 0.0 if same_leaf else 0.5
     nearest = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=cutoff)

@@ -88,6 +88,7 @@ def _read(path: Path, overrides: Sequence[str], problems: list[str]) -> Config:
 def read_sections(path: Path, form: str) -> dict[str, Any]:
     """The mapping that a YAML file is, its scalars as they stand; `form` shows what is expected."""
     try:
+        # utf-8-sig: editors on Windows may put a byte order mark first.
         raw = scalars.read(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
@@ -136,6 +137,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
         raise ConfigError([f"no configuration file {path}; these ship with rlhf3d: {shipped}"])
     raw = read_sections(path, "`model:`, `data:` …")
+    # Not a key of the run: it must be gone before the rest is read as keys.
     base = raw.pop("base", None)
     if scalars.is_null(base):
         return raw
@@ -145,6 +147,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         of = path.parent / expand_home(str(base))
     except ValueError as error:
         raise ConfigError([f"{path}: base: {base}: {error}"]) from None
+    # Depth first: what stands nearer to the user's file wins.
     inherited = read_yaml(of, (*seen, path.resolve()))
     merge(inherited, raw)
     return inherited
@@ -194,6 +197,7 @@ def _place_of(key: str) -> tuple[list[str], Any]:
         if section is not None:
             kind = get_type_hints(section).get(name, Any)
         elif get_origin(kind) is dict and get_args(kind)[1] is not Any:
+            # Such as reward.scorers.my.source=gsm8k: the rest is one name with a dot.
             return [*names[:depth], ".".join(names[depth:])], get_args(kind)[1]
         else:
             return names, Any
@@ -218,6 +222,7 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
             f"{where} = {scalars.shown(raw)}: expected a section of keys, found {_type_name(raw)}"
         )
         return default
+    # Without include_extras the markers are gone: `coerce` sees plain types, `checks` the rules.
     hints = get_type_hints(type(default))
     keys = keys_of(default)
     changes: dict[str, Any] = {}
@@ -231,6 +236,7 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
         if is_dataclass(section):
             changes[key] = build(section, value, name, problems)
         elif optional is not None:
+            # Null by default: its keys start from the section's own defaults.
             changes[key] = build(optional(), value, name, problems)
         else:
             try:
@@ -322,12 +328,14 @@ def _coerce_to_one(value: Any, kinds: tuple[Any, ...]) -> Any:
     Its own type comes first; text without quotes is text only if it is nothing else.
     """
     plain = isinstance(value, scalars.Plain)
+    # YAML's null is spelled null: None would be read as the text, such as a folder of that name.
     if plain and type(None) in kinds and value.lower() == "none":
         raise TypeError(value)
 
     def comes_last(kind: Any) -> bool:
         return kind is str if plain else kind is not type(value)
 
+    # A stable sort: kinds that are equal here are tried in the order of the annotation.
     for kind in sorted(kinds, key=comes_last):
         try:
             return coerce(value, kind)
@@ -337,6 +345,7 @@ def _coerce_to_one(value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def _coerce_to_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # `a,b` without brackets may be one value or two: refused, with a hint how to write either.
     if scalars.is_null(value) or (isinstance(value, scalars.Plain) and "," in value):
         raise TypeError(value)
     items = list(value) if isinstance(value, list | tuple) else [value]

@@ -29,6 +29,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         try:
             config = resolve_algorithms(config)
         except ConfigError as error:
+            # Beside those of the file: the user sees all of them at once.
             problems += error.problems
     if not problems:
         problems = check(config)  # now that it is known whether there is a critic

@@ -25,6 +25,7 @@ _FLOAT = re.compile(
     r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][-+]?[0-9]{1,9})?"
 )
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# What other YAML readers make of a plain scalar, to refuse those that they read differently.
 _YAML_1_1 = yaml.resolver.Resolver()
 _TEXT_TAG, _BOOL_TAG, _MERGE_TAG = (
     f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "merge")
@@ -43,9 +44,11 @@ class _Loader(yaml.SafeLoader):
     YAML itself would keep the last one in silence.
     """
 
+    # Only the merge key `<<` is resolved; every other plain scalar stays text for `text` below.
     yaml_implicit_resolvers = {"<": [(_MERGE_TAG, re.compile("<<"))]}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        # Before `<<` is merged in: a key may stand here and in what is merged.
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
@@ -57,6 +60,7 @@ class _Loader(yaml.SafeLoader):
     def text(self, node: yaml.ScalarNode) -> str:
         """A scalar: quoted, it is text."""
         value = str(self.construct_scalar(node))
+        # A plain scalar has no style; quoted and block scalars have theirs.
         return value if node.style else Plain(value)
 
 
@@ -67,6 +71,7 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes texts which this module would read as numbers."""
 
 
+# YAML 1.1 needs a dot in a float, so it would leave the text 1e-5 without quotes.
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -81,6 +86,7 @@ def read(text: str) -> Any:
         if node is None:
             return None
         rest = text[node.end_mark.index :].strip()
+        # One line is an override, in which ` #` is meant as text; a file has comments.
         if rest and "\n" not in text.strip():
             raise ValueError(f"YAML takes {rest!r} for a comment: put the text in quotes")
         return loader.construct_document(node)
@@ -154,6 +160,7 @@ def as_anything(value: Any) -> Any:
         if found is not None:
             return found
     if _NOT_FINITE.fullmatch(value):
+        # YAML's .inf and .nan are Python's inf and nan.
         return float(value.replace(".", ""))
     if _tag(value) != _TEXT_TAG:
         raise TypeError(value)

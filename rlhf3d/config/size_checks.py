@@ -118,6 +118,7 @@ def _check_fixed(n: int, role: str, batching: Batching, group: WorkerGroup) -> I
             f"sequences per rank do not divide by {micro_key} = {micro}: {per_rank} % {micro} = "
             f"{per_rank % micro}"
         )
+    # Megatron's interleaved schedule works in rounds of pp micro-batches.
     elif (layout.vpp or 1) > 1 and per_rank // micro % layout.pp:
         yield (
             f"{micro_key} = {micro} makes {per_rank // micro} micro-batches per rank; interleaving "
@@ -131,6 +132,7 @@ def _check_budget(
     """A micro-batch of a token budget must hold the longest sequence there can be."""
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     rule = micro_batching(config, batching, group.layout_config)
+    # As the batch would have it: rounded up to the multiple of ranks and kernels.
     longest = rule.width(prompt + response)
     if rule.tokens is None or longest <= rule.tokens:
         return
