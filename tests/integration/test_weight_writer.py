@@ -51,7 +51,7 @@ def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
     )
     assert f"the table lacks {name} (1 in all)" in rig.rpc("refusal", name, {})[0]
     renamed = rig.rpc("refusal", name, {"name": "model.typo.weight"})[0]
-    assert f"lacks {name} (1 in all) and has besides model.typo.weight (1 in all)" in renamed
+    assert f"lacks {name} (1 in all) and alone has model.typo.weight (1 in all)" in renamed
     assert "is torch.float32 in vLLM" in rig.rpc("refusal_of_dtype", torch.bfloat16)[0]
     torch.testing.assert_close(rig.score(), rig.expected(), atol=1e-4, rtol=0)
 
