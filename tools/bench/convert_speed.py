@@ -45,7 +45,8 @@ def make_model(config: Path, folder: Path) -> None:
     bare = folder.with_name("config")  # without the weights that the model's folder may hold
     bare.mkdir(parents=True)
     shutil.copyfile(config / "config.json", bare / "config.json")
-    write_hf_folder(folder, tensors(), bare)
+    forms = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    write_hf_folder(folder, forms, tensors(), bare)
 
 
 def forget(folder: Path) -> int:
