@@ -95,11 +95,13 @@ def apply(platform_kind: str, *, skip: Collection[str] = ()) -> None:
             f"{platform_kind}"
         )
     version = installed_version()
+    # prereleases: otherwise a development build within the range would count as outside.
     if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
         raise PatchError(
             f"megatron-core {version} is outside {SUPPORTED}, the versions the patches were "
             f"written for: pip install 'megatron-core{SUPPORTED}'"
         )
+    # Before the patches: they import Megatron, which warns at import.
     _silence(platform_kind)
     if platform_kind == "cpu":
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # jit_fuser is torch.compile, evaluated at import

@@ -18,6 +18,7 @@ _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 def _apply() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Upstream starts its manager only where this is None.
     filesystem_async._results_queue = queue.Queue()
 
 

@@ -45,6 +45,7 @@ class _Retarget(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("cuda", "pin_memory"):
+            # `x.cuda()` and `x.pin_memory()` become `x`.
             return node.func.value
         for keyword in node.keywords:
             if keyword.arg == "pin_memory":
@@ -55,10 +56,12 @@ class _Retarget(ast.NodeTransformer):
 def retarget(source: bytes | str, path: str) -> CodeType:
     """Compile `source` with every mention of CUDA retargeted to the CPU."""
     tree: ast.Module = _Retarget().visit(ast.parse(source, path))
+    # The import goes behind the docstring and __future__ imports, which have to come first.
     start = 1 if ast.get_docstring(tree, clean=False) is not None else 0
     while start < len(tree.body) and getattr(tree.body[start], "module", None) == "__future__":
         start += 1
     tree.body[start:start] = ast.parse(f"import megatron_patches.cpu_cuda as {_ALIAS}").body
+    # dont_inherit: otherwise the __future__ import of this file would apply to upstream's code.
     code: CodeType = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
     return code
 
@@ -71,6 +74,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_data(self.path)
+        # The key covers all that the code depends on: this file, Python's bytecode, path, source.
         ours = Path(__file__).read_bytes() + importlib.util.MAGIC_NUMBER
         key = hashlib.sha256(b"\0".join((ours, str(self.path).encode(), source))).hexdigest()
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -84,6 +88,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
             OSError
         ):  # a cache that cannot be written costs the next process this step
             cached.parent.mkdir(parents=True, exist_ok=True)
+            # Ranks compile at the same time: each writes its own file, and renaming is atomic.
             partial = cached.with_suffix(f".{os.getpid()}")
             partial.write_bytes(marshal.dumps(code))
             os.replace(partial, cached)

@@ -21,6 +21,7 @@ def _apply() -> None:
     from megatron.core.pipeline_parallel import p2p_communication
 
     def alias(tensor: Any) -> Any:
+        # Another object with the same storage: swapping `.data` of the original leaves it alone.
         return None if tensor is None else tensor.detach()
 
     def wrap(send: Any) -> Any:

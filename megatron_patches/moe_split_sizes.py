@@ -19,6 +19,7 @@ def _apply() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = to_host
+    # It imports the function by name, so its own reference has to be replaced too.
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
 
 

@@ -23,6 +23,7 @@ def _apply() -> None:
     def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         if not config.sequence_parallel:
             return original(cls, config, *args, **kwargs)
+        # A copy: all layers share the config, and the others need its sequence_parallel.
         config = copy.copy(config)
         config.sequence_parallel = False
         norm = original(cls, config, *args, **kwargs)

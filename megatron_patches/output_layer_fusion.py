@@ -30,6 +30,7 @@ def _apply() -> None:
 
     @functools.wraps(original)
     def build(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        # A copy: all layers share the config, and those of Transformer Engine keep the fusion.
         config = copy.copy(config)
         config.gradient_accumulation_fusion = False
         original(self, *args, config=config, **kwargs)

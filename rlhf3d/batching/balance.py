@@ -44,6 +44,7 @@ def split_rows(costs: Sequence[float], parts: int, equal_counts: bool = True) ->
         raise ValueError(f"{len(costs)} rows over {parts} parts: there must be at least 1")
 
     def most_expensive_first(row: int) -> tuple[float, int]:
+        # The row number breaks ties: equal costs always give the same placement.
         return -costs[row], row
 
     order = sorted(range(len(costs)), key=most_expensive_first)

@@ -94,4 +94,5 @@ def from_sequences(
 
 def _tensor(values: Sequence, dtype: type[np.generic]) -> Tensor:
     """Return numbers as a tensor; an `array` is read from its memory, not number by number."""
+    # np.array copies: the tensor shares no memory with what the caller holds.
     return torch.from_numpy(np.array(values, dtype))

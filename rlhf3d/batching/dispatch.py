@@ -84,6 +84,7 @@ def _cut(
     rows_of: list[list[int]] = []
     # With a budget of tokens, ranks may have unequal numbers of rows.
     for part in split_rows(costs, layout.dp, equal_counts=rule.tokens is None):
+        # split_rows numbers places in `rows`; from here on they are row numbers of the batch.
         rows_of.append([rows[i] for i in part])
     # The interleaved schedule needs a multiple of the pipeline stages.
     multiple = layout.pp if layout.vpp > 1 else 1
@@ -123,6 +124,7 @@ def split_update(
     minis_of: list[list[MiniBatch]] = [[] for _ in range(layout.dp)]
     for start in range(0, len(batch), plan.sequences_per_mini_batch):
         rows = range(start, min(start + plan.sequences_per_mini_batch, len(batch)))
+        # Counted before the cut: the loss does not depend on which rank computes which rows.
         norm = loss_norm(batch["response_mask"][start : rows.stop], max_response_tokens)
         cut = _cut(lengths, rows, rule, layout, cost)
         for shard, minis, micro_batches in zip(shards, minis_of, cut, strict=True):

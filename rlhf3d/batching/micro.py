@@ -38,6 +38,7 @@ class MicroBatching:
 
     def width(self, tokens: int) -> int:
         """Return the positions of a padded row, or of a packed micro-batch."""
+        # An empty micro-batch runs as a filler of one token.
         return round_up(max(tokens, 1), self.multiple_of)
 
     def packed_row(self, tokens: int) -> int:
@@ -88,7 +89,9 @@ def plan_micro_batches(
     """
     _check_budget(lengths, rule)
     if rule.packed:
+        # Rows count with their own padding from here on; rounding them again changes nothing.
         lengths = [rule.packed_row(length) for length in lengths]
+    # The rank that needs the most decides for all.
     needed = max(len(_fewest(lengths, rows, rule)) for rows in rows_of)
     count = round_up(max(needed, 1), multiple_of)
     return [_exactly(lengths, rows, rule, count) for rows in rows_of]
@@ -125,6 +128,7 @@ def _fewest(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) ->
     if rule.tokens is None:
         return _even_runs(_descending(lengths, rows), ceil_div(len(rows), rule.rows))
     if rule.packed:
+        # The sum of the rows is rounded up afterwards, which must not take it over the budget.
         return _first_fit(lengths, rows, rule.tokens // rule.multiple_of * rule.multiple_of)
     return _padded_runs(lengths, rows, rule)
 
@@ -141,6 +145,7 @@ def _exactly(
         batches = _split_up(lengths, _padded_runs(lengths, rows, rule), rule, count)
 
     def largest_first(batch: list[int]) -> int:
+        # A filler has positions too, but empty micro-batches belong behind those with rows.
         return -_positions(lengths, batch, rule) if batch else 0
 
     return sorted(batches, key=largest_first)
@@ -148,6 +153,7 @@ def _exactly(
 
 def _even_runs(order: list[int], count: int) -> list[list[int]]:
     """`order` cut into `count` runs whose sizes differ by at most one."""
+    # A rank without rows needs no runs: count is 0.
     bounds = [len(order) * i // count for i in range(count + 1)] if count else [0]
     return [order[start:stop] for start, stop in pairwise(bounds)]
 
@@ -204,11 +210,14 @@ def _padded_runs(
     for stop in range(1, len(order) + 1):
         options = []
         for start in range(stop - 1, -1, -1):
+            # In descending order the first row of a run is its longest.
             positions = (stop - start) * widths[start]
             if positions > rule.tokens:
                 break  # an earlier start has more rows, none of them shorter
             count, before, _ = best[start]
             options.append((count + 1, before + positions, start))
+        # Tuples compare by micro-batches, then by positions. There is an option: a run of one row
+        # is within the budget, which _check_budget has made sure of.
         best.append(min(options))
     batches, stop = [], len(order)
     while stop:

@@ -41,6 +41,7 @@ def require_finite(
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     if not flag:
         return
+    # Placeholders: all_gather_object replaces every element, so one shared tuple is safe.
     gathered: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
     dist.all_gather_object(gathered, (terms, _broken_sequences(seen)))
     # Dictionaries keep the order of ranks and take out repetitions.
@@ -68,6 +69,7 @@ def _broken_sequences(seen: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> lis
     for rows, outputs in seen:
         mask = rows["response_mask"]
         columns = rows.columns.items()
+        # Per-token inputs of the loss are [b, r]; lengths and other columns have other shapes.
         inputs = {name: column for name, column in columns if column.shape == mask.shape}
         for row, names in nonfinite_rows({**inputs, **outputs}, mask).items():
             known = "sequence" in rows

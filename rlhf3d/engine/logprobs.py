@@ -39,6 +39,7 @@ def vocab_parallel_logprobs(
     """
     real = weight.shape[0]
     if vocab_size is not None:
+        # Padding is at the end of the vocabulary: it takes all, some or none of this rank's rows.
         real = max(0, min(real, vocab_size - vocab_start))
     return _VocabParallelLogprobs.apply(
         hidden, weight, labels, 1.0 / temperature, vocab_start, real, group, platform
@@ -46,6 +47,7 @@ def vocab_parallel_logprobs(
 
 
 def _chunks(tokens: int, vocab: int, elements: int) -> list[tuple[int, int]]:
+    # One token at least, even where its logits alone are over the limit.
     size = max(1, elements // vocab)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -54,6 +56,7 @@ def _local_labels(labels: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor,
     """Labels as this rank's row numbers, and which of them it holds."""
     local = labels - vocab_start
     owned = (local >= 0) & (local < vocab)
+    # Labels of other ranks point to some valid row, as gather needs; `owned` zeroes what it reads.
     return local.clamp(0, vocab - 1), owned
 
 
@@ -77,21 +80,27 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for start, stop in _chunks(tokens, vocab, platform.head_chunk_elements):
             logits = platform.product(hidden[start:stop], weight.t()).mul_(inverse_temperature)
             logits[:, real:] = _MASKED
+            # [t] the highest logit over all ranks: subtracted, so that exp cannot overflow.
             peak = logits.amax(dim=-1)
             if parallel:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             local, owned = _local_labels(labels[start:stop], vocab_start, vocab)
+            # [t] the logit of the label where this rank holds it, else 0: summed, it is the logit.
             target = logits.gather(-1, local[:, None])[:, 0] * owned
             exp = (logits - peak[:, None]).exp_()
+            # One all-reduce of [3, t], not three. The second entry overwrites `exp`, so the first
+            # comes before it.
             sums = torch.stack([exp.sum(-1), exp.mul_(logits).sum(-1), target])
             if parallel:
                 dist.all_reduce(sums, group=group)
             log_z[start:stop] = peak + sums[0].log()
+            # Entropy is log Z minus the mean logit under the distribution.
             entropy[start:stop] = log_z[start:stop] - sums[1] / sums[0]
             logprobs[start:stop] = sums[2] - log_z[start:stop]
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
         ctx.inverse_temperature, ctx.vocab_start, ctx.real = inverse_temperature, vocab_start, real
         ctx.platform = platform
+        # A loss that uses one output only gets None for the other, whose work is then left out.
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -102,6 +111,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         log_z, entropy = tensors[3:]
         vocab, platform = weight.shape[0], ctx.platform
         grad_hidden = torch.zeros_like(hidden)
+        # Summed over the chunks in fp32 and rounded once, at the end.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start, stop in _chunks(hidden.shape[0], vocab, platform.head_chunk_elements):
             part = hidden[start:stop]
@@ -116,9 +126,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             if grad_logprobs is not None:
                 g = grad_logprobs[start:stop]
                 local, owned = _local_labels(labels[start:stop], ctx.vocab_start, vocab)
+                # d logprob / d logit = [is the label] - p
                 grad.addcmul_(p, g[:, None], value=-1)
                 grad.scatter_add_(-1, local[:, None], (g * owned)[:, None])
             if grad_entropy is not None:
+                # d entropy / d logit = -p (log p + entropy); in place: log_p is not read again.
                 surprise = log_p.add_(entropy[start:stop, None])
                 grad.addcmul_(p * surprise, grad_entropy[start:stop, None], value=-1)
             grad = grad.mul_(ctx.inverse_temperature).to(weight.dtype)

@@ -32,6 +32,7 @@ class Storages:
         self._storages: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
+            # The address of the C++ storage: all views of one storage have the same.
             if storage._cdata not in others:
                 self._storages[storage._cdata] = storage
         self._keep = keep
@@ -55,6 +56,7 @@ class Storages:
                     self._copies[number] = host_memory(storage.nbytes(), pinned)
                 for part, host in _parts(_bytes(storage), self._copies[number]):
                     host.copy_(part)
+            # Tensors keep this storage, their shape and strides: only its memory is freed.
             storage.resize_(0)
         self.present = False
 
@@ -68,6 +70,7 @@ class Storages:
                 for part, host in _parts(content, self._copies[number]):
                     part.copy_(host)
             else:
+                # What resize_ allocates has arbitrary contents.
                 content.zero_()
         self.present = True
 
@@ -91,6 +94,7 @@ def _parts(content: Tensor, hosts: Sequence[Tensor]) -> Iterator[tuple[Tensor, T
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    # A view of the whole storage as bytes, whatever the dtype of its tensors.
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -142,6 +146,7 @@ class ModelStates:
         for storages in self._states.values():
             if storages.present:
                 storages.offload()
+        # torch keeps the memory of emptied storages; other processes get it from here on.
         self._free_cached()
 
     def _find(self) -> None:

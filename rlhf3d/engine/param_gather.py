@@ -20,6 +20,7 @@ class ParamGather:
         self._models = models
         self._pending = False
         for model in models:
+            # Megatron puts the hooks on when it builds the DDP; all weights are complete then.
             model.disable_forward_pre_hook(param_sync=False)
 
     def stepped(self) -> None:

@@ -77,6 +77,7 @@ class SDPACoreAttention(MegatronModule):
         assert ends[-1] == query.shape[0] * self.cp, (
             f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"
         )
+        # Packed tokens are a batch of one: [t, 1, h, d].
         return self._over_sequences(query[:, None], key[:, None], value[:, None], ends)[:, 0]
 
     def _over_sequences(
@@ -105,6 +106,7 @@ class SDPACoreAttention(MegatronModule):
         """Queries [b, h, q, d], the last q of k key positions, with g key heads -> [b, h, q, d]."""
         grouped = query.shape[1] != key.shape[1]
         q, k = query.shape[2], key.shape[2]
+        # is_causal would align the mask to the first keys; these queries are the last positions.
         mask = None if q == k else torch.ones(q, k, dtype=torch.bool).tril(k - q)
         return scaled_dot_product_attention(
             query,

@@ -51,6 +51,7 @@ def held_positions(ends: Sequence[int], cp: int, rank: int) -> Tensor:
 
 def gathered_order(ends: Sequence[int], cp: int) -> Tensor:
     """Return where each position [s] of the run is once the ranks' shares are concatenated."""
+    # The concatenation is a permutation of the positions; argsort inverts it.
     return torch.cat([held_positions(ends, cp, rank) for rank in range(cp)]).argsort()
 
 
@@ -66,6 +67,7 @@ def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _SumShares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # all_reduce works in place, and the input belongs to the autograd graph.
         total = share.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total

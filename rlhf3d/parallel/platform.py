@@ -84,6 +84,7 @@ class Platform(ABC):
 
     def prepare_worker(self, threads: int) -> None:
         """Set up a worker before it imports Megatron: environment, threads, device, patches."""
+        # Before the import of torch: OpenMP reads it once.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
