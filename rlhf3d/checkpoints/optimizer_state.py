@@ -224,7 +224,7 @@ def collect(state: ParamState, name: str) -> Tensor | None:
     """
     rank, mine = dist.get_rank(state.group), state.tensors.get(name)
     if any(
-        # The distributed optimizer puts most parameters into one rank's slice: nothing to send.
+        # The slices of the distributed optimizer cut few parameters; the others need no messages.
         part.rank == state.owner and part.end - part.start == state.param.numel()
         for part in state.parts
     ):

@@ -27,7 +27,7 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINTS = "checkpoints"
-# They say where the run is, not what it computes.
+# They say where a run is and what it starts from, not what it computes.
 _UNREPORTED = ("trainer.output_dir", "trainer.resume_mode")
 
 

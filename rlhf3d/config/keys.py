@@ -119,7 +119,7 @@ def nearest_key(name: str) -> str:
     known = [key.name for key in all_keys()]
     # Sections can be misspelled too.
     known += sorted({key.rpartition(".")[0] for key in known} - {""})
-    # The right name under a wrong section is the most common mistake: any distance will do there.
+    # The right name under a wrong section: there any distance will do.
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     cutoff = 0.0 if same_leaf else 0.5
     nearest = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=cutoff)
