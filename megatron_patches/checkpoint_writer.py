@@ -21,6 +21,7 @@ def _apply() -> None:
         written: queue.Queue[tuple[int, Any]] = queue.Queue()
         pending: queue.Queue[int] = queue.Queue()
         for index, bucket in enumerate(buckets):
+            # write_preloaded_data takes one entry off this queue for each bucket.
             pending.put(index)
             FileSystemWriterAsync.write_preloaded_data(
                 transforms, index, bucket, written, pending, use_fsync=True, use_msc=use_msc

@@ -56,7 +56,7 @@ def _local_labels(labels: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor,
     """Labels as this rank's row numbers, and which of them it holds."""
     local = labels - vocab_start
     owned = (local >= 0) & (local < vocab)
-    # Labels of other ranks point to some valid row, as gather needs; `owned` zeroes what it reads.
+    # Labels of other ranks point to some valid row, as gather needs; `owned` zeroes their share.
     return local.clamp(0, vocab - 1), owned
 
 

@@ -148,6 +148,7 @@ class MegatronEngine:
 
         self.config.finalize_model_grads_func = finalize
         if layout.overlap_grad_reduce:
+            # Megatron takes one function, or a list with one for each model chunk.
             no_sync = [model.no_sync for model in self.models]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.optimizer = get_megatron_optimizer(
@@ -173,6 +174,7 @@ class MegatronEngine:
             max_lr=optim.lr,
             min_lr=optim.min_lr,
             lr_warmup_steps=optim.lr_warmup_steps,
+            # Megatron asserts that the decay ends after the warm-up.
             lr_decay_steps=max(self.context.total_steps, optim.lr_warmup_steps + 1),
             lr_decay_style=optim.lr_decay_style,
             start_wd=optim.weight_decay,
@@ -194,6 +196,7 @@ class MegatronEngine:
             model.eval()
 
         def no_loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            # To the host at once: the device keeps no outputs of earlier micro-batches.
             columns = {name: column.cpu() for name, column in self._columns(micro, output).items()}
             return output.new_zeros(()), _no_tokens(output), columns
 
@@ -232,6 +235,7 @@ class MegatronEngine:
                     if not self.context.skip_nonfinite:
                         raise
                     skipped.append(str(problem))
+            # While the weights are still on the device: outside of an update nothing is pending.
             self.gather.finish()
         lr = self.optimizer.param_groups[0]["lr"]
         if not taken:
@@ -247,12 +251,14 @@ class MegatronEngine:
     ) -> tuple[dict[str, float], float]:
         """Take one step; return metric shares (none before the last stage) and gradient norm."""
         for model in self.models:
+            # The gradients themselves are in the buffers of DDP.
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         seen: list[tuple[Batch, dict[str, Tensor]]] = []
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             columns = self._columns(micro, output)
+            # Detached, so that this list does not keep the graphs of earlier micro-batches.
             seen.append((micro.rows, {name: column.detach() for name, column in columns.items()}))
             share, metrics = objective(micro.rows.columns, columns, mini.norm)
             return share, _no_tokens(share), metrics
@@ -308,6 +314,7 @@ class MegatronEngine:
         if self.role == "value":
             return {"values": states.float()}
         weight = self.chunks[-1].head_weight()
+        # The weight is read outside of its own module, whose hook would wait for it.
         self.gather.wait_for(weight)
         logprobs, entropy = vocab_parallel_logprobs(
             states,

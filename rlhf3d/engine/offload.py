@@ -152,6 +152,7 @@ class ModelStates:
     def _find(self) -> None:
         """List the storages again: the optimizer's first step, and a load, allocate new ones."""
         weights = Storages(_weights(self._models))
+        # Each optimizer step zeroes the gradients first: their contents need no copy.
         gradients = Storages(_gradients(self._models), keep=False, without=[weights])
         optimizer = Storages(_optimizer_state(self._optimizer), without=[weights, gradients])
         current = {"weights": weights, "gradients": gradients, "optimizer": optimizer}

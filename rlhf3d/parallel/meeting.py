@@ -40,6 +40,7 @@ def host_meeting(port: int, timeout_s: float) -> None:
                 timeout=timedelta(seconds=timeout_s),
                 wait_for_workers=False,
                 multi_tenant=True,
+                # The store owns the descriptor from here on: Python must not close it.
                 master_listen_fd=listener.detach(),
             )
         )

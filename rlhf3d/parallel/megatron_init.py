@@ -35,6 +35,7 @@ def initialize_megatron(
     from megatron.core import parallel_state, tensor_parallel
 
     timeout = timedelta(seconds=timeout_s)
+    # Does nothing except in the process that opened this port.
     host_meeting(master_port, timeout_s)
     torch.distributed.init_process_group(
         platform.dist_backend,

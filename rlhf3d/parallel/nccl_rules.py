@@ -113,6 +113,7 @@ class NCCLRules(dist.ProcessGroup):
         super().__init__(rank, size)
         self._rank, self._timeout = rank, timeout
         self._collectives = dist.ProcessGroup(store, rank, size)
+        # A prefix each: both gloo groups would otherwise write the same keys of the store.
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("collectives", store), rank, size, timeout)
         self._collectives._register_backend(
             torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo
@@ -166,6 +167,7 @@ class NCCLRules(dist.ProcessGroup):
         unit = Unit(messages)
         if communicator not in self._lanes:
             self._lanes[communicator] = queue.SimpleQueue()
+            # A daemon: a lane that waits for its peer does not keep the process alive.
             threading.Thread(target=self._serve, args=(communicator,), daemon=True).start()
         self._lanes[communicator].put(unit)
         return unit
@@ -188,6 +190,7 @@ class NCCLRules(dist.ProcessGroup):
 
     def _exchange(self, unit: Unit, tag: int) -> None:
         """Exchange the sizes of the messages, then their contents."""
+        # All are started before any is awaited: in one group two ranks may send to each other.
         sizes, works = [], []
         for message in unit.messages:
             sends = message.kind == "send"
@@ -203,6 +206,7 @@ class NCCLRules(dist.ProcessGroup):
                     f"rank {self._rank} {message.kind}s {message.num_bytes} bytes, and rank "
                     f"{message.peer} {there} {int(theirs)}"
                 )
+        # As late as allowed, to catch a sender that frees or changes the memory too early.
         unit.wanted.wait(LATE_S)
         for message in unit.messages:
             if message.kind == "receive":
