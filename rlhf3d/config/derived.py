@@ -61,8 +61,7 @@ class Derived:
 def derive(config: Config, train_rows: int | None = None) -> Derived:
     """The numbers of a checked configuration; `train_rows` (prompts per epoch) for a run in epochs.
 
-    The last rows of an epoch that do not fill a batch are not trained on. ValueError where no batch
-    fills.
+    An epoch counts as many steps as its rows fill batches. ValueError where they fill none.
     """
     groups = worker_groups(config)
     total = config.trainer.total_training_steps

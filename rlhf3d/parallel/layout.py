@@ -15,9 +15,11 @@ SpecStyle = Literal["local", "te"]
 """Whose parameter names a Megatron layer has: its own, or Transformer Engine's (norms fused into
 the next linear layer, experts multiplied as one group)."""
 Recompute = Literal["none", "selective", "full"]
-PlatformKind = Literal["cpu", "cuda", "as_gpu"]
-TrainingDtype = Literal["bfloat16", "float32"]
 """What of each layer the backward pass computes again."""
+PlatformKind = Literal["cpu", "cuda", "as_gpu"]
+"""CPU, NVIDIA GPUs, or CPU under the order and rules of GPUs."""
+TrainingDtype = Literal["bfloat16", "float32"]
+"""What a model is trained in."""
 
 
 @dataclass(frozen=True)
