@@ -250,7 +250,8 @@ def shrink_config(
 
 def _shrink_rollout(rollout: RolloutConfig, most: int, changes: Changes) -> RolloutConfig:
     """At most two engines, on at most `most` processes."""
-    tensor_parallel_size = min(rollout.tensor_parallel_size, ENGINE_RANKS)
+    tensor_parallel_size = rollout.tensor_parallel_size
+    # By its factors, so that what it divides (heads, experts) stays divided.
     while tensor_parallel_size > most:
         tensor_parallel_size = _divided(tensor_parallel_size)
     engines = max(1, min(rollout.engines, 2, most // tensor_parallel_size))

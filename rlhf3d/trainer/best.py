@@ -43,7 +43,8 @@ class BestTracker:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep, as JSON."""
         # JSON has no -inf, which is the value before the first validation.
-        return {"name": self.name, "value": self.value if self.step else None, "step": self.step}
+        value = self.value if math.isfinite(self.value) else None
+        return {"name": self.name, "value": value, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`, unless another metric is asked for."""

@@ -32,6 +32,10 @@ def test_goes_on_after_a_resume_unless_another_is_asked_for() -> None:
         made.load_state_dict(best.state_dict())
     assert (again.name, again.value, again.step) == (ACC, 0.7, 2)
     assert (other.name, other.value) == ("val-aux/reward", -math.inf)
+    before_training, resumed = BestTracker(None), BestTracker(None)
+    before_training.update(0, {ACC: 0.3})
+    resumed.load_state_dict(before_training.state_dict())
+    assert (resumed.name, resumed.value, resumed.step) == (ACC, 0.3, 0)
     fresh = BestTracker(None)
     fresh.load_state_dict(BestTracker(None).state_dict())
     assert fresh.name is None
