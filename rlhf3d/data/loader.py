@@ -106,13 +106,6 @@ class PromptLoader:
         """Epoch of the next prompt, counted from 0; of the file that is furthest behind."""
         return min(stream.epoch for stream in self._streams)
 
-    def steps(self, epochs: int) -> int:
-        """Batches until every prompt was served `epochs` times.
-
-        With weights: until that many prompts were drawn, repeats included.
-        """
-        return math.ceil(epochs * len(self._dataset) / self._batch_size)
-
     def next_batch(self) -> list[Prompt]:
         """The next `batch_size` prompts."""
         return [self._next() for _ in range(self._batch_size)]
