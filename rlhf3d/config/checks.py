@@ -27,6 +27,7 @@ from rlhf3d.config.schema import (
     TrainerConfig,
 )
 from rlhf3d.config.size_checks import check_sizes
+from rlhf3d.config.staleness_checks import check_staleness
 
 
 def check(config: Config) -> list[str]:
@@ -48,6 +49,7 @@ def check(config: Config) -> list[str]:
         *_check_filter_groups(config.algorithm, config.rollout.n),
         *_check_kl(config),
         *_check_correction(config.algorithm.rollout_correction),
+        *check_staleness(config),
         *_check_retention(config.trainer, config.data),
         *_check_schedule(config),
         *_check_reward(config),

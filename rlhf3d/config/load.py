@@ -41,7 +41,9 @@ class ConfigError(ValueError):
         self, problems: Sequence[str], title: str = "The configuration has problems"
     ) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join([f"{title}:", *(f"  - {problem}" for problem in self.problems)]))
+        # A problem that offers several ways has a line for each.
+        lines = (problem.replace("\n", "\n    ") for problem in self.problems)
+        super().__init__("\n".join([f"{title}:", *(f"  - {line}" for line in lines)]))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -110,6 +110,12 @@ class RolloutConfig:
     """Give each vLLM rank complete experts instead of a share of every expert."""
     placement: Placement = "colocated"
     """colocated: engines on the devices that train; disaggregated: on devices of their own."""
+    max_staleness: CountOrZero = 0
+    """Engines write up to N batches ahead of training, so that no token trained on is of weights
+    more than N publications old; 0: weights, completions and updates in turn."""
+    update: Literal["between_batches", "in_flight"] = "between_batches"
+    """When new weights enter the engines: between two batches, or between any two of their steps
+    while requests run (with max_staleness and disaggregated)."""
     dtype: Dtype = "auto"
     """Weight dtype of the engines: bfloat16, float32, or auto: the platform's fastest."""
     quantization: Literal["none", "fp8_per_channel"] = "none"
