@@ -23,6 +23,7 @@ from rlhf3d.observability.tokens import (
     token_steps,
     tokens_path,
 )
+from rlhf3d.rollout.api import token_versions
 
 _COLORS = {"prompt": "cyan", "sampled": "green", "template": "magenta", "environment": "blue"}
 _MEANINGS = {
@@ -127,8 +128,9 @@ def _row_heading(one: TrajectoryTokens, number: int) -> Text:
 
 def _heading(span: TokenSpan) -> Text:
     words = [f"── {span.author}"]
-    if span.policy_version is not None:
-        words.append(f"by policy {span.policy_version}")
+    if span.versions:
+        policies = [str(version) for _, version in span.versions]
+        words.append(f"by policy {', '.join(policies)}")
     words.append(f"· {len(span.token_ids)} tokens")
     if span.reward:
         words.append(f"· reward {span.reward:g}")
@@ -151,13 +153,18 @@ def _token_rows(span: TokenSpan, start: int) -> list[Row]:
     """A table's row for each token; `start`: tokens before the span."""
     sampled = span.author == "sampled"
     color = _COLORS[span.author]
-    author = f"policy {span.policy_version}" if sampled else span.author
+    authors = [span.author] * len(span.token_ids)
+    if sampled:
+        written = token_versions(span.versions, len(span.token_ids))
+        authors = [f"policy {version}" for version in written]
     nothing = [None] * len(span.token_ids)
     engine = span.rollout_logprobs if sampled else nothing
     trained = nothing if span.old_logprobs is None else span.old_logprobs
-    columns = zip(span.token_ids, span.texts, engine, trained, span.differences, strict=True)
+    columns = zip(
+        authors, span.token_ids, span.texts, engine, trained, span.differences, strict=True
+    )
     rows: list[Row] = []
-    for place, (token, piece, own, old, difference) in enumerate(columns, start):
+    for place, (author, token, piece, own, old, difference) in enumerate(columns, start):
         mark = _mark(difference)
         rows.append(
             {

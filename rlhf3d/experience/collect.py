@@ -142,7 +142,7 @@ def _first_turn(request: TrajectoryRequest) -> Request:
 
 def _single_turn(request: TrajectoryRequest, completion: Completion) -> Trajectory:
     """A trajectory of one completion."""
-    span = Span("sampled", completion.token_ids, completion.logprobs, completion.policy_version)
+    span = Span("sampled", completion.token_ids, completion.logprobs, completion.versions)
     row = Row(request.prompt.prompt_ids, (span,))
     return Trajectory(request.prompt, request.group, (row,), completion.finish_reason)
 

@@ -137,7 +137,7 @@ class Episode:
         assert context is not None
         self._num_turns += 1
         self._spans.append(
-            Span("sampled", completion.token_ids, completion.logprobs, completion.policy_version)
+            Span("sampled", completion.token_ids, completion.logprobs, completion.versions)
         )
         said = self._turns.answer(context, completion.token_ids)
         message = {"role": "assistant", "content": context.opening + said}

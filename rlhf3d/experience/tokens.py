@@ -53,7 +53,7 @@ class TokenRecorder:
                 span.author,
                 list(span.token_ids),
                 texts[start:end],
-                span.policy_version,
+                span.versions,
                 span.reward,
                 rounded(span.logprobs),
             )

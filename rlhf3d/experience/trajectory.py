@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf3d.data.dataset import Prompt
-from rlhf3d.rollout.api import FinishReason
+from rlhf3d.rollout.api import FinishReason, Versions, check_versions
 
 Author = Literal["sampled", "template", "environment"]
 """Who wrote a span: a policy, the chat template between turns, or the environment's observation."""
@@ -27,14 +27,17 @@ class Span:
     token_ids: Sequence[int]
     logprobs: Sequence[float] = ()
     """Sampled: log p(token | everything before it) under the sampling distribution, one a token."""
-    policy_version: int | None = None
-    """Sampled: the version of the weights that wrote every token of the span."""
+    versions: Versions = ()
+    """Sampled: those of the weights that wrote its tokens; a turn stays one span."""
     reward: float = 0.0
     """Sampled: what the environment gave for this turn; it sits on the span's last token."""
 
     def __post_init__(self) -> None:
         sampled = self.author == "sampled"
-        assert (self.policy_version is not None) == sampled, f"version of a {self.author} span"
+        if sampled:
+            check_versions(self.versions, len(self.token_ids))
+        else:
+            assert not self.versions, f"versions of a {self.author} span"
         expected = len(self.token_ids) if sampled else 0
         assert len(self.logprobs) == expected, (
             f"{len(self.logprobs)} log-probs of {len(self.token_ids)} {self.author} tokens"
@@ -154,4 +157,7 @@ class Trajectory:
 
     def _versions(self) -> list[int]:
         # A span without tokens counts: the policy chose to end there.
-        return [span.policy_version for span in self.turns if span.policy_version is not None]
+        versions: list[int] = []
+        for span in self.turns:
+            versions += [version for _, version in span.versions]
+        return versions

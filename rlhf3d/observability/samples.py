@@ -39,7 +39,7 @@ class Sample:
     finish_reason: str
     """stop or length."""
     policy_version: int
-    """Policy that wrote every token of it, or the newest that wrote some."""
+    """The newest policy that wrote a token of it."""
     turns: list[dict[str, Any]] = field(default_factory=list)
     """Messages after the prompt, of a trajectory with an environment; `response` is the last."""
 

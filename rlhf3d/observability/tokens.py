@@ -30,8 +30,8 @@ class TokenSpan:
     token_ids: Sequence[int]
     texts: Sequence[str]
     """What each token stands for; see `tokenizer/pieces.py`."""
-    policy_version: int | None = None
-    """Sampled: the policy that wrote it."""
+    versions: Sequence[Sequence[int]] = ()
+    """Sampled: (first token, policy) of each stretch that one policy wrote."""
     reward: float = 0.0
     """Sampled: what the environment gave for the turn."""
     rollout_logprobs: Sequence[float | None] = field(default_factory=list)
@@ -143,7 +143,14 @@ def _trajectory(fields: Mapping[str, Any]) -> TrajectoryTokens:
 
 
 def _spans(row: Sequence[Mapping[str, Any]]) -> list[TokenSpan]:
-    return [TokenSpan(**span) for span in row]
+    return [_span(dict(span)) for span in row]
+
+
+def _span(fields: dict[str, Any]) -> TokenSpan:
+    # As tuples, which JSON does not have. Older files have one policy for a span.
+    policy = fields.pop("policy_version", None)
+    versions = fields.pop("versions", [] if policy is None else [[0, policy]])
+    return TokenSpan(versions=tuple(tuple(stretch) for stretch in versions), **fields)
 
 
 def _difference(engine: float | None, trained: float | None) -> float:

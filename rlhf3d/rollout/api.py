@@ -1,12 +1,13 @@
 """A rollout engine as the loop sees it: token ids in, token ids and log-probabilities out.
 
-Invariant: every completion names the policy version that wrote all of its tokens.
+Invariant: every token of a completion has one policy version, that of the weights that wrote it.
 Pure: no vLLM, no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from rlhf3d.resharding.setup import SyncSetup
 
 FinishReason = Literal["stop", "length"]
+
+Versions = tuple[tuple[int, int], ...]
+"""Which weights wrote which tokens: (first token, version) of each stretch that one version wrote.
+The first begins at token 0, also where there is no token; both numbers ascend."""
 
 POLL_S = 1.0
 """Seconds that a caller with nothing else to do waits in one `Engines.poll`."""
@@ -101,8 +106,21 @@ class Completion:
     `array("f")`."""
     finish_reason: FinishReason
     """stop: a stop token ended it; length: max_tokens did."""
-    policy_version: int
-    """Version of the weights that wrote every token."""
+    versions: Versions
+    """Of the weights that wrote its tokens: several where some came while it was written."""
+
+    def __post_init__(self) -> None:
+        check_versions(self.versions, len(self.token_ids))
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that wrote its first token."""
+        return self.versions[0][1]
+
+    @property
+    def newest_version(self) -> int:
+        """Of the weights that wrote its last token."""
+        return self.versions[-1][1]
 
 
 @dataclass(frozen=True)
@@ -203,6 +221,30 @@ def complete(
             # Left in the engines, they would answer later requests of the same numbers.
             engines.abort(left)
             raise
+
+
+def written_by(version: int) -> Versions:
+    """All tokens, however many, by the weights of one version."""
+    return ((0, version),)
+
+
+def check_versions(versions: Versions, tokens: int) -> None:
+    """Fail where `versions` are not those of this many tokens."""
+    firsts = [first for first, _ in versions]
+    numbers = [version for _, version in versions]
+    ascend = sorted(set(firsts)) == firsts and sorted(set(numbers)) == numbers
+    # One version also wrote the end of what has no token.
+    within = bool(versions) and firsts[0] == 0 and firsts[-1] < max(tokens, 1)
+    assert ascend and within, f"versions {versions} of {tokens} tokens"
+
+
+def token_versions(versions: Sequence[Sequence[int]], tokens: int) -> array[int]:
+    """[tokens] the version that wrote each."""
+    each = array("i")
+    ends = [first for first, _ in versions[1:]] + [tokens]
+    for (first, version), end in zip(versions, ends, strict=True):
+        each.extend([version] * (end - first))
+    return each
 
 
 def turn_seed(seed: int, turn: int) -> int:

@@ -32,7 +32,7 @@ from rlhf3d.models.hf_io import model_view
 from rlhf3d.models.spec import architecture
 from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
-from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport
+from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport, Versions
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 from rlhf3d.units import GIB
@@ -110,7 +110,8 @@ class VLLMEngine:
 
         self._worker = WeightSyncWorker
         if settings.load_weights:
-            self._loaded_version = self._policy_version = 0
+            self._loaded_version = 0
+            self.publish(0)
         if meeting is not None:
             _forget_shared_memory(meeting[1])
         return self
@@ -154,10 +155,7 @@ class VLLMEngine:
             # Of a request that was aborted, nothing is wanted any more.
             number = self._numbers.pop(output.request_id, None)
             if self._rank == 0 and number is not None:
-                assert self._policy_version is not None, (
-                    "an answer of an engine that serves nothing"
-                )
-                completions[number] = _completion(output.outputs[0], self._policy_version)
+                completions[number] = _completion(output.outputs[0])
         return completions
 
     def poll(self, timeout_s: float) -> dict[int, Completion]:
@@ -252,6 +250,8 @@ class VLLMEngine:
             raise RuntimeError(
                 f"cannot publish policy {policy_version}: loaded is {self._loaded_version}"
             )
+        # vLLM notes it with every token from now on.
+        self._llm.llm_engine.set_weight_version(str(policy_version))
         self._policy_version = policy_version
 
     def score(
@@ -411,7 +411,7 @@ def _complete_config(config: Any, head_dtype: str) -> Any:
     return config
 
 
-def _completion(output: Any, policy_version: int) -> Completion:
+def _completion(output: Any) -> Completion:
     # Arrays: one object per completion instead of one per token.
     tokens, flat = array("i", output.token_ids), output.logprobs
     if output.finish_reason not in ("stop", "length"):
@@ -419,7 +419,20 @@ def _completion(output: Any, policy_version: int) -> Completion:
             f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens"
         )
     assert array("i", flat.token_ids) == tokens, "vLLM's log-probs are of other tokens"
-    return Completion(tokens, array("f", flat.logprobs), output.finish_reason, policy_version)
+    return Completion(
+        tokens, array("f", flat.logprobs), output.finish_reason, _versions(output, len(tokens))
+    )
+
+
+def _versions(output: Any, tokens: int) -> Versions:
+    """As vLLM noted them, token by token."""
+    spans = output.weight_versions
+    assert spans, "vLLM noted no version of the weights that wrote a completion"
+    # Each ends where the next begins; `Completion` checks the rest.
+    ends = [span.end for span in spans]
+    begins = [span.start for span in spans]
+    assert [0, *ends] == [*begins, tokens], f"vLLM's {spans} are not of {tokens} tokens"
+    return tuple((span.start, int(span.version)) for span in spans)
 
 
 def _forget_shared_memory(port: int) -> None:

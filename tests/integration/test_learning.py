@@ -92,7 +92,7 @@ def test_engine_and_trainer_agree(runs: dict[str, Path]) -> None:
             assert len(kept) == 8
             for one in kept:
                 assert [span.author for span in one.spans] == ["prompt", "sampled"]
-                assert one.spans[1].policy_version == step - 1
+                assert one.spans[1].versions == ((0, step - 1),)
                 assert len(one.differences) == one.tokens_of("sampled")
                 assert one.largest_difference < 1e-3
 

@@ -243,7 +243,7 @@ class Rig:
         scores = self.call("score", texts, temperature)
         for tokens, (_, completion), scored in zip(texts, pairs, scores, strict=True):
             expected = self.expected(tokens, temperature)
-            assert completion.policy_version == self.version
+            assert completion.versions == ((0, self.version),)
             torch.testing.assert_close(torch.tensor(scored), expected, atol=1e-4, rtol=0)
             torch.testing.assert_close(
                 torch.tensor(completion.logprobs), expected[PROMPT_TOKENS - 1 :], atol=1e-4, rtol=0

@@ -22,7 +22,7 @@ from rlhf3d.placement.engine_rank import EngineRank
 from rlhf3d.placement.resources import place_engines
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.waiting import WorkerFailure
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, written_by
 from rlhf3d.rollout.settings import EngineSettings
 
 ENGINES = 2
@@ -71,7 +71,9 @@ class StandIn:
         self.left = {number: left - 1 for number, left in self.left.items()}
         done = [number for number, left in self.left.items() if not left]
         self.abort(done)
-        return {n: Completion((os.getpid(), together), (0.0, 0.0), "stop", 0) for n in done}
+        return {
+            n: Completion((os.getpid(), together), (0.0, 0.0), "stop", written_by(0)) for n in done
+        }
 
 
 class Rank(EngineRank):

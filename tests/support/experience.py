@@ -8,7 +8,7 @@ from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
-from rlhf3d.rollout.api import Completion, FinishReason, Request
+from rlhf3d.rollout.api import Completion, FinishReason, Request, written_by
 
 
 def prompt(index: int, length: int = 1) -> Prompt:
@@ -30,7 +30,7 @@ def row(
     if not isinstance(score, Score):
         score = Score(float(score), Outcome.SCORED)
     asked = Prompt((4,) * prompt_length, data_source, "", {}, group, "")
-    span = Span("sampled", tokens, (0.0,) * len(tokens), 0)
+    span = Span("sampled", tokens, (0.0,) * len(tokens), written_by(0))
     trajectory = Trajectory(asked, group, (Row(asked.prompt_ids, (span,)),), finish)
     reward = score.value if reward is None else reward
     return ScoredTrajectory(trajectory, "", score, reward, greedy_reward)
@@ -92,7 +92,7 @@ class FakeEngine:
             return {}
         number, request = self._waiting.popitem()
         tokens = self.greedy if request.sampling.greedy else self.sampled
-        return {number: Completion(tokens, (-1.5,) * len(tokens), "stop", 1)}
+        return {number: Completion(tokens, (-1.5,) * len(tokens), "stop", written_by(1))}
 
     def abort(self, numbers: Collection[int]) -> None:
         for number in numbers:

@@ -15,7 +15,7 @@ from rlhf3d.environments.api import Call, Reply, Reset, Step
 from rlhf3d.experience.environment_runner import EnvironmentRunner
 from rlhf3d.experience.episode import Rules
 from rlhf3d.pool.process import CallResult, Ending
-from rlhf3d.rollout.api import Completion, Request
+from rlhf3d.rollout.api import Completion, Request, written_by
 from rlhf3d.tokenizer.chat import tokenize
 from rlhf3d.tokenizer.turns import Turns
 
@@ -44,7 +44,7 @@ def said(text: str, ended: bool = True, version: int = 1) -> Completion:
     """A turn of the model."""
     ids = (*TOKENIZER.encode(text, add_special_tokens=False), *([END] if ended else []))
     reason = "stop" if ended else "length"
-    return Completion(ids, (-0.5,) * len(ids), reason, version)  # type: ignore[arg-type]
+    return Completion(ids, (-0.5,) * len(ids), reason, written_by(version))  # type: ignore[arg-type]
 
 
 class Echo:

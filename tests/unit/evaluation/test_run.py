@@ -21,7 +21,7 @@ from rlhf3d.evaluation.run import evaluate
 from rlhf3d.evaluation.settings import EvaluationSettings
 from rlhf3d.evaluation.view import results_view
 from rlhf3d.rewards.score import RewardError
-from rlhf3d.rollout.api import Completion, FinishReason, Request, Stops
+from rlhf3d.rollout.api import Completion, FinishReason, Request, Stops, written_by
 
 SETTINGS = EvaluationSettings(n=4, max_prompt_length=128, max_tokens=32, method="strict")
 
@@ -52,7 +52,7 @@ class ScriptedEngine:
             text = texts[0] if greedy else texts[request.seed % 4]
             ids = tuple(self.tokenizer(text)["input_ids"])  # type: ignore[operator]
             finish: FinishReason = "length" if text == texts[3] else "stop"
-            self.made[number] = Completion(ids, (0.0,) * len(ids), finish, 0)
+            self.made[number] = Completion(ids, (0.0,) * len(ids), finish, written_by(0))
 
     def poll(self, timeout_s: float) -> dict[int, Completion]:
         return dict([self.made.popitem()]) if self.made else {}

@@ -14,10 +14,12 @@ from rlhf3d.evaluation.tokens import chosen, load_tokens
 from rlhf3d.observability.tokens import TokenSpan, TrajectoryTokens, write_tokens
 
 PROMPT = TokenSpan("prompt", [1, 2], ["2+3", "?"])
-CALL = TokenSpan("sampled", [31, 32], ["add", "\x1b[31m"], 7, 0.5, [-0.5, -1.0], [-0.5, -1.25])
+CALL = TokenSpan(
+    "sampled", [31, 32], ["add", "\x1b[31m"], ((0, 6), (1, 7)), 0.5, [-0.5, -1.0], [-0.5, -1.25]
+)
 RESULT = TokenSpan("environment", [41], ["five"])
 FRAME = TokenSpan("template", [51], ["<|im_end|>"])
-ANSWER = TokenSpan("sampled", [61], ["5"], 8, 0.0, [-0.1], [-0.9])
+ANSWER = TokenSpan("sampled", [61], ["5"], ((0, 8),), 0.0, [-0.1], [-0.9])
 TURNS = TrajectoryTokens(
     1, 4, "math", 1.0, "scored", "stop", [[PROMPT, CALL, FRAME, RESULT], [PROMPT, ANSWER]]
 )
@@ -51,7 +53,7 @@ def test_who_wrote_which_token(run: Path) -> None:
     assert "\x1b" not in text
     tokens = [row for row in cells(text) if len(row) == 8]
     assert tokens == [
-        ["2", "policy 7", "31", "'add'", "-0.50000", "-0.50000", "0.00000", ""],
+        ["2", "policy 6", "31", "'add'", "-0.50000", "-0.50000", "0.00000", ""],
         ["3", "policy 7", "32", r"'\x1b[31m'", "-1.00000", "-1.25000", "0.25000", "!"],
         ["4", "template", "51", "'<|im_end|>'", "", "", "", ""],
         ["5", "environment", "41", "'five'", "", "", "", ""],

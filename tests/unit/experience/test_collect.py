@@ -25,7 +25,7 @@ from rlhf3d.experience.requests import Requests, greedy_sampling
 from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rewards.score import Outcome, RewardError, Score
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, written_by
 
 PROMPTS = [prompt(7, 2), prompt(9, 3)]
 SAMPLING = SamplingSettings(max_tokens=4)
@@ -92,7 +92,7 @@ def test_the_tokens_that_the_engine_wrote_are_scored_as_text_as_they_come() -> N
     answers = []
     for word in words:
         ids = (*tokenizer.encode(word), end)
-        answers.append(Completion(ids, (-0.5,) * len(ids), "stop", 3))
+        answers.append(Completion(ids, (-0.5,) * len(ids), "stop", written_by(3)))
     rewards = FakeRewards({1: 0.25, 2: 1.0})
     collector = Collector(Scripted(answers), rewards, tokenizer)  # type: ignore[arg-type]
     rows = collector.collect(Requests(0, 0).draw(PROMPTS, 2, SAMPLING))

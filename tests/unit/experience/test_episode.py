@@ -74,7 +74,7 @@ def test_turns_follow_each_other_until_the_environment_ends_it() -> None:
         assert list(request.prompt_ids) == prefix
         taken = len(request.prompt_ids) - len(row.prompt_ids)
         assert request.sampling == replace(SAMPLING, max_tokens=200 - taken)
-        assert request.affinity == 5 and span.policy_version == 1
+        assert request.affinity == 5 and span.versions == ((0, 1),)
 
 
 def test_the_first_call_has_the_row_and_the_seed() -> None:

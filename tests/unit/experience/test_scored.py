@@ -8,13 +8,14 @@ from support.experience import in_groups, prompt, row
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.rewards.score import Outcome, Score
+from rlhf3d.rollout.api import written_by
 
 
 def test_batch_holds_tokens_authors_and_groups() -> None:
     turns = (
-        Span("sampled", (8, 9), (-0.5, -1.5), 1),
+        Span("sampled", (8, 9), (-0.5, -1.5), written_by(1)),
         Span("environment", (20,)),
-        Span("sampled", (10,), (-0.25,), 1),
+        Span("sampled", (10,), (-0.25,), written_by(1)),
     )
     talk = Trajectory(prompt(3, 2), 5, (Row((4, 4), turns),), "stop")
     rows = [ScoredTrajectory(talk, "", Score(1.0, Outcome.SCORED), 0.5), row(0.0, 2)]
@@ -30,8 +31,8 @@ def test_batch_holds_tokens_authors_and_groups() -> None:
 
 def talk(group: int, rewards: tuple[float, float], total: float) -> ScoredTrajectory:
     """Two turns, the second in a row of its own whose prompt is the conversation anew."""
-    first = Row((4, 4), (Span("sampled", (8, 9), (-0.5, -1.5), 1, rewards[0]),))
-    second = Row((4, 9, 20), (Span("sampled", (10,), (-0.25,), 1, rewards[1]),))
+    first = Row((4, 4), (Span("sampled", (8, 9), (-0.5, -1.5), written_by(1), rewards[0]),))
+    second = Row((4, 9, 20), (Span("sampled", (10,), (-0.25,), written_by(1), rewards[1]),))
     trajectory = Trajectory(prompt(3, 2), group, (first, second), "stop")
     return ScoredTrajectory(trajectory, "", Score(1.0, Outcome.SCORED), total, greedy_reward=0.5)
 
@@ -59,7 +60,10 @@ def test_single_rows_without_turn_rewards_have_no_columns_for_trajectories() -> 
 
 
 def test_reward_of_a_turn_without_tokens_goes_to_the_end() -> None:
-    turns = (Span("sampled", (8,), (-0.5,), 1, 0.5), Span("sampled", (), (), 1, 0.25))
+    turns = (
+        Span("sampled", (8,), (-0.5,), written_by(1), 0.5),
+        Span("sampled", (), (), written_by(1), 0.25),
+    )
     trajectory = Trajectory(prompt(3, 2), 5, (Row((4, 4), turns),), "stop")
     scored = ScoredTrajectory(trajectory, "", Score(1.0, Outcome.SCORED), 1.75)
     batch = Experience([scored]).batch(0)
@@ -67,7 +71,7 @@ def test_reward_of_a_turn_without_tokens_goes_to_the_end() -> None:
 
 
 def test_a_response_that_only_others_wrote_is_empty() -> None:
-    spans = (Span("sampled", (), (), 1), Span("environment", (20, 21)))
+    spans = (Span("sampled", (), (), written_by(1)), Span("environment", (20, 21)))
     trajectory = Trajectory(prompt(3, 2), 5, (Row((4, 4), spans),), "length")
     experience = Experience([ScoredTrajectory(trajectory, "", Score(1.0, Outcome.SCORED), 1.0)])
     assert experience.written.tolist() == [False] and experience.lengths.tolist() == [2]

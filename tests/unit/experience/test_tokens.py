@@ -10,6 +10,7 @@ from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.rewards.score import Outcome, Score
+from rlhf3d.rollout.api import written_by
 
 TOKENIZER = make_tiny_tokenizer(512)
 RECORDER = TokenRecorder(TOKENIZER, 2)
@@ -22,7 +23,7 @@ def ids(text: str) -> list[int]:
 def said(text: str, version: int, reward: float = 0.0) -> Span:
     """Log-probs -1, -2, …"""
     logprobs = [-1.0 - place for place in range(len(text))]
-    return Span("sampled", ids(text), logprobs, version, reward)
+    return Span("sampled", ids(text), logprobs, written_by(version), reward)
 
 
 def scored(group: int, *rows: Row) -> ScoredTrajectory:
@@ -58,16 +59,16 @@ def test_each_token_has_its_author_and_its_own_log_probs() -> None:
     assert batch["rollout_logprobs"].shape == old.shape
     first, second = RECORDER.records(EXPERIENCE, batch.with_columns(old_logprobs=old))
     assert (first.number, first.group, second.number, second.group) == (0, 5, 1, 6)
-    shown = [[(s.author, "".join(s.texts), s.policy_version) for s in row] for row in first.rows]
+    shown = [[(s.author, "".join(s.texts), s.versions) for s in row] for row in first.rows]
     assert shown == [
         [
-            ("prompt", "ask", None),
-            ("sampled", "go", 3),
-            ("template", "/", None),
-            ("environment", "saw", None),
-            ("sampled", "it", 4),
+            ("prompt", "ask", ()),
+            ("sampled", "go", ((0, 3),)),
+            ("template", "/", ()),
+            ("environment", "saw", ()),
+            ("sampled", "it", ((0, 4),)),
         ],
-        [("prompt", "again", None), ("sampled", "x", 4)],
+        [("prompt", "again", ()), ("sampled", "x", ((0, 4),))],
     ]
     spans = first.spans
     assert spans[1].rollout_logprobs == [-1, -2] and spans[1].reward == 0.5

@@ -19,7 +19,7 @@ from rlhf3d.observability.tokens import (
 )
 
 PROMPT = TokenSpan("prompt", [1, 2], ["What", "\u2028\ud800"])
-SAID = TokenSpan("sampled", [3, 4], ["a", ""], 7, 0.5, [-0.5, -1.0], [-0.75, None])
+SAID = TokenSpan("sampled", [3, 4], ["a", ""], ((0, 7), (1, 8)), 0.5, [-0.5, -1.0], [-0.75, None])
 HEARD = TokenSpan("environment", [5], ["b"])
 ONE = TrajectoryTokens(0, 3, "math", 1.0, "scored", "stop", [[PROMPT, SAID, HEARD], [PROMPT]])
 
@@ -30,6 +30,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_tokens(path) == [ONE, ONE]
     assert list(path.parent.iterdir()) == [path]
     assert sample_steps(tmp_path) == [], "no completions of a step"
+
+
+def test_files_of_one_policy_a_span_are_read(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path, 1, [ONE])
+    text = path.read_text().replace('"versions": [[0, 7], [1, 8]]', '"policy_version": 7')
+    path.write_text(text.replace('"versions": []', '"policy_version": null'))
+    spans = read_tokens(path)[0].spans
+    assert [span.versions for span in spans] == [(), ((0, 7),), (), ()]
 
 
 def test_later_steps_are_dropped(tmp_path: Path) -> None:
@@ -44,7 +52,7 @@ def test_later_steps_are_dropped(tmp_path: Path) -> None:
 def test_differences() -> None:
     assert SAID.differences == [0.25, math.inf]
     assert HEARD.differences == [None]
-    bypass = TokenSpan("sampled", [3], ["a"], 7, 0.0, [-0.5])
+    bypass = TokenSpan("sampled", [3], ["a"], ((0, 7),), 0.0, [-0.5])
     assert bypass.differences == [None]
     assert ONE.differences == [0.25, math.inf] and ONE.largest_difference == math.inf
     assert TrajectoryTokens(0, 0, "", 0.0, "scored", "stop", [[bypass]]).largest_difference < 0

@@ -6,7 +6,14 @@ import itertools
 
 import pytest
 
-from rlhf3d.rollout.api import SamplingSettings, request_seed
+from rlhf3d.rollout.api import (
+    Completion,
+    SamplingSettings,
+    Versions,
+    request_seed,
+    token_versions,
+    written_by,
+)
 
 
 def test_request_seed_never_changes() -> None:
@@ -34,3 +41,19 @@ def test_settings_without_meaning_are_refused(settings: dict[str, float]) -> Non
 
 def test_greedy_ignores_temperature() -> None:
     assert SamplingSettings(temperature=0.0, greedy=True).greedy
+
+
+def test_each_token_of_a_completion_has_the_version_that_wrote_it() -> None:
+    completion = Completion((5, 6, 7), (-1.0,) * 3, "stop", ((0, 2), (1, 4)))
+    assert token_versions(completion.versions, 3).tolist() == [2, 4, 4]
+    assert (completion.oldest_version, completion.newest_version) == (2, 4)
+    assert Completion((), (), "stop", written_by(3)).newest_version == 3
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [(), ((1, 0),), ((0, 1), (0, 2)), ((0, 2), (1, 2)), ((0, 2), (1, 1)), ((0, 1), (2, 2))],
+)
+def test_versions_cover_two_tokens_and_ascend(versions: Versions) -> None:
+    with pytest.raises(AssertionError):
+        Completion((5, 6), (-1.0, -1.0), "stop", versions)

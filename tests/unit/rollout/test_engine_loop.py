@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.rollout.api import PART_S, Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import PART_S, Completion, Request, SamplingSettings, written_by
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
 
 WAIT_S = 20.0
@@ -60,7 +60,7 @@ class Engine:
             del self.left[number]
         if self.own is not None:
             return {}
-        return {number: Completion((5,), (0.0,), "length", 0) for number in done}
+        return {number: Completion((5,), (0.0,), "length", written_by(0)) for number in done}
 
     def agree(self, number: int, timeout_s: float) -> int:
         self.agreed += 1

@@ -30,6 +30,7 @@ from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.rewards.score import Outcome, Score
+from rlhf3d.rollout.api import written_by
 from rlhf3d.trainer.correction import correct, settings_of
 from rlhf3d.trainer.learner import Learner
 from rlhf3d.trainer.metrics import training_metrics
@@ -98,8 +99,11 @@ def test_gae_goes_on_across_turns_and_rows(seed: int, cuts: list[list[int]]) -> 
 
 def test_turn_rewards_sum_to_what_groups_are_compared_by() -> None:
     """Each on its turn's last token; the end's is what is left of the total."""
-    first = Row((4,), (Span("sampled", (8, 9), (-1.0, -1.0), 1, 0.5), Span("environment", (20,))))
-    second = Row((4, 9), (Span("sampled", (10, 11), (-1.0, -1.0), 1, 0.25),))
+    first = Row(
+        (4,),
+        (Span("sampled", (8, 9), (-1.0, -1.0), written_by(1), 0.5), Span("environment", (20,))),
+    )
+    second = Row((4, 9), (Span("sampled", (10, 11), (-1.0, -1.0), written_by(1), 0.25),))
     talk = Trajectory(row(0).trajectory.prompt, 0, (first, second), "stop")
     scored = ScoredTrajectory(talk, "", Score(1.0, Outcome.SCORED), 1.75)
     experience = Experience([scored, row(0.5), row(2.0, 1)])
