@@ -219,6 +219,7 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a "
             f"{kl} controller"
         )
+    refused += _stale_ahead(found, config)
     # Only models that learn have a checkpoint; reference and reward model start from model.path.
     roles = chain.from_iterable(group.roles for group in worker_groups(config))
     wanted = [role for role in roles if role in TRAINABLE]
@@ -241,6 +242,34 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             + "trainer.resume_mode=never starts a new run"
         )
     return [*_changes(found.config, config), *_changed_code(found, config)]
+
+
+def _stale_ahead(found: Checkpoint, config: Config) -> Iterator[str]:
+    """Whether what was generated ahead, and is in the checkpoint, still has a place in the run."""
+    # Checkpoints of earlier versions are of runs that generated nothing ahead.
+    ahead = found.config.get("rollout.max_staleness", 0)
+    update, rollout = found.config.get("rollout.update", "between_batches"), config.rollout
+    if not ahead:
+        return
+    if rollout.max_staleness < ahead:
+        yield (
+            f"rollout.max_staleness = {rollout.max_staleness}: the checkpoint holds completions "
+            f"that were generated up to {ahead} batch(es) ahead, which would be too old; set "
+            f"{ahead} or more"
+        )
+    if rollout.update != update:
+        yield (
+            f"rollout.update = {rollout.update}: the checkpoint holds completions that were "
+            f"generated ahead with {update}; set rollout.update={update}"
+        )
+    # What was generated ahead is drawn and grouped already.
+    for key in ("data.train_batch_size", "rollout.n"):
+        before, now = found.config[key], value_of(config, key)
+        if before != now:
+            yield (
+                f"{key} = {now}: the checkpoint holds completions that were generated ahead with "
+                f"{before}; set {key}={before}"
+            )
 
 
 def _changed_code(found: Checkpoint, config: Config) -> Iterator[str]:

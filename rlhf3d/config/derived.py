@@ -46,11 +46,25 @@ class Derived:
     """The critic's update; None where the estimator needs no values."""
     total_steps: int | None
     """Training steps of the run; None while the number of training rows is not known."""
+    max_staleness: int = 0
+    """Versions of the weights that a token may be old when its batch is begun."""
 
     @property
     def batch_bytes(self) -> int:
         """A step's rows with all of their columns, padded."""
         return self.sequences_per_step * self.max_sequence_length * COLUMN_BYTES_PER_TOKEN
+
+    @property
+    def open_sequences(self) -> int:
+        """Completions that are asked for and not yet trained on, at most: what admission allows."""
+        return (self.max_staleness + 1) * self.sequences_per_step
+
+    @property
+    def stale_optimizer_steps(self) -> int:
+        """Optimizer steps that a token may be old at its batch's first one; at its last it is
+        `actor.optimizer_steps_per_step` - 1 more.
+        """
+        return self.max_staleness * self.actor.optimizer_steps_per_step
 
     @property
     def layout(self) -> ParallelLayout:
@@ -83,6 +97,7 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
         actor=_update_plan(config, actor_batching(config.actor), config.actor.layout),
         critic=_critic_plan(config) if config.needs_critic else None,
         total_steps=total,
+        max_staleness=config.rollout.max_staleness,
     )
 
 

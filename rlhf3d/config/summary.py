@@ -21,6 +21,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         f"step       {data.train_batch_size} prompts x {config.rollout.n} completions = "
         f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
         f"{data.max_response_length} tokens",
+        *_staleness_lines(config, derived),
         f"actor      {_plan_line(derived.actor, config.actor.optim.lr)}",
     ]
     if derived.critic is not None:
@@ -51,6 +52,52 @@ def _rollout_line(rollout: RolloutConfig) -> str:
     return (
         f"{rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {dtype}, "
         f"temperature {rollout.temperature:g}"
+    )
+
+
+def _staleness_lines(config: Config, derived: Derived) -> list[str]:
+    """How far generation may be ahead of training, and what that means; nothing on-policy."""
+    rollout, versions = config.rollout, derived.max_staleness
+    if not versions:
+        return []
+    steps = derived.actor.optimizer_steps_per_step
+    within = f", and within a batch up to {steps - 1} more" if steps > 1 else ""
+    where = "between two batches"
+    if rollout.update == "in_flight":
+        where = "between two steps of an engine, while requests run"
+    return [
+        f"staleness  up to {versions} batch(es) ahead, new weights {where}: no token is more than "
+        f"{versions} version(s) = {versions} x {steps} = {derived.stale_optimizer_steps} optimizer "
+        f"step(s) old{within}",
+        f"old_policy {_old_policy(config)}",
+        f"ahead      {_ahead_line(rollout, derived)}",
+    ]
+
+
+def _old_policy(config: Config) -> str:
+    if config.algorithm.rollout_correction.bypass_mode:
+        return "the engine's log-probs: clipping is against the policy that sampled"
+    return (
+        "log-probs recomputed under the weights before the update; a rollout correction for the "
+        "policy that sampled"
+    )
+
+
+def _ahead_line(rollout: RolloutConfig, derived: Derived) -> str:
+    """What of a bound of k + 1 batches the engines hold at once."""
+    if rollout.update == "between_batches":
+        return (
+            f"at most {derived.open_sequences} sequences not yet trained on; the engines have "
+            f"{derived.sequences_per_step} of them at once, complete ones wait in the driver"
+        )
+    slots = rollout.engines * rollout.max_num_seqs
+    waiting = ""
+    if slots < derived.open_sequences:
+        waiting = "; others wait in the engines' queues"
+    return (
+        f"at most {derived.open_sequences} sequences not yet trained on, all of them in the "
+        f"engines at first, which decode {slots} at once (rollout.engines x "
+        f"rollout.max_num_seqs){waiting}"
     )
 
 

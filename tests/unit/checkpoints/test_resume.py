@@ -263,3 +263,30 @@ def test_refuses_another_kl_controller(config: Config) -> None:
 def test_refuses_another_dtype(config: Config) -> None:
     half = replace(config, model=replace(config.model, dtype="bfloat16"))
     assert "set model.dtype=float32" in refusal(half, config)
+
+
+def stale(config: Config, versions: int, update: str = "between_batches") -> Config:
+    rollout = replace(config.rollout, max_staleness=versions, update=update)  # type: ignore[arg-type]
+    return replace(config, rollout=rollout)
+
+
+def test_refuses_a_bound_that_what_was_generated_ahead_breaks(config: Config) -> None:
+    text = refusal(stale(config, 1), stale(config, 2))
+    assert "rollout.max_staleness = 1" in text and "set 2 or more" in text
+    text = refusal(stale(config, 2, "in_flight"), stale(config, 2))
+    assert "set rollout.update=between_batches" in text
+    before = config.data.train_batch_size
+    other = replace(config, data=replace(config.data, train_batch_size=2 * before))
+    assert f"set data.train_batch_size={before}" in refusal(stale(other, 2), stale(config, 2))
+
+
+def test_a_bound_may_grow(config: Config) -> None:
+    spec = load_spec(config.model.path)
+    for step, (saved, now) in enumerate(
+        [(stale(config, 2), stale(config, 3)), (config, stale(config, 1, "in_flight"))], 1
+    ):
+        add_checkpoint(saved, step)
+        found = choose_start(saved, TOTAL).checkpoint
+        assert found is not None
+        (changed, *_) = check_resume(found, now, spec)
+        assert changed.startswith("rollout.max_staleness: ")

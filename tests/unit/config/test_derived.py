@@ -20,6 +20,7 @@ from rlhf3d.config.schema import (
     LayoutConfig,
     ModelConfig,
     RolloutConfig,
+    RolloutCorrectionConfig,
     TrainerConfig,
 )
 from rlhf3d.config.summary import summary_lines
@@ -181,6 +182,52 @@ def test_summary_shows_the_counts() -> None:
         "never (data.val_files is empty)",
     ):
         assert piece in text
+
+
+def stale_lines(**rollout: Any) -> dict[str, str]:
+    config = replace(CONFIG, rollout=replace(CONFIG.rollout, **rollout))
+    labels = ("staleness", "old_policy", "ahead")
+    lines = (line.split(maxsplit=1) for line in summary_lines(config, derive(config)))
+    return {label: text for label, text in lines if label in labels}
+
+
+def test_summary_says_how_old_a_token_may_be() -> None:
+    """240 sequences and 3 x 2 optimizer steps a batch; 3 engines of 64 sequences."""
+    assert stale_lines() == {}
+    between = stale_lines(max_staleness=2)
+    assert "up to 2 batch(es) ahead, new weights between two batches" in between["staleness"]
+    assert "2 version(s) = 2 x 6 = 12 optimizer step(s) old" in between["staleness"]
+    assert between["staleness"].endswith("within a batch up to 5 more")
+    assert "at most 720 sequences" in between["ahead"] and "have 240" in between["ahead"]
+    flying = stale_lines(max_staleness=1, update="in_flight")
+    assert "between two steps of an engine" in flying["staleness"]
+    assert "at most 480 sequences" in flying["ahead"] and "decode 192 at once" in flying["ahead"]
+    assert "wait" in flying["ahead"]
+    roomy = stale_lines(max_staleness=1, update="in_flight", max_num_seqs=160)
+    assert "decode 480 at once" in roomy["ahead"] and "wait" not in roomy["ahead"]
+
+
+def test_summary_says_what_the_old_policy_is() -> None:
+    rollout = replace(CONFIG.rollout, max_staleness=1)
+
+    def old_policy(**correction: Any) -> str:
+        algorithm = AlgorithmConfig(rollout_correction=RolloutCorrectionConfig(**correction))
+        config = replace(CONFIG, rollout=rollout, algorithm=algorithm)
+        lines = summary_lines(config, derive(config))
+        return next(line for line in lines if line.startswith("old_policy"))
+
+    assert "the engine's log-probs" in old_policy(bypass_mode=True)
+    assert "recomputed" in old_policy(rollout_is="token")
+
+
+def test_one_optimizer_step_a_batch_adds_nothing_within_it() -> None:
+    actor = replace(CONFIG.actor, ppo_mini_batch_size=48, ppo_epochs=1)
+    config = replace(CONFIG, actor=actor, rollout=replace(CONFIG.rollout, max_staleness=3))
+    derived = derive(config)
+    assert (derived.open_sequences, derived.stale_optimizer_steps) == (960, 3)
+    lines = summary_lines(config, derived)
+    (line,) = [line for line in lines if line.startswith("staleness")]
+    assert line.endswith("3 x 1 = 3 optimizer step(s) old")
 
 
 def test_dedicated_engines_and_critics_have_devices_of_their_own() -> None:
