@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -59,10 +60,21 @@ class EngineRank:
         """Open the address at which this engine's ranks meet; asked of its rank 0."""
         return ray.util.get_node_ip_address(), open_meeting()
 
-    def start_at(self, meeting: tuple[str, int], timeout_s: float) -> None:
-        """Start vLLM, together with the engine's other ranks, and its loop."""
+    def start_at(
+        self, meeting: tuple[str, int], timeout_s: float, schedule: Sequence[int] = ()
+    ) -> None:
+        """Start vLLM, together with the engine's other ranks, and its loop.
+
+        `schedule`: see `EngineLoop`.
+        """
         start = partial(self._engine.start, meeting, host=ray.util.get_node_ip_address())
-        self._loop = EngineLoop(start, rank=self._rank, name=self._name, timeout_s=self._timeout_s)
+        self._loop = EngineLoop(
+            start,
+            rank=self._rank,
+            name=self._name,
+            timeout_s=self._timeout_s,
+            schedule=schedule,
+        )
         self._loop.wait_started(timeout_s)
 
     def call(self, number: int, method: str, args: tuple[Any, ...], alone: bool) -> Any:

@@ -81,6 +81,9 @@ class Request:
     affinity: int | None = None
     """Number of the trajectory that this is a turn of: its turns share a prefix, which the engine
     that had the turn before keeps in its cache."""
+    name: str = ""
+    """What journals call it, the same in every run of a configuration: which trajectory, turn and
+    attempt it is."""
 
     def check_fits(self, max_model_len: int) -> None:
         """Raise ValueError where prompt and completion may be longer than an engine's context.

@@ -7,6 +7,9 @@ their own number of OpenMP threads and their own CUDA device.
 Commands reach the ranks one by one and at different times. Before each step rank 0 says up to which
 number it has them, and the others wait for theirs. An engine without requests says nothing: each
 rank waits for its next command.
+
+An engine's numbers depend on which command came before which step, and that on the time. Rank 0
+tells it (`Progress.applied`), and a loop that is given such a schedule repeats it.
 Pure: no vLLM, no Ray.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -57,6 +60,9 @@ class Progress:
     """Engine steps since the start."""
     idle: bool
     """Whether nothing is unfinished."""
+    applied: tuple[tuple[int, int], ...] = ()
+    """Commands that were applied: number, and engine steps taken before it; none on ranks after
+    the first, which apply them before the same steps."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,23 @@ class EngineLoop:
     """One rank's loop, in a thread of its own."""
 
     def __init__(
-        self, start: Callable[[], SteppedEngine], *, rank: int, name: str, timeout_s: float
+        self,
+        start: Callable[[], SteppedEngine],
+        *,
+        rank: int,
+        name: str,
+        timeout_s: float,
+        schedule: Sequence[int] = (),
     ) -> None:
         """Begin to `start` the engine in the loop's thread; `wait_started` waits for that.
 
         `name`, of the rank, is for messages. `timeout_s`: how long this rank waits for what another
-        rank, or the driver, has to tell it.
+        rank, or the driver, has to tell it. `schedule`: to repeat an earlier run, the engine steps
+        that were taken before each of its commands, the same on every rank; commands after the last
+        one of it come when they come.
         """
         self._start, self._leads, self._name = start, rank == 0, name
-        self._timeout_s = timeout_s
+        self._timeout_s, self._schedule = timeout_s, schedule
         self._started: Future[None] = Future()
         # Guards what follows, and is notified when it changes; not held while the engine works.
         self._changed = threading.Condition()
@@ -89,6 +103,8 @@ class EngineLoop:
         """Those that came and were not applied, by number."""
         self._applied = 0
         """Number of the last one that was applied; they count from 1."""
+        self._applied_at: list[tuple[int, int]] = []
+        """See `Progress.applied`: what nobody was told yet."""
         self._done: dict[int, Completion] = {}
         """Completions that nobody has taken yet."""
         self._handed_out_at = 0.0
@@ -147,7 +163,8 @@ class EngineLoop:
             if self._done:
                 self._handed_out_at = now
             done, self._done = self._done, {}
-            return Progress(done, self._steps, idle)
+            applied, self._applied_at = tuple(self._applied_at), []
+            return Progress(done, self._steps, idle, applied)
 
     def _put(self, number: int, command: _Command) -> None:
         with self._changed:
@@ -171,11 +188,15 @@ class EngineLoop:
         """Apply the commands that have come, then take a step."""
         if not engine.unfinished:
             self._wait_for_a_command()
+        if self._leads:
+            self._wait_for_the_due(engine.unfinished)
         # How far this rank would go counts only on rank 0.
         upto = engine.agree(self._goes_upto(engine.unfinished), self._timeout_s)
         while self._applied < upto and not self._closed:
             self._apply(engine, self._next_command())
-        if engine.unfinished:
+        # Where the schedule has more before this step, another turn comes first. A closed engine
+        # may have requests left, which it cannot work on.
+        if engine.unfinished and not self._closed and self._next_due() != self._steps:
             completions = engine.step()
             with self._changed:
                 self._steps += 1
@@ -195,24 +216,52 @@ class EngineLoop:
         with self._changed:
             number = first = self._applied + 1
             while command := self._commands.get(number):
-                if command.alone and (unfinished or number > first):
+                if number <= len(self._schedule):
+                    # The end comes whenever it comes: perhaps not all of the run is repeated.
+                    waits = self._schedule[number - 1] > self._steps and command.method != ENDS
+                else:
+                    waits = command.alone and (unfinished or number > first)
+                if waits:
                     break
                 number += 1
             return number - 1
 
+    def _next_due(self) -> int | None:
+        """After how many steps the schedule has the next command; None where it says nothing."""
+        return self._schedule[self._applied] if self._applied < len(self._schedule) else None
+
+    def _wait_for_the_due(self, unfinished: bool) -> None:
+        """Rank 0: where the schedule has a command before the next step, wait until it has come."""
+        number, due = self._applied + 1, self._next_due()
+        if due == self._steps and unfinished:
+            which = f"which is due after step {due}"
+            self._command(number, time.monotonic() + self._timeout_s, which)
+        elif due is not None and due != self._steps and not unfinished:
+            raise RuntimeError(
+                f"{self._name}: command {number} is due after step {due}, but nothing is left to "
+                f"do after step {self._steps}: this is not the run that the schedule is of"
+            )
+
     def _next_command(self) -> _Command:
         """The one that rank 0 has already, when it has come here too."""
         number, deadline = self._applied + 1, time.monotonic() + self._timeout_s
+        command = self._command(number, deadline, "which rank 0 of the engine has")
+        with self._changed:
+            del self._commands[number]
+        return command
+
+    def _command(self, number: int, deadline: float, which: str) -> _Command:
+        """A command, once it has come; TimeoutError at the deadline."""
         with self._changed:
             while number not in self._commands:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(
-                        f"{self._name}: command {number}, which rank 0 of the engine has, did not "
-                        f"come here within {self._timeout_s:.0f} s"
+                        f"{self._name}: command {number}, {which}, did not come here within "
+                        f"{self._timeout_s:.0f} s"
                     )
                 self._changed.wait(left_s)
-            return self._commands.pop(number)
+            return self._commands[number]
 
     def _apply(self, engine: SteppedEngine, command: _Command) -> None:
         value: Any = None
@@ -225,6 +274,8 @@ class EngineLoop:
             error = raised
         with self._changed:
             self._applied += 1
+            if self._leads:
+                self._applied_at.append((self._applied, self._steps))
             self._busy = engine.unfinished
             if command.method == "abort":
                 for number in command.args[0]:

@@ -83,8 +83,12 @@ class Engine:
         self.threads.add(threading.get_ident())
 
 
-def start(engine: Engine, rank: int = 0, timeout_s: float = WAIT_S) -> EngineLoop:
-    loop = EngineLoop(lambda: engine, rank=rank, name=f"rank {rank}", timeout_s=timeout_s)
+def start(
+    engine: Engine, rank: int = 0, timeout_s: float = WAIT_S, schedule: Sequence[int] = ()
+) -> EngineLoop:
+    loop = EngineLoop(
+        lambda: engine, rank=rank, name=f"rank {rank}", timeout_s=timeout_s, schedule=schedule
+    )
     loop.wait_started(WAIT_S)
     return loop
 
@@ -206,11 +210,12 @@ def test_a_command_that_does_not_end_is_named(engine: Engine) -> None:
     engine.may_step.set()
 
 
-def ranks_of(count: int) -> tuple[list[Engine], list[EngineLoop]]:
+def ranks_of(count: int, schedule: Sequence[int] = ()) -> tuple[list[Engine], list[EngineLoop]]:
     """An engine of several ranks, each in its thread."""
     queues: list[Queue[int]] = [Queue() for _ in range(1, count)]
     engines = [Engine(queues), *(Engine(own=queue) for queue in queues)]
-    return engines, [start(engine, rank) for rank, engine in enumerate(engines)]
+    loops = [start(engine, rank, schedule=schedule) for rank, engine in enumerate(engines)]
+    return engines, loops
 
 
 def test_ranks_apply_each_command_before_the_same_step() -> None:
@@ -255,6 +260,111 @@ def test_a_rank_that_does_not_get_a_command_names_it() -> None:
     with pytest.raises(TimeoutError, match="rank 1: command 2, which rank 0 of the engine has"):
         while True:
             follower.poll(1, WAIT_S)
+
+
+def deliver(loop: EngineLoop, chance: random.Random) -> None:
+    """Forty commands at random times; some submit, some abort, some are waited for."""
+    for number in range(1, 41):
+        if number % 7 == 0:
+            loop.send(number, "abort", [10 * (number - 1), 10 * (number - 2)])
+        elif number % 11 == 0:
+            assert loop.call(number, "add", number, 1) == number + 1
+        else:
+            requests = {10 * number + i: request(1 + (number + i) % 9) for i in range(2)}
+            loop.send(number, "submit", requests)
+        if chance.random() < 0.4:
+            time.sleep(0.004 * chance.random())
+
+
+def repeated(ranks: int, schedule: Sequence[int], seed: int) -> tuple[list[Engine], list[Progress]]:
+    """Commands come to the ranks at the times of `seed`; what the engines and rank 0 say of it."""
+    engines, loops = ranks_of(ranks, schedule)
+    senders = []
+    for rank, loop in enumerate(loops):
+        chance = random.Random(100 * seed + rank)
+        senders.append(threading.Thread(target=deliver, args=(loop, chance)))
+    for sender in senders:
+        sender.start()
+    told = [loops[0].poll(40, 0.01)]
+    while not told[-1].idle:
+        told.append(loops[0].poll(40, 0.01))
+    for sender, loop in zip(senders, loops, strict=True):
+        sender.join()
+        while not (last := loop.poll(40, WAIT_S)).idle:
+            pass
+        assert loop is loops[0] or last.applied == (), "rank 0 tells it"
+    return engines, told
+
+
+def applied(told: Sequence[Progress]) -> list[tuple[int, int]]:
+    """What rank 0 told of commands, in all its answers."""
+    return [one for progress in told for one in progress.applied]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_a_schedule_commands_come_before_the_same_steps_whenever_they_arrive(
+    ranks: int,
+) -> None:
+    first, told = repeated(ranks, (), seed=0)
+    when = applied(told)
+    assert [number for number, _ in when] == list(range(1, 41))
+    schedule = [step for _, step in when]
+    assert schedule == sorted(schedule) and schedule[-1] > 20, "else the times say nothing"
+    others = []
+    for seed in range(1, 5):
+        # Without a schedule, other times are other steps: else this test could not fail.
+        others.append(repeated(ranks, (), seed)[0][0].log != first[0].log)
+        again, told = repeated(ranks, schedule, seed)
+        assert [engine.log for engine in again] == [first[0].log] * ranks
+        assert applied(told) == when
+    assert any(others)
+
+
+def test_what_is_due_is_waited_for_one_by_one(engine: Engine) -> None:
+    """The driver may wait for the result of one before it sends the next."""
+    loop = start(engine, schedule=[0, 2, 2, 2])
+    loop.send(1, "submit", {0: request(4)})
+    time.sleep(0.05)
+    assert engine.log == [("submit", 0), ("step", 0), ("step", 0)]
+    assert loop.call(2, "add", 1, 1) == 2
+    assert loop.call(3, "add", 2, 2) == 4
+    time.sleep(0.05)
+    assert len(engine.log) == 5, "it steps before command 4"
+    loop.send(4, "submit", short(1))
+    drain(loop, 4)
+    assert engine.log[5:] == [("submit", 1), ("step", 0, 1), ("step", 0)]
+
+
+def test_what_is_due_and_does_not_come_is_named(engine: Engine) -> None:
+    loop = start(engine, timeout_s=0.2, schedule=[0, 3])
+    loop.send(1, "submit", {0: request(9)})
+    with pytest.raises(TimeoutError, match="rank 0: command 2, which is due after step 3"):
+        while True:
+            loop.poll(1, WAIT_S)
+    assert engine.log[1:] == [("step", 0)] * 3
+
+
+def test_an_engine_without_work_before_what_is_due_says_so(engine: Engine) -> None:
+    loop = start(engine, schedule=[0, 3])
+    loop.send(1, "submit", {0: request(2)})
+    loop.send(2, "submit", short(1))
+    with pytest.raises(RuntimeError, match=r"command 2 is due after step 3, .* after step 2"):
+        while True:
+            loop.poll(2, WAIT_S)
+
+
+def test_a_part_of_a_schedule_can_be_repeated(engine: Engine) -> None:
+    """The end comes before commands that are not sent any more; what is later comes as it comes."""
+    loop = start(engine, schedule=[0, 5])
+    loop.send(1, "submit", {0: request(1_000_000)})
+    loop.call(2, "close")
+    assert engine.log[-1] == ("close",)
+    engine = Engine()
+    loop = start(engine, schedule=[0])
+    loop.send(1, "submit", {0: request(3)})
+    loop.send(2, "submit", short(1), alone=True)
+    assert sorted(drain(loop, 2)) == [0, 1]
+    assert engine.log[-2:] == [("submit", 1), ("step", 1)]
 
 
 def loops_running() -> int:
