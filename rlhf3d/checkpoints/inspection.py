@@ -6,6 +6,7 @@ Invariant: only reads. Every file that is missing, cut off or (with `deep`) chan
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import chain
@@ -18,7 +19,7 @@ import yaml
 from rlhf3d.checkpoints.convert import HFSource, MegatronSource, open_hf
 from rlhf3d.checkpoints.locate import ROLES, kind_of, megatron_folder, reference_folder
 from rlhf3d.checkpoints.manifest import MANIFEST, problems, read_manifest
-from rlhf3d.checkpoints.store import Store
+from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER, QUEUE_FILE, Store
 from rlhf3d.checkpoints.torch_dist import TorchDistReader
 from rlhf3d.models.boxes import row_boxes
 from rlhf3d.models.hf_io import BLOCK_BYTES
@@ -70,6 +71,7 @@ def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
         "bytes": sum(f.bytes for f in manifest.files.values()),
     }
     found["layout"] = _layouts(path)
+    found |= _ahead(path)
     for part in (*ROLES, "hf"):
         if (path / part).is_dir() and (part in ROLES or any((path / part).glob("*.safetensors"))):
             found[part] = inspect(path / part)  # the manifest's checksums cover its files
@@ -99,6 +101,17 @@ def _layouts(checkpoint: Path) -> dict[str, dict[str, Any]]:
             given = {name: layout[name] for name in sizes if layout.get(name) is not None}
             layouts[role] = given
     return layouts
+
+
+def _ahead(checkpoint: Path) -> dict[str, dict[str, int]]:
+    """How much experience is ahead of the training, where there is some."""
+    file = checkpoint / EXPERIENCE_FOLDER / QUEUE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return {"ahead": json.loads(file.read_text(encoding="ascii"))["counts"]}
+    except (KeyError, TypeError, ValueError):
+        return {}  # damaged, which its checksum shows
 
 
 def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -262,8 +262,8 @@ def _stale_ahead(found: Checkpoint, config: Config) -> Iterator[str]:
             f"rollout.update = {rollout.update}: the checkpoint holds completions that were "
             f"generated ahead with {update}; set rollout.update={update}"
         )
-    # What was generated ahead is drawn and grouped already.
-    for key in ("data.train_batch_size", "rollout.n"):
+    # What was generated ahead is drawn and grouped already, with greedy answers or without.
+    for key in ("data.train_batch_size", "rollout.n", "algorithm.adv_estimator"):
         before, now = found.config[key], value_of(config, key)
         if before != now:
             yield (

@@ -21,6 +21,8 @@ from rlhf3d.checkpoints.manifest import MANIFEST, read_manifest
 from rlhf3d.new_folder import sync
 
 LATEST, DRIVER_FILE, CONFIG_FILE = "latest", "driver.json", "config.yaml"
+EXPERIENCE_FOLDER, QUEUE_FILE = "experience", "queue.json"
+"""Trajectories that are ahead of the training, and in their folder the file that counts them."""
 PARTIAL, DELETED = ".partial", ".deleted"
 
 

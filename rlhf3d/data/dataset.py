@@ -115,16 +115,35 @@ class PromptDataset(Sequence[Prompt]):
 
     def get(self, index: int) -> Prompt | None:
         """The prompt; null where it is too long, to be filtered, and was not known to be."""
-        number = self._numbers[index]
+        # What a scan has counted is not counted again.
+        return self._prompt(self._numbers[index], count=not self.scanned)
+
+    def of_row(self, number: int) -> Prompt:
+        """A prompt that was served before, by `Prompt.index`: it is not counted a second time.
+
+        ValueError where no prompt is served of that row.
+        """
+        prompt = None
+        if 0 <= number < self.rows:
+            prompt = self._prompt(number, count=False)
+        if prompt is None:
+            raise ValueError(
+                f"{self._key}: row {number} of {self.rows} is no prompt; use the same files, "
+                "data.max_prompt_length and chat template as before"
+            )
+        return prompt
+
+    def _prompt(self, number: int, count: bool) -> Prompt | None:
+        """The prompt of a row, see `get`; `count`: as served, if it is cut or left out."""
         row = self._row(number)
         ids = self._tokenize(row, number)
         opening = begun(self._tokenizer, row.prompt, ids, row.tools)
-        if not self.scanned:
+        if count:
             self._count_left_out(row, number)
         if len(ids) > self._limit:
             if self._overlong == "error":
                 raise ValueError(self._overlong_message(1, self.rows, number, len(ids), len(ids)))
-            if not self.scanned:
+            if count:
                 self.dropped += self._overlong == "filter"
                 self.truncated += self._overlong != "filter"
             if self._overlong == "filter":

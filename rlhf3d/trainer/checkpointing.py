@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,12 +107,13 @@ class CheckpointWriter:
         *,
         last: bool,
         wait: bool,
+        more: Callable[[Path], None] | None = None,
     ) -> dict[str, float]:
         """Save a step; metrics of saves that ended.
 
         `state` is the driver's own, as JSON; `metric` what the best checkpoints are kept by;
-        `last`: no step follows. With trainer.async_save, and unless `wait`, it returns once every
-        rank has copied what it writes.
+        `last`: no step follows; `more` writes further files below the folder it gets. With
+        trainer.async_save, and unless `wait`, it returns once every rank has copied what it writes.
         """
         # One save at a time: the one before is complete before the next takes room.
         metrics = self.finish()
@@ -127,6 +128,8 @@ class CheckpointWriter:
             driver = {"step": step, **self._identity, **state}
             (partial / DRIVER_FILE).write_text(json.dumps(driver, indent=1))
             (partial / CONFIG_FILE).write_text(self._config_text, encoding="utf-8")
+            if more is not None:
+                more(partial)
             if export:
                 self.export.write(partial / HF_FOLDER, policy_version)
                 reached("exported")

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER
+from rlhf3d.experience.saved import Queueing
 from rlhf3d.experience.source import NO_EXPERIENCE, ExperienceSource
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.checkpointing import CheckpointWriter
@@ -56,7 +59,13 @@ class RunComponents:
                 self.best.of(metrics),
                 last=step == self.log.total_steps,
                 wait=wait,
+                more=self._save_ahead,
             )
+
+    def _save_ahead(self, checkpoint: Path) -> None:
+        """Experience that is not trained on yet, of a source that works ahead."""
+        if isinstance(self.source, Queueing):
+            self.source.save(checkpoint / EXPERIENCE_FOLDER)
 
     @contextmanager
     def saved_if_it_fails(
@@ -86,9 +95,14 @@ class RunComponents:
             "best": self.best.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], policy_version: int) -> None:
-        """Continue after the step that `state` is of."""
+    def load_state_dict(self, state: dict[str, Any], policy_version: int, folder: Path) -> None:
+        """Continue after the step that `state` is of; `folder`: its checkpoint."""
         self.source.load_state_dict(state)
+        ahead = folder / EXPERIENCE_FOLDER
+        if ahead.is_dir():
+            # Without it their prompts would be lost: the position in the data is after them.
+            assert isinstance(self.source, Queueing), f"{ahead} is refused at the start"
+            self.source.load(ahead)
         self.learner.load_state_dict(state)
         self.health.load_state_dict(state["watch"])
         self.best.load_state_dict(state["best"])

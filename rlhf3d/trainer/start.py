@@ -71,4 +71,5 @@ def load_checkpoint(
         components.log.console.note(
             "other ranks than saved the checkpoint: equal to rounding, with fresh random state"
         )
-    components.load_state_dict(checkpoint.state, checkpoint.manifest.policy_version)
+    version = checkpoint.manifest.policy_version
+    components.load_state_dict(checkpoint.state, version, checkpoint.folder)

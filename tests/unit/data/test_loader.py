@@ -298,3 +298,26 @@ def test_an_environment_is_reset_with_all_columns_of_the_file(
     dataset = PromptDataset([path], tokenizer, 8, offered=offered)
     assert dataset[1].columns["word"] == "word 1" and "word 0" in seen
     assert PromptDataset([path], tokenizer, 8)[1].columns == {}
+
+
+def test_a_row_gives_its_prompt_again_and_counts_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the number in the files, whatever was left out before it, and of any file."""
+    files = [
+        write(tmp_path / "1.parquet", ["a", "a b c d", "c"]),
+        write(tmp_path / "2.parquet", ["d", "e f g h", "f"]),
+    ]
+    dataset = PromptDataset(files, tokenizer, 4, "filter")
+    assert [prompt.index for prompt in dataset] == [0, 2, 3, 5]
+    assert [dataset.of_row(prompt.index) for prompt in dataset] == list(dataset)
+    for number in (1, 6, -1):
+        with pytest.raises(ValueError, match=rf"data\.train_files: row {number} of 6"):
+            dataset.of_row(number)
+    monkeypatch.setattr(dataset_module, "SCANNED", 2)
+    monkeypatch.setattr(dataset_module, "PROBED", 3)
+    large = PromptDataset(files, tokenizer, 4, "filter")
+    assert large.of_row(5).text == "f"
+    with pytest.raises(ValueError, match="row 1 of 6"):
+        large.of_row(1)
+    assert large.dropped == 0, "they were counted when they were served"

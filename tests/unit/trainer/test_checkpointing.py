@@ -145,7 +145,12 @@ def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(
 
 def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
     made = make_writer(model, tmp_path)
-    metrics = save(made, 3, acc=0.5)
+
+    def more(checkpoint: Path) -> None:
+        (checkpoint / "experience").mkdir()
+        (checkpoint / "experience" / "queue.json").write_text("{}")
+
+    metrics = made.save(3, 4, {"loader": 3}, {"acc": 0.5}, last=True, wait=False, more=more)
     folder = tmp_path / "checkpoints" / "step_3"
     manifest = read_manifest(folder)
     assert made.last == folder and problems(folder, manifest) == []
@@ -158,6 +163,7 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
         set(manifest.files)
         == on_disk
         > {"driver.json", "config.yaml", "actor/__1_0.distcp", "hf/config.json"}
+        and "experience/queue.json" in on_disk
     )
     assert metrics["checkpoint/bytes"] == sum(info.bytes for info in manifest.files.values())
     assert metrics["checkpoint/held_s"] == pytest.approx(metrics["checkpoint/save_s"], abs=0.05)
