@@ -278,6 +278,8 @@ def test_refuses_a_bound_that_what_was_generated_ahead_breaks(config: Config) ->
     before = config.data.train_batch_size
     other = replace(config, data=replace(config.data, train_batch_size=2 * before))
     assert f"set data.train_batch_size={before}" in refusal(stale(other, 2), stale(config, 2))
+    greedy = replace(config, algorithm=replace(config.algorithm, adv_estimator="remax"))
+    assert "set algorithm.adv_estimator=" in refusal(stale(greedy, 2), stale(config, 2))
 
 
 def test_a_bound_may_grow(config: Config) -> None:
