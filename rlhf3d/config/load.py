@@ -174,7 +174,7 @@ def parse_override(text: str) -> dict[str, Any]:
         raise ValueError(f"override {text!r}: Hydra's +, ++ and ~ are not used here: write {right}")
     if not equals or not all(key.split(".")):
         raise ValueError(f"override {text!r}: expected key.name=value")
-    names, kind = _place_of(key)
+    names, depth, kind = _place_of(key)
     try:
         parsed = scalars.read_as(value, kind)
     except yaml.YAMLError as error:
@@ -183,15 +183,15 @@ def parse_override(text: str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"override {text!r}: {error}") from error
-    for name in reversed(names):
-        parsed = {name: parsed}
+    for number, name in reversed(list(enumerate(names))):
+        parsed = {name: parsed} if number < depth else Entries({name: parsed})
     return parsed
 
 
-def _place_of(key: str) -> tuple[list[str], Any]:
-    """The names on the way to a dotted key, and its type.
+def _place_of(key: str) -> tuple[list[str], int, Any]:
+    """The names on the way to a dotted key, how many of them lead to a key of the schema, the type.
 
-    Names in a mapping of texts or numbers may have dots.
+    What follows is a name in a mapping; in one of texts or numbers, it may have dots.
     """
     names, kind = key.split("."), Config
     for depth, name in enumerate(names):
@@ -200,17 +200,29 @@ def _place_of(key: str) -> tuple[list[str], Any]:
             kind = get_type_hints(section).get(name, Any)
         elif get_origin(kind) is dict and get_args(kind)[1] is not Any:
             # Such as reward.scorers.my.source=gsm8k: the rest is one name with a dot.
-            return [*names[:depth], ".".join(names[depth:])], get_args(kind)[1]
+            return [*names[:depth], ".".join(names[depth:])], depth, get_args(kind)[1]
         else:
-            return names, Any
-    return names, kind
+            return names, depth, Any
+    return names, len(names), kind
 
 
-def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
-    """Lay `other` over `into`, mapping by mapping."""
+class Entries(dict[str, Any]):
+    """Entries of a mapping, which change it; a plain mapping takes its place."""
+
+
+def merge(into: dict[str, Any], other: dict[str, Any], section: Any = Config) -> None:
+    """Lay `other` over `into`, section by section and key by key.
+
+    `section` is what both are read as; None within the mapping of a key, such as `kwargs`.
+    """
+    hints = get_type_hints(section) if section is not None else {}
     for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
+        kind = hints.get(key)
+        below = kind if is_dataclass(kind) else optional_section(kind)
+        # A mapping that is given whole means itself: with {}, nothing is left of the former one.
+        joins = below is not None or isinstance(value, Entries)
+        if joins and isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value, below)
         else:
             into[key] = value
 
@@ -241,6 +253,8 @@ def build(default: T, raw: Any, where: str, problems: list[str]) -> T:
             # Null by default: its keys start from the section's own defaults.
             changes[key] = build(optional(), value, name, problems)
         else:
+            if isinstance(value, Entries) and isinstance(section, dict):
+                value = {**section, **value}
             try:
                 changes[key] = coerce(value, hints[key])
             except TypeError:

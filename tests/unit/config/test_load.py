@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from rlhf3d.config.load import (
     config_to_yaml,
     files_of,
     load_config,
+    read_config,
 )
 from rlhf3d.config.schema import Config, LayoutConfig
 
@@ -28,6 +30,7 @@ DIGITS = " … decimal digits"
 WORD = QUOTES = " … quotes"
 ONE = " … quotes"
 KWARGS = "custom_reward_function.kwargs"
+BOTH = {"a": 1, "b": 2}
 SHELL = " … shell"
 MINIMAL = "model: {path: m}\ndata: {train_files: [t.parquet]}\n"
 
@@ -149,6 +152,48 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
     config = load(tmp_path, "rollout.n=2", "rollout={n: 4, engines: 2}", "rollout.engines=3")
     assert (config.rollout.n, config.rollout.engines) == (4, 3)
     assert config.model.path == "m"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kwargs"),
+    [
+        ([], {"level": 2, "words": {"few": 1, "many": 9}}),
+        (["environment.kwargs={}"], {}),
+        (["environment.kwargs=null"], {}),
+        (["environment={kwargs: {}}"], {}),
+        (["environment.kwargs={seed: 3}"], {"seed": 3}),
+        (["environment.kwargs.level=3"], {"level": 3, "words": {"few": 1, "many": 9}}),
+        (["environment.kwargs.words.few=0"], {"level": 2, "words": {"few": 0, "many": 9}}),
+        (["environment.kwargs.words={}"], {"level": 2, "words": {}}),
+        (["environment.kwargs={}", "environment.kwargs.a=1", "environment.kwargs.b=2"], BOTH),
+        (["environment.kwargs.c=1", f"environment={{kwargs: {BOTH}}}"], BOTH),
+    ],
+)
+def test_a_mapping_given_whole_replaces_the_former_one(
+    tmp_path: Path, overrides: list[str], kwargs: dict[str, Any]
+) -> None:
+    """Of the base, of the file and of overrides before it; dotted names change entries."""
+    (tmp_path / "base.yaml").write_text(
+        "model: {path: m}\ndata: {train_files: [t]}\n"
+        "environment: {path: e.py, name: E, kwargs: {old: 1}}\n"
+        "reward: {weights: {accuracy: 1.0, format: 0.5}, scorers: {a: math_verify}}\n"
+    )
+    path = tmp_path / "derived.yaml"
+    path.write_text(
+        "base: base.yaml\n"
+        "environment: {kwargs: {level: 2, words: {few: 1, many: 9}}}\n"
+        "reward: {weights: {environment: 1.0}, scorers: {}}\n"
+    )
+    config, _ = read_config(path, overrides)
+    assert config.environment.kwargs == kwargs
+    assert (config.environment.path, config.environment.name) == ("e.py", "E")
+    assert (config.reward.weights, config.reward.scorers) == ({"environment": 1.0}, {})
+
+
+def test_an_entry_joins_those_of_the_default(tmp_path: Path) -> None:
+    config = load(tmp_path, "reward.weights.format=0.2")
+    assert config.reward.weights == {"accuracy": 1.0, "format": 0.2}
+    assert load(tmp_path, "reward.weights={format: 0.2}").reward.weights == {"format": 0.2}
 
 
 @pytest.mark.parametrize(
