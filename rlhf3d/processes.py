@@ -9,6 +9,7 @@ Runs in: every process.
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import psutil
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP})
 _MARK = "RLHF3D_STARTED_BY"
+_OTHER_FILES = 512
+"""Open files kept for what else a process does."""
 
 
 @contextmanager
@@ -76,3 +79,10 @@ def find_marked(mark: str, variable: str = _MARK) -> list[psutil.Process]:
             if process.environ().get(variable) == mark:
                 marked_processes.append(process)
     return marked_processes
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files where `count` of them come near it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if count + _OTHER_FILES >= soft and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,18 @@ def result_of(value: Any) -> Any:
     return _loop(os.getpid()).run_until_complete(_await(value))
 
 
+def results_of(values: Sequence[Awaitable[Any]]) -> list[Any]:
+    """What several async calls return, which run at the same time, or the exceptions they raise.
+
+    In the order of `values`; MemoryError is raised.
+    """
+    results: list[Any] = _loop(os.getpid()).run_until_complete(_gather(values))
+    for result in results:
+        if isinstance(result, MemoryError):
+            raise result
+    return results
+
+
 @cache
 def _loop(_pid: int) -> asyncio.AbstractEventLoop:
     """The event loop of this process."""
@@ -35,3 +47,7 @@ def _loop(_pid: int) -> asyncio.AbstractEventLoop:
 async def _await(value: Awaitable[Any]) -> Any:
     with raises_ended():  # asyncio would end the loop at a SystemExit
         return await value
+
+
+async def _gather(values: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*map(_await, values), return_exceptions=True)

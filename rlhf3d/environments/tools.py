@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import inspect
 import json
+from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf3d.data.messages import NOT_TEXT
 from rlhf3d.environments.api import TOOL_COUNTS, EnvironmentFault
-from rlhf3d.environments.calling import result_of
+from rlhf3d.environments.calling import results_of
 from rlhf3d.environments.parsers import Parser, ToolCall, Unparsable
 from rlhf3d.tokenizer.chat import Message
 from rlhf3d.user_code import raises_ended
@@ -25,6 +26,8 @@ UNREAD = "unparsable_call"
 """Name in the answer to a call that could not be read: some templates demand one."""
 _LONGEST_ERROR = 500
 """Characters of an error that the model is shown."""
+_Made = tuple[str, str]
+"""The outcome of a call, and its answer."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,41 @@ class Toolbox:
         self._parse = parse
 
     def answer(self, text: str) -> Answers | None:
-        """Make the calls in what the model said, in order; null where there is none."""
+        """Make the calls in what the model said, in order; null where there is none.
+
+        Async ones that follow one another run at the same time; any other call begins when those
+        before it have ended.
+        """
         calls = self._parse(text) if self._tools else []
         if not calls:
             return None
+        made: dict[int, _Made] = {}
+        running: dict[int, Awaitable[Any]] = {}
+        for number, call in enumerate(calls):
+            if not self._is_async(call):
+                made |= _end(running, calls)
+                running = {}
+            begun = self._begin(call)
+            if isinstance(begun, tuple):
+                made[number] = begun
+            else:
+                running[number] = begun
+        made |= _end(running, calls)
         counts: Counter[str] = Counter()
         messages: list[Message] = []
-        for call in calls:
-            outcome, content = self._make(call)
+        for number, call in enumerate(calls):
+            outcome, content = made[number]
             counts[outcome] += 1
             name = call.name if isinstance(call, ToolCall) else UNREAD
             messages.append({"role": "tool", "name": name, "content": content})
         return Answers(tuple(messages), {outcome: counts[outcome] for outcome in TOOL_COUNTS})
 
-    def _make(self, call: ToolCall | Unparsable) -> tuple[str, str]:
-        """The outcome and the answer of a call."""
+    def _is_async(self, call: ToolCall | Unparsable) -> bool:
+        tool = self._tools.get(call.name) if isinstance(call, ToolCall) else None
+        return inspect.iscoroutinefunction(tool)
+
+    def _begin(self, call: ToolCall | Unparsable) -> _Made | Awaitable[Any]:
+        """The outcome and the answer of a call; of an async one, what is to be waited for."""
         if isinstance(call, Unparsable):
             return "unparsable", _error(call.reason)
         tool = self._tools.get(call.name)
@@ -70,13 +93,37 @@ class Toolbox:
             return "wrong", _error(str(error))
         try:
             with raises_ended():
-                result = result_of(tool(**call.arguments))
+                result = tool(**call.arguments)
         except MemoryError:
             raise  # the process must go
         except Exception as error:
-            return "wrong", _error(str(error) or type(error).__name__)
-        # Some of it may not be Unicode, as names of files may be.
-        return "right", _text_of(result, call.name).encode("utf-8", "replace").decode()
+            return _raised(error)
+        if inspect.isawaitable(result):
+            return result
+        return _returned(result, call.name)
+
+
+def _end(running: Mapping[int, Awaitable[Any]], calls: Sequence[Any]) -> dict[int, _Made]:
+    """The outcomes and answers of calls, by number, that run at the same time."""
+    made: dict[int, _Made] = {}
+    if not running:
+        return made
+    for number, result in zip(running, results_of(list(running.values())), strict=True):
+        # A call that cancels itself is a mistake like any other.
+        if isinstance(result, (Exception, CancelledError)):
+            made[number] = _raised(result)
+        else:
+            made[number] = _returned(result, calls[number].name)
+    return made
+
+
+def _raised(error: BaseException) -> _Made:
+    return "wrong", _error(str(error) or type(error).__name__)
+
+
+def _returned(result: Any, name: str) -> _Made:
+    # Some of it may not be Unicode, as names of files may be.
+    return "right", _text_of(result, name).encode("utf-8", "replace").decode()
 
 
 def schema_of(tool: Callable[..., Any], where: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rlhf3d.pool.deadlines import Deadlines
 from rlhf3d.pool.process import CallResult, Ending, StartError, read_reply
 from rlhf3d.pool.session_state import Call, SessionState, died, load_reply, take_message
 from rlhf3d.pool.zygote import Report, Zygote
+from rlhf3d.processes import allow_open_files
 
 _READ_BYTES = 2**18
 """Read of one session before the others get their turn."""
@@ -41,8 +42,6 @@ _MAX_DEATHS = 3
 """Zygotes that die, without a reply of any session in between, before the pool gives up."""
 _TURN_S = 60.0
 """How long the loop waits at once when nothing is due."""
-_OTHER_FILES = 512
-"""Kept for the rest of this process: with fewer left, the limit of open files is raised."""
 
 
 class SessionLoop:
@@ -362,7 +361,7 @@ class SessionLoop:
                 continue
             assert self._zygote is not None
             try:
-                _allow_files(len(self._processes))
+                allow_open_files(len(self._processes))
                 session.socket = self._zygote.fork(session.number)
             except OSError as error:
                 self._fail_session(session, _too_many(error, len(self._processes)))
@@ -426,13 +425,6 @@ class SessionLoop:
         if self._zygote is not None:
             self._drop_zygote(_END_S)
         self._selector.close()
-
-
-def _allow_files(sessions: int) -> None:
-    """Raise this process's limit of open files if so many sessions come near it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if sessions + _OTHER_FILES >= soft and soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _too_many(error: OSError, sessions: int) -> OSError:

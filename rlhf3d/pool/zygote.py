@@ -3,7 +3,7 @@
 Invariant: what a session's process started, daemons included, ends with it, and what any of them
 started ends with the zygote; the zygote ends with the thread that started it. A process is killed
 by the zygote before it is reaped, so its number is never another's. After loading, the zygote runs
-nothing of the user's.
+nothing of the user's. What the processes print goes through it, up to a limit (`output.py`).
 Runs in: `Zygote` in the process that owns the pool; `serve_sessions` in the zygote, and from the
 fork on in the session's process.
 """
@@ -34,6 +34,7 @@ from typing import Any
 
 import psutil
 
+from rlhf3d.pool.output import Outputs
 from rlhf3d.pool.process import (
     WorkerProcess,
     answer_calls,
@@ -202,6 +203,8 @@ class _Forker:
         self._pid, self._session = os.getpid(), os.getsid(0)
         self._loaded = set(_children())
         """Processes that the user's file started when it was loaded; any session may need them."""
+        self._poll = select.poll()
+        self._outputs = Outputs(self._poll)
         self._wake, self._wake_end = os.pipe()
         for end in (self._wake, self._wake_end):
             os.set_blocking(end, False)
@@ -213,16 +216,17 @@ class _Forker:
 
     def run(self) -> None:
         """Serve requests until the parent is gone, then end everything."""
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._control, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
         with suppress(OSError):  # the other end has been closed
             while os.getppid() == self._parent:
-                ready = {descriptor for descriptor, _ in poll.poll()}
+                ready = {descriptor for descriptor, _ in self._poll.poll()}
                 if self._wake in ready:
                     # What is left wakes it again. Before `_reap`: who ends during that does too.
                     os.read(self._wake, 4096)
                     self._reap()
+                for end in filter(self._outputs.__contains__, ready):
+                    self._outputs.pass_on(end)
                 if self._control.fileno() in ready and not self._serve():
                     break
         self._end()
@@ -243,11 +247,7 @@ class _Forker:
 
     def _fork(self, number: int, end: int) -> None:
         try:
-            # Unblocked again by the child when it ignores them.
-            with stop_signals_blocked():
-                pid = os.fork()
-                if pid == 0:
-                    self._be_session(end)
+            pid = self._fork_with_output(number, end)
         except OSError as error:
             self._report(_NOT_FORKED, number, error.errno or errno.EAGAIN)
             return
@@ -256,7 +256,23 @@ class _Forker:
         self._pids[number], self._numbers[pid] = pid, number
         self._report(_FORKED, number, 0)
 
-    def _be_session(self, end: int) -> None:
+    def _fork_with_output(self, number: int, end: int) -> int:
+        """The process that makes a session's calls, with a pipe to print into."""
+        prints = self._outputs.begin(number)
+        try:
+            # Unblocked again by the child when it ignores them.
+            with stop_signals_blocked():
+                pid = os.fork()
+                if pid == 0:
+                    self._be_session(end, prints)
+        except OSError:
+            self._outputs.finish(number)
+            raise
+        finally:
+            os.close(prints)
+        return pid
+
+    def _be_session(self, end: int, prints: int) -> None:
         """What the forked process does; it never returns."""
         code = 1
         try:
@@ -271,6 +287,7 @@ class _Forker:
             os.close(self._wake_end)
             self._control.close()
             self._connection.close()
+            self._outputs.take(prints)
             limit_memory(self._memory_gib)
             _new_random_state()
             loop = asyncio.new_event_loop()
@@ -301,6 +318,7 @@ class _Forker:
             self._loaded.discard(pid)
             if (number := self._numbers.pop(pid, None)) is not None:
                 del self._pids[number]
+                self._outputs.finish(number)
                 self._report(_ENDED, number, os.waitstatus_to_exitcode(status))
         self._kill_orphans()
 

@@ -232,3 +232,56 @@ def test_a_tool_that_is_not_there(tmp_path: Path) -> None:
 def test_two_tools_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"environment\.tools: two tools.*'multiply'"):
         load(tmp_path, TOOLS, tools=("multiply", "multiply"))
+
+
+MEETING = """
+    import asyncio
+    arrived, said = [], []
+    async def meet(who: str, fails: bool = False) -> str:
+        '''Wait for the other one.
+
+        Args:
+            who: Who comes.
+            fails: Whether it goes wrong.
+        '''
+        arrived.append(who)
+        for _ in range(1000):
+            if len(arrived) >= 2:
+                break
+            await asyncio.sleep(0.001)
+        # The first to come is the last to leave.
+        await asyncio.sleep(0.02 if who == arrived[0] else 0.0)
+        said.append(who)
+        if fails:
+            raise KeyError(who)
+        return f"{who}: {len(arrived)} came"
+    async def cancel():
+        '''Give up.'''
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+    def report() -> list:
+        '''Who has left so far.'''
+        return list(said)
+"""
+"""A call of `meet` is back at once where another one runs at the same time."""
+
+
+def test_async_calls_of_a_turn_run_at_the_same_time_and_are_answered_in_order(
+    tmp_path: Path,
+) -> None:
+    tools = begun(tmp_path, MEETING, tools=("meet", "cancel", "report"))
+    calls = [
+        call("meet", who="a"),
+        call("meet", who="b", fails=True),
+        call("cancel"),
+        call("meet", who="c"),
+        call("report"),
+        call("meet", who="d"),
+    ]
+    reply = step(tools, " ".join(calls))
+    a, b, cancelled, c, report, d = contents(reply.messages)
+    assert a == "a: 3 came" and c == "c: 3 came" and d == "d: 4 came"
+    assert "b" in json.loads(b)["error"] and "error" in json.loads(cancelled)
+    # A plain call begins when those before it have ended, and ends before those behind it begin.
+    assert sorted(json.loads(report)) == ["a", "b", "c"] and json.loads(report)[-1] == "a"
+    assert reply.tool_calls == counts(right=4, wrong=2)
