@@ -12,6 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.engine_rank import EngineRank
+from rlhf3d.placement.journal import EngineJournal
 from rlhf3d.placement.waiting import WorkerFailure
 from rlhf3d.rollout.api import Completion
 from rlhf3d.rollout.engine_loop import Progress
@@ -32,8 +33,11 @@ def rank_name(engine: int, rank: int, ranks: int) -> str:
 class EngineHandle:
     """The actors of one engine's ranks."""
 
-    def __init__(self, number: int, actors: Sequence[Any]) -> None:
-        self.number, self.actors = number, list(actors)
+    def __init__(
+        self, number: int, actors: Sequence[Any], journal: EngineJournal | None = None
+    ) -> None:
+        """`journal`: where it is written what the engine does, and when."""
+        self.number, self.actors, self._journal = number, list(actors), journal
         ranks = len(self.actors)
         self.names = [rank_name(number, rank, ranks) for rank in range(ranks)]
         """Of the ranks, in messages."""
@@ -50,7 +54,7 @@ class EngineHandle:
 
         `alone`: it is not applied before the engine has no requests any more.
         """
-        self._commands += 1
+        self._count(method.__name__, args)
         return {
             name: start_call(actor, EngineRank.call, self._commands, method.__name__, args, alone)
             for name, actor in self.ranks()
@@ -58,9 +62,14 @@ class EngineHandle:
 
     def send(self, method: Callable[[VLLMEngine, *Ts], None], *args: *Ts, alone: bool) -> None:
         """Send a command to every rank, as `call`; what goes wrong in it, `ask` tells."""
-        self._commands += 1
+        self._count(method.__name__, args)
         for _, actor in self.ranks():
             start_call(actor, EngineRank.send, self._commands, method.__name__, args, alone)
+
+    def _count(self, method: str, args: Sequence[Any]) -> None:
+        self._commands += 1
+        if self._journal is not None:
+            self._journal.sent(self._commands, method, args)
 
     def ask(self) -> dict[str, Reply[Progress]]:
         """Have the ranks tell what they do, those that are not asked already.
@@ -81,6 +90,8 @@ class EngineHandle:
         if name == self.names[0] and progress.steps > self._steps:
             self._steps = progress.steps
             self.excuse()
+        if name == self.names[0] and self._journal is not None:
+            self._journal.told(progress)
         return progress.completions
 
     def excuse(self, seconds: float | None = None) -> None:

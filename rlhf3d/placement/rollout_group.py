@@ -22,6 +22,7 @@ from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.cluster import has_its_nodes
 from rlhf3d.placement.engine_handle import EngineHandle, rank_name
 from rlhf3d.placement.engine_rank import CALLS, EngineRank
+from rlhf3d.placement.journal import EngineJournal, JournalWriter
 from rlhf3d.placement.ledger import Ledger
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.routing import Router
@@ -59,15 +60,17 @@ class RolloutGroup:
         bundles: Sequence[Sequence[int]],
         threads: Sequence[Sequence[int]],
         output_dir: str | None = None,
+        journal: JournalWriter | None = None,
     ) -> None:
         """Begin to start the engines, which `wait_ready` ends.
 
         By engine and rank, `bundles` says where they run and `threads` with how many CPU threads.
+        `journal`: where it is written what they do, and when.
         """
         self.timeout_s = cluster.phase_timeout_s
         self.startup_timeout_s = cluster.startup_timeout_s
         self._max_model_len = settings.max_model_len
-        self._output_dir = output_dir
+        self._output_dir, self._journal = output_dir, journal
         self._settings, self._placement, self._reserved = settings, placement, reserved
         self._bundles, self._threads = bundles, threads
         # With its folder's own weights an engine serves from its start.
@@ -121,7 +124,8 @@ class RolloutGroup:
             )
             name = rank_name(engine, rank, ranks)
             actors.append(actor.remote(name, settings, rank, own, self.timeout_s, self._output_dir))
-        return EngineHandle(engine, actors)
+        journal = None if self._journal is None else EngineJournal(self._journal, engine)
+        return EngineHandle(engine, actors, journal)
 
     def _start_all(self, method: Callable[[VLLMEngine, *Ts], R], *args: *Ts) -> dict[str, Reply[R]]:
         """Start the same command on every rank of every engine."""
@@ -303,9 +307,23 @@ class RolloutGroup:
         for engine in self.engines:
             for _, actor in engine.ranks():
                 ray.kill(actor)
+        if self._journal is not None:
+            self._journal.restarted()
         self._start_processes()
         self.wait_ready()
 
     def close(self) -> None:
         """Let the engines end their own processes; a failed run's are ended by Ray."""
-        gather("stop vLLM", self._start_all(VLLMEngine.close), CLOSE_S)
+        calls = self._start_all(VLLMEngine.close)
+        gather("stop vLLM", calls, CLOSE_S)
+        if self._journal is not None:
+            self._take_the_last()
+
+    def _take_the_last(self) -> None:
+        """Have the journal hold what the engines did since they were asked before."""
+        for engine in self.engines:
+            self._asked |= engine.ask()
+        told = dict(zip(self._asked, gather("stop vLLM", self._asked, CLOSE_S), strict=True))
+        for engine in self.engines:
+            for name in told.keys() & set(engine.names):
+                engine.told(name, told[name])

@@ -154,7 +154,8 @@ class EngineLoop:
                 if self._failure is not None:
                     raise self._failure
                 now = time.monotonic()
-                idle = self._applied >= after and not self._busy
+                # Of a closed one no more will come, whatever it was at.
+                idle = self._closed or (self._applied >= after and not self._busy)
                 # Of a busy engine a part every PART_S; the last ones at once.
                 due = self._handed_out_at + PART_S if self._done else deadline
                 if idle or now >= min(due, deadline):

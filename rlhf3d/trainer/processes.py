@@ -21,6 +21,7 @@ from rlhf3d.experience.collect import Phase
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
 from rlhf3d.placement.cluster_check import check_cluster
+from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.placement.resources import (
     Placement,
     engine_bundles,
@@ -61,8 +62,12 @@ def start_processes(
     platform: Platform,
     preemption: PreemptionHandler,
     phase: Phase,
+    journal: JournalWriter,
 ) -> Processes:
-    """Join Ray, reserve devices, check the nodes, start ranks and engines."""
+    """Join Ray, reserve devices, check the nodes, start ranks and engines.
+
+    `journal`: where it is written what engines do, and when.
+    """
     placement = _placement(config, derived, platform)
     devices = platform.pretended_devices(placement.gpus)
     # Ray installs a SIGTERM handler of its own: ours goes in again after it.
@@ -94,7 +99,7 @@ def start_processes(
             group.name: partial(reservation.start_group, group, derived.total_steps)
             for group in derived.groups
         }
-        start_engines = partial(reservation.start_engines, engine_settings, sync.plan)
+        start_engines = partial(reservation.start_engines, engine_settings, sync.plan, journal)
         rollout, groups = start_models(config.rollout, platform, start_engines, start_groups)
     return Processes(_by_role(derived.groups, groups), rollout, sync)
 
@@ -143,14 +148,23 @@ class _Reservation:
             config.data.max_response_length,
         )
 
-    def start_engines(self, settings: EngineSettings, plan: ReshardPlan) -> RolloutGroup:
+    def start_engines(
+        self, settings: EngineSettings, plan: ReshardPlan, journal: JournalWriter
+    ) -> RolloutGroup:
         """Start the engine ranks on the devices that the plan of the sync is made for."""
         config = self.config
         bundles = engine_bundles(self.placement, plan)
         threads = engine_threads(bundles, self.nodes, self.cores, config.rollout.threads)
         output_dir = os.path.abspath(config.trainer.output_dir)
         return RolloutGroup(
-            settings, config.cluster, self.placement, self.reserved, bundles, threads, output_dir
+            settings,
+            config.cluster,
+            self.placement,
+            self.reserved,
+            bundles,
+            threads,
+            output_dir,
+            journal,
         )
 
 

@@ -29,7 +29,12 @@ from rlhf3d.trainer.loop import Trainer
 from rlhf3d.trainer.preemption import PREEMPTED, PreemptionHandler
 from rlhf3d.trainer.processes import start_processes
 from rlhf3d.trainer.results import reported_only, show_finished, show_results
-from rlhf3d.trainer.start import load_checkpoint, open_metrics, prepare_folder
+from rlhf3d.trainer.start import (
+    load_checkpoint,
+    open_journal,
+    open_metrics,
+    prepare_folder,
+)
 from rlhf3d.trainer.step_log import StepLog
 
 
@@ -82,8 +87,9 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
             inputs.ends.of_model,
             console.note,
         )
+        journal = stack.enter_context(open_journal(config, inputs.spec, checkpoint))
         processes = start_processes(
-            stack, config, derived, inputs, platform, preemption, console.phase
+            stack, config, derived, inputs, platform, preemption, console.phase, journal
         )
         assembly = Assembly(config, derived, inputs, processes, rewards, log, runner)
         return _train(stack, assembly, checkpoint, preemption)

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf3d.checkpoints.identity import identity_state
+from rlhf3d.checkpoints.manifest import LIBRARIES
 from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, set_aside
 from rlhf3d.checkpoints.store import Store
+from rlhf3d.config.schema import Config
+from rlhf3d.machine import package_versions
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import drop_samples
 from rlhf3d.observability.tokens import drop_tokens
+from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.worker import TrainWorker
 from rlhf3d.trainer.components import RunComponents
@@ -55,6 +60,14 @@ def open_metrics(output: Path, checkpoint: Checkpoint | None) -> MetricsWriter:
     if checkpoint.run == output.resolve() and writer.last_step < step:
         writer.write(step, checkpoint.state["metrics"])
     return writer
+
+
+def open_journal(config: Config, spec: ModelSpec, checkpoint: Checkpoint | None) -> JournalWriter:
+    """The run's journal, which goes on after the checkpoint."""
+    journal = JournalWriter(config.trainer.output_dir)
+    facts = {"versions": package_versions(LIBRARIES), **identity_state(config, spec)}
+    journal.begin(0 if checkpoint is None else checkpoint.manifest.step, facts)
+    return journal
 
 
 def load_checkpoint(
