@@ -80,6 +80,7 @@ class Trainer:
         metrics |= kl_metrics | training_metrics(batch)
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
+        run.log.trained(step)
         return experience.metrics | metrics
 
     def _due(self, every: int) -> bool:

@@ -67,7 +67,10 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
         console = stack.enter_context(Console())
         writer = stack.enter_context(open_metrics(output, checkpoint))
         recorder = TokenRecorder(inputs.tokenizer, config.trainer.sample_tokens)
-        log = StepLog(console, writer, derived.total_steps, derived.devices, recorder)
+        journal = stack.enter_context(open_journal(config, inputs.spec, checkpoint))
+        log = StepLog(
+            console, writer, derived.total_steps, derived.devices, recorder, journal=journal
+        )
         # Before the header: its warnings come from scoring the data's own answers.
         rewards = stack.enter_context(_reward_manager(config, inputs))
         lines = [
@@ -87,7 +90,6 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
             inputs.ends.of_model,
             console.note,
         )
-        journal = stack.enter_context(open_journal(config, inputs.spec, checkpoint))
         processes = start_processes(
             stack, config, derived, inputs, platform, preemption, console.phase, journal
         )

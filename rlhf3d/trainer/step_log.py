@@ -17,6 +17,7 @@ from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
 from rlhf3d.observability.samples import Kind, Sample
+from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.trainer.metrics import throughput_metrics
 
 
@@ -31,6 +32,7 @@ class StepLog:
     """What throughput is divided by."""
     recorder: TokenRecorder
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    journal: JournalWriter | None = None
 
     def begin(self) -> None:
         """Count seconds from now on: what came before, such as engines' start, is in no row."""
@@ -50,6 +52,11 @@ class StepLog:
         """Write the tokens of a step's first trajectories; `batch` has the column old_logprobs."""
         if self.recorder.count:
             self.writer.tokens(step, self.recorder.records(experience, batch))
+
+    def trained(self, step: int, names: Sequence[str] = ()) -> None:
+        """Write down that a step is complete, and on which trajectories it has trained."""
+        if self.journal is not None:
+            self.journal.trained(step, names)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's row, with the seconds since the row before; step 0 is before training."""

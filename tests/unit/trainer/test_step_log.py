@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from rlhf3d.experience.collect import untimed
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.metrics import PhaseTimer
+from rlhf3d.placement.journal import JournalWriter, read_journal
 from rlhf3d.trainer.step_log import StepLog
 
 
@@ -26,3 +28,13 @@ def test_the_start_of_the_run_is_in_no_row() -> None:
         log.record(step, {"perf/total_num_tokens": 8.0, "perf/response_tokens": 4.0})
     assert [row["timing_s/step"] for row in rows.values()] == [4.0, 4.0]
     assert rows[1]["timing_s/generate"] == 3.0
+
+
+def test_the_journal_has_the_steps_and_what_they_trained_on(tmp_path: Path) -> None:
+    nothing: Any = SimpleNamespace()
+    with JournalWriter(tmp_path) as journal:
+        journal.begin(0, {})
+        log = StepLog(nothing, nothing, 2, 1, TokenRecorder(None, 0), journal=journal)
+        log.trained(1, ["a", "b"])
+        log.trained(2)
+    assert read_journal(tmp_path)[0].steps == {1: ("a", "b"), 2: ()}
