@@ -20,9 +20,9 @@ from rlhf3d.inputs import check_files
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
+from rlhf3d.planning.checkpoint import checkpoint_bytes
 from rlhf3d.planning.hardware import Cluster, load_hardware
 from rlhf3d.planning.measured import default_problem, with_measured
-from rlhf3d.planning.memory import checkpoint_bytes
 from rlhf3d.planning.plan import DEFAULT_CPU, DEFAULT_GPU, Plan, find_spec, make_plan
 from rlhf3d.units import GIB, MIB
 

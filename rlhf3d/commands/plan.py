@@ -62,6 +62,10 @@ class Workload:
     environment_seconds: Annotated[
         float, typer.Option(min=0, help="Mean seconds of a call of an environment.")
     ] = 0.0
+    longest_environment_seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds of a batch's longest call; default the mean."),
+    ] = None
     rows: Annotated[
         int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")
     ] = None
@@ -78,7 +82,12 @@ class Workload:
             longest = environment.max_observation_tokens or data.max_response_length
             _check_mean("--observation-tokens", self.observation_tokens, longest)
         else:
-            of_turns = ("turns", "observation_tokens", "environment_seconds")
+            of_turns = (
+                "turns",
+                "observation_tokens",
+                "environment_seconds",
+                "longest_environment_seconds",
+            )
             refuse_unused(context, of_turns, "environment.path is not set: there is one turn")
         return mean_lengths(
             config,
@@ -87,6 +96,7 @@ class Workload:
             self.turns,
             self.observation_tokens,
             self.environment_seconds,
+            self.longest_environment_seconds,
         )
 
 

@@ -68,11 +68,18 @@ class Lengths:
     """Those of the response that the environment and the template wrote."""
     environment_s: float = 0.0
     """Seconds of one call of an environment."""
+    longest_call_s: float | None = None
+    """Seconds of the longest call in a batch; None: as long as the others."""
 
     @property
     def total(self) -> float:
         """Of prompt and response."""
         return self.prompt + self.response
+
+    @property
+    def slowest_call_s(self) -> float:
+        """Seconds of the longest call in a batch."""
+        return self.environment_s if self.longest_call_s is None else self.longest_call_s
 
     @property
     def sampled(self) -> float:
@@ -87,6 +94,7 @@ def mean_lengths(
     turns: float | None = None,
     observation: float | None = None,
     environment_s: float = 0.0,
+    longest_call_s: float | None = None,
 ) -> Lengths:
     """Lengths of a run; what is not known is the middle of what the configuration allows.
 
@@ -109,7 +117,12 @@ def mean_lengths(
             f"--observation-tokens {observation:g} x ({turns:g} - 1) turns = {observed:g}: of the "
             f"{response:g} tokens after the prompt (--response-tokens) none would be the policy's"
         )
-    return Lengths(prompt, response, None, turns, observed, environment_s)
+    if longest_call_s is not None and longest_call_s < environment_s:
+        raise ValueError(
+            f"--longest-environment-seconds {longest_call_s:g}: below the mean, "
+            f"--environment-seconds {environment_s:g}"
+        )
+    return Lengths(prompt, response, None, turns, observed, environment_s, longest_call_s)
 
 
 class Devices(NamedTuple):

@@ -10,13 +10,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from rlhf3d import units
 from rlhf3d.config.schema import RolloutConfig
-from rlhf3d.models.spec import ModelSpec
-from rlhf3d.models.weights import Head
-from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
+from rlhf3d.planning.checkpoint import checkpoint_bytes
 from rlhf3d.planning.engines import EngineMemory, engine_memory
 from rlhf3d.planning.job import Devices, Job, Model
 from rlhf3d.planning.states import States, chunk_sizes, model_states
@@ -36,6 +32,9 @@ DRIVER_GIB = 0.6
 ENVIRONMENT_GIB = 0.004
 """Host memory of one environment's process (measured; of one whose file imports no large library:
 what it shares with the process that it is forked from counts once)."""
+AHEAD_BYTES = 16
+"""Host memory of a token that is generated ahead: its number and log-probability in arrays (8), and
+its text."""
 ADAM_TEMPORARIES = 2
 """fp32 tensors of a parameter's size in torch's Adam step; Transformer Engine's fused one has
 none."""
@@ -412,6 +411,7 @@ def _host_of_gpus(job: Job, offloaded: int) -> Terms:
         "engine processes": int(engines * hardware.engine_process_gib * GIB),
         "copies to save": _save_copies(job) // cluster.nodes,
         **_environments(job),
+        **_ahead(job),
     }
     if offloaded:
         terms["offloaded states"] = offloaded // cluster.nodes
@@ -429,7 +429,7 @@ def _host_of_cpus(
     # Buckets of each rank of an engine, and those of an export.
     buckets = SLOTS * (rollout.tensor_parallel_size + 1)
     terms = {"driver": int(DRIVER_GIB * GIB), "weight sync": buckets * job.sync_bucket_bytes}
-    terms |= _environments(job)
+    terms |= _environments(job) | _ahead(job)
     if offloaded:
         terms["offloaded states"] = offloaded
     kv_cache = int(rollout.engines * rollout.kv_cache_gib * GIB)
@@ -452,36 +452,24 @@ def _environments(job: Job) -> Terms:
     environment = job.config.environment
     if not environment.enabled:
         return {}
-    alive = min(environment.max_concurrent, job.derived.sequences_per_step)
+    # As many as run: all that admission allows, or those of one batch at a time.
+    running = job.derived.sequences_per_step
+    if job.config.rollout.update == "in_flight":
+        running = job.derived.open_sequences
+    alive = min(environment.max_concurrent, running)
     return {"environments": int(alive * ENVIRONMENT_GIB * GIB)}
+
+
+def _ahead(job: Job) -> Terms:
+    """Completions that wait in the driver until they are trained on, of the longest length."""
+    derived = job.derived
+    waiting = derived.open_sequences - derived.sequences_per_step
+    if not waiting:
+        return {}
+    return {"batches ahead": waiting * derived.max_sequence_length * AHEAD_BYTES}
 
 
 def _save_copies(job: Job) -> int:
     """Host memory that saving takes while it writes: one copy of every trained model's state."""
     trainer = job.config.trainer
     return checkpoint_bytes(job) if trainer.save_freq or trainer.save_at_end else 0
-
-
-def checkpoint_bytes(job: Job) -> int:
-    """Return the bytes of a checkpoint: every trained model, its optimizer if that is saved."""
-    weights = sum(stored_elements(job, model) for model in job.models if model.trained)
-    return units.checkpoint_bytes(
-        weights, job.config.model.dtype, job.config.trainer.save_optimizer
-    )
-
-
-def stored_elements(job: Job, model: Model) -> int:
-    """Return the weights of a model that a checkpoint holds: each shard once."""
-    return _stored_elements(model.spec, model.layout, model.head, job.style)
-
-
-@cache
-def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
-    dense = experts = 0
-    for pp in range(layout.pp):
-        for chunk in range(layout.vpp):
-            sizes = chunk_sizes(spec, layout, pp, chunk, head, style)
-            experts += sum(sizes.experts)
-            dense += sizes.total - sum(sizes.experts)
-    # Parameters that tensor ranks replicate (norms) count once a rank: next to nothing of a model.
-    return dense * layout.tp + experts * layout.ep

@@ -15,6 +15,8 @@ class PhaseTime:
 
     phase: str
     parts: Mapping[str, float]
+    longest_s: float = 0.0
+    """Of `generate` in flight, where a batch has no end of its own: of its longest trajectory."""
 
     @property
     def total(self) -> float:

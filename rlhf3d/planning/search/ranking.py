@@ -26,7 +26,9 @@ from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
 from rlhf3d.planning.search.generation import generate_time
+from rlhf3d.planning.search.phase_time import PhaseTime
 from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.search.schedule import Schedule, make_schedule
 from rlhf3d.planning.search.space import (
     batch_sizes,
     dedicated_counts,
@@ -36,12 +38,7 @@ from rlhf3d.planning.search.space import (
     on_cluster,
     residences,
 )
-from rlhf3d.planning.search.times import (
-    forward_time,
-    save_time,
-    sync_time,
-    update_time,
-)
+from rlhf3d.planning.search.times import sync_time, training_phases
 from rlhf3d.units import GIB
 
 DEDICATED_UTILIZATION = 0.9
@@ -56,12 +53,25 @@ WORTHWHILE = 0.005
 
 
 class Option(NamedTuple):
-    """A configuration and the seconds of its step."""
+    """A configuration and the time of its step."""
 
-    seconds: float
+    schedule: Schedule
     excess: float
     """Bytes that the fullest device lacks; 0 or less where it fits."""
     config: Config
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return self.schedule.step_s
+
+    @property
+    def dedicated(self) -> int:
+        """Devices that engines have to themselves; 0 where they share those that train."""
+        rollout = self.config.rollout
+        if rollout.placement == "colocated":
+            return 0
+        return rollout.engines * rollout.tensor_parallel_size
 
     @property
     def kind(self) -> tuple[str, int, LayoutConfig, bool]:
@@ -69,6 +79,17 @@ class Option(NamedTuple):
         rollout, layout = self.config.rollout, self.config.actor.layout
         own_critic = self.config.critic.layout is not None
         return rollout.placement, rollout.engines, replace(layout, recompute="none"), own_critic
+
+
+class Split(NamedTuple):
+    """A way to share the devices out between training and engines."""
+
+    dedicated: int
+    """Devices that engines have to themselves; 0 where they share those that train."""
+    training: int
+    """Devices that train."""
+    schedule: Schedule | None
+    """Of the fastest configuration; None where none fits."""
 
 
 class Engines(NamedTuple):
@@ -89,6 +110,8 @@ class Found:
     """Plans that do not fit and would be faster: of each layout the one that lacks least."""
     counts: Counter[str]
     """Of configurations: fit, do not fit, refused."""
+    splits: tuple[Split, ...]
+    """Each way to share the devices out between training and engines, with few engines first."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +123,8 @@ class Search:
     cluster: Cluster
     rows: int | None
     lengths: Lengths
-    generate_s: dict[RolloutConfig, float] = field(default_factory=dict)
-    """Seconds of the phase by engines: training does not change them."""
+    generated: dict[RolloutConfig, PhaseTime] = field(default_factory=dict)
+    """The phase by engines: training does not change it."""
 
     def __post_init__(self) -> None:
         if self.cluster.hardware.memory_gib is None:
@@ -139,13 +162,23 @@ class Search:
         # Slower than the best plan that fits, they are of no interest.
         near = [option for option in too_big if option.seconds <= fastest]
         # The plus drops counts of 0.
-        return Found(best, self._plans(near, fits=False), +counts)
+        return Found(best, self._plans(near, fits=False), +counts, self._splits(fitting))
+
+    def _splits(self, fitting: Sequence[Option]) -> tuple[Split, ...]:
+        """The fastest of each split, from options in the order of their seconds."""
+        found = []
+        for dedicated in dedicated_counts(self.cluster, self.config.rollout):
+            options = (option for option in fitting if option.dedicated == dedicated)
+            fastest = next(options, None)
+            schedule = None if fastest is None else fastest.schedule
+            found.append(Split(dedicated, self.cluster.devices - dedicated, schedule))
+        return tuple(found)
 
     def _candidates(self) -> Iterator[tuple[Config, list[Engines]]]:
         """Every configuration of training, and the engines it may go with."""
         platform = CUDAPlatform(reason="plan")
         base = resolve_platform(on_cluster(self.config, self.cluster), platform)
-        for dedicated in dedicated_counts(self.cluster):
+        for dedicated in dedicated_counts(self.cluster, self.config.rollout):
             allowed = self._layouts(self.cluster.devices - dedicated)
             for resident in residences(base, dedicated):
                 engines = self._engines(resident, dedicated)
@@ -184,7 +217,7 @@ class Search:
     ) -> tuple[Option | None, Option]:
         """With the fastest engines for which training leaves the memory, and with the smallest."""
         job = self._job(replace(config, rollout=engines[0].rollout))
-        training_s, peak = training_seconds(job), self._training_peak(job)
+        training, peak = training_phases(job), self._training_peak(job)
         free = 1 - peak / self.limit
         fitting = []
         for least, rollout in engines:
@@ -194,13 +227,13 @@ class Search:
                 steps = math.floor((free - UTILIZATION_STEP / 4) / UTILIZATION_STEP)
                 share = min(steps * UTILIZATION_STEP, DEDICATED_UTILIZATION)
             if least <= share:
-                fitting.append(self._option(job, rollout, share, training_s, excess=0.0))
+                fitting.append(self._option(job, rollout, share, training, excess=0.0))
         least, rollout = min(engines, key=lambda each: each.least)
         # What does not fit is shown with the smallest engines, which lack least.
         colocated_share = min(least, 1.0) if rollout.placement == "colocated" else 0.0
         excess = peak - (1 - colocated_share) * self.limit
         share = colocated_share or DEDICATED_UTILIZATION
-        smallest = self._option(job, rollout, share, training_s, excess)
+        smallest = self._option(job, rollout, share, training, excess)
         return min(fitting, key=lambda option: option.seconds, default=None), smallest
 
     def _with_own_critic(self, option: Option) -> Option | None:
@@ -219,7 +252,7 @@ class Search:
             share = rollout.gpu_memory_utilization
             engine_share = share if rollout.placement == "colocated" else 0.0
             if self._training_peak(job) <= (1 - engine_share) * self.limit:
-                tried = self._option(job, rollout, share, training_seconds(job), excess=0.0)
+                tried = self._option(job, rollout, share, training_phases(job), excess=0.0)
                 if tried.seconds < (1 - WORTHWHILE) * best.seconds:
                     best = tried
         return None if best is option else best
@@ -228,17 +261,24 @@ class Search:
         return make_job(config, self.spec, self.cluster, lengths=self.lengths)
 
     def _option(
-        self, job: Job, rollout: RolloutConfig, share: float, training_s: float, excess: float
+        self,
+        job: Job,
+        rollout: RolloutConfig,
+        share: float,
+        training: Sequence[PhaseTime],
+        excess: float,
     ) -> Option:
-        """The job with these engines; `training_s` is what its passes and updates take."""
+        """The job with these engines; `training` is what its passes and updates take."""
         rollout = replace(rollout, gpu_memory_utilization=round(share, 2))
         config = replace(job.config, rollout=rollout)
         job = replace(job, config=config)
-        # Without room for one sequence vLLM does not start, so there is no time.
-        if rollout not in self.generate_s:
+        if rollout not in self.generated:
+            # Without room for one sequence vLLM does not start, so there is no time.
             starts = not engine_memory(job).missing
-            self.generate_s[rollout] = generate_time(job).total if starts else math.inf
-        return Option(training_s + self.generate_s[rollout] + sync_time(job).total, excess, config)
+            never = PhaseTime("generate", {"never": math.inf})
+            self.generated[rollout] = generate_time(job) if starts else never
+        phases = [*training, self.generated[rollout], sync_time(job)]
+        return Option(make_schedule(job, phases), excess, config)
 
     def _training_peak(self, job: Job) -> int:
         """Bytes of the fullest training device with its margin, without an engine that is awake."""
@@ -270,13 +310,3 @@ class Search:
         if fits:
             found.sort(key=lambda plan: plan.step_s)
         return tuple(found)
-
-
-def training_seconds(job: Job) -> float:
-    """Return the seconds that do not depend on the engines.
-
-    Passes, updates, the share of a save.
-    """
-    seconds = sum(forward_time(job, model).total for model in job.models)
-    seconds += sum(update_time(job, model).total for model in job.models if model.trained)
-    return seconds + (save_time(job).total if job.config.trainer.save_freq else 0.0)

@@ -14,7 +14,7 @@ from typing import get_args
 
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, DataConfig, LayoutConfig
+from rlhf3d.config.schema import Config, DataConfig, LayoutConfig, RolloutConfig
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
 from rlhf3d.parallel.layout import Recompute
@@ -22,7 +22,10 @@ from rlhf3d.planning.hardware import Cluster
 from rlhf3d.units import ceil_div, round_up
 
 ENGINE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)
-"""Shares of the devices that engines get where they have devices of their own."""
+"""Shares of the devices that engines get where they have devices of their own, and wait while the
+models train."""
+BALANCING_SHARES = tuple(part / 16 for part in range(1, 16))
+"""And where both work at the same time, so that a step is as long as the longer side."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Sequences of a micro-batch, or longest sequences that its token budget holds."""
 CONTEXT_RANK_TOKENS = 4096
@@ -41,25 +44,31 @@ def on_cluster(config: Config, cluster: Cluster) -> Config:
     return replace(config, cluster=nodes)
 
 
-def dedicated_counts(cluster: Cluster) -> list[int]:
+def dedicated_counts(cluster: Cluster, rollout: RolloutConfig) -> list[int]:
     """Return how many devices engines may have to themselves.
 
-    0, or with several nodes complete ones.
+    0, except in flight, where they need their own; with several nodes complete ones.
     """
     unit = cluster.devices_per_node if cluster.nodes > 1 else 1
-    counts = {round(share * cluster.devices / unit) * unit for share in ENGINE_SHARES}
-    return [0, *sorted(count for count in counts if 0 < count < cluster.devices)]
+    shares = BALANCING_SHARES if rollout.max_staleness else ENGINE_SHARES
+    counts = {round(share * cluster.devices / unit) * unit for share in shares}
+    dedicated = sorted(count for count in counts if 0 < count < cluster.devices)
+    return dedicated if rollout.update == "in_flight" else [0, *dedicated]
 
 
 def residences(config: Config, dedicated: int) -> list[Config]:
     """Return what may stay on the devices.
 
-    Engines awake; engines asleep; neither those nor states.
+    Engines awake; engines asleep; neither those nor states. Engines that generate while the models
+    train cannot sleep.
     """
     if dedicated:
         return [replace(config, rollout=replace(config.rollout, sleep=False))]
+    choices = [(False, False), (True, False), (True, True)]
+    if config.rollout.max_staleness:
+        choices = [(False, False), (False, True)]
     configs = []
-    for sleep, offload in ((False, False), (True, False), (True, True)):
+    for sleep, offload in choices:
         rollout = replace(config.rollout, sleep=sleep)
         configs.append(
             replace(config, rollout=rollout, model=replace(config.model, offload=offload))

@@ -1,22 +1,24 @@
 """Seconds of each phase of a step: a roofline with named hardware numbers.
 
 Invariant: every phase is work (operations, bytes, messages) divided by a rate of `hardware.yaml`,
-plus the waiting that the schedule makes (pipeline bubble, longest completion). Lengths are the
-job's mean lengths. Pure: numbers only.
+plus the waiting that the schedule makes (pipeline bubble, longest completion); what of a step
+overlaps is said in `schedule.py`. Lengths are the job's mean lengths. Pure: numbers only.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
+from rlhf3d.planning.checkpoint import checkpoint_bytes
 from rlhf3d.planning.engines import engine_elements
 from rlhf3d.planning.job import Job, Model
-from rlhf3d.planning.memory import FORWARD_PHASES, checkpoint_bytes, states_of
+from rlhf3d.planning.memory import FORWARD_PHASES, states_of
 from rlhf3d.planning.search.flops import (
     attention_products,
     expert_bytes,
@@ -25,6 +27,7 @@ from rlhf3d.planning.search.flops import (
 )
 from rlhf3d.planning.search.generation import generate_time
 from rlhf3d.planning.search.phase_time import PhaseTime, ring_bytes
+from rlhf3d.planning.search.schedule import Schedule, make_schedule
 from rlhf3d.planning.states import chunk_sizes
 from rlhf3d.units import ITEM_BYTES, round_up
 
@@ -56,11 +59,14 @@ class TimePlan:
     """Of a step: prompts and completions."""
     steps: int | None
     devices: int
+    schedule: Schedule
+    in_turn_s: float
+    """Seconds of a step if generation and training were one after the other."""
 
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return sum(phase.total for phase in self.phases)
+        return self.schedule.step_s
 
     @property
     def tokens_s(self) -> float:
@@ -95,7 +101,23 @@ class Stage:
 
 def plan_time(job: Job) -> TimePlan:
     """Return the time of a job's step."""
-    phases = [sync_time(job), generate_time(job)]
+    training = training_phases(job)
+    phases = [sync_time(job), generate_time(job), *training]
+    tokens = job.derived.sequences_per_step * job.lengths.total
+    devices = job.devices_needed if job.on_gpu else 1
+    return TimePlan(
+        tuple(phases),
+        tokens,
+        job.derived.total_steps,
+        devices,
+        make_schedule(job, phases),
+        _in_turn_s(job, training),
+    )
+
+
+def training_phases(job: Job) -> list[PhaseTime]:
+    """Return what does not depend on the engines: passes, updates, the share of a save."""
+    phases = []
     skips_old_logprobs = job.config.algorithm.rollout_correction.bypass_mode
     for role in ("reward", "actor", "ref", "critic"):
         model = job.model(role)
@@ -107,9 +129,14 @@ def plan_time(job: Job) -> TimePlan:
             phases.append(update_time(job, model))
     if job.config.trainer.save_freq:
         phases.append(save_time(job))
-    tokens = job.derived.sequences_per_step * job.lengths.total
-    devices = job.devices_needed if job.on_gpu else 1
-    return TimePlan(tuple(phases), tokens, job.derived.total_steps, devices)
+    return phases
+
+
+def _in_turn_s(job: Job, training: Sequence[PhaseTime]) -> float:
+    """Seconds of the same step on the same devices with rollout.max_staleness = 0."""
+    rollout = replace(job.config.rollout, max_staleness=0, update="between_batches")
+    job = replace(job, config=replace(job.config, rollout=rollout))
+    return make_schedule(job, [sync_time(job), generate_time(job), *training]).step_s
 
 
 def _padded(job: Job, model: Model, backward: bool) -> float:

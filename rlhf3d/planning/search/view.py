@@ -16,14 +16,16 @@ from rlhf3d.config.summary import summary_lines
 from rlhf3d.observability.tables import Row, View, table
 from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.memory import MemoryPlan, RankMemory
+from rlhf3d.planning.search.generation import decoding_batch, running_sequences
 from rlhf3d.planning.search.phase_time import PhaseTime
 from rlhf3d.planning.search.plan import TimedPlan
-from rlhf3d.planning.search.ranking import Found
+from rlhf3d.planning.search.ranking import Found, Split
+from rlhf3d.planning.search.schedule import ALONE, Mode, Schedule, mode_of
 from rlhf3d.planning.search.times import FORWARD, UPDATE, TimePlan
 from rlhf3d.planning.view import memory_lines, memory_table
 from rlhf3d.units import GIB
 
-SUMMARY = {"layout", "rollout", "step", "actor", "critic"}
+SUMMARY = {"layout", "rollout", "step", "staleness", "old_policy", "actor", "critic"}
 """Lines of a configuration's summary that a plan repeats."""
 NAMED_S = 0.005
 """Seconds from which a part of a phase is worth naming."""
@@ -56,8 +58,27 @@ def _time_table(time: TimePlan) -> Table:
         {"": phase.phase, "s": phase.total, "of that": _named_parts(phase)} for phase in time.phases
     ]
     rows.append({})
+    rows += _side_rows(time.schedule)
     rows.append({"": "step", "s": time.step_s, "of that": "without scoring and validation"})
     return table(rows, title="time of a step, s")
+
+
+def _side_rows(schedule: Schedule) -> list[Row]:
+    """The two sides of a step that lie beside each other; nothing where they do not."""
+    if schedule.mode == "in_turn":
+        return []
+    of_engines = f"waits {schedule.engines_wait_s:.1f} for training"
+    if schedule.longest_s:
+        of_engines += f"; the longest trajectory {schedule.longest_s:.1f} from being asked for"
+    of_training = f"waits {schedule.training_waits_s:.1f} for samples"
+    if schedule.shared_s:
+        of_training += f"; its devices also do {schedule.shared_s:.1f} of the engines' side"
+    alone = " and ".join(ALONE[schedule.mode])
+    return [
+        {"": "engines' side", "s": schedule.engines_s, "of that": of_engines},
+        {"": "training's side", "s": schedule.training_s, "of that": of_training},
+        {"": "neither", "s": schedule.alone_s, "of that": alone},
+    ]
 
 
 def _named_parts(phase: PhaseTime) -> str:
@@ -81,7 +102,39 @@ def _time_lines(plan: TimedPlan) -> list[str]:
         run = f"{time.steps} steps, {time.hours:.1f} hours"
         if plan.job.on_gpu:
             run += f", {time.device_hours:.1f} GPU-hours"
-    return [line, *_turn_lines(plan), f"run        {run}"]
+    return [line, *_turn_lines(plan), *_schedule_lines(plan), f"run        {run}"]
+
+
+def _schedule_lines(plan: TimedPlan) -> list[str]:
+    """What running ahead gains, and what the engines hold meanwhile."""
+    time, job = plan.time, plan.job
+    if time is None or time.schedule.mode == "in_turn":
+        return []
+    schedule = time.schedule
+    lines = [
+        f"schedule   {_sum_text(schedule)} = {schedule.step_s:.1f} s a step; in turn "
+        f"{time.in_turn_s:.1f} s, {time.in_turn_s / schedule.step_s:.2f} x as long"
+    ]
+    if schedule.mode == "in_flight":
+        running = running_sequences(job)
+        lines.append(
+            f"in flight  {running:.0f} sequences run in an engine, which decodes "
+            f"{decoding_batch(job, running):.0f} of them at once (rollout.max_num_seqs "
+            f"{job.config.rollout.max_num_seqs}, and what its KV cache holds)"
+        )
+    return lines
+
+
+def _sum_text(schedule: Schedule) -> str:
+    """The seconds of a step as they are put together."""
+    training = f"{schedule.training_s:.1f}"
+    sides = [f"engines {schedule.engines_s:.1f}", f"training {training}"]
+    if schedule.shared_s:
+        sides[1] += f" + shared {schedule.shared_s:.1f}"
+    if schedule.longest_s:
+        steps = schedule.versions + 1
+        sides.append(f"(longest {schedule.longest_s:.1f} + {training}) / {steps}")
+    return f"max({', '.join(sides)}) + {schedule.alone_s:.1f}"
 
 
 def _turn_lines(plan: TimedPlan) -> list[str]:
@@ -94,7 +147,8 @@ def _turn_lines(plan: TimedPlan) -> list[str]:
         f"(--turns); of the response {lengths.sampled:.0f} tokens are sampled and "
         f"{lengths.observed:.0f} observed (--observation-tokens), computed once: the prefix cache "
         "holds what came before",
-        f"calls      {lengths.environment_s:g} s each (--environment-seconds), "
+        f"calls      {lengths.environment_s:g} s each (--environment-seconds), the longest of a "
+        f"batch {lengths.slowest_call_s:g} s (--longest-environment-seconds), "
         f"{config.environment.max_concurrent} environments at once; one row of the batch a "
         "trajectory",
     ]
@@ -150,11 +204,20 @@ def _rank_data(rank: RankMemory) -> dict[str, Any]:
 def _time_data(time: TimePlan) -> dict[str, Any]:
     return {
         "phases": {phase.phase: dict(phase.parts) for phase in time.phases},
+        "schedule": _sides_data(time.schedule) | {"in_turn_s": time.in_turn_s},
         "step_s": time.step_s,
         "tokens_s": time.tokens_s,
         "steps": time.steps,
         "hours": time.hours,
         "device_hours": time.device_hours,
+    }
+
+
+def _sides_data(schedule: Schedule) -> dict[str, Any]:
+    return asdict(schedule) | {
+        "step_s": schedule.step_s,
+        "engines_wait_s": schedule.engines_wait_s,
+        "training_waits_s": schedule.training_waits_s,
     }
 
 
@@ -164,6 +227,7 @@ def search_view(found: Found, cluster: Cluster, shape: Path) -> View:
     parts: list[str | Table] = [f"{shape.name} on {cluster}: {looked}"]
     if found.best:
         parts += [_search_table("fastest that fit", found.best), _comparison(found.best)]
+        parts += _split_tables(found)
     else:
         parts.append("nothing fits: take more GPUs, or shorten the sequences")
     if found.near:
@@ -177,8 +241,32 @@ def search_view(found: Found, cluster: Cluster, shape: Path) -> View:
             "counts": dict(found.counts),
             "best": [_with_config(plan) for plan in found.best],
             "near": [_with_config(plan) for plan in found.near],
+            "splits": [_split_data(split) for split in found.splits],
         },
     )
+
+
+def _split_data(split: Split) -> dict[str, Any]:
+    schedule = split.schedule
+    return {
+        "engine_devices": split.dedicated or split.training,
+        "training_devices": split.training,
+        "colocated": not split.dedicated,
+        "schedule": None if schedule is None else _sides_data(schedule),
+    }
+
+
+def _split_tables(found: Found) -> list[Table]:
+    """The fastest of each way to share the devices out; none where the sides take turns."""
+    mode = mode_of(found.best[0].job.config.rollout)
+    if mode == "in_turn":
+        return []
+    rows: list[Row] = []
+    for split in found.splits:
+        engines = str(split.dedicated) if split.dedicated else "the same"
+        row: dict[str, object] = {"train": split.training, "generate": engines}
+        rows.append(row | _side_columns(split.schedule, mode))
+    return [table(rows, "fastest by devices that")]
 
 
 def _with_config(plan: TimedPlan) -> dict[str, Any]:
@@ -198,19 +286,47 @@ def _search_row(number: int, plan: TimedPlan) -> Row:
         "engines": _engines(plan),
         "GiB": plan.memory.peak[1].total / GIB,
     }
+    if _in_turn(plan):
+        return row | _phase_columns(plan)
+    schedule = None if plan.time is None else plan.time.schedule
+    return row | _side_columns(schedule, mode_of(plan.job.config.rollout))
+
+
+def _in_turn(plan: TimedPlan) -> bool:
+    return mode_of(plan.job.config.rollout) == "in_turn"
+
+
+def _phase_columns(plan: TimedPlan) -> dict[str, object]:
+    """Seconds of a step by phases; nothing where the engines cannot start."""
+    if plan.time is None:
+        return dict.fromkeys(("step s", "generate", "passes", "updates", "other"))
     seconds = _seconds(plan)
-    if not seconds:
-        return row | dict.fromkeys(("step s", "generate", "passes", "updates", "other"))
     passes = sum(seconds.get(name, 0.0) for name in FORWARD)
     updates = sum(seconds.get(name, 0.0) for name in UPDATE)
     other = plan.step_s - seconds["generate"] - passes - updates
-    return row | {
+    return {
         "step s": plan.step_s,
         "generate": seconds["generate"],
         "passes": passes,
         "updates": updates,
         "other": other,
     }
+
+
+def _side_columns(schedule: Schedule | None, mode: Mode) -> dict[str, object]:
+    """Seconds of both sides of a step; nothing where there is none."""
+    between = "longest" if mode == "in_flight" else "shared"
+    names = ("step s", "engines' side", "training's side", between, "neither")
+    if schedule is None:
+        return dict.fromkeys(names)
+    seconds = (
+        schedule.step_s,
+        schedule.engines_s,
+        schedule.training_s,
+        schedule.longest_s if mode == "in_flight" else schedule.shared_s,
+        schedule.alone_s,
+    )
+    return dict(zip(names, seconds, strict=True))
 
 
 def _seconds(plan: TimedPlan) -> dict[str, float]:
@@ -251,7 +367,7 @@ def _comparison(plans: tuple[TimedPlan, ...]) -> str:
     """The first against the second, by the four phases that differ most."""
     first = plans[0]
     rank, phase = first.memory.peak
-    lines = [f"1. peak {phase.phase} on {rank.place}; {_waiting(first)}"]
+    lines = [f"1. peak {phase.phase} on {rank.place}; {_waiting(first)}", *_balance(first)]
     if len(plans) > 1:
         other = _seconds(plans[1])
         differences = [
@@ -261,6 +377,22 @@ def _comparison(plans: tuple[TimedPlan, ...]) -> str:
         named = [f"{name} {s:+.1f} s" for s, name in differences[:4] if abs(s) >= 0.05]
         lines.append(f"   against 2: {', '.join(named) or 'the same within 0.05 s a phase'}")
     return "\n".join(lines)
+
+
+def _balance(plan: TimedPlan) -> list[str]:
+    """How even the two sides of a step are; nothing where they are one after the other."""
+    assert plan.time is not None, "a plan that fits has a time"
+    if _in_turn(plan):
+        return []
+    job, schedule = plan.job, plan.time.schedule
+    devices = f"{job.training_devices} devices train and generate"
+    if not job.colocated:
+        devices = f"{job.training_devices} devices train, {job.engine_ranks} generate"
+    return [
+        f"   {devices}: of a step the engines wait {schedule.engines_wait_s:.1f} s for training, "
+        f"training waits {schedule.training_waits_s:.1f} s for samples; in turn a step would take "
+        f"{plan.time.in_turn_s:.1f} s"
+    ]
 
 
 def _waiting(plan: TimedPlan) -> str:

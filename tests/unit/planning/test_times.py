@@ -278,6 +278,10 @@ def test_what_is_not_known_of_trajectories_is_the_middle() -> None:
     assert mean_lengths(config(data=data)) == Lengths(50, 500)
     with pytest.raises(ValueError, match=r"--observation-tokens 40 x \(5 - 1\) turns = 160: .*100"):
         mean_lengths(made, response=100, observation=40)
+    assert mean_lengths(made, environment_s=2).slowest_call_s == 2
+    assert mean_lengths(made, environment_s=2, longest_call_s=9).slowest_call_s == 9
+    with pytest.raises(ValueError, match=r"--longest-environment-seconds 1: below the mean, .* 2"):
+        mean_lengths(made, environment_s=2, longest_call_s=1)
 
 
 def test_the_run_in_hours() -> None:
