@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlhf3d.commands.environment import environment_of
 from rlhf3d.data import sets
 from rlhf3d.options import AsJson, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
@@ -90,6 +91,12 @@ def check(
     reward: Annotated[
         Path | None, typer.Option(help="Python file with compute_score, instead of the scorers.")
     ] = None,
+    environment: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration with the rows' environments: their tools count in the lengths."
+        ),
+    ] = None,
     method: Annotated[
         Literal["strict", "flexible"], typer.Option(help="As reward.method.")
     ] = "strict",
@@ -115,7 +122,20 @@ def check(
     if reward is not None:
         refuse_unused(context, ["scorer", "method"], "--reward scores instead")
     custom = load_custom_reward(reward) if reward else None
-    scorers = scorers_of(scorer)
-    checked = check_prompt_files(files, loaded, max_prompt_length, custom, scorers, method, workers)
+    offered = None
+    if environment is not None:
+        from rlhf3d.experience.environments import make_environments, offered_tools
+
+        offered = offered_tools(make_environments(environment_of(environment).environment))
+    checked = check_prompt_files(
+        files,
+        loaded,
+        max_prompt_length,
+        custom,
+        scorers_of(scorer),
+        method,
+        workers,
+        offered=offered,
+    )
     check_view(checked).show(as_json)
     raise typer.Exit(2 if checked.problems else 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from rlhf3d.commands.environment import environment_of
 from rlhf3d.config.fields import Overlong
 from rlhf3d.options import AsJson, json_object, option_groups, refuse_unused, scorers_of
 from rlhf3d.paths import check_output
@@ -108,16 +109,9 @@ class Conversations:
 
     def settings(self) -> dict[str, Any]:
         """The settings of an evaluation that it makes. Raises ValueError."""
-        from rlhf3d.config.load import ConfigError, read_config
-
         if self.environment is None:
             return {}
-        config, problems = read_config(self.environment)
-        # Only these sections are used: others may be missing.
-        if own := [text for text in problems if text.startswith("environment")]:
-            raise ConfigError(own, f"--environment {self.environment} has problems")
-        if not config.environment.enabled:
-            raise ValueError(f"--environment {self.environment}: it sets no environment.path")
+        config = environment_of(self.environment)
         weights = config.reward.weights
         used = {name: weights[name] for name in ("accuracy", "environment") if name in weights}
         return {"environment": config.environment, "weights": used or {"accuracy": 1.0}}

@@ -14,8 +14,16 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf3d.data.parquet import open_parquet, read_batches, read_provenance, record_of
-from rlhf3d.data.rows import PromptRow, question_key, row_of
+from rlhf3d.data.dataset import OfferedTools, with_tools
+from rlhf3d.data.parquet import (
+    open_parquet,
+    other_columns,
+    prompt_columns,
+    read_batches,
+    read_provenance,
+    record_of,
+)
+from rlhf3d.data.rows import PromptRow, environment_row, question_key, row_of
 from rlhf3d.tokenizer.chat import ChatTokenizer, is_needed, left_out, tokenize
 
 _BATCH = 2048
@@ -111,12 +119,16 @@ def check_files(
     tokenizer: ChatTokenizer | None = None,
     max_prompt_length: int | None = None,
     grader: Grader | None = None,
+    offered: OfferedTools | None = None,
 ) -> list[FileCheck]:
-    """Check prompt files against each other, a tokenizer and a grader of their ground truths."""
+    """Check prompt files against each other, a tokenizer and a grader of their ground truths.
+
+    `offered`: of the configuration's environments, which all rows then have.
+    """
     checks, keys = [], []
     for path in files:
-        check, questions = _read(str(path), tokenizer, max_prompt_length, grader)
-        _judge(check, max_prompt_length)
+        check, questions = _read(str(path), tokenizer, max_prompt_length, grader, offered)
+        _judge(check, max_prompt_length, environments=offered is not None)
         if grader is not None:
             grader.finish(check)
         checks.append(check)
@@ -126,13 +138,17 @@ def check_files(
 
 
 def _read(
-    path: str, tokenizer: ChatTokenizer | None, limit: int | None, grader: Grader | None
+    path: str,
+    tokenizer: ChatTokenizer | None,
+    limit: int | None,
+    grader: Grader | None,
+    offered: OfferedTools | None,
 ) -> tuple[FileCheck, set[bytes]]:
     """The counts of a file, and the digests of its questions."""
     check = FileCheck(path, provenance=read_provenance(path))
     lengths: Counter[int] = Counter()
     questions: set[bytes] = set()
-    for number, row in _usable_rows(check):
+    for number, row in _usable_rows(check, offered):
         # A digest instead of the text: a file may hold millions of questions.
         key = blake2b(question_key(row).encode(errors="replace"), digest_size=12).digest()
         check.duplicates += key in questions
@@ -154,16 +170,26 @@ def _read(
     return check, questions
 
 
-def _usable_rows(check: FileCheck) -> Iterator[tuple[int, PromptRow]]:
+def _usable_rows(check: FileCheck, offered: OfferedTools | None) -> Iterator[tuple[int, PromptRow]]:
     """Rows with their numbers; those that cannot be used are counted in `check`."""
-    for batch in read_batches(open_parquet(check.path), check.path, _BATCH):
+    file = open_parquet(check.path, environments=offered is not None)
+    columns = prompt_columns(file.schema_arrow)
+    if offered is not None:
+        columns += other_columns(file.schema_arrow, check.path)
+    for batch in read_batches(file, check.path, _BATCH, columns):
         for offset in range(batch.num_rows):
             where = f"row {check.rows}"
             check.rows += 1
             try:
-                row = row_of(record_of(batch, offset, where), where)
+                record = record_of(batch, offset, where)
+                row = row_of(record, where) if offered is None else environment_row(record, where)
+                if offered is not None:
+                    row = with_tools(row, offered)
             except ValueError as error:
-                _count_unusable(check, str(error))
+                message = str(error)
+                # The configuration's errors do not know the row.
+                named = message.startswith(where)
+                _count_unusable(check, message if named else f"{where}: {message}")
             else:
                 yield check.rows - 1, row
 
@@ -187,7 +213,7 @@ def _count_unusable(check: FileCheck, message: str) -> None:
         check.unreadable.append(message)
 
 
-def _judge(check: FileCheck, limit: int | None) -> None:
+def _judge(check: FileCheck, limit: int | None, environments: bool) -> None:
     """Turn counts into problems and warnings."""
     if check.unreadable_count:
         check.problems.append(
@@ -202,7 +228,12 @@ def _judge(check: FileCheck, limit: int | None) -> None:
     for key, count in check.left_out.items():
         check.warnings.append(f"the chat template leaves {key} of {count} prompts out")
     unnamed = check.environments.get("", 0)
-    if unnamed and len(check.environments) > 1:
+    if len(check.environments) > (unnamed > 0) and not environments and check.lengths:
+        check.warnings.append(
+            "rows name environments, whose tools are not in these lengths: give the configuration "
+            "with --environment"
+        )
+    if unnamed and len(check.environments) > 1 and not environments:
         check.warnings.append(
             f"{unnamed} of {check.rows} rows name no environment, the others do: they have that of "
             "environment.name, without which a run refuses them"

@@ -27,6 +27,10 @@ SCANNED = 100_000
 PROBED = 2_000
 
 
+OfferedTools = Callable[[Mapping[str, Any]], Sequence[Any]]
+"""The tools of a row's environment, as JSON schemas, by the row's columns."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt, tokenized, and what its completions are scored with."""
@@ -72,12 +76,11 @@ class PromptDataset(Sequence[Prompt]):
         key: str = "data.train_files",
         cache_dir: str | Path | None = None,
         vocab_size: int | None = None,
-        offered: Callable[[Mapping[str, Any]], Sequence[Any]] | None = None,
+        offered: OfferedTools | None = None,
     ) -> None:
         if not files:
             raise ValueError(f"{key}: no files named; give one or more parquet files of prompts")
-        # Environments are reset with whatever columns the files have.
-        self._store = RowStore(files, cache_dir, others=offered is not None)
+        self._store = RowStore(files, cache_dir, environments=offered is not None)
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._limit, self._overlong = max_prompt_length, overlong
         self._key, self._offered = key, offered
@@ -178,7 +181,9 @@ class PromptDataset(Sequence[Prompt]):
     @property
     def data_sources(self) -> list[str]:
         """The distinct data sources, sorted."""
-        return sorted(self._sources if self.scanned else data_sources(self._store.files))
+        if self.scanned:
+            return sorted(self._sources)
+        return sorted(data_sources(self._store.files, environments=self._offered is not None))
 
     @property
     def file_ranges(self) -> list[range]:
@@ -271,13 +276,9 @@ class PromptDataset(Sequence[Prompt]):
                 )
             return row
         try:
-            offered = self._offered(row.columns)
+            return with_tools(row, self._offered)
         except ValueError as error:
             raise ValueError(f"{self._key}: {self._store.where(number)}: {error}") from error
-        # A data set may list the same tools already, written for another library.
-        known = [_tool_name(tool) for tool in offered]
-        own = [tool for tool in row.tools if _tool_name(tool) not in known]
-        return replace(row, tools=[*own, *offered])
 
     def _tokenize(self, row: PromptRow, number: int) -> tuple[int, ...]:
         try:
@@ -318,6 +319,15 @@ class PromptDataset(Sequence[Prompt]):
             f"data.max_prompt_length={longest}, or data.overlong_prompts to filter, truncate_left "
             "or truncate_right"
         )
+
+
+def with_tools(row: PromptRow, offered: OfferedTools) -> PromptRow:
+    """A row with the tools of its environment beside its own; ValueError as `offered`."""
+    tools = offered(row.columns)
+    # A data set may list the same tools already, written for another library.
+    known = [_tool_name(tool) for tool in tools]
+    own = [tool for tool in row.tools if _tool_name(tool) not in known]
+    return replace(row, tools=[*own, *tools])
 
 
 def _tool_name(tool: Any) -> Any:

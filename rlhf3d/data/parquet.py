@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf3d.data.messages import NOT_TEXT
-from rlhf3d.data.rows import OPTIONAL_COLUMNS, REQUIRED_COLUMNS, PromptRow, row_of
+from rlhf3d.data.rows import (
+    NO_SOURCE,
+    OPTIONAL_COLUMNS,
+    REQUIRED_COLUMNS,
+    PromptRow,
+    row_of,
+)
 from rlhf3d.paths import refuse_pointer
 
 ROW_GROUP_SIZE = 4096
@@ -138,10 +144,11 @@ def _struct_keys(schema: pa.Schema, column: str) -> set[str]:
     return {field.name for field in kind}
 
 
-def open_parquet(path: str | Path) -> pq.ParquetFile:
+def open_parquet(path: str | Path, environments: bool = False) -> pq.ParquetFile:
     """A file of prompts, memory-mapped.
 
-    ValueError where it is missing, unreadable, or without a column or row that prompts need.
+    ValueError where it is missing, unreadable, or without a column or row that prompts need; for
+    runs with `environments`, `prompt` alone is needed (see `rows.environment_row`).
     """
     if not Path(path).is_file():
         problem = "a folder; name the files in it" if Path(path).is_dir() else "no such file"
@@ -156,13 +163,16 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
     columns = file.schema_arrow.names
     for column in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
         _refuse_repeated(columns, column, path)
-    for column in REQUIRED_COLUMNS:
+    for column in ("prompt",) if environments else REQUIRED_COLUMNS:
         if column not in columns:
             raise ValueError(
                 f"{path}: no column {column!r} (it has: {', '.join(columns)}). Prompts need "
-                f"{', '.join(REQUIRED_COLUMNS)}; `rlhf3d data prepare` writes such files"
+                f"{', '.join(REQUIRED_COLUMNS)}; `rlhf3d data prepare` writes such files (with "
+                "environment.path, prompt is enough)"
             )
-    kind = file.schema_arrow.field("data_source").type
+    kind = pa.string()
+    if "data_source" in columns:
+        kind = file.schema_arrow.field("data_source").type
     if not _is_text(kind):
         raise ValueError(
             f"{path}: column 'data_source' must be text, not {kind}; write its names as text"
@@ -221,11 +231,18 @@ def read_batches(
         ) from error
 
 
-def data_sources(files: Sequence[str | Path]) -> set[str]:
-    """The distinct data sources of prompt files; reads that column alone."""
+def data_sources(files: Sequence[str | Path], environments: bool = False) -> set[str]:
+    """The distinct data sources of prompt files; reads that column alone.
+
+    `environments` as for `open_parquet`.
+    """
     found: set[str | None] = set()
     for path in files:
-        for batch in read_batches(open_parquet(path), path, ROW_GROUP_SIZE, ["data_source"]):
+        file = open_parquet(path, environments)
+        if "data_source" not in file.schema_arrow.names:
+            found.add(NO_SOURCE)
+            continue
+        for batch in read_batches(file, path, ROW_GROUP_SIZE, ["data_source"]):
             try:
                 found |= set(batch.column("data_source").unique().to_pylist())
             except UnicodeDecodeError:  # reported with its number when the row is read
@@ -281,9 +298,25 @@ def read_parquet(path: str | Path) -> list[PromptRow]:
     return list(iter_rows(path))
 
 
+def copy_rows(path: str | Path, to: Path, count: int) -> None:
+    """Write the first `count` rows of a file, all columns; again from the first where it has less.
+
+    ValueError as `open_parquet`.
+    """
+    file = open_parquet(path, environments=True)
+    taken: list[pa.RecordBatch] = []
+    for batch in read_batches(file, path, count, file.schema_arrow.names):
+        taken.append(batch)
+        if sum(part.num_rows for part in taken) >= count:
+            break
+    rows = pa.Table.from_batches(taken)
+    whole = pa.concat_tables([rows] * -(-count // rows.num_rows))
+    pq.write_table(whole.slice(0, count), to)
+
+
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """What `write_parquet` noted of the file's origin; empty for files of other writers."""
-    metadata = open_parquet(path).metadata.metadata or {}
+    metadata = open_parquet(path, environments=True).metadata.metadata or {}
     return dict(json.loads(metadata.get(_PROVENANCE_KEY, b"{}")))
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from rlhf3d.data.messages import NOT_TEXT, last_request, read_prompt, read_tools, without_nulls
 
 REQUIRED_COLUMNS = ("data_source", "prompt", "reward_model")
 OPTIONAL_COLUMNS = ("ability", "extra_info", "tools", "environment")
+NO_SOURCE = "environment"
+"""Data source of rows that name none, as an environment may need none."""
+WITHOUT_TRUTH = ("model", "environment")
+"""Values of `reward_model.style` for rows that no rule scores."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class PromptRow:
     ability: str
     """Kind of task, for example "math"."""
     reward_model: dict[str, Any]
-    """{"style": "rule", "ground_truth": ...}; {"style": "model"} for a reward model alone."""
+    """{"style": "rule", "ground_truth": ...}; {"style": "model"} for a reward model alone, and
+    {"style": "environment"} for an environment."""
     extra_info: dict[str, Any] = field(default_factory=dict)
     """Anything else; usually split, index, question and answer."""
     tools: list[Any] = field(default_factory=list)
@@ -52,7 +57,7 @@ class PromptRow:
 
     @property
     def ground_truth(self) -> Any:
-        """What a rule compares with; None in rows for a reward model."""
+        """What a rule compares with; None in rows for a reward model or an environment alone."""
         return self.reward_model.get("ground_truth")
 
     @property
@@ -75,10 +80,11 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
         raise ValueError(f"{where}: data_source must be text, not {record['data_source']!r}")
     reward_model = _struct(record["reward_model"], f"{where}: reward_model")
     # Refused here and not when it is scored: a rule without a truth would fail at every completion.
-    if reward_model.get("style") != "model" and reward_model.get("ground_truth") is None:
+    known = reward_model.get("style") in WITHOUT_TRUTH
+    if not known and reward_model.get("ground_truth") is None:
         raise ValueError(
-            f"{where}: reward_model must be a struct with a ground_truth, or of style model, not "
-            f"{record['reward_model']!r}"
+            f"{where}: reward_model must be a struct with a ground_truth, or of style "
+            f"{' or '.join(WITHOUT_TRUTH)}, not {record['reward_model']!r}"
         )
     # Such a prompt's text refers to what the model would not see.
     for column in NOT_TEXT:
@@ -95,6 +101,21 @@ def row_of(record: Mapping[str, Any], where: str) -> PromptRow:
         tools=read_tools(record.get("tools"), where),
         environment=_text(record.get("environment"), f"{where}: environment") or None,
     )
+
+
+def environment_row(record: Mapping[str, Any], where: str) -> PromptRow:
+    """A record with all columns of its file as a row for an environment; ValueError as `row_of`.
+
+    Without their columns, the data source is NO_SOURCE, and there is no ground truth. A prompt that
+    is a text is a message of the user's.
+    """
+    missing = {"data_source": NO_SOURCE, "reward_model": {"style": "environment"}}
+    complete = {**missing, **record}
+    if isinstance(complete["prompt"], str):
+        complete["prompt"] = [{"role": "user", "content": complete["prompt"]}]
+    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *NOT_TEXT)
+    others = {name: value for name, value in record.items() if name not in known}
+    return replace(row_of(complete, where), others=others)
 
 
 def _struct(value: Any, what: str) -> dict[str, Any]:

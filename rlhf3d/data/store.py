@@ -12,7 +12,6 @@ import bisect
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from rlhf3d.data.parquet import (
     read_batches,
     record_of,
 )
-from rlhf3d.data.rows import PromptRow, row_of
+from rlhf3d.data.rows import PromptRow, environment_row, row_of
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Unpacked size up to which a file is held in memory."""
@@ -39,23 +38,23 @@ _FORMAT = "2"
 class RowStore:
     """The rows of `files`, numbered through.
 
-    Large files are unpacked in `cache_dir` (null: the user's cache). `others`: whether rows have
-    the files' other columns too.
+    Large files are unpacked in `cache_dir` (null: the user's cache). `environments`: rows have the
+    files' other columns too, and `prompt` is the only one that these must have.
     """
 
     def __init__(
         self,
         files: Sequence[str | Path],
         cache_dir: str | Path | None = None,
-        others: bool = False,
+        environments: bool = False,
     ) -> None:
         cache = default_cache() if cache_dir is None else Path(cache_dir)
         self.files = [str(file) for file in files]
-        self._others = others
+        self._environments = environments
         self._batches: list[pa.RecordBatch] = []
         self._file_starts = [0]
         for file in files:
-            batches = _open(Path(file), cache, others)
+            batches = _open(Path(file), cache, environments)
             self._batches += batches
             rows = sum(batch.num_rows for batch in batches)
             self._file_starts.append(self._file_starts[-1] + rows)
@@ -70,11 +69,9 @@ class RowStore:
         batch, offset = _place(self._batch_starts, number)
         where = self.where(number)
         record = record_of(self._batches[batch], offset, where)
-        row = row_of(record, where)
-        if not self._others:
-            return row
-        names = other_columns(self._batches[batch].schema, where)
-        return replace(row, others={name: record[name] for name in names})
+        if not self._environments:
+            return row_of(record, where)
+        return environment_row(record, where)
 
     def where(self, number: int) -> str:
         """File and row, for people."""
@@ -99,10 +96,10 @@ def default_cache() -> Path:
     return Path(base) / "rlhf3d" / "prompts"
 
 
-def _open(path: Path, cache: Path, others: bool) -> list[pa.RecordBatch]:
-    file = open_parquet(path)
+def _open(path: Path, cache: Path, environments: bool) -> list[pa.RecordBatch]:
+    file = open_parquet(path, environments)
     columns = prompt_columns(file.schema_arrow)
-    if others:
+    if environments:
         columns += other_columns(file.schema_arrow, path)
     metadata = file.metadata
     # Parquet's total_byte_size is that before compression.
@@ -111,7 +108,7 @@ def _open(path: Path, cache: Path, others: bool) -> list[pa.RecordBatch]:
     )
     if unpacked_bytes <= IN_MEMORY_BYTES:
         return list(read_batches(file, path, BATCH_ROWS, columns))
-    unpacked = cache / f"{_identity(path, others)}.arrow"
+    unpacked = cache / f"{_identity(path, environments)}.arrow"
     if not unpacked.is_file():
         _unpack_to(file, path, unpacked, columns)
     # The batches are views of the mapped file: a page is read when a row of it is.
@@ -119,11 +116,11 @@ def _open(path: Path, cache: Path, others: bool) -> list[pa.RecordBatch]:
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
-def _identity(path: Path, others: bool) -> str:
+def _identity(path: Path, environments: bool) -> str:
     status = path.stat()
     # A replaced file gets another name, and so is unpacked again; reading it all would be slow.
     key = f"{_FORMAT}:{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    if others:
+    if environments:
         key += ":all"
     return f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 

@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from rlhf3d.environments.api import Call
+from rlhf3d.experience.environment_failures import remedy
 from rlhf3d.experience.episode import (
     Action,
     Episode,
@@ -316,8 +317,7 @@ def check_failures(failures: Sequence[Score], max_error_rate: float, total: int)
         f"the environments of {len(failures)} of {total} trajectories failed; "
         f"environment.max_error_rate={max_error_rate} allows {allowed}. "
         f"The first:\n{one_screen(failures[0].message or 'no message')}\n"
-        "Fix the environment, or raise environment.call_timeout_s, trajectory_timeout_s, retries "
-        "or max_error_rate."
+        f"{remedy(failures)}"
     )
 
 

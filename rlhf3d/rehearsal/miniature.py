@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf3d.data.parquet import iter_rows, write_parquet
-from rlhf3d.data.rows import PromptRow
+from rlhf3d.data.parquet import copy_rows, write_parquet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,7 +118,8 @@ def write_model(
 def write_prompts(
     files: Sequence[str], folder: Path, rows: int, seed: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Write the first `rows` prompts of each file into a file of its own.
+    """Write the first `rows` prompts of each file into a file of its own, again from the first if
+    there are fewer.
 
     Returns those files, and the names of files that are not here: for those, generated word
     problems stand in.
@@ -130,15 +129,15 @@ def write_prompts(
     folder.mkdir(parents=True, exist_ok=True)
     written, absent = [], []
     for number, name in enumerate(files):
-        prompts: list[PromptRow]
-        if Path(name).is_file():
-            prompts = list(islice(iter_rows(name), rows))
-        else:
-            absent.append(name)
-            prompts = arithmetic.generate(STAND_IN_ROWS, STAND_IN_ROWS, seed=seed)[0][:rows]
-        while len(prompts) < rows:  # fewer than the steps of a rehearsal need: again from the first
-            prompts += prompts[: rows - len(prompts)]
         path = folder / f"{folder.name}_{number}.parquet"
-        write_parquet(prompts, path, {"rehearsal_of": name})
         written.append(str(path))
+        if Path(name).is_file():
+            # All columns, which environments may need.
+            copy_rows(name, path, rows)
+            continue
+        absent.append(name)
+        prompts = arithmetic.generate(STAND_IN_ROWS, STAND_IN_ROWS, seed=seed)[0][:rows]
+        while len(prompts) < rows:
+            prompts += prompts[: rows - len(prompts)]
+        write_parquet(prompts, path, {"rehearsal_of": name})
     return tuple(written), absent

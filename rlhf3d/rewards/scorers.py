@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf3d.data import sets
 from rlhf3d.data.boxed import last_boxed
+from rlhf3d.data.rows import NO_SOURCE
 from rlhf3d.rewards import gsm8k, math_verify_scorer
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.math_answer import normalize
@@ -96,6 +97,12 @@ def scorer_of(data_source: str, scorers: Mapping[str, str] | None = None) -> Sco
     """The scorer of a data source; ValueError where there is none."""
     known = {**DATA_SOURCES, **(scorers or {})}
     name = known.get(data_source)
+    if name is None and data_source == NO_SOURCE:
+        raise ValueError(
+            "reward.weights: no rule scores rows of a file without the column data_source; set "
+            "reward.weights={environment: 1.0}, where the environment alone gives rewards, or "
+            "custom_reward_function.path, or add the columns data_source and reward_model"
+        )
     if name is None:
         raise ValueError(
             f"no built-in scorer for data_source {data_source!r} (known: {', '.join(known)}); "
@@ -122,8 +129,9 @@ def check_data_sources(
 _OPEN_ANSWER = re.compile(r"(?:\\boxed\s*\{[^{}]*|####\s*)$")
 r"""A `\boxed{` or `####` at the prompt's end, which the completion goes on with."""
 WITHOUT_TRUTH = (
-    "a row has no ground truth (its reward_model is of style model), so a rule cannot score it; "
-    "set reward.weights to {reward_model: 1.0} alone, or give it one"
+    "a row has no ground truth (its reward_model is of style model or environment, or not there), "
+    "so a rule cannot score it; set reward.weights to {reward_model: 1.0} or {environment: 1.0} "
+    "alone, or give it one"
 )
 
 

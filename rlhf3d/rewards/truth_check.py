@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rlhf3d.data.check import SHOWN, CheckReport, FileCheck, Marks, check_files
-from rlhf3d.data.dataset import PromptDataset
+from rlhf3d.data.dataset import OfferedTools, PromptDataset
 from rlhf3d.data.parquet import data_sources
 from rlhf3d.data.rows import PromptRow, question_key
 from rlhf3d.rewards.function import RewardFunction
@@ -40,14 +40,18 @@ def check_prompt_files(
     method: str = "strict",
     workers: int = 1,
     timeout_s: float = 10.0,
+    offered: OfferedTools | None = None,
 ) -> CheckReport:
-    """Check prompt files, and their ground truths with the built-in scorers or `reward`."""
+    """Check prompt files, and their ground truths with the built-in scorers or `reward`.
+
+    `offered`: of the configuration's environments, which all rows then have.
+    """
     scorers = scorers or {}
-    graded = data_sources(files) & {*DATA_SOURCES, *scorers}
+    graded = data_sources(files, environments=offered is not None) & {*DATA_SOURCES, *scorers}
     function = reward or BuiltinReward(method, tuple(sorted(graded)), scorers)
     with RewardManager(function, workers=workers, timeout_s=timeout_s) as pool:
         grader = TruthGrader(pool, scorers, custom=reward is not None)
-        checks = check_files(files, tokenizer, max_prompt_length, grader)
+        checks = check_files(files, tokenizer, max_prompt_length, grader, offered)
     return CheckReport(checks, grader.answers_per_s)
 
 
@@ -149,7 +153,7 @@ def _judge(check: FileCheck, data_source: str, marks: Marks, custom: bool) -> No
     if marks.without_truth:
         check.warnings.append(
             f"{data_source}: {marks.without_truth} of {marks.rows} rows have no ground truth: only "
-            "a reward model can score them"
+            "a reward model or an environment can score them"
         )
     if marks.without_scorer:
         check.problems.append(

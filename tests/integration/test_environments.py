@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support.jobs import left_behind, read_rows, train, write_job
+from support.jobs import left_behind, read_rows, saved_steps, stop_at, train, write_job
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.checkpoints.manifest import read_manifest
@@ -30,7 +33,7 @@ class Letters:
 
     def reset(self, row, seed):
         self.turns, self._luck = 0, random.Random(seed).random()
-        return "go"
+        return row["says"]
 
     def step(self, text):
         self.turns += 1
@@ -44,6 +47,10 @@ FORGETFUL = CHAT_TEMPLATE.replace(
     "{{ m['content'] }}{% endif %}",
 )
 """What the assistant said is left out where it began with a lower-case letter: a new row begins."""
+PPO = (
+    "algorithm={adv_estimator: gae, use_kl_in_reward: true}",
+    "actor.policy_loss=vanilla",
+)
 OTHER_LAYOUT = (
     "actor.layout.tp=2",
     "actor.layout.pp=2",
@@ -55,11 +62,17 @@ OTHER_LAYOUT = (
 
 
 def settings(folder: Path, run: str) -> list[str]:
-    """Overrides of the tiny job; each token of text ends a turn, so that turns are short."""
+    """Overrides of the tiny job; each token of text ends a turn, so that turns are short.
+
+    Its data is as data sets made for TRL are: a prompt, and columns for the environment.
+    """
+    rows = {"prompt": [f"word {number}" for number in range(64)], "says": ["go"] * 64}
+    pq.write_table(pa.table(rows), folder / "trl.parquet")
     (folder / "letters.py").write_text(ENVIRONMENT)
     (folder / "forgetful.jinja").write_text(FORGETFUL)
     return [
         f"model.chat_template={folder}/forgetful.jinja",
+        f"data={{train_files: {folder}/trl.parquet, val_files: {folder}/trl.parquet}}",
         f"environment={{path: {folder}/letters.py, name: Letters, retries: 0}}",
         "environment.max_error_rate=0.5",
         f"environment.max_turns={TURNS}",
@@ -172,6 +185,30 @@ def test_resumed_is_the_same_run_to_the_bit(once: Path) -> None:
     resumed = train(folder / "job.yaml", *settings(folder, "again"))
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
     assert f"resume from step {SAVED}" in resumed.stdout
+    assert_same(again, once)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_ppo_whose_driver_is_killed_is_the_same_run_to_the_bit(tmp_path: Path) -> None:
+    """With a critic over the rows of a trajectory."""
+    job, whole, killed = write_job(tmp_path), tmp_path / "whole", tmp_path / "killed"
+    finished = train(job, *settings(tmp_path, "whole"), *PPO)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    for row in steps_of(whole):
+        assert row["env/rows_restarted"] > 0 and row["critic/vf_loss"] > 0
+    own = (*settings(tmp_path, "killed"), *PPO)
+    code, text = stop_at(job, SAVED + 2, lambda process: process.kill(), *own)
+    assert code == -signal.SIGKILL, text
+    assert saved_steps(killed) == [SAVED] and read_rows(killed)[-1]["step"] == SAVED + 2
+    resumed = train(job, *own)
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
+    assert f"resume from step {SAVED}" in resumed.stdout
+    assert_same(killed, whole)
+
+
+def assert_same(again: Path, once: Path) -> None:
+    """Two runs wrote the same metrics, conversations, tokens and weights; nothing is left over."""
     assert untimed(again) == untimed(once)
     for step in range(1, STEPS + 1):
         for name in (f"samples/step_{step}.jsonl", f"samples/tokens_step_{step}.jsonl"):

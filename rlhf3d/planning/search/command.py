@@ -77,4 +77,4 @@ def train_rows(data: DataConfig) -> int | None:
         return None
     from rlhf3d.data.parquet import open_parquet
 
-    return sum(int(open_parquet(file).metadata.num_rows) for file in files)
+    return sum(int(open_parquet(file, environments=True).metadata.num_rows) for file in files)

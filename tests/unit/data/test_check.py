@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.data.check import CheckReport, check_files, histogram
 from rlhf3d.data.check_view import check_view
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
+from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE, TOOLS, byte_tokenizer
 
 
 def row(question: str) -> PromptRow:
@@ -56,6 +61,36 @@ def test_rows_are_counted_by_environment(tmp_path: Path) -> None:
     shown = check_view(CheckReport([mixed, none]))
     lines = [str(part) for part in shown.parts if "environments:" in str(part)]
     assert lines == ["  environments: Game 1, Maze 1"]
+
+
+def test_tools_of_environments_count_in_the_lengths(tmp_path: Path) -> None:
+    """Of a file made for TRL, too; without the environments, the report says what is missing."""
+    path = tmp_path / "trl.parquet"
+    rows = [
+        {"prompt": "Play.", "environment": "Game", "level": 1},
+        {"prompt": "Play.", "environment": None, "level": 2},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+    def offered(columns: Mapping[str, Any]) -> list[Any]:
+        if columns["environment"] is None:
+            raise ValueError(f"no environment for level {columns['level']}")
+        return [{"type": "function", "function": {"name": "guess", "description": "x" * 100}}]
+
+    tokenizer = byte_tokenizer(128, TOOLS + CHAT_TEMPLATE)
+    (check,) = check_files([path], tokenizer, offered=offered)
+    assert (check.rows, check.unreadable) == (2, ["row 1: no environment for level 2"])
+    assert check.longest > 100 and check.warnings == []
+    table = pq.read_table(path)
+    verl = {"data_source": ["x"] * 2, "reward_model": [{"ground_truth": "1"}] * 2}
+    for name, values in {**verl, "prompt": [row("Play.").prompt] * 2}.items():
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, path)
+    (check,) = check_files([path], tokenizer)
+    assert check.unreadable == [] and check.longest < 100
+    assert any("--environment" in text for text in check.warnings)
 
 
 def test_histogram_counts_every_length_once() -> None:

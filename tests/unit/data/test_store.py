@@ -13,8 +13,8 @@ import pytest
 
 from rlhf3d.data import order, store
 from rlhf3d.data.order import make_order
-from rlhf3d.data.parquet import read_parquet, write_parquet
-from rlhf3d.data.rows import PromptRow
+from rlhf3d.data.parquet import copy_rows, data_sources, read_parquet, write_parquet
+from rlhf3d.data.rows import NO_SOURCE, PromptRow
 from rlhf3d.data.store import RowStore
 
 
@@ -112,7 +112,7 @@ def test_other_columns_are_there_where_they_are_asked_for(
     pq.write_table(table, path)
     # In either order: what is unpacked for one is not taken for the other.
     assert RowStore([path], tmp_path / "cache")[1].others == {}
-    row = RowStore([path], tmp_path / "cache", others=True)[1]
+    row = RowStore([path], tmp_path / "cache", environments=True)[1]
     assert row.others == {"word": "slate", "ground_truth": "y", "data": {"tries": 6}}
     assert (row.columns["word"], row.columns["data"]) == ("slate", {"tries": 6})
     assert row.columns["ground_truth"] == "y" and "others" not in row.columns
@@ -123,7 +123,44 @@ def test_other_columns_are_there_where_they_are_asked_for(
     )
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(ValueError, match=r"twice.parquet: column 'word' occurs 2 times"):
-        RowStore([tmp_path / "twice.parquet"], tmp_path / "cache", others=True)
+        RowStore([tmp_path / "twice.parquet"], tmp_path / "cache", environments=True)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_data_set_made_for_trl_has_a_prompt_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """Where rows have environments; the prompt may be a text. Elsewhere it is refused as before."""
+    if not in_memory:
+        monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    path, cache = tmp_path / "trl.parquet", tmp_path / "cache"
+    said = [{"role": "system", "content": "Play."}, {"role": "user", "content": "Begin."}]
+    for prompt, messages in (("Begin.", said[1:]), (said, said)):
+        pq.write_table(pa.table({"prompt": [prompt], "word": ["crane"], "answer": [4]}), path)
+        row = RowStore([path], cache, environments=True)[0]
+        assert row.prompt == messages and row.others == {"word": "crane", "answer": 4}
+        assert (row.data_source, row.ground_truth) == (NO_SOURCE, None)
+        assert (row.columns["word"], row.columns["answer"]) == ("crane", 4)
+        assert data_sources([path], environments=True) == {NO_SOURCE}
+        with pytest.raises(ValueError, match=r"no column 'data_source'.*environment.path"):
+            RowStore([path], cache)
+        with pytest.raises(ValueError, match="no column 'data_source'"):
+            data_sources([path])
+    pq.write_table(pa.table({"question": ["?"]}), path)
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        RowStore([path], cache, environments=True)
+    both = rows(1)[0]
+    write_parquet([both], path, {})
+    assert RowStore([path], cache, environments=True)[0] == both
+
+
+def test_rows_are_copied_with_all_columns_and_again_from_the_first(tmp_path: Path) -> None:
+    path, copy = tmp_path / "t.parquet", tmp_path / "copy.parquet"
+    pq.write_table(pa.table({"prompt": list("abcde"), "word": range(5)}), path, row_group_size=2)
+    for count in (1, 3, 5, 12):
+        copy_rows(path, copy, count)
+        assert pq.read_table(copy).column("word").to_pylist() == [n % 5 for n in range(count)]
+        assert pq.read_table(copy).column_names == ["prompt", "word"]
 
 
 def test_a_file_is_not_read_into_memory(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_one_that_fails_for_good_is_said_to_have(
 def test_too_many_that_fail_stop_it_with_the_cause_and_leave_nothing_alive() -> None:
     sessions = FakeSessions(Flaky(99, failed("NameError: name 'doors'")).make)
     running = runner(sessions, retries=0, max_error_rate=0.3)
-    with pytest.raises(EnvironmentFailed, match=r"2 of 4 [\s\S]*row \d[\s\S]*'doors'[\s\S]*Fix"):
+    with pytest.raises(EnvironmentFailed, match=r"2 of 4 [\s\S]*row \d[\s\S]*'doors'[\s\S]*fix"):
         play(running, TalkingEngine(["end"]), 4)
     assert not sessions.alive
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf3d.config.schema import CustomRewardConfig, RewardConfig
+from rlhf3d.data.rows import NO_SOURCE
 from rlhf3d.rewards.make import make_reward
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.parts import WeightedReward, format_score
@@ -97,5 +98,10 @@ def test_a_configuration_becomes_the_right_function() -> None:
     assert [s.value for s in summed.score_items([item("#### 5"), item("5")])] == [0.5, 0.0]
     with pytest.raises(ValueError, match="no built-in scorer for data_source 'mine'"):
         make_reward(plain, builtin, ["mine"])
+    # Of data without the column: a rule of the run, or of an evaluation.
+    with pytest.raises(ValueError, match=r"without the column data_source.*environment: 1\.0"):
+        make_reward(plain, builtin, [NO_SOURCE])
+    alone = RewardConfig(weights={"environment": 1.0})
+    assert make_reward(alone, builtin, [NO_SOURCE]) is None
     with pytest.raises(ValueError, match="no such file"):
         make_reward(plain, CustomRewardConfig(path="nowhere.py"), ["mine"])

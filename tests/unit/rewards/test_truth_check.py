@@ -68,7 +68,7 @@ def test_rows_for_a_reward_model_are_no_problem_and_told(tmp_path: Path) -> None
     (file,) = check_prompt_files([path], make_tiny_tokenizer(), 64).files
     assert file.problems == [] and file.marks["hh"].without_truth == 3
     assert file.warnings == [
-        "hh: 3 of 3 rows have no ground truth: only a reward model can score them"
+        "hh: 3 of 3 rows have no ground truth: only a reward model or an environment can score them"
     ]
     prompts = PromptDataset([path], make_tiny_tokenizer(), 64)
     assert [prompt.ground_truth for prompt in prompts] == [None] * 3
