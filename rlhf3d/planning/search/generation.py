@@ -53,7 +53,7 @@ def generate_time(job: Job) -> PhaseTime:
     if job.config.rollout.update == "in_flight":
         again, busy = _caches_again_s(job), sum(decoding.values())
         waits = max(0.0, _environments_queue_s(job) - busy)
-        longest = _longest_s(job, busy / steps)
+        longest = _longest_s(job) + job.config.rollout.max_staleness * again
     elif job.config.environment.enabled:
         # Trajectories wait beside one another, as many as may live at once.
         waits = max(_longest_calls_s(job), _environments_queue_s(job))
@@ -162,16 +162,25 @@ def running_sequences(job: Job) -> float:
     return max(1.0, running / rollout.engines)
 
 
-def _longest_s(job: Job, decoding_step_s: float) -> float:
+def _longest_s(job: Job) -> float:
     """Seconds from a batch's longest trajectory being asked for to its end, in flight.
 
-    It may wait for its turn first: until those before it have left the decoding steps.
+    It matters where a step waits for it. Then between k and k + 1 batches are asked for while it
+    lasts, so that engines decode k + 1/2 times as many sequences as a batch by itself has on
+    average. It may wait for its turn first, until those before it have left the decoding steps.
     """
-    running = running_sequences(job)
-    batch = decoding_batch(job, running)
+    rollout, sampled = job.config.rollout, job.lengths.sampled
     _, sequences = _per_engine(job)
-    waiting = max(0.0, running - batch) / batch * job.lengths.sampled
-    return (waiting + _longest_sampled(job, sequences)) * decoding_step_s + _longest_calls_s(job)
+    longest = _longest_sampled(job, sequences)
+    at_once = (rollout.max_staleness + 0.5) * sequences * sampled / longest
+    batch = decoding_batch(job, at_once)
+    waiting = max(0.0, at_once - batch) / batch * sampled
+    return (waiting + longest) * _decoding_step_s(job, batch) + _longest_calls_s(job)
+
+
+def _decoding_step_s(job: Job, batch: float) -> float:
+    """Seconds of one decoding step of `batch` sequences."""
+    return sum(_decoding_parts(job, 1.0, batch).values())
 
 
 def _caches_again_s(job: Job) -> float:

@@ -5,6 +5,7 @@ plan's.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rlhf3d.config.load import load_config
 from rlhf3d.planning.plan import SHAPES, find_spec
 from rlhf3d.planning.search.command import find_cluster
 from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.search.ranking import Search
 from rlhf3d.units import GIB
 
 ROOT = Path(__file__).parents[3]
@@ -29,12 +31,24 @@ def comment(plan: TimedPlan, gpus: str) -> str:
     """
     rank, phase = plan.memory.peak
     assert plan.memory.device_limit is not None
-    longest = sorted(plan.time.phases, key=lambda phase: -phase.total)[:3]
-    most = ", ".join(f"{phase.phase} {phase.total:.0f}" for phase in longest)
     return (
         f"# plan on {gpus}: {phase.total / GIB:.0f} of {plan.memory.device_limit / GIB:.0f} GiB at "
-        f"most ({phase.phase} on {rank.place}), {plan.step_s:.0f} s a step ({most}), not measured"
+        f"most ({phase.phase} on {rank.place}), {plan.step_s:.0f} s a step ({_most(plan)}), "
+        "not measured"
     )
+
+
+def _most(plan: TimedPlan) -> str:
+    """Where the seconds go: the longest phases, or the two sides that lie beside each other."""
+    assert plan.time is not None
+    schedule = plan.time.schedule
+    if schedule.mode != "in_turn":
+        return (
+            f"engines {schedule.engines_s:.0f} beside training {schedule.training_s:.0f}, with "
+            f"this split in turn {plan.time.in_turn_s:.0f}"
+        )
+    longest = sorted(plan.time.phases, key=lambda phase: -phase.total)[:3]
+    return ", ".join(f"{phase.phase} {phase.total:.0f}" for phase in longest)
 
 
 def planned(path: Path) -> tuple[TimedPlan, str]:
@@ -61,6 +75,33 @@ def test_shipped_job_fits_and_its_comment_is_true(path: Path) -> None:
     found = COMMENT.search(path.read_text())
     assert found is not None and found.group(1) == gpus
     assert found.group(0) == comment(plan, gpus)
+
+
+@pytest.mark.parametrize("name", ["async_7b.yaml", "async_32b.yaml"])
+def test_asynchronous_jobs_are_split_as_a_search_splits_them(name: str) -> None:
+    plan, _ = planned(ROOT / "configs" / name)
+    job = plan.job
+    found = Search(job.config, job.spec, job.cluster, None, job.lengths).run()
+    best = found.best[0]
+    assert (best.job.training_devices, best.job.engine_ranks) == (
+        job.training_devices,
+        job.engine_ranks,
+    )
+    assert plan.step_s <= 1.02 * best.step_s
+    schedule = plan.time.schedule
+    # Neither side of a step is idle for more than a quarter of it, the sync included.
+    assert max(schedule.engines_wait_s, schedule.training_waits_s) < 0.25 * plan.step_s
+    assert plan.time.in_turn_s > 1.5 * plan.step_s
+
+
+def test_the_asynchronous_quickstart_is_the_quickstart_one_update_behind() -> None:
+    made, base = (
+        load_config(ROOT / "configs" / f"{name}.yaml")
+        for name in ("quickstart_async", "quickstart")
+    )
+    assert made.rollout == replace(base.rollout, max_staleness=1)
+    assert made.algorithm.rollout_correction.bypass_mode
+    assert made.data == base.data and made.actor == base.actor
 
 
 @pytest.mark.parametrize("folder", sorted(SHAPES.iterdir()), ids=lambda path: path.name)

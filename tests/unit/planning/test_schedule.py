@@ -185,11 +185,20 @@ def test_the_slowest_call_holds_up_a_batch_and_no_stream() -> None:
     flying = job(lengths=TURNS, raw=raw, max_staleness=1, update="in_flight", n=4)
     made = generate_time(flying)
     assert made.parts["environments"] == 0, "a call in flight keeps no engine from the others"
-    # From asking for it to its end: 6 calls, and half of 1,024 tokens, the policy's part.
+    # From asking for it to its end: 6 calls; of 1,024 tokens the policy's half, decoded among 1.5
+    # times as many as a batch by itself has on average, 64 x 256 / 512; and a publication.
+    slots = job(lengths=TURNS, raw=raw, max_staleness=1, update="in_flight", n=4, max_num_seqs=48)
+    assert running_sequences(slots) == 64
     parts = ("tokens", "messages", "kernels", "host")
-    busy = sum(made.parts[part] for part in parts)
-    steps = 64 * 256 / 64
-    assert made.longest_s == pytest.approx(6 * 2 + 28 + 512 * busy / steps)
+    step = sum(generate_time(slots).parts[part] for part in parts) / (64 * 256 / 48)
+    again = made.parts["caches again"]
+    assert made.longest_s == pytest.approx(6 * 2 + 28 + 512 * step + again)
+    # With 24 slots the 24 others leave the decoding steps first, after 256 tokens on average.
+    few = job(lengths=TURNS, raw=raw, max_staleness=1, update="in_flight", n=4, max_num_seqs=24)
+    made = generate_time(few)
+    step = sum(made.parts[part] for part in parts) / (64 * 256 / 24)
+    again = made.parts["caches again"]
+    assert made.longest_s == pytest.approx(6 * 2 + 28 + (256 + 512) * step + again)
     # 32 environments for 256 trajectories of 4 calls.
     raw["environment"] |= {"max_concurrent": 32}
     queue = generate_time(job(lengths=TURNS, raw=raw, max_staleness=1, update="in_flight", n=4))
