@@ -94,7 +94,8 @@ def check(
     environment: Annotated[
         Path | None,
         typer.Option(
-            help="Configuration with the rows' environments: their tools count in the lengths."
+            help="Configuration with the rows' environments: their tools count in the lengths, and "
+            "no truth is scored where its rewards need none."
         ),
     ] = None,
     method: Annotated[
@@ -109,6 +110,7 @@ def check(
     """
     from rlhf3d.data.check_view import check_view
     from rlhf3d.rewards.custom import load_custom_reward
+    from rlhf3d.rewards.make import needs_rule
     from rlhf3d.rewards.truth_check import check_prompt_files
 
     loaded = None
@@ -122,11 +124,14 @@ def check(
     if reward is not None:
         refuse_unused(context, ["scorer", "method"], "--reward scores instead")
     custom = load_custom_reward(reward) if reward else None
-    offered = None
+    offered, graded = None, True
     if environment is not None:
         from rlhf3d.experience.environments import make_environments, offered_tools
 
-        offered = offered_tools(make_environments(environment_of(environment).environment))
+        config = environment_of(environment)
+        offered = offered_tools(make_environments(config.environment))
+        by_rule = needs_rule(config.reward, config.custom_reward_function)
+        graded = by_rule or custom is not None or bool(scorer)
     checked = check_prompt_files(
         files,
         loaded,
@@ -136,6 +141,7 @@ def check(
         method,
         workers,
         offered=offered,
+        graded=graded,
     )
     check_view(checked).show(as_json)
     raise typer.Exit(2 if checked.problems else 0)

@@ -23,10 +23,7 @@ def make_reward(
 
     None: only a reward model or an environment rewards.
     """
-    # What the scoring processes return gets the reward model's part from the manager, and the
-    # environment's from the collector.
-    others = (PART, ENVIRONMENT_PART)
-    weights = {name: weight for name, weight in reward.weights.items() if name not in others}
+    weights = _own_weights(reward)
     if not weights:
         return None
     sources = tuple(sorted(set(data_sources)))
@@ -40,6 +37,20 @@ def make_reward(
     if weights == {"accuracy": 1.0}:
         return base
     return WeightedReward(base, weights, reward.format)
+
+
+def needs_rule(reward: RewardConfig, custom: CustomRewardConfig) -> bool:
+    """Whether a built-in scorer scores completions."""
+    return custom.path is None and bool(_own_weights(reward))
+
+
+def _own_weights(reward: RewardConfig) -> dict[str, float]:
+    """Of the parts that scoring processes return.
+
+    The reward model's part is added by the manager, and the environment's by the collector.
+    """
+    others = (PART, ENVIRONMENT_PART)
+    return {name: weight for name, weight in reward.weights.items() if name not in others}
 
 
 def environment_part(reward: RewardConfig) -> EnvironmentPart | None:

@@ -41,14 +41,19 @@ def check_prompt_files(
     workers: int = 1,
     timeout_s: float = 10.0,
     offered: OfferedTools | None = None,
+    graded: bool = True,
 ) -> CheckReport:
     """Check prompt files, and their ground truths with the built-in scorers or `reward`.
 
-    `offered`: of the configuration's environments, which all rows then have.
+    `offered`: of the configuration's environments, which all rows then have. Without `graded`,
+    ground truths are not scored.
     """
+    if not graded:
+        checks = check_files(files, tokenizer, max_prompt_length, offered=offered)
+        return CheckReport(checks)
     scorers = scorers or {}
-    graded = data_sources(files, environments=offered is not None) & {*DATA_SOURCES, *scorers}
-    function = reward or BuiltinReward(method, tuple(sorted(graded)), scorers)
+    sources = data_sources(files, environments=offered is not None) & {*DATA_SOURCES, *scorers}
+    function = reward or BuiltinReward(method, tuple(sorted(sources)), scorers)
     with RewardManager(function, workers=workers, timeout_s=timeout_s) as pool:
         grader = TruthGrader(pool, scorers, custom=reward is not None)
         checks = check_files(files, tokenizer, max_prompt_length, grader, offered)

@@ -15,6 +15,8 @@ from rlhf3d.commands.data import check
 from rlhf3d.commands.evaluate import Conversations
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE, TOOLS, byte_tokenizer
 
+TRUTH = {"style": "rule", "ground_truth": "4"}
+
 
 def settings(folder: Path, text: str) -> dict[str, object]:
     (folder / "talk.yaml").write_text(text)
@@ -59,7 +61,8 @@ def test_data_check_takes_the_tools_of_the_environments(
         "        '''\n"
         "        return letter\n"
     )
-    (tmp_path / "talk.yaml").write_text(f"environment: {{path: {tmp_path}/game.py, name: Game}}\n")
+    talk = f"environment: {{path: {tmp_path}/game.py, name: Game}}\n"
+    (tmp_path / "talk.yaml").write_text(talk)
     byte_tokenizer(128, TOOLS + CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
     data = tmp_path / "data.parquet"
 
@@ -76,6 +79,12 @@ def test_data_check_takes_the_tools_of_the_environments(
 
     pq.write_table(pa.table({"prompt": ["Play."], "word": ["crane"]}), data)
     file = checked()
-    assert file["unreadable"] == [] and file["longest"] > 200
+    assert file["unreadable"] == [] and file["longest"] > 200 and file["problems"] == []
+    told = [{"prompt": "Play.", "word": "x", "data_source": "z", "reward_model": TRUTH}]
+    pq.write_table(pa.Table.from_pylist(told), data)
+    assert "no scorer for data_source 'z'" in checked()["problems"][0]
+    # Where the environment alone rewards, there is nothing to score.
+    (tmp_path / "talk.yaml").write_text(f"{talk}reward: {{weights: {{environment: 1.0}}}}\n")
+    assert checked()["problems"] == []
     pq.write_table(pa.table({"prompt": ["Play."]}), data)
     assert "reset of the environment 'Game' takes word" in checked()["unreadable"][0]
