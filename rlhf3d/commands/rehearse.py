@@ -57,4 +57,7 @@ def rehearse(
         typer.echo(f"written to {miniature.config}")
         return
     run(miniature, typer.echo)
-    typer.echo(f"rehearsed  {config}: two steps, saved, resumed and repeated exactly")
+    repeated = "resumed and repeated exactly"
+    if not miniature.exact:
+        repeated = "and resumed; in flight a step is not repeated, as timing decides what writes it"
+    typer.echo(f"rehearsed  {config}: two steps, saved, {repeated}")

@@ -258,7 +258,7 @@ def shrink_config(
         reward=_shrink_scoring(config.reward),
         trainer=_shrink_trainer(config.trainer),
         reward_model=reward_model,
-        environment=_shrink_environment(config.environment, changes),
+        environment=_shrink_environment(config.environment, repeats(config), changes),
         cluster=_shrink_cluster(config.cluster, as_gpu, changes),
     )
     return Shrunk(small, small_model, small_reward, changes)
@@ -276,9 +276,13 @@ def _shrink_rollout(rollout: RolloutConfig, most: int, changes: Changes) -> Roll
     changes.note(
         "rollout.tensor_parallel_size", rollout.tensor_parallel_size, tensor_parallel_size, reason
     )
+    # With more, two steps would be written by the first weights alone.
+    staleness, reason = min(rollout.max_staleness, STEPS - 1), f"there are {STEPS} steps"
+    changes.note("rollout.max_staleness", rollout.max_staleness, staleness, reason)
     return replace(
         rollout,
         n=min(rollout.n, 2),
+        max_staleness=staleness,
         engines=engines,
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=16,
@@ -310,12 +314,26 @@ def _shrink_data(config: Config, train_batch_size: int, as_gpu: bool) -> DataCon
     )
 
 
-def _shrink_environment(environment: EnvironmentConfig, changes: Changes) -> EnvironmentConfig:
-    """A few short turns; its deadlines, retries and allowed share of errors stay."""
+def repeats(config: Config) -> bool:
+    """Whether a resumed run repeats a step to the bit.
+
+    In flight it does not: which weights write which token depends on when they come.
+    """
+    return config.rollout.update != "in_flight"
+
+
+def _shrink_environment(
+    environment: EnvironmentConfig, exact: bool, changes: Changes
+) -> EnvironmentConfig:
+    """A few short turns; its deadlines, retries and allowed share of errors stay.
+
+    `exact`: the resumed run must repeat a step to the bit.
+    """
     if not environment.enabled:
         return environment
-    reason = "the resumed run must repeat a step to the bit"
-    changes.note("environment.rounds", environment.rounds, True, reason)
+    if exact:
+        reason = "the resumed run must repeat a step to the bit"
+        changes.note("environment.rounds", environment.rounds, True, reason)
     key, action = "environment.overlong_observations", environment.overlong_observations
     changes.note(key, action, "truncate", "observations are bytes, and cut early")
     turn = min(environment.max_turn_tokens or TURN_TOKENS, TURN_TOKENS)
@@ -326,7 +344,7 @@ def _shrink_environment(environment: EnvironmentConfig, changes: Changes) -> Env
         max_turn_tokens=turn,
         max_observation_tokens=min(observation, OBSERVATION_TOKENS),
         overlong_observations="truncate",
-        rounds=True,
+        rounds=exact,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import assume, given
@@ -25,6 +25,7 @@ from rlhf3d.config.schema import (
     RewardConfig,
     RewardModelConfig,
     RolloutConfig,
+    RolloutCorrectionConfig,
 )
 from rlhf3d.inputs import check_model
 from rlhf3d.models.spec import parse_config
@@ -33,6 +34,7 @@ from rlhf3d.placement.resources import place
 from rlhf3d.rehearsal.shrink import (
     ENGINE_RANKS,
     cut_layout,
+    repeats,
     shrink_config,
     shrink_layout,
     shrink_model,
@@ -253,6 +255,24 @@ def test_an_environment_has_room_for_all_of_its_turns() -> None:
     single, changed = shrunk(job(), QWEN_7B)
     assert single.rollout.stop_token_ids == () and single.data.max_response_length == 8
     assert "environment.rounds" not in changed
+
+
+@pytest.mark.parametrize("update", ["between_batches", "in_flight"])
+def test_generation_ahead_stays_ahead(update: Literal["between_batches", "in_flight"]) -> None:
+    """By less than the steps of a miniature; in flight there are no rounds, and no exact resume."""
+    rollout = replace(
+        job().rollout, max_staleness=4, update=update, placement="disaggregated", sleep=False
+    )
+    correction = RolloutCorrectionConfig(bypass_mode=True)
+    made = job(
+        rollout=rollout,
+        algorithm=AlgorithmConfig(rollout_correction=correction),
+        environment=EnvironmentConfig(path="game.py"),
+    )
+    small, changed = shrunk(made, QWEN_7B)
+    assert (small.rollout.max_staleness, small.rollout.update) == (1, update)
+    assert small.rollout.placement == "disaggregated" and "rollout.max_staleness" in changed
+    assert small.environment.rounds == repeats(small) == (update == "between_batches")
 
 
 def test_nodes_are_kept_where_a_cluster_is_named() -> None:
