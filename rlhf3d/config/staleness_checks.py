@@ -18,6 +18,7 @@ def check_staleness(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.max_staleness > 0:
         yield from _check_old_policy(rollout, config.algorithm.rollout_correction)
+        yield from _check_ratio(config)
         if rollout.sleep:
             yield (
                 f"rollout.sleep = true with rollout.max_staleness = {rollout.max_staleness}: "
@@ -46,6 +47,17 @@ def _check_old_policy(rollout: RolloutConfig, correction: RolloutCorrectionConfi
         f"{_CORRECTION}.rollout_is=token (or sequence, or rollout_rs): the old ones are recomputed "
         "under the weights before the update, and weights correct for the policy that sampled"
     )
+
+
+def _check_ratio(config: Config) -> Iterator[str]:
+    """In bypass mode the loss's own ratio is the correction: it must have one."""
+    if config.actor.policy_loss == "pg" and config.algorithm.rollout_correction.bypass_mode:
+        yield (
+            f"actor.policy_loss = pg with rollout.max_staleness = {config.rollout.max_staleness}: "
+            "its loss has no ratio, so in bypass mode nothing corrects for older weights; set "
+            f"actor.policy_loss=vanilla (or cispo), or {_CORRECTION}.bypass_mode=false with "
+            "rollout_is=token"
+        )
 
 
 def _check_in_flight(config: Config) -> Iterator[str]:

@@ -79,7 +79,7 @@ def tokens_view(
     for number, row in enumerate(one.rows):
         parts.append(_row_heading(one, number))
         for span in row:
-            parts += [_heading(span), _text(span)]
+            parts += [_heading(span, one.trained_version), _text(span)]
     rows: list[Row] = []
     for span in one.spans:
         # A prompt is long, and its tokens have nothing to compare.
@@ -114,7 +114,8 @@ def _legend() -> Text:
     legend = Text("Written by: ")
     for author, color in _COLORS.items():
         legend.append(f"{author} ", style=color).append(f"({_MEANINGS[author]})  ")
-    legend.append("\n|diff|: engine's log-prob against Megatron's, nats; ")
+    legend.append("\n|diff|: engine's log-prob against Megatron's, nats (of a token of an older ")
+    legend.append("policy also what training has changed since); ")
     legend.append("!", style="yellow").append(" the probabilities differ by a tenth, ")
     return legend.append("!!", style="bold red").append(" by a factor of two")
 
@@ -126,11 +127,14 @@ def _row_heading(one: TrajectoryTokens, number: int) -> Text:
     return Text(f"Row {number + 1} of {len(one.rows)}: {again}", style="bold")
 
 
-def _heading(span: TokenSpan) -> Text:
+def _heading(span: TokenSpan, trained: int | None) -> Text:
+    """`trained`: the policy that the step trained."""
     words = [f"── {span.author}"]
     if span.versions:
         policies = [str(version) for _, version in span.versions]
         words.append(f"by policy {', '.join(policies)}")
+        if trained is not None and any(version != trained for _, version in span.versions):
+            words.append(f"(policy {trained} is trained)")
     words.append(f"· {len(span.token_ids)} tokens")
     if span.reward:
         words.append(f"· reward {span.reward:g}")

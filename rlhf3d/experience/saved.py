@@ -123,6 +123,7 @@ def save_queue(folder: Path, queue: Queued) -> None:
                     "metrics": experience.metrics,
                     "trajectories": len(experience.trajectories),
                     "left_out": len(experience.left_out),
+                    "drawn": list(experience.drawn),
                 }
             )
     requests = [_request_record(one, prompts.add(one.prompt)) for one in queue.requests]
@@ -274,7 +275,7 @@ def _batch_of(record: Mapping[str, Any], scored: Iterator[ScoredTrajectory]) -> 
     """A batch of the next trajectories."""
     trajectories = [next(scored) for _ in range(record["trajectories"])]
     left_out = [next(scored) for _ in range(record["left_out"])]
-    experience = Experience(trajectories, record["metrics"], left_out)
+    experience = Experience(trajectories, record["metrics"], left_out, record["drawn"])
     return QueuedBatch(record["number"], record["version"], experience)
 
 

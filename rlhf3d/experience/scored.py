@@ -88,6 +88,9 @@ class Experience:
     """What the source reports of how it made them."""
     left_out: Sequence[ScoredTrajectory] = ()
     """Those of groups in which one came to no end: counted, and else of no consequence."""
+    drawn: Sequence[int] = ()
+    """Response tokens of every trajectory that came to its end since the step before, those that
+    are never trained on or later included; empty where that is `trajectories` and `left_out`."""
 
     @property
     def samples(self) -> list[Sample]:

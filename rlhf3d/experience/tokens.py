@@ -26,8 +26,11 @@ class TokenRecorder:
     count: int
     """How many of each step."""
 
-    def records(self, experience: Experience, batch: Batch) -> list[TrajectoryTokens]:
-        """Of the step's trajectories; `batch`: their rows, with the column old_logprobs."""
+    def records(self, experience: Experience, batch: Batch, version: int) -> list[TrajectoryTokens]:
+        """Of the step's trajectories; `batch`: their rows, with the column old_logprobs.
+
+        `version`: of the policy that is trained, whose log-probs these are.
+        """
         # The same tensor object in bypass mode: then Megatron computed none.
         computed = batch["old_logprobs"] is not batch["rollout_logprobs"]
         records, index = [], 0
@@ -38,7 +41,7 @@ class TokenRecorder:
                 old = batch["old_logprobs"][index].tolist() if computed else None
                 rows.append(self._spans(row, old))
                 index += 1
-            records.append(_record(number, scored, rows))
+            records.append(_record(number, scored, rows, version))
         return records
 
     def _spans(self, row: Row, old_logprobs: Sequence[float] | None) -> list[TokenSpan]:
@@ -67,7 +70,7 @@ class TokenRecorder:
 
 
 def _record(
-    number: int, scored: ScoredTrajectory, rows: Sequence[Sequence[TokenSpan]]
+    number: int, scored: ScoredTrajectory, rows: Sequence[Sequence[TokenSpan]], version: int
 ) -> TrajectoryTokens:
     trajectory = scored.trajectory
     return TrajectoryTokens(
@@ -78,4 +81,5 @@ def _record(
         scored.score.outcome.value,
         trajectory.finish_reason,
         rows,
+        version,
     )

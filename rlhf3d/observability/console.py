@@ -29,6 +29,7 @@ STEP_FIELDS = (
     ("len", "response_length/mean", ".0f"),
     ("kl", "actor/ppo_kl", "z.4f"),
     ("mismatch", "training/rollout_probs_diff_mean", "z.4f"),
+    ("stale", "training/off_policy/trajectory_staleness_worst/mean", ".1f"),
 )
 """(label, metric, format) of the step line; a metric the step lacks is left out."""
 

@@ -64,6 +64,8 @@ class TrajectoryTokens:
     finish_reason: str
     rows: Sequence[Sequence[TokenSpan]]
     """Of each row of the batch: its prompt, then what was appended to it."""
+    trained_version: int | None = None
+    """Of the policy that was trained, before its update; None in files of earlier versions."""
 
     @property
     def spans(self) -> list[TokenSpan]:

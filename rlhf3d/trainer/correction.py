@@ -66,5 +66,6 @@ def _require_tokens(mask: Tensor, sequences: int, rejected: float) -> None:
             raise RuntimeError(
                 "algorithm.rollout_correction.rollout_rs: every token of a mini-batch of "
                 f"{sequences} sequences was rejected ({rejected:.0%} of the step); widen "
-                "rollout_rs_threshold, or look why the engines differ (training/rollout_*)"
+                "rollout_rs_threshold, or look why the engines differ (training/rollout_*) or how "
+                "much training has changed since tokens were written (training/off_policy/*)"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from rlhf3d.config.schema import Config
 from rlhf3d.trainer.components import RunComponents
 from rlhf3d.trainer.metrics import rollout_metrics, training_metrics
+from rlhf3d.trainer.staleness import fresh_tokens, staleness_metrics
 
 
 class Trainer:
@@ -19,6 +20,7 @@ class Trainer:
         self.config, self.run = config.trainer, components
         self._overlong = config.reward.overlong_buffer.enable
         self._max_response_length = config.data.max_response_length
+        self._off_policy = config.rollout.max_staleness > 0
         self.total_steps = components.log.total_steps
         self.step = 0
         """The last one that is complete."""
@@ -60,6 +62,7 @@ class Trainer:
         """One step of the algorithm; its metrics."""
         run, learner = self.run, self.run.learner
         experience = run.source.next_batch(step)  # sync_weights, generate, score
+        version = run.weights.trained_version
         # From here on the training ranks need the memory of the devices that they share.
         run.weights.sleep_engines()
         # Written before the checks: their messages name lines of this file.
@@ -68,7 +71,7 @@ class Trainer:
 
         batch = experience.batch(pad_id=0)
         batch = learner.old_logprobs(batch)
-        run.log.tokens(step, experience, batch)
+        run.log.tokens(step, experience, batch, version)
         batch = learner.ref_logprobs(batch)
         batch = learner.values(batch)
         batch, kl_metrics = learner.advantages(batch)
@@ -77,7 +80,9 @@ class Trainer:
         metrics = learner.update_critic(batch)
         metrics |= learner.update_actor(batch, step)
         metrics |= run.health.check_update(step, metrics)
-        metrics |= kl_metrics | training_metrics(batch)
+        metrics |= kl_metrics | training_metrics(batch, fresh_tokens(experience, version))
+        if self._off_policy:
+            metrics |= staleness_metrics(experience, version)
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
         run.log.trained(step)

@@ -30,7 +30,16 @@ MISMATCH = {
     "training/rollout_actor_probs_pearson_corr": "pearson_r",
     "training/rollout_kl_k3": "kl_k3",
 }
-"""Metric name of each figure of `logprob_mismatch`."""
+"""Metric name of each figure of `logprob_mismatch`, of tokens of the version being trained."""
+OFF_POLICY = {
+    "training/off_policy/probs_diff_mean": "prob_diff_mean",
+    "training/off_policy/probs_diff_max": "prob_diff_max",
+    "training/off_policy/logprobs_diff_mean": "abs_diff_mean",
+    "training/off_policy/logprobs_diff_max": "abs_diff_max",
+    "training/off_policy/kl_k3": "kl_k3",
+}
+"""The same of tokens of older versions: what training has changed since, and the mismatch."""
+_PERCENTILES = (50, 90, 99)
 
 
 def _spread(name: str, values: Tensor) -> dict[str, float]:
@@ -101,6 +110,8 @@ def length_metrics(experience: Experience, max_response_length: int) -> dict[str
     cut_off = sum(t.finish_reason == "length" for t in trajectories)
     return {
         **_spread("response_length", lengths),
+        **_percentiles("response_length", lengths),
+        **_drawn_metrics(experience),
         "response_length/clip_ratio": (lengths == max_response_length).float().mean().item(),
         "response/truncated_ratio": cut_off / len(lengths),
         "response/aborted_ratio": (~experience.written).float().mean().item(),
@@ -110,8 +121,46 @@ def length_metrics(experience: Experience, max_response_length: int) -> dict[str
     }
 
 
-def training_metrics(batch: Batch) -> dict[str, float]:
-    """Rewards, advantages, returns, values, and how far engine and trainer disagree."""
+def _drawn_metrics(experience: Experience) -> dict[str, float]:
+    """Lengths of all that was generated, where that is more than is trained on.
+
+    `response_length_ratio/…`, trained on over generated: below 1 where long answers are left
+    behind.
+    """
+    drawn = experience.drawn
+    if not drawn:
+        # Without a word from the source it is what is here.
+        drawn = [
+            scored.trajectory.response_length
+            for scored in (*experience.trajectories, *experience.left_out)
+        ]
+        if not experience.left_out:
+            return {}
+    lengths, trained = torch.tensor(drawn).float(), experience.lengths.float()
+    name = "response_length_drawn"
+    metrics = {f"{name}/mean": lengths.mean().item(), **_percentiles(name, lengths)}
+    of_trained = {f"{name}/mean": trained.mean().item(), **_percentiles(name, trained)}
+    for key in list(metrics):
+        ratio = of_trained[key] / max(metrics[key], 1.0)
+        metrics[key.replace("_drawn", "_ratio")] = ratio
+    return metrics
+
+
+def _percentiles(name: str, values: Tensor) -> dict[str, float]:
+    # An answer's length, not one between two answers'.
+    shares = torch.tensor(_PERCENTILES) / 100
+    found = torch.quantile(values, shares, interpolation="higher")
+    return {
+        f"{name}/p{share}": value for share, value in zip(_PERCENTILES, found.tolist(), strict=True)
+    }
+
+
+def training_metrics(batch: Batch, fresh: Tensor) -> dict[str, float]:
+    """Rewards, advantages, returns, values, and how far engine and trainer disagree.
+
+    `fresh` [N, R]: tokens of the version being trained (`fresh_tokens`). Only of those the
+    difference of log-probs is one of engines; that of older ones is reported by names of its own.
+    """
     mask = batch["response_mask"].bool()
     metrics = {
         **_spread("critic/rewards", _trajectory_rewards(batch)),
@@ -124,8 +173,15 @@ def training_metrics(batch: Batch) -> dict[str, float]:
         metrics["critic/vf_explained_var"] = explained
     if batch["old_logprobs"] is batch["rollout_logprobs"]:
         return metrics  # bypass mode: the trainer's own log-probs were not computed
-    mismatch = logprob_mismatch(batch["rollout_logprobs"], batch["old_logprobs"], mask)
-    return metrics | {name: mismatch[key] for name, key in MISMATCH.items()}
+    rollout, trained = batch["rollout_logprobs"], batch["old_logprobs"]
+    stale = mask & ~fresh
+    if stale.any():
+        gap = logprob_mismatch(rollout, trained, stale)
+        metrics |= {name: gap[key] for name, key in OFF_POLICY.items()}
+    if (mask & fresh).any() or not mask.any():
+        mismatch = logprob_mismatch(rollout, trained, mask & fresh)
+        metrics |= {name: mismatch[key] for name, key in MISMATCH.items()}
+    return metrics
 
 
 def _trajectory_rewards(batch: Batch) -> Tensor:

@@ -48,10 +48,13 @@ class StepLog:
         """Write the completions of a step, or of a validation."""
         self.writer.samples(step, samples, kind)
 
-    def tokens(self, step: int, experience: Experience, batch: Batch) -> None:
-        """Write the tokens of a step's first trajectories; `batch` has the column old_logprobs."""
+    def tokens(self, step: int, experience: Experience, batch: Batch, version: int) -> None:
+        """Write the tokens of a step's first trajectories; `batch` has the column old_logprobs.
+
+        `version`: of the policy that is trained.
+        """
         if self.recorder.count:
-            self.writer.tokens(step, self.recorder.records(experience, batch))
+            self.writer.tokens(step, self.recorder.records(experience, batch, version))
 
     def trained(self, step: int, names: Sequence[str] = ()) -> None:
         """Write down that a step is complete, and on which trajectories it has trained."""

@@ -330,6 +330,10 @@ def says(problem: str, expected: str) -> bool:
             "rollout.sleep = true … rollout.max_staleness = 1 … rollout.sleep=false",
         ),
         (
+            ["rollout.max_staleness=1", BYPASS, "actor.policy_loss=pg"],
+            "actor.policy_loss = pg … rollout.max_staleness = 1 … policy_loss=vanilla",
+        ),
+        (
             ["rollout={update: in_flight, placement: disaggregated}"],
             "rollout.update = in_flight … rollout.max_staleness = 0 … rollout.max_staleness=1",
         ),

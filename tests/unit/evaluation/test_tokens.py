@@ -21,7 +21,7 @@ RESULT = TokenSpan("environment", [41], ["five"])
 FRAME = TokenSpan("template", [51], ["<|im_end|>"])
 ANSWER = TokenSpan("sampled", [61], ["5"], ((0, 8),), 0.0, [-0.1], [-0.9])
 TURNS = TrajectoryTokens(
-    1, 4, "math", 1.0, "scored", "stop", [[PROMPT, CALL, FRAME, RESULT], [PROMPT, ANSWER]]
+    1, 4, "math", 1.0, "scored", "stop", [[PROMPT, CALL, FRAME, RESULT], [PROMPT, ANSWER]], 8
 )
 SINGLE = replace(TURNS, number=0, rows=[[PROMPT, CALL]], score=0.0)
 BYPASS = replace(TURNS, number=2, rows=[[PROMPT, replace(CALL, old_logprobs=None)]])
@@ -63,6 +63,8 @@ def test_who_wrote_which_token(run: Path) -> None:
     row = next(row for row in cells(text) if row[:2] == ["1", "4"])
     assert row[6:] == ["2", "2", "4", "3", "1", "1", "0.3500", "0.8000"]
     assert "Row 2 of 2" in text and "reward 0.5" in text
+    # Of the second turn alone the difference is one of engines.
+    assert "by policy 6, 7 (policy 8 is trained)" in text and "by policy 8 ·" in text
 
 
 def test_the_first_of_the_last_step_unless_another_is_asked(run: Path) -> None:

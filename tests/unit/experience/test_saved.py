@@ -114,7 +114,13 @@ BATCHES = st.builds(
     QueuedBatch,
     st.integers(0),
     st.integers(0),
-    st.builds(Experience, SCORED, st.dictionaries(st.text(max_size=4), FLOATS), SCORED),
+    st.builds(
+        Experience,
+        SCORED,
+        st.dictionaries(st.text(max_size=4), FLOATS),
+        SCORED,
+        st.lists(st.integers(0), max_size=2),
+    ),
 )
 REQUESTS = st.builds(
     TrajectoryRequest,

@@ -57,7 +57,8 @@ def test_each_token_has_its_author_and_its_own_log_probs() -> None:
     batch = EXPERIENCE.batch(pad_id=0)
     old = -(10.0 * torch.arange(4)[:, None] + torch.arange(8))
     assert batch["rollout_logprobs"].shape == old.shape
-    first, second = RECORDER.records(EXPERIENCE, batch.with_columns(old_logprobs=old))
+    first, second = RECORDER.records(EXPERIENCE, batch.with_columns(old_logprobs=old), 4)
+    assert first.trained_version == 4
     assert (first.number, first.group, second.number, second.group) == (0, 5, 1, 6)
     shown = [[(s.author, "".join(s.texts), s.versions) for s in row] for row in first.rows]
     assert shown == [
@@ -90,5 +91,5 @@ def test_each_token_has_its_author_and_its_own_log_probs() -> None:
 def test_in_bypass_mode_megatron_has_computed_none() -> None:
     batch = EXPERIENCE.batch(pad_id=0)
     batch = batch.with_columns(old_logprobs=batch["rollout_logprobs"])
-    found = RECORDER.records(EXPERIENCE, batch)
+    found = RECORDER.records(EXPERIENCE, batch, 4)
     assert found[0].spans[1].old_logprobs is None and not found[0].differences

@@ -105,13 +105,52 @@ def test_training_metrics_ignore_padding() -> None:
         returns=torch.tensor([[1.0, 1.0], [0.5, 0.0]]) + poison,
         values=torch.tensor([[1.0, 1.0], [0.5, 0.0]]) + poison,
     )
-    metrics = training_metrics(rows)
+    every = torch.ones(2, 2, dtype=torch.bool)
+    metrics = training_metrics(rows, every)
     assert metrics["critic/advantages/mean"] == 2 and metrics["critic/advantages/max"] == 3
     assert metrics["critic/rewards/mean"] == 0.75
     assert metrics["critic/vf_explained_var"] == 1
     assert metrics["training/rollout_logprobs_diff_max"] == pytest.approx(0.5)
+    assert not any(name.startswith("training/off_policy") for name in metrics)
     two_policies = rows.with_columns(old_logprobs=rows["rollout_logprobs"])
-    assert not any(name.startswith("training/") for name in training_metrics(two_policies))
+    assert not any(name.startswith("training/") for name in training_metrics(two_policies, every))
+
+
+def test_a_difference_of_old_tokens_is_none_of_engines() -> None:
+    """Engine and trainer agree to 0.1 on their common version; training has moved the rest by 2."""
+    batch = from_sequences([[1]] * 2, [[5, 6], [7]], 0, rollout_logprobs=[[-1.0, -3.0], [-3.0]])
+    zero = torch.zeros(2, 2)
+    rows = batch.with_columns(
+        old_logprobs=torch.tensor([[-1.1, -1.0], [-1.0, 0.0]]),
+        token_level_rewards=zero,
+        advantages=zero,
+        returns=zero,
+    )
+    fresh = torch.tensor([[True, False], [False, False]])
+    metrics = training_metrics(rows, fresh)
+    assert metrics["training/rollout_logprobs_diff_max"] == pytest.approx(0.1)
+    assert metrics["training/off_policy/logprobs_diff_mean"] == pytest.approx(2.0)
+    # e^2 - 1 - 2 of each of the two.
+    assert metrics["training/off_policy/kl_k3"] == pytest.approx(4.389, abs=1e-3)
+    older = training_metrics(rows, torch.zeros_like(fresh))
+    assert "training/rollout_logprobs_diff_max" not in older
+    assert older["training/off_policy/logprobs_diff_mean"] == pytest.approx((0.1 + 2 + 2) / 3)
+
+
+def test_lengths_of_what_is_left_behind() -> None:
+    """One of 10 tokens is generated in the time in which those of 2 to 4 are trained on."""
+    rows = [row(0, tokens=range(length)) for length in (2, 2, 4, 4)]
+    metrics = length_metrics(Experience(rows), max_response_length=16)
+    assert metrics["response_length/p50"] == 4 and metrics["response_length/p99"] == 4
+    assert not any("_drawn" in name for name in metrics), "no more than that was generated"
+    metrics = length_metrics(Experience(rows, drawn=[2, 4, 10, 2, 4]), max_response_length=16)
+    assert metrics["response_length_drawn/mean"] == pytest.approx(22 / 5)
+    assert metrics["response_length_drawn/p90"] == 10
+    assert metrics["response_length_ratio/p90"] == pytest.approx(0.4)
+    assert metrics["response_length_ratio/mean"] == pytest.approx(3 / 4.4)
+    failed = [row(0, tokens=range(10))]
+    metrics = length_metrics(Experience(rows, left_out=failed), max_response_length=16)
+    assert metrics["response_length_drawn/mean"] == pytest.approx(22 / 5)
 
 
 def test_throughput() -> None:
