@@ -118,6 +118,53 @@ def test_colocated_devices_take_turns() -> None:
     assert (made.training_waits_s, made.engines_wait_s) == (0, 3)
 
 
+STEPS = 240
+"""Of a run; from the middle on every mode is in its rhythm, of at most k + 1 steps."""
+
+
+def long_run(ends: list[float]) -> float:
+    """Seconds a step in the second half of a run."""
+    return (ends[-1] - ends[STEPS // 2 - 1]) / (STEPS // 2)
+
+
+def between_batches_s(k: int, generate: float, passes: float, update: float, sync: float) -> float:
+    """Of the schedule of `rlhf3d.experience.ahead`, which writes one batch after the other."""
+    complete = {batch: generate * batch for batch in range(1, k + 1)}
+    now, ends = 0.0, []
+    for step in range(1, STEPS + 1):
+        now = max(now, complete[step])
+        # New weights enter once all that older ones have to write is complete: before the step, or
+        # at the latest before its update.
+        before_passes = complete[step + k - 1] <= now
+        enter = now if before_passes else max(now + passes, complete[step + k - 1])
+        complete[step + k] = enter + sync + generate
+        now = enter + sync + update + passes * before_passes
+        ends.append(now)
+    return long_run(ends)
+
+
+def in_flight_s(k: int, longest: float, training: float) -> float:
+    """Of a run whose every publication makes room for as many requests as were trained on."""
+    complete, now, ends = [longest] * (k + 1), 0.0, []
+    for step in range(STEPS):
+        now = max(now, complete[step]) + training
+        complete.append(now + longest)
+        ends.append(now)
+    return long_run(ends)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("generate", "passes", "update"), [(10, 3, 4), (10, 4, 9), (5, 5, 5)])
+def test_the_rules_are_those_of_the_schedule(
+    k: int, generate: float, passes: float, update: float
+) -> None:
+    training = passes + update
+    made = Schedule("between_batches", k, generate, training, 0.0, alone_s=2.0)
+    assert made.step_s == pytest.approx(between_batches_s(k, generate, passes, update, 2.0))
+    flying = Schedule("in_flight", k, 1.0, training, 0.0, 0.0, longest_s=3 * generate)
+    assert flying.step_s == pytest.approx(in_flight_s(k, 3 * generate, training))
+
+
 def test_between_batches_and_in_turn_generate_alike() -> None:
     in_turn, ahead = plan_time(job()), plan_time(job(max_staleness=2))
     assert in_turn.phases == ahead.phases
