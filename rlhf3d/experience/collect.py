@@ -10,9 +10,9 @@ Runs in: driver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf3d.data.dataset import Prompt
@@ -20,19 +20,15 @@ from rlhf3d.experience.environment_runner import EnvironmentRunner, Finished
 from rlhf3d.experience.episode import EpisodeRecord
 from rlhf3d.experience.requests import TrajectoryRequest
 from rlhf3d.experience.scored import ScoredTrajectory
+from rlhf3d.experience.steps import Patience, Phase, Steps, finish, untimed
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.rewards.manager import RewardManager, ScoringBatch
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rewards.score import Score, ScoreItem
 from rlhf3d.rollout.api import Completion, Engines, Request, complete
 
-Phase = Callable[[str], AbstractContextManager[Any]]
-"""What times a phase of a step and shows its name."""
-
-
-def untimed(name: str) -> AbstractContextManager[Any]:
-    """A `Phase` of nothing: for what is itself a part of one."""
-    return nullcontext()
+SCORE_S = 0.5
+"""Seconds that a caller with nothing else to do waits at once for scores."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +43,35 @@ class Collector:
     """Where trajectories meet their environments; null where each is one completion."""
     environment: EnvironmentPart | None = None
     """What the environments' own rewards are worth; null for nothing."""
+    patience: Patience = field(default_factory=Patience)
 
     def collect(self, requests: Sequence[TrajectoryRequest]) -> list[ScoredTrajectory]:
         """Phases `generate` and `score`: one trajectory a request, in their order.
 
-        Trajectories go to the scorer as they finish, so that `score` only waits for the last ones.
         RewardError where the scoring of too many fails, which `rewards` decides.
         """
-        with self.phase("generate"):
-            scoring = self.rewards.start(len(requests))
-            finished: dict[int, Finished] = {}
-            # Closed where scoring fails: environments end and engines have nothing left to do.
-            with closing(self._finished(requests)) as parts:
-                for part in parts:
-                    self._score(part, scoring)
-                    finished |= part
-        with self.phase("score"):
-            scores = scoring.finish()
+        return finish(self.steps(requests), self.phase)
+
+    def steps(self, requests: Sequence[TrajectoryRequest]) -> Steps[list[ScoredTrajectory]]:
+        """As `collect`, in steps, the first of which are of `generate`.
+
+        Trajectories go to the scorer as they finish, so that `score` only waits for the last ones.
+        """
+        scoring = self.rewards.start(len(requests))
+        finished: dict[int, Finished] = {}
+        # Closed where scoring fails: environments end and engines have nothing left to do.
+        with closing(self._finished(requests)) as parts:
+            for part in parts:
+                self._score(part, scoring)
+                finished |= part
+                yield "generate"
+        yield "score"
+        while not scoring.wait(self.patience.of(SCORE_S)):
+            yield "score"
+        # Its ranks are those that train.
+        while self.rewards.model is not None and self.patience.background:
+            yield "score"
+        scores = scoring.finish()
         if self.runner is not None:
             self._check_rewards_are_used(finished.values())
         in_order, next_score = sorted(finished.items()), iter(scores)
@@ -72,12 +80,12 @@ class Collector:
     def _finished(
         self, requests: Sequence[TrajectoryRequest]
     ) -> Generator[dict[int, Finished], None, None]:
-        """Trajectories as they finish, by the numbers of their requests."""
+        """Trajectories as they finish, by the numbers of their requests; {} where none has."""
         if self.runner is not None:
-            yield from self.runner.run(self.engines, requests)
+            yield from self.runner.run(self.engines, requests, self.patience)
             return
         asked = {number: _first_turn(request) for number, request in enumerate(requests)}
-        with closing(complete(self.engines, asked)) as parts:
+        with closing(complete(self.engines, asked, self.patience.of)) as parts:
             for part in parts:
                 texts = self._decode(part)
                 yield {

@@ -31,6 +31,7 @@ from rlhf3d.experience.episode import (
     Rules,
 )
 from rlhf3d.experience.requests import TrajectoryRequest
+from rlhf3d.experience.steps import Patience
 from rlhf3d.experience.trajectory import Trajectory
 from rlhf3d.pool.process import CallResult, Ending, StartError
 from rlhf3d.pool.sessions import STARTUP_S
@@ -90,14 +91,15 @@ class EnvironmentRunner:
     """Puts a line before the user."""
 
     def run(
-        self, engines: Engines, requests: Sequence[TrajectoryRequest]
+        self, engines: Engines, requests: Sequence[TrajectoryRequest], patience: Patience
     ) -> Iterator[dict[int, Finished]]:
         """Yield trajectories by the numbers of their requests, in parts, as they end.
 
+        {} where `patience` ends before one does.
         EnvironmentFailed as soon as more of them have failed than `check_failures` allows;
         ValueError for a first prompt that is too long where data.overlong_prompts is error.
         """
-        collection = _Collection(self, engines, requests)
+        collection = _Collection(self, engines, requests, patience)
         try:
             yield from collection.run()
         finally:
@@ -124,9 +126,14 @@ class _Collection:
     """All trajectories of one collection."""
 
     def __init__(
-        self, runner: EnvironmentRunner, engines: Engines, requests: Sequence[TrajectoryRequest]
+        self,
+        runner: EnvironmentRunner,
+        engines: Engines,
+        requests: Sequence[TrajectoryRequest],
+        patience: Patience,
     ) -> None:
         self._runner, self._engines, self._requests = runner, engines, requests
+        self._patience = patience
         self._config = runner.rules.environment
         self._waiting = deque(range(len(requests)))
         """Numbers that are not begun."""
@@ -137,6 +144,8 @@ class _Collection:
         self._writing: set[int] = set()
         self._calling: set[int] = set()
         self._replies: SimpleQueue[tuple[_Attempt, Future[CallResult], float]] = SimpleQueue()
+        self._replied_at = 0.0
+        """When the last reply was taken."""
         self._finished: dict[int, Finished] = {}
         """Not handed over yet."""
         self._failures: list[Score] = []
@@ -153,9 +162,8 @@ class _Collection:
                 attempt = self._attempts[number]
                 self._act(attempt, attempt.episode.wrote(completion))
             self._take_replies()
-            if self._finished:
-                part, self._finished = self._finished, {}
-                yield part
+            part, self._finished = self._finished, {}
+            yield part
 
     def close(self) -> None:
         """End what is left, where it ends before all trajectories have."""
@@ -194,7 +202,8 @@ class _Collection:
         if not self._writing:
             return {}
         try:
-            return self._engines.poll(_BRIEF_S if self._calling else POLL_S)
+            wanted_s = _BRIEF_S if self._calling else POLL_S
+            return self._engines.poll(self._patience.of(wanted_s))
         except Exception:
             self._writing.clear()  # engines that have failed take no abort
             raise
@@ -217,17 +226,15 @@ class _Collection:
 
     def _take_replies(self) -> None:
         """Go on with the trajectories whose environments have replied; waits if all others wait."""
-        # Every call has a deadline, which the pool keeps: some reply comes before this.
-        longest_s = self._config.call_timeout_s + STARTUP_S + _MARGIN_S
         while self._calling:
-            must_wait = self._must_wait()
+            wait_s = self._patience.of(POLL_S) if self._must_wait() else 0.0
             try:
-                attempt, reply, at = self._replies.get(timeout=longest_s if must_wait else 0.0)
+                attempt, reply, at = self._replies.get(timeout=wait_s)
             except Empty:
-                if must_wait:
-                    raise EnvironmentFailed(self._no_reply(longest_s)) from None
+                self._check_replies()
                 return
             self._calling.remove(attempt.number)
+            self._replied_at = time.monotonic()
             result = _result(reply)
             # By the pool's clock: loading the user's file is no part of a call.
             waited = at - attempt.called_at
@@ -239,6 +246,14 @@ class _Collection:
         can_begin = self._waiting and len(self._attempts) < self._config.max_concurrent
         can_submit = self._ready and not self._config.rounds
         return not (self._writing or can_submit or self._finished or can_begin)
+
+    def _check_replies(self) -> None:
+        """EnvironmentFailed where calls have no reply long after all deadlines."""
+        # Every call has a deadline, which the pool keeps: some reply comes before this.
+        longest_s = self._config.call_timeout_s + STARTUP_S + _MARGIN_S
+        since = max(self._replied_at, *(self._attempts[n].called_at for n in self._calling))
+        if self._must_wait() and time.monotonic() - since > longest_s:
+            raise EnvironmentFailed(self._no_reply(longest_s))
 
     def _no_reply(self, waited_s: float) -> str:
         prompt = self._requests[min(self._calling)].prompt

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -86,20 +86,6 @@ class Queued:
     batches: tuple[QueuedBatch, ...] = ()
     requests: tuple[TrajectoryRequest, ...] = ()
     """Trajectories that are not finished: they are begun again, with the same seeds."""
-
-
-@runtime_checkable
-class Queueing(Protocol):
-    """A source of experience that may have some ahead of the training."""
-
-    def save(self, folder: Path) -> None:
-        """Write what is ahead to the new folder `folder`; makes none where nothing is."""
-
-    def load(self, folder: Path) -> None:
-        """Continue with what `save` wrote; after `load_state_dict`, only where there is a folder.
-
-        ValueError where the data are others than those it was written with.
-        """
 
 
 def save_queue(folder: Path, queue: Queued) -> None:

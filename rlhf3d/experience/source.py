@@ -1,4 +1,4 @@
-"""Where a step's experience comes from: on-policy generation, and dynamic sampling around it.
+"""How a step's experience is made: generation, and dynamic sampling around it.
 
 Invariant: a source's state is the position after the last batch that it handed over, not after what
 it drew from the data since; a run that continues from it draws the same prompts again.
@@ -22,14 +22,15 @@ from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.environment_runner import EnvironmentFailed
 from rlhf3d.experience.requests import Requests, TrajectoryRequest, greedy_sampling
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.experience.steps import Steps
 from rlhf3d.rewards.score import RewardError, one_screen
 from rlhf3d.rollout.api import SamplingSettings
 
 
-class ExperienceSource(Protocol):
-    """What the trainer asks for experience; sources wrap one another."""
+class Draws(Protocol):
+    """What makes the experience of one step after the other; they wrap one another."""
 
-    def next_batch(self, step: int) -> Experience:
+    def draw(self, step: int) -> Steps[Experience]:
         """Experience for a step; asked again within the same step, more of it."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,24 +55,24 @@ class OnPolicySettings:
 
 
 class OnPolicy:
-    """Trajectories of the policy that is being trained: the engines get its weights first."""
+    """Trajectories of the policy that the engines serve."""
 
     def __init__(
         self,
         settings: OnPolicySettings,
         loader: PromptLoader,
         collector: Collector,
-        sync_weights: Callable[[], dict[str, float]],
-        trained_version: Callable[[], int],
+        served_version: Callable[[], int | None],
     ) -> None:
-        """`sync_weights` gives the engines the newest weights where they lack them; its metrics."""
+        """`served_version`: of the policy that the engines serve."""
         self._settings, self._loader, self._collector = settings, loader, collector
-        self._sync_weights, self._trained_version = sync_weights, trained_version
+        self._served_version = served_version
         self._requests: Requests | None = None
 
-    def next_batch(self, step: int) -> Experience:
+    def draw(self, step: int) -> Steps[Experience]:
         """`n` scored trajectories of each of the loader's next prompts."""
-        settings, metrics = self._settings, self._sync_weights()
+        settings, version = self._settings, self._served_version()
+        assert version is not None, "engines get weights before a step is drawn"
         # Asked again within a step, the same object counts on: a prompt that comes again in it gets
         # other seeds and a group of its own.
         if self._requests is None or self._requests.step != step:
@@ -80,18 +81,18 @@ class OnPolicy:
         greedy = self._greedy_requests(sampled) if settings.greedy_baseline else []
         # The greedy answers go last, so that the split below is by position, and get the overlong
         # penalty too: what a reward is compared with must be made like it.
-        rows = self._rewarded(self._collector.collect([*sampled, *greedy]))
+        rows = self._rewarded((yield from self._collector.steps([*sampled, *greedy])))
         rows, baselines = rows[: len(sampled)], rows[len(sampled) :]
         (rows, baselines), left_out = complete_groups(rows, baselines)
-        self._check_versions([*rows, *baselines])
-        return Experience(_with_baselines(rows, baselines), metrics, left_out)
+        self._check_versions([*rows, *baselines], version)
+        return Experience(_with_baselines(rows, baselines), left_out=left_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `ExperienceSource`. `loader`: the position in the data."""
+        """See `Draws`. `loader`: the position in the data."""
         return {"loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `ExperienceSource`."""
+        """See `Draws`."""
         self._loader.load_state_dict(state["loader"])
 
     def _greedy_requests(self, requests: Sequence[TrajectoryRequest]) -> list[TrajectoryRequest]:
@@ -114,13 +115,14 @@ class OnPolicy:
         rewards = (experience.rewards + penalty).tolist()
         return [replace(row, reward=reward) for row, reward in zip(rows, rewards, strict=True)]
 
-    def _check_versions(self, rows: Sequence[ScoredTrajectory]) -> None:
-        version = self._trained_version()
-        # Estimators and ratios take all tokens to be of the policy that is updated next.
+    def _check_versions(self, rows: Sequence[ScoredTrajectory], first: int) -> None:
+        """All tokens are of the policy that was served at first, or came in its place."""
+        last = self._served_version()
+        assert last is not None
         for row in rows:
             oldest, newest = row.trajectory.oldest_version, row.trajectory.newest_version
-            assert oldest == newest == version, (
-                f"tokens of policies {oldest} to {newest} in a step of policy {version}"
+            assert first <= oldest <= newest <= last, (
+                f"tokens of policies {oldest} to {newest} where {first} to {last} were served"
             )
 
 
@@ -175,12 +177,12 @@ class DynamicSampling:
     has another policy.
     """
 
-    def __init__(self, source: ExperienceSource, config: FilterGroupsConfig, groups: int) -> None:
+    def __init__(self, source: Draws, config: FilterGroupsConfig, groups: int) -> None:
         """`groups`: how many a step trains on."""
         self._source, self._config, self._groups = source, config, groups
         self._state = source.state_dict()
 
-    def next_batch(self, step: int) -> Experience:
+    def draw(self, step: int) -> Steps[Experience]:
         """The first groups whose rows differ in `metric`; TooFewGroups without enough of them."""
         found = _Draws(self._config.metric)
         while len(found.groups) < self._groups:
@@ -188,17 +190,17 @@ class DynamicSampling:
             # the continued run draws the same prompts again.
             if found.batches == self._config.max_num_gen_batches:
                 raise TooFewGroups(self._too_few(found))
-            found.add(self._source.next_batch(step))
+            found.add((yield from self._source.draw(step)))
         rows = list(chain.from_iterable(found.groups[: self._groups]))
         self._state = self._source.state_dict()
-        return Experience(rows, found.metrics | self._figures(found), found.left_out)
+        return Experience(rows, self._figures(found), found.left_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `ExperienceSource`."""
+        """See `Draws`."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `ExperienceSource`."""
+        """See `Draws`."""
         self._source.load_state_dict(state)
         self._state = self._source.state_dict()
 
@@ -237,7 +239,6 @@ class _Draws:
         """The groups with signal, in the order drawn."""
         self.left_out: list[ScoredTrajectory] = []
         """Of groups in which one came to no end."""
-        self.metrics: dict[str, float] = {}
 
     def add(self, drawn: Experience) -> None:
         ids = drawn.group_ids
@@ -255,5 +256,3 @@ class _Draws:
         left_out_tokens = sum(row.trajectory.response_length for row in drawn.left_out)
         self.tokens += int(drawn.lengths.sum()) + left_out_tokens
         self.rewards.append(drawn.rewards)
-        # Only the first batch of a step syncs weights, so later ones overwrite none of its metrics.
-        self.metrics |= drawn.metrics

@@ -64,6 +64,8 @@ class TrainGroup:
         self.cost = sequence_cost(load_spec(group.model))
         self._padding: dict[str, float] = {}
         """Padding of the forward passes since the last update, as metrics."""
+        self.meanwhile: Callable[[], bool] | None = None
+        """What the driver does while the ranks compute, see `gather`."""
         self._reserved = reserved
         self._bundles = placement.groups[group.name]
         options = placement.options[group.name]
@@ -144,7 +146,7 @@ class TrainGroup:
         for rank, worker in enumerate(self.workers):
             args = shared[self.layout.coords(rank).dp]
             calls[self._name(rank)] = start_call(worker, method, *args)
-        results = gather(phase, calls, self.timeout_s)
+        results = gather(phase, calls, self.timeout_s, self.meanwhile)
         return [results[rank] for rank in self.layout.collectors()]
 
     def forward(

@@ -26,6 +26,8 @@ GRACE_S = 2.0
 LOOK_S = 1.0
 """Seconds between two looks at whether Ray has ended."""
 SHORT_S = 0.1
+MEANWHILE_S = 0.05
+"""Seconds between two looks at other work while calls are waited for."""
 NOTICE_S = 15.0
 """Seconds within which Ray notices that a process has died."""
 # Empty or one reason, for all waits of this process.
@@ -71,15 +73,23 @@ def exit_on_timeout(what: str, timeout_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def gather(phase: str, calls: Mapping[str, Reply[R]], timeout_s: float) -> list[R]:
+def gather(
+    phase: str,
+    calls: Mapping[str, Reply[R]],
+    timeout_s: float,
+    meanwhile: Callable[[], bool] | None = None,
+) -> list[R]:
     """Return the results of the named calls in their order.
 
-    Raises WorkerFailure at the first failure or at the deadline.
+    `meanwhile` is called every MEANWHILE_S; it waits for nothing, and says whether it has more to
+    do. Raises WorkerFailure at the first failure or at the deadline.
     """
     pending, results = dict(calls), dict[str, R]()
     deadline = time.monotonic() + timeout_s
     while pending:
         left_s = max(0.0, deadline - time.monotonic())
+        if meanwhile is not None and meanwhile():
+            left_s = min(left_s, MEANWHILE_S)
         ready = take_ready(phase, pending, left_s)
         if not ready and time.monotonic() >= deadline:
             late = WorkerFailure(

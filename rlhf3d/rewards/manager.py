@@ -111,6 +111,13 @@ class ScoringBatch:
         assert not self._items.keys() & numbers, "an item is there already"
         self._left_out += len(numbers)
 
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether the rule has scored all that was added, or failed, within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._failure is not None or not self._calls, timeout_s
+            )
+
     def finish(self) -> list[Score]:
         """Wait for the last score; those of all items that were added, in the order of numbers.
 
@@ -118,9 +125,8 @@ class ScoringBatch:
         """
         added = len(self._items) + self._left_out
         assert added == self._total, f"{added} of {self._total} items were added"
-        with self._changed:
-            # Without a deadline: every call has its own, which the pool keeps.
-            self._changed.wait_for(lambda: self._failure is not None or not self._calls)
+        # Without a deadline: every call has its own, which the pool keeps.
+        self.wait(None)
         self._raise_failure()
         numbers = sorted(self._items)
         if self._manager.model is not None:

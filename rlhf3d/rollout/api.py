@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -205,19 +205,20 @@ class RolloutEngine(Engines, Protocol):
 
 
 def complete(
-    engines: Engines, requests: Mapping[int, Request]
+    engines: Engines,
+    requests: Mapping[int, Request],
+    wait_s: Callable[[float], float] = float,
 ) -> Generator[dict[int, Completion], None, None]:
     """Submit requests and yield their completions in parts, as they finish.
 
-    Those that are unfinished when the generator is closed are aborted.
+    A part is {} after `wait_s(POLL_S)` seconds in which none did. Those that are unfinished when
+    the generator is closed are aborted.
     """
     engines.submit(requests)
     left = set(requests)
     while left:
-        part = engines.poll(POLL_S)
+        part = engines.poll(wait_s(POLL_S))
         left -= part.keys()
-        if not part:
-            continue
         try:
             yield part
         except GeneratorExit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,11 @@ from rlhf3d.algorithms.objectives import Objective, PolicyObjective, ValueObject
 from rlhf3d.config.derived import Derived, clip_range
 from rlhf3d.config.groups import TRAINABLE
 from rlhf3d.config.schema import ActorConfig, Config
-from rlhf3d.experience.collect import Collector, Phase, untimed
+from rlhf3d.experience.ahead import Ahead
+from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.environment_runner import EnvironmentRunner
-from rlhf3d.experience.source import (
-    DynamicSampling,
-    ExperienceSource,
-    OnPolicy,
-    OnPolicySettings,
-)
+from rlhf3d.experience.source import Draws, DynamicSampling, OnPolicy, OnPolicySettings
+from rlhf3d.experience.steps import Patience, Phase, untimed
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.rewards.make import environment_part, model_part
 from rlhf3d.rewards.manager import RewardManager
@@ -59,6 +56,7 @@ class Assembly:
     log: StepLog
     runner: EnvironmentRunner | None = None
     """Where trajectories meet their environments."""
+    patience: Patience = field(default_factory=Patience)
 
     def components(self, stack: ExitStack, preemption: PreemptionHandler) -> RunComponents:
         """Make all of them; `stack` closes what they open."""
@@ -83,8 +81,23 @@ class Assembly:
         groups = self.processes.groups
         return {role: groups[role] for role in TRAINABLE if role in groups}
 
-    def source(self, weights: WeightSync) -> ExperienceSource:
-        """On-policy generation, with dynamic sampling around it where configured."""
+    def source(self, weights: WeightSync) -> Ahead:
+        """Experience of every step, made as far ahead as `rollout.max_staleness` says."""
+        source = Ahead(
+            self.draws(weights),
+            weights.sync_weights,
+            self.patience,
+            self.log.phase,
+            self.config.rollout.max_staleness,
+            self.log.total_steps,
+            self.inputs.train_data.__getitem__,
+        )
+        for group in self.processes.groups.values():
+            group.meanwhile = source.go_on
+        return source
+
+    def draws(self, weights: WeightSync) -> Draws:
+        """One step's experience, with dynamic sampling where configured."""
         rollout, algorithm = self.config.rollout, self.config.algorithm
         max_tokens = self.config.data.max_response_length
         settings = OnPolicySettings(
@@ -97,14 +110,8 @@ class Assembly:
             overlong=self.config.reward.overlong_buffer,
         )
         collector = self.collector(weights, self.log.phase)
-        source = OnPolicy(
-            settings,
-            self.inputs.loader,
-            collector,
-            weights.sync_weights,
-            # Asked at each batch: completions of any other version are refused.
-            lambda: weights.trained_version,
-        )
+        # Asked at each batch: completions of any other version are refused.
+        source = OnPolicy(settings, self.inputs.loader, collector, lambda: weights.served_version)
         if not algorithm.filter_groups.enable:
             return source
         groups = self.config.data.train_batch_size
@@ -119,6 +126,7 @@ class Assembly:
             phase,
             self.runner,
             environment_part(self.config.reward),
+            self.patience,
         )
 
     def learner(self, weights: WeightSync) -> Learner:

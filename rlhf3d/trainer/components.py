@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER
-from rlhf3d.experience.saved import Queueing
-from rlhf3d.experience.source import NO_EXPERIENCE, ExperienceSource
+from rlhf3d.experience.ahead import Ahead
+from rlhf3d.experience.source import NO_EXPERIENCE
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.checkpointing import CheckpointWriter
 from rlhf3d.trainer.health import HealthMonitor
@@ -29,7 +29,7 @@ from rlhf3d.trainer.weight_sync import WeightSync
 class RunComponents:
     """Built by `assembly.py`, used by the loop."""
 
-    source: ExperienceSource
+    source: Ahead
     learner: Learner
     weights: WeightSync
     validation: Validation
@@ -41,6 +41,8 @@ class RunComponents:
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on held-out prompts, also for the best checkpoint; empty without prompts."""
+        # What older weights have to write comes before those that are looked at.
+        self.source.settle(step)
         metrics = self.validation.run(step)
         if metrics:
             self.best.update(step, metrics)
@@ -51,6 +53,7 @@ class RunComponents:
 
         `metrics`: the step's so far, for its row where the run is killed before that is written.
         """
+        self.source.settle(step)
         with self.log.phase("save_checkpoint"):
             return self.checkpoints.save(
                 step,
@@ -59,13 +62,8 @@ class RunComponents:
                 self.best.of(metrics),
                 last=step == self.log.total_steps,
                 wait=wait,
-                more=self._save_ahead,
+                more=lambda checkpoint: self.source.save(checkpoint / EXPERIENCE_FOLDER),
             )
-
-    def _save_ahead(self, checkpoint: Path) -> None:
-        """Experience that is not trained on yet, of a source that works ahead."""
-        if isinstance(self.source, Queueing):
-            self.source.save(checkpoint / EXPERIENCE_FOLDER)
 
     @contextmanager
     def saved_if_it_fails(
@@ -101,7 +99,6 @@ class RunComponents:
         ahead = folder / EXPERIENCE_FOLDER
         if ahead.is_dir():
             # Without it their prompts would be lost: the position in the data is after them.
-            assert isinstance(self.source, Queueing), f"{ahead} is refused at the start"
             self.source.load(ahead)
         self.learner.load_state_dict(state)
         self.health.load_state_dict(state["watch"])

@@ -20,7 +20,7 @@ from rlhf3d.algorithms.trajectories import first_rows, join_rows, row_places, sp
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.schema import AlgorithmConfig
-from rlhf3d.experience.collect import Phase
+from rlhf3d.experience.steps import Phase
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.trainer.correction import correct, settings_of
 

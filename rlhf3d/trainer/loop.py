@@ -77,6 +77,7 @@ class Trainer:
         batch, kl_metrics = learner.advantages(batch)
         run.health.check_batch(step, batch)
 
+        run.source.before_update(step)  # engines that are behind still need the weights of now
         metrics = learner.update_critic(batch)
         metrics |= learner.update_actor(batch, step)
         metrics |= run.health.check_update(step, metrics)

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from rlhf3d.config.derived import Derived, micro_batching_of
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config, RolloutConfig
-from rlhf3d.experience.collect import Phase
+from rlhf3d.experience.steps import Phase
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
 from rlhf3d.placement.cluster_check import check_cluster

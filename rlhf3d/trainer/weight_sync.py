@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from rlhf3d.config.schema import RolloutConfig
-from rlhf3d.experience.collect import Phase
+from rlhf3d.experience.steps import Phase
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure, gather

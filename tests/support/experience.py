@@ -48,6 +48,7 @@ class FakeRewards:
         self.values = dict(values or {})
         self.items: dict[int, ScoreItem] = {}
         self.arrivals: list[list[int]] = []
+        self.model = None
         self.left_out: set[int] = set()
 
     def start(self, total: int) -> FakeRewards:
@@ -61,6 +62,9 @@ class FakeRewards:
 
     def leave_out(self, numbers: Collection[int]) -> None:
         self.left_out.update(numbers)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        return True
 
     def finish(self) -> list[Score]:
         scores = []

@@ -25,6 +25,7 @@ from support.talking import (
 from rlhf3d.environments.api import Call, Reply, Reset, Step
 from rlhf3d.experience.environment_runner import EnvironmentFailed, EnvironmentRunner, Finished
 from rlhf3d.experience.requests import Requests, TrajectoryRequest
+from rlhf3d.experience.steps import Patience
 from rlhf3d.pool.process import CallResult, Ending, StartError
 from rlhf3d.rewards.score import Outcome
 from rlhf3d.rollout.api import Completion, SamplingSettings
@@ -42,10 +43,11 @@ def play(
     """What became of them, and which ended together."""
     finished: dict[int, Finished] = {}
     parts = []
-    for part in running.run(engine, requests(count)):
+    for part in running.run(engine, requests(count), Patience()):
         assert not finished.keys() & part.keys()
         finished |= part
-        parts.append(sorted(part))
+        if part:
+            parts.append(sorted(part))
     return finished, parts
 
 
@@ -127,7 +129,8 @@ def test_one_that_waits_for_its_environment_keeps_no_other() -> None:
     sessions = SlowSessions([0.5, 0.0, 0.0, 0.0])
     start = time.monotonic()
     ended = {}
-    for part in EnvironmentRunner(sessions, rules()).run(TalkingEngine(["a", "end"]), requests(4)):
+    engine = TalkingEngine(["a", "end"])
+    for part in EnvironmentRunner(sessions, rules()).run(engine, requests(4), Patience()):
         for number in part:
             ended[number] = time.monotonic() - start
     assert max(ended[n] for n in (1, 2, 3)) < 0.5 < ended[0]

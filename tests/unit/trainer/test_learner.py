@@ -25,8 +25,8 @@ from rlhf3d.batching.dispatch import for_update, split_update
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.schema import AlgorithmConfig, KLCtrlConfig, RolloutCorrectionConfig
 from rlhf3d.engine.microbatch import make_microbatch
-from rlhf3d.experience.collect import untimed
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.experience.steps import untimed
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.rewards.score import Outcome, Score

@@ -21,10 +21,10 @@ from rlhf3d.config.derived import derive
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.data.dataset import Prompt
-from rlhf3d.experience.collect import untimed
 from rlhf3d.experience.environment_runner import EnvironmentFailed
 from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import TooFewGroups
+from rlhf3d.experience.steps import untimed
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.samples import read_samples, samples_path, write_samples
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path, write_tokens
@@ -83,6 +83,7 @@ class FakeScoring:
     def __init__(self, scores: list[float]) -> None:
         self.scores, self.next, self.calls = scores, 0, 0
         self.items: dict[int, ScoreItem] = {}
+        self.model = None
 
     def start(self, total: int) -> FakeScoring:
         self.calls += 1
@@ -92,6 +93,9 @@ class FakeScoring:
     def add(self, items: dict[int, ScoreItem]) -> None:
         assert not self.items.keys() & items.keys()
         self.items |= items
+
+    def wait(self, timeout_s: float | None) -> bool:
+        return True
 
     def finish(self) -> list[Score]:
         values = []
@@ -161,6 +165,7 @@ def make_trainer(
     weights: Any = SimpleNamespace(
         sync_weights=dict,
         trained_version=1,
+        served_version=1,
         weights_changed=lambda: None,
         sleep_engines=sleep,
         engines=rollout,
@@ -379,7 +384,8 @@ def test_a_trajectory_whose_environment_failed_is_written_for_people(tmp_path: P
         beside = row(1.0, 99)
         return replace(source.next_batch(step), left_out=[beside, row(failure, 99)])
 
-    trainer.run = replace(fakes.components, source=SimpleNamespace(next_batch=next_batch))
+    stand_in: Any = SimpleNamespace(next_batch=next_batch, before_update=source.before_update)
+    trainer.run = replace(fakes.components, source=stand_in)
     metrics = trainer.train_step(1)
     samples = read_samples(samples_path(tmp_path, 1))
     # After those that are trained on, whose numbers messages name.

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf3d.experience.collect import untimed
+from rlhf3d.experience.steps import untimed
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.metrics import PhaseTimer
 from rlhf3d.placement.journal import JournalWriter, read_journal

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf3d.config.schema import Config, ModelConfig, RolloutConfig
-from rlhf3d.experience.collect import untimed
+from rlhf3d.experience.steps import untimed
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
