@@ -330,7 +330,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
 
 
 def test_critic_warmup_leaves_the_actor_alone(tmp_path: Path) -> None:
-    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], trainer={"critic_warmup": 2})
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], steps=3, trainer={"critic_warmup": 2})
     for step in (1, 2, 3):
         trainer.train_step(step)
     assert (
