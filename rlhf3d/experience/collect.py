@@ -95,6 +95,8 @@ class Collector:
 
     def _decode(self, completions: Mapping[int, Completion]) -> dict[int, str]:
         """Responses as text, without special tokens."""
+        if not completions:  # of an empty list the tokenizer makes one text
+            return {}
         ids = [list(completion.token_ids) for completion in completions.values()]
         # Special tokens: most completions end with one, such as the end of the turn.
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
