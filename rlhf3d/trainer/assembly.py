@@ -90,7 +90,7 @@ class Assembly:
             self.log.phase,
             self.config.rollout.max_staleness,
             self.log.total_steps,
-            self.inputs.train_data.__getitem__,
+            self.inputs.train_data.of_row,
         )
         for group in self.processes.groups.values():
             group.meanwhile = source.go_on

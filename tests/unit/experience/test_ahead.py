@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.experience import prompt, row
+from support.experience import row
 
+from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.ahead import Ahead
 from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import TooFewGroups
@@ -56,8 +58,12 @@ class Slow:
         self._position = state["position"]
 
 
+def prompt_of(index: int) -> Prompt:
+    return row(1.0, 0).trajectory.prompt
+
+
 def ahead(source: Slow, policy: Policy, staleness: int, last_step: int = STEPS) -> Ahead:
-    return Ahead(source, policy.sync, Patience(), untimed, staleness, last_step, prompt)
+    return Ahead(source, policy.sync, Patience(), untimed, staleness, last_step, prompt_of)
 
 
 def train(source: Ahead, policy: Policy, step: int, background: tuple[int, int] = (0, 0)) -> None:
@@ -130,3 +136,36 @@ def test_a_failure_is_raised_where_its_batch_is_wanted() -> None:
     assert experience.state_dict() == {"position": 2}, "after the last batch that there is"
     with pytest.raises(TooFewGroups):
         experience.next_batch(3)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_a_run_that_was_stopped_goes_on_with_the_same_batches(
+    staleness: int, tmp_path: Path
+) -> None:
+    policy = Policy()
+    first = ahead(Slow(policy), policy, staleness)
+    for step in (1, 2):
+        train(first, policy, step, (2, 2))
+    first.settle(2)
+    state = first.state_dict()
+    first.save(tmp_path / "experience")
+    assert state == {"position": 2 + staleness}, "after the last batch that is saved"
+
+    policy = Policy()
+    policy.trained = 2
+    source = Slow(policy)
+    second = ahead(source, policy, staleness)
+    second.load_state_dict(state)
+    second.load(tmp_path / "experience")
+    for step in range(3, STEPS + 1):
+        train(second, policy, step)
+    drawn_again = {step: step - 1 - staleness for step in range(3 + staleness, STEPS + 1)}
+    assert source.written == drawn_again
+
+
+def test_nothing_ahead_makes_no_folder(tmp_path: Path) -> None:
+    policy = Policy()
+    experience = ahead(Slow(policy), policy, staleness=0)
+    train(experience, policy, 1)
+    experience.save(tmp_path / "experience")
+    assert not (tmp_path / "experience").exists()

@@ -174,6 +174,7 @@ def make_trainer(
     inputs: Any = SimpleNamespace(
         tokenizer=make_tiny_tokenizer(),
         loader=SimpleNamespace(next_batch=next_batch, state_dict=dict),
+        train_data=SimpleNamespace(of_row=None),
         val_data=val,
     )
     processes: Any = SimpleNamespace(groups=groups, rollout=rollout, sync=None)
