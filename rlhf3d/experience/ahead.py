@@ -202,10 +202,12 @@ class Ahead:
 
     def _complete(self, draw: _Draw, experience: Experience) -> None:
         now = time.monotonic()
+        drawn_s = max(now - draw.began, 1e-9)
         metrics = {
-            "async/samples_waited_s": draw.waited_s,
+            "async/drawn_s": drawn_s,
+            "async/trainer_waited_s": draw.waited_s,
             "async/engines_waited_s": self._engines_waited_s,
-            "async/overlap_share": 1 - min(1.0, draw.waited_s / max(now - draw.began, 1e-9)),
+            "async/overlap_share": 1 - min(1.0, draw.waited_s / drawn_s),
         }
         if self._staleness:
             experience = replace(experience, metrics=experience.metrics | metrics)
