@@ -126,13 +126,18 @@ def _expand_paths(config: Config, problems: list[str]) -> Config:
 
 def find_file(path: Path) -> Path:
     """The configuration file at `path`, or the one of that name that ships with the package."""
+    return path if path.is_file() else _shipped(path) or path
+
+
+def _shipped(path: Path) -> Path | None:
+    """The configuration of that name that ships with the package; None for another path."""
     shipped = CONFIGS / path.name
     by_name = str(path) in (path.name, f"configs/{path.name}")
-    return shipped if by_name and shipped.is_file() and not path.is_file() else path
+    return shipped if by_name and shipped.is_file() else None
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in `path`, merged over that of its `base:`, which is relative to `path`."""
+    """The mapping in `path`, merged over that of its `base:` (see `_base_file`)."""
     if path.resolve() in seen:
         raise ConfigError([f"base: {path} derives from itself"])
     if not path.is_file():
@@ -146,13 +151,20 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError([f"{path}: base: expected the name of a file, found {_type_name(base)}"])
     try:
-        of = path.parent / expand_home(str(base))
+        of = _base_file(path, str(base))
     except ValueError as error:
         raise ConfigError([f"{path}: base: {base}: {error}"]) from None
     # Depth first: what stands nearer to the user's file wins.
     inherited = read_yaml(of, (*seen, path.resolve()))
     merge(inherited, raw)
     return inherited
+
+
+def _base_file(path: Path, base: str) -> Path:
+    """The file that `base:` in `path` names: beside that, or one that ships with the package."""
+    name = Path(expand_home(base))
+    beside = path.parent / name
+    return beside if beside.is_file() else _shipped(name) or beside
 
 
 def files_of(path: Path) -> list[Path]:
@@ -162,7 +174,7 @@ def files_of(path: Path) -> list[Path]:
         base = read_sections(found[-1], "sections").get("base")
         if not isinstance(base, str) or not base or scalars.is_null(base):
             return found
-        found.append(found[-1].parent / expand_home(str(base)))
+        found.append(_base_file(found[-1], str(base)))
 
 
 def parse_override(text: str) -> dict[str, Any]:

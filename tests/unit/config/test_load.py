@@ -25,6 +25,7 @@ from rlhf3d.config.load import (
     read_config,
 )
 from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.paths import CONFIGS
 
 DIGITS = " … decimal digits"
 WORD = QUOTES = " … quotes"
@@ -152,6 +153,26 @@ def test_later_override_wins_and_a_section_override_is_merged(tmp_path: Path) ->
     config = load(tmp_path, "rollout.n=2", "rollout={n: 4, engines: 2}", "rollout.engines=3")
     assert (config.rollout.n, config.rollout.engines) == (4, 3)
     assert config.model.path == "m"
+
+
+@pytest.mark.parametrize("base", ["quickstart_grpo.yaml", "configs/quickstart_grpo.yaml"])
+def test_a_base_that_ships_with_the_package_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """One of that name beside the file comes first; one in the working folder is not looked for."""
+    own = tmp_path / "own"
+    (own / base).parent.mkdir(parents=True)
+    path = own / "run.yaml"
+    path.write_text(f"base: {base}\nrollout: {{engines: 3}}\n")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / base).parent.mkdir(parents=True)
+    (elsewhere / base).write_text("rollout: {n: 8}\n")
+    monkeypatch.chdir(elsewhere)
+    config, _ = read_config(path)
+    assert (config.rollout.n, config.rollout.engines) == (4, 3)
+    assert files_of(path) == [path, CONFIGS / "quickstart_grpo.yaml", CONFIGS / "quickstart.yaml"]
+    (own / base).write_text("rollout: {n: 9}\n")
+    assert read_config(path)[0].rollout.n == 9 and files_of(path) == [path, own / base]
 
 
 @pytest.mark.parametrize(
