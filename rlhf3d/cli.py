@@ -21,6 +21,7 @@ from rlhf3d.commands.errors import raised_by_us
 from rlhf3d.commands.evaluate import evaluate
 from rlhf3d.commands.plan import plan
 from rlhf3d.commands.rehearse import rehearse
+from rlhf3d.commands.replay import replay
 from rlhf3d.commands.reshard import reshard
 from rlhf3d.commands.results import compare, report, samples
 from rlhf3d.commands.train import train
@@ -37,6 +38,7 @@ app = Commands(
 )
 for _command in (
     train,
+    replay,
     plan,
     reshard,
     rehearse,

@@ -5,6 +5,8 @@ Invariant: a signal that asks the run to stop is handled from the first line on,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,12 +25,17 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train: check the configuration and this machine, then run the loop."""
+    raise typer.Exit(ended(partial(_train, config, overrides or [])))
+
+
+def ended(work: Callable[[PreemptionHandler], int]) -> int:
+    """Run a loop; its exit code, whatever ends it."""
     from rlhf3d.trainer.preemption import PREEMPTED, Preempted, PreemptionHandler
 
     preemption = PreemptionHandler.of_this_process()
     with preemption.handling_signals():  # before anything that takes long, imports among it
         try:
-            code = _train(config, overrides or [], preemption)
+            code = work(preemption)
         except Preempted:
             tell("stopped by a signal before the first step: the same command begins again")
             code = PREEMPTED
@@ -46,7 +53,7 @@ def train(
             # waiting for.
             tell(f"{error}\n{preemption.signal} had come before: the same command continues")
             code = PREEMPTED
-    raise typer.Exit(code)
+    return code
 
 
 def _train(config: Path, overrides: list[str], preemption: PreemptionHandler) -> int:

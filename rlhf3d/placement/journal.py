@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -149,8 +149,14 @@ class JournalWriter:
 class EngineJournal:
     """Writes down what one engine is told and tells, from its start on."""
 
-    def __init__(self, journal: JournalWriter, engine: int) -> None:
-        self._journal, self._engine = journal, engine
+    def __init__(
+        self,
+        journal: JournalWriter,
+        engine: int,
+        look: Callable[[Sequence[Made]], None] = lambda made: None,
+    ) -> None:
+        """`look` is shown what the engine has completed."""
+        self._journal, self._engine, self._look = journal, engine, look
         self._sent: dict[int, Command] = {}
         """By number: the step is not known yet."""
         self._names: dict[int, str] = {}
@@ -171,8 +177,8 @@ class EngineJournal:
             command = Command(method, version=args[0])
         self._sent[number] = command
 
-    def told(self, progress: Progress) -> list[Made]:
-        """Take what the engine's first rank has told; what it has completed."""
+    def told(self, progress: Progress) -> None:
+        """Take what the engine's first rank has told."""
         for number, step in progress.applied:
             command = self._sent.pop(number)
             if command.method != ENDS:
@@ -185,7 +191,7 @@ class EngineJournal:
                 finished.append(made(self._names.pop(own), completion))
         if finished:
             self._journal.write({"engine": self._engine, "made": finished})
-        return finished
+            self._look(finished)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -26,10 +27,11 @@ from rlhf3d.placement.journal import EngineJournal, JournalWriter
 from rlhf3d.placement.ledger import Ledger
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.routing import Router
-from rlhf3d.placement.waiting import dead_actors, gather, take_ready
+from rlhf3d.placement.script import Divergence, Script
+from rlhf3d.placement.waiting import SHORT_S, WorkerFailure, dead_actors, gather, take_ready
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SyncReport
-from rlhf3d.rollout.engine_loop import Progress
+from rlhf3d.rollout.engine_loop import DUE, Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 
@@ -61,16 +63,21 @@ class RolloutGroup:
         threads: Sequence[Sequence[int]],
         output_dir: str | None = None,
         journal: JournalWriter | None = None,
+        script: Script | None = None,
     ) -> None:
         """Begin to start the engines, which `wait_ready` ends.
 
         By engine and rank, `bundles` says where they run and `threads` with how many CPU threads.
-        `journal`: where it is written what they do, and when.
+        `journal`: where it is written what they do, and when. `script`: what they are to repeat.
         """
         self.timeout_s = cluster.phase_timeout_s
         self.startup_timeout_s = cluster.startup_timeout_s
         self._max_model_len = settings.max_model_len
-        self._output_dir, self._journal = output_dir, journal
+        self._output_dir, self._journal, self.script = output_dir, journal, script
+        self.meanwhile: Callable[[], bool] | None = None
+        """What goes on while requests are waited for that the script has next; see `gather`."""
+        self._held: dict[int, int] = {}
+        """Requests that the script has for later: the caller's number by the engines'."""
         self._settings, self._placement, self._reserved = settings, placement, reserved
         self._bundles, self._threads = bundles, threads
         # With its folder's own weights an engine serves from its start.
@@ -100,7 +107,11 @@ class RolloutGroup:
         for engine, meeting in zip(self.engines, meetings, strict=True):
             for name, actor in zip(engine.names, engine.actors, strict=True):
                 self._starting[name] = start_call(
-                    actor, EngineRank.start_at, meeting, self.startup_timeout_s
+                    actor,
+                    EngineRank.start_at,
+                    meeting,
+                    self.startup_timeout_s,
+                    () if self.script is None else self.script.schedule(engine.number),
                 )
 
     def wait_ready(self) -> None:
@@ -124,15 +135,43 @@ class RolloutGroup:
             )
             name = rank_name(engine, rank, ranks)
             actors.append(actor.remote(name, settings, rank, own, self.timeout_s, self._output_dir))
-        journal = None if self._journal is None else EngineJournal(self._journal, engine)
-        return EngineHandle(engine, actors, journal)
+        return EngineHandle(engine, actors, self._journal_of(engine))
+
+    def _journal_of(self, engine: int) -> EngineJournal | None:
+        """Where it is written what an engine does; compared with the script, if there is one."""
+        if self._journal is None:
+            assert self.script is None, "the journal names what is compared"
+            return None
+        if self.script is None:
+            return EngineJournal(self._journal, engine)
+        return EngineJournal(self._journal, engine, partial(self.script.completed, engine))
 
     def _start_all(self, method: Callable[[VLLMEngine, *Ts], R], *args: *Ts) -> dict[str, Reply[R]]:
         """Start the same command on every rank of every engine."""
+        self._await_turn()
         calls: dict[str, Reply[R]] = {}
         for engine in self.engines:
-            calls |= engine.call(method, *args)
+            calls |= self._call(engine, method, *args)
         return calls
+
+    def _call(
+        self, engine: EngineHandle, method: Callable[[VLLMEngine, *Ts], R], *args: *Ts
+    ) -> dict[str, Reply[R]]:
+        """Start a command on every rank of an engine; the script must have it next."""
+        if self.script is not None:
+            self.script.tell(engine.number, method.__name__, args)
+        return engine.call(method, *args)
+
+    def _await_turn(self) -> None:
+        """Wait until the script has nothing about requests before the trainer's next command."""
+        script, deadline = self.script, time.monotonic() + self.timeout_s
+        if script is None:
+            return
+        while any(script.waits_for_requests(engine.number) for engine in self.engines):
+            if self.meanwhile is None or not self.meanwhile():
+                time.sleep(SHORT_S)
+            if time.monotonic() > deadline:
+                raise Divergence(f"after {self.timeout_s:.0f} s {script.lacks()}")
 
     def _on_all(self, phase: str, method: Callable[[VLLMEngine, *Ts], R], *args: *Ts) -> list[R]:
         """Have every rank apply a command; the results of the engines' first ranks."""
@@ -146,6 +185,13 @@ class RolloutGroup:
             raise RuntimeError("no policy is published: weights must be synced before requests")
         for request in requests.values():
             request.check_fits(self._max_model_len)
+        if self.script is not None:
+            for number, request in requests.items():
+                own = next(self._ids)
+                self._held[own] = number
+                self.script.hold(own, request)
+            self._follow(self.script)
+            return
         of_engine: dict[int, dict[int, Request]] = {}
         for number, request in requests.items():
             engine, own = self._router.route(request), next(self._ids)
@@ -163,6 +209,19 @@ class RolloutGroup:
         # Alone: an engine that was started again may still be at what it was given before.
         handle.send(VLLMEngine.submit, requests, alone=idle)
 
+    def _follow(self, script: Script) -> None:
+        """Tell engines what the script has next about requests, as far as all of it has come."""
+        for engine in self.engines:
+            while (given := script.next_of_requests(engine.number)) is not None:
+                if isinstance(given, list):
+                    engine.send(VLLMEngine.abort, given, alone=False)
+                    continue
+                for own in given.keys() & self._held.keys():
+                    self._unfinished[own] = _Unfinished(self._held.pop(own), engine.number)
+                    self._router.unfinished[engine.number] += 1
+                engine.excuse()
+                engine.send(VLLMEngine.submit, dict(given), alone=False)
+
     def poll(self, timeout_s: float) -> dict[int, Completion]:
         """See `Engines.poll`.
 
@@ -177,14 +236,27 @@ class RolloutGroup:
         completions: dict[int, Completion] = {}
         while self._unfinished and not completions:
             left_s = deadline - time.monotonic()
-            completions = self._collect(max(0.0, left_s))
+            try:
+                completions = self._collect(max(0.0, left_s))
+            except WorkerFailure as failure:
+                if self.script is not None and DUE in str(failure):
+                    raise Divergence(f"{self.script.lacks()}\n{failure}") from failure
+                raise
             if left_s <= 0:
                 break
+        if self.script is not None:
+            self._follow(self.script)
+            if not completions and not self._unfinished and self._held:
+                self.script.check_end()
+                time.sleep(min(timeout_s, SHORT_S))  # engines have nothing that could be waited for
         self._left_at = time.monotonic()
         return completions
 
     def abort(self, numbers: Collection[int]) -> None:
         """See `Engines.abort`."""
+        if self.script is not None:
+            self._drop(self.script, numbers)
+            return
         of_engine: dict[int, list[int]] = {}
         for own, request in self._unfinished.items():
             if request.number in numbers:
@@ -194,6 +266,16 @@ class RolloutGroup:
             self._ledger.drop(engine, given)
             for own in given:
                 self._finished(own)
+
+    def _drop(self, script: Script, numbers: Collection[int]) -> None:
+        """Requests are not wanted any more; engines learn that when the script says."""
+        for own in [own for own, number in self._held.items() if number in numbers]:
+            del self._held[own]
+            script.drop(own)
+        for own in [own for own, one in self._unfinished.items() if one.number in numbers]:
+            self._finished(own)
+            script.drop(own)
+        self._follow(script)
 
     def _collect(self, timeout_s: float) -> dict[int, Completion]:
         """What the engines have finished; waits up to `timeout_s` until one tells anything."""
@@ -225,9 +307,10 @@ class RolloutGroup:
         self, setup: SyncSetup, meeting: tuple[str, int] | None
     ) -> dict[str, Reply[None]]:
         """Start to open every engine's end of the weight stream."""
+        self._await_turn()
         calls: dict[str, Reply[None]] = {}
         for engine in self.engines:
-            calls |= engine.call(VLLMEngine.open_weights, setup, engine.number, meeting)
+            calls |= self._call(engine, VLLMEngine.open_weights, setup, engine.number, meeting)
         return calls
 
     def start_update_weights(self, policy_version: int, sync: int) -> dict[str, Reply[SyncReport]]:
@@ -303,6 +386,8 @@ class RolloutGroup:
         All: what they had begun, they do again in any case, and those that were at a weight sync
         with a lost one may hold half of the weights.
         """
+        if self.script is not None:
+            raise RuntimeError("an engine died, and what it was at cannot be repeated: begin again")
         self._served = self._behind = False
         for engine in self.engines:
             for _, actor in engine.ranks():
@@ -314,7 +399,9 @@ class RolloutGroup:
 
     def close(self) -> None:
         """Let the engines end their own processes; a failed run's are ended by Ray."""
-        calls = self._start_all(VLLMEngine.close)
+        calls: dict[str, Reply[None]] = {}
+        for engine in self.engines:  # whatever a script has next
+            calls |= engine.call(VLLMEngine.close)
         gather("stop vLLM", calls, CLOSE_S)
         if self._journal is not None:
             self._take_the_last()

@@ -28,6 +28,8 @@ R = TypeVar("R")
 
 ENDS = "close"
 """The command after which the loop ends."""
+DUE = "is due after step"
+"""In what is raised where a command of the schedule does not come in time."""
 
 
 class SteppedEngine(Protocol):
@@ -235,11 +237,11 @@ class EngineLoop:
         """Rank 0: where the schedule has a command before the next step, wait until it has come."""
         number, due = self._applied + 1, self._next_due()
         if due == self._steps and unfinished:
-            which = f"which is due after step {due}"
+            which = f"which {DUE} {due}"
             self._command(number, time.monotonic() + self._timeout_s, which)
         elif due is not None and due != self._steps and not unfinished:
             raise RuntimeError(
-                f"{self._name}: command {number} is due after step {due}, but nothing is left to "
+                f"{self._name}: command {number} {DUE} {due}, but nothing is left to "
                 f"do after step {self._steps}: this is not the run that the schedule is of"
             )
 

@@ -74,6 +74,7 @@ class Assembly:
             health=self.health(),
             log=self.log,
             preemption=preemption,
+            script=self.processes.rollout.script,
         )
 
     def trained(self) -> dict[str, TrainGroup]:
@@ -94,6 +95,7 @@ class Assembly:
         )
         for group in self.processes.groups.values():
             group.meanwhile = source.go_on
+        self.processes.rollout.meanwhile = source.go_on
         return source
 
     def draws(self, weights: WeightSync) -> Draws:

@@ -15,6 +15,7 @@ from typing import Any
 from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER
 from rlhf3d.experience.ahead import Ahead
 from rlhf3d.experience.source import NO_EXPERIENCE
+from rlhf3d.placement.script import Script
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.checkpointing import CheckpointWriter
 from rlhf3d.trainer.health import HealthMonitor
@@ -38,6 +39,8 @@ class RunComponents:
     health: HealthMonitor
     log: StepLog
     preemption: PreemptionHandler
+    script: Script | None = None
+    """The run that this one repeats."""
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on held-out prompts, also for the best checkpoint; empty without prompts."""

@@ -64,21 +64,27 @@ class RunInputs:
         yield from self.turn_notes
 
 
-def read_to_start(config: Config) -> tuple[RunInputs, Derived, Start]:
+def read_to_start(
+    config: Config, began: datetime | None = None
+) -> tuple[RunInputs, Derived, Start]:
     """Read them, and choose where the run starts; ValueError as `read_inputs` and `choose_start`.
 
-    Prompts of a run that goes on have the date of its first start, where the template writes one.
+    Prompts of a run that goes on have the date of its first start, where the template writes one;
+    those of a run that is repeated that of the other, `began`.
     """
-    return _read_at(config, began_at(config))
+    return _read_at(config, began or began_at(config), repeats=began is not None)
 
 
-def _read_at(config: Config, time: datetime | None) -> tuple[RunInputs, Derived, Start]:
+def _read_at(
+    config: Config, time: datetime | None, repeats: bool = False
+) -> tuple[RunInputs, Derived, Start]:
     TEMPLATE_CLOCK.set(time)
     inputs = read_inputs(config)
     derived = derive(config, len(inputs.train_data))
     assert derived.total_steps is not None
     start = choose_start(config, derived.total_steps)
-    if time is not None and start.checkpoint is None and start.finished is None:
+    new = start.checkpoint is None and start.finished is None and not repeats
+    if time is not None and new:
         # A new run after all: its prompts are of today.
         return _read_at(config, None)
     return inputs, derived, start

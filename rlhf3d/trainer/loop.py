@@ -33,6 +33,8 @@ class Trainer:
         # Of the last step: what is saved if the next one gets no experience.
         metrics = {}
         while self.step < self.total_steps:
+            if run.script is not None:
+                run.script.trajectories(self.step + 1)  # ends the repeated run
             unsaved = config.save_at_end and not self._due(config.save_freq)
             with run.saved_if_it_fails(self.step, metrics, unsaved):
                 # A save in the background that is written by now is completed after the step.
@@ -87,6 +89,8 @@ class Trainer:
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
         run.log.trained(step)
+        if run.script is not None:
+            run.script.trained(step)
         return experience.metrics | metrics
 
     def _due(self, every: int) -> bool:

@@ -30,6 +30,7 @@ from rlhf3d.placement.resources import (
     threads_of,
 )
 from rlhf3d.placement.rollout_group import RolloutGroup
+from rlhf3d.placement.script import Script
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.worker import worker_setup
 from rlhf3d.resharding.plan import ReshardPlan
@@ -63,10 +64,11 @@ def start_processes(
     preemption: PreemptionHandler,
     phase: Phase,
     journal: JournalWriter,
+    script: Script | None,
 ) -> Processes:
     """Join Ray, reserve devices, check the nodes, start ranks and engines.
 
-    `journal`: where it is written what engines do, and when.
+    `journal`: where it is written what engines do, and when; `script`: what they are to repeat.
     """
     placement = _placement(config, derived, platform)
     devices = platform.pretended_devices(placement.gpus)
@@ -99,7 +101,9 @@ def start_processes(
             group.name: partial(reservation.start_group, group, derived.total_steps)
             for group in derived.groups
         }
-        start_engines = partial(reservation.start_engines, engine_settings, sync.plan, journal)
+        start_engines = partial(
+            reservation.start_engines, engine_settings, sync.plan, journal, script
+        )
         rollout, groups = start_models(config.rollout, platform, start_engines, start_groups)
     return Processes(_by_role(derived.groups, groups), rollout, sync)
 
@@ -149,7 +153,11 @@ class _Reservation:
         )
 
     def start_engines(
-        self, settings: EngineSettings, plan: ReshardPlan, journal: JournalWriter
+        self,
+        settings: EngineSettings,
+        plan: ReshardPlan,
+        journal: JournalWriter,
+        script: Script | None,
     ) -> RolloutGroup:
         """Start the engine ranks on the devices that the plan of the sync is made for."""
         config = self.config
@@ -165,6 +173,7 @@ class _Reservation:
             threads,
             output_dir,
             journal,
+            script,
         )
 
 

@@ -21,6 +21,7 @@ from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.parallel.platform import choose_platform
+from rlhf3d.placement.script import EndOfScript, Script
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.trainer.assembly import Assembly
@@ -38,9 +39,12 @@ from rlhf3d.trainer.start import (
 from rlhf3d.trainer.step_log import StepLog
 
 
-def run_training(config: Config, preemption: PreemptionHandler) -> int:
+def run_training(
+    config: Config, preemption: PreemptionHandler, script: Script | None = None
+) -> int:
     """Run the complete job; 0 when it is done, PREEMPTED when it stopped early, after a checkpoint.
 
+    `script`: a run that this one repeats, up to a step of it.
     Errors are raised; the command line turns them, and Preempted, into exit codes.
     """
     # The handler is older than the configuration: signals reach it from the start.
@@ -49,7 +53,7 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
     platform = choose_platform(config.cluster.platform)
     config = resolve_platform(config, platform)
     # First everything that can be wrong with files, while nothing has been started or written.
-    inputs, derived, start = read_to_start(config)
+    inputs, derived, start = read_to_start(config, None if script is None else script.began)
     assert derived.total_steps is not None
     if start.finished is not None:
         return show_finished(start.finished)
@@ -91,7 +95,7 @@ def run_training(config: Config, preemption: PreemptionHandler) -> int:
             console.note,
         )
         processes = start_processes(
-            stack, config, derived, inputs, platform, preemption, console.phase, journal
+            stack, config, derived, inputs, platform, preemption, console.phase, journal, script
         )
         assembly = Assembly(config, derived, inputs, processes, rewards, log, runner)
         return _train(stack, assembly, checkpoint, preemption)
@@ -113,7 +117,10 @@ def _train(
         trainer.step = checkpoint.manifest.step
     assembly.log.begin()
     with preemption.loop():
-        stopped = trainer.fit()
+        try:
+            stopped = trainer.fit()
+        except EndOfScript:
+            stopped = None
     # vLLM ends best when it is asked; the stack ends whoever does not answer.
     what = "the engines did not end in order"
     with reported_only(console, what, "every process is ended all the same"):
@@ -123,6 +130,8 @@ def _train(
         lines = [f"stopped: {stopped}", f"checkpoint {last}", "the same command continues from it"]
         console.done(lines)
         return PREEMPTED
+    if components.script is not None:
+        return 0
     show_results(Path(assembly.config.trainer.output_dir), console, last)
     return 0
 
