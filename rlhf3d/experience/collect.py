@@ -147,14 +147,16 @@ class Collector:
 
 
 def _first_turn(request: TrajectoryRequest) -> Request:
-    return Request(request.prompt.prompt_ids, request.seed, request.sampling)
+    name = request.turn(0, attempt=0)
+    return Request(request.prompt.prompt_ids, request.seed, request.sampling, name=name)
 
 
 def _single_turn(request: TrajectoryRequest, completion: Completion) -> Trajectory:
     """A trajectory of one completion."""
     span = Span("sampled", completion.token_ids, completion.logprobs, completion.versions)
     row = Row(request.prompt.prompt_ids, (span,))
-    return Trajectory(request.prompt, request.group, (row,), completion.finish_reason)
+    reason = completion.finish_reason
+    return Trajectory(request.prompt, request.group, (row,), reason, request.name)
 
 
 def score_item(prompt: Prompt, text: str, episode: EpisodeRecord | None = None) -> ScoreItem:

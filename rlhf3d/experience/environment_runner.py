@@ -174,7 +174,7 @@ class _Collection:
             self._engines.abort(self._writing)
 
     def _begin(self, number: int, retries: int) -> None:
-        episode = Episode(self._requests[number], number, self._runner.rules)
+        episode = Episode(self._requests[number], number, self._runner.rules, retries)
         attempt = _Attempt(number, retries, episode, self._runner.sessions.session())
         self._attempts[number] = attempt
         self._act(attempt, episode.start())

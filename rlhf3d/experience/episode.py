@@ -92,9 +92,11 @@ class Episode:
     completion) the next ones.
     """
 
-    def __init__(self, request: TrajectoryRequest, number: int, rules: Rules) -> None:
+    def __init__(
+        self, request: TrajectoryRequest, number: int, rules: Rules, attempt: int = 0
+    ) -> None:
         """`number`: of the trajectory, by which engines know its turns."""
-        self._request, self._number = request, number
+        self._request, self._number, self._attempt = request, number, attempt
         self._rules, self._config, self._turns = rules, rules.environment, rules.turns
         self._context: Context | None = None
         """The conversation up to the turn that is next, or under way."""
@@ -154,7 +156,8 @@ class Episode:
         """All tokens so far."""
         rows = [Row(prompt, tuple(spans)) for prompt, spans in self._rows]
         reason: Literal["stop", "length"] = "length" if self._end == "length" else "stop"
-        return Trajectory(self._request.prompt, self._request.group, tuple(rows), reason)
+        request = self._request
+        return Trajectory(request.prompt, request.group, tuple(rows), reason, request.name)
 
     @property
     def record(self) -> EpisodeRecord:
@@ -223,6 +226,7 @@ class Episode:
             turn_seed(self._request.seed, self._num_turns),
             replace(sampling, max_tokens=room),
             self._number,
+            self._request.turn(self._num_turns, self._attempt),
         )
 
     def _room(self) -> int:

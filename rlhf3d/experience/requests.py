@@ -1,6 +1,7 @@
 """What is asked for: trajectories of prompts, with seeds for what is sampled and for environments.
 
-Invariant: a seed comes from the run's seed, the step, the prompt and the sample alone. Pure.
+Invariant: a seed comes from the run's seed, the step, the prompt and the sample alone, and so does
+the name by which a journal knows a trajectory. Pure.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ class TrajectoryRequest:
     compared."""
     sampling: SamplingSettings
     """Its `max_tokens` bounds all tokens after the first prompt, whoever writes them."""
+    name: str = ""
+    """What journals call it: `b3.p17.s2` is sample 2 of row 17, drawn for step 3."""
+
+    def turn(self, turn: int, attempt: int) -> str:
+        """The name of a request for one of its turns."""
+        return f"{self.name}.t{turn}.a{attempt}" if self.name else ""
 
 
 def greedy_sampling(max_tokens: int) -> SamplingSettings:
@@ -44,9 +51,10 @@ class Requests:
     new samples, not the old ones; each drawing of a prompt is a group of its own.
     """
 
-    def __init__(self, run_seed: int, step: int) -> None:
+    def __init__(self, run_seed: int, step: int, name: str | None = None) -> None:
+        """`name` of what they are for; by default that of the step."""
         self.step = step
-        self._run_seed = run_seed
+        self._run_seed, self._name = run_seed, f"b{step}" if name is None else name
         self._samples_of: Counter[int] = Counter()
         self._groups = 0
 
@@ -62,8 +70,9 @@ class Requests:
                 request_seed(self._run_seed, self.step, prompt.index, sample)
                 for sample in range(first, first + n)
             ]
-            for seed in seeds:
-                request = TrajectoryRequest(prompt, self._groups, seed, seeds[0], sampling)
+            for sample, seed in enumerate(seeds, first):
+                name = f"{self._name}.p{prompt.index}.s{sample}"
+                request = TrajectoryRequest(prompt, self._groups, seed, seeds[0], sampling, name)
                 requests.append(request)
             self._groups += 1
         return requests

@@ -203,6 +203,7 @@ def _record(scored: ScoredTrajectory, prompt: int) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "group": trajectory.group,
+        "name": trajectory.name,
         "rows": len(trajectory.rows),
         "finish_reason": trajectory.finish_reason,
         "text": scored.text,
@@ -239,7 +240,8 @@ def _scored_of(
     """The next trajectory."""
     prompt = prompts[record["prompt"]]
     rows = tuple(tokens.row(prompt) for _ in range(record["rows"]))
-    trajectory = Trajectory(prompt, record["group"], rows, record["finish_reason"])
+    reason, name = record["finish_reason"], record["name"]
+    trajectory = Trajectory(prompt, record["group"], rows, reason, name)
     score = dict(record["score"])
     return ScoredTrajectory(
         trajectory,
@@ -269,6 +271,7 @@ def _request_record(request: TrajectoryRequest, prompt: int) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "group": request.group,
+        "name": request.name,
         "seed": request.seed,
         "environment_seed": request.environment_seed,
         "sampling": asdict(request.sampling),

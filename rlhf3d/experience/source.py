@@ -101,7 +101,10 @@ class OnPolicy:
         first_of_group: dict[int, TrajectoryRequest] = {}
         for request in requests:
             first_of_group.setdefault(request.group, request)
-        return [replace(request, sampling=sampling) for request in first_of_group.values()]
+        return [
+            replace(request, sampling=sampling, name=f"{request.name}.greedy")
+            for request in first_of_group.values()
+        ]
 
     def _rewarded(self, rows: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
         """Rows with the penalty on overlong responses in their rewards."""

@@ -113,6 +113,8 @@ class Trajectory:
     """In order; several where the chat template did not keep what was written before."""
     finish_reason: FinishReason
     """Of the last turn."""
+    name: str = ""
+    """See `TrajectoryRequest.name`."""
 
     @property
     def turns(self) -> list[Span]:

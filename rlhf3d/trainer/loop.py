@@ -88,7 +88,7 @@ class Trainer:
             metrics |= staleness_metrics(experience, version)
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
-        run.log.trained(step)
+        run.log.trained(step, [one.trajectory.name for one in experience.trajectories])
         if run.script is not None:
             run.script.trained(step)
         return experience.metrics | metrics

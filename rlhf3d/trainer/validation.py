@@ -64,7 +64,9 @@ class Validation:
         self, step: int, kind: Kind, n: int, sampling: SamplingSettings
     ) -> dict[str, float]:
         # Seeds of step 0 every time, so that two validations differ by the policy alone.
-        requests = Requests(self._seed, step=0).draw(self._prompts, n, sampling)
+        requests = Requests(self._seed, step=0, name=f"{kind}{step}").draw(
+            self._prompts, n, sampling
+        )
         rows = self._collector.collect(requests)
         self._log.samples(step, [row.sample() for row in rows], kind)
         (rows,), left_out = complete_groups(rows)

@@ -49,6 +49,7 @@ def test_a_prompt_that_comes_again_gets_new_samples_in_a_group_of_its_own() -> N
     step = Requests(1, 2)
     first, again = (step.draw(PROMPTS[:1], 2, SAMPLING) for _ in range(2))
     assert len(set(seeds(first + again))) == 4
+    assert [one.name for one in first + again] == [f"b2.p7.s{sample}" for sample in range(4)]
     assert [request.group for request in first + again] == [0, 0, 1, 1]
     twice_at_once = Requests(1, 2).draw(PROMPTS[:1] * 2, 2, SAMPLING)
     assert twice_at_once == first + again
@@ -120,7 +121,9 @@ def test_requests_of_different_sampling_are_one_collection() -> None:
         False
     ] * 2
     asked = [request for request in engine.requests if not request.sampling.greedy]
-    assert asked == [Request(r.prompt.prompt_ids, r.seed, SAMPLING) for r in sampled]
+    assert asked == [
+        Request(r.prompt.prompt_ids, r.seed, SAMPLING, name=f"{r.name}.t0.a0") for r in sampled
+    ]
     assert rows[4].reward == 0.5
 
 

@@ -11,6 +11,7 @@ from rlhf3d.environments.api import Reply
 from rlhf3d.experience.environment_failures import remedy
 from rlhf3d.experience.environment_runner import EnvironmentFailed
 from rlhf3d.experience.requests import Requests
+from rlhf3d.experience.steps import Patience
 from rlhf3d.pool.process import CallResult, Ending, describe_exit
 from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import SamplingSettings
@@ -69,7 +70,7 @@ def test_the_key_that_fits_is_named(
     running = runner(sessions, retries=0, max_error_rate=0.0, **settings)
     requests = Requests(0, 1).draw([asked(0)], 1, SamplingSettings(max_tokens=100))
     with pytest.raises(EnvironmentFailed) as error:
-        list(running.run(TalkingEngine(["a"]), requests))
+        list(running.run(TalkingEngine(["a"]), requests, Patience()))
     last_line = str(error.value).splitlines()[-1]
     assert named(last_line) == keys
     assert ("fix the environment" in last_line) is (not keys)

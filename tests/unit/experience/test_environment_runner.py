@@ -160,7 +160,10 @@ class Flaky:
 def test_one_that_fails_begins_again_with_the_same_seed() -> None:
     flaky = Flaky(1, failed())
     sessions = FakeSessions(flaky.make)
-    finished, _ = play(runner(sessions, retries=1, max_error_rate=0.0), TalkingEngine(["end"]), 1)
+    engine = TalkingEngine(["end"])
+    finished, _ = play(runner(sessions, retries=1, max_error_rate=0.0), engine, 1)
+    names = [request.name for part in engine.submitted for request in part.values()]
+    assert names == ["b1.p0.s0.t0.a0", "b1.p0.s0.t0.a1"]
     first, second = flaky.attempts
     assert first == second and len(sessions.sessions) == 2 and not sessions.alive
     assert finished[0].failure is None and finished[0].episode.retries == 1  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ SAMPLING = SamplingSettings(temperature=0.5, max_tokens=200)
 
 def episode(max_tokens: int = 200, rules: Rules = RULES, **prompt: Any) -> Episode:
     own = replace(asked(3), **prompt)
-    request = TrajectoryRequest(own, 0, 77, 78, replace(SAMPLING, max_tokens=max_tokens))
+    request = TrajectoryRequest(own, 0, 77, 78, replace(SAMPLING, max_tokens=max_tokens), "b1")
     return Episode(request, 5, rules)
 
 
@@ -67,6 +67,8 @@ def test_turns_follow_each_other_until_the_environment_ends_it() -> None:
     assert observed == "again aagain b" and record.observation_tokens == len(observed)
     seeds = [request.seed for request in requests]
     assert seeds == [77, turn_seed(77, 1), turn_seed(77, 2)] and len(set(seeds)) == 3
+    assert [request.name for request in requests] == ["b1.t0.a0", "b1.t1.a0", "b1.t2.a0"]
+    assert trajectory.name == "b1"
     # Each turn is asked for with what is left, and all on the engine that has the prefix.
     taken = 0
     for request, span in zip(requests, trajectory.turns, strict=True):

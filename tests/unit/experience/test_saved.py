@@ -101,6 +101,7 @@ def scored(draw: st.DrawFn) -> ScoredTrajectory:
         draw(st.integers(0, 2**40)),
         tuple(draw(st.lists(rows(own), max_size=3))),
         draw(st.sampled_from(get_args(FinishReason))),
+        draw(st.text(max_size=4)),
     )
     score = Score(
         draw(FLOATS), draw(st.sampled_from(Outcome)), draw(RECORDS), draw(st.none() | st.text())
