@@ -1,16 +1,18 @@
 """What the processes of sessions print, on its way to standard error.
 
 Invariant: of each process at most `EACH_BYTES` are written, and of all of them together
-`ALL_BYTES`; the rest is taken and dropped, so that no process waits for it, and that it was cut is
-said once for each process. Standard error that takes nothing holds nobody up for longer than
-`_STUCK_S`.
+`ALL_BYTES`; that it was cut is said once for each process. The rest is taken and dropped, in large
+parts and not at once, so that a process that prints without end costs the others next to nothing.
+Standard error that takes nothing holds nobody up for longer than `_STUCK_S`.
 Runs in: the zygote.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,7 +27,9 @@ CUT = (
     f"{EACH_BYTES // 2**10} KiB are shown, of all {ALL_BYTES // 2**20} MiB, and nothing where "
     "standard error takes no more]\n"
 )
-_DROPPED_AT_ONCE = 2**20
+_PIPE_BYTES = 2**20
+"""What the pipe of a process holds whose output is dropped, if the system allows it."""
+_DROP_EVERY_S = 0.02
 _LAST_READS = 4
 """Reads of what an ended process has left in its pipe."""
 _STUCK_S = 1.0
@@ -55,6 +59,9 @@ class Outputs:
         """Session of each end that is read."""
         self._written = 0
         self._stuck = False
+        self._cut: dict[int, None] = {}
+        """Numbers of those whose output is dropped."""
+        self._dropped_at = 0.0
         self._nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def __contains__(self, end: int) -> bool:
@@ -81,13 +88,38 @@ class Outputs:
 
     def pass_on(self, end: int) -> None:
         """Write a part of what has come, or drop it."""
-        output = self._outputs[self._numbers[end]]
+        number = self._numbers[end]
+        output = self._outputs[number]
         if not self._move(output):
             self._close(output)
+        elif output.cut:
+            # From now on it is looked at now and then, whether or not something has come.
+            self._poll.unregister(end)
+            self._cut[number] = None
+            with suppress(OSError):
+                fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+    @property
+    def wait_ms(self) -> float | None:
+        """After how long to call `drop`; None for no reason to."""
+        return 1000 * _DROP_EVERY_S if self._cut else None
+
+    def drop(self) -> None:
+        """Empty the pipes of those whose output is dropped, if it is time for that."""
+        now = time.monotonic()
+        if not self._cut or now < self._dropped_at + _DROP_EVERY_S:
+            return
+        self._dropped_at = now
+        for number in list(self._cut):
+            output = self._outputs[number]
+            if not self._move(output):
+                del self._cut[number]
+                self._close(output)
 
     def finish(self, number: int) -> None:
         """The process has ended: write the rest of what it printed."""
         output = self._outputs.pop(number)
+        self._cut.pop(number, None)
         # What it started may go on printing, until it is killed.
         for _ in range(_LAST_READS):
             if output.end < 0 or not self._move(output):
@@ -99,7 +131,7 @@ class Outputs:
         try:
             if output.cut:
                 flags = os.SPLICE_F_NONBLOCK
-                moved = os.splice(output.end, self._nowhere, _DROPPED_AT_ONCE, flags=flags)
+                moved = os.splice(output.end, self._nowhere, _PIPE_BYTES, flags=flags)
                 self._say(output)
                 return moved > 0
             data = os.read(output.end, EACH_BYTES)
@@ -136,6 +168,7 @@ class Outputs:
     def _close(self, output: _Output) -> None:
         if output.end >= 0:
             del self._numbers[output.end]
-            self._poll.unregister(output.end)
+            with suppress(KeyError):  # it is looked at now and then
+                self._poll.unregister(output.end)
             os.close(output.end)
             output.end = -1

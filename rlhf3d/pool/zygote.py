@@ -220,13 +220,14 @@ class _Forker:
         self._poll.register(self._wake, select.POLLIN)
         with suppress(OSError):  # the other end has been closed
             while os.getppid() == self._parent:
-                ready = {descriptor for descriptor, _ in self._poll.poll()}
+                ready = {descriptor for descriptor, _ in self._poll.poll(self._outputs.wait_ms)}
                 if self._wake in ready:
                     # What is left wakes it again. Before `_reap`: who ends during that does too.
                     os.read(self._wake, 4096)
                     self._reap()
                 for end in filter(self._outputs.__contains__, ready):
                     self._outputs.pass_on(end)
+                self._outputs.drop()
                 if self._control.fileno() in ready and not self._serve():
                     break
         self._end()
