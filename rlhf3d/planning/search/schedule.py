@@ -76,12 +76,16 @@ class Schedule:
     @property
     def engines_wait_s(self) -> float:
         """Of a step, the engines without requests to compute; phases of `alone_s` apart."""
-        return self.step_s - self.alone_s - self.engines_s
+        return self._rest(self.engines_s)
 
     @property
     def training_waits_s(self) -> float:
         """Of a step, the training ranks for samples; phases of `alone_s` apart."""
-        return self.step_s - self.alone_s - self.training_s - self.shared_s
+        return self._rest(self.training_s + self.shared_s)
+
+    def _rest(self, busy_s: float) -> float:
+        # The longer side waits for nothing: what is left of the sums is rounding.
+        return max(0.0, self.step_s - self.alone_s - busy_s)
 
 
 def mode_of(rollout: RolloutConfig) -> Mode:

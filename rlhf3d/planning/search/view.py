@@ -58,13 +58,14 @@ def _time_table(time: TimePlan) -> Table:
         {"": phase.phase, "s": phase.total, "of that": _named_parts(phase)} for phase in time.phases
     ]
     rows.append({})
-    rows += _side_rows(time.schedule)
+    rows += _side_rows(time)
     rows.append({"": "step", "s": time.step_s, "of that": "without scoring and validation"})
     return table(rows, title="time of a step, s")
 
 
-def _side_rows(schedule: Schedule) -> list[Row]:
+def _side_rows(time: TimePlan) -> list[Row]:
     """The two sides of a step that lie beside each other; nothing where they do not."""
+    schedule = time.schedule
     if schedule.mode == "in_turn":
         return []
     of_engines = f"waits {schedule.engines_wait_s:.1f} for training"
@@ -73,7 +74,8 @@ def _side_rows(schedule: Schedule) -> list[Row]:
     of_training = f"waits {schedule.training_waits_s:.1f} for samples"
     if schedule.shared_s:
         of_training += f"; its devices also do {schedule.shared_s:.1f} of the engines' side"
-    alone = " and ".join(ALONE[schedule.mode])
+    names = [phase.phase for phase in time.phases if phase.phase in ALONE[schedule.mode]]
+    alone = " and ".join(names)
     return [
         {"": "engines' side", "s": schedule.engines_s, "of that": of_engines},
         {"": "training's side", "s": schedule.training_s, "of that": of_training},
