@@ -57,6 +57,11 @@ def name_of(request: Request) -> str:
     return f"{request.seed:x}-{_digest(array('i', request.prompt_ids).tobytes())}"
 
 
+def trajectory_of(name: str) -> str:
+    """The name of the trajectory of which a request of that name is a turn; see `Requests`."""
+    return name.rpartition(".t")[0] or name
+
+
 def asked(request: Request) -> Asked:
     """A request, in brief."""
     digest = _digest(array("i", request.prompt_ids).tobytes())

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 
-from rlhf3d.placement.journal import Command, Made, Segment, asked
+from rlhf3d.placement.journal import Command, Made, Segment, asked, trajectory_of
 from rlhf3d.rollout.api import Request
 
 CAUSES = (
@@ -52,6 +53,10 @@ class Script:
             for number, command in enumerate(commands):
                 for place, request in enumerate(command.requests):
                     self._places.setdefault(request.name, deque()).append((engine, number, place))
+        self._turns: dict[str, list[str]] = {}
+        """Names of requests by trajectory."""
+        for name in self._places:
+            self._turns.setdefault(trajectory_of(name), []).append(name)
         self._held: dict[tuple[int, int], dict[int, tuple[int, Request]]] = {}
         """By engine and command, the requests that have come, by their place."""
         self._beyond: list[str] = []
@@ -62,6 +67,8 @@ class Script:
         """Numbers of those that were completed or dropped."""
         self._made = {name: deque(made) for name, made in segment.made.items()}
         self._trained = segment.begin
+        self._wanted = frozenset(chain.from_iterable(segment.steps.values()))
+        """Trajectories of which the journal has all requests."""
 
     @property
     def began(self) -> datetime:
@@ -83,9 +90,24 @@ class Script:
             raise EndOfScript
         return self._steps[step]
 
-    def trained(self, step: int) -> None:
-        """A step is complete."""
+    def trained(self, step: int, names: Sequence[str]) -> None:
+        """A step is complete, and trained on these trajectories."""
+        run = self._steps[step]
+        if tuple(names) != run:
+            here, there = (_some(sorted(set(a) - set(b))) for a, b in ((names, run), (run, names)))
+            what = f"{here or 'no others'}, in the run {there or 'in another order'}"
+            raise Divergence(f"step {step} trained on {what}")
         self._trained = step
+
+    def ended(self, trajectory: str) -> None:
+        """A trajectory has come to its end. Raises Divergence where the run asked for more of it.
+
+        Without it, an engine would wait for that until its deadline.
+        """
+        for name in self._turns.get(trajectory, ()):
+            if places := self._places[name]:
+                when = self._when(*places[0][:2])
+                raise Divergence(f"{trajectory} has ended, and in the run {name} followed ({when})")
 
     def check_end(self) -> None:
         """Raise EndOfScript where the steps are complete and the journal says nothing more.
@@ -101,6 +123,9 @@ class Script:
         here = asked(request)
         places = self._places.get(here.name)
         if not places:
+            # Of others it is not known what followed the end of the journal.
+            if trajectory_of(here.name) in self._wanted:
+                raise Divergence(f"request {here.name} is none of the run's, which has its others")
             self._beyond.append(here.name)
             return
         engine, number, place = places.popleft()

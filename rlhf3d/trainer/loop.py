@@ -88,9 +88,10 @@ class Trainer:
             metrics |= staleness_metrics(experience, version)
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
-        run.log.trained(step, [one.trajectory.name for one in experience.trajectories])
+        names = [one.trajectory.name for one in experience.trajectories]
+        run.log.trained(step, names)
         if run.script is not None:
-            run.script.trained(step)
+            run.script.trained(step, names)
         return experience.metrics | metrics
 
     def _due(self, every: int) -> bool:

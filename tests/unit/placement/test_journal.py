@@ -18,6 +18,7 @@ from rlhf3d.placement.journal import (
     made,
     name_of,
     read_journal,
+    trajectory_of,
 )
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.engine_loop import Progress
@@ -97,6 +98,8 @@ def test_digests_tell_every_bit_apart() -> None:
 def test_requests_without_a_name_go_by_seed_and_prompt() -> None:
     unnamed = request("")
     names = {name_of(one) for one in (unnamed, request("", 9), request("", seed=8))}
+    assert trajectory_of(name_of(request(""))) == name_of(request(""))
+    assert trajectory_of("b1.p0.s3.t2.a0") == "b1.p0.s3"
     assert len(names) == 3 and name_of(request("")) in names and name_of(request("a")) == "a"
 
 

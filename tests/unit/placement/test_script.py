@@ -11,7 +11,8 @@ from rlhf3d.placement.journal import Command, Made, Segment, asked, made
 from rlhf3d.placement.script import Divergence, EndOfScript, Script
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 
-NAMES = tuple(f"b1.p{prompt}.s{sample}.t0.a0" for prompt in range(4) for sample in range(2))
+TRAJECTORIES = tuple(f"b1.p{number // 2}.s{number % 2}" for number in range(8))
+NAMES = tuple(f"{name}.t0.a0" for name in TRAJECTORIES)
 
 
 def request(name: str, seed: int = 0, *prompt: int) -> Request:
@@ -30,7 +31,7 @@ def segment() -> Segment:
     first.insert(2, Command("abort", names=(NAMES[4],)))
     commands = {0: first, 1: second}
     schedules = {0: [0, 2, 4, 5, 5, 9], 1: [0, 3, 3, 3, 8]}
-    return Segment(0, {}, commands, schedules, {}, {1: NAMES[:3], 2: NAMES[3:5]})
+    return Segment(0, {}, commands, schedules, {}, {1: TRAJECTORIES[:3], 2: TRAJECTORIES[3:5]})
 
 
 def told(script: Script, engine: int) -> list[list[str]]:
@@ -156,18 +157,37 @@ def test_what_the_trainer_tells_must_be_what_it_told() -> None:
 def test_what_does_not_come_and_what_came_instead() -> None:
     script = Script(segment())
     script.hold(0, request(NAMES[0]))
-    script.hold(9, request("b1.p0.s0.t0.a1"))
+    script.hold(9, request("b7.p0.s0.t0.a0"))
     assert script.waits_for_requests(0) and told(script, 0) == []
     lacks = script.lacks()
     assert f"submit did not come (engine 0, after step 0): {NAMES[2]};" in lacks
     assert f"(engine 1, after step 0): {NAMES[3]}, {NAMES[1]};" in lacks
-    assert "the run has not: b1.p0.s0.t0.a1" in lacks
+    assert "the run has not: b7.p0.s0.t0.a0" in lacks
+
+
+def test_more_or_less_of_a_trajectory_than_in_the_run_is_named_at_once() -> None:
+    script = Script(segment())
+    with pytest.raises(Divergence, match=r"request b1\.p0\.s0\.t0\.a1 is none of the run's"):
+        script.hold(9, request("b1.p0.s0.t0.a1"))
+    with pytest.raises(Divergence, match=r"b1\.p3\.s1 has ended, .* b1\.p3\.s1\.t0\.a0 followed"):
+        script.ended("b1.p3.s1")
+    script.hold(0, request(NAMES[0]))
+    script.ended("b1.p0.s0")
+
+
+def test_a_step_trains_on_what_it_did() -> None:
+    script = Script(segment())
+    script.trained(1, TRAJECTORIES[:3])
+    with pytest.raises(Divergence, match=r"on b1\.p3\.s1, in the run b1\.p2\.s0"):
+        script.trained(2, [TRAJECTORIES[3], "b1.p3.s1"])
+    with pytest.raises(Divergence, match="on no others, in the run in another order"):
+        script.trained(2, TRAJECTORIES[3:5][::-1])
 
 
 def test_steps_and_their_end() -> None:
     script = Script(segment())
     assert script.until == 2 and script.engines == 2 and script.schedule(1) == [0, 3, 3, 3, 8]
-    assert script.trajectories(2) == NAMES[3:5]
+    assert script.trajectories(2) == TRAJECTORIES[3:5]
     with pytest.raises(EndOfScript):
         script.trajectories(3)
     with pytest.raises(EndOfScript):
