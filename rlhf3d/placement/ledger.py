@@ -2,8 +2,9 @@
 
 Invariant: given again what `again` says, an engine takes the same steps with the same requests as
 the one that died, and has the same prefixes in its cache: the numbers are the same. That holds for
-collections whose requests came at once; where requests came while others ran, the steps depended on
-the time, and only what is unanswered is given again.
+collections whose requests came at once, since when the weights are the same; where requests came
+while others ran, or weights did, the steps depended on the time, and only what is unanswered is
+given again.
 Pure.
 """
 
@@ -58,7 +59,15 @@ class Ledger:
                 again.append(requests)
         return again
 
-    def clear(self) -> None:
-        """The engines have got other weights, and begin without prefixes."""
+    def turn_page(self, unfinished: Collection[int]) -> None:
+        """The engines have got other weights, and begin without prefixes.
+
+        `unfinished`: the requests that nobody has an answer to, which go on under these weights.
+        """
         for given in self._given:
+            left: dict[int, Request] = {}
+            for part in given:
+                left |= {n: request for n, request in part.requests.items() if n in unfinished}
             given.clear()
+            if left:
+                given.append(_Given(left, at_once=False))

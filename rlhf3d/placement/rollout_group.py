@@ -80,6 +80,7 @@ class RolloutGroup:
         """Requests that the script has for later: the caller's number by the engines'."""
         self._settings, self._placement, self._reserved = settings, placement, reserved
         self._bundles, self._threads = bundles, threads
+        self._in_flight = settings.rollout.update == "in_flight"
         # With its folder's own weights an engine serves from its start.
         self._served = settings.load_weights
         self._router = Router(len(bundles))
@@ -87,6 +88,8 @@ class RolloutGroup:
         self._unfinished: dict[int, _Unfinished] = {}
         """By the number that engines know a request by: the caller's may come again."""
         self._ledger = Ledger(len(bundles))
+        self._published: int | None = None
+        """The version that the engines were given last."""
         self._behind = False
         """Whether engines may be at requests that they were given again, answered or not."""
         self._left_at = time.monotonic()
@@ -94,6 +97,8 @@ class RolloutGroup:
 
     def _start_processes(self) -> None:
         """Begin to start every engine."""
+        self._new = True
+        """Whether they have had nothing to do yet."""
         self._asked: dict[str, Reply[Progress]] = {}
         """By rank, the calls in which busy engines tell what they do."""
         self.engines = [self._launch(engine) for engine in range(len(self._bundles))]
@@ -314,7 +319,10 @@ class RolloutGroup:
         return calls
 
     def start_update_weights(self, policy_version: int, sync: int) -> dict[str, Reply[SyncReport]]:
-        """Start to load a sync into every engine rank; they serve only after `publish`."""
+        """Start to load a sync into every engine rank; they serve only after `publish`.
+
+        With rollout.update=in_flight each does so between two of its steps, and its requests wait.
+        """
         self._served = False
         self._settle()
         return self._start_all(VLLMEngine.update_weights, policy_version, sync)
@@ -322,7 +330,8 @@ class RolloutGroup:
     def score(self, sequences: list[list[int]], temperature: float) -> list[list[list[float]]]:
         """Return, per engine, log-probs of each sequence's tokens after the first.
 
-        They are those of the weights that are loaded, published or not.
+        They are those of the weights that are loaded, published or not; with unfinished requests
+        only of those that are not.
         """
         return self._on_all("sync_weights (canary)", VLLMEngine.score, sequences, temperature)
 
@@ -347,20 +356,27 @@ class RolloutGroup:
         self._behind = False
 
     def publish(self, policy_version: int, again: bool = False) -> None:
-        """Let the engines serve these weights.
+        """Let the engines serve these weights; their unfinished requests go on under them.
 
-        `again`: engines that were started again get them, and all that they had been given since
-        they got them before.
+        Engines that were started again are given these. `again`: they get the weights that they had
+        before, and all that they had been given since then.
         """
         self._on_all("sync_weights", VLLMEngine.publish, policy_version)
         self._router.forget_prefixes()
         self._served = True
-        if not again:
-            self._ledger.clear()
+        if not again or policy_version != self._published or self._in_flight:
+            self._ledger.turn_page(self._unfinished)
+        self._published = policy_version
+        if self._new:
+            self._give_again()
+        self._new = False
+
+    def _give_again(self) -> None:
+        """Give engines that were started again what they had."""
         for engine in range(len(self.engines)):
             for requests in self._ledger.again(engine, self._unfinished):
                 self._give(engine, requests, idle=True)
-                self._behind = True
+                self._behind |= not requests.keys() <= self._unfinished.keys()
 
     def lost(self) -> dict[str, str]:
         """Return the engines of which a process has died, by name, and what Ray says of it.

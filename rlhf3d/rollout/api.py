@@ -169,7 +169,8 @@ class RolloutEngine(Engines, Protocol):
     """One engine.
 
     `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve:
-    between the two, `score` and `cached_tokens` can check it.
+    between the two, `score` and `cached_tokens` can check it, also where requests wait in it; while
+    requests run they fail.
     """
 
     @property
@@ -181,6 +182,10 @@ class RolloutEngine(Engines, Protocol):
 
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
         """Receive, verify and load the stream's sync number `sync`.
+
+        With rollout.update=in_flight requests may be running. They wait until `publish` and then go
+        on under the new weights, which compute their keys and values again: the log-prob of each
+        further token is that of the new weights, given all tokens before it.
 
         Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing
         any more.

@@ -1,8 +1,9 @@
 """The loop of an engine rank: it steps while requests are unfinished, and takes commands between.
 
 Invariant: every rank of an engine applies the same commands, in the order of their numbers, before
-the same engine step; and one thread alone touches the engine, which starts in it: threads have
-their own number of OpenMP threads and their own CUDA device.
+the same engine step; no step is taken while weights are loaded and not published; and one thread
+alone touches the engine, which starts in it: threads have their own number of OpenMP threads and
+their own CUDA device.
 
 Commands reach the ranks one by one and at different times. Before each step rank 0 says up to which
 number it has them, and the others wait for theirs. An engine without requests says nothing: each
@@ -38,6 +39,13 @@ class SteppedEngine(Protocol):
     @property
     def unfinished(self) -> bool:
         """Whether requests are being worked on."""
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step can be taken: requests are unfinished, and weights are published.
+
+        From an update of the weights until they are published, running requests wait.
+        """
 
     def submit(self, requests: Mapping[int, Request]) -> None:
         """See `Engines.submit`."""
@@ -189,17 +197,20 @@ class EngineLoop:
 
     def _turn(self, engine: SteppedEngine) -> None:
         """Apply the commands that have come, then take a step."""
-        if not engine.unfinished:
+        if not engine.can_step:
             self._wait_for_a_command()
         if self._leads:
-            self._wait_for_the_due(engine.unfinished)
+            self._wait_for_the_due(engine.can_step)
         # How far this rank would go counts only on rank 0.
         upto = engine.agree(self._goes_upto(engine.unfinished), self._timeout_s)
+        assert upto > self._applied or engine.can_step, (
+            "a command waits until all requests are done, and they wait for weights"
+        )
         while self._applied < upto and not self._closed:
             self._apply(engine, self._next_command())
         # Where the schedule has more before this step, another turn comes first. A closed engine
         # may have requests left, which it cannot work on.
-        if engine.unfinished and not self._closed and self._next_due() != self._steps:
+        if engine.can_step and not self._closed and self._next_due() != self._steps:
             completions = engine.step()
             with self._changed:
                 self._steps += 1
@@ -233,13 +244,13 @@ class EngineLoop:
         """After how many steps the schedule has the next command; None where it says nothing."""
         return self._schedule[self._applied] if self._applied < len(self._schedule) else None
 
-    def _wait_for_the_due(self, unfinished: bool) -> None:
+    def _wait_for_the_due(self, can_step: bool) -> None:
         """Rank 0: where the schedule has a command before the next step, wait until it has come."""
         number, due = self._applied + 1, self._next_due()
-        if due == self._steps and unfinished:
+        if due == self._steps and can_step:
             which = f"which {DUE} {due}"
             self._command(number, time.monotonic() + self._timeout_s, which)
-        elif due is not None and due != self._steps and not unfinished:
+        elif due is not None and due != self._steps and not can_step:
             raise RuntimeError(
                 f"{self._name}: command {number} {DUE} {due}, but nothing is left to "
                 f"do after step {self._steps}: this is not the run that the schedule is of"

@@ -1,7 +1,8 @@
 """vLLM behind the rollout interface: one tensor-parallel rank of an engine, in this process.
 
 Invariant: an engine serves only weights that were verified, loaded and published in this process;
-from the start of an update until `publish` it refuses to generate. It starts from dummy weights, so
+from the start of an update until `publish` it does not generate, and no key or value that weights
+before it made is read afterwards. It starts from dummy weights, so
 nothing else could be served; or, for evaluation, from those of the model folder, which are policy
 0.
 
@@ -35,6 +36,7 @@ from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport, Versions
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
+from rlhf3d.rollout.vllm_scheduler import finish_steps_under_way, holding_back
 from rlhf3d.units import GIB
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ class VLLMEngine:
         self._llm: Any = None
         self._numbers: dict[str, int] = {}
         """Unfinished requests: the caller's number by vLLM's name."""
+        self._outputs: list[Any] = []
+        """Outputs that were finished by an update of the weights, for the next step to return."""
         self._worker: type[WeightSyncWorker]
 
     def start(self, meeting: tuple[str, int] | None = None, host: str = "127.0.0.1") -> VLLMEngine:
@@ -144,14 +148,21 @@ class VLLMEngine:
         """Whether requests are being worked on."""
         return bool(self._numbers)
 
+    @property
+    def can_step(self) -> bool:
+        """Whether requests are unfinished and weights are published."""
+        return self.unfinished and self._policy_version is not None
+
     def step(self) -> dict[int, Completion]:
         """Take one engine step: each unfinished request that has a place gets a token.
 
         Returns the completions that finished in it, by number; none on ranks after the first, which
         compute the same.
         """
+        assert self._policy_version is not None, "a step of an engine that serves nothing"
         completions = {}
-        for output in self._step():
+        outputs, self._outputs = self._outputs, []
+        for output in [*outputs, *self._step()]:
             # Of a request that was aborted, nothing is wanted any more.
             number = self._numbers.pop(output.request_id, None)
             if self._rank == 0 and number is not None:
@@ -225,12 +236,20 @@ class VLLMEngine:
         """See `RolloutEngine.update_weights`."""
         # First of all, so that an engine whose update fails refuses to generate.
         self._policy_version = self._loaded_version = None
+        in_flight = self._settings.rollout.update == "in_flight"
+        if self._numbers and not in_flight:
+            raise RuntimeError(
+                f"{len(self._numbers)} requests are running, and with rollout.update="
+                f"{self._settings.rollout.update} weights enter when none is: report this"
+            )
+        self._outputs += finish_steps_under_way(self._llm)
         self._wake("weights")
         report = self._on_worker(self._worker.receive_weights, policy_version, sync)
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError(
-                "vLLM kept its prefix cache, computed with the old weights: are requests running?"
-            )
+        # All running requests are preempted: their keys and values are computed again with the new
+        # weights, and their generators go on where they are. A cache salt a version would keep old
+        # blocks from new requests only, and not from those that run.
+        if not self._llm.reset_prefix_cache(reset_running_requests=in_flight):
+            raise RuntimeError("vLLM kept its prefix cache, computed with the old weights")
         self._loaded_version = policy_version
         return report
 
@@ -310,13 +329,17 @@ class VLLMEngine:
             self._asleep.remove(part)
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
-        """vLLM's output of each prompt, in order; the engine has no other requests."""
-        assert not self._numbers, "requests are running"
-        names = self._enqueue(prompts, params)
+        """vLLM's output of each prompt, in order.
+
+        Requests may be unfinished where they wait for `publish`: these steps are not theirs.
+        """
+        assert not self.can_step, "requests are running"
         finished: dict[str, Any] = {}
-        while len(finished) < len(names):
-            for output in self._step():
-                finished[output.request_id] = output
+        with holding_back(self._llm):
+            names = self._enqueue(prompts, params)
+            while len(finished) < len(names):
+                for output in self._step():
+                    finished[output.request_id] = output
         return [finished[name] for name in names]
 
     def _enqueue(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[str]:

@@ -8,15 +8,19 @@ other, in the loop that steps it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import multiprocessing
 import os
 import re
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -34,7 +38,15 @@ from rlhf3d.resharding.ring import SyncError
 from rlhf3d.resharding.sending import WeightSender
 from rlhf3d.resharding.setup import FILE_PREFIX, SyncSetup
 from rlhf3d.resharding.sites import Sites
-from rlhf3d.rollout.api import NO_STOPS, Completion, Request, SamplingSettings, Stops, SyncReport
+from rlhf3d.rollout.api import (
+    NO_STOPS,
+    Completion,
+    Request,
+    SamplingSettings,
+    Stops,
+    SyncReport,
+    token_versions,
+)
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
@@ -55,6 +67,7 @@ def start_engine(
     stops: Stops = NO_STOPS,
     rank: int = 0,
     meeting: tuple[str, int] | None = None,
+    update: Literal["between_batches", "in_flight"] = "between_batches",
 ) -> None:
     """In the child: replace its engine."""
     global ENGINE, LOOP
@@ -65,6 +78,7 @@ def start_engine(
         max_num_seqs=8,
         kv_cache_gib=0.05,
         enforce_eager=True,
+        update=update,
     )
     settings = EngineSettings(str(folder), rollout, 256, CPUPlatform("test"), stops=stops)
     ENGINE = VLLMEngine(settings, rank=rank)
@@ -88,10 +102,10 @@ def call(number: int, method: str, *args: Any) -> Any:
     return LOOP.call(number, method, *args)
 
 
-def poll(after: int) -> Progress:
+def poll(after: int, timeout_s: float = WAIT_S) -> Progress:
     """In the child: see `EngineLoop.poll`."""
     assert LOOP is not None
-    return LOOP.poll(after, WAIT_S)
+    return LOOP.poll(after, timeout_s)
 
 
 def policy_version() -> int | None:
@@ -108,7 +122,28 @@ def resident_mib() -> float:
 def break_prefix_reset() -> None:
     """In the child: vLLM says that it dropped its prefix cache, and does not."""
     assert ENGINE is not None
-    ENGINE._llm.reset_prefix_cache = lambda: True
+    ENGINE._llm.reset_prefix_cache = lambda **_: True
+
+
+def slow_down(step_s: float) -> None:
+    """In the child: a step takes longer, so that much happens while requests run."""
+    assert ENGINE is not None
+    step = type(ENGINE)._step
+
+    def slow(engine: VLLMEngine) -> list[Any]:
+        time.sleep(step_s)
+        return step(engine)
+
+    ENGINE._step = partial(slow, ENGINE)  # type: ignore[method-assign]
+
+
+def begin_steps_ahead(ahead: bool) -> None:
+    """In the child: vLLM begins a step before it reads the tokens of the one before, as on GPUs."""
+    assert ENGINE is not None
+    core = ENGINE._llm.llm_engine.engine_core.engine_core
+    core.batch_queue_size = 2
+    core.batch_queue = deque(maxlen=2) if ahead else None
+    core.step_fn = core.step_with_batch_queue if ahead else core.step
 
 
 def wait_all(calls: list[Future]) -> list[Any]:
@@ -125,10 +160,15 @@ class Rig:
         children: list[ProcessPoolExecutor],
         folder: Path,
         stops: Stops = NO_STOPS,
+        update: Literal["between_batches", "in_flight"] = "between_batches",
         **model: Any,
     ) -> None:
         """An engine of as many tensor-parallel ranks as there are children."""
         self.children, self.version, self.syncs = children, 0, 0
+        self.applied: dict[int, int] = {}
+        """Engine steps before each command that the engine told of."""
+        self.made: dict[int, Completion] = {}
+        """What it told of and nobody has taken."""
         self.commands = itertools.count(1)
         self.last_command = 0
         make_tiny_model(folder, **TINY | model)
@@ -152,7 +192,7 @@ class Rig:
         meeting = ("127.0.0.1", free_port())
         wait_all(
             [
-                child.submit(start_engine, folder, len(children), stops, rank=rank, meeting=meeting)
+                child.submit(start_engine, folder, len(children), stops, rank, meeting, update)
                 for rank, child in enumerate(children)
             ]
         )
@@ -207,12 +247,15 @@ class Rig:
         self.call("publish", self.version)
         return report
 
-    def generate(self, count: int = 3, **sampling: Any) -> list[tuple[Request, Completion]]:
+    def requests(self, count: int = 3, **sampling: Any) -> list[Request]:
+        """They share their first 139 tokens."""
         settings = SamplingSettings(**{"max_tokens": 8} | sampling)
         generator = torch.Generator().manual_seed(7)
         prompt = torch.randint(4, 128, (PROMPT_TOKENS,), generator=generator).tolist()
-        # All share their first 139 tokens.
-        requests = [Request((*prompt[:-1], 10 + i), 100 + i, settings) for i in range(count)]
+        return [Request((*prompt[:-1], 10 + i), 100 + i, settings) for i in range(count)]
+
+    def generate(self, count: int = 3, **sampling: Any) -> list[tuple[Request, Completion]]:
+        requests = self.requests(count, **sampling)
         self.call("submit", dict(enumerate(requests)))
         made = self.completions()
         assert len(made) == count
@@ -220,13 +263,29 @@ class Rig:
 
     def completions(self) -> dict[int, Completion]:
         """All that the engine still makes; every rank takes the same steps for it."""
-        made: dict[int, Completion] = {}
         while True:
-            told = wait_all([child.submit(poll, self.last_command) for child in self.children])
-            made |= told[0].completions
+            told = self.ask(WAIT_S)
             if all(progress.idle for progress in told):
                 assert len({progress.steps for progress in told}) == 1
+                made, self.made = self.made, {}
                 return made
+
+    def take_steps(self, count: int) -> None:
+        """Wait until the engine has taken so many more."""
+        upto = self.ask(0)[0].steps + count
+        while self.ask(0.05)[0].steps < upto:
+            pass
+
+    def ask(self, timeout_s: float) -> list[Progress]:
+        """What the ranks have done; keeps the completions."""
+        asked = [child.submit(poll, self.last_command, timeout_s) for child in self.children]
+        told = wait_all(asked)
+        self.made |= told[0].completions
+        self.applied |= dict(told[0].applied)
+        return told
+
+    def slow_down(self, step_s: float) -> None:
+        wait_all([child.submit(slow_down, step_s) for child in self.children])
 
     def expected(self, tokens: tuple[int, ...], temperature: float = 1.0) -> torch.Tensor:
         """log p of tokens 1, 2, ... by transformers."""
@@ -270,7 +329,8 @@ def child(children: list[ProcessPoolExecutor]) -> list[ProcessPoolExecutor]:
 @pytest.fixture(scope="module")
 def llama(child: list[ProcessPoolExecutor], tmp_path_factory: pytest.TempPathFactory) -> Rig:
     """Tied embeddings: the head is packed apart and must follow."""
-    rig = Rig(child, tmp_path_factory.mktemp("llama"), family="llama", tie=True)
+    folder = tmp_path_factory.mktemp("llama")
+    rig = Rig(child, folder, update="in_flight", family="llama", tie=True)
     with pytest.raises(RuntimeError, match="serves no policy yet"):
         rig.generate()
     with pytest.raises(RuntimeError, match="holds no policy yet"):
@@ -335,6 +395,99 @@ def test_loaded_but_unpublished_scores_only(llama: Rig) -> None:
         llama.generate()
 
 
+def enter_while_requests_run(rig: Rig, requests: Sequence[Request]) -> dict[int, Completion]:
+    """Three versions write them; what is known of the last two before they are published."""
+    rig.sync()
+    first, asked = rig.version, dict(enumerate(requests))
+    models = {first: copy.deepcopy(rig.model)}
+    rig.slow_down(0.02)
+    rig.call("submit", asked)
+    submitted, published = rig.last_command, []
+    for _ in range(2):
+        rig.perturb()
+        models[rig.version] = copy.deepcopy(rig.model)
+        rig.take_steps(12)
+        rig.load()
+        # The canary, with requests that wait: of the new weights, and nothing of theirs moves.
+        assert rig.call("cached_tokens") == 0
+        for temperature in (1.0, 0.7):
+            scored = rig.call("score", [requests[0].prompt_ids], temperature)[0]
+            expected = rig.expected(tuple(requests[0].prompt_ids), temperature)
+            torch.testing.assert_close(torch.tensor(scored), expected, atol=1e-4, rtol=0)
+        rig.call("publish", rig.version)
+        published.append(rig.last_command)
+    rig.slow_down(0)
+    made = rig.completions()
+    assert sorted(made) == sorted(asked)
+    # One token a step from the first: each version began with the step after its publication.
+    begun = [rig.applied[command] - rig.applied[submitted] for command in published]
+    longest = max(made.values(), key=lambda completion: len(completion.token_ids))
+    assert longest.versions == ((0, first), (begun[0], first + 1), (begun[1], first + 2))
+    for number, completion in made.items():
+        tokens = (*asked[number].prompt_ids, *completion.token_ids)
+        written = torch.tensor(token_versions(completion.versions, len(completion.token_ids)))
+        got = torch.tensor(completion.logprobs)
+        for version, rig.model in models.items():
+            wanted = rig.expected(tokens, asked[number].sampling.temperature)[PROMPT_TOKENS - 1 :]
+            own = written == version
+            torch.testing.assert_close(got[own], wanted[own], atol=1e-4, rtol=0)
+            assert own.all() or (got - wanted).abs()[~own].max() > 0.01, "others are of others"
+    return made
+
+
+def test_weights_enter_while_requests_run(llama: Rig) -> None:
+    """Twelve requests in eight places: some have not begun when the first weights come."""
+    lengths = [100] * 7 + [15] * 5
+    requests = []
+    for request, tokens in zip(llama.requests(12), lengths, strict=True):
+        requests.append(replace(request, sampling=SamplingSettings(0.8, max_tokens=tokens)))
+    made = enter_while_requests_run(llama, requests)
+    for number, tokens in enumerate(lengths):
+        assert made[number].finish_reason == "stop" or len(made[number].token_ids) == tokens
+    assert made[11].oldest_version > made[0].oldest_version
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_goes_on_with_its_own_draws_after_new_weights(llama: Rig, ahead: bool) -> None:
+    """The same weights come as another version: the tokens are those of an undisturbed run.
+
+    A token that is lost, or drawn again, would show; so would one of a step under way (`ahead`).
+    """
+    llama.children[0].submit(begin_steps_ahead, ahead).result()
+    llama.sync()
+    alone, versions = llama.generate(6, max_tokens=60), [llama.version]
+    llama.slow_down(0.02)
+    llama.call("submit", dict(enumerate(request for request, _ in alone)))
+    for _ in range(2):
+        llama.take_steps(8)
+        llama.version += 1
+        llama.cut()
+        llama.load()
+        llama.call("publish", llama.version)
+        versions.append(llama.version)
+    llama.slow_down(0)
+    made = llama.completions()
+    for number, (_, undisturbed) in enumerate(alone):
+        assert made[number].token_ids == undisturbed.token_ids
+    assert max([version for _, version in one.versions] for one in made.values()) == versions
+    llama.children[0].submit(begin_steps_ahead, False).result()
+
+
+def test_what_runs_may_be_aborted_or_scored_only_while_it_waits(llama: Rig) -> None:
+    llama.sync()
+    llama.slow_down(0.02)
+    llama.call("submit", dict(enumerate(llama.requests(3, max_tokens=100))))
+    with pytest.raises(AssertionError, match="requests are running"):
+        llama.call("score", [tuple(range(5, 45))])
+    llama.perturb()
+    llama.load()
+    llama.call("abort", [1])
+    llama.call("publish", llama.version)
+    llama.slow_down(0)
+    assert sorted(llama.completions()) == [0, 2]
+    llama.check()
+
+
 def test_stale_prefix_cache_shows(llama: Rig) -> None:
     llama.sync()
     llama.generate()
@@ -345,6 +498,8 @@ def test_stale_prefix_cache_shows(llama: Rig) -> None:
     llama.children[0].submit(break_prefix_reset).result()
     llama.sync()
     assert llama.call("cached_tokens") > 0
+    with pytest.raises(AssertionError, match=r"requests are running|not close"):
+        enter_while_requests_run(llama, llama.requests(3, max_tokens=60))
 
 
 def test_faults_are_refused_with_the_tensors_name(
@@ -382,6 +537,11 @@ def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_
     for _ in range(2):
         rig.sync()
         rig.check()
+    rig.call("submit", dict(enumerate(rig.requests(max_tokens=100))))
+    with pytest.raises(RuntimeError, match=r"3 requests are running, .*update=between_batches"):
+        rig.call("update_weights", rig.version, rig.syncs)
+    rig.call("abort", [0, 1, 2])
+    rig.sync()
     tokenizer = make_tiny_tokenizer()
 
     def ends(tokens: Sequence[int]) -> bool:
@@ -402,7 +562,7 @@ def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_
 def test_two_tensor_parallel_ranks_in_processes_of_their_own(
     children: list[ProcessPoolExecutor], tmp_path: Path
 ) -> None:
-    rig = Rig(children, tmp_path, family="llama", tie=True)
+    rig = Rig(children, tmp_path, update="in_flight", family="llama", tie=True)
     for _ in range(2):
         rig.sync()
         rig.check()
@@ -412,6 +572,7 @@ def test_two_tensor_parallel_ranks_in_processes_of_their_own(
     asked = {number: Request((5, 6, 7 + number), number, sampling) for number in range(6)}
     rig.call("submit", asked)
     alone = rig.completions()
+    enter_while_requests_run(rig, rig.requests(3, max_tokens=100))
     first, later = dict(list(asked.items())[:3]), dict(list(asked.items())[3:])
     rig.call("submit", first)
     rig.call("submit", later)

@@ -40,5 +40,19 @@ def test_what_was_aborted_is_not_given_again() -> None:
 def test_other_weights_begin_a_new_page() -> None:
     ledger = Ledger(1)
     ledger.add(0, requests(1), idle=True)
-    ledger.clear()
+    ledger.turn_page(())
     assert ledger.again(0, {1}) == []
+
+
+def test_unfinished_requests_go_on_under_other_weights() -> None:
+    """Of them, and of what comes to them, only the unanswered is given again."""
+    ledger = Ledger(2)
+    ledger.add(0, requests(1), idle=True)
+    ledger.add(0, requests(2, 3, 4), idle=True)
+    ledger.add(1, requests(5), idle=True)
+    ledger.turn_page({3, 4})
+    ledger.add(0, requests(6, 7), idle=False)
+    assert ledger.again(0, {3, 7}) == [requests(3, 7)]
+    assert ledger.again(0, {3, 4, 6, 7}) == [requests(3, 4, 6, 7)]
+    ledger.add(1, requests(8), idle=True)
+    assert ledger.again(1, {8}) == [requests(8)]

@@ -35,12 +35,25 @@ class Engine:
         self.log: list[Any] = []
         self.threads: set[int] = set()
         self.agreed = 0
+        self.published = True
         self.may_step = threading.Event()
         self.may_step.set()
 
     @property
     def unfinished(self) -> bool:
         return bool(self.left)
+
+    @property
+    def can_step(self) -> bool:
+        return self.unfinished and self.published
+
+    def update(self) -> None:
+        self.published = False
+        self._note(("update",))
+
+    def publish(self) -> None:
+        self.published = True
+        self._note(("publish",))
 
     def submit(self, requests: Mapping[int, Request]) -> None:
         self._note(("submit", *requests))
@@ -52,7 +65,7 @@ class Engine:
             self.left.pop(number, None)
 
     def step(self) -> dict[int, Completion]:
-        assert self.may_step.wait(WAIT_S)
+        assert self.may_step.wait(WAIT_S) and self.published
         self._note(("step", *self.left))
         self.left = {number: left - 1 for number, left in self.left.items()}
         done = [number for number, left in self.left.items() if not left]
@@ -169,6 +182,26 @@ def test_a_command_that_is_to_be_alone_waits_for_the_end_of_requests(
     assert steps == [(0, 1), (0, 1), (0,), (2, 3), (4,)]
 
 
+def test_from_an_update_until_its_publication_running_requests_wait(engine: Engine) -> None:
+    loop = start(engine)
+    loop.send(1, "submit", {0: request(1_000_000), 1: request(1_000_000)})
+    loop.call(2, "update")
+    agreed, steps = engine.agreed, loop.poll(2, 0).steps
+    assert not loop.poll(2, 0.1).idle, "they are unfinished"
+    assert loop.call(3, "add", 1, 1) == 2
+    loop.send(4, "abort", [0])
+    told = loop.poll(4, 0.1)
+    assert told.steps == steps and engine.agreed <= agreed + 2, "it waits for commands"
+    loop.call(5, "publish")
+    while loop.poll(5, 0.01).steps == steps:
+        pass
+    since = engine.log[engine.log.index(("update",)) :]
+    assert since[:5] == [("update",), ("add", 1, 1), ("abort", 0), ("publish",), ("step", 1)]
+    loop.call(6, "update")
+    with pytest.raises(AssertionError, match="waits until all requests are done"):
+        loop.call(7, "add", 1, 1, alone=True)
+
+
 def test_a_poll_sees_no_end_before_what_was_sent_has_come(loop: EngineLoop) -> None:
     polled: Queue[Progress] = Queue()
     threading.Thread(target=lambda: polled.put(loop.poll(1, WAIT_S))).start()
@@ -219,14 +252,16 @@ def ranks_of(count: int, schedule: Sequence[int] = ()) -> tuple[list[Engine], li
 
 
 def test_ranks_apply_each_command_before_the_same_step() -> None:
-    """Commands come to the ranks at random times, many while they step."""
+    """Commands come to the ranks at random times, many while they step, some while they may not."""
     engines, loops = ranks_of(3)
     chance = random.Random(3)
 
     def deliver(loop: EngineLoop, seed: int) -> None:
         own = random.Random(seed)
         for number in range(1, 61):
-            if number % 5:
+            if number % 10 in (6, 8):
+                loop.send(number, "update" if number % 10 == 6 else "publish")
+            elif number % 5:
                 requests = {10 * number + i: request(1 + (number + i) % 7) for i in range(3)}
                 loop.send(number, "submit", requests)
             else:
@@ -246,7 +281,7 @@ def test_ranks_apply_each_command_before_the_same_step() -> None:
         assert drain(loop, 60) == {}
     assert engines[0].log == engines[1].log == engines[2].log
     steps = [what for what in engines[0].log if what[0] == "step"]
-    assert len(made) > 100 and len(steps) > 20
+    assert len(made) > 80 and len(steps) > 20
     assert {len(loop.poll(60, 0).completions) for loop in loops} == {0}
     assert {loop.poll(60, 0).steps for loop in loops} == {len(steps)}
 
