@@ -26,12 +26,16 @@ ENGINES, TRAJECTORIES, TURNS = 2, 24, 3
 class StandIn:
     """A token a step for each request; a completion's log-prob depends on every step before it."""
 
-    unfinished = False
-
     def __init__(self) -> None:
         self.left: dict[int, int] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.state = 1
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.left)
+
+    can_step = unfinished
 
     def agree(self, number: int, timeout_s: float) -> int:
         return number
@@ -46,12 +50,10 @@ class StandIn:
     def submit(self, requests: Mapping[int, Request]) -> None:
         self.left |= {number: one.sampling.max_tokens for number, one in requests.items()}
         self.prompts |= {number: tuple(one.prompt_ids) for number, one in requests.items()}
-        self.unfinished = True
 
     def abort(self, numbers: Collection[int]) -> None:
         for number in numbers:
             self.left.pop(number, None)
-        self.unfinished = bool(self.left)
 
     def step(self) -> dict[int, Completion]:
         time.sleep(0.003)
