@@ -21,7 +21,7 @@ from rlhf3d.placement.cluster import ray_cluster, reserve
 from rlhf3d.placement.engine_rank import EngineRank
 from rlhf3d.placement.resources import place_engines
 from rlhf3d.placement.rollout_group import RolloutGroup
-from rlhf3d.placement.waiting import WorkerFailure, gather
+from rlhf3d.placement.waiting import WorkerFailure
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings, written_by
 from rlhf3d.rollout.settings import EngineSettings
 
@@ -34,7 +34,6 @@ class StandIn:
     """A token a step for each request; it says in a completion who wrote it, and with whom."""
 
     def __init__(self, settings: EngineSettings, threads: int, rank: int) -> None:
-        self.version: int | None = None
         self.left: dict[int, int] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
 
@@ -48,15 +47,10 @@ class StandIn:
     def unfinished(self) -> bool:
         return bool(self.left)
 
-    @property
-    def can_step(self) -> bool:
-        return self.unfinished and self.version is not None
-
-    def update_weights(self, policy_version: int, sync: int) -> None:
-        self.version = None
+    can_step = unfinished
 
     def publish(self, policy_version: int) -> None:
-        self.version = policy_version
+        """As vLLM's."""
 
     def submit(self, requests: Mapping[int, Request]) -> None:
         self.left |= {number: one.sampling.max_tokens for number, one in requests.items()}
@@ -76,13 +70,11 @@ class StandIn:
         if DIES in begins:
             os._exit(3)
         together = len(self.left)
-        assert self.version is not None
         self.left = {number: left - 1 for number, left in self.left.items()}
         done = [number for number, left in self.left.items() if not left]
         self.abort(done)
         return {
-            n: Completion((os.getpid(), together), (0.0, 0.0), "stop", written_by(self.version))
-            for n in done
+            n: Completion((os.getpid(), together), (0.0, 0.0), "stop", written_by(0)) for n in done
         }
 
 
@@ -184,44 +176,6 @@ def test_engines_that_are_started_again_do_again_what_they_were_given(
     assert sorted(answered | rest) == [0, 1, 2, 3] and not answered.keys() & rest.keys()
     assert [rest[number].token_ids[1] for number in (2, 3)] == [1, 1]
     assert group.lost() == {}
-
-
-def test_requests_go_on_when_weights_come_and_engines_are_started_again(
-    group: RolloutGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With rollout.update=in_flight; each is answered once."""
-    monkeypatch.setattr(group, "_in_flight", True)
-
-    def update(version: int) -> None:
-        calls = group.start_update_weights(version, 0)
-        gather("update", calls, 20.0)
-        with pytest.raises(RuntimeError, match="no policy is published"):
-            group.submit({9: request(1)})
-        assert group.poll(0.2) == {}, "all wait"
-        group.publish(version)
-
-    # A short and a long one for each engine.
-    group.submit({0: request(2), 1: request(2), 2: request(59), 3: request(55)})
-    made = group.poll(20.0)
-    while len(made) < 2:
-        made |= group.poll(20.0)
-    assert sorted(made) == [0, 1]
-    update(5)
-    group.submit({number: request(50) for number in range(4, 8)})
-    os.kill(ray.get(group.engines[1].actors[0].process_id.remote()), 9)
-    with pytest.raises(WorkerFailure, match=r"(?s)generate failed on engine 1:.*died"):
-        while True:
-            made |= group.poll(20.0)
-    group.restart()
-    update(6)
-    rest = all_of(group)
-    assert sorted([*made, *rest]) == list(range(8))
-    assert {number for number in rest if rest[number].newest_version == 6} >= {3, 5, 7}
-    # None is at what was answered: the next weights wait for nothing.
-    group.submit({0: request(59)})
-    update(7)
-    assert all_of(group)[0].newest_version == 7
-    group.publish(0)
 
 
 def test_a_step_that_raises_is_told_with_its_traceback(group: RolloutGroup) -> None:

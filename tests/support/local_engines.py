@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from ray.exceptions import RayError
 
 from rlhf3d.config.schema import ClusterConfig, RolloutConfig
 from rlhf3d.parallel.platform import CPUPlatform
-from rlhf3d.placement import waiting
+from rlhf3d.placement import rollout_group, waiting
 from rlhf3d.placement.engine_handle import EngineHandle, rank_name
 from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.placement.rollout_group import RolloutGroup
@@ -103,10 +103,12 @@ class LocalEngines(RolloutGroup):
         journal: JournalWriter | None = None,
         script: Script | None = None,
         timeout_s: float = 3.0,
+        update: Literal["between_batches", "in_flight"] = "between_batches",
     ) -> None:
         patch.setattr(waiting, "ray", _Ray())
+        patch.setattr(rollout_group.ray, "kill", lambda actor: None)
         self._make, self._pool = make, ThreadPoolExecutor(_THREADS)
-        rollout = RolloutConfig(dtype="float32", enforce_eager=True, engines=engines)
+        rollout = RolloutConfig(dtype="float32", enforce_eager=True, engines=engines, update=update)
         nowhere: Any = None
         super().__init__(
             EngineSettings("", rollout, MAX_MODEL_LEN, CPUPlatform("test")),
