@@ -78,6 +78,12 @@ class Ahead:
         """Seconds that they have since waited for other weights."""
         self._going_on = False
 
+    def close(self) -> None:
+        """Give up what is under way."""
+        if self._draw is not None:
+            self._draw.steps.close()
+        self._draw = None
+
     def next_batch(self, step: int) -> Experience:
         """The experience of a step. Raises what its drawing raised."""
         self._drawn = max(self._drawn, step - 1)  # after a resume none before it is drawn

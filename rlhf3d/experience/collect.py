@@ -44,6 +44,9 @@ class Collector:
     environment: EnvironmentPart | None = None
     """What the environments' own rewards are worth; null for nothing."""
     patience: Patience = field(default_factory=Patience)
+    judged_by: int = 0
+    """The share of failures that is too much is one of this many trajectories, where a collection
+    has fewer."""
 
     def collect(self, requests: Sequence[TrajectoryRequest]) -> list[ScoredTrajectory]:
         """Phases `generate` and `score`: one trajectory a request, in their order.
@@ -57,7 +60,8 @@ class Collector:
 
         Trajectories go to the scorer as they finish, so that `score` only waits for the last ones.
         """
-        scoring = self.rewards.start(len(requests))
+        judged_by = max(self.judged_by, len(requests))
+        scoring = self.rewards.start(len(requests), judged_by)
         finished: dict[int, Finished] = {}
         # Closed where scoring fails: environments end and engines have nothing left to do.
         with closing(self._finished(requests)) as parts:
@@ -82,7 +86,8 @@ class Collector:
     ) -> Generator[dict[int, Finished], None, None]:
         """Trajectories as they finish, by the numbers of their requests; {} where none has."""
         if self.runner is not None:
-            yield from self.runner.run(self.engines, requests, self.patience)
+            judged_by = max(self.judged_by, len(requests))
+            yield from self.runner.run(self.engines, requests, self.patience, judged_by)
             return
         asked = {number: _first_turn(request) for number, request in enumerate(requests)}
         with closing(complete(self.engines, asked, self.patience.of)) as parts:
@@ -123,7 +128,8 @@ class Collector:
             )
         # Those that a limit ended may never have come to where it rewards.
         done = sum(episode.end == "done" for episode in ended)
-        if done and not rewarded and self.environment is not None:
+        # Of the few in a part of a batch, perhaps none came there.
+        if done and not self.judged_by and not rewarded and self.environment is not None:
             raise ValueError(
                 "reward.weights has environment, but the environment gave no reward in any of the "
                 f"{done} trajectories that it ended; return one from step (or get_reward), or take "

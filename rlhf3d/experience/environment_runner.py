@@ -91,15 +91,21 @@ class EnvironmentRunner:
     """Puts a line before the user."""
 
     def run(
-        self, engines: Engines, requests: Sequence[TrajectoryRequest], patience: Patience
+        self,
+        engines: Engines,
+        requests: Sequence[TrajectoryRequest],
+        patience: Patience,
+        judged_by: int | None = None,
     ) -> Iterator[dict[int, Finished]]:
         """Yield trajectories by the numbers of their requests, in parts, as they end.
 
-        {} where `patience` ends before one does.
+        {} where `patience` ends before one does. `judged_by`: the number of trajectories that
+        `environment.max_error_rate` is a share of, if it is not that of the requests.
         EnvironmentFailed as soon as more of them have failed than `check_failures` allows;
         ValueError for a first prompt that is too long where data.overlong_prompts is error.
         """
-        collection = _Collection(self, engines, requests, patience)
+        judged_by = len(requests) if judged_by is None else judged_by
+        collection = _Collection(self, engines, requests, patience, judged_by)
         try:
             yield from collection.run()
         finally:
@@ -131,9 +137,10 @@ class _Collection:
         engines: Engines,
         requests: Sequence[TrajectoryRequest],
         patience: Patience,
+        judged_by: int,
     ) -> None:
         self._runner, self._engines, self._requests = runner, engines, requests
-        self._patience = patience
+        self._patience, self._judged_by = patience, judged_by
         self._config = runner.rules.environment
         self._waiting = deque(range(len(requests)))
         """Numbers that are not begun."""
@@ -315,7 +322,7 @@ class _Collection:
         if len(self._failures) == 1:
             self._runner.note(f"{what}, its group is left out: {failure.reason}")
         self._end(attempt, attempt.episode.record, failure)
-        check_failures(self._failures, self._config.max_error_rate, len(self._requests))
+        check_failures(self._failures, self._config.max_error_rate, self._judged_by)
 
 
 def check_failures(failures: Sequence[Score], max_error_rate: float, total: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,42 @@ from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.steps import Steps
 from rlhf3d.rewards.score import RewardError, one_screen
 from rlhf3d.rollout.api import SamplingSettings
+
+
+class ExperienceSource(Protocol):
+    """What the trainer asks for the experience of each step."""
+
+    def next_batch(self, step: int) -> Experience:
+        """The experience of a step. Raises what making it raised."""
+
+    def before_update(self, step: int) -> None:
+        """The step's update is about to replace the weights: engines may need them before."""
+
+    def settle(self, step: int) -> None:
+        """Complete what must be, before the engines get the weights after a step for another use,
+        or the state after it is saved.
+        """
+
+    def go_on(self) -> bool:
+        """Go on with what is made ahead, waiting for nothing; whether there is more to do."""
+
+    def close(self) -> None:
+        """Give up what is under way."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, and what else a continued run needs, as JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step that `state` was taken after."""
+
+    def save(self, folder: Path) -> None:
+        """Write what is ahead to the new folder `folder`; makes none where nothing is."""
+
+    def load(self, folder: Path) -> None:
+        """Continue with what `save` wrote, after `load_state_dict`.
+
+        ValueError where the data are others than those it was written with.
+        """
 
 
 class Draws(Protocol):
@@ -71,21 +108,48 @@ class OnPolicy:
 
     def draw(self, step: int) -> Steps[Experience]:
         """`n` scored trajectories of each of the loader's next prompts."""
-        settings, version = self._settings, self._served_version()
-        assert version is not None, "engines get weights before a step is drawn"
         # Asked again within a step, the same object counts on: a prompt that comes again in it gets
         # other seeds and a group of its own.
         if self._requests is None or self._requests.step != step:
-            self._requests = Requests(settings.seed, step)
-        sampled = self._requests.draw(self._loader.next_batch(), settings.n, settings.sampling)
-        greedy = self._greedy_requests(sampled) if settings.greedy_baseline else []
+            self._requests = Requests(self._settings.seed, step)
+        rows, baselines = yield from self._answers(self._requests_of(self._requests))
+        (rows, baselines), left_out = complete_groups(rows, baselines)
+        return Experience(_with_baselines(rows, baselines), left_out=left_out)
+
+    def next_requests(self, number: int) -> list[TrajectoryRequest]:
+        """Those for the loader's next prompts, which are its batch `number`."""
+        return self._requests_of(Requests(self._settings.seed, number))
+
+    def draw_group(
+        self, requests: Sequence[TrajectoryRequest], collector: Collector
+    ) -> Steps[Experience]:
+        """The answers to the requests of one group, or none where it is not complete.
+
+        `collector`: one of its own, as many groups are drawn at the same time.
+        """
+        rows, baselines = yield from self._answers(requests, collector)
+        (rows, baselines), left_out = without_broken_groups(rows, baselines)
+        return Experience(_with_baselines(rows, baselines), left_out=left_out)
+
+    def _requests_of(self, requests: Requests) -> list[TrajectoryRequest]:
+        settings = self._settings
+        return requests.draw(self._loader.next_batch(), settings.n, settings.sampling)
+
+    def _answers(
+        self, requests: Sequence[TrajectoryRequest], collector: Collector | None = None
+    ) -> Steps[tuple[list[ScoredTrajectory], list[ScoredTrajectory]]]:
+        """The rewarded trajectories, and the greedy ones that they are compared with."""
+        version = self._served_version()
+        assert version is not None, "engines get weights before anything is drawn"
+        greedy = self._greedy_requests(requests) if self._settings.greedy_baseline else []
         # The greedy answers go last, so that the split below is by position, and get the overlong
         # penalty too: what a reward is compared with must be made like it.
-        rows = self._rewarded((yield from self._collector.steps([*sampled, *greedy])))
-        rows, baselines = rows[: len(sampled)], rows[len(sampled) :]
-        (rows, baselines), left_out = complete_groups(rows, baselines)
-        self._check_versions([*rows, *baselines], version)
-        return Experience(_with_baselines(rows, baselines), left_out=left_out)
+        rows = self._rewarded(
+            (yield from (collector or self._collector).steps([*requests, *greedy]))
+        )
+        # Of one that came to no end, nothing may have been written.
+        self._check_versions([row for row in rows if not row.score.unfinished], version)
+        return rows[: len(requests)], rows[len(requests) :]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Draws`. `loader`: the position in the data."""
@@ -134,24 +198,32 @@ def complete_groups(
 ) -> tuple[list[list[ScoredTrajectory]], list[ScoredTrajectory]]:
     """The rows of each part whose groups are complete, and the other rows of all parts.
 
-    Of a group in which one came to no end (its environment failed, say) nothing is trained on: what
-    is left of it would be compared with fewer others, and with those that gave no trouble.
+    EnvironmentFailed where no group is. Of a group in which one came to no end (its environment
+    failed, say) nothing is trained on: what is left of it would be compared with fewer others, and
+    with those that gave no trouble.
     """
+    kept, left_out = without_broken_groups(*parts)
+    if left_out and not any(kept):
+        failed = [row.score for row in left_out if row.score.unfinished]
+        raise EnvironmentFailed(
+            f"every group has a trajectory that came to no end ({len(failed)} of "
+            f"{len(left_out)}). The first:\n{one_screen(failed[0].message or 'no message')}\n"
+            "Fix the environment, or raise environment.call_timeout_s, trajectory_timeout_s or "
+            "retries, or data.max_prompt_length where prompts are too long."
+        )
+    return kept, left_out
+
+
+def without_broken_groups(
+    *parts: Sequence[ScoredTrajectory],
+) -> tuple[list[list[ScoredTrajectory]], list[ScoredTrajectory]]:
+    """As `complete_groups`, which may be none."""
     together = list(chain.from_iterable(parts))
     broken = {row.trajectory.group for row in together if row.score.unfinished}
     kept = []
     for part in parts:
         kept.append([row for row in part if row.trajectory.group not in broken])
-    left_out = [row for row in together if row.trajectory.group in broken]
-    if left_out and not any(kept):
-        failed = [row.score for row in left_out if row.score.unfinished]
-        raise EnvironmentFailed(
-            f"every group has a trajectory that came to no end ({len(failed)} of "
-            f"{len(together)}). The first:\n{one_screen(failed[0].message or 'no message')}\n"
-            "Fix the environment, or raise environment.call_timeout_s, trajectory_timeout_s or "
-            "retries, or data.max_prompt_length where prompts are too long."
-        )
-    return kept, left_out
+    return kept, [row for row in together if row.trajectory.group in broken]
 
 
 def _with_baselines(

@@ -17,6 +17,8 @@ T = TypeVar("T")
 Steps = Generator[str, None, T]
 """Work that yields the name of the phase in which it goes on; what it returns is its result."""
 
+BRIEF_S = 0.02
+"""Seconds that one may wait while others have something to do as well."""
 FIRST_PHASE = "generate"
 """In which all such work begins."""
 
@@ -51,10 +53,17 @@ class Patience:
     def __init__(self) -> None:
         self.background = False
         """Whether the driver has something else to wait for."""
+        self.meanwhile: Callable[[], bool] | None = None
+        """What else there is to do in the foreground; it waits for nothing, and says whether there
+        is more of it."""
 
     def of(self, seconds: float) -> float:
         """The seconds that a wait may block of those it would."""
-        return 0.0 if self.background else seconds
+        if self.background:
+            return 0.0
+        if self.meanwhile is not None and self.meanwhile():
+            return min(seconds, BRIEF_S)
+        return seconds
 
     @contextmanager
     def none(self) -> Iterator[None]:

@@ -65,9 +65,12 @@ class RewardManager:
         """Add a reward model's scores to the rule's, or use them alone where there is no rule."""
         self.model = model, part
 
-    def start(self, total: int) -> ScoringBatch:
-        """Begin a batch of `total` items, which are added as they arrive."""
-        return ScoringBatch(self, total)
+    def start(self, total: int, judged_by: int | None = None) -> ScoringBatch:
+        """Begin a batch of `total` items, which are added as they arrive.
+
+        `judged_by`: the number of items that `max_error_rate` is a share of, `total` or more.
+        """
+        return ScoringBatch(self, total, total if judged_by is None else judged_by)
 
     def score_batch(self, items: Sequence[ScoreItem]) -> list[Score]:
         """The score of each item, in order."""
@@ -79,8 +82,8 @@ class RewardManager:
 class ScoringBatch:
     """A batch under way: the rule scores items as they are added, the model when all are there."""
 
-    def __init__(self, manager: RewardManager, total: int) -> None:
-        self._manager, self._total = manager, total
+    def __init__(self, manager: RewardManager, total: int, judged_by: int) -> None:
+        self._manager, self._total, self._judged_by = manager, total, judged_by
         self._items: dict[int, ScoreItem] = {}
         self._left_out = 0
         # The threads of the pool record scores, so that the caller's is not woken for each of them.
@@ -190,7 +193,7 @@ class ScoringBatch:
         self._scores[number] = _with_sample(score, number, self._items[number])
         # Of the complete batch: among the few scored so far one failure may be a large share.
         scores, allowed = list(self._scores.values()), self._manager.max_error_rate
-        check_outcomes(scores, allowed, total=self._total)
+        check_outcomes(scores, allowed, total=self._judged_by)
 
     def _add_model_scores(self, numbers: Sequence[int], model: ScoreModel, part: ModelPart) -> None:
         said_of = model.scores([self._items[number] for number in numbers])

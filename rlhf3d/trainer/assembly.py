@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf3d.algorithms.advantages import needs_greedy_baseline
 from rlhf3d.algorithms.losses import PolicyLossSettings
@@ -21,12 +21,20 @@ from rlhf3d.config.schema import ActorConfig, Config
 from rlhf3d.experience.ahead import Ahead
 from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.environment_runner import EnvironmentRunner
-from rlhf3d.experience.source import Draws, DynamicSampling, OnPolicy, OnPolicySettings
+from rlhf3d.experience.in_flight import InFlight, InFlightSettings
+from rlhf3d.experience.source import (
+    Draws,
+    DynamicSampling,
+    ExperienceSource,
+    OnPolicy,
+    OnPolicySettings,
+)
 from rlhf3d.experience.steps import Patience, Phase, untimed
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.rewards.make import environment_part, model_part
 from rlhf3d.rewards.manager import RewardManager
-from rlhf3d.rollout.api import SamplingSettings
+from rlhf3d.rollout.api import Engines, SamplingSettings
+from rlhf3d.rollout.desk import Desks
 from rlhf3d.tokenizer.load import load_tokenizer
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.canary import Canary, canary_tokens
@@ -64,11 +72,12 @@ class Assembly:
         if "reward" in self.processes.groups:
             self._add_reward_model(self.processes.groups["reward"])
         weights = self.weight_sync()
+        desks = Desks(weights.engines)
         return RunComponents(
-            source=self.source(weights),
+            source=self.source(weights, desks),
             learner=self.learner(weights),
             weights=weights,
-            validation=self.validation(weights),
+            validation=self.validation(weights, desks),
             checkpoints=self.checkpoints(stack),
             best=BestTracker(self.config.trainer.best_metric),
             health=self.health(),
@@ -82,10 +91,30 @@ class Assembly:
         groups = self.processes.groups
         return {role: groups[role] for role in TRAINABLE if role in groups}
 
-    def source(self, weights: WeightSync) -> Ahead:
+    def source(self, weights: WeightSync, desks: Desks) -> ExperienceSource:
         """Experience of every step, made as far ahead as `rollout.max_staleness` says."""
-        source = Ahead(
-            self.draws(weights),
+        collector = self.collector(desks.open(), self.log.phase)
+        draws = OnPolicy(
+            self._draw_settings(), self.inputs.loader, collector, lambda: weights.served_version
+        )
+        source: ExperienceSource
+        if self.config.rollout.update == "in_flight":
+            source = self._in_flight(draws, collector, desks, weights)
+        else:
+            source = self._ahead(draws, weights)
+        for group in self.processes.groups.values():
+            group.meanwhile = source.go_on
+        self.processes.rollout.meanwhile = source.go_on
+        self.patience.meanwhile = source.go_on
+        return source
+
+    def _ahead(self, draws: OnPolicy, weights: WeightSync) -> Ahead:
+        """One batch after the other, with dynamic sampling where configured."""
+        dynamic, source = self.config.algorithm.filter_groups, cast(Draws, draws)
+        if dynamic.enable:
+            source = DynamicSampling(draws, dynamic, self.config.data.train_batch_size)
+        return Ahead(
+            source,
             weights.sync_weights,
             self.patience,
             self.log.phase,
@@ -93,16 +122,44 @@ class Assembly:
             self.log.total_steps,
             self.inputs.train_data.of_row,
         )
-        for group in self.processes.groups.values():
-            group.meanwhile = source.go_on
-        self.processes.rollout.meanwhile = source.go_on
-        return source
 
-    def draws(self, weights: WeightSync) -> Draws:
-        """One step's experience, with dynamic sampling where configured."""
+    def _in_flight(
+        self, draws: OnPolicy, collector: Collector, desks: Desks, weights: WeightSync
+    ) -> InFlight:
+        """Groups one by one, while weights change."""
+        config, dynamic = self.config, self.config.algorithm.filter_groups
+        batch = config.data.train_batch_size
+        limit = dynamic.max_num_gen_batches * (config.data.gen_batch_size or batch)
+        most = config.environment.max_concurrent if self.runner else None
+        settings = InFlightSettings(
+            groups=batch,
+            trajectories=config.rollout.n + needs_greedy_baseline(config.algorithm.adv_estimator),
+            staleness=config.rollout.max_staleness,
+            last_step=self.log.total_steps,
+            max_trajectories=most,
+        )
+        if dynamic.enable:
+            settings = replace(settings, metric=dynamic.metric, max_generated=limit)
+        script = self.processes.rollout.script
+        chosen = None if script is None else script.trajectories
+        return InFlight(
+            settings,
+            draws,
+            collector,
+            desks,
+            weights.sync_weights,
+            lambda: weights.trained_version,
+            lambda: weights.served_version,
+            self.patience,
+            self.log.phase,
+            self.inputs.train_data.of_row,
+            chosen,
+        )
+
+    def _draw_settings(self) -> OnPolicySettings:
         rollout, algorithm = self.config.rollout, self.config.algorithm
         max_tokens = self.config.data.max_response_length
-        settings = OnPolicySettings(
+        return OnPolicySettings(
             n=rollout.n,
             sampling=SamplingSettings(
                 rollout.temperature, rollout.top_p, rollout.top_k, max_tokens
@@ -111,18 +168,11 @@ class Assembly:
             greedy_baseline=needs_greedy_baseline(algorithm.adv_estimator),
             overlong=self.config.reward.overlong_buffer,
         )
-        collector = self.collector(weights, self.log.phase)
-        # Asked at each batch: completions of any other version are refused.
-        source = OnPolicy(settings, self.inputs.loader, collector, lambda: weights.served_version)
-        if not algorithm.filter_groups.enable:
-            return source
-        groups = self.config.data.train_batch_size
-        return DynamicSampling(source, algorithm.filter_groups, groups)
 
-    def collector(self, weights: WeightSync, phase: Phase) -> Collector:
+    def collector(self, engines: Engines, phase: Phase) -> Collector:
         """Asks the run's engines, environments and scorers."""
         return Collector(
-            weights.engines,
+            engines,
             self.rewards,
             self.inputs.tokenizer,
             phase,
@@ -151,10 +201,10 @@ class Assembly:
             self.log.phase,
         )
 
-    def validation(self, weights: WeightSync) -> Validation:
+    def validation(self, weights: WeightSync, desks: Desks) -> Validation:
         """On the held-out prompts; its generation and scoring are one phase, `validate`."""
         # Without phases of its own: phases do not nest.
-        collector = self.collector(weights, untimed)
+        collector = self.collector(desks.open(), untimed)
         return Validation(
             self.config.validation,
             self.inputs.val_data or (),

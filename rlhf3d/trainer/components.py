@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER
-from rlhf3d.experience.ahead import Ahead
-from rlhf3d.experience.source import NO_EXPERIENCE
+from rlhf3d.experience.source import NO_EXPERIENCE, ExperienceSource
 from rlhf3d.placement.script import Script
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.checkpointing import CheckpointWriter
@@ -30,7 +29,7 @@ from rlhf3d.trainer.weight_sync import WeightSync
 class RunComponents:
     """Built by `assembly.py`, used by the loop."""
 
-    source: Ahead
+    source: ExperienceSource
     learner: Learner
     weights: WeightSync
     validation: Validation

@@ -51,7 +51,7 @@ class FakeRewards:
         self.model = None
         self.left_out: set[int] = set()
 
-    def start(self, total: int) -> FakeRewards:
+    def start(self, total: int, judged_by: int) -> FakeRewards:
         self.items, self.arrivals, self.left_out = {}, [], set()
         return self
 

@@ -29,6 +29,7 @@ from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.samples import read_samples, samples_path, write_samples
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path, write_tokens
 from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem
+from rlhf3d.rollout.desk import Desks
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.components import RunComponents
@@ -85,7 +86,7 @@ class FakeScoring:
         self.items: dict[int, ScoreItem] = {}
         self.model = None
 
-    def start(self, total: int) -> FakeScoring:
+    def start(self, total: int, judged_by: int) -> FakeScoring:
         self.calls += 1
         self.items = {}
         return self
@@ -181,11 +182,12 @@ def make_trainer(
     recorder = TokenRecorder(inputs.tokenizer, config.trainer.sample_tokens)
     log = StepLog(console, writer, steps, derived.devices, recorder)
     assembly = Assembly(config, derived, inputs, processes, scoring, log)  # type: ignore[arg-type]
+    desks = Desks(weights.engines)
     components = RunComponents(
-        source=assembly.source(weights),
+        source=assembly.source(weights, desks),
         learner=assembly.learner(weights),
         weights=weights,
-        validation=assembly.validation(weights),
+        validation=assembly.validation(weights, desks),
         checkpoints=checkpoints,
         best=BestTracker(None),
         health=assembly.health(),

@@ -1,0 +1,352 @@
+"""The experience of each step, from groups that are drawn one by one while weights change.
+
+Invariant: no group is trained on whose first weights are more than `staleness` versions old, and
+none is discarded for its age: groups are begun only where all that are under way can still be
+trained on in time, and a step waits for those that could not be later. Oldest are trained on first.
+Runs in: driver.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rlhf3d.algorithms.groups import groups_with_signal
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.requests import TrajectoryRequest
+from rlhf3d.experience.saved import Queued, QueuedBatch, load_queue, save_queue
+from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.experience.source import NO_EXPERIENCE, OnPolicy, TooFewGroups
+from rlhf3d.experience.steps import BRIEF_S, FIRST_PHASE, Patience, Phase, Steps
+from rlhf3d.rollout.api import POLL_S
+from rlhf3d.rollout.desk import Desks
+
+
+@dataclass(frozen=True)
+class InFlightSettings:
+    """How much is under way."""
+
+    groups: int
+    """Groups a step trains on."""
+    trajectories: int
+    """A group's, greedy ones included."""
+    staleness: int
+    """The oldest version that a token may be of, counted back from the version being trained."""
+    last_step: int
+    max_trajectories: int | None = None
+    """Trajectories that may be under way at once: of environments; null for any number."""
+    metric: str | None = None
+    """What the trajectories of a group must differ in to be trained on (dynamic sampling)."""
+    max_generated: int | None = None
+    """Groups that may be generated for a step before it counts as impossible to fill."""
+
+
+@dataclass
+class _Group:
+    """A group that is under way, or complete."""
+
+    number: int
+    """They are begun in this order."""
+    version: int
+    """Served when it was begun."""
+    requests: Sequence[TrajectoryRequest]
+    steps: Steps[Experience] | None = None
+    phase: str = FIRST_PHASE
+    experience: Experience | None = None
+    """Once it is complete."""
+
+
+class InFlight:
+    """Keeps groups under way all the time, and hands complete ones to each step."""
+
+    def __init__(
+        self,
+        settings: InFlightSettings,
+        source: OnPolicy,
+        collector: Collector,
+        desks: Desks,
+        sync_weights: Callable[[], dict[str, float]],
+        trained_version: Callable[[], int],
+        served_version: Callable[[], int | None],
+        patience: Patience,
+        phase: Phase,
+        prompt_of: Callable[[int], Prompt],
+        chosen: Callable[[int], Sequence[str]] | None = None,
+    ) -> None:
+        """`sync_weights` gives the engines the newest weights, which enter while requests run.
+
+        `prompt_of` gives the training prompt of a row by its number. `chosen`: the names of the
+        trajectories that a step trains on, where a run is repeated.
+        """
+        self._settings, self._source, self._collector = settings, source, collector
+        self._desks, self._sync_weights = desks, sync_weights
+        self._trained_version, self._served_version = trained_version, served_version
+        self._patience, self._phase, self._prompt_of = patience, phase, prompt_of
+        self._chosen = chosen
+        self._waiting: deque[list[TrajectoryRequest]] = deque()
+        """Groups that are drawn from the data and not begun."""
+        self._running: list[_Group] = []
+        self._complete: list[_Group] = []
+        self._training = 0
+        """Groups that the step under way trains on."""
+        self._batches = self._groups = self._handed_over = 0
+        """Batches drawn from the data, groups in them, and groups that steps have had."""
+        self._begun = False
+        self._dropped = _Dropped()
+        self._failure: Exception | None = None
+        self._going_on = False
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        for group in self._running:
+            assert group.steps is not None
+            group.steps.close()
+        self._running = []
+
+    def next_batch(self, step: int) -> Experience:
+        """The experience of a step. Raises what drawing it raised."""
+        # What the step before trained on is in the weights that enter now.
+        self._training, self._begun = 0, True
+        metrics = self._sync_weights()
+        waited_s = 0.0
+        while (batch := self._batch(step)) is None:
+            if self._failure is not None:
+                raise self._failure
+            began = time.monotonic()
+            with self._phase(FIRST_PHASE):
+                done = len(self._complete)
+                while len(self._complete) == done and self._failure is None:
+                    self._round()
+            waited_s += time.monotonic() - began
+        self._complete = [group for group in self._complete if group not in batch]
+        self._training = len(batch)
+        self._handed_over += len(batch)
+        self.go_on()
+        return self._handed(batch, metrics, waited_s)
+
+    def before_update(self, step: int) -> None:
+        """Nothing: engines have the newest weights."""
+
+    def settle(self, step: int) -> None:
+        """Nothing: weights may enter at any time, and what is unfinished is begun again."""
+
+    def go_on(self) -> bool:
+        """Draw, waiting for nothing; whether there is more to do."""
+        if self._going_on or not self._begun or self._failure is not None:
+            return False
+        with self._patience.none():
+            self._round()
+        return bool(self._running)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data and the counts of what was drawn, as JSON."""
+        counts = {
+            "batches": self._batches,
+            "groups": self._groups,
+            "handed_over": self._handed_over,
+        }
+        return {**self._source.state_dict(), "in_flight": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step that `state` was taken after."""
+        self._source.load_state_dict(state)
+        counts = state.get("in_flight", {"batches": 0, "groups": 0, "handed_over": 0})
+        self._batches, self._groups = counts["batches"], counts["groups"]
+        self._handed_over = counts["handed_over"]
+
+    def save(self, folder: Path) -> None:
+        """Write complete groups, and the requests of the others, to the new folder."""
+        batches = []
+        for group in sorted(self._complete, key=lambda group: group.number):
+            assert group.experience is not None
+            batches.append(QueuedBatch(group.number, group.version, group.experience))
+        requests = [*chain.from_iterable(group.requests for group in self._running)]
+        requests += chain.from_iterable(self._waiting)
+        if batches or requests:
+            save_queue(folder, Queued(tuple(batches), tuple(requests)))
+
+    def load(self, folder: Path) -> None:
+        """Continue with what `save` wrote, after `load_state_dict`."""
+        queued = load_queue(folder, self._prompt_of)
+        for batch in queued.batches:
+            self._complete.append(
+                _Group(batch.number, batch.version, (), experience=batch.experience)
+            )
+        of_group: dict[int, list[TrajectoryRequest]] = {}
+        for request in queued.requests:
+            of_group.setdefault(request.group, []).append(request)
+        self._waiting.extend(of_group.values())
+
+    def _round(self) -> None:
+        """Begin what may begin, and take every group as far as it goes; waits at most once."""
+        self._going_on = True
+        try:
+            self._begin_groups()
+            # Scores and environments' replies come from elsewhere.
+            brief = self._collector.runner is not None or any(
+                group.phase != FIRST_PHASE for group in self._running
+            )
+            self._desks.fetch(self._patience.of(BRIEF_S if brief else POLL_S))
+            for group in list(self._running):
+                self._advance(group)
+        except NO_EXPERIENCE as error:
+            # Raised where the next batch is wanted.
+            self._failure = error
+        finally:
+            self._going_on = False
+
+    def _advance(self, group: _Group) -> None:
+        assert group.steps is not None
+        # Only a reward model's scores are waited for here: its ranks are busy in the background.
+        waits = self._collector.rewards.model is not None and group.phase != FIRST_PHASE
+        try:
+            if waits:
+                group.phase = next(group.steps)
+            else:
+                with self._patience.none():
+                    group.phase = next(group.steps)
+        except StopIteration as end:
+            self._running.remove(group)
+            self._take(group, end.value)
+
+    def _take(self, group: _Group, experience: Experience) -> None:
+        """Keep a group that has ended, unless it is not to be trained on."""
+        metric = self._settings.metric
+        if not experience.trajectories:
+            self._dropped.broken += experience.left_out
+        elif metric is not None and not groups_with_signal(
+            experience.metric(metric), experience.written, experience.group_ids
+        ):
+            self._dropped.without_signal.append(experience)
+        else:
+            group.experience = experience
+            self._complete.append(group)
+        self._dropped.ended += 1
+        limit = self._settings.max_generated
+        if limit is not None and self._dropped.ended > limit:
+            raise TooFewGroups(self._dropped.too_few(limit, metric))
+
+    def _begin_groups(self) -> None:
+        """Begin groups as long as all under way can be trained on in time."""
+        settings = self._settings
+        while self._has_room():
+            if not self._waiting:
+                self._draw_batch()
+            requests = self._waiting.popleft()
+            collector = replace(
+                self._collector,
+                engines=self._desks.open(),
+                judged_by=settings.groups * settings.trajectories,
+            )
+            steps, version = self._source.draw_group(requests, collector), self._served_version()
+            assert version is not None, "engines get weights before anything is drawn"
+            self._running.append(_Group(requests[0].group, version, requests, steps))
+
+    def _has_room(self) -> bool:
+        settings = self._settings
+        under_way = len(self._running) + len(self._complete)
+        if under_way + self._training >= (settings.staleness + 1) * settings.groups:
+            return False
+        if self._handed_over + under_way >= settings.last_step * settings.groups:
+            return False  # the run ends before
+        trajectories = (len(self._running) + 1) * settings.trajectories
+        most = settings.max_trajectories
+        return most is None or trajectories <= most or not self._running
+
+    def _draw_batch(self) -> None:
+        """Take the data's next prompts, whose groups get numbers of their own."""
+        self._batches += 1
+        of_group: dict[int, list[TrajectoryRequest]] = {}
+        for request in self._source.next_requests(self._batches):
+            of_group.setdefault(request.group, []).append(request)
+        for requests in of_group.values():
+            self._waiting.append([replace(one, group=self._groups) for one in requests])
+            self._groups += 1
+
+    def _batch(self, step: int) -> list[_Group] | None:
+        """The groups that a step trains on; none while it has to wait."""
+        if self._chosen is not None:
+            return self._chosen_batch(self._chosen(step))
+        settings, version = self._settings, self._trained_version()
+        oldest = sorted(self._complete, key=lambda group: (group.version, group.number))
+        batch = oldest[: settings.groups]
+        if len(batch) < settings.groups:
+            return None
+        # Those that `later` further steps must be through with are more than these can take.
+        for later in range(settings.staleness + 1):
+            due = version - settings.staleness + later
+            under_way = sum(g.version <= due for g in chain(self._complete, self._running))
+            taken = sum(group.version <= due for group in batch)
+            if under_way - taken > later * settings.groups:
+                return None
+        return batch
+
+    def _chosen_batch(self, names: Sequence[str]) -> list[_Group] | None:
+        """The groups of these trajectories, in their order."""
+        by_name: dict[str, _Group] = {}
+        for group in self._complete:
+            assert group.experience is not None
+            names = [one.trajectory.name for one in group.experience.trajectories]
+            by_name |= dict.fromkeys(names, group)
+        if any(name not in by_name for name in names):
+            return None
+        return list(dict.fromkeys(by_name[name] for name in names))
+
+    def _handed(
+        self, batch: Sequence[_Group], metrics: dict[str, float], waited_s: float
+    ) -> Experience:
+        now = time.monotonic()
+        drawn_s, self._since = max(now - self._since, 1e-9), now
+        rows: list[ScoredTrajectory] = []
+        for group in batch:
+            assert group.experience is not None
+            rows += group.experience.trajectories
+        dropped, self._dropped = self._dropped, _Dropped()
+        metrics = {
+            **metrics,
+            "async/drawn_s": drawn_s,
+            "async/trainer_waited_s": waited_s,
+            "async/overlap_share": 1 - min(1.0, waited_s / drawn_s),
+            "async/groups_complete": float(len(self._complete)),
+            "async/groups_running": float(len(self._running)),
+        }
+        if self._settings.metric is not None:
+            metrics |= dropped.figures(len(batch))
+        return Experience(rows, metrics, dropped.broken)
+
+
+class _Dropped:
+    """What ended since the last batch and is not trained on."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+        """Groups, with those that are trained on."""
+        self.without_signal: list[Experience] = []
+        self.broken: list[ScoredTrajectory] = []
+        """Of groups in which one came to no end."""
+
+    def figures(self, groups: int) -> dict[str, float]:
+        """Metrics of dynamic sampling, for a step of so many groups."""
+        return {
+            "filter_groups/generated": float(self.ended),
+            "filter_groups/kept_share": 1 - len(self.without_signal) / max(1, self.ended),
+            "train/num_gen_batches": self.ended / groups,
+        }
+
+    def too_few(self, limit: int, metric: str | None) -> str:
+        """Why a step cannot be filled."""
+        equal = len(self.without_signal)
+        return (
+            f"algorithm.filter_groups: of {self.ended} groups that ended for one step {equal} do "
+            f"not differ in {metric}, and more than {limit} are not generated (algorithm."
+            "filter_groups.max_num_gen_batches x data.gen_batch_size): use prompts that are "
+            "neither too hard nor solved by now, raise rollout.n or max_num_gen_batches, or set "
+            "algorithm.filter_groups.enable=false"
+        )
