@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from rlhf3d.models.boxes import Box, Piece, intersect, locate
+from rlhf3d.models.boxes import Box, Piece, inside, intersect, locate
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head, LocalParam, local_params
 from rlhf3d.parallel.layout import ParallelLayout
@@ -55,7 +55,7 @@ class Slab:
             if part is not None:
                 # `locate` goes from the first box of a piece to the second: here, back.
                 back = Piece(piece.hf_name, piece.local_box, piece.hf_box)
-                index: tuple[int | slice, ...] = (*row, *_relative(part, box[lead:]))
+                index: tuple[int | slice, ...] = (*row, *inside(part, box[lead:]))
                 yield Overlap(piece.hf_name, locate(back, part), index)
 
 
@@ -66,10 +66,6 @@ class Overlap:
     hf_name: str
     hf_box: Box
     index: tuple[int | slice, ...]
-
-
-def _relative(part: Box, box: Box) -> tuple[slice, ...]:
-    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(part, box, strict=True))
 
 
 @dataclass(frozen=True)

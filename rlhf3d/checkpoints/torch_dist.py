@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
@@ -39,19 +38,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlhf3d.checkpoints.manifest import FileInfo, file_info
 from rlhf3d.checkpoints.stored import OPTIMIZER_KEY
-from rlhf3d.models.boxes import Box, full_box, intersect
+from rlhf3d.models.boxes import Box, full_box, inside, intersect, show
 
 INDEX, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
 WRITERS = 2
@@ -92,10 +89,7 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._storage = _SafeReader(folder)
-        index = self._storage.read_metadata()
-        # Gives the reader the place of each chunk, which read_data looks up.
-        self._storage.set_up_storage_reader(index, is_coordinator=True)
+        index = _read_index(folder)
         self.tensors: dict[str, StoredTensor] = {}
         self.objects: list[str] = []
         for key, entry in index.state_dict_metadata.items():
@@ -130,34 +124,41 @@ class TorchDistReader:
         return found
 
     def read_chunk(self, chunk: Chunk) -> Tensor:
-        """Return a chunk's values. ValueError that names its file if it is damaged."""
-        # One chunk as the source: torch would intersect the block with every chunk of the tensor.
-        return self._read(chunk.key, chunk.box, [chunk])
+        """Return a chunk's values. ValueError that names its file if they are not what it is.
 
-    def read(self, key: str, box: Box) -> Tensor:
-        """Return the block `box` of a tensor."""
-        return self._read(key, box, self.tensors[key].chunks)
-
-    def _read(self, key: str, box: Box, chunks: Sequence[Chunk]) -> Tensor:
-        stored = self.tensors[key]
-        block = torch.empty([stop - start for start, stop in box], dtype=stored.dtype)
-        source = TensorStorageMetadata(
-            TensorProperties(stored.dtype),
-            torch.Size(stored.shape),
-            [_placed(chunk.box) for chunk in chunks],
-        )
-        # One item per chunk that overlaps the block, read one at a time: one chunk in memory.
-        for item in create_read_items_for_chunk_list(key, source, [_placed(box)]):
+        torch's own loader would cut what is stored down to the size that the index says.
+        """
+        place = f"{self.folder / chunk.file}: "
+        with open(self.folder / chunk.file, "rb") as file:
             try:
-                self._storage.read_data(LoadPlan([item]), _Into(block)).wait()
+                part = _create_file_view(file, chunk.offset, chunk.length)
+                values: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+                found = (tuple(values.shape), values.dtype)
             except Exception as error:
                 # torch raises many kinds for bytes that are no tensor, some with the advice to
                 # load them without its safeguards: not for the user to read.
-                place = self._storage.storage_data[item.storage_index]
                 raise ValueError(
-                    f"{self.folder / place.relative_path}: no tensor at byte {place.offset} "
-                    f"({type(error).__name__}): copy it again"
+                    f"{place}no tensor at byte {chunk.offset} ({type(error).__name__}): "
+                    "copy it again"
                 ) from error
+        said = (_sizes(chunk.box), self.tensors[chunk.key].dtype)
+        if found != said:
+            raise ValueError(
+                f"{place}the block {show(chunk.box)} of {chunk.key} is {list(found[0])} of "
+                f"{found[1]}, the index says {list(said[0])} of {said[1]}: copy both again"
+            )
+        return values
+
+    def read(self, key: str, box: Box) -> Tensor:
+        """Return the block `box` of a tensor."""
+        stored = self.tensors[key]
+        block = torch.empty(_sizes(box), dtype=stored.dtype)
+        # One chunk in memory at a time.
+        for chunk in stored.chunks:
+            part = intersect(chunk.box, box)
+            if part is not None:
+                values = self.read_chunk(chunk)
+                block[inside(part, box)] = values[inside(part, chunk.box)]
         return block
 
     def corrupt_files(self) -> list[str]:
@@ -177,28 +178,12 @@ class TorchDistReader:
         return sorted(corrupt)
 
 
-class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, block: Tensor) -> None:
-        super().__init__()
-        self.block = block
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self.block
-        for dimension, (start, size) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            target = target.narrow(dimension, start, size)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass  # `tensor` is a view of the block
+def _sizes(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
 
 
 def _placed(box: Box) -> ChunkStorageMetadata:
-    starts = torch.Size(start for start, _ in box)
-    return ChunkStorageMetadata(starts, torch.Size(stop - start for start, stop in box))
+    return ChunkStorageMetadata(torch.Size(start for start, _ in box), torch.Size(_sizes(box)))
 
 
 def _stored_tensor(
@@ -230,32 +215,28 @@ def _check_tiling(key: str, tensor: StoredTensor, folder: Path) -> None:
         )
 
 
-class _SafeReader(FileSystemReader):
-    """torch's reader, with an index that cannot run code."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the folder's index. ValueError if there is none that can be read."""
-        folder = Path(self.path)
-        backend = folder / BACKEND
-        found = json.loads(backend.read_text()) if backend.is_file() else {}
-        if found.get("sharded_backend") != _BACKEND["sharded_backend"]:
-            raise ValueError(
-                f"{backend} does not say sharded_backend torch_dist: "
-                "not a checkpoint that can be read here"
-            )
-        try:
-            with open(folder / INDEX, "rb") as file:
-                index: Metadata = _IndexUnpickler(file).load()
-            index.state_dict_metadata, index.storage_data  # noqa: B018 - absent in another pickle
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it"
-            ) from error
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again"
-            ) from error
-        return index
+def _read_index(folder: Path) -> Metadata:
+    """The folder's index. ValueError if there is none that can be read."""
+    backend = folder / BACKEND
+    found = json.loads(backend.read_text()) if backend.is_file() else {}
+    if found.get("sharded_backend") != _BACKEND["sharded_backend"]:
+        raise ValueError(
+            f"{backend} does not say sharded_backend torch_dist: "
+            "not a checkpoint that can be read here"
+        )
+    try:
+        with open(folder / INDEX, "rb") as file:
+            index: Metadata = _IndexUnpickler(file).load()
+        index.state_dict_metadata, index.storage_data  # noqa: B018 - absent in another pickle
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no {INDEX}: the checkpoint was never finished, or copied without it"
+        ) from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{folder / INDEX} is not a checkpoint's index ({error}): copy it again"
+        ) from error
+    return index
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -34,6 +34,11 @@ def box_slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
+def inside(part: Box, box: Box) -> tuple[slice, ...]:
+    """The index of a sub-box of `box` in a tensor that is that box."""
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(part, box, strict=True))
+
+
 def volume(box: Box) -> int:
     """Number of elements."""
     return math.prod(stop - start for start, stop in box)

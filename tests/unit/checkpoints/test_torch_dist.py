@@ -99,6 +99,24 @@ def test_chunks_that_do_not_tile_are_refused(tmp_path: Path) -> None:
         TorchDistReader(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [torch.zeros(3, 3), torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.bfloat16)],
+    ids=["larger", "smaller", "another dtype"],
+)
+def test_a_tensor_that_is_not_what_the_index_says_is_refused(
+    values: torch.Tensor, tmp_path: Path
+) -> None:
+    """torch's own loader cuts a larger one down."""
+    block = Block("a", ((0, 2), (0, 3)), torch.float32, (2, 3))
+    write_folder(tmp_path, [[block]], lambda block: values)
+    with pytest.raises(ValueError) as refused:
+        TorchDistReader(tmp_path).read("a", ((0, 1), (0, 1)))
+    found = f"a is {list(values.shape)} of {values.dtype}, "
+    for piece in ("__0_0.distcp", found, "the index says [2, 3] of torch.float32"):
+        assert piece in str(refused.value)
+
+
 class _Code:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("false",)
