@@ -69,10 +69,13 @@ def verify(megatron: Path, hf: Path, to: To, on_bytes: OnBytes = lambda count: N
         return Verified(len(source.shapes), elements, None, None, skipped)
     with HFReader(hf, option="") as reader:
         dtypes = {name: reader.dtype(name) for name in reader.names()}
-    # A Hugging Face folder that was made with another dtype holds rounded weights: the Megatron
-    # side is rounded alike, so that only the computation is compared.
+    # A folder that was made with another dtype holds rounded weights: the other side is rounded
+    # alike, so that only the computation is compared.
     cast = None if to == "megatron" else dtypes
-    theirs = _in_process(_hf_scores, hf, source.role)
+    # Where a Megatron folder has several dtypes it has those of its source: nothing was rounded.
+    made = set(source.dtypes.values()) if to == "megatron" else set()
+    rounded = made.pop() if len(made) == 1 else None
+    theirs = _in_process(_hf_scores, hf, source.role, rounded)
     wrapped = all(key.startswith(WRAPPER_PREFIX) for key in source.keys.values())
     keys = source.style.metadata()
     ours = _in_process(_megatron_scores, megatron, wrapped, keys, hf, source.role, cast)
@@ -140,8 +143,8 @@ def random_tokens(spec: ModelSpec) -> Tensor:
 
 
 @torch.no_grad()
-def _hf_scores(folder: Path, role: Role) -> Tensor:
-    """Logits [b, s, vocab] or values [b, s, 1] of transformers in float32."""
+def _hf_scores(folder: Path, role: Role, cast: torch.dtype | None = None) -> Tensor:
+    """Logits [b, s, vocab] or values [b, s, 1] of transformers in float32, of weights in `cast`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if role == "actor" else AutoModelForSequenceClassification
@@ -153,6 +156,9 @@ def _hf_scores(folder: Path, role: Role) -> Tensor:
     }
     if any(left.values()):
         raise VerifyError(f"transformers loads {folder} with {left}")
+    if cast is not None:
+        for weight in model.parameters():
+            weight.copy_(weight.to(cast))
     # The head is applied to every token: the classifier's own forward scores only the last.
     hidden = getattr(model, model.base_model_prefix)(
         random_tokens(load_spec(folder))

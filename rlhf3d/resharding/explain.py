@@ -17,7 +17,7 @@ from rlhf3d.config.derived import derive
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.models.boxes import show
-from rlhf3d.models.spec import check_layout, load_spec
+from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 from rlhf3d.models.weights import num_weights
 from rlhf3d.observability.tables import Row, View, table
 from rlhf3d.parallel.layout import ranges
@@ -46,7 +46,9 @@ class RankBytes:
     bound: int
     """The least any plan can let this device receive for this rank."""
     full_gather: int
-    """What a rank would receive that gathers complete tensors: (n - 1) / n of n model shards."""
+    """What a rank would receive that gathers complete tensors: all but its own shard, the mean of
+    the training ranks'.
+    """
     senders: int
     ops: int
     buckets: int
@@ -62,7 +64,7 @@ class Explanation:
     formula_bytes: int | None
     """HybridFlow's bound (arXiv 2409.19256, Table 2): (tp - g) / (tp g) of the model.
 
-    Where g divides tp, colocated.
+    Where g divides tp, colocated, of a dense model.
     """
     buffer_bytes: int
     """Extra memory of a sync per engine rank."""
@@ -93,9 +95,11 @@ def explain(setup: SyncSetup) -> Explanation:
     """The figures of a setup's plan. Raises ValueError as the planner does."""
     plan, size = setup.plan, setup.item_bytes
     traffic = plan.traffic
-    # Distinct shards of a dense model: dp and cp ranks hold copies.
-    shards = setup.layout.tp * setup.layout.pp
-    model = num_weights(setup.spec, "lm") * size
+    layout, spec = setup.layout, setup.spec
+    # Distinct shards: other ranks hold copies. Experts are whole, and shared out over ep ranks.
+    shards, expert_shards = layout.tp * layout.pp, layout.ep * layout.pp
+    model, experts = num_weights(spec, "lm") * size, _expert_weights(spec) * size
+    held = (model - experts) // shards + experts // expert_shards
     ranks = []
     for place in plan.destinations:
         dst = place.number
@@ -109,7 +113,7 @@ def explain(setup: SyncSetup) -> Explanation:
                 local=traffic.local[dst] * size,
                 received=traffic.received[dst] * size,
                 bound=plan.lower_bound(dst) * size,
-                full_gather=model * (shards - 1) // shards,
+                full_gather=model - held,
                 senders=len(plan.senders_to(dst)),
                 ops=traffic.ops[dst],
                 buckets=len(setup.buckets(dst)),
@@ -119,8 +123,9 @@ def explain(setup: SyncSetup) -> Explanation:
     for place in plan.destinations:
         buckets += [bucket.num_bytes for bucket in setup.buckets(place.number)]
     engine = setup.tensor_parallel_size
-    # The formula is for an engine rank that finds its share on its own device.
-    nested = setup.colocated and setup.layout.tp % engine == 0
+    # The formula is for an engine rank that finds its share, cut as by the trainer, on its own
+    # device: experts are cut by ep.
+    nested = setup.colocated and layout.tp % engine == 0 and not spec.num_experts
     return Explanation(
         model_bytes=model,
         formula_bytes=model * (shards - engine) // (shards * engine) if nested else None,
@@ -128,6 +133,11 @@ def explain(setup: SyncSetup) -> Explanation:
         ranks=tuple(ranks),
         sent=tuple(elements * size for elements in traffic.sent),
     )
+
+
+def _expert_weights(spec: ModelSpec) -> int:
+    """How many numbers the experts of all layers hold: gate, up and down of each."""
+    return spec.num_layers * spec.num_experts * 3 * spec.hidden_size * spec.moe_ffn_size
 
 
 def explain_view(setup: SyncSetup, model: str, pattern: str | None = None) -> View:

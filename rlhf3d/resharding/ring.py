@@ -95,7 +95,12 @@ class Ring:
                 "rollout.sync_bucket_mib",
             ) from error
         if shape.on_gpu:
-            ring._slots = _share_gpu_memory(SLOTS * shape.slot_stride, ring._slots)
+            try:
+                ring._slots = _share_gpu_memory(SLOTS * shape.slot_stride, ring._slots)
+            except Exception:  # the GPU is full
+                # It is unmapped later, with the error: the frames of that look into it.
+                ring.unlink()
+                raise
         ring._digest.fill_(shape.digest)
         ring._filled.zero_()
         ring._taken.zero_()

@@ -13,7 +13,7 @@ from rlhf3d import preflight as module
 from rlhf3d.config.load import build
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import Machine, read_machine
-from rlhf3d.models.spec import ModelSpec
+from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.planning.measured import DEFAULT, write_measured
 from rlhf3d.planning.plan import Plan
 from rlhf3d.planning.view import show_memory
@@ -29,17 +29,8 @@ LAPTOP = Machine(
     gpus=(),
     compiler="c++",
 )
-QWEN_7B = ModelSpec(
-    family="qwen2",
-    num_layers=28,
-    hidden_size=3584,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    ffn_size=18944,
-    vocab_size=152064,
-    qkv_bias=True,
-)
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+QWEN_7B = load_spec(MODELS / "Qwen2.5-7B-Instruct", with_weights=False)
 SMOLLM2 = ModelSpec(
     family="llama",
     num_layers=30,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.models.spec import ModelSpec, check_layout
+from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 from rlhf3d.models.weights import hf_tensors
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.plan import ReshardPlan
@@ -49,33 +49,12 @@ class Job:
         return self.layout.world_size // self.engine_tp
 
 
-LLAMA3_405B = ModelSpec(
-    "llama",
-    126,
-    16384,
-    num_heads=128,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=53248,
-    vocab_size=128256,
-)
-LLAMA3_70B = ModelSpec(
-    "llama", 80, 8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_size=28672, vocab_size=128256
-)
-QWEN3_235B = ModelSpec(
-    "qwen3_moe",
-    94,
-    4096,
-    num_heads=64,
-    num_kv_heads=4,
-    head_dim=128,
-    ffn_size=12288,
-    vocab_size=151936,
-    qk_norm=True,
-    num_experts=128,
-    experts_per_token=8,
-    moe_ffn_size=1536,
-)
+def published(name: str) -> ModelSpec:
+    """The shape of a model whose config.json is in configs/models."""
+    folder = Path(__file__).parents[2] / "configs" / "models" / name
+    return load_spec(folder, with_weights=False)
+
+
 SMOLLM2 = ModelSpec(
     "llama",
     30,
@@ -89,11 +68,15 @@ SMOLLM2 = ModelSpec(
 )
 JOBS = {
     "llama-3-405b": Job(
-        LLAMA3_405B, ParallelLayout(8, 16, 8, first_stage_layers=7, last_stage_layers=7), 8
+        published("Llama-3.1-405B-Instruct"),
+        ParallelLayout(8, 16, 8, first_stage_layers=7, last_stage_layers=7),
+        8,
     ),
-    "llama-3-70b": Job(LLAMA3_70B, ParallelLayout(8, 4, 2), 8),
+    "llama-3-70b": Job(published("Llama-3.1-70B-Instruct"), ParallelLayout(8, 4, 2), 8),
     "qwen3-235b-a22b": Job(
-        QWEN3_235B, ParallelLayout(4, 16, 4, ep=8, first_stage_layers=5, last_stage_layers=5), 8
+        published("Qwen3-235B-A22B"),
+        ParallelLayout(4, 16, 4, ep=8, first_stage_layers=5, last_stage_layers=5),
+        8,
     ),
     "smollm2-135m": Job(SMOLLM2, ParallelLayout(3, 2), 1),
 }

@@ -42,6 +42,22 @@ def test_figures_add_up() -> None:
     assert sum(facts.sent) == sum(rank.received for rank in facts.ranks)
 
 
+def test_experts_are_shared_out_over_expert_ranks() -> None:
+    """Each rank has half of the experts, whole, and all else cut over tp."""
+    experts = replace(SPEC, family="qwen3_moe", num_experts=4, experts_per_token=2, moe_ffn_size=16)
+    experts = replace(experts, qk_norm=True)
+    layout = ParallelLayout(tp=2, dp=2, ep=2)
+    facts = explain(replace(SETUP, spec=experts, layout=layout))
+    of_experts = 2 * 4 * 4 * 3 * 32 * 16
+    assert facts.formula_bytes is None
+    for rank in facts.ranks:
+        dense = facts.model_bytes - of_experts
+        assert rank.full_gather == facts.model_bytes - dense // 2 - of_experts // 2
+    alone = explain(replace(SETUP, spec=experts, layout=ParallelLayout(tp=4)))
+    # Every rank has all experts.
+    assert alone.ranks[0].full_gather == (alone.model_bytes - of_experts) * 3 // 4
+
+
 def test_routes_of_a_tensor_are_shown() -> None:
     view = explain_view(SETUP, "tiny", "*layers.3.self_attn.k_proj.weight")
     console = Console(width=200, record=True)

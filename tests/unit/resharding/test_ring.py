@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.ranks import run_ranks
 
 from rlhf3d.resharding import ring as ring_module
@@ -222,6 +223,17 @@ def test_a_lack_of_memory_names_file_size_and_remedy(
     ) as e:
         Ring.create(large)
     assert e.value.errno == errno.ENOSPC and not large.path().exists()
+
+
+def test_a_full_gpu_leaves_no_file(shape: RingShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(num_bytes: int, handle: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ring_module, "_share_gpu_memory", full)
+    on_gpu = replace(shape, on_gpu=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        Ring.create(on_gpu)
+    assert not on_gpu.path().exists()
 
 
 def test_abandoned_files_are_removed_and_others_kept(
