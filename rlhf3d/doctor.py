@@ -268,8 +268,11 @@ def _fixes(diagnosis: Diagnosis) -> list[str]:
     """Each command once; those that a run needs after the optional ones, so that they are seen."""
     missing = [finding for finding in diagnosis.findings if not finding.ok]
     missing.sort(key=lambda finding: finding.required)
-    # A fix that several findings share stands once; a required one, being last, gives its kind.
-    fixes = {finding.fix: "run" if finding.required else "optional" for finding in missing}
+    fixes: dict[str, str] = {}
+    for finding in missing:
+        # Several findings may share one: it stands where the last of them, a required one, is.
+        fixes.pop(finding.fix, None)
+        fixes[finding.fix] = "run" if finding.required else "optional"
     return [f"  {kind}: {fix}" for fix, kind in fixes.items()]
 
 

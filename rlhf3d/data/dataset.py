@@ -116,10 +116,13 @@ class PromptDataset(Sequence[Prompt]):
             if prompt is not None:
                 yield prompt
 
-    def get(self, index: int) -> Prompt | None:
-        """The prompt; null where it is too long, to be filtered, and was not known to be."""
-        # What a scan has counted is not counted again.
-        return self._prompt(self._numbers[index], count=not self.scanned)
+    def get(self, index: int, again: bool = False) -> Prompt | None:
+        """The prompt; null where it is too long, to be filtered, and was not known to be.
+
+        `again`: it was served before, and so is counted already.
+        """
+        # What a scan has counted is not counted again either.
+        return self._prompt(self._numbers[index], count=not self.scanned and not again)
 
     def of_row(self, number: int) -> Prompt:
         """A prompt that was served before, by `Prompt.index`: it is not counted a second time.

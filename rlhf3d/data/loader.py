@@ -148,7 +148,9 @@ class PromptLoader:
         self._served += 1
         # The dataset gives None for an overlong prompt; after this many tries all of them are.
         for _ in range(len(self._dataset) + 1):
-            prompt = self._dataset.get(stream.next())
+            # Before `next`, which moves on to the next epoch. In the first one all rows are new.
+            again = stream.epoch > 0
+            prompt = self._dataset.get(stream.next(), again)
             if prompt is not None:
                 return prompt
         raise ValueError("data.train_files: every prompt is over data.max_prompt_length; raise it")

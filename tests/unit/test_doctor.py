@@ -163,3 +163,12 @@ def test_only_required_things_make_it_ill() -> None:
     text = "\n".join(map(str, doctor_view(ill).parts))
     assert "MISSING  torch  not installed (wanted 2.0: make setup)" in text
     assert "run: make setup" in text
+
+
+def test_what_a_run_needs_is_the_last_thing_to_be_read() -> None:
+    """Also where an optional finding has the same fix, and comes first."""
+    shared = Finding("extra", "1", "not installed", False, "make setup", required=False)
+    note = Finding("disk", "5 GiB", "1 GiB free", False, "free some space", required=False)
+    lack = Finding("torch", "2.0", "not installed", False, "make setup")
+    parts = doctor_view(Diagnosis("cpu", "why", [shared, lack], [note])).parts
+    assert parts[-2:] == ["  optional: free some space", "  run: make setup"]

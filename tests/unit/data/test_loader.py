@@ -185,7 +185,8 @@ def test_rows_of_a_set_too_large_to_scan_are_counted_when_served(
     assert [texts(loader.next_batch()) for _ in range(2)] == ["abc", "def"]
     assert dataset.dropped == 1
     state = loader.state_dict()
-    assert texts(loader.next_batch()) == "abc" and dataset.dropped == 3
+    # In the second epoch a row that is met again is not counted again.
+    assert texts(loader.next_batch()) == "abc" and dataset.dropped == 2
     resumed = PromptLoader(PromptDataset([file], tokenizer, 4, "filter"), 3, seed=0, shuffle=False)
     resumed.load_state_dict(state)
     assert texts(resumed.next_batch()) == "abc" and resumed.state_dict() == loader.state_dict()
