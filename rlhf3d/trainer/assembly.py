@@ -229,6 +229,7 @@ class Assembly:
             canary,
             self.log.phase,
             self.log.console.note,
+            self.patience,
         )
 
     def checkpoints(self, stack: ExitStack) -> CheckpointWriter:

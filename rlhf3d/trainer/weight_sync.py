@@ -1,8 +1,9 @@
 """From trained weights to serving engines: send, load, check, publish.
 
 Invariant: an engine serves a `policy_version` only after all of its weights arrived and, on canary
-steps, after the canary agreed; engines whose processes die are started again, get the same weights
-and go on with the same numbers, a limited number of times.
+steps, after the canary agreed; engines whose processes die are started again, a limited number of
+times. They get the same weights and go on with the same numbers; or, where the actor was updated
+since, the newest weights, which write what nobody has an answer to.
 Runs in: driver; the ranks at both ends are `resharding/sending.py` and `resharding/receiving.py`.
 """
 
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from rlhf3d.config.schema import RolloutConfig
-from rlhf3d.experience.steps import Phase
+from rlhf3d.experience.steps import Patience, Phase
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import WorkerFailure, gather
@@ -41,11 +42,15 @@ class WeightSync:
         canary: Canary,
         phase: Phase,
         note: Callable[[str], None],
+        patience: Patience,
     ) -> None:
-        """Open the stream between all processes; `note` writes a line to the console."""
+        """Open the stream between all processes.
+
+        `note` writes a line to the console; `patience` says when the training ranks are at work.
+        """
         self.config, self.setup = config, setup
         self.actor, self.rollout, self.canary = actor, rollout, canary
-        self._phase, self._note = phase, note
+        self._phase, self._note, self.patience = phase, note, patience
         open_stream(setup, actor, rollout)
         self._stream: SyncSetup | None = setup
         """The open one; None where engines have started since."""
@@ -59,6 +64,8 @@ class WeightSync:
         """How often the engines got weights that they lacked."""
         self.restarts = 0
         """Engines that died."""
+        self.failure: WorkerFailure | None = None
+        """Of the engines, found where the training ranks, who have to send weights, were busy."""
 
     @property
     def engines(self) -> Engines:
@@ -91,13 +98,21 @@ class WeightSync:
     def restore(self, failure: WorkerFailure) -> None:
         """Have the engines serve again what they served before `failure`, and go on with it.
 
-        Raises `failure` where it is not the death of an engine's process, or is one too many.
+        Where the actor was updated since then, they serve its newest weights instead: no others
+        exist. Raises `failure` where it is not the death of an engine's process, or is one too
+        many.
         """
-        if self.served_version != self.trained_version:
-            raise failure  # their weights do not exist any more
+        before = self.served_version
         self._start_again(failure)
         # Again what the last sync did: its canary too leaves its traces in a prefix cache.
-        self._lasting(partial(self._sync, self.syncs - 1, again=True))
+        number = self.syncs - 1
+        if before != self.trained_version:
+            self._note(
+                f"the weights after update {before} are gone: those after {self.trained_version} "
+                "write what the engines had not answered"
+            )
+            number, self.syncs = self.syncs, self.syncs + 1
+        self._lasting(partial(self._sync, number, again=True))
 
     def _lasting(self, work: Callable[[], R]) -> R:
         """Do some work of the engines; where one dies in it, they are started again, and so is it.
@@ -119,6 +134,7 @@ class WeightSync:
         _LOG.warning("engines died: %s\n%s", lost, failure)
         self._note(f"warning: {', '.join(lost)} died: all engines are started again ({limit})")
         self.served_version = None
+        self.failure = None
         self.rollout.restart()
         if self._stream is not None:
             self.actor.call_all("close weight stream", TrainWorker.close_stream, self._stream.name)
@@ -173,12 +189,19 @@ class _LastingEngines:
         self._weights.rollout.submit(requests)
 
     def poll(self, timeout_s: float) -> dict[int, Completion]:
-        """See `Engines.poll`; where an engine dies, its requests are given again."""
-        try:
-            return self._weights.rollout.poll(timeout_s)
-        except WorkerFailure as failure:
-            self._weights.restore(failure)
-            return {}
+        """See `Engines.poll`; where an engine dies, its requests are given again.
+
+        In the background that waits until the foreground; there are no completions until then.
+        """
+        weights = self._weights
+        if weights.failure is None:
+            try:
+                return weights.rollout.poll(timeout_s)
+            except WorkerFailure as failure:
+                weights.failure = failure
+        if not weights.patience.background:
+            weights.restore(weights.failure)
+        return {}
 
     def abort(self, numbers: Collection[int]) -> None:
         """See `Engines.abort`."""

@@ -1,7 +1,8 @@
-"""`python -m support.kills MOMENTS train …`: the command, in which engine processes are killed.
+"""`python -m support.kills MOMENTS train …`: the command, in which processes are killed.
 
-MOMENTS: `phase:occasion:engine:rank` with commas, such as `generate:2:1:0`: rank 0 of engine 1, at
-the second generation.
+MOMENTS: `phase:occasion:who` with commas; who is `driver`, `trainer:RANK` or `ENGINE:RANK`. Such as
+`generate:2:1:0`: rank 0 of engine 1, at the second generation. `ahead` is a generation at which the
+driver looks while it waits for training ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import ray
 
 from rlhf3d.cli import main
 from rlhf3d.placement.rollout_group import RolloutGroup
+from rlhf3d.placement.train_group import TrainGroup
+from rlhf3d.rewards.manager import ScoringBatch
+from rlhf3d.trainer.checkpointing import CheckpointWriter
 from rlhf3d.trainer.learner import Learner
 
 
@@ -27,6 +31,7 @@ class Killer:
         self.moments = moments.split(",")
         self.occasions: Counter[str] = Counter()
         self.rollout: RolloutGroup
+        self.actor: TrainGroup
 
     def begin(self, phase: str) -> None:
         """A phase begins."""
@@ -35,13 +40,20 @@ class Killer:
     def kill(self, phase: str) -> None:
         """Kill who is to die at this occasion of a phase, if that was not done."""
         for moment in list(self.moments):
-            name, occasion, engine, rank = moment.split(":")
+            name, occasion, *who = moment.split(":")
             if name == phase and self.occasions[phase] == int(occasion):
                 self.moments.remove(moment)
-                actor = self.rollout.engines[int(engine)].actors[int(rank)]
-                pid = ray.get(actor.process_id.remote())
                 print(f"kill {moment}", flush=True)
-                os.kill(pid, signal.SIGKILL)
+                self._kill(*who)
+
+    def _kill(self, who: str, rank: str = "0") -> None:
+        if who == "driver":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif who == "trainer":
+            ray.kill(self.actor.workers[int(rank)])  # it takes no call while it computes
+        else:
+            actor = self.rollout.engines[int(who)].actors[int(rank)]
+            os.kill(ray.get(actor.process_id.remote()), signal.SIGKILL)
 
 
 KILLER = Killer(sys.argv[1])
@@ -56,6 +68,8 @@ def around(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
         def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(self, RolloutGroup):
                 KILLER.rollout = self
+            if isinstance(self, TrainGroup) and self.name == "actor":
+                KILLER.actor = self
             return function(method, self, *args, **kwargs)
 
         setattr(owner, name, replaced)
@@ -66,11 +80,14 @@ def around(owner: type, name: str) -> Callable[[Callable[..., Any]], None]:
 @around(RolloutGroup, "submit")
 def submit(method: Callable[..., Any], self: Any, requests: Any) -> Any:
     KILLER.begin("generate")
+    KILLER.begin("ahead")
     return method(self, requests)
 
 
 @around(RolloutGroup, "poll")
 def poll(method: Callable[..., Any], self: Any, timeout_s: float) -> Any:
+    if timeout_s == 0 and self._unfinished:
+        KILLER.kill("ahead")
     completions = method(self, timeout_s)
     # Some are answered, others are not.
     if completions and self._unfinished:
@@ -91,6 +108,25 @@ def sleep(method: Callable[..., Any], self: Any) -> Any:
     KILLER.begin("sleep")
     KILLER.kill("sleep")
     return method(self)
+
+
+@around(TrainGroup, "start_all")
+def start_all(method: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    return method(self, *args, **kwargs)
+
+
+@around(ScoringBatch, "finish")
+def finish(method: Callable[..., Any], self: Any) -> Any:
+    KILLER.begin("score")
+    KILLER.kill("score")
+    return method(self)
+
+
+@around(CheckpointWriter, "_collect")
+def collect(method: Callable[..., Any], self: Any, save: Any) -> Any:
+    KILLER.begin("save")
+    KILLER.kill("save")
+    return method(self, save)
 
 
 @around(Learner, "update_actor")

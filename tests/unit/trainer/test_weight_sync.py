@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf3d.config.schema import Config, ModelConfig, RolloutConfig
-from rlhf3d.experience.steps import untimed
+from rlhf3d.experience.steps import Patience, untimed
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
@@ -63,6 +63,8 @@ class Rollout:
         self.cached, self.stale, self.published, self.scored = 0, 0, [], 0
         self.events: list[str] = []
         self.slept = False
+        self.notes: list[str] = []
+        """Lines for the user."""
         self.log: list[str] = []
         """What is done with streams, and after a restart."""
         self.dead: list[str] = []
@@ -140,8 +142,16 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[WeightSync, Train, Rollout]:
         CONFIG.rollout, SPEC, train.layout, CPUPlatform(reason="test"), "test", [0, 0]
     )
     canary: Any = Canary(CONFIG.rollout, "float32", [[5, 6, 7]], train, rollout)  # type: ignore[arg-type]
-    notes: list[str] = []
-    sync = WeightSync(CONFIG.rollout, setup, train, rollout, canary, untimed, notes.append)  # type: ignore[arg-type]
+    sync = WeightSync(
+        CONFIG.rollout,
+        setup,
+        train,  # type: ignore[arg-type]
+        rollout,  # type: ignore[arg-type]
+        canary,
+        untimed,
+        rollout.notes.append,
+        Patience(),
+    )
     return sync, train, rollout
 
 
@@ -256,6 +266,54 @@ def test_requests_of_an_engine_that_dies_are_answered(
     assert rollout.published == [0, 0] and rollout.scored == 2 and rollout.started == 3
     assert rollout.log[-1] == "given again"
     assert sync.served_version == 0 and sync.sync_weights() == {}
+
+
+def test_what_fails_while_training_ranks_are_busy_waits_for_them(
+    parts: tuple[WeightSync, Train, Rollout],
+) -> None:
+    """The newest weights then write what is not answered, as a sync of their own."""
+    sync, _, rollout = parts
+    sync.sync_weights()
+    engines = sync.engines
+    engines.submit({5: None})  # type: ignore[dict-item]
+    rollout.dead = ["poll"]
+    with sync.patience.none():
+        assert engines.poll(0.0) == engines.poll(0.0) == {}
+        assert rollout.started == 1 and rollout.published == [0]
+    sync.weights_changed()
+    assert engines.poll(1.0) == {} and engines.poll(1.0) == {5: "done"}
+    assert rollout.started == 2 and rollout.published == [0, 1] and sync.syncs == 2
+    assert "the weights after update 0 are gone: those after 1 write" in rollout.notes[-1]
+    assert sync.served_version == 1 and sync.sync_weights() == {}, "the schedule's sync is done"
+
+
+def test_a_failure_that_a_sync_has_found_is_no_other_one(
+    parts: tuple[WeightSync, Train, Rollout],
+) -> None:
+    sync, _, rollout = parts
+    sync.sync_weights()
+    rollout.dead = ["poll"]
+    with sync.patience.none():
+        sync.engines.poll(0.0)
+    sync.weights_changed()
+    sync.sync_weights()
+    assert sync.engines.poll(1.0) == {} and sync.restarts == 1 and rollout.started == 2
+
+
+def test_a_failure_in_the_background_that_is_no_death_ends_the_run(
+    parts: tuple[WeightSync, Train, Rollout],
+) -> None:
+    sync, _, rollout = parts
+    sync.sync_weights()
+
+    def raises(timeout_s: float) -> Any:
+        raise WorkerFailure("generate failed on engine 0: KeyError")
+
+    rollout.poll = raises  # type: ignore[method-assign]
+    with sync.patience.none():
+        assert sync.engines.poll(0.0) == {}
+    with pytest.raises(WorkerFailure, match="KeyError"):
+        sync.engines.poll(1.0)
 
 
 def test_an_engine_that_dies_as_it_goes_to_sleep_sleeps_after_its_restart(
