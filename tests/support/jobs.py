@@ -175,3 +175,9 @@ def saved_steps(run: Path) -> list[int]:
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The metrics, a row for each step."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def sample_rows(run: Path, step: int) -> list[dict[str, Any]]:
+    """The samples of a training step."""
+    lines = (run / "samples" / f"step_{step}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

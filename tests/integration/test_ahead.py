@@ -1,0 +1,212 @@
+"""Training behind what is written ahead: the same run whenever it is run, stopped and continued.
+
+One run, undisturbed, is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from support.jobs import (
+    read_rows,
+    saved_steps,
+    signal_everyone,
+    stop_at,
+    train,
+    train_with_deaths,
+    write_job,
+)
+from support.same_run import asked, assert_same
+
+from rlhf3d.observability.tokens import read_tokens, tokens_path
+
+STEPS, SAVED = 20, 4
+GRPO = (
+    "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
+    "rollout.n=4",
+    "data.train_batch_size=16",
+    "actor.ppo_mini_batch_size=8",
+)
+AHEAD = (
+    "algorithm.rollout_correction.bypass_mode=true",
+    "rollout.max_staleness=1",
+    "rollout.engine_restarts=8",
+    "trainer.sample_tokens=64",
+    "cluster.threads_per_rank=1",
+)
+JOB = (
+    *GRPO,
+    *AHEAD,
+    "rollout.placement=disaggregated",
+    "rollout.engines=2",
+    # Long enough that some completions are answered while others are being written.
+    "data.max_response_length=16",
+    "rollout.max_num_seqs=8",
+    f"trainer.total_training_steps={STEPS}",
+    f"trainer.save_freq={SAVED}",
+    f"trainer.test_freq={SAVED}",
+)
+DAPO = (
+    "data.max_response_length=2",
+    "data.gen_batch_size=20",
+    "algorithm.filter_groups={enable: true, max_num_gen_batches: 20}",
+)
+REMAX = (
+    "algorithm={adv_estimator: remax, use_kl_in_reward: true}",
+    "rollout.engines=2",
+    "actor.layout.dp=2",
+    "actor.ppo_micro_batch_size_per_gpu=16",
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job, run once; the folder of the run."""
+    folder = tmp_path_factory.mktemp("ahead")
+    finished = train(write_job(folder), *JOB)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    return folder / "run"
+
+
+def ages(run: Path, step: int) -> set[int]:
+    """How many updates before those that a step trained its sampled tokens were written."""
+    found = set()
+    for one in read_tokens(tokens_path(run, step)):
+        for span in one.spans:
+            if span.author == "sampled":
+                found |= {step - 1 - version for _, version in span.versions}
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_it_learns_from_tokens_that_are_one_update_old(undisturbed: Path) -> None:
+    before, *rows = read_rows(undisturbed)
+    assert before["step"] == 0 and len(rows) == STEPS
+    curve = [row["critic/score/mean"] for row in rows]
+    print(f"LEARNING one update behind: first {curve[0]:.3f} last {curve[-1]:.3f}")
+    assert curve[0] < 0.4 and curve[-1] > 0.9
+    for row in rows:
+        step = row["step"]
+        assert ages(undisturbed, step) == {min(1, step - 1)}
+        for end in ("min", "max"):
+            name = f"training/off_policy/trajectory_staleness_worst/{end}"
+            assert row[name] == min(1, step - 1)
+    # Each prompt once an epoch, of four steps.
+    for first in range(0, STEPS, 4):
+        epoch = sum(asked(undisturbed)[first : first + 4], start=asked(undisturbed)[0][:0])
+        assert len(epoch) == 64 and set(epoch.values()) == {4}
+
+
+@pytest.mark.timeout(900)
+def test_killed_while_it_writes_ahead_it_goes_on_as_the_same_run(undisturbed: Path) -> None:
+    """A second run, which is killed, and then continued, with what its checkpoint has ahead."""
+    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("killed")
+    settings = (*JOB, f"trainer.output_dir={run}")
+    # A save waits for what is written ahead: in the step after it, something is again.
+    killed = train_with_deaths(job, f"ahead:{3 * SAVED}:driver", *settings)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:] + killed.stderr[-4000:]
+    saved = saved_steps(run)[-1]
+    assert (run / "checkpoints" / f"step_{saved}" / "experience" / "queue.json").is_file()
+    resumed = train(job, *settings)
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
+    assert f"resume from step {saved}" in resumed.stdout
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.timeout(900)
+def test_engines_that_die_in_any_phase_lose_no_sample(undisturbed: Path) -> None:
+    """What was under way is written again: by the same weights, or by the newest."""
+    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("deaths")
+    moments = "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0"
+    deaths = train_with_deaths(
+        job, moments, *JOB, f"trainer.output_dir={run}", "trainer.total_training_steps=10"
+    )
+    assert deaths.returncode == 0, deaths.stdout[-2000:] + deaths.stderr[-4000:]
+    for moment in moments.split(","):
+        assert f"kill {moment}" in deaths.stdout
+    assert "are gone: those after" in deaths.stdout
+    assert asked(run) == asked(undisturbed)[:10]
+    for step in range(1, 11):
+        assert ages(run, step) <= {0, 1}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(undisturbed: Path) -> None:
+    """One run, started again after each death."""
+    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("matrix")
+    settings = (*JOB, f"trainer.output_dir={run}", "trainer.save_freq=1")
+    for who in ("driver", "trainer:0"):
+        for phase in ("ahead:3", "score:3", "update_actor:2", "sync_weights:3", "save:2"):
+            died = train_with_deaths(job, f"{phase}:{who}", *settings)
+            assert f"kill {phase}:{who}" in died.stdout
+            assert died.returncode == (-signal.SIGKILL if who == "driver" else 1), died.stderr
+    finished = train(job, *settings)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "staleness, changes",
+    [
+        (1, ()),
+        (2, ("actor.layout={tp: 2, pp: 2}", "rollout.placement=disaggregated")),
+        (2, (*GRPO, *DAPO)),
+        (1, REMAX),
+    ],
+    ids=["ppo", "ppo, placed apart", "dapo", "remax"],
+)
+def test_preempted_killed_and_continued_it_is_the_same_run(
+    staleness: int, changes: tuple[str, ...], tmp_path: Path
+) -> None:
+    job, once, again = write_job(tmp_path), tmp_path / "once", tmp_path / "again"
+    settings = (
+        *AHEAD,
+        *changes,
+        f"rollout.max_staleness={staleness}",
+        "trainer.total_training_steps=7",
+        "trainer.save_freq=2",
+        "trainer.test_freq=3",
+    )
+    run_twice(job, settings, once, again)
+    for step in range(1, 8):
+        assert ages(once, step) == {min(staleness, step - 1)}
+    assert_same(again, once)
+
+
+def run_twice(job: Path, settings: tuple[str, ...], once: Path, again: Path) -> None:
+    """Run a job, and again with a preemption and a kill of all its processes."""
+    finished = train(job, *settings, f"trainer.output_dir={once}")
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    settings = (*settings, f"trainer.output_dir={again}")
+    code, text = stop_at(job, 1, lambda _: signal_everyone(signal.SIGTERM), *settings)
+    assert code == 75, text
+    last = saved_steps(again)[-1]
+    code, text = stop_at(job, last + 3, lambda process: os.kill(process.pid, 9), *settings)
+    assert code == -signal.SIGKILL and f"resume from step {last}" in text, text
+    assert saved_steps(again)[-1] > last
+    finished = train(job, *settings)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+@pytest.mark.parametrize("changes", [(), GRPO], ids=["ppo", "grpo"])
+def test_it_learns_however_old_the_tokens_are(
+    changes: tuple[str, ...], staleness: int, seed: int, tmp_path: Path
+) -> None:
+    settings = [*changes, f"rollout.max_staleness={staleness}", f"trainer.seed={seed}"]
+    if staleness:
+        settings.append("algorithm.rollout_correction.bypass_mode=true")
+    finished = train(write_job(tmp_path), "cluster.threads_per_rank=1", *settings)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    rows = read_rows(tmp_path / "run")
+    print(f"LEARNING staleness {staleness} seed {seed}: {rows[-1]['critic/score/mean']:.3f}")
+    assert rows[1]["critic/score/mean"] < 0.4 and rows[-1]["critic/score/mean"] > 0.9
