@@ -51,7 +51,7 @@ class Observation:
 
 def observe(folder: Path, first_step: int = 2) -> Observation:
     """Read a run from its `first_step` on (the first one warms up). Raises ValueError where there
-    is no such step.
+    is no such step, or generation ran beside training, so that phases say nothing of each other.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("step", 0) >= first_step]
@@ -60,6 +60,11 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
             f"{folder}/metrics.jsonl has no step {first_step} or later: give a longer run"
         )
     config = load_run(folder / "config.yaml")
+    if config.rollout.max_staleness:
+        raise ValueError(
+            f"{folder}: rollout.max_staleness = {config.rollout.max_staleness}, so that generation "
+            "and training shared the machine; give a run with 0"
+        )
     phases = {name for row in rows for name in row if name.startswith("timing_s/")}
     # Medians, so that one disturbed step moves nothing.
     seconds = {

@@ -352,3 +352,14 @@ def test_a_run_of_one_step_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"metrics\.jsonl has no step 2 or later: give a longer run"
     ):
         observe(tmp_path)
+
+
+def test_a_run_whose_phases_overlap_is_refused(tmp_path: Path) -> None:
+    made = config(
+        model={"path": "m"},
+        data={"train_files": "x.parquet"},
+        rollout={"max_staleness": 1},
+        algorithm={"rollout_correction": {"bypass_mode": True}},
+    )
+    with pytest.raises(ValueError, match=r"run: rollout\.max_staleness = 1.* give a run with 0"):
+        observe(make_run(tmp_path / "run", times(), made))
