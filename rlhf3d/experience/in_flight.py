@@ -293,11 +293,12 @@ class InFlight:
         by_name: dict[str, _Group] = {}
         for group in self._complete:
             assert group.experience is not None
-            names = [one.trajectory.name for one in group.experience.trajectories]
-            by_name |= dict.fromkeys(names, group)
+            own = [one.trajectory.name for one in group.experience.trajectories]
+            by_name |= dict.fromkeys(own, group)
         if any(name not in by_name for name in names):
             return None
-        return list(dict.fromkeys(by_name[name] for name in names))
+        batch = {by_name[name].number: by_name[name] for name in names}
+        return list(batch.values())
 
     def _handed(
         self, batch: Sequence[_Group], metrics: dict[str, float], waited_s: float

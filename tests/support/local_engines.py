@@ -25,7 +25,7 @@ from rlhf3d.placement.script import Script
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
 from rlhf3d.rollout.settings import EngineSettings
 
-MAX_MODEL_LEN = 64
+MAX_MODEL_LEN = 512
 _THREADS = 32
 
 

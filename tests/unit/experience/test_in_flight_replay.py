@@ -1,0 +1,212 @@
+"""A run with groups in flight, and the same again from its journal, at other times.
+
+Environments take random times, weights enter while requests run; the engines' completions tell all
+that came before them. With threads for processes, and a stand-in for vLLM.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+from support.experience import FakeRewards
+from support.local_engines import LocalEngines
+from support.talking import TOKENIZER, Echo, asked, rules
+
+from rlhf3d.environments.api import Call
+from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.environment_runner import EnvironmentRunner
+from rlhf3d.experience.in_flight import InFlight, InFlightSettings
+from rlhf3d.experience.scored import ScoredTrajectory
+from rlhf3d.experience.source import OnPolicy, OnPolicySettings
+from rlhf3d.experience.steps import Patience, untimed
+from rlhf3d.placement.journal import JournalWriter, read_journal
+from rlhf3d.placement.script import Script
+from rlhf3d.pool.process import CallResult, Ending
+from rlhf3d.rewards.parts import EnvironmentPart
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.desk import Desks
+
+N, GROUPS, STEPS, STALENESS = 2, 3, 4, 2
+
+
+class StandIn:
+    """Writes a letter a step for each request; which one depends on every step before it."""
+
+    unfinished = False
+
+    def __init__(self) -> None:
+        self.requests: dict[int, Request] = {}
+        self.written: dict[int, list[tuple[int, int]]] = {}
+        """Token and version."""
+        self.version = self.state = 0
+
+    @property
+    def can_step(self) -> bool:
+        return self.unfinished
+
+    def agree(self, number: int, timeout_s: float) -> int:
+        return number
+
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        self.requests |= requests
+        self.written |= {number: [] for number in requests}
+        self.unfinished = True
+
+    def abort(self, numbers: Collection[int]) -> None:
+        for number in numbers:
+            self.requests.pop(number, None)
+        self.unfinished = bool(self.requests)
+
+    def publish(self, policy_version: int) -> None:
+        self.version = policy_version
+
+    def step(self) -> dict[int, Completion]:
+        time.sleep(0.002)
+        for number, request in self.requests.items():
+            what = (self.state, self.version, request.seed, *request.prompt_ids[-3:])
+            self.state = hash(what) % 65_521
+            self.written[number].append((97 + self.state % 26, self.version))
+        done = {}
+        for number in [n for n, r in self.requests.items() if self._ends(n, r)]:
+            done[number] = self._completion(self.written.pop(number))
+            del self.requests[number]
+        self.unfinished = bool(self.requests)
+        return done
+
+    def close(self) -> None:
+        """As vLLM's."""
+
+    def _ends(self, number: int, request: Request) -> bool:
+        return len(self.written[number]) >= 5 + request.seed % 4
+
+    def _completion(self, written: list[tuple[int, int]]) -> Completion:
+        versions: list[tuple[int, int]] = []
+        for place, (_, version) in enumerate(written):
+            if not versions or versions[-1][1] != version:
+                versions.append((place, version))
+        ids = [token for token, _ in written]
+        return Completion(ids, [float(self.state)] * len(ids), "stop", tuple(versions))
+
+
+class Slow:
+    """Environments that reply after a time that chance gives them."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+
+    def session(self) -> Slow:
+        return self
+
+    def call(self, payload: Call, timeout_s: float) -> Future[CallResult]:
+        future: Future[CallResult] = Future()
+        reply = CallResult(Ending.VALUE, Echo()(payload))
+        timer = Timer(0.03 * self._chance.random() ** 3, future.set_result, [reply])
+        timer.daemon = True
+        timer.start()
+        return future
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Scores(FakeRewards):
+    """Scores several collections at once."""
+
+    def start(self, total: int, judged_by: int) -> FakeRewards:
+        return FakeRewards(self.values)
+
+
+class Loader:
+    """Two prompts at a time."""
+
+    served = 0
+
+    def next_batch(self) -> list[Any]:
+        self.served += 2
+        return [asked(self.served - 2), asked(self.served - 1)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
+def run(folder: Path, seed: int, script: Script | None = None) -> list[ScoredTrajectory]:
+    """What each step trained on; `seed` is of the times alone."""
+    folder.mkdir()
+    chance = random.Random(seed)
+    trained, served = 0, 0
+    trajectories: list[ScoredTrajectory] = []
+    with pytest.MonkeyPatch.context() as patch, JournalWriter(folder) as journal:
+        journal.begin(0, {})
+        engines = LocalEngines(lambda number: StandIn(), 2, patch, journal, script)
+
+        def sync() -> dict[str, float]:
+            nonlocal served
+            engines.publish(trained)
+            served = trained
+            return {}
+
+        desks = Desks(engines)
+        player = EnvironmentRunner(Slow(chance), rules(max_turns=3, max_concurrent=64))
+        scores, loader, patience = Scores(), Loader(), Patience()
+        collector = Collector(
+            desks.open(),
+            scores,
+            TOKENIZER,
+            untimed,
+            player,
+            EnvironmentPart(1.0),
+            patience,  # type: ignore[arg-type]
+        )
+        drawing = OnPolicySettings(n=N, sampling=SamplingSettings(max_tokens=99), seed=0)
+        source = InFlight(
+            InFlightSettings(GROUPS, N, STALENESS, STEPS),
+            OnPolicy(drawing, loader, collector, lambda: served),  # type: ignore[arg-type]
+            collector,
+            desks,
+            sync,
+            lambda: trained,
+            lambda: served,
+            patience,
+            untimed,
+            asked,
+            None if script is None else script.trajectories,
+        )
+        engines.meanwhile = source.go_on
+        for step in range(1, STEPS + 1):
+            batch = source.next_batch(step).trajectories
+            for _ in range(chance.randrange(12)):
+                source.go_on()
+                time.sleep(0.01 * chance.random())
+            names = [one.trajectory.name for one in batch]
+            journal.trained(step, names)
+            if script is not None:
+                script.trained(step, names)
+            trajectories += batch
+            trained += 1
+        source.close()
+        engines.close()
+    return trajectories
+
+
+def contents(trajectories: Sequence[ScoredTrajectory]) -> list[Any]:
+    """Names, tokens, log-probs, versions and rewards: all but seconds."""
+    return [(one.trajectory.name, one.trajectory.rows, one.reward) for one in trajectories]
+
+
+def test_a_run_in_flight_is_repeated_whatever_the_times_are(tmp_path: Path) -> None:
+    first = run(tmp_path / "run", seed=0)
+    ages = [one.trajectory.newest_version - one.trajectory.oldest_version for one in first]
+    assert max(ages) > 0, "weights entered while trajectories were written"
+    other = run(tmp_path / "other", seed=1)
+    assert contents(other) != contents(first), "times change what is trained on"
+    for seed in (1, 2, 3):
+        (segment,) = read_journal(tmp_path / "run")
+        again = run(tmp_path / f"again{seed}", seed, Script(segment))
+        assert contents(again) == contents(first)
