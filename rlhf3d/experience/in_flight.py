@@ -115,16 +115,13 @@ class InFlight:
         # What the step before trained on is in the weights that enter now.
         self._training, self._begun = 0, True
         metrics = self._sync_weights()
-        waited_s = 0.0
-        while (batch := self._batch(step)) is None:
-            if self._failure is not None:
-                raise self._failure
-            began = time.monotonic()
-            with self._phase(FIRST_PHASE):
-                done = len(self._complete)
-                while len(self._complete) == done and self._failure is None:
-                    self._round()
-            waited_s += time.monotonic() - began
+        began = time.monotonic()
+        with self._phase(FIRST_PHASE):
+            while (batch := self._batch(step)) is None:
+                if self._failure is not None:
+                    raise self._failure
+                self._round()
+        waited_s = time.monotonic() - began
         self._complete = [group for group in self._complete if group not in batch]
         self._training = len(batch)
         self._handed_over += len(batch)
@@ -140,6 +137,8 @@ class InFlight:
     def go_on(self) -> bool:
         """Draw, waiting for nothing; whether there is more to do."""
         if self._going_on or not self._begun or self._failure is not None:
+            return False
+        if self._served_version() is None:  # other weights are just entering the engines
             return False
         with self._patience.none():
             self._round()

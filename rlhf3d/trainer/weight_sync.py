@@ -163,6 +163,8 @@ class WeightSync:
         """Move the weights; the engines have loaded them afterwards and do not serve them yet."""
         # Both sides start before either is waited for: each blocks until the other answers.
         loads = self.rollout.start_update_weights(version, self._sent)
+        # Nobody may ask for anything before `publish`, also who does so while this waits.
+        self.served_version = None
         sends = self.actor.start_all(TrainWorker.send_weights, stream, version, self._sent)
         self._sent += 1
         calls: dict[str, Any] = {**sends, **loads}  # one deadline for both sides
