@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -247,11 +247,17 @@ def check_versions(versions: Versions, tokens: int) -> None:
     assert ascend and within, f"versions {versions} of {tokens} tokens"
 
 
+def stretches(versions: Sequence[Sequence[int]], tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(First token, the one after the last, version) of what each version wrote of `tokens`."""
+    ends = [first for first, _ in versions[1:]] + [tokens]
+    for (first, version), end in zip(versions, ends, strict=True):
+        yield first, end, version
+
+
 def token_versions(versions: Sequence[Sequence[int]], tokens: int) -> array[int]:
     """[tokens] the version that wrote each."""
     each = array("i")
-    ends = [first for first, _ in versions[1:]] + [tokens]
-    for (first, version), end in zip(versions, ends, strict=True):
+    for first, end, version in stretches(versions, tokens):
         each.extend([version] * (end - first))
     return each
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.trajectory import Row, Trajectory
-from rlhf3d.rollout.api import token_versions
+from rlhf3d.rollout.api import stretches
 
 _PREFIX = "training/off_policy/"
 
@@ -55,11 +55,10 @@ def fresh_tokens(experience: Experience, version: int) -> Tensor:
     for number, row in enumerate(rows):
         start = 0
         for span in row.spans:
-            stop = start + len(span.token_ids)
             if span.author == "sampled":
-                written_by = torch.tensor(token_versions(span.versions, stop - start))
-                fresh[number, start:stop] = written_by == version
-            start = stop
+                for first, end, writer in stretches(span.versions, len(span.token_ids)):
+                    fresh[number, start + first : start + end] = writer == version
+            start += len(span.token_ids)
     return fresh
 
 
@@ -67,8 +66,8 @@ def _tokens_of(trajectory: Trajectory) -> Counter[int]:
     """How many tokens each version wrote; a turn without tokens counts as its version's."""
     tokens = Counter[int]()
     for span in trajectory.turns:
-        tokens.update(dict.fromkeys((version for _, version in span.versions), 0))
-        tokens.update(token_versions(span.versions, len(span.token_ids)))
+        for first, end, version in stretches(span.versions, len(span.token_ids)):
+            tokens[version] += end - first
     return tokens
 
 
