@@ -218,6 +218,7 @@ class InFlight:
     def _take(self, group: _Group, experience: Experience) -> None:
         """Keep a group that has ended, unless it is not to be trained on."""
         metric = self._settings.metric
+        self._dropped.lengths += experience.all_lengths
         if not experience.trajectories:
             self._dropped.broken += experience.left_out
         elif metric is not None and not groups_with_signal(
@@ -319,15 +320,17 @@ class InFlight:
         }
         if self._settings.metric is not None:
             metrics |= dropped.figures(len(batch))
-        return Experience(rows, metrics, dropped.broken)
+        return Experience(rows, metrics, dropped.broken, dropped.lengths)
 
 
 class _Dropped:
-    """What ended since the last batch and is not trained on."""
+    """What ended since the last batch, and what of it is not trained on."""
 
     def __init__(self) -> None:
         self.ended = 0
         """Groups, with those that are trained on."""
+        self.lengths: list[int] = []
+        """Response tokens of their trajectories."""
         self.without_signal: list[Experience] = []
         self.broken: list[ScoredTrajectory] = []
         """Of groups in which one came to no end."""

@@ -90,7 +90,7 @@ class Experience:
     """Those of groups in which one came to no end: counted, and else of no consequence."""
     drawn: Sequence[int] = ()
     """Response tokens of every trajectory that came to its end since the step before, those that
-    are never trained on or later included; empty where that is `trajectories` and `left_out`."""
+    are trained on later or never included; empty where that is `trajectories` and `left_out`."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -112,6 +112,12 @@ class Experience:
     def lengths(self) -> Tensor:
         """[T] tokens after the prompts of its rows, of every author."""
         return torch.tensor([scored.trajectory.response_length for scored in self.trajectories])
+
+    @property
+    def all_lengths(self) -> list[int]:
+        """Tokens as `lengths` has them, of those that are left out too."""
+        together = (*self.trajectories, *self.left_out)
+        return [scored.trajectory.response_length for scored in together]
 
     @property
     def written(self) -> Tensor:

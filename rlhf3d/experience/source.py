@@ -268,7 +268,7 @@ class DynamicSampling:
             found.add((yield from self._source.draw(step)))
         rows = list(chain.from_iterable(found.groups[: self._groups]))
         self._state = self._source.state_dict()
-        return Experience(rows, self._figures(found), found.left_out)
+        return Experience(rows, self._figures(found), found.left_out, found.lengths)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Draws`."""
@@ -286,7 +286,7 @@ class DynamicSampling:
             "filter_groups/kept_share": len(found.groups) / found.generated,
             "filter_groups/surplus": float(len(found.groups) - self._groups),
             "filter_groups/generated_score/mean": float(torch.cat(found.rewards).mean()),
-            "perf/generated_tokens": float(found.tokens),
+            "perf/generated_tokens": float(sum(found.lengths)),
         }
 
     def _too_few(self, found: _Draws) -> str:
@@ -306,8 +306,10 @@ class _Draws:
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
-        self.batches = self.generated = self.tokens = 0
-        """Batches, groups and response tokens, those without signal or left out included."""
+        self.batches = self.generated = 0
+        """Batches and groups, those without signal or left out included."""
+        self.lengths: list[int] = []
+        """Response tokens of every trajectory."""
         self.rewards: list[torch.Tensor] = []
         """Of every trajectory, by batch."""
         self.groups: list[list[ScoredTrajectory]] = []
@@ -328,6 +330,5 @@ class _Draws:
         self.left_out += drawn.left_out
         self.batches += 1
         self.generated += len(signal) + len({row.trajectory.group for row in drawn.left_out})
-        left_out_tokens = sum(row.trajectory.response_length for row in drawn.left_out)
-        self.tokens += int(drawn.lengths.sum()) + left_out_tokens
+        self.lengths += drawn.all_lengths
         self.rewards.append(drawn.rewards)

@@ -127,15 +127,9 @@ def _drawn_metrics(experience: Experience) -> dict[str, float]:
     `response_length_ratio/…`, trained on over generated: below 1 where long answers are left
     behind.
     """
-    drawn = experience.drawn
-    if not drawn:
-        # Without a word from the source it is what is here.
-        drawn = [
-            scored.trajectory.response_length
-            for scored in (*experience.trajectories, *experience.left_out)
-        ]
-        if not experience.left_out:
-            return {}
+    if not experience.drawn and not experience.left_out:
+        return {}
+    drawn = experience.drawn or experience.all_lengths
     lengths, trained = torch.tensor(drawn).float(), experience.lengths.float()
     name = "response_length_drawn"
     metrics = {f"{name}/mean": lengths.mean().item(), **_percentiles(name, lengths)}

@@ -125,8 +125,11 @@ def asked(experience: Experience) -> set[int]:
 def test_none_is_too_old_and_each_is_trained_on_once(seed: int, staleness: int, looks: int) -> None:
     run = Run(seed, staleness)
     seen: list[int] = []
+    drawn: list[int] = []
     for step in range(1, STEPS + 1):
         experience = run.step(step, looks)
+        drawn += experience.drawn
+        assert len(drawn) >= step * GROUPS * N, "what is trained on has come to its end"
         assert len(experience.trajectories) == GROUPS * N
         for one in experience.trajectories:
             assert step - 1 - one.trajectory.oldest_version <= staleness
@@ -134,6 +137,7 @@ def test_none_is_too_old_and_each_is_trained_on_once(seed: int, staleness: int, 
         assert len(prompts) == GROUPS
         seen += prompts
     assert len(set(seen)) == len(seen) == STEPS * GROUPS
+    assert drawn == [2] * STEPS * GROUPS * N, "each has come to its end once"
     # All that was begun was needed.
     assert run.source.state_dict()["in_flight"]["handed_over"] == STEPS * GROUPS
     assert not run.source.go_on()

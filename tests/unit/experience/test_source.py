@@ -145,6 +145,7 @@ def test_groups_without_signal_are_refilled() -> None:
         "filter_groups/generated_score/mean": pytest.approx(5 / 12),
         "perf/generated_tokens": 12,
     }
+    assert filled.drawn == [1] * 12, "also those without signal"
     assert batches.taken == 3, "no draw more than needed"
 
 
