@@ -26,7 +26,7 @@ GRACE_S = 2.0
 LOOK_S = 1.0
 """Seconds between two looks at whether Ray has ended."""
 SHORT_S = 0.1
-MEANWHILE_S = 0.05
+MEANWHILE_S = 0.01
 """Seconds between two looks at other work while calls are waited for."""
 NOTICE_S = 15.0
 """Seconds within which Ray notices that a process has died."""
