@@ -106,7 +106,7 @@ class Job:
             "data": {
                 "train_files": [str(folder / "prompts.parquet")],
                 "train_batch_size": PROMPTS,
-                "max_prompt_length": 64,
+                "max_prompt_length": 96,
                 "max_response_length": 64 * self.turns,
             },
             "environment": {
