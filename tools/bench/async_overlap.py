@@ -34,7 +34,7 @@ from rlhf3d.rehearsal.miniature import write_model
 
 BEFORE = 3
 """Steps left out at the start of a run: first calls and canaries take longer."""
-PROMPTS, N = 16, 2
+PROMPTS, N = 8, 2
 MODES: dict[str, tuple[str, ...]] = {
     "k0": ("rollout.max_staleness=0",),
     "k0_without_waiting": ("rollout.max_staleness=0", "environment.kwargs.shortest_s=0"),
@@ -132,8 +132,8 @@ class Job:
                 "kv_cache_gib": 0.1,
                 "threads": 1,
                 "n": N,
-                # A quarter of the ids that random weights write, so that turns are short.
-                "stop_token_ids": list(range(4, 36)),
+                # Half of the ids, which random weights write: turns of two tokens.
+                "stop_token_ids": list(range(4, 68)),
                 "placement": "disaggregated",
                 "canary_steps": 1,
             },
@@ -164,7 +164,7 @@ def run(job: Path, output: Path, settings: Sequence[str], checkout: Path) -> lis
     )
     lines = (output / "metrics.jsonl").read_text().splitlines()
     # The last steps of a run have nothing to draw ahead.
-    return [json.loads(line) for line in lines][BEFORE:-3]
+    return [json.loads(line) for line in lines][BEFORE:-2]
 
 
 def bounds(rows: Sequence[dict[str, Any]]) -> list[float]:
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--shortest-s", type=float, default=0.1)
     parser.add_argument("--longest-s", type=float, default=1.0)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/async_overlap"))
     parser.add_argument("--against", type=Path, help="another checkout, whose k0 is run too")
     args = parser.parse_args()
