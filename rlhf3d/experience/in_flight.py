@@ -102,6 +102,10 @@ class InFlight:
         self._failure: Exception | None = None
         self._going_on = False
         self._since = time.monotonic()
+        self._idle_since: float | None = None
+        """When the last group under way was complete."""
+        self._engines_waited_s = 0.0
+        """Seconds without any, since the last batch."""
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -192,9 +196,9 @@ class InFlight:
             brief = self._collector.runner is not None or any(
                 group.phase != FIRST_PHASE for group in self._running
             )
-            self._desks.fetch(self._patience.of(BRIEF_S if brief else POLL_S))
-            for group in list(self._running):
-                self._advance(group)
+            with self._desks.fetched(self._patience.of(BRIEF_S if brief else POLL_S)):
+                for group in list(self._running):
+                    self._advance(group)
         except NO_EXPERIENCE as error:
             # Raised where the next batch is wanted.
             self._failure = error
@@ -213,6 +217,8 @@ class InFlight:
                     group.phase = next(group.steps)
         except StopIteration as end:
             self._running.remove(group)
+            if not self._running:
+                self._idle_since = time.monotonic()
             self._take(group, end.value)
 
     def _take(self, group: _Group, experience: Experience) -> None:
@@ -247,7 +253,14 @@ class InFlight:
             )
             steps, version = self._source.draw_group(requests, collector), self._served_version()
             assert version is not None, "engines get weights before anything is drawn"
+            self._engines_at_work(None)
             self._running.append(_Group(requests[0].group, version, requests, steps))
+
+    def _engines_at_work(self, idle_since: float | None) -> None:
+        """Count how long they had nothing to do until now."""
+        if self._idle_since is not None:
+            self._engines_waited_s += time.monotonic() - self._idle_since
+        self._idle_since = idle_since
 
     def _has_room(self) -> bool:
         settings = self._settings
@@ -305,6 +318,8 @@ class InFlight:
     ) -> Experience:
         now = time.monotonic()
         drawn_s, self._since = max(now - self._since, 1e-9), now
+        self._engines_at_work(None if self._running else now)
+        engines_waited_s, self._engines_waited_s = self._engines_waited_s, 0.0
         rows: list[ScoredTrajectory] = []
         for group in batch:
             assert group.experience is not None
@@ -314,6 +329,7 @@ class InFlight:
             **metrics,
             "async/drawn_s": drawn_s,
             "async/trainer_waited_s": waited_s,
+            "async/engines_waited_s": engines_waited_s,
             "async/overlap_share": 1 - min(1.0, waited_s / drawn_s),
             "async/groups_complete": float(len(self._complete)),
             "async/groups_running": float(len(self._running)),

@@ -27,8 +27,8 @@ LOOK_S = 1.0
 """Seconds between two looks at whether Ray has ended."""
 SHORT_S = 0.1
 MEANWHILE_S = 0.005
-"""Seconds between two looks at other work while calls are waited for. A turn of an environment needs
-three of them: to see its completion, its reply, and to ask for the next turn."""
+"""Seconds between two looks at other work while calls are waited for. A turn of an environment
+takes three: to see its completion, its reply, and to ask for the next turn."""
 NOTICE_S = 15.0
 """Seconds within which Ray notices that a process has died."""
 # Empty or one reason, for all waits of this process.

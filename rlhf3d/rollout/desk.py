@@ -6,7 +6,8 @@ when it comes. Pure: no vLLM, no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
@@ -30,6 +31,8 @@ class Desks:
         self._numbers, self._desks = count(), count()
         self._places: dict[int, _Place] = {}
         """Of unfinished requests, by the number that engines know."""
+        self._fetched = False
+        """Whether what has finished is on the desks, and nobody need look."""
 
     def open(self) -> Desk:
         """A new desk, which knows nothing of the others."""
@@ -40,6 +43,21 @@ class Desks:
         for own, completion in self.engines.poll(timeout_s).items():
             desk, number = self._places.pop(own)
             desk.finished[number] = completion
+
+    @contextmanager
+    def fetched(self, timeout_s: float) -> Iterator[None]:
+        """As `fetch`, and nobody asks the engines again within the body: one look serves many."""
+        self.fetch(timeout_s)
+        self._fetched = True
+        try:
+            yield
+        finally:
+            self._fetched = False
+
+    def look(self, timeout_s: float) -> None:
+        """As `fetch`, unless that was done just now."""
+        if not self._fetched:
+            self.fetch(timeout_s)
 
     def submit(self, desk: Desk, requests: Mapping[int, Request]) -> None:
         """See `Engines.submit`, for a desk."""
@@ -75,7 +93,7 @@ class Desk:
     def poll(self, timeout_s: float) -> dict[int, Completion]:
         """See `Engines.poll`."""
         if not self.finished:
-            self._desks.fetch(timeout_s)
+            self._desks.look(timeout_s)
         finished, self.finished = self.finished, {}
         return finished
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -162,6 +163,16 @@ def test_a_stop_loses_and_repeats_nothing(seed: int, staleness: int, stop: int) 
             assert step - 1 - one.trajectory.oldest_version <= staleness
         seen += asked(experience)
     assert sorted(seen) == list(range(STEPS * GROUPS)), "the data's prompts, each once"
+
+
+def test_engines_that_had_nothing_to_do_are_seen() -> None:
+    run = Run(0, staleness=1)
+    assert run.step(1).metrics["async/engines_waited_s"] < 0.05
+    while run.source.go_on():
+        pass
+    time.sleep(0.06)
+    assert run.step(2).metrics["async/engines_waited_s"] >= 0.06
+    assert run.step(3).metrics["async/engines_waited_s"] < 0.05
 
 
 def test_no_more_are_under_way_than_may_be() -> None:

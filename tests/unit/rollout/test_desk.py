@@ -28,6 +28,22 @@ def test_each_gets_its_own_whoever_waits() -> None:
     assert one.poll(0.0) == {} == other.poll(0.0)
 
 
+def test_one_look_serves_all() -> None:
+    engine = FakeEngine()
+    desks = Desks(engine)
+    several = [desks.open() for _ in range(3)]
+    for desk in several:
+        desk.submit({0: request(1)})
+    with desks.fetched(1.0):
+        left = engine.unfinished
+        taken = [len(desk.poll(1.0)) for desk in several]
+        assert sum(taken) == 3 - left and engine.unfinished == left, "the engine was not asked"
+    assert left > 0, "there was more to take"
+    for desk in several * 2:  # what one fetches may be another's
+        taken.append(len(desk.poll(1.0)))
+    assert sum(taken) == 3
+
+
 def test_an_abort_is_of_ones_own() -> None:
     engine = FakeEngine()
     desks = Desks(engine)
