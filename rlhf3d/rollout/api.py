@@ -23,7 +23,7 @@ The first begins at token 0, also where there is no token; both numbers ascend."
 
 POLL_S = 1.0
 """Seconds that a caller with nothing else to do waits in one `Engines.poll`."""
-PART_S = 0.25
+PART_S = 0.05
 """Seconds between two parts of completions of a busy engine: one by one they would cost a message
 each."""
 
