@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rlhf3d.experience.saved import Queued, QueuedBatch, load_queue, save_queue
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.source import NO_EXPERIENCE, OnPolicy, TooFewGroups
 from rlhf3d.experience.steps import BRIEF_S, FIRST_PHASE, Patience, Phase, Steps
+from rlhf3d.placement.script import Script
 from rlhf3d.rollout.api import POLL_S
 from rlhf3d.rollout.desk import Desks
 
@@ -77,18 +78,18 @@ class InFlight:
         patience: Patience,
         phase: Phase,
         prompt_of: Callable[[int], Prompt],
-        chosen: Callable[[int], Sequence[str]] | None = None,
+        script: Script | None = None,
     ) -> None:
         """`sync_weights` gives the engines the newest weights, which enter while requests run.
 
-        `prompt_of` gives the training prompt of a row by its number. `chosen`: the names of the
-        trajectories that a step trains on, where a run is repeated.
+        `prompt_of` gives the training prompt of a row by its number. `script`: a run that is
+        repeated, which says what each step trains on.
         """
         self._settings, self._source, self._collector = settings, source, collector
         self._desks, self._sync_weights = desks, sync_weights
         self._trained_version, self._served_version = trained_version, served_version
         self._patience, self._phase, self._prompt_of = patience, phase, prompt_of
-        self._chosen = chosen
+        self._script = script
         self._waiting: deque[list[TrajectoryRequest]] = deque()
         """Groups that are drawn from the data and not begun."""
         self._running: list[_Group] = []
@@ -98,7 +99,7 @@ class InFlight:
         self._batches = self._groups = self._handed_over = 0
         """Batches drawn from the data, groups in them, and groups that steps have had."""
         self._begun = False
-        self._dropped = _Dropped()
+        self._ended = _Ended()
         self._failure: Exception | None = None
         self._going_on = False
         self._since = time.monotonic()
@@ -130,7 +131,7 @@ class InFlight:
         self._training = len(batch)
         self._handed_over += len(batch)
         self.go_on()
-        return self._handed(batch, metrics, waited_s)
+        return self._handed(step, batch, metrics, waited_s)
 
     def before_update(self, step: int) -> None:
         """Nothing: engines have the newest weights."""
@@ -223,21 +224,30 @@ class InFlight:
 
     def _take(self, group: _Group, experience: Experience) -> None:
         """Keep a group that has ended, unless it is not to be trained on."""
-        metric = self._settings.metric
-        self._dropped.lengths += experience.all_lengths
-        if not experience.trajectories:
-            self._dropped.broken += experience.left_out
-        elif metric is not None and not groups_with_signal(
-            experience.metric(metric), experience.written, experience.group_ids
-        ):
-            self._dropped.without_signal.append(experience)
-        else:
+        self._ended.groups[group.number] = experience
+        self._tell_script(experience)
+        if experience.trajectories and not self._has_signal(experience):
+            self._ended.without_signal.add(group.number)
+        elif experience.trajectories:
             group.experience = experience
             self._complete.append(group)
-        self._dropped.ended += 1
         limit = self._settings.max_generated
-        if limit is not None and self._dropped.ended > limit:
-            raise TooFewGroups(self._dropped.too_few(limit, metric))
+        if limit is not None and len(self._ended.groups) > limit:
+            raise TooFewGroups(self._ended.too_few(limit, self._settings.metric))
+
+    def _has_signal(self, experience: Experience) -> bool:
+        """Whether a group is one to train on, where dynamic sampling chooses."""
+        metric = self._settings.metric
+        if metric is None:
+            return True
+        values, ids = experience.metric(metric), experience.group_ids
+        return bool(groups_with_signal(values, experience.written, ids).any())
+
+    def _tell_script(self, experience: Experience) -> None:
+        """Have the run that is repeated look whether it asked for more of these trajectories."""
+        if self._script is not None:
+            for one in (*experience.trajectories, *experience.left_out):
+                self._script.ended(one.trajectory.name)
 
     def _begin_groups(self) -> None:
         """Begin groups as long as all under way can be trained on in time."""
@@ -285,8 +295,8 @@ class InFlight:
 
     def _batch(self, step: int) -> list[_Group] | None:
         """The groups that a step trains on; none while it has to wait."""
-        if self._chosen is not None:
-            return self._chosen_batch(self._chosen(step))
+        if self._script is not None:
+            return self._scripted_batch(step, self._script)
         settings, version = self._settings, self._trained_version()
         oldest = sorted(self._complete, key=lambda group: (group.version, group.number))
         batch = oldest[: settings.groups]
@@ -301,8 +311,14 @@ class InFlight:
                 return None
         return batch
 
-    def _chosen_batch(self, names: Sequence[str]) -> list[_Group] | None:
-        """The groups of these trajectories, in their order."""
+    def _scripted_batch(self, step: int, script: Script) -> list[_Group] | None:
+        """The groups that the step trained on in the run that is repeated, in their order.
+
+        None until these are complete, and all have ended that had when it trained on them.
+        """
+        names = script.trajectories(step)
+        if not self._ended.groups.keys() >= set(script.groups_ended(step)):
+            return None
         by_name: dict[str, _Group] = {}
         for group in self._complete:
             assert group.experience is not None
@@ -314,7 +330,7 @@ class InFlight:
         return list(batch.values())
 
     def _handed(
-        self, batch: Sequence[_Group], metrics: dict[str, float], waited_s: float
+        self, step: int, batch: Sequence[_Group], metrics: dict[str, float], waited_s: float
     ) -> Experience:
         now = time.monotonic()
         drawn_s, self._since = max(now - self._since, 1e-9), now
@@ -324,7 +340,10 @@ class InFlight:
         for group in batch:
             assert group.experience is not None
             rows += group.experience.trajectories
-        dropped, self._dropped = self._dropped, _Dropped()
+        numbers = list(self._ended.groups)
+        if self._script is not None:
+            numbers = list(self._script.groups_ended(step))
+        ended = self._ended.take(numbers)
         metrics = {
             **metrics,
             "async/drawn_s": drawn_s,
@@ -335,37 +354,51 @@ class InFlight:
             "async/groups_running": float(len(self._running)),
         }
         if self._settings.metric is not None:
-            metrics |= dropped.figures(len(batch))
-        return Experience(rows, metrics, dropped.broken, dropped.lengths)
+            metrics |= ended.figures(len(batch))
+        return Experience(rows, metrics, ended.left_out, ended.lengths, numbers)
 
 
-class _Dropped:
-    """What ended since the last batch, and what of it is not trained on."""
+@dataclass
+class _Ended:
+    """Groups that came to their end since the last batch."""
 
-    def __init__(self) -> None:
-        self.ended = 0
-        """Groups, with those that are trained on."""
-        self.lengths: list[int] = []
-        """Response tokens of their trajectories."""
-        self.without_signal: list[Experience] = []
-        self.broken: list[ScoredTrajectory] = []
+    groups: dict[int, Experience] = field(default_factory=dict)
+    """By number, in the order of their ends: with what is trained on, or nothing but left out."""
+    without_signal: set[int] = field(default_factory=set)
+    """Numbers of those that dynamic sampling leaves out."""
+
+    def take(self, numbers: Sequence[int]) -> _Ended:
+        """Take those out; they are in the order of `numbers`."""
+        taken = _Ended({number: self.groups.pop(number) for number in numbers})
+        taken.without_signal = self.without_signal & taken.groups.keys()
+        self.without_signal -= taken.without_signal
+        return taken
+
+    @property
+    def left_out(self) -> list[ScoredTrajectory]:
         """Of groups in which one came to no end."""
+        return [*chain.from_iterable(one.left_out for one in self.groups.values())]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Response tokens of all trajectories."""
+        return [*chain.from_iterable(one.all_lengths for one in self.groups.values())]
 
     def figures(self, groups: int) -> dict[str, float]:
         """Metrics of dynamic sampling, for a step of so many groups."""
+        ended = len(self.groups)
         return {
-            "filter_groups/generated": float(self.ended),
-            "filter_groups/kept_share": 1 - len(self.without_signal) / max(1, self.ended),
-            "train/num_gen_batches": self.ended / groups,
+            "filter_groups/generated": float(ended),
+            "filter_groups/kept_share": 1 - len(self.without_signal) / max(1, ended),
+            "train/num_gen_batches": ended / groups,
         }
 
     def too_few(self, limit: int, metric: str | None) -> str:
         """Why a step cannot be filled."""
-        equal = len(self.without_signal)
         return (
-            f"algorithm.filter_groups: of {self.ended} groups that ended for one step {equal} do "
-            f"not differ in {metric}, and more than {limit} are not generated (algorithm."
-            "filter_groups.max_num_gen_batches x data.gen_batch_size): use prompts that are "
-            "neither too hard nor solved by now, raise rollout.n or max_num_gen_batches, or set "
-            "algorithm.filter_groups.enable=false"
+            f"algorithm.filter_groups: of {len(self.groups)} groups that ended for one step "
+            f"{len(self.without_signal)} do not differ in {metric}, and more than {limit} are not "
+            "generated (algorithm.filter_groups.max_num_gen_batches x data.gen_batch_size): use "
+            "prompts that are neither too hard nor solved by now, raise rollout.n or "
+            "max_num_gen_batches, or set algorithm.filter_groups.enable=false"
         )

@@ -91,6 +91,9 @@ class Experience:
     drawn: Sequence[int] = ()
     """Response tokens of every trajectory that came to its end since the step before, those that
     are trained on later or never included; empty where that is `trajectories` and `left_out`."""
+    ended: Sequence[int] = ()
+    """Numbers of the groups that came to their end since the step before, in order, where that
+    depends on the time."""
 
     @property
     def samples(self) -> list[Sample]:

@@ -18,16 +18,16 @@ from rlhf3d.observability.tokens import read_tokens, tokens_path
 _KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
 # Of seconds, and of what one of the two may not have done: saving.
 _OF_TIME = ("perf/time_per_step", "perf/throughput", "checkpoint/bytes")
-# Of what ended by then, in flight, whether a step trains on it or a later one, or none.
-_OF_TIME_PARTS = (TIMING, "async/", "response_length_drawn", "response_length_ratio")
+_ALL_OF_TIME = (TIMING, "async/")
 _SHOWN = 60
 
 
 def is_time(name: str) -> bool:
     """Whether a metric says how long something took, or follows from that."""
     parts = name.split("/")
-    of_time = name.startswith(_OF_TIME_PARTS) or name in _OF_TIME
-    return of_time or any(part.endswith("_s") for part in parts)
+    if name.startswith(_ALL_OF_TIME) or name in _OF_TIME:
+        return True
+    return any(part.endswith("_s") for part in parts)
 
 
 def first_difference(run: Path, again: Path, after_step: int, last_step: int) -> str | None:

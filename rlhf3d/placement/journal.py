@@ -130,9 +130,13 @@ class JournalWriter:
         self.write({"begin": step, "facts": facts})
         self._file.flush()
 
-    def trained(self, step: int, names: Sequence[str]) -> None:
-        """A step is complete; `names` of its trajectories, in their order."""
-        self.write({"trained": step, "trajectories": names})
+    def trained(self, step: int, names: Sequence[str], ended: Sequence[int] = ()) -> None:
+        """A step is complete; `names` of its trajectories, in their order.
+
+        `ended`: groups that came to their end since the step before, whatever became of them.
+        """
+        row = {"trained": step, "trajectories": list(names)}
+        self.write(row | {"ended": list(ended)} if ended else row)
         self._file.flush()
 
     def restarted(self) -> None:
@@ -214,6 +218,8 @@ class Segment:
     """By the request's name: completions that came, in order."""
     steps: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """The trajectories of each training step that was completed, in order."""
+    ended: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Groups that came to their end before each of these, in order, where that is known."""
     restarted: bool = False
     """Whether engines were started again; what came then is left out."""
 
@@ -230,6 +236,7 @@ class Segment:
             return
         if "trained" in row:
             self.steps[row["trained"]] = tuple(row["trajectories"])
+            self.ended[row["trained"]] = tuple(row.get("ended", ()))
         elif "command" in row:
             commands = self.commands.setdefault(row["engine"], [])
             commands.append(Command.from_json(row))

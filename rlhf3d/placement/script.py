@@ -44,6 +44,7 @@ class Script:
         self.begin, self.until = segment.begin, segment.last_step if until is None else until
         self.facts = segment.facts
         self._steps, self._schedules = segment.steps, segment.schedules
+        self._ended_before = segment.ended
         self._commands = segment.commands
         self._sent = dict.fromkeys(segment.commands, 0)
         """How many commands each engine has been told."""
@@ -89,6 +90,10 @@ class Script:
         if step > self.until or step not in self._steps:
             raise EndOfScript
         return self._steps[step]
+
+    def groups_ended(self, step: int) -> tuple[int, ...]:
+        """Groups that came to their end between a step and the one before, in order."""
+        return self._ended_before[step]
 
     def trained(self, step: int, names: Sequence[str]) -> None:
         """A step is complete, and trained on these trajectories."""

@@ -140,8 +140,6 @@ class Assembly:
         )
         if dynamic.enable:
             settings = replace(settings, metric=dynamic.metric, max_generated=limit)
-        script = self.processes.rollout.script
-        chosen = None if script is None else script.trajectories
         return InFlight(
             settings,
             draws,
@@ -153,7 +151,7 @@ class Assembly:
             self.patience,
             self.log.phase,
             self.inputs.train_data.of_row,
-            chosen,
+            self.processes.rollout.script,
         )
 
     def _draw_settings(self) -> OnPolicySettings:

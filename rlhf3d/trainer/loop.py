@@ -88,10 +88,9 @@ class Trainer:
             metrics |= staleness_metrics(experience, version)
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
         metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
-        names = [one.trajectory.name for one in experience.trajectories]
-        run.log.trained(step, names)
+        run.log.trained(step, experience)
         if run.script is not None:
-            run.script.trained(step, names)
+            run.script.trained(step, [one.trajectory.name for one in experience.trajectories])
         return experience.metrics | metrics
 
     def _due(self, every: int) -> bool:

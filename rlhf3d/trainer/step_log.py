@@ -56,10 +56,11 @@ class StepLog:
         if self.recorder.count:
             self.writer.tokens(step, self.recorder.records(experience, batch, version))
 
-    def trained(self, step: int, names: Sequence[str] = ()) -> None:
+    def trained(self, step: int, experience: Experience) -> None:
         """Write down that a step is complete, and on which trajectories it has trained."""
         if self.journal is not None:
-            self.journal.trained(step, names)
+            names = [one.trajectory.name for one in experience.trajectories]
+            self.journal.trained(step, names, experience.ended)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's row, with the seconds since the row before; step 0 is before training."""

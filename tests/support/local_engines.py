@@ -102,7 +102,7 @@ class LocalEngines(RolloutGroup):
         patch: pytest.MonkeyPatch,
         journal: JournalWriter | None = None,
         script: Script | None = None,
-        timeout_s: float = 3.0,
+        timeout_s: float = 60.0,
         update: Literal["between_batches", "in_flight"] = "between_batches",
     ) -> None:
         patch.setattr(waiting, "ray", _Ray())

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -17,23 +18,24 @@ from typing import Any
 import pytest
 from support.experience import FakeRewards
 from support.local_engines import LocalEngines
-from support.talking import TOKENIZER, Echo, asked, rules
+from support.talking import TOKENIZER, Echo, asked, failed, rules
 
-from rlhf3d.environments.api import Call
+from rlhf3d.environments.api import Call, Reset, Step
 from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.environment_runner import EnvironmentRunner
 from rlhf3d.experience.in_flight import InFlight, InFlightSettings
-from rlhf3d.experience.scored import ScoredTrajectory
+from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import OnPolicy, OnPolicySettings
 from rlhf3d.experience.steps import Patience, untimed
 from rlhf3d.placement.journal import JournalWriter, read_journal
-from rlhf3d.placement.script import Script
+from rlhf3d.placement.script import Divergence, Script
 from rlhf3d.pool.process import CallResult, Ending
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.desk import Desks
 
-N, GROUPS, STEPS, STALENESS = 2, 3, 4, 2
+N, GROUPS, STEPS, STALENESS, TURNS = 2, 3, 4, 2, 3
+FAILS = 4
 
 
 class StandIn:
@@ -96,17 +98,25 @@ class StandIn:
 
 
 class Slow:
-    """Environments that reply after a time that chance gives them."""
+    """Environments that reply after a time that chance gives them; those of one prompt fail."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self._chance = chance
+    def __init__(self, chance: random.Random, turns: int) -> None:
+        self._chance, self._turns = chance, turns
 
     def session(self) -> Slow:
-        return self
+        return Slow(self._chance, self._turns)
 
     def call(self, payload: Call, timeout_s: float) -> Future[CallResult]:
         future: Future[CallResult] = Future()
         reply = CallResult(Ending.VALUE, Echo()(payload))
+        if isinstance(payload, Reset):
+            self._fails = payload.row["index"] == FAILS
+        elif isinstance(payload, Step):
+            self._turns -= 1
+            if self._fails:
+                reply = failed()
+            elif not self._turns:
+                reply = CallResult(Ending.VALUE, replace(reply.value, done=True))
         timer = Timer(0.03 * self._chance.random() ** 3, future.set_result, [reply])
         timer.daemon = True
         timer.start()
@@ -136,12 +146,14 @@ class Loader:
         return {}
 
 
-def run(folder: Path, seed: int, script: Script | None = None) -> list[ScoredTrajectory]:
+def run(
+    folder: Path, seed: int, script: Script | None = None, turns: int = TURNS
+) -> list[Experience]:
     """What each step trained on; `seed` is of the times alone."""
     folder.mkdir()
     chance = random.Random(seed)
     trained, served = 0, 0
-    trajectories: list[ScoredTrajectory] = []
+    experiences: list[Experience] = []
     with pytest.MonkeyPatch.context() as patch, JournalWriter(folder) as journal:
         journal.begin(0, {})
         engines = LocalEngines(lambda number: StandIn(), 2, patch, journal, script)
@@ -152,8 +164,9 @@ def run(folder: Path, seed: int, script: Script | None = None) -> list[ScoredTra
             served = trained
             return {}
 
+        settings = rules(max_turns=9, max_concurrent=64, retries=1, max_error_rate=0.9)
         desks = Desks(engines)
-        player = EnvironmentRunner(Slow(chance), rules(max_turns=3, max_concurrent=64))
+        player = EnvironmentRunner(Slow(chance, turns), settings)
         scores, loader, patience = Scores(), Loader(), Patience()
         collector = Collector(
             desks.open(),
@@ -164,7 +177,7 @@ def run(folder: Path, seed: int, script: Script | None = None) -> list[ScoredTra
             EnvironmentPart(1.0),
             patience,  # type: ignore[arg-type]
         )
-        drawing = OnPolicySettings(n=N, sampling=SamplingSettings(max_tokens=99), seed=0)
+        drawing = OnPolicySettings(n=N, sampling=SamplingSettings(max_tokens=300), seed=0)
         source = InFlight(
             InFlightSettings(GROUPS, N, STALENESS, STEPS),
             OnPolicy(drawing, loader, collector, lambda: served),  # type: ignore[arg-type]
@@ -176,37 +189,54 @@ def run(folder: Path, seed: int, script: Script | None = None) -> list[ScoredTra
             patience,
             untimed,
             asked,
-            None if script is None else script.trajectories,
+            script,
         )
         engines.meanwhile = source.go_on
         for step in range(1, STEPS + 1):
-            batch = source.next_batch(step).trajectories
+            experience = source.next_batch(step)
+            batch = experience.trajectories
             for _ in range(chance.randrange(12)):
                 source.go_on()
                 time.sleep(0.01 * chance.random())
             names = [one.trajectory.name for one in batch]
-            journal.trained(step, names)
+            journal.trained(step, names, experience.ended)
             if script is not None:
                 script.trained(step, names)
-            trajectories += batch
+            experiences.append(experience)
             trained += 1
         source.close()
         engines.close()
-    return trajectories
+    return experiences
 
 
-def contents(trajectories: Sequence[ScoredTrajectory]) -> list[Any]:
-    """Names, tokens, log-probs, versions and rewards: all but seconds."""
-    return [(one.trajectory.name, one.trajectory.rows, one.reward) for one in trajectories]
+def contents(experiences: Sequence[Experience]) -> list[Any]:
+    """Names, tokens, log-probs, versions, rewards, and what was left out: all but seconds."""
+    found: list[Any] = []
+    for one in experiences:
+        for scored in (*one.trajectories, *one.left_out):
+            found.append((scored.trajectory.name, scored.trajectory.rows, scored.reward))
+        found.append((one.ended, one.drawn))
+    return found
 
 
 def test_a_run_in_flight_is_repeated_whatever_the_times_are(tmp_path: Path) -> None:
     first = run(tmp_path / "run", seed=0)
-    ages = [one.trajectory.newest_version - one.trajectory.oldest_version for one in first]
+    trained = [scored.trajectory for one in first for scored in one.trajectories]
+    ages = [one.newest_version - one.oldest_version for one in trained]
     assert max(ages) > 0, "weights entered while trajectories were written"
+    left_out = {scored.trajectory.prompt.index for one in first for scored in one.left_out}
+    assert left_out == {FAILS}
     other = run(tmp_path / "other", seed=1)
     assert contents(other) != contents(first), "times change what is trained on"
     for seed in (1, 2, 3):
         (segment,) = read_journal(tmp_path / "run")
         again = run(tmp_path / f"again{seed}", seed, Script(segment))
         assert contents(again) == contents(first)
+    # A trajectory that ends sooner is seen at its end, one that goes on when it does.
+    for turns, named in (
+        (TURNS - 1, "has ended, and in the run"),
+        (TURNS + 1, "none of the run's"),
+    ):
+        (segment,) = read_journal(tmp_path / "run")
+        with pytest.raises(Divergence, match=named):
+            run(tmp_path / f"turns{turns}", 4, Script(segment), turns)

@@ -73,12 +73,14 @@ class StandIn:
 
 
 @contextmanager
-def engines_of(folder: Path, script: Script | None = None) -> Iterator[RolloutGroup]:
+def engines_of(
+    folder: Path, script: Script | None = None, timeout_s: float = 60.0
+) -> Iterator[RolloutGroup]:
     """Engines that keep a journal in `folder`."""
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch, JournalWriter(folder) as journal:
         journal.begin(0, {})
-        engines = LocalEngines(lambda number: StandIn(), ENGINES, patch, journal, script)
+        engines = LocalEngines(lambda number: StandIn(), ENGINES, patch, journal, script, timeout_s)
         engines.publish(0)
         yield engines
         engines.close()
@@ -151,8 +153,9 @@ def test_engines_repeat_a_run_whenever_requests_come(tmp_path: Path) -> None:
         assert talk(engines, seed=3) == run
     assert rows(tmp_path / "again") == rows(tmp_path / "run")
     # A trajectory that ends sooner than in the run: its next turn never comes.
+    script = Script(read_journal(tmp_path / "run")[0])
     with (
         pytest.raises(Divergence, match=r"submit did not come .*\.t2\.a0"),
-        engines_of(tmp_path / "shorter", Script(read_journal(tmp_path / "run")[0])) as two,
+        engines_of(tmp_path / "shorter", script, timeout_s=2) as engines,
     ):
-        talk(two, seed=4, turns=2)
+        talk(engines, seed=4, turns=2)

@@ -6,6 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from support.experience import row
+
+from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.steps import untimed
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.metrics import PhaseTimer
@@ -35,6 +38,7 @@ def test_the_journal_has_the_steps_and_what_they_trained_on(tmp_path: Path) -> N
     with JournalWriter(tmp_path) as journal:
         journal.begin(0, {})
         log = StepLog(nothing, nothing, 2, 1, TokenRecorder(None, 0), journal=journal)
-        log.trained(1, ["a", "b"])
-        log.trained(2)
-    assert read_journal(tmp_path)[0].steps == {1: ("a", "b"), 2: ()}
+        log.trained(1, Experience([row(1.0), row(0.0)], ended=[4, 3]))
+        log.trained(2, Experience([]))
+    (segment,) = read_journal(tmp_path)
+    assert segment.steps == {1: ("", ""), 2: ()} and segment.ended == {1: (4, 3), 2: ()}
