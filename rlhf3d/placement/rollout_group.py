@@ -297,9 +297,11 @@ class RolloutGroup:
                 # One that was aborted may have been finished already.
                 if own in self._unfinished:
                     completions[self._finished(own)] = completion
+        # With a script first the engine's own deadline, which says what it waits for.
+        limit_s = self.timeout_s if self.script is None else 2 * self.timeout_s
         for engine in busy:
             if unfinished := self._router.unfinished[engine.number]:
-                engine.check_progress(unfinished, self.timeout_s)
+                engine.check_progress(unfinished, limit_s)
         return completions
 
     def _finished(self, own: int) -> int:
