@@ -58,12 +58,45 @@ class Slow:
         self._position = state["position"]
 
 
+class Dying(Slow):
+    """Its engines die at some of its waits; they start again, with the newest weights, as soon as
+    nothing else is at work."""
+
+    def __init__(self, policy: Policy, patience: Patience, deaths: list[bool]) -> None:
+        super().__init__(policy)
+        self._patience, self._deaths = patience, deaths
+        self.newest: dict[int, int] = {}
+        """The version that each batch was completed by."""
+
+    def draw(self, step: int) -> Steps[Experience]:
+        began, dead = self._policy.served, False
+        for _ in range(self._waits):
+            yield "generate"
+            dead |= bool(self._deaths) and self._deaths.pop()
+            while dead and self._patience.background:
+                yield "generate"
+            if dead:
+                self._policy.sync()
+                dead = False
+        assert began is not None and self._policy.served is not None
+        assert step not in self.written, "a batch is drawn once"
+        self.written[step], self.newest[step] = began, self._policy.served
+        return Experience([row(1.0, 0)])
+
+
 def prompt_of(index: int) -> Prompt:
     return row(1.0, 0).trajectory.prompt
 
 
-def ahead(source: Slow, policy: Policy, staleness: int, last_step: int = STEPS) -> Ahead:
-    return Ahead(source, policy.sync, Patience(), untimed, staleness, last_step, prompt_of)
+def ahead(
+    source: Slow,
+    policy: Policy,
+    staleness: int,
+    last_step: int = STEPS,
+    patience: Patience | None = None,
+) -> Ahead:
+    patience = patience or Patience()
+    return Ahead(source, policy.sync, patience, untimed, staleness, last_step, prompt_of)
 
 
 def train(source: Ahead, policy: Policy, step: int, background: tuple[int, int] = (0, 0)) -> None:
@@ -106,6 +139,32 @@ def test_no_moment_changes_who_writes_what(
             experience.settle(step)
             policy.sync()
     assert source.written == {s: max(0, s - 1 - staleness) for s in range(1, STEPS + 1)}
+
+
+@given(
+    st.integers(0, 3),
+    st.lists(st.booleans(), max_size=30),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=STEPS, max_size=STEPS),
+    st.sets(st.integers(1, STEPS)),
+)
+def test_engines_that_got_newer_weights_keep_the_bound(
+    staleness: int,
+    deaths: list[bool],
+    background: list[tuple[int, int]],
+    validated: set[int],
+) -> None:
+    policy, patience = Policy(), Patience()
+    source = Dying(policy, patience, deaths)
+    experience = ahead(source, policy, staleness, patience=patience)
+    for step in range(1, STEPS + 1):
+        train(experience, policy, step, background[step - 1])
+        if step in validated:
+            experience.settle(step)
+            policy.sync()
+    assert list(source.written) == list(range(1, STEPS + 1))
+    for step in source.written:
+        oldest, newest = source.written[step], source.newest[step]
+        assert max(0, step - 1 - staleness) <= oldest <= newest <= step - 1
 
 
 def test_nothing_is_drawn_beyond_the_last_step() -> None:
