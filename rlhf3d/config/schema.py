@@ -142,7 +142,7 @@ class RolloutConfig:
     """Deadline of each bucket of a weight sync or export."""
     engine_restarts: CountOrZero = 2
     """How many deaths of an engine a run survives, counted from its start or resume: engines are
-    started again, and get the weights and their requests again."""
+    started again, and get the weights and unanswered requests again."""
     canary_steps: CountOrZero = 3
     """Compare engine log-probs with Megatron's after each of the first N weight syncs of a start
     or resume."""

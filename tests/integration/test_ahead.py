@@ -117,19 +117,29 @@ def test_killed_while_it_writes_ahead_it_goes_on_as_the_same_run(undisturbed: Pa
 
 
 @pytest.mark.timeout(900)
-def test_engines_that_die_in_any_phase_lose_no_sample(undisturbed: Path) -> None:
+@pytest.mark.parametrize(
+    "moments, steps",
+    [
+        ("ahead:3:0:0", 4),
+        pytest.param(
+            "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0",
+            10,
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["ahead", "in every phase"],
+)
+def test_engines_that_die_lose_no_sample(moments: str, steps: int, undisturbed: Path) -> None:
     """What was under way is written again: by the same weights, or by the newest."""
-    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("deaths")
-    moments = "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0"
-    deaths = train_with_deaths(
-        job, moments, *JOB, f"trainer.output_dir={run}", "trainer.total_training_steps=10"
-    )
+    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name(f"deaths_{steps}")
+    end = f"trainer.total_training_steps={steps}"
+    deaths = train_with_deaths(job, moments, *JOB, f"trainer.output_dir={run}", end)
     assert deaths.returncode == 0, deaths.stdout[-2000:] + deaths.stderr[-4000:]
     for moment in moments.split(","):
         assert f"kill {moment}" in deaths.stdout
     assert "are gone: those after" in deaths.stdout
-    assert asked(run) == asked(undisturbed)[:10]
-    for step in range(1, 11):
+    assert asked(run) == asked(undisturbed)[:steps]
+    for step in range(1, steps + 1):
         assert ages(run, step) <= {0, 1}
 
 
