@@ -24,11 +24,12 @@ IDLE = {"cpu": ("environments",), "cuda": ("environments", "host")}
 devices goes on meanwhile."""
 ALONE = {
     "in_turn": ("sync_weights", "save_checkpoint"),
-    "between_batches": ("sync_weights", "save_checkpoint"),
+    "between_batches": ("sync_weights", "score", "save_checkpoint"),
     "in_flight": ("sync_weights",),
 }
-"""Phases in which neither side goes on. Between batches a save waits for the batches ahead; in
-flight requests run on, as they are stored as what was asked."""
+"""Phases in which neither side goes on. Between batches the next batch begins when the one before
+it is scored (by a reward model, on training ranks), and a save waits for the batches ahead; in
+flight requests run on."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Schedule:
     engines_s: float
     """Of the engines: a batch of completions."""
     training_s: float
-    """Of the training ranks: a reward model's scores, log-probs, values, updates."""
+    """Of the training ranks: log-probs, values, updates, and what else is not of `alone_s`."""
     shared_s: float
     """What generation takes of the training ranks' own devices, or cores, while they train; 0 with
     engines on devices of their own, and where each waits for the other anyway."""
     alone_s: float
-    """Of phases in which neither goes on: the weight sync, and a save."""
+    """Of phases in which neither goes on (`ALONE`)."""
     longest_s: float = 0.0
     """In flight: from asking for a batch to the end of its longest trajectory."""
 

@@ -77,9 +77,10 @@ PHASES = (
     ("rollout", "training", "shared", "alone", "step"),
     [
         ({}, 10, 0, 7, 20 + 10 + 7),
-        ({"max_staleness": 1}, 10, 0, 7, 20 + 7),
-        ({"max_staleness": 1, "placement": "colocated"}, 10, 6, 7, 20 + 7),
-        # In flight a save is training's alone.
+        # The next batch begins when a reward model has scored the one before.
+        ({"max_staleness": 1}, 8, 0, 9, 20 + 9),
+        ({"max_staleness": 1, "placement": "colocated"}, 8, 6, 9, 20 + 9),
+        # In flight scores and a save are training's alone.
         ({"max_staleness": 1, "update": "in_flight"}, 14, 0, 3, (60 + 14) / 2 + 3),
         ({"max_staleness": 3, "update": "in_flight"}, 14, 0, 3, 20 + 3),
     ],
@@ -106,7 +107,7 @@ def test_cores_are_shared_wherever_engines_are() -> None:
     for placement in ("colocated", "disaggregated"):
         made = make_schedule(job(laptop, raw=cpu, max_staleness=1, placement=placement), PHASES)
         assert made.shared_s == 7
-        assert made.step_s == max(20, 10 + 7) + 7
+        assert made.step_s == max(20, 8 + 7) + 9
     longer = [PHASES[0], PhaseTime("generate", {"tokens": 19.0, "environments": 1.0}), PHASES[3]]
     made = make_schedule(job(laptop, raw=cpu, max_staleness=1), longer)
     assert made.step_s == 8 + 19 + 3, "two computations take turns; only the waiting is saved"
