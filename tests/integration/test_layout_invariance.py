@@ -2,7 +2,8 @@
 
 The numbers are loss, gradient norm and weights.
 
-Every layout runs clipped PPO and the critic. A sample of them runs every policy loss and
+Every layout runs clipped PPO and the critic, and PPO on tokens of older versions with both choices
+of the old policy. A sample of them runs every policy loss and
 aggregation, padded and packed, by number and by budget, over ranks that do not divide the rows, and
 trajectories of several rows against the same trajectories as single rows.
 Advantages are data here: the driver computes them over the complete batch.
@@ -13,6 +14,7 @@ Advantages are data here: the driver computes them over the complete batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -34,6 +36,7 @@ from support.updates import (
     assemble,
     compare,
     make_batch,
+    make_stale,
     make_turns,
     one_process,
     run_updates,
@@ -43,6 +46,7 @@ from rlhf3d.algorithms.aggregation import AGGREGATION_MODES
 from rlhf3d.algorithms.kl import KL_KINDS
 from rlhf3d.algorithms.losses import POLICY_LOSSES
 from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
+from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import MicroBatching
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -181,24 +185,52 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def references(folders: dict[str, Path]) -> dict[str, dict]:
-    """The update of PPO."""
-    return {
-        model: one_process(folders[model], PPO, SEQUENCES // 2)
-        for model in {case.model for case in [*CASES, *FULL_CASES]}
-    }
+    """The update of PPO, and those of an off-policy batch."""
+    found = {}
+    for model in {case.model for case in [*CASES, *FULL_CASES]}:
+        found[model] = one_process(folders[model], PPO, SEQUENCES // 2)
+        # What is recomputed before an update is this model's, in one process.
+        batches = stale_batches(found[model])
+        objectives = dict.fromkeys(batches, PPO["policy"])
+        found[model] |= one_process(folders[model], objectives, SEQUENCES // 2, batches)
+    return found
+
+
+BYPASS, RECOMPUTED = "stale, bypass", "stale, recomputed"
+
+
+def stale_batches(reference: dict[str, dict]) -> dict[str, Callable[[], Batch]]:
+    """Both choices of the old policy of tokens that older versions wrote."""
+    proximal = reference["policy"]["outputs"]["logprobs"]
+    return {BYPASS: make_stale, RECOMPUTED: partial(make_stale, proximal)}
 
 
 @pytest.mark.parametrize("case", [*parameters(CASES), *parameters(FULL_CASES, full=True)])
 def test_same_update_in_every_layout(
     case: Case, folders: dict[str, Path], references: dict[str, dict]
 ) -> None:
+    reference = references[case.model]
     updates = {role: Update(case.fixed, objective) for role, objective in PPO.items()}
+    for name, batch in stale_batches(reference).items():
+        updates[name] = Update(case.fixed, PPO["policy"], make_batch=batch)
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
-    for role in PPO:
-        metric, norm, weight = compare(assemble(case, results, role), references[case.model][role])
+    for name in updates:
+        metric, norm, weight = compare(assemble(case, results, name), reference[name])
         print(
-            f"LAYOUT {case} {role}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
+            f"LAYOUT {case} {name}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
         )
+
+
+def test_both_choices_of_the_old_policy_see_that_tokens_are_old(
+    references: dict[str, dict],
+) -> None:
+    """The clip bites in bypass mode; recomputed, weights do what the clip then leaves undone."""
+    bypass, recomputed = (references["heads4"][name] for name in (BYPASS, RECOMPUTED))
+    assert bypass["metrics"]["actor/pg_clipfrac"] > 0.2
+    assert recomputed["metrics"]["actor/pg_clipfrac"] < 0.05
+    weights = stale_batches(references["heads4"])[RECOMPUTED]()["rollout_is_weights"]
+    assert (weights == 2).any() and ((weights > 0) & (weights < 0.5)).any()
+    assert f"{bypass['grad_norm']:.3g}" != f"{recomputed['grad_norm']:.3g}"
 
 
 def test_the_update_moves_the_weights(

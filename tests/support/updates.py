@@ -18,7 +18,10 @@ import torch
 from support.engines import CPU, join
 from support.ranks import run_ranks
 from support.rows import cut_rows
+from torch import Tensor
 
+from rlhf3d.algorithms.correction import importance_weights
+from rlhf3d.algorithms.correction_settings import Bounds, CorrectionSettings
 from rlhf3d.algorithms.losses import PolicyLossSettings
 from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.algorithms.trajectories import join_rows, row_places
@@ -29,8 +32,13 @@ from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import LayoutConfig, OptimConfig
+from rlhf3d.data.dataset import Prompt
+from rlhf3d.experience.scored import Experience, ScoredTrajectory
+from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.parallel.layout import ParallelLayout, Recompute
 from rlhf3d.parallel.platform import Platform
+from rlhf3d.rewards.score import Outcome, Score
+from rlhf3d.rollout.api import token_versions
 
 MAX_RESPONSE_TOKENS = 12
 SEQUENCES = 16
@@ -146,6 +154,41 @@ def make_turns(cut: bool) -> Batch:
     middles = (batch["response_lengths"] // 2).tolist()
     # Every third stays a single row.
     return cut_rows(batch, [[middle] * (row % 3 > 0) for row, middle in enumerate(middles)])
+
+
+def make_stale(proximal: Tensor | None = None) -> Batch:
+    """`make_batch` as a step trains on it whose tokens versions 2 to 5 wrote, and 5 is trained.
+
+    Versions differ between rows and within them, and the older one is, the further its log-probs
+    are from version 5's, so that clips and truncation bite. `proximal` [N, R]: log-probs recomputed
+    before the update, with importance weights for the older versions; without, the engine's are the
+    old ones (bypass mode).
+    """
+    batch, generator = make_batch(), torch.Generator().manual_seed(3)
+    trajectories = []
+    for row in range(SEQUENCES):
+        prompt, length = (int(batch[f"{part}_lengths"][row]) for part in ("prompt", "response"))
+        ids = batch["input_ids"][row].tolist()
+        oldest, middle = 2 + row % 3, length // 2
+        versions = ((0, oldest), (middle, 5)) if middle and row % 2 else ((0, oldest),)
+        ages = 5 - torch.tensor(token_versions(versions, length))
+        noise = torch.randn(length, generator=generator)
+        logprobs = (-4.8 + (0.1 + 0.4 * ages) * noise).tolist()
+        span = Span("sampled", ids[prompt : prompt + length], logprobs, versions)
+        asked = Prompt(tuple(ids[:prompt]), "test", "", {}, row, "")
+        made = Trajectory(asked, row, (Row(asked.prompt_ids, (span,)),), "stop")
+        trajectories.append(ScoredTrajectory(made, "", Score(1.0, Outcome.SCORED), 1.0))
+    drawn = Experience(trajectories).batch(pad_id=0)
+    assert torch.equal(drawn["input_ids"], batch["input_ids"])
+    names = ("ref_logprobs", "advantages", "values", "returns")
+    drawn = drawn.with_columns(**{name: batch[name] for name in names})
+    if proximal is None:
+        return drawn.with_columns(old_logprobs=drawn["rollout_logprobs"])
+    settings = CorrectionSettings("token", Bounds(0.0, 2.0))
+    weights, _ = importance_weights(
+        proximal, drawn["rollout_logprobs"], drawn["response_mask"], settings
+    )
+    return drawn.with_columns(old_logprobs=proximal, rollout_is_weights=weights)
 
 
 @dataclass(frozen=True)
