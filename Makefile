@@ -120,13 +120,16 @@ driver:
 
 # Two processes share the files of tests: a rank-level test often waits with a core idle.
 TESTS := not full
+GPU_SET_TESTS := gpu_set
 PROPERTIES := quick
-PYTEST = $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
+# A thread of torch for each: idle OpenMP threads of one worker would spin on the core of the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint unit integration ## all checks, in about 22 minutes on two cores
 
 test-all: TESTS := full or not full
+test-all: GPU_SET_TESTS := gpu_set or gpu_set_full
 test-all: PROPERTIES := full
 test-all: lint unit integration ## and every combination that they sample, before a release
 
@@ -137,7 +140,7 @@ integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
 	$(PYTEST) $(IN_TWO) -m "$(TESTS)" tests/integration
 	$(PYTEST) tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
 	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) \
-		$(PYTEST) $(IN_TWO) -m "gpu_set and ($(TESTS))" tests/integration
+		$(PYTEST) $(IN_TWO) -m "($(GPU_SET_TESTS)) and ($(TESTS))" tests/integration
 
 # The GPU set's Megatron and Transformer Engine beside the CPU set, for the tests that put them first: both run on its
 # Python too, although Megatron asks for a newer one.

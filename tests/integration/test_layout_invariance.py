@@ -119,30 +119,32 @@ FULL_CASES = [
 
 
 BATCHING_CASES = [
-    Case(dp=3, micro_batch_size=2, recompute="full", model="shallow"),
-    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
+    Case(dp=3, micro_batch_size=2, recompute="full", model="two layers"),
+    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3),
     Case(tp=2, dp=2, ep=2, sp=True, micro_batch_size=3, model="experts"),
-    Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="shallow"),
-    Case(tp=2, dp=2, cp=2, sp=True, micro_batch_size=3, model="shallow"),
+    Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=3, model="two layers"),
+    Case(tp=2, dp=2, cp=2, sp=True, micro_batch_size=3, model="two layers"),
 ]
 
 
 GPU_SET = [
-    Case(pp=4),
     Case(tp=2, pp=2, dp=2, sp=True, micro_batch_size=1, recompute="selective"),
     Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
-    Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
-    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3, model="shallow"),
+    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3),
 ]
-"""Of both lists, those that the GPU set's Megatron is tested with as well."""
+"""Of both lists, those that the GPU set's Megatron is tested with as well: each way to cut a model,
+each optimizer, each overlap.
+"""
+GPU_SET_FULL = [Case(pp=4), Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False)]
 
 
 def parameters(cases: list[Case], full: bool = False) -> list[Any]:
     made = []
     for case in cases:
         marks = [pytest.mark.full] * full + [pytest.mark.gpu_set] * (case in GPU_SET)
+        marks += [pytest.mark.gpu_set_full] * (case in GPU_SET_FULL)
         made.append(pytest.param(case, id=str(case), marks=marks))
     return made
 
@@ -169,11 +171,14 @@ def batchings(case: Case) -> dict[str, MicroBatching]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tied models of 4 heads, one of SmolLM2's 9 heads and 3 KV heads, a mixture of experts."""
+    """Tied models of 4 heads, one of SmolLM2's 9 heads and 3 KV heads, a mixture of experts.
+
+    Each has as few layers as its layouts need: a layer for each chunk of a pipeline.
+    """
     root = tmp_path_factory.mktemp("models")
     return {
-        "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=8),
-        "shallow": make_tiny_model(root / "shallow", heads=4, kv_heads=2, layers=4),
+        "heads4": make_tiny_model(root / "h4", heads=4, kv_heads=2, layers=4),
+        "two layers": make_tiny_model(root / "two", heads=4, kv_heads=2, layers=2),
         "heads9": make_tiny_model(
             root / "h9", heads=9, kv_heads=3, hidden=72, ffn=96, vocab=120, layers=4
         ),
@@ -323,8 +328,8 @@ def test_log_probs_behind_observations_are_those_of_transformers(
     from transformers import AutoModelForCausalLM
 
     batch = make_turns(False)
-    model = AutoModelForCausalLM.from_pretrained(folders["shallow"], dtype=torch.float32)
-    ours = algorithm_references["shallow"][f"{TURNS} vanilla"]["outputs"]["logprobs"]
+    model = AutoModelForCausalLM.from_pretrained(folders["two layers"], dtype=torch.float32)
+    ours = algorithm_references["two layers"][f"{TURNS} vanilla"]["outputs"]["logprobs"]
     behind = 0
     for row, ids in enumerate(batch["input_ids"]):
         length = batch.lengths()[row]
@@ -341,5 +346,5 @@ def test_log_probs_behind_observations_are_those_of_transformers(
 
 def test_algorithms_differ(algorithm_references: dict[str, dict]) -> None:
     """Else one of them would stand for all."""
-    norms = [result["grad_norm"] for result in algorithm_references["shallow"].values()]
+    norms = [result["grad_norm"] for result in algorithm_references["two layers"].values()]
     assert len({f"{norm:.4g}" for norm in norms}) == len(norms)

@@ -1,12 +1,19 @@
 """Megatron models against transformers.
 
 Same folder, same tokens, same logits, whatever the layout.
+
+`make test` has each family once, cut by layers and by heads, and each layout of experts and each
+family of experts, not each with each. With the GPU set's Megatron it runs what that version could
+do otherwise: a layer of each kind, each way to cut one, gradients; not what follows from the same
+folder (rotary tables, padding) by this package's own code.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Collection, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,8 @@ from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import CPUPlatform
 
-pytestmark = [pytest.mark.gpu_set, pytest.mark.usefixtures("megatron")]
+pytestmark = pytest.mark.usefixtures("megatron")
+GPU_SET, GPU_SET_FULL, FULL = pytest.mark.gpu_set, pytest.mark.gpu_set_full, pytest.mark.full
 PLATFORM = CPUPlatform(reason="test")
 SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 SINGLE = ParallelLayout()
@@ -171,16 +179,28 @@ def max_difference(
     return difference
 
 
+def both_sets(cases: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+    """Cases, of which the chosen ones run with the GPU set's Megatron in `make test` too."""
+    made = []
+    for case in cases:
+        marks = GPU_SET if case in chosen else GPU_SET_FULL
+        made.append(pytest.param(case, marks=marks, id=str(case)))
+    return made
+
+
+@FULL
+@GPU_SET_FULL
 @pytest.mark.parametrize("name", CASES)
 def test_one_rank_matches_transformers(name: str, folders: dict[str, Path]) -> None:
     assert max_difference(name, folders[name], SINGLE, (2, 96)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", both_sets(CASES, ["llama-tied", "qwen2-untied", "qwen3-tied"]))
 def test_tp2_pp2_matches_transformers(name: str, folders: dict[str, Path]) -> None:
     assert max_difference(name, folders[name], ParallelLayout(tp=2, pp=2), (2, 96)) <= 1e-5
 
 
+@GPU_SET
 @pytest.mark.parametrize(
     "layout", [ParallelLayout(tp=2), ParallelLayout(tp=2, pp=2, vpp=2)], ids=str
 )
@@ -191,23 +211,39 @@ def test_sequence_parallel_and_interleaved_match_transformers(
     assert max_difference("llama-tied", folder, layout, (2, 96), sequence_parallel=True) <= 1e-5
 
 
+@GPU_SET_FULL
 def test_tp3_pp2_of_nine_heads_matches_transformers(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "m", heads=9, kv_heads=3, hidden=72, ffn=132, vocab=129)
     assert max_difference("llama 9 heads", folder, ParallelLayout(tp=3, pp=2), (2, 96)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", MOE_CASES)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        SINGLE,
-        ParallelLayout(dp=2, ep=2),
-        ParallelLayout(tp=2),
-        ParallelLayout(tp=2, ep=2),
-        ParallelLayout(pp=2, dp=2, ep=2),
-    ],
-    ids=str,
-)
+MOE_LAYOUTS = [
+    SINGLE,
+    ParallelLayout(dp=2, ep=2),
+    ParallelLayout(tp=2),
+    ParallelLayout(tp=2, ep=2),
+    ParallelLayout(pp=2, dp=2, ep=2),
+]
+MOE_CHOSEN = [
+    ("mixtral", ParallelLayout(tp=2)),
+    ("mixtral", ParallelLayout(pp=2, dp=2, ep=2)),
+    ("qwen3_moe", SINGLE),
+    ("qwen3_moe", ParallelLayout(tp=2, ep=2)),
+    ("qwen3_moe-unscaled", ParallelLayout(dp=2, ep=2)),
+]
+"""Each family, each layout; both versions of Megatron in `make test`."""
+
+
+def experts() -> list[Any]:
+    """Each family of experts in each layout, those that are not chosen in the full run only."""
+    made = []
+    for case in product(MOE_CASES, MOE_LAYOUTS):
+        marks = [GPU_SET] if case in MOE_CHOSEN else [GPU_SET_FULL, FULL]
+        made.append(pytest.param(*case, marks=marks, id=f"{case[0]}-{case[1]}"))
+    return made
+
+
+@pytest.mark.parametrize(("name", "layout"), experts())
 def test_experts_match_transformers(
     name: str, layout: ParallelLayout, folders: dict[str, Path]
 ) -> None:
@@ -217,21 +253,21 @@ def test_experts_match_transformers(
     )
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ParallelLayout(pp=2, first_stage_layers=3),
-        ParallelLayout(pp=3, first_stage_layers=2, last_stage_layers=2),
-        ParallelLayout(pp=2, vpp=2, last_stage_layers=2),
-    ],
-    ids=str,
-)
+UNEVEN = [
+    ParallelLayout(pp=2, first_stage_layers=3),
+    ParallelLayout(pp=3, first_stage_layers=2, last_stage_layers=2),
+    ParallelLayout(pp=2, vpp=2, last_stage_layers=2),
+]
+
+
+@pytest.mark.parametrize("layout", both_sets(UNEVEN, UNEVEN[1:]))
 def test_uneven_stages_match_transformers(layout: ParallelLayout, tmp_path: Path) -> None:
     layers = 6 if layout.vpp == 2 else 5
     folder = make_tiny_model(tmp_path / "m", layers=layers)
     assert max_difference(f"llama {layers} layers", folder, layout, (2, 32)) <= 1e-5
 
 
+@GPU_SET_FULL
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_padded_vocabulary_matches_transformers(tie: bool, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "m", tie=tie, vocab=101, layers=2)
@@ -250,6 +286,7 @@ def export_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> l
     return [(name, box, tensor.clone()) for name, box, tensor in pieces]
 
 
+@GPU_SET_FULL
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -303,6 +340,7 @@ def gradient_rank(
     }
 
 
+@GPU_SET
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence-parallel"])
 @pytest.mark.parametrize("role", ["policy", "value"])
 def test_gradients_match_transformers(
@@ -343,12 +381,14 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@GPU_SET_FULL
 def test_missing_value_head_starts_at_zero(folders: dict[str, Path]) -> None:
     tokens = random_tokens(folders["qwen2-tied"], (1, 8))
     (result,) = run_ranks(1, gradient_rank, folders["qwen2-tied"], SINGLE, "value", False, tokens)
     assert torch.equal(result["scores"], torch.zeros(1, 8, 1))
 
 
+@GPU_SET_FULL
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="run tools/make_smollm2.py first")
 @pytest.mark.parametrize("layout", [SINGLE, ParallelLayout(tp=3, pp=2)], ids=str)
 def test_smollm2_matches_transformers(layout: ParallelLayout) -> None:

@@ -56,7 +56,6 @@ class Case:
     settings: LayoutConfig = ONE_RANK
     tie: bool = False
     packed: bool = False
-    micro_batches: int = 4
     layers: int = 4
     vocab: int = 131
     hidden: int = 136
@@ -66,6 +65,11 @@ class Case:
     @property
     def layout(self) -> ParallelLayout:
         return parallel_layout(self.settings)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an update: pipelines hold several at a time; else the second meets what one leaves."""
+        return 4 if self.settings.pp > 1 else 2
 
     @property
     def rule(self) -> MicroBatching:

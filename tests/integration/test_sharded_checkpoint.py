@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ranks import RankError, run_ranks
@@ -11,7 +12,7 @@ from support.saving import STEPS_BEFORE, train_and_save
 from support.tiny_models import make_tiny_model
 from support.updates import PPO, Case, full_weights
 
-pytestmark = [pytest.mark.gpu_set, pytest.mark.usefixtures("megatron")]
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 BF16 = Case(pp=2, dp=2, dtype="bfloat16")
@@ -25,7 +26,20 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize("source", ROUTES, ids=str)
+GPU_SET = [Case(2, 2, 2), BF16, Case(dp=2, ep=2)]
+"""Those that `make test` runs with the GPU set's Megatron too: each kind of optimizer state."""
+
+
+def sources() -> list[Any]:
+    """What is saved, for both versions of Megatron or for the GPU set's in the full run only."""
+    made = []
+    for case in ROUTES:
+        mark = pytest.mark.gpu_set if case in GPU_SET else pytest.mark.gpu_set_full
+        made.append(pytest.param(case, marks=mark, id=str(case)))
+    return made
+
+
+@pytest.mark.parametrize("source", sources())
 def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
     saved, experts = tmp_path / "saved", {"family": "qwen3_moe", "tie": False, "layers": 2}
     model = make_tiny_model(tmp_path / "model", **(experts if source.ep > 1 else {"layers": 4}))
@@ -54,6 +68,7 @@ def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
                 assert worst < 2e-2 and norm < 2e-2
 
 
+@pytest.mark.gpu_set_full
 def test_a_full_disk_is_told_by_the_save(tmp_path: Path) -> None:
     """And does not hang: Python's files and torch's say it each in their own way."""
     folder = tmp_path / "small"
