@@ -1,16 +1,15 @@
 """Conversion against the real parts.
 
-Megatron-core saves and loads in many layouts, transformers and vLLM load.
+Megatron-core saves and loads in many layouts, transformers loads; vLLM does in
+`test_weight_writer.py`, which has an engine.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from support.checkpoints import load_tensors, same_tensors
 from support.ranks import run_ranks
 from support.saving import load_and_save
 from support.tiny_models import make_tiny_model
-from transformers import AutoModelForCausalLM
 
 from rlhf3d.checkpoints.convert import Options, plan_conversion
 from rlhf3d.checkpoints.verify import VerifyError, verify
@@ -152,31 +150,3 @@ def test_critic_has_transformers_values(folders: dict[str, Path], tmp_path: Path
     assert (
         proof.skipped is None and proof.max_logit_diff is not None and proof.max_logit_diff < 1e-5
     )
-
-
-def vllm_scores(folder: Path, tokens: list[list[int]]) -> list[list[float]]:
-    from rlhf3d.config.schema import RolloutConfig
-    from rlhf3d.parallel.platform import CPUPlatform
-    from rlhf3d.rollout.settings import EngineSettings
-    from rlhf3d.rollout.vllm_engine import VLLMEngine
-
-    rollout = RolloutConfig(dtype="float32", max_num_seqs=4, kv_cache_gib=0.05, enforce_eager=True)
-    settings = EngineSettings(str(folder), rollout, 64, CPUPlatform("test"), load_weights=True)
-    engine = VLLMEngine(settings).start()
-    try:
-        return engine.score(tokens)
-    finally:
-        engine.close()
-
-
-def test_vllm_serves_a_converted_checkpoint(tmp_path: Path) -> None:
-    hf = make_tiny_model(tmp_path / "hf", hidden=64, heads=2, kv_heads=2, layers=2, vocab=101)
-    converted = convert(convert(hf, tmp_path / "megatron"), tmp_path / "converted")
-    assert len(list(converted.glob("*.safetensors"))) > 1
-    tokens = torch.randint(4, 101, (3, 20), generator=torch.Generator().manual_seed(1))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
-        found = torch.tensor(child.submit(vllm_scores, converted, tokens.tolist()).result())
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(hf)(tokens).logits[:, :-1]
-    expected = torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

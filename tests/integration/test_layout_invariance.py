@@ -132,12 +132,15 @@ GPU_SET = [
     Case(pp=2, dp=2, overlap=True, gather=True, offload=True),
     Case(tp=2, dp=2, ep=2, sp=True, distributed_optimizer=False, model="experts", offload=True),
     Case(cp=2, dp=2, pp=2, vpp=2, distributed_optimizer=False),
-    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3),
 ]
 """Of both lists, those that the GPU set's Megatron is tested with as well: each way to cut a model,
 each optimizer, each overlap.
 """
-GPU_SET_FULL = [Case(pp=4), Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False)]
+GPU_SET_FULL = [
+    Case(pp=4),
+    Case(tp=2, pp=2, dp=2, vpp=2, sp=True, distributed_optimizer=False),
+    Case(pp=2, dp=2, vpp=2, overlap=True, micro_batch_size=3),
+]
 
 
 def parameters(cases: list[Case], full: bool = False) -> list[Any]:

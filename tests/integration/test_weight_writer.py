@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.writer_rig import Rig, close_engine, start_engine
+from support.tiny_models import make_tiny_model
+from support.writer_rig import TINY, Rig, close_engine, logprobs_of, score, start_engine
+from transformers import AutoModelForCausalLM
 
+from rlhf3d.checkpoints.convert import Options, plan_conversion
 from rlhf3d.models.engine_weights import engine_params
+from rlhf3d.units import GIB
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,44 @@ def child() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
         pool.submit(close_engine).result()
+
+
+# Before all others: once an engine of one rank was in the child, its workers cannot be forked.
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "qwen2", "tie": False, "kv_heads": 2},
+        {"family": "qwen3_moe", "tie": True, "kv_heads": 1, "ffn": 96},
+    ],
+    ids=lambda model: model["family"],
+)
+def test_two_tensor_parallel_ranks(
+    child: ProcessPoolExecutor, tmp_path: Path, model: dict[str, Any]
+) -> None:
+    """Shards of everything; with fewer key-value heads than ranks, copies of them."""
+    Rig(child, tmp_path, engine=TWO_RANKS, **model).check()
+
+
+def test_whole_experts_on_two_ranks_equal_vllms_own_loader(
+    child: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """By the bits of the packed experts.
+
+    vLLM's CPU kernel crashes on experts that are elsewhere.
+    """
+    engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
+    rig = Rig(
+        child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1
+    )
+    own = rig.rpc("expert_digests")
+    assert own[0].keys() == own[1].keys() and len({*own[0].values(), *own[1].values()}) == 8
+    rig.update()
+    assert not {*own[0].values()} & {*rig.rpc("expert_digests")[0].values()}
+    rig.rpc("write_folder", tmp_path / "0", expert_parallel=True)
+    assert rig.rpc("expert_digests") == own
 
 
 def test_tied_llama(child: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -145,38 +187,15 @@ def test_experts(child: ProcessPoolExecutor, tmp_path: Path, family: str) -> Non
         rig.update(skip=[f"{experts}.w2_weight"])
 
 
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"family": "qwen2", "tie": False, "kv_heads": 2},
-        {"family": "qwen3_moe", "tie": True, "kv_heads": 1, "ffn": 96},
-    ],
-    ids=lambda model: model["family"],
-)
-def test_two_tensor_parallel_ranks(
-    child: ProcessPoolExecutor, tmp_path: Path, model: dict[str, Any]
-) -> None:
-    """Shards of everything; with fewer key-value heads than ranks, copies of them."""
-    Rig(child, tmp_path, engine=TWO_RANKS, **model).check()
-
-
-def test_whole_experts_on_two_ranks_equal_vllms_own_loader(
-    child: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    """By the bits of the packed experts.
-
-    vLLM's CPU kernel crashes on experts that are elsewhere.
-    """
-    engine = TWO_RANKS | {"enable_expert_parallel": True, "load_format": "auto"}
-    rig = Rig(
-        child, tmp_path, dtype="bfloat16", engine=engine, family="mixtral", tie=True, kv_heads=1
-    )
-    own = rig.rpc("expert_digests")
-    assert own[0].keys() == own[1].keys() and len({*own[0].values(), *own[1].values()}) == 8
-    rig.update()
-    assert not {*own[0].values()} & {*rig.rpc("expert_digests")[0].values()}
-    rig.rpc("write_folder", tmp_path / "0", expert_parallel=True)
-    assert rig.rpc("expert_digests") == own
+def test_a_converted_checkpoint_is_served(child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """From Hugging Face to Megatron and back, in several files."""
+    model = make_tiny_model(tmp_path / "hf", **TINY, kv_heads=2)
+    small_files = Options(max_shard_gib=100_000 / GIB)
+    for source, destination in (("hf", "megatron"), ("megatron", "converted")):
+        plan_conversion(tmp_path / source, tmp_path / destination, small_files).run()
+    assert len(list((tmp_path / "converted").glob("*.safetensors"))) > 1
+    settings = {"load_format": "safetensors"}
+    child.submit(start_engine, tmp_path / "converted", "float32", **settings).result()
+    found = torch.tensor(child.submit(score).result())
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.testing.assert_close(found, logprobs_of(reference), atol=1e-4, rtol=0)

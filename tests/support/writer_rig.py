@@ -8,6 +8,7 @@ process (vLLM patches torch and the environment), one after the other.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -55,6 +56,7 @@ def start_engine(
     from vllm import _custom_ops
 
     if not torch.version.cuda:
+        fork_workers()
         _custom_ops._supports_onednn = pack and hasattr(torch.ops._C, "create_onednn_mm_handler")
     defaults = {
         "load_format": "dummy",
@@ -67,6 +69,16 @@ def start_engine(
         "worker_extension_cls": "support.writer_worker.WriterWorker",
     }
     LLM = vllm.LLM(str(folder), dtype=dtype, **(defaults | settings))
+
+
+def fork_workers() -> None:
+    """In the child: have the ranks of an engine begin with its imports, which take most of a start.
+
+    On CPU vLLM spawns them. Nothing that must not be forked is here before an engine of one rank.
+    """
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
 def close_engine() -> None:
@@ -110,6 +122,14 @@ def score() -> list[list[float]]:
     ]
 
 
+def logprobs_of(model: Any) -> torch.Tensor:
+    """Transformers' log p of tokens 1, 2, ... of each of TOKENS."""
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1]
+    return torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
+
+
 class Rig:
     """A model that is trained (perturbed, here) and an engine in the child that follows it."""
 
@@ -151,10 +171,7 @@ class Rig:
         return torch.tensor(self.child.submit(score).result())
 
     def expected(self) -> torch.Tensor:
-        tokens = torch.tensor(TOKENS)
-        with torch.no_grad():
-            logits = self.model(tokens).logits[:, :-1]
-        return torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None])[..., 0]
+        return logprobs_of(self.model)
 
     def check(self, error: float = 1e-4, updates: int = 2, rests: bool = False) -> float:
         """Check that log-probs follow each of several updates within `error`.
