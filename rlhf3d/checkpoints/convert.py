@@ -3,7 +3,7 @@
 Invariant: every tensor of the destination is filled from the source exactly once, bit for bit
 unless another dtype is asked for; tensors that are missing, extra or of the wrong shape end the
 conversion before anything is written. Memory does not grow with the model: to Hugging Face it holds
-one file of the destination and one chunk; to Megatron, of the files being written, one chunk of at
+two parameters of a layer and one chunk; to Megatron, of the files being written, one chunk of at
 most CHUNK_BYTES of each kind of parameter.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from rlhf3d.checkpoints.sharded import METADATA
 from rlhf3d.checkpoints.stored import (
     VOCABULARY_KEYS,
     WRAPPER_PREFIX,
+    Overlap,
     Slab,
     StoredModel,
     differences,
@@ -52,6 +54,7 @@ from rlhf3d.models.weights import Head, hf_tensors, num_weights, refuse_odd_name
 from rlhf3d.new_folder import new_folder
 from rlhf3d.units import GIB, MIB
 
+T = TypeVar("T")
 To = Literal["hf", "megatron"]
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were just converted."""
@@ -221,25 +224,36 @@ class MegatronSource:
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give each Hugging Face tensor, in `dtype` or (None) as stored."""
         for slab in self.model.slabs:
-            tensors = {
-                # Not zeroed: the count below proves that every element is written.
-                piece.hf_name: torch.empty(
-                    self.shapes[piece.hf_name], dtype=dtype or self.dtypes[piece.hf_name]
-                )
-                for piece in slab.pieces
-            }
+            tensors: dict[str, Tensor] = {}
             filled = 0
             for chunk in self.chunks(slab):
                 values = self.reader.read_chunk(chunk)
                 what = f"{self.folder / chunk.file} holds a value"
                 for part in slab.overlaps(chunk.box):
-                    out = tensors[part.hf_name][box_slices(part.hf_box)]
-                    copy_in_range(out, values[part.index], what)
+                    self._put(tensors, part, values[part.index], dtype, what)
                     filled += volume(part.hf_box)
-            wanted = sum(tensor.numel() for tensor in tensors.values())
+            wanted = sum(prod(self.shapes[name]) for name in {p.hf_name for p in slab.pieces})
             assert filled == wanted, f"{slab.key} {slab.place}: {filled} of {wanted} elements"
             for name in list(tensors):
                 yield name, tensors.pop(name)  # only the receiver holds it from here on
+
+    def _put(
+        self,
+        tensors: dict[str, Tensor],
+        part: Overlap,
+        block: Tensor,
+        dtype: torch.dtype | None,
+        what: str,
+    ) -> None:
+        """Put a block that was read into its tensor among `tensors`."""
+        name, shape = part.hf_name, self.shapes[part.hf_name]
+        if block.shape == shape and dtype in (None, block.dtype):
+            tensors[name] = block  # all of it, as it lies in the file: nothing is copied
+            return
+        if name not in tensors:
+            # Not zeroed: the caller's count proves that every element is written.
+            tensors[name] = torch.empty(shape, dtype=dtype or self.dtypes[name])
+        copy_in_range(tensors[name][box_slices(part.hf_box)], block, what)
 
 
 def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
@@ -254,7 +268,7 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
     }
 
     def tensors(on_bytes: OnBytes) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in megatron.tensors(dtype):
+        for name, tensor in one_ahead(megatron.tensors(dtype)):
             on_bytes(tensor.nbytes)
             yield name, tensor
 
@@ -273,6 +287,18 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
         write=write,
         notes=megatron.notes,
     )
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Make the next item in a thread while the last one is used: here, read while one is written.
+
+    Holds two items at a time.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 def write_role(config_file: Path, role: Role) -> None:
@@ -387,9 +413,14 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
 
 
 def _block_values(block: Block, slab: Slab, reader: HFReader) -> Tensor:
+    parts = list(slab.overlaps(block.box))
+    if len(parts) == 1 and reader.dtype(parts[0].hf_name) == block.dtype:
+        # A block of the file as it lies there, in the stack's dimensions: nothing is copied.
+        found = reader.read(parts[0].hf_name, parts[0].hf_box)
+        return found.view([stop - start for start, stop in block.box])
     values = torch.empty([stop - start for start, stop in block.box], dtype=block.dtype)
     filled = 0
-    for part in slab.overlaps(block.box):
+    for part in parts:
         what = f"{reader.file(part.hf_name)} holds a value"
         copy_in_range(values[part.index], reader.read(part.hf_name, part.hf_box), what)
         filled += volume(part.hf_box)

@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.jobs import STEPS, left_behind, read_rows, saved_steps, stop_at, train, write_job
+from support.jobs import left_behind, read_rows, saved_steps, stop_at, train, write_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
 
-SAVED = 16
+STEPS, SAVED = 16, 10
 JOB = (
+    f"trainer.total_training_steps={STEPS}",
+    "actor.optim.lr=5.0e-3",
+    "critic.optim.lr=5.0e-3",
     "actor.optim.lr_decay_style=linear",  # so that a resumed run needs the schedule's position
     "actor.optim.lr_warmup_steps=2",
     "algorithm.kl_ctrl.type=adaptive",
