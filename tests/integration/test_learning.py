@@ -21,11 +21,9 @@ from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
 
-STEPS, SAVED = 16, 10
+STEPS, SAVED = 12, 8
 JOB = (
     f"trainer.total_training_steps={STEPS}",
-    "actor.optim.lr=5.0e-3",
-    "critic.optim.lr=5.0e-3",
     "actor.optim.lr_decay_style=linear",  # so that a resumed run needs the schedule's position
     "actor.optim.lr_warmup_steps=2",
     "algorithm.kl_ctrl.type=adaptive",

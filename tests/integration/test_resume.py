@@ -72,14 +72,14 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     assert [row["step"] for row in read_rows(run)] == list(range(first + 1))
     assert not (run / "checkpoints" / f"step_{first}" / "hf").exists()
 
-    code, text = stop_at(job, 11, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
+    code, text = stop_at(job, 8, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
     assert code == 130 and "interrupted" in text, text
     assert saved_steps(run) == [first] and left_behind() == set()
 
     rows = read_rows(run)[1:]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 10
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 7
     assert rows[0]["critic/score/mean"] < 0.4
-    assert rows[9]["filter_groups/generated_score/mean"] > 0.7
+    assert rows[6]["filter_groups/generated_score/mean"] > 0.7
     for row in rows:
         assert row["reward/mixed_groups_share"] == 1 and row["train/num_gen_batches"] >= 1
         assert row["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-4)
