@@ -232,7 +232,8 @@ class MegatronSource:
                 for part in slab.overlaps(chunk.box):
                     self._put(tensors, part, values[part.index], dtype, what)
                     filled += volume(part.hf_box)
-            wanted = sum(prod(self.shapes[name]) for name in {p.hf_name for p in slab.pieces})
+            names = {piece.hf_name for piece in slab.pieces}  # a tensor may come in several
+            wanted = sum(prod(self.shapes[name]) for name in names)
             assert filled == wanted, f"{slab.key} {slab.place}: {filled} of {wanted} elements"
             for name in list(tensors):
                 yield name, tensors.pop(name)  # only the receiver holds it from here on

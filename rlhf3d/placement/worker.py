@@ -19,6 +19,7 @@ import ray
 
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config, ModelConfig, OptimConfig
+from rlhf3d.imports import quick_imports
 from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import use_node_interface
@@ -114,8 +115,9 @@ class TrainWorker:
         """Join the process groups, then load the group's models."""
         use_node_interface()
         # Before Megatron is imported, which is patched here.
-        self.setup.platform.prepare_worker(threads)
-        from rlhf3d.parallel.megatron_init import initialize_megatron
+        with quick_imports():
+            self.setup.platform.prepare_worker(threads)
+            from rlhf3d.parallel.megatron_init import initialize_megatron
 
         initialize_megatron(
             self.setup.group.layout,

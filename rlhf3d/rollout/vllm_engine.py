@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf3d.config.schema import RolloutConfig
+from rlhf3d.imports import quick_imports
 from rlhf3d.models.hf_io import model_view
 from rlhf3d.models.spec import architecture
 from rlhf3d.parallel.meeting import host_meeting
@@ -98,8 +99,9 @@ class VLLMEngine:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
         # torch read OMP_NUM_THREADS when it was imported, before it was set.
         torch.set_num_threads(threads)
-        from torch._dynamo import config as dynamo
-        from vllm import LLM, SamplingParams
+        with quick_imports():
+            from torch._dynamo import config as dynamo
+            from vllm import LLM, SamplingParams
 
         # torch reads the variable when it is imported, which was before it was set.
         if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
