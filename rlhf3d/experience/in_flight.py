@@ -19,12 +19,14 @@ from typing import Any
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.environment_runner import check_failures
 from rlhf3d.experience.requests import TrajectoryRequest
 from rlhf3d.experience.saved import Queued, QueuedBatch, load_queue, save_queue
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
-from rlhf3d.experience.source import NO_EXPERIENCE, OnPolicy, TooFewGroups
+from rlhf3d.experience.source import NO_EXPERIENCE, OnPolicy, TooFewGroups, no_complete_group
 from rlhf3d.experience.steps import BRIEF_S, FIRST_PHASE, Patience, Phase, Steps
 from rlhf3d.placement.script import Script
+from rlhf3d.rewards.score import Outcome, check_outcomes
 from rlhf3d.rollout.api import POLL_S
 from rlhf3d.rollout.desk import Desks
 
@@ -40,6 +42,10 @@ class InFlightSettings:
     staleness: int
     """The oldest version that a token may be of, counted back from the version being trained."""
     last_step: int
+    max_scoring_failures: float = 1.0
+    """Share of a step's trajectories whose scoring may fail."""
+    max_environment_failures: float = 1.0
+    """Share of a step's trajectories whose environment may fail."""
     max_trajectories: int | None = None
     """Trajectories that may be under way at once: of environments; null for any number."""
     metric: str | None = None
@@ -231,9 +237,26 @@ class InFlight:
         elif experience.trajectories:
             group.experience = experience
             self._complete.append(group)
+        self._check_failures()
         limit = self._settings.max_generated
         if limit is not None and len(self._ended.groups) > limit:
             raise TooFewGroups(self._ended.too_few(limit, self._settings.metric))
+
+    def _check_failures(self) -> None:
+        """Raise where too much of what has ended since the last batch failed.
+
+        One group is too few to tell.
+        """
+        settings, ended = self._settings, list(self._ended.groups.values())
+        scores = []
+        for group in ended:
+            scores += [one.score for one in (*group.trajectories, *group.left_out)]
+        total = max(len(scores), settings.groups * settings.trajectories)
+        environments = [s for s in scores if s.outcome in (Outcome.ENV_ERROR, Outcome.ENV_TIMEOUT)]
+        check_failures(environments, settings.max_environment_failures, total)
+        check_outcomes(scores, settings.max_scoring_failures, total)
+        if len(ended) >= settings.groups and not any(group.trajectories for group in ended):
+            raise no_complete_group(self._ended.left_out)
 
     def _has_signal(self, experience: Experience) -> bool:
         """Whether a group is one to train on, where dynamic sampling chooses."""

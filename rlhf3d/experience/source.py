@@ -204,14 +204,19 @@ def complete_groups(
     """
     kept, left_out = without_broken_groups(*parts)
     if left_out and not any(kept):
-        failed = [row.score for row in left_out if row.score.unfinished]
-        raise EnvironmentFailed(
-            f"every group has a trajectory that came to no end ({len(failed)} of "
-            f"{len(left_out)}). The first:\n{one_screen(failed[0].message or 'no message')}\n"
-            "Fix the environment, or raise environment.call_timeout_s, trajectory_timeout_s or "
-            "retries, or data.max_prompt_length where prompts are too long."
-        )
+        raise no_complete_group(left_out)
     return kept, left_out
+
+
+def no_complete_group(left_out: Sequence[ScoredTrajectory]) -> EnvironmentFailed:
+    """What to raise where these are all there is."""
+    failed = [row.score for row in left_out if row.score.unfinished]
+    return EnvironmentFailed(
+        f"every group has a trajectory that came to no end ({len(failed)} of "
+        f"{len(left_out)}). The first:\n{one_screen(failed[0].message or 'no message')}\n"
+        "Fix the environment, or raise environment.call_timeout_s, trajectory_timeout_s or "
+        "retries, or data.max_prompt_length where prompts are too long."
+    )
 
 
 def without_broken_groups(

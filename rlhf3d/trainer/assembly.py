@@ -136,6 +136,8 @@ class Assembly:
             trajectories=config.rollout.n + needs_greedy_baseline(config.algorithm.adv_estimator),
             staleness=config.rollout.max_staleness,
             last_step=self.log.total_steps,
+            max_scoring_failures=config.reward.max_error_rate,
+            max_environment_failures=config.environment.max_error_rate,
             max_trajectories=most,
         )
         if dynamic.enable:

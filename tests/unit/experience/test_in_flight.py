@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.experience import FakeRewards, prompt
+from support.experience import FakeRewards, prompt, row
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.experience.collect import Collector
+from rlhf3d.experience.environment_runner import EnvironmentFailed
 from rlhf3d.experience.in_flight import InFlight, InFlightSettings
 from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import OnPolicy, OnPolicySettings, TooFewGroups
-from rlhf3d.experience.steps import Patience, untimed
+from rlhf3d.experience.steps import Patience, Steps, untimed
+from rlhf3d.rewards.score import Outcome, RewardError, Score
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
 from rlhf3d.rollout.desk import Desks
 
@@ -202,4 +204,38 @@ def test_groups_without_signal_are_replaced_and_counted() -> None:
 def test_what_cannot_be_filled_says_so() -> None:
     run = Run(0, staleness=1, metric="score", max_generated=7)
     with pytest.raises(TooFewGroups, match="of 8 groups that ended for one step 8 do not differ"):
+        run.step(1)
+
+
+def test_scoring_that_fails_for_all_is_no_score_of_zero() -> None:
+    """Of each group alone it is few enough; of all that ended it is not."""
+    failed = Score(0.0, Outcome.ERROR, message="KeyError: 'x'")
+
+    class Failing(Scores):
+        def start(self, total: int, judged_by: int) -> FakeRewards:
+            assert judged_by == GROUPS * N
+            return FakeRewards(dict.fromkeys(range(total), failed))
+
+    run = Run(0, staleness=1, max_scoring_failures=0.4)
+    rewards: Any = Failing()
+    object.__setattr__(run.source._collector, "rewards", rewards)
+    with pytest.raises(RewardError, match=r"4 of 6 completions were not scored[\s\S]*KeyError"):
+        run.step(1)
+
+
+def test_environments_that_all_fail_stop_it() -> None:
+    """Groups that are left out are drawn again, but not for ever."""
+    unfinished = Score(0.0, Outcome.ENV_ERROR, message="no such door")
+    run = Run(0, staleness=1)
+
+    def broken(requests: Any, collector: Any) -> Steps[Experience]:
+        yield "generate"
+        return Experience([], left_out=[row(unfinished, requests[0].group)] * N)
+
+    run.source._source.draw_group = broken  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentFailed, match=r"every group[\s\S]*no such door"):
+        run.step(1)
+    run = Run(0, staleness=1, max_environment_failures=0.5)
+    run.source._source.draw_group = broken  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentFailed, match="the environments of 4 of 6 trajectories failed"):
         run.step(1)
