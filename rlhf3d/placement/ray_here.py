@@ -157,10 +157,8 @@ def _log(message: dict[str, Any], **_: object) -> None:
 
 def _how_it_ended(process: psutil.Process) -> str | None:
     """How a process ended, as text; None while it runs."""
-    # A child that nobody has waited for yet is a zombie: it has ended.
-    with suppress(psutil.NoSuchProcess):
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            return None
+    if _runs(process):
+        return None
     with suppress(ChildProcessError):
         # WNOWAIT leaves the status to Ray's own code, which waits for the same children.
         status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -174,11 +172,32 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
 
     Ray's shutdown does not wait for them.
     """
-    _, alive = psutil.wait_procs(processes, timeout=END_S)
+    alive = _alive_after(processes, END_S)
     for process in alive:
         logging.getLogger(__name__).warning(
             "killed %d, which was left %.0f s after Ray ended", process.pid, END_S
         )
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(alive, timeout=END_S)
+    _alive_after(alive, END_S)
+
+
+def _alive_after(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Wait until all have ended; those that have not in time."""
+    deadline = time.monotonic() + timeout_s
+    while alive := [process for process in processes if _runs(process)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended. One that nobody has waited for yet is a zombie: it has.
+
+    Of a process whose parent is gone that is the container's first one, which may take a second or
+    for ever.
+    """
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ from rlhf3d.placement import ray_here
 def test_waits_for_processes_that_end_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
     ending = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
     ray_here.wait_until_gone([psutil.Process(ending.pid)])
-    assert not psutil.pid_exists(ending.pid)
+    assert ending.poll() == 0
     assert not caplog.records
 
 
@@ -26,8 +28,21 @@ def test_kills_those_that_do_not(
     stuck = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with caplog.at_level(logging.WARNING):
         ray_here.wait_until_gone([psutil.Process(stuck.pid)])
-    assert not psutil.pid_exists(stuck.pid)
+    assert stuck.poll() == -signal.SIGKILL
     assert str(stuck.pid) in caplog.text
+
+
+def test_a_process_that_nobody_waits_for_has_ended() -> None:
+    """As Ray's do where their parent is gone, and the container's first process waits for none."""
+    command = "sleep 0.2 & echo $!; exec sleep 60"
+    with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        zombie = psutil.Process(int(parent.stdout.readline()))
+        began = time.monotonic()
+        ray_here.wait_until_gone([zombie])
+        assert time.monotonic() - began < ray_here.END_S / 2
+        assert zombie.status() == psutil.STATUS_ZOMBIE
+        parent.kill()
 
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
