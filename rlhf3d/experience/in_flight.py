@@ -237,6 +237,8 @@ class InFlight:
         elif experience.trajectories:
             group.experience = experience
             self._complete.append(group)
+        if self._script is not None:
+            return  # more may have ended by now than in the run, which went on
         self._check_failures()
         limit = self._settings.max_generated
         if limit is not None and len(self._ended.groups) > limit:
