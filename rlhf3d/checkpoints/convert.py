@@ -248,8 +248,10 @@ class MegatronSource:
     ) -> None:
         """Put a block that was read into its tensor among `tensors`."""
         name, shape = part.hf_name, self.shapes[part.hf_name]
-        if block.shape == shape and dtype in (None, block.dtype):
-            tensors[name] = block  # all of it, as it lies in the file: nothing is copied
+        # As it lies in the file. Not from a chunk of several layers, which would stay in memory.
+        is_chunk = block.untyped_storage().nbytes() == block.nbytes
+        if is_chunk and block.shape == shape and dtype in (None, block.dtype):
+            tensors[name] = block
             return
         if name not in tensors:
             # Not zeroed: the caller's count proves that every element is written.
