@@ -23,7 +23,7 @@ from support.same_run import asked, assert_same
 
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 
-STEPS, SAVED = 20, 4
+STEPS, SAVED = 28, 4
 GRPO = (
     "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
     "rollout.n=4",
@@ -45,6 +45,7 @@ JOB = (
     # Long enough that some completions are answered while others are being written.
     "data.max_response_length=16",
     "rollout.max_num_seqs=8",
+    "actor.optim.lr=4.0e-3",
     f"trainer.total_training_steps={STEPS}",
     f"trainer.save_freq={SAVED}",
     f"trainer.test_freq={SAVED}",
