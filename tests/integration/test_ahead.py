@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_it_learns_from_tokens_that_are_one_update_old(undisturbed: Path) -> Non
             assert row[name] == min(1, step - 1)
     # Each prompt once an epoch, of four steps.
     for first in range(0, STEPS, 4):
-        epoch = sum(asked(undisturbed)[first : first + 4], start=asked(undisturbed)[0][:0])
+        epoch = sum(asked(undisturbed)[first : first + 4], Counter[str]())
         assert len(epoch) == 64 and set(epoch.values()) == {4}
 
 
@@ -214,6 +215,8 @@ def test_it_learns_however_old_the_tokens_are(
     changes: tuple[str, ...], staleness: int, seed: int, tmp_path: Path
 ) -> None:
     settings = [*changes, f"rollout.max_staleness={staleness}", f"trainer.seed={seed}"]
+    # The older the tokens, the later it has learned.
+    settings.append(f"trainer.total_training_steps={24 + 8 * staleness}")
     if staleness:
         settings.append("algorithm.rollout_correction.bypass_mode=true")
     finished = train(write_job(tmp_path), "cluster.threads_per_rank=1", *settings)
