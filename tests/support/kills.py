@@ -1,7 +1,7 @@
 """`python -m support.kills MOMENTS train …`: the command, in which processes are killed.
 
 MOMENTS: `phase:occasion:who` with commas; who is `driver`, `trainer:RANK` or `ENGINE:RANK`. Such as
-`generate:2:1:0`: rank 0 of engine 1, at the second generation. `ahead` is a generation at which the
+`generate:2:1:0`: rank 0 of engine 1, at the second generation, or the first later chance. `ahead` is a generation at which the
 driver looks while it waits for training ranks.
 """
 
@@ -41,7 +41,7 @@ class Killer:
         """Kill who is to die at this occasion of a phase, if that was not done."""
         for moment in list(self.moments):
             name, occasion, *who = moment.split(":")
-            if name == phase and self.occasions[phase] == int(occasion):
+            if name == phase and self.occasions[phase] >= int(occasion):
                 self.moments.remove(moment)
                 print(f"kill {moment}", flush=True)
                 self._kill(*who)
