@@ -1,8 +1,8 @@
 """`python -m support.kills MOMENTS train …`: the command, in which processes are killed.
 
 MOMENTS: `phase:occasion:who` with commas; who is `driver`, `trainer:RANK` or `ENGINE:RANK`. Such as
-`generate:2:1:0`: rank 0 of engine 1, at the second generation, or the first later chance. `ahead` is a generation at which the
-driver looks while it waits for training ranks.
+`generate:2:1:0`: rank 0 of engine 1, at the second generation, or the first later chance. `ahead`
+is a generation at which the driver looks while it waits for training ranks.
 """
 
 from __future__ import annotations
