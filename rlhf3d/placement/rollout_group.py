@@ -325,6 +325,7 @@ class RolloutGroup:
 
         With rollout.update=in_flight each does so between two of its steps, and its requests wait.
         """
+        self._await_turn()  # while requests that come before may still be submitted
         self._served = False
         self._settle()
         return self._start_all(VLLMEngine.update_weights, policy_version, sync)
@@ -343,6 +344,7 @@ class RolloutGroup:
 
     def sleep(self) -> None:
         """Have the engines serve nothing and give their memory back, until the next weights."""
+        self._await_turn()
         self._served = False
         self._settle()
         self._on_all("sleep", VLLMEngine.sleep)

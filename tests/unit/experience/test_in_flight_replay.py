@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.experience import FakeRewards
@@ -29,6 +29,7 @@ from rlhf3d.experience.source import OnPolicy, OnPolicySettings
 from rlhf3d.experience.steps import Patience, untimed
 from rlhf3d.placement.journal import JournalWriter, read_journal
 from rlhf3d.placement.script import Divergence, Script
+from rlhf3d.placement.waiting import gather
 from rlhf3d.pool.process import CallResult, Ending
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rollout.api import Completion, Request, SamplingSettings
@@ -47,11 +48,12 @@ class StandIn:
         self.requests: dict[int, Request] = {}
         self.written: dict[int, list[tuple[int, int]]] = {}
         """Token and version."""
-        self.version = self.state = 0
+        self.version: int | None = None
+        self.state = 0
 
     @property
     def can_step(self) -> bool:
-        return self.unfinished
+        return self.unfinished and self.version is not None
 
     def agree(self, number: int, timeout_s: float) -> int:
         return number
@@ -66,11 +68,15 @@ class StandIn:
             self.requests.pop(number, None)
         self.unfinished = bool(self.requests)
 
+    def update_weights(self, policy_version: int, sync: int) -> None:
+        self.version = None
+
     def publish(self, policy_version: int) -> None:
         self.version = policy_version
 
     def step(self) -> dict[int, Completion]:
         time.sleep(0.002)
+        assert self.version is not None
         for number, request in self.requests.items():
             what = (self.state, self.version, request.seed, *request.prompt_ids[-3:])
             self.state = hash(what) % 65_521
@@ -152,7 +158,7 @@ def run(
     """What each step trained on; `seed` is of the times alone."""
     folder.mkdir()
     chance = random.Random(seed)
-    trained, served = 0, 0
+    trained, served = 0, cast("int | None", None)
     experiences: list[Experience] = []
     with pytest.MonkeyPatch.context() as patch, JournalWriter(folder) as journal:
         journal.begin(0, {})
@@ -160,6 +166,9 @@ def run(
 
         def sync() -> dict[str, float]:
             nonlocal served
+            loads = engines.start_update_weights(trained, trained)
+            served = None  # as `WeightSync`
+            gather("sync_weights", loads, engines.timeout_s)
             engines.publish(trained)
             served = trained
             return {}
