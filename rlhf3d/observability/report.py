@@ -54,6 +54,7 @@ def make_report(run_dir: str | Path) -> Path:
         learning_table(rows),
         "## Seconds per phase",
         _phase_table(rows),
+        *_overlap(rows),
         "## The same held-out prompts, before and after",
         _sample_table(folder),
     ]
@@ -193,6 +194,18 @@ def _phase_table(rows: Rows) -> str:
         means = [f"{fmean(times):.1f}", str(len(times))]
         body.append([phase, *means, f"{total:.0f}", f"{total / everything:.0%}"])
     return _table(["phase", "mean, s", "times", "total, s", "share"], body)
+
+
+def _overlap(rows: Rows) -> list[str]:
+    """What of the generation training hid, of runs that generate ahead."""
+    if not series(rows, "async/overlap_share")[1]:
+        return []
+    share = _mean(rows, "async/overlap_share", ".0%")
+    waited = [_mean(rows, f"async/{who}_waited_s", ".1f") for who in ("trainer", "engines")]
+    return [
+        f"Batches are generated beside the training, which hid {share} of it: in a step the "
+        f"trainer waited {waited[0]} s for samples, and the engines {waited[1]} s for the trainer."
+    ]
 
 
 def _sample_table(folder: Path) -> str:

@@ -106,6 +106,15 @@ def test_partial_run_without_validation_or_samples(tmp_path: Path) -> None:
     assert rows[-1].startswith("| 45 |")
 
 
+def test_a_run_that_generates_ahead_says_who_waited(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step, share in ((1, 0.5), (2, 1.0)):
+            waits = {"async/trainer_waited_s": 3.0 * step, "async/engines_waited_s": 0.2}
+            writer.write(step, {**step_metrics(0.1), **waits, "async/overlap_share": share})
+    text = make_report(tmp_path).read_text()
+    assert "75%" in text and "4.5 s" in text and "0.2 s" in text
+
+
 def test_one_validation_has_no_gain(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(0, {"val-core/a/b/acc/greedy": 0.25})
