@@ -32,7 +32,7 @@ from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.rehearsal.miniature import byte_tokenizer
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.parts import EnvironmentPart
-from rlhf3d.rollout.api import Completion, Request, SamplingSettings
+from rlhf3d.rollout.api import Completion, Request, SamplingSettings, written_by
 from rlhf3d.tokenizer.chat import tokenize
 
 TURNS = 3
@@ -86,7 +86,7 @@ class InstantEngine:
         """See `Engines.submit`."""
         logprobs = (-0.1,) * len(self._tokens)
         for number in requests:
-            self._written[number] = Completion(self._tokens, logprobs, "stop", 0)
+            self._written[number] = Completion(self._tokens, logprobs, "stop", written_by(0))
 
     def poll(self, timeout_s: float) -> dict[int, Completion]:
         """See `Engines.poll`."""

@@ -68,7 +68,8 @@ def test_advantages_do_not_see_rows(estimator: str, seed: int, cuts: list[list[i
             for name in ("token_level_rewards", "advantages", "returns")
         }
         inside = by_trajectory(batch, "response_mask").bool()
-        results.append((columns, metrics | training_metrics(batch), trainer.state_dict(), inside))
+        figures = training_metrics(batch, torch.ones_like(batch["response_mask"]).bool())
+        results.append((columns, metrics | figures, trainer.state_dict(), inside))
     for name, column in results[0][0].items():
         assert torch.equal(column, results[1][0][name]), name
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5, abs=1e-6)
@@ -119,12 +120,9 @@ def test_turn_rewards_sum_to_what_groups_are_compared_by() -> None:
     assert batch["advantages"][0, 0] == batch["advantages"][1, 1] > 0 > batch["advantages"][2, 0]
     assert batch["advantages"][0, 2] == 0, "the observation"
     assert batch["advantages"][3, 0] == 0, "alone in its group"
-    assert (
-        training_metrics(batch.with_columns(old_logprobs=batch["rollout_logprobs"]))[
-            "critic/rewards/max"
-        ]
-        == 2.0
-    )
+    batch = batch.with_columns(old_logprobs=batch["rollout_logprobs"])
+    fresh = torch.ones_like(batch["response_mask"]).bool()
+    assert training_metrics(batch, fresh)["critic/rewards/max"] == 2.0
 
 
 def plan(rule: MicroBatching, trajectories: int = 4) -> UpdatePlan:
