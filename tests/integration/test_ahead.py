@@ -24,7 +24,7 @@ from support.same_run import asked, assert_same
 
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 
-STEPS, SAVED = 28, 4
+STEPS, SAVED = 20, 4
 GRPO = (
     "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
     "rollout.n=4",
@@ -44,9 +44,9 @@ JOB = (
     "rollout.placement=disaggregated",
     "rollout.engines=2",
     # Long enough that some completions are answered while others are being written.
-    "data.max_response_length=16",
+    "data.max_response_length=8",
     "rollout.max_num_seqs=8",
-    "actor.optim.lr=4.0e-3",
+    "actor.optim.lr=8.0e-3",
     f"trainer.total_training_steps={STEPS}",
     f"trainer.save_freq={SAVED}",
     f"trainer.test_freq={SAVED}",
@@ -152,7 +152,7 @@ def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(undisturbed: 
     job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("matrix")
     settings = (*JOB, f"trainer.output_dir={run}", "trainer.save_freq=1")
     for who in ("driver", "trainer:0"):
-        for phase in ("ahead:3", "score:3", "update_actor:2", "sync_weights:3", "save:2"):
+        for phase in ("ahead:4", "score:4", "update_actor:2", "sync_weights:3", "save:2"):
             died = train_with_deaths(job, f"{phase}:{who}", *settings)
             assert f"kill {phase}:{who}" in died.stdout
             assert died.returncode == (-signal.SIGKILL if who == "driver" else 1), died.stderr
