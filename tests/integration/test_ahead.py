@@ -21,6 +21,7 @@ from support.jobs import (
     write_job,
 )
 from support.same_run import asked, assert_same
+from support.tiny_models import make_tiny_model
 
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 
@@ -55,6 +56,12 @@ DAPO = (
     "data.max_response_length=2",
     "data.gen_batch_size=20",
     "algorithm.filter_groups={enable: true, max_num_gen_batches: 20}",
+)
+REWARD_MODEL = (
+    *GRPO,
+    "custom_reward_function.path=null",
+    "reward.weights={reward_model: 2.0}",
+    "reward_model={path: JUDGE, mean: 0.5, std: 4.0}",
 )
 REMAX = (
     "algorithm={adv_estimator: remax, use_kl_in_reward: true}",
@@ -170,20 +177,23 @@ def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(undisturbed: 
         (2, ("actor.layout={tp: 2, pp: 2}", "rollout.placement=disaggregated")),
         (2, (*GRPO, *DAPO)),
         (1, REMAX),
+        (1, REWARD_MODEL),
     ],
-    ids=["ppo", "ppo, placed apart", "dapo", "remax"],
+    ids=["ppo", "ppo, placed apart", "dapo", "remax", "reward model"],
 )
 def test_preempted_killed_and_continued_it_is_the_same_run(
     staleness: int, changes: tuple[str, ...], tmp_path: Path
 ) -> None:
     job, once, again = write_job(tmp_path), tmp_path / "once", tmp_path / "again"
+    judge = make_tiny_model(tmp_path / "judge", tie=False, classifier=True)
     settings = (
         *AHEAD,
-        *changes,
+        *(change.replace("JUDGE", str(judge)) for change in changes),
         f"rollout.max_staleness={staleness}",
         "trainer.total_training_steps=7",
         "trainer.save_freq=2",
-        "trainer.test_freq=3",
+        # At no step that a preemption may end: such a step leaves its validation out.
+        "trainer.test_freq=5",
     )
     run_twice(job, settings, once, again)
     for step in range(1, 8):
