@@ -20,7 +20,7 @@ import yaml
 
 from rlhf3d.checkpoints.identity import code_identity, model_identity
 from rlhf3d.checkpoints.manifest import MANIFEST, Manifest, problems, read_manifest
-from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, Store
+from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, EXPERIENCE_FOLDER, Store
 from rlhf3d.config.groups import TRAINABLE, worker_groups
 from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import config_to_yaml
@@ -251,7 +251,8 @@ def _stale_ahead(found: Checkpoint, config: Config) -> Iterator[str]:
     update, rollout = found.config.get("rollout.update", "between_batches"), config.rollout
     if not ahead:
         return
-    if rollout.max_staleness < ahead:
+    waiting = (found.folder / EXPERIENCE_FOLDER).is_dir()
+    if rollout.max_staleness < ahead and waiting:
         yield (
             f"rollout.max_staleness = {rollout.max_staleness}: the checkpoint holds completions "
             f"that were generated up to {ahead} batch(es) ahead, which would be too old; set "

@@ -167,7 +167,10 @@ class InFlight:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the step that `state` was taken after."""
         self._source.load_state_dict(state)
-        counts = state.get("in_flight", {"batches": 0, "groups": 0, "handed_over": 0})
+        counts = state.get("in_flight")
+        if counts is None:  # until now each step drew its own batch, and was named after it
+            step: int = state["step"]
+            counts = {"batches": step, "groups": 0, "handed_over": step * self._settings.groups}
         self._batches, self._groups = counts["batches"], counts["groups"]
         self._handed_over = counts["handed_over"]
 

@@ -102,7 +102,7 @@ class CheckpointWriter:
         self,
         step: int,
         policy_version: int,
-        state: dict[str, Any],
+        state: Callable[[], dict[str, Any]],
         metric: dict[str, float],
         *,
         last: bool,
@@ -111,9 +111,11 @@ class CheckpointWriter:
     ) -> dict[str, float]:
         """Save a step; metrics of saves that ended.
 
-        `state` is the driver's own, as JSON; `metric` what the best checkpoints are kept by;
-        `last`: no step follows; `more` writes further files below the folder it gets. With
-        trainer.async_save, and unless `wait`, it returns once every rank has copied what it writes.
+        `state` gives the driver's own, as JSON, and `more` writes further files below the folder it
+        gets: one right after the other, as wherever the driver waits, more may be drawn, and what
+        is drawn between them would be in one and not in the other. `metric`: what the best
+        checkpoints are kept by; `last`: no step follows. With trainer.async_save, and unless
+        `wait`, it returns once every rank has copied what it writes.
         """
         # One save at a time: the one before is complete before the next takes room.
         metrics = self.finish()
@@ -125,7 +127,7 @@ class CheckpointWriter:
         save = _Save(step, partial, {"policy_version": policy_version, "metric": metric}, began)
         wait = wait or not self.config.async_save
         with self._removed_on_error(partial):
-            driver = {"step": step, **self._identity, **state}
+            driver = {"step": step, **self._identity, **state()}
             (partial / DRIVER_FILE).write_text(json.dumps(driver, indent=1))
             (partial / CONFIG_FILE).write_text(self._config_text, encoding="utf-8")
             if more is not None:

@@ -60,7 +60,7 @@ class RunComponents:
             return self.checkpoints.save(
                 step,
                 self.weights.trained_version,
-                self.state_dict() | {"metrics": metrics},
+                lambda: self.state_dict() | {"metrics": metrics},
                 self.best.of(metrics),
                 last=step == self.log.total_steps,
                 wait=wait,

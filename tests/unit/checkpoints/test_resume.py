@@ -43,14 +43,22 @@ def config(model: Path, tmp_path: Path) -> Config:
 
 
 def add_checkpoint(
-    config: Config, step: int, optimizer: bool = True, models: tuple[str, ...] = ("actor", "critic")
+    config: Config,
+    step: int,
+    optimizer: bool = True,
+    models: tuple[str, ...] = ("actor", "critic"),
+    ahead: bool = False,
 ) -> Path:
+    """`ahead`: whether it holds what was generated ahead."""
     store = Store(Path(config.trainer.output_dir) / "checkpoints")
     partial = store.begin(step)
     state = {"step": step, **identity_state(config, load_spec(config.model.path))}
     (partial / "driver.json").write_text(json.dumps(state))
     (partial / "config.yaml").write_text(config_to_yaml(config))
     (partial / "actor.distcp").write_bytes(b"weights")
+    if ahead:
+        (partial / "experience").mkdir()
+        (partial / "experience" / "queue.json").write_text("{}")
     write_manifest(partial, Manifest(step, step, models, optimizer, files=infos_below(partial, {})))
     return store.publish(step, partial)
 
@@ -199,7 +207,7 @@ def refusal(
     optimizer: bool = True,
     models: tuple[str, ...] = ("actor", "critic"),
 ) -> str:
-    add_checkpoint(saved, 3, optimizer, models)
+    add_checkpoint(saved, 3, optimizer, models, ahead=True)
     found = choose_start(saved, TOTAL).checkpoint
     assert found is not None
     with pytest.raises(ValueError, match="cannot resume from") as error:
@@ -282,12 +290,18 @@ def test_refuses_a_bound_that_what_was_generated_ahead_breaks(config: Config) ->
     assert "set algorithm.adv_estimator=" in refusal(stale(greedy, 2), stale(config, 2))
 
 
-def test_a_bound_may_grow(config: Config) -> None:
+def test_a_bound_may_grow_and_where_nothing_waits_also_shrink(config: Config) -> None:
     spec = load_spec(config.model.path)
-    for step, (saved, now) in enumerate(
-        [(stale(config, 2), stale(config, 3)), (config, stale(config, 1, "in_flight"))], 1
+    in_flight = stale(config, 2, "in_flight")
+    for step, (saved, now, ahead) in enumerate(
+        [
+            (stale(config, 2), stale(config, 3), True),
+            (config, stale(config, 1, "in_flight"), False),
+            (in_flight, stale(config, 1, "in_flight"), False),
+        ],
+        1,
     ):
-        add_checkpoint(saved, step)
+        add_checkpoint(saved, step, ahead=ahead)
         found = choose_start(saved, TOTAL).checkpoint
         assert found is not None
         (changed, *_) = check_resume(found, now, spec)

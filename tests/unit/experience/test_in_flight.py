@@ -167,6 +167,19 @@ def test_a_stop_loses_and_repeats_nothing(seed: int, staleness: int, stop: int) 
     assert sorted(seen) == list(range(STEPS * GROUPS)), "the data's prompts, each once"
 
 
+def test_after_steps_that_drew_their_own_batches_it_goes_on_as_the_next_one() -> None:
+    """No name or seed is used again, and nothing is drawn that no step takes."""
+    run = Run(0, staleness=2)
+    run.trained = run.engines.version = 2
+    run.source.load_state_dict({"step": 2, "loader": {"served": 2 * GROUPS}})
+    names: list[str] = []
+    for step in range(3, STEPS + 1):
+        names += [one.trajectory.name for one in run.step(step, looks=5).trajectories]
+    assert all(int(name[1:].split(".")[0]) > 2 for name in names)
+    assert run.source.state_dict()["in_flight"]["handed_over"] == STEPS * GROUPS
+    assert not run.source._complete and not run.source.go_on()
+
+
 def test_engines_that_had_nothing_to_do_are_seen() -> None:
     run = Run(0, staleness=1)
     assert run.step(1).metrics["async/engines_waited_s"] < 0.05

@@ -5,6 +5,7 @@ The ranks are stand-ins that write files; what real ranks write is tested in tes
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -96,7 +97,7 @@ def make_writer(model: Path, output: Path, group: Any = None, **trainer: Any) ->
 
 
 def save(made: CheckpointWriter, step: int, **metric: float) -> dict[str, float]:
-    return made.save(step, 4, {"loader": step}, metric, last=True, wait=False)
+    return made.save(step, 4, lambda: {"loader": step}, metric, last=True, wait=False)
 
 
 def killed_at(stage: str, run: Callable[[], object]) -> int:
@@ -150,7 +151,7 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
         (checkpoint / "experience").mkdir()
         (checkpoint / "experience" / "queue.json").write_text("{}")
 
-    metrics = made.save(3, 4, {"loader": 3}, {"acc": 0.5}, last=True, wait=False, more=more)
+    metrics = made.save(3, 4, lambda: {"loader": 3}, {"acc": 0.5}, last=True, wait=False, more=more)
     folder = tmp_path / "checkpoints" / "step_3"
     manifest = read_manifest(folder)
     assert made.last == folder and problems(folder, manifest) == []
@@ -206,6 +207,28 @@ class FullGroup(FakeGroup):
                 "save_checkpoint failed on rank 1: OSError: [Errno 28] No space left on device"
             )
         return super().call_all(phase, method, *args)
+
+
+def test_what_is_drawn_while_a_save_is_waited_for_is_all_there(model: Path, tmp_path: Path) -> None:
+    """The driver draws on where it waits for ranks; its position and queue are of one moment."""
+    drawn = [0]
+
+    class Drawing(FakeGroup):
+        def call_all(self, phase: str, method: Any, *args: Any) -> list[Any]:
+            drawn[0] += 1
+            return super().call_all(phase, method, *args)
+
+    def more(checkpoint: Path) -> None:
+        (checkpoint / "queue.json").write_text(str(drawn[0]))
+
+    made = make_writer(model, tmp_path, Drawing(), async_save=True, save_hf="always")
+    for step in (1, 2):
+        made.save(step, 1, lambda: {"drawn": drawn[0]}, {}, last=False, wait=False, more=more)
+    made.finish()
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step}"
+        state = json.loads((folder / "driver.json").read_text())
+        assert str(state["drawn"]) == (folder / "queue.json").read_text()
 
 
 def test_a_background_failure_is_raised_at_the_next_boundary(model: Path, tmp_path: Path) -> None:
