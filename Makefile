@@ -126,7 +126,7 @@ PROPERTIES := quick
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint unit integration ## all checks, in about 22 minutes on two cores
+test: lint unit integration ## all checks
 
 test-all: TESTS := full or not full
 test-all: GPU_SET_TESTS := gpu_set or gpu_set_full
