@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -219,18 +220,26 @@ def run_twice(job: Path, settings: tuple[str, ...], once: Path, again: Path) -> 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    ("staleness", "update"),
+    [(0, "between_batches"), *product([1, 2, 4], ["between_batches", "in_flight"])],
+)
 @pytest.mark.parametrize("changes", [(), GRPO], ids=["ppo", "grpo"])
 def test_it_learns_however_old_the_tokens_are(
-    changes: tuple[str, ...], staleness: int, seed: int, tmp_path: Path
+    changes: tuple[str, ...], staleness: int, update: str, seed: int, tmp_path: Path
 ) -> None:
     settings = [*changes, f"rollout.max_staleness={staleness}", f"trainer.seed={seed}"]
     # The older the tokens, the later it has learned.
     settings.append(f"trainer.total_training_steps={24 + 8 * staleness}")
     if staleness:
         settings.append("algorithm.rollout_correction.bypass_mode=true")
+    if update == "in_flight":
+        settings += ["rollout.update=in_flight", "rollout.placement=disaggregated"]
     finished = train(write_job(tmp_path), "cluster.threads_per_rank=1", *settings)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     rows = read_rows(tmp_path / "run")
-    print(f"LEARNING staleness {staleness} seed {seed}: {rows[-1]['critic/score/mean']:.3f}")
-    assert rows[1]["critic/score/mean"] < 0.4 and rows[-1]["critic/score/mean"] > 0.9
+    scores = [row["critic/score/mean"] for row in rows[1:]]
+    above = next((step for step, score in enumerate(scores, 1) if score > 0.9), None)
+    print(f"LEARNING {update} staleness {staleness} seed {seed}: step 24 {scores[23]:.3f},")
+    print(f"the last {scores[-1]:.3f}, above 0.9 from step {above}")
+    assert scores[0] < 0.4 and scores[-1] > 0.9

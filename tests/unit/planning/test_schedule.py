@@ -355,3 +355,22 @@ def test_a_plan_shows_both_sides() -> None:
     assert f"engines {schedule.engines_s:.1f}, training {schedule.training_s:.1f}" in text
     assert f"(longest {schedule.longest_s:.1f} + " in text
     assert "32 sequences run in an engine" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "versions", "measured_s"),
+    [
+        ("between_batches", 1, 5.92),
+        ("between_batches", 2, 5.59),
+        ("in_flight", 1, 5.69),
+        ("in_flight", 2, 5.30),
+    ],
+)
+def test_the_schedule_of_measured_phases_is_what_was_measured(
+    mode: Any, versions: int, measured_s: float
+) -> None:
+    # Of tools/bench/async_overlap.py, docs/async.md: phases of k = 0, and what writing computes.
+    writes_s, trains_s, sync_s = 5.56, 4.70, 0.07
+    computes_s = writes_s - 4.67
+    planned = Schedule(mode, versions, writes_s, trains_s, computes_s, sync_s, longest_s=writes_s)
+    assert planned.step_s == pytest.approx(measured_s, rel=0.07)
