@@ -55,6 +55,9 @@ class Validation:
             if self._config.sampled_n:
                 sampling = SamplingSettings(self._config.temperature, max_tokens=self._max_tokens)
                 metrics |= self._answers(step, "sampled", self._config.sampled_n, sampling)
+        # In flight, other requests may run meanwhile, but no newer weights may have come.
+        assert self._weights.served_version == self._weights.trained_version
+        metrics["val-aux/policy_version"] = float(self._weights.trained_version)
         # A save may follow, and needs the memory.
         self._weights.sleep_engines()
         self._log.console.validation(f"step {step}", metrics)

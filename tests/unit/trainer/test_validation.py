@@ -97,6 +97,8 @@ class Log:
 
 
 class Weights:
+    trained_version = served_version = 7
+
     def sync_weights(self) -> dict[str, float]:
         return {}
 
@@ -133,6 +135,7 @@ def test_a_prompt_whose_environment_failed_is_in_no_figure() -> None:
     )
     metrics = validation.run(0)
     assert metrics["val-core/test/acc/greedy"] == 0.5
+    assert metrics["val-aux/policy_version"] == 7
     assert metrics["val-aux/test/num_prompts"] == 2
     assert metrics["val-aux/env/greedy/prompts_left_out"] == 1
     assert [sample.outcome for sample in log.written] == ["scored", "env_error", "scored"]
