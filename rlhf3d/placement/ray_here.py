@@ -38,6 +38,21 @@ END_S = 10.0
 """Seconds for Ray's processes to end by themselves."""
 
 
+def _init(**settings: Any) -> None:
+    """Start Ray; RuntimeError where its processes do not come up within its own 30 s."""
+    try:
+        ray.init(**settings)
+    except Exception as error:
+        # Ray has no class of its own for this; other mistakes have theirs.
+        if type(error) is not Exception:
+            raise
+        load = os.getloadavg()[0]
+        raise RuntimeError(
+            f"Ray did not start on this machine: {error} The machine has {os.cpu_count()} CPUs and "
+            f"a load of {load:.0f}: end what else runs on it, then give the same command again"
+        ) from error
+
+
 class RayHere:
     """Ray's processes. Without `start`, `ended` and `end` are those of a cluster of others."""
 
@@ -66,7 +81,7 @@ class RayHere:
             stop_signals_blocked(),
             exit_on_timeout("start Ray on this machine", timeout_s),
         ):
-            ray.init(
+            _init(
                 num_cpus=cpus,
                 num_gpus=gpus,
                 include_dashboard=False,
