@@ -106,6 +106,8 @@ class InFlight:
         """Batches drawn from the data, groups in them, and groups that steps have had."""
         self._begun = False
         self._ended = _Ended()
+        self._loaded_ends: list[int] = []
+        """Groups of the checkpoint whose ends the next batch reports."""
         self._failure: Exception | None = None
         self._going_on = False
         self._since = time.monotonic()
@@ -161,6 +163,7 @@ class InFlight:
             "batches": self._batches,
             "groups": self._groups,
             "handed_over": self._handed_over,
+            "ended": self._unreported,
         }
         return {**self._source.state_dict(), "in_flight": counts}
 
@@ -173,13 +176,20 @@ class InFlight:
             counts = {"batches": step, "groups": 0, "handed_over": step * self._settings.groups}
         self._batches, self._groups = counts["batches"], counts["groups"]
         self._handed_over = counts["handed_over"]
+        # Checkpoints of earlier versions do not have them.
+        self._loaded_ends = counts.get("ended", [])
 
     def save(self, folder: Path) -> None:
-        """Write complete groups, and the requests of the others, to the new folder."""
-        batches = []
-        for group in sorted(self._complete, key=lambda group: group.number):
+        """Write complete groups, those whose end no step has reported, and the others' requests."""
+        version = self._trained_version()  # of no consequence where nothing is trained on
+        ended = {
+            number: QueuedBatch(number, version, self._ended.groups[number])
+            for number in self._unreported
+        }
+        for group in self._complete:
             assert group.experience is not None
-            batches.append(QueuedBatch(group.number, group.version, group.experience))
+            ended[group.number] = QueuedBatch(group.number, group.version, group.experience)
+        batches = [ended[number] for number in sorted(ended)]
         requests = [*chain.from_iterable(group.requests for group in self._running)]
         requests += chain.from_iterable(self._waiting)
         if batches or requests:
@@ -189,13 +199,20 @@ class InFlight:
         """Continue with what `save` wrote, after `load_state_dict`."""
         queued = load_queue(folder, self._prompt_of)
         for batch in queued.batches:
-            self._complete.append(
-                _Group(batch.number, batch.version, (), experience=batch.experience)
-            )
+            self._keep(_Group(batch.number, batch.version, ()), batch.experience)
+            self._ended.groups[batch.number] = batch.experience
+        self._ended = self._ended.take(self._loaded_ends)
         of_group: dict[int, list[TrajectoryRequest]] = {}
         for request in queued.requests:
             of_group.setdefault(request.group, []).append(request)
         self._waiting.extend(of_group.values())
+
+    @property
+    def _unreported(self) -> list[int]:
+        """Groups that came to their end since the last batch, for the step after a resume to
+        report; after a failure its message has, and a resume begins to count again.
+        """
+        return [] if self._failure is not None else list(self._ended.groups)
 
     def _round(self) -> None:
         """Begin what may begin, and take every group as far as it goes; waits at most once."""
@@ -235,17 +252,20 @@ class InFlight:
         """Keep a group that has ended, unless it is not to be trained on."""
         self._ended.groups[group.number] = experience
         self._tell_script(experience)
-        if experience.trajectories and not self._has_signal(experience):
-            self._ended.without_signal.add(group.number)
-        elif experience.trajectories:
-            group.experience = experience
-            self._complete.append(group)
+        self._keep(group, experience)
         if self._script is not None:
             return  # more may have ended by now than in the run, which went on
         self._check_failures()
         limit = self._settings.max_generated
         if limit is not None and len(self._ended.groups) > limit:
             raise TooFewGroups(self._ended.too_few(limit, self._settings.metric))
+
+    def _keep(self, group: _Group, experience: Experience) -> None:
+        if experience.trajectories and not self._has_signal(experience):
+            self._ended.without_signal.add(group.number)
+        elif experience.trajectories:
+            group.experience = experience
+            self._complete.append(group)
 
     def _check_failures(self) -> None:
         """Raise where too much of what has ended since the last batch failed.

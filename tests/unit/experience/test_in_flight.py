@@ -151,8 +151,12 @@ def test_none_is_too_old_and_each_is_trained_on_once(seed: int, staleness: int, 
 def test_a_stop_loses_and_repeats_nothing(seed: int, staleness: int, stop: int) -> None:
     first = Run(seed, staleness)
     seen: list[int] = []
+    drawn: list[int] = []
+    ended: list[int] = []
     for step in range(1, stop + 1):
-        seen += asked(first.step(step, looks=5))
+        experience = first.step(step, looks=5)
+        seen, drawn = [*seen, *asked(experience)], [*drawn, *experience.drawn]
+        ended += experience.ended
     with TemporaryDirectory() as folder:
         first.source.save(Path(folder) / "experience")
         second = Run(seed + 1, staleness)
@@ -163,8 +167,11 @@ def test_a_stop_loses_and_repeats_nothing(seed: int, staleness: int, stop: int) 
         experience = second.step(step, looks=5)
         for one in experience.trajectories:
             assert step - 1 - one.trajectory.oldest_version <= staleness
-        seen += asked(experience)
+        seen, drawn = [*seen, *asked(experience)], [*drawn, *experience.drawn]
+        ended += experience.ended
     assert sorted(seen) == list(range(STEPS * GROUPS)), "the data's prompts, each once"
+    assert sorted(ended) == list(range(STEPS * GROUPS)), "the end of each is reported once"
+    assert drawn == [2] * STEPS * GROUPS * N
 
 
 def test_after_steps_that_drew_their_own_batches_it_goes_on_as_the_next_one() -> None:
