@@ -49,7 +49,6 @@ for _command in (
     compare,
     convert,
     inspect,
-    config,
     doctor,
 ):
     app.command()(_command)
@@ -63,6 +62,8 @@ def _program(
 ) -> None:
     """PPO for language models: 3D-parallel training, vLLM rollouts, in-memory resharding."""
 
+
+app.add_typer(config, name="config")
 
 data = Commands(help="Data sets as parquet files of prompts.", no_args_is_help=True)
 data.command()(prepare)

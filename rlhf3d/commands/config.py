@@ -1,22 +1,42 @@
-"""`rlhf3d config`: the keys, or one configuration as a run would see it."""
+"""`rlhf3d config`: the keys, one configuration as a run would see it, or one of verl's."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from rlhf3d.options import Overrides
+from rlhf3d.options import AsJson, Commands, Overrides
+from rlhf3d.paths import check_output
 
 
-def config(
+class _ShowByDefault(TyperGroup):
+    """`rlhf3d config [CONFIG]` is `rlhf3d config show [CONFIG]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = (*self.commands, *ctx.help_option_names)
+        if not args or args[0] not in known:
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+config = Commands(
+    cls=_ShowByDefault,
+    help="List every configuration key, show a CONFIG as a run would see it, or convert verl's.",
+)
+
+
+@config.command()
+def show(
     config: Annotated[
         Path | None, typer.Argument(help="YAML file to resolve; without it, all keys.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List every configuration key, or print a CONFIG as a run would see it."""
+    """List every configuration key, or print a CONFIG as a run would see it (the default)."""
     from rlhf3d.config.derived import derive
     from rlhf3d.config.load import config_to_yaml
     from rlhf3d.config.resolve import load_run
@@ -29,6 +49,47 @@ def config(
     typer.echo(config_to_yaml(loaded), nl=False)
     for line in summary_lines(loaded, derive(loaded)):
         typer.echo(f"# {line}")
+
+
+@config.command("from-verl")
+def from_verl(
+    file: Annotated[
+        Path, typer.Argument(help="verl's YAML, or a run script that calls verl (nothing is run).")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Overrides with verl's names, such as trainer.nnodes=2."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default standard output.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a verl configuration and say what became of each key.
+
+    Exit code 2 where something is left for you to set.
+    """
+    from rlhf3d.config.verl.convert import convert
+    from rlhf3d.config.verl.read import read_verl
+    from rlhf3d.config.verl.report import conversion_view
+
+    check_output("--output", output, is_file=True)
+    # As a path for any user: a run here reads ~ itself.
+    conversion = convert(read_verl(file, overrides or [], {**os.environ, "HOME": "~"}))
+    lines = [f"# {file.name}, converted by `rlhf3d config from-verl`"]
+    lines += [f"# to set: {text}" for text in conversion.to_set]
+    text = "\n".join(lines) + f"\n{conversion.to_yaml()}"
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    elif not as_json:
+        typer.echo(text, nl=False)
+    # Beside a configuration on standard output, the report is on the other stream.
+    view = conversion_view(str(file), conversion)
+    view.show(as_json, stderr=output is None and not as_json)
+    if conversion.to_set:
+        raise typer.Exit(2)
 
 
 def _list_keys() -> None:

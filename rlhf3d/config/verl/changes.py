@@ -1,0 +1,450 @@
+"""From verl's values to ours, one function for each difference.
+
+Invariant: pure; a value that this package does not know is passed on, so that the loader's message
+names the choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf3d.config.verl.read import Verl
+from rlhf3d.config.verl.rules import Change, Drop, Put
+
+A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
+CORRECTION = "algorithm.rollout_correction."
+GROUPS = ("grpo", "rloo", "opo", "reinforce_plus_plus_baseline")
+EMPTY_RESPONSES = (
+    "an empty response is left out of its group's statistics, and one that is alone in its group "
+    "gets advantage 0; verl counts the first, and gives the second its score"
+)
+
+
+def as_list(value: Any, verl: Verl) -> Any:
+    """A file or several."""
+    return value if isinstance(value, list) else [value]
+
+
+def renamed(names: dict[Any, Any]) -> Change:
+    """verl's name of a choice as ours; others as they stand."""
+    return lambda value, verl: names.get(value, value)
+
+
+def not_negative(value: Any, verl: Verl) -> Any:
+    """verl's -1 for never is 0 here."""
+    return max(value, 0) if isinstance(value, int | float) else value
+
+
+def model_folder(value: Any, verl: Verl) -> Any:
+    """A model is a folder here, not a name on the hub."""
+    text = str(value)
+    if text.startswith(("/", "~", ".")) or text.count("/") != 1:
+        return value
+    folder = f"models/{text.partition('/')[2]}"
+    return Put(folder, f"a folder: hf download {text} --local-dir {folder}")
+
+
+def same_as_actor_model(value: Any, verl: Verl) -> Any:
+    """The critic starts from the actor's model."""
+    if value == verl.get(M + "path"):
+        return Drop("the critic starts from model.path", same=True)
+    return Drop("the critic starts from model.path, with a fresh value head", to_set=True)
+
+
+def overlong(value: Any, verl: Verl) -> Any:
+    """Two keys of verl in one of ours."""
+    if verl.get("data.filter_overlong_prompts"):
+        return "filter"
+    names = {"left": "truncate_left", "right": "truncate_right", "error": "error"}
+    cut = verl.get("data.truncation") or "error"
+    return names.get(cut, f"truncate_{cut}")
+
+
+def only_with_filter(value: Any, verl: Verl) -> Any:
+    """Batches of their own exist in dynamic sampling only."""
+    if verl.get("algorithm.filter_groups.enable"):
+        return value
+    return Drop("without filter_groups a step generates its train_batch_size prompts", same=True)
+
+
+def only_value(wanted: Any, otherwise: str, to_set: bool = True) -> Change:
+    """For keys whose one value is what happens here."""
+
+    def change(value: Any, verl: Verl) -> Drop:
+        if value == wanted:
+            return Drop("so it is here", same=True)
+        return Drop(otherwise, to_set)
+
+    return change
+
+
+# Layout
+
+
+def context_parallel(verl: Verl) -> int:
+    """Ranks among which a sequence is divided: Megatron's, or Ulysses'."""
+    megatron = A + "megatron.context_parallel_size"
+    ulysses = (
+        A + "ulysses_sequence_parallel_size",
+        A + "fsdp_config.ulysses_sequence_parallel_size",
+    )
+    found = verl.get(megatron) if verl.is_megatron else verl.get(*ulysses)
+    return int(found or 1)
+
+
+def cp(value: Any, verl: Verl) -> Any:
+    """Ulysses' ranks are context-parallel ones here."""
+    size = context_parallel(verl)
+    if verl.is_megatron or size == 1:
+        return size
+    return Put(size, "Ulysses divides heads, context parallelism the sequence: same numbers")
+
+
+def world(verl: Verl) -> int:
+    """GPUs that verl's workers share."""
+    return int(verl.get("trainer.nnodes") or 1) * int(verl.get("trainer.n_gpus_per_node") or 8)
+
+
+def megatron_size(name: str) -> Change:
+    """A size of Megatron's layout; FSDP has none."""
+
+    def change(value: Any, verl: Verl) -> Any:
+        return value if verl.is_megatron else Drop("verl's FSDP workers do not read it", same=True)
+
+    return change
+
+
+def data_parallel(value: Any, verl: Verl) -> Any:
+    """What is left of the GPUs."""
+    size = context_parallel(verl)
+    if verl.is_megatron:
+        size *= int(verl.get(A + "megatron.tensor_model_parallel_size") or 1)
+        size *= int(verl.get(A + "megatron.pipeline_model_parallel_size") or 1)
+        return world(verl) // size
+    return Put(
+        max(world(verl) // size, 1),
+        "FSDP shards weights over the replicas, this package over tp and pp: `rlhf3d plan CONFIG "
+        "--search` finds those that fit",
+    )
+
+
+def sequence_parallel(value: Any, verl: Verl) -> Any:
+    """On by default in verl's Megatron, and without effect at tp 1."""
+    tp = int(verl.get(A + "megatron.tensor_model_parallel_size") or 1)
+    return bool(verl.is_megatron and tp > 1 and value is not False)
+
+
+def recompute(value: Any, verl: Verl) -> Any:
+    """FSDP recomputes whole layers, Megatron what its granularity says."""
+    if not verl.is_megatron:
+        return "none" if verl.get(M + "enable_gradient_checkpointing") is False else "full"
+    granularity = verl.get(
+        A + "megatron.override_transformer_config.recompute_granularity",
+        M + "gradient_checkpointing_kwargs.activations_checkpoint_granularity",
+    )
+    if granularity == "selective":
+        return Put("selective", "here it is the MLP or the experts of a layer")
+    return granularity or "none"
+
+
+def of_the_actor(name: str) -> Change:
+    """The reference has the actor's layout."""
+
+    def change(value: Any, verl: Verl) -> Drop:
+        if value == verl.get(A + name):
+            return Drop("the reference has the actor's layout", same=True)
+        return Drop("the reference has the actor's layout; the numbers are the same")
+
+    return change
+
+
+def engines(value: Any, verl: Verl) -> Any:
+    """verl's replicas: what is left of the GPUs, or the rollout's own nodes."""
+    ranks = int(verl.get(R + "tensor_model_parallel_size") or 2)
+    return max(world(verl) // ranks, 1)
+
+
+def any_offload(value: Any, verl: Verl) -> Any:
+    """One switch for weights, gradients and optimizer of all models."""
+    parts = ("param_offload", "optimizer_offload", "grad_offload")
+    names = [A + "fsdp_config." + part for part in parts]
+    names += [A + "megatron." + part for part in parts]
+    if not any(verl.get(name) for name in names):
+        return False
+    return Put(True, "one switch for all models: weights, gradients and optimizer state")
+
+
+# Update
+
+
+def warmup(role: str, prefix: str) -> Change:
+    """Steps, or a share of the steps."""
+
+    def change(value: Any, verl: Verl) -> Any:
+        steps = verl.get(prefix + "optim.lr_warmup_steps")
+        if isinstance(steps, int) and steps > 0:
+            return steps
+        ratio = verl.get(prefix + "optim.lr_warmup_steps_ratio")
+        if not ratio:
+            return 0
+        total = verl.get("trainer.total_training_steps")
+        if total:
+            return int(ratio * total)
+        return Drop(
+            f"a number of steps here: set {role}.optim.lr_warmup_steps to {ratio} x all steps",
+            to_set=True,
+        )
+
+    return change
+
+
+def min_lr(prefix: str, lr: float) -> Change:
+    """FSDP's is a ratio."""
+
+    def change(value: Any, verl: Verl) -> Any:
+        ratio = verl.get(prefix + "optim.min_lr_ratio")
+        if ratio is None or verl.is_megatron:
+            return verl.get(prefix + "optim.min_lr") or 0.0
+        return ratio * (verl.get(prefix + "optim.lr") or lr)
+
+    return change
+
+
+def per_gpu(value: Any, verl: Verl) -> Any:
+    """Old keys without _per_gpu count over all GPUs."""
+    return Put(max(int(value) // world(verl), 1), "of one data-parallel rank; verl's, of all GPUs")
+
+
+def tokens_per_rank(value: Any, verl: Verl) -> Any:
+    """verl counts the tokens of one GPU, also where a sequence is divided."""
+    size = context_parallel(verl)
+    if size == 1:
+        return value
+    return Put(value * size, f"of all {size} ranks that share a sequence; verl's, of one")
+
+
+def clip_ratio(value: Any, verl: Verl) -> Any:
+    """verl's low and high have defaults of their own."""
+    if verl.get(A + "clip_ratio_low") is not None and verl.get(A + "clip_ratio_high") is not None:
+        return value
+    return Put(value, "default of low and high; verl's versions with those keys take 0.2 for them")
+
+
+def clip_low(value: Any, verl: Verl) -> Any:
+    """The lower bound of a ratio is 1 - this."""
+    if isinstance(value, int | float) and value > 1:
+        return Put(1.0, f"1 is no lower bound, as is verl's {value}")
+    return value
+
+
+def policy_loss(value: Any, verl: Verl) -> Any:
+    """verl's bypass mode has a loss of its own."""
+    if verl.get(CORRECTION + "bypass_mode") and verl.get(CORRECTION + "loss_type") == "reinforce":
+        return Put("cispo", "its truncated ratio is the weight of verl's loss_type reinforce")
+    name = {None: "vanilla", "gpg": "pg"}.get(value, value)
+    if name == "gspo":
+        return Put("gspo", "no dual clip: actor.clip_ratio_c is not used")
+    return name
+
+
+def aggregation(value: Any, verl: Verl) -> Any:
+    """GSPO's is by sequence; an old key chose between two."""
+    gspo = verl.get(A + "policy_loss.loss_mode") == "gspo"
+    value = verl.get(A + "loss_agg_mode")  # `value` may be that of the old key
+    if value is None and verl.get(A + "use_token_level_loss") is False:
+        return "seq-mean-token-mean"
+    if gspo and value in (None, "token-mean"):
+        return Put(
+            "seq-mean-token-mean" if value is None else value,
+            "GSPO's paper, and verl whatever this key said before it was read for GSPO, take "
+            "seq-mean-token-mean",
+        )
+    if value == "seq-mean-token-sum-norm":
+        return Put(value, "also divided by the number of sequences: compare the learning rate")
+    return value or "token-mean"
+
+
+# Advantages and corrections
+
+
+def estimator(value: Any, verl: Verl) -> Any:
+    """The same names; groups differ in their empty responses."""
+    name = str(value).removesuffix("_vectorized")
+    return Put(name, EMPTY_RESPONSES) if name in GROUPS else name
+
+
+def kl_coef(value: Any, verl: Verl) -> Any:
+    """Early versions had no switch."""
+    if value and verl.get("algorithm.use_kl_in_reward") is None:
+        return Put(value, "not used unless algorithm.use_kl_in_reward; verl's first versions did")
+    return value
+
+
+def generations(value: Any, verl: Verl) -> Any:
+    """verl's 0 is no limit."""
+    if isinstance(value, int) and value <= 0:
+        return Drop("a limit is needed here: the default stands")
+    return value
+
+
+def importance_weights(value: Any, verl: Verl) -> Any:
+    """Also what the key was before there was a section for it."""
+    if verl.get(CORRECTION + "bypass_mode"):
+        return Drop("with bypass_mode the loss's own ratio is the correction", same=True)
+    cap = verl.get(A + "tis_imp_ratio_cap")
+    if value is None or value is False:
+        return "token" if cap and cap > 0 else None
+    return value
+
+
+def importance_threshold(value: Any, verl: Verl) -> Any:
+    """The cap of truncated weights."""
+    cap = verl.get(A + "tis_imp_ratio_cap")
+    if value is None:
+        value = cap if cap and cap > 0 else 2.0
+    return value
+
+
+def rejection(value: Any, verl: Verl) -> Any:
+    """Old names said what is compared, not how."""
+    if value is None:
+        return None
+    if verl.get(CORRECTION + "bypass_mode"):
+        return Drop("no rejection with bypass_mode: choose one of the two", to_set=True)
+    return _OLD_REJECTION.get(value, value)
+
+
+_OLD_REJECTION = {"token": "token_k1", "sequence": "seq_sum_k1", "geometric": "seq_mean_k1"}
+
+
+def rejection_threshold(value: Any, verl: Verl) -> Any:
+    """verl's code bounds 1/r where k1 is meant to bound r."""
+    rules = verl.get(CORRECTION + "rollout_rs")
+    if value is None or rules is None or verl.get(CORRECTION + "bypass_mode"):
+        return None
+    if rules in _OLD_REJECTION:
+        lower = verl.get(CORRECTION + "rollout_rs_threshold_lower")
+        return value if lower is None else f"{lower}_{value}"
+    kinds, limits = str(rules).split(","), str(value).split(",")
+    if len(limits) == 1:
+        limits = limits * len(kinds)
+    turned = []
+    for kind, limit in zip(kinds, limits, strict=False):
+        turned.append(_inverse(limit) if kind.strip().endswith("_k1") else limit.strip())
+    text = ",".join(turned)
+    if text == ",".join(limits):
+        return value
+    return Put(text, f"k1 bounds r here; verl's code bounds 1/r, so its {value} is this range")
+
+
+def _inverse(limit: str) -> str:
+    """The range of r where that of 1/r is `limit`; a single number means its own inverse."""
+    low, _, high = limit.strip().partition("_")
+    if not high:
+        return limit.strip()
+    return f"{1 / float(high):.6g}_{1 / float(low):.6g}"
+
+
+# Rewards, rollout, trainer
+
+
+def reward_model_weights(value: Any, verl: Verl) -> Any:
+    """verl takes a reward model's score instead of the rule's."""
+    enabled = verl.get("reward.reward_model.enable", "reward_model.enable")
+    return {"reward_model": 1.0} if enabled else {"accuracy": 1.0}
+
+
+def if_reward_model(value: Any, verl: Verl) -> Any:
+    """Its folder, where it is enabled."""
+    if verl.get("reward.reward_model.enable", "reward_model.enable"):
+        folder = model_folder(value, verl)
+        told = "a Llama or Qwen2 classifier with one output"
+        if isinstance(folder, Put):
+            return Put(folder.value, f"{told}; {folder.differs}")
+        return Put(folder, told)
+    return Drop("the reward model is off", same=True)
+
+
+def if_custom_reward(value: Any, verl: Verl) -> Any:
+    """The function's name without a file is nothing."""
+    files = ("reward.custom_reward_function.path", "custom_reward_function.path")
+    return value if verl.get(*files) else Drop("no file is given", same=True)
+
+
+def greedy(value: Any, verl: Verl) -> Any:
+    """verl validates one way, greedy unless it samples."""
+    return not value
+
+
+def validation_samples(value: Any, verl: Verl) -> Any:
+    """Only where verl's validation samples."""
+    if verl.get(R + "val_kwargs.do_sample"):
+        return value
+    return Drop("validation is greedy: one completion per prompt", same=value == 1)
+
+
+def validation_sampling(value: Any, verl: Verl) -> Any:
+    """Only where verl's validation samples."""
+    if verl.get(R + "val_kwargs.do_sample"):
+        return value
+    return Drop("validation is greedy", same=True)
+
+
+def sampled_n(value: Any, verl: Verl) -> Any:
+    """verl's default is one."""
+    return (value or 1) if verl.get(R + "val_kwargs.do_sample") else 0
+
+
+def engine_name(value: Any, verl: Verl) -> Any:
+    """There is one engine here."""
+    if value == "vllm":
+        return Drop("vLLM is the engine", same=True)
+    return Drop("vLLM is the engine here")
+
+
+def expert_parallel(value: Any, verl: Verl) -> Any:
+    """A switch here."""
+    return isinstance(value, int) and value > 1
+
+
+def quantization(value: Any, verl: Verl) -> Any:
+    """vLLM's name of the one that is offered."""
+    if value == "fp8":
+        return Put("fp8_per_channel", "scales by channel; needs a rollout correction and tp 1")
+    return value
+
+
+def output_dir(value: Any, verl: Verl) -> Any:
+    """verl's folder of checkpoints; a run here writes everything into one folder."""
+    folder = verl.get("trainer.default_local_dir")
+    if folder:
+        return folder
+    project = verl.get("trainer.project_name") or "verl_examples"
+    return f"runs/{project}/{verl.get('trainer.experiment_name') or 'gsm8k'}"
+
+
+def save_at_end(value: Any, verl: Verl) -> Any:
+    """verl saves nothing where it does not save on the way."""
+    return (verl.get("trainer.save_freq") or -1) > 0
+
+
+def resume(value: Any, verl: Verl) -> Any:
+    """The folder of a checkpoint is one of ours."""
+    if value == "resume_path":
+        return Drop(
+            "a checkpoint of verl cannot be continued: merge it to a Hugging Face folder and set "
+            "model.path",
+            to_set=True,
+        )
+    return {"disable": "never"}.get(value, value)
+
+
+def saves(part: str) -> Change:
+    """Whether checkpoints hold a part."""
+
+    def change(value: Any, verl: Verl) -> Any:
+        if part == "hf_model":
+            return "always" if "hf_model" in value else "last"
+        return part in value
+
+    return change

@@ -1,0 +1,201 @@
+"""From a verl configuration to one of ours, with what became of each key.
+
+Invariant: every key that was given is in the findings, once; what is written was read by the
+loader of runs, whose problems are handed on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf3d.config import scalars
+from rlhf3d.config.keys import value_of
+from rlhf3d.config.load import read_config
+from rlhf3d.config.schema import Config
+from rlhf3d.config.verl.read import Verl
+from rlhf3d.config.verl.rules import Drop, Put, Rule
+from rlhf3d.config.verl.table import RULES
+
+Became = Literal["to set", "differs", "no counterpart", "unknown", "converted", "same by default"]
+BECAME: tuple[Became, ...] = (
+    "to set",
+    "unknown",
+    "differs",
+    "no counterpart",
+    "converted",
+    "same by default",
+)
+"""What may become of a key, the most urgent first."""
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one key of verl."""
+
+    name: str
+    """verl's; empty for what follows from its defaults."""
+    value: Any
+    became: Became
+    to: str = ""
+    """Our key."""
+    ours: Any = None
+    """Its value."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A configuration and where it comes from."""
+
+    values: dict[str, Any]
+    """What differs from our defaults, by dotted key."""
+    findings: tuple[Finding, ...]
+    problems: tuple[str, ...]
+    """What a run would be refused for."""
+    notes: tuple[str, ...]
+
+    @property
+    def to_set(self) -> list[str]:
+        """What the user has to decide before the run means what verl's did."""
+        asked = [finding for finding in self.findings if finding.became == "to set"]
+        told = [f"{item.name} = {item.value}: {item.note}" for item in asked]
+        return [*told, *self.problems]
+
+    def to_yaml(self) -> str:
+        """The configuration as a file."""
+        return scalars.write(_nested(self.values))
+
+
+def convert(verl: Verl) -> Conversion:
+    """verl's configuration as one of ours. Executes nothing of the user's."""
+    findings: list[Finding] = []
+    for rule in RULES:
+        findings += _apply(rule, verl)
+    for name, value in verl.values.items():
+        if rule_of(name) is None:
+            findings.append(Finding(name, value, "unknown", note="no key of verl that is known"))
+    findings += [_without_value(name, what) for name, what in verl.unknown.items()]
+    values = {item.to: item.ours for item in findings if item.to}
+    config, problems = _load(values)
+    findings = [_settled(item, config, problems) for item in findings]
+    kept = {key: value for key, value in values.items() if not _is_default(key, config)}
+    # A value that cannot be read stays, so that the user sees what verl's was.
+    kept |= {key: values[key] for key in values if _is_named(key, problems)}
+    findings = [item for item in findings if item.name or item.became != "same by default"]
+    findings.sort(key=lambda item: BECAME.index(item.became))
+    ordered = {key: kept[key] for key in values if key in kept}
+    return Conversion(ordered, tuple(findings), tuple(problems), tuple(verl.notes))
+
+
+def _apply(rule: Rule, verl: Verl) -> Iterator[Finding]:
+    """What a rule makes of the keys that are given, or of verl's default."""
+    given = [name for name in verl.values if rule_of(name) is rule]
+    if any("*" in name for name in rule.names):
+        for name in given:
+            yield _one(rule, name, verl.values[name], verl, _target(rule, name))
+        return
+    # The current name first, and one that is set before one that is null.
+    given.sort(key=rule.names.index)
+    given.sort(key=lambda name: verl.values[name] is None)
+    default = rule.default if rule.default is not None else _UNSET
+    value = verl.values[given[0]] if given else default
+    if value is _UNSET and not rule.always:
+        return
+    if value is None and not rule.always:
+        for name in given:
+            yield Finding(name, None, "same by default", note="null: not set")
+        return
+    first = _one(rule, "", None if value is _UNSET else value, verl, rule.to)
+    for name in given:
+        became = first.became
+        yield Finding(name, verl.values[name], became, first.to, first.ours, first.note)
+    if not given:
+        yield first
+
+
+def _without_value(name: str, what: str) -> Finding:
+    """A key whose value only a shell knows, which matters where we have such a key."""
+    rule = rule_of(name)
+    if rule is not None and not rule.to:
+        return Finding(name, what, "no counterpart", note=rule.note)
+    told = f"its value is {what}: give it, such as {name}=VALUE"
+    return Finding(name, what, "to set", note=told)
+
+
+def _target(rule: Rule, name: str) -> str:
+    """Our key for a name that a * stands for."""
+    pattern = next((one for one in rule.names if fnmatchcase(name, one)), "")
+    return rule.to.replace("*", name.removeprefix(pattern.rstrip("*"))) if pattern else rule.to
+
+
+def _one(rule: Rule, name: str, value: Any, verl: Verl, to: str) -> Finding:
+    made = rule.change(value, verl)
+    if isinstance(made, Drop):
+        # What is off in verl is not missed.
+        off = made.same or value in _OFF
+        became: Became = "to set" if made.to_set else "no counterpart"
+        return Finding(name, value, "same by default" if off else became, note=made.why)
+    if isinstance(made, Put):
+        return Finding(name, value, "differs", to, made.value, made.differs)
+    return Finding(name, value, "converted", to, made)
+
+
+@cache
+def rule_of(name: str) -> Rule | None:
+    """The rule for a key of verl: by its name, else by the first pattern that fits."""
+    exact = (rule for rule in RULES if name in rule.names)
+    return next(exact, None) or next((rule for rule in RULES if _fits(rule, name)), None)
+
+
+def _fits(rule: Rule, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in rule.names)
+
+
+def _load(values: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The configuration as a run would read it, and what it would be refused for."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "from_verl.yaml"
+        file.write_text(scalars.write(_nested(values)), encoding="utf-8")
+        return read_config(file)
+
+
+def _settled(finding: Finding, config: Config, problems: list[str]) -> Finding:
+    """With `same by default` where our default says it."""
+    same = finding.became == "converted" and finding.to and _is_default(finding.to, config)
+    if not same or _is_named(finding.to, problems):
+        return finding
+    return Finding(
+        finding.name, finding.value, "same by default", finding.to, finding.ours, finding.note
+    )
+
+
+def _is_named(key: str, problems: list[str]) -> bool:
+    return any(problem.startswith(f"{key} ") for problem in problems)
+
+
+def _is_default(key: str, config: Config) -> bool:
+    """Whether a key has our default; an entry of a mapping never has."""
+    try:
+        return bool(value_of(config, key) == value_of(Config(), key))
+    except AttributeError:
+        return False
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections."""
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = sections
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return sections

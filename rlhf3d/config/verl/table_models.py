@@ -1,0 +1,324 @@
+"""The part of the table that is about models: their layout and update, and the engines.
+
+Invariant: as in `table.py`, of which this is a part.
+"""
+
+from __future__ import annotations
+
+from rlhf3d.config.verl import changes as to
+from rlhf3d.config.verl.changes import A, M, R
+from rlhf3d.config.verl.rules import Rule, no_counterpart
+
+MODEL = (
+    Rule((M + "path",), "model.path", to.model_folder, "a folder here, not a name on the hub"),
+    Rule((M + "use_remove_padding", M + "use_rmpad"), "model.use_remove_padding"),
+    Rule(
+        (A + "megatron.tensor_model_parallel_size",),
+        "actor.layout.tp",
+        to.megatron_size("tp"),
+    ),
+    Rule(
+        (A + "megatron.pipeline_model_parallel_size",),
+        "actor.layout.pp",
+        to.megatron_size("pp"),
+    ),
+    Rule(
+        (A + "megatron.virtual_pipeline_model_parallel_size",),
+        "actor.layout.vpp",
+        to.megatron_size("vpp"),
+    ),
+    Rule((A + "megatron.expert_model_parallel_size",), "actor.layout.ep", to.megatron_size("ep")),
+    Rule(
+        (
+            A + "megatron.context_parallel_size",
+            A + "ulysses_sequence_parallel_size",
+            A + "fsdp_config.ulysses_sequence_parallel_size",
+        ),
+        "actor.layout.cp",
+        to.cp,
+        "Ulysses' ranks become context-parallel ones",
+        always=True,
+    ),
+    Rule(
+        (),
+        "actor.layout.dp",
+        to.data_parallel,
+        "what is left of the GPUs; FSDP shards weights over them, this package over tp and pp",
+        always=True,
+    ),
+    Rule(
+        (A + "megatron.sequence_parallel",),
+        "actor.layout.sequence_parallel",
+        to.sequence_parallel,
+        "only with tp above 1",
+        always=True,
+    ),
+    Rule((A + "megatron.use_distributed_optimizer",), "actor.layout.distributed_optimizer"),
+    Rule(
+        (
+            M + "enable_gradient_checkpointing",
+            A + "megatron.override_transformer_config.recompute_granularity",
+            M + "gradient_checkpointing_kwargs.activations_checkpoint_granularity",
+        ),
+        "actor.layout.recompute",
+        to.recompute,
+        "selective recomputes a layer's MLP or experts here",
+        always=True,
+    ),
+    Rule(
+        (
+            A + "megatron.override_transformer_config.num_layers_in_first_pipeline_stage",
+            A + "megatron.override_transformer_config.first_pipeline_num_layers",
+        ),
+        "actor.layout.first_stage_layers",
+    ),
+    Rule(
+        (
+            A + "megatron.override_transformer_config.num_layers_in_last_pipeline_stage",
+            A + "megatron.override_transformer_config.last_pipeline_num_layers",
+        ),
+        "actor.layout.last_stage_layers",
+    ),
+    Rule(
+        (
+            A + "fsdp_config.param_offload",
+            A + "fsdp_config.optimizer_offload",
+            A + "fsdp_config.grad_offload",
+            A + "megatron.param_offload",
+            A + "megatron.optimizer_offload",
+            A + "megatron.grad_offload",
+        ),
+        "model.offload",
+        to.any_offload,
+        "one switch for all models",
+    ),
+    *(
+        Rule(
+            (f"actor_rollout_ref.ref.megatron.{name}",),
+            change=to.of_the_actor(f"megatron.{name}"),
+            note="The reference has the actor's layout",
+        )
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "sequence_parallel",
+        )
+    ),
+    no_counterpart(
+        "low-rank adapters are not offered: all weights are trained, which wants a smaller "
+        "learning rate",
+        M + "lora*",
+        M + "target_modules",
+        M + "exclude_modules",
+        to_set=True,
+    ),
+    no_counterpart(
+        "write the template to a .jinja file: model.chat_template",
+        M + "custom_chat_template",
+        to_set=True,
+    ),
+    no_counterpart(
+        "Transformer Engine's fused kernels are used where they are installed",
+        M + "use_fused_kernels",
+        M + "use_liger",
+        M + "fused_kernel_options.*",
+        A + "use_fused_kernels",
+        A + "use_torch_compile",
+        A + "fsdp_config.use_torch_compile",
+        "actor_rollout_ref.ref.use_torch_compile",
+    ),
+    no_counterpart("model.offload keeps weights and states in host memory", "*activation_offload"),
+    no_counterpart(
+        "the reference and a reward model follow model.offload",
+        "actor_rollout_ref.ref.*_offload",
+        "critic.*_offload",
+        "reward*_offload",
+    ),
+)
+
+
+def _update(role: str, prefix: str, lr: float) -> tuple[Rule, ...]:
+    """The keys that actor and critic both have."""
+    optim, verl = f"{role}.optim.", prefix + "optim."
+    return (
+        Rule((verl + "lr",), optim + "lr"),
+        Rule(
+            (verl + "lr_warmup_steps", verl + "lr_warmup_steps_ratio"),
+            optim + "lr_warmup_steps",
+            to.warmup(role, prefix),
+            "a ratio needs trainer.total_training_steps",
+        ),
+        Rule(
+            (verl + "lr_scheduler_type", verl + "warmup_style", verl + "lr_decay_style"),
+            optim + "lr_decay_style",
+        ),
+        Rule((verl + "min_lr_ratio", verl + "min_lr"), optim + "min_lr", to.min_lr(prefix, lr)),
+        Rule((verl + "weight_decay",), optim + "weight_decay"),
+        Rule((verl + "betas",), optim + "betas"),
+        Rule((prefix + "grad_clip", verl + "clip_grad"), optim + "clip_grad"),
+        Rule((prefix + "ppo_epochs",), f"{role}.ppo_epochs"),
+        Rule((prefix + "ppo_micro_batch_size_per_gpu",), f"{role}.ppo_micro_batch_size_per_gpu"),
+        Rule(
+            (prefix + "ppo_micro_batch_size",),
+            f"{role}.ppo_micro_batch_size_per_gpu",
+            to.per_gpu,
+            "of all GPUs in verl",
+        ),
+        Rule((prefix + "use_dynamic_bsz",), f"{role}.use_dynamic_bsz"),
+        Rule(
+            (prefix + "ppo_max_token_len_per_gpu",),
+            f"{role}.ppo_max_token_len_per_gpu",
+            to.tokens_per_rank,
+            "of all ranks that share a sequence",
+        ),
+    )
+
+
+ACTOR = (
+    *_update("actor", A, 1e-6),
+    Rule((A + "ppo_mini_batch_size",), "actor.ppo_mini_batch_size", default=256),
+    Rule(
+        (A + "policy_loss.loss_mode",),
+        "actor.policy_loss",
+        to.policy_loss,
+        "gpg is pg; another loss of verl is a function of algorithm.custom_path",
+        always=True,
+    ),
+    Rule((A + "clip_ratio",), "actor.clip_ratio", to.clip_ratio, "default of low and high"),
+    Rule((A + "clip_ratio_low",), "actor.clip_ratio_low", to.clip_low, "at most 1"),
+    Rule((A + "clip_ratio_high",), "actor.clip_ratio_high"),
+    Rule((A + "clip_ratio_c",), "actor.clip_ratio_c"),
+    Rule((A + "entropy_coeff",), "actor.entropy_coeff"),
+    Rule((A + "use_kl_loss",), "actor.use_kl_loss"),
+    Rule((A + "kl_loss_coef",), "actor.kl_loss_coef"),
+    Rule((A + "kl_loss_type",), "actor.kl_loss_type"),
+    Rule(
+        (A + "loss_agg_mode", A + "use_token_level_loss"),
+        "actor.loss_agg_mode",
+        to.aggregation,
+        "over the global mini-batch, in every layout; verl's older workers average micro-batches",
+        always=True,
+    ),
+    no_counterpart(
+        "a loss of your own has settings in algorithm.custom_kwargs",
+        A + "policy_loss.*",
+        A + "tau_*",
+    ),
+    no_counterpart("1 in every loss here", A + "loss_scale_factor", "critic.loss_scale_factor"),
+    no_counterpart(
+        "the batch of a step is not shuffled between mini-batches",
+        A + "shuffle",
+        "critic.shuffle",
+        "*data_loader_seed",
+    ),
+    Rule(
+        (
+            A + "checkpoint.save_contents",
+            A + "checkpoint.contents",
+        ),
+        "trainer.save_optimizer",
+        to.saves("optimizer"),
+    ),
+    Rule((A + "checkpoint.async_save",), "trainer.async_save"),
+)
+
+CRITIC = (
+    *_update("critic", "critic.", 1e-5),
+    Rule(("critic.ppo_mini_batch_size",), "critic.ppo_mini_batch_size"),
+    Rule(("critic.cliprange_value",), "critic.cliprange_value"),
+    Rule(("critic.loss_agg_mode",), "critic.loss_agg_mode"),
+    Rule(
+        ("critic.model.path",),
+        change=to.same_as_actor_model,
+        note="The critic starts from model.path, with a fresh value head",
+    ),
+    no_counterpart(
+        "the critic shares the actor's layout; critic.layout gives it one of its own",
+        "critic.megatron.*",
+        "critic.ulysses_sequence_parallel_size",
+    ),
+    no_counterpart("started where the estimator needs values", "critic.enable", same=True),
+)
+
+ROLLOUT = (
+    Rule((R + "n",), "rollout.n"),
+    Rule((R + "temperature",), "rollout.temperature"),
+    Rule((R + "top_p",), "rollout.top_p"),
+    Rule((R + "top_k",), "rollout.top_k", to.renamed({0: -1})),
+    Rule((R + "tensor_model_parallel_size",), "rollout.tensor_parallel_size", default=2),
+    Rule((), "rollout.engines", to.engines, "GPUs / tensor_parallel_size", always=True),
+    Rule((R + "expert_parallel_size",), "rollout.expert_parallel", to.expert_parallel),
+    Rule((R + "gpu_memory_utilization",), "rollout.gpu_memory_utilization"),
+    Rule((R + "max_num_seqs",), "rollout.max_num_seqs", default=256),
+    Rule((R + "enforce_eager",), "rollout.enforce_eager"),
+    Rule((R + "free_cache_engine",), "rollout.sleep", default=True),
+    Rule((R + "dtype",), "rollout.dtype"),
+    Rule((R + "quantization",), "rollout.quantization", to.quantization, "fp8 by channel"),
+    Rule((R + "name",), change=to.engine_name, note="vLLM is the engine"),
+    Rule((R + "val_kwargs.do_sample",), "validation.greedy", to.greedy),
+    Rule((R + "val_kwargs.n",), "validation.sampled_n", to.sampled_n, always=True),
+    Rule((R + "val_kwargs.temperature",), "validation.temperature", to.validation_sampling),
+    no_counterpart(
+        "sampled validation draws from the complete distribution",
+        R + "val_kwargs.top_p",
+        R + "val_kwargs.top_k",
+    ),
+    Rule(
+        (R + "multi_turn.enable",),
+        change=to.only_value(
+            False, "name an environment or tools: environment.path (docs/environments.md)"
+        ),
+        note="environment.path turns several turns on",
+    ),
+    Rule(
+        (R + "multi_turn.max_assistant_turns", R + "multi_turn.max_turns"),
+        "environment.max_turns",
+    ),
+    Rule((R + "multi_turn.format",), "environment.tool_format"),
+    no_counterpart(
+        "environment.max_observation_tokens, in tokens (verl counts characters)",
+        R + "multi_turn.max_tool_response_length",
+        R + "multi_turn.tool_response_truncate_side",
+    ),
+    no_counterpart(
+        "an environment decides when a trajectory ends (docs/environments.md)",
+        R + "multi_turn.*",
+        R + "agent.*",
+    ),
+    no_counterpart("the engine's log-probs are always kept", R + "calculate_log_probs", same=True),
+    no_counterpart("the seed is trainer.seed", R + "seed", A + "*.seed", "critic.*.seed"),
+    no_counterpart(
+        "passes without gradient use the same micro-batches as the update",
+        "*log_prob_micro_batch_size*",
+        "*log_prob_use_dynamic_bsz",
+        "*log_prob_max_token_len_per_gpu",
+        "critic.forward_*",
+    ),
+    no_counterpart(
+        "vLLM's own default",
+        R + "max_num_batched_tokens",
+        R + "enable_chunked_prefill",
+        R + "enable_prefix_caching",
+        R + "max_model_len",
+        R + "engine_kwargs.*",
+        R + "disable_log_stats",
+        R + "cudagraph_capture_sizes",
+        R + "scheduling_policy",
+    ),
+    no_counterpart(
+        "engines start empty and get the weights slice by slice",
+        R + "load_format",
+        R + "layered_summon",
+        R + "checkpoint_engine.*",
+        R + "multi_stage_wake_up",
+        R + "update_weights_bucket_megabytes",
+    ),
+    no_counterpart("one way of calling the engines", R + "mode", same=True),
+    no_counterpart("the lengths are those of data", R + "prompt_length", R + "response_length"),
+    no_counterpart("end-of-text tokens always end a completion", R + "ignore_eos"),
+    no_counterpart("training always samples", R + "do_sample", same=True),
+)
