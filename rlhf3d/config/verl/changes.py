@@ -105,13 +105,9 @@ def world(verl: Verl) -> int:
     return int(verl.get("trainer.nnodes") or 1) * int(verl.get("trainer.n_gpus_per_node") or 8)
 
 
-def megatron_size(name: str) -> Change:
+def megatron_size(value: Any, verl: Verl) -> Any:
     """A size of Megatron's layout; FSDP has none."""
-
-    def change(value: Any, verl: Verl) -> Any:
-        return value if verl.is_megatron else Drop("verl's FSDP workers do not read it", same=True)
-
-    return change
+    return value if verl.is_megatron else Drop("verl's FSDP workers do not read it", same=True)
 
 
 def data_parallel(value: Any, verl: Verl) -> Any:
@@ -161,7 +157,23 @@ def of_the_actor(name: str) -> Change:
 def engines(value: Any, verl: Verl) -> Any:
     """verl's replicas: what is left of the GPUs, or the rollout's own nodes."""
     ranks = int(verl.get(R + "tensor_model_parallel_size") or 2)
-    return max(world(verl) // ranks, 1)
+    gpus = own_nodes(verl) * int(verl.get(R + "n_gpus_per_node") or 8)
+    return max((gpus or world(verl)) // ranks, 1)
+
+
+def own_nodes(verl: Verl) -> int:
+    """Nodes that only generate."""
+    return int(verl.get(R + "nnodes") or 0)
+
+
+def placement(value: Any, verl: Verl) -> Any:
+    """Engines with nodes of their own."""
+    return "disaggregated" if own_nodes(verl) else "colocated"
+
+
+def all_nodes(value: Any, verl: Verl) -> Any:
+    """Those that train, and those that only generate."""
+    return int(verl.get("trainer.nnodes") or 1) + own_nodes(verl)
 
 
 def any_offload(value: Any, verl: Verl) -> Any:
@@ -292,9 +304,10 @@ def importance_weights(value: Any, verl: Verl) -> Any:
     if verl.get(CORRECTION + "bypass_mode"):
         return Drop("with bypass_mode the loss's own ratio is the correction", same=True)
     cap = verl.get(A + "tis_imp_ratio_cap")
-    if value is None or value is False:
+    level = verl.get(CORRECTION + "rollout_is")  # `value` may be that of the old key
+    if not level:
         return "token" if cap and cap > 0 else None
-    return value
+    return level
 
 
 def importance_threshold(value: Any, verl: Verl) -> Any:
@@ -320,6 +333,7 @@ _OLD_REJECTION = {"token": "token_k1", "sequence": "seq_sum_k1", "geometric": "s
 def rejection_threshold(value: Any, verl: Verl) -> Any:
     """verl's code bounds 1/r where k1 is meant to bound r."""
     rules = verl.get(CORRECTION + "rollout_rs")
+    value = verl.get(CORRECTION + "rollout_rs_threshold")
     if value is None or rules is None or verl.get(CORRECTION + "bypass_mode"):
         return None
     if rules in _OLD_REJECTION:
@@ -439,12 +453,6 @@ def resume(value: Any, verl: Verl) -> Any:
     return {"disable": "never"}.get(value, value)
 
 
-def saves(part: str) -> Change:
-    """Whether checkpoints hold a part."""
-
-    def change(value: Any, verl: Verl) -> Any:
-        if part == "hf_model":
-            return "always" if "hf_model" in value else "last"
-        return part in value
-
-    return change
+def saves_optimizer(value: Any, verl: Verl) -> Any:
+    """Whether checkpoints hold it."""
+    return "optimizer" in value

@@ -6,6 +6,7 @@ loader of runs, whose problems are handed on.
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def convert(verl: Verl) -> Conversion:
         findings += _apply(rule, verl)
     for name, value in verl.values.items():
         if rule_of(name) is None:
-            findings.append(Finding(name, value, "unknown", note="no key of verl that is known"))
+            findings.append(Finding(name, value, "unknown", note=_nearest(name)))
     findings += [_without_value(name, what) for name, what in verl.unknown.items()]
     values = {item.to: item.ours for item in findings if item.to}
     config, problems = _load(values)
@@ -119,6 +120,15 @@ def _apply(rule: Rule, verl: Verl) -> Iterator[Finding]:
         yield Finding(name, verl.values[name], became, first.to, first.ours, first.note)
     if not given:
         yield first
+
+
+def _nearest(name: str) -> str:
+    """What an unknown key may have been meant for."""
+    known: list[str] = []
+    for rule in RULES:
+        known += rule.names
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"did you mean {near[0]}?" if near else "not in the table of docs/from_verl.md"
 
 
 def _without_value(name: str, what: str) -> Finding:

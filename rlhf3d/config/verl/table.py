@@ -116,6 +116,14 @@ _CORRECTION = (
         change=to.only_value("ppo_clip", "actor.policy_loss = cispo, with bypass_mode", False),
         note="reinforce is actor.policy_loss: cispo",
     ),
+    no_counterpart(
+        "an older spelling: give algorithm.rollout_correction.rollout_is and so on",
+        "algorithm.rollout_is*",
+        "algorithm.rollout_rs*",
+        "algorithm.rollout_token_veto_threshold",
+        to_set=True,
+    ),
+    no_counterpart("always measured", CORRECTION + "debug_rollout_actor_probs"),
     no_counterpart("no veto; rollout_rs rejects", CORRECTION + "rollout_token_veto_threshold"),
 )
 
@@ -148,6 +156,9 @@ _ALGORITHM = (
         "algorithm.filter_groups.max_num_gen_batches",
         to.generations,
         "0, no limit, is not offered",
+    ),
+    no_counterpart(
+        "one batch is generated at a time", "algorithm.filter_groups.max_inflight_gen_batches"
     ),
     no_counterpart(
         "not offered; an estimator of your own is algorithm.custom_path",
@@ -254,7 +265,14 @@ _TRAINER = (
     ),
     Rule(("trainer.critic_warmup",), "trainer.critic_warmup"),
     Rule(("trainer.max_actor_ckpt_to_keep",), "trainer.keep_last"),
-    Rule(("trainer.nnodes",), "cluster.num_nodes"),
+    Rule(
+        ("trainer.nnodes",),
+        "cluster.num_nodes",
+        to.all_nodes,
+        "with the nodes that only generate",
+        always=True,
+    ),
+    Rule(("trainer.device",), "cluster.platform", default="cuda"),
     Rule(("trainer.n_gpus_per_node",), "cluster.gpus_per_node"),
     Rule(
         ("trainer.val_only",),

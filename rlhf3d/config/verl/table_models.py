@@ -15,19 +15,19 @@ MODEL = (
     Rule(
         (A + "megatron.tensor_model_parallel_size",),
         "actor.layout.tp",
-        to.megatron_size("tp"),
+        to.megatron_size,
     ),
     Rule(
         (A + "megatron.pipeline_model_parallel_size",),
         "actor.layout.pp",
-        to.megatron_size("pp"),
+        to.megatron_size,
     ),
     Rule(
         (A + "megatron.virtual_pipeline_model_parallel_size",),
         "actor.layout.vpp",
-        to.megatron_size("vpp"),
+        to.megatron_size,
     ),
-    Rule((A + "megatron.expert_model_parallel_size",), "actor.layout.ep", to.megatron_size("ep")),
+    Rule((A + "megatron.expert_model_parallel_size",), "actor.layout.ep", to.megatron_size),
     Rule(
         (
             A + "megatron.context_parallel_size",
@@ -131,6 +131,20 @@ MODEL = (
         A + "fsdp_config.use_torch_compile",
         "actor_rollout_ref.ref.use_torch_compile",
     ),
+    no_counterpart("texts only", "*freeze_vision_tower", M + "freeze_*"),
+    no_counterpart("no multi-token prediction", M + "mtp.*", R + "mtp*"),
+    no_counterpart(
+        "config.json and tokenizer are in model.path", M + "hf_config_path", M + "tokenizer_path"
+    ),
+    no_counterpart("packing is model.use_remove_padding", "*.use_remove_padding", "*.use_rmpad"),
+    no_counterpart(
+        "not needed here",
+        M + "tiled_mlp.*",
+        M + "moe_config*",
+        "*.load_weight",
+        "*.pad_to_length*",
+        A + "use_prefix_grouper",
+    ),
     no_counterpart("model.offload keeps weights and states in host memory", "*activation_offload"),
     no_counterpart(
         "the reference and a reward model follow model.offload",
@@ -221,7 +235,7 @@ ACTOR = (
             A + "checkpoint.contents",
         ),
         "trainer.save_optimizer",
-        to.saves("optimizer"),
+        to.saves_optimizer,
     ),
     Rule((A + "checkpoint.async_save",), "trainer.async_save"),
 )
@@ -251,6 +265,7 @@ ROLLOUT = (
     Rule((R + "top_k",), "rollout.top_k", to.renamed({0: -1})),
     Rule((R + "tensor_model_parallel_size",), "rollout.tensor_parallel_size", default=2),
     Rule((), "rollout.engines", to.engines, "GPUs / tensor_parallel_size", always=True),
+    Rule((R + "nnodes",), "rollout.placement", to.placement),
     Rule((R + "expert_parallel_size",), "rollout.expert_parallel", to.expert_parallel),
     Rule((R + "gpu_memory_utilization",), "rollout.gpu_memory_utilization"),
     Rule((R + "max_num_seqs",), "rollout.max_num_seqs", default=256),
@@ -318,6 +333,26 @@ ROLLOUT = (
         R + "update_weights_bucket_megabytes",
     ),
     no_counterpart("one way of calling the engines", R + "mode", same=True),
+    no_counterpart("all nodes have cluster.gpus_per_node", R + "n_gpus_per_node"),
+    no_counterpart(
+        "an engine is tensor_parallel_size ranks; more engines are its replicas",
+        R + "data_parallel_size",
+        R + "pipeline_model_parallel_size",
+        R + "disaggregation.*",
+    ),
+    no_counterpart(
+        "not needed here",
+        R + "full_determinism",
+        R + "logprobs_mode",
+        R + "over_sample_rate",
+        R + "skip_*",
+        R + "*routing_replay*",
+        R + "moe_load_balance*",
+        R + "quantization_config_file",
+        R + "qat",
+        R + "limit_images",
+        R + "layer_name_map.*",
+    ),
     no_counterpart("the lengths are those of data", R + "prompt_length", R + "response_length"),
     no_counterpart("end-of-text tokens always end a completion", R + "ignore_eos"),
     no_counterpart("training always samples", R + "do_sample", same=True),

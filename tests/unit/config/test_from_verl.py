@@ -134,6 +134,17 @@ def test_k1_bounds_the_ratio_and_not_its_inverse(rules: str, limits: str, ours: 
     assert conversion.to_set == []
 
 
+def test_engines_on_nodes_of_their_own() -> None:
+    values = made(trainer__nnodes=2, actor_rollout_ref__rollout__nnodes=1).values
+    assert values["rollout.placement"] == "disaggregated"
+    assert (values["cluster.num_nodes"], values["rollout.engines"]) == (3, 4)
+
+
+def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
+    conversion = made(data__trian_batch_size=1)
+    assert "data.train_batch_size?" in of(conversion, "data.trian_batch_size").note
+
+
 def test_gspo_is_aggregated_by_sequence() -> None:
     conversion = actor("policy_loss.loss_mode", "gspo")
     assert conversion.values["actor.loss_agg_mode"] == "seq-mean-token-mean"
@@ -157,6 +168,13 @@ def test_old_names_of_keys() -> None:
     assert conversion.values["actor.loss_agg_mode"] == "seq-mean-token-mean"
     # Over all of the eight GPUs that verl takes for granted.
     assert conversion.values["actor.ppo_micro_batch_size_per_gpu"] == 2
+
+
+def test_the_old_cap_of_importance_weights() -> None:
+    values = actor("tis_imp_ratio_cap", 3.0).values
+    prefix = "algorithm.rollout_correction."
+    assert (values[prefix + "rollout_is"], values[prefix + "rollout_is_threshold"]) == ("token", 3)
+    assert prefix + "rollout_is" not in actor("tis_imp_ratio_cap", -1).values
 
 
 def test_the_layout_of_megatron() -> None:
