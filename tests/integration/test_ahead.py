@@ -23,8 +23,7 @@ from support.jobs import (
 )
 from support.same_run import asked, assert_same
 from support.tiny_models import make_tiny_model
-
-from rlhf3d.observability.tokens import read_tokens, tokens_path
+from support.trained import ages
 
 STEPS, SAVED = 20, 4
 GRPO = (
@@ -79,16 +78,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finished = train(write_job(folder), *JOB)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     return folder / "run"
-
-
-def ages(run: Path, step: int) -> set[int]:
-    """How many updates before those that a step trained its sampled tokens were written."""
-    found = set()
-    for one in read_tokens(tokens_path(run, step)):
-        for span in one.spans:
-            if span.author == "sampled":
-                found |= {step - 1 - version for _, version in span.versions}
-    return found
 
 
 @pytest.mark.timeout(900)

@@ -4,15 +4,29 @@ is lost, and the journal gives the same run again.
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import MARKED, read_rows, train, write_job
+from support.jobs import (
+    MARKED,
+    left_behind,
+    read_rows,
+    sample_rows,
+    saved_steps,
+    train,
+    train_with_deaths,
+    write_job,
+)
+from support.trained import ages, kept_names
 from transformers import AutoModelForCausalLM
 
 from rlhf3d.experience.certificate import span_certificate
@@ -20,7 +34,7 @@ from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.observability.tokens import TokenSpan, read_tokens, tokens_path
 from rlhf3d.placement.journal import read_journal
 
-STEPS, STALENESS, BATCH = 8, 2, 8
+STEPS, STALENESS, BATCH, SAMPLES = 8, 2, 8, 2
 JOB = (
     f"trainer.total_training_steps={STEPS}",
     f"rollout.max_staleness={STALENESS}",
@@ -38,6 +52,18 @@ JOB = (
     f"trainer.sample_tokens={BATCH}",
     "trainer.val_before_train=false",
     "cluster.threads_per_rank=1",
+)
+
+DEATHS = (
+    *JOB,
+    "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
+    f"rollout.n={SAMPLES}",
+    "rollout.max_num_seqs=8",
+    "rollout.engine_restarts=9",
+    "data.max_response_length=40",
+    "trainer.save_hf=never",
+    "trainer.save_optimizer=true",
+    f"trainer.sample_tokens={BATCH * SAMPLES}",
 )
 
 
@@ -122,3 +148,38 @@ def test_the_journal_gives_the_same_run_again(job: Path) -> None:
     command = [str(Path(sys.executable).with_name("rlhf3d")), "replay", str(job / "run")]
     done = subprocess.run(command, env=MARKED, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def assert_each_once(run: Path) -> None:
+    """The steps that were kept trained on each sample of each prompt once, and in time."""
+    steps = range(1, STEPS + 1)  # one epoch
+    assert [row["step"] for row in read_rows(run)] == [*steps]
+    kept = kept_names(run)
+    assert sorted(kept) == [*steps]
+    found: Counter[tuple[int, int]] = Counter()
+    for step, names in kept.items():
+        drawn = [tuple(int(part[1:]) for part in name.split(".")) for name in names]
+        found.update((row, sample) for _, row, sample in drawn)
+        # What was trained on is what these names say.
+        asked = Counter(one["prompt"] for one in sample_rows(run, step))
+        assert asked == Counter(f"word {row}" for _, row, _ in drawn)
+        assert ages(run, step) <= {*range(min(STALENESS, step - 1) + 1)}
+    assert found == Counter(product(range(STEPS * BATCH), range(SAMPLES)))
+    assert left_behind() == set()
+
+
+@pytest.mark.timeout(600)
+def test_after_an_engine_and_the_driver_died_each_is_trained_on_once(job: Path) -> None:
+    """The driver in the training that follows a save, with requests under way."""
+    file, run = job / "job.yaml", job / "killed"
+    settings = (*DEATHS, f"trainer.output_dir={run}")
+    died = train_with_deaths(file, "ahead:20:0:0,ahead:36:driver", *settings)
+    assert died.returncode == -signal.SIGKILL, died.stdout[-2000:] + died.stderr[-4000:]
+    assert "engine 0 died" in died.stdout
+    saved = saved_steps(run)[-1]
+    queue = json.loads((run / f"checkpoints/step_{saved}/experience/queue.json").read_text())
+    assert queue["counts"]["unfinished"] > 0
+    resumed = train(file, *settings)
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
+    assert f"resume from step {saved}" in resumed.stdout
+    assert_each_once(run)
