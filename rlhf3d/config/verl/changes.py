@@ -13,6 +13,41 @@ from rlhf3d.config.verl.rules import Change, Drop, Put
 
 A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
 CORRECTION = "algorithm.rollout_correction."
+NUMBERS = (
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "trainer.total_training_steps",
+    "trainer.save_freq",
+    R + "nnodes",
+    R + "n_gpus_per_node",
+    R + "tensor_model_parallel_size",
+    R + "top_k",
+    A + "megatron.tensor_model_parallel_size",
+    A + "megatron.pipeline_model_parallel_size",
+    A + "megatron.context_parallel_size",
+    A + "ulysses_sequence_parallel_size",
+    A + "fsdp_config.ulysses_sequence_parallel_size",
+    A + "tis_imp_ratio_cap",
+    A + "ppo_micro_batch_size",
+    "critic.ppo_micro_batch_size",
+    "reward_model.micro_batch_size",
+    A + "optim.lr",
+    A + "optim.min_lr_ratio",
+    A + "optim.lr_warmup_steps_ratio",
+    "critic.optim.lr",
+    "critic.optim.min_lr_ratio",
+    "critic.optim.lr_warmup_steps_ratio",
+)
+"""Keys that the functions below reckon with."""
+WORDS = (
+    "data.truncation",
+    A + "policy_loss.loss_mode",
+    CORRECTION + "rollout_rs",
+    "trainer.resume_mode",
+)
+"""Keys that the functions below look up."""
+LISTS = (A + "checkpoint.save_contents", A + "checkpoint.contents")
+"""Keys that the functions below look into."""
 GROUPS = ("grpo", "rloo", "opo", "reinforce_plus_plus_baseline")
 EMPTY_RESPONSES = (
     "an empty response is left out of its group's statistics, and one that is alone in its group "

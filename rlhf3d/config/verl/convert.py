@@ -19,6 +19,7 @@ from rlhf3d.config import scalars
 from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import read_config
 from rlhf3d.config.schema import Config
+from rlhf3d.config.verl.changes import LISTS, NUMBERS, WORDS
 from rlhf3d.config.verl.read import Verl
 from rlhf3d.config.verl.rules import Drop, Put, Rule
 from rlhf3d.config.verl.table import RULES
@@ -76,7 +77,11 @@ class Conversion:
 
 
 def convert(verl: Verl) -> Conversion:
-    """verl's configuration as one of ours. Executes nothing of the user's."""
+    """verl's configuration as one of ours. Executes nothing of the user's.
+
+    Raises ValueError where what others depend on is of the wrong kind.
+    """
+    _check_kinds(verl)
     findings: list[Finding] = []
     for rule in RULES:
         findings += _apply(rule, verl)
@@ -94,6 +99,19 @@ def convert(verl: Verl) -> Conversion:
     findings.sort(key=lambda item: BECAME.index(item.became))
     ordered = {key: kept[key] for key in values if key in kept}
     return Conversion(ordered, tuple(findings), tuple(problems), tuple(verl.notes))
+
+
+def _check_kinds(verl: Verl) -> None:
+    kinds: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "a number": ((int, float), NUMBERS),
+        "a word": (str, WORDS),
+        "a list": (list, LISTS),
+    }
+    for said, (kind, names) in kinds.items():
+        for name in names:
+            value = verl.values.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} = {value!r}: expected {said}, as in verl")
 
 
 def _apply(rule: Rule, verl: Verl) -> Iterator[Finding]:

@@ -314,7 +314,7 @@ ROLLOUT = (
         "critic.forward_*",
     ),
     no_counterpart(
-        "vLLM's own default",
+        "decided here: prompts are cached, a sequence has room for prompt and response",
         R + "max_num_batched_tokens",
         R + "enable_chunked_prefill",
         R + "enable_prefix_caching",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rlhf3d import cli
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
-from rlhf3d.config.verl.convert import Conversion, Finding, convert
+from rlhf3d.config.verl.convert import Conversion, Finding, _apply, _check_kinds, convert
 from rlhf3d.config.verl.read import Verl, read_verl
 from rlhf3d.config.verl.rules import Rule
 from rlhf3d.config.verl.shell import read_script
@@ -161,6 +161,19 @@ def test_a_value_that_cannot_be_read_is_kept_and_refused() -> None:
     conversion = made(data__max_prompt_length="long")
     assert conversion.values["data.max_prompt_length"] == "long"
     assert any("data.max_prompt_length" in text for text in conversion.to_set)
+
+
+@pytest.mark.parametrize("value", ["x", [1], -3])
+def test_a_value_of_the_wrong_kind_is_no_traceback(value: Any) -> None:
+    for name in [rule.names[0] for rule in RULES if rule.to and rule.names]:
+        verl = Verl({name: value})
+        try:
+            _check_kinds(verl)
+        except ValueError as error:
+            assert name in str(error)
+            continue
+        for rule in RULES:
+            list(_apply(rule, verl))
 
 
 def test_old_names_of_keys() -> None:
