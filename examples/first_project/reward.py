@@ -8,5 +8,5 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, environme
     if guess is None:
         return {"score": 0.0, "acc": 0.0}
     distance = abs(guess - int(ground_truth))
-    earlier = environment.get("guesses", 1) - 1
+    earlier = max(0, environment.get("guesses", 0) - 1)  # a turn that was cut off is no guess
     return {"score": max(0.0, 1 - distance / 20) * 0.9**earlier, "acc": float(distance == 0)}

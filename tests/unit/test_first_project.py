@@ -71,5 +71,7 @@ def test_its_reward_falls_with_distance_and_guesses() -> None:
 
     assert scored("It is 12.", 1) == {"score": 1.0, "acc": 1.0}
     assert scored("12", 3) == {"score": pytest.approx(0.81), "acc": 1.0}
+    # A turn that is cut off never came to `step`.
+    assert scored("12", 0) == scored("12", 1)
     assert scored("7", 1) == {"score": 0.75, "acc": 0.0}
     assert scored("1000", 1) == scored("no idea", 1) == {"score": 0.0, "acc": 0.0}
