@@ -13,10 +13,11 @@ from rlhf3d.config.keys import code_files
 from rlhf3d.config.schema import Config, DataConfig
 from rlhf3d.models.engine_weights import check_engine_layout, check_quantization
 from rlhf3d.models.spec import ModelSpec, check_layout, load_reward_spec, load_spec
+from rlhf3d.observability.trackers.registry import missing_libraries
 from rlhf3d.paths import folder_problem
 
 # An earlier run, such as one of another user, may have left folders that this one cannot write.
-RUN_FOLDERS = ("", "checkpoints", "logs", "samples", "tensorboard")
+RUN_FOLDERS = ("", "checkpoints", "logs", "samples", "tensorboard", "trackers")
 """A run's output folder, and those in it."""
 
 
@@ -31,7 +32,7 @@ def check_files(config: Config) -> list[str]:
                     f"data.{key}: no file {name}; `rlhf3d data prepare --help` shows how to "
                     "write it"
                 )
-    return [*problems, *check_named(config)]
+    return [*problems, *check_named(config), *missing_libraries(config.trainer.logger)]
 
 
 def check_named(config: Config) -> Iterator[str]:

@@ -174,6 +174,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(_flat(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))))
 
 
+def flat_config(config: Config) -> dict[str, Any]:
+    """Every key's value, as a file would have it, by dotted key."""
+    return dict(_flat(yaml.safe_load(config_to_yaml(config))))
+
+
 def set_aside(store: Store, step: int) -> list[str]:
     """Rename checkpoints later than `step`, which the run writes again; return the new names."""
     moved = []
@@ -284,7 +289,7 @@ def _changed_code(found: Checkpoint, config: Config) -> Iterator[str]:
 
 def _changes(before: dict[str, Any], config: Config) -> list[str]:
     """One line per key that has changed since a run's configuration."""
-    now = dict(_flat(yaml.safe_load(config_to_yaml(config))))
+    now = flat_config(config)
     keys = [key for key in sorted({*now, *before}) if key not in _UNREPORTED]
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"

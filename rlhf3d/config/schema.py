@@ -37,6 +37,7 @@ from rlhf3d.config.models import (
 )
 from rlhf3d.config.models import LayoutConfig as LayoutConfig  # for importers of the schema
 from rlhf3d.config.models import OptimConfig as OptimConfig
+from rlhf3d.observability.trackers.registry import TrackerName
 
 
 @dataclass(frozen=True)
@@ -352,6 +353,15 @@ class TrainerConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do on a NaN or infinity in loss or gradient: stop the run, or skip that optimizer
     step on every rank."""
+    logger: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that get the metrics and samples of metrics.jsonl and samples/ too; [] for none.
+    Libraries are extras: `pip install 'rlhf3d[wandb]'`."""
+    project_name: str = "rlhf3d"
+    """Project (in MLflow, experiment) of the run in trackers."""
+    experiment_name: str | None = None
+    """Name of the run in trackers; null for that of the folder output_dir."""
+    logger_samples: CountOrZero = 8
+    """Completions of a step or of a validation that trackers get, the first ones; 0 for none."""
     sample_tokens: CountOrZero = 8
     """Trajectories a step whose tokens are kept, with authors and log-probs, for `rlhf3d samples
     --tokens`; 0 for none."""

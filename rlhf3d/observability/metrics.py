@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from rlhf3d.observability.samples import Kind, Sample, write_samples
 from rlhf3d.observability.tokens import TrajectoryTokens, write_tokens
-from rlhf3d.observability.trackers import TensorBoard, Tracker, Trackers
+from rlhf3d.observability.trackers.follow import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 TIMING = "timing_s/"
@@ -73,10 +73,8 @@ class MetricsWriter:
         self,
         output_dir: str | Path,
         resume_step: int | None = None,
-        tensorboard: bool = True,
-        trackers: Sequence[Tracker] = (),
+        trackers: Trackers | None = None,
     ) -> None:
-        """`trackers` are called as well as TensorBoard."""
         self._folder = Path(output_dir)
         path = self._folder / METRICS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +83,7 @@ class MetricsWriter:
         if path.exists():
             self.last_step = _truncate(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        curves = [TensorBoard(self._folder, resume_step)] if tensorboard else []
-        self._trackers = Trackers([*curves, *trackers])
+        self._trackers = trackers
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write all metrics of one step: numbers, numpy scalars or one-element tensors, by name."""
@@ -103,12 +100,14 @@ class MetricsWriter:
         # With the system from here on: a kill of this process loses no row.
         self._file.flush()
         # After the file, which is the truth; trackers get NaN as it is.
-        self._trackers.log(step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def samples(self, step: int, samples: Sequence[Sample], kind: Kind = "train") -> None:
         """Write (or, after a resume, replace) the completions of a step or of a validation."""
         write_samples(self._folder, step, samples, kind)
-        self._trackers.samples(step, samples, kind)
+        if self._trackers is not None:
+            self._trackers.samples(step, samples, kind)
 
     def tokens(self, step: int, trajectories: Sequence[TrajectoryTokens]) -> None:
         """Write (or, after a resume, replace) the tokens of a step's first trajectories."""
@@ -117,7 +116,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the file and the trackers."""
         self._file.close()
-        self._trackers.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

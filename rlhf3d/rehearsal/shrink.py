@@ -378,6 +378,8 @@ def _shrink_trainer(trainer: TrainerConfig) -> TrainerConfig:
         trainer,
         total_training_steps=STEPS,
         critic_warmup=min(trainer.critic_warmup, 1),
+        # A miniature is no run of the project's.
+        logger=("tensorboard",),
         test_freq=0,
         save_freq=1,
         save_at_end=True,

@@ -86,6 +86,8 @@ def _overrides(run: Path, after: int, output: Path) -> list[str]:
         "trainer.save_freq=0",
         "trainer.save_at_end=false",
         "trainer.max_wall_clock_s=null",
+        # It is no other run: what tracks the first has its numbers.
+        "trainer.logger=[tensorboard]",
     ]
 
 

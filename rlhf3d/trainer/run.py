@@ -69,7 +69,7 @@ def run_training(
     # the metrics file, which the ending may still write to, at the end.
     with ExitStack() as stack:
         console = stack.enter_context(Console())
-        writer = stack.enter_context(open_metrics(output, checkpoint))
+        writer = stack.enter_context(open_metrics(config, checkpoint, console.note))
         recorder = TokenRecorder(inputs.tokenizer, config.trainer.sample_tokens)
         journal = stack.enter_context(open_journal(config, inputs.spec, checkpoint))
         log = StepLog(

@@ -7,12 +7,19 @@ Runs in: driver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlhf3d.checkpoints.identity import identity_state
-from rlhf3d.checkpoints.manifest import LIBRARIES
-from rlhf3d.checkpoints.resume import CHECKPOINTS, Checkpoint, Start, check_resume, set_aside
+from rlhf3d.checkpoints.manifest import LIBRARIES, versions
+from rlhf3d.checkpoints.resume import (
+    CHECKPOINTS,
+    Checkpoint,
+    Start,
+    check_resume,
+    flat_config,
+    set_aside,
+)
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import package_versions
@@ -20,6 +27,8 @@ from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import drop_samples
 from rlhf3d.observability.tokens import drop_tokens
+from rlhf3d.observability.trackers.protocol import RunFacts
+from rlhf3d.observability.trackers.registry import open_trackers
 from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.worker import TrainWorker
@@ -48,17 +57,30 @@ def prepare_folder(start: Start, spec: ModelSpec) -> list[str]:
     return notes
 
 
-def open_metrics(output: Path, checkpoint: Checkpoint | None) -> MetricsWriter:
-    """The writer of the run's metrics, without the rows after the checkpoint.
+def open_metrics(
+    config: Config, checkpoint: Checkpoint | None, warn: Callable[[str], None]
+) -> MetricsWriter:
+    """The writer of the run's metrics and its trackers, without the rows after the checkpoint.
 
-    A run that was killed between a checkpoint and the row of its step gets that row here.
+    A run that was killed between a checkpoint and the row of its step gets that row here. `warn`
+    takes what the user should know of trackers.
     """
-    if checkpoint is None:
-        return MetricsWriter(output)
-    step = checkpoint.manifest.step
-    writer = MetricsWriter(output, resume_step=step)
-    if checkpoint.run == output.resolve() and writer.last_step < step:
-        writer.write(step, checkpoint.state["metrics"])
+    trainer, output = config.trainer, Path(config.trainer.output_dir)
+    step = None if checkpoint is None else checkpoint.manifest.step
+    facts = RunFacts(
+        folder=output,
+        project=trainer.project_name,
+        name=trainer.experiment_name or output.resolve().name,
+        config=flat_config(config),
+        versions=versions(),
+        resume_step=step,
+    )
+    trackers = open_trackers(trainer.logger, facts, trainer.logger_samples, warn)
+    writer = MetricsWriter(output, resume_step=step, trackers=trackers)
+    if checkpoint is None or checkpoint.run != output.resolve():
+        return writer
+    if writer.last_step < checkpoint.manifest.step:
+        writer.write(checkpoint.manifest.step, checkpoint.state["metrics"])
     return writer
 
 

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf3d.observability.metrics import (
     METRICS_FILE,
@@ -21,7 +19,6 @@ from rlhf3d.observability.metrics import (
     read_metrics,
     validation_accuracy,
 )
-from rlhf3d.observability.samples import Kind, Sample, read_samples, samples_path
 
 
 class Clock:
@@ -67,7 +64,7 @@ def test_phases_do_not_nest() -> None:
 
 
 def test_rows_read_back_equal(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"actor/pg_loss": torch.tensor(0.25), "count": 3})
         writer.write(1, {"actor/pg_loss": 1 / 3})
         assert read_metrics(tmp_path) == [  # on disk while the run goes on
@@ -77,7 +74,7 @@ def test_rows_read_back_equal(tmp_path: Path) -> None:
 
 
 def test_nonfinite_values_are_null_and_named(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"b": math.inf, "a": math.nan, "c": 1.0})
     text = (tmp_path / METRICS_FILE).read_text()
     assert json.loads(text) == {"step": 1, "b": None, "a": None, "c": 1.0, "nonfinite": ["a", "b"]}
@@ -86,13 +83,13 @@ def test_nonfinite_values_are_null_and_named(tmp_path: Path) -> None:
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(step, {"x": step})
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 6, "x"')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    with MetricsWriter(tmp_path, resume_step=3, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write(4, {"x": 40})
     assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [
         (1, 1),
@@ -103,36 +100,18 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"x": 1})
     with pytest.raises(ValueError, match=r"trainer\.output_dir=.* already holds 1 steps"):
-        MetricsWriter(tmp_path, tensorboard=False)
+        MetricsWriter(tmp_path)
     assert len(read_metrics(tmp_path)) == 1
 
 
 def test_steps_must_rise(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(2, {})
         with pytest.raises(AssertionError, match="after step 2"):
             writer.write(2, {})
-
-
-def test_tensorboard_has_the_same_curve_after_a_resume(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, {"critic/score/mean": step / 4})
-    # Files are read by the second in their names, then by a counter, as text: 10 before 9.
-    (written,) = (tmp_path / "tensorboard").iterdir()
-    written.rename(written.with_name("events.out.tfevents.1.of-an-earlier-second"))
-    with MetricsWriter(tmp_path, resume_step=2) as writer:
-        writer.write(3, {"critic/score/mean": 1.0})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("critic/score/mean")] == [
-        (1, 0.25),
-        (2, 0.5),
-        (3, 1.0),
-    ]
 
 
 def test_reading_what_is_no_run_or_broken(tmp_path: Path) -> None:
@@ -153,43 +132,3 @@ def test_names_are_taken_apart() -> None:
     }
     assert validation_accuracy(row) == {("openai/gsm8k", "greedy"): 0.5}
     assert phase_seconds(row) == {"generate": 2.0}
-
-
-class Follower:
-    """A tracker that keeps what it is shown, and fails from step `until` on."""
-
-    def __init__(self, until: int = 99) -> None:
-        self.until = until
-        self.calls: list[object] = []
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.calls.append((step, dict(metrics)))
-        if step >= self.until:
-            raise OSError(28, "No space left on device")
-
-    def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
-        self.calls.append((step, kind, list(rows)))
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-
-def test_trackers_see_what_is_written(tmp_path: Path) -> None:
-    follower, sample = Follower(), Sample("2+2?", "4", "4", 1.0, "scored", 1, "stop", 0)
-    with MetricsWriter(tmp_path, tensorboard=False, trackers=[follower]) as writer:
-        writer.write(1, {"loss": math.inf})
-        writer.samples(1, [sample], "greedy")
-    assert follower.calls == [(1, {"loss": math.inf}), (1, "greedy", [sample]), "close"]
-    assert read_samples(samples_path(tmp_path, 1, "greedy")) == [sample]
-
-
-def test_a_run_goes_on_without_a_tracker_that_fails(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    full, well = Follower(until=2), Follower()
-    with MetricsWriter(tmp_path, tensorboard=False, trackers=[full, well]) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, {"loss": 0.5})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    assert len(full.calls) == 2 and len(well.calls) == 4
-    assert caplog.text.count("Follower is left out") == 1 and "No space left" in caplog.text

@@ -33,7 +33,7 @@ def accuracy(greedy: float) -> dict[str, float]:
 
 
 def write_run(folder: Path) -> None:
-    with MetricsWriter(folder, tensorboard=False) as writer:
+    with MetricsWriter(folder) as writer:
         writer.write(0, {**accuracy(0.2), "timing_s/validate": 6.0, "timing_s/step": 6.0})
         writer.write(1, step_metrics(0.1))
         writer.write(2, {**step_metrics(0.3), **accuracy(0.4)})
@@ -51,7 +51,7 @@ def test_an_answer_without_a_score_is_not_shown_as_wrong(tmp_path: Path) -> None
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
     source = "org/$\\frac$_{|set[v2]/acc/of/reward_model/x"
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in (0, 1):
             writer.write(step, {f"val-core/{source}/acc/greedy": 0.5, "critic/score/mean": 0.5})
     text = make_report(tmp_path).read_text()
@@ -93,7 +93,7 @@ def test_learning_table_averages_since_the_row_above(tmp_path: Path) -> None:
 
 
 def test_partial_run_without_validation_or_samples(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 46):
             writer.write(step, {"critic/score/mean": 1.0})
     text = make_report(tmp_path).read_text()
@@ -107,7 +107,7 @@ def test_partial_run_without_validation_or_samples(tmp_path: Path) -> None:
 
 
 def test_a_run_that_generates_ahead_says_who_waited(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step, share in ((1, 0.5), (2, 1.0)):
             waits = {"async/trainer_waited_s": 3.0 * step, "async/engines_waited_s": 0.2}
             writer.write(step, {**step_metrics(0.1), **waits, "async/overlap_share": share})
@@ -116,7 +116,7 @@ def test_a_run_that_generates_ahead_says_who_waited(tmp_path: Path) -> None:
 
 
 def test_one_validation_has_no_gain(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"val-core/a/b/acc/greedy": 0.25})
     assert (
         "| a/b | greedy | not recorded | 25.0% (step 0) | – | – |"
@@ -125,7 +125,7 @@ def test_one_validation_has_no_gain(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step, mean in ((0, -1.0), (5, 0.5)):
             writer.write(
                 step,
@@ -146,7 +146,7 @@ def test_a_reward_model_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no metrics\.jsonl"):
         make_report(tmp_path)
-    MetricsWriter(tmp_path, tensorboard=False).close()
+    MetricsWriter(tmp_path).close()
     with pytest.raises(ValueError, match="no finished step yet"):
         make_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -165,7 +165,7 @@ def test_runs_are_drawn_over_each_other(tmp_path: Path, capsys: pytest.CaptureFi
     write_run(tmp_path / "b" / "run")
     alone, both = tmp_path / "alone.png", tmp_path / "both.png"
     compare([tmp_path / "a" / "run"], alone)
-    with MetricsWriter(tmp_path / "c", tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "c") as writer:
         writer.write(1, step_metrics(0.9))
     compare([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"], both)
     assert (

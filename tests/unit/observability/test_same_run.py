@@ -27,7 +27,7 @@ def write(
     steps: int = 3,
 ) -> Path:
     """A run; `metrics`, `sample` and `tokens` are those of its step 2."""
-    with MetricsWriter(folder, tensorboard=False) as writer:
+    with MetricsWriter(folder) as writer:
         for step in range(steps):
             row = {"actor/loss": 0.5 + step, "timing_s/step": float(len(str(folder)))}
             last = step == 2

@@ -145,7 +145,7 @@ def test_runs_are_compared_by_all_but_seconds(tmp_path: Path) -> None:
     sample = Sample("2+3?", "5", "5", 1.0, "scored", 1, "stop", 2)
 
     def write(name: str, score: float, text: str = "5") -> Path:
-        with MetricsWriter(tmp_path / name, tensorboard=False) as metrics:
+        with MetricsWriter(tmp_path / name) as metrics:
             metrics.write(
                 2,
                 {

@@ -1,0 +1,91 @@
+"""What a tracker is, and what it is given of a run.
+
+Invariant: trackers are views. `metrics.jsonl` and `samples/` are the truth, and are written first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf3d.observability.samples import Kind, Sample
+
+TRACKERS_DIR = "trackers"
+
+
+class Tracker(Protocol):
+    """A follower of a run; all its calls, the one that makes it included, are of one thread."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step by name; NaN and infinity may be among them."""
+
+    def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
+        """Take the first completions of a step, or of a validation."""
+
+    def close(self) -> None:
+        """Finish; nothing comes after it."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a tracker is told of a run when it is made."""
+
+    folder: Path
+    """The run's own."""
+    project: str = "rlhf3d"
+    name: str = "run"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Every key of the configuration, by dotted name."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of this package (with a digest of its source) and of those it computes with."""
+    resume_step: int | None = None
+    """The step of the checkpoint that the run continues from; None for a new one."""
+
+    def local(self, tracker: str) -> Path:
+        """The folder of a tracker that keeps its records with the run, made if need be."""
+        path = self.folder / TRACKERS_DIR / tracker
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def known_id(self, tracker: str) -> str | None:
+        """The tracker's own name of this run, where it continues in its folder."""
+        path = self._id_file(tracker)
+        # A run that begins again in a folder without steps is another run.
+        if self.resume_step is None or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8").strip()
+
+    def keep_id(self, tracker: str, name: str) -> None:
+        """Write the tracker's name of this run down for the next resume."""
+        path = self._id_file(tracker)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a kill leaves the former one or this one, complete.
+        partial = path.with_suffix(".partial")
+        partial.write_text(f"{name}\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    def _id_file(self, tracker: str) -> Path:
+        return self.folder / TRACKERS_DIR / f"{tracker}.id"
+
+
+COLUMNS = ("step", "prompt", "response", "ground_truth", "score", "outcome", "length", "version")
+
+
+def table_rows(step: int, rows: Sequence[Sample]) -> list[list[Any]]:
+    """Completions as the rows of a table with `COLUMNS`."""
+    return [
+        [
+            step,
+            row.prompt,
+            row.answer,
+            row.ground_truth,
+            row.score,
+            row.outcome,
+            row.length,
+            row.policy_version,
+        ]
+        for row in rows
+    ]
