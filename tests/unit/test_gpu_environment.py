@@ -26,7 +26,7 @@ TABLE = json.loads((REQUIREMENTS / "gpu_wheels.json").read_text())
 DRIVER = {"libcuda.so.1"}
 HARMLESS = {"build_backend.py"}
 """Left in two wheels by their builds; nothing imports it."""
-EXTRAS = {"verifiers", "wandb", "mlflow"}
+EXTRAS = {"verifiers", "wandb", "mlflow", "swanlab", "trackio"}
 """Packages of optional extras: who uses them installs them."""
 
 

@@ -1,1 +1,1 @@
-"""Followers of a run: TensorBoard, wandb, MLflow."""
+"""Followers of a run: TensorBoard, wandb, MLflow, SwanLab, Trackio."""

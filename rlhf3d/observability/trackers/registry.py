@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from rlhf3d.observability.trackers.follow import Trackers
 from rlhf3d.observability.trackers.protocol import RunFacts, Tracker
 
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 """Each is the module here that has its function `track`, its library, and its extra of pip."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -171,8 +172,11 @@ def needs(library: str) -> pytest.MarkDecorator:
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home and a working folder of the test's, and nothing that names a server."""
-    for name in ("WANDB_DIR", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "MLFLOW_", "SWANLAB_", "TRACKIO_")):
+            monkeypatch.delenv(name)
+    # Trackio reads it once, when it is imported.
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -248,6 +252,38 @@ def test_mlflow_continues_a_run_in_its_local_store(offline: Path) -> None:
     table = offline / "trackers/mlflow/artifacts" / found.info.run_id
     table = json.loads((table / "artifacts/samples/train/step_3.json").read_text())
     assert table["columns"] == list(COLUMNS) and len(table["data"]) == 2
+
+
+@needs("swanlab")
+def test_swanlab_continues_a_run_offline(offline: Path) -> None:
+    run(offline, ["swanlab", "tensorboard"], (1, 2))
+    run(offline, ["swanlab", "tensorboard"], (3,), resume=2)
+    name = (offline / "trackers/swanlab.id").read_text().strip()
+    folders = sorted((offline / "trackers/swanlab").glob(f"run-*-{name}"))
+    # Each start has a folder of the same run, which `swanlab sync` puts together.
+    assert len(folders) == len(list((offline / "trackers/swanlab").glob("run-*"))) == 2
+    for folder, steps in zip(folders, (2, 1), strict=True):
+        data = (folder / f"run-{name}.swanlab").read_bytes()
+        assert data.count(b"actor/loss") >= steps
+        assert "actor.lr" in (folder / "files/config.yaml").read_text()
+        tables = list((folder / "media").rglob("*.json"))
+        assert len(tables) == steps and "2+2?" in tables[0].read_text()
+
+
+@needs("trackio")
+def test_trackio_continues_a_run_in_its_local_store(offline: Path) -> None:
+    run(offline, ["trackio", "tensorboard"], (1, 2))
+    run(offline, ["trackio", "tensorboard"], (3,), resume=2)
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = (offline / "trackers/trackio.id").read_text().strip()
+    assert SQLiteStorage.get_runs("project") == [name] and name.startswith("name-")
+    logs = SQLiteStorage.get_logs("project", name)
+    curve = {row["step"]: row["actor/loss"] for row in logs if "actor/loss" in row}
+    assert curve == {1: 0.25, 2: 0.5, 3: 0.75}
+    tables = [row["samples/train"] for row in logs if "samples/train" in row]
+    assert len(tables) == 3 and len(tables[0]["_value"]) == 2
+    assert SQLiteStorage.get_run_config("project", name)["actor.lr"] == 1e-6
 
 
 def test_every_name_has_its_module() -> None:
