@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf3d.config.verl.read import Verl
 from rlhf3d.config.verl.rules import Change, Drop, Put
+from rlhf3d.observability.trackers.registry import TRACKERS
 
 A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
 CORRECTION = "algorithm.rollout_correction."
@@ -461,6 +462,16 @@ def quantization(value: Any, verl: Verl) -> Any:
     if value == "fp8":
         return Put("fp8_per_channel", "scales by channel; needs a rollout correction and tp 1")
     return value
+
+
+def trackers(value: Any, verl: Verl) -> Any:
+    """Those that are offered here; verl's `console` is always on."""
+    asked = value if isinstance(value, list) else [value or "console"]
+    known = [name for name in asked if name in TRACKERS]
+    missing = [name for name in asked if name not in (*known, "console")]
+    if missing:
+        return Put(known, f"not offered: {', '.join(map(str, missing))}")
+    return known or Drop("the terminal is always written", same=True)
 
 
 def output_dir(value: Any, verl: Verl) -> Any:

@@ -287,8 +287,11 @@ _TRAINER = (
         "trainer.validation_data_dir",
         same=True,
     ),
-    no_counterpart(
-        "a run writes metrics.jsonl, TensorBoard and a report", "trainer.logger", same=True
+    Rule(
+        ("trainer.logger",),
+        "trainer.logger",
+        to.trackers,
+        "metrics.jsonl, the terminal and a report are always written",
     ),
     no_counterpart(
         "asynchronous training is rollout.max_staleness with rollout.update and placement "

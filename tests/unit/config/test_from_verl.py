@@ -315,3 +315,14 @@ def _row(rule: Rule) -> str:
 def test_the_table_is_in_the_documentation() -> None:
     text = (ROOT / "docs" / "from_verl.md").read_text()
     assert "\n".join(table_rows()) in text, "\n".join(["rows changed; they are:", *table_rows()])
+
+
+@pytest.mark.parametrize(
+    ("logger", "ours"),
+    [(["console", "wandb"], ["wandb"]), ("mlflow", ["mlflow"]), (["console", "comet"], [])],
+)
+def test_loggers_that_are_offered_go_on(logger: Any, ours: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "verl.yaml"
+    file.write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+    made = convert(read_verl(file, [], {}))
+    assert made.values["trainer.logger"] == ours
