@@ -94,7 +94,8 @@ def test_it_learns_from_tokens_that_are_one_update_old(undisturbed: Path) -> Non
             name = f"training/off_policy/trajectory_staleness_worst/{end}"
             assert row[name] == min(1, step - 1)
         # Whatever is trained on, the newest weights are validated.
-        assert row.get("val-aux/policy_version", step) == step
+        if step % SAVED == 0:
+            assert row["val-aux/policy_version"] == step
     # Each prompt once an epoch, of four steps.
     for first in range(0, STEPS, 4):
         epoch = sum(asked(undisturbed)[first : first + 4], Counter[str]())
