@@ -1,7 +1,8 @@
 """All trackers of a run, each on a thread of its own.
 
-Invariant: no tracker stops or delays a run, whatever it raises and however long it takes. What it
-did not take is counted, and reported by its name: at the first failure, and as a sum at the end.
+Invariant: no tracker stops a run or delays a step, whatever it raises and however long it takes.
+What it did not take is counted, and reported by its name: at the first failure, and as a sum at the
+end.
 Runs in: driver.
 """
 
@@ -18,6 +19,8 @@ from rlhf3d.observability.trackers.protocol import Tracker
 
 WAITING_CALLS = 1000
 """Of one tracker; what comes while so many wait is lost to it."""
+OPEN_S = 30.0
+"""Deadline of all trackers together to open."""
 CLOSE_S = 60.0
 """Deadline of all trackers together to take what is waiting, and to finish."""
 
@@ -35,9 +38,15 @@ class _Follower:
         self._taken = 0
         self._failure: str | None = None
         self._closed = False
+        self._opened = threading.Event()
         # A daemon: a process does not wait at its end for a tracker that hangs.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
+
+    def wait_open(self, until: float) -> None:
+        """Wait until it is open or has failed to."""
+        if not self._opened.wait(max(0.0, until - time.monotonic())):
+            self._warn(f"{self.name} is not open after {OPEN_S:g} s; the run goes on meanwhile")
 
     def give(self, call: Call) -> None:
         """Leave a call to the thread."""
@@ -67,6 +76,7 @@ class _Follower:
 
     def _work(self) -> None:
         tracker = self._made()
+        self._opened.set()
         while (call := self._calls.get()) is not None:
             if tracker is None:
                 continue
@@ -106,6 +116,11 @@ class Trackers:
         """`makers`, by name, are called in the thread of their tracker."""
         self._followers = [_Follower(name, make, warn) for name, make in makers.items()]
         self._rows = rows
+        # What a tracker starts must not be counted among the processes of a run, which start next
+        # and are ended first.
+        until = time.monotonic() + OPEN_S
+        for follower in self._followers:
+            follower.wait_open(until)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tracker`."""

@@ -10,6 +10,7 @@ import math
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,6 +110,7 @@ def test_a_tracker_that_does_not_open_takes_nothing(tmp_path: Path) -> None:
 def test_a_tracker_that_hangs_delays_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(follow, "OPEN_S", 0.05)
     monkeypatch.setattr(follow, "CLOSE_S", 0.05)
     monkeypatch.setattr(follow, "WAITING_CALLS", 3)
     release, stuck = threading.Event(), Follower()
@@ -121,8 +123,21 @@ def test_a_tracker_that_hangs_delays_nothing(
     write(tmp_path, trackers, range(1, 6), None)
     release.set()
     assert len(read_metrics(tmp_path)) == 5
-    assert warnings[0].startswith("stuck failed (3 calls are waiting)")
-    assert len(warnings) == 2 and "5 of 5" in warnings[1]
+    assert warnings[0].startswith("stuck is not open after 0.05 s")
+    assert warnings[1].startswith("stuck failed (3 calls are waiting)")
+    assert len(warnings) == 3 and "5 of 5" in warnings[2]
+
+
+def test_trackers_are_open_before_a_run_starts_its_processes() -> None:
+    made: list[Follower] = []
+
+    def slow() -> Follower:
+        time.sleep(0.2)
+        made.append(Follower())
+        return made[0]
+
+    plugged({"slow": slow}, rows=0)
+    assert made
 
 
 def test_a_missing_library_is_named_with_its_extra(
