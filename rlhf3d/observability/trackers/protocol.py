@@ -89,3 +89,23 @@ def table_rows(step: int, rows: Sequence[Sample]) -> list[list[Any]]:
         ]
         for row in rows
     ]
+
+
+class TableRun:
+    """A tracker of a library whose run has wandb's `log` and `finish`, and that has its `Table`."""
+
+    def __init__(self, run: Any, table: Any) -> None:
+        self._run, self._table = run, table
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self._run.log(dict(metrics), step=step)
+
+    def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
+        """See `Tracker`."""
+        table = self._table(columns=list(COLUMNS), data=table_rows(step, rows))
+        self._run.log({f"samples/{kind}": table}, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()

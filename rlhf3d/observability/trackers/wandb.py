@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import wandb
 
-from rlhf3d.observability.samples import Kind, Sample
-from rlhf3d.observability.trackers.protocol import COLUMNS, TRACKERS_DIR, RunFacts, table_rows
+from rlhf3d.observability.trackers.protocol import TRACKERS_DIR, RunFacts, TableRun
 
 
-class Wandb:
+class Wandb(TableRun):
     """See `Tracker`."""
 
     def __init__(self, facts: RunFacts) -> None:
         facts.local("wandb")
         name = facts.known_id("wandb") or secrets.token_hex(4)
-        self._run = wandb.init(
+        run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", facts.project),
             name=facts.name,
             id=name,
@@ -35,19 +33,7 @@ class Wandb:
             settings=wandb.Settings(console="off", silent=True),
         )
         facts.keep_id("wandb", name)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See `Tracker`."""
-        self._run.log(dict(metrics), step=step)
-
-    def samples(self, step: int, rows: Sequence[Sample], kind: Kind) -> None:
-        """See `Tracker`."""
-        table = wandb.Table(columns=list(COLUMNS), data=table_rows(step, rows))
-        self._run.log({f"samples/{kind}": table}, step=step)
-
-    def close(self) -> None:
-        """See `Tracker`."""
-        self._run.finish()
+        super().__init__(run, wandb.Table)
 
 
 def _mode() -> Any:
