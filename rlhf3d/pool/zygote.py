@@ -174,7 +174,11 @@ def serve_sessions(file_descriptor: int, parent: int, control: int) -> None:
         # write what they print.
         with suppress(Exception):
             stream.flush()
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            # With PYTHONUNBUFFERED a line and its end would be two writes, and other processes'
+            # lines could come between them.
+            stream.reconfigure(  # type: ignore[union-attr]
+                line_buffering=True, write_through=False
+            )
     # Objects that the collector never touches stay on pages that all sessions share.
     gc.collect()
     gc.freeze()

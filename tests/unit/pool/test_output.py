@@ -79,10 +79,14 @@ def test_each_process_prints_up_to_a_limit_and_one_that_never_stops_costs_nothin
     assert len(text) == 2 * EACH_BYTES + 1003 * 64 + 2 * len(CUT)
 
 
-def test_what_is_printed_last_is_there(tmp_path: Path) -> None:
-    results, text = run([("print", f"<{n}>", 2) for n in range(20)], tmp_path / "stderr")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_printed_last_is_there_in_lines_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    results, text = run([("print", f"<{n}>", 2000) for n in range(20)], tmp_path / "stderr")
     assert [result.value for result in results] == ["done"] * 20
-    assert sorted(text.splitlines()) == sorted([f"<{n}>" for n in range(20)] * 2)
+    assert sorted(text.splitlines()) == sorted([f"<{n}>" for n in range(20)] * 2000)
 
 
 def test_all_processes_together_print_up_to_a_limit(
