@@ -50,7 +50,7 @@ CPU_SOURCE := UV_TORCH_BACKEND=cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model data train train-7b driver inputs test test-all unit integration lint lock clean
+.PHONY: help setup model data train train-7b driver inputs test test-all unit integration lint docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -154,6 +154,16 @@ lint: setup ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# mkdocs and its theme beside the environment: pages are written from the code, which needs both.
+docs: $(VENV)/docs-set ## build the documentation's site in site/
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/docs-set $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html"
+
+$(VENV)/docs-set: requirements/docs.txt | $(READY)
+	rm -rf $@ $@.part
+	$(UV) pip install --quiet --python $(BIN)/python --target $@.part -r $<
+	mv $@.part $@
+
 lock: ## resolve requirements/cpu.txt anew into requirements/cpu.lock; GPU=1: gpu.txt into gpu.lock
 	@test -x $(UV) || { echo "run make setup first" >&2; exit 1; }
 	{ grep '^#' requirements/$(SET).lock; $(LOCK) requirements/$(SET).txt --override requirements/$(SET)-overrides.txt \
@@ -162,5 +172,5 @@ lock: ## resolve requirements/cpu.txt anew into requirements/cpu.lock; GPU=1: gp
 	$(if $(filter gpu,$(SET)),$(BIN)/python tools/gpu_wheels.py)
 
 clean: ## remove caches and build leftovers; models, data, runs and .venv stay
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build site *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
