@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from rlhf3d.algorithms.correction_settings import correction_settings
 from rlhf3d.algorithms.names import EstimatorNeeds
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.fields import OneOf, broken_rule, rules_text
 from rlhf3d.config.keys import Key, all_keys, value_of
 from rlhf3d.config.schema import (
@@ -22,6 +23,9 @@ from rlhf3d.config.schema import (
     Config,
     DataConfig,
     FilterGroupsConfig,
+    ModelConfig,
+    OptimConfig,
+    OverlongBufferConfig,
     RolloutConfig,
     RolloutCorrectionConfig,
     TrainerConfig,
@@ -40,20 +44,22 @@ def check(config: Config) -> list[str]:
         # So that `needs` below has an answer; `load_run` checks again once the file was executed.
         algorithm = replace(config.algorithm, own_needs=EstimatorNeeds())
         config = replace(config, algorithm=algorithm)
+    optims = {"actor": config.actor.optim, "critic": config.critic.optim}
     problems = [
         *out_of_range.values(),
-        *_check_required(config),
-        *_check_optim(config),
+        *_check_required(config.model, config.data, config.trainer),
+        *_check_optim(optims),
         *_check_sampling(config.rollout, config.algorithm),
-        *_check_data(config),
+        *_check_data(config.data, config.algorithm.filter_groups),
+        *_check_overlong(config.reward.overlong_buffer, config.data.max_response_length),
         *_check_filter_groups(config.algorithm, config.rollout.n),
-        *_check_kl(config),
+        *_check_kl(config.algorithm, config.data.train_batch_size * config.rollout.n),
         *_check_correction(config.algorithm.rollout_correction),
         *check_staleness(config),
         *_check_retention(config.trainer, config.data),
-        *_check_schedule(config),
+        *_check_schedule(config.trainer, config.algorithm, optims),
         *_check_reward(config),
-        *_check_environment(config),
+        *_check_environment(config.environment, config.data),
     ]
     # The arithmetic of sizes divides by them.
     if not any(isinstance(value_of(config, name), int) for name in out_of_range):
@@ -91,17 +97,17 @@ def _check_ranges(config: Config) -> dict[str, str]:
     return problems
 
 
-def _check_required(config: Config) -> Iterator[str]:
-    if not config.model.path:
+def _check_required(model: ModelConfig, data: DataConfig, trainer: TrainerConfig) -> Iterator[str]:
+    if not model.path:
         yield "model.path is not set: give a folder with config.json, safetensors and tokenizer"
-    if not config.trainer.output_dir:
+    if not trainer.output_dir:
         yield "trainer.output_dir is empty: give a folder for what the run writes"
-    if not config.data.train_files:
+    if not data.train_files:
         yield "data.train_files is empty: give at least one parquet file of prompts"
 
 
-def _check_optim(config: Config) -> Iterator[str]:
-    for role, optim in (("actor", config.actor.optim), ("critic", config.critic.optim)):
+def _check_optim(optims: Mapping[str, OptimConfig]) -> Iterator[str]:
+    for role, optim in optims.items():
         if optim.min_lr > optim.lr:
             yield f"{role}.optim.min_lr = {optim.min_lr}: above {role}.optim.lr = {optim.lr}"
 
@@ -156,26 +162,27 @@ def _check_quantization(rollout: RolloutConfig, corrected: bool) -> Iterator[str
         )
 
 
-def _check_data(config: Config) -> Iterator[str]:
-    data, buffer = config.data, config.reward.overlong_buffer
+def _check_data(data: DataConfig, groups: FilterGroupsConfig) -> Iterator[str]:
     if data.val_max_samples == 0:
         yield "data.val_max_samples = 0: must be 1 or more, or -1 (all)"
-    filtered = config.algorithm.filter_groups.enable
     # Only dynamic sampling generates in batches of its own.
-    if not filtered and data.gen_batch_size not in (None, data.train_batch_size):
+    if not groups.enable and data.gen_batch_size not in (None, data.train_batch_size):
         yield (
             f"data.gen_batch_size = {data.gen_batch_size}: without algorithm.filter_groups a step "
             f"generates its data.train_batch_size = {data.train_batch_size} prompts; set null"
         )
-    if buffer.enable and buffer.len > data.max_response_length:
+
+
+def _check_overlong(buffer: OverlongBufferConfig, longest: int) -> Iterator[str]:
+    if buffer.enable and buffer.len > longest:
         yield (
             f"reward.overlong_buffer.len = {buffer.len}: longer than data.max_response_length = "
-            f"{data.max_response_length}"
+            f"{longest}"
         )
 
 
 def _check_filter_groups(algorithm: AlgorithmConfig, n: int) -> Iterator[str]:
-    groups: FilterGroupsConfig = algorithm.filter_groups
+    groups = algorithm.filter_groups
     if not groups.enable:
         return
     if n == 1:
@@ -190,11 +197,11 @@ def _check_filter_groups(algorithm: AlgorithmConfig, n: int) -> Iterator[str]:
         )
 
 
-def _check_kl(config: Config) -> Iterator[str]:
-    controller = config.algorithm.kl_ctrl
-    if not config.algorithm.use_kl_in_reward or controller.type != "adaptive":
+def _check_kl(algorithm: AlgorithmConfig, sequences: int) -> Iterator[str]:
+    """`sequences`: those of a step."""
+    controller = algorithm.kl_ctrl
+    if not algorithm.use_kl_in_reward or controller.type != "adaptive":
         return
-    sequences = config.data.train_batch_size * config.rollout.n
     # One update changes the coefficient by up to 0.2 * sequences / horizon of it.
     # From a factor of 5 on, one update could set the coefficient to 0 or below.
     if sequences >= 5 * controller.horizon:
@@ -242,20 +249,23 @@ def _check_retention(trainer: TrainerConfig, data: DataConfig) -> Iterator[str]:
         yield f"{best}: data.val_files is empty, so no checkpoint is better; name some"
 
 
-def _check_schedule(config: Config) -> Iterator[str]:
-    total, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
+def _check_schedule(
+    trainer: TrainerConfig, algorithm: AlgorithmConfig, optims: Mapping[str, OptimConfig]
+) -> Iterator[str]:
+    total, warmup = trainer.total_training_steps, trainer.critic_warmup
+    has_critic = algorithm.needs.values
     # The critic's keys have defaults where there is no critic: nothing reads them.
-    for role in ("actor", "critic") if config.needs_critic else ("actor",):
-        steps = value_of(config, f"{role}.optim.lr_warmup_steps")
+    for role in ("actor", "critic") if has_critic else ("actor",):
+        steps = optims[role].lr_warmup_steps
         if total is not None and steps > total:
             yield (
                 f"{role}.optim.lr_warmup_steps = {steps}: longer than "
                 f"trainer.total_training_steps = {total}"
             )
-    if warmup and not config.needs_critic:
+    if warmup and not has_critic:
         yield (
             f"trainer.critic_warmup = {warmup}: algorithm.adv_estimator = "
-            f"{config.algorithm.adv_estimator} has no critic; set 0"
+            f"{algorithm.adv_estimator} has no critic; set 0"
         )
     if total is not None and warmup >= total:
         yield f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor"
@@ -274,25 +284,19 @@ def _check_reward(config: Config) -> Iterator[str]:
             f"reward_model.path = {model}: reward.weights gives it no weight; set "
             "reward.weights={reward_model: 1.0}, or with a rule {accuracy: 1.0, reward_model: 0.5}"
         )
-    if set(weights) == {"reward_model"} and custom is not None:
-        yield (
-            f"custom_reward_function.path = {custom}: reward.weights gives accuracy, which is what "
-            "it scores, no weight; add accuracy to reward.weights, or set path=null"
-        )
     if "environment" in weights and not config.environment.enabled:
         yield (
             "reward.weights has environment, but environment.path is not set: name the file of the "
             "environment that gives rewards"
         )
-    if set(weights) == {"environment"} and custom is not None:
+    if custom is not None and set(weights) in ({"reward_model"}, {"environment"}):
         yield (
             f"custom_reward_function.path = {custom}: reward.weights gives accuracy, which is what "
             "it scores, no weight; add accuracy to reward.weights, or set path=null"
         )
 
 
-def _check_environment(config: Config) -> Iterator[str]:
-    environment, data = config.environment, config.data
+def _check_environment(environment: EnvironmentConfig, data: DataConfig) -> Iterator[str]:
     if not environment.enabled:
         given = [name for name in ("name", "kwargs", "tools") if getattr(environment, name)]
         for name in given:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.schema import Config, RolloutConfig, RolloutCorrectionConfig
 
 _CORRECTION = "algorithm.rollout_correction"
@@ -15,10 +16,10 @@ _CORRECTION = "algorithm.rollout_correction"
 
 def check_staleness(config: Config) -> Iterator[str]:
     """Problems of `rollout.max_staleness` and `rollout.update` with the rest."""
-    rollout = config.rollout
+    rollout, correction = config.rollout, config.algorithm.rollout_correction
     if rollout.max_staleness > 0:
-        yield from _check_old_policy(rollout, config.algorithm.rollout_correction)
-        yield from _check_ratio(config)
+        yield from _check_old_policy(rollout, correction)
+        yield from _check_ratio(rollout, correction, config.actor.policy_loss)
         if rollout.sleep:
             yield (
                 f"rollout.sleep = true with rollout.max_staleness = {rollout.max_staleness}: "
@@ -26,7 +27,7 @@ def check_staleness(config: Config) -> Iterator[str]:
                 "up; set rollout.sleep=false, or rollout.max_staleness=0"
             )
     if rollout.update == "in_flight":
-        yield from _check_in_flight(config)
+        yield from _check_in_flight(rollout, config.environment)
 
 
 def _check_old_policy(rollout: RolloutConfig, correction: RolloutCorrectionConfig) -> Iterator[str]:
@@ -49,19 +50,20 @@ def _check_old_policy(rollout: RolloutConfig, correction: RolloutCorrectionConfi
     )
 
 
-def _check_ratio(config: Config) -> Iterator[str]:
+def _check_ratio(
+    rollout: RolloutConfig, correction: RolloutCorrectionConfig, policy_loss: str
+) -> Iterator[str]:
     """In bypass mode the loss's own ratio is the correction: it must have one."""
-    if config.actor.policy_loss == "pg" and config.algorithm.rollout_correction.bypass_mode:
+    if policy_loss == "pg" and correction.bypass_mode:
         yield (
-            f"actor.policy_loss = pg with rollout.max_staleness = {config.rollout.max_staleness}: "
+            f"actor.policy_loss = pg with rollout.max_staleness = {rollout.max_staleness}: "
             "its loss has no ratio, so in bypass mode nothing corrects for older weights; set "
             f"actor.policy_loss=vanilla (or cispo), or {_CORRECTION}.bypass_mode=false with "
             "rollout_is=token"
         )
 
 
-def _check_in_flight(config: Config) -> Iterator[str]:
-    rollout = config.rollout
+def _check_in_flight(rollout: RolloutConfig, environment: EnvironmentConfig) -> Iterator[str]:
     name = f"rollout.update = {rollout.update}"
     if rollout.max_staleness == 0:
         yield (
@@ -74,7 +76,7 @@ def _check_in_flight(config: Config) -> Iterator[str]:
             "ranks compute and send, which takes devices of their own; set "
             "rollout.placement=disaggregated, or rollout.update=between_batches"
         )
-    if config.environment.enabled and config.environment.rounds:
+    if environment.enabled and environment.rounds:
         yield (
             f"environment.rounds = true with {name}: trajectories come and go one by one, so that "
             "there are no rounds; set environment.rounds=false (`rlhf3d replay` repeats the run), "

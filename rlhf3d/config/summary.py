@@ -8,12 +8,20 @@ from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.derived import Derived
 from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.groups import WorkerGroup
-from rlhf3d.config.schema import ActorConfig, Config, RolloutConfig, TrainerConfig
+from rlhf3d.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    RewardConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 
 
 def summary_lines(config: Config, derived: Derived) -> list[str]:
     """The lines, each under a label of its own."""
     data, trainer = config.data, config.trainer
+    correction = config.algorithm.rollout_correction
     lines = [f"model      {config.model.path} in {config.model.dtype}"]
     lines += [f"layout     {_group_line(group)}" for group in derived.groups]
     lines += [
@@ -21,7 +29,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         f"step       {data.train_batch_size} prompts x {config.rollout.n} completions = "
         f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
         f"{data.max_response_length} tokens",
-        *_staleness_lines(config, derived),
+        *_staleness_lines(config.rollout, correction.bypass_mode, derived),
         f"actor      {_plan_line(derived.actor, config.actor.optim.lr)}",
     ]
     if derived.critic is not None:
@@ -32,7 +40,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         config.algorithm.adv_estimator,
         f"{config.actor.policy_loss} policy loss",
         config.actor.loss_agg_mode,
-        *_algorithm_extras(config),
+        *_algorithm_extras(config.algorithm, config.reward),
     ]
     validation = _validation_line(trainer) if data.val_files else "never (data.val_files is empty)"
     length = f"{trainer.total_epochs} epoch(s) of the data"
@@ -55,9 +63,9 @@ def _rollout_line(rollout: RolloutConfig) -> str:
     )
 
 
-def _staleness_lines(config: Config, derived: Derived) -> list[str]:
+def _staleness_lines(rollout: RolloutConfig, bypass_mode: bool, derived: Derived) -> list[str]:
     """How far generation may be ahead of training, and what that means; nothing on-policy."""
-    rollout, versions = config.rollout, derived.max_staleness
+    versions = derived.max_staleness
     if not versions:
         return []
     steps = derived.actor.optimizer_steps_per_step
@@ -69,13 +77,13 @@ def _staleness_lines(config: Config, derived: Derived) -> list[str]:
         f"staleness  up to {versions} batch(es) ahead, new weights {where}: no token is more than "
         f"{versions} version(s) = {versions} x {steps} = {derived.stale_optimizer_steps} optimizer "
         f"step(s) old{within}",
-        f"old_policy {_old_policy(config)}",
+        f"old_policy {_old_policy(bypass_mode)}",
         f"ahead      {_ahead_line(rollout, derived)}",
     ]
 
 
-def _old_policy(config: Config) -> str:
-    if config.algorithm.rollout_correction.bypass_mode:
+def _old_policy(bypass_mode: bool) -> str:
+    if bypass_mode:
         return "the engine's log-probs: clipping is against the policy that sampled"
     return (
         "log-probs recomputed under the weights before the update; a rollout correction for the "
@@ -147,13 +155,13 @@ def _group_line(group: WorkerGroup) -> str:
     return ", ".join([f"{group.name} group ({roles}): {ranks}", *extras])
 
 
-def _algorithm_extras(config: Config) -> Iterator[str]:
-    correction, weights = config.algorithm.rollout_correction, dict(config.reward.weights)
-    if config.algorithm.filter_groups.enable:
+def _algorithm_extras(algorithm: AlgorithmConfig, reward: RewardConfig) -> Iterator[str]:
+    correction, weights = algorithm.rollout_correction, reward.weights
+    if algorithm.filter_groups.enable:
         yield "dynamic sampling"
     if weights != {"accuracy": 1.0}:
         yield f"reward of {' and '.join(weights)}"
-    if config.reward.overlong_buffer.enable:
+    if reward.overlong_buffer.enable:
         yield "overlong penalty"
     if correction.rollout_is is not None:
         yield f"importance weights by {correction.rollout_is}"

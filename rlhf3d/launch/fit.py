@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf3d.config.groups import device_terms, worker_groups
-from rlhf3d.config.schema import ClusterConfig, Config
+from rlhf3d.config.groups import WorkerGroup, device_terms, worker_groups
+from rlhf3d.config.schema import ClusterConfig, Config, RolloutConfig
 from rlhf3d.launch.options import Options
-from rlhf3d.launch.rules import check_shared
+from rlhf3d.launch.rules import check_shared, named_paths
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.resources import place
 from rlhf3d.units import ceil_div
@@ -45,13 +45,17 @@ def check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
     """Return why the job does not fit its nodes: ranks, cores, memory, and nodes without work."""
     if options.rehearse:
         return []  # `rlhf3d rehearse` makes the miniature, and checks it
+    nodes = config.cluster.num_nodes
     if not gpus:
-        return list(_check_cpu_nodes(config, options))
-    return [*_check_gpu_nodes(config, gpus, options), *_check_borders(config, gpus)]
+        return list(_check_cpu_nodes(processes(config), nodes, options.cpus_per_node))
+    groups, rollout = worker_groups(config), config.rollout
+    return [
+        *_check_gpu_nodes(groups, rollout, gpus, options),
+        *_check_borders(groups, rollout, nodes, gpus),
+    ]
 
 
-def _check_cpu_nodes(config: Config, options: Options) -> Iterator[str]:
-    ranks, nodes, cores = processes(config), config.cluster.num_nodes, options.cpus_per_node
+def _check_cpu_nodes(ranks: list[int], nodes: int, cores: int | None) -> Iterator[str]:
     if cores and max(ranks) > cores:
         yield (
             f"{' + '.join(map(str, ranks))} training and engine ranks on {len(ranks)} node(s): "
@@ -64,7 +68,9 @@ def _check_cpu_nodes(config: Config, options: Options) -> Iterator[str]:
         )
 
 
-def _check_gpu_nodes(config: Config, gpus: int, options: Options) -> Iterator[str]:
+def _check_gpu_nodes(
+    groups: tuple[WorkerGroup, ...], rollout: RolloutConfig, gpus: int, options: Options
+) -> Iterator[str]:
     memory_gib, shm_gib = options.memory_gib_per_node, SHM_GIB_PER_GPU * gpus
     if memory_gib and memory_gib <= shm_gib:
         yield (
@@ -73,8 +79,8 @@ def _check_gpu_nodes(config: Config, gpus: int, options: Options) -> Iterator[st
             "a run takes)"
         )
     # All ranks that share a GPU are processes that each take a core of Ray's.
-    on_each_gpu = sum(group.colocated for group in worker_groups(config))
-    on_each_gpu += config.rollout.placement == "colocated"
+    on_each_gpu = sum(group.colocated for group in groups)
+    on_each_gpu += rollout.placement == "colocated"
     cores, ranks = options.cpus_per_node, gpus * on_each_gpu
     if cores and ranks > cores:
         yield (
@@ -83,21 +89,22 @@ def _check_gpu_nodes(config: Config, gpus: int, options: Options) -> Iterator[st
         )
 
 
-def _check_borders(config: Config, gpus: int) -> Iterator[str]:
+def _check_borders(
+    groups: tuple[WorkerGroup, ...], rollout: RolloutConfig, nodes: int, gpus: int
+) -> Iterator[str]:
     """Tensor-parallel groups across nodes, and nodes without work."""
-    nodes, tensor_parallel_size = config.cluster.num_nodes, config.rollout.tensor_parallel_size
-    if tensor_parallel_size > gpus:
+    if rollout.tensor_parallel_size > gpus:
         yield (
-            f"rollout.tensor_parallel_size = {tensor_parallel_size}: an engine's ranks must be on "
-            f"one node, which has {gpus} GPUs"
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: an engine's ranks "
+            f"must be on one node, which has {gpus} GPUs"
         )
-    for group in worker_groups(config):
+    for group in groups:
         if gpus % group.layout.tp:
             yield (
                 f"{group.key}.tp = {group.layout.tp}: does not divide the {gpus} GPUs of a node, "
                 "so that tensor-parallel ranks would talk over the network"
             )
-    terms = device_terms(worker_groups(config), config.rollout)
+    terms = device_terms(groups, rollout)
     needed = sum(count for _, count in terms)
     # Ray packs the ranks into as few nodes as hold them.
     busy = ceil_div(needed, gpus)
@@ -110,9 +117,16 @@ def _check_borders(config: Config, gpus: int) -> Iterator[str]:
 
 def check_target(target: str, config: Config, workdir: str, options: Options) -> list[str]:
     """Return why the target cannot run the job: options, paths and times."""
-    problems = [*_check_needs(target, config.cluster, options), *_check_time(config, options)]
+    cluster, trainer = config.cluster, config.trainer
+    problems = [
+        *_check_needs(target, cluster, options),
+        *_check_time(trainer.max_wall_clock_s, startup_s(cluster), options),
+    ]
     if target in ("kuberay", "skypilot"):
-        problems += _check_paths(target, config, workdir, options)
+        if not options.rehearse:  # which makes a model and prompts where it finds none
+            named = named_paths(config, workdir)
+            problems += check_shared(target, named, workdir, options.mount)
+        problems += _check_output(trainer.output_dir, workdir, options.mount)
     return problems
 
 
@@ -137,10 +151,7 @@ def _check_needs(target: str, cluster: ClusterConfig, options: Options) -> Itera
         yield "--gpu-type: SkyPilot needs the GPU's name, such as H100"
 
 
-def _check_paths(target: str, config: Config, workdir: str, options: Options) -> Iterator[str]:
-    output, mount = config.trainer.output_dir, options.mount
-    if not options.rehearse:  # which makes a model and prompts where it finds none
-        yield from check_shared(target, config, workdir, mount)
+def _check_output(output: str, workdir: str, mount: str) -> Iterator[str]:
     if not (Path(workdir) / output).is_relative_to(mount):
         yield (
             f"trainer.output_dir = {output}: not under --mount {mount}, so it would be lost with "
@@ -149,8 +160,7 @@ def _check_paths(target: str, config: Config, workdir: str, options: Options) ->
         )
 
 
-def _check_time(config: Config, options: Options) -> Iterator[str]:
-    limit_s, start_s = config.trainer.max_wall_clock_s, startup_s(config.cluster)
+def _check_time(limit_s: float | None, start_s: int, options: Options) -> Iterator[str]:
     time_s, grace_s = options.time_s, options.grace_s
     if time_s is None:
         return

@@ -18,7 +18,7 @@ from rlhf3d.config.checks import check
 from rlhf3d.config.keys import path_keys, value_of
 from rlhf3d.config.load import ConfigError, files_of
 from rlhf3d.config.resolve import load_run
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config, TrainerConfig
 from rlhf3d.launch.fit import SHM_GIB_PER_GPU, check_nodes, check_target, processes, startup_s
 from rlhf3d.launch.options import Options
 from rlhf3d.launch.rules import check_names, default_name, is_below, mounts_of, named_paths
@@ -29,6 +29,8 @@ CPUS_PER_GPU = 8
 """Cores asked for with each GPU by default (training rank, engine rank, scoring, data)."""
 RETRIES = {"slurm": 20, "kuberay": 3}
 """Attempts after the first: on Slurm after exit code 75 alone, on KubeRay after any failure."""
+WRITTEN = ("trainer.output_dir", "data.cache_dir")
+"""Keys of the folders that a run makes."""
 # Without the second Ray empties CUDA_VISIBLE_DEVICES of processes that ask for no GPU.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Environment variables of Ray's processes on every node."""
@@ -72,7 +74,8 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         # A rehearsal runs on CPUs alone: a core for each process of the miniature at its largest.
         cores = options.cpus_per_node or MAX_RANKS + ENGINE_RANKS
         options = replace(options, gpus_per_node=0, cpus_per_node=cores)
-    config = _with_nodes(load_run(path, overrides), target, options)
+    config = load_run(path, overrides)
+    config = replace(config, cluster=_with_nodes(config.cluster, target, options))
     nodes = config.cluster.num_nodes
     gpus = 0 if config.cluster.platform == "cpu" else config.cluster.gpus_per_node
     workdir = options.workdir or _default_workdir(target, options)
@@ -85,15 +88,19 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if target == "slurm":
         workdir = expand_user(workdir)  # Slurm expands no ~
     mounts: tuple[str, ...] = ()
-    in_container = target == "slurm" and options.image is not None
-    if in_container:
+    more = _overrides_of_place(config.cluster, config.trainer, target, gpus, options)
+    if target == "slurm" and options.image is not None:
         # `mounts_of` compares absolute paths.
         workdir = os.path.abspath(workdir)
-        mounts = mounts_of(config, workdir, files_of(Path(path)))
-    more = _overrides_of_place(config, target, gpus, options)
-    if in_container:
+        mounts = mounts_of(named_paths(config, workdir, files_of(Path(path))), workdir)
         more += _overrides_of_home(config)
-    written = _written(config, workdir)
+    written = {each.path for each in named_paths(config, workdir) if each.key in WRITTEN}
+    cpus = options.cpus_per_node
+    if cpus is None and not gpus:
+        cpus = max(processes(config))
+    elif cpus is None and target == "kuberay":
+        cpus = CPUS_PER_GPU * gpus
+    start_s = startup_s(config.cluster)
     retries = RETRIES.get(target, 0) if options.retries is None else options.retries
     return Job(
         options=options,
@@ -101,44 +108,44 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         command=("rlhf3d", "rehearse" if options.rehearse else "train", path, *overrides, *more),
         nodes=nodes,
         gpus_per_node=gpus,
-        cpus_per_node=options.cpus_per_node or _cpus_per_node(config, target, gpus),
+        cpus_per_node=cpus,
         shm_gib=max(4, SHM_GIB_PER_GPU * gpus),
         workdir=workdir,
         mounts=mounts,
         made=tuple(folder for folder in mounts if folder in written),
-        time_s=_time_s(config, options),
+        time_s=_time_s(config.trainer.max_wall_clock_s, start_s, options),
         retries=retries,
-        startup_s=startup_s(config.cluster),
+        startup_s=start_s,
         env=env,
         ray_version=metadata.version("ray"),
     )
 
 
-def _with_nodes(config: Config, target: str, options: Options) -> Config:
-    """The configuration with the nodes that the options ask for."""
+def _with_nodes(cluster: ClusterConfig, target: str, options: Options) -> ClusterConfig:
+    """The section with the nodes that the options ask for."""
     hosts = len(options.host_names) if target == "ssh" else 0
-    nodes = options.nodes or hosts or config.cluster.num_nodes
-    cluster = replace(config.cluster, num_nodes=nodes)
+    cluster = replace(cluster, num_nodes=options.nodes or hosts or cluster.num_nodes)
     if options.gpus_per_node == 0:
-        cluster = replace(cluster, platform="cpu")
-    elif options.gpus_per_node:
-        cluster = replace(cluster, platform="cuda", gpus_per_node=options.gpus_per_node)
-    elif cluster.platform == "auto":  # what this machine has says nothing about the job's
-        cluster = replace(cluster, platform="cuda")
-    return replace(config, cluster=cluster)
+        return replace(cluster, platform="cpu")
+    if options.gpus_per_node:
+        return replace(cluster, platform="cuda", gpus_per_node=options.gpus_per_node)
+    if cluster.platform == "auto":  # what this machine has says nothing about the job's
+        return replace(cluster, platform="cuda")
+    return cluster
 
 
-def _overrides_of_place(config: Config, target: str, gpus: int, options: Options) -> list[str]:
+def _overrides_of_place(
+    cluster: ClusterConfig, trainer: TrainerConfig, target: str, gpus: int, options: Options
+) -> list[str]:
     """Overrides that say what the run will find, and when it has to end."""
-    cluster, trainer = config.cluster, config.trainer
     overrides = [f"cluster.platform={cluster.platform}", f"cluster.num_nodes={cluster.num_nodes}"]
     if gpus:
         overrides.append(f"cluster.gpus_per_node={gpus}")
     # Slurm sends a signal before the end; elsewhere the run has to know the time itself.
-    time_s = _time_s(config, options)
+    time_s = options.time_s
     if time_s is not None and trainer.max_wall_clock_s is None and target != "slurm":
         # The job's time begins before Ray is up, and ends when the run has had its time to save.
-        limit_s = time_s - startup_s(config.cluster) - options.grace_s
+        limit_s = time_s - startup_s(cluster) - options.grace_s
         overrides.append(f"trainer.max_wall_clock_s={max(1, limit_s)}")
     return overrides
 
@@ -158,25 +165,12 @@ def _overrides_of_home(config: Config) -> list[str]:
     return overrides
 
 
-def _written(config: Config, workdir: str) -> set[str]:
-    """Folders that the run makes."""
-    keys = ("trainer.output_dir", "data.cache_dir")
-    return {named.path for named in named_paths(config, workdir) if named.key in keys}
-
-
-def _cpus_per_node(config: Config, target: str, gpus: int) -> int | None:
-    if not gpus:
-        return max(processes(config))
-    return CPUS_PER_GPU * gpus if target == "kuberay" else None
-
-
-def _time_s(config: Config, options: Options) -> int | None:
+def _time_s(limit_s: float | None, start_s: int, options: Options) -> int | None:
     """Time limit of the job: as asked for, or what the run's own limit needs, in minutes."""
-    limit_s = config.trainer.max_wall_clock_s
     if options.time_s is not None or limit_s is None:
         return options.time_s
     # Slurm limits time in minutes.
-    return 60 * math.ceil((limit_s + startup_s(config.cluster)) / 60)
+    return 60 * math.ceil((limit_s + start_s) / 60)
 
 
 def _default_workdir(target: str, options: Options) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -151,12 +151,12 @@ def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ())
     return named
 
 
-def check_shared(target: str, config: Config, workdir: str, mount: str) -> Iterator[str]:
+def check_shared(target: str, paths: Sequence[Named], workdir: str, mount: str) -> Iterator[str]:
     """Yield a message for each path that the nodes lack.
 
     They have the mount and, with SkyPilot, the uploaded working folder.
     """
-    for named in named_paths(config, workdir):
+    for named in paths:
         if is_below(named.path, mount) or (target == "skypilot" and is_below(named.path, workdir)):
             continue
         if named.key == "trainer.output_dir":
@@ -167,12 +167,12 @@ def check_shared(target: str, config: Config, workdir: str, mount: str) -> Itera
         )
 
 
-def mounts_of(config: Config, workdir: str, config_files: Iterable[Path]) -> tuple[str, ...]:
+def mounts_of(paths: Sequence[Named], workdir: str) -> tuple[str, ...]:
     """Return the folders that a container needs besides the working folder.
 
     Raises ValueError for those that cannot be mounted.
     """
-    folders = {named.folder for named in named_paths(config, workdir, config_files)}
+    folders = {named.folder for named in paths}
     outside = sorted(folder for folder in folders if not is_below(folder, workdir))
     for folder in [*outside, workdir]:
         # Both separate mounts in --container-mounts.

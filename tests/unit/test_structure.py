@@ -47,6 +47,8 @@ FILE_LINES = 500
 FUNCTION_LINES = 80
 """Without comments, which nobody should save on."""
 BLOCKS_IN_BLOCKS = 4
+WHOLE_CONFIGURATIONS = 102
+"""Parameters and fields that are a complete `Config`, at most."""
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -168,6 +170,22 @@ def test_one_conditional_expression_a_statement() -> None:
             if isinstance(node, ast.stmt) and conditionals_of(node) > 1:
                 dense.append(place(file, node.lineno))
     assert not dense, f"{len(dense)} statements:\n" + "\n".join(dense)
+
+
+def takes_all(node: ast.AST) -> bool:
+    """Whether a parameter or a field is the complete configuration."""
+    if not isinstance(node, ast.arg | ast.AnnAssign) or node.annotation is None:
+        return False
+    return ast.unparse(node.annotation) == "Config"
+
+
+def test_who_gets_the_complete_configuration() -> None:
+    """What reads, checks or derives from it as such, or conducts a run; others get a section."""
+    found = []
+    for file, tree in sources().items():
+        found += [place(file, node.lineno) for node in ast.walk(tree) if takes_all(node)]
+    count = len(found)
+    assert count <= WHOLE_CONFIGURATIONS, f"{count} places:\n" + "\n".join(found)
 
 
 def depth_of(node: ast.AST) -> int:

@@ -91,8 +91,9 @@ def convert(verl: Verl) -> Conversion:
     findings += [_without_value(name, what) for name, what in verl.unknown.items()]
     values = {item.to: item.ours for item in findings if item.to}
     config, problems = _load(values)
-    findings = [_settled(item, config, problems) for item in findings]
-    kept = {key: value for key, value in values.items() if not _is_default(key, config)}
+    defaults = {key for key in values if _is_default(key, config)}
+    findings = [_settled(item, defaults, problems) for item in findings]
+    kept = {key: value for key, value in values.items() if key not in defaults}
     # A value that cannot be read stays, so that the user sees what verl's was.
     kept |= {key: values[key] for key in values if _is_named(key, problems)}
     findings = [item for item in findings if item.name or item.became != "same by default"]
@@ -195,9 +196,9 @@ def _load(values: dict[str, Any]) -> tuple[Config, list[str]]:
         return read_config(file)
 
 
-def _settled(finding: Finding, config: Config, problems: list[str]) -> Finding:
+def _settled(finding: Finding, defaults: set[str], problems: list[str]) -> Finding:
     """With `same by default` where our default says it."""
-    same = finding.became == "converted" and finding.to and _is_default(finding.to, config)
+    same = finding.became == "converted" and finding.to in defaults
     if not same or _is_named(finding.to, problems):
         return finding
     return Finding(
