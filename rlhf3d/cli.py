@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from rlhf3d.commands.checkpoints import convert, inspect
+from rlhf3d.commands.completion import PROGRAM, be_ready_to_complete, completion
 from rlhf3d.commands.config import config
 from rlhf3d.commands.data import check, prepare
 from rlhf3d.commands.doctor import doctor
@@ -30,7 +31,7 @@ from rlhf3d.options import Commands, show_version
 from rlhf3d.terminal import tell, write_what_can_be_encoded
 
 app = Commands(
-    name="rlhf3d",
+    name=PROGRAM,
     no_args_is_help=True,
     add_completion=False,
     # `main` decides what of an error is shown.
@@ -50,6 +51,7 @@ for _command in (
     convert,
     inspect,
     doctor,
+    completion,
 ):
     app.command()(_command)
 
@@ -75,6 +77,7 @@ def main() -> None:
     """Run the command line; report mistakes of the user (exit code 2) and failures (1)."""
     # Before any output: messages have × and …, which an ASCII locale cannot print.
     write_what_can_be_encoded()
+    be_ready_to_complete()
     try:
         app()
     except (ValueError, RuntimeError) as error:

@@ -22,10 +22,6 @@ from typer.core import TyperCommand
 
 from rlhf3d.paths import expand_user
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as actor.optim.lr=1e-5."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -55,7 +55,10 @@ def convert(
     *,
     result: Result,
 ) -> None:
-    """Convert a Megatron checkpoint into a Hugging Face folder or back."""
+    """Convert a Megatron checkpoint into a Hugging Face folder or back.
+
+    Example: rlhf3d convert runs/quickstart model --dtype bfloat16 --verify
+    """
     from rlhf3d.checkpoints.convert import Options
     from rlhf3d.checkpoints.convert_view import convert as run
 
@@ -76,7 +79,10 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a folder holds: model, size, layout, step, metric, and whether it is complete."""
+    """Show what a folder holds: model, size, layout, step, metric, and whether it is complete.
+
+    Example: rlhf3d inspect runs/quickstart --deep
+    """
     from rlhf3d.checkpoints.inspection import inspect as look
     from rlhf3d.checkpoints.inspection import inspection_view
 

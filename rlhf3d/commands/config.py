@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rlhf3d.options import AsJson, Commands, Overrides
+from rlhf3d.commands.overrides import Overrides
+from rlhf3d.options import AsJson, Commands
 from rlhf3d.paths import check_output
 
 
@@ -18,6 +19,9 @@ class _ShowByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = (*self.commands, *ctx.help_option_names)
+        # A shell that completes the first word asks with none.
+        if not args and ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
         if not args or args[0] not in known:
             args = ["show", *args]
         return super().parse_args(ctx, args)
@@ -36,7 +40,10 @@ def show(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """List every configuration key, or print a CONFIG as a run would see it (the default)."""
+    """List every configuration key, or print a CONFIG as a run would see it (the default).
+
+    Example: rlhf3d config configs/quickstart.yaml rollout.n=4
+    """
     from rlhf3d.config.derived import derive
     from rlhf3d.config.load import config_to_yaml
     from rlhf3d.config.resolve import load_run
@@ -70,6 +77,8 @@ def from_verl(
     """Convert a verl configuration and say what became of each key.
 
     Exit code 2 where something is left for you to set.
+
+    Example: rlhf3d config from-verl run_grpo.sh trainer.nnodes=2 --output mine.yaml
     """
     from rlhf3d.config.verl.convert import convert
     from rlhf3d.config.verl.read import read_verl

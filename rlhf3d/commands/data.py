@@ -30,7 +30,10 @@ class Contents:
 def prepare(
     name: Annotated[
         str,
-        typer.Argument(help=f"{', '.join(sets.names())}, or a file with make_map_fn."),
+        typer.Argument(
+            help=f"{', '.join(sets.names())}, or a file with make_map_fn.",
+            autocompletion=lambda: list(sets.names()),
+        ),
     ],
     source: Annotated[
         str | None, typer.Option(help="Folder or file of the data set, or hub.")
@@ -46,7 +49,10 @@ def prepare(
     *,
     contents: Contents,
 ) -> None:
-    """Write a data set as train.parquet and test.parquet."""
+    """Write a data set as train.parquet and test.parquet.
+
+    Example: rlhf3d data prepare math500 --source hub --output data/math500
+    """
     from rlhf3d.data.prepare import prepare as run
 
     given = {key: value for key, value in asdict(contents).items() if value is not None}
@@ -107,6 +113,8 @@ def check(
     """Check prompt files as a run would read them.
 
     Rows, lengths, duplicates, overlap between files, and the scorer on the ground truth.
+
+    Example: rlhf3d data check train.parquet test.parquet --scorer my/data=math_verify
     """
     from rlhf3d.data.check_view import check_view
     from rlhf3d.rewards.custom import load_custom_reward

@@ -18,7 +18,10 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show platform, versions, patches and memory; say how to fix what is missing."""
+    """Show platform, versions, patches and memory; say how to fix what is missing.
+
+    Example: rlhf3d doctor --cluster 10.0.0.1:6379
+    """
     if cluster is not None:
         from rlhf3d.placement.cluster_check import cluster_view, diagnose_cluster
 

@@ -188,6 +188,8 @@ def evaluate(
 
     Reports mean@n with intervals, pass@k and maj@k by source, level and type. Continues where it
     was interrupted; every generation is a line of OUTPUT/generations.jsonl.
+
+    Example: rlhf3d evaluate runs/quickstart data/arithmetic/test.parquet --n 8 -k 1 -k 8
     """
     from rlhf3d.evaluation.engine import engine_maker
     from rlhf3d.evaluation.model import find_model

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf3d.options import AsJson, Overrides, option_groups, refuse_unused
+from rlhf3d.commands.overrides import Overrides
+from rlhf3d.options import AsJson, option_groups, refuse_unused
 from rlhf3d.paths import check_output
 
 if TYPE_CHECKING:
@@ -128,7 +129,10 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate a run's memory by rank and phase, and its time, without GPUs or weights."""
+    """Estimate a run's memory by rank and phase, and its time, without GPUs or weights.
+
+    Example: rlhf3d plan configs/math.yaml --gpus 16xH200 --search
+    """
     from rlhf3d.config.resolve import load_run
     from rlhf3d.planning.search.command import plan_command
 

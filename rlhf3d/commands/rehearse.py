@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf3d.options import Overrides
+from rlhf3d.commands.overrides import Overrides
 from rlhf3d.paths import check_output
 from rlhf3d.rehearsal.shrink import MAX_RANKS
 
@@ -40,6 +40,8 @@ def rehearse(
     On this machine, or with cluster.ray_address=… over the cluster.num_nodes of a Ray cluster. If
     the first run was interrupted, the same command continues from its checkpoint; with
     trainer.resume_mode=never it begins again.
+
+    Example: rlhf3d rehearse configs/math.yaml --as-gpu
     """
     from rlhf3d.rehearsal.run import prepare
     from rlhf3d.rehearsal.run import rehearse as run

@@ -31,6 +31,8 @@ def replay(
 
     What depended on the time (which requests were together in an engine, when new weights came) is
     as it was. Exit code 1 where samples or metrics differ; the first difference is named.
+
+    Example: rlhf3d replay runs/quickstart --until 4
     """
     if output is not None:
         check_output("--output", output)

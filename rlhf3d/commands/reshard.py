@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rlhf3d.options import AsJson, Overrides
+from rlhf3d.commands.overrides import Overrides
+from rlhf3d.options import AsJson
 
 
 def reshard(
@@ -27,7 +28,10 @@ def reshard(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how weights go from training ranks into vLLM: bytes per rank, bound, routes."""
+    """Show how weights go from training ranks into vLLM: bytes per rank, bound, routes.
+
+    Example: rlhf3d reshard configs/math.yaml --gpus
+    """
     from rlhf3d.config.resolve import load_run
     from rlhf3d.resharding.explain import explain_view, setup_of
 

@@ -86,7 +86,10 @@ def samples(
     filters: Filters,
     tokens: Tokens,
 ) -> None:
-    """Show generations with their scores, or the tokens of one."""
+    """Show generations with their scores, or the tokens of one.
+
+    Example: rlhf3d samples runs/quickstart --step 8 --wrong
+    """
     import json
     from dataclasses import asdict
 
@@ -114,7 +117,10 @@ def samples(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")],
 ) -> None:
-    """Write a run's report: curves, phases, samples before and after."""
+    """Write a run's report: curves, phases, samples before and after.
+
+    Example: rlhf3d report runs/quickstart
+    """
     from rlhf3d.observability.report import make_report
 
     typer.echo(make_report(run))
@@ -124,7 +130,10 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     output: Annotated[Path, typer.Option(help="The picture.")] = Path("compare.png"),
 ) -> None:
-    """Draw the reward, accuracy and length of several runs over each other."""
+    """Draw the reward, accuracy and length of several runs over each other.
+
+    Example: rlhf3d compare runs/quickstart runs/grpo --output compare.png
+    """
     from rlhf3d.observability.curves import draw_comparison
     from rlhf3d.observability.metrics import read_metrics
 

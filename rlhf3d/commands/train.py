@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlhf3d.commands.errors import raised_by_us
-from rlhf3d.options import Overrides
+from rlhf3d.commands.overrides import Overrides
 from rlhf3d.terminal import tell
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file; `rlhf3d config` lists the keys.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train: check the configuration and this machine, then run the loop."""
+    """Train: check the configuration and this machine, then run the loop.
+
+    Example: rlhf3d train configs/quickstart.yaml rollout.n=4 trainer.output_dir=runs/four
+    """
     raise typer.Exit(ended(partial(_train, config, overrides or [])))
 
 

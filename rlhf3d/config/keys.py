@@ -13,9 +13,10 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from rlhf3d.config.fields import IsPath, keys_of, markers, rules_text
+from rlhf3d.config.fields import IsPath, OneOf, keys_of, markers, rules_text
 from rlhf3d.config.schema import Config
 
 
@@ -40,6 +41,11 @@ class Key:
     def rules(self) -> str:
         """Its ranges and choices as a user reads them; empty where there are none."""
         return rules_text(self.type)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values it takes, where they can be listed; a list takes one of them as well."""
+        return choices_of(self.type) or ()
 
     @property
     def is_path(self) -> bool:
@@ -129,6 +135,22 @@ def describe(kind: Any) -> str:
     if is_dataclass(kind):
         return "section"
     return "null" if kind is type(None) else str(kind.__name__)
+
+
+def choices_of(kind: Any) -> tuple[str, ...] | None:
+    """The values of a type; None where there is no end of them."""
+    origin, args = get_origin(kind), get_args(kind)
+    names = [marker.names for marker in markers(kind) if isinstance(marker, OneOf)]
+    if names:
+        return names[0]
+    if origin in (Annotated, tuple):
+        return choices_of(args[0])
+    if origin is Literal:
+        return tuple(map(str, args))
+    if origin in (Union, types.UnionType):
+        parts = [choices_of(part) for part in args]
+        return None if None in parts else tuple(chain.from_iterable(filter(None, parts)))
+    return {bool: ("true", "false"), type(None): ("null",)}.get(kind)
 
 
 def nearest_key(name: str) -> str:

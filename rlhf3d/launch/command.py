@@ -14,16 +14,29 @@ from typing import Annotated
 
 import typer
 
+from rlhf3d.commands.overrides import Overrides
 from rlhf3d.launch.options import USED_BY, Options
-from rlhf3d.options import Overrides, option_groups, refuse_unused
+from rlhf3d.options import option_groups, refuse_unused
 from rlhf3d.paths import check_output
 from rlhf3d.terminal import tell
+
+
+def _targets() -> list[str]:
+    from rlhf3d.launch.render import TARGETS
+
+    return list(TARGETS)
 
 
 @option_groups
 def launch(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="local, slurm, kuberay, skypilot or ssh.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="local, slurm, kuberay, skypilot or ssh.",
+            autocompletion=_targets,
+        ),
+    ],
     config: Annotated[
         str, typer.Argument(help="YAML file, as the job will find it from its working folder.")
     ],
@@ -40,6 +53,8 @@ def launch(
     """Write the job file that runs CONFIG on a cluster.
 
     Refuse a CONFIG that does not fit the nodes.
+
+    Example: rlhf3d launch slurm configs/math.yaml --nodes 2 --gpus-per-node 4 --output math.sh
     """
     from rlhf3d.launch.job import make_job
     from rlhf3d.launch.render import render, target_of

@@ -113,6 +113,23 @@ def test_a_wrong_command_is_found(words: str, complete: bool, problem: str) -> N
     assert problem in found
 
 
+def test_the_help_of_each_command_has_an_example_that_can_be_typed() -> None:
+    examples = 0
+    waiting: list[tuple[str, Any]] = [("rlhf3d", program())]
+    while waiting:
+        name, command = waiting.pop()
+        if isinstance(command, TyperGroup):
+            waiting += [(f"{name} {part}", below) for part, below in command.commands.items()]
+            continue
+        text = command.help.partition("\n\nExample: ")[2]
+        # `rlhf3d config` is `rlhf3d config show`.
+        assert text.startswith(name.removesuffix(" show")), name
+        words = tuple(text.partition(" > ")[0].split()[1:])
+        assert list(problems_of(CommandLine(ROOT / "README.md", text, words, True))) == []
+        examples += 1
+    assert examples > 15
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_keys_of_its_yaml_exist(document: Path) -> None:
     problems: list[str] = []
