@@ -6,6 +6,7 @@ Invariant: a folder that was moved is the same model, one with other weights is 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,11 @@ def model_identity(folder: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_identity(config: Config) -> dict[str, str]:
-    """Digest of each Python file of the user's, by key; what it imports has none."""
-    digests = {}
-    for key, file in code_files(config).items():
-        digests[key] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    return digests
+def code_identity(files: Mapping[str, str]) -> dict[str, str]:
+    """Digest of each of the `code_files`, by key; what they import has none."""
+    return {
+        key: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for key, file in files.items()
+    }
 
 
 def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -53,6 +53,6 @@ def identity_state(config: Config, spec: ModelSpec) -> dict[str, Any]:
     return {
         "model": {"identity": model_identity(config.model.path), "spec": asdict(spec)},
         "layouts": layouts,
-        "code": code_identity(config),
+        "code": code_identity(code_files(config)),
         "began": TEMPLATE_CLOCK.now().isoformat(),
     }

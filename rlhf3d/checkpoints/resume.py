@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import chain, count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from rlhf3d.checkpoints.identity import code_identity, model_identity
 from rlhf3d.checkpoints.manifest import MANIFEST, Manifest, problems, read_manifest
 from rlhf3d.checkpoints.store import CONFIG_FILE, DRIVER_FILE, EXPERIENCE_FOLDER, Store
 from rlhf3d.config.groups import TRAINABLE, worker_groups
-from rlhf3d.config.keys import value_of
+from rlhf3d.config.keys import code_files
 from rlhf3d.config.load import config_to_yaml
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, TrainerConfig
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import METRICS_FILE, read_metrics
 
@@ -54,8 +54,8 @@ class Checkpoint:
 class Start:
     """How a run begins."""
 
-    config: Config
-    """With the folder it writes to."""
+    folder: Path
+    """Where it writes."""
     checkpoint: Checkpoint | None
     notes: list[str]
     """What the user should know, one line each."""
@@ -65,38 +65,37 @@ class Start:
 
 def choose_start(config: Config, total_steps: int) -> Start:
     """What trainer.resume_mode asks for; ValueError if a given checkpoint is not complete."""
-    mode = config.trainer.resume_mode
+    trainer = config.trainer
+    mode, output_dir = trainer.resume_mode, trainer.output_dir
     if mode == "never":
-        return Start(_fresh(config), None, [])
+        return Start(_fresh_folder(output_dir), None, [])
     if mode != "auto":
-        return _start_from(config, Path(mode))
-    run = _newest_run(config)
+        return _start_from(output_dir, Path(mode))
+    run = _newest_run(output_dir)
     if run is None:
-        return Start(_fresh(config), None, [])
+        return Start(_fresh_folder(output_dir), None, [])
     # Also for a finished run: its last checkpoint decides whether it is finished.
     found, notes = newest_complete(Store(run / CHECKPOINTS))
-    if _finished(run, found.manifest.step if found else 0, total_steps, config.trainer.save_at_end):
+    if _finished(run, found.manifest.step if found else 0, total_steps, trainer.save_at_end):
         # The same command again has nothing to do; another configuration means a new run.
-        same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), config)
+        now = flat_config(config)
+        same = (run / CONFIG_FILE).is_file() and not _changes(_read_config(run), now)
         note = f"{run} is finished, with another configuration: a new run in a folder next to it"
-        return Start(_fresh(config), None, [*notes, note], run if same else None)
+        return Start(_fresh_folder(output_dir), None, [*notes, note], run if same else None)
     if found is None:
-        return Start(
-            _fresh(config),
-            None,
-            [*notes, f"{run} has no complete checkpoint: a new run in a folder next to it"],
-        )
-    return Start(_in_folder(config, run), found, notes)
+        note = f"{run} has no complete checkpoint: a new run in a folder next to it"
+        return Start(_fresh_folder(output_dir), None, [*notes, note])
+    return Start(run, found, notes)
 
 
-def began_at(config: Config) -> datetime | None:
-    """The time that chat templates were told in the run that `config` may resume.
+def began_at(trainer: TrainerConfig) -> datetime | None:
+    """The time that chat templates were told in the run that this one may resume.
 
     Known before `choose_start`, which has to know how many prompts there are: their dates may
     decide which are too long. None: a new run, or one of a version that did not keep it.
     """
-    mode = config.trainer.resume_mode
-    run = _newest_run(config) if mode == "auto" else Path(mode)
+    mode = trainer.resume_mode
+    run = _newest_run(trainer.output_dir) if mode == "auto" else Path(mode)
     if run is None or mode == "never":
         return None
     if (run / MANIFEST).is_file():  # a checkpoint
@@ -115,7 +114,7 @@ def _began(folder: Path) -> datetime | None:
         return None
 
 
-def _start_from(config: Config, path: Path) -> Start:
+def _start_from(output_dir: str, path: Path) -> Start:
     """From a checkpoint or a run's newest; in its run's folder where that is trainer.output_dir."""
     if (path / MANIFEST).is_file():
         # A checkpoint that is named is meant: where it is damaged, no earlier one takes its place.
@@ -135,8 +134,8 @@ def _start_from(config: Config, path: Path) -> Start:
             + "".join(f"\n{note}" for note in notes)
         )
     # A checkpoint of this run continues in its folder; that of another starts a new one.
-    own = next((folder for folder in _run_folders(config) if folder.resolve() == found.run), None)
-    return Start(_fresh(config) if own is None else _in_folder(config, own), found, notes)
+    own = (folder for folder in _run_folders(output_dir) if folder.resolve() == found.run)
+    return Start(next(own, None) or _fresh_folder(output_dir), found, notes)
 
 
 def newest_complete(store: Store) -> tuple[Checkpoint | None, list[str]]:
@@ -224,7 +223,8 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             f"algorithm.kl_ctrl.type = {kl_now}, the checkpoint holds the state of a "
             f"{kl} controller"
         )
-    refused += _stale_ahead(found, config)
+    flat = flat_config(config)
+    refused += _stale_ahead(found, flat)
     # Only models that learn have a checkpoint; reference and reward model start from model.path.
     roles = chain.from_iterable(group.roles for group in worker_groups(config))
     wanted = [role for role in roles if role in TRAINABLE]
@@ -246,50 +246,48 @@ def check_resume(found: Checkpoint, config: Config, spec: ModelSpec) -> list[str
             + "".join(f"  {reason}\n" for reason in refused)
             + "trainer.resume_mode=never starts a new run"
         )
-    return [*_changes(found.config, config), *_changed_code(found, config)]
+    code = code_identity(code_files(config))
+    return [*_changes(found.config, flat), *_changed_code(found, flat, code)]
 
 
-def _stale_ahead(found: Checkpoint, config: Config) -> Iterator[str]:
+def _stale_ahead(found: Checkpoint, now: dict[str, Any]) -> Iterator[str]:
     """Whether what was generated ahead, and is in the checkpoint, still has a place in the run."""
     # Checkpoints of earlier versions are of runs that generated nothing ahead.
     ahead = found.config.get("rollout.max_staleness", 0)
-    update, rollout = found.config.get("rollout.update", "between_batches"), config.rollout
+    update = found.config.get("rollout.update", "between_batches")
     if not ahead:
         return
     waiting = (found.folder / EXPERIENCE_FOLDER).is_dir()
-    if rollout.max_staleness < ahead and waiting:
+    if (staleness := now["rollout.max_staleness"]) < ahead and waiting:
         yield (
-            f"rollout.max_staleness = {rollout.max_staleness}: the checkpoint holds completions "
-            f"that were generated up to {ahead} batch(es) ahead, which would be too old; set "
-            f"{ahead} or more"
+            f"rollout.max_staleness = {staleness}: the checkpoint holds completions that were "
+            f"generated up to {ahead} batch(es) ahead, which would be too old; set {ahead} or more"
         )
-    if rollout.update != update:
+    if now["rollout.update"] != update:
         yield (
-            f"rollout.update = {rollout.update}: the checkpoint holds completions that were "
+            f"rollout.update = {now['rollout.update']}: the checkpoint holds completions that were "
             f"generated ahead with {update}; set rollout.update={update}"
         )
     # What was generated ahead is drawn and grouped already, with greedy answers or without.
     for key in ("data.train_batch_size", "rollout.n", "algorithm.adv_estimator"):
-        before, now = found.config[key], value_of(config, key)
-        if before != now:
+        before = found.config[key]
+        if before != now[key]:
             yield (
-                f"{key} = {now}: the checkpoint holds completions that were generated ahead with "
-                f"{before}; set {key}={before}"
+                f"{key} = {now[key]}: the checkpoint holds completions that were generated ahead "
+                f"with {before}; set {key}={before}"
             )
 
 
-def _changed_code(found: Checkpoint, config: Config) -> Iterator[str]:
+def _changed_code(found: Checkpoint, now: dict[str, Any], code: dict[str, str]) -> Iterator[str]:
     """One line per Python file of the user's that now has other text, under the same name."""
-    now = code_identity(config)
     # Checkpoints of earlier versions have no digests.
     for key, before in found.state.get("code", {}).items():
-        if now.get(key, before) != before and found.config.get(key) == value_of(config, key):
-            yield f"{key}: the text of {value_of(config, key)}"
+        if code.get(key, before) != before and found.config.get(key) == now.get(key):
+            yield f"{key}: the text of {now[key]}"
 
 
-def _changes(before: dict[str, Any], config: Config) -> list[str]:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line per key that has changed since a run's configuration."""
-    now = flat_config(config)
     keys = [key for key in sorted({*now, *before}) if key not in _UNREPORTED]
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
@@ -314,31 +312,26 @@ def _finished(run: Path, step: int, total_steps: int, save_at_end: bool) -> bool
     return done >= total_steps and (step >= total_steps or not save_at_end)
 
 
-def _newest_run(config: Config) -> Path | None:
+def _newest_run(output_dir: str) -> Path | None:
     # Folders are in the order of their numbers: the last is the newest run.
-    return next(reversed([path for path in _run_folders(config) if _is_run(path)]), None)
+    return next(reversed([path for path in _run_folders(output_dir) if _is_run(path)]), None)
 
 
-def _run_folders(config: Config) -> Iterator[Path]:
-    """trainer.output_dir and the folders next to it (-2, -3, …) that later runs took."""
-    wanted = config.trainer.output_dir
+def _run_folders(output_dir: str) -> Iterator[Path]:
+    """trainer.output_dir and the folders next to it that later runs took."""
     # The first name that is not there ends the series.
-    for name in chain([wanted], (f"{wanted}-{i}" for i in count(2))):
-        if not Path(name).is_dir():
-            return
-        yield Path(name)
+    return takewhile(Path.is_dir, _names(output_dir))
+
+
+def _names(output_dir: str) -> Iterator[Path]:
+    """trainer.output_dir, and that with -2, -3, … added to its name."""
+    return map(Path, chain([output_dir], (f"{output_dir}-{i}" for i in count(2))))
 
 
 def _is_run(path: Path) -> bool:
     return (path / METRICS_FILE).exists() or bool(Store(path / CHECKPOINTS).steps())
 
 
-def _fresh(config: Config) -> Config:
-    """With an output folder that no run has written to: `-2`, `-3`, … is added to its name."""
-    wanted = config.trainer.output_dir
-    names = chain([wanted], (f"{wanted}-{i}" for i in count(2)))
-    return _in_folder(config, Path(next(name for name in names if not _is_run(Path(name)))))
-
-
-def _in_folder(config: Config, folder: Path) -> Config:
-    return replace(config, trainer=replace(config.trainer, output_dir=str(folder)))
+def _fresh_folder(output_dir: str) -> Path:
+    """The first of those names that no run has written to."""
+    return next(path for path in _names(output_dir) if not _is_run(path))

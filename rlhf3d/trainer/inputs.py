@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rlhf3d.algorithms.losses import POLICY_LOSSES
 from rlhf3d.checkpoints.resume import Start, began_at, choose_start
 from rlhf3d.config.derived import Derived, derive
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, DataConfig
 from rlhf3d.config.size_checks import rows_of_trajectory_notes
 from rlhf3d.data.dataset import PromptDataset
 from rlhf3d.data.loader import Curriculum, PromptLoader
@@ -72,7 +72,7 @@ def read_to_start(
     Prompts of a run that goes on have the date of its first start, where the template writes one;
     those of a run that is repeated that of the other, `began`.
     """
-    return _read_at(config, began or began_at(config), repeats=began is not None)
+    return _read_at(config, began or began_at(config.trainer), repeats=began is not None)
 
 
 def _read_at(
@@ -95,12 +95,12 @@ def read_inputs(config: Config) -> RunInputs:
     folder = config.model.path
     spec, tokenizer = load_spec(folder), load_tokenizer(folder, config.model.chat_template)
     environments = make_environments(config.environment)
-    train_data = _dataset(config, tokenizer, "train_files", spec.vocab_size, environments)
+    train_data = _dataset(config.data, tokenizer, "train_files", spec.vocab_size, environments)
     val_data = None
     if config.data.val_files:
-        val_data = _dataset(config, tokenizer, "val_files", spec.vocab_size, environments)
+        val_data = _dataset(config.data, tokenizer, "val_files", spec.vocab_size, environments)
     ends = end_tokens(folder, tokenizer, spec.vocab_size, config.rollout.stop_token_ids)
-    loader = _loader(config, train_data)
+    loader = _loader(config.data, config.trainer.seed, train_data)
     # Of validation too: the rule has to know how to score each of them.
     data_sources = set(train_data.data_sources)
     if val_data is not None:
@@ -116,13 +116,12 @@ def read_inputs(config: Config) -> RunInputs:
 
 
 def _dataset(
-    config: Config,
+    data: DataConfig,
     tokenizer: Any,
     key: Literal["train_files", "val_files"],
     vocab_size: int,
     environments: Environments | None,
 ) -> PromptDataset:
-    data = config.data
     return PromptDataset(
         getattr(data, key),
         tokenizer,
@@ -136,16 +135,15 @@ def _dataset(
     )
 
 
-def _loader(config: Config, train_data: PromptDataset) -> PromptLoader:
-    data, curriculum = config.data, None
-    if data.curriculum.path is not None:
-        own = data.curriculum
-        curriculum = Curriculum(data.curriculum.path, own.name, own.kwargs)
+def _loader(data: DataConfig, seed: int, train_data: PromptDataset) -> PromptLoader:
+    curriculum, own = None, data.curriculum
+    if own.path is not None:
+        curriculum = Curriculum(own.path, own.name, own.kwargs)
     return PromptLoader(
         train_data,
         # Dynamic sampling drops groups, so it may draw more prompts at a time than a step needs.
         data.gen_batch_size or data.train_batch_size,
-        config.trainer.seed,
+        seed,
         data.shuffle,
         data.train_weights,
         curriculum,

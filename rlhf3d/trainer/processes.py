@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rlhf3d.config.derived import Derived, micro_batching_of
 from rlhf3d.config.groups import WorkerGroup
-from rlhf3d.config.schema import Config, RolloutConfig
+from rlhf3d.config.schema import ClusterConfig, Config, RolloutConfig
 from rlhf3d.experience.steps import Phase
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import cores_of, nodes_of, ray_cluster, reserve
@@ -70,7 +70,7 @@ def start_processes(
 
     `journal`: where it is written what engines do, and when; `script`: what they are to repeat.
     """
-    placement = _placement(config, derived, platform)
+    placement = _placement(config.cluster, config.rollout, derived.groups, platform)
     devices = platform.pretended_devices(placement.gpus)
     # Ray installs a SIGTERM handler of its own: ours goes in again after it.
     stack.enter_context(
@@ -108,14 +108,18 @@ def start_processes(
     return Processes(_by_role(derived.groups, groups), rollout, sync)
 
 
-def _placement(config: Config, derived: Derived, platform: Platform) -> Placement:
-    cluster, engines = config.cluster, config.rollout
+def _placement(
+    cluster: ClusterConfig,
+    rollout: RolloutConfig,
+    groups: tuple[WorkerGroup, ...],
+    platform: Platform,
+) -> Placement:
     return place(
         platform,
-        derived.groups,
-        engines.engines,
-        engines.tensor_parallel_size,
-        engines.placement == "colocated",
+        groups,
+        rollout.engines,
+        rollout.tensor_parallel_size,
+        rollout.placement == "colocated",
         # A Ray that is started here has this node alone.
         1 if cluster.ray_address is None else cluster.num_nodes,
     )

@@ -17,6 +17,7 @@ from rlhf3d.checkpoints.identity import code_identity, model_identity
 from rlhf3d.checkpoints.manifest import LIBRARIES
 from rlhf3d.checkpoints.resume import CHECKPOINTS
 from rlhf3d.checkpoints.store import CONFIG_FILE
+from rlhf3d.config.keys import code_files
 from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
 from rlhf3d.machine import package_versions
@@ -60,7 +61,8 @@ def prepare(run: Path, after: int, until: int | None, output: Path | None) -> Re
     output = run / REPLAY if output is None else output
     _empty(output)
     config = load_run(file, _overrides(run, after, output))
-    notes = [*_changed(config, segment.facts), *_left_out(segment, last, read_journal(run))]
+    changed = _changed(config.model.path, code_files(config), segment.facts)
+    notes = [*changed, *_left_out(segment, last, read_journal(run))]
     (output / _MARKER).write_text(json.dumps({"run": str(run), "after": after, "until": until}))
     return Replay(run, output, config, Script(segment, until), notes)
 
@@ -100,12 +102,12 @@ def _empty(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _changed(config: Config, facts: dict[str, Any]) -> Iterator[str]:
+def _changed(model: str, code: dict[str, str], facts: dict[str, Any]) -> Iterator[str]:
     """What is not as it was in the run, and may make numbers differ."""
     now = {
         "versions": package_versions(LIBRARIES),
-        "code": code_identity(config),
-        "model": {"identity": model_identity(config.model.path)},
+        "code": code_identity(code),
+        "model": {"identity": model_identity(model)},
     }
     for what, values in now.items():
         before = facts.get(what, {})

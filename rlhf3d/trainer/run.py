@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from rlhf3d.checkpoints.resume import Checkpoint
+from rlhf3d.checkpoints.identity import identity_state
+from rlhf3d.checkpoints.resume import Checkpoint, flat_config
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, RewardConfig
 from rlhf3d.config.summary import summary_lines
 from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.tokens import TokenRecorder
@@ -22,6 +24,7 @@ from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
+from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.trainer.assembly import Assembly
@@ -57,11 +60,11 @@ def run_training(
     assert derived.total_steps is not None
     if start.finished is not None:
         return show_finished(start.finished)
-    notes = prepare_folder(start, inputs.spec)
-    config, checkpoint = start.config, start.checkpoint
+    notes = prepare_folder(start, config, inputs.spec)
+    output, checkpoint = start.folder, start.checkpoint
+    config = replace(config, trainer=replace(config.trainer, output_dir=str(output)))
     if checkpoint is not None:  # here already: other data are refused before anything is started
         inputs.loader.load_state_dict(checkpoint.state["loader"])
-    output = Path(config.trainer.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     setup_logging(output, "driver")
@@ -69,17 +72,20 @@ def run_training(
     # the metrics file, which the ending may still write to, at the end.
     with ExitStack() as stack:
         console = stack.enter_context(Console())
-        writer = stack.enter_context(open_metrics(config, checkpoint, console.note))
+        writer = stack.enter_context(
+            open_metrics(config.trainer, flat_config(config), checkpoint, console.note)
+        )
         recorder = TokenRecorder(inputs.tokenizer, config.trainer.sample_tokens)
-        journal = stack.enter_context(open_journal(config, inputs.spec, checkpoint))
+        identity = identity_state(config, inputs.spec)
+        journal = stack.enter_context(open_journal(output, identity, checkpoint))
         log = StepLog(
             console, writer, derived.total_steps, derived.devices, recorder, journal=journal
         )
         # Before the header: its warnings come from scoring the data's own answers.
-        rewards = stack.enter_context(_reward_manager(config, inputs))
+        rewards = stack.enter_context(_reward_manager(config.reward, inputs.rule))
         lines = [
             *summary_lines(config, derived),
-            *_input_lines(config, inputs, rewards),
+            *_input_lines(inputs, Path(config.model.path), rewards),
             f"platform {platform.kind}: {platform.reason}",
             *notes,
         ]
@@ -137,20 +143,20 @@ def _train(
     return 0
 
 
-def _reward_manager(config: Config, inputs: RunInputs) -> RewardManager:
+def _reward_manager(reward: RewardConfig, rule: RewardFunction | None) -> RewardManager:
     return RewardManager(
-        inputs.rule,
-        workers=config.reward.workers,
-        timeout_s=config.reward.timeout_s,
-        max_error_rate=config.reward.max_error_rate,
+        rule,
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        max_error_rate=reward.max_error_rate,
     )
 
 
-def _input_lines(config: Config, inputs: RunInputs, rewards: RewardManager) -> Iterator[str]:
+def _input_lines(inputs: RunInputs, model: Path, rewards: RewardManager) -> Iterator[str]:
     """What was read, and what is odd about it."""
     for data in inputs.datasets:
         yield data.summary()
     for text in training_warnings(inputs.train_data, inputs.val_data, inputs.rule, rewards):
         yield f"warning: {text}"
-    for text in inputs.notes(Path(config.model.path)):
+    for text in inputs.notes(model):
         yield f"warning: {text}"

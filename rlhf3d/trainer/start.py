@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from rlhf3d.checkpoints.identity import identity_state
 from rlhf3d.checkpoints.manifest import LIBRARIES, versions
 from rlhf3d.checkpoints.resume import (
     CHECKPOINTS,
     Checkpoint,
     Start,
     check_resume,
-    flat_config,
     set_aside,
 )
 from rlhf3d.checkpoints.store import Store
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import Config, TrainerConfig
 from rlhf3d.machine import package_versions
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import MetricsWriter
@@ -35,13 +34,13 @@ from rlhf3d.placement.worker import TrainWorker
 from rlhf3d.trainer.components import RunComponents
 
 
-def prepare_folder(start: Start, spec: ModelSpec) -> list[str]:
+def prepare_folder(start: Start, config: Config, spec: ModelSpec) -> list[str]:
     """Clean the run's folder; lines for the user. ValueError where the checkpoint does not fit."""
-    output, checkpoint = Path(start.config.trainer.output_dir), start.checkpoint
+    output, checkpoint = start.folder, start.checkpoint
     notes = list(start.notes)
     if checkpoint is not None:
         # Before anything is removed, as it may refuse.
-        changes = check_resume(checkpoint, start.config, spec)
+        changes = check_resume(checkpoint, config, spec)
         notes.append(f"resume from step {checkpoint.manifest.step}: {checkpoint.folder}")
         notes += [f"changed {change}" for change in changes]
     store = Store(output / CHECKPOINTS)
@@ -58,20 +57,23 @@ def prepare_folder(start: Start, spec: ModelSpec) -> list[str]:
 
 
 def open_metrics(
-    config: Config, checkpoint: Checkpoint | None, warn: Callable[[str], None]
+    trainer: TrainerConfig,
+    flat: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    warn: Callable[[str], None],
 ) -> MetricsWriter:
     """The writer of the run's metrics and its trackers, without the rows after the checkpoint.
 
-    A run that was killed between a checkpoint and the row of its step gets that row here. `warn`
-    takes what the user should know of trackers.
+    A run that was killed between a checkpoint and the row of its step gets that row here. `flat`:
+    the complete configuration; `warn` takes what the user should know of trackers.
     """
-    trainer, output = config.trainer, Path(config.trainer.output_dir)
+    output = Path(trainer.output_dir)
     step = None if checkpoint is None else checkpoint.manifest.step
     facts = RunFacts(
         folder=output,
         project=trainer.project_name,
         name=trainer.experiment_name or output.resolve().name,
-        config=flat_config(config),
+        config=flat,
         versions=versions(),
         resume_step=step,
     )
@@ -84,10 +86,12 @@ def open_metrics(
     return writer
 
 
-def open_journal(config: Config, spec: ModelSpec, checkpoint: Checkpoint | None) -> JournalWriter:
+def open_journal(
+    output: Path, identity: dict[str, Any], checkpoint: Checkpoint | None
+) -> JournalWriter:
     """The run's journal, which goes on after the checkpoint."""
-    journal = JournalWriter(config.trainer.output_dir)
-    facts = {"versions": package_versions(LIBRARIES), **identity_state(config, spec)}
+    journal = JournalWriter(output)
+    facts = {"versions": package_versions(LIBRARIES), **identity}
     journal.begin(0 if checkpoint is None else checkpoint.manifest.step, facts)
     return journal
 

@@ -77,9 +77,7 @@ def with_mode(config: Config, mode: str) -> Config:
 
 def outcome(start: Start) -> tuple[str, int | None]:
     """Name of the folder, step resumed from."""
-    return Path(
-        start.config.trainer.output_dir
-    ).name, start.checkpoint.manifest.step if start.checkpoint else None
+    return start.folder.name, start.checkpoint.manifest.step if start.checkpoint else None
 
 
 def test_a_users_file_with_other_text_is_told(config: Config, tmp_path: Path) -> None:
@@ -143,9 +141,7 @@ def test_without_a_checkpoint_a_run_starts_beside(config: Config) -> None:
     write_rows(config, 3)
     start = choose_start(config, TOTAL)
     assert outcome(start) == ("run-2", None) and "run has no complete checkpoint" in start.notes[-1]
-    later = replace(
-        config, trainer=replace(config.trainer, output_dir=start.config.trainer.output_dir)
-    )
+    later = replace(config, trainer=replace(config.trainer, output_dir=str(start.folder)))
     add_checkpoint(later, 2)
     write_rows(later, 2)
     assert outcome(choose_start(config, TOTAL)) == ("run-2", 2), (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf3d.checkpoints.manifest import Manifest
 from rlhf3d.checkpoints.resume import Checkpoint
-from rlhf3d.config.schema import Config, TrainerConfig
+from rlhf3d.config.schema import TrainerConfig
 from rlhf3d.observability.metrics import MetricsWriter, read_metrics
 from rlhf3d.trainer.start import open_metrics
 
@@ -19,8 +19,8 @@ def checkpoint(run: Path, step: int) -> Checkpoint:
 
 
 def steps_after(run: Path, output: Path) -> list[int]:
-    config = Config(trainer=TrainerConfig(output_dir=str(output)))
-    with open_metrics(config, checkpoint(run, 3), warn=print) as writer:
+    trainer = TrainerConfig(output_dir=str(output))
+    with open_metrics(trainer, {}, checkpoint(run, 3), warn=print) as writer:
         writer.write(4, {"loss": 0.4})
     return [row["step"] for row in read_metrics(output)]
 
