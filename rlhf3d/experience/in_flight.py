@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.collect import Collector
@@ -435,11 +437,15 @@ class _Ended:
     def figures(self, groups: int) -> dict[str, float]:
         """Metrics of dynamic sampling, for a step of so many groups."""
         ended = len(self.groups)
-        return {
+        figures = {
             "filter_groups/generated": float(ended),
             "filter_groups/kept_share": 1 - len(self.without_signal) / max(1, ended),
             "train/num_gen_batches": ended / groups,
         }
+        # A step may be of groups that all ended before the last one.
+        if rewards := [group.rewards for group in self.groups.values()]:
+            figures["filter_groups/generated_score/mean"] = float(torch.cat(rewards).mean())
+        return figures
 
     def too_few(self, limit: int, metric: str | None) -> str:
         """Why a step cannot be filled."""

@@ -183,3 +183,39 @@ def test_after_an_engine_and_the_driver_died_each_is_trained_on_once(job: Path) 
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
     assert f"resume from step {saved}" in resumed.stdout
     assert_each_once(run)
+
+
+PHASES = ("ahead:28", "score:12", "update_actor:2", "sync_weights:3", "save:2")
+"""When in a start: during generation beside training, while a group is scored, …"""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("who", ["trainer:0", "driver"])
+def test_after_deaths_in_every_phase_each_is_trained_on_once(who: str, tmp_path: Path) -> None:
+    """One run, started again after each death."""
+    job, run = write_job(tmp_path), tmp_path / "run"
+    for phase in PHASES:
+        died = train_with_deaths(job, f"{phase}:{who}", *DEATHS)
+        assert f"kill {phase}:{who}" in died.stdout, died.stdout[-2000:] + died.stderr[-4000:]
+        if who == "driver":
+            assert died.returncode == -signal.SIGKILL
+        else:
+            # Which rank it was, and nothing is left of the others.
+            assert died.returncode == 1 and "actor" in died.stderr, died.stderr[-4000:]
+            assert left_behind() == set()
+    finished = train(job, *DEATHS)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    assert_each_once(run)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_after_engines_died_in_every_phase_each_is_trained_on_once(tmp_path: Path) -> None:
+    moments = [f"{phase}:0:0" for phase in ("generate:4", *PHASES)]
+    job, run = write_job(tmp_path), tmp_path / "run"
+    finished = train_with_deaths(job, ",".join(moments), *DEATHS)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    for moment in moments:
+        assert f"kill {moment}" in finished.stdout
+    assert_each_once(run)

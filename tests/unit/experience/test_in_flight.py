@@ -218,7 +218,11 @@ def test_groups_without_signal_are_replaced_and_counted() -> None:
     object.__setattr__(run.source._collector, "rewards", rewards)
     experience = run.step(1)
     assert sorted(experience.rewards.tolist()) == [0.0] * 3 + [1.0] * 3
-    assert experience.metrics["filter_groups/generated"] > GROUPS
+    generated = experience.metrics["filter_groups/generated"]
+    assert generated > GROUPS
+    right = sum(number % 2 for number in range(1, int(generated) + 1))
+    score = experience.metrics["filter_groups/generated_score/mean"]
+    assert score == pytest.approx(right / (generated * N))
 
 
 def test_what_cannot_be_filled_says_so() -> None:
