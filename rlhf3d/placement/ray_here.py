@@ -13,11 +13,13 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import ray
+from ray._private import services
 from ray._private import worker as ray_driver
 
 from rlhf3d.placement.waiting import exit_on_timeout, ray_ended, set_ray_ended
@@ -32,16 +34,19 @@ SOCKET_PATH_BYTES = 107
 SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12")
 """What Ray adds to its temporary folder."""
 LOOK_S = 0.5
+START_SHARE = 0.9
+"""Of the deadline: Ray's own message is better than the one of a process that is ended."""
 UNWIND_S = 10.0
 """Seconds for the driver to leave its wait on a Ray that has ended."""
 END_S = 10.0
 """Seconds for Ray's processes to end by themselves."""
 
 
-def _init(**settings: Any) -> None:
-    """Start Ray; RuntimeError where its processes do not come up within its own 30 s."""
+def _init(timeout_s: float, **settings: Any) -> None:
+    """Start Ray; RuntimeError where its processes do not come up."""
     try:
-        ray.init(**settings)
+        with _patience(timeout_s):
+            ray.init(**settings)
     except Exception as error:
         # Ray has no class of its own for this; other mistakes have theirs.
         if type(error) is not Exception:
@@ -51,6 +56,40 @@ def _init(**settings: Any) -> None:
             f"Ray did not start on this machine: {error} The machine has {os.cpu_count()} CPUs and "
             f"a load of {load:.0f}: end what else runs on it, then give the same command again"
         ) from error
+
+
+@contextmanager
+def _patience(timeout_s: float) -> Iterator[None]:
+    """Have Ray wait for the start of its node as long as a run may, instead of a fixed 30 s.
+
+    Ray looks for the node until it is there, or 30 s are over: so one look takes longer here.
+    """
+    look = services.get_node
+    deadline = time.monotonic() + timeout_s
+    looked = False
+
+    def wait(*arguments: Any) -> Any:
+        nonlocal looked
+        looked = True
+        while True:
+            try:
+                return look(*arguments)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > deadline or "raylet" not in _own_processes():
+                    raise
+            time.sleep(0.1)
+
+    services.get_node = wait
+    try:
+        yield
+    finally:
+        services.get_node = look
+    assert looked, "Ray no longer looks for its node by services.get_node"
+
+
+def _own_processes() -> set[str]:
+    """Names of this process's children that run."""
+    return {process.name() for process in psutil.Process().children() if _runs(process)}
 
 
 class RayHere:
@@ -82,6 +121,7 @@ class RayHere:
             exit_on_timeout("start Ray on this machine", timeout_s),
         ):
             _init(
+                START_SHARE * timeout_s,
                 num_cpus=cpus,
                 num_gpus=gpus,
                 include_dashboard=False,

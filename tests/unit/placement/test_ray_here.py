@@ -27,4 +27,39 @@ def test_a_machine_too_busy_for_ray_is_named(
 
     monkeypatch.setattr(ray_here.ray, "init", init)
     with pytest.raises(expected, match=message):
-        ray_here._init(num_cpus=1)
+        ray_here._init(60.0, num_cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("running", "looks"), [({"raylet"}, 4), ({"gcs_server"}, 1)], ids=["slow", "dead"]
+)
+def test_a_slow_node_is_waited_for_and_a_dead_one_is_not(
+    running: set[str], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def look(*_: str) -> str:
+        found.append(len(found))
+        if len(found) < 4:
+            raise RuntimeError("This node has an IP address of 10.0.0.1, and Ray expects ...")
+        return "node"
+
+    def init(**settings: Any) -> None:
+        assert ray_here.services.get_node("address", "id") == "node"
+
+    monkeypatch.setattr(ray_here.services, "get_node", look)
+    monkeypatch.setattr(ray_here, "_own_processes", lambda: running)
+    monkeypatch.setattr(ray_here.ray, "init", init)
+    if running == {"raylet"}:
+        ray_here._init(60.0)
+    else:
+        with pytest.raises(RuntimeError, match="expects"):
+            ray_here._init(60.0)
+    assert len(found) == looks
+    assert ray_here.services.get_node is look
+
+
+def test_another_way_to_look_for_the_node_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_here.ray, "init", lambda **settings: None)
+    with pytest.raises(AssertionError, match="no longer looks"):
+        ray_here._init(60.0)
