@@ -26,6 +26,8 @@ from support.jobs import (
     train_with_deaths,
     write_job,
 )
+from support.judge import hf_scores
+from support.tiny_models import make_tiny_model
 from support.trained import ages, kept_names
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +35,7 @@ from rlhf3d.experience.certificate import span_certificate
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.observability.tokens import TokenSpan, read_tokens, tokens_path
 from rlhf3d.placement.journal import read_journal
+from rlhf3d.rewards.score import ScoreItem
 
 STEPS, STALENESS, BATCH, SAMPLES = 8, 2, 8, 2
 JOB = (
@@ -219,3 +222,30 @@ def test_after_engines_died_in_every_phase_each_is_trained_on_once(tmp_path: Pat
     for moment in moments:
         assert f"kill {moment}" in finished.stdout
     assert_each_once(run)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_reward_model_scores_on_ranks_that_train_meanwhile(tmp_path: Path) -> None:
+    """Its ranks are those that update the actor: no score is lost or of other weights."""
+    judge = make_tiny_model(tmp_path / "judge", tie=False, seed=5, classifier=True)
+    settings = (
+        *DEATHS,
+        "custom_reward_function.path=null",
+        "reward.weights={reward_model: 2.0}",
+        f"reward_model={{path: {judge}, mean: 0.5, std: 4.0}}",
+    )
+    finished = train(write_job(tmp_path), *settings)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    run = tmp_path / "run"
+    assert_each_once(run)
+    rows = read_rows(run)
+    assert max(row["training/off_policy/trajectory_staleness_worst/max"] for row in rows) >= 1
+    for step in range(1, STEPS + 1):
+        items, found = [], []
+        for sample in sample_rows(run, step):
+            asked = [{"role": "user", "content": sample["prompt"]}]
+            items.append(ScoreItem("tiny", sample["response"], None, messages=asked))
+            found.append(sample["score"])
+        expected = 2.0 * (hf_scores(judge, items) - 0.5) / 4.0
+        assert torch.allclose(torch.tensor(found), expected, atol=1e-5)

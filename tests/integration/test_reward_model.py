@@ -11,9 +11,10 @@ import pytest
 import torch
 from support.engines import join
 from support.jobs import read_rows, train, write_job
+from support.judge import hf_scores
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.data.parquet import write_parquet
@@ -33,21 +34,6 @@ ITEMS = [
         (1, []),
     )
 ]
-
-
-def hf_scores(folder: Path, items: list[ScoreItem]) -> torch.Tensor:
-    """Transformers' logits of the conversations as one padded batch."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    chats = [
-        [*item.messages, {"role": "assistant", "content": item.solution_str}] for item in items
-    ]
-    encoded = tokenizer.apply_chat_template(
-        chats, padding=True, return_dict=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        logits: torch.Tensor = model(**encoded).logits
-    return logits[:, 0]
 
 
 def score_rank(rank: int, port: int, folder: Path, layout: ParallelLayout) -> torch.Tensor | None:
