@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -42,18 +43,26 @@ class Killer:
         for moment in list(self.moments):
             name, occasion, *who = moment.split(":")
             if name == phase and self.occasions[phase] >= int(occasion):
-                self.moments.remove(moment)
-                print(f"kill {moment}", flush=True)
-                self._kill(*who)
+                # One that has just been killed and is not there again is killed later.
+                with suppress(ray.exceptions.ActorDiedError):
+                    self._kill(moment, *who)
 
-    def _kill(self, who: str, rank: str = "0") -> None:
+    def _kill(self, moment: str, who: str, rank: str = "0") -> None:
         if who == "driver":
+            self._done(moment)
             os.kill(os.getpid(), signal.SIGKILL)
         elif who == "trainer":
+            self._done(moment)
             ray.kill(self.actor.workers[int(rank)])  # it takes no call while it computes
         else:
             actor = self.rollout.engines[int(who)].actors[int(rank)]
-            os.kill(ray.get(actor.process_id.remote()), signal.SIGKILL)
+            process = ray.get(actor.process_id.remote())
+            self._done(moment)
+            os.kill(process, signal.SIGKILL)
+
+    def _done(self, moment: str) -> None:
+        self.moments.remove(moment)
+        print(f"kill {moment}", flush=True)
 
 
 KILLER = Killer(sys.argv[1])
