@@ -115,15 +115,31 @@ def samples(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs (trainer.output_dir).")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page; default report.html in the run's folder, of several runs in this one."
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's report: curves, phases, samples before and after.
+    """Write a page about a run: is it learning, healthy, what limits it, what did it write?
+
+    Several runs are compared. Of one run without --output also report.md and curves.png.
 
     Example: rlhf3d report runs/quickstart
     """
+    check_output("--output", output, is_file=True)
     from rlhf3d.observability.report import make_report
+    from rlhf3d.trainer.run_page import PAGE_FILE, write_page
 
-    typer.echo(make_report(run))
+    # By resolved path: a run given twice is shown once.
+    runs = list({run.resolve(): run for run in runs}.values())
+    if output is None and len(runs) == 1:
+        typer.echo(write_page(runs, runs[0] / PAGE_FILE))
+        typer.echo(make_report(runs[0]))
+        return
+    typer.echo(write_page(runs, output or Path(PAGE_FILE)))
 
 
 def compare(

@@ -18,10 +18,12 @@ from rlhf3d.observability.metrics import (
     STEP_TIME,
     keys_of,
     phase_seconds,
-    read_metrics,
     validation_accuracy,
     validation_reward,
 )
+from rlhf3d.observability.page.collect import read_rows
+from rlhf3d.observability.page.learning import binomial_standard_error
+from rlhf3d.observability.page.verdict import judge
 from rlhf3d.observability.samples import before_after, printable
 
 CURVES_FILE = "curves.png"
@@ -39,13 +41,14 @@ def make_report(run_dir: str | Path) -> Path:
 
     Raises ValueError for a folder without metrics or before the first finished step.
     """
-    rows = _rows(run_dir)
+    rows = read_rows(Path(run_dir))
     folder = Path(run_dir)
     draw_curves(rows, folder / CURVES_FILE)
     minutes = sum(series(rows, STEP_TIME)[1]) / 60
     sections = [
         f"# Run report: {folder.resolve().name}",
         f"Steps {rows[0]['step']} to {rows[-1]['step']}, {minutes:.1f} min.",
+        *_verdict(rows),
         f"![curves]({CURVES_FILE})",
         "## Held-out accuracy",
         _gains(rows),
@@ -63,19 +66,16 @@ def make_report(run_dir: str | Path) -> Path:
     return path
 
 
-def binomial_standard_error(accuracy: float, prompts: float) -> float:
-    """Return sqrt(p (1 - p) / n).
-
-    An upper bound for answers sampled several times a prompt, as n counts prompts.
-    """
-    return math.sqrt(accuracy * (1.0 - accuracy) / prompts)
-
-
-def _rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    rows = read_metrics(run_dir)
-    if not rows:
-        raise ValueError(f"{run_dir} has no finished step yet: report it after the first")
-    return rows
+def _verdict(rows: Rows) -> list[str]:
+    """The answers and warnings that the page has too."""
+    verdict = judge(rows)
+    lines = [f"* {question} **{found.title}.** {found.text}" for question, found in verdict.answers]
+    lines += [
+        f"* {found.level}: **{found.title}.** {found.text} {found.advice}".rstrip()
+        for found in verdict.checks
+        if found.level in ("bad", "watch")
+    ]
+    return ["## Verdict", "\n".join(_cell(line, len(line)) for line in lines)]
 
 
 def _gains(rows: Rows) -> str:
@@ -234,9 +234,9 @@ def _percent(accuracy: float, prompts: float | None) -> str:
     return f"{100 * accuracy:.1f} ± {100 * binomial_standard_error(accuracy, prompts):.1f} %"
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, limit: int = 400) -> str:
     """Model text inside a markdown table: one line, nothing that reads as a cell border or HTML."""
-    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return printable(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> str:

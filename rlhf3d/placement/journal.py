@@ -13,6 +13,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -270,6 +271,32 @@ def read_journal(run: str | Path) -> list[Segment]:
     if not segments:
         raise ValueError(f"{path} is empty: the run was stopped before it began")
     return segments
+
+
+class Beginning(NamedTuple):
+    """The start of a part of a run."""
+
+    begin: int
+    """The step after which it begins."""
+    facts: dict[str, Any]
+
+
+def beginnings(run: str | Path) -> list[Beginning]:
+    """Where the parts of a run begin, read without the rest of its journal; empty without one.
+
+    A line that is damaged is left out.
+    """
+    path, found = Path(run) / JOURNAL_FILE, []
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # As `JournalWriter.begin` writes it: other lines, which are nearly all, are not parsed.
+            if line.startswith('{"begin":'):
+                with suppress(ValueError, LookupError):
+                    row = json.loads(line)
+                    found.append(Beginning(int(row["begin"]), dict(row["facts"])))
+    return found
 
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.report import CURVES_FILE, make_report
 from rlhf3d.observability.samples import before_after
+from rlhf3d.trainer.run_page import PAGE_FILE, write_page
 
 
 def show_results(output: Path, console: Console, checkpoint: Path | None) -> None:
@@ -54,9 +55,11 @@ def reported_only(console: Console, what: str, then: str) -> Iterator[None]:
 
 
 def _make_report(output: Path, console: Console) -> list[str]:
-    """Lines that say where report and curves are."""
+    """Lines that say where page, report and curves are."""
     lines = []
     then = f"`rlhf3d report {output}` makes it when that is fixed"
     with reported_only(console, "there is no report", then):
         lines = [f"report {make_report(output)}", f"curves {output / CURVES_FILE}"]
+    with reported_only(console, "there is no page", then):
+        lines = [f"page {write_page([output], output / PAGE_FILE)}", *lines]
     return lines

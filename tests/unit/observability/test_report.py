@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf3d.observability.metrics import MetricsWriter, read_metrics
-from rlhf3d.observability.report import binomial_standard_error, learning_table, make_report
+from rlhf3d.observability.page.learning import binomial_standard_error
+from rlhf3d.observability.report import learning_table, make_report
 from rlhf3d.observability.samples import Sample, write_samples
 
 SAMPLE = Sample("2+3? <b>|", "it is\n4", "5", 0.0, "scored", 3, "stop", 0)

@@ -15,6 +15,7 @@ from rlhf3d.placement.journal import (
     JournalWriter,
     Made,
     asked,
+    beginnings,
     made,
     name_of,
     read_journal,
@@ -160,3 +161,14 @@ def test_a_damaged_journal_is_named(text: str, named: str, tmp_path: Path) -> No
 def test_a_folder_without_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=JOURNAL_FILE):
         read_journal(tmp_path)
+
+
+def test_beginnings_are_read_without_the_rest(tmp_path: Path) -> None:
+    assert beginnings(tmp_path) == []
+    with JournalWriter(tmp_path) as journal:
+        journal.begin(0, {"a": 1})
+        journal.trained(1, ["x"])
+        journal.begin(1, {"a": 2})
+    with (tmp_path / JOURNAL_FILE).open("a") as file:
+        file.write('{"begin":9,"fa')
+    assert beginnings(tmp_path) == [(0, {"a": 1}), (1, {"a": 2})]

@@ -35,7 +35,7 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("broken", [None, "make_report", "before_after"])
+@pytest.mark.parametrize("broken", [None, "make_report", "write_page", "before_after"])
 def test_nothing_that_comes_after_the_last_step_fails_a_run(
     broken: str | None,
     tmp_path: Path,
@@ -53,7 +53,7 @@ def test_nothing_that_comes_after_the_last_step_fails_a_run(
     told = capsys.readouterr().out
     assert "checkpoint step_2" in told
     assert ("(TypeError: int is not iterable); the run is complete" in told) == (broken is not None)
-    if broken == "make_report":
+    if broken in ("make_report", "write_page"):
         assert f"`rlhf3d report {run}` makes it" in told
 
 
@@ -71,4 +71,5 @@ def test_the_same_command_makes_the_report_of_a_finished_run(
 ) -> None:
     run = finished_run(tmp_path)
     assert show_finished(run) == 0 and (run / "report.md").is_file()
+    assert (run / "report.html").is_file()
     assert "so nothing was done; trainer.resume_mode=never runs it again" in capsys.readouterr().out

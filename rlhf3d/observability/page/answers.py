@@ -1,0 +1,209 @@
+"""What a run wrote, as a page shows it: answers before and after, groups, distributions.
+
+Invariant: answers are the first of their step, never chosen by score; what is left out or cut is
+counted. Files are read within a budget, since a long run has more than a page can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from rlhf3d.observability.page.charts import rounded
+from rlhf3d.observability.samples import (
+    Sample,
+    before_after,
+    read_samples,
+    sample_steps,
+    samples_path,
+)
+
+PAIRS = 8
+"""Held-out prompts before and after."""
+GROUP_STEPS, GROUPS, GROUP_SIZE = 8, 6, 8
+"""Steps whose groups are shown, groups of each, answers of a group."""
+CHARACTERS = 900_000
+"""Of all texts of a page: with everything else it stays below 3 MB."""
+LONGEST = 8_000
+"""Characters of one text."""
+SPREAD_STEPS = 200
+"""Steps whose samples are read for distributions."""
+SPREAD_BYTES = 300_000_000
+"""And how much of them: about three seconds of reading."""
+VALUES = 6
+"""With at most so many different scores, their shares are shown, else percentiles."""
+PERCENTILES = (10, 25, 50, 75, 90)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion, for people."""
+
+    text: str
+    left_out: int
+    """Characters of it that are not shown."""
+    mark: str
+    """Its score, or why it has none."""
+    score: float
+    outcome: str
+    length: int
+    cut_off: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its completions."""
+
+    prompt: str
+    prompt_left_out: int
+    truth: str
+    answers: Sequence[Answer]
+    more: int
+    """Answers that are not shown."""
+
+
+@dataclass(frozen=True)
+class GroupsOfStep:
+    """The first groups of a step."""
+
+    step: int
+    groups: Sequence[Group]
+    more: int
+    """Groups that are not shown."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How values are distributed over steps."""
+
+    steps: Sequence[int]
+    labels: Sequence[str]
+    columns: Sequence[Sequence[float | None]]
+    """Of each label its share (`shares`), or that percentile."""
+    shares: bool
+
+
+def prompt_pairs(run: Path, budget: int = CHARACTERS // 4) -> tuple[tuple[int, int], list[Group]]:
+    """The same held-out prompts at the first and the last validation: the two steps, and groups of
+    two answers; steps 0 and no groups before the second validation.
+    """
+    before, after = before_after(run, PAIRS)
+    if not before:
+        return (0, 0), []
+    steps = sample_steps(run, "greedy")
+    if len(steps) < 2:
+        steps = sample_steps(run, "sampled")
+    limit = min(LONGEST, budget // (3 * len(before)))
+    pairs = [_group([old, new], 0, limit) for old, new in zip(before, after, strict=True)]
+    return (steps[0], steps[-1]), pairs
+
+
+def groups_by_step(run: Path, budget: int = CHARACTERS // 2) -> list[GroupsOfStep]:
+    """The first groups of a few steps, evenly spaced over the run, first and last included."""
+    chosen = []
+    for step in spaced(sample_steps(run), GROUP_STEPS):
+        groups = list(_grouped(read_samples(samples_path(run, step))))
+        chosen.append((step, groups[:GROUPS], len(groups)))
+    texts = 0
+    for _, groups, _ in chosen:
+        texts += sum(1 + min(len(group), GROUP_SIZE) for group in groups)
+    limit = min(LONGEST, budget // max(texts, 1))
+    return [
+        GroupsOfStep(step, _shown(groups, limit), total - len(groups))
+        for step, groups, total in chosen
+    ]
+
+
+def _shown(groups: Sequence[Sequence[Sample]], limit: int) -> list[Group]:
+    return [_group(group[:GROUP_SIZE], max(0, len(group) - GROUP_SIZE), limit) for group in groups]
+
+
+def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Completions of a prompt follow one another."""
+    for _, group in groupby(samples, key=lambda sample: (sample.prompt, sample.ground_truth)):
+        yield list(group)
+
+
+def _group(samples: Sequence[Sample], more: int, limit: int) -> Group:
+    first = samples[0]
+    prompt, prompt_left_out = shortened(first.prompt, limit)
+    answers = [_answer(sample, limit) for sample in samples]
+    return Group(prompt, prompt_left_out, first.ground_truth[:limit], answers, more)
+
+
+def _answer(sample: Sample, limit: int) -> Answer:
+    text, left_out = shortened(sample.answer, limit)
+    return Answer(
+        text,
+        left_out,
+        sample.mark,
+        float(sample.score),
+        sample.outcome,
+        sample.length,
+        sample.finish_reason == "length",
+    )
+
+
+def shortened(text: str, limit: int) -> tuple[str, int]:
+    """The start of a text, and how many characters were left out."""
+    return text[:limit], max(0, len(text) - limit)
+
+
+def spaced(steps: Sequence[int], count: int) -> list[int]:
+    """At most so many of them, evenly spaced, the first and the last included."""
+    if len(steps) <= count:
+        return list(steps)
+    places = np.linspace(0, len(steps) - 1, count).round().astype(int)
+    return [steps[place] for place in dict.fromkeys(places.tolist())]
+
+
+def spreads(run: Path) -> dict[str, Spread]:
+    """Distributions of `score` and `length` over steps; empty without samples."""
+    steps = sample_steps(run)
+    if not steps:
+        return {}
+    chosen = spaced(steps, min(SPREAD_STEPS, _affordable(run, steps)))
+    found = [(step, read_samples(samples_path(run, step))) for step in chosen]
+    found = [(step, samples) for step, samples in found if samples]
+    if not found:
+        return {}
+    chosen = [step for step, _ in found]
+    scores = [_column(samples, "score") for _, samples in found]
+    lengths = [_column(samples, "length") for _, samples in found]
+    return {"score": _spread(chosen, scores), "length": _percentiles(chosen, lengths)}
+
+
+def _column(samples: Sequence[Sample], name: str) -> np.ndarray:
+    return np.array([float(getattr(sample, name)) for sample in samples])
+
+
+def _affordable(run: Path, steps: Sequence[int]) -> int:
+    """How many files can be read; their sizes are those of a few."""
+    sizes = [samples_path(run, step).stat().st_size for step in spaced(steps, 5)]
+    return max(2, int(SPREAD_BYTES / max(1.0, sum(sizes) / len(sizes))))
+
+
+def _spread(steps: Sequence[int], columns: Sequence[np.ndarray]) -> Spread:
+    everything = np.concatenate(columns)
+    kinds = np.unique(everything[np.isfinite(everything)])
+    if not 0 < len(kinds) <= VALUES:
+        return _percentiles(steps, columns)
+    labels = [f"score {kind:g}" for kind in kinds]
+    return Spread(steps, labels, [_shares(columns, kind) for kind in kinds], True)
+
+
+def _shares(columns: Sequence[np.ndarray], kind: float) -> list[float | None]:
+    """Of each step, the share of completions with that score."""
+    return rounded(float((column == kind).mean()) for column in columns)
+
+
+def _percentiles(steps: Sequence[int], columns: Sequence[np.ndarray]) -> Spread:
+    columns = [column[np.isfinite(column)] for column in columns]
+    unknown = np.full(len(PERCENTILES), np.nan)
+    of_steps = [np.percentile(c, PERCENTILES) if len(c) else unknown for c in columns]
+    labels = [f"p{share}" for share in PERCENTILES]
+    return Spread(steps, labels, [rounded(column) for column in np.array(of_steps).T], False)

@@ -1,0 +1,386 @@
+// Draws what the page's data holds. Text of a run is only ever set as text.
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const faint = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+const hue = (number) => color("--c" + (number % 12));
+const PRINT_WIDTH = 310, HEIGHT = 190;
+let chosenRun = 0, printing = false, drawn = [];
+
+function element(tag, className, text, parent) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  if (parent) parent.append(made);
+  return made;
+}
+
+function digits(value) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
+  return String(+value.toPrecision(3));
+}
+const FORMATS = {
+  share: (v) => digits(100 * v) + " %",
+  seconds: (v) => digits(v) + " s",
+  number: digits, tokens: digits, nats: digits,
+};
+
+function chartBox(parent, id, title, help) {
+  const box = parent.tagName === "FIGURE" ? parent : element("figure", "chart", undefined, parent);
+  if (id) box.id = id;
+  box.replaceChildren();
+  element("h3", "", title, box);
+  element("p", "help", help, box);
+  const keys = element("div", "keys", undefined, box);
+  return { box, keys, place: element("div", "", undefined, box) };
+}
+
+function addKey(keys, stroke, label) {
+  const key = element("span", "", undefined, keys);
+  element("i", "swatch", undefined, key).style.background = stroke;
+  key.append(label + " ");
+  return element("b", "", "", key);
+}
+
+// `series`: uPlot's, `values[i]`: where the value of a series under the pointer is written.
+function draw(place, table, series, options, shown) {
+  const format = FORMATS[options.format] || digits;
+  const axis = { stroke: color("--soft"), font: "11px system-ui, sans-serif",
+    grid: { stroke: color("--grid"), width: 1 }, ticks: { stroke: color("--grid"), width: 1 } };
+  const width = printing ? (options.wide ? 2 * PRINT_WIDTH : PRINT_WIDTH) : place.clientWidth;
+  const write = (plot) => {
+    const at = plot.cursor.idx;
+    for (const [index, target, read] of shown) {
+      let value = at == null ? null : read ? read(at) : table[index][at];
+      if (at == null) {
+        for (let i = table[0].length - 1; i >= 0 && value == null; i--) {
+          value = read ? read(i) : table[index][i];
+        }
+      }
+      target.textContent = value == null ? "" : format(value);
+    }
+    if (options.atStep) {
+      options.atStep.textContent = at == null ? "last values" : "step " + table[0][at];
+    }
+  };
+  const plot = new uPlot({
+    width, height: options.wide ? 260 : HEIGHT,
+    legend: { show: false },
+    cursor: { sync: options.alone ? undefined : { key: "steps", setSeries: false },
+      points: { size: 6 }, drag: { x: true, y: false } },
+    scales: { x: { time: false, range: options.xRange }, y: { range: options.yRange } },
+    axes: [
+      { ...axis, size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5] },
+      { ...axis, size: 54, values: (_, ticks) => ticks.map(format) },
+    ],
+    series: [{}, ...series], bands: options.bands,
+    hooks: { setCursor: [write], ready: [write] },
+  }, table, place);
+  drawn.push([plot, place, options]);
+}
+
+function yRange(format) {
+  return (_, low, high) => {
+    if (low == null) return [0, 1];
+    const room = 0.08 * (high - low || Math.abs(high) || 1);
+    if (format === "share") return [0, Math.min(Math.max(high + room, 0.02), 1.0001)];
+    const fromZero = low >= 0 && low < 0.6 * high;
+    return [fromZero ? 0 : low - room, high + room];
+  };
+}
+
+function curveChart(parent, chart) {
+  const { keys, place } = chartBox(parent, chart.id, chart.title, chart.help);
+  const tables = [], series = [], bands = [], shown = [];
+  chart.lines.forEach((line, number) => {
+    const several = data.runs.length > 1;
+    const stroke = hue(several ? line.run : number);
+    const few = line.steps.length <= 60, pale = line.steps.length > 300 ? 0.25 : 0.45;
+    const smooth = line.mean.length > 0;
+    const raw = series.length + 1;
+    tables.push([line.steps, line.raw]);
+    series.push({
+      stroke: smooth ? faint(stroke, pale) : stroke, width: smooth ? 1 : 2, spanGaps: !smooth,
+      points: { show: few, size: 4, stroke: smooth ? faint(stroke, pale) : stroke,
+        fill: smooth ? faint(stroke, pale) : stroke },
+    });
+    let main = raw;
+    if (smooth) {
+      tables[tables.length - 1].push(line.mean);
+      series.push({ stroke, width: 2, points: { show: false } });
+      main = raw + 1;
+    }
+    if (line.low.length) {
+      tables[tables.length - 1].push(line.high, line.low);
+      const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: !smooth };
+      series.push(edge, { ...edge });
+      bands.push({ series: [series.length - 1, series.length], fill: faint(stroke, 0.16) });
+    }
+    const label = several ? data.runs[line.run] : line.label;
+    shown.push([main, addKey(keys, stroke, label)]);
+  });
+  const atStep = element("span", "", "", keys);
+  const table = tables.length > 1 ? uPlot.join(tables) : tables[0];
+  draw(place, table, series,
+    { format: chart.format, bands, yRange: yRange(chart.format), atStep }, shown);
+}
+
+function stackChart(parent, title, help, steps, parts, format, hues, wide) {
+  const { keys, place } = chartBox(parent, null, title, help);
+  const names = Object.keys(parts);
+  const sums = steps.map(() => 0);
+  const tops = names.map((name) => parts[name].map((v, i) => (sums[i] += v || 0)));
+  const bars = steps.length <= 80;
+  const table = [steps], series = [], shown = [];
+  names.forEach((name, number) => {
+    shown.push([0, addKey(keys, hues[number], name), (i) => parts[name][i]]);
+  });
+  const atStep = element("span", "", "", keys);
+  // From the top down: each covers the part below its own top.
+  for (let number = names.length - 1; number >= 0; number--) {
+    const fill = hues[number];
+    table.push(tops[number]);
+    series.push({ fill, stroke: fill, width: bars ? 0 : 1, points: { show: false },
+      paths: bars ? uPlot.paths.bars({ size: [0.86, 60] }) : undefined });
+  }
+  const gap = steps.length > 1 ? (steps[steps.length - 1] - steps[0]) / (steps.length - 1) : 1;
+  draw(place, table, series, {
+    format, wide, atStep, alone: bars,
+    xRange: bars ? (_, low, high) => [low - gap / 2, high + gap / 2] : undefined,
+    yRange: (_, low, high) => [0, format === "share" ? 1 : high * 1.05 || 1],
+  }, shown);
+}
+
+function fanChart(parent, title, help, spread, format) {
+  const { keys, place } = chartBox(parent, null, title, help);
+  const stroke = color("--c0");
+  const few = spread.steps.length <= 60;
+  const edge = { stroke: faint(stroke, 0.25), width: 1, points: { show: few, size: 3 } };
+  const series = [edge, { ...edge }, { stroke, width: 2, points: { show: few, size: 4 } },
+    { ...edge }, { ...edge }];
+  const shown = [[3, addKey(keys, stroke, "median")], [1, addKey(keys, faint(stroke, 0.2), "10 %")],
+    [5, addKey(keys, faint(stroke, 0.2), "90 %")]];
+  const atStep = element("span", "", "", keys);
+  draw(place, [spread.steps, ...spread.columns], series, {
+    format, atStep, yRange: yRange(format),
+    bands: [{ series: [5, 1], fill: faint(stroke, 0.14) },
+      { series: [4, 2], fill: faint(stroke, 0.2) }],
+  }, shown);
+}
+
+// From gray, the lowest score, to green, the highest.
+function ramp(count) {
+  const [low, high] = ["--low", "--c2"].map((name) => parseInt(color(name).slice(1), 16));
+  const channel = (hex, shift) => (hex >> shift) & 255;
+  return [...Array(count).keys()].map((number) => {
+    const part = count > 1 ? number / (count - 1) : 1;
+    const mixed = [16, 8, 0].map((shift) =>
+      Math.round(channel(low, shift) + part * (channel(high, shift) - channel(low, shift))));
+    return "#" + mixed.map((value) => value.toString(16).padStart(2, "0")).join("");
+  });
+}
+
+function spreadCharts() {
+  const place = byId("spreads"), found = data.spreads[chosenRun];
+  place.replaceChildren();
+  byId("spreads-note").textContent = found.score
+    ? `From the completions of ${found.score.steps.length} step(s), evenly spaced over the run.`
+    : "The run has no samples of training.";
+  for (const [name, title, format] of [["score", "Scores", "number"], ["length", "Lengths", "tokens"]]) {
+    const spread = found[name];
+    if (!spread) continue;
+    if (spread.shares) {
+      const parts = Object.fromEntries(spread.labels.map((label, i) => [label, spread.columns[i]]));
+      stackChart(place, title, "Share of a step's completions with each score.", spread.steps,
+        parts, "share", ramp(spread.labels.length));
+    } else {
+      fanChart(place, title,
+        "Median of a step's completions; the middle half; all but the lowest and highest tenth.",
+        spread, format);
+    }
+  }
+}
+
+function phaseChart() {
+  const { steps, parts } = data.phases[chosenRun];
+  if (!Object.keys(parts).length) { byId("phases").hidden = true; return; }
+  byId("phases").hidden = false;
+  stackChart(byId("phases"), "Seconds of each phase", "What a step's time went to.", steps, parts,
+    "seconds", Object.keys(parts).map((_, number) => hue(number)), true);
+}
+
+function drawAll() {
+  for (const [plot] of drawn) plot.destroy();
+  drawn = [];
+  byId("charts").replaceChildren();
+  for (const chart of data.charts) curveChart(byId("charts"), chart);
+  phaseChart();
+  spreadCharts();
+}
+
+function showGroups() {
+  const steps = data.groups[chosenRun], select = byId("groups-step");
+  const at = steps.find((one) => String(one.step) === select.value) || steps[steps.length - 1];
+  const place = byId("groups");
+  place.replaceChildren();
+  if (!at) return;
+  byId("groups-note").textContent =
+    `The first ${at.groups.length} group(s) of the step, not chosen by result` +
+    (at.more ? `; ${at.more} more are not shown` : "") + ". Steps are evenly spaced over the run.";
+  for (const group of at.groups) {
+    const box = element("div", "group", undefined, place);
+    const prompt = element("p", "prompt", group.prompt, box);
+    leftOut(prompt, group.prompt_left_out);
+    if (group.truth) element("p", "truth", "wanted: " + group.truth, box);
+    const side = element("div", "side", undefined, box);
+    for (const answer of group.answers) {
+      const card = element("div", "answer " + (answer.score >= 1 ? "right" : "wrong"), undefined, side);
+      element("p", "about", `score ${answer.mark} · ${answer.length} tokens` +
+        (answer.cut_off ? ", cut off" : ""), card);
+      leftOut(element("p", "text", answer.text, card), answer.left_out);
+    }
+    if (group.more) element("p", "note", `${group.more} more completions are not shown.`, box);
+  }
+}
+
+function leftOut(parent, count) {
+  if (count) element("i", "", ` … ${count} characters more`, parent);
+}
+
+const AUTHORS = { prompt: "the prompt", sampled: "the policy (trained on)",
+  template: "the chat template", environment: "the environment or a tool" };
+const heat = (part) => `color-mix(in srgb, var(--bad) ${Math.round(75 * Math.min(1, part))}%, transparent)`;
+
+function showTokens() {
+  const found = data.trajectories[chosenRun], at = found[+byId("trajectory").value || 0];
+  const text = byId("token-text"), about = byId("token-about"), mode = byId("color").value;
+  text.replaceChildren();
+  about.textContent = "";
+  text.hidden = byId("tokens-choose").hidden = !at;
+  byId("token-legend").replaceChildren();
+  if (!at) {
+    byId("tokens-note").textContent = "The run kept no tokens (trainer.sample_tokens).";
+    return;
+  }
+  legend(mode);
+  byId("worst").hidden = at.worst === null;
+  if (at.skipped_before) element("i", "", `… ${at.skipped_before} tokens before … `, text);
+  at.tokens.forEach((token, place) => {
+    const [piece, , author, , engine, , difference] = token;
+    const shown = element("span", "", piece === "" ? "·" : piece.replaceAll("\n", "↵\n"), text);
+    if (mode === "author") shown.classList.add("by-" + author);
+    // 0.7 nats: the probabilities differ by a factor of two.
+    if (mode === "difference" && difference !== null) shown.style.background = heat(difference / 0.7);
+    if (mode === "logprob" && engine !== null) shown.style.background = heat(-engine / 5);
+    if (place === at.worst) shown.classList.add("worst");
+    shown.dataset.place = place;
+  });
+  if (at.skipped_after) element("i", "", ` … ${at.skipped_after} tokens after`, text);
+}
+
+function legend(mode) {
+  const place = byId("token-legend");
+  if (mode === "author") {
+    for (const [author, meaning] of Object.entries(AUTHORS)) {
+      element("span", "by-" + author, meaning, place);
+    }
+  } else if (mode === "difference") {
+    place.textContent = "Red: engine and trainer differ; full red by a factor of two or more.";
+  } else {
+    place.textContent = "Red: a token that the engine found unlikely when it drew it.";
+  }
+}
+
+function tellToken(shown) {
+  const at = data.trajectories[chosenRun][+byId("trajectory").value || 0];
+  const [piece, id, author, version, engine, trainer, difference] = at.tokens[+shown.dataset.place];
+  byId("token-text").querySelectorAll(".chosen").forEach((one) => one.classList.remove("chosen"));
+  shown.classList.add("chosen");
+  const words = [`${JSON.stringify(piece)} (id ${id}, position ${at.skipped_before + +shown.dataset.place})`,
+    `written by ${AUTHORS[author] || author}`];
+  if (version !== null) words.push(`version ${version}`);
+  if (engine !== null) words.push(`log-prob of the engine ${engine}`);
+  if (trainer !== null) words.push(`of the trainer ${trainer}`);
+  if (difference !== null) {
+    words.push(difference >= 1e9 ? "one of them is not finite" : `difference ${difference} nats`);
+  }
+  byId("token-about").textContent = words.join(" · ");
+}
+
+function goToWorst() {
+  const found = byId("token-text").querySelector(".worst");
+  if (!found) return;
+  byId("color").value = "difference";
+  showTokens();
+  const again = byId("token-text").querySelector(".worst");
+  tellToken(again);
+  again.scrollIntoView({ block: "center" });
+}
+
+function chooseRun(number) {
+  chosenRun = number;
+  for (const part of document.querySelectorAll("[data-run]")) {
+    part.hidden = +part.dataset.run !== number;
+  }
+  const steps = byId("groups-step");
+  steps.replaceChildren();
+  for (const { step } of data.groups[number]) element("option", "", step, steps).value = step;
+  steps.selectedIndex = steps.length - 1;
+  steps.parentElement.parentElement.hidden = !steps.length;
+  byId("groups-note").textContent = steps.length ? "" : "The run has no samples of training.";
+  const select = byId("trajectory"), found = data.trajectories[number];
+  select.replaceChildren();
+  found.forEach((one, place) => {
+    const worst = place === 0 && one.worst !== null ? ", the worst token" : "";
+    element("option", "", `step ${one.step}, number ${one.number}, score ${digits(one.score)}${worst}`,
+      select).value = place;
+  });
+  if (found.length && found[0].worst !== null) {
+    const worst = found[0].tokens[found[0].worst];
+    byId("tokens-note").textContent =
+      `Engine and trainer part most on ${JSON.stringify(worst[0])} in trajectory ${found[0].number} ` +
+      `of step ${found[0].step}: log-probs ${worst[4]} and ${worst[5]}. Touch a token to see its own.`;
+  } else if (found.length) {
+    byId("tokens-note").textContent = "The run did not compute log-probs of the trainer for what it " +
+      "sampled, so there is nothing to compare. Touch a token to see its log-prob.";
+    byId("color").querySelector("[value=difference]").disabled = true;
+  }
+  showGroups();
+  showTokens();
+}
+
+byId("groups-step").addEventListener("change", showGroups);
+byId("trajectory").addEventListener("change", showTokens);
+byId("color").addEventListener("change", showTokens);
+byId("worst").addEventListener("click", goToWorst);
+byId("token-text").addEventListener("click", (event) => {
+  if (event.target.dataset.place !== undefined) tellToken(event.target);
+});
+if (byId("run")) {
+  byId("run").addEventListener("change", (event) => {
+    chooseRun(+event.target.value);
+    drawAll();
+  });
+}
+chooseRun(0);
+drawAll();
+
+let width = innerWidth, waiting = null;
+addEventListener("resize", () => {
+  if (innerWidth === width) return; // a phone's address bar
+  width = innerWidth;
+  clearTimeout(waiting);
+  waiting = setTimeout(drawAll, 150);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+function print(on) {
+  printing = on;
+  document.documentElement.classList.toggle("print", on);
+  drawAll();
+}
+addEventListener("beforeprint", () => print(true));
+addEventListener("afterprint", () => print(false));
+document.documentElement.dataset.ready = "yes";

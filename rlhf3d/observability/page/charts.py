@@ -1,0 +1,355 @@
+"""Which curves a page has, and their points.
+
+Invariant: what is drawn is data: a chart's lines and words stand in `CHARTS`, and the page's script
+draws any of them. A curve has at most `POINTS` points, whatever the length of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf3d.observability.metrics import (
+    STEP_TIME,
+    keys_of,
+    phase_seconds,
+    validation_accuracy,
+    validation_reward,
+)
+from rlhf3d.observability.page.learning import held_out, held_out_error
+from rlhf3d.observability.page.trends import Z95, Rows, number, running_means, training_rows
+
+POINTS = 1000
+"""A screen has no more columns for a chart; longer runs are drawn in means of consecutive steps."""
+DIGITS = 4
+
+Format = Literal["number", "share", "tokens", "seconds", "nats"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of a chart."""
+
+    metric: str
+    label: str
+    highest: bool = False
+    """Of steps drawn as one point the highest counts, not the mean: spikes must be seen."""
+    over: tuple[str, ...] = ()
+    """The metric is divided by the sum of these."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps that share a scale."""
+
+    id: str
+    title: str
+    help: str
+    """What it is, and what is healthy."""
+    lines: tuple[Line, ...]
+    format: Format = "number"
+
+
+_OUTCOMES = tuple(f"reward/outcome/{name}" for name in ("scored", "unparsable", "timeout", "error"))
+
+CHARTS: tuple[Chart, ...] = (
+    Chart(
+        "reward",
+        "Reward",
+        "Mean score of a step's completions: the learning curve. It should rise, then level off.",
+        (
+            Line("critic/score/mean", "score"),
+            Line("filter_groups/generated_score/mean", "score of all generated"),
+        ),
+    ),
+    Chart(
+        "kl",
+        "KL to the reference",
+        "How far the policy has gone from the model that it started from. It grows slowly; a "
+        "sudden rise is a warning.",
+        (
+            Line("actor/kl_loss", "KL in the loss"),
+            Line("actor/reward_kl_penalty", "KL in the reward"),
+        ),
+        "nats",
+    ),
+    Chart(
+        "entropy",
+        "Entropy",
+        "How open the choice of the next token is. It falls as the policy gets sure; near 0 it "
+        "explores no more.",
+        (Line("actor/entropy", "entropy"),),
+        "nats",
+    ),
+    Chart(
+        "length",
+        "Response length",
+        "Tokens of a completion: mean, and what nine of ten have at most.",
+        (
+            Line("response_length/mean", "mean"),
+            Line("response_length/p90", "nine of ten below"),
+            Line("response_length_drawn/mean", "mean of all generated"),
+        ),
+        "tokens",
+    ),
+    Chart(
+        "cut",
+        "Cut off at the limit",
+        "Share of completions that reach the length limit before their end. Below 10 % is healthy.",
+        (Line("response/truncated_ratio", "cut off"),),
+        "share",
+    ),
+    Chart(
+        "clip",
+        "Clip share",
+        "Share of tokens whose update the clip bound. Up to 20 % is usual; above 30 % updates are "
+        "too large.",
+        (
+            Line("actor/pg_clipfrac", "clip"),
+            Line("actor/pg_clipfrac_lower", "dual clip"),
+        ),
+        "share",
+    ),
+    Chart(
+        "ppo_kl",
+        "KL of an update",
+        "How far a step's updates move the policy (estimator k1, which may be slightly negative).",
+        (Line("actor/ppo_kl", "new to old policy"),),
+        "nats",
+    ),
+    Chart(
+        "mismatch",
+        "Engine against trainer",
+        "Mean difference between the probabilities that vLLM and Megatron give a sampled token. "
+        "Below 0.01 is healthy in bfloat16.",
+        (Line("training/rollout_probs_diff_mean", "mean difference"),),
+    ),
+    Chart(
+        "mismatch_max",
+        "Engine against trainer, worst token",
+        "The largest such difference of a step.",
+        (Line("training/rollout_probs_diff_max", "largest difference", highest=True),),
+    ),
+    Chart(
+        "signal",
+        "Groups that teach",
+        "Share of prompts whose completions differ in score: only they teach a group-based "
+        "estimator.",
+        (
+            Line("reward/mixed_groups_share", "groups with signal"),
+            Line("filter_groups/kept_share", "groups kept"),
+        ),
+        "share",
+    ),
+    Chart(
+        "outcomes",
+        "Completions without a score",
+        "Share of completions with no readable answer, and of failed scorings.",
+        (
+            Line("reward/outcome/unparsable", "no readable answer", over=_OUTCOMES),
+            Line("reward/outcome/timeout", "timeout", over=_OUTCOMES),
+            Line("reward/outcome/error", "error", over=_OUTCOMES),
+        ),
+        "share",
+    ),
+    Chart(
+        "grad_norm",
+        "Gradient norm",
+        "Before clipping. Steady is healthy; spikes are worth a look.",
+        (
+            Line("actor/grad_norm", "actor", highest=True),
+            Line("critic/grad_norm", "critic", highest=True),
+        ),
+    ),
+    Chart(
+        "critic",
+        "Value model",
+        "Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a "
+        "constant.",
+        (Line("critic/vf_explained_var", "explained variance"),),
+    ),
+    Chart(
+        "lr",
+        "Learning rate",
+        "Of each step.",
+        (Line("actor/lr", "actor"), Line("critic/lr", "critic")),
+    ),
+    Chart(
+        "staleness",
+        "Age of samples",
+        "Versions between the policy that wrote a trajectory (its oldest part) and the one being "
+        "trained.",
+        (
+            Line("training/off_policy/trajectory_staleness_worst/mean", "mean"),
+            Line("training/off_policy/trajectory_staleness_worst/max", "oldest", highest=True),
+        ),
+    ),
+    Chart(
+        "off_policy_kl",
+        "Distance to the policy that wrote",
+        "KL between the policy that wrote older tokens and the one being trained.",
+        (Line("training/off_policy/kl_k3", "KL"),),
+        "nats",
+    ),
+    Chart(
+        "waits",
+        "Who waits for whom",
+        "Generation beside training: seconds that the trainer waits for samples, and the engines "
+        "for the trainer.",
+        (
+            Line("async/trainer_waited_s", "trainer waits"),
+            Line("async/engines_waited_s", "engines wait"),
+        ),
+        "seconds",
+    ),
+    Chart(
+        "throughput",
+        "Tokens per second",
+        "Of the complete step, per device, and of generation alone.",
+        (
+            Line("perf/throughput", "step, per device"),
+            Line("perf/generate_tokens_per_s", "generation"),
+        ),
+    ),
+    Chart("step_s", "Seconds per step", "Wall-clock time.", (Line(STEP_TIME, "step"),), "seconds"),
+)
+"""In the order of the page."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one line of one run."""
+
+    label: str
+    steps: Sequence[int]
+    raw: Sequence[float | None]
+    mean: Sequence[float | None] = field(default_factory=list)
+    """Running mean; empty where each point is a measurement of its own."""
+    low: Sequence[float | None] = field(default_factory=list)
+    """95 % interval of the mean, or of the point."""
+    high: Sequence[float | None] = field(default_factory=list)
+
+
+def window(steps: int) -> int:
+    """Steps of a running mean: a twentieth of the run, at least 5."""
+    return max(5, steps // 20)
+
+
+def stride(steps: int) -> int:
+    """Consecutive steps that are one point of a curve."""
+    return max(1, math.ceil(steps / POINTS))
+
+
+def curves(chart: Chart, rows: Rows) -> list[Curve]:
+    """Those lines of a chart that the run has measured."""
+    steps = training_rows(rows)
+    found = []
+    for line in chart.lines:
+        measured = [_value(row, line) for row in steps]
+        if any(value is not None for value in measured):
+            found.append(_curve(line, [row["step"] for row in steps], measured))
+    return found
+
+
+def _value(row: Mapping[str, Any], line: Line) -> float | None:
+    value = number(row, line.metric)
+    if value is None or not line.over:
+        return value
+    total = sum(number(row, name) or 0.0 for name in line.over)
+    return value / total if total else None
+
+
+def _curve(line: Line, steps: Sequence[int], measured: Sequence[float | None]) -> Curve:
+    mean, error = running_means(measured, window(len(steps)))
+    series = np.array([math.nan if value is None else value for value in measured])
+    places = list(_places(len(steps)))
+    ends = [end - 1 for _, end in places]
+    gather = np.fmax.reduce if line.highest else _nanmean
+    return Curve(
+        line.label,
+        [steps[end] for end in ends],
+        rounded(gather(series[start:end]) for start, end in places),
+        rounded(mean[ends]),
+        rounded((mean - Z95 * error)[ends]),
+        rounded((mean + Z95 * error)[ends]),
+    )
+
+
+def _places(count: int) -> Iterator[tuple[int, int]]:
+    """First and end of each stretch that is one point."""
+    size = stride(count)
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def _nanmean(series: Any) -> float:
+    known = series[np.isfinite(series)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def rounded(series: Any) -> list[float | None]:
+    """With as many digits as a curve shows; None where there is no number."""
+    return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in series]
+
+
+def held_out_curves(rows: Rows) -> tuple[list[Curve], Format]:
+    """Held-out accuracy (else the reward model's score) with its 95 % interval, by measure."""
+    main = held_out(rows)
+    if main is None:
+        return [], "number"
+    read = validation_accuracy if main.percent else validation_reward
+    found = [(row, read(row)) for row in rows]
+    keys = keys_of(values for _, values in found)
+    drawn = [_held_out_curve(found, *key) for key in keys]
+    return drawn, "share" if main.percent else "number"
+
+
+def _held_out_curve(
+    found: Sequence[tuple[Mapping[str, Any], Mapping[tuple[str, str], float]]],
+    source: str,
+    measure: str,
+) -> Curve:
+    key = (source, measure)
+    points = [(row, values[key]) for row, values in found if key in values]
+    intervals = [_interval(row, source, measure, value) for row, value in points]
+    return Curve(
+        f"{source} {measure}",
+        [row["step"] for row, _ in points],
+        rounded(value for _, value in points),
+        low=rounded(low for low, _ in intervals),
+        high=rounded(high for _, high in intervals),
+    )
+
+
+def _interval(
+    row: Mapping[str, Any], source: str, measure: str, value: float
+) -> tuple[float, float]:
+    """95 %: that which validation computed, else from the standard error."""
+    low, high = (number(row, f"val-aux/{source}/acc/{measure}/ci_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        return low, high
+    error = Z95 * held_out_error(row, source, measure)
+    return value - error, value + error
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Amounts that add up, at each step."""
+
+    steps: Sequence[int]
+    parts: Mapping[str, Sequence[float | None]]
+
+
+def phase_stack(rows: Rows) -> Stack:
+    """Seconds of each phase; of long runs the means of consecutive steps."""
+    found = [phase_seconds(row) for row in rows]
+    places = list(_places(len(rows)))
+    parts = {}
+    for phase in keys_of(found):
+        series = np.array([seconds.get(phase, 0.0) for seconds in found])
+        parts[phase] = rounded(series[start:end].mean() for start, end in places)
+    return Stack([rows[end - 1]["step"] for _, end in places], parts)

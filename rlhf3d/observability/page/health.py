@@ -1,0 +1,403 @@
+"""Is it healthy: what the metrics say of numbers, updates, exploration, engines and rewards.
+
+Invariant: each check looks at one thing, names its figures, and is silent (None) where the run did
+not measure it. Every limit says where it comes from. Pure: rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+
+from rlhf3d.observability.page.findings import ORDER, Finding, share
+from rlhf3d.observability.page.trends import (
+    Rows,
+    change,
+    mean_of,
+    number,
+    recent,
+    training_rows,
+    values,
+)
+
+VITAL = ("actor/loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm", "critic/score/mean")
+"""Metrics that are never undefined in a sound run; others, such as ratios to the steps before, are
+null where there is nothing to divide."""
+ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0
+"""Shares of the entropy at the start. Below the first nearly every token is decided, and samples of
+a prompt hardly differ; twice the start is text that gets random."""
+ENTROPY_NATS = 0.1
+"""Below this many nats per token, too, before it is called collapsed: a base of low entropy may
+lose much of it in good health."""
+KL_NATS, KL_GROWTH = 0.2, 2.0
+"""KL to the reference that is large (verl's and TRL's adaptive controllers aim at 0.1 or less a
+token), and its growth in the second half that is no slowing drift."""
+CLIPPED = 0.3
+"""Share of tokens that the clip bound; PPO runs that learn stay at 0.05 to 0.2."""
+MISMATCH_WATCH, MISMATCH_BAD = 0.01, 0.05
+"""Mean difference of probabilities between engine and trainer: below the first is usual in
+bfloat16; with the second, ratios are off by more than the usual clip range for unlikely tokens."""
+CUT_WATCH, CUT_BAD = 0.1, 0.5
+"""Share of completions cut off at the limit: they are mostly scored as wrong, whatever they would
+have said."""
+SIGNAL_WATCH, SIGNAL_BAD = 0.2, 0.05
+"""Share of prompts whose completions differ in score: only these teach a group-based estimator."""
+SPIKE = 5.0
+"""Gradient norm over that of the steps before: the default of trainer.grad_spike_factor."""
+FAILED = 0.05
+"""Share of failed scorings or environments: the default of their max_error_rate."""
+UNREADABLE = 0.5
+"""Share of completions without a readable answer."""
+STALE_KL = 0.1
+"""KL in nats per token between the policy that wrote and the one being trained: clip ranges of 0.2
+are made for less."""
+EFFECTIVE = 0.5
+"""Effective share of the samples under importance weights: below, a few tokens carry the step."""
+LEFT_BEHIND = 0.8
+"""Length trained on over length generated, of the longest tenth."""
+CRITIC_STEPS = 20
+"""Steps that a new value model gets before it is judged."""
+
+Check = Callable[[Rows, bool], Finding | None]
+"""Of the rows of training steps, and whether the run learns: what looks odd may then be what the
+task wants."""
+
+
+def health(rows: Rows, learns: bool) -> tuple[Finding, ...]:
+    """Everything that could be checked, the worst first."""
+    steps = training_rows(rows)
+    if not steps:
+        return ()
+    found = [finding for check in CHECKS if (finding := check(steps, learns)) is not None]
+    return tuple(sorted(found, key=lambda finding: ORDER.index(finding.level)))
+
+
+def numbers(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether losses and gradients are finite."""
+    broken = [row["step"] for row in rows if set(VITAL) & set(row.get("nonfinite") or ())]
+    names = ("actor/skipped_steps", "critic/skipped_steps")
+    skipped = sum(sum(values(rows, name)) for name in names)
+    if not broken and not skipped:
+        return Finding("good", "All losses and gradients are finite", "", chart="grad_norm")
+    text = f"{skipped:.0f} optimizer step(s) were left out because a number was not finite."
+    if broken:
+        text += f" Metrics were not finite in {len(broken)} step(s), the last at {broken[-1]}."
+    return Finding(
+        "bad" if broken else "watch",
+        "Numbers are not finite",
+        text,
+        "logs/driver.log names the sequences. Look for extreme rewards or log-probs in them; try "
+        "a lower learning rate.",
+        "grad_norm",
+    )
+
+
+def entropy(rows: Rows, learns: bool) -> Finding | None:
+    """Whether it still explores."""
+    found = change(rows, "actor/entropy")
+    if found is None:
+        return None
+    start, now = found.first.value, found.last.value
+    text = f"Entropy {start:.3g} nats per token at the start, {now:.3g} now."
+    if now < ENTROPY_NATS and now < ENTROPY_LOW * start:
+        return Finding(
+            "watch" if learns else "bad",
+            "Entropy has collapsed",
+            f"{text} Completions of a prompt are nearly the same, so it explores no more.",
+            "Fine at the end of a run that solved its task. Otherwise: a lower learning rate, a "
+            "larger clip_ratio_high, an entropy bonus (actor.entropy_coeff) or a KL term.",
+            "entropy",
+        )
+    if start > 0 and now > ENTROPY_HIGH * start:
+        return Finding(
+            "watch" if learns else "bad",
+            "Entropy grows",
+            f"{text} The text gets more random.",
+            "Lower the learning rate or actor.entropy_coeff, and read the answers.",
+            "entropy",
+        )
+    return Finding("good", "It explores", text, chart="entropy")
+
+
+def reference_kl_name(rows: Rows) -> str | None:
+    """KL to the reference: in the loss, in the reward, or not measured."""
+    names = ("actor/kl_loss", "actor/reward_kl_penalty")
+    return next((name for name in names if values(rows, name)), None)
+
+
+def reference_kl(rows: Rows, learns: bool) -> Finding | None:
+    """How far it has gone from the model that it started from."""
+    name = reference_kl_name(rows)
+    if name is None:
+        return Finding(
+            "unknown",
+            "Distance to the reference is not measured",
+            "The run has no KL term, so no reference model runs.",
+        )
+    now = mean_of(recent(rows), name)
+    middle = mean_of(recent(rows[: max(1, len(rows) // 2)]), name)
+    if now is None or middle is None:
+        return None
+    text = f"KL to the reference {now:.3g} nats per token, {middle:.3g} half-way."
+    if now > KL_NATS and now > KL_GROWTH * middle and len(rows) >= CRITIC_STEPS:
+        return Finding(
+            "watch" if learns else "bad",
+            "KL to the reference runs away",
+            f"{text} The policy leaves the model that it started from, faster and faster.",
+            "Raise the KL coefficient (actor.kl_loss_coef or algorithm.kl_ctrl), or lower the "
+            "learning rate; read the answers.",
+            "kl",
+        )
+    return Finding("good", "KL to the reference is under control", text, chart="kl")
+
+
+def update_size(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether updates stay within the clip range."""
+    clipped = mean_of(recent(rows), "actor/pg_clipfrac")
+    if clipped is None:
+        return None
+    text = f"The clip binds for {share(clipped)} of the tokens."
+    if clipped <= CLIPPED:
+        return Finding("good", "Updates are of a sound size", text, chart="clip")
+    return Finding(
+        "watch",
+        "Updates are large",
+        f"{text} What is clipped teaches nothing.",
+        "A lower learning rate, fewer epochs or larger mini-batches; with samples of older "
+        "versions, a smaller rollout.max_staleness.",
+        "clip",
+    )
+
+
+def mismatch(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether engine and trainer compute the same probabilities."""
+    found = mean_of(recent(rows), "training/rollout_probs_diff_mean")
+    if found is None:
+        return None
+    text = f"The engine's and the trainer's probability of a token differ by {found:.2g} on average"
+    if found <= MISMATCH_WATCH:
+        text += f", below {MISMATCH_WATCH:g}."
+        return Finding("good", "Engine and trainer agree", text, chart="mismatch")
+    return Finding(
+        "bad" if found > MISMATCH_BAD else "watch",
+        "Engine and trainer disagree",
+        f"{text}; below {MISMATCH_WATCH:g} is usual.",
+        "Give both one dtype (model.dtype, rollout.dtype), or correct for it "
+        "(algorithm.rollout_correction). The tokens below show where they part.",
+        "mismatch",
+    )
+
+
+def truncation(rows: Rows, learns: bool) -> Finding | None:
+    """How many completions are cut off."""
+    cut = mean_of(recent(rows), "response/truncated_ratio")
+    if cut is None:
+        return None
+    text = f"{share(cut)} of the completions end at the limit and not by themselves."
+    if cut <= CUT_WATCH:
+        return Finding("good", "Answers come to their end", text, chart="cut")
+    first = mean_of(rows[: len(recent(rows))], "response/truncated_ratio") or 0.0
+    return Finding(
+        "watch" if cut <= CUT_BAD or learns else "bad",
+        "Many answers are cut off",
+        f"{text} In the first steps it was {share(first)}.",
+        "Raise data.max_response_length, or have the reward prefer short answers "
+        "(reward.overlong_buffer).",
+        "cut",
+    )
+
+
+def signal(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether the groups have something to learn from."""
+    mixed = mean_of(recent(rows), "reward/mixed_groups_share")
+    if mixed is None:
+        return None
+    text = f"In {share(mixed)} of the groups completions of a prompt differ in score."
+    if mixed >= SIGNAL_WATCH:
+        return Finding("good", "Groups have something to learn from", text, chart="signal")
+    reward = mean_of(recent(rows), "critic/score/mean") or 0.0
+    highest = max(values(rows, "critic/score/max"), default=1.0)
+    solved = reward > highest / 2
+    many, prompts = ("Most", "Harder") if solved else ("Few", "Easier")
+    return Finding(
+        "bad" if mixed < SIGNAL_BAD and not solved else "watch",
+        "Few groups teach anything",
+        f"{text} {many} answers are right, so that those of a prompt hardly differ.",
+        f"{prompts} prompts, a larger rollout.n, or dynamic sampling (algorithm.filter_groups).",
+        "signal",
+    )
+
+
+def gradients(rows: Rows, _: bool = False) -> Finding | None:
+    """Spikes of the gradient, and none at all."""
+    norms = values(recent(rows), "actor/grad_norm")
+    if not norms:
+        return None
+    if max(norms) == 0:
+        return Finding(
+            "bad",
+            "There is no gradient",
+            f"The actor's gradient norm is 0 in the last {len(norms)} steps.",
+            "All completions may have the same reward, or all were left out: see the answers.",
+            "grad_norm",
+        )
+    spikes = [row["step"] for row in rows if (number(row, "actor/grad_norm_ratio") or 0) > SPIKE]
+    late = [step for step in spikes if step >= recent(rows)[0]["step"]]
+    text = f"Gradient norm {fmean(norms):.3g} in the last steps; {len(spikes)} spike(s) in all."
+    if not late:
+        return Finding("good", "Gradients are steady", text, chart="grad_norm")
+    return Finding(
+        "watch",
+        "The gradient spikes",
+        f"{text} The last one, at step {late[-1]}, had {SPIKE:g} times its usual size or more.",
+        "One alone is clipped and harmless. Several: a lower learning rate, larger batches.",
+        "grad_norm",
+    )
+
+
+def learning_rate(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether it is allowed to learn."""
+    rates = values(recent(rows), "actor/lr")
+    if not rates or max(rates) > 0:
+        return None
+    return Finding(
+        "bad",
+        "The learning rate is 0",
+        f"In the last {len(rates)} steps nothing was changed.",
+        "Check actor.optim: lr, min_lr and lr_warmup_steps.",
+        "lr",
+    )
+
+
+def critic(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether values are better than a constant."""
+    explained = mean_of(recent(rows), "critic/vf_explained_var")
+    if explained is None or len(rows) < CRITIC_STEPS:
+        return None
+    text = f"The value model explains {share(explained)} of the returns' variance."
+    if explained >= 0:
+        return Finding("good", "The value model is of use", text, chart="critic")
+    return Finding(
+        "watch",
+        "The value model misleads",
+        f"{text} Below 0 a constant would be better.",
+        "A higher critic.optim.lr, more critic epochs, or trainer.critic_warmup.",
+        "critic",
+    )
+
+
+def scoring(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether rewards are rewards."""
+    last = recent(rows)
+    names = ("scored", "unparsable", "timeout", "error")
+    counts = {name: sum(values(last, f"reward/outcome/{name}")) for name in names}
+    total = sum(counts.values())
+    if not total:
+        return None
+    failed = (counts["timeout"] + counts["error"]) / total
+    unreadable = counts["unparsable"] / total
+    if failed:
+        return Finding(
+            "bad" if failed > FAILED else "watch",
+            "Scoring fails",
+            f"{share(failed)} of the completions got no score: {counts['timeout']:.0f} timeouts, "
+            f"{counts['error']:.0f} errors in the last {len(last)} steps.",
+            "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors.",
+            "outcomes",
+        )
+    text = f"{share(unreadable)} of the completions hold no answer that can be read."
+    if unreadable > UNREADABLE:
+        return Finding(
+            "watch",
+            "Most answers cannot be read",
+            text,
+            "Say in the prompt how to answer, and check reward.method and reward.format.",
+            "outcomes",
+        )
+    return Finding("good", "Answers can be scored", text, chart="outcomes")
+
+
+def staleness(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether samples are too old for the policy that learns from them."""
+    last = recent(rows)
+    old = mean_of(last, "training/off_policy/trajectory_staleness_worst/mean")
+    if old is None:
+        return None
+    apart = mean_of(last, "training/off_policy/kl_k3")
+    effective = mean_of(last, "rollout_corr/rollout_is_eff_sample_size")
+    left = mean_of(last, "response_length_ratio/p90")
+    text = f"Samples are {old:.2g} version(s) old on average."
+    if apart is not None:
+        text += f" KL to the policy that wrote them {apart:.2g} nats per token."
+    if effective is not None:
+        text += f" After correction {share(effective)} of the samples count."
+    if (apart or 0) > STALE_KL or (effective is not None and effective < EFFECTIVE):
+        return Finding(
+            "watch",
+            "Samples are too old",
+            text,
+            "A smaller rollout.max_staleness, a lower learning rate, or a correction "
+            "(algorithm.rollout_correction).",
+            "staleness",
+        )
+    if left is not None and left < LEFT_BEHIND:
+        return Finding(
+            "watch",
+            "Long answers are left behind",
+            f"{text} The longest tenth trained on has {share(left)} of the length of what was "
+            "generated.",
+            "A larger rollout.max_staleness lets long completions come to their end.",
+            "length",
+        )
+    return Finding("good", "Samples are young enough", text, chart="staleness")
+
+
+def engines(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether engines died."""
+    died = max(values(rows, "rollout/engine_restarts"), default=0.0)
+    if not died:
+        return None
+    return Finding(
+        "watch",
+        "Engines died",
+        f"Engines were started again {died:.0f} time(s).",
+        "logs/engine_N.log says why; often it is memory.",
+    )
+
+
+def environments(rows: Rows, _: bool = False) -> Finding | None:
+    """Whether environments fail."""
+    last = recent(rows)
+    names = ("done", "max_turns", "length", "env_error", "env_timeout")
+    counts = {name: sum(values(last, f"env/outcome/{name}")) for name in names}
+    total = sum(counts.values())
+    if not total:
+        return None
+    failed = (counts["env_error"] + counts["env_timeout"]) / total
+    text = f"{share(failed)} of the trajectories failed in their environment."
+    if not failed:
+        return Finding("good", "Environments work", text)
+    return Finding(
+        "bad" if failed > FAILED else "watch",
+        "Environments fail",
+        text,
+        "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors.",
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    numbers,
+    entropy,
+    reference_kl,
+    update_size,
+    mismatch,
+    truncation,
+    signal,
+    gradients,
+    learning_rate,
+    critic,
+    scoring,
+    staleness,
+    engines,
+    environments,
+)

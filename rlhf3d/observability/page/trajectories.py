@@ -1,0 +1,120 @@
+"""Tokens of a page: who wrote each, and how far engine and trainer part on it.
+
+Invariant: the worst token named is the worst of all that were read, and it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf3d.observability.page.answers import spaced
+from rlhf3d.observability.tokens import (
+    TokenSpan,
+    TrajectoryTokens,
+    read_tokens,
+    token_steps,
+    tokens_path,
+)
+
+STEPS_READ = 60
+"""Token files that are looked at for the worst token."""
+SHOWN_LAST = 6
+"""Trajectories of the last step that are shown, besides that with the worst token."""
+TOKENS = 1500
+"""Tokens of a trajectory that are shown: around its worst one."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, as short as its place in thousands asks for."""
+
+    text: str
+    id: int
+    author: str
+    version: int | None
+    engine: float | None
+    trainer: float | None
+    difference: float | None
+    """|engine − trainer|, nats; None where one of the two is not there."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A trajectory."""
+
+    step: int
+    number: int
+    score: float
+    outcome: str
+    finish_reason: str
+    trained_version: int | None
+    tokens: Sequence[Token]
+    skipped_before: int
+    skipped_after: int
+    """Tokens that are not shown."""
+    worst: int | None
+    """The place of its worst token in `tokens`."""
+
+
+def trajectories(run: Path) -> list[Shown]:
+    """That with the worst token first, then the first of the last step."""
+    steps = token_steps(run)
+    if not steps:
+        return []
+    looked_at = [(step, read_tokens(tokens_path(run, step))) for step in spaced(steps, STEPS_READ)]
+    pairs: list[tuple[int, TrajectoryTokens]] = []
+    for step, found in looked_at:
+        pairs += [(step, one) for one in found]
+    worst = max(pairs, key=lambda pair: pair[1].largest_difference, default=None)
+    shown = [pair for pair in pairs if pair[0] == steps[-1]][:SHOWN_LAST]
+    if worst is not None and worst[1].largest_difference >= 0:
+        shown = [worst, *(pair for pair in shown if pair is not worst)]
+    return [_shown(step, one) for step, one in shown]
+
+
+def _shown(step: int, one: TrajectoryTokens) -> Shown:
+    tokens: list[Token] = []
+    for span in one.spans:
+        tokens += _tokens(span)
+    differences = [-1.0 if token.difference is None else token.difference for token in tokens]
+    worst = max(range(len(tokens)), key=lambda place: differences[place], default=None)
+    if worst is not None and differences[worst] < 0:
+        worst = None
+    start = 0 if worst is None else max(0, min(worst - TOKENS // 2, len(tokens) - TOKENS))
+    part = tokens[start : start + TOKENS]
+    return Shown(
+        step,
+        one.number,
+        float(one.score),
+        one.outcome,
+        one.finish_reason,
+        one.trained_version,
+        part,
+        start,
+        len(tokens) - start - len(part),
+        None if worst is None else worst - start,
+    )
+
+
+def _tokens(span: TokenSpan) -> list[Token]:
+    count = len(span.token_ids)
+    nothing: Sequence[float | None] = [None] * count
+    engine = span.rollout_logprobs or nothing
+    trainer = span.old_logprobs or nothing
+    columns = zip(
+        span.texts, span.token_ids, _versions(span), engine, trainer, span.differences, strict=True
+    )
+    return [
+        Token(text, int(token), span.author, version, own, other, gap)
+        for text, token, version, own, other, gap in columns
+    ]
+
+
+def _versions(span: TokenSpan) -> list[int | None]:
+    """Of each token the policy that wrote it: stretches begin at their first token."""
+    found: list[int | None] = [None] * len(span.token_ids)
+    for first, version in span.versions:
+        found[first:] = [version] * (len(found) - first)
+    return found

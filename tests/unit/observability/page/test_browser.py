@@ -1,0 +1,57 @@
+"""The page in headless Chromium: it draws, says nothing on the console, and is there in time.
+
+Skipped where no Chromium is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.page_runs import healthy_rows, sample, trajectory, with_validation, write_rows
+
+from rlhf3d.observability.page.collect import RunFacts, collect, read_rows
+from rlhf3d.observability.page.render import render
+from rlhf3d.observability.samples import write_samples
+from rlhf3d.observability.tokens import write_tokens
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
+    """Every chart has its canvas, and hostile text stays text."""
+    run = tmp_path / "run"
+    rows = healthy_rows(40)
+    rows[-1] = with_validation(rows[-1], 0.5)
+    write_rows(run, rows)
+    text = "</script><img src=x onerror=document.title='broken'>"
+    write_samples(run, 40, [sample("p", text, 1.0), sample("p", "b", 0.0)])
+    write_tokens(run, 40, [trajectory(0, 0.9, ["a", text, "c"])])
+    page = tmp_path / "page.html"
+    page.write_text(render([collect(run, read_rows(run), RunFacts())]), encoding="utf-8")
+    command = [
+        str(CHROMIUM),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--window-size=390,900",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+    assert 'data-ready="yes"' in done.stdout
+    charts = re.findall(r'<figure class="chart', done.stdout)
+    assert len(charts) > 15 and done.stdout.count("<canvas") == len(charts)
+    assert "<img" not in done.stdout and done.stdout.count("&lt;/script&gt;&lt;img") >= 2
