@@ -5,7 +5,7 @@ Invariant: only looks; each problem is a sentence with key, value, arithmetic an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf3d.config.groups import worker_groups
@@ -23,7 +23,11 @@ RUN_FOLDERS = ("", "checkpoints", "logs", "samples", "tensorboard", "trackers")
 
 def check_files(config: Config) -> list[str]:
     """Every problem of model folder (and its fit to the layout), data files and code files."""
-    problems = [*_check_model_folder(config), *_check_output(config.trainer.output_dir)]
+    try:
+        problems = check_model(config, _read_spec(config.model.path))
+    except ValueError as error:
+        problems = [str(error)]
+    problems += _check_output(config.trainer.output_dir)
     named = {"train_files": config.data.train_files, "val_files": config.data.val_files}
     for key, names in named.items():
         for name in names:
@@ -32,15 +36,15 @@ def check_files(config: Config) -> list[str]:
                     f"data.{key}: no file {name}; `rlhf3d data prepare --help` shows how to "
                     "write it"
                 )
-    return [*problems, *check_named(config), *missing_libraries(config.trainer.logger)]
+    problems += check_named(config.model.chat_template, code_files(config))
+    return [*problems, *missing_libraries(config.trainer.logger)]
 
 
-def check_named(config: Config) -> Iterator[str]:
-    """The chat template and Python files of the user's that are not there."""
-    template = config.model.chat_template
+def check_named(template: str | None, code: Mapping[str, str]) -> Iterator[str]:
+    """The chat template and Python files of the user's, by key, that are not there."""
     if template is not None and not Path(template).is_file():
         yield f"model.chat_template = {template}: no such file; name a .jinja file"
-    for key, file in code_files(config).items():
+    for key, file in code.items():
         if not Path(file).is_file():
             yield f"{key} = {file}: no such Python file"
 
@@ -54,15 +58,13 @@ def _check_output(output_dir: str) -> Iterator[str]:
             return
 
 
-def _check_model_folder(config: Config) -> list[str]:
+def _read_spec(model: str) -> ModelSpec:
+    """Of a folder whose weights are those of its shape; ValueError says what is wrong with it."""
     from rlhf3d.models.hf_io import check_weights  # loads torch
 
-    try:
-        spec = load_spec(config.model.path)
-        check_weights(config.model.path, spec, "lm")
-    except ValueError as error:
-        return [str(error)]
-    return check_model(config, spec)
+    spec = load_spec(model)
+    check_weights(model, spec, "lm")
+    return spec
 
 
 def check_model(config: Config, spec: ModelSpec, reward: ModelSpec | None = None) -> list[str]:

@@ -15,10 +15,9 @@ from dataclasses import replace
 from rlhf3d.config.checks import check
 from rlhf3d.config.derived import Derived, derive
 from rlhf3d.config.resolve import resolve_platform
-from rlhf3d.config.schema import Config, RolloutConfig
+from rlhf3d.config.schema import ClusterConfig, Config, RolloutConfig
 from rlhf3d.inputs import check_files
 from rlhf3d.machine import Machine, read_machine
-from rlhf3d.models.spec import ModelSpec
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.planning.checkpoint import checkpoint_bytes
 from rlhf3d.planning.hardware import Cluster, load_hardware
@@ -40,9 +39,13 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     machine = read_machine(config.trainer.output_dir)
     platform = config.cluster.platform
     cuda = platform == "cuda" or (platform == "auto" and bool(machine.gpus))
-    problems = _of_the_platform(config, cuda)
+    known = set(check(config))
     # From here on no value is `auto`: files, plan and memory are those of this platform.
-    config = _resolved(config, cuda)
+    kind = CUDAPlatform if cuda else CPUPlatform
+    config = resolve_platform(config, kind(reason="preflight"))
+    # Only what is wrong with what `auto` became; the rest was reported when it was read. By the
+    # text of each problem: a second check repeats those that were reported.
+    problems = [problem for problem in check(config) if problem not in known]
     problems += check_files(config)
     if cuda:
         problems += default_problem()
@@ -50,28 +53,17 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     memory: list[str] = []
     # The nodes of a remote cluster cannot be read from here; `check_cluster` does it there.
     if config.cluster.ray_address is None or not cuda:
-        derived = derive(config)
-        problems += _devices(config, derived, machine) if cuda else _kernels(config.rollout)
+        derived, rollout = derive(config), config.rollout
+        problems += _devices(config.cluster, derived, machine) if cuda else _kernels(rollout)
         if plan is not None:
             memory = _gpu_memory(plan, machine) if cuda else _cpu_memory(plan, derived, machine)
-        problems += [*memory, *_shared_memory(config, derived, machine, cuda)]
+        nodes = config.cluster.num_nodes
+        problems += [*memory, *_shared_memory(rollout, nodes, derived, machine, cuda)]
     if plan is None:
         return problems
     if show is not None and (memory or (cuda and plan.verdict == "tight")):
         show(plan)
     return [*problems, *_disk(plan, machine)]
-
-
-def _resolved(config: Config, cuda: bool) -> Config:
-    platform = CUDAPlatform if cuda else CPUPlatform
-    return resolve_platform(config, platform(reason="preflight"))
-
-
-def _of_the_platform(config: Config, cuda: bool) -> list[str]:
-    """What is wrong only with what `auto` became; the rest was reported when it was read."""
-    # By the text of each problem: a second check repeats those that were reported.
-    known = set(check(config))
-    return [problem for problem in check(_resolved(config, cuda)) if problem not in known]
 
 
 def _plan_if_possible(config: Config, cuda: bool, machine: Machine) -> Plan | None:
@@ -83,22 +75,21 @@ def _plan_if_possible(config: Config, cuda: bool, machine: Machine) -> Plan | No
     # On CPU host memory is the device's: the plan takes all of it, `_cpu_memory` what is free.
     host_gib = machine.memory_available_gib if cuda else machine.memory_gib
     try:
-        return plan_here(config, find_spec(config.model.path)[0], cuda, gpu, host_gib)
+        spec, _ = find_spec(config.model.path)
+        return make_plan(config, spec, cluster_here(config.cluster, cuda, gpu, host_gib))
     except ValueError:
         return None
 
 
-def plan_here(
-    config: Config,
-    spec: ModelSpec,
+def cluster_here(
+    wanted: ClusterConfig,
     cuda: bool,
     gpu: tuple[str, float] | None = None,
     host_gib: float | None = None,
-) -> Plan:
-    """Return the plan on nodes like this one, with what was measured here.
+) -> Cluster:
+    """Return nodes like this one to plan for, with what was measured here.
 
-    `gpu` is the name and the memory, GiB, of each GPU; `host_gib` the memory of the host. Raises
-    ValueError where model and layout do not fit each other.
+    `gpu` is the name and the memory, GiB, of each GPU; `host_gib` the memory of the host.
     """
     known = load_hardware()
     hardware = known[DEFAULT_GPU if cuda else DEFAULT_CPU]
@@ -110,32 +101,32 @@ def plan_here(
             unknown = replace(hardware, name=gpu[0])
             named = (entry for entry in known.values() if entry.is_device(gpu[0]))
             hardware = next(named, unknown)
-        per_node = config.cluster.gpus_per_node
-        cluster = Cluster(hardware, config.cluster.num_nodes * per_node, per_node)
+        per_node = wanted.gpus_per_node
+        cluster = Cluster(hardware, wanted.num_nodes * per_node, per_node)
         cluster = with_measured(cluster, None)
         if gpu is not None:
             cluster = replace(cluster, hardware=replace(cluster.hardware, memory_gib=gpu[1]))
     if host_gib is not None:
         cluster = replace(cluster, hardware=replace(cluster.hardware, host_memory_gib=host_gib))
-    return make_plan(config, spec, cluster)
+    return cluster
 
 
-def _devices(config: Config, derived: Derived, machine: Machine) -> list[str]:
-    wanted = _local_devices(config, derived)
+def _devices(cluster: ClusterConfig, derived: Derived, machine: Machine) -> list[str]:
+    wanted = _local_devices(derived, cluster.num_nodes)
     if len(machine.gpus) >= wanted:
         return []
     groups = ", ".join(f"{group.name} group {group.layout}" for group in derived.groups)
     return [
-        f"cluster.platform = {config.cluster.platform}: needs {wanted} GPUs on each of "
-        f"{config.cluster.num_nodes} node(s) for {groups} and {derived.engine_ranks} engine "
+        f"cluster.platform = {cluster.platform}: needs {wanted} GPUs on each of "
+        f"{cluster.num_nodes} node(s) for {groups} and {derived.engine_ranks} engine "
         f"rank(s), found {len(machine.gpus)}; run it where they are, or use a smaller layout"
     ]
 
 
-def _local_devices(config: Config, derived: Derived) -> int:
+def _local_devices(derived: Derived, nodes: int) -> int:
     """GPUs of a node."""
     # Colocated engines may take more GPUs than the ranks that train.
-    return math.ceil(max(derived.devices, derived.engine_ranks) / config.cluster.num_nodes)
+    return math.ceil(max(derived.devices, derived.engine_ranks) / nodes)
 
 
 def _kernels(rollout: RolloutConfig) -> list[str]:
@@ -186,18 +177,20 @@ def _host_memory(machine: Machine, terms: Mapping[str, int], hosts: int = 1) -> 
     ]
 
 
-def _shared_memory(config: Config, derived: Derived, machine: Machine, cuda: bool) -> Iterator[str]:
+def _shared_memory(
+    rollout: RolloutConfig, nodes: int, derived: Derived, machine: Machine, cuda: bool
+) -> Iterator[str]:
     """Ray, NCCL and vLLM, batches on their way through Ray's object store, and weight syncs.
 
     Each reader of a sync has two buckets: that of an export, on CPU also each rank of an engine.
     """
     platform = CUDAPlatform if cuda else CPUPlatform
     # On GPUs engines read weights from GPU memory; only an export reads through /dev/shm.
-    readers = 1 if cuda else config.rollout.tensor_parallel_size + 1
-    bucket_mib = config.rollout.sync_bucket_mib or platform.sync_bucket_mib
+    readers = 1 if cuda else rollout.tensor_parallel_size + 1
+    bucket_mib = rollout.sync_bucket_mib or platform.sync_bucket_mib
     needed_gib = SHARED_MEMORY_GIB
     if cuda:
-        needed_gib = _local_devices(config, derived) * CUDA_SHARED_MEMORY_GIB
+        needed_gib = _local_devices(derived, nodes) * CUDA_SHARED_MEMORY_GIB
     needed_gib += 2 * (readers * bucket_mib * MIB + derived.batch_bytes) / GIB
     if needed_gib > machine.shared_memory_gib:
         yield (

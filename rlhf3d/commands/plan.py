@@ -13,7 +13,8 @@ from rlhf3d.options import AsJson, option_groups, refuse_unused
 from rlhf3d.paths import check_output
 
 if TYPE_CHECKING:
-    from rlhf3d.config.schema import Config
+    from rlhf3d.config.environment import EnvironmentConfig
+    from rlhf3d.config.schema import DataConfig
     from rlhf3d.planning.job import Lengths
 
 
@@ -71,11 +72,12 @@ class Workload:
         int | None, typer.Option(min=1, help="Training prompts; default all of data.train_files.")
     ] = None
 
-    def lengths(self, context: typer.Context, config: Config) -> Lengths:
+    def lengths(
+        self, context: typer.Context, data: DataConfig, environment: EnvironmentConfig
+    ) -> Lengths:
         """Mean lengths; ValueError for one above the longest, or that would be ignored."""
         from rlhf3d.planning.job import mean_lengths
 
-        data, environment = config.data, config.environment
         _check_mean("--prompt-tokens", self.prompt_tokens, data.max_prompt_length)
         _check_mean("--response-tokens", self.response_tokens, data.max_response_length)
         if environment.enabled:
@@ -91,7 +93,8 @@ class Workload:
             )
             refuse_unused(context, of_turns, "environment.path is not set: there is one turn")
         return mean_lengths(
-            config,
+            data,
+            environment,
             self.prompt_tokens,
             self.response_tokens,
             self.turns,
@@ -148,7 +151,7 @@ def plan(
         machine.hardware,
         machine.measured,
         workload.model_config,
-        workload.lengths(context, loaded),
+        workload.lengths(context, loaded.data, loaded.environment),
         workload.rows,
         search,
         write,

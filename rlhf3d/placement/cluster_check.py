@@ -35,7 +35,8 @@ from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.cluster import node_name, ray_cluster, use_node_interface
 from rlhf3d.placement.node_report import NodeReport, Wanted, compare, look, written_by
 from rlhf3d.placement.waiting import WorkerFailure, gather
-from rlhf3d.preflight import checkpoints_gib, plan_here
+from rlhf3d.planning.plan import make_plan
+from rlhf3d.preflight import checkpoints_gib, cluster_here
 
 CONNECT_S = 5.0
 ALL_REDUCE_S = 60.0
@@ -134,7 +135,7 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
     on_gpu, spec = "GPU" in table["bundles"][0], load_spec(config.model.path)
     wanted = Wanted(
         files=_files(config),
-        disk_gib=checkpoints_gib(plan_here(config, spec, on_gpu)),
+        disk_gib=checkpoints_gib(make_plan(config, spec, cluster_here(config.cluster, on_gpu))),
         gpus=config.cluster.gpus_per_node if on_gpu else 0,
     )
     with _token_file(config.trainer.output_dir, wanted) as wanted:
@@ -145,7 +146,8 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
             memory_gib = {gpu: gpu[1] for gpu in report.gpus}
             # Any rank may get this one, so the plan must hold on it.
             smallest = min(report.gpus, key=memory_gib.__getitem__)
-            for text in plan_here(config, spec, True, smallest).memory.problems:
+            cluster = cluster_here(config.cluster, True, smallest)
+            for text in make_plan(config, spec, cluster).memory.problems:
                 # The report does not know the memory of the node's host.
                 if not text.startswith("host memory"):
                     problems.append(f"node {report.name}: {text}")

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.derived import Derived, derive, micro_batching_of
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.resolve import resolve_platform
-from rlhf3d.config.schema import Config, LayoutConfig
+from rlhf3d.config.schema import Config, DataConfig, LayoutConfig
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
@@ -88,7 +89,8 @@ class Lengths:
 
 
 def mean_lengths(
-    config: Config,
+    data: DataConfig,
+    environment: EnvironmentConfig,
     prompt: float | None = None,
     response: float | None = None,
     turns: float | None = None,
@@ -101,7 +103,6 @@ def mean_lengths(
     Of observations: of the longest one, and at most half of the response. ValueError where a
     trajectory has no room for them.
     """
-    data, environment = config.data, config.environment
     prompt = data.max_prompt_length / 2 if prompt is None else prompt
     response = data.max_response_length / 2 if response is None else response
     if not environment.enabled:
@@ -287,7 +288,8 @@ def make_job(
             models.append(
                 Model(role, of, head, group, update, role in ("actor", "critic"), entropy)
             )
-    return Job(config, spec, cluster, tuple(models), derived, lengths or mean_lengths(config))
+    lengths = lengths or mean_lengths(config.data, config.environment)
+    return Job(config, spec, cluster, tuple(models), derived, lengths)
 
 
 def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from rlhf3d.checkpoints.resume import CHECKPOINTS, newest_complete
 from rlhf3d.checkpoints.store import Store
+from rlhf3d.config.keys import code_files
 from rlhf3d.config.load import ConfigError, config_to_yaml
 from rlhf3d.config.resolve import load_run
 from rlhf3d.config.schema import Config
@@ -72,7 +73,9 @@ def prepare(
         raise ValueError(
             "--as-gpu rehearses on this machine alone: leave cluster.ray_address out, or --as-gpu"
         )
-    shapes = _read_shapes(config, path.parent / "models", shape_folder)
+    shapes = _read_shapes(
+        config.model.path, config.reward_model.path, path.parent / "models", shape_folder
+    )
     # The job itself is judged first: its mistakes should not come as those of the miniature.
     _check_job(config, shapes)
     reward_shape = None if shapes.reward is None else shapes.reward.config
@@ -82,19 +85,22 @@ def prepare(
     # `_train` overrides both; here they are the same every time, so that the job.yaml of
     # an interrupted rehearsal can be compared.
     small = replace(small, trainer=replace(small.trainer, output_dir=str(run), resume_mode="never"))
-    job = folder / "job.yaml"
-    continues = config.trainer.resume_mode == "auto" and _is_interrupted(job, run, small)
+    job, text = folder / "job.yaml", config_to_yaml(small)
+    continues = config.trainer.resume_mode == "auto" and _is_interrupted(job, run, text)
     # A run that was interrupted after its first step stays, with its checkpoint.
     for old in ("resumed",) if continues else ("run", "resumed"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    job.write_text(config_to_yaml(small), encoding="utf-8")
+    job.write_text(text, encoding="utf-8")
     # A mistake of shrinking is reported here, not by a worker.
     if problems := check_files(load_run(job)):
         raise ConfigError(problems)
     notes = [str(change) for change in shrunk.changes]
     notes += [f"{name}: not here; generated word problems stand in" for name in absent]
-    summary = _summary(shapes.model.config, shrunk.model, config, small)
-    return Miniature(job, run, continues, tuple(notes), summary, repeats(small))
+    batches = [
+        f"{each.data.train_batch_size} prompts x {each.rollout.n}" for each in (small, config)
+    ]
+    summary = _summary(shapes.model.config, shrunk.model, " for ".join(batches))
+    return Miniature(job, run, continues, tuple(notes), summary, repeats(small.rollout))
 
 
 class _Shapes(NamedTuple):
@@ -104,15 +110,14 @@ class _Shapes(NamedTuple):
     reward: Shape | None
 
 
-def _read_shapes(config: Config, shipped: Path, own: Path | None) -> _Shapes:
+def _read_shapes(model: str, reward: str | None, shipped: Path, own: Path | None) -> _Shapes:
     """From the models' folders or those of the same names in `shipped`; the policy's from `own`."""
-    path = Path(config.model.path)
-    folders = [path, shipped / path.name]
-    model = read_shape("model.path", folders if own is None else [own, *folders])
-    if config.reward_model.path is None:
-        return _Shapes(model, None)
-    path = Path(config.reward_model.path)
-    return _Shapes(model, read_shape("reward_model.path", [path, shipped / path.name]))
+    folders = [Path(model), shipped / Path(model).name]
+    shape = read_shape("model.path", folders if own is None else [own, *folders])
+    if reward is None:
+        return _Shapes(shape, None)
+    folders = [Path(reward), shipped / Path(reward).name]
+    return _Shapes(shape, read_shape("reward_model.path", folders))
 
 
 def _check_job(config: Config, shapes: _Shapes) -> None:
@@ -122,7 +127,7 @@ def _check_job(config: Config, shapes: _Shapes) -> None:
         reward_spec = parse_config(shapes.reward.config, str(config.reward_model.path))
     model_spec = parse_config(shapes.model.config, str(shapes.model.folder))
     problems = check_model(config, model_spec, reward_spec)
-    problems += check_named(config)
+    problems += check_named(config.model.chat_template, code_files(config))
     if problems:
         raise ConfigError(problems)
 
@@ -148,24 +153,19 @@ def _write_inputs(shrunk: Shrunk, shapes: _Shapes, folder: Path) -> tuple[Config
     return replace(config, data=data), absent + also_absent
 
 
-def _is_interrupted(job: Path, run: Path, config: Config) -> bool:
+def _is_interrupted(job: Path, run: Path, text: str) -> bool:
     """Whether the same miniature has a complete checkpoint that is not its last."""
-    if not job.is_file() or job.read_text(encoding="utf-8") != config_to_yaml(config):
+    if not job.is_file() or job.read_text(encoding="utf-8") != text:
         return False
     found, _ = newest_complete(Store(run / CHECKPOINTS))
     return found is not None and found.manifest.step < STEPS
 
 
-def _summary(
-    shape: Mapping[str, Any], small_shape: Mapping[str, Any], config: Config, small: Config
-) -> str:
+def _summary(shape: Mapping[str, Any], small_shape: Mapping[str, Any], batches: str) -> str:
     sizes = "{num_hidden_layers} layers x {hidden_size}"
-    batches = [
-        f"{each.data.train_batch_size} prompts x {each.rollout.n}" for each in (small, config)
-    ]
     return (
         f"{shape['model_type']} of {sizes.format_map(small_shape)} for {sizes.format_map(shape)}, "
-        f"a step of {' for '.join(batches)}"
+        f"a step of {batches}"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
 from typing import Any
 
+from rlhf3d.config.derived import critic_batching
 from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.groups import parallel_layout
 from rlhf3d.config.schema import (
@@ -238,8 +239,12 @@ def shrink_config(
     tensor_parallel = [rollout.tensor_parallel_size, *(layout.tp for layout in layouts)]
     most_expert_parallel = max(layout.ep for layout in layouts)
     small_model = shrink_model(model, tensor_parallel, most_expert_parallel, layers)
-    batches = _batches(config, layouts)
-    data = _shrink_data(config, batches["train"], as_gpu)
+    mini = {
+        "actor": config.actor.ppo_mini_batch_size,
+        "critic": critic_batching(config.actor, config.critic).mini_batch_size,
+    }
+    batches = _batches(config.data.train_batch_size, mini, layouts)
+    data = _shrink_data(config.data, config.environment.enabled, batches["train"], as_gpu)
     longest = data.max_prompt_length + data.max_response_length
     small = replace(
         config,
@@ -258,7 +263,7 @@ def shrink_config(
         reward=_shrink_scoring(config.reward),
         trainer=_shrink_trainer(config.trainer),
         reward_model=reward_model,
-        environment=_shrink_environment(config.environment, repeats(config), changes),
+        environment=_shrink_environment(config.environment, repeats(config.rollout), changes),
         cluster=_shrink_cluster(config.cluster, as_gpu, changes),
     )
     return Shrunk(small, small_model, small_reward, changes)
@@ -293,11 +298,12 @@ def _shrink_rollout(rollout: RolloutConfig, most: int, changes: Changes) -> Roll
     )
 
 
-def _shrink_data(config: Config, train_batch_size: int, as_gpu: bool) -> DataConfig:
-    data = config.data
+def _shrink_data(
+    data: DataConfig, has_environment: bool, train_batch_size: int, as_gpu: bool
+) -> DataConfig:
     prompt_tokens = min(data.max_prompt_length, AS_GPU_PROMPT_TOKENS if as_gpu else PROMPT_TOKENS)
     response_tokens = min(data.max_response_length, RESPONSE_TOKENS)
-    if config.environment.enabled:
+    if has_environment:
         # A token of the job's is several bytes.
         prompt_tokens = ENVIRONMENT_PROMPT_TOKENS
         between = OBSERVATION_TOKENS + TEMPLATE_TOKENS
@@ -314,12 +320,12 @@ def _shrink_data(config: Config, train_batch_size: int, as_gpu: bool) -> DataCon
     )
 
 
-def repeats(config: Config) -> bool:
+def repeats(rollout: RolloutConfig) -> bool:
     """Whether a resumed run repeats a step to the bit.
 
     In flight it does not: which weights write which token depends on when they come.
     """
-    return config.rollout.update != "in_flight"
+    return rollout.update != "in_flight"
 
 
 def _shrink_environment(
@@ -415,8 +421,10 @@ def _shrink_reward(
     return small, {**shrink_model(shape, [layout.tp], layout.ep, layers), "num_labels": 1}
 
 
-def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> dict[str, int]:
-    """Prompts of a step ("train") and of each model's mini-batch.
+def _batches(
+    train_batch_size: int, mini: Mapping[str, int], layouts: Sequence[LayoutConfig]
+) -> dict[str, int]:
+    """Prompts of a step ("train") and of each model's mini-batch, for those of the job.
 
     A data-parallel rank gets two sequences a mini-batch, or a round of an interleaved pipeline; a
     step has as many mini-batches as the job's, at most two.
@@ -425,9 +433,7 @@ def _batches(config: Config, layouts: Sequence[LayoutConfig]) -> dict[str, int]:
     interleaved = [layout.pp for layout in layouts if layout.vpp is not None and layout.vpp > 1]
     # At least two sequences for each replica, and complete rounds of interleaved stages.
     prompts = replicas * lcm(2, *interleaved)
-    actor = config.actor.ppo_mini_batch_size
-    mini = {"actor": actor, "critic": config.critic.ppo_mini_batch_size or actor}
-    steps = {role: min(2, max(1, config.data.train_batch_size // mini[role])) for role in mini}
+    steps = {role: min(2, max(1, train_batch_size // mini[role])) for role in mini}
     # Mini-batches of both models divide it.
     train = prompts * lcm(*steps.values())
     return {"train": train, **{role: train // count for role, count in steps.items()}}

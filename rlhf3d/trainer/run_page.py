@@ -113,7 +113,7 @@ def planned(file: Path, rows: Rows) -> Planned:
     prompt, response = (mean_of(last, f"{part}_length/mean") for part in ("prompt", "response"))
     turns = mean_of(last, "num_turns/mean") if config.environment.enabled else None
     # What the last steps do not say is the plan's own guess.
-    lengths = mean_lengths(config, prompt, response, turns)
+    lengths = mean_lengths(config.data, config.environment, prompt, response, turns)
     plan = make_timed_plan(config, spec, cluster, lengths=lengths)
     if plan.time is None:
         raise ValueError("; ".join(plan.problems))

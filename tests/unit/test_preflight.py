@@ -15,9 +15,9 @@ from rlhf3d.config.schema import Config
 from rlhf3d.machine import Machine, read_machine
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.planning.measured import DEFAULT, write_measured
-from rlhf3d.planning.plan import Plan
+from rlhf3d.planning.plan import Plan, make_plan
 from rlhf3d.planning.view import show_memory
-from rlhf3d.preflight import plan_here, preflight
+from rlhf3d.preflight import cluster_here, preflight
 from rlhf3d.units import GIB
 
 LAPTOP = Machine(
@@ -183,7 +183,8 @@ def test_tight_memory_is_shown_and_no_reason_against_a_run(
     shown: list[Plan] = []
     machine[0] = big
     assert preflight(config, shown.append) == [] and shown == []
-    peak = plan_here(config, QWEN_7B, True, big.gpus[0]).memory.ranks[0].peak.total / GIB
+    here = cluster_here(config.cluster, True, big.gpus[0])
+    peak = make_plan(config, QWEN_7B, here).memory.ranks[0].peak.total / GIB
     machine[0] = replace(big, gpus=(("NVIDIA H100 80GB HBM3", peak + 0.5),) * 2)
     assert preflight(config, shown.append) == []
     assert [plan.verdict for plan in shown] == ["tight"]

@@ -177,14 +177,17 @@ class Search:
     def _candidates(self) -> Iterator[tuple[Config, list[Engines]]]:
         """Every configuration of training, and the engines it may go with."""
         platform = CUDAPlatform(reason="plan")
-        base = resolve_platform(on_cluster(self.config, self.cluster), platform)
+        nodes = on_cluster(self.config.cluster, self.cluster)
+        base = resolve_platform(replace(self.config, cluster=nodes), platform)
+        longest = longest_sequence(base.data)
         for dedicated in dedicated_counts(self.cluster, self.config.rollout):
             allowed = self._layouts(self.cluster.devices - dedicated)
-            for resident in residences(base, dedicated):
+            for model, rollout in residences(base.model, base.rollout, dedicated):
+                resident = replace(base, model=model, rollout=rollout)
                 engines = self._engines(resident, dedicated)
                 for layout in allowed:
-                    for config in batch_sizes(resident, layout):
-                        yield config, engines
+                    for actor, critic in batch_sizes(base.actor, base.critic, layout, longest):
+                        yield replace(resident, actor=actor, critic=critic), engines
 
     def _layouts(self, devices: int) -> list[LayoutConfig]:
         per_node = self.cluster.devices_per_node
@@ -216,7 +219,8 @@ class Search:
         self, config: Config, engines: Sequence[Engines]
     ) -> tuple[Option | None, Option]:
         """With the fastest engines for which training leaves the memory, and with the smallest."""
-        job = self._job(replace(config, rollout=engines[0].rollout))
+        config = replace(config, rollout=engines[0].rollout)
+        job = make_job(config, self.spec, self.cluster, lengths=self.lengths)
         training, peak = training_phases(job), self._training_peak(job)
         free = 1 - peak / self.limit
         fitting = []
@@ -248,7 +252,8 @@ class Search:
             config = replace(option.config, critic=critic)
             if check(config):
                 continue
-            job, rollout = self._job(config), config.rollout
+            job = make_job(config, self.spec, self.cluster, lengths=self.lengths)
+            rollout = config.rollout
             share = rollout.gpu_memory_utilization
             engine_share = share if rollout.placement == "colocated" else 0.0
             if self._training_peak(job) <= (1 - engine_share) * self.limit:
@@ -256,9 +261,6 @@ class Search:
                 if tried.seconds < (1 - WORTHWHILE) * best.seconds:
                     best = tried
         return None if best is option else best
-
-    def _job(self, config: Config) -> Job:
-        return make_job(config, self.spec, self.cluster, lengths=self.lengths)
 
     def _option(
         self,

@@ -14,7 +14,15 @@ from typing import get_args
 
 from rlhf3d.config.derived import width_multiples
 from rlhf3d.config.groups import parallel_layout
-from rlhf3d.config.schema import Config, DataConfig, LayoutConfig, RolloutConfig
+from rlhf3d.config.schema import (
+    ActorConfig,
+    ClusterConfig,
+    CriticConfig,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    RolloutConfig,
+)
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
 from rlhf3d.parallel.layout import Recompute
@@ -35,13 +43,10 @@ INTERLEAVED = (1, 2, 4)
 EXPERT_GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def on_cluster(config: Config, cluster: Cluster) -> Config:
-    """Return the configuration with the cluster's nodes."""
+def on_cluster(settings: ClusterConfig, cluster: Cluster) -> ClusterConfig:
+    """Return the section with the cluster's nodes."""
     per_node = min(cluster.devices, cluster.devices_per_node)
-    nodes = replace(
-        config.cluster, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node
-    )
-    return replace(config, cluster=nodes)
+    return replace(settings, platform="cuda", num_nodes=cluster.nodes, gpus_per_node=per_node)
 
 
 def dedicated_counts(cluster: Cluster, rollout: RolloutConfig) -> list[int]:
@@ -56,24 +61,23 @@ def dedicated_counts(cluster: Cluster, rollout: RolloutConfig) -> list[int]:
     return dedicated if rollout.update == "in_flight" else [0, *dedicated]
 
 
-def residences(config: Config, dedicated: int) -> list[Config]:
+def residences(
+    model: ModelConfig, rollout: RolloutConfig, dedicated: int
+) -> list[tuple[ModelConfig, RolloutConfig]]:
     """Return what may stay on the devices.
 
     Engines awake; engines asleep; neither those nor states. Engines that generate while the models
     train cannot sleep.
     """
     if dedicated:
-        return [replace(config, rollout=replace(config.rollout, sleep=False))]
+        return [(model, replace(rollout, sleep=False))]
     choices = [(False, False), (True, False), (True, True)]
-    if config.rollout.max_staleness:
+    if rollout.max_staleness:
         choices = [(False, False), (False, True)]
-    configs = []
-    for sleep, offload in choices:
-        rollout = replace(config.rollout, sleep=sleep)
-        configs.append(
-            replace(config, rollout=rollout, model=replace(config.model, offload=offload))
-        )
-    return configs
+    return [
+        (replace(model, offload=offload), replace(rollout, sleep=sleep))
+        for sleep, offload in choices
+    ]
 
 
 def layouts(spec: ModelSpec, devices: int, per_node: int, longest: int) -> list[LayoutConfig]:
@@ -155,31 +159,34 @@ def _legal(spec: ModelSpec, layout: LayoutConfig) -> bool:
     return True
 
 
-def batch_sizes(config: Config, layout: LayoutConfig) -> Iterator[Config]:
+def batch_sizes(
+    actor: ActorConfig, critic: CriticConfig, layout: LayoutConfig, longest: int
+) -> Iterator[tuple[ActorConfig, CriticConfig]]:
     """Yield actor and critic in one layout, by micro-batch size and recomputation.
 
-    Micro-batches are in the configuration's own unit: sequences or tokens.
+    Micro-batches are in the configuration's own unit: sequences or tokens, of which a sequence has
+    `longest` at most.
     """
     # A budget has to hold one longest row as it is rounded up for context and tensor ranks.
     chunks = width_multiples(layout, "cuda")["multiple_of"]
-    longest = round_up(longest_sequence(config.data), chunks)
+    longest = round_up(longest, chunks)
     # None: as the actor.
     as_actor = replace(
-        config.critic,
+        critic,
         layout=None,
         use_dynamic_bsz=None,
         ppo_micro_batch_size_per_gpu=None,
         ppo_max_token_len_per_gpu=None,
     )
     for size, recompute in product(MICRO_BATCHES, get_args(Recompute)):
-        actor = replace(
-            config.actor,
+        sized = replace(
+            actor,
             layout=replace(layout, recompute=recompute),
             # The run reads the one that actor.use_dynamic_bsz selects.
             ppo_micro_batch_size_per_gpu=size,
             ppo_max_token_len_per_gpu=size * longest,
         )
-        yield replace(config, actor=actor, critic=as_actor)
+        yield sized, as_actor
 
 
 def engine_sizes(spec: ModelSpec, ranks: int, most: int, expert_parallel: bool) -> list[int]:

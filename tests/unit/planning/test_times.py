@@ -270,18 +270,25 @@ def test_what_is_not_known_of_trajectories_is_the_middle() -> None:
     data = {"max_prompt_length": 100, "max_response_length": 1000}
     environment = {"path": "e.py", "max_turns": 9, "max_observation_tokens": 40}
     made = config(data=data, environment=environment)
-    assert mean_lengths(made) == Lengths(50, 500, None, 5.0, 80.0, 0.0)
-    assert mean_lengths(made, turns=3, observation=30, environment_s=2).observed == 60
+    assert mean_lengths(made.data, made.environment) == Lengths(50, 500, None, 5.0, 80.0, 0.0)
+    assert (
+        mean_lengths(made.data, made.environment, turns=3, observation=30, environment_s=2).observed
+        == 60
+    )
     # Without a limit of its own an observation leaves half of the response to the policy.
     without = config(data=data, environment=environment | {"max_observation_tokens": None})
-    assert mean_lengths(without).observed == 250
-    assert mean_lengths(config(data=data)) == Lengths(50, 500)
+    assert mean_lengths(without.data, without.environment).observed == 250
+    alone = config(data=data)
+    assert mean_lengths(alone.data, alone.environment) == Lengths(50, 500)
     with pytest.raises(ValueError, match=r"--observation-tokens 40 x \(5 - 1\) turns = 160: .*100"):
-        mean_lengths(made, response=100, observation=40)
-    assert mean_lengths(made, environment_s=2).slowest_call_s == 2
-    assert mean_lengths(made, environment_s=2, longest_call_s=9).slowest_call_s == 9
+        mean_lengths(made.data, made.environment, response=100, observation=40)
+    assert mean_lengths(made.data, made.environment, environment_s=2).slowest_call_s == 2
+    assert (
+        mean_lengths(made.data, made.environment, environment_s=2, longest_call_s=9).slowest_call_s
+        == 9
+    )
     with pytest.raises(ValueError, match=r"--longest-environment-seconds 1: below the mean, .* 2"):
-        mean_lengths(made, environment_s=2, longest_call_s=1)
+        mean_lengths(made.data, made.environment, environment_s=2, longest_call_s=1)
 
 
 def test_the_run_in_hours() -> None:

@@ -272,7 +272,7 @@ def test_generation_ahead_stays_ahead(update: Literal["between_batches", "in_fli
     small, changed = shrunk(made, QWEN_7B)
     assert (small.rollout.max_staleness, small.rollout.update) == (1, update)
     assert small.rollout.placement == "disaggregated" and "rollout.max_staleness" in changed
-    assert small.environment.rounds == repeats(small) == (update == "between_batches")
+    assert small.environment.rounds == repeats(small.rollout) == (update == "between_batches")
 
 
 def test_nodes_are_kept_where_a_cluster_is_named() -> None:
