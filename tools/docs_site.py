@@ -179,6 +179,7 @@ def configuration_page() -> str:
     from rlhf3d.config.keys import all_keys
 
     lines = [
+        *("---", "search: {boost: 4}", "---", ""),  # who looks for a key wants it first
         "# Configuration keys",
         "",
         "A configuration is a YAML file of these sections; `rlhf3d config FILE` shows one as a run",
