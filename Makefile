@@ -154,9 +154,10 @@ lint: setup ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# mkdocs and its theme beside the environment: pages are written from the code, which needs both.
+# mkdocs and its theme beside the environment: pages are written from the code, which needs both. Not with --quiet: it
+# counts no warnings then, and --strict refuses none.
 docs: $(VENV)/docs-set ## build the documentation's site in site/
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/docs-set $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/docs-set $(BIN)/python -m mkdocs build --strict
 	@echo "site/index.html"
 
 $(VENV)/docs-set: requirements/docs.txt | $(READY)
