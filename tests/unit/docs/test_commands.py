@@ -21,6 +21,7 @@ from support.documents import (
 )
 from typer._click.exceptions import BadOptionUsage, MissingParameter
 from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 from rlhf3d import cli
 from rlhf3d.config import scalars
@@ -94,6 +95,33 @@ def test_commands_can_be_typed(document: Path) -> None:
         if line.document == document:
             problems += problems_of(line)
     assert problems == []
+
+
+def quick(line: CommandLine) -> bool:
+    """Whether a command needs neither time nor anything that a fresh clone lacks."""
+    here = [word for word in line.words if word.endswith(".yaml") and (ROOT / word).is_file()]
+    writes = {"--output", "--write", "--submit"} & set(line.words)
+    return line.words[0] in ("config", "launch", "plan", "reshard") and bool(here) and not writes
+
+
+QUICK = [line for line in COMMANDS if line.words and quick(line)]
+
+
+@pytest.mark.parametrize("line", QUICK, ids=str)
+def test_quick_commands_do_what_the_page_says(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(cli.app, line.words)
+    if done.exception is None:
+        return
+    # A refusal is on the page, below the command.
+    block = next(block for block in blocks(line.document) if line.text in block.text)
+    assert str(done.exception) == block.text.partition(f"{line.text}\n")[2]
+
+
+def test_there_are_quick_commands() -> None:
+    assert {line.words[0] for line in QUICK} == {"config", "launch", "plan", "reshard"}
 
 
 @pytest.mark.parametrize(
