@@ -34,6 +34,9 @@ class PolicyObjective:
     entropy_coeff: float = 0.0
     kl_loss_coef: float = 0.0
     kl_loss_type: str = "low_var_kl"
+    old_is_current: bool = False
+    """The old policy is the current one: its log-probs are the outputs' own, held constant. True
+    for the only optimizer step of a batch, whose rows then need no `old_logprobs`."""
 
     @property
     def whole_trajectories(self) -> bool:
@@ -49,11 +52,12 @@ class PolicyObjective:
         any, multiply the policy loss alone.
         """
         mask, logprobs, entropy = rows["response_mask"], outputs["logprobs"], outputs["entropy"]
+        old_logprobs = logprobs.detach() if self.old_is_current else rows["old_logprobs"]
         weigh = partial(aggregate, trajectory_tokens=rows.get("trajectory_tokens"))
         terms = compute_policy_loss(
             self.loss_name,
             logprobs,
-            rows["old_logprobs"],
+            old_logprobs,
             rows["advantages"],
             mask,
             self.settings,
@@ -89,6 +93,8 @@ class ValueObjective:
     loss_agg_mode: str
     whole_trajectories: ClassVar[bool] = False
     """See `PolicyObjective`: each token's loss is its own."""
+    old_is_current: ClassVar[bool] = False
+    """Values before the update are columns of the batch."""
 
     def __call__(
         self, rows: Mapping[str, Tensor], outputs: Mapping[str, Tensor], norm: LossNorm

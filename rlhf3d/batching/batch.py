@@ -53,6 +53,17 @@ class Batch:
         """Return a batch with these columns added or replaced."""
         return Batch({**self.columns, **columns})
 
+    def in_row_order(self, rows_of: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> Tensor:
+        """Return a column [N, R] on the host from its parts, [b, r] of the rows in `rows_of` each.
+
+        A part without rows is a filler's: it is left out. 0 where no part has a number.
+        """
+        column = torch.zeros_like(self["response_mask"])
+        for rows, part in zip(rows_of, parts, strict=True):
+            if rows:
+                column[list(rows), : part.shape[1]] = part.cpu()
+        return column
+
     def lengths(self) -> list[int]:
         """Return the tokens of each row, prompt and response."""
         return (self["prompt_lengths"] + self["response_lengths"]).tolist()

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
-from rlhf3d.config.schema import ActorConfig, Config, CriticConfig, LayoutConfig
+from rlhf3d.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    LayoutConfig,
+)
 from rlhf3d.parallel.layout import ParallelLayout
 
 WIDTH_MULTIPLE = {"cuda": 128}
@@ -22,6 +28,9 @@ few of them."""
 # 8 (int64) + 10 x 4.
 COLUMN_BYTES_PER_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
+
+OldLogprobs = Literal["engine", "update", "phase"]
+"""Where the log-probs of the policy before a step's update come from; see `old_logprobs_from`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class Derived:
     """Training steps of the run; None while the number of training rows is not known."""
     max_staleness: int = 0
     """Versions of the weights that a token may be old when its batch is begun."""
+    old_logprobs_from: OldLogprobs = "phase"
+    """See `old_logprobs_from`."""
 
     @property
     def batch_bytes(self) -> int:
@@ -87,6 +98,7 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"data.train_batch_size = {config.data.train_batch_size}: lower it or add prompts"
         )
     engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
+    actor = _update_plan(config, actor_batching(config.actor), config.actor.layout)
     return Derived(
         groups=groups,
         world_size=sum(group.layout.world_size for group in groups),
@@ -94,11 +106,38 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
         engine_ranks=engine_ranks,
         sequences_per_step=config.data.train_batch_size * config.rollout.n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
-        actor=_update_plan(config, actor_batching(config.actor), config.actor.layout),
+        actor=actor,
         critic=_critic_plan(config) if config.needs_critic else None,
         total_steps=total,
         max_staleness=config.rollout.max_staleness,
+        old_logprobs_from=old_logprobs_from(
+            config.algorithm, actor.optimizer_steps_per_step, config.trainer.critic_warmup
+        ),
     )
+
+
+def old_logprobs_from(
+    algorithm: AlgorithmConfig, optimizer_steps: int, critic_warmup: int
+) -> OldLogprobs:
+    """Where a run's old log-probs come from.
+
+    engine: from the engines, which sampled (bypass mode). update: from the forward pass of the
+    update itself, whose weights are the old ones as long as there is one optimizer step a batch.
+    phase: from a forward pass of their own, where something needs them before the update or later
+    optimizer steps compare with them.
+    """
+    correction = algorithm.rollout_correction
+    if correction.bypass_mode:
+        return "engine"
+    # The KL in the reward enters the advantages, weights and rejections the loss. In a warm-up of
+    # the critic there are steps without an update of the actor. No estimator reads old log-probs.
+    needed_before = (
+        algorithm.use_kl_in_reward
+        or correction.rollout_is is not None
+        or correction.rollout_rs is not None
+        or critic_warmup > 0
+    )
+    return "phase" if needed_before or optimizer_steps > 1 else "update"
 
 
 class Batching(NamedTuple):

@@ -204,13 +204,10 @@ class MegatronEngine:
             results = self._run(batch, micro_batches, no_loss, forward_only=True)
         if not self.is_last_stage:
             return None
-        merged = {name: torch.zeros_like(batch["response_mask"]) for name in results[0]}
-        for rows, result in zip(micro_batches, results, strict=True):
-            if not rows:  # a filler
-                continue
-            for name, column in result.items():
-                merged[name][list(rows), : column.shape[1]] = column
-        return merged
+        return {
+            name: batch.in_row_order(micro_batches, [columns[name] for columns in results])
+            for name in results[0]
+        }
 
     def update(
         self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective
@@ -221,40 +218,53 @@ class MegatronEngine:
         skipped where the context says `skip_nonfinite`. Metrics are means over the steps taken.
         """
         assert self.optimizer is not None, "this model is not trainable"
+        assert len(mini_batches) == 1 or not objective.old_is_current, "one step a batch"
         for model in self.models:
             model.train()
         # Once a training step, not once a mini-batch, as in verl; before the optimizer's steps, so
         # that the first one has the first learning rate of the warm-up instead of 0.
         self.scheduler.step(increment=1)
         taken, skipped = [], []
+        logprobs = None
         with self.states.on_device("weights", "gradients", "optimizer"):
             for mini in mini_batches:
+                seen: list[tuple[Batch, dict[str, Tensor]]] = []
                 try:
-                    taken.append(self._optimizer_step(batch, mini, objective))
+                    taken.append(self._optimizer_step(batch, mini, objective, seen))
                 except NonFiniteUpdate as problem:
                     if not self.context.skip_nonfinite:
                         raise
                     skipped.append(str(problem))
+                if objective.old_is_current and self.is_last_stage:
+                    # Of a step that was left out as well.
+                    parts = [outputs["logprobs"] for _, outputs in seen]
+                    logprobs = batch.in_row_order(mini.micro_batches, parts)
             # While the weights are still on the device: outside of an update nothing is pending.
             self.gather.finish()
         lr = self.optimizer.param_groups[0]["lr"]
         if not taken:
-            return UpdateResult({}, math.nan, lr, tuple(skipped))
+            return UpdateResult({}, math.nan, lr, tuple(skipped), logprobs)
         means: dict[str, float] = {}
         for name in taken[0][0]:
             means[name] = sum(shares[name] for shares, _ in taken) / len(taken)
         grad_norm = sum(norm for _, norm in taken) / len(taken)
-        return UpdateResult(means, grad_norm, lr, tuple(skipped))
+        return UpdateResult(means, grad_norm, lr, tuple(skipped), logprobs)
 
     def _optimizer_step(
-        self, batch: Batch, mini: MiniBatch, objective: Objective
+        self,
+        batch: Batch,
+        mini: MiniBatch,
+        objective: Objective,
+        seen: list[tuple[Batch, dict[str, Tensor]]],
     ) -> tuple[dict[str, float], float]:
-        """Take one step; return metric shares (none before the last stage) and gradient norm."""
+        """Take one step; return metric shares (none before the last stage) and gradient norm.
+
+        `seen` gets the rows and the model's outputs [b, r] of each micro-batch, on the last stage.
+        """
         for model in self.models:
             # The gradients themselves are in the buffers of DDP.
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        seen: list[tuple[Batch, dict[str, Tensor]]] = []
 
         def loss(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             columns = self._columns(micro, output)

@@ -176,3 +176,6 @@ class UpdateResult:
     lr: float
     skipped: tuple[str, ...] = ()
     """Why optimizer steps were skipped, one text each; the same on every rank."""
+    logprobs: Tensor | None = None
+    """[n, R] of the rows, before the update, where the objective's old policy is the current one.
+    None before the last stage."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
 import ray
-import torch
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
@@ -162,21 +161,21 @@ class TrainGroup:
             self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
         args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
         results = self._dispatch(phase, TrainWorker.forward, args)
-        merged: dict[str, Tensor] = {}
-        for share, result in zip(shares, results, strict=True):
-            assert result is not None, "ranks of the last pipeline stage have outputs"
-            for name, value in result.items():
-                # [N, R] on the driver; a result is [n, R], in the order of the rows it was sent.
-                column = merged.setdefault(name, torch.zeros_like(batch["response_mask"]))
-                column[share.rows] = value
-        return merged
+        # None before the last pipeline stage, whose results are not among these.
+        outputs = [result for result in results if result is not None]
+        rows = [share.rows for share in shares]
+        return {
+            name: batch.in_row_order(rows, [columns[name] for columns in outputs])
+            for name in outputs[0]
+        }
 
     def update(
         self, role: str, batch: Batch, plan: UpdatePlan, objective: Objective
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Tensor | None]:
         """Update `role` (actor or critic) over the batch.
 
-        Return global metrics, with the padding of the forward passes since the last update.
+        Return global metrics, with the padding of the forward passes since the last update; and
+        log-probs [N, R] before the update, where the objective's old policy is the current one.
         """
         phase, batch = f"update_{role}", for_update(batch)
         shares = split_update(
@@ -193,11 +192,15 @@ class TrainGroup:
         for problem in results[0].skipped:
             logging.getLogger(__name__).warning("%s left out an optimizer step: %s", phase, problem)
         padding, self._padding = self._padding, {}
-        return {
+        metrics = {
             **_update_metrics(role, results),
             f"perf/padding_share/{phase}": padding_share(batch, shares),
             **padding,
         }
+        if not objective.old_is_current:
+            return metrics, None
+        logprobs = [result.logprobs for result in results if result.logprobs is not None]
+        return metrics, batch.in_row_order([share.rows for share in shares], logprobs)
 
 
 def _update_metrics(role: str, results: Sequence[UpdateResult]) -> dict[str, float]:

@@ -218,6 +218,10 @@ class Job:
         """The model of a role, if it is placed."""
         return next((model for model in self.models if model.role == role), None)
 
+    def has_pass(self, model: Model) -> bool:
+        """Whether a step has a pass of the model without gradients, besides its update."""
+        return model.role != "actor" or self.derived.old_logprobs_from == "phase"
+
     def longest(self, model: Model) -> Micro:
         """A micro-batch of the longest sequences there can be: what memory is planned for."""
         data, rule = self.config.data, model.batching.micro_batching

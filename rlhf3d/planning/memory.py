@@ -355,11 +355,13 @@ def _model_phases(
     """
     pp, count = model.layout.coords(rank).pp, job.micro_batches(model)
     passes = job.activations(model, job.longest(model))
-    activations = {"activations": int(passes.forward_peak(pp, count))}
-    weights = _only(loaded, "weights")
-    forward = PhaseMemory(FORWARD_PHASES[model.role], resident | weights | activations)
+    phases = []
+    if job.has_pass(model):
+        weights = _only(loaded, "weights")
+        activations = {"activations": int(passes.forward_peak(pp, count))}
+        phases.append(PhaseMemory(FORWARD_PHASES[model.role], resident | weights | activations))
     if not model.trained:
-        return [forward]
+        return phases
     layers = len(model.layout.layers(model.spec.num_layers, pp))
     peak = int(passes.update_peak(pp, count, layers))
     if not job.on_gpu:
@@ -371,7 +373,7 @@ def _model_phases(
         # The optimizer's step comes after the passes: the greater of the two counts.
         peak = max(peak, ADAM_TEMPORARIES * 4 * max(size.largest for size in sizes))
     update = PhaseMemory(f"update_{model.role}", resident | loaded | {"activations": peak})
-    return [forward, update]
+    return [*phases, update]
 
 
 def _engine_rank(job: Job, engine: EngineMemory) -> RankMemory:

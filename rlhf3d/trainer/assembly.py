@@ -187,8 +187,10 @@ class Assembly:
         plans = {"actor": self.derived.actor}
         if self.derived.critic is not None:
             plans["critic"] = self.derived.critic
+        old_from = self.derived.old_logprobs_from
+        actor = policy_objective(self.config.actor, algorithm.custom_kwargs)
         objectives: dict[str, Objective] = {
-            "actor": policy_objective(self.config.actor, algorithm.custom_kwargs),
+            "actor": replace(actor, old_is_current=old_from == "update"),
             "critic": ValueObjective(critic.cliprange_value, critic.loss_agg_mode),
         }
         return Learner(
@@ -196,6 +198,7 @@ class Assembly:
             plans,
             self.processes.groups,
             objectives,
+            old_from,
             self.config.trainer.critic_warmup,
             weights.weights_changed,
             self.log.phase,

@@ -19,6 +19,7 @@ from rlhf3d.algorithms.rewards import apply_kl_penalty, token_level_rewards
 from rlhf3d.algorithms.trajectories import first_rows, join_rows, row_places, split_rows, sum_rows
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.config.derived import OldLogprobs
 from rlhf3d.config.schema import AlgorithmConfig
 from rlhf3d.experience.steps import Phase
 from rlhf3d.placement.train_group import TrainGroup
@@ -37,6 +38,7 @@ class Learner:
         plans: Mapping[str, UpdatePlan],
         groups: Mapping[str, TrainGroup],
         objectives: Mapping[str, Objective],
+        old_from: OldLogprobs,
         critic_warmup: int,
         weights_changed: Callable[[], None],
         phase: Phase,
@@ -44,20 +46,25 @@ class Learner:
         """`groups`: by role (actor, ref, critic), only the roles that the run has.
 
         Roles may share a group: the reference always is in the actor's, the critic is unless it has
-        a layout of its own. `plans`, `objectives`: by role that learns. `weights_changed` is called
-        after each update of the actor.
+        a layout of its own. `plans`, `objectives`: by role that learns. `old_from`: see
+        `old_logprobs_from`. `weights_changed` is called after each update of the actor.
         """
         self._config, self._groups = config, groups
         self._plans, self._objectives = plans, objectives
-        self._critic_warmup = critic_warmup
+        self._old_from, self._critic_warmup = old_from, critic_warmup
         self._weights_changed, self._phase = weights_changed, phase
         kl = config.kl_ctrl
         self._kl_controller = make_kl_controller(kl.type, kl.kl_coef, kl.target_kl, kl.horizon)
         self._correction = settings_of(config.rollout_correction)
 
     def old_logprobs(self, batch: Batch) -> Batch:
-        """Add the actor's log-probs before its update; in bypass mode those are the engine's."""
-        if self._config.rollout_correction.bypass_mode:
+        """Add the actor's log-probs before its update, unless the update itself will give them.
+
+        In bypass mode those are the engine's.
+        """
+        if self._old_from == "update":
+            return batch
+        if self._old_from == "engine":
             # The same tensor object, by which `training_metrics` recognizes bypass mode.
             return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
         outputs = self._forward("old_logprobs", "actor", batch)
@@ -134,29 +141,40 @@ class Learner:
         if "critic" not in self._groups:
             return {}
         with self._phase("update_critic"):
-            return self._update("critic", batch)
+            metrics, _ = self._update("critic", batch)
+            return metrics
 
-    def update_actor(self, batch: Batch, step: int) -> dict[str, float]:
-        """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch."""
+    def update_actor(self, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch.
+
+        Return the batch, with old log-probs wherever they come from, and metrics.
+        """
         # The policy stays the same version: `weights_changed` is not called.
         if step <= self._critic_warmup:
-            return {}
+            return batch, {}
         with self._phase("update_actor"):
             metrics: dict[str, float] = {}
+            # The update's alone: the step's metrics are of all response tokens.
+            corrected = batch
             # In bypass mode the engine's log-probs are π_old: there is no mismatch to correct.
-            if not self._config.rollout_correction.bypass_mode:
-                # This method's batch alone: the step's metrics are of all response tokens.
-                batch, metrics = correct(batch, self._correction, self._plans["actor"])
-            metrics |= self._update("actor", batch)
+            if self._old_from == "phase":
+                corrected, metrics = self._correct(batch)
+            updated, logprobs = self._update("actor", corrected)
+            if logprobs is not None:
+                batch = batch.with_columns(old_logprobs=logprobs)
+                _, metrics = self._correct(batch)  # the mismatch: `update` is without a correction
             self._weights_changed()
-            return metrics
+            return batch, metrics | updated
+
+    def _correct(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        return correct(batch, self._correction, self._plans["actor"])
 
     def _forward(self, phase: str, role: str, batch: Batch) -> Mapping[str, Any]:
         """Response-aligned outputs [N, R] of a role, computed without gradients."""
         with self._phase(phase):
             return self._groups[role].forward(phase, role, batch)
 
-    def _update(self, role: str, batch: Batch) -> dict[str, float]:
+    def _update(self, role: str, batch: Batch) -> tuple[dict[str, float], Tensor | None]:
         plan, objective = self._plans[role], self._objectives[role]
         return self._groups[role].update(role, batch, plan, objective)
 

@@ -73,7 +73,6 @@ class Trainer:
 
         batch = experience.batch(pad_id=0)
         batch = learner.old_logprobs(batch)
-        run.log.tokens(step, experience, batch, version)
         batch = learner.ref_logprobs(batch)
         batch = learner.values(batch)
         batch, kl_metrics = learner.advantages(batch)
@@ -81,7 +80,10 @@ class Trainer:
 
         run.source.before_update(step)  # engines that are behind still need the weights of now
         metrics = learner.update_critic(batch)
-        metrics |= learner.update_actor(batch, step)
+        batch, actor_metrics = learner.update_actor(batch, step)
+        # From here on the batch has old log-probs, wherever they come from.
+        run.log.tokens(step, experience, batch, version)
+        metrics |= actor_metrics
         metrics |= run.health.check_update(step, metrics)
         metrics |= kl_metrics | training_metrics(batch, fresh_tokens(experience, version))
         if self._off_policy:

@@ -118,10 +118,9 @@ def plan_time(job: Job) -> TimePlan:
 def training_phases(job: Job) -> list[PhaseTime]:
     """Return what does not depend on the engines: passes, updates, the share of a save."""
     phases = []
-    skips_old_logprobs = job.config.algorithm.rollout_correction.bypass_mode
     for role in ("reward", "actor", "ref", "critic"):
         model = job.model(role)
-        if model is not None and not (role == "actor" and skips_old_logprobs):
+        if model is not None and job.has_pass(model):
             phases.append(forward_time(job, model))
     for role in ("critic", "actor"):
         model = job.model(role)
