@@ -204,10 +204,11 @@ class MegatronEngine:
             results = self._run(batch, micro_batches, no_loss, forward_only=True)
         if not self.is_last_stage:
             return None
-        return {
-            name: batch.in_row_order(micro_batches, [columns[name] for columns in results])
-            for name in results[0]
-        }
+        merged = {}
+        for name in results[0]:
+            parts = [columns[name] for columns in results]
+            merged[name] = batch.in_row_order(micro_batches, parts)
+        return merged
 
     def update(
         self, batch: Batch, mini_batches: Sequence[MiniBatch], objective: Objective

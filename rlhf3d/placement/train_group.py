@@ -161,13 +161,12 @@ class TrainGroup:
             self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
         args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
         results = self._dispatch(phase, TrainWorker.forward, args)
-        # None before the last pipeline stage, whose results are not among these.
+        # None only before the last pipeline stage, whose results are not among these.
         outputs = [result for result in results if result is not None]
-        rows = [share.rows for share in shares]
-        return {
-            name: batch.in_row_order(rows, [columns[name] for columns in outputs])
-            for name in outputs[0]
-        }
+        rows, merged = [share.rows for share in shares], {}
+        for name in outputs[0]:
+            merged[name] = batch.in_row_order(rows, [columns[name] for columns in outputs])
+        return merged
 
     def update(
         self, role: str, batch: Batch, plan: UpdatePlan, objective: Objective

@@ -3,7 +3,8 @@
 The numbers are loss, gradient norm and weights.
 
 Every layout runs clipped PPO and the critic, and PPO on tokens of older versions with one of the
-choices of the old policy. A sample of them runs every policy loss and
+choices of the old policy, and PPO whose one optimizer step takes the old log-probs from its own
+forward pass. A sample of them runs every policy loss and
 aggregation, padded and packed, by number and by budget, over ranks that do not divide the rows, and
 trajectories of several rows against the same trajectories as single rows.
 Advantages are data here: the driver computes them over the complete batch.
@@ -201,10 +202,13 @@ def references(folders: dict[str, Path]) -> dict[str, dict]:
         batches = stale_batches(found[model])
         objectives = dict.fromkeys(batches, PPO["policy"])
         found[model] |= one_process(folders[model], objectives, SEQUENCES // 2, batches)
+        found[model] |= one_process(folders[model], {OWN: ITSELF}, SEQUENCES)
     return found
 
 
 BYPASS, RECOMPUTED = "stale, bypass", "stale, recomputed"
+OWN = "its own old policy"
+ITSELF = replace(PPO["policy"], old_is_current=True)
 CUTS, SIZES = ("vpp", "sp", "overlap", "offload"), ("tp", "pp", "dp", "cp", "ep")
 
 
@@ -233,12 +237,47 @@ def test_same_update_in_every_layout(
     updates = {role: Update(case.fixed, objective) for role, objective in PPO.items()}
     name, batches = choice_of(case), stale_batches(reference)
     updates[name] = Update(case.fixed, PPO["policy"], make_batch=batches[name])
+    updates[OWN] = Update(case.fixed, ITSELF, SEQUENCES)
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
     for name in updates:
-        metric, norm, weight = compare(assemble(case, results, name), reference[name])
+        ours = assemble(case, results, name)
+        metric, norm, weight = compare(ours, reference[name])
+        if name == OWN:
+            assert torch.equal(ours["own"], ours["outputs"]["logprobs"]), "its pass is the phase's"
         print(
             f"LAYOUT {case} {name}: metrics {metric:.1e} grad-norm {norm:.1e} weights {weight:.1e}"
         )
+
+
+OWN_CASES = [
+    pytest.param(Case(micro_batch_size=3), id="one rank"),
+    *parameters([case for case in BATCHING_CASES if case.vpp]),
+    *parameters([case for case in BATCHING_CASES if not case.vpp], full=True),
+]
+
+
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_one_optimizer_step_needs_no_phase_for_the_old_log_probs(
+    case: Case, folders: dict[str, Path]
+) -> None:
+    """The same update bit by bit with those of its own pass, in every batching."""
+    updates, made = {}, {"rows": make_batch, "turns": partial(make_turns, True)}
+    for batching, rule in batchings(case).items():
+        for rows, batch in made.items():
+            whole = rule_of(rule, TURNS)
+            updates[batching, rows, OWN] = Update(whole, ITSELF, SEQUENCES, batch)
+            phase = Update(whole, PPO["policy"], SEQUENCES, batch, recompute=True)
+            updates[batching, rows, "phase"] = phase
+    results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
+    for batching, rows, name in updates:
+        if name != OWN:
+            continue
+        own = assemble(case, results, (batching, rows, OWN))
+        phase = assemble(case, results, (batching, rows, "phase"))
+        assert own["metrics"] == phase["metrics"] and own["grad_norm"] == phase["grad_norm"]
+        assert all(own["weights"][n].equal(tensor) for n, tensor in phase["weights"].items())
+        assert torch.equal(own["own"], phase["outputs"]["logprobs"])
+        assert own["metrics"]["actor/ppo_kl"] == 0 < own["grad_norm"]
 
 
 def test_either_choice_of_the_old_policy_sees_that_tokens_are_old(

@@ -45,7 +45,10 @@ def make_batch() -> Batch:
 
 
 def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
-    """Update with a broken mini-batch: skipped, absent, and ending in an error."""
+    """Update with a broken mini-batch: skipped, absent, and ending in an error.
+
+    And with all in one mini-batch, whose pass gives the old log-probs.
+    """
     from rlhf3d.algorithms.objectives import PolicyObjective
     from rlhf3d.engine.megatron_engine import EngineContext, MegatronEngine
 
@@ -53,21 +56,27 @@ def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
     objective = PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", kl_loss_coef=0.1)
     plan = UpdatePlan(4, 2, 4, 4 // layout.dp, MicroBatching(rows=2), None, 1, 2)
     share = split_update(make_batch(), plan, layout, 5, float)[layout.coords(rank).dp]
-    rows = make_batch().select(share.rows)
 
-    def run(context: EngineContext, minis: list) -> tuple:
+    def run(context: EngineContext, minis: list, share=share, objective=objective) -> tuple:
         engine = MegatronEngine(context, "policy", str(folder), OptimConfig(lr=1e-3))
-        result = engine.update(rows, minis, objective)
+        result = engine.update(make_batch().select(share.rows), minis, objective)
         return result, [tensor.clone() for _, _, tensor in engine.export_pieces()]
 
-    skipped, weights = run(replace(stopping, skip_nonfinite=True), share.mini_batches)
+    skipping = replace(stopping, skip_nonfinite=True)
+    skipped, weights = run(skipping, share.mini_batches)
     whole, expected = run(stopping, share.mini_batches[:1])
     try:
         run(stopping, share.mini_batches)
         error = ""
     except RuntimeError as caught:
         error = str(caught)
+    once = replace(plan, sequences_per_mini_batch=8, mini_batches=1)
+    share = split_update(make_batch(), once, layout, 5, float)[layout.coords(rank).dp]
+    itself = replace(objective, old_is_current=True)
+    own, _ = run(skipping, share.mini_batches, share, itself)
     return {
+        "own": (own.skipped, own.logprobs),
+        "last": layout.coords(rank).pp == layout.pp - 1,
         "texts": skipped.skipped,
         "same": all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True)),
         "shares": (skipped.shares, whole.shares),
@@ -86,6 +95,10 @@ def test_no_rank_takes_the_step(layout: ParallelLayout, tmp_path: Path) -> None:
     (text,) = texts
     assert f"sequence {BROKEN} (ref_logprobs)" in text and "actor/kl_loss, actor/loss" in text
     for result in results:
+        (own_text,), logprobs = result["own"]
+        assert f"sequence {BROKEN} (ref_logprobs)" in own_text
+        assert (logprobs is not None) == result["last"], "log-probs of a step that was left out too"
+        assert logprobs is None or (logprobs < 0).any(-1).all()
         assert result["same"] and result["shares"][0] == result["shares"][1]
         assert result["grad_norms"][0] == result["grad_norms"][1] > 0
         assert result["error"] == text

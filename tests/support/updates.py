@@ -200,6 +200,8 @@ class Update:
     mini_batch: int = SEQUENCES // 2
     """Sequences; the second step has what is left."""
     make_batch: Callable[[], Batch] = make_batch
+    recompute: bool = False
+    """The old log-probs are those of the forward pass before, as after a phase old_logprobs."""
 
 
 def run_updates(
@@ -261,7 +263,12 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     whole = update.objective.whole_trajectories
     share = split_update(batch, plan, layout, MAX_RESPONSE_TOKENS, cost, whole)[dp]
     outputs = engine.forward(batch.select(forward.rows), forward.micro_batches)
-    updated = engine.update(batch.select(share.rows), share.mini_batches, update.objective)
+    rows = batch.select(share.rows)
+    if update.recompute and outputs is not None:
+        # Cut alike, so what the loss reads on this rank was computed on it.
+        assert forward.rows == share.rows
+        rows = rows.with_columns(old_logprobs=outputs["logprobs"])
+    updated = engine.update(rows, share.mini_batches, update.objective)
     with engine.states.on_device("weights"):
         weights = [
             (name, box, tensor.cpu().clone()) for name, box, tensor in engine.export_pieces()
@@ -274,6 +281,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     return {
         "fused": fused,
         "rows": forward.rows,
+        "own": None if updated.logprobs is None else (share.rows, updated.logprobs),
         "places": row_places(batch.columns),
         "outputs": outputs,
         "after": engine.forward(batch.select(forward.rows), forward.micro_batches),
@@ -286,7 +294,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
 def assemble(case: Case, results: list[dict], name: Any) -> dict:
     """What the driver would see of an update.
 
-    Outputs by trajectory, metrics summed, weights by HF name.
+    Outputs by trajectory, metrics summed, weights by HF name; `own`: the log-probs of the update.
     """
     last = [results[rank][name] for rank in case.layout.collectors()]
     merged: dict = {"grad_norm": last[0]["grad_norm"], "outputs": {}, "after": {}}
@@ -298,6 +306,10 @@ def assemble(case: Case, results: list[dict], name: Any) -> dict:
                 full[part["rows"]] = value
         for column, full in merged[key].items():
             merged[key][column] = join_rows(full, last[0]["places"])
+    if all(part["own"] is not None for part in last):
+        batch = from_sequences([[0]] * rows, [[0] * value.shape[1]] * rows, pad_id=0)
+        own = batch.in_row_order(*zip(*(part["own"] for part in last), strict=True))
+        merged["own"] = join_rows(own, last[0]["places"])
     merged["metrics"] = {
         metric: sum(part["shares"][metric] for part in last) for metric in last[0]["shares"]
     }

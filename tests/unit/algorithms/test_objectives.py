@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -12,6 +13,7 @@ from rlhf3d.algorithms.aggregation import AGGREGATION_MODES, LossNorm, loss_norm
 from rlhf3d.algorithms.losses import POLICY_LOSSES, PolicyLossSettings
 from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.batch import Batch, from_sequences
+from rlhf3d.batching.dispatch import for_update
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.engine.microbatch import make_microbatch
 
@@ -77,6 +79,35 @@ def test_no_cut_changes_loss_gradient_or_metrics(
         metrics, other = total(objective, cut)
         assert metrics == pytest.approx(whole, rel=1e-6, abs=1e-6)
         assert torch.allclose(gradient, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES.names())
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_policy_that_is_its_own_old_one_has_ratio_1(name: str, turns: bool) -> None:
+    """Bit by bit as with a column of the same log-probs, which it does not read."""
+    rows = batch()
+    if turns:
+        rows = for_update(rows.with_columns(trajectory_ids=torch.tensor([0, 0, 0, 1, 1, 2])))
+    rng = torch.Generator().manual_seed(1)
+    logprobs = torch.randn(rows["response_mask"].shape, generator=rng, requires_grad=True)
+    entropy = torch.rand(logprobs.shape, generator=rng)
+    norm = loss_norm(rows["response_mask"], 5)
+    objective = PolicyObjective(name, PolicyLossSettings(), "seq-mean-token-mean", 0.01, 0.1, "k3+")
+    found = []
+    for own in (False, True):
+        columns = dict(rows.columns)
+        if own:
+            del columns["old_logprobs"]
+        else:
+            columns["old_logprobs"] = logprobs.detach().clone()
+        outputs = {"logprobs": logprobs, "entropy": entropy}
+        loss, metrics = replace(objective, old_is_current=own)(columns, outputs, norm)
+        [gradient] = torch.autograd.grad(loss, logprobs)
+        found.append((loss, gradient, metrics))
+    (loss, gradient, metrics), (own_loss, own_gradient, own_metrics) = found
+    assert torch.equal(loss, own_loss) and torch.equal(gradient, own_gradient)
+    assert metrics == own_metrics and own_metrics["actor/ppo_kl"] == 0
+    assert gradient.abs().max() > 0
 
 
 def test_loss_is_the_sum_of_its_terms() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from rlhf3d.algorithms.names import ADVANTAGE_ESTIMATORS
 from rlhf3d.batching.micro import MicroBatching
-from rlhf3d.config.derived import clip_range, derive, width_multiples
+from rlhf3d.config.derived import clip_range, derive, old_logprobs_from, width_multiples
 from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.schema import (
     ActorConfig,
@@ -17,6 +18,7 @@ from rlhf3d.config.schema import (
     Config,
     CriticConfig,
     DataConfig,
+    FilterGroupsConfig,
     LayoutConfig,
     ModelConfig,
     RolloutConfig,
@@ -228,6 +230,53 @@ def test_one_optimizer_step_a_batch_adds_nothing_within_it() -> None:
     lines = summary_lines(config, derived)
     (line,) = [line for line in lines if line.startswith("staleness")]
     assert line.endswith("3 x 1 = 3 optimizer step(s) old")
+
+
+ONE_STEP = replace(CONFIG, actor=replace(CONFIG.actor, ppo_mini_batch_size=48, ppo_epochs=1))
+
+
+@pytest.mark.parametrize("estimator", sorted(ADVANTAGE_ESTIMATORS))
+def test_one_optimizer_step_a_batch_takes_the_old_logprobs_from_its_own_pass(
+    estimator: str,
+) -> None:
+    """Whatever the estimator, and with dynamic sampling, environments and KL in the loss too."""
+    algorithm = AlgorithmConfig(
+        adv_estimator=estimator, filter_groups=FilterGroupsConfig(enable=True)
+    )
+    own = replace(
+        ONE_STEP,
+        algorithm=algorithm,
+        actor=replace(ONE_STEP.actor, use_kl_loss=True),
+        environment=EnvironmentConfig("game.py"),
+    )
+    assert derive(own).old_logprobs_from == "update"
+    for actor in (replace(own.actor, ppo_epochs=2), replace(own.actor, ppo_mini_batch_size=24)):
+        assert derive(replace(own, actor=actor)).old_logprobs_from == "phase"
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        {"use_kl_in_reward": True},
+        {"rollout_correction": RolloutCorrectionConfig(rollout_is="token")},
+        {
+            "rollout_correction": RolloutCorrectionConfig(
+                rollout_rs="token_k1", rollout_rs_threshold=2.0
+            )
+        },
+    ],
+)
+def test_what_needs_the_old_logprobs_before_the_update_has_their_phase(
+    needs: dict[str, Any],
+) -> None:
+    assert old_logprobs_from(AlgorithmConfig(), 1, 0) == "update"
+    assert old_logprobs_from(AlgorithmConfig(**needs), 1, 0) == "phase"
+
+
+def test_old_logprobs_while_the_critic_warms_up_and_in_bypass_mode() -> None:
+    assert old_logprobs_from(AlgorithmConfig(), 1, critic_warmup=1) == "phase"
+    bypass = AlgorithmConfig(rollout_correction=RolloutCorrectionConfig(bypass_mode=True))
+    assert {old_logprobs_from(bypass, steps, steps - 1) for steps in (1, 2)} == {"engine"}
 
 
 def test_dedicated_engines_and_critics_have_devices_of_their_own() -> None:

@@ -60,10 +60,12 @@ class DryGroup(TrainGroup):
             ]
         assert method is TrainWorker.update
         self.updates = list(args_of_dp)
-        return [
-            UpdateResult({"actor/loss": 1.0 + dp}, grad_norm=5.0, lr=0.1)
-            for dp in range(len(args_of_dp))
-        ]
+        results = []
+        for dp, (_, shard, _, objective) in enumerate(args_of_dp):
+            own = torch.ones_like(shard["response_mask"]) * shard["response_lengths"][:, None]
+            logprobs = own if objective.old_is_current else None
+            results.append(UpdateResult({"actor/loss": 1.0 + dp}, 5.0, 0.1, (), logprobs))
+        return results
 
 
 def test_rows_keep_their_order_and_padding_is_told_once() -> None:
@@ -76,7 +78,8 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
         assert outputs["logprobs"][:, 0].tolist() == lengths
     assert group.forward("values", "critic", batch)["logprobs"][:, 0].tolist() == lengths
     plan = UpdatePlan(7, 1, 7, 3, RULE, None, 2, 2)
-    metrics = group.update("actor", batch, plan, OBJECTIVE)
+    metrics, logprobs = group.update("actor", batch, plan, OBJECTIVE)
+    assert logprobs is None
     assert {objective for _, _, _, objective in group.updates} == {OBJECTIVE}
     assert "trajectory_tokens" not in group.updates[0][1]
     assert metrics["actor/loss"] == 3.0 and metrics["actor/grad_norm"] == 5.0
@@ -89,8 +92,22 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
         ),  # 4 and 3 rows, and a filler
         "perf/padding_share/update_actor": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
     }
-    again = group.update("actor", batch, plan, OBJECTIVE)
+    again, _ = group.update("actor", batch, plan, OBJECTIVE)
     assert [name for name in again if "padding" in name] == ["perf/padding_share/update_actor"]
+
+
+@pytest.mark.parametrize("loss", ["vanilla", "gspo"])
+def test_log_probs_of_an_update_come_back_in_the_order_of_rows(loss: str) -> None:
+    """Also where trajectories of several rows are computed together."""
+    lengths = [5, 1, 3, 2, 9, 7, 4]
+    batch = from_sequences([[1]] * 7, [[2] * n for n in lengths], pad_id=0)
+    batch = batch.with_columns(trajectory_ids=torch.tensor([0, 0, 1, 2, 2, 3, 4]))
+    settings = PolicyLossSettings()
+    objective = PolicyObjective(loss, settings, "token-mean", old_is_current=True)
+    plan = UpdatePlan(5, 1, 5, 3, RULE, None, 1, 1)
+    metrics, logprobs = DryGroup().update("actor", batch, plan, objective)
+    assert logprobs is not None and logprobs[:, 0].tolist() == lengths
+    assert logprobs.shape == batch["response_mask"].shape and metrics["actor/loss"] == 3.0
 
 
 @pytest.mark.parametrize("loss", ["vanilla", "gspo"])

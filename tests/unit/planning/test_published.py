@@ -27,7 +27,8 @@ TOLERANCE = 0.25
 def planned(run: dict[str, Any]) -> TimedPlan:
     """The same job as one of ours."""
     layout = {"overlap_grad_reduce": True, "overlap_param_gather": True, **run["layout"]}
-    bypass = run.get("on_policy", False)
+    # Importance weights take no time of their own, and need the old log-probs' pass.
+    correction = {} if run.get("on_policy") else {"rollout_is": "token"}
     raw = {
         "cluster": {"platform": "cuda"},
         "model": {"use_remove_padding": True, "dtype": "bfloat16", "offload": True},
@@ -43,7 +44,7 @@ def planned(run: dict[str, Any]) -> TimedPlan:
             "ppo_max_token_len_per_gpu": run["longest"],
             "use_kl_loss": True,
         },
-        "algorithm": {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": bypass}},
+        "algorithm": {"adv_estimator": "grpo", "rollout_correction": correction},
         "rollout": {
             "n": COMPLETIONS,
             "engines": run["engines"],

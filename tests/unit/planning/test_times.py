@@ -91,11 +91,7 @@ def test_what_makes_a_step_slower() -> None:
         < seconds(selective, "update_actor")
         < seconds(full, "update_actor")
     )
-    assert (
-        seconds(full, "old_logprobs")
-        == seconds(selective, "old_logprobs")
-        == seconds(base, "old_logprobs")
-    )
+    assert seconds(full, "values") == seconds(selective, "values") == seconds(base, "values")
     fp8 = times(rollout={"engines": 8, "quantization": "fp8_per_channel"})
     assert seconds(fp8, "generate") < seconds(base, "generate") and seconds(
         fp8, "sync_weights"
@@ -154,6 +150,17 @@ def test_padding_is_that_of_neighbors_in_the_order_of_lengths() -> None:
     assert seconds(pairs, "old_logprobs") / seconds(one, "old_logprobs") == pytest.approx(
         ratio, rel=1e-3
     )
+
+
+def test_old_logprobs_have_a_pass_where_the_run_has_one() -> None:
+    """With a second optimizer step, or a KL in the reward; the rest of the step is the same."""
+    grpo = {"adv_estimator": "grpo"}
+    own = times(algorithm=grpo)
+    weighted = times(algorithm=grpo | {"rollout_correction": {"rollout_is": "token"}})
+    passes = [[phase.phase for phase in made.phases] for made in (own, weighted)]
+    assert "old_logprobs" not in passes[0]
+    assert passes[1] == [*passes[0][:2], "old_logprobs", *passes[0][2:]]
+    assert weighted.step_s - own.step_s == pytest.approx(seconds(weighted, "old_logprobs"))
 
 
 def test_a_token_budget_is_cut_as_the_run_cuts_it() -> None:

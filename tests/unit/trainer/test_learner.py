@@ -47,7 +47,7 @@ SEEDS = st.integers(0, 10**6)
 
 def learner(estimator: str, **settings_: Any) -> Learner:
     config = AlgorithmConfig(adv_estimator=estimator, gamma=GAMMA, lam=LAM, **settings_)
-    return Learner(config, {}, {}, {}, 0, lambda: None, untimed)
+    return Learner(config, {}, {}, {}, "phase", 0, lambda: None, untimed)
 
 
 def by_trajectory(batch: Batch, name: str) -> Tensor:

@@ -52,10 +52,13 @@ class FakeTrain:
         values = torch.full_like(batch["response_mask"], 0.5 if role == "critic" else -1.0)
         return {"values" if role == "critic" else "logprobs": values}
 
-    def update(self, role: str, batch: Batch, plan: Any, objective: Any) -> dict[str, float]:
+    def update(
+        self, role: str, batch: Batch, plan: Any, objective: Any
+    ) -> tuple[dict[str, float], Tensor | None]:
         self.phases.append(f"update_{role}")
         self.updates[role] = batch
-        return {f"{role}/grad_norm": 1.0}
+        own = torch.full_like(batch["response_mask"], -1.0) if objective.old_is_current else None
+        return {f"{role}/grad_norm": 1.0}, own
 
 
 class FakeRollout(FakeEngine):
@@ -212,7 +215,7 @@ def test_a_critic_in_a_group_of_its_own_gets_its_phases(tmp_path: Path) -> None:
     trainer, fakes = make_trainer(tmp_path, [1.0, 0.0, 0.0, 0.0], critic={"layout": {"dp": 2}})
     trainer.train_step(1)
     assert fakes.critic.phases == ["values", "update_critic"]
-    assert fakes.group.phases == ["old_logprobs", "update_actor"]
+    assert fakes.group.phases == ["update_actor"]
 
 
 def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> None:
@@ -229,7 +232,6 @@ def test_engines_sleep_before_whatever_needs_their_memory(tmp_path: Path) -> Non
     step = [
         "generate",
         "sleep",
-        "old_logprobs",
         "values",
         "update_critic",
         "update_actor",
@@ -347,7 +349,7 @@ def test_remax_subtracts_the_greedy_score(tmp_path: Path) -> None:
         tmp_path, [1.0, 0.0, 0.5, 0.25], algorithm={"adv_estimator": "remax"}
     )
     metrics = trainer.train_step(1)
-    assert fakes.group.phases == ["old_logprobs", "update_actor"], "no critic, no reference"
+    assert fakes.group.phases == ["update_actor"], "no critic, no reference"
     assert fakes.group.updates["actor"]["advantages"].tolist() == [
         [0.75] * 2,
         [-0.25] * 2,
@@ -405,9 +407,28 @@ def test_bypass_skips_the_old_logprobs(tmp_path: Path) -> None:
     assert not any(name.startswith(("rollout_corr/", "training/")) for name in metrics)
 
 
-def test_tokens_of_the_first_trajectories_are_kept(tmp_path: Path) -> None:
-    """The engine gives -1.5 for each token, training -1."""
-    trainer, _ = make_trainer(tmp_path, [1.0, 0.0], trainer={"sample_tokens": 3})
+def test_the_only_optimizer_step_gives_the_old_logprobs(tmp_path: Path) -> None:
+    """With the metrics that a phase of their own gives, and its advantages; a second optimizer step
+    needs the phase.
+    """
+    grpo = {"adv_estimator": "grpo"}
+    seen = []
+    for actor in ({}, {"ppo_epochs": 2}):
+        trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], algorithm=grpo, actor=actor)
+        seen.append((trainer.train_step(1), fakes.group.phases, fakes.group.updates["actor"]))
+    (once, phases, batch), (twice, more_phases, other) = seen
+    assert phases == ["update_actor"] and more_phases == ["old_logprobs", "update_actor"]
+    assert "old_logprobs" not in batch and torch.equal(batch["advantages"], other["advantages"])
+    assert once == pytest.approx(twice, nan_ok=True)
+    assert once["rollout_corr/kl"] == -0.5 == -once["training/rollout_logprobs_diff_mean"]
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"algorithm": {"use_kl_in_reward": True}}])
+def test_tokens_of_the_first_trajectories_are_kept(
+    algorithm: dict[str, Any], tmp_path: Path
+) -> None:
+    """The engine gives -1.5 for each token, training -1: its update, or its phase."""
+    trainer, _ = make_trainer(tmp_path, [1.0, 0.0], trainer={"sample_tokens": 3}, **algorithm)
     trainer.train_step(1)
     kept = read_tokens(tokens_path(tmp_path, 1))
     assert [one.number for one in kept] == [0, 1, 2] and PROMPTS * N == 4
@@ -446,7 +467,8 @@ def test_overlong_penalty_is_part_of_the_reward(tmp_path: Path) -> None:
 
 
 def test_a_broken_number_stops_before_the_update(tmp_path: Path) -> None:
-    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0])
+    twice = {"ppo_epochs": 2}
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], actor=twice)
     forward = fakes.group.forward
 
     def broken(phase: str, role: str, batch: Batch) -> dict[str, Tensor]:
@@ -458,7 +480,8 @@ def test_a_broken_number_stops_before_the_update(tmp_path: Path) -> None:
     fakes.group.forward = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"step 1: .*sequence 3 \(old_logprobs\)"):
         trainer.train_step(1)
-    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], trainer={"on_nonfinite": "skip"})
+    skip = {"on_nonfinite": "skip"}
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0], actor=twice, trainer=skip)
     forward, fakes.group.forward = fakes.group.forward, broken  # type: ignore[method-assign]
     trainer.train_step(1)
     assert fakes.group.phases[-1] == "update_actor"
