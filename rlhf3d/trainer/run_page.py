@@ -7,6 +7,7 @@ the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,16 @@ def run_facts(run: Path, rows: Rows) -> RunFacts:
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        settings = changed(flat_config(load_config(path)))
+        config = load_config(path)
     except ValueError as error:
         problem = f"{CONFIG_FILE} cannot be used by this version: {error}"
-        return RunFacts((), text, problem, versions, starts, None, problem)
+        return RunFacts((), text, problem, versions, starts, plan_problem=problem)
+    settings = changed(flat_config(config))
+    facts = RunFacts(settings, text, "", versions, starts, config.trainer.total_training_steps)
     try:
-        return RunFacts(settings, text, "", versions, starts, planned(path, rows))
+        return replace(facts, plan=planned(path, rows))
     except (ValueError, OSError) as error:
-        return RunFacts(settings, text, "", versions, starts, None, str(error))
+        return replace(facts, plan_problem=str(error))
 
 
 def _when(began: Any) -> str:

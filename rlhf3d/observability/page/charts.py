@@ -20,6 +20,13 @@ from rlhf3d.observability.metrics import (
     validation_accuracy,
     validation_reward,
 )
+from rlhf3d.observability.page.health import (
+    CLIPPED,
+    CUT_WATCH,
+    MISMATCH_WATCH,
+    SIGNAL_WATCH,
+    STALE_KL,
+)
 from rlhf3d.observability.page.learning import held_out, held_out_error
 from rlhf3d.observability.page.trends import Z95, Rows, number, running_means, training_rows
 
@@ -52,6 +59,8 @@ class Chart:
     """What it is, and what is healthy."""
     lines: tuple[Line, ...]
     format: Format = "number"
+    limit: float | None = None
+    """Where a check of `health` begins to warn."""
 
 
 _OUTCOMES = tuple(f"reward/outcome/{name}" for name in ("scored", "unparsable", "timeout", "error"))
@@ -102,6 +111,7 @@ CHARTS: tuple[Chart, ...] = (
         "Share of completions that reach the length limit before their end. Below 10 % is healthy.",
         (Line("response/truncated_ratio", "cut off"),),
         "share",
+        CUT_WATCH,
     ),
     Chart(
         "clip",
@@ -113,6 +123,7 @@ CHARTS: tuple[Chart, ...] = (
             Line("actor/pg_clipfrac_lower", "dual clip"),
         ),
         "share",
+        CLIPPED,
     ),
     Chart(
         "ppo_kl",
@@ -127,6 +138,7 @@ CHARTS: tuple[Chart, ...] = (
         "Mean difference between the probabilities that vLLM and Megatron give a sampled token. "
         "Below 0.01 is healthy in bfloat16.",
         (Line("training/rollout_probs_diff_mean", "mean difference"),),
+        limit=MISMATCH_WATCH,
     ),
     Chart(
         "mismatch_max",
@@ -144,6 +156,7 @@ CHARTS: tuple[Chart, ...] = (
             Line("filter_groups/kept_share", "groups kept"),
         ),
         "share",
+        SIGNAL_WATCH,
     ),
     Chart(
         "outcomes",
@@ -194,6 +207,7 @@ CHARTS: tuple[Chart, ...] = (
         "KL between the policy that wrote older tokens and the one being trained.",
         (Line("training/off_policy/kl_k3", "KL"),),
         "nats",
+        STALE_KL,
     ),
     Chart(
         "waits",

@@ -69,6 +69,8 @@ class RunFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     starts: Sequence[tuple[int, str]] = ()
     """The step after which each part of the run began (0: the start), and when."""
+    total_steps: int | None = None
+    """That the run is to make; None while that is not known."""
     plan: Planned | None = None
     plan_problem: str = ""
     """Why there is none."""

@@ -30,8 +30,9 @@ from rlhf3d.observability.page.charts import (
     window,
 )
 from rlhf3d.observability.page.collect import RunView
+from rlhf3d.observability.page.learning import held_out, reward_name
 from rlhf3d.observability.page.trajectories import Shown
-from rlhf3d.observability.page.trends import training_rows, values
+from rlhf3d.observability.page.trends import change, mean_of, recent, training_rows, values
 from rlhf3d.observability.page.verdict import fine_checks
 from rlhf3d.units import format_clock
 
@@ -43,6 +44,8 @@ HELD_OUT = Chart(
     (),
     "share",
 )
+COMPARED = ("reward", "held-out", "length, tokens", "step, s", "tokens/s per device")
+"""What runs are compared by: first and last steps, first and last validation, the last steps."""
 NOT_FINITE = 1e9
 """JSON has no infinity."""
 
@@ -65,6 +68,8 @@ def render(runs: Sequence[RunView]) -> str:
         runs=runs,
         phases=[phase_table(run) for run in runs],
         facts=[summary(run) for run in runs],
+        comparison=[compared(run) for run in runs],
+        compared=COMPARED,
         points=POINTS,
         strides=[stride(len(training_rows(run.rows))) for run in runs],
         styles=[asset("uPlot.min.css"), asset("page.css")],
@@ -134,8 +139,8 @@ def _chart(chart: Chart, format_: str, found: Sequence[Sequence[Curve]]) -> Any:
         chosen = lines_of_run if len(found) == 1 else lines_of_run[:1]
         lines += [{"run": run, **asdict(line)} for line in chosen]
     if lines:
-        facts = {"id": chart.id, "title": chart.title, "help": chart.help, "format": format_}
-        yield {**facts, "lines": lines}
+        facts = {"id": chart.id, "title": chart.title, "help": chart.help, "limit": chart.limit}
+        yield {**facts, "format": format_, "lines": lines}
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,30 @@ def phase_table(run: RunView) -> list[PhaseRow]:
 def summary(run: RunView) -> dict[str, Any]:
     """A run in a line, and over how many steps its curves are averaged."""
     first, last = run.rows[0]["step"], run.rows[-1]["step"]
-    line = f"Steps {first} to {last} in {format_clock(sum(values(run.rows, STEP_TIME)))}"
+    planned = run.facts.total_steps
+    of = "" if planned is None else f" of {planned}"
+    line = f"Steps {first} to {last}{of} in {format_clock(sum(values(run.rows, STEP_TIME)))}"
     resumes = sum(step > 0 for step, _ in run.facts.starts)
     if resumes:
         line += f", resumed {'once' if resumes == 1 else f'{resumes} times'}"
     return {"line": f"{line}.", "window": window(len(training_rows(run.rows)))}
+
+
+def compared(run: RunView) -> list[str]:
+    """A run's cells of `COMPARED`."""
+    steps = training_rows(run.rows)
+    accuracy, last = held_out(run.rows), recent(steps)
+    found = change(steps, reward_name(steps))
+    cells = ["–" if found is None else f"{found.first.value:.3g} → {found.last}"]
+    if accuracy is None:
+        cells.append("–")
+    else:
+        first, end = accuracy.points[0][1], accuracy.points[-1][1]
+        cells.append(f"{accuracy.text(first)} → {accuracy.text(end)}")
+    for name in ("response_length/mean", STEP_TIME, "perf/throughput"):
+        mean = mean_of(last, name)
+        cells.append("–" if mean is None else f"{mean:.3g}")
+    return cells
 
 
 def _trajectory(shown: Shown) -> Mapping[str, Any]:

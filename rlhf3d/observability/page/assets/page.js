@@ -77,9 +77,24 @@ function draw(place, table, series, options, shown) {
       { ...axis, size: 54, values: (_, ticks) => ticks.map(format) },
     ],
     series: [{}, ...series], bands: options.bands,
-    hooks: { setCursor: [write], ready: [write] },
+    hooks: { setCursor: [write], ready: [write], draw: [(plot) => drawLimit(plot, options.limit)] },
   }, table, place);
   drawn.push([plot, place, options]);
+}
+
+// A dashed line, where the scale reaches it.
+function drawLimit(plot, limit) {
+  if (limit == null || limit > plot.scales.y.max || limit < plot.scales.y.min) return;
+  const { ctx, bbox } = plot, y = plot.valToPos(limit, "y", true);
+  ctx.save();
+  ctx.strokeStyle = color("--watch");
+  ctx.lineWidth = devicePixelRatio;
+  ctx.setLineDash([6 * devicePixelRatio, 4 * devicePixelRatio]);
+  ctx.beginPath();
+  ctx.moveTo(bbox.left, y);
+  ctx.lineTo(bbox.left + bbox.width, y);
+  ctx.stroke();
+  ctx.restore();
 }
 
 function yRange(format) {
@@ -125,7 +140,7 @@ function curveChart(parent, chart) {
   const atStep = element("span", "", "", keys);
   const table = tables.length > 1 ? uPlot.join(tables) : tables[0];
   draw(place, table, series,
-    { format: chart.format, bands, yRange: yRange(chart.format), atStep }, shown);
+    { format: chart.format, limit: chart.limit, bands, yRange: yRange(chart.format), atStep }, shown);
 }
 
 function stackChart(parent, title, help, steps, parts, format, hues, wide) {

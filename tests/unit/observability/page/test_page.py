@@ -114,8 +114,12 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
     write_run(tame)
     write_run(wild, text=HOSTILE)
     setting = Setting("a.b", HOSTILE, HOSTILE, HOSTILE)
-    facts = RunFacts([setting], HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [(0, HOSTILE)], None, HOSTILE)
-    plain = RunFacts([Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], None, "x")
+    facts = RunFacts(
+        [setting], HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [(0, HOSTILE)], 9, None, HOSTILE
+    )
+    plain = RunFacts(
+        [Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], 9, None, "x"
+    )
     found, expected = Parsed(page_of(wild, facts=facts)), Parsed(page_of(tame, facts=plain))
     assert found.elements == expected.elements
     assert found.scripts[1:] == expected.scripts[1:]
