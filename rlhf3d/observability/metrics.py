@@ -137,18 +137,20 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             f"{run_dir} holds no {METRICS_FILE}, so it is not the folder of a run: "
             "give the trainer.output_dir of a run that finished at least one step"
         )
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     # Rows are written with their line end, so a line without one is not complete.
-    if lines and not lines[-1].endswith("\n"):
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{path} line {number} is not JSON ({error}): restore or delete it"
+                f"{path} line {number} is not JSON with a step ({error}): restore or delete it"
             ) from error
+        rows.append(row)
     return rows
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 SAMPLES_DIR = "samples"
+Read = TypeVar("Read")
 _TEXTS = ("prompt", "response", "ground_truth")
 
 Kind = Literal["train", "greedy", "sampled"]
@@ -77,9 +78,22 @@ def write_samples(
 
 def read_samples(path: str | Path) -> list[Sample]:
     """Completions of one file, in the order written."""
-    # str.splitlines() would also break at other characters, which completions may hold.
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [_sample(json.loads(line)) for line in lines if line]
+    return read_objects(path, _sample)
+
+
+def read_objects(path: str | Path, make: Callable[[dict[str, Any]], Read]) -> list[Read]:
+    """What `make` makes of each line of a file. ValueError names a line that is damaged."""
+    found = []
+    # As bytes: text would also break at other characters, which completions may hold.
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        try:
+            if line:
+                found.append(make(json.loads(line)))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number} is damaged ({error}): restore the file or remove it"
+            ) from error
+    return found
 
 
 def _sample(fields: dict[str, Any]) -> Sample:

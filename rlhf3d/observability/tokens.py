@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.observability.samples import SAMPLES_DIR
+from rlhf3d.observability.samples import SAMPLES_DIR, read_objects
 
 _DIGITS = 5
 """Decimals of a log-probability in the file."""
@@ -119,8 +119,7 @@ def write_tokens(
 
 def read_tokens(path: str | Path) -> list[TrajectoryTokens]:
     """The trajectories of one file, in the order written."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [_trajectory(json.loads(line)) for line in lines if line]
+    return read_objects(path, _trajectory)
 
 
 def token_steps(output_dir: str | Path) -> list[int]:

@@ -196,7 +196,7 @@ def compared(run: RunView) -> list[str]:
         cells.append(f"{accuracy.text(first)} → {accuracy.text(end)}")
     for name in ("response_length/mean", STEP_TIME, "perf/throughput"):
         mean = mean_of(last, name)
-        cells.append("–" if mean is None else f"{mean:.3g}")
+        cells.append("–" if mean is None else f"{mean:,.1f}")
     return cells
 
 

@@ -189,3 +189,15 @@ def test_no_run_no_page(tmp_path: Path) -> None:
     MetricsWriter(tmp_path).close()
     with pytest.raises(ValueError, match="no finished step yet"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b'{"prompt": 3', b"[]", b"\xff\xfe", b'{"prompt": "x"}', b"3"])
+@pytest.mark.parametrize(
+    "name", ["step_30.jsonl", "greedy_step_30.jsonl", "tokens_step_30.jsonl", "../metrics.jsonl"]
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, line: bytes) -> None:
+    file = write_run(tmp_path) / "samples" / name
+    with file.open("ab") as damaged:
+        damaged.write(line + b"\n")
+    with pytest.raises(ValueError, match=rf"{file.resolve().name} line \d+ is "):
+        page_of(tmp_path)
