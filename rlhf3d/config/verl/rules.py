@@ -59,6 +59,17 @@ class Rule:
     """Whether it is applied where no name is given: it also depends on other keys."""
 
 
+def same_name(
+    name: str,
+    change: Change = same,
+    note: str = "",
+    default: Any = None,
+    always: bool = False,
+) -> Rule:
+    """A rule for a key that has verl's name here."""
+    return Rule((name,), name, change, note, default, always)
+
+
 def no_counterpart(note: str, *names: str, to_set: bool = False, same: bool = False) -> Rule:
     """A rule for keys that this package does without."""
     return Rule(names, change=lambda value, verl: Drop(note, to_set, same), note=note)

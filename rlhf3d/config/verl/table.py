@@ -10,21 +10,21 @@ from __future__ import annotations
 from rlhf3d.config.verl import changes as to
 from rlhf3d.config.verl.changes import CORRECTION, A, M, R
 from rlhf3d.config.verl.read import CONFIG_NAME
-from rlhf3d.config.verl.rules import Rule, no_counterpart
+from rlhf3d.config.verl.rules import Rule, no_counterpart, same_name
 from rlhf3d.config.verl.table_models import ACTOR, CRITIC, MODEL, ROLLOUT
 
 _PLAN = "`rlhf3d plan` shows the memory"
 
 _DATA = (
-    Rule(("data.train_files",), "data.train_files", to.as_list),
-    Rule(("data.val_files",), "data.val_files", to.as_list),
-    Rule(("data.train_batch_size",), "data.train_batch_size", default=1024),
-    Rule(("data.gen_batch_size",), "data.gen_batch_size", to.only_with_filter),
-    Rule(("data.max_prompt_length",), "data.max_prompt_length"),
-    Rule(("data.max_response_length",), "data.max_response_length"),
+    same_name("data.train_files", to.as_list),
+    same_name("data.val_files", to.as_list),
+    same_name("data.train_batch_size", default=1024),
+    same_name("data.gen_batch_size", to.only_with_filter),
+    same_name("data.max_prompt_length"),
+    same_name("data.max_response_length"),
     Rule(("data.filter_overlong_prompts", "data.truncation"), "data.overlong_prompts", to.overlong),
-    Rule(("data.shuffle",), "data.shuffle"),
-    Rule(("data.val_max_samples",), "data.val_max_samples"),
+    same_name("data.shuffle"),
+    same_name("data.val_max_samples"),
     Rule(("data.seed",), "trainer.seed"),
     Rule(
         ("data.prompt_key",),
@@ -91,15 +91,13 @@ _CORRECTION = (
         to.importance_weights,
         "not with bypass_mode: the loss's own ratio is the correction",
     ),
-    Rule(
-        (CORRECTION + "rollout_is_threshold",),
+    same_name(
         CORRECTION + "rollout_is_threshold",
         to.importance_threshold,
         always=True,
     ),
-    Rule((CORRECTION + "rollout_is_batch_normalize",), CORRECTION + "rollout_is_batch_normalize"),
-    Rule(
-        (CORRECTION + "rollout_rs",),
+    same_name(CORRECTION + "rollout_is_batch_normalize"),
+    same_name(
         CORRECTION + "rollout_rs",
         to.rejection,
         "not with bypass_mode, whose masks would depend on the progress of the update",
@@ -110,7 +108,7 @@ _CORRECTION = (
         to.rejection_threshold,
         "k1 bounds r; verl's code bounds 1/r, so a range is turned around",
     ),
-    Rule((CORRECTION + "bypass_mode",), CORRECTION + "bypass_mode"),
+    same_name(CORRECTION + "bypass_mode"),
     Rule(
         (CORRECTION + "loss_type",),
         change=to.only_value("ppo_clip", "actor.policy_loss = cispo, with bypass_mode", False),
@@ -128,31 +126,28 @@ _CORRECTION = (
 )
 
 _ALGORITHM = (
-    Rule(
-        ("algorithm.adv_estimator",),
+    same_name(
         "algorithm.adv_estimator",
         to.estimator,
         "empty responses are left out of their group's statistics; another estimator of verl is a "
         "function of algorithm.custom_path",
     ),
-    Rule(("algorithm.gamma",), "algorithm.gamma"),
-    Rule(("algorithm.lam",), "algorithm.lam"),
-    Rule(("algorithm.norm_adv_by_std_in_grpo",), "algorithm.norm_adv_by_std_in_grpo"),
-    Rule(("algorithm.use_kl_in_reward",), "algorithm.use_kl_in_reward"),
-    Rule(("algorithm.kl_penalty",), "algorithm.kl_penalty"),
-    Rule(("algorithm.kl_ctrl.type",), "algorithm.kl_ctrl.type"),
-    Rule(
-        ("algorithm.kl_ctrl.kl_coef",),
+    same_name("algorithm.gamma"),
+    same_name("algorithm.lam"),
+    same_name("algorithm.norm_adv_by_std_in_grpo"),
+    same_name("algorithm.use_kl_in_reward"),
+    same_name("algorithm.kl_penalty"),
+    same_name("algorithm.kl_ctrl.type"),
+    same_name(
         "algorithm.kl_ctrl.kl_coef",
         to.kl_coef,
         "not used unless algorithm.use_kl_in_reward; verl's first versions had no such switch",
     ),
-    Rule(("algorithm.kl_ctrl.horizon",), "algorithm.kl_ctrl.horizon"),
-    Rule(("algorithm.kl_ctrl.target_kl",), "algorithm.kl_ctrl.target_kl"),
-    Rule(("algorithm.filter_groups.enable",), "algorithm.filter_groups.enable"),
-    Rule(("algorithm.filter_groups.metric",), "algorithm.filter_groups.metric"),
-    Rule(
-        ("algorithm.filter_groups.max_num_gen_batches",),
+    same_name("algorithm.kl_ctrl.horizon"),
+    same_name("algorithm.kl_ctrl.target_kl"),
+    same_name("algorithm.filter_groups.enable"),
+    same_name("algorithm.filter_groups.metric"),
+    same_name(
         "algorithm.filter_groups.max_num_gen_batches",
         to.generations,
         "0, no limit, is not offered",
@@ -210,8 +205,8 @@ _REWARD = (
         to.if_reward_model,
         "a Llama or Qwen2 classifier with one output",
     ),
-    Rule(("reward_model.max_length",), "reward_model.max_length"),
-    Rule(("reward_model.micro_batch_size_per_gpu",), "reward_model.micro_batch_size_per_gpu"),
+    same_name("reward_model.max_length"),
+    same_name("reward_model.micro_batch_size_per_gpu"),
     Rule(
         ("reward_model.micro_batch_size",),
         "reward_model.micro_batch_size_per_gpu",
@@ -238,8 +233,8 @@ _REWARD = (
 )
 
 _TRAINER = (
-    Rule(("trainer.total_epochs",), "trainer.total_epochs", default=30),
-    Rule(("trainer.total_training_steps",), "trainer.total_training_steps"),
+    same_name("trainer.total_epochs", default=30),
+    same_name("trainer.total_training_steps"),
     Rule(
         ("trainer.default_local_dir", "trainer.project_name", "trainer.experiment_name"),
         "trainer.output_dir",
@@ -247,23 +242,21 @@ _TRAINER = (
         "everything that a run writes is in one folder",
         always=True,
     ),
-    Rule(("trainer.save_freq",), "trainer.save_freq", to.not_negative),
+    same_name("trainer.save_freq", to.not_negative),
     Rule((), "trainer.save_at_end", to.save_at_end, "verl saves nothing at -1", always=True),
-    Rule(
-        ("trainer.test_freq",),
+    same_name(
         "trainer.test_freq",
         to.not_negative,
         "a run here also validates after its last step",
         default=-1,
     ),
-    Rule(("trainer.val_before_train",), "trainer.val_before_train"),
-    Rule(
-        ("trainer.resume_mode",),
+    same_name("trainer.val_before_train"),
+    same_name(
         "trainer.resume_mode",
         to.resume,
         "checkpoints of verl are not continued",
     ),
-    Rule(("trainer.critic_warmup",), "trainer.critic_warmup"),
+    same_name("trainer.critic_warmup"),
     Rule(("trainer.max_actor_ckpt_to_keep",), "trainer.keep_last"),
     Rule(
         ("trainer.nnodes",),
@@ -287,8 +280,7 @@ _TRAINER = (
         "trainer.validation_data_dir",
         same=True,
     ),
-    Rule(
-        ("trainer.logger",),
+    same_name(
         "trainer.logger",
         to.trackers,
         "metrics.jsonl, the terminal and a report are always written",

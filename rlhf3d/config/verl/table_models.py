@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rlhf3d.config.verl import changes as to
 from rlhf3d.config.verl.changes import A, M, R
-from rlhf3d.config.verl.rules import Rule, no_counterpart
+from rlhf3d.config.verl.rules import Rule, no_counterpart, same_name
 
 MODEL = (
     Rule((M + "path",), "model.path", to.model_folder, "a folder here, not a name on the hub"),
@@ -242,9 +242,9 @@ ACTOR = (
 
 CRITIC = (
     *_update("critic", "critic.", 1e-5),
-    Rule(("critic.ppo_mini_batch_size",), "critic.ppo_mini_batch_size"),
-    Rule(("critic.cliprange_value",), "critic.cliprange_value"),
-    Rule(("critic.loss_agg_mode",), "critic.loss_agg_mode"),
+    same_name("critic.ppo_mini_batch_size"),
+    same_name("critic.cliprange_value"),
+    same_name("critic.loss_agg_mode"),
     Rule(
         ("critic.model.path",),
         change=to.same_as_actor_model,
