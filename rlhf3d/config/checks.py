@@ -44,22 +44,26 @@ def check(config: Config) -> list[str]:
         # So that `needs` below has an answer; `load_run` checks again once the file was executed.
         algorithm = replace(config.algorithm, own_needs=EstimatorNeeds())
         config = replace(config, algorithm=algorithm)
-    optims = {"actor": config.actor.optim, "critic": config.critic.optim}
+    data, rollout, trainer = config.data, config.rollout, config.trainer
+    algorithm, environment, actor = config.algorithm, config.environment, config.actor
+    correction, custom = algorithm.rollout_correction, config.custom_reward_function.path
+    weights, model = config.reward.weights, config.reward_model.path
+    optims = {"actor": actor.optim, "critic": config.critic.optim}
     problems = [
         *out_of_range.values(),
-        *_check_required(config.model, config.data, config.trainer),
+        *_check_required(config.model, data, trainer),
         *_check_optim(optims),
-        *_check_sampling(config.rollout, config.algorithm),
-        *_check_data(config.data, config.algorithm.filter_groups),
-        *_check_overlong(config.reward.overlong_buffer, config.data.max_response_length),
-        *_check_filter_groups(config.algorithm, config.rollout.n),
-        *_check_kl(config.algorithm, config.data.train_batch_size * config.rollout.n),
-        *_check_correction(config.algorithm.rollout_correction),
-        *check_staleness(config),
-        *_check_retention(config.trainer, config.data),
-        *_check_schedule(config.trainer, config.algorithm, optims),
-        *_check_reward(config),
-        *_check_environment(config.environment, config.data),
+        *_check_sampling(rollout, algorithm),
+        *_check_data(data, algorithm.filter_groups),
+        *_check_overlong(config.reward.overlong_buffer, data.max_response_length),
+        *_check_filter_groups(algorithm, rollout.n),
+        *_check_kl(algorithm, data.train_batch_size * rollout.n),
+        *_check_correction(correction),
+        *check_staleness(rollout, correction, actor.policy_loss, environment),
+        *_check_retention(trainer, data),
+        *_check_schedule(trainer, algorithm, optims),
+        *_check_reward(weights, model, custom, environment.enabled),
+        *_check_environment(environment, data),
     ]
     # The arithmetic of sizes divides by them.
     if not any(isinstance(value_of(config, name), int) for name in out_of_range):
@@ -271,10 +275,10 @@ def _check_schedule(
         yield f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor"
 
 
-def _check_reward(config: Config) -> Iterator[str]:
+def _check_reward(
+    weights: Mapping[str, float], model: str | None, custom: str | None, has_environment: bool
+) -> Iterator[str]:
     """The reward model and its weight go together, and something scores."""
-    weights, model = config.reward.weights, config.reward_model.path
-    custom = config.custom_reward_function.path
     if not weights:
         yield "reward.weights = {}: nothing is rewarded; set {accuracy: 1.0} or {reward_model: 1.0}"
     if "reward_model" in weights and model is None:
@@ -284,7 +288,7 @@ def _check_reward(config: Config) -> Iterator[str]:
             f"reward_model.path = {model}: reward.weights gives it no weight; set "
             "reward.weights={reward_model: 1.0}, or with a rule {accuracy: 1.0, reward_model: 0.5}"
         )
-    if "environment" in weights and not config.environment.enabled:
+    if "environment" in weights and not has_environment:
         yield (
             "reward.weights has environment, but environment.path is not set: name the file of the "
             "environment that gives rewards"

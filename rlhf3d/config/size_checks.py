@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import (
     WIDTH_MULTIPLE,
     Batching,
     actor_batching,
     critic_batching,
     micro_batching,
-    micro_batching_of,
 )
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
-from rlhf3d.config.schema import ClusterConfig, Config, ModelConfig, RolloutConfig
+from rlhf3d.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RolloutConfig
 
 
 def check_sizes(config: Config) -> Iterator[str]:
@@ -28,16 +28,22 @@ def check_sizes(config: Config) -> Iterator[str]:
     if config.cluster.platform == "cuda":
         yield from _check_dtype(groups, config.model)
         yield from _check_devices(groups, config.rollout, config.cluster)
-    actor = group_of(config, "actor")
-    sizes = actor_batching(config.actor)
-    yield from _check_batching(config, "actor", sizes, actor)
-    if not config.needs_critic:
-        return
-    critic = group_of(config, "critic")
-    # The same sizes in the same layout are reported once.
-    critic_sizes = critic_batching(config.actor, config.critic)
-    if critic != actor or critic_sizes != sizes:
-        yield from _check_batching(config, "critic", critic_sizes, critic)
+    updates = {"actor": actor_batching(config.actor)}
+    if config.needs_critic:
+        updates["critic"] = critic_batching(config.actor, config.critic)
+    checked = []
+    for role, batching in updates.items():
+        group = group_of(config, role)
+        # The same sizes in the same layout are reported once.
+        if (group, batching) in checked:
+            continue
+        checked.append((group, batching))
+        yield from _check_mini_batch(config.data.train_batch_size, role, batching.mini_batch_size)
+        if batching.max_tokens is None:
+            yield from _check_fixed(config.rollout.n, role, batching, group)
+        else:
+            rule = micro_batching(config, batching, group.layout_config)
+            yield from _check_budget(config.data, role, rule, group, config.cluster.platform)
 
 
 def _check_layout(group: WorkerGroup) -> Iterator[str]:
@@ -84,19 +90,12 @@ def _check_devices(
         )
 
 
-def _check_batching(
-    config: Config, role: str, batching: Batching, group: WorkerGroup
-) -> Iterator[str]:
-    batch, mini = config.data.train_batch_size, batching.mini_batch_size
+def _check_mini_batch(batch: int, role: str, mini: int) -> Iterator[str]:
     if batch % mini:
         yield (
             f"data.train_batch_size = {batch} prompts do not divide by {role}.ppo_mini_batch_size "
             f"= {mini}: {batch} % {mini} = {batch % mini}"
         )
-    if batching.max_tokens is None:
-        yield from _check_fixed(config.rollout.n, role, batching, group)
-    else:
-        yield from _check_budget(config, role, batching, group)
 
 
 def _check_fixed(n: int, role: str, batching: Batching, group: WorkerGroup) -> Iterator[str]:
@@ -128,16 +127,15 @@ def _check_fixed(n: int, role: str, batching: Batching, group: WorkerGroup) -> I
 
 
 def _check_budget(
-    config: Config, role: str, batching: Batching, group: WorkerGroup
+    data: DataConfig, role: str, rule: MicroBatching, group: WorkerGroup, platform: str
 ) -> Iterator[str]:
     """A micro-batch of a token budget must hold the longest sequence there can be."""
-    prompt, response = config.data.max_prompt_length, config.data.max_response_length
-    rule = micro_batching(config, batching, group.layout_config)
+    prompt, response = data.max_prompt_length, data.max_response_length
     # As the batch would have it: rounded up to the multiple of ranks and kernels.
     longest = rule.width(prompt + response)
     if rule.tokens is None or longest <= rule.tokens:
         return
-    rounded = _rounding_text(group, config.cluster.platform, rule.multiple_of)
+    rounded = _rounding_text(group, platform, rule.multiple_of)
     yield (
         f"{role}.ppo_max_token_len_per_gpu = {rule.tokens}: below the longest sequence, "
         f"data.max_prompt_length {prompt} + data.max_response_length {response}{rounded} = "
@@ -145,14 +143,14 @@ def _check_budget(
     )
 
 
-def rows_of_trajectory_notes(config: Config) -> Iterator[str]:
+def rows_of_trajectory_notes(
+    data: DataConfig, turns: int, policy_loss: str, rule: MicroBatching
+) -> Iterator[str]:
     """Why a trajectory with a row for each turn would not fit into a micro-batch of the actor's.
 
     Of losses that need its rows together. No problem: most trajectories have fewer.
     """
-    data, turns = config.data, config.environment.max_turns
     prompt, response = data.max_prompt_length, data.max_response_length
-    rule = micro_batching_of(config, "actor")
     needed, given, key = turns, rule.rows, "ppo_micro_batch_size_per_gpu"
     most = f"environment.max_turns = {turns} rows"
     if rule.tokens is not None:
@@ -165,7 +163,7 @@ def rows_of_trajectory_notes(config: Config) -> Iterator[str]:
         )
     if needed > given:
         yield (
-            f"actor.policy_loss = {config.actor.policy_loss} needs all rows of a trajectory in one "
+            f"actor.policy_loss = {policy_loss} needs all rows of a trajectory in one "
             f"micro-batch: at most {most}, and actor.{key} = {given}; one that needs more than "
             "that stops the run"
         )

@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf3d.config.environment import EnvironmentConfig
-from rlhf3d.config.schema import Config, RolloutConfig, RolloutCorrectionConfig
+from rlhf3d.config.schema import RolloutConfig, RolloutCorrectionConfig
 
 _CORRECTION = "algorithm.rollout_correction"
 
 
-def check_staleness(config: Config) -> Iterator[str]:
+def check_staleness(
+    rollout: RolloutConfig,
+    correction: RolloutCorrectionConfig,
+    policy_loss: str,
+    environment: EnvironmentConfig,
+) -> Iterator[str]:
     """Problems of `rollout.max_staleness` and `rollout.update` with the rest."""
-    rollout, correction = config.rollout, config.algorithm.rollout_correction
     if rollout.max_staleness > 0:
         yield from _check_old_policy(rollout, correction)
-        yield from _check_ratio(rollout, correction, config.actor.policy_loss)
+        yield from _check_ratio(rollout, correction, policy_loss)
         if rollout.sleep:
             yield (
                 f"rollout.sleep = true with rollout.max_staleness = {rollout.max_staleness}: "
@@ -27,7 +31,7 @@ def check_staleness(config: Config) -> Iterator[str]:
                 "up; set rollout.sleep=false, or rollout.max_staleness=0"
             )
     if rollout.update == "in_flight":
-        yield from _check_in_flight(rollout, config.environment)
+        yield from _check_in_flight(rollout, environment)
 
 
 def _check_old_policy(rollout: RolloutConfig, correction: RolloutCorrectionConfig) -> Iterator[str]:

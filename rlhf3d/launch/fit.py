@@ -6,13 +6,13 @@ Invariant: pure; every problem shows its arithmetic and the fix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf3d.config.groups import WorkerGroup, device_terms, worker_groups
-from rlhf3d.config.schema import ClusterConfig, Config, RolloutConfig
+from rlhf3d.config.groups import WorkerGroup, device_terms
+from rlhf3d.config.schema import ClusterConfig, RolloutConfig, TrainerConfig
 from rlhf3d.launch.options import Options
-from rlhf3d.launch.rules import check_shared, named_paths
+from rlhf3d.launch.rules import Named, check_shared
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.resources import place
 from rlhf3d.units import ceil_div
@@ -26,29 +26,29 @@ def startup_s(cluster: ClusterConfig) -> int:
     return math.ceil(cluster.startup_timeout_s)
 
 
-def processes(config: Config) -> list[int]:
+def processes(groups: tuple[WorkerGroup, ...], rollout: RolloutConfig, nodes: int) -> list[int]:
     """Return the training and engine ranks of each node that has any, on CPU: each needs a core."""
-    rollout = config.rollout
     # On CPU every rank is a process of its own, so colocated (True) or not makes no difference.
     placed = place(
         CPUPlatform(reason="launch"),
-        worker_groups(config),
+        groups,
         rollout.engines,
         rollout.tensor_parallel_size,
         True,
-        config.cluster.num_nodes,
+        nodes,
     )
     return [int(bundle["CPU"]) for bundle in placed.bundles]
 
 
-def check_nodes(config: Config, gpus: int, options: Options) -> list[str]:
+def check_nodes(
+    groups: tuple[WorkerGroup, ...], rollout: RolloutConfig, nodes: int, gpus: int, options: Options
+) -> list[str]:
     """Return why the job does not fit its nodes: ranks, cores, memory, and nodes without work."""
     if options.rehearse:
         return []  # `rlhf3d rehearse` makes the miniature, and checks it
-    nodes = config.cluster.num_nodes
     if not gpus:
-        return list(_check_cpu_nodes(processes(config), nodes, options.cpus_per_node))
-    groups, rollout = worker_groups(config), config.rollout
+        ranks = processes(groups, rollout, nodes)
+        return list(_check_cpu_nodes(ranks, nodes, options.cpus_per_node))
     return [
         *_check_gpu_nodes(groups, rollout, gpus, options),
         *_check_borders(groups, rollout, nodes, gpus),
@@ -115,17 +115,22 @@ def _check_borders(
         )
 
 
-def check_target(target: str, config: Config, workdir: str, options: Options) -> list[str]:
-    """Return why the target cannot run the job: options, paths and times."""
-    cluster, trainer = config.cluster, config.trainer
+def check_target(
+    target: str,
+    cluster: ClusterConfig,
+    trainer: TrainerConfig,
+    paths: Sequence[Named],
+    workdir: str,
+    options: Options,
+) -> list[str]:
+    """Return why the target cannot run the job: options, the paths that it names, and times."""
     problems = [
         *_check_needs(target, cluster, options),
         *_check_time(trainer.max_wall_clock_s, startup_s(cluster), options),
     ]
     if target in ("kuberay", "skypilot"):
         if not options.rehearse:  # which makes a model and prompts where it finds none
-            named = named_paths(config, workdir)
-            problems += check_shared(target, named, workdir, options.mount)
+            problems += check_shared(target, paths, workdir, options.mount)
         problems += _check_output(trainer.output_dir, workdir, options.mount)
     return problems
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rlhf3d.config.checks import check
+from rlhf3d.config.groups import worker_groups
 from rlhf3d.config.keys import path_keys, value_of
 from rlhf3d.config.load import ConfigError, files_of
 from rlhf3d.config.resolve import load_run
@@ -76,11 +77,13 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         options = replace(options, gpus_per_node=0, cpus_per_node=cores)
     config = load_run(path, overrides)
     config = replace(config, cluster=_with_nodes(config.cluster, target, options))
-    nodes = config.cluster.num_nodes
-    gpus = 0 if config.cluster.platform == "cpu" else config.cluster.gpus_per_node
+    cluster, trainer, rollout = config.cluster, config.trainer, config.rollout
+    nodes, groups = cluster.num_nodes, worker_groups(config)
+    gpus = 0 if cluster.platform == "cpu" else cluster.gpus_per_node
     workdir = options.workdir or _default_workdir(target, options)
-    problems = check(config) + check_nodes(config, gpus, options)
-    problems += check_target(target, config, workdir, options)
+    problems = check(config) + check_nodes(groups, rollout, nodes, gpus, options)
+    paths = named_paths(config, workdir)
+    problems += check_target(target, cluster, trainer, paths, workdir, options)
     if problems:
         raise ConfigError(
             problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each"
@@ -88,7 +91,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if target == "slurm":
         workdir = expand_user(workdir)  # Slurm expands no ~
     mounts: tuple[str, ...] = ()
-    more = _overrides_of_place(config.cluster, config.trainer, target, gpus, options)
+    more = _overrides_of_place(cluster, trainer, target, gpus, options)
     if target == "slurm" and options.image is not None:
         # `mounts_of` compares absolute paths.
         workdir = os.path.abspath(workdir)
@@ -97,10 +100,10 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     written = {each.path for each in named_paths(config, workdir) if each.key in WRITTEN}
     cpus = options.cpus_per_node
     if cpus is None and not gpus:
-        cpus = max(processes(config))
+        cpus = max(processes(groups, rollout, nodes))
     elif cpus is None and target == "kuberay":
         cpus = CPUS_PER_GPU * gpus
-    start_s = startup_s(config.cluster)
+    start_s = startup_s(cluster)
     retries = RETRIES.get(target, 0) if options.retries is None else options.retries
     return Job(
         options=options,
@@ -113,7 +116,7 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
         workdir=workdir,
         mounts=mounts,
         made=tuple(folder for folder in mounts if folder in written),
-        time_s=_time_s(config.trainer.max_wall_clock_s, start_s, options),
+        time_s=_time_s(trainer.max_wall_clock_s, start_s, options),
         retries=retries,
         startup_s=start_s,
         env=env,

@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -133,8 +133,10 @@ def check_cluster(config: Config, reserved: PlacementGroup) -> None:
             "num_gpus": resources.get("GPU", 0),
         }
     on_gpu, spec = "GPU" in table["bundles"][0], load_spec(config.model.path)
+    # Most code runs beside the driver, which a job that is queued again has on another node.
+    files = [*config.data.train_files, *config.data.val_files, *code_files(config).values()]
     wanted = Wanted(
-        files=_files(config),
+        files=_sizes([config.model.path, config.reward_model.path], files),
         disk_gib=checkpoints_gib(make_plan(config, spec, cluster_here(config.cluster, on_gpu))),
         gpus=config.cluster.gpus_per_node if on_gpu else 0,
     )
@@ -279,14 +281,12 @@ def _check_all_reduce(probes: Mapping[str, Any]) -> tuple[float | None, list[str
         ]
 
 
-def _files(config: Config) -> dict[str, int]:
-    """Sizes of the files that the configuration names, by path."""
+def _sizes(folders: Iterable[str | None], files: Iterable[str]) -> dict[str, int]:
+    """Sizes of the files that the configuration names, and of those in its folders, by path."""
     paths: list[str] = []
-    for folder in filter(None, (config.model.path, config.reward_model.path)):
+    for folder in filter(None, folders):
         paths += [str(path) for path in sorted(Path(folder).iterdir()) if path.is_file()]
-    # Most code runs beside the driver, which a job that is queued again has on another node.
-    paths += [*config.data.train_files, *config.data.val_files, *code_files(config).values()]
-    return {path: Path(path).stat().st_size for path in paths}
+    return {path: Path(path).stat().st_size for path in [*paths, *files]}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rlhf3d.algorithms.losses import POLICY_LOSSES
 from rlhf3d.checkpoints.resume import Start, began_at, choose_start
-from rlhf3d.config.derived import Derived, derive
+from rlhf3d.config.derived import Derived, derive, micro_batching_of
 from rlhf3d.config.schema import Config, DataConfig
 from rlhf3d.config.size_checks import rows_of_trajectory_notes
 from rlhf3d.data.dataset import PromptDataset
@@ -72,22 +72,17 @@ def read_to_start(
     Prompts of a run that goes on have the date of its first start, where the template writes one;
     those of a run that is repeated that of the other, `began`.
     """
-    return _read_at(config, began or began_at(config.trainer), repeats=began is not None)
-
-
-def _read_at(
-    config: Config, time: datetime | None, repeats: bool = False
-) -> tuple[RunInputs, Derived, Start]:
-    TEMPLATE_CLOCK.set(time)
-    inputs = read_inputs(config)
-    derived = derive(config, len(inputs.train_data))
-    assert derived.total_steps is not None
-    start = choose_start(config, derived.total_steps)
-    new = start.checkpoint is None and start.finished is None and not repeats
-    if time is not None and new:
-        # A new run after all: its prompts are of today.
-        return _read_at(config, None)
-    return inputs, derived, start
+    time = began or began_at(config.trainer)
+    while True:
+        TEMPLATE_CLOCK.set(time)
+        inputs = read_inputs(config)
+        derived = derive(config, len(inputs.train_data))
+        assert derived.total_steps is not None
+        start = choose_start(config, derived.total_steps)
+        goes_on = start.checkpoint is not None or start.finished is not None
+        if time is None or goes_on or began is not None:
+            return inputs, derived, start
+        time = None  # a new run after all: its prompts are of today
 
 
 def read_inputs(config: Config) -> RunInputs:
@@ -109,9 +104,11 @@ def read_inputs(config: Config) -> RunInputs:
     turn_notes: Sequence[str] = ()
     if environments is not None:
         turn_notes = check_conversations(environments, tokenizer, ends.of_model)
+        loss, turns = config.actor.policy_loss, config.environment.max_turns
         # Without such a note no turn begins a row, as far as is known.
-        if turn_notes and POLICY_LOSSES[config.actor.policy_loss].whole_trajectories:
-            turn_notes = [*turn_notes, *rows_of_trajectory_notes(config)]
+        if turn_notes and POLICY_LOSSES[loss].whole_trajectories:
+            cut = micro_batching_of(config, "actor")
+            turn_notes = [*turn_notes, *rows_of_trajectory_notes(config.data, turns, loss, cut)]
     return RunInputs(spec, tokenizer, ends, train_data, val_data, loader, rule, turn_notes)
 
 

@@ -141,10 +141,12 @@ class Search:
         fitting: list[Option] = []
         too_big: list[Option] = []
         for config, engines in self._candidates():
-            if check(replace(config, rollout=engines[0].rollout)):
+            config = replace(config, rollout=engines[0].rollout)
+            if check(config):
                 counts["refused"] += 1
                 continue
-            fits, smallest = self._with_engines(config, engines)
+            job = make_job(config, self.spec, self.cluster, lengths=self.lengths)
+            fits, smallest = self._with_engines(job, engines)
             if fits is None:
                 too_big.append(smallest)
             else:
@@ -215,12 +217,8 @@ class Search:
             found.append(Engines(math.ceil(least / UTILIZATION_STEP) * UTILIZATION_STEP, settings))
         return found
 
-    def _with_engines(
-        self, config: Config, engines: Sequence[Engines]
-    ) -> tuple[Option | None, Option]:
+    def _with_engines(self, job: Job, engines: Sequence[Engines]) -> tuple[Option | None, Option]:
         """With the fastest engines for which training leaves the memory, and with the smallest."""
-        config = replace(config, rollout=engines[0].rollout)
-        job = make_job(config, self.spec, self.cluster, lengths=self.lengths)
         training, peak = training_phases(job), self._training_peak(job)
         free = 1 - peak / self.limit
         fitting = []

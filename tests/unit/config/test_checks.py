@@ -496,10 +496,11 @@ def test_every_number_has_a_range_that_its_default_is_in() -> None:
 def test_room_for_the_rows_of_a_trajectory(overrides: list[str], expected: str | None) -> None:
     """The bound is the one of `plan_unit_micro_batches`, for a row a turn."""
     config = make("actor.policy_loss=gspo", "environment.max_turns=3", *overrides)
-    notes = list(rows_of_trajectory_notes(config))
+    rule = micro_batching_of(config, "actor")
+    turns, loss = config.environment.max_turns, config.actor.policy_loss
+    notes = list(rows_of_trajectory_notes(config.data, turns, loss, rule))
     assert len(notes) == (expected is not None)
     assert expected is None or says(notes[0], expected)
-    rule = micro_batching_of(config, "actor")
     if expected is None:
         plan_unit_micro_batches([1024] * 3, [[[0, 1, 2]]], rule)
     else:
