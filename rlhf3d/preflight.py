@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from rlhf3d.config.checks import check
@@ -49,7 +50,10 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     problems += check_files(config)
     if cuda:
         problems += default_problem()
-    plan = _plan_if_possible(config, cuda, machine)
+    plan = None
+    with suppress(ValueError):  # of a model that no plan can be made for: `check_files` reports it
+        spec, _ = find_spec(config.model.path)
+        plan = make_plan(config, spec, _cluster_of(machine, config.cluster, cuda))
     memory: list[str] = []
     # The nodes of a remote cluster cannot be read from here; `check_cluster` does it there.
     if config.cluster.ray_address is None or not cuda:
@@ -66,19 +70,15 @@ def preflight(config: Config, show: Callable[[Plan], None] | None = None) -> lis
     return [*problems, *_disk(plan, machine)]
 
 
-def _plan_if_possible(config: Config, cuda: bool, machine: Machine) -> Plan | None:
-    """The plan; None without a model that it could be made for, which `check_files` reports."""
+def _cluster_of(machine: Machine, wanted: ClusterConfig, cuda: bool) -> Cluster:
+    """Nodes with the GPUs and the memory of this machine."""
     gpu = None
     if machine.gpus:
         # Ranks hold about the same: the GPU with the least memory decides.
         gpu = (machine.gpus[0][0], min(memory for _, memory in machine.gpus))
     # On CPU host memory is the device's: the plan takes all of it, `_cpu_memory` what is free.
     host_gib = machine.memory_available_gib if cuda else machine.memory_gib
-    try:
-        spec, _ = find_spec(config.model.path)
-        return make_plan(config, spec, cluster_here(config.cluster, cuda, gpu, host_gib))
-    except ValueError:
-        return None
+    return cluster_here(wanted, cuda, gpu, host_gib)
 
 
 def cluster_here(

@@ -98,20 +98,29 @@ def derive(config: Config, train_rows: int | None = None) -> Derived:
             f"data.train_batch_size = {config.data.train_batch_size}: lower it or add prompts"
         )
     engine_ranks = config.rollout.engines * config.rollout.tensor_parallel_size
-    actor = _update_plan(config, actor_batching(config.actor), config.actor.layout)
+    prompts, n = config.data.train_batch_size, config.rollout.n
+    updates = {"actor": actor_batching(config.actor)}
+    if config.needs_critic:
+        updates["critic"] = critic_batching(config.actor, config.critic)
+    plans = {}
+    for role, batching in updates.items():
+        rule, dp = micro_batching_of(config, role), group_of(groups, role).layout.dp
+        plans[role] = _update_plan(batching, rule, dp, prompts, n)
     return Derived(
         groups=groups,
         world_size=sum(group.layout.world_size for group in groups),
         devices=sum(count for _, count in device_terms(groups, config.rollout)),
         engine_ranks=engine_ranks,
-        sequences_per_step=config.data.train_batch_size * config.rollout.n,
+        sequences_per_step=prompts * n,
         max_sequence_length=config.data.max_prompt_length + config.data.max_response_length,
-        actor=actor,
-        critic=_critic_plan(config) if config.needs_critic else None,
+        actor=plans["actor"],
+        critic=plans.get("critic"),
         total_steps=total,
         max_staleness=config.rollout.max_staleness,
         old_logprobs_from=old_logprobs_from(
-            config.algorithm, actor.optimizer_steps_per_step, config.trainer.critic_warmup
+            config.algorithm,
+            plans["actor"].optimizer_steps_per_step,
+            config.trainer.critic_warmup,
         ),
     )
 
@@ -183,16 +192,6 @@ def critic_batching(actor: ActorConfig, critic: CriticConfig) -> Batching:
     return actor_batching(replace(actor, **given))
 
 
-def micro_batching(config: Config, batching: Batching, layout: LayoutConfig) -> MicroBatching:
-    """How a model with these batch sizes and this layout is cut into micro-batches."""
-    return MicroBatching(
-        rows=batching.micro_batch_size,
-        tokens=batching.max_tokens,
-        packed=config.model.use_remove_padding,
-        **width_multiples(layout, config.cluster.platform),
-    )
-
-
 def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     """By what the widths of micro-batches must divide, on a platform (cpu, cuda).
 
@@ -218,26 +217,30 @@ def micro_batching_of(config: Config, role: str) -> MicroBatching:
         batching = Batching(0, config.reward_model.micro_batch_size_per_gpu, 1, None)
     else:
         batching = actor_batching(config.actor)
-    return micro_batching(config, batching, group_of(config, role).layout_config)
+    layout = group_of(worker_groups(config), role).layout_config
+    return MicroBatching(
+        rows=batching.micro_batch_size,
+        tokens=batching.max_tokens,
+        packed=config.model.use_remove_padding,
+        **width_multiples(layout, config.cluster.platform),
+    )
 
 
-def _critic_plan(config: Config) -> UpdatePlan:
-    batching = critic_batching(config.actor, config.critic)
-    return _update_plan(config, batching, group_of(config, "critic").layout_config)
-
-
-def _update_plan(config: Config, batching: Batching, layout: LayoutConfig) -> UpdatePlan:
+def _update_plan(
+    batching: Batching, rule: MicroBatching, dp: int, prompts: int, n: int
+) -> UpdatePlan:
+    """The plan of a model with `dp` replicas; a step has `prompts`, and of each `n` completions."""
     mini, micro, epochs, budget = batching
-    sequences = mini * config.rollout.n
+    sequences = mini * n
     # Exact, as the next division: `size_checks` refuses what does not divide.
-    per_rank = sequences // layout.dp
-    mini_batches = config.data.train_batch_size // mini
+    per_rank = sequences // dp
+    mini_batches = prompts // mini
     return UpdatePlan(
         mini_batch_size=mini,
         mini_batches=mini_batches,
         sequences_per_mini_batch=sequences,
         sequences_per_rank=per_rank,
-        micro_batching=micro_batching(config, batching, layout),
+        micro_batching=rule,
         # By tokens their number differs from batch to batch.
         micro_batches_per_rank=per_rank // micro if budget is None else None,
         epochs=epochs,

@@ -86,9 +86,9 @@ def worker_groups(config: Config) -> tuple[WorkerGroup, ...]:
     return (actor, *dedicated)
 
 
-def group_of(config: Config, role: str) -> WorkerGroup:
+def group_of(groups: tuple[WorkerGroup, ...], role: str) -> WorkerGroup:
     """The group that holds a model of the run."""
-    return next(group for group in worker_groups(config) if role in group.roles)
+    return next(group for group in groups if role in group.roles)
 
 
 def device_terms(groups: tuple[WorkerGroup, ...], rollout: RolloutConfig) -> list[tuple[str, int]]:

@@ -67,6 +67,12 @@ def path_keys() -> list[str]:
     return [key.name for key in all_keys() if key.is_path]
 
 
+def named_paths(config: Config) -> dict[str, Any]:
+    """The files and folders that a configuration names, by key: one or a tuple of them."""
+    values = {key: value_of(config, key) for key in path_keys()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 CODE_KEYS = (
     "custom_reward_function.path",
     "algorithm.custom_path",

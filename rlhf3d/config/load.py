@@ -22,10 +22,9 @@ from rlhf3d.config.fields import keys_of
 from rlhf3d.config.keys import (
     all_keys,
     describe,
+    named_paths,
     nearest_key,
     optional_section,
-    path_keys,
-    value_of,
     with_value,
 )
 from rlhf3d.config.schema import Config
@@ -109,10 +108,7 @@ def read_sections(path: Path, form: str) -> dict[str, Any]:
 
 def _expand_paths(config: Config, problems: list[str]) -> Config:
     """With ~ as the home folder in every path, once and for all."""
-    for name in path_keys():
-        value = value_of(config, name)
-        if value is None:
-            continue
+    for name, value in named_paths(config).items():
         texts = value if isinstance(value, tuple) else (value,)
         try:
             expanded = tuple(map(expand_home, texts))

@@ -14,7 +14,7 @@ from rlhf3d.config.derived import (
     Batching,
     actor_batching,
     critic_batching,
-    micro_batching,
+    micro_batching_of,
 )
 from rlhf3d.config.groups import WorkerGroup, device_terms, group_of, worker_groups
 from rlhf3d.config.schema import ClusterConfig, Config, DataConfig, ModelConfig, RolloutConfig
@@ -33,7 +33,7 @@ def check_sizes(config: Config) -> Iterator[str]:
         updates["critic"] = critic_batching(config.actor, config.critic)
     checked = []
     for role, batching in updates.items():
-        group = group_of(config, role)
+        group = group_of(groups, role)
         # The same sizes in the same layout are reported once.
         if (group, batching) in checked:
             continue
@@ -42,7 +42,7 @@ def check_sizes(config: Config) -> Iterator[str]:
         if batching.max_tokens is None:
             yield from _check_fixed(config.rollout.n, role, batching, group)
         else:
-            rule = micro_batching(config, batching, group.layout_config)
+            rule = micro_batching_of(config, role)
             yield from _check_budget(config.data, role, rule, group, config.cluster.platform)
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rlhf3d.config.checks import check
 from rlhf3d.config.groups import worker_groups
-from rlhf3d.config.keys import path_keys, value_of
+from rlhf3d.config.keys import named_paths
 from rlhf3d.config.load import ConfigError, files_of
 from rlhf3d.config.resolve import load_run
-from rlhf3d.config.schema import ClusterConfig, Config, TrainerConfig
+from rlhf3d.config.schema import ClusterConfig, TrainerConfig
 from rlhf3d.launch.fit import SHM_GIB_PER_GPU, check_nodes, check_target, processes, startup_s
 from rlhf3d.launch.options import Options
-from rlhf3d.launch.rules import check_names, default_name, is_below, mounts_of, named_paths
+from rlhf3d.launch.rules import check_names, default_name, is_below, located, mounts_of
 from rlhf3d.paths import expand_user
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
 
@@ -82,8 +83,8 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     gpus = 0 if cluster.platform == "cpu" else cluster.gpus_per_node
     workdir = options.workdir or _default_workdir(target, options)
     problems = check(config) + check_nodes(groups, rollout, nodes, gpus, options)
-    paths = named_paths(config, workdir)
-    problems += check_target(target, cluster, trainer, paths, workdir, options)
+    paths = named_paths(config)
+    problems += check_target(target, cluster, trainer, located(paths, workdir), workdir, options)
     if problems:
         raise ConfigError(
             problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each"
@@ -95,9 +96,9 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     if target == "slurm" and options.image is not None:
         # `mounts_of` compares absolute paths.
         workdir = os.path.abspath(workdir)
-        mounts = mounts_of(named_paths(config, workdir, files_of(Path(path))), workdir)
-        more += _overrides_of_home(config)
-    written = {each.path for each in named_paths(config, workdir) if each.key in WRITTEN}
+        mounts = mounts_of(located(paths, workdir, files_of(Path(path))), workdir)
+        more += _overrides_of_home(paths)
+    written = {each.path for each in located(paths, workdir) if each.key in WRITTEN}
     cpus = options.cpus_per_node
     if cpus is None and not gpus:
         cpus = max(processes(groups, rollout, nodes))
@@ -153,14 +154,13 @@ def _overrides_of_place(
     return overrides
 
 
-def _overrides_of_home(config: Config) -> list[str]:
+def _overrides_of_home(paths: Mapping[str, Any]) -> list[str]:
     """Overrides that say what ~ is here: a container's home folder is another."""
     home = os.path.expanduser("~")
     overrides = []
-    for key in path_keys():
-        value = value_of(config, key)
-        paths = value if isinstance(value, tuple) else (value,)
-        absolute = [path for path in paths if path is not None and path.startswith("/")]
+    for key, value in paths.items():
+        texts = value if isinstance(value, tuple) else (value,)
+        absolute = [path for path in texts if path.startswith("/")]
         if any(is_below(path, home) for path in absolute):
             # Overrides are read as YAML, of which JSON is a part.
             text = json.dumps(value) if isinstance(value, tuple) else value

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlhf3d.config.keys import path_keys, value_of
-from rlhf3d.config.schema import Config
 from rlhf3d.launch.options import Options
 
 RAYJOB_NAME = 47
@@ -132,17 +130,17 @@ class Named:
     """Itself, or the one that it is in."""
 
 
-def named_paths(config: Config, workdir: str, config_files: Iterable[Path] = ()) -> list[Named]:
-    """Return the files and folders of a run whose working folder is `workdir`."""
-    values: list[tuple[str, str]] = []
-    for key in path_keys():
-        value = value_of(config, key)
-        paths = value if isinstance(value, tuple) else (value,)
-        values += [(key, path) for path in paths if path is not None]
-    values = [pair for pair in values if pair not in NO_PATHS]
-    values += [("CONFIG", str(file)) for file in config_files]
+def located(
+    paths: Mapping[str, Any], workdir: str, config_files: Iterable[Path] = ()
+) -> list[Named]:
+    """Return where the `named_paths` of a run are whose working folder is `workdir`."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in paths.items():
+        pairs += [(key, path) for path in (value if isinstance(value, tuple) else (value,))]
+    pairs = [pair for pair in pairs if pair not in NO_PATHS]
+    pairs += [("CONFIG", str(file)) for file in config_files]
     named = []
-    for key, text in values:
+    for key, text in pairs:
         # FILE.py:FUNCTION
         file = text.rpartition(":")[0] if key == "environment.tool_format" else text
         path = os.path.normpath(os.path.join(workdir, file))

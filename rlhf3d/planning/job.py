@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
-from rlhf3d.batching.micro import UpdatePlan
+from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.derived import Derived, derive, micro_batching_of
 from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.groups import WorkerGroup
@@ -285,7 +285,10 @@ def make_job(
     models = []
     for group in derived.groups:
         for role in group.roles:
-            update = _batching(config, derived, role)
+            update = derived.critic if role == "critic" else derived.actor
+            assert update is not None
+            if role == "reward":
+                update = _scoring(derived, micro_batching_of(config, role), group.layout.dp)
             entropy = role == "actor" and config.actor.entropy_coeff != 0
             of = _reward_spec(group.model) if role == "reward" else spec
             head: Head = "value" if role in ("critic", "reward") else "lm"
@@ -296,20 +299,11 @@ def make_job(
     return Job(config, spec, cluster, tuple(models), derived, lengths)
 
 
-def _batching(config: Config, derived: Derived, role: str) -> UpdatePlan:
-    """How a model's passes are cut; if it is not trained, as if they were those of an update."""
-    if role == "critic":
-        assert derived.critic is not None
-        return derived.critic
-    if role != "reward":
-        return derived.actor
-    rule, layout = micro_batching_of(config, role), config.reward_model.layout
-    return replace(
-        derived.actor,
-        micro_batching=rule,
-        # A reward model scores the batch of a step in one pass: it has no mini-batches.
-        micro_batches_per_rank=max(1, derived.sequences_per_step // layout.dp // rule.rows),
-    )
+def _scoring(derived: Derived, rule: MicroBatching, dp: int) -> UpdatePlan:
+    """How the passes of a reward model are cut, as if they were those of an update."""
+    # It scores the batch of a step in one pass: it has no mini-batches.
+    passes = max(1, derived.sequences_per_step // dp // rule.rows)
+    return replace(derived.actor, micro_batching=rule, micro_batches_per_rank=passes)
 
 
 @cache
