@@ -21,7 +21,7 @@ from rlhf3d.config.schema import (
 def summary_lines(config: Config, derived: Derived) -> list[str]:
     """The lines, each under a label of its own."""
     data, trainer = config.data, config.trainer
-    correction = config.algorithm.rollout_correction
+    bypass_mode = config.algorithm.rollout_correction.bypass_mode
     lines = [f"model      {config.model.path} in {config.model.dtype}"]
     lines += [f"layout     {_group_line(group)}" for group in derived.groups]
     lines += [
@@ -29,7 +29,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         f"step       {data.train_batch_size} prompts x {config.rollout.n} completions = "
         f"{derived.sequences_per_step} sequences of up to {data.max_prompt_length} + "
         f"{data.max_response_length} tokens",
-        *_staleness_lines(config.rollout, correction.bypass_mode, derived),
+        *_staleness_lines(config.rollout, bypass_mode, derived),
         f"actor      {_plan_line(derived.actor, config.actor.optim.lr)}",
     ]
     if derived.critic is not None:

@@ -59,15 +59,9 @@ class Rule:
     """Whether it is applied where no name is given: it also depends on other keys."""
 
 
-def same_name(
-    name: str,
-    change: Change = same,
-    note: str = "",
-    default: Any = None,
-    always: bool = False,
-) -> Rule:
+def same_name(name: str, change: Change = same, note: str = "", **more: Any) -> Rule:
     """A rule for a key that has verl's name here."""
-    return Rule((name,), name, change, note, default, always)
+    return Rule((name,), name, change, note, **more)
 
 
 def no_counterpart(note: str, *names: str, to_set: bool = False, same: bool = False) -> Rule:
