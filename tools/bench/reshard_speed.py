@@ -21,19 +21,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from child import Child
 
 from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.boxes import box_slices
@@ -51,34 +50,6 @@ from rlhf3d.rollout.settings import EngineSettings
 
 HERE = Path(__file__).resolve().parent
 GATHERED = Path("/dev/shm/rlhf3d-bench-gathered")
-
-
-def serve(make: Callable[[Any], Any], argument: Any, pipe: Connection) -> None:
-    """Life of a child: build the object, then call its methods as told."""
-    torch.set_num_threads(1)
-    target = make(argument)
-    pipe.send(None)
-    while (order := pipe.recv()) is not None:
-        method, args = order
-        pipe.send(getattr(target, method)(*args))
-
-
-class Child:
-    """An object in a process of its own."""
-
-    def __init__(self, make: Callable[[Any], Any], argument: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(make, argument, theirs), daemon=True)
-        self.process.start()
-
-    def start(self, method: str, *args: Any) -> None:
-        """Begin a call; `wait` ends it."""
-        self.pipe.send((method, args))
-
-    def wait(self) -> Any:
-        """What the call (or the constructor) returned."""
-        return self.pipe.recv()
 
 
 class Trainer:
@@ -322,7 +293,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, float]]:
         if repeat:
             yield row
     for child in everyone:
-        child.pipe.send(None)
+        child.end()
 
 
 def main() -> None:
