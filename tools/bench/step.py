@@ -29,7 +29,7 @@ from pathlib import Path
 
 import step_parts
 import step_runs
-from step_job import Sizes, write_job
+from step_job import Sizes, read_job, write_job
 from step_report import Results, markdown, replace_marked
 
 from rlhf3d.machine import cores, package_versions
@@ -56,12 +56,19 @@ def main() -> int:
         args.response_tokens,
         tuple(args.overrides),
     )
-    results = Results(conditions(sizes))
-    measure(args, step_parts.Bench(write_job(sizes, folder), sizes, results, args.repeats))
-    tables = markdown(results)
+    job, trl = write_job(sizes, folder), step_runs.trl_python(args.trl_python)
+    if args.layouts:
+        for keys in step_runs.LAYOUTS.values():
+            read_job(job, (*sizes.overrides, *keys))  # a mistake shows before minutes are spent
+    bench = step_parts.Bench(job, sizes, Results(conditions(sizes)), args.repeats)
+    for part in PARTS:
+        if part in args.parts:
+            measure(part, args, bench, trl)
+            # After each part, so that an error in a later one costs no figures.
+            if args.json is not None:
+                args.json.write_text(json.dumps(bench.results.as_json(), indent=1) + "\n")
+    results, tables = bench.results, markdown(bench.results)
     print(tables)
-    if args.json is not None:
-        args.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
     if args.write is not None:
         args.write.write_text(replace_marked(args.write.read_text(), tables))
     short = results.short()
@@ -70,17 +77,16 @@ def main() -> int:
     return int(bool(short))
 
 
-def measure(args: argparse.Namespace, bench: step_parts.Bench) -> None:
-    """The parts that were asked for; the step's limits are made of the others' figures."""
-    if "training" in args.parts:
+def measure(part: str, args: argparse.Namespace, bench: step_parts.Bench, trl: str | None) -> None:
+    """One part; the step's limits are made of the others' figures."""
+    if part == "training":
         for dtype in args.dtypes:
             step_parts.training(bench, dtype, args.training_prompts)
-    if "generation" in args.parts:
+    elif part == "generation":
         step_parts.generation(bench)
-    if "sync" in args.parts:
+    elif part == "sync":
         step_parts.sync(bench)
-    if "step" in args.parts:
-        trl = step_runs.trl_python(args.trl_python)
+    else:
         step_parts.step(bench, args.rounds, args.steps, args.layouts, trl)
 
 

@@ -57,7 +57,7 @@ class Read(NamedTuple):
 
 def write_job(sizes: Sizes, folder: Path) -> Path:
     """GRPO with a reference model, one optimizer step a batch, in one process."""
-    path = folder / "job.yaml"
+    path, sequences = folder / "job.yaml", sizes.prompts * sizes.completions
     job = {
         "model": {"path": sizes.model, "dtype": "bfloat16"},
         "data": {
@@ -70,7 +70,8 @@ def write_job(sizes: Sizes, folder: Path) -> Path:
         "actor": {
             "optim": {"lr": 1.0e-6, "weight_decay": 0.0},
             "ppo_mini_batch_size": sizes.prompts,
-            "ppo_micro_batch_size_per_gpu": 8,
+            # Of one process, and of each of two replicas.
+            "ppo_micro_batch_size_per_gpu": max(1, min(8, sequences // 2)),
             "use_kl_loss": True,
             "kl_loss_coef": 0.001,
         },

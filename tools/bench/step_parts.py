@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from step_limits import Rates, Rows, forward_s, generate_s, optimizer_s, step_li
 from step_report import Results
 
 from rlhf3d.machine import cores
+from rlhf3d.models.spec import ModelSpec
 from rlhf3d.resharding.setup import sync_setup
 
 RATES = (
@@ -30,8 +32,6 @@ RATES = (
     ("copied_bytes", "copy, read and written", "GB/s"),
 )
 GIGA = 1e9
-IDLE = ("advantages", "score")
-"""Phases that the machine could do in no time."""
 TIMING = "timing_s/"
 
 
@@ -73,7 +73,7 @@ def in_turn(
     for turn in range(0 if warm_up else 1, turns + 1):
         for name, call in calls.items():
             value = call(turn)
-            print(f"{name}, turn {turn}: {value}", flush=True)
+            print(f"turn {turn} of {turns}: {name}", flush=True)
             if turn:
                 found[name].append(value)
     return found
@@ -213,7 +213,9 @@ def step(bench: Bench, rounds: int, steps: int, layouts: bool, trl_python: str |
             updates = [of_round(rows, "update_actor") for rows in found]
             bench.results.add(f"update_s/{name}", "s", updates)
         bench.results.add(f"step_s/{name}", "s", middle)
-    add_phases(bench, [row for rows in turns["one"] for row in rows])
+    read = bench.read
+    rows = list(chain.from_iterable(turns["one"]))
+    add_phases(bench, read.spec, read.config.model.dtype, rows)
 
 
 def of_round(rows: Sequence[Mapping[str, Any]], phase: str) -> float:
@@ -221,13 +223,14 @@ def of_round(rows: Sequence[Mapping[str, Any]], phase: str) -> float:
     return statistics.median(row[f"{TIMING}{phase}"] for row in rows)
 
 
-def add_phases(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> None:
+def add_phases(
+    bench: Bench, spec: ModelSpec, dtype: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
     """Seconds of each phase, and what its step's tokens cost at the limit."""
-    results, read = bench.results, bench.read
+    results = bench.results
     phases = [key.removeprefix(TIMING) for key in rows[0] if key.startswith(TIMING)]
     for phase in phases:
         results.add(f"step/{phase}", "s", [row[f"{TIMING}{phase}"] for row in rows])
-    dtype = read.config.model.dtype
     if dtype not in bench.rates:
         return
     limits = []
@@ -235,7 +238,7 @@ def add_phases(bench: Bench, rows: Sequence[Mapping[str, Any]]) -> None:
         lengths = (row["prompt_length/mean"], row["response_length/mean"])
         sizes = (bench.sizes.prompts, bench.sizes.completions)
         work = Rows(*sizes, *lengths, row["response_length/max"])
-        limits.append(step_limits(read.spec, work, bench.rates[dtype], dtype, bench.packing_s))
+        limits.append(step_limits(spec, work, bench.rates[dtype], dtype, bench.packing_s))
     for phase in limits[0]:
         results.add(f"limit/{phase}", "s", [limit[phase] for limit in limits])
     results.add("limit/step", "s", [sum(limit.values()) for limit in limits])

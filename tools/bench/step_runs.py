@@ -20,6 +20,7 @@ from step_job import Sizes
 HERE = Path(__file__).resolve().parent
 RUN_S = 3600.0
 """Deadline of a run."""
+TRL_ENVIRONMENT = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
 LAYOUTS = {
     "pp2dp2": ("actor.layout.pp=2", "actor.layout.dp=2"),
     "tp3pp2": ("actor.layout.tp=3", "actor.layout.pp=2"),
@@ -27,10 +28,14 @@ LAYOUTS = {
 
 
 def trl_python(given: str | None) -> str | None:
-    """The interpreter that has TRL: the one named, or this one where it is installed here."""
-    if given is not None:
-        return given
-    return sys.executable if importlib.util.find_spec("trl") else None
+    """The interpreter that has TRL: the one named, or this one where it is installed here.
+
+    RuntimeError where the one named has not.
+    """
+    if given is None:
+        return sys.executable if importlib.util.find_spec("trl") else None
+    _run([given, "-c", "import trl"], TRL_ENVIRONMENT)
+    return given
 
 
 def run_ours(job: Path, output: Path, steps: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,7 +61,7 @@ def run_trl(python: str, sizes: Sizes, threads: int, steps: int, output: Path) -
         "steps": steps + 1,
         "output": str(output),
     }
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+    environment = {**TRL_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     _run([python, str(HERE / "step_trl.py"), json.dumps(settings)], environment)
     seconds = json.loads((output / "seconds.json").read_text())
     return list(seconds[1:])
