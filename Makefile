@@ -137,7 +137,7 @@ unit: setup model ## tests that take seconds
 	$(PYTEST) -n 2 --dist worksteal -m "$(TESTS)" tests/unit
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
-	$(PYTEST) $(IN_TWO) -m "$(TESTS)" tests/integration
+	$(PYTEST) $(IN_TWO) --durations=40 -m "$(TESTS)" tests/integration
 	$(PYTEST) tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
 	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) \
 		$(PYTEST) $(IN_TWO) -m "($(GPU_SET_TESTS)) and ($(TESTS))" tests/integration
