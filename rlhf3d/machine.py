@@ -54,6 +54,12 @@ def memory_gib() -> float:
     return min([total, *(limit for limit, _ in _container_limits())]) / GIB
 
 
+def used_gib() -> float:
+    """Return the memory, GiB, in use on this host: what new processes could not have."""
+    memory = psutil.virtual_memory()
+    return float(memory.total - memory.available) / GIB
+
+
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of those distributions among `names` that are installed."""
     found = {}

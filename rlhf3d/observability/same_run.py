@@ -16,8 +16,14 @@ from rlhf3d.observability.samples import Kind, printable, read_samples, samples_
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 
 _KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
-# Of seconds, and of what one of the two may not have done: saving.
-_OF_TIME = ("perf/time_per_step", "perf/throughput", "checkpoint/bytes")
+# Of seconds, of what one of the two may not have done, saving, and of the machine.
+_OF_TIME = (
+    "perf/time_per_step",
+    "perf/throughput",
+    "perf/rank_memory_gib",
+    "perf/host_memory_gib",
+    "checkpoint/bytes",
+)
 _ALL_OF_TIME = (TIMING, "async/")
 _SHOWN = 60
 

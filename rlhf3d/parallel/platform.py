@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import megatron_patches
 from rlhf3d import machine
 from rlhf3d.machine import loaded_from
-from rlhf3d.units import GIB
+from rlhf3d.units import GIB, KIB
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,13 @@ class Platform(ABC):
     def memory_gib(self) -> float:
         """Return the memory, GiB, of the host on CPU (all ranks share it), of one GPU on CUDA."""
 
+    @abstractmethod
+    def peak_gib(self) -> float:
+        """Return the most memory that this process has had so far, GiB.
+
+        On CPU its resident set, on CUDA what torch has reserved of the device.
+        """
+
 
 @dataclass(frozen=True)
 class CPUPlatform(Platform):
@@ -185,6 +193,9 @@ class CPUPlatform(Platform):
 
     def memory_gib(self) -> float:
         return machine.memory_gib()
+
+    def peak_gib(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / GIB
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,11 @@ class CUDAPlatform(Platform):
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory) / GIB
+
+    def peak_gib(self) -> float:
+        import torch
+
+        return float(torch.cuda.max_memory_reserved()) / GIB
 
 
 def _allocator_options() -> str:

@@ -115,6 +115,10 @@ class TrainGroup:
         """Make the same call on every rank; return the results by rank."""
         return gather(phase, self.start_all(method, *args, **kwargs), self.timeout_s)
 
+    def peak_gib(self) -> float:
+        """Return the most memory, GiB, that any rank has had so far; see `Platform.peak_gib`."""
+        return max(self.call_all("memory", TrainWorker.peak_gib))
+
     def first_rank_here(self) -> int | None:
         """Return the first rank on the driver's node, if any."""
         nodes = placement_group_table(self._reserved)["bundles_to_node_id"]

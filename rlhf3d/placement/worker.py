@@ -172,6 +172,10 @@ class TrainWorker:
         """Take the optimizer steps of `role` on this replica's rows: `MegatronEngine.update`."""
         return self.engines[role].update(batch, mini_batches, objective)
 
+    def peak_gib(self) -> float:
+        """Return the most memory that this rank has had so far; see `Platform.peak_gib`."""
+        return self.setup.platform.peak_gib()
+
     def create_stream(self, setup: SyncSetup) -> None:
         """Make what this rank owns of a weight stream."""
         from rlhf3d.resharding.sending import WeightSender

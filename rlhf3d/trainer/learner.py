@@ -166,6 +166,12 @@ class Learner:
             self._weights_changed()
             return batch, metrics | updated
 
+    def memory(self) -> dict[str, float]:
+        """The most memory that any training rank has had so far."""
+        # Roles share groups: each is asked once.
+        groups = {id(group): group for group in self._groups.values()}
+        return {"perf/rank_memory_gib": max(group.peak_gib() for group in groups.values())}
+
     def _correct(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         return correct(batch, self._correction, self._plans["actor"])
 

@@ -84,7 +84,7 @@ class Trainer:
         # From here on the batch has old log-probs, wherever they come from.
         run.log.tokens(step, experience, batch, version)
         metrics |= actor_metrics
-        metrics |= run.health.check_update(step, metrics)
+        metrics |= run.health.check_update(step, metrics) | learner.memory()
         metrics |= kl_metrics | training_metrics(batch, fresh_tokens(experience, version))
         if self._off_policy:
             metrics |= staleness_metrics(experience, version)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from rlhf3d.batching.batch import Batch
 from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.tokens import TokenRecorder
+from rlhf3d.machine import used_gib
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
 from rlhf3d.observability.samples import Kind, Sample
@@ -67,5 +68,6 @@ class StepLog:
         metrics |= self.timer.pop()
         if step > 0:
             metrics |= throughput_metrics(metrics, self.devices)
+            metrics["perf/host_memory_gib"] = used_gib()
             self.console.step(metrics, step, self.total_steps)
         self.writer.write(step, metrics)

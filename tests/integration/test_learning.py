@@ -100,7 +100,11 @@ def test_engine_and_trainer_agree(runs: dict[str, Path]) -> None:
 
 def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> None:
     for run in runs.values():
-        assert (run / "report.md").is_file() and (run / "curves.png").stat().st_size > 10_000
+        assert (
+            (run / "report.html").is_file()
+            and (run / "report.md").is_file()
+            and (run / "curves.png").stat().st_size > 10_000
+        )
         checkpoint = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
         manifest = read_manifest(checkpoint)
         assert manifest.step == STEPS and problems(checkpoint, manifest) == []

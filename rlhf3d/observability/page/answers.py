@@ -6,9 +6,10 @@ counted. Files are read within a budget, since a long run has more than a page c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,8 @@ class Answer:
     """Characters of it that are not shown."""
     mark: str
     """Its score, or why it has none."""
-    score: float
-    outcome: str
+    worth: int
+    """Its score in percent, from the least to the most that there is."""
     length: int
     cut_off: bool
 
@@ -98,8 +99,29 @@ def prompt_pairs(run: Path, budget: int = CHARACTERS // 4) -> tuple[tuple[int, i
     if len(steps) < 2:
         steps = sample_steps(run, "sampled")
     limit = min(LONGEST, budget // (3 * len(before)))
-    pairs = [_group([old, new], 0, limit) for old, new in zip(before, after, strict=True)]
+    scale = _Scale.of([*before, *after])
+    pairs = [_group([old, new], 0, limit, scale) for old, new in zip(before, after, strict=True)]
     return (steps[0], steps[-1]), pairs
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Which scores are the least and the most."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> _Scale:
+        """0 and 1 where all lie between: right and wrong."""
+        scores = [float(one.score) for one in samples if math.isfinite(one.score)]
+        return cls(min([0.0, *scores]), max([1.0, *scores]))
+
+    def worth(self, sample: Sample) -> int:
+        """In percent; 0 where there is no score."""
+        if sample.outcome != "scored" or not math.isfinite(sample.score):
+            return 0
+        return round(100 * (sample.score - self.low) / (self.high - self.low))
 
 
 def groups_by_step(run: Path, budget: int = CHARACTERS // 2) -> list[GroupsOfStep]:
@@ -112,14 +134,22 @@ def groups_by_step(run: Path, budget: int = CHARACTERS // 2) -> list[GroupsOfSte
     for _, groups, _ in chosen:
         texts += sum(1 + min(len(group), GROUP_SIZE) for group in groups)
     limit = min(LONGEST, budget // max(texts, 1))
+    everything: list[Sample] = []
+    for _, groups, _ in chosen:
+        everything += chain.from_iterable(groups)
+    scale = _Scale.of(everything)
     return [
-        GroupsOfStep(step, _shown(groups, limit), total - len(groups))
+        GroupsOfStep(step, _shown(groups, limit, scale), total - len(groups))
         for step, groups, total in chosen
     ]
 
 
-def _shown(groups: Sequence[Sequence[Sample]], limit: int) -> list[Group]:
-    return [_group(group[:GROUP_SIZE], max(0, len(group) - GROUP_SIZE), limit) for group in groups]
+def _shown(groups: Sequence[Sequence[Sample]], limit: int, scale: _Scale) -> list[Group]:
+    found = []
+    for group in groups:
+        more = max(0, len(group) - GROUP_SIZE)
+        found.append(_group(group[:GROUP_SIZE], more, limit, scale))
+    return found
 
 
 def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
@@ -128,24 +158,17 @@ def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         yield list(group)
 
 
-def _group(samples: Sequence[Sample], more: int, limit: int) -> Group:
+def _group(samples: Sequence[Sample], more: int, limit: int, scale: _Scale) -> Group:
     first = samples[0]
     prompt, prompt_left_out = shortened(first.prompt, limit)
-    answers = [_answer(sample, limit) for sample in samples]
+    answers = [_answer(sample, limit, scale) for sample in samples]
     return Group(prompt, prompt_left_out, first.ground_truth[:limit], answers, more)
 
 
-def _answer(sample: Sample, limit: int) -> Answer:
+def _answer(sample: Sample, limit: int, scale: _Scale) -> Answer:
     text, left_out = shortened(sample.answer, limit)
-    return Answer(
-        text,
-        left_out,
-        sample.mark,
-        float(sample.score),
-        sample.outcome,
-        sample.length,
-        sample.finish_reason == "length",
-    )
+    cut_off = sample.finish_reason == "length"
+    return Answer(text, left_out, sample.mark, scale.worth(sample), sample.length, cut_off)
 
 
 def shortened(text: str, limit: int) -> tuple[str, int]:

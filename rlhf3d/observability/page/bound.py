@@ -33,6 +33,19 @@ ADVICE = {
     "checkpoints": "A larger trainer.save_freq, or trainer.async_save.",
     "other": "What lies between the phases: see logs/driver.log.",
 }
+TITLES = {
+    "generation": "Generation limits it",
+    "scoring": "Scoring limits it",
+    "training": "Training limits it",
+    "weight sync": "The weight sync limits it",
+    "validation": "Validation limits it",
+    "checkpoints": "Checkpoints limit it",
+    "other": "Time between the phases limits it",
+}
+LABELS = {"training": "training (log-probs, values, updates)", "other": "between the phases"}
+"""Of groups whose names do not say what is in them."""
+NAMED = 0.03
+"""Share of a step from which a group is worth naming."""
 WAITS = 0.1
 """Share of a step that one side must wait for the other before it is said to."""
 
@@ -62,6 +75,11 @@ def grouped(phases: Mapping[str, float], step_s: float) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds > 0}
 
 
+def for_people(seconds: float) -> str:
+    """Seconds with the digits that count."""
+    return f"{seconds:.1f} s" if seconds >= 1 or seconds == 0 else f"{seconds:.2g} s"
+
+
 def bound(rows: Rows) -> Finding:
     """Name what takes most of a step."""
     phases, step_s = recent_phases(rows), step_seconds(rows)
@@ -70,17 +88,15 @@ def bound(rows: Rows) -> Finding:
     groups = grouped(phases, step_s)
     largest = max(groups, key=lambda name: groups[name])
     parts = ", ".join(
-        f"{name} {seconds:.1f} s ({share(seconds / step_s)})"
+        f"{LABELS.get(name, name)} {for_people(seconds)} = {share(seconds / step_s)}"
         for name, seconds in sorted(groups.items(), key=lambda item: -item[1])
-        if seconds / step_s >= 0.01
+        if seconds / step_s >= NAMED
     )
-    text = f"A step takes {step_s:.1f} s: {parts}."
+    text = f"A step takes {for_people(step_s)}: {parts}."
     last = recent(training_rows(rows))
     if any(number(row, "async/overlap_share") is not None for row in last):
         return _beside(last, step_s, text, largest)
-    return Finding(
-        "fact", f"{largest.capitalize()} limits it", text, ADVICE[largest], chart="phases"
-    )
+    return Finding("fact", TITLES[largest], text, ADVICE[largest], chart="phases")
 
 
 def _beside(last: Rows, step_s: float, text: str, largest: str) -> Finding:
@@ -88,15 +104,15 @@ def _beside(last: Rows, step_s: float, text: str, largest: str) -> Finding:
     trainer = mean_of(last, "async/trainer_waited_s") or 0.0
     engines = mean_of(last, "async/engines_waited_s") or 0.0
     hidden = mean_of(last, "async/overlap_share") or 0.0
+    waits = [for_people(seconds) for seconds in (trainer, engines)]
     text = (
         f"{text} Generation goes on beside training, which hides {share(hidden)} of it; in a step "
-        f"the trainer waits {trainer:.1f} s for samples, and the engines {engines:.1f} s for the "
-        "trainer."
+        f"the trainer waits {waits[0]} for samples, and the engines {waits[1]} for the trainer."
     )
     if trainer > WAITS * step_s and trainer > engines:
-        return Finding("fact", "Generation limits it", text, ADVICE["generation"], "waits")
+        return Finding("fact", TITLES["generation"], text, ADVICE["generation"], "waits")
     if largest not in ("generation", "scoring"):
-        return Finding("fact", f"{largest.capitalize()} limits it", text, ADVICE[largest], "phases")
+        return Finding("fact", TITLES[largest], text, ADVICE[largest], "phases")
     return Finding("fact", "Both sides keep up with each other", text, chart="waits")
 
 

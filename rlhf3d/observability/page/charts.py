@@ -229,6 +229,16 @@ CHARTS: tuple[Chart, ...] = (
             Line("perf/generate_tokens_per_s", "generation"),
         ),
     ),
+    Chart(
+        "memory",
+        "Memory",
+        "The most that any training rank has had so far, and what is in use on the driver's node, "
+        "GiB.",
+        (
+            Line("perf/rank_memory_gib", "training rank, peak"),
+            Line("perf/host_memory_gib", "host in use", highest=True),
+        ),
+    ),
     Chart("step_s", "Seconds per step", "Wall-clock time.", (Line(STEP_TIME, "step"),), "seconds"),
 )
 """In the order of the page."""

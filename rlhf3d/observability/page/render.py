@@ -67,6 +67,7 @@ def render(runs: Sequence[RunView]) -> str:
         title=" · ".join(run.name for run in runs),
         runs=runs,
         phases=[phase_table(run) for run in runs],
+        memory=[memory_table(run) for run in runs],
         facts=[summary(run) for run in runs],
         comparison=[compared(run) for run in runs],
         compared=COMPARED,
@@ -112,11 +113,17 @@ def page_data(runs: Sequence[RunView]) -> dict[str, Any]:
     return {
         "runs": [run.name for run in runs],
         "charts": list(chart_data(runs)),
+        "resumes": _resumes(runs[0]) if len(runs) == 1 else [],
         "phases": [asdict(phase_stack(run.rows)) for run in runs],
         "spreads": [_dicts(run.spreads) for run in runs],
         "groups": [[*map(asdict, run.groups)] for run in runs],
         "trajectories": [[*map(_trajectory, run.trajectories)] for run in runs],
     }
+
+
+def _resumes(run: RunView) -> list[int]:
+    """The steps after which the run went on from a checkpoint."""
+    return [step for step, _ in run.facts.starts if step > 0]
 
 
 def _dicts(spreads: Mapping[str, Spread]) -> dict[str, Any]:
@@ -171,16 +178,49 @@ def phase_table(run: RunView) -> list[PhaseRow]:
     return [*rows, complete] if complete.most else rows
 
 
+@dataclass(frozen=True)
+class MemoryRow:
+    """GiB of processes with the same needs, or of a host."""
+
+    place: str
+    phase: str
+    planned: float | None
+    measured: float | None
+
+
+def memory_table(run: RunView) -> list[MemoryRow]:
+    """Planned memory beside measured: that of the fullest rank, and of the driver's host."""
+    plan = run.facts.plan
+    names = ("perf/rank_memory_gib", "perf/host_memory_gib")
+    rank, host = (max(values(run.rows, name), default=None) for name in names)
+    places = () if plan is None else plan.memory
+    fullest = max((place.gib for place in places), default=0.0)
+    rows = []
+    for place in places:
+        measured = rank if place.gib == fullest else None
+        rows.append(MemoryRow(place.place, place.phase, place.gib, measured))
+    if plan is None and rank is not None:
+        rows.append(MemoryRow("fullest training rank", "", None, rank))
+    if plan is not None or host is not None:
+        planned = None if plan is None else plan.host_gib
+        rows.append(MemoryRow("host, all processes of a node", "", planned, host))
+    return rows
+
+
 def summary(run: RunView) -> dict[str, Any]:
     """A run in a line, and over how many steps its curves are averaged."""
     first, last = run.rows[0]["step"], run.rows[-1]["step"]
     planned = run.facts.total_steps
     of = "" if planned is None else f" of {planned}"
     line = f"Steps {first} to {last}{of} in {format_clock(sum(values(run.rows, STEP_TIME)))}"
-    resumes = sum(step > 0 for step, _ in run.facts.starts)
+    resumes = len(_resumes(run))
     if resumes:
         line += f", resumed {'once' if resumes == 1 else f'{resumes} times'}"
-    return {"line": f"{line}.", "window": window(len(training_rows(run.rows)))}
+    return {
+        "line": f"{line}.",
+        "resumed": resumes > 0,
+        "window": window(len(training_rows(run.rows))),
+    }
 
 
 def compared(run: RunView) -> list[str]:

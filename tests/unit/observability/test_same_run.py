@@ -79,4 +79,5 @@ def test_steps_of_which_a_kill_left_nothing_are_not_missed(tmp_path: Path) -> No
 def test_what_is_a_time() -> None:
     assert all(map(is_time, ("timing_s/step", "sync/send_s", "env/call_s/mean", "perf/throughput")))
     assert is_time("async/groups_running"), "what had ended by then"
+    assert is_time("perf/rank_memory_gib") and is_time("perf/host_memory_gib")
     assert not any(map(is_time, ("actor/loss", "sync/sent_bytes", "rollout/engine_restarts")))

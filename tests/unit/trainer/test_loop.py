@@ -52,6 +52,9 @@ class FakeTrain:
         values = torch.full_like(batch["response_mask"], 0.5 if role == "critic" else -1.0)
         return {"values" if role == "critic" else "logprobs": values}
 
+    def peak_gib(self) -> float:
+        return 1.5
+
     def update(
         self, role: str, batch: Batch, plan: Any, objective: Any
     ) -> tuple[dict[str, float], Tensor | None]:

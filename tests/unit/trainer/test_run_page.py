@@ -53,6 +53,21 @@ def test_the_plan_is_for_the_runs_own_lengths(run: Path) -> None:
     assert "measured / planned" in html and plans[0].hardware in html
 
 
+def test_memory_is_beside_the_plan(run: Path, tmp_path: Path) -> None:
+    rows = healthy_rows(20)
+    rows[7] |= {"perf/rank_memory_gib": 61.25, "perf/host_memory_gib": 123.5}
+    write_rows(tmp_path, rows)
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    html = write_page([tmp_path], tmp_path / "page.html").read_text()
+    table = html.partition("Memory, GiB")[2].partition("</table>")[0]
+    # That of the fullest rank stands beside the highest plan only.
+    assert table.count("61.25") == table.count("123.50") == 1
+    plan = run_facts(run, rows).plan
+    assert plan is not None
+    fullest = max(place.gib for place in plan.memory)
+    assert f"<td>{fullest:.2f}</td><td>61.25</td>" in table
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

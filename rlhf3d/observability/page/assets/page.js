@@ -77,24 +77,35 @@ function draw(place, table, series, options, shown) {
       { ...axis, size: 54, values: (_, ticks) => ticks.map(format) },
     ],
     series: [{}, ...series], bands: options.bands,
-    hooks: { setCursor: [write], ready: [write], draw: [(plot) => drawLimit(plot, options.limit)] },
+    hooks: { setCursor: [write], ready: [write], draw: [(plot) => drawMarks(plot, options)] },
   }, table, place);
   drawn.push([plot, place, options]);
 }
 
-// A dashed line, where the scale reaches it.
-function drawLimit(plot, limit) {
-  if (limit == null || limit > plot.scales.y.max || limit < plot.scales.y.min) return;
-  const { ctx, bbox } = plot, y = plot.valToPos(limit, "y", true);
-  ctx.save();
-  ctx.strokeStyle = color("--watch");
-  ctx.lineWidth = devicePixelRatio;
-  ctx.setLineDash([6 * devicePixelRatio, 4 * devicePixelRatio]);
-  ctx.beginPath();
-  ctx.moveTo(bbox.left, y);
-  ctx.lineTo(bbox.left + bbox.width, y);
-  ctx.stroke();
-  ctx.restore();
+// A dashed line at a check's limit and dotted ones at resumes, where the scales reach them.
+function drawMarks(plot, options) {
+  const { ctx, bbox } = plot, ratio = devicePixelRatio;
+  const inside = (value, scale) => value >= scale.min && value <= scale.max;
+  const line = (stroke, dash, from, to) => {
+    ctx.save();
+    ctx.strokeStyle = stroke;
+    ctx.lineWidth = ratio;
+    ctx.setLineDash(dash.map((length) => length * ratio));
+    ctx.beginPath();
+    ctx.moveTo(...from);
+    ctx.lineTo(...to);
+    ctx.stroke();
+    ctx.restore();
+  };
+  if (options.limit != null && inside(options.limit, plot.scales.y)) {
+    const y = plot.valToPos(options.limit, "y", true);
+    line(color("--watch"), [6, 4], [bbox.left, y], [bbox.left + bbox.width, y]);
+  }
+  for (const step of data.resumes) {
+    if (!inside(step + 0.5, plot.scales.x)) continue;
+    const x = plot.valToPos(step + 0.5, "x", true);
+    line(color("--soft"), [2, 3], [x, bbox.top], [x, bbox.top + bbox.height]);
+  }
 }
 
 function yRange(format) {
@@ -252,7 +263,8 @@ function showGroups() {
     if (group.truth) element("p", "truth", "wanted: " + group.truth, box);
     const side = element("div", "side", undefined, box);
     for (const answer of group.answers) {
-      const card = element("div", "answer " + (answer.score >= 1 ? "right" : "wrong"), undefined, side);
+      const card = element("div", "answer", undefined, side);
+      card.style.setProperty("--worth", answer.worth + "%");
       element("p", "about", `score ${answer.mark} · ${answer.length} tokens` +
         (answer.cut_off ? ", cut off" : ""), card);
       leftOut(element("p", "text", answer.text, card), answer.left_out);

@@ -48,7 +48,7 @@ def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
         "--dump-dom",
         page.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
     assert 'data-ready="yes"' in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, line: bytes) -> None
         damaged.write(line + b"\n")
     with pytest.raises(ValueError, match=rf"{file.resolve().name} line \d+ is "):
         page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scores", "worths"),
+    [((0.0, 0.25, 1.0), [0, 25, 100]), ((-3.0, 0.0, 5.0), [0, 38, 100]), ((0.1, 0.1), [10, 10])],
+)
+def test_the_color_of_an_answer_is_its_score(
+    tmp_path: Path, scores: tuple[float, ...], worths: list[int]
+) -> None:
+    """From the least to the most; right and wrong where all lie between 0 and 1."""
+    write_rows(tmp_path, healthy_rows(1))
+    failed = replace(sample("p", "x", 0.0), outcome="timeout", score=0.0)
+    write_samples(tmp_path, 1, [*(sample("p", "x", score) for score in scores), failed])
+    (group,) = Parsed(page_of(tmp_path)).data["groups"][0][0]["groups"]
+    assert [answer["worth"] for answer in group["answers"]] == [*worths, 0]
+    assert group["answers"][-1]["mark"] == "timeout"

@@ -208,9 +208,11 @@ def test_what_takes_the_time() -> None:
         row["timing_s/generate"], row["timing_s/step"] = 90.0, 120.0
 
     found = judge(changed(60, slow)).bound
-    assert found.title == "Generation limits it" and "generation 90.0 s (75 %)" in found.text
+    assert found.title == "Generation limits it" and "generation 90.0 s = 75 %" in found.text
     between = judge(changed(60, put("timing_s/step", lambda part: 200.0))).bound
-    assert between.title == "Other limits it" and "logs/driver.log" in between.advice
+    assert (
+        between.title == "Time between the phases limits it" and "logs/driver.log" in between.advice
+    )
 
 
 @pytest.mark.parametrize(
