@@ -10,6 +10,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from rlhf3d.observability.page.findings import ORDER, Finding, share
+from rlhf3d.observability.page.learning import EARLY_STEPS
 from rlhf3d.observability.page.trends import (
     Rows,
     change,
@@ -55,8 +56,6 @@ EFFECTIVE = 0.5
 """Effective share of the samples under importance weights: below, a few tokens carry the step."""
 LEFT_BEHIND = 0.8
 """Length trained on over length generated, of the longest tenth."""
-CRITIC_STEPS = 20
-"""Steps that a new value model gets before it is judged."""
 
 Check = Callable[[Rows, bool], Finding | None]
 """Of the rows of training steps, and whether the run learns: what looks odd may then be what the
@@ -139,7 +138,7 @@ def reference_kl(rows: Rows, learns: bool) -> Finding | None:
     if now is None or middle is None:
         return None
     text = f"KL to the reference {now:.3g} nats per token, {middle:.3g} half-way."
-    if now > KL_NATS and now > KL_GROWTH * middle and len(rows) >= CRITIC_STEPS:
+    if now > KL_NATS and now > KL_GROWTH * middle and len(rows) >= EARLY_STEPS:
         return Finding(
             "watch" if learns else "bad",
             "KL to the reference runs away",
@@ -196,11 +195,14 @@ def truncation(rows: Rows, learns: bool) -> Finding | None:
     text = f"{share(cut)} of the completions end at the limit and not by themselves."
     if cut <= CUT_WATCH:
         return Finding("good", "Answers come to their end", text, chart="cut")
-    first = mean_of(rows[: len(recent(rows))], "response/truncated_ratio") or 0.0
+    last = recent(rows)
+    if len(rows) >= 2 * len(last):
+        first = mean_of(rows[: len(last)], "response/truncated_ratio") or 0.0
+        text += f" In the first {len(last)} steps it was {share(first)}."
     return Finding(
-        "watch" if cut <= CUT_BAD or learns else "bad",
+        "watch" if cut <= CUT_BAD or learns or len(rows) < EARLY_STEPS else "bad",
         "Many answers are cut off",
-        f"{text} In the first steps it was {share(first)}.",
+        text,
         "Raise data.max_response_length, or have the reward prefer short answers "
         "(reward.overlong_buffer).",
         "cut",
@@ -272,7 +274,7 @@ def learning_rate(rows: Rows, _: bool = False) -> Finding | None:
 def critic(rows: Rows, _: bool = False) -> Finding | None:
     """Whether values are better than a constant."""
     explained = mean_of(recent(rows), "critic/vf_explained_var")
-    if explained is None or len(rows) < CRITIC_STEPS:
+    if explained is None or len(rows) < EARLY_STEPS:
         return None
     text = f"The value model explains {share(explained)} of the returns' variance."
     if explained >= 0:

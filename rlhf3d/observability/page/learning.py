@@ -25,7 +25,8 @@ SURE_HELD_OUT = 2.0
 LOST = 0.5
 """Share of what was gained that must be lost before a run is said to lose it."""
 EARLY_STEPS = 20
-"""Runs with fewer steps are not called flat: the first steps of a warmup change little."""
+"""Runs with fewer steps are not called flat, nor their value model bad: the first steps of a warmup
+change little."""
 SOLVED = 0.95
 """Share of the best score seen; a run that begins there has little to learn."""
 
@@ -242,7 +243,8 @@ def _by_reward(steps: Rows, trend: Trend, reward: Change | None, text: str) -> F
 
 def _reward_text(found: Change | None, steps: int) -> str:
     if found is None:
-        return f"{steps} training step(s) are too few to see a trend of the reward."
+        trained = "1 training step is" if steps == 1 else f"{steps} training steps are"
+        return f"{trained} too few to see a trend of the reward."
     return (
         f"Reward {found.first} in the first {found.steps} steps and {found.last} in the last "
         f"{found.steps}: {found.gain.value:+.3g} ± {found.gain.error:.2g}."

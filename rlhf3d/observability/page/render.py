@@ -203,7 +203,7 @@ def memory_table(run: RunView) -> list[MemoryRow]:
         rows.append(MemoryRow("fullest training rank", "", None, rank))
     if plan is not None or host is not None:
         planned = None if plan is None else plan.host_gib
-        rows.append(MemoryRow("host, all processes of a node", "", planned, host))
+        rows.append(MemoryRow("host", "", planned, host))
     return rows
 
 
