@@ -1,4 +1,4 @@
-"""What the user sees while a run works: header, a line per step, a live bar, validation, samples.
+"""What the user sees while a run works: header, a line per step, a live view, validation, samples.
 
 Invariant: where the output is not a terminal it is plain lines without control characters, and text
 that a model wrote never reaches the terminal with control characters in it.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TextIO
 
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from rlhf3d.observability.live.picture import KL_TO_REFERENCE, picture
+from rlhf3d.observability.live.screen import Captured, LiveTerminal, Screen, fit
+from rlhf3d.observability.live.state import RunState, Waited
 from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy, validation_reward
 from rlhf3d.observability.samples import Sample, printable
 from rlhf3d.terminal import Terminal
@@ -27,11 +29,13 @@ STEP_FIELDS = (
     # z: what rounds to zero has no minus sign.
     ("reward", "critic/score/mean", "z.3f"),
     ("len", "response_length/mean", ".0f"),
+    *(("kl_ref", name, "z.4f") for name in KL_TO_REFERENCE),
     ("kl", "actor/ppo_kl", "z.4f"),
     ("mismatch", "training/rollout_probs_diff_mean", "z.4f"),
     ("stale", "training/off_policy/trajectory_staleness_worst/mean", ".1f"),
 )
-"""(label, metric, format) of the step line; a metric the step lacks is left out."""
+"""(label, metric, format) of the step line; a metric the step lacks is left out, and of the KLs all
+but the first that is known."""
 
 STEP_PHASES = (
     ("gen", ("generate",)),
@@ -42,7 +46,6 @@ STEP_PHASES = (
 
 _SEPARATOR = " │ "
 _PLAIN_WIDTH = 110
-_ETA_STEPS = 10
 
 
 class Console:
@@ -56,35 +59,41 @@ class Console:
         file: TextIO | None = None,
         interactive: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        waited: Callable[[], Waited | None] = lambda: None,
     ) -> None:
-        """Write to `file` (None: standard output); `interactive` None: if that is a terminal."""
-        if interactive is None:
-            # A dumb terminal cannot redraw a line.
-            interactive = (file or sys.stdout).isatty() and os.environ.get("TERM") != "dumb"
+        """Write to `file` (None: standard output); `interactive` None: if that can show a view.
+
+        `waited`: whom the run waits for at the moment; another thread asks, on the same clock.
+        """
+        self._interactive = _can_show(file or sys.stdout) if interactive is None else interactive
         self._rich = (
-            Terminal(file=file, force_terminal=True, highlight=False)
-            if interactive
+            LiveTerminal(file=file, force_terminal=True, highlight=False)
+            if self._interactive
             else Terminal(file=file, force_terminal=False, color_system=None, width=_PLAIN_WIDTH)
         )
-        self._interactive = interactive
-        self._clock = clock
+        self._clock, self._waited = clock, waited
         self._began = clock()
-        self._step_seconds: deque[float] = deque(maxlen=_ETA_STEPS)
-        self._step = 0
-        self._total: int | None = None
+        # Only the run's own thread sets it; the thread that draws reads it.
+        self._state = RunState(phase_began=self._began)
         self._steps_printed = 0
-        self._progress: Progress | None = None
+        # What is printed around the view must not be torn by others who write to the terminal.
+        self._captured = Captured(self._print) if self._interactive and file is None else None
+        self._screen: Screen | None = None
 
     def header(
         self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0
     ) -> None:
-        """Print the description of the run.
+        """Print the description of the run, below which a terminal shows the view from now on.
 
-        `total_steps` and the steps a resumed run has behind it set the bar.
+        `total_steps` and the steps a resumed run has behind it set its bar.
         """
-        self._step, self._total = done_steps, total_steps
+        self._state = replace(self._state, step=done_steps, total=total_steps)
         for line in lines:
             self._line(line)
+        if self._interactive:
+            self._screen = Screen(self._rich, self._picture)
+            with self._whoever_reads():
+                self._screen.start()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -92,32 +101,26 @@ class Console:
 
         Live in a terminal; in a log one line each until the first step is out.
         """
-        if self._interactive:
-            self._show(name)
         # Later in a log the step lines alone show that it goes on.
-        elif self._steps_printed == 0:
+        if not self._interactive and self._steps_printed == 0:
             self._line(f"[{format_clock(self._clock() - self._began)}] {name} …")
+        self._state = self._state.phase_begins(name, self._clock())
         try:
             yield
         finally:
-            if self._progress is not None:
-                self._show("")
+            self._state = self._state.phase_ends(self._clock())
 
     def step(self, metrics: Mapping[str, Any], step: int, total: int) -> None:
         """Print the line of a finished step.
 
         Its time and the ETA need `timing_s/step` among the metrics.
         """
-        self._step, self._total = step, total
         self._steps_printed += 1
-        if STEP_TIME in metrics:
-            self._step_seconds.append(metrics[STEP_TIME])
-        self._line(step_line(metrics, step, total, self._eta_s()))
-        if self._progress is not None:
-            self._show("")
+        self._state = self._state.step_ends(metrics, step, total, self._clock())
+        self._line(step_line(metrics, step, total, self._state.left_s))
 
     def note(self, text: str) -> None:
-        """Print something that the user should know, above the bar."""
+        """Print something that the user should know, above the view."""
         self._line(f"note: {text}")
 
     def validation(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -130,6 +133,7 @@ class Console:
             f"{printable(s)} {m} reward model {value:.3f}"
             for (s, m), value in validation_reward(metrics).items()
         ]
+        self._state = self._state.validated(metrics)
         self._line(_SEPARATOR.join([f"validate {name}", *parts]))
 
     def samples(self, before: Sequence[Sample], after: Sequence[Sample]) -> None:
@@ -145,25 +149,36 @@ class Console:
             self._rich.print(table)
 
     def done(self, summary: Sequence[str]) -> None:
-        """Remove the bar and print the results of the run."""
+        """Remove the view and print the results of the run."""
         self.close()
         for line in summary:
             self._line(line)
 
     def close(self) -> None:
-        """Remove the bar and restore the terminal."""
-        if self._progress is not None:
+        """Remove the view."""
+        if self._screen is not None:
             with self._whoever_reads():
-                self._progress.stop()
-            self._progress = None
+                self._screen.stop()
+            self._screen = None
 
     def __enter__(self) -> Console:
+        if self._captured is not None:
+            self._rich.file = self._captured.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if self._captured is not None:
+            self._captured.stop()
+            self._captured = None
+            with self._whoever_reads():
+                self._rich.file.close()
 
     def _line(self, text: str) -> None:
+        self._print(Text(text))
+
+    def _print(self, text: Text) -> None:
+        """Print a line, from any thread."""
         with self._whoever_reads():
             # One line in a log stays one line, however wide.
             self._rich.print(text, highlight=False, soft_wrap=True)
@@ -177,59 +192,18 @@ class Console:
             # From here on rich writes nothing, so that this happens once.
             self._rich.quiet = True
 
-    def _eta_s(self) -> float | None:
-        if not self._step_seconds or self._total is None:
-            return None
-        return (self._total - self._step) * sum(self._step_seconds) / len(self._step_seconds)
-
-    def _show(self, phase: str) -> None:
-        """Redraw the bar for `phase`, which begins now ("" between phases)."""
-        with self._whoever_reads():
-            if self._progress is None:
-                columns = (
-                    SpinnerColumn(),
-                    TextColumn("{task.description}", markup=False),
-                    BarColumn(None),
-                )
-                self._progress = Progress(
-                    *columns,
-                    _LiveColumn(self._clock),
-                    console=self._rich,
-                    transient=True,
-                    refresh_per_second=4,
-                )
-                self._progress.add_task("")
-                self._progress.start()
-            now, eta_s = self._clock(), self._eta_s()
-            steps = "" if self._total is None else f"{self._step}/{self._total} steps"
-            # As times of the clock: `_LiveColumn` counts on while a phase blocks this thread.
-            ends_at = None if eta_s is None else now + eta_s
-            self._progress.update(
-                self._progress.task_ids[0],
-                description=steps,
-                total=self._total,
-                completed=self._step,
-                phase=phase,
-                phase_began=now,
-                ends_at=ends_at,
-            )
+    def _picture(self) -> Text:
+        """The view of now."""
+        fit(self._rich)
+        width, height = self._rich.size
+        return picture(self._state, self._clock(), width, height, self._waited())
 
 
-class _LiveColumn(ProgressColumn):
-    """The running phase with its seconds, and the time left: both move while the phase runs."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__()
-        self._clock = clock
-
-    def render(self, task: Task) -> Text:
-        now = self._clock()
-        parts = []
-        if task.fields.get("phase"):
-            parts.append(f"{task.fields['phase']} {now - task.fields['phase_began']:.0f}s")
-        if task.fields.get("ends_at") is not None:
-            parts.append(f"eta {format_clock(max(0.0, task.fields['ends_at'] - now))}")
-        return Text(", ".join(parts))
+def _can_show(file: TextIO) -> bool:
+    """Whether a file is a terminal that can draw over what it shows, and whose user wants that."""
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown")
+    characters = (file.encoding or "").lower().replace("-", "")
+    return file.isatty() and not unwanted and characters == "utf8"
 
 
 def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | None = None) -> str:
@@ -238,9 +212,12 @@ def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | 
     `step 12/40 │ reward 0.340 │ len 31 │ … │ gen 5.1s upd 18.2s │ 26 s, eta 12:10`.
     """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
-    parts += [
-        f"{label} {metrics[name]:{spec}}" for label, name, spec in STEP_FIELDS if name in metrics
-    ]
+    fields: dict[str, str] = {}
+    for label, name, spec in STEP_FIELDS:
+        if name in metrics:
+            # One of the KLs.
+            fields.setdefault(label.partition("_")[0], f"{label} {metrics[name]:{spec}}")
+    parts += fields.values()
     seconds = []
     for label, phases in STEP_PHASES:
         ran = [metrics[TIMING + phase] for phase in phases if TIMING + phase in metrics]

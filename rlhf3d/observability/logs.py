@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 LOGS_DIR = "logs"
@@ -33,13 +34,16 @@ _QUIET_ENVIRONMENT = {
 }
 
 
-def setup_logging(output_dir: str | Path, process: str, level: int = logging.INFO) -> Path:
+def setup_logging(
+    output_dir: str | Path, process: str, level: int = logging.INFO, prints: bool = False
+) -> Path:
     """Send this process's log records and Python warnings to a file; return that.
 
     It is `logs/<process>.log`.
 
     `process` is `driver`, `rank_N` or `engine_N`. Records are appended, so a resumed run keeps its
-    history.
+    history. `prints`: also what anything in the process, compiled code included, writes to standard
+    output and errors.
     """
     path = Path(output_dir) / LOGS_DIR / f"{process}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,12 @@ def setup_logging(output_dir: str | Path, process: str, level: int = logging.INF
     root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
+    if prints:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        with path.open("ab") as file:
+            for descriptor in (1, 2):
+                os.dup2(file.fileno(), descriptor)
     return path
 
 

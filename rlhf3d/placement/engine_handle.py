@@ -45,7 +45,8 @@ class EngineHandle:
         self._asked: set[str] = set()
         """Ranks that have a call to tell what they did."""
         self._steps = -1
-        self._moved_at = time.monotonic()
+        self.moved_at = time.monotonic()
+        """When it last took a step, or got something to do."""
 
     def call(
         self, method: Callable[[VLLMEngine, *Ts], R], *args: *Ts, alone: bool = False
@@ -97,11 +98,11 @@ class EngineHandle:
     def excuse(self, seconds: float | None = None) -> None:
         """Count the time without progress from now on, or leave `seconds` of it out."""
         now = time.monotonic()
-        self._moved_at = now if seconds is None else min(now, self._moved_at + seconds)
+        self.moved_at = now if seconds is None else min(now, self.moved_at + seconds)
 
     def check_progress(self, unfinished: int, timeout_s: float) -> None:
         """Raise WorkerFailure where the engine has not stepped for `timeout_s`."""
-        if time.monotonic() - self._moved_at <= timeout_s:
+        if time.monotonic() - self.moved_at <= timeout_s:
             return
         late = WorkerFailure(
             f"generate: engine {self.number} has {unfinished} unfinished requests and took no step "

@@ -48,7 +48,7 @@ class EngineRank:
         use_node_interface()
         if output_dir is not None:
             os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its records then reach ours
-            setup_logging(output_dir, name.replace(" ", "_"))
+            setup_logging(output_dir, name.replace(" ", "_"), prints=True)
             # At its start it tries a chat template without a tokenizer, and logs a traceback.
             logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,7 +29,14 @@ from rlhf3d.placement.ledger import Ledger
 from rlhf3d.placement.resources import Placement
 from rlhf3d.placement.routing import Router
 from rlhf3d.placement.script import Divergence, Script
-from rlhf3d.placement.waiting import SHORT_S, WorkerFailure, dead_actors, gather, take_ready
+from rlhf3d.placement.waiting import (
+    SHORT_S,
+    WorkerFailure,
+    dead_actors,
+    gather,
+    take_ready,
+    waiting_for,
+)
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SyncReport
 from rlhf3d.rollout.engine_loop import DUE, Progress
@@ -239,16 +247,17 @@ class RolloutGroup:
         for engine in self.engines:
             engine.excuse(away_s)
         completions: dict[int, Completion] = {}
-        while self._unfinished and not completions:
-            left_s = deadline - time.monotonic()
-            try:
-                completions = self._collect(max(0.0, left_s))
-            except WorkerFailure as failure:
-                if self.script is not None and DUE in str(failure):
-                    raise Divergence(f"{self.script.lacks()}\n{failure}") from failure
-                raise
-            if left_s <= 0:
-                break
+        with self._named_to_wait_for():
+            while self._unfinished and not completions:
+                left_s = deadline - time.monotonic()
+                try:
+                    completions = self._collect(max(0.0, left_s))
+                except WorkerFailure as failure:
+                    if self.script is not None and DUE in str(failure):
+                        raise Divergence(f"{self.script.lacks()}\n{failure}") from failure
+                    raise
+                if left_s <= 0:
+                    break
         if self.script is not None:
             self._follow(self.script)
             if not completions and not self._unfinished and self._held:
@@ -256,6 +265,14 @@ class RolloutGroup:
                 time.sleep(min(timeout_s, SHORT_S))  # engines have nothing that could be waited for
         self._left_at = time.monotonic()
         return completions
+
+    def _named_to_wait_for(self) -> AbstractContextManager[None]:
+        """Say that engines with unfinished requests are waited for, until each takes a step."""
+        busy = {engine: self._router.unfinished[engine.number] for engine in self.engines}
+        busy = {engine: unfinished for engine, unfinished in busy.items() if unfinished}
+        names = [f"engine {one.number} ({unfinished} requests)" for one, unfinished in busy.items()]
+        since = min((engine.moved_at for engine in busy), default=time.monotonic())
+        return waiting_for(names, since, self.timeout_s)
 
     def abort(self, numbers: Collection[int]) -> None:
         """See `Engines.abort`."""

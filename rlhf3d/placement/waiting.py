@@ -10,13 +10,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from rlhf3d.observability.live.state import Waited
 from rlhf3d.placement.calls import Reply, start_call
 
 R = TypeVar("R")
@@ -33,6 +34,8 @@ NOTICE_S = 15.0
 """Seconds within which Ray notices that a process has died."""
 # Empty or one reason, for all waits of this process.
 _ended: list[str] = []
+# The waits of this process that are going on; a later one is inside those before it.
+_waits: list[Waited] = []
 
 
 class WorkerFailure(RuntimeError):
@@ -50,6 +53,24 @@ def set_ray_ended(why: str | None) -> None:
 def ray_ended() -> str | None:
     """Return why Ray has ended, if it has."""
     return _ended[0] if _ended else None
+
+
+@contextmanager
+def waiting_for(pending: Collection[str], since: float, timeout_s: float) -> Iterator[None]:
+    """Have `waited` say inside that these are waited for, since then and with this deadline."""
+    _waits.append(Waited(pending, since, timeout_s))
+    try:
+        yield
+    finally:
+        _waits.pop()
+
+
+def waited() -> Waited | None:
+    """Whom this process waits for, if anybody; any thread may ask."""
+    # Not those inside it: work that goes on meanwhile waits for nothing.
+    for wait in _waits[:1]:
+        return wait
+    return None
 
 
 @contextmanager
@@ -86,21 +107,26 @@ def gather(
     do. Raises WorkerFailure at the first failure or at the deadline.
     """
     pending, results = dict(calls), dict[str, R]()
-    deadline = time.monotonic() + timeout_s
-    while pending:
-        left_s = max(0.0, deadline - time.monotonic())
-        if meanwhile is not None and meanwhile():
-            left_s = min(left_s, MEANWHILE_S)
-        ready = take_ready(phase, pending, left_s)
-        if not ready and time.monotonic() >= deadline:
-            late = WorkerFailure(
-                f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending)}; "
-                "raise cluster.phase_timeout_s if the work is really that long, or look into logs/"
-            )
-            late.lost_touch = True
-            raise late
-        results |= ready
+    began = time.monotonic()
+    with waiting_for(pending, began, timeout_s):
+        while pending:
+            left_s = max(0.0, began + timeout_s - time.monotonic())
+            if meanwhile is not None and meanwhile():
+                left_s = min(left_s, MEANWHILE_S)
+            ready = take_ready(phase, pending, left_s)
+            if not ready and time.monotonic() >= began + timeout_s:
+                raise _no_answer(phase, pending, timeout_s)
+            results |= ready
     return [results[name] for name in calls]
+
+
+def _no_answer(phase: str, pending: Collection[str], timeout_s: float) -> WorkerFailure:
+    late = WorkerFailure(
+        f"{phase}: no answer within {timeout_s:.0f} s from {', '.join(pending)}; "
+        "raise cluster.phase_timeout_s if the work is really that long, or look into logs/"
+    )
+    late.lost_touch = True
+    return late
 
 
 def take_ready(phase: str, pending: dict[str, Reply[R]], timeout_s: float) -> dict[str, R]:

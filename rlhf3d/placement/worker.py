@@ -101,7 +101,7 @@ class TrainWorker:
         from rlhf3d.observability.logs import setup_logging
 
         self.setup, self.rank = setup, rank
-        setup_logging(Path(setup.output_dir), f"{setup.group.name}_rank_{rank}")
+        setup_logging(Path(setup.output_dir), f"{setup.group.name}_rank_{rank}", prints=True)
         self.engines: dict[str, MegatronEngine] = {}
         self.streams: dict[str, WeightSender] = {}
         self._saves: list[PendingSave] = []

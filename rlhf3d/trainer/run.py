@@ -21,9 +21,10 @@ from rlhf3d.config.summary import summary_lines
 from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
-from rlhf3d.observability.logs import quiet_libraries, setup_logging
+from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
+from rlhf3d.placement.waiting import waited
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
@@ -71,7 +72,7 @@ def run_training(
     # The stack ends what is started below, the last one first: engines before Ray, the console and
     # the metrics file, which the ending may still write to, at the end.
     with ExitStack() as stack:
-        console = stack.enter_context(Console())
+        console = stack.enter_context(Console(waited=waited))
         writer = stack.enter_context(
             open_metrics(config.trainer, flat_config(config), checkpoint, console.note)
         )
@@ -87,6 +88,7 @@ def run_training(
             *summary_lines(config, derived),
             *_input_lines(inputs, Path(config.model.path), rewards),
             f"platform {platform.kind}: {platform.reason}",
+            f"logs       {output / LOGS_DIR}/: what libraries print, a file per process",
             *notes,
         ]
         console.header(lines, log.total_steps, checkpoint.manifest.step if checkpoint else 0)

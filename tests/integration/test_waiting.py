@@ -15,7 +15,7 @@ import ray
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.placement.cluster import ray_cluster, reserve
 from rlhf3d.placement.resources import Placement
-from rlhf3d.placement.waiting import WorkerFailure, gather, take_ready
+from rlhf3d.placement.waiting import WorkerFailure, gather, take_ready, waited, waiting_for
 
 
 class Worker:
@@ -46,6 +46,24 @@ def workers() -> Iterator[list]:
 def test_results_keep_their_order(workers: list) -> None:
     calls = {f"rank {i}": worker.answer.remote(i) for i, worker in enumerate(workers)}
     assert gather("phase", calls, 60) == [0, 1, 2]
+
+
+def test_who_is_waited_for_can_be_asked(workers: list) -> None:
+    """By work that goes on meanwhile, say, or by the thread that draws the live view."""
+    seen: list[list[str]] = []
+
+    def look() -> bool:
+        with waiting_for(["engine 0"], 0.0, 1.0):  # a wait inside the wait
+            if (wait := waited()) is not None:
+                seen.append(wait.names)
+        return True
+
+    calls = {f"rank {i}": worker.answer.remote(i) for i, worker in enumerate(workers)}
+    gather("phase", calls, 60, look)
+    assert seen[0] == ["rank 0", "rank 1", "rank 2"] and waited() is None
+    with pytest.raises(WorkerFailure):
+        gather("phase", {"rank 0": workers[0].fail.remote()}, 60)
+    assert waited() is None
 
 
 def test_what_has_ended_is_taken_and_the_rest_stays(workers: list) -> None:

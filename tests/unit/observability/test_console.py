@@ -1,11 +1,12 @@
 """Console output: plain text is exact and free of control characters.
 
-The live bar shows phase and ETA.
+What a terminal shows is tested in `live/`.
 """
 
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,34 +89,35 @@ def test_samples_must_pair() -> None:
         console.samples([SAMPLE, SAMPLE], [SAMPLE])
 
 
-def test_live_bar_shows_phase_and_eta_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "120")
-    clock = [0.0]
-    out = io.StringIO()
-    with Console(out, interactive=True, clock=lambda: clock[0]) as console:
-        console.header([], total_steps=10)
-        console.step({"timing_s/step": 30.0}, 1, 10)
-        with console.phase("generate"):
-            clock[0] = 7.0
-            assert console._progress is not None
-            console._progress.refresh()
-    text = out.getvalue()
-    assert "1/10 steps" in text
-    assert "generate 7s, eta 4:23" in text
-    assert text.endswith("\x1b[2K")  # the bar's line is erased
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"actor/ppo_kl": 0.0, "actor/kl_loss": 0.02}, "kl_ref 0.0200"),
+        ({"actor/reward_kl_penalty": 0.5, "actor/kl_loss": 0.02}, "kl_ref 0.5000"),
+        ({"actor/ppo_kl": 0.003}, "kl 0.0030"),
+    ],
+)
+def test_step_line_has_the_kl_to_the_reference_where_there_is_one(
+    metrics: dict[str, float], shown: str
+) -> None:
+    assert step_line(metrics, 2, 9) == f"step 2/9 │ {shown}"
 
 
-def test_the_terminal_is_given_back_when_a_phase_raises() -> None:
-    out = io.StringIO()
-    with (
-        pytest.raises(RuntimeError),
-        Console(out, interactive=True) as console,
-        console.phase("generate"),
-    ):
-        raise RuntimeError
-    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")
+@pytest.mark.parametrize(
+    ("variables", "live"),
+    [({}, True), ({"TERM": "dumb"}, False), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_a_view_needs_a_terminal_that_can_show_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], live: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    master, terminal = os.openpty()
+    with os.fdopen(master), os.fdopen(terminal, "w", encoding="utf-8") as file:
+        assert Console(file)._interactive == live
+    with open(os.devnull, "w", encoding="utf-8") as file:
+        assert not Console(file)._interactive
 
 
 def test_every_metric_shown_is_documented() -> None:
