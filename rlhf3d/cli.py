@@ -24,7 +24,7 @@ from rlhf3d.commands.plan import plan
 from rlhf3d.commands.rehearse import rehearse
 from rlhf3d.commands.replay import replay
 from rlhf3d.commands.reshard import reshard
-from rlhf3d.commands.results import compare, report, samples
+from rlhf3d.commands.results import compare, report, samples, watch
 from rlhf3d.commands.train import train
 from rlhf3d.launch.command import launch
 from rlhf3d.options import Commands, show_version
@@ -47,6 +47,7 @@ for _command in (
     evaluate,
     samples,
     report,
+    watch,
     compare,
     convert,
     inspect,

@@ -14,6 +14,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -79,6 +80,16 @@ def find_marked(mark: str, variable: str = _MARK) -> list[psutil.Process]:
             if process.environ().get(variable) == mark:
                 marked_processes.append(process)
     return marked_processes
+
+
+def has_open(path: Path) -> bool:
+    """Whether a process of this machine, of those that may be looked into, has a file open."""
+    wanted = str(path.resolve())
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path == wanted for file in process.open_files()):
+                return True
+    return False
 
 
 def allow_open_files(count: int) -> None:

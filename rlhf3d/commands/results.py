@@ -1,4 +1,4 @@
-"""`rlhf3d samples`, `report` and `compare`: look at what a run or an evaluation wrote."""
+"""`rlhf3d samples`, `report`, `watch` and `compare`: look at what a run or an evaluation wrote."""
 
 from __future__ import annotations
 
@@ -133,13 +133,41 @@ def report(
     from rlhf3d.observability.report import make_report
     from rlhf3d.trainer.run_page import PAGE_FILE, write_page
 
-    # By resolved path: a run given twice is shown once.
-    runs = list({run.resolve(): run for run in runs}.values())
+    runs = _distinct(runs)
     if output is None and len(runs) == 1:
         typer.echo(write_page(runs, runs[0] / PAGE_FILE))
         typer.echo(make_report(runs[0]))
         return
     typer.echo(write_page(runs, output or Path(PAGE_FILE)))
+
+
+def watch(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs (trainer.output_dir).")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: one that is free.")
+    ] = 0,
+) -> None:
+    """Serve the page of `report` on this machine only, made again with each step; Ctrl-C ends it.
+
+    A run may be without a step yet: the page waits for it.
+
+    Example: rlhf3d watch runs/quickstart
+    """
+    from rlhf3d.observability.page.serve import PageServer
+    from rlhf3d.trainer.live_page import LivePage
+
+    with PageServer(port, LivePage(_distinct(runs)).current) as server:
+        typer.echo(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            # It has no other end.
+            return
+
+
+def _distinct(runs: list[Path]) -> list[Path]:
+    """By resolved path: a run given twice is shown once."""
+    return list({run.resolve(): run for run in runs}.values())
 
 
 def compare(

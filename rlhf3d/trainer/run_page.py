@@ -21,6 +21,7 @@ from rlhf3d.observability.page.collect import (
     Planned,
     PlannedMemory,
     RunFacts,
+    RunView,
     Setting,
     collect,
     read_rows,
@@ -42,12 +43,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 def write_page(runs: Sequence[Path], output: Path) -> Path:
     """Write the page of the runs; returns it. ValueError for a folder that is no run's."""
-    found = [(run, read_rows(run)) for run in runs]
-    views = [collect(run, rows, run_facts(run, rows), len(found)) for run, rows in found]
+    views = view_all([(run, read_rows(run)) for run in runs])
     output.parent.mkdir(parents=True, exist_ok=True)
     # UTF-8 cannot hold half a surrogate pair, which a completion may have.
     output.write_text(render(views), encoding="utf-8", errors="backslashreplace")
     return output
+
+
+def view_all(found: Sequence[tuple[Path, Rows]]) -> list[RunView]:
+    """The runs of one page, each with its rows."""
+    return [collect(run, rows, run_facts(run, rows), len(found)) for run, rows in found]
 
 
 def run_facts(run: Path, rows: Rows) -> RunFacts:

@@ -50,20 +50,13 @@ NOT_FINITE = 1e9
 """JSON has no infinity."""
 
 
-def render(runs: Sequence[RunView]) -> str:
-    """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rlhf3d.observability.page", "assets"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"code": _code, "checks": fine_checks}
+def render(runs: Sequence[RunView], version: str = "") -> str:
+    """Return the page; `version`: of one that `rlhf3d watch` serves, which asks for the next."""
     scripts = [asset("uPlot.iife.min.js"), asset("page.js")]
-    return environment.get_template("page.html.j2").render(
+    if version:
+        scripts.append(asset("watch.js"))
+    return _template("page.html.j2").render(
+        version=version,
         title=" · ".join(run.name for run in runs),
         runs=runs,
         phases=[phase_table(run) for run in runs],
@@ -75,9 +68,53 @@ def render(runs: Sequence[RunView]) -> str:
         strides=[stride(len(training_rows(run.rows))) for run in runs],
         styles=[asset("uPlot.min.css"), asset("page.css")],
         scripts=scripts,
-        policy=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        policy=policy(scripts, bool(version)),
         data=embedded(page_data(runs)),
     )
+
+
+def render_waiting(version: str, status: Sequence[str]) -> str:
+    """The page that `rlhf3d watch` serves before there is anything to draw."""
+    script = asset("watch.js")
+    return _template("waiting.html.j2").render(
+        version=version,
+        status=status,
+        style=asset("page.css"),
+        script=script,
+        policy=policy([script], True),
+    )
+
+
+def watched_policy() -> str:
+    """The policy of both pages that are watched, for their HTTP header."""
+    return policy([asset("uPlot.iife.min.js"), asset("page.js"), asset("watch.js")], True)
+
+
+def policy(scripts: Sequence[str], watched: bool) -> str:
+    """Content-Security-Policy that allows these scripts, and nothing from elsewhere."""
+    parts = [
+        "default-src 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        "script-src " + " ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+    ]
+    return "; ".join([*parts, "connect-src 'self'"] if watched else parts)
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rlhf3d.observability.page", "assets"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _code, "checks": fine_checks}
+    return environment.get_template(name)
 
 
 def asset(name: str) -> str:

@@ -1,6 +1,6 @@
 // Draws what the page's data holds. Text of a run is only ever set as text.
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const faint = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
@@ -379,21 +379,26 @@ function chooseRun(number) {
   showTokens();
 }
 
-byId("groups-step").addEventListener("change", showGroups);
-byId("trajectory").addEventListener("change", showTokens);
-byId("color").addEventListener("change", showTokens);
-byId("worst").addEventListener("click", goToWorst);
-byId("token-text").addEventListener("click", (event) => {
-  if (event.target.dataset.place !== undefined) tellToken(event.target);
-});
-if (byId("run")) {
-  byId("run").addEventListener("change", (event) => {
-    chooseRun(+event.target.value);
-    drawAll();
+// Begins with the page's elements and data, which may be new ones (watch.js).
+function start() {
+  byId("groups-step").addEventListener("change", showGroups);
+  byId("trajectory").addEventListener("change", showTokens);
+  byId("color").addEventListener("change", showTokens);
+  byId("worst").addEventListener("click", goToWorst);
+  byId("token-text").addEventListener("click", (event) => {
+    if (event.target.dataset.place !== undefined) tellToken(event.target);
   });
+  if (byId("run")) {
+    byId("run").value = chosenRun;
+    byId("run").addEventListener("change", (event) => {
+      chooseRun(+event.target.value);
+      drawAll();
+    });
+  }
+  chooseRun(chosenRun);
+  drawAll();
 }
-chooseRun(0);
-drawAll();
+start();
 
 let width = innerWidth, waiting = null;
 addEventListener("resize", () => {
