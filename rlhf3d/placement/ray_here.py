@@ -1,7 +1,8 @@
 """Ray's own processes on this machine, where the run starts them.
 
 Invariant: signals that ask the run to stop do not reach them; the death of one that Ray needs is
-found within a second and ends every wait on Ray; when `end` returns, none of them is left.
+found within a second and ends every wait on Ray; when `end` returns, none of them is left, and no
+call starts them again.
 Runs in: driver.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import services
+from ray._private import auto_init_hook, services
 from ray._private import worker as ray_driver
 
 from rlhf3d.placement.waiting import exit_on_timeout, ray_ended, set_ray_ended
@@ -98,6 +99,9 @@ class RayHere:
     def __init__(self) -> None:
         # It belongs to the process: what an earlier Ray left must not end waits on this one.
         set_ray_ended(None)
+        # Else a call of an actor of a Ray that has ended starts another one, which nobody ends.
+        assert hasattr(auto_init_hook, "enable_auto_connect"), "Ray starts itself in another way"
+        auto_init_hook.enable_auto_connect = False
         self._mark: str | None = None
         self._needed: dict[str, psutil.Process] = {}
         self._closing = threading.Event()

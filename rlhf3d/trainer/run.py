@@ -7,6 +7,7 @@ Runs in: driver.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +20,7 @@ from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, RewardConfig
 from rlhf3d.config.summary import summary_lines
 from rlhf3d.experience.environments import start_environments
+from rlhf3d.experience.source import ExperienceSource
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
@@ -117,6 +119,9 @@ def _train(
 ) -> int:
     """Run the loop and show what came out; the exit code."""
     components, console = assembly.components(stack, preemption), assembly.log.console
+    # However the run ends, before Ray does: Python ends what is under way with its last reference,
+    # and that tells engines.
+    stack.callback(_give_up, components.source)
     trainer = Trainer(assembly.config, components)
     if checkpoint is not None:
         # Before the first sync: the engines get what is loaded here.
@@ -143,6 +148,14 @@ def _train(
         return 0
     show_results(Path(assembly.config.trainer.output_dir), console, last)
     return 0
+
+
+def _give_up(source: ExperienceSource) -> None:
+    """End what is under way; what goes wrong in it hides no other error."""
+    try:
+        source.close()
+    except Exception:
+        logging.getLogger(__name__).exception("what was under way did not end in order")
 
 
 def _reward_manager(reward: RewardConfig, rule: RewardFunction | None) -> RewardManager:

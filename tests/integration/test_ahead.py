@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.jobs import (
+    left_behind,
     read_rows,
     saved_steps,
     signal_everyone,
@@ -143,6 +144,16 @@ def test_engines_that_die_lose_no_sample(moments: str, steps: int, undisturbed: 
     assert asked(run) == asked(undisturbed)[:steps]
     for step in range(1, steps + 1):
         assert ages(run, step) <= {0, 1}
+
+
+@pytest.mark.timeout(300)
+def test_interrupted_while_it_writes_ahead_it_ends_at_once(undisturbed: Path) -> None:
+    """Engines are told to stop while there is a Ray to tell it by."""
+    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("interrupted")
+    settings = (*JOB, f"trainer.output_dir={run}", "data.max_response_length=400")
+    code, text = stop_at(job, 2, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
+    assert code == 130 and "interrupted" in text, text
+    assert "Traceback" not in text and left_behind() == set()
 
 
 @pytest.mark.full

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import RaySystemError
 
 from rlhf3d.placement import ray_here
 
@@ -63,3 +65,13 @@ def test_another_way_to_look_for_the_node_is_a_fault(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray_here.ray, "init", lambda **settings: None)
     with pytest.raises(AssertionError, match="no longer looks"):
         ray_here._init(60.0)
+
+
+def test_a_call_after_the_end_starts_no_other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: Any) -> None:
+        raise AssertionError("Ray starts itself")
+
+    monkeypatch.setattr(ray, "init", init)
+    ray_here.RayHere()
+    with pytest.raises(RaySystemError):
+        ray.put(1)
