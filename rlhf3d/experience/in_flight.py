@@ -206,6 +206,8 @@ class InFlight:
         self._ended = self._ended.take(self._loaded_ends)
         of_group: dict[int, list[TrajectoryRequest]] = {}
         for request in queued.requests:
+            # As the configuration has it by now: a shorter context has no room for longer answers.
+            request = replace(request, sampling=self._source.sampling)
             of_group.setdefault(request.group, []).append(request)
         self._waiting.extend(of_group.values())
 
@@ -253,13 +255,15 @@ class InFlight:
     def _take(self, group: _Group, experience: Experience) -> None:
         """Keep a group that has ended, unless it is not to be trained on."""
         self._ended.groups[group.number] = experience
-        self._tell_script(experience)
         self._keep(group, experience)
+        self._tell_script(experience, group.experience is not None)
         if self._script is not None:
             return  # more may have ended by now than in the run, which went on
         self._check_failures()
-        limit = self._settings.max_generated
-        if limit is not None and len(self._ended.groups) > limit:
+        limit, ended = self._settings.max_generated, len(self._ended.groups)
+        # While ranks train, more may end than one step needs.
+        lacking = len(self._complete) < self._settings.groups
+        if limit is not None and ended > limit and lacking:
             raise TooFewGroups(self._ended.too_few(limit, self._settings.metric))
 
     def _keep(self, group: _Group, experience: Experience) -> None:
@@ -293,11 +297,18 @@ class InFlight:
         values, ids = experience.metric(metric), experience.group_ids
         return bool(groups_with_signal(values, experience.written, ids).any())
 
-    def _tell_script(self, experience: Experience) -> None:
-        """Have the run that is repeated look whether it asked for more of these trajectories."""
-        if self._script is not None:
-            for one in (*experience.trajectories, *experience.left_out):
-                self._script.ended(one.trajectory.name)
+    def _tell_script(self, experience: Experience, kept: bool) -> None:
+        """Have the run that is repeated look whether it asked for more of these trajectories, and,
+        where they are not `kept`, whether it trained on them.
+        """
+        if self._script is None:
+            return
+        ended = (*experience.trajectories, *experience.left_out)
+        names = [one.trajectory.name for one in ended]
+        for name in names:
+            self._script.ended(name)
+        if not kept:
+            self._script.not_trained(names)
 
     def _begin_groups(self) -> None:
         """Begin groups as long as all under way can be trained on in time."""
@@ -441,6 +452,7 @@ class _Ended:
             "filter_groups/generated": float(ended),
             "filter_groups/kept_share": 1 - len(self.without_signal) / max(1, ended),
             "train/num_gen_batches": ended / groups,
+            "perf/generated_tokens": float(sum(self.lengths)),
         }
         # A step may be of groups that all ended before the last one.
         if rewards := [group.rewards for group in self.groups.values()]:

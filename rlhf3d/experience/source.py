@@ -106,6 +106,11 @@ class OnPolicy:
         self._served_version = served_version
         self._requests: Requests | None = None
 
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Of its requests."""
+        return self._settings.sampling
+
     def draw(self, step: int) -> Steps[Experience]:
         """`n` scored trajectories of each of the loader's next prompts."""
         # Asked again within a step, the same object counts on: a prompt that comes again in it gets

@@ -86,6 +86,8 @@ class RolloutGroup:
         """What goes on while requests are waited for that the script has next; see `gather`."""
         self._held: dict[int, int] = {}
         """Requests that the script has for later: the caller's number by the engines'."""
+        self._held_up_s = 0.0
+        """Seconds waited for them alone, since the script had something for an engine."""
         self._settings, self._placement, self._reserved = settings, placement, reserved
         self._bundles, self._threads = bundles, threads
         self._in_flight = settings.rollout.update == "in_flight"
@@ -172,6 +174,7 @@ class RolloutGroup:
     ) -> dict[str, Reply[R]]:
         """Start a command on every rank of an engine; the script must have it next."""
         if self.script is not None:
+            self._held_up_s = 0.0
             self.script.tell(engine.number, method.__name__, args)
         return engine.call(method, *args)
 
@@ -226,6 +229,7 @@ class RolloutGroup:
         """Tell engines what the script has next about requests, as far as all of it has come."""
         for engine in self.engines:
             while (given := script.next_of_requests(engine.number)) is not None:
+                self._held_up_s = 0.0
                 if isinstance(given, list):
                     engine.send(VLLMEngine.abort, given, alone=False)
                     continue
@@ -262,7 +266,7 @@ class RolloutGroup:
             self._follow(self.script)
             if not completions and not self._unfinished and self._held:
                 self.script.check_end()
-                time.sleep(min(timeout_s, SHORT_S))  # engines have nothing that could be waited for
+                self._wait_for_script(self.script, min(timeout_s, SHORT_S))
         self._left_at = time.monotonic()
         return completions
 
@@ -273,6 +277,16 @@ class RolloutGroup:
         names = [f"engine {one.number} ({unfinished} requests)" for one, unfinished in busy.items()]
         since = min((engine.moved_at for engine in busy), default=time.monotonic())
         return waiting_for(names, since, self.timeout_s)
+
+    def _wait_for_script(self, script: Script, seconds: float) -> None:
+        """Wait where engines have nothing that could be waited for, but not for ever.
+
+        The trainer may have the script's next command, but not while it waits for these requests.
+        """
+        time.sleep(seconds)
+        self._held_up_s += seconds
+        if self._held_up_s > self.timeout_s:
+            raise Divergence(f"after {self.timeout_s:.0f} s {script.lacks()}")
 
     def abort(self, numbers: Collection[int]) -> None:
         """See `Engines.abort`."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import chain
 
 from rlhf3d.placement.journal import Command, Made, Segment, asked, trajectory_of
 from rlhf3d.rollout.api import Request
@@ -68,8 +67,10 @@ class Script:
         """Numbers of those that were completed or dropped."""
         self._made = {name: deque(made) for name, made in segment.made.items()}
         self._trained = segment.begin
-        self._wanted = frozenset(chain.from_iterable(segment.steps.values()))
-        """Trajectories of which the journal has all requests."""
+        self._step_of: dict[str, int] = {}
+        """That trained on a trajectory: of these the journal has all requests."""
+        for step, names in segment.steps.items():
+            self._step_of |= dict.fromkeys(names, step)
 
     @property
     def began(self) -> datetime:
@@ -114,6 +115,18 @@ class Script:
                 when = self._when(*places[0][:2])
                 raise Divergence(f"{trajectory} has ended, and in the run {name} followed ({when})")
 
+    def not_trained(self, trajectories: Iterable[str]) -> None:
+        """A group is not to be trained on. Raises Divergence where a repeated step has done so.
+
+        Without it, the step would wait for that group for ever.
+        """
+        for name in trajectories:
+            if (step := self._step_of.get(name, self.until + 1)) <= self.until:
+                raise Divergence(
+                    f"{name} is not to be trained on (its group failed, or its rewards do not "
+                    f"differ), and in the run step {step} trained on it"
+                )
+
     def check_end(self) -> None:
         """Raise EndOfScript where the steps are complete and the journal says nothing more.
 
@@ -129,7 +142,7 @@ class Script:
         places = self._places.get(here.name)
         if not places:
             # Of others it is not known what followed the end of the journal.
-            if trajectory_of(here.name) in self._wanted:
+            if trajectory_of(here.name) in self._step_of:
                 raise Divergence(f"request {here.name} is none of the run's, which has its others")
             self._beyond.append(here.name)
             return

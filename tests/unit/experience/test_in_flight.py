@@ -174,6 +174,20 @@ def test_a_stop_loses_and_repeats_nothing(seed: int, staleness: int, stop: int) 
     assert drawn == [2] * STEPS * GROUPS * N
 
 
+def test_what_is_begun_again_is_sampled_as_the_configuration_says_now(tmp_path: Path) -> None:
+    first, second = Run(0, staleness=2), Run(0, staleness=2)
+    first.step(1)
+    first.source.save(tmp_path / "experience")
+    second.trained = second.engines.version = 1
+    now = SamplingSettings(temperature=0.5, max_tokens=3)
+    drawing = OnPolicySettings(n=N, sampling=now, seed=0)
+    second.source._source._settings = drawing
+    second.source.load_state_dict(first.source.state_dict())
+    second.source.load(tmp_path / "experience")
+    again = [request for group in second.source._waiting for request in group]
+    assert again and all(request.sampling == now for request in again)
+
+
 def test_after_steps_that_drew_their_own_batches_it_goes_on_as_the_next_one() -> None:
     """No name or seed is used again, and nothing is drawn that no step takes."""
     run = Run(0, staleness=2)
@@ -220,6 +234,7 @@ def test_groups_without_signal_are_replaced_and_counted() -> None:
     assert sorted(experience.rewards.tolist()) == [0.0] * 3 + [1.0] * 3
     generated = experience.metrics["filter_groups/generated"]
     assert generated > GROUPS
+    assert experience.metrics["perf/generated_tokens"] == generated * N * 2
     right = sum(number % 2 for number in range(1, int(generated) + 1))
     score = experience.metrics["filter_groups/generated_score/mean"]
     assert score == pytest.approx(right / (generated * N))
@@ -229,6 +244,22 @@ def test_what_cannot_be_filled_says_so() -> None:
     run = Run(0, staleness=1, metric="score", max_generated=7)
     with pytest.raises(TooFewGroups, match="of 8 groups that ended for one step 8 do not differ"):
         run.step(1)
+
+
+def test_groups_that_end_while_ranks_train_are_not_too_many() -> None:
+    """All have signal: whatever waits, each step is filled by the first that end."""
+
+    class Signal(Scores):
+        def start(self, total: int, judged_by: int) -> FakeRewards:
+            return FakeRewards({0: 1.0})
+
+    run = Run(0, staleness=3, metric="score", max_generated=GROUPS)
+    rewards: Any = Signal()
+    object.__setattr__(run.source._collector, "rewards", rewards)
+    generated = [
+        run.step(step, looks=60).metrics["filter_groups/generated"] for step in range(1, STEPS + 1)
+    ]
+    assert max(generated) > GROUPS and sum(generated) == STEPS * GROUPS
 
 
 def test_scoring_that_fails_for_all_is_no_score_of_zero() -> None:

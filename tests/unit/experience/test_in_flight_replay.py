@@ -153,7 +153,11 @@ class Loader:
 
 
 def run(
-    folder: Path, seed: int, script: Script | None = None, turns: int = TURNS
+    folder: Path,
+    seed: int,
+    script: Script | None = None,
+    turns: int = TURNS,
+    metric: str | None = None,
 ) -> list[Experience]:
     """What each step trained on; `seed` is of the times alone."""
     folder.mkdir()
@@ -188,7 +192,7 @@ def run(
         )
         drawing = OnPolicySettings(n=N, sampling=SamplingSettings(max_tokens=300), seed=0)
         source = InFlight(
-            InFlightSettings(GROUPS, N, STALENESS, STEPS),
+            InFlightSettings(GROUPS, N, STALENESS, STEPS, metric=metric),
             OnPolicy(drawing, loader, collector, lambda: served),  # type: ignore[arg-type]
             collector,
             desks,
@@ -249,3 +253,12 @@ def test_a_run_in_flight_is_repeated_whatever_the_times_are(tmp_path: Path) -> N
         (segment,) = read_journal(tmp_path / "run")
         with pytest.raises(Divergence, match=named):
             run(tmp_path / f"turns{turns}", 4, Script(segment), turns)
+
+
+@pytest.mark.timeout(60)
+def test_rewards_with_which_a_group_is_not_trained_on_are_named(tmp_path: Path) -> None:
+    """As where a reward function was edited: its step waits for none that does not come."""
+    run(tmp_path / "run", seed=0)
+    (segment,) = read_journal(tmp_path / "run")
+    with pytest.raises(Divergence, match=r"is not to be trained on .* in the run step \d"):
+        run(tmp_path / "again", 0, Script(segment), metric="acc")

@@ -159,3 +159,21 @@ def test_engines_repeat_a_run_whenever_requests_come(tmp_path: Path) -> None:
         engines_of(tmp_path / "shorter", script, timeout_s=2) as engines,
     ):
         talk(engines, seed=4, turns=2)
+
+
+def test_requests_that_the_run_did_not_make_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """As where a step needs more of them, while the next command is the trainer's."""
+    with engines_of(tmp_path / "run") as engines:
+        engines.submit({0: turn(0, 0)})
+        while not engines.poll(1):
+            pass
+        engines.cached_tokens()
+    script = Script(read_journal(tmp_path / "run")[0])
+    named = r"after 1 s cached_tokens did not come .*requests that the run has not: b0\.p1"
+    with engines_of(tmp_path / "again", script, timeout_s=1) as engines:
+        engines.submit({0: turn(0, 0), 1: turn(1, 0)})
+        with pytest.raises(Divergence, match=named):
+            for _ in range(100):
+                engines.poll(0.0)  # in the background, where the trainer goes on, no time counts
+                engines.poll(1)
+        engines.cached_tokens()
