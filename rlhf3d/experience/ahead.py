@@ -77,6 +77,8 @@ class Ahead:
         self._engines_waited_s = 0.0
         """Seconds that they have since waited for other weights."""
         self._going_on = False
+        self.settle_s = 0.0
+        """See `ExperienceSource`: as long as the last batch took."""
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -216,6 +218,7 @@ class Ahead:
             "async/overlap_share": 1 - min(1.0, draw.waited_s / drawn_s),
         }
         if self._staleness:
+            self.settle_s = drawn_s
             experience = replace(experience, metrics=experience.metrics | metrics)
         self._ready[draw.step] = experience
         self._drawn, self._state = draw.step, self._source.state_dict()

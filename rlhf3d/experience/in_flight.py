@@ -74,6 +74,9 @@ class _Group:
 class InFlight:
     """Keeps groups under way all the time, and hands complete ones to each step."""
 
+    settle_s = 0.0
+    """See `ExperienceSource`: nothing is waited for."""
+
     def __init__(
         self,
         settings: InFlightSettings,
@@ -364,8 +367,9 @@ class InFlight:
         if len(batch) < settings.groups:
             return None
         # Those that `later` further steps must be through with are more than these can take.
-        for later in range(settings.staleness + 1):
-            due = version - settings.staleness + later
+        oldest_due = version - settings.staleness
+        for due in range(max(0, oldest_due), version + 1):
+            later = due - oldest_due
             under_way = sum(g.version <= due for g in chain(self._complete, self._running))
             taken = sum(group.version <= due for group in batch)
             if under_way - taken > later * settings.groups:

@@ -31,6 +31,9 @@ from rlhf3d.rollout.api import SamplingSettings
 class ExperienceSource(Protocol):
     """What the trainer asks for the experience of each step."""
 
+    settle_s: float
+    """Seconds that `settle` may take, by what was made before."""
+
     def next_batch(self, step: int) -> Experience:
         """The experience of a step. Raises what making it raised."""
 

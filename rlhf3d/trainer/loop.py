@@ -99,4 +99,5 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _stop_reason(self) -> str | None:
-        return self.run.preemption.reason(self.run.checkpoints.save_s)
+        run = self.run
+        return run.preemption.reason(run.source.settle_s + run.checkpoints.save_s)

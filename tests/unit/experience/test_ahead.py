@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,21 @@ def test_without_staleness_the_trainer_alone_waits() -> None:
         assert batch.metrics == {"sync/of": step - 1}, "no figures of what is ahead"
         assert not experience.go_on()
         policy.trained = step
+
+
+def test_a_stop_counts_with_the_batch_that_it_waits_for() -> None:
+    """In turn nothing is ahead, however long a batch takes."""
+
+    class Sleeping(Slow):
+        def draw(self, step: int) -> Steps[Experience]:
+            time.sleep(0.05)
+            return (yield from super().draw(step))
+
+    for staleness, at_least in ((0, 0.0), (1, 0.05)):
+        policy = Policy()
+        source = ahead(Sleeping(policy), policy, staleness)
+        train(source, policy, 1)
+        assert (source.settle_s > 0) == (at_least > 0) and source.settle_s >= at_least
 
 
 def test_a_failure_is_raised_where_its_batch_is_wanted() -> None:

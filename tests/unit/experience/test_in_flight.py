@@ -201,6 +201,13 @@ def test_after_steps_that_drew_their_own_batches_it_goes_on_as_the_next_one() ->
     assert not run.source._complete and not run.source.go_on()
 
 
+@pytest.mark.timeout(20)
+def test_a_bound_that_no_run_reaches_costs_nothing() -> None:
+    run = Run(0, staleness=10**8)
+    seen = [index for step in range(1, STEPS + 1) for index in asked(run.step(step, looks=9))]
+    assert sorted(seen) == list(range(STEPS * GROUPS))
+
+
 def test_engines_that_had_nothing_to_do_are_seen() -> None:
     run = Run(0, staleness=1)
     assert run.step(1).metrics["async/engines_waited_s"] < 0.05

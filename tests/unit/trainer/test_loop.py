@@ -292,6 +292,14 @@ def test_code_of_the_users_that_fails_leaves_the_last_step_saved(
     assert fakes.saves == [(1, True)] and fakes.rows == [1]
 
 
+def test_a_time_limit_leaves_room_for_what_a_save_waits_for(tmp_path: Path) -> None:
+    trainer, fakes = make_trainer(tmp_path, [1.0, 0.0] * 4)
+    fakes.components.preemption.limit_s = 1000.0
+    fakes.components.source.settle_s = 990.0
+    assert "a save of 990 s" in (trainer.fit() or "")
+    assert fakes.rows == [1] and fakes.saves == [(1, True)]
+
+
 def test_ppo_runs_every_phase(tmp_path: Path) -> None:
     trainer, fakes = make_trainer(
         tmp_path, [1.0, 0.0, 0.0, 0.0], algorithm={"use_kl_in_reward": True}
