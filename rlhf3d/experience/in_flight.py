@@ -262,7 +262,9 @@ class InFlight:
         self._tell_script(experience, group.experience is not None)
         if self._script is not None:
             return  # more may have ended by now than in the run, which went on
-        self._check_failures()
+        scores = [one.score for one in (*experience.trajectories, *experience.left_out)]
+        if any(score.failed or score.unfinished for score in scores):  # else none is one too many
+            self._check_failures()
         limit, ended = self._settings.max_generated, len(self._ended.groups)
         # While ranks train, more may end than one step needs.
         lacking = len(self._complete) < self._settings.groups
