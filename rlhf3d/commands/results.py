@@ -130,10 +130,11 @@ def report(
     Example: rlhf3d report runs/quickstart
     """
     check_output("--output", output, is_file=True)
+    from rlhf3d.observability.page.collect import names_of
     from rlhf3d.observability.report import make_report
     from rlhf3d.trainer.run_page import PAGE_FILE, write_page
 
-    runs = _distinct(runs)
+    runs = list(names_of(runs))
     if output is None and len(runs) == 1:
         typer.echo(write_page(runs, runs[0] / PAGE_FILE))
         typer.echo(make_report(runs[0]))
@@ -153,21 +154,17 @@ def watch(
 
     Example: rlhf3d watch runs/quickstart
     """
+    from rlhf3d.observability.page.collect import names_of
     from rlhf3d.observability.page.serve import PageServer
     from rlhf3d.trainer.live_page import LivePage
 
-    with PageServer(port, LivePage(_distinct(runs)).current) as server:
+    with PageServer(port, LivePage(list(names_of(runs))).current) as server:
         typer.echo(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             # It has no other end.
             return
-
-
-def _distinct(runs: list[Path]) -> list[Path]:
-    """By resolved path: a run given twice is shown once."""
-    return list({run.resolve(): run for run in runs}.values())
 
 
 def compare(
@@ -180,12 +177,8 @@ def compare(
     """
     from rlhf3d.observability.curves import draw_comparison
     from rlhf3d.observability.metrics import read_metrics
+    from rlhf3d.observability.page.collect import names_of
 
     check_output("--output", output, is_file=True)
-    # By resolved path: a run given twice is drawn once.
-    names = {run.resolve(): run.resolve().name for run in runs}
-    if len(set(names.values())) < len(names):
-        # Runs of the same name: tell them apart by their complete paths.
-        names = {run: str(run) for run in names}
-    draw_comparison({name: read_metrics(run) for run, name in names.items()}, output)
+    draw_comparison({name: read_metrics(run) for run, name in names_of(runs).items()}, output)
     typer.echo(output)

@@ -24,6 +24,7 @@ from rlhf3d.observability.page.collect import (
     RunView,
     Setting,
     collect,
+    names_of,
     read_rows,
 )
 from rlhf3d.observability.page.render import render
@@ -43,7 +44,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def write_page(runs: Sequence[Path], output: Path) -> Path:
     """Write the page of the runs; returns it. ValueError for a folder that is no run's."""
-    views = view_all([(run, read_rows(run)) for run in runs])
+    views = view_all([(run, read_rows(run)) for run in names_of(runs)])
     output.parent.mkdir(parents=True, exist_ok=True)
     # UTF-8 cannot hold half a surrogate pair, which a completion may have.
     output.write_text(render(views), encoding="utf-8", errors="backslashreplace")
@@ -52,7 +53,10 @@ def write_page(runs: Sequence[Path], output: Path) -> Path:
 
 def view_all(found: Sequence[tuple[Path, Rows]]) -> list[RunView]:
     """The runs of one page, each with its rows."""
-    return [collect(run, rows, run_facts(run, rows), len(found)) for run, rows in found]
+    names = names_of(run for run, _ in found)
+    return [
+        collect(run, names[run], rows, run_facts(run, rows), len(found)) for run, rows in found
+    ]
 
 
 def run_facts(run: Path, rows: Rows) -> RunFacts:

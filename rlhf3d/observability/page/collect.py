@@ -6,7 +6,7 @@ Invariant: only reads; what a folder lacks is empty in the value, and what other
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,16 @@ class RunView:
     trajectories: Sequence[Shown]
 
 
+def names_of(runs: Iterable[Path]) -> dict[Path, str]:
+    """A name for each run; one that is given twice counts once."""
+    found = {run.resolve(): run for run in runs}
+    names = {run: resolved.name for resolved, run in found.items()}
+    if len(set(names.values())) < len(names):
+        # Runs of the same name: tell them apart by their complete paths.
+        return {run: str(resolved) for resolved, run in found.items()}
+    return names
+
+
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The run's metrics. ValueError for a folder that is none, or before the first step."""
     rows = read_metrics(run)
@@ -101,12 +111,12 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def collect(
-    run: Path, rows: Sequence[Mapping[str, Any]], facts: RunFacts, runs: int = 1
+    run: Path, name: str, rows: Sequence[Mapping[str, Any]], facts: RunFacts, runs: int = 1
 ) -> RunView:
     """Read what a run wrote; `runs`: how many share the page, and the room for texts."""
     steps, pairs = prompt_pairs(run, CHARACTERS // 4 // runs)
     return RunView(
-        name=run.resolve().name,
+        name=name,
         folder=str(run),
         rows=rows,
         verdict=judge(rows),

@@ -34,7 +34,7 @@ def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
     write_samples(run, 40, [sample("p", text, 1.0), sample("p", "b", 0.0)])
     write_tokens(run, 40, [trajectory(0, 0.9, ["a", text, "c"])])
     page = tmp_path / "page.html"
-    page.write_text(render([collect(run, read_rows(run), RunFacts())]), encoding="utf-8")
+    page.write_text(render([collect(run, run.name, read_rows(run), RunFacts())]), encoding="utf-8")
     command = [
         str(CHROMIUM),
         "--headless=new",

@@ -21,7 +21,7 @@ from support.page_runs import (
 
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.page.charts import POINTS
-from rlhf3d.observability.page.collect import RunFacts, Setting, collect, read_rows
+from rlhf3d.observability.page.collect import RunFacts, Setting, collect, names_of, read_rows
 from rlhf3d.observability.page.render import render
 from rlhf3d.observability.samples import write_samples
 from rlhf3d.observability.tokens import write_tokens
@@ -59,7 +59,10 @@ class Parsed(HTMLParser):
 
 def page_of(*runs: Path, facts: RunFacts | None = None) -> str:
     """The page, as it is written."""
-    views = [collect(run, read_rows(run), facts or RunFacts(), len(runs)) for run in runs]
+    views = [
+        collect(run, name, read_rows(run), facts or RunFacts(), len(runs))
+        for run, name in names_of(runs).items()
+    ]
     return render(views).encode("utf-8", "backslashreplace").decode()
 
 
@@ -163,6 +166,13 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     lines = {chart["id"]: [line["run"] for line in chart["lines"]] for chart in data["charts"]}
     assert lines["reward"] == [0, 1, 2] and lines["held_out"] == [0] and lines["entropy"] == [0, 1]
     assert data["runs"] == ["one", "two", "three"] and html.count("Is it learning?") == 3
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_rows(tmp_path / part / "run", healthy_rows(3)) for part in "ab"]
+    assert names_of([runs[0], runs[0]]) == {runs[0]: "run"}
+    data = Parsed(page_of(*runs, runs[0])).data
+    assert data["runs"] == [str(run.resolve()) for run in runs]
 
 
 @pytest.mark.parametrize(
