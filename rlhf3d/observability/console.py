@@ -17,10 +17,16 @@ from typing import Any, TextIO
 from rich.table import Table
 from rich.text import Text
 
-from rlhf3d.observability.live.picture import KL_TO_REFERENCE, picture
+from rlhf3d.observability.live.picture import picture
 from rlhf3d.observability.live.screen import Captured, LiveTerminal, Screen, fit
 from rlhf3d.observability.live.state import RunState, Waited
-from rlhf3d.observability.metrics import STEP_TIME, TIMING, validation_accuracy, validation_reward
+from rlhf3d.observability.metrics import (
+    KL_TO_REFERENCE,
+    STEP_TIME,
+    TIMING,
+    validation_accuracy,
+    validation_reward,
+)
 from rlhf3d.observability.samples import Sample, printable
 from rlhf3d.terminal import Terminal
 from rlhf3d.units import format_clock

@@ -23,6 +23,8 @@ from rlhf3d.observability.trackers.follow import Trackers
 METRICS_FILE = "metrics.jsonl"
 TIMING = "timing_s/"
 STEP_TIME = "timing_s/step"
+KL_TO_REFERENCE = ("actor/reward_kl_penalty", "actor/kl_loss")
+"""In the reward, else in the loss; an update without a reference has neither."""
 Key = TypeVar("Key", str, tuple[str, str])
 
 

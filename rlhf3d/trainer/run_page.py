@@ -54,9 +54,7 @@ def write_page(runs: Sequence[Path], output: Path) -> Path:
 def view_all(found: Sequence[tuple[Path, Rows]]) -> list[RunView]:
     """The runs of one page, each with its rows."""
     names = names_of(run for run, _ in found)
-    return [
-        collect(run, names[run], rows, run_facts(run, rows), len(found)) for run, rows in found
-    ]
+    return [collect(run, names[run], rows, run_facts(run, rows), len(found)) for run, rows in found]
 
 
 def run_facts(run: Path, rows: Rows) -> RunFacts:

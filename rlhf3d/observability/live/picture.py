@@ -17,12 +17,10 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from rlhf3d.observability.live.state import RunState, Waited
-from rlhf3d.observability.metrics import STEP_TIME
+from rlhf3d.observability.metrics import KL_TO_REFERENCE, STEP_TIME
 from rlhf3d.observability.samples import printable
 from rlhf3d.units import format_clock
 
-KL_TO_REFERENCE = ("actor/reward_kl_penalty", "actor/kl_loss")
-"""In the reward, else in the loss; an update without a reference has neither."""
 STALENESS = "training/off_policy/trajectory_staleness_worst"
 
 FIGURES = (

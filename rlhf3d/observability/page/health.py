@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import fmean
 
+from rlhf3d.observability.metrics import KL_TO_REFERENCE
 from rlhf3d.observability.page.findings import ORDER, Finding, share
 from rlhf3d.observability.page.learning import EARLY_STEPS
 from rlhf3d.observability.page.trends import (
@@ -118,15 +119,9 @@ def entropy(rows: Rows, learns: bool) -> Finding | None:
     return Finding("good", "It explores", text, chart="entropy")
 
 
-def reference_kl_name(rows: Rows) -> str | None:
-    """KL to the reference: in the loss, in the reward, or not measured."""
-    names = ("actor/kl_loss", "actor/reward_kl_penalty")
-    return next((name for name in names if values(rows, name)), None)
-
-
 def reference_kl(rows: Rows, learns: bool) -> Finding | None:
     """How far it has gone from the model that it started from."""
-    name = reference_kl_name(rows)
+    name = next((name for name in KL_TO_REFERENCE if values(rows, name)), None)
     if name is None:
         return Finding(
             "unknown",
