@@ -13,7 +13,7 @@
   const hold = document.createElement("input");
   hold.type = "checkbox";
   const label = document.createElement("label");
-  label.append(hold, " hold the page as it is");
+  label.append(hold, " hold the page");
   place.replaceChildren(lines, label);
   label.hidden = !document.getElementById("data"); // nothing to hold yet
   document.body.prepend(place);
