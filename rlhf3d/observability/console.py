@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rlhf3d.observability.live.picture import picture
 from rlhf3d.observability.live.screen import Captured, LiveTerminal, Screen, fit
-from rlhf3d.observability.live.state import RunState, Waited
+from rlhf3d.observability.live.state import MemoryPlanned, RunState, Waited
 from rlhf3d.observability.metrics import (
     KL_TO_REFERENCE,
     STEP_TIME,
@@ -87,13 +87,18 @@ class Console:
         self._screen: Screen | None = None
 
     def header(
-        self, lines: Sequence[str], total_steps: int | None = None, done_steps: int = 0
+        self,
+        lines: Sequence[str],
+        total_steps: int | None = None,
+        done_steps: int = 0,
+        planned: MemoryPlanned | None = None,
     ) -> None:
         """Print the description of the run, below which a terminal shows the view from now on.
 
-        `total_steps` and the steps a resumed run has behind it set its bar.
+        `total_steps` and the steps a resumed run has behind it set its bar; `planned`: the memory
+        that the view shows beside what is measured.
         """
-        self._state = replace(self._state, step=done_steps, total=total_steps)
+        self._state = replace(self._state, step=done_steps, total=total_steps, planned=planned)
         for line in lines:
             self._line(line)
         if self._interactive:

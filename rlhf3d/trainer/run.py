@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlhf3d.checkpoints.identity import identity_state
 from rlhf3d.checkpoints.resume import Checkpoint, flat_config
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, RewardConfig
@@ -36,6 +37,7 @@ from rlhf3d.trainer.loop import Trainer
 from rlhf3d.trainer.preemption import PREEMPTED, PreemptionHandler
 from rlhf3d.trainer.processes import start_processes
 from rlhf3d.trainer.results import reported_only, show_finished, show_results
+from rlhf3d.trainer.run_page import planned_memory
 from rlhf3d.trainer.start import (
     load_checkpoint,
     open_journal,
@@ -69,7 +71,7 @@ def run_training(
     if checkpoint is not None:  # here already: other data are refused before anything is started
         inputs.loader.load_state_dict(checkpoint.state["loader"])
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    (output / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
     setup_logging(output, "driver")
     # The stack ends what is started below, the last one first: engines before Ray, the console and
     # the metrics file, which the ending may still write to, at the end.
@@ -93,7 +95,8 @@ def run_training(
             f"logs       {output / LOGS_DIR}/: what libraries print, a file per process",
             *notes,
         ]
-        console.header(lines, log.total_steps, checkpoint.manifest.step if checkpoint else 0)
+        done_steps = checkpoint.manifest.step if checkpoint else 0
+        console.header(lines, log.total_steps, done_steps, planned_memory(output / CONFIG_FILE))
         # Early too: the process that environments are forked from should have little in it.
         runner = start_environments(
             stack,

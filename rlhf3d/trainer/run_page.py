@@ -17,6 +17,7 @@ from rlhf3d.checkpoints.resume import flat_config
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
+from rlhf3d.observability.live.state import MemoryPlanned
 from rlhf3d.observability.page.collect import (
     Planned,
     PlannedMemory,
@@ -32,7 +33,7 @@ from rlhf3d.observability.page.trends import mean_of, recent, training_rows
 from rlhf3d.placement.journal import beginnings
 from rlhf3d.planning.job import mean_lengths
 from rlhf3d.planning.measured import with_measured
-from rlhf3d.planning.plan import find_spec
+from rlhf3d.planning.plan import find_spec, make_plan
 from rlhf3d.planning.search.command import find_cluster
 from rlhf3d.planning.search.plan import make_timed_plan
 from rlhf3d.units import GIB
@@ -134,6 +135,18 @@ def planned(file: Path, rows: Rows) -> Planned:
     seconds = {phase.phase: phase.total for phase in plan.time.phases}
     host_gib = plan.memory.host.total / GIB
     return Planned(seconds, plan.time.step_s, memory, host_gib, str(cluster))
+
+
+def planned_memory(file: Path) -> MemoryPlanned | None:
+    """What a configuration's run needs with the longest sequences; None where there is no plan."""
+    try:
+        config = load_config(file)
+        spec, _ = find_spec(config.model.path)
+        memory = make_plan(config, spec, find_cluster(config.cluster, None)).memory
+    except ValueError:
+        return None
+    _, peak = memory.peak
+    return MemoryPlanned(peak.total / GIB, memory.host.total / GIB)
 
 
 def _place(ranks: Sequence[int], place: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from rlhf3d.observability.live.state import RunState, Waited
+from rlhf3d.observability.live.state import MemoryPlanned, RunState, Waited
 from rlhf3d.observability.metrics import KL_TO_REFERENCE, STEP_TIME
 from rlhf3d.observability.samples import printable
 from rlhf3d.units import format_clock
@@ -56,6 +56,7 @@ def picture(
     lines += _list("time", [f"{phase} {share:.0%}" for phase, share in _shown(state)], width)
     if state.rows:
         lines += _list("queue", _queue(state.rows[-1]), width)
+        lines += _list("memory", _memory(state.rows[-1], state.planned), width)
     # One line for the cursor of what is printed above.
     lines = [_bar(state, width), *lines][: max(1, height - 1)]
     for line in lines:
@@ -214,6 +215,18 @@ def _queue(row: Mapping[str, Any]) -> list[str]:
         parts.append(f"staleness {row[f'{STALENESS}/mean']:.1f} (max {worst:.0f})")
     if "async/overlap_share" in row:
         parts.append(f"hidden by training {row['async/overlap_share']:.0%}")
+    return parts
+
+
+def _memory(row: Mapping[str, Any], planned: MemoryPlanned | None) -> list[str]:
+    """What was measured, each beside the plan's where there is one."""
+    parts = []
+    if "perf/rank_memory_gib" in row:
+        plan = "" if planned is None else f" (plan {planned.rank:.1f})"
+        parts.append(f"fullest rank {row['perf/rank_memory_gib']:.1f} GiB{plan}")
+    if "perf/host_memory_gib" in row:
+        plan = "" if planned is None else f" (the run's plan {planned.host:.1f})"
+        parts.append(f"host in use {row['perf/host_memory_gib']:.1f} GiB{plan}")
     return parts
 
 

@@ -42,6 +42,16 @@ class Waited:
 
 
 @dataclass(frozen=True)
+class MemoryPlanned:
+    """What the plan says of memory, in GiB."""
+
+    rank: float
+    """Of the training rank that needs most, at its peak."""
+    host: float
+    """Of everything of the run on a node."""
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run after the events so far."""
 
@@ -58,6 +68,7 @@ class RunState:
     runs_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """How long each phase took, the last times it ran."""
     step_ended: float = 0.0
+    planned: MemoryPlanned | None = None
 
     def phase_begins(self, name: str, now: float) -> RunState:
         """A phase runs from now on."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
 from rlhf3d.observability.live.picture import FIGURES, picture, sparkline
-from rlhf3d.observability.live.state import RunState, Waited
+from rlhf3d.observability.live.state import MemoryPlanned, RunState, Waited
 
 STEP = {
     "critic/score/mean": 0.25,
@@ -78,6 +79,17 @@ def test_what_a_run_lacks_takes_no_place() -> None:
     assert picture(RunState(total=24), 5.0, 60, 40).plain.splitlines()[1:] == [
         "step 1/24 │ starting"
     ]
+
+
+def test_memory_stands_beside_its_plan() -> None:
+    row = {"perf/rank_memory_gib": 3.44, "perf/host_memory_gib": 9.26}
+    state = state_after(1, row)
+    assert "memory    fullest rank 3.4 GiB · host in use 9.3 GiB" in picture(state, 0, 80, 40).plain
+    state = replace(state, planned=MemoryPlanned(3.94, 8.0))
+    assert (
+        "memory    fullest rank 3.4 GiB (plan 3.9) · host in use 9.3 GiB (the run's plan 8.0)"
+        in picture(state, 0, 100, 40).plain
+    )
 
 
 def test_the_last_step_is_not_passed() -> None:
