@@ -116,8 +116,9 @@ def _status(state: RunState, now: float) -> Text:
 def _slow(state: RunState, now: float, waited: Waited | None, width: int) -> Iterator[Text]:
     """Say that the phase is slow, and name who is waited for as far as the width allows."""
     said, usual_s = f"{state.phase} takes long", state.usual_s()
-    if usual_s:
-        said = f"{state.phase} takes {(now - state.phase_began) / usual_s:.1f} times its longest"
+    ran_s = now - state.phase_began
+    if usual_s and ran_s > usual_s:
+        said = f"{state.phase} takes {ran_s / usual_s:.1f} times its longest"
     if waited is not None:
         left_s = max(0.0, waited.timeout_s - (now - waited.since))
         said += f"; deadline in {format_clock(left_s)}"

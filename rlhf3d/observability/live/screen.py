@@ -44,6 +44,16 @@ def fit(terminal: Terminal) -> None:
         terminal.size = ConsoleDimensions(columns or 80, rows or 25)
 
 
+class _Drawn:
+    """The view as it is when it is drawn, below a line of the run or by itself."""
+
+    def __init__(self, picture: Callable[[], RenderableType]) -> None:
+        self._picture = picture
+
+    def __rich__(self) -> RenderableType:
+        return self._picture()
+
+
 class Screen:
     """The view below what `terminal` prints, between `start` and `stop`."""
 
@@ -51,8 +61,8 @@ class Screen:
         """`picture` is called for each drawing, by any thread."""
         self.terminal = terminal
         self._live = Live(
+            _Drawn(picture),
             console=terminal,
-            get_renderable=picture,
             auto_refresh=False,
             transient=True,
             vertical_overflow="crop",
