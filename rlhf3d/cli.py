@@ -51,7 +51,6 @@ for _command in (
     compare,
     convert,
     inspect,
-    doctor,
     completion,
 ):
     app.command()(_command)
@@ -67,6 +66,7 @@ def _program(
 
 
 app.add_typer(config, name="config")
+app.add_typer(doctor, name="doctor")
 
 data = Commands(help="Data sets as parquet files of prompts.", no_args_is_help=True)
 data.command()(prepare)

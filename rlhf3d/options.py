@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from rlhf3d.paths import expand_user
 
@@ -37,6 +37,22 @@ class Commands(typer.Typer):
     def command(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
         """See Typer."""
         return super().command(*args, cls=_Command, context_settings=_HELP, **options)
+
+
+class DefaultCommand(TyperGroup):
+    """A group of commands with one that is meant where none is named."""
+
+    default = ""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default's name before what follows."""
+        known = (*self.commands, *ctx.help_option_names)
+        # A shell that completes the first word asks with none.
+        if not args and ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        if not args or args[0] not in known:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
 
 class _Command(TyperCommand):

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from rlhf3d.commands.overrides import Overrides
-from rlhf3d.options import AsJson, Commands
+from rlhf3d.options import AsJson, Commands, DefaultCommand
 from rlhf3d.paths import check_output
 
 
-class _ShowByDefault(TyperGroup):
+class _ShowByDefault(DefaultCommand):
     """`rlhf3d config [CONFIG]` is `rlhf3d config show [CONFIG]`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = (*self.commands, *ctx.help_option_names)
-        # A shell that completes the first word asks with none.
-        if not args and ctx.resilient_parsing:
-            return super().parse_args(ctx, args)
-        if not args or args[0] not in known:
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
+    default = "show"
 
 
 config = Commands(

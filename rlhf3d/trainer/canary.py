@@ -16,12 +16,11 @@ from torch import Tensor
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.data.dataset import Prompt
+from rlhf3d.observability.mismatch.measures import ROUNDING_LIMIT, coarsest
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 
 CANARY_PROMPTS = 4
-CANARY_LIMIT = {"float32": 1e-3, "bfloat16": 0.1, "fp8_per_channel": 0.4}
-"""Largest mean |log-prob difference| that is rounding, by the coarsest number format involved."""
 _PHASE = "sync_weights (canary)"
 _TRY = (
     "Try rollout.dtype=float32 and model.dtype=float32, without rollout.quantization: where they "
@@ -58,13 +57,9 @@ class Canary:
         """`model_dtype`: in which the actor computes."""
         self._config, self._actor, self._rollout = config, actor, rollout
         self._tokens = [list(sequence) for sequence in tokens]
-        coarsest: str = config.quantization
-        if coarsest == "none":
-            # One side in bfloat16 is enough to round the difference.
-            both_float32 = model_dtype == config.dtype == "float32"
-            coarsest = "float32" if both_float32 else "bfloat16"
         limit = config.canary_max_abs_diff
-        self.limit = CANARY_LIMIT[coarsest] if limit is None else limit
+        rounding = ROUNDING_LIMIT[coarsest(model_dtype, config.dtype, config.quantization)]
+        self.limit = rounding if limit is None else limit
 
     def due(self, sync: int) -> bool:
         """Whether sync number `sync` is checked: the first ones, then every so often."""

@@ -20,6 +20,7 @@ from support.jobs import left_behind, read_rows, saved_steps, stop_at, train, wr
 from support.tiny_models import make_tiny_tokenizer
 
 from rlhf3d.checkpoints.manifest import read_manifest
+from rlhf3d.evaluation.mismatch import examine
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
 
@@ -124,6 +125,13 @@ def samples_of(run: Path, step: int) -> list[dict[str, Any]]:
     """Conversations of a step."""
     lines = (run / "samples" / f"step_{step}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+@pytest.mark.timeout(900)
+def test_engine_and_trainer_agree_on_every_turn(once: Path) -> None:
+    found = examine(once)
+    assert found.diagnosis.verdict == "healthy" and found.settings.precision == "float32"
+    assert found.summary.all.abs_mean < 1e-5 and found.summary.all.tokens > 1000
 
 
 @pytest.mark.timeout(900)

@@ -176,8 +176,9 @@ def mismatch(rows: Rows, _: bool = False) -> Finding | None:
         "bad" if found > MISMATCH_BAD else "watch",
         "Engine and trainer disagree",
         f"{text}; below {MISMATCH_WATCH:g} is usual.",
-        "Give both one dtype (model.dtype, rollout.dtype), or correct for it "
-        "(algorithm.rollout_correction). The tokens below show where they part.",
+        "`rlhf3d doctor mismatch RUN` says where they part and which cause explains it. What is "
+        "rounding, one dtype for both (model.dtype, rollout.dtype) or algorithm.rollout_correction "
+        "repairs.",
         "mismatch",
     )
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf3d.observability.mismatch.measures import ROUNDING_LIMIT
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
-from rlhf3d.trainer.canary import CANARY_LIMIT
 
 HIDDEN, VOCABULARY, LAYERS, TOKENS = 256, 4096, 12, 128
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -102,8 +102,8 @@ def test_float32_agrees_within_the_canary_only_without_tf32() -> None:
     network = Network()
     assert 20 < network.logits(exact).abs().max() < 32
     right = network.logprobs(exact)
-    assert mean_diff(right, network.logprobs(float32)) < CANARY_LIMIT["float32"] / 50
-    assert mean_diff(right, network.logprobs(tf32)) > CANARY_LIMIT["float32"]
+    assert mean_diff(right, network.logprobs(float32)) < ROUNDING_LIMIT["float32"] / 50
+    assert mean_diff(right, network.logprobs(tf32)) > ROUNDING_LIMIT["float32"]
 
 
 def test_logits_on_gpus_are_not_rounded() -> None:
@@ -116,7 +116,7 @@ def test_logits_on_gpus_are_not_rounded() -> None:
 def test_the_canary_of_bfloat16_lets_rounding_pass_and_no_wrong_matrix() -> None:
     network = Network()
     right = network.logprobs(float32)
-    assert mean_diff(right, network.logprobs(bfloat16)) < CANARY_LIMIT["bfloat16"] / 2
+    assert mean_diff(right, network.logprobs(bfloat16)) < ROUNDING_LIMIT["bfloat16"] / 2
     up, down = network.layers[LAYERS // 2]
     network.layers[LAYERS // 2] = (up.flip(0), down)
-    assert mean_diff(right, network.logprobs(bfloat16)) > 2 * CANARY_LIMIT["bfloat16"]
+    assert mean_diff(right, network.logprobs(bfloat16)) > 2 * ROUNDING_LIMIT["bfloat16"]
