@@ -255,8 +255,9 @@ def stale_weights(measures: Measures, _: Settings) -> Cause | None:
     found = _since_a_version(measures)
     if found is None or found.decayed > 0.75:
         return None
-    alone = " as of an engine of its own" if found.sound_rows else ""
-    rows = f"; {100 * found.sound_rows:.0f} % of the later rows are sound{alone}"
+    share = f"{100 * found.sound_rows:.0f} %"
+    alone = f"; {share} of the later rows are sound, as of an engine of its own"
+    rows = alone if found.sound_rows else ""
     return Cause(
         "stale_weights",
         "The engine has older weights than believed",
@@ -337,12 +338,14 @@ def by_size(measures: Measures, settings: Settings) -> Cause:
     line, mean = measures.line, measures.mean
     grids = {"engine": measures.pairs.engine, "trainer": measures.pairs.trainer}
     rounded = [name for name, values in grids.items() if measures.on_grid(values) > GRID]
-    small = mean <= ROUNDING_LIMIT["bfloat16"] and line.correlation > UNLIKE
-    if rounded or (small and settings.precision == "float32" and _has_first(measures)):
+    if rounded:
         return _precision(measures, rounded)
     share = float(measures.off.mean())
     if share <= OUTLIERS:
         return _outliers(measures, share)
+    small = mean <= ROUNDING_LIMIT["bfloat16"] and line.correlation > UNLIKE
+    if small and settings.precision == "float32" and _has_first(measures):
+        return _precision(measures, rounded)
     if not _has_first(measures):
         return _older_or_other(measures)
     return Cause(

@@ -310,3 +310,20 @@ def test_numbers_that_are_not_finite_are_named_first(bench: Bench) -> None:
     columns = {name: getattr(sound, name) for name in faults.ARRAYS}
     found = diagnose(Pairs(**columns, not_finite=3), FLOAT32)
     assert found.verdict == "cause" and found.causes[0].kind == "not_finite"
+
+
+def test_one_engine_of_two_with_old_weights_leaves_sound_rows(bench: Bench) -> None:
+    old, new = (faults.sample(model, 32, bench.seed + 1) for model in (bench.model, bench.updated))
+    rows = faults.joined(old, new)
+    found = diagnose(pairs_of(bench.sound, (rows, scores(bench.updated, rows))), FLOAT32)
+    assert found.causes[0].kind == "stale_weights"
+    assert "50 % of the later rows are sound" in found.causes[0].evidence
+
+
+def test_a_few_tokens_without_a_shape_are_said_to_have_none(bench: Bench) -> None:
+    pairs = pairs_of(bench.sound)
+    columns = {name: getattr(pairs, name) for name in faults.ARRAYS}
+    places = np.random.default_rng(0).choice(len(pairs), 12, replace=False)
+    columns["trainer"] = pairs.trainer.copy()
+    columns["trainer"][places] += np.resize([3.0, -3.0], 12)
+    assert diagnose(Pairs(**columns), BFLOAT16).causes[0].kind == "outliers"
