@@ -24,9 +24,9 @@ from rlhf3d.observability.mismatch.pairs import Pairs
 
 TAIL, TAIL_SHARE = 10.0, 0.002
 """Limits, and the share of tokens that may be beyond them: a few, as of a model with experts."""
-FAINT = 0.1
-"""Shares of the limit from which sampling settings, which nothing else resembles, are looked for:
-rounding has no line and no side."""
+FAINT, FAINT_TOKENS = 0.1, 50
+"""Share of the limit, and tokens, from which sampling settings, which nothing else resembles, are
+looked for: rounding has no line and no side."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def diagnose(pairs: Pairs, settings: Settings) -> Diagnosis:
     rounding = f"rounding of {settings.precision} (up to {settings.limit:g})"
     found = _not_finite(pairs)
     if within_rounding(measures):
-        if measures.mean > FAINT * measures.limit:
+        if measures.mean > FAINT * measures.limit and count >= FAINT_TOKENS:
             found += _named(measures, settings, FAINT_TESTS)
         if not found:
             return Diagnosis("healthy", f"Within {rounding}: {by}.", (), count)
@@ -80,7 +80,9 @@ def judged_pairs(pairs: Pairs) -> Pairs:
 
 def within_rounding(measures: Measures) -> bool:
     """Whether the pairs are as two roundings of one computation."""
-    beyond = float(np.mean(measures.size > TAIL * measures.limit))
+    # Rounding grows with the log-prob; that of the surer side, as a fault makes the other large.
+    surer = np.maximum(measures.pairs.engine, measures.pairs.trainer)
+    beyond = float(np.mean(measures.size > TAIL * measures.limit * np.maximum(1, -surer)))
     # One token of a few hundred is no share.
     return measures.mean <= measures.limit and beyond <= max(TAIL_SHARE, 1.5 / len(measures.pairs))
 

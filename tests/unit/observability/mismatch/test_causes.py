@@ -268,7 +268,7 @@ def test_noise_within_rounding_is_no_cause(
     count = 16 * tokens
     given_settings = Settings(precision)
     trainer = -rng.gamma(rng.uniform(0.1, 2), rng.uniform(0.1, 3), count)
-    scale = 1 - relative + relative * np.abs(trainer) / max(np.abs(trainer).mean(), 1e-9)
+    scale = 1 - relative + relative * np.abs(trainer) / max(np.abs(trainer).mean(), 1.0)
     noise = rng.normal(size=count) * scale * size * given_settings.limit
     place = np.tile(np.arange(tokens), 16)
     prompt = np.repeat(rng.integers(1, 50, 16), tokens)
