@@ -19,6 +19,7 @@ from rich.console import ConsoleDimensions, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from rlhf3d.processes import stop_signals_blocked
 from rlhf3d.terminal import Terminal
 
 REFRESH_S = 0.5
@@ -42,6 +43,15 @@ def fit(terminal: Terminal) -> None:
         columns, rows = os.get_terminal_size(terminal.file.fileno())
         # A pseudo-terminal that nobody gave a size says 0.
         terminal.size = ConsoleDimensions(columns or 80, rows or 25)
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start it so that no signal that asks the run to stop is delivered to it.
+
+    Where the run's own thread blocks them (it starts Ray, say), they wait for that thread.
+    """
+    with stop_signals_blocked():
+        thread.start()
 
 
 class _Drawn:
@@ -73,7 +83,7 @@ class Screen:
     def start(self) -> None:
         """Draw it from now on."""
         self._live.start(refresh=True)
-        self._thread.start()
+        _start(self._thread)
 
     def refresh(self) -> None:
         """Draw it as it is now."""
@@ -117,7 +127,7 @@ class Captured:
             if os.isatty(descriptor):
                 self._saved[descriptor] = os.dup(descriptor)
                 os.dup2(self._write, descriptor)
-        self._thread.start()
+        _start(self._thread)
         # As `write_what_can_be_encoded` does for the standard ones.
         return open(terminal, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -11,10 +12,15 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+from rlhf3d.observability.console import Console
+from rlhf3d.processes import STOP_SIGNALS
 
 RUN = """
 import os, subprocess, sys, time
@@ -133,3 +139,14 @@ def test_ctrl_c_leaves_the_terminal_clean() -> None:
     assert lines[7] == "waits"
     assert lines[-2:] == ["KeyboardInterrupt", ""]
     assert not any("━" in line for line in lines)
+
+
+def test_signals_are_left_to_the_runs_own_thread() -> None:
+    """While it blocks them, to start Ray, they must wait for it."""
+    before = set(threading.enumerate())
+    with Console(io.StringIO(), interactive=True) as console:
+        console.header([])
+        (drawing,) = set(threading.enumerate()) - before
+        status = Path(f"/proc/self/task/{drawing.native_id}/status").read_text()
+    (blocked,) = re.findall(r"SigBlk:\s*(\w+)", status)
+    assert all(int(blocked, 16) >> (number - 1) & 1 for number in STOP_SIGNALS)
