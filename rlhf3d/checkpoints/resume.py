@@ -255,9 +255,10 @@ def _stale_ahead(found: Checkpoint, now: dict[str, Any]) -> Iterator[str]:
     # Checkpoints of earlier versions are of runs that generated nothing ahead.
     ahead = found.config.get("rollout.max_staleness", 0)
     update = found.config.get("rollout.update", "between_batches")
-    if not ahead:
-        return
     waiting = (found.folder / EXPERIENCE_FOLDER).is_dir()
+    # In flight a position in the data is one of groups: it depends on a step's number of them.
+    if not ahead or (update == "between_batches" and not waiting):
+        return
     if (staleness := now["rollout.max_staleness"]) < ahead and waiting:
         yield (
             f"rollout.max_staleness = {staleness}: the checkpoint holds completions that were "

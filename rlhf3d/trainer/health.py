@@ -39,6 +39,8 @@ class HealthMonitor:
     def check_rewards(self, step: int, experience: Experience) -> None:
         """Report a step in which no group's rewards differ (in groups of one: no two rewards)."""
         rewards, groups = experience.rewards, experience.group_ids
+        if len(groups) < 2:  # a single completion is compared with none
+            return
         count = len(groups.unique())
         single = count == len(groups)
         if single:  # compared with each other, as by the estimators that need no groups

@@ -184,6 +184,13 @@ def test_a_step_trains_on_what_it_did() -> None:
         script.trained(2, TRAJECTORIES[3:5][::-1])
 
 
+def test_a_group_that_is_not_trained_on_is_named_where_a_repeated_step_did() -> None:
+    script = Script(segment(), until=1)
+    script.not_trained([TRAJECTORIES[3], TRAJECTORIES[7]])
+    with pytest.raises(Divergence, match=rf"{TRAJECTORIES[1]} is not to be .* step 1 trained"):
+        script.not_trained(TRAJECTORIES[1:3])
+
+
 def test_steps_and_their_end() -> None:
     script = Script(segment())
     assert script.until == 2 and script.engines == 2 and script.schedule(1) == [0, 3, 3, 3, 8]

@@ -25,6 +25,8 @@ def test_equal_rewards_are_reported_and_counted() -> None:
     assert len(said) == 2
     monitor.check_rewards(5, in_groups([3, 3], 1))
     assert "all 2 completions have equal rewards" in said[2] and "1 such step(s)" in said[2]
+    monitor.check_rewards(6, in_groups([3], 1))
+    assert len(said) == 3, "one completion alone has a value to be compared with, or nothing"
 
 
 def batch(**columns: torch.Tensor) -> Batch:
