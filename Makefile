@@ -134,7 +134,7 @@ test-all: PROPERTIES := full
 test-all: lint unit integration ## and every combination that they sample, before a release
 
 unit: setup model ## tests that take seconds
-	$(PYTEST) -n 2 --dist worksteal -m "$(TESTS)" tests/unit
+	$(PYTEST) -n 2 --dist worksteal --durations=25 -m "$(TESTS)" tests/unit
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
 	$(PYTEST) $(IN_TWO) --durations=40 -m "$(TESTS)" tests/integration

@@ -12,6 +12,7 @@ from rlhf3d import cli
 from rlhf3d.evaluation.mismatch import examine
 
 
+@pytest.mark.full  # test_environments.py has a float32 run, the unit tests bfloat16 pairs
 @pytest.mark.timeout(600)
 def test_bfloat16_at_a_temperature_is_healthy(tmp_path: Path) -> None:
     settings = (
