@@ -106,7 +106,9 @@ def training(bench: Bench, dtype: str, prompts: int) -> None:
             speeds = [tokens / one for one in seconds]
             bench.results.add(f"{name}/{dtype}/{side}", "tokens/s", speeds, tokens / limits[name])
     adam = [seconds for _, seconds in turns["update"]]
-    bench.results.add(f"update/{dtype}/ours, Adam alone", "s", adam, optimizer_s(spec, rates))
+    bench.results.add(
+        f"update/{dtype}/ours, optimizer step alone", "s", adam, optimizer_s(spec, rates)
+    )
     bench.results.conditions[f"rows of forward and update, {dtype}"] = (
         f"{rows.prompts} prompts × {rows.completions} completions, on average {rows.prompt:.0f} "
         f"and {rows.response:.0f} tokens; log-probs differ by {said['apart']:.2g} nats on average"
@@ -239,6 +241,7 @@ def add_phases(
         sizes = (bench.sizes.prompts, bench.sizes.completions)
         work = Rows(*sizes, *lengths, row["response_length/max"])
         limits.append(step_limits(spec, work, bench.rates[dtype], dtype, bench.packing_s))
-    for phase in limits[0]:
-        results.add(f"limit/{phase}", "s", [limit[phase] for limit in limits])
+    for phase in (name for name in phases if name != "step"):
+        # What the tokens do not need, scores and advantages, takes next to nothing.
+        results.add(f"limit/{phase}", "s", [limit.get(phase, 0.0) for limit in limits])
     results.add("limit/step", "s", [sum(limit.values()) for limit in limits])

@@ -202,10 +202,13 @@ def _phase_table(figures: Mapping[str, Figure]) -> list[str]:
         place, _, phase = name.partition("/")
         if place != "step":
             continue
-        limits = figures.get(f"limit/{phase}")
-        limit = 0.0 if limits is None else limits.median
-        over = f"{figure.median / limit:.2f}" if limit else "–"
-        cells = [phase, _short(figure.median), _spread(figure.values), _short(limit), over]
+        cells = [phase, _short(figure.median), _spread(figure.values)]
+        limit = figures.get(f"limit/{phase}")
+        if limit is not None:
+            over = f"{figure.median / limit.median:.2f}" if limit.median else "–"
+            cells += [_short(limit.median), over]
+        else:
+            cells += ["not measured", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -98,7 +98,7 @@ class Training:
         return _seconds(self._their_logprobs)
 
     def update(self) -> tuple[float, float]:
-        """One optimizer step; seconds, and those of Adam alone."""
+        """One optimizer step; seconds, and those of the optimizer alone."""
         self._optimizer_s = 0.0
         return _seconds(self._own_update), self._optimizer_s
 

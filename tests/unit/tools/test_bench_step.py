@@ -129,6 +129,11 @@ def test_phases_stand_beside_their_limits() -> None:
     assert "| advantages | 1 | 1 to 1 | 0 | – |" in step_report.markdown(bench.results)
 
 
+def test_phases_without_rates_have_no_limits() -> None:
+    text = step_report.markdown(results(step__step=[50.0]))
+    assert "| step | 50 | 50 to 50 | not measured |  |" in text
+
+
 def test_sides_take_turns_and_the_warm_up_counts_for_nothing() -> None:
     called: list[tuple[str, int]] = []
 
