@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +118,9 @@ def stop_at(
 
     Returns its exit code and the end of what it printed.
     """
-    # Processes that are started in the background ignore SIGINT.
-    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = command_line(job, *overrides)
-    with subprocess.Popen(command, env=MARKED, preexec_fn=listening, **pipes) as process:
+    with subprocess.Popen(command, env=MARKED, **pipes) as process:
         assert process.stdout is not None
         printed = []
         for line in process.stdout:
