@@ -115,9 +115,7 @@ def planned(file: Path, rows: Rows) -> Planned:
 
     ValueError where there can be none.
     """
-    config = load_config(file)
-    if config.algorithm.custom_path is not None:
-        raise ValueError("what an estimator of one's own needs is known only when its file is run")
+    config = _plannable(file)
     spec, _ = find_spec(config.model.path)
     cluster = with_measured(find_cluster(config.cluster, None), None)
     last = recent(training_rows(rows))
@@ -140,13 +138,21 @@ def planned(file: Path, rows: Rows) -> Planned:
 def planned_memory(file: Path) -> MemoryPlanned | None:
     """What a configuration's run needs with the longest sequences; None where there is no plan."""
     try:
-        config = load_config(file)
+        config = _plannable(file)
         spec, _ = find_spec(config.model.path)
         memory = make_plan(config, spec, find_cluster(config.cluster, None)).memory
     except ValueError:
         return None
     _, peak = memory.peak
     return MemoryPlanned(peak.total / GIB, memory.host.total / GIB)
+
+
+def _plannable(file: Path) -> Config:
+    """The configuration in a file; ValueError where no plan can be made of it."""
+    config = load_config(file)
+    if config.algorithm.custom_path is not None:
+        raise ValueError("what an estimator of one's own needs is known only when its file is run")
+    return config
 
 
 def _place(ranks: Sequence[int], place: str) -> str:
