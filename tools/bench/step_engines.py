@@ -109,7 +109,8 @@ class Ours(_Generator):
         self.engine.open_weights(setup, 0, None)
         dtype = getattr(torch, setup.dtype)
         self._weights = {
-            param.name: torch.zeros(param.shape, dtype=dtype)
+            # Not zeros, whose memory would be one page until something is written.
+            param.name: torch.full(param.shape, 0.01, dtype=dtype)
             for param in setup.table(setup.destination_of(0, 0))
         }
 
