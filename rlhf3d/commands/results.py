@@ -133,11 +133,12 @@ def report(
     from rlhf3d.observability.page.collect import names_of
     from rlhf3d.observability.report import make_report
     from rlhf3d.trainer.run_page import PAGE_FILE, write_page
+    from rlhf3d.trainer.run_setup import find_setup
 
     runs = list(names_of(runs))
     if output is None and len(runs) == 1:
         typer.echo(write_page(runs, runs[0] / PAGE_FILE))
-        typer.echo(make_report(runs[0]))
+        typer.echo(make_report(runs[0], find_setup(runs[0])))
         return
     typer.echo(write_page(runs, output or Path(PAGE_FILE)))
 

@@ -23,6 +23,7 @@ from rlhf3d.observability.metrics import (
 )
 from rlhf3d.observability.page.collect import read_rows
 from rlhf3d.observability.page.learning import binomial_standard_error
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.verdict import judge
 from rlhf3d.observability.samples import before_after, printable
 
@@ -36,8 +37,10 @@ Points = Sequence[tuple[Mapping[str, Any], float]]
 """Rows and what was measured in them."""
 
 
-def make_report(run_dir: str | Path) -> Path:
+def make_report(run_dir: str | Path, setup: Setup | None = None) -> Path:
     """Write `curves.png` and `report.md` into the run's folder; returns the latter.
+
+    `setup`: how the run is set up, where that is known.
 
     Raises ValueError for a folder without metrics or before the first finished step.
     """
@@ -48,7 +51,7 @@ def make_report(run_dir: str | Path) -> Path:
     sections = [
         f"# Run report: {folder.resolve().name}",
         f"Steps {rows[0]['step']} to {rows[-1]['step']}, {minutes:.1f} min.",
-        *_verdict(rows),
+        *_verdict(rows, setup),
         f"![curves]({CURVES_FILE})",
         "## Held-out accuracy",
         _gains(rows),
@@ -66,9 +69,9 @@ def make_report(run_dir: str | Path) -> Path:
     return path
 
 
-def _verdict(rows: Rows) -> list[str]:
+def _verdict(rows: Rows, setup: Setup | None) -> list[str]:
     """The answers and warnings that the page has too."""
-    verdict = judge(rows)
+    verdict = judge(rows, setup)
     lines = [f"* {question} **{found.title}.** {found.text}" for question, found in verdict.answers]
     lines += [
         f"* {found.level}: **{found.title}.** {found.text} {found.advice}".rstrip()

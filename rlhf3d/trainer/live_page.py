@@ -20,7 +20,8 @@ from rlhf3d.observability.page.render import render, render_waiting, watched_pol
 from rlhf3d.observability.page.serve import Served
 from rlhf3d.observability.page.trends import values
 from rlhf3d.processes import has_open
-from rlhf3d.trainer.run_page import CONFIG_FILE, Rows, view_all
+from rlhf3d.trainer.run_page import Rows, view_all
+from rlhf3d.trainer.run_setup import CONFIG_FILE
 
 EVERY_S = 3.0
 LATE_S, LATE_STEPS = 60.0, 3.0

@@ -15,6 +15,7 @@ from rlhf3d.observability.console import Console
 from rlhf3d.observability.report import CURVES_FILE, make_report
 from rlhf3d.observability.samples import before_after
 from rlhf3d.trainer.run_page import PAGE_FILE, write_page
+from rlhf3d.trainer.run_setup import find_setup
 
 
 def show_results(output: Path, console: Console, checkpoint: Path | None) -> None:
@@ -59,7 +60,8 @@ def _make_report(output: Path, console: Console) -> list[str]:
     lines = []
     then = f"`rlhf3d report {output}` makes it when that is fixed"
     with reported_only(console, "there is no report", then):
-        lines = [f"report {make_report(output)}", f"curves {output / CURVES_FILE}"]
+        report = make_report(output, find_setup(output))
+        lines = [f"report {report}", f"curves {output / CURVES_FILE}"]
     with reported_only(console, "there is no page", then):
         lines = [f"page {write_page([output], output / PAGE_FILE)}", *lines]
     return lines

@@ -36,10 +36,10 @@ from rlhf3d.planning.measured import with_measured
 from rlhf3d.planning.plan import find_spec, make_plan
 from rlhf3d.planning.search.command import find_cluster
 from rlhf3d.planning.search.plan import make_timed_plan
+from rlhf3d.trainer.run_setup import CONFIG_FILE, setup_of
 from rlhf3d.units import GIB
 
 PAGE_FILE = "report.html"
-CONFIG_FILE = "config.yaml"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -76,7 +76,8 @@ def run_facts(run: Path, rows: Rows) -> RunFacts:
         problem = f"{CONFIG_FILE} cannot be used by this version: {error}"
         return RunFacts((), text, problem, versions, starts, plan_problem=problem)
     settings = changed(flat_config(config))
-    facts = RunFacts(settings, text, "", versions, starts, config.trainer.total_training_steps)
+    steps = config.trainer.total_training_steps
+    facts = RunFacts(settings, text, "", versions, starts, steps, setup_of(path))
     try:
         return replace(facts, plan=planned(path, rows))
     except (ValueError, OSError) as error:
@@ -84,8 +85,9 @@ def run_facts(run: Path, rows: Rows) -> RunFacts:
 
 
 def _when(began: Any) -> str:
-    """A local time without its parts of a second."""
-    return str(began or "").replace("T", " ").partition(".")[0]
+    """The time that a journal has, without parts of a second: its machine's, in no named zone."""
+    text = str(began or "").replace("T", " ").partition(".")[0]
+    return text and f"{text}, local time of its machine"
 
 
 def changed(values: Mapping[str, Any]) -> list[Setting]:

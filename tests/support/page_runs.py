@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.samples import Sample, write_samples
 from rlhf3d.observability.tokens import TokenSpan, TrajectoryTokens
 
@@ -109,3 +111,36 @@ def trajectory(
     trained = [-0.5, -0.5 - difference, *[-0.5] * (len(texts) - 2)]
     sampled = TokenSpan("sampled", list(range(len(texts))), texts, [(0, 3)], 0.0, own, trained)
     return TrajectoryTokens(number, 0, "math", 1.0, "scored", "stop", [[prompt, sampled]], 3)
+
+
+def setup(**changed: Any) -> Setup:
+    """Of a run that does already what could be advised against the time that it takes."""
+    return replace(
+        Setup(
+            about="PPO (gae), tiny float32",
+            scoring="The score is `judge` in rewards.py.",
+            needs_groups=True,
+            needs_values=True,
+            old_from_engine=False,
+            max_staleness=1,
+            on_cpu=True,
+            epochs=1,
+            mini_batches=1,
+            micro_batches=1,
+            stages=1,
+            stage_parts=1,
+            packed=True,
+            decoded_at_once=64,
+            completions_per_prompt=8,
+            sequences=32,
+            response_limit=20,
+            overlong_penalty=False,
+            scores_last_number=False,
+            custom_reward=True,
+            reward_workers=1,
+            test_freq=0,
+            save_freq=0,
+            async_save=True,
+        ),
+        **changed,
+    )

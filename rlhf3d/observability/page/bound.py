@@ -1,16 +1,21 @@
 """What limits it: which phases take a step's time, and who waits for whom.
 
-Invariant: seconds are means of the last steps, each second in one group. Pure: rows only.
+Invariant: seconds of a step are means of the last steps without what some steps have besides
+(`OCCASIONAL`), which is told on its own; each second is in one group. Pure.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import fmean
 
 from rlhf3d.observability.metrics import STEP_TIME, phase_seconds
+from rlhf3d.observability.page.advice import TIME, advice
 from rlhf3d.observability.page.findings import Finding, share
+from rlhf3d.observability.page.health import EXPLAINED
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import Rows, mean_of, number, recent, training_rows, values
 
 GROUPS = {
@@ -22,17 +27,8 @@ GROUPS = {
     "checkpoints": ("save_checkpoint",),
 }
 """Phases by what one would change about them; all others are `other`."""
-ADVICE = {
-    "generation": "More engines, a larger rollout.max_num_seqs, shorter completions, or "
-    "generation beside training (rollout.max_staleness).",
-    "scoring": "More reward.workers, or a faster reward function.",
-    "training": "Larger micro-batches, packed sequences (use_dynamic_bsz), another layout "
-    "(`rlhf3d plan CONFIG --search`), or fewer epochs a batch.",
-    "weight sync": "`rlhf3d reshard CONFIG` shows where the bytes go.",
-    "validation": "A larger trainer.test_freq, or fewer held-out prompts (data.val_max_samples).",
-    "checkpoints": "A larger trainer.save_freq, or trainer.async_save.",
-    "other": "What lies between the phases: see logs/driver.log.",
-}
+OCCASIONAL = ("validate", "save_checkpoint")
+"""Phases that only some steps have."""
 TITLES = {
     "generation": "Generation limits it",
     "scoring": "Scoring limits it",
@@ -44,26 +40,64 @@ TITLES = {
 }
 LABELS = {"training": "training (log-probs, values, updates)", "other": "between the phases"}
 """Of groups whose names do not say what is in them."""
+CRITIC = ("values", "update_critic")
+CRITIC_TIME = 0.2
+"""Share of a step from which the value model must be worth it."""
 NAMED = 0.03
 """Share of a step from which a group is worth naming."""
 WAITS = 0.1
 """Share of a step that one side must wait for the other before it is said to."""
 
 
+@dataclass(frozen=True)
+class Occasional:
+    """What a phase of `OCCASIONAL` took, in all training steps."""
+
+    times: int
+    total_s: float
+    steps: int
+
+    @property
+    def each_s(self) -> float:
+        """Seconds of one."""
+        return self.total_s / self.times
+
+    @property
+    def shared_s(self) -> float:
+        """Seconds a step, shared out over all."""
+        return self.total_s / self.steps
+
+
+def occasional(rows: Rows) -> dict[str, Occasional]:
+    """Those that the run has had."""
+    steps = training_rows(rows)
+    found = {}
+    for phase in OCCASIONAL:
+        seconds = [value for value in values(steps, f"timing_s/{phase}") if value > 0]
+        if seconds:
+            found[phase] = Occasional(len(seconds), sum(seconds), len(steps))
+    return found
+
+
 def recent_phases(rows: Rows) -> dict[str, float]:
-    """Mean seconds a step of each phase over the last steps; what does not run each step is shared
-    out over all.
-    """
+    """Mean seconds a step of each phase over the last steps, without the occasional ones."""
     last = recent(training_rows(rows))
     totals: Counter[str] = Counter()
     for row in last:
         totals.update(phase_seconds(row))
-    return {phase: seconds / len(last) for phase, seconds in totals.items()}
+    return {
+        phase: seconds / len(last) for phase, seconds in totals.items() if phase not in OCCASIONAL
+    }
 
 
 def step_seconds(rows: Rows) -> float | None:
-    """Mean seconds of the last steps."""
-    return mean_of(recent(training_rows(rows)), STEP_TIME)
+    """Mean seconds of the last steps, without the occasional phases."""
+    last = recent(training_rows(rows))
+    mean = mean_of(last, STEP_TIME)
+    if mean is None:
+        return None
+    besides = sum(sum(values(last, f"timing_s/{phase}")) for phase in OCCASIONAL)
+    return mean - besides / len(last)
 
 
 def grouped(phases: Mapping[str, float], step_s: float) -> dict[str, float]:
@@ -80,40 +114,87 @@ def for_people(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 or seconds == 0 else f"{seconds:.2g} s"
 
 
-def bound(rows: Rows) -> Finding:
+def bound(rows: Rows, setup: Setup | None = None) -> Finding:
     """Name what takes most of a step."""
     phases, step_s = recent_phases(rows), step_seconds(rows)
     if not phases or not step_s:
         return Finding("unknown", "No times yet", "The run has no timings of training steps.")
+    besides = occasional(rows)
+    text = f"{_step_text(phases, step_s, rows)} {_besides_text(besides)}".strip()
     groups = grouped(phases, step_s)
+    shared = {phase: one.shared_s for phase, one in besides.items()}
+    groups |= grouped(shared, sum(shared.values()))
     largest = max(groups, key=lambda name: groups[name])
-    parts = ", ".join(
-        f"{LABELS.get(name, name)} {for_people(seconds)} = {share(seconds / step_s)}"
-        for name, seconds in sorted(groups.items(), key=lambda item: -item[1])
-        if seconds / step_s >= NAMED
-    )
-    text = f"A step takes {for_people(step_s)}: {parts}."
     last = recent(training_rows(rows))
     if any(number(row, "async/overlap_share") is not None for row in last):
-        return _beside(last, step_s, text, largest)
-    return Finding("fact", TITLES[largest], text, ADVICE[largest], chart="phases")
+        text = f"{text} {_beside_text(last)}"
+        waited = mean_of(last, "async/trainer_waited_s") or 0.0
+        engines_waited = mean_of(last, "async/engines_waited_s") or 0.0
+        if waited > WAITS * step_s and waited > engines_waited:
+            hints = advice(TIME["generation"], setup, rows)
+            return Finding("fact", TITLES["generation"], text, hints, "waits")
+        if largest in ("generation", "scoring"):
+            return Finding("fact", "Both sides keep up with each other", text, chart="waits")
+    hints = advice(TIME[largest], setup, rows)
+    if largest == "training":
+        hints = f"{_critic_text(phases, step_s, last, setup)} {hints}".strip()
+    return Finding("fact", TITLES[largest], text, hints, "phases")
 
 
-def _beside(last: Rows, step_s: float, text: str, largest: str) -> Finding:
+def _step_text(phases: Mapping[str, float], step_s: float, rows: Rows) -> str:
+    parts = ", ".join(
+        f"{LABELS.get(name, name)} {for_people(seconds)} = {share(seconds / step_s)}"
+        for name, seconds in sorted(grouped(phases, step_s).items(), key=lambda item: -item[1])
+        if seconds / step_s >= NAMED
+    )
+    phase = max(phases, key=lambda name: phases[name])
+    steps = len(recent(training_rows(rows)))
+    mean = f", mean of the last {steps}" if steps > 1 else ""
+    return (
+        f"A step takes {for_people(step_s)}{mean}: {parts}. Its longest phase is {phase}, "
+        f"{for_people(phases[phase])} = {share(phases[phase] / step_s)}."
+    )
+
+
+def _besides_text(found: Mapping[str, Occasional]) -> str:
+    names = {"validate": "validation", "save_checkpoint": "a checkpoint"}
+    parts = [
+        f"{names[phase]} {for_people(one.each_s)} in {one.times} of {one.steps} steps"
+        for phase, one in found.items()
+    ]
+    return f"Besides, {' and '.join(parts)}." if parts else ""
+
+
+def _beside_text(last: Rows) -> str:
     """Generation beside training: what counts is who waits."""
     trainer = mean_of(last, "async/trainer_waited_s") or 0.0
     engines = mean_of(last, "async/engines_waited_s") or 0.0
     hidden = mean_of(last, "async/overlap_share") or 0.0
-    waits = [for_people(seconds) for seconds in (trainer, engines)]
-    text = (
-        f"{text} Generation goes on beside training, which hides {share(hidden)} of it; in a step "
-        f"the trainer waits {waits[0]} for samples, and the engines {waits[1]} for the trainer."
+    drawn = mean_of(last, "async/drawn_s")
+    own = "" if drawn is None else f" and takes {for_people(drawn)} a step"
+    return (
+        f"Generation goes on beside training{own}; training hides {share(hidden)} of it: in a step "
+        f"the trainer waits {for_people(trainer)} for samples, and the engines "
+        f"{for_people(engines)} for the trainer."
     )
-    if trainer > WAITS * step_s and trainer > engines:
-        return Finding("fact", TITLES["generation"], text, ADVICE["generation"], "waits")
-    if largest not in ("generation", "scoring"):
-        return Finding("fact", TITLES[largest], text, ADVICE[largest], "phases")
-    return Finding("fact", "Both sides keep up with each other", text, chart="waits")
+
+
+def _critic_text(
+    phases: Mapping[str, float], step_s: float, last: Rows, setup: Setup | None
+) -> str:
+    """Of a value model that costs much and explains little."""
+    cost = sum(phases.get(phase, 0.0) for phase in CRITIC) / step_s
+    explained = mean_of(last, "critic/vf_explained_var")
+    if cost < CRITIC_TIME or explained is None or explained >= EXPLAINED:
+        return ""
+    grouped_by = "completions of a prompt with one another, and needs no value model"
+    if setup is not None and setup.completions_per_prompt < 4:
+        grouped_by += f" (rollout.n is {setup.completions_per_prompt}: rather 4 or more)"
+    return (
+        f"{' + '.join(CRITIC)} are {share(cost)} of a step, and the value model explains only "
+        f"{share(max(explained, 0.0))} of the returns' variance: algorithm.adv_estimator=grpo or "
+        f"rloo compares {grouped_by}."
+    )
 
 
 def wrote(rows: Rows) -> Finding:

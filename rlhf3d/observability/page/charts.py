@@ -28,7 +28,7 @@ from rlhf3d.observability.page.health import (
     STALE_KL,
 )
 from rlhf3d.observability.page.learning import held_out, held_out_error
-from rlhf3d.observability.page.trends import Z95, Rows, number, running_means, training_rows
+from rlhf3d.observability.page.trends import Rows, number, running_means, training_rows, window
 
 POINTS = 1000
 """A screen has no more columns for a chart; longer runs are drawn in means of consecutive steps."""
@@ -258,11 +258,6 @@ class Curve:
     high: Sequence[float | None] = field(default_factory=list)
 
 
-def window(steps: int) -> int:
-    """Steps of a running mean: a twentieth of the run, at least 5."""
-    return max(5, steps // 20)
-
-
 def stride(steps: int) -> int:
     """Consecutive steps that are one point of a curve."""
     return max(1, math.ceil(steps / POINTS))
@@ -298,8 +293,8 @@ def _curve(line: Line, steps: Sequence[int], measured: Sequence[float | None]) -
         [steps[end] for end in ends],
         rounded(gather(series[start:end]) for start, end in places),
         rounded(mean[ends]),
-        rounded((mean - Z95 * error)[ends]),
-        rounded((mean + Z95 * error)[ends]),
+        rounded((mean - error)[ends]),
+        rounded((mean + error)[ends]),
     )
 
 
@@ -356,7 +351,7 @@ def _interval(
     low, high = (number(row, f"val-aux/{source}/acc/{measure}/ci_{end}") for end in ("low", "high"))
     if low is not None and high is not None:
         return low, high
-    error = Z95 * held_out_error(row, source, measure)
+    error = held_out_error(row, source, measure)
     return value - error, value + error
 
 

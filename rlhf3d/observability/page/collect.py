@@ -21,6 +21,7 @@ from rlhf3d.observability.page.answers import (
     prompt_pairs,
     spreads,
 )
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trajectories import Shown, trajectories
 from rlhf3d.observability.page.verdict import Verdict, judge
 
@@ -71,6 +72,8 @@ class RunFacts:
     """The step after which each part of the run began (0: the start), and when."""
     total_steps: int | None = None
     """That the run is to make; None while that is not known."""
+    setup: Setup | None = None
+    """None where the configuration is not known."""
     plan: Planned | None = None
     plan_problem: str = ""
     """Why there is none."""
@@ -119,7 +122,7 @@ def collect(
         name=name,
         folder=str(run),
         rows=rows,
-        verdict=judge(rows),
+        verdict=judge(rows, facts.setup),
         facts=facts,
         pair_steps=steps,
         pairs=pairs,

@@ -1,17 +1,21 @@
 """Is it healthy: what the metrics say of numbers, updates, exploration, engines and rewards.
 
-Invariant: each check looks at one thing, names its figures, and is silent (None) where the run did
-not measure it. Every limit says where it comes from. Pure: rows only.
+Invariant: each check looks at one thing, names its figures, and is silent (None) where the run has
+no such thing; where it has one and does not measure it, that is said (unknown). Every limit says
+where it comes from. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
 
 from rlhf3d.observability.metrics import KL_TO_REFERENCE
+from rlhf3d.observability.page.advice import CUT_OFF, LARGE_UPDATES, TOO_OLD, advice
 from rlhf3d.observability.page.findings import ORDER, Finding, share
 from rlhf3d.observability.page.learning import EARLY_STEPS
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import (
     Rows,
     change,
@@ -50,6 +54,8 @@ FAILED = 0.05
 """Share of failed scorings or environments: the default of their max_error_rate."""
 UNREADABLE = 0.5
 """Share of completions without a readable answer."""
+EXPLAINED = 0.1
+"""Share of the returns' variance below which a value model is hardly better than a constant."""
 STALE_KL = 0.1
 """KL in nats per token between the policy that wrote and the one being trained: clip ranges of 0.2
 are made for less."""
@@ -58,21 +64,30 @@ EFFECTIVE = 0.5
 LEFT_BEHIND = 0.8
 """Length trained on over length generated, of the longest tenth."""
 
-Check = Callable[[Rows, bool], Finding | None]
-"""Of the rows of training steps, and whether the run learns: what looks odd may then be what the
-task wants."""
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run besides its metrics."""
+
+    learns: bool = False
+    """What looks odd may then be what the task wants."""
+    setup: Setup | None = None
 
 
-def health(rows: Rows, learns: bool) -> tuple[Finding, ...]:
-    """Everything that could be checked, the worst first."""
+Check = Callable[[Rows, Known], Finding | None]
+"""Of the rows of training steps."""
+
+
+def health(rows: Rows, known: Known) -> tuple[Finding, ...]:
+    """Everything that could be checked or should have been, the worst first."""
     steps = training_rows(rows)
     if not steps:
         return ()
-    found = [finding for check in CHECKS if (finding := check(steps, learns)) is not None]
+    found = [finding for check in CHECKS if (finding := check(steps, known)) is not None]
     return tuple(sorted(found, key=lambda finding: ORDER.index(finding.level)))
 
 
-def numbers(rows: Rows, _: bool = False) -> Finding | None:
+def numbers(rows: Rows, _: Known) -> Finding | None:
     """Whether losses and gradients are finite."""
     broken = [row["step"] for row in rows if set(VITAL) & set(row.get("nonfinite") or ())]
     names = ("actor/skipped_steps", "critic/skipped_steps")
@@ -92,7 +107,7 @@ def numbers(rows: Rows, _: bool = False) -> Finding | None:
     )
 
 
-def entropy(rows: Rows, learns: bool) -> Finding | None:
+def entropy(rows: Rows, known: Known) -> Finding | None:
     """Whether it still explores."""
     found = change(rows, "actor/entropy")
     if found is None:
@@ -101,7 +116,7 @@ def entropy(rows: Rows, learns: bool) -> Finding | None:
     text = f"Entropy {start:.3g} nats per token at the start, {now:.3g} now."
     if now < ENTROPY_NATS and now < ENTROPY_LOW * start:
         return Finding(
-            "watch" if learns else "bad",
+            "watch" if known.learns else "bad",
             "Entropy has collapsed",
             f"{text} Completions of a prompt are nearly the same, so it explores no more.",
             "Fine at the end of a run that solved its task. Otherwise: a lower learning rate, a "
@@ -110,7 +125,7 @@ def entropy(rows: Rows, learns: bool) -> Finding | None:
         )
     if start > 0 and now > ENTROPY_HIGH * start:
         return Finding(
-            "watch" if learns else "bad",
+            "watch" if known.learns else "bad",
             "Entropy grows",
             f"{text} The text gets more random.",
             "Lower the learning rate or actor.entropy_coeff, and read the answers.",
@@ -119,7 +134,7 @@ def entropy(rows: Rows, learns: bool) -> Finding | None:
     return Finding("good", "It explores", text, chart="entropy")
 
 
-def reference_kl(rows: Rows, learns: bool) -> Finding | None:
+def reference_kl(rows: Rows, known: Known) -> Finding | None:
     """How far it has gone from the model that it started from."""
     name = next((name for name in KL_TO_REFERENCE if values(rows, name)), None)
     if name is None:
@@ -135,7 +150,7 @@ def reference_kl(rows: Rows, learns: bool) -> Finding | None:
     text = f"KL to the reference {now:.3g} nats per token, {middle:.3g} half-way."
     if now > KL_NATS and now > KL_GROWTH * middle and len(rows) >= EARLY_STEPS:
         return Finding(
-            "watch" if learns else "bad",
+            "watch" if known.learns else "bad",
             "KL to the reference runs away",
             f"{text} The policy leaves the model that it started from, faster and faster.",
             "Raise the KL coefficient (actor.kl_loss_coef or algorithm.kl_ctrl), or lower the "
@@ -145,27 +160,34 @@ def reference_kl(rows: Rows, learns: bool) -> Finding | None:
     return Finding("good", "KL to the reference is under control", text, chart="kl")
 
 
-def update_size(rows: Rows, _: bool = False) -> Finding | None:
+def update_size(rows: Rows, known: Known) -> Finding | None:
     """Whether updates stay within the clip range."""
     clipped = mean_of(recent(rows), "actor/pg_clipfrac")
     if clipped is None:
         return None
-    text = f"The clip binds for {share(clipped)} of the tokens."
+    text = f"{share(clipped)} of the tokens are beyond the clip range."
     if clipped <= CLIPPED:
         return Finding("good", "Updates are of a sound size", text, chart="clip")
     return Finding(
         "watch",
         "Updates are large",
         f"{text} What is clipped teaches nothing.",
-        "A lower learning rate, fewer epochs or larger mini-batches; with samples of older "
-        "versions, a smaller rollout.max_staleness.",
+        advice(LARGE_UPDATES, known.setup, rows),
         "clip",
     )
 
 
-def mismatch(rows: Rows, _: bool = False) -> Finding | None:
+def mismatch(rows: Rows, known: Known) -> Finding | None:
     """Whether engine and trainer compute the same probabilities."""
     found = mean_of(recent(rows), "training/rollout_probs_diff_mean")
+    if found is None and known.setup is not None and known.setup.old_from_engine:
+        return Finding(
+            "unknown",
+            "Engine against trainer is not measured",
+            "With algorithm.rollout_correction.bypass_mode the engines' log-probs are the old ones "
+            "and the trainer computes none to compare. The canary (rollout.canary_steps) does at "
+            "the start of the run.",
+        )
     if found is None:
         return None
     text = f"The engine's and the trainer's probability of a token differ by {found:.2g} on average"
@@ -183,7 +205,7 @@ def mismatch(rows: Rows, _: bool = False) -> Finding | None:
     )
 
 
-def truncation(rows: Rows, learns: bool) -> Finding | None:
+def truncation(rows: Rows, known: Known) -> Finding | None:
     """How many completions are cut off."""
     cut = mean_of(recent(rows), "response/truncated_ratio")
     if cut is None:
@@ -195,20 +217,25 @@ def truncation(rows: Rows, learns: bool) -> Finding | None:
     if len(rows) >= 2 * len(last):
         first = mean_of(rows[: len(last)], "response/truncated_ratio") or 0.0
         text += f" In the first {len(last)} steps it was {share(first)}."
+    if known.setup is not None and known.setup.scores_last_number:
+        text += (
+            " Scores of such answers may be wrong: an answer without `####` or box is scored by "
+            "the last number that stands in what is left of it."
+        )
     return Finding(
-        "watch" if cut <= CUT_BAD or learns or len(rows) < EARLY_STEPS else "bad",
+        "watch" if cut <= CUT_BAD or known.learns or len(rows) < EARLY_STEPS else "bad",
         "Many answers are cut off",
         text,
-        "Raise data.max_response_length, or have the reward prefer short answers "
-        "(reward.overlong_buffer).",
+        advice(CUT_OFF, known.setup, rows),
         "cut",
     )
 
 
-def signal(rows: Rows, _: bool = False) -> Finding | None:
+def signal(rows: Rows, known: Known) -> Finding | None:
     """Whether the groups have something to learn from."""
     mixed = mean_of(recent(rows), "reward/mixed_groups_share")
-    if mixed is None:
+    if mixed is None or (known.setup is not None and known.setup.needs_groups is False):
+        # Other estimators learn from prompts whose completions are all alike, too.
         return None
     text = f"In {share(mixed)} of the groups completions of a prompt differ in score."
     if mixed >= SIGNAL_WATCH:
@@ -226,34 +253,46 @@ def signal(rows: Rows, _: bool = False) -> Finding | None:
     )
 
 
-def gradients(rows: Rows, _: bool = False) -> Finding | None:
-    """Spikes of the gradient, and none at all."""
-    norms = values(recent(rows), "actor/grad_norm")
+def gradients(rows: Rows, _: Known) -> Finding | None:
+    """Spikes of the policy's gradient, and none at all."""
+    return _gradients(rows, "actor", "policy")
+
+
+def critic_gradients(rows: Rows, _: Known) -> Finding | None:
+    """The same of the value model."""
+    return _gradients(rows, "critic", "value model")
+
+
+def _gradients(rows: Rows, role: str, name: str) -> Finding | None:
+    norms = values(recent(rows), f"{role}/grad_norm")
     if not norms:
         return None
     if max(norms) == 0:
         return Finding(
             "bad",
-            "There is no gradient",
-            f"The actor's gradient norm is 0 in the last {len(norms)} steps.",
+            f"There is no gradient of the {name}",
+            f"Its norm is 0 in the last {len(norms)} steps.",
             "All completions may have the same reward, or all were left out: see the answers.",
             "grad_norm",
         )
-    spikes = [row["step"] for row in rows if (number(row, "actor/grad_norm_ratio") or 0) > SPIKE]
+    spikes = [row["step"] for row in rows if (number(row, f"{role}/grad_norm_ratio") or 0) > SPIKE]
     late = [step for step in spikes if step >= recent(rows)[0]["step"]]
-    text = f"Gradient norm {fmean(norms):.3g} in the last steps; {len(spikes)} spike(s) in all."
+    text = (
+        f"Norm {fmean(norms):.3g} in the last {len(norms)} steps, at most {max(norms):.3g}; "
+        f"{len(spikes) or 'no'} spike(s) in all."
+    )
     if not late:
-        return Finding("good", "Gradients are steady", text, chart="grad_norm")
+        return Finding("good", f"Gradients of the {name} are steady", text, chart="grad_norm")
     return Finding(
         "watch",
-        "The gradient spikes",
+        f"The gradient of the {name} spikes",
         f"{text} The last one, at step {late[-1]}, had {SPIKE:g} times its usual size or more.",
         "One alone is clipped and harmless. Several: a lower learning rate, larger batches.",
         "grad_norm",
     )
 
 
-def learning_rate(rows: Rows, _: bool = False) -> Finding | None:
+def learning_rate(rows: Rows, _: Known) -> Finding | None:
     """Whether it is allowed to learn."""
     rates = values(recent(rows), "actor/lr")
     if not rates or max(rates) > 0:
@@ -267,24 +306,35 @@ def learning_rate(rows: Rows, _: bool = False) -> Finding | None:
     )
 
 
-def critic(rows: Rows, _: bool = False) -> Finding | None:
+def critic(rows: Rows, _: Known) -> Finding | None:
     """Whether values are better than a constant."""
     explained = mean_of(recent(rows), "critic/vf_explained_var")
-    if explained is None or len(rows) < EARLY_STEPS:
+    if explained is None:
         return None
-    text = f"The value model explains {share(explained)} of the returns' variance."
-    if explained >= 0:
+    text = f"It explains {share(max(explained, 0.0))} of the returns' variance."
+    if explained >= EXPLAINED:
         return Finding("good", "The value model is of use", text, chart="critic")
+    if len(rows) < EARLY_STEPS:
+        text += f" {len(rows)} steps are too few to judge it."
+        return Finding("unknown", "The value model explains little so far", text, chart="critic")
+    title = "The value model explains little"
+    if explained < 0:
+        title, text = (
+            "The value model misleads",
+            f"Its error has {1 - explained:.2g} times the variance of the returns: a constant "
+            "would be better.",
+        )
     return Finding(
         "watch",
-        "The value model misleads",
-        f"{text} Below 0 a constant would be better.",
-        "A higher critic.optim.lr, more critic epochs, or trainer.critic_warmup.",
+        title,
+        text,
+        "A higher critic.optim.lr, more critic epochs, trainer.critic_warmup, or an estimator that "
+        "needs no value model (algorithm.adv_estimator).",
         "critic",
     )
 
 
-def scoring(rows: Rows, _: bool = False) -> Finding | None:
+def scoring(rows: Rows, _: Known) -> Finding | None:
     """Whether rewards are rewards."""
     last = recent(rows)
     names = ("scored", "unparsable", "timeout", "error")
@@ -315,7 +365,7 @@ def scoring(rows: Rows, _: bool = False) -> Finding | None:
     return Finding("good", "Answers can be scored", text, chart="outcomes")
 
 
-def staleness(rows: Rows, _: bool = False) -> Finding | None:
+def staleness(rows: Rows, known: Known) -> Finding | None:
     """Whether samples are too old for the policy that learns from them."""
     last = recent(rows)
     old = mean_of(last, "training/off_policy/trajectory_staleness_worst/mean")
@@ -327,6 +377,8 @@ def staleness(rows: Rows, _: bool = False) -> Finding | None:
     text = f"Samples are {old:.2g} version(s) old on average."
     if apart is not None:
         text += f" KL to the policy that wrote them {apart:.2g} nats per token."
+    elif known.setup is not None and known.setup.old_from_engine:
+        text += " How far the policy has moved since is what KL of an update and clip share show."
     if effective is not None:
         text += f" After correction {share(effective)} of the samples count."
     if (apart or 0) > STALE_KL or (effective is not None and effective < EFFECTIVE):
@@ -334,8 +386,7 @@ def staleness(rows: Rows, _: bool = False) -> Finding | None:
             "watch",
             "Samples are too old",
             text,
-            "A smaller rollout.max_staleness, a lower learning rate, or a correction "
-            "(algorithm.rollout_correction).",
+            advice(TOO_OLD, known.setup, rows),
             "staleness",
         )
     if left is not None and left < LEFT_BEHIND:
@@ -350,7 +401,7 @@ def staleness(rows: Rows, _: bool = False) -> Finding | None:
     return Finding("good", "Samples are young enough", text, chart="staleness")
 
 
-def engines(rows: Rows, _: bool = False) -> Finding | None:
+def engines(rows: Rows, _: Known) -> Finding | None:
     """Whether engines died."""
     died = max(values(rows, "rollout/engine_restarts"), default=0.0)
     if not died:
@@ -363,7 +414,7 @@ def engines(rows: Rows, _: bool = False) -> Finding | None:
     )
 
 
-def environments(rows: Rows, _: bool = False) -> Finding | None:
+def environments(rows: Rows, _: Known) -> Finding | None:
     """Whether environments fail."""
     last = recent(rows)
     names = ("done", "max_turns", "length", "env_error", "env_timeout")
@@ -392,6 +443,7 @@ CHECKS: tuple[Check, ...] = (
     truncation,
     signal,
     gradients,
+    critic_gradients,
     learning_rate,
     critic,
     scoring,

@@ -6,14 +6,23 @@ Invariant: a change is called one only where its standard error allows it. Pure:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
 from rlhf3d.observability.metrics import keys_of, validation_accuracy, validation_reward
 from rlhf3d.observability.page.findings import Finding
-from rlhf3d.observability.page.trends import Change, Mean, Rows, change, number, training_rows
+from rlhf3d.observability.page.trends import (
+    Change,
+    Mean,
+    Rows,
+    change,
+    number,
+    training_rows,
+    values,
+)
 
 SURE = 3.0
 """Standard errors that a change of the reward must have: steps that follow one another are alike,
@@ -41,6 +50,8 @@ class HeldOut:
     title: str
     points: tuple[tuple[int, Mean], ...]
     percent: bool
+    prompts: float | None
+    """Of the last one; None where that is not recorded."""
 
     def text(self, mean: Mean) -> str:
         """A value for people."""
@@ -77,8 +88,15 @@ def held_out(rows: Rows) -> HeldOut | None:
             chosen = "greedy" if "greedy" in measures else measures[0]
             points = [(row["step"], _over_sources(row, values, chosen)) for row, values in found]
             known = tuple((step, mean) for step, mean in points if mean is not None)
-            return HeldOut(f"held-out {what} ({chosen})", known, percent)
+            prompts = _num_prompts(rows, {source for source, _ in keys})
+            return HeldOut(f"held-out {what} ({chosen})", known, percent, prompts)
     return None
+
+
+def _num_prompts(rows: Rows, sources: Iterable[str]) -> float | None:
+    """Over all data sources."""
+    counts = [values(rows, f"val-aux/{source}/num_prompts")[-1:] for source in sources]
+    return math.fsum(chain.from_iterable(counts)) or None
 
 
 def _over_sources(
@@ -256,6 +274,8 @@ def _held_out_text(found: HeldOut | None) -> str:
         return "The run has not validated on held-out prompts."
     (first_step, first), (last_step, last) = found.points[0], found.points[-1]
     title = found.title[0].upper() + found.title[1:]
+    if found.prompts is not None:
+        title = f"{title.removesuffix(')')}, {found.prompts:.0f} prompts)"
     if len(found.points) == 1:
         return f"{title} {found.text(first)} at step {first_step}; once is no trend."
     return (

@@ -27,12 +27,18 @@ from rlhf3d.observability.page.charts import (
     held_out_curves,
     phase_stack,
     stride,
-    window,
 )
 from rlhf3d.observability.page.collect import RunView
 from rlhf3d.observability.page.learning import held_out, reward_name
 from rlhf3d.observability.page.trajectories import Shown
-from rlhf3d.observability.page.trends import change, mean_of, recent, training_rows, values
+from rlhf3d.observability.page.trends import (
+    change,
+    mean_of,
+    recent,
+    training_rows,
+    values,
+    window,
+)
 from rlhf3d.observability.page.verdict import fine_checks
 from rlhf3d.units import format_clock
 

@@ -43,9 +43,14 @@ def mean_of(rows: Rows, name: str) -> float | None:
     return fmean(found) if found else None
 
 
+def window(count: int) -> int:
+    """Of so many steps those that a mean is over: a tenth, at least 5 and at most 50."""
+    return min(50, max(5, count // 10))
+
+
 def recent(rows: Rows) -> Rows:
-    """The last fifth of the rows, at least 5 and at most 50: how the run is now."""
-    return rows[-min(50, max(5, len(rows) // 5)) :]
+    """The last rows: how the run is now."""
+    return rows[-window(len(rows)) :]
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,14 @@ class Change:
         return _difference(self.best, self.last)
 
 
-def change(rows: Rows, name: str, at_least: int = 4) -> Change | None:
-    """Compare the first quarter (at least 4, at most 50 steps) with the last and the best.
+def change(rows: Rows, name: str) -> Change | None:
+    """Compare the first steps (`window`) with the last and the best.
 
     None where that would compare steps with themselves.
     """
     points = [(row["step"], number(row, name)) for row in rows]
     known = [(step, value) for step, value in points if value is not None]
-    width = min(50, max(at_least, len(known) // 4))
+    width = window(len(known))
     if len(known) < 2 * width:
         return None
     found = [value for _, value in known]
@@ -115,7 +120,7 @@ def change(rows: Rows, name: str, at_least: int = 4) -> Change | None:
 
 
 def running_means(found: Sequence[float | None], width: int) -> tuple[Any, Any]:
-    """Means and standard errors, as arrays, over the `width` steps around each; fewer at the ends.
+    """Means and standard errors, as arrays, over the `width` steps up to each; at first over fewer.
 
     NaN where none of those has a value; of a single one only the error is.
     """
@@ -133,11 +138,10 @@ def running_means(found: Sequence[float | None], width: int) -> tuple[Any, Any]:
 
 
 def _sums(series: Any, width: int) -> Any:
-    """Of the `width` values around each, or of as many as there are."""
+    """Of the `width` values up to each, or of as many as there are."""
     totals = np.concatenate([[0.0], np.cumsum(series, dtype=float)])
-    places = np.arange(len(series))
-    ends = np.minimum(places + width // 2 + 1, len(series))
-    return totals[ends] - totals[np.maximum(places - (width - 1) // 2, 0)]
+    ends = np.arange(1, len(series) + 1)
+    return totals[ends] - totals[np.maximum(ends - width, 0)]
 
 
 def _difference(minuend: Mean, subtrahend: Mean) -> Mean:

@@ -1,6 +1,7 @@
 """The four answers of a page: is it learning, is it healthy, what limits it, what did it write.
 
-Invariant: a function of the metrics alone, the same for the page and the Markdown report.
+Invariant: a function of the metrics and of the run's setup, where that is known, the same for the
+page and the Markdown report.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf3d.observability.page.bound import bound, wrote
-from rlhf3d.observability.page.findings import Finding
-from rlhf3d.observability.page.health import health
+from rlhf3d.observability.page.findings import Finding, Level
+from rlhf3d.observability.page.health import Known, health
 from rlhf3d.observability.page.learning import learning
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import Rows
 
 
@@ -37,26 +39,30 @@ class Verdict:
         )
 
 
-def judge(rows: Rows) -> Verdict:
+def judge(rows: Rows, setup: Setup | None = None) -> Verdict:
     """Judge the rows of `metrics.jsonl`."""
     learns = learning(rows)
-    checks = health(rows, learns.level == "good")
-    return Verdict(learns, summed_up(checks), bound(rows), wrote(rows), checks)
+    checks = health(rows, Known(learns.level == "good", setup))
+    return Verdict(learns, summed_up(checks), bound(rows, setup), wrote(rows), checks)
 
 
 def summed_up(checks: Sequence[Finding]) -> Finding:
     """All checks as one finding."""
-    bad = [check.title for check in checks if check.level == "bad"]
-    watch = [check.title for check in checks if check.level == "watch"]
-    good = sum(check.level == "good" for check in checks)
-    fine = f"{fine_checks(good)}."
+    bad, watch, unknown = (_titles(checks, level) for level in ("bad", "watch", "unknown"))
     if not checks:
         return Finding("unknown", "Nothing to check yet", "The run has no training step yet.")
+    fine = f"{fine_checks(len(_titles(checks, 'good')))}."
+    if unknown:
+        fine += f" Not settled: {_listed(unknown)}."
     if bad:
-        return Finding("bad", "Something is wrong", f"{_listed(bad + watch)}. {fine}")
+        return Finding("bad", "Something is wrong", f"{_listed(bad + watch)}. {fine}", "", "checks")
     if watch:
-        return Finding("watch", "Something to watch", f"{_listed(watch)}. {fine}")
-    return Finding("good", "It is healthy", f"All {good} checks are fine.")
+        return Finding("watch", "Something to watch", f"{_listed(watch)}. {fine}", "", "checks")
+    return Finding("good", "It is healthy", fine, "", "checks")
+
+
+def _titles(checks: Sequence[Finding], level: Level) -> list[str]:
+    return [check.title for check in checks if check.level == level]
 
 
 def fine_checks(count: int) -> str:

@@ -37,7 +37,8 @@ def test_settings_that_differ_come_with_their_defaults(run: Path) -> None:
 
 def test_starts_and_versions_are_the_journals(run: Path) -> None:
     facts = run_facts(run, healthy_rows(20))
-    assert facts.starts == [(0, "2026-01-02 03:04:05"), (10, "2026-01-02 03:04:05")]
+    when = "2026-01-02 03:04:05, local time of its machine"
+    assert facts.starts == [(0, when), (10, when)]
     assert facts.versions == {"rlhf3d": "0.2.0"}
     assert "resumed after step 10" in write_page([run], run / "page.html").read_text()
 

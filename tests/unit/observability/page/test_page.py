@@ -13,6 +13,7 @@ import pytest
 from support.page_runs import (
     healthy_rows,
     sample,
+    setup,
     trajectory,
     with_validation,
     write_answers,
@@ -118,11 +119,20 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
     write_run(tame)
     write_run(wild, text=HOSTILE)
     setting = Setting("a.b", HOSTILE, HOSTILE, HOSTILE)
+    wild_setup = setup(about=HOSTILE, scoring=HOSTILE)
     facts = RunFacts(
-        [setting], HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [(0, HOSTILE)], 9, None, HOSTILE
+        [setting],
+        HOSTILE,
+        HOSTILE,
+        {HOSTILE: HOSTILE},
+        [(0, HOSTILE)],
+        9,
+        wild_setup,
+        None,
+        HOSTILE,
     )
     plain = RunFacts(
-        [Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], 9, None, "x"
+        [Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], 9, setup(), None, "x"
     )
     found, expected = Parsed(page_of(wild, facts=facts)), Parsed(page_of(tame, facts=plain))
     assert found.elements == expected.elements
