@@ -158,5 +158,5 @@ def _plannable(file: Path) -> Config:
 
 
 def _place(ranks: Sequence[int], place: str) -> str:
-    numbers = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    numbers = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     return f"{numbers}: {place}"

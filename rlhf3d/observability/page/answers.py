@@ -1,13 +1,14 @@
 """What a run wrote, as a page shows it: answers before and after, groups, distributions.
 
-Invariant: answers are the first of their step, never chosen by score; what is left out or cut is
-counted. Files are read within a budget, since a long run has more than a page can hold.
+Invariant: answers are the first of their step, not chosen by score, except where they are said to
+be (`Pick`); what is left out or cut is counted. Files are read within a budget, since a long run
+has more than a page can hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -38,6 +39,9 @@ SPREAD_BYTES = 300_000_000
 VALUES = 6
 """With at most so many different scores, their shares are shown, else percentiles."""
 PERCENTILES = (10, 25, 50, 75, 90)
+LOWEST = "the lowest scores"
+REWARDED = 50
+"""Percent of the best score from which an answer counts as rewarded."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,29 @@ class Group:
     answers: Sequence[Answer]
     more: int
     """Answers that are not shown."""
+    first: int = 0
+    """The place of the first answer among the step's samples."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Answers of a step that were chosen, each with its prompt."""
+
+    title: str
+    groups: Sequence[Group]
+    more: int
+    """Of them that are not shown."""
 
 
 @dataclass(frozen=True)
 class GroupsOfStep:
-    """The first groups of a step."""
+    """The first groups of a step, and answers worth a look."""
 
     step: int
     groups: Sequence[Group]
     more: int
     """Groups that are not shown."""
+    picks: Sequence[Pick]
 
 
 @dataclass(frozen=True)
@@ -125,31 +142,61 @@ class _Scale:
 
 
 def groups_by_step(run: Path, budget: int = CHARACTERS // 2) -> list[GroupsOfStep]:
-    """The first groups of a few steps, evenly spaced over the run, first and last included."""
-    chosen = []
-    for step in spaced(sample_steps(run), GROUP_STEPS):
-        groups = list(_grouped(read_samples(samples_path(run, step))))
-        chosen.append((step, groups[:GROUPS], len(groups)))
-    texts = 0
-    for _, groups, _ in chosen:
-        texts += sum(1 + min(len(group), GROUP_SIZE) for group in groups)
+    """The first groups and some picked answers of a few steps, evenly spaced over the run, first
+    and last included.
+    """
+    steps = spaced(sample_steps(run), GROUP_STEPS)
+    found = [(step, read_samples(samples_path(run, step))) for step in steps]
+    scale = _Scale.of(chain.from_iterable(samples for _, samples in found))
+    # A group is its prompt and its answers; a picked answer comes with its prompt.
+    texts = len(found) * (GROUPS * (1 + GROUP_SIZE) + 2 * GROUPS * len(PICKS))
     limit = min(LONGEST, budget // max(texts, 1))
-    everything: list[Sample] = []
-    for _, groups, _ in chosen:
-        everything += chain.from_iterable(groups)
-    scale = _Scale.of(everything)
-    return [
-        GroupsOfStep(step, _shown(groups, limit, scale), total - len(groups))
-        for step, groups, total in chosen
-    ]
+    return [_of_step(step, samples, limit, scale) for step, samples in found]
 
 
-def _shown(groups: Sequence[Sequence[Sample]], limit: int, scale: _Scale) -> list[Group]:
-    found = []
-    for group in groups:
+def _of_step(step: int, samples: Sequence[Sample], limit: int, scale: _Scale) -> GroupsOfStep:
+    groups = list(_grouped(samples))
+    shown, first = [], 0
+    for group in groups[:GROUPS]:
         more = max(0, len(group) - GROUP_SIZE)
-        found.append(_group(group[:GROUP_SIZE], more, limit, scale))
-    return found
+        shown.append(_group(group[:GROUP_SIZE], more, limit, scale, first))
+        first += len(group)
+    picks = []
+    for title, choose in PICKS.items():
+        picked = choose(samples, scale)
+        alone = [_group([sample], 0, limit, scale) for sample in picked[:GROUPS]]
+        if alone:
+            picks.append(Pick(title, alone, len(picked) - len(alone)))
+    return GroupsOfStep(step, shown, len(groups) - len(shown), picks)
+
+
+def _lowest(samples: Sequence[Sample], scale: _Scale) -> list[Sample]:
+    """All below the best of the step, the lowest first."""
+    scored = [one for one in samples if one.outcome == "scored" and math.isfinite(one.score)]
+    best = max((one.score for one in scored), default=0.0)
+    return sorted((one for one in scored if one.score < best), key=lambda one: one.score)
+
+
+def _rewarded_though_cut_off(samples: Sequence[Sample], scale: _Scale) -> list[Sample]:
+    cut_off = [one for one in samples if one.finish_reason == "length"]
+    return [one for one in cut_off if scale.worth(one) >= REWARDED]
+
+
+def _without_score(samples: Sequence[Sample], scale: _Scale) -> list[Sample]:
+    return [one for one in samples if one.outcome != "scored"]
+
+
+def _longest(samples: Sequence[Sample], scale: _Scale) -> list[Sample]:
+    return sorted(samples, key=lambda one: -one.length)
+
+
+PICKS: dict[str, Callable[[Sequence[Sample], _Scale], list[Sample]]] = {
+    LOWEST: _lowest,
+    "rewarded, though cut off": _rewarded_though_cut_off,
+    "without a score": _without_score,
+    "the longest": _longest,
+}
+"""By what answers of a step are chosen."""
 
 
 def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
@@ -158,11 +205,14 @@ def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         yield list(group)
 
 
-def _group(samples: Sequence[Sample], more: int, limit: int, scale: _Scale) -> Group:
+def _group(
+    samples: Sequence[Sample], more: int, limit: int, scale: _Scale, place: int = 0
+) -> Group:
     first = samples[0]
     prompt, prompt_left_out = shortened(first.prompt, limit)
     answers = [_answer(sample, limit, scale) for sample in samples]
-    return Group(prompt, prompt_left_out, first.ground_truth[:limit], answers, more)
+    truth = first.ground_truth[:limit]
+    return Group(prompt, prompt_left_out, truth, answers, more, place)
 
 
 def _answer(sample: Sample, limit: int, scale: _Scale) -> Answer:

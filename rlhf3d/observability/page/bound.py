@@ -187,13 +187,13 @@ def _critic_text(
     explained = mean_of(last, "critic/vf_explained_var")
     if cost < CRITIC_TIME or explained is None or explained >= EXPLAINED:
         return ""
-    grouped_by = "completions of a prompt with one another, and needs no value model"
+    few = ""
     if setup is not None and setup.completions_per_prompt < 4:
-        grouped_by += f" (rollout.n is {setup.completions_per_prompt}: rather 4 or more)"
+        few = f" (rollout.n is {setup.completions_per_prompt}: rather 4 or more)"
     return (
-        f"{' + '.join(CRITIC)} are {share(cost)} of a step, and the value model explains only "
-        f"{share(max(explained, 0.0))} of the returns' variance: algorithm.adv_estimator=grpo or "
-        f"rloo compares {grouped_by}."
+        f"The value model ({' + '.join(CRITIC)}) takes {share(cost)} of a step and explains "
+        f"{share(max(explained, 0.0))} of the returns' variance: consider an estimator without "
+        f"one, which compares the completions of a prompt (algorithm.adv_estimator=grpo){few}."
     )
 
 

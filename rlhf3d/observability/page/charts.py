@@ -61,8 +61,20 @@ class Chart:
     format: Format = "number"
     limit: float | None = None
     """Where a check of `health` begins to warn."""
+    unit: str = ""
+    lowest: float | None = 0.0
+    """No value can be lower."""
+    smooth: bool = True
+    """Whether a running mean says something."""
+    bypass: str = ""
+    """What more there is to say where the engines' log-probs are the old ones."""
+    about_groups: bool = False
+    """Its limit is one for estimators that compare the completions of a prompt."""
 
 
+_OLDER = (
+    "Here the old policy is the one that wrote (bypass mode), which may be of an earlier version."
+)
 _OUTCOMES = tuple(f"reward/outcome/{name}" for name in ("scored", "unparsable", "timeout", "error"))
 
 CHARTS: tuple[Chart, ...] = (
@@ -74,25 +86,29 @@ CHARTS: tuple[Chart, ...] = (
             Line("critic/score/mean", "score"),
             Line("filter_groups/generated_score/mean", "score of all generated"),
         ),
+        lowest=None,
     ),
     Chart(
         "kl",
         "KL to the reference",
         "How far the policy has gone from the model that it started from. It grows slowly; a "
-        "sudden rise is a warning.",
+        "check warns above 0.2 where it doubles in the second half.",
         (
             Line("actor/kl_loss", "KL in the loss"),
             Line("actor/reward_kl_penalty", "KL in the reward"),
         ),
         "nats",
+        unit="nats per token",
+        lowest=None,
     ),
     Chart(
         "entropy",
         "Entropy",
-        "How open the choice of the next token is. It falls as the policy gets sure; near 0 it "
-        "explores no more.",
+        "How open the choice of the next token is. It falls as the policy gets sure; a "
+        "check warns below a tenth of the start (and 0.1), and above twice the start.",
         (Line("actor/entropy", "entropy"),),
         "nats",
+        unit="nats per token",
     ),
     Chart(
         "length",
@@ -100,10 +116,11 @@ CHARTS: tuple[Chart, ...] = (
         "Tokens of a completion: mean, and what nine of ten have at most.",
         (
             Line("response_length/mean", "mean"),
-            Line("response_length/p90", "nine of ten below"),
+            Line("response_length/p90", "nine of ten at most"),
             Line("response_length_drawn/mean", "mean of all generated"),
         ),
         "tokens",
+        unit="tokens",
     ),
     Chart(
         "cut",
@@ -116,14 +133,15 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "clip",
         "Clip share",
-        "Share of tokens whose update the clip bound. Up to 20 % is usual; above 30 % updates are "
-        "too large.",
+        "Share of tokens beyond the clip range, which no longer push the policy on. Up to 20 % is "
+        "usual; above 30 % updates are too large.",
         (
             Line("actor/pg_clipfrac", "clip"),
             Line("actor/pg_clipfrac_lower", "dual clip"),
         ),
         "share",
         CLIPPED,
+        bypass=_OLDER,
     ),
     Chart(
         "ppo_kl",
@@ -131,6 +149,9 @@ CHARTS: tuple[Chart, ...] = (
         "How far a step's updates move the policy (estimator k1, which may be slightly negative).",
         (Line("actor/ppo_kl", "new to old policy"),),
         "nats",
+        unit="nats per token",
+        lowest=None,
+        bypass=_OLDER,
     ),
     Chart(
         "mismatch",
@@ -157,6 +178,7 @@ CHARTS: tuple[Chart, ...] = (
         ),
         "share",
         SIGNAL_WATCH,
+        about_groups=True,
     ),
     Chart(
         "outcomes",
@@ -172,11 +194,13 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "grad_norm",
         "Gradient norm",
-        "Before clipping. Steady is healthy; spikes are worth a look.",
+        "Of the complete model, before clipping (optim.clip_grad). Steady is healthy; spikes are "
+        "worth a look.",
         (
             Line("actor/grad_norm", "actor", highest=True),
             Line("critic/grad_norm", "critic", highest=True),
         ),
+        unit="Euclidean norm",
     ),
     Chart(
         "critic",
@@ -184,12 +208,14 @@ CHARTS: tuple[Chart, ...] = (
         "Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a "
         "constant.",
         (Line("critic/vf_explained_var", "explained variance"),),
+        lowest=None,
     ),
     Chart(
         "lr",
         "Learning rate",
         "Of each step.",
         (Line("actor/lr", "actor"), Line("critic/lr", "critic")),
+        smooth=False,
     ),
     Chart(
         "staleness",
@@ -200,6 +226,8 @@ CHARTS: tuple[Chart, ...] = (
             Line("training/off_policy/trajectory_staleness_worst/mean", "mean"),
             Line("training/off_policy/trajectory_staleness_worst/max", "oldest", highest=True),
         ),
+        unit="versions",
+        smooth=False,
     ),
     Chart(
         "off_policy_kl",
@@ -208,6 +236,7 @@ CHARTS: tuple[Chart, ...] = (
         (Line("training/off_policy/kl_k3", "KL"),),
         "nats",
         STALE_KL,
+        unit="nats per token",
     ),
     Chart(
         "waits",
@@ -223,7 +252,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "throughput",
         "Tokens per second",
-        "Of the complete step, per device, and of generation alone.",
+        "Prompt and response tokens per second of the complete step and device (on CPUs: rank); "
+        "response tokens per second of generation, also while it shares the machine.",
         (
             Line("perf/throughput", "step, per device"),
             Line("perf/generate_tokens_per_s", "generation"),
@@ -232,14 +262,21 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "memory",
         "Memory",
-        "The most that any training rank has had so far, and what is in use on the driver's node, "
-        "GiB.",
+        "The most that any training rank has had so far, and what is in use on the driver's node.",
         (
             Line("perf/rank_memory_gib", "training rank, peak"),
             Line("perf/host_memory_gib", "host in use", highest=True),
         ),
+        unit="GiB",
+        smooth=False,
     ),
-    Chart("step_s", "Seconds per step", "Wall-clock time.", (Line(STEP_TIME, "step"),), "seconds"),
+    Chart(
+        "step_s",
+        "Seconds per step",
+        "Wall-clock time, with validation and checkpoints.",
+        (Line(STEP_TIME, "step"),),
+        "seconds",
+    ),
 )
 """In the order of the page."""
 
@@ -252,9 +289,11 @@ class Curve:
     steps: Sequence[int]
     raw: Sequence[float | None]
     mean: Sequence[float | None] = field(default_factory=list)
-    """Running mean; empty where each point is a measurement of its own."""
+    """Over the last steps up to each; empty where each point is a measurement of its own."""
+    now: float | None = None
+    """The last of the means."""
     low: Sequence[float | None] = field(default_factory=list)
-    """95 % interval of the mean, or of the point."""
+    """One standard error around the mean, or around the point."""
     high: Sequence[float | None] = field(default_factory=list)
 
 
@@ -270,7 +309,7 @@ def curves(chart: Chart, rows: Rows) -> list[Curve]:
     for line in chart.lines:
         measured = [_value(row, line) for row in steps]
         if any(value is not None for value in measured):
-            found.append(_curve(line, [row["step"] for row in steps], measured))
+            found.append(_curve(chart, line, [row["step"] for row in steps], measured))
     return found
 
 
@@ -282,20 +321,28 @@ def _value(row: Mapping[str, Any], line: Line) -> float | None:
     return value / total if total else None
 
 
-def _curve(line: Line, steps: Sequence[int], measured: Sequence[float | None]) -> Curve:
+def _curve(
+    chart: Chart, line: Line, steps: Sequence[int], measured: Sequence[float | None]
+) -> Curve:
     mean, error = running_means(measured, window(len(steps)))
     series = np.array([math.nan if value is None else value for value in measured])
     places = list(_places(len(steps)))
     ends = [end - 1 for _, end in places]
     gather = np.fmax.reduce if line.highest else _nanmean
-    return Curve(
-        line.label,
-        [steps[end] for end in ends],
-        rounded(gather(series[start:end]) for start, end in places),
-        rounded(mean[ends]),
-        rounded((mean - error)[ends]),
-        rounded((mean + error)[ends]),
-    )
+    shown = [steps[end] for end in ends]
+    raw = rounded(gather(series[start:end]) for start, end in places)
+    if not chart.smooth:
+        return Curve(line.label, shown, raw)
+    low, high = possible(mean - error, mean + error, chart.lowest, chart.format)
+    means = rounded(mean[ends])
+    return Curve(line.label, shown, raw, means, means[-1], rounded(low[ends]), rounded(high[ends]))
+
+
+def possible(low: Any, high: Any, lowest: float | None, format_: Format) -> tuple[Any, Any]:
+    """Ends of intervals, without what no value can be."""
+    most = 1.0 if format_ == "share" else math.inf
+    least = -math.inf if lowest is None else lowest
+    return np.maximum(low, least), np.minimum(high, most)
 
 
 def _places(count: int) -> Iterator[tuple[int, int]]:
@@ -316,43 +363,36 @@ def rounded(series: Any) -> list[float | None]:
 
 
 def held_out_curves(rows: Rows) -> tuple[list[Curve], Format]:
-    """Held-out accuracy (else the reward model's score) with its 95 % interval, by measure."""
+    """Held-out accuracy (else the reward model's score) by measure, with one standard error."""
     main = held_out(rows)
     if main is None:
         return [], "number"
     read = validation_accuracy if main.percent else validation_reward
     found = [(row, read(row)) for row in rows]
     keys = keys_of(values for _, values in found)
-    drawn = [_held_out_curve(found, *key) for key in keys]
-    return drawn, "share" if main.percent else "number"
+    format_: Format = "share" if main.percent else "number"
+    return [_held_out_curve(found, *key, format_) for key in keys], format_
 
 
 def _held_out_curve(
     found: Sequence[tuple[Mapping[str, Any], Mapping[tuple[str, str], float]]],
     source: str,
     measure: str,
+    format_: Format,
 ) -> Curve:
     key = (source, measure)
     points = [(row, values[key]) for row, values in found if key in values]
-    intervals = [_interval(row, source, measure, value) for row, value in points]
+    known = np.array([value for _, value in points])
+    errors = np.array([held_out_error(row, source, measure) for row, _ in points])
+    lowest = 0.0 if format_ == "share" else None
+    low, high = possible(known - errors, known + errors, lowest, format_)
     return Curve(
         f"{source} {measure}",
         [row["step"] for row, _ in points],
-        rounded(value for _, value in points),
-        low=rounded(low for low, _ in intervals),
-        high=rounded(high for _, high in intervals),
+        rounded(known),
+        low=rounded(np.where(np.isfinite(errors), low, math.nan)),
+        high=rounded(np.where(np.isfinite(errors), high, math.nan)),
     )
-
-
-def _interval(
-    row: Mapping[str, Any], source: str, measure: str, value: float
-) -> tuple[float, float]:
-    """95 %: that which validation computed, else from the standard error."""
-    low, high = (number(row, f"val-aux/{source}/acc/{measure}/ci_{end}") for end in ("low", "high"))
-    if low is not None and high is not None:
-        return low, high
-    error = held_out_error(row, source, measure)
-    return value - error, value + error
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Shown:
 
     step: int
     number: int
+    """Its place among the step's samples."""
     score: float
     outcome: str
     finish_reason: str

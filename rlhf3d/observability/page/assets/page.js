@@ -5,7 +5,9 @@ const byId = (id) => document.getElementById(id);
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const faint = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
 const hue = (number) => color("--c" + (number % 12));
-const PRINT_WIDTH = 310, HEIGHT = 190;
+const PRINT_WIDTH = 310, HEIGHT = 205;
+// Of the lines of a chart, so that those that coincide can be told apart; with their CSS class.
+const DASHES = [[undefined, ""], [[7, 5], " dashed"], [[2, 4], " dotted"]];
 let chosenRun = 0, printing = false, drawn = [];
 
 function element(tag, className, text, parent) {
@@ -28,24 +30,28 @@ const FORMATS = {
   number: digits, tokens: digits, nats: digits,
 };
 
-function chartBox(parent, id, title, help) {
+function chartBox(parent, id, title, help, unit) {
   const box = parent.tagName === "FIGURE" ? parent : element("figure", "chart", undefined, parent);
   if (id) box.id = id;
   box.replaceChildren();
-  element("h3", "", title, box);
+  const head = element("h3", "", title, box);
+  if (unit) element("span", "unit", ", " + unit, head);
   element("p", "help", help, box);
   const keys = element("div", "keys", undefined, box);
   return { box, keys, place: element("div", "", undefined, box) };
 }
 
-function addKey(keys, stroke, label) {
+// `line`: the class of a line's dashes; without, an area.
+function addKey(keys, stroke, label, line) {
   const key = element("span", "", undefined, keys);
-  element("i", "swatch", undefined, key).style.background = stroke;
+  const swatch = element("i", "swatch" + (line === undefined ? "" : " line" + line), undefined, key);
+  swatch.style[line === undefined ? "background" : "borderTopColor"] = stroke;
   key.append(label + " ");
   return element("b", "", "", key);
 }
 
-// `series`: uPlot's, `values[i]`: where the value of a series under the pointer is written.
+// `series`: uPlot's; `shown`: [series, where its value is written, how it is read, what is written
+// while the pointer is elsewhere].
 function draw(place, table, series, options, shown) {
   const format = FORMATS[options.format] || digits;
   const axis = { stroke: color("--soft"), font: "11px system-ui, sans-serif",
@@ -53,9 +59,9 @@ function draw(place, table, series, options, shown) {
   const width = printing ? (options.wide ? 2 * PRINT_WIDTH : PRINT_WIDTH) : place.clientWidth;
   const write = (plot) => {
     const at = plot.cursor.idx;
-    for (const [index, target, read] of shown) {
-      let value = at == null ? null : read ? read(at) : table[index][at];
-      if (at == null) {
+    for (const [index, target, read, rest] of shown) {
+      let value = at == null ? rest : read ? read(at) : table[index][at];
+      if (at == null && value == null) {
         for (let i = table[0].length - 1; i >= 0 && value == null; i--) {
           value = read ? read(i) : table[index][i];
         }
@@ -63,17 +69,18 @@ function draw(place, table, series, options, shown) {
       target.textContent = value == null ? "" : format(value);
     }
     if (options.atStep) {
-      options.atStep.textContent = at == null ? "last values" : "step " + table[0][at];
+      const last = "step " + table[0][table[0].length - 1];
+      options.atStep.textContent = at == null ? options.rest || last : "step " + table[0][at];
     }
   };
   const plot = new uPlot({
     width, height: options.wide ? 260 : HEIGHT,
     legend: { show: false },
-    cursor: { sync: options.alone ? undefined : { key: "steps", setSeries: false },
+    cursor: { y: false, sync: options.alone ? undefined : { key: "steps", setSeries: false },
       points: { size: 6 }, drag: { x: true, y: false } },
     scales: { x: { time: false, range: options.xRange }, y: { range: options.yRange } },
     axes: [
-      { ...axis, size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5] },
+      { ...axis, size: 24, label: "step", labelSize: 15, labelFont: axis.font, labelGap: 0, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5] },
       { ...axis, size: 54, values: (_, ticks) => ticks.map(format) },
     ],
     series: [{}, ...series], bands: options.bands,
@@ -82,7 +89,7 @@ function draw(place, table, series, options, shown) {
   drawn.push([plot, place, options]);
 }
 
-// A dashed line at a check's limit and dotted ones at resumes, where the scales reach them.
+// A line at a check's limit and dotted ones at resumes, where the scales reach them.
 function drawMarks(plot, options) {
   const { ctx, bbox } = plot, ratio = devicePixelRatio;
   const inside = (value, scale) => value >= scale.min && value <= scale.max;
@@ -99,7 +106,7 @@ function drawMarks(plot, options) {
   };
   if (options.limit != null && inside(options.limit, plot.scales.y)) {
     const y = plot.valToPos(options.limit, "y", true);
-    line(color("--watch"), [6, 4], [bbox.left, y], [bbox.left + bbox.width, y]);
+    line(color("--watch"), [], [bbox.left, y], [bbox.left + bbox.width, y]);
   }
   for (const step of data.resumes) {
     if (!inside(step + 0.5, plot.scales.x)) continue;
@@ -113,31 +120,31 @@ function yRange(format) {
     if (low == null) return [0, 1];
     const room = 0.08 * (high - low || Math.abs(high) || 1);
     if (format === "share") return [0, Math.min(Math.max(high + room, 0.02), 1.0001)];
-    const fromZero = low >= 0 && low < 0.6 * high;
+    const fromZero = low >= 0 && (low < 0.6 * high || format === "tokens" || format === "seconds");
     return [fromZero ? 0 : low - room, high + room];
   };
 }
 
 function curveChart(parent, chart) {
-  const { keys, place } = chartBox(parent, chart.id, chart.title, chart.help);
+  const { keys, place } = chartBox(parent, chart.id, chart.title, chart.help, chart.unit);
   const tables = [], series = [], bands = [], shown = [];
   chart.lines.forEach((line, number) => {
     const several = data.runs.length > 1;
     const stroke = hue(several ? line.run : number);
     const few = line.steps.length <= 60, pale = line.steps.length > 300 ? 0.25 : 0.45;
     const smooth = line.mean.length > 0;
+    const [dash, dashed] = DASHES[(several ? 0 : number) % DASHES.length];
     const raw = series.length + 1;
     tables.push([line.steps, line.raw]);
     series.push({
       stroke: smooth ? faint(stroke, pale) : stroke, width: smooth ? 1 : 2, spanGaps: !smooth,
+      dash: smooth ? undefined : dash,
       points: { show: few, size: 4, stroke: smooth ? faint(stroke, pale) : stroke,
         fill: smooth ? faint(stroke, pale) : stroke },
     });
-    let main = raw;
     if (smooth) {
       tables[tables.length - 1].push(line.mean);
-      series.push({ stroke, width: 2, points: { show: false } });
-      main = raw + 1;
+      series.push({ stroke, width: 2, dash, points: { show: false } });
     }
     if (line.low.length) {
       tables[tables.length - 1].push(line.high, line.low);
@@ -146,12 +153,17 @@ function curveChart(parent, chart) {
       bands.push({ series: [series.length - 1, series.length], fill: faint(stroke, 0.16) });
     }
     const label = several ? data.runs[line.run] : line.label;
-    shown.push([main, addKey(keys, stroke, label)]);
+    shown.push([raw, addKey(keys, stroke, label, dashed), undefined, line.now]);
   });
+  if (bands.length) addKey(keys, faint(color("--c9"), 0.3), "± one standard error");
+  const means = new Set(chart.lines.filter((line) => line.mean.length).map((line) =>
+    data.windows[line.run]));
+  const rest = means.size ? `mean of the last ${[...means].join(" / ")} steps` : "";
   const atStep = element("span", "", "", keys);
   const table = tables.length > 1 ? uPlot.join(tables) : tables[0];
   draw(place, table, series,
-    { format: chart.format, limit: chart.limit, bands, yRange: yRange(chart.format), atStep }, shown);
+    { format: chart.format, limit: chart.limit, bands, yRange: yRange(chart.format), atStep, rest },
+    shown);
 }
 
 function stackChart(parent, title, help, steps, parts, format, hues, wide) {
@@ -187,8 +199,12 @@ function fanChart(parent, title, help, spread, format) {
   const edge = { stroke: faint(stroke, 0.25), width: 1, points: { show: few, size: 3 } };
   const series = [edge, { ...edge }, { stroke, width: 2, points: { show: few, size: 4 } },
     { ...edge }, { ...edge }];
-  const shown = [[3, addKey(keys, stroke, "median")], [1, addKey(keys, faint(stroke, 0.2), "10 %")],
-    [5, addKey(keys, faint(stroke, 0.2), "90 %")]];
+  const shown = [[3, addKey(keys, stroke, "median", "")]];
+  for (const [alpha, ends] of [[0.34, [[2, "25 %"], [4, "75 %"]]], [0.14, [[1, "10 %"], [5, "90 %"]]]]) {
+    for (const [index, label] of ends) {
+      shown.push([index, addKey(keys, faint(stroke, alpha), label + " below")]);
+    }
+  }
   const atStep = element("span", "", "", keys);
   draw(place, [spread.steps, ...spread.columns], series, {
     format, atStep, yRange: yRange(format),
@@ -234,7 +250,8 @@ function phaseChart() {
   const { steps, parts } = data.phases[chosenRun];
   if (!Object.keys(parts).length) { byId("phases").hidden = true; return; }
   byId("phases").hidden = false;
-  stackChart(byId("phases"), "Seconds of each phase", "What a step's time went to.", steps, parts,
+  stackChart(byId("phases"), "Seconds of each phase", "What a step's time went to; generation that " +
+    "goes on beside training is not in it.", steps, parts,
     "seconds", Object.keys(parts).map((_, number) => hue(number)), true);
 }
 
@@ -247,16 +264,34 @@ function drawAll() {
   spreadCharts();
 }
 
+const FIRST = "the first groups";
+function stepShown() {
+  const steps = data.groups[chosenRun], value = byId("groups-step").value;
+  return steps.find((one) => String(one.step) === value) || steps[steps.length - 1];
+}
+
+// What of the step chosen can be shown; what was chosen before stays chosen where it is there.
+function offerKinds() {
+  const at = stepShown(), select = byId("groups-kind"), before = select.value;
+  select.replaceChildren();
+  for (const title of [FIRST, ...(at ? at.picks : []).map((pick) => pick.title)]) {
+    element("option", "", title, select).value = title;
+  }
+  select.value = before || FIRST;
+  if (select.selectedIndex < 0) select.value = FIRST;
+}
+
 function showGroups() {
-  const steps = data.groups[chosenRun], select = byId("groups-step");
-  const at = steps.find((one) => String(one.step) === select.value) || steps[steps.length - 1];
-  const place = byId("groups");
+  const at = stepShown(), place = byId("groups");
   place.replaceChildren();
   if (!at) return;
-  byId("groups-note").textContent =
-    `The first ${at.groups.length} group(s) of the step, not chosen by result` +
-    (at.more ? `; ${at.more} more are not shown` : "") + ". Steps are evenly spaced over the run.";
-  for (const group of at.groups) {
+  const pick = at.picks.find((one) => one.title === byId("groups-kind").value);
+  const { groups, more } = pick || at;
+  byId("groups-note").textContent = (pick
+    ? `Of step ${at.step}: ${pick.title}`
+    : `The first ${groups.length} group(s) of the step, not chosen by result`) +
+    (more ? `; ${more} more are not shown` : "") + ". Steps are evenly spaced over the run.";
+  for (const group of groups) {
     const box = element("div", "group", undefined, place);
     const prompt = element("p", "prompt", group.prompt, box);
     leftOut(prompt, group.prompt_left_out);
@@ -271,6 +306,27 @@ function showGroups() {
     }
     if (group.more) element("p", "note", `${group.more} more completions are not shown.`, box);
   }
+}
+
+// The group of a trajectory, where it is among those shown: a button that goes there.
+function tellGroup(at) {
+  const place = byId("token-group");
+  place.replaceChildren();
+  if (!at) return;
+  place.append(`Sample ${at.number} of step ${at.step}, counted from 0. `);
+  const of = data.groups[chosenRun].find((one) => one.step === at.step);
+  const number = of ? of.groups.findIndex((group) =>
+    group.first <= at.number && at.number < group.first + group.answers.length + group.more) : -1;
+  if (number < 0) return;
+  const button = element("button", "", "Its group", place);
+  button.type = "button";
+  button.addEventListener("click", () => {
+    byId("groups-step").value = at.step;
+    offerKinds();
+    byId("groups-kind").value = FIRST;
+    showGroups();
+    byId("groups").children[number].scrollIntoView({ block: "center" });
+  });
 }
 
 function leftOut(parent, count) {
@@ -288,11 +344,12 @@ function showTokens() {
   about.textContent = "";
   text.hidden = byId("tokens-choose").hidden = !at;
   byId("token-legend").replaceChildren();
+  tellGroup(at);
   if (!at) {
     byId("tokens-note").textContent = "The run kept no tokens (trainer.sample_tokens).";
     return;
   }
-  legend(mode);
+  legend(mode, new Set(at.tokens.map((token) => token[2])));
   byId("worst").hidden = at.worst === null;
   if (at.skipped_before) element("i", "", `… ${at.skipped_before} tokens before … `, text);
   at.tokens.forEach((token, place) => {
@@ -308,17 +365,20 @@ function showTokens() {
   if (at.skipped_after) element("i", "", ` … ${at.skipped_after} tokens after`, text);
 }
 
-function legend(mode) {
+function legend(mode, authors) {
   const place = byId("token-legend");
   if (mode === "author") {
     for (const [author, meaning] of Object.entries(AUTHORS)) {
-      element("span", "by-" + author, meaning, place);
+      if (authors.has(author)) element("span", "by-" + author, meaning, place);
     }
-  } else if (mode === "difference") {
-    place.textContent = "Red: engine and trainer differ; full red by a factor of two or more.";
-  } else {
-    place.textContent = "Red: a token that the engine found unlikely when it drew it.";
+    return;
   }
+  const [low, high, what] = mode === "difference"
+    ? ["0", "0.7 nats or more (a factor of two)", "Difference of engine and trainer:"]
+    : ["0", "−5 or less", "Log-prob, nats, that the engine gave the token when it drew it:"];
+  place.append(what + " " + low);
+  element("i", "scale", undefined, place);
+  place.append(high);
 }
 
 function tellToken(shown) {
@@ -362,7 +422,7 @@ function chooseRun(number) {
   select.replaceChildren();
   found.forEach((one, place) => {
     const worst = place === 0 && one.worst !== null ? ", the worst token" : "";
-    element("option", "", `step ${one.step}, number ${one.number}, score ${digits(one.score)}${worst}`,
+    element("option", "", `step ${one.step}, sample ${one.number}, score ${digits(one.score)}${worst}`,
       select).value = place;
   });
   if (found.length && found[0].worst !== null) {
@@ -375,13 +435,15 @@ function chooseRun(number) {
       "sampled, so there is nothing to compare. Touch a token to see its log-prob.";
     byId("color").querySelector("[value=difference]").disabled = true;
   }
+  offerKinds();
   showGroups();
   showTokens();
 }
 
 // Begins with the page's elements and data, which may be new ones (watch.js).
 function start() {
-  byId("groups-step").addEventListener("change", showGroups);
+  byId("groups-step").addEventListener("change", () => { offerKinds(); showGroups(); });
+  byId("groups-kind").addEventListener("change", showGroups);
   byId("trajectory").addEventListener("change", showTokens);
   byId("color").addEventListener("change", showTokens);
   byId("worst").addEventListener("click", goToWorst);

@@ -81,6 +81,7 @@
     // The last step and the first trajectory are what a page begins with: they move on.
     const steps = byId("groups-step"), trajectories = byId("trajectory");
     const step = steps.selectedIndex < steps.options.length - 1 ? selected("groups-step") : null;
+    const kind = selected("groups-kind");
     const trajectory = trajectories.selectedIndex > 0 ? selected("trajectory") : null;
     const token = document.querySelector("#token-text .chosen")?.dataset.place;
     const of = selected("trajectory");
@@ -92,6 +93,8 @@
       chosenRun = data.runs[chosenRun] === run ? chosenRun : Math.max(0, data.runs.indexOf(run));
       start();
       choose("groups-step", step);
+      offerKinds();
+      choose("groups-kind", kind);
       choose("trajectory", trajectory);
       if (!byId("color").querySelector(`[value=${mode}]`).disabled) byId("color").value = mode;
       showGroups();

@@ -135,7 +135,8 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
         [Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], 9, setup(), None, "x"
     )
     found, expected = Parsed(page_of(wild, facts=facts)), Parsed(page_of(tame, facts=plain))
-    assert found.elements == expected.elements
+    # Long keys and values may be broken into lines.
+    assert found.elements | {"wbr": 0} == expected.elements | {"wbr": 0}
     assert found.scripts[1:] == expected.scripts[1:]
     answer = found.data["groups"][0][0]["groups"][0]["answers"][0]["text"]
     assert answer == HOSTILE
