@@ -189,11 +189,11 @@ def _critic_text(
         return ""
     few = ""
     if setup is not None and setup.completions_per_prompt < 4:
-        few = f" (rollout.n is {setup.completions_per_prompt}: rather 4 or more)"
+        few = f"; rollout.n is {setup.completions_per_prompt}: rather 4 or more"
     return (
         f"The value model ({' + '.join(CRITIC)}) takes {share(cost)} of a step and explains "
         f"{share(max(explained, 0.0))} of the returns' variance: consider an estimator without "
-        f"one, which compares the completions of a prompt (algorithm.adv_estimator=grpo){few}."
+        f"one, which compares the completions of a prompt (algorithm.adv_estimator=grpo{few})."
     )
 
 

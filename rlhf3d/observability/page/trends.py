@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 
 Rows = Sequence[Mapping[str, Any]]
-Z95 = 1.96
-"""Standard errors on either side of a mean that make a 95 % interval."""
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:

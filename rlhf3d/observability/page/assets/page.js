@@ -202,7 +202,7 @@ function fanChart(parent, title, help, spread, format) {
   const shown = [[3, addKey(keys, stroke, "median", "")]];
   for (const [alpha, ends] of [[0.34, [[2, "25 %"], [4, "75 %"]]], [0.14, [[1, "10 %"], [5, "90 %"]]]]) {
     for (const [index, label] of ends) {
-      shown.push([index, addKey(keys, faint(stroke, alpha), label + " below")]);
+      shown.push([index, addKey(keys, faint(stroke, alpha), label + " at most")]);
     }
   }
   const atStep = element("span", "", "", keys);
