@@ -70,7 +70,8 @@
   const selected = (id) => byId(id).options[byId(id).selectedIndex]?.text;
   const title = (place) => place.parentElement.querySelector("h3").textContent;
   const details = () => [...document.querySelectorAll("main section[id]")].flatMap((section) =>
-    [...section.querySelectorAll("details")].map((one, number) => [section.id + number, one]));
+    [...section.querySelectorAll("details")].map((one, number) =>
+      [section.id + (one.dataset.name || number), one]));
 
   // What the reader chose; returns the function that chooses it again on the new page.
   function kept() {
