@@ -68,6 +68,8 @@ def setup_of(path: Path) -> Setup:
         on_cpu=on_cpu,
         epochs=max(epochs),
         mini_batches=max(1, config.data.train_batch_size // batching.mini_batch_size),
+        kl_term=config.needs_reference,
+        dynamic_sampling=algorithm.filter_groups.enable,
         micro_batches=micro_batches,
         stages=actor.layout.pp,
         stage_parts=actor.layout.vpp or 1,

@@ -126,6 +126,8 @@ def setup(**changed: Any) -> Setup:
             on_cpu=True,
             epochs=1,
             mini_batches=1,
+            kl_term=True,
+            dynamic_sampling=True,
             micro_batches=1,
             stages=1,
             stage_parts=1,

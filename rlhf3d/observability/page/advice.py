@@ -117,15 +117,40 @@ TIME = {
 }
 """Against the time that a group of phases takes (`bound.GROUPS`)."""
 
+LOWER_RATE = Hint("a lower learning rate")
+KL_TERM = Hint(
+    "a KL term (actor.use_kl_loss or algorithm.use_kl_in_reward)",
+    lambda setup, _: not setup.kl_term,
+)
+NEARER = (
+    LOWER_RATE,
+    KL_TERM,
+    Hint("a larger coefficient of the KL", lambda setup, _: setup.kl_term),
+    Hint(
+        "fewer updates a batch (ppo_epochs, ppo_mini_batch_size)",
+        lambda setup, _: setup.epochs * setup.mini_batches > 1,
+    ),
+)
+"""To stay nearer to the policy that there was."""
+COLLAPSED = (
+    LOWER_RATE,
+    Hint("a larger clip_ratio_high"),
+    Hint("an entropy bonus (actor.entropy_coeff)"),
+    KL_TERM,
+)
+MORE_SIGNAL = (
+    Hint("a larger rollout.n", now="completions_per_prompt"),
+    Hint("dynamic sampling (algorithm.filter_groups)", lambda setup, _: not setup.dynamic_sampling),
+)
 LARGE_UPDATES = (
-    Hint("a lower learning rate"),
+    LOWER_RATE,
     FEWER_EPOCHS,
     Hint("larger mini-batches", lambda setup, _: setup.mini_batches > 1),
     LESS_STALE,
 )
 TOO_OLD = (
     LESS_STALE,
-    Hint("a lower learning rate"),
+    LOWER_RATE,
     Hint("a correction (algorithm.rollout_correction)", lambda setup, _: not setup.old_from_engine),
 )
 CUT_OFF = (

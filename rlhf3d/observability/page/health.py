@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rlhf3d.observability.metrics import KL_TO_REFERENCE
-from rlhf3d.observability.page.advice import CUT_OFF, LARGE_UPDATES, TOO_OLD, advice
+from rlhf3d.observability.page.advice import (
+    COLLAPSED,
+    CUT_OFF,
+    LARGE_UPDATES,
+    MORE_SIGNAL,
+    TOO_OLD,
+    Hint,
+    advice,
+)
 from rlhf3d.observability.page.findings import ORDER, Finding, share
 from rlhf3d.observability.page.learning import EARLY_STEPS
 from rlhf3d.observability.page.setup import Setup
@@ -119,8 +127,8 @@ def entropy(rows: Rows, known: Known) -> Finding | None:
             "watch" if known.learns else "bad",
             "Entropy has collapsed",
             f"{text} Completions of a prompt are nearly the same, so it explores no more.",
-            "Fine at the end of a run that solved its task. Otherwise: a lower learning rate, a "
-            "larger clip_ratio_high, an entropy bonus (actor.entropy_coeff) or a KL term.",
+            "Fine at the end of a run that solved its task. Otherwise: "
+            f"{advice(COLLAPSED, known.setup, rows)}",
             "entropy",
         )
     if start > 0 and now > ENTROPY_HIGH * start:
@@ -243,12 +251,12 @@ def signal(rows: Rows, known: Known) -> Finding | None:
     reward = mean_of(recent(rows), "critic/score/mean") or 0.0
     highest = max(values(rows, "critic/score/max"), default=1.0)
     solved = reward > highest / 2
-    many, prompts = ("Most", "Harder") if solved else ("Few", "Easier")
+    many, prompts = ("Most", "harder") if solved else ("Few", "easier")
     return Finding(
         "bad" if mixed < SIGNAL_BAD and not solved else "watch",
         "Few groups teach anything",
         f"{text} {many} answers are right, so that those of a prompt hardly differ.",
-        f"{prompts} prompts, a larger rollout.n, or dynamic sampling (algorithm.filter_groups).",
+        advice((Hint(f"{prompts} prompts"), *MORE_SIGNAL), known.setup, rows),
         "signal",
     )
 
@@ -334,7 +342,7 @@ def critic(rows: Rows, _: Known) -> Finding | None:
     )
 
 
-def scoring(rows: Rows, _: Known) -> Finding | None:
+def scoring(rows: Rows, known: Known) -> Finding | None:
     """Whether rewards are rewards."""
     last = recent(rows)
     names = ("scored", "unparsable", "timeout", "error")
@@ -355,11 +363,13 @@ def scoring(rows: Rows, _: Known) -> Finding | None:
         )
     text = f"{share(unreadable)} of the completions hold no answer that can be read."
     if unreadable > UNREADABLE:
+        own = known.setup is not None and known.setup.custom_reward
+        what = "what your reward function reads" if own else "reward.method and reward.format"
         return Finding(
             "watch",
             "Most answers cannot be read",
             text,
-            "Say in the prompt how to answer, and check reward.method and reward.format.",
+            f"Say in the prompt how to answer, and check {what}.",
             "outcomes",
         )
     return Finding("good", "Answers can be scored", text, chart="outcomes")

@@ -13,7 +13,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rlhf3d.observability.metrics import keys_of, validation_accuracy, validation_reward
+from rlhf3d.observability.page.advice import NEARER, advice
 from rlhf3d.observability.page.findings import Finding
+from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import (
     Change,
     Mean,
@@ -164,7 +166,7 @@ def _best(found: HeldOut) -> tuple[int, Mean]:
     return max(found.points, key=lambda point: point[1].value)
 
 
-def learning(rows: Rows) -> Finding:
+def learning(rows: Rows, setup: Setup | None = None) -> Finding:
     """Answer the question from all rows of a run."""
     steps = training_rows(rows)
     if not steps:
@@ -174,7 +176,7 @@ def learning(rows: Rows) -> Finding:
     trend, of_held_out = reward_trend(reward), held_out_trend(accuracy)
     text = f"{_reward_text(reward, len(steps))} {_held_out_text(accuracy)}".strip()
     if of_held_out in ("rises", "falls", "lost"):
-        return _by_held_out(of_held_out, trend, text, accuracy)
+        return _by_held_out(of_held_out, trend, text, accuracy, advice(NEARER, setup))
     if trend == "rises" and of_held_out == "flat":
         return Finding(
             "watch",
@@ -184,10 +186,12 @@ def learning(rows: Rows) -> Finding:
             "by what it should not pay for.",
             "held_out",
         )
-    return _by_reward(steps, trend, reward, text)
+    return _by_reward(steps, trend, reward, text, advice(NEARER, setup))
 
 
-def _by_held_out(of_held_out: Trend, reward: Trend, text: str, found: HeldOut | None) -> Finding:
+def _by_held_out(
+    of_held_out: Trend, reward: Trend, text: str, found: HeldOut | None, nearer: str
+) -> Finding:
     assert found is not None
     step, best = _best(found)
     if of_held_out == "rises" and reward in ("falls", "lost"):
@@ -210,14 +214,14 @@ def _by_held_out(of_held_out: Trend, reward: Trend, text: str, found: HeldOut | 
             "after it.",
             "held_out",
         )
-    advice = "Try a lower learning rate or a KL term (actor.use_kl_loss)."
+    what = nearer
     if reward == "rises":
         text += " The training reward rises meanwhile: it pays for something else than that."
-        advice = "Read the answers below, first to last, and correct what the reward pays for."
-    return Finding("bad", "It gets worse on held-out prompts", text, advice, "held_out")
+        what = "Read the answers below, first to last, and correct what the reward pays for."
+    return Finding("bad", "It gets worse on held-out prompts", text, what, "held_out")
 
 
-def _by_reward(steps: Rows, trend: Trend, reward: Change | None, text: str) -> Finding:
+def _by_reward(steps: Rows, trend: Trend, reward: Change | None, text: str, nearer: str) -> Finding:
     if trend == "rises":
         return Finding("good", "It is learning", text, chart="reward")
     if trend == "lost":
@@ -226,8 +230,7 @@ def _by_reward(steps: Rows, trend: Trend, reward: Change | None, text: str) -> F
             "bad",
             "It had learned, and lost it",
             f"{text} At its best, up to step {reward.best_step}, the mean was {reward.best}.",
-            "Go back to a checkpoint before the fall. A lower learning rate, a KL term or fewer "
-            "updates a batch keep the policy nearer to what worked.",
+            f"Go back to a checkpoint before the fall, and stay nearer to what worked: {nearer}",
             "reward",
         )
     if trend == "falls":

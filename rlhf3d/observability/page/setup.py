@@ -28,6 +28,9 @@ class Setup:
     """Passes over a batch, of the model that makes most."""
     mini_batches: int
     """Optimizer steps of a pass, of the actor."""
+    kl_term: bool
+    """Whether the KL to the reference is in the loss or the reward."""
+    dynamic_sampling: bool
     micro_batches: int | None
     """Of a mini-batch, on each data-parallel rank; None where a budget of tokens decides."""
     stages: int

@@ -41,7 +41,7 @@ class Verdict:
 
 def judge(rows: Rows, setup: Setup | None = None) -> Verdict:
     """Judge the rows of `metrics.jsonl`."""
-    learns = learning(rows)
+    learns = learning(rows, setup)
     checks = health(rows, Known(learns.level == "good", setup))
     return Verdict(learns, summed_up(checks), bound(rows, setup), wrote(rows), checks)
 

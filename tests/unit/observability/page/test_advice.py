@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 from support.page_runs import healthy_rows, setup
 
-from rlhf3d.observability.page.advice import CUT_OFF, LARGE_UPDATES, TIME, advice
+from rlhf3d.observability.page.advice import (
+    COLLAPSED,
+    CUT_OFF,
+    LARGE_UPDATES,
+    MORE_SIGNAL,
+    NEARER,
+    TIME,
+    TOO_OLD,
+    advice,
+)
 from rlhf3d.observability.page.verdict import judge
 
 
@@ -30,6 +39,23 @@ def test_what_is_done_already_is_not_advised(group: str, key: str, changed: dict
     done = setup()
     assert key not in advice(TIME[group], done)
     assert key in advice(TIME[group], replace(done, **changed))
+
+
+@pytest.mark.parametrize(
+    ("hints", "key", "changed"),
+    [
+        (NEARER, "use_kl_loss", {"kl_term": False}),
+        (NEARER, "updates a batch", {"mini_batches": 4}),
+        (COLLAPSED, "use_kl_loss", {"kl_term": False}),
+        (MORE_SIGNAL, "filter_groups", {"dynamic_sampling": False}),
+        (TOO_OLD, "max_staleness", {"max_staleness": 2}),
+        (CUT_OFF, "overlong_buffer", {"overlong_penalty": False}),
+    ],
+)
+def test_so_for_what_is_not_healthy(hints: tuple, key: str, changed: dict) -> None:
+    done = replace(setup(), max_staleness=0, overlong_penalty=True)
+    assert key not in advice(hints, done)
+    assert key in advice(hints, replace(done, **changed))
 
 
 def test_micro_batches_fill_the_pipeline() -> None:
