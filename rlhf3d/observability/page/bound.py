@@ -14,7 +14,7 @@ from statistics import fmean
 from rlhf3d.observability.metrics import STEP_TIME, phase_seconds
 from rlhf3d.observability.page.advice import TIME, advice
 from rlhf3d.observability.page.findings import Finding, share
-from rlhf3d.observability.page.health import EXPLAINED
+from rlhf3d.observability.page.health import CUT_WATCH, EXPLAINED
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import Rows, mean_of, number, recent, training_rows, values
 
@@ -214,4 +214,7 @@ def wrote(rows: Rows) -> Finding:
     text = f"{', '.join(parts)}."
     if total and outcomes["unparsable"]:
         text += f" {share(outcomes['unparsable'] / total)} hold no answer that can be read."
-    return Finding("fact", f"Answers of {fmean(lengths):.0f} tokens", text, chart="samples")
+    title = f"Answers of {fmean(lengths):.0f} tokens"
+    if cut is not None and cut > CUT_WATCH:
+        title += f", {share(cut)} of them cut off"
+    return Finding("fact", title, text, chart="samples")
