@@ -22,7 +22,9 @@ def show_results(output: Path, console: Console, checkpoint: Path | None) -> Non
     """Show them; `checkpoint`: the last one."""
     lines = _make_report(output, console)
     what = "answers before and after cannot be shown"
-    with reported_only(console, what, f"`rlhf3d samples {output}` shows answers"):
+    with reported_only(
+        console, what, f"the run is complete, `rlhf3d samples {output}` shows answers"
+    ):
         before, after = before_after(output)
         if before:
             console.samples(before, after)
@@ -50,15 +52,13 @@ def reported_only(console: Console, what: str, then: str) -> Iterator[None]:
     except Exception as error:
         logging.getLogger(__name__).exception(what)
         first_line = str(error).partition("\n")[0]
-        console.note(
-            f"warning: {what} ({type(error).__name__}: {first_line}); the run is complete, {then}"
-        )
+        console.note(f"warning: {what} ({type(error).__name__}: {first_line}); {then}")
 
 
 def _make_report(output: Path, console: Console) -> list[str]:
     """Lines that say where page, report and curves are."""
     lines = []
-    then = f"`rlhf3d report {output}` makes it when that is fixed"
+    then = f"the run is complete, `rlhf3d report {output}` makes it when that is fixed"
     with reported_only(console, "there is no report", then):
         report = make_report(output, find_setup(output))
         lines = [f"report {report}", f"curves {output / CURVES_FILE}"]

@@ -96,7 +96,11 @@ def run_training(
             *notes,
         ]
         done_steps = checkpoint.manifest.step if checkpoint else 0
-        console.header(lines, log.total_steps, done_steps, planned_memory(output / CONFIG_FILE))
+        # A figure on the screen: no reason to end a run that could train.
+        planned = None
+        with reported_only(console, "memory was not planned", "the run goes on without the figure"):
+            planned = planned_memory(output / CONFIG_FILE)
+        console.header(lines, log.total_steps, done_steps, planned)
         # Early too: the process that environments are forked from should have little in it.
         runner = start_environments(
             stack,
@@ -139,7 +143,7 @@ def _train(
             stopped = None
     # vLLM ends best when it is asked; the stack ends whoever does not answer.
     what = "the engines did not end in order"
-    with reported_only(console, what, "every process is ended all the same"):
+    with reported_only(console, what, "the run is complete, every process is ended all the same"):
         components.source.close()
         assembly.processes.rollout.close()
     last = components.checkpoints.last
