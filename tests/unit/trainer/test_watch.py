@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from support.browser import needs_chromium, page_after
 from support.page_runs import healthy_rows, sample, trajectory, write_rows
 
 from rlhf3d.observability.page.serve import PageServer, Served
@@ -24,10 +24,6 @@ from rlhf3d.observability.samples import write_samples
 from rlhf3d.observability.tokens import write_tokens
 from rlhf3d.trainer import live_page
 from rlhf3d.trainer.live_page import EVERY_S, LivePage
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 
 
 def append(run: Path, step: int) -> None:
@@ -113,27 +109,13 @@ class Growing:
         return replace(found, html=html)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_the_page_renews_itself_and_stays_as_the_reader_left_it(tmp_path: Path) -> None:
     run = write_rows(tmp_path / "run", healthy_rows(39))
     append(run, 40)
     growing = Growing(run)
     with PageServer(0, growing.current) as server, served(server):
-        command = [
-            str(CHROMIUM),
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--virtual-time-budget=8000",
-            "--dump-dom",
-            server.url,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    page = done.stdout
+        page = page_after(server.url, tmp_path / "profile", 8000)
     assert "Steps 1 to 41" in page and "answer of step 41" in page
     assert f'data-version="{growing.page.current().version}"' in page
     assert "run: step 41 ended" in page and "hold the page" in page

@@ -6,11 +6,9 @@ Skipped where no Chromium is installed.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from support.browser import needs_chromium, page_after
 from support.page_runs import healthy_rows, sample, trajectory, with_validation, write_rows
 
 from rlhf3d.observability.page.collect import RunFacts, collect, read_rows
@@ -18,10 +16,7 @@ from rlhf3d.observability.page.render import render
 from rlhf3d.observability.samples import write_samples
 from rlhf3d.observability.tokens import write_tokens
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = needs_chromium
 
 
 def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
@@ -35,23 +30,8 @@ def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
     write_tokens(run, 40, [trajectory(0, 0.9, ["a", text, "c"])])
     page = tmp_path / "page.html"
     page.write_text(render([collect(run, run.name, read_rows(run), RunFacts())]), encoding="utf-8")
-    command = [
-        str(CHROMIUM),
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--window-size=390,900",
-        "--virtual-time-budget=2000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert console == []
-    assert 'data-ready="yes"' in done.stdout
-    charts = re.findall(r'<figure class="chart', done.stdout)
-    assert len(charts) > 15 and done.stdout.count("<canvas") == len(charts)
-    assert "<img" not in done.stdout and done.stdout.count("&lt;/script&gt;&lt;img") >= 2
+    shown = page_after(page.as_uri(), tmp_path / "profile", 2000)
+    assert 'data-ready="yes"' in shown
+    charts = re.findall(r'<figure class="chart', shown)
+    assert len(charts) > 15 and shown.count("<canvas") == len(charts)
+    assert "<img" not in shown and shown.count("&lt;/script&gt;&lt;img") >= 2
