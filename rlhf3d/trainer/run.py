@@ -143,7 +143,7 @@ def _train(
             stopped = None
     # vLLM ends best when it is asked; the stack ends whoever does not answer.
     what = "the engines did not end in order"
-    with reported_only(console, what, "the run is complete, every process is ended all the same"):
+    with reported_only(console, what, "every process is ended all the same"):
         components.source.close()
         assembly.processes.rollout.close()
     last = components.checkpoints.last
