@@ -44,7 +44,7 @@ class Filter:
     def keeps(self, sample: Sample) -> bool:
         """Return whether a sample is shown."""
         scored = sample.outcome == "scored"
-        text = f"{sample.prompt}\n{sample.answer}".lower()
+        text = f"{sample.prompt}\n{sample.transcript}".lower()
         conditions = (
             (self.wrong, scored and sample.score < 1.0),
             (self.right, scored and sample.score >= 1.0),
@@ -105,11 +105,12 @@ def _parts(sample: Sample) -> list[Text]:
         color = "green"
     elif sample.outcome == "scored":
         color = "yellow"
-    verdict = f"{sample.outcome}, score {sample.mark}, wanted {clean(sample.ground_truth)}"
+    read = "" if sample.answer is None else f", answer {clean(sample.answer)}"
+    verdict = f"{sample.outcome}, score {sample.mark}{read}, wanted {clean(sample.ground_truth)}"
     cut_off = ", cut off" if sample.finish_reason == "length" else ""
     return [
         Text(clean(sample.prompt), style="cyan"),
-        Text(clean(sample.answer)),
+        Text(clean(sample.transcript)),
         Text(f"— {verdict}; {sample.length} tokens{cut_off}", style=color),
         Text(""),
     ]

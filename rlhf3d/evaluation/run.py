@@ -252,7 +252,7 @@ def _generate(
 
 def _generation(mode: Mode, sample: int, row: ScoredTrajectory) -> Generation:
     trajectory, score = row.trajectory, row.score
-    prompt, answer = trajectory.prompt, score.extra.get("answer")
+    prompt = trajectory.prompt
     shown_as = row.sample()
     return Generation(
         mode=mode,
@@ -262,7 +262,7 @@ def _generation(mode: Mode, sample: int, row: ScoredTrajectory) -> Generation:
         prompt=shown_as.prompt,
         response=row.text,
         ground_truth=shown(prompt.ground_truth),
-        answer=None if answer is None else str(answer),
+        answer=score.answer,
         # Not the value: a user's function may return `acc` besides a `score` of more parts.
         score=score.accuracy,
         outcome=score.outcome.value,

@@ -76,6 +76,7 @@ class ScoredTrajectory:
             # One that failed may have no turn yet.
             policy_version=trajectory.newest_version if trajectory.turns else -1,
             turns=turns,
+            answer=self.score.answer,
         )
 
 

@@ -153,7 +153,7 @@ class Console:
         for heading in ("prompt", "answer", "before", "after"):
             table.add_column(heading, overflow="fold")
         for old, new in zip(before, after, strict=True):
-            answers = [f"[{sample.mark}] {sample.answer}" for sample in (old, new)]
+            answers = [f"[{sample.mark}] {sample.transcript}" for sample in (old, new)]
             cells = [old.prompt, old.ground_truth, *answers]
             table.add_row(*(Text(printable(text)) for text in cells))
         with self._whoever_reads():

@@ -217,7 +217,7 @@ def _sample_table(folder: Path) -> str:
         return "The run has not written held-out answers twice."
     body = []
     for old, new in zip(before, after, strict=True):
-        answers = [f"[{sample.mark}] {_cell(sample.answer)}" for sample in (old, new)]
+        answers = [f"[{sample.mark}] {_cell(sample.transcript)}" for sample in (old, new)]
         body.append([_cell(old.prompt), _cell(old.ground_truth), *answers])
     note = (
         "The first prompts of the held-out set, not chosen by result; [score] in front of the "

@@ -43,6 +43,9 @@ class Sample:
     """The newest policy that wrote a token of it."""
     turns: list[dict[str, Any]] = field(default_factory=list)
     """Messages after the prompt, of a trajectory with an environment; `response` is the last."""
+    answer: str | None = None
+    """What the scorer read in it and compared with the ground truth; None where it read none, or
+    does not say."""
 
     @property
     def mark(self) -> str:
@@ -50,7 +53,7 @@ class Sample:
         return f"{self.score:g}" if self.outcome in ("scored", "unparsable") else self.outcome
 
     @property
-    def answer(self) -> str:
+    def transcript(self) -> str:
         """What followed the prompt, for people: the response, or all turns with their roles."""
         if not self.turns:
             return self.response

@@ -61,6 +61,12 @@ class Score:
         return float(self.extra.get("acc", self.value))
 
     @property
+    def answer(self) -> str | None:
+        """What was read as the answer; None where nothing was, or the reward does not say."""
+        answer = self.extra.get("answer")
+        return None if answer is None else str(answer)
+
+    @property
     def failed(self) -> bool:
         """Whether the reward function gave no verdict."""
         return self.outcome in (Outcome.TIMEOUT, Outcome.ERROR)

@@ -96,7 +96,7 @@ def validation_metrics(rows: Sequence[ScoredTrajectory], kind: str) -> dict[str,
     by_source: dict[str, list[Answers]] = {}
     for group in groups.values():
         scores = [row.score for row in group]
-        votes = [vote(score.extra.get("answer"), score.outcome) for score in scores]
+        votes = [vote(score.answer, score.outcome) for score in scores]
         answers = Answers(tuple(score.accuracy for score in scores), tuple(votes))
         by_source.setdefault(_source(group), []).append(answers)
     for source, prompts in by_source.items():

@@ -87,8 +87,8 @@ def with_validation(row: Mapping[str, Any], accuracy: float, prompts: float = 50
 
 
 def sample(prompt: str, answer: str, score: float, length: int = 12) -> Sample:
-    """A completion that was scored."""
-    return Sample(prompt, answer, "42", score, "scored", length, "stop", 0)
+    """A completion that was scored, all of it read as the answer."""
+    return Sample(prompt, answer, "42", score, "scored", length, "stop", 0, answer=answer)
 
 
 def write_answers(

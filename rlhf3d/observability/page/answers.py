@@ -19,6 +19,7 @@ from rlhf3d.observability.page.charts import rounded
 from rlhf3d.observability.samples import (
     Sample,
     before_after,
+    printable,
     read_samples,
     sample_steps,
     samples_path,
@@ -32,6 +33,8 @@ CHARACTERS = 900_000
 """Of all texts of a page: with everything else it stays below 3 MB."""
 LONGEST = 8_000
 """Characters of one text."""
+LONGEST_READ = 80
+"""And of what was read as the answer."""
 SPREAD_STEPS = 200
 """Steps whose samples are read for distributions."""
 SPREAD_BYTES = 300_000_000
@@ -53,6 +56,8 @@ class Answer:
     """Characters of it that are not shown."""
     mark: str
     """Its score, or why it has none."""
+    read: str
+    """What the scorer read as the answer; empty where that is not known."""
     worth: int
     """Its score in percent, from the least to the most that there is."""
     length: int
@@ -216,9 +221,9 @@ def _group(
 
 
 def _answer(sample: Sample, limit: int, scale: _Scale) -> Answer:
-    text, left_out = shortened(sample.answer, limit)
-    cut_off = sample.finish_reason == "length"
-    return Answer(text, left_out, sample.mark, scale.worth(sample), sample.length, cut_off)
+    text, left_out = shortened(sample.transcript, limit)
+    read, cut_off = printable(sample.answer or "", LONGEST_READ), sample.finish_reason == "length"
+    return Answer(text, left_out, sample.mark, read, scale.worth(sample), sample.length, cut_off)
 
 
 def shortened(text: str, limit: int) -> tuple[str, int]:

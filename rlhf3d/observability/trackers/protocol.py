@@ -71,7 +71,17 @@ class RunFacts:
         return self.folder / TRACKERS_DIR / f"{tracker}.id"
 
 
-COLUMNS = ("step", "prompt", "response", "ground_truth", "score", "outcome", "length", "version")
+COLUMNS = (
+    "step",
+    "prompt",
+    "response",
+    "answer",
+    "ground_truth",
+    "score",
+    "outcome",
+    "length",
+    "version",
+)
 
 
 def table_rows(step: int, rows: Sequence[Sample]) -> list[list[Any]]:
@@ -80,7 +90,8 @@ def table_rows(step: int, rows: Sequence[Sample]) -> list[list[Any]]:
         [
             step,
             row.prompt,
-            row.answer,
+            row.transcript,
+            row.answer or "",
             row.ground_truth,
             row.score,
             row.outcome,

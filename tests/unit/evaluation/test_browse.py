@@ -15,7 +15,7 @@ from rlhf3d.evaluation.records import Generation, append_generations
 from rlhf3d.observability.samples import Sample, write_samples
 
 RIGHT = Sample("2+3?", "It is\n5 \x1b[31m", "5", 1.0, "scored", 7, "stop", 3)
-WRONG = replace(RIGHT, response="six 6", score=0.0)
+WRONG = replace(RIGHT, response="six 6", score=0.0, answer="6")
 NONE = replace(RIGHT, response="dunno", score=0.0, outcome="unparsable", finish_reason="length")
 LATE = replace(RIGHT, response="9^9^9", score=0.0, outcome="timeout")
 ALL = [RIGHT, WRONG, NONE, LATE]
@@ -61,6 +61,7 @@ def test_a_runs_last_step_is_shown_unless_another_is_asked(tmp_path: Path) -> No
     text = show(tmp_path)
     assert "train step 12: 4 of 4 shown, 4 in all" in " ".join(text.split())
     assert "\x1b" not in text and "5 ·[31m" in text and "wanted 5; 7 tokens, cut off" in text
+    assert "scored, score 0, answer 6, wanted 5; 7 tokens" in text
     assert "step 1: 1 of 1" in " ".join(show(tmp_path, "--step", 1).split())
     assert "six" not in show(tmp_path, "--kind", "greedy")
     limited = show(tmp_path, "--limit", 1, "--wrong")

@@ -176,7 +176,7 @@ class Silent(Echo):
 
 
 def test_a_conversation_is_scored_by_its_last_turn_with_all_the_rest_at_hand() -> None:
-    rewards = FakeRewards({0: 0.5, 1: 1.0})
+    rewards = FakeRewards({0: 0.5, 1: Score(1.0, Outcome.SCORED, {"answer": 7})})
     rows = played(FakeSessions(Silent), TalkingEngine(["a", "end"], ["end"]), rewards)
     assert [row.reward for row in rows] == [0.5, 1.0]
     item = rewards.items[0]
@@ -185,8 +185,9 @@ def test_a_conversation_is_scored_by_its_last_turn_with_all_the_rest_at_hand() -
     assert item.environment == {"last": "end"}
     sample = rows[0].sample()
     assert (sample.prompt, sample.response, sample.outcome) == ("go", "end", "scored")
-    assert sample.answer == "[assistant] a\n[user] again a\n[assistant] end"
+    assert sample.transcript == "[assistant] a\n[user] again a\n[assistant] end"
     assert sample.length == rows[0].trajectory.response_length
+    assert (sample.answer, rows[1].sample().answer) == (None, "7")
 
 
 def test_rewards_of_turns_are_weighted_and_stay_on_their_turns() -> None:

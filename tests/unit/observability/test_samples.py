@@ -63,8 +63,8 @@ def test_turns_are_kept_and_files_from_before_them_are_read(tmp_path: Path) -> N
     talk = replace(SAMPLE, turns=[*turns, {"role": "assistant", "content": "a key"}])
     path = write_samples(tmp_path, 1, [talk])
     assert read_samples(path) == [talk]
-    assert talk.answer == "[assistant] open 1\n[tool] a key\n[assistant] a key"
+    assert talk.transcript == "[assistant] open 1\n[tool] a key\n[assistant] a key"
     old = {name: value for name, value in asdict(SAMPLE).items() if name != "turns"}
     path.write_text(json.dumps(old) + "\n")
-    assert read_samples(path) == [SAMPLE] and SAMPLE.answer == SAMPLE.response
+    assert read_samples(path) == [SAMPLE] and SAMPLE.transcript == SAMPLE.response
     assert replace(SAMPLE, outcome="env_timeout").mark == "env_timeout"

@@ -26,7 +26,7 @@ from rlhf3d.observability.trackers.follow import Trackers
 from rlhf3d.observability.trackers.protocol import COLUMNS, RunFacts
 from rlhf3d.observability.trackers.registry import TRACKERS, missing_libraries, open_trackers
 
-SAMPLE = Sample("2+2?", "a | b\nc", "4", 1.0, "scored", 1, "stop", 3)
+SAMPLE = Sample("2+2?", "a | b\nc", "4", 1.0, "scored", 1, "stop", 3, answer="04")
 BLOCK = 32 << 10
 
 
@@ -176,7 +176,7 @@ def test_tensorboard_has_the_same_curve_after_a_resume(tmp_path: Path) -> None:
     lines = texts["samples/train"].splitlines()
     # A heading, its rule, and two completions, each in one line.
     assert lines[0] == f"| {' | '.join(COLUMNS)} |" and len(lines) == 4
-    assert lines[2] == "| 4 | 2+2? | a \\| b<br>c | 4 | 1.0 | scored | 1 | 3 |"
+    assert lines[2] == "| 4 | 2+2? | a \\| b<br>c | 04 | 4 | 1.0 | scored | 1 | 3 |"
 
 
 def needs(library: str) -> pytest.MarkDecorator:

@@ -300,7 +300,8 @@ function showGroups() {
     for (const answer of group.answers) {
       const card = element("div", "answer", undefined, side);
       card.style.setProperty("--worth", answer.worth + "%");
-      element("p", "about", `score ${answer.mark} · ${answer.length} tokens` +
+      const read = answer.read ? ` · read as ${answer.read}` : "";
+      element("p", "about", `score ${answer.mark}${read} · ${answer.length} tokens` +
         (answer.cut_off ? ", cut off" : ""), card);
       leftOut(element("p", "text", answer.text, card), answer.left_out);
     }

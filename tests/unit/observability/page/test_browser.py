@@ -34,4 +34,5 @@ def test_a_page_draws_without_a_word_on_the_console(tmp_path: Path) -> None:
     assert 'data-ready="yes"' in shown
     charts = re.findall(r'<figure class="chart', shown)
     assert len(charts) > 15 and shown.count("<canvas") == len(charts)
+    assert shown.count("score 1 · read as &lt;/script&gt;&lt;img") == 1
     assert "<img" not in shown and shown.count("&lt;/script&gt;&lt;img") >= 2

@@ -116,6 +116,7 @@ def test_answers_worth_a_look(tmp_path: Path) -> None:
         "the longest": ["right, but cut", "bad", "good", "none"],
     }
     assert [group.first for group in at.groups] == [0, 2]
+    assert [answer.read for answer in at.groups[1].answers] == ["good", "none"]
 
 
 def test_the_card_of_what_it_wrote_shows_answers(tmp_path: Path) -> None:
