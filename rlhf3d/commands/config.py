@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlhf3d.commands.overrides import Overrides
 from rlhf3d.options import AsJson, Commands, DefaultCommand
 from rlhf3d.paths import check_output
+
+if TYPE_CHECKING:
+    from rlhf3d.config.convert.given import Given
+    from rlhf3d.config.convert.rules import Table
 
 
 class _ShowByDefault(DefaultCommand):
@@ -72,14 +76,22 @@ def from_verl(
 
     Example: rlhf3d config from-verl run_grpo.sh trainer.nnodes=2 --output mine.yaml
     """
-    from rlhf3d.config.verl.convert import convert
-    from rlhf3d.config.verl.read import read_verl
-    from rlhf3d.config.verl.report import conversion_view
+    from rlhf3d.config.convert.verl.read import read_verl
+    from rlhf3d.config.convert.verl.table import VERL
+
+    # As a path for any user: a run here reads ~ itself.
+    given = read_verl(file, overrides or [], {**os.environ, "HOME": "~"})
+    _convert(file, given, VERL, output, as_json)
+
+
+def _convert(file: Path, given: Given, table: Table, output: Path | None, as_json: bool) -> None:
+    """Write what was given as a configuration of ours, and say what became of each key."""
+    from rlhf3d.config.convert.apply import convert
+    from rlhf3d.config.convert.report import conversion_view
 
     check_output("--output", output, is_file=True)
-    # As a path for any user: a run here reads ~ itself.
-    conversion = convert(read_verl(file, overrides or [], {**os.environ, "HOME": "~"}))
-    lines = [f"# {file.name}, converted by `rlhf3d config from-verl`"]
+    conversion = convert(given, table)
+    lines = [f"# {file.name}, a configuration of {table.framework}, converted by `rlhf3d config`"]
     lines += [f"# to set: {text}" for text in conversion.to_set]
     text = "\n".join(lines) + f"\n{conversion.to_yaml()}"
     if output is not None:
@@ -87,7 +99,7 @@ def from_verl(
     elif not as_json:
         typer.echo(text, nl=False)
     # Beside a configuration on standard output, the report is on the other stream.
-    view = conversion_view(str(file), conversion)
+    view = conversion_view(str(file), table.framework, conversion)
     view.show(as_json, stderr=output is None and not as_json)
     if conversion.to_set:
         raise typer.Exit(2)

@@ -11,14 +11,16 @@ import yaml
 from typer.testing import CliRunner
 
 from rlhf3d import cli
+from rlhf3d.config.convert import apply
+from rlhf3d.config.convert.apply import Conversion, Finding
+from rlhf3d.config.convert.rules import Rule
+from rlhf3d.config.convert.shell import read_script
+from rlhf3d.config.convert.verl.read import Verl, calls_verl, read_verl
+from rlhf3d.config.convert.verl.table import VERL
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
-from rlhf3d.config.verl.convert import Conversion, Finding, _apply, _check_kinds, convert
-from rlhf3d.config.verl.read import Verl, read_verl
-from rlhf3d.config.verl.rules import Rule
-from rlhf3d.config.verl.shell import read_script
-from rlhf3d.config.verl.table import RULES
 
+RULES = VERL.rules
 ROOT = Path(__file__).resolve().parents[3]
 A, R = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
 NEEDED = {"actor_rollout_ref.model.path": "/models/m", "data.train_files": "a.parquet"}
@@ -42,6 +44,10 @@ python3 -m verl.trainer.main_ppo --config-name='ppo_megatron_trainer'\\
     actor_rollout_ref.model.path=${MODEL:-org/m-7B} "${ENGINE[@]}" \\
     +trainer.val_before_train=False $@
 """
+
+
+def convert(verl: Verl) -> Conversion:
+    return apply.convert(verl, VERL)
 
 
 def made(**values: Any) -> Conversion:
@@ -168,12 +174,12 @@ def test_a_value_of_the_wrong_kind_is_no_traceback(value: Any) -> None:
     for name in [rule.names[0] for rule in RULES if rule.to and rule.names]:
         verl = Verl({name: value})
         try:
-            _check_kinds(verl)
+            VERL.check_kinds(verl.values)
         except ValueError as error:
             assert name in str(error)
             continue
         for rule in RULES:
-            list(_apply(rule, verl))
+            list(apply.apply(rule, verl, VERL))
 
 
 def test_old_names_of_keys() -> None:
@@ -248,14 +254,16 @@ def test_a_script_is_read_as_a_shell_would(tmp_path: Path) -> None:
     ],
 )
 def test_words_of_a_shell(word: str, value: str) -> None:
-    script = read_script(f"a=3\nexport b=4\npython -m verl.trainer.main_ppo k.v={word}\n", {})
+    script = read_script(
+        f"a=3\nexport b=4\npython -m verl.trainer.main_ppo k.v={word}\n", {}, calls_verl
+    )
     assert script is not None
     assert script.arguments == [f"k.v={value}"]
 
 
 def test_commands_are_not_executed() -> None:
     text = "name=$(touch evil)\npython -m verl.trainer.main_ppo a.b=$name c.d=$(touch evil)\n"
-    script = read_script(text, {})
+    script = read_script(text, {}, calls_verl)
     assert script is not None
     assert script.arguments == []
     assert script.unknown == {"a.b": "$(touchevil)", "c.d": "$(touchevil)"}

@@ -1,4 +1,4 @@
-"""What became of each key of a verl configuration, for people and programs.
+"""What became of each key of another framework, for people and programs.
 
 Invariant: decides nothing; the order is that of urgency.
 """
@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from rlhf3d.config.verl.convert import BECAME, Conversion, Finding
+from rlhf3d.config.convert.apply import BECAME, Conversion, Finding
 from rlhf3d.observability.tables import View, table
 
 TITLES = {
@@ -22,13 +22,13 @@ TITLES = {
 }
 
 
-def conversion_view(title: str, conversion: Conversion) -> View:
+def conversion_view(title: str, framework: str, conversion: Conversion) -> View:
     """A table for each fate, and what the user has to set."""
     parts: list[Any] = [f"{title}: {summary(conversion)}"]
     for became in BECAME:
         found = [item for item in conversion.findings if item.became == became]
         if found:
-            rows = [_row(item) for item in found]
+            rows = [_row(item, framework) for item in found]
             parts += ["", table(rows, title=f"{TITLES[became]} ({len(found)})")]
     parts += [f"note: {note}" for note in conversion.notes]
     parts += [f"to set: {text}" for text in conversion.to_set]
@@ -48,10 +48,10 @@ def summary(conversion: Conversion) -> str:
     return f"{counts.total()} keys: {', '.join(told)}"
 
 
-def _row(finding: Finding) -> dict[str, object]:
-    # Without a name it follows from other keys, or from verl's default.
+def _row(finding: Finding, framework: str) -> dict[str, object]:
+    # Without a name it follows from other keys, or from the framework's default.
     return {
-        "verl": finding.name or "(not given)",
+        framework: finding.name or "(not given)",
         "value": _text(finding.value),
         "here": f"{finding.to} = {_text(finding.ours)}" if finding.to else "",
         "note": finding.note,

@@ -5,12 +5,19 @@ Invariant: as in `table.py`, of which this is a part.
 
 from __future__ import annotations
 
-from rlhf3d.config.verl import changes as to
-from rlhf3d.config.verl.changes import A, M, R
-from rlhf3d.config.verl.rules import Rule, no_counterpart, same_name
+from rlhf3d.config.convert.rules import (
+    Rule,
+    model_folder,
+    no_counterpart,
+    only_value,
+    renamed,
+    same_name,
+)
+from rlhf3d.config.convert.verl import changes as to
+from rlhf3d.config.convert.verl.changes import A, M, R
 
 MODEL = (
-    Rule((M + "path",), "model.path", to.model_folder, "a folder here, not a name on the hub"),
+    Rule((M + "path",), "model.path", model_folder, "a folder here, not a name on the hub"),
     Rule((M + "use_remove_padding", M + "use_rmpad"), "model.use_remove_padding"),
     Rule(
         (A + "megatron.tensor_model_parallel_size",),
@@ -262,7 +269,7 @@ ROLLOUT = (
     Rule((R + "n",), "rollout.n"),
     Rule((R + "temperature",), "rollout.temperature"),
     Rule((R + "top_p",), "rollout.top_p"),
-    Rule((R + "top_k",), "rollout.top_k", to.renamed({0: -1})),
+    Rule((R + "top_k",), "rollout.top_k", renamed({0: -1})),
     Rule((R + "tensor_model_parallel_size",), "rollout.tensor_parallel_size", default=2),
     Rule((), "rollout.engines", to.engines, "GPUs / tensor_parallel_size", always=True),
     Rule((R + "nnodes",), "rollout.placement", to.placement),
@@ -284,7 +291,7 @@ ROLLOUT = (
     ),
     Rule(
         (R + "multi_turn.enable",),
-        change=to.only_value(
+        change=only_value(
             False, "name an environment or tools: environment.path (docs/environments.md)"
         ),
         note="environment.path turns several turns on",

@@ -7,11 +7,11 @@ current one first, then what it was called before.
 
 from __future__ import annotations
 
-from rlhf3d.config.verl import changes as to
-from rlhf3d.config.verl.changes import CORRECTION, A, M, R
-from rlhf3d.config.verl.read import CONFIG_NAME
-from rlhf3d.config.verl.rules import Rule, no_counterpart, same_name
-from rlhf3d.config.verl.table_models import ACTOR, CRITIC, MODEL, ROLLOUT
+from rlhf3d.config.convert.rules import Rule, Table, no_counterpart, only_value, same_name
+from rlhf3d.config.convert.verl import changes as to
+from rlhf3d.config.convert.verl.changes import CORRECTION, A, M, R
+from rlhf3d.config.convert.verl.read import CONFIG_NAME
+from rlhf3d.config.convert.verl.table_models import ACTOR, CRITIC, MODEL, ROLLOUT
 
 _PLAN = "`rlhf3d plan` shows the memory"
 
@@ -28,17 +28,17 @@ _DATA = (
     Rule(("data.seed",), "trainer.seed"),
     Rule(
         ("data.prompt_key",),
-        change=to.only_value("prompt", "the column is called prompt: rename it in the files"),
+        change=only_value("prompt", "the column is called prompt: rename it in the files"),
         note="The column is called prompt",
     ),
     Rule(
         ("data.reward_fn_key",),
-        change=to.only_value("data_source", "the column is called data_source: rename it"),
+        change=only_value("data_source", "the column is called data_source: rename it"),
         note="The column is called data_source",
     ),
     Rule(
         ("data.train_max_samples",),
-        change=to.only_value(-1, "all rows are used: write a smaller file"),
+        change=only_value(-1, "all rows are used: write a smaller file"),
         note="All rows are used",
     ),
     no_counterpart(
@@ -111,7 +111,7 @@ _CORRECTION = (
     same_name(CORRECTION + "bypass_mode"),
     Rule(
         (CORRECTION + "loss_type",),
-        change=to.only_value("ppo_clip", "actor.policy_loss = cispo, with bypass_mode", False),
+        change=only_value("ppo_clip", "actor.policy_loss = cispo, with bypass_mode", False),
         note="reinforce is actor.policy_loss: cispo",
     ),
     no_counterpart(
@@ -269,7 +269,7 @@ _TRAINER = (
     Rule(("trainer.n_gpus_per_node",), "cluster.gpus_per_node"),
     Rule(
         ("trainer.val_only",),
-        change=to.only_value(False, "use rlhf3d evaluate"),
+        change=only_value(False, "use rlhf3d evaluate"),
         note="rlhf3d evaluate",
     ),
     no_counterpart("a run always balances tokens over ranks", "trainer.balance_batch", same=True),
@@ -344,14 +344,9 @@ _TRAINER = (
     no_counterpart("give the files that it names as well", "defaults", "hydra.*"),
 )
 
-RULES = (
-    *_DATA,
-    *MODEL,
-    *ACTOR,
-    *CRITIC,
-    *ROLLOUT,
-    *_ALGORITHM,
-    *_REWARD,
-    *_TRAINER,
+VERL = Table(
+    "verl",
+    "docs/from_verl.md",
+    (*_DATA, *MODEL, *ACTOR, *CRITIC, *ROLLOUT, *_ALGORITHM, *_REWARD, *_TRAINER),
+    to.KINDS,
 )
-"""All of them, in the order in which they are asked."""

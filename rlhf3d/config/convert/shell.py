@@ -1,4 +1,4 @@
-"""The words that a run script passes to verl, found without running the script.
+"""The words that a run script passes to a trainer, found without running the script.
 
 Invariant: nothing is executed. Assignments, `${name:-default}`, `$((arithmetic))` and arrays are
 followed; what only a shell would know (conditions, commands, unset variables) is named.
@@ -10,7 +10,7 @@ import ast
 import operator
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _ARITHMETIC = re.compile(r"\$\(\(.*?\)\)|\$\([^()]*\)", re.DOTALL)
@@ -21,7 +21,6 @@ _WHOLE_ARRAY = re.compile(r"\$\{(\w+)\[[@*]\]\}")
 _WHOLE_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 _PARAMETER = re.compile(r"(\w+)(?:(:?[-=])(.*))?", re.DOTALL)
 _ARGUMENTS = re.compile(r"\$[@*]|\$\{[@*].*\}")
-_MAIN = re.compile(r"(.*[./])?main_\w+(\.py)?")
 _DECLARING = ("export", "local", "readonly", "declare")
 _OPENING, _CLOSING = ("if", "for", "while", "until", "case"), ("fi", "done", "esac")
 _OPERATORS = {
@@ -34,14 +33,20 @@ _OPERATORS = {
 }
 
 
+Main = Callable[[Sequence[str]], int | None]
+"""Where a line's words name what is looked for; None where they do not."""
+
+
 class UnknownHere(Exception):
     """What a value needs and only a shell knows."""
 
 
 @dataclass
 class Script:
-    """What a script passes to verl."""
+    """What a script passes to what it calls."""
 
+    launcher: list[str] = field(default_factory=list)
+    """Words before the module, such as accelerate launch --num_processes 8."""
     arguments: list[str] = field(default_factory=list)
     """Words after the module, such as data.train_batch_size=256."""
     unknown: dict[str, str] = field(default_factory=dict)
@@ -49,14 +54,20 @@ class Script:
     conditional: dict[str, str] = field(default_factory=dict)
     """Variables that are set in an if or a loop, and the value that was taken."""
 
+    def notes(self) -> list[str]:
+        """What the reader should know of values that depend on conditions."""
+        told = "is set in an if or a loop, which are not evaluated"
+        return [f"{name} {told}: {value!r}" for name, value in self.conditional.items()]
 
-def read_script(text: str, environment: Mapping[str, str]) -> Script | None:
-    """What a script passes to `main_ppo` or a recipe's main; None where no line calls one."""
-    return _Reader(dict(environment)).read(text)
+
+def read_script(text: str, environment: Mapping[str, str], main: Main) -> Script | None:
+    """What a script passes to the first `main` that it calls; None where no line calls one."""
+    return _Reader(dict(environment), main).read(text)
 
 
 class _Reader:
-    def __init__(self, variables: dict[str, str]) -> None:
+    def __init__(self, variables: dict[str, str], main: Main) -> None:
+        self.main = main
         self.environment = frozenset(variables)
         self.variables: dict[str, str] = variables
         self.arrays: dict[str, list[str]] = {}
@@ -75,8 +86,10 @@ class _Reader:
                 continue
             words = _words(line)
             self._enter_or_leave(words)
-            main = next((at for at, word in enumerate(words) if _MAIN.fullmatch(word)), None)
+            main = self.main(words)
             if main is not None:
+                self._add(words[:main])
+                self.script.launcher, self.script.arguments = self.script.arguments, []
                 self._add(words[main + 1 :])
                 return self.script
             self._assign(words)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf3d.config.verl.read import Verl
-from rlhf3d.config.verl.rules import Change, Drop, Put
+from rlhf3d.config.convert.rules import Change, Drop, Put, model_folder
+from rlhf3d.config.convert.verl.read import Verl
 from rlhf3d.observability.trackers.registry import TRACKERS
 
 A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
 CORRECTION = "algorithm.rollout_correction."
-NUMBERS = (
+_NUMBERS = (
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
     "trainer.total_training_steps",
@@ -39,16 +39,15 @@ NUMBERS = (
     "critic.optim.min_lr_ratio",
     "critic.optim.lr_warmup_steps_ratio",
 )
-"""Keys that the functions below reckon with."""
-WORDS = (
+_WORDS = (
     "data.truncation",
     A + "policy_loss.loss_mode",
     CORRECTION + "rollout_rs",
     "trainer.resume_mode",
 )
-"""Keys that the functions below look up."""
-LISTS = (A + "checkpoint.save_contents", A + "checkpoint.contents")
-"""Keys that the functions below look into."""
+_LISTS = (A + "checkpoint.save_contents", A + "checkpoint.contents")
+KINDS = {"a number": ((int, float), _NUMBERS), "a word": (str, _WORDS), "a list": (list, _LISTS)}
+"""Keys that the functions below reckon with, look up and look into."""
 GROUPS = ("grpo", "rloo", "opo", "reinforce_plus_plus_baseline")
 EMPTY_RESPONSES = (
     "an empty response is left out of its group's statistics, and one that is alone in its group "
@@ -61,23 +60,9 @@ def as_list(value: Any, verl: Verl) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def renamed(names: dict[Any, Any]) -> Change:
-    """verl's name of a choice as ours; others as they stand."""
-    return lambda value, verl: names.get(value, value)
-
-
 def not_negative(value: Any, verl: Verl) -> Any:
     """verl's -1 for never is 0 here."""
     return max(value, 0) if isinstance(value, int | float) else value
-
-
-def model_folder(value: Any, verl: Verl) -> Any:
-    """A model is a folder here, not a name on the hub."""
-    text = str(value)
-    if text.startswith(("/", "~", ".")) or text.count("/") != 1:
-        return value
-    folder = f"models/{text.partition('/')[2]}"
-    return Put(folder, f"a folder: hf download {text} --local-dir {folder}")
 
 
 def same_as_actor_model(value: Any, verl: Verl) -> Any:
@@ -101,17 +86,6 @@ def only_with_filter(value: Any, verl: Verl) -> Any:
     if verl.get("algorithm.filter_groups.enable"):
         return value
     return Drop("without filter_groups a step generates its train_batch_size prompts", same=True)
-
-
-def only_value(wanted: Any, otherwise: str, to_set: bool = True) -> Change:
-    """For keys whose one value is what happens here."""
-
-    def change(value: Any, verl: Verl) -> Drop:
-        if value == wanted:
-            return Drop("so it is here", same=True)
-        return Drop(otherwise, to_set)
-
-    return change
 
 
 # Layout

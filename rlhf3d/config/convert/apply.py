@@ -1,4 +1,4 @@
-"""From a verl configuration to one of ours, with what became of each key.
+"""From what another framework was given to a configuration of ours, with the fate of each key.
 
 Invariant: every key that was given is in the findings, once; what is written was read by the
 loader of runs, whose problems are handed on.
@@ -11,18 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf3d.config import scalars
+from rlhf3d.config.convert.given import Given
+from rlhf3d.config.convert.rules import Drop, Put, Rule, Table
 from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import read_config
 from rlhf3d.config.schema import Config
-from rlhf3d.config.verl.changes import LISTS, NUMBERS, WORDS
-from rlhf3d.config.verl.read import Verl
-from rlhf3d.config.verl.rules import Drop, Put, Rule
-from rlhf3d.config.verl.table import RULES
 
 Became = Literal["to set", "differs", "no counterpart", "unknown", "converted", "same by default"]
 BECAME: tuple[Became, ...] = (
@@ -40,10 +37,10 @@ _UNSET = object()
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one key of verl."""
+    """What became of one key."""
 
     name: str
-    """verl's; empty for what follows from its defaults."""
+    """The framework's; empty for what follows from its defaults."""
     value: Any
     became: Became
     to: str = ""
@@ -66,7 +63,7 @@ class Conversion:
 
     @property
     def to_set(self) -> list[str]:
-        """What the user has to decide before the run means what verl's did."""
+        """What the user has to decide before the run means what the former did."""
         asked = [finding for finding in self.findings if finding.became == "to set"]
         told = [f"{item.name} = {item.value}: {item.note}" for item in asked]
         return [*told, *self.problems]
@@ -76,83 +73,70 @@ class Conversion:
         return scalars.write(_nested(self.values))
 
 
-def convert(verl: Verl) -> Conversion:
-    """verl's configuration as one of ours. Executes nothing of the user's.
+def convert(given: Given, table: Table) -> Conversion:
+    """What was given as a configuration of ours. Executes nothing of the user's.
 
     Raises ValueError where what others depend on is of the wrong kind.
     """
-    _check_kinds(verl)
+    table.check_kinds(given.values)
     findings: list[Finding] = []
-    for rule in RULES:
-        findings += _apply(rule, verl)
-    for name, value in verl.values.items():
-        if rule_of(name) is None:
-            findings.append(Finding(name, value, "unknown", note=_nearest(name)))
-    findings += [_without_value(name, what) for name, what in verl.unknown.items()]
+    for rule in table.rules:
+        findings += apply(rule, given, table)
+    for name, value in given.values.items():
+        if table.rule_of(name) is None:
+            findings.append(Finding(name, value, "unknown", note=_nearest(name, table)))
+    findings += [_without_value(name, what, table) for name, what in given.unknown.items()]
     values = {item.to: item.ours for item in findings if item.to}
     config, problems = _load(values)
     defaults = {key for key in values if _is_default(key, config)}
     findings = [_settled(item, defaults, problems) for item in findings]
     kept = {key: value for key, value in values.items() if key not in defaults}
-    # A value that cannot be read stays, so that the user sees what verl's was.
+    # A value that cannot be read stays, so that the user sees what it was.
     kept |= {key: values[key] for key in values if _is_named(key, problems)}
     findings = [item for item in findings if item.name or item.became != "same by default"]
     findings.sort(key=lambda item: BECAME.index(item.became))
     ordered = {key: kept[key] for key in values if key in kept}
-    return Conversion(ordered, tuple(findings), tuple(problems), tuple(verl.notes))
+    return Conversion(ordered, tuple(findings), tuple(problems), tuple(given.notes))
 
 
-def _check_kinds(verl: Verl) -> None:
-    kinds: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "a number": ((int, float), NUMBERS),
-        "a word": (str, WORDS),
-        "a list": (list, LISTS),
-    }
-    for said, (kind, names) in kinds.items():
-        for name in names:
-            value = verl.values.get(name)
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name} = {value!r}: expected {said}, as in verl")
-
-
-def _apply(rule: Rule, verl: Verl) -> Iterator[Finding]:
-    """What a rule makes of the keys that are given, or of verl's default."""
-    given = [name for name in verl.values if rule_of(name) is rule]
+def apply(rule: Rule, given: Given, table: Table) -> Iterator[Finding]:
+    """What a rule makes of the keys that are given, or of the framework's default."""
+    names = [name for name in given.values if table.rule_of(name) is rule]
     if any("*" in name for name in rule.names):
-        for name in given:
-            yield _one(rule, name, verl.values[name], verl, _target(rule, name))
+        for name in names:
+            yield _one(rule, name, given.values[name], given, _target(rule, name))
         return
     # The current name first, and one that is set before one that is null.
-    given.sort(key=rule.names.index)
-    given.sort(key=lambda name: verl.values[name] is None)
+    names.sort(key=rule.names.index)
+    names.sort(key=lambda name: given.values[name] is None)
     default = rule.default if rule.default is not None else _UNSET
-    value = verl.values[given[0]] if given else default
+    value = given.values[names[0]] if names else default
     if value is _UNSET and not rule.always:
         return
     if value is None and not rule.always:
-        for name in given:
+        for name in names:
             yield Finding(name, None, "same by default", note="null: not set")
         return
-    first = _one(rule, "", None if value is _UNSET else value, verl, rule.to)
-    for name in given:
+    first = _one(rule, "", None if value is _UNSET else value, given, rule.to)
+    for name in names:
         became = first.became
-        yield Finding(name, verl.values[name], became, first.to, first.ours, first.note)
-    if not given:
+        yield Finding(name, given.values[name], became, first.to, first.ours, first.note)
+    if not names:
         yield first
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, table: Table) -> str:
     """What an unknown key may have been meant for."""
     known: list[str] = []
-    for rule in RULES:
+    for rule in table.rules:
         known += rule.names
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"did you mean {near[0]}?" if near else "not in the table of docs/from_verl.md"
+    return f"did you mean {near[0]}?" if near else f"not in the table of {table.page}"
 
 
-def _without_value(name: str, what: str) -> Finding:
-    """A key whose value only a shell knows, which matters where we have such a key."""
-    rule = rule_of(name)
+def _without_value(name: str, what: str, table: Table) -> Finding:
+    """A key whose value only a shell or a program knows, which matters where we have such a key."""
+    rule = table.rule_of(name)
     if rule is not None and not rule.to:
         return Finding(name, what, "no counterpart", note=rule.note)
     told = f"its value is {what}: give it, such as {name}=VALUE"
@@ -165,10 +149,10 @@ def _target(rule: Rule, name: str) -> str:
     return rule.to.replace("*", name.removeprefix(pattern.rstrip("*"))) if pattern else rule.to
 
 
-def _one(rule: Rule, name: str, value: Any, verl: Verl, to: str) -> Finding:
-    made = rule.change(value, verl)
+def _one(rule: Rule, name: str, value: Any, given: Given, to: str) -> Finding:
+    made = rule.change(value, given)
     if isinstance(made, Drop):
-        # What is off in verl is not missed.
+        # What is off is not missed.
         off = made.same or value in _OFF
         became: Became = "to set" if made.to_set else "no counterpart"
         return Finding(name, value, "same by default" if off else became, note=made.why)
@@ -177,21 +161,10 @@ def _one(rule: Rule, name: str, value: Any, verl: Verl, to: str) -> Finding:
     return Finding(name, value, "converted", to, made)
 
 
-@cache
-def rule_of(name: str) -> Rule | None:
-    """The rule for a key of verl: by its name, else by the first pattern that fits."""
-    exact = (rule for rule in RULES if name in rule.names)
-    return next(exact, None) or next((rule for rule in RULES if _fits(rule, name)), None)
-
-
-def _fits(rule: Rule, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in rule.names)
-
-
 def _load(values: dict[str, Any]) -> tuple[Config, list[str]]:
     """The configuration as a run would read it, and what it would be refused for."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "from_verl.yaml"
+        file = Path(folder) / "converted.yaml"
         file.write_text(scalars.write(_nested(values)), encoding="utf-8")
         return read_config(file)
 
