@@ -21,6 +21,7 @@ from rlhf3d.observability.metrics import (
     validation_accuracy,
     validation_reward,
 )
+from rlhf3d.observability.outcome import read_record
 from rlhf3d.observability.page.collect import read_rows
 from rlhf3d.observability.page.learning import binomial_standard_error
 from rlhf3d.observability.page.setup import Setup
@@ -47,10 +48,12 @@ def make_report(run_dir: str | Path, setup: Setup | None = None) -> Path:
     rows = read_rows(Path(run_dir))
     folder = Path(run_dir)
     draw_curves(rows, folder / CURVES_FILE)
-    minutes = sum(series(rows, STEP_TIME)[1]) / 60
+    minutes, record = sum(series(rows, STEP_TIME)[1]) / 60, read_record(folder)
+    of = "" if record is None else f" of {record.total_steps}"
+    ended = f"; {record}" if record and record.end else ""
     sections = [
         f"# Run report: {folder.resolve().name}",
-        f"Steps {rows[0]['step']} to {rows[-1]['step']}, {minutes:.1f} min.",
+        f"Steps {rows[0]['step']} to {rows[-1]['step']}{of}, {minutes:.1f} min{ended}.",
         *_verdict(rows, setup),
         f"![curves]({CURVES_FILE})",
         "## Held-out accuracy",

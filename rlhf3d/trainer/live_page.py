@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 
 from rlhf3d.observability.metrics import METRICS_FILE, STEP_TIME, read_metrics
+from rlhf3d.observability.outcome import RECORD_FILE, RunRecord, read_record
 from rlhf3d.observability.page.collect import RunView
 from rlhf3d.observability.page.render import render, render_waiting, watched_policy
 from rlhf3d.observability.page.serve import Served
@@ -36,15 +37,14 @@ class Progress:
 
     name: str
     step: int
-    total_steps: int | None
     step_s: float
     """The longest of the last steps."""
 
-    def line(self, age_s: float, is_written: Callable[[], bool]) -> str:
+    def line(self, record: RunRecord | None, age_s: float, is_written: Callable[[], bool]) -> str:
         """In words; `age_s`: of the last row, `is_written`: whether a process has the file open."""
-        if self.total_steps is not None and self.step >= self.total_steps:
-            return f"{self.name}: ended, all {self.total_steps} steps are done."
-        of = "" if self.total_steps is None else f" of {self.total_steps}"
+        of = "" if record is None else f" of {record.total_steps}"
+        if record is not None and record.end is not None:
+            return f"{self.name}: {record}, after step {self.step}{of}."
         told = f"{self.name}: step {self.step}{of} ended {_words(age_s)} ago"
         if age_s < max(LATE_S, LATE_STEPS * self.step_s):
             return f"{told}."
@@ -65,7 +65,7 @@ class LivePage:
         self._policy = watched_policy()
         self._lock = Lock()
         self._next = clock()
-        self._stamps: list[Stamp] | None = None
+        self._stamps: list[tuple[Stamp, Stamp]] | None = None
         self._html = self._version = self._problem = ""
         self._progress: dict[Path, Progress] = {}
         self._served: Served | None = None
@@ -81,12 +81,13 @@ class LivePage:
             return self._served
 
     def _look(self) -> Served:
-        stamps = [_stamp(run / METRICS_FILE) for run in self._runs]
+        stamps = [(_stamp(run / METRICS_FILE), _stamp(run / RECORD_FILE)) for run in self._runs]
         if stamps != self._stamps:
             # Before the files are read: what is written meanwhile is seen at the next look.
             self._stamps = stamps
             self._make(hashlib.blake2b(repr(stamps).encode(), digest_size=8).hexdigest())
-        status = [self._line(run, stamp) for run, stamp in zip(self._runs, stamps, strict=True)]
+        pairs = zip(self._runs, stamps, strict=True)
+        status = [self._line(run, metrics) for run, (metrics, _) in pairs]
         if self._problem:
             status.insert(0, self._problem)
         html, version = self._html, self._version
@@ -109,10 +110,12 @@ class LivePage:
         self._version, self._problem = version, ""
 
     def _line(self, run: Path, stamp: Stamp) -> str:
-        progress = self._progress.get(run)
+        progress, record = self._progress.get(run), read_record(run)
         if progress is not None and stamp is not None:
-            path = run / METRICS_FILE
-            return progress.line(max(0.0, time.time() - stamp[0] / 1e9), lambda: has_open(path))
+            path, age_s = run / METRICS_FILE, max(0.0, time.time() - stamp[0] / 1e9)
+            return progress.line(record, age_s, lambda: has_open(path))
+        if record is not None and record.end is not None:
+            return f"{run}: {record}, before the first step."
         if not run.is_dir():
             return f"{run}: waits for the folder, which is not there yet."
         return f"{run}: waits for the first row of {METRICS_FILE}, which comes with the first step."
@@ -152,4 +155,4 @@ def _stamp(path: Path) -> Stamp:
 
 def _progress(view: RunView) -> Progress:
     step_s = max(values(view.rows[-5:], STEP_TIME), default=0.0)
-    return Progress(view.name, view.rows[-1]["step"], view.facts.total_steps, step_s)
+    return Progress(view.name, view.rows[-1]["step"], step_s)

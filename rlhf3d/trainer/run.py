@@ -25,6 +25,7 @@ from rlhf3d.experience.source import ExperienceSource
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
+from rlhf3d.observability.outcome import End, RunRecord, write_record
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
 from rlhf3d.placement.waiting import waited
@@ -32,6 +33,7 @@ from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
 from rlhf3d.trainer.assembly import Assembly
+from rlhf3d.trainer.ending import recorded
 from rlhf3d.trainer.inputs import RunInputs, read_to_start
 from rlhf3d.trainer.loop import Trainer
 from rlhf3d.trainer.preemption import PREEMPTED, PreemptionHandler
@@ -75,7 +77,7 @@ def run_training(
     setup_logging(output, "driver")
     # The stack ends what is started below, the last one first: engines before Ray, the console and
     # the metrics file, which the ending may still write to, at the end.
-    with ExitStack() as stack:
+    with recorded(output, derived.total_steps, preemption), ExitStack() as stack:
         console = stack.enter_context(Console(waited=waited))
         writer = stack.enter_context(
             open_metrics(config.trainer, flat_config(config), checkpoint, console.note)
@@ -146,14 +148,17 @@ def _train(
     with reported_only(console, what, "every process is ended all the same"):
         components.source.close()
         assembly.processes.rollout.close()
-    last = components.checkpoints.last
+    last, output = components.checkpoints.last, Path(assembly.config.trainer.output_dir)
+    # Before the report, which tells it.
+    end: End = "finished" if stopped is None else "stopped"
+    write_record(output, RunRecord(trainer.total_steps, end, stopped or ""))
     if stopped is not None:
         lines = [f"stopped: {stopped}", f"checkpoint {last}", "the same command continues from it"]
         console.done(lines)
         return PREEMPTED
     if components.script is not None:
         return 0
-    show_results(Path(assembly.config.trainer.output_dir), console, last)
+    show_results(output, console, last)
     return 0
 
 

@@ -18,6 +18,7 @@ from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
 from rlhf3d.observability.live.state import MemoryPlanned
+from rlhf3d.observability.outcome import read_record
 from rlhf3d.observability.page.collect import (
     Planned,
     PlannedMemory,
@@ -62,32 +63,31 @@ def run_facts(run: Path, rows: Rows) -> RunFacts:
     """What is known of a run besides its metrics and samples."""
     began = beginnings(run)
     versions: Mapping[str, str] = began[-1].facts.get("versions", {}) if began else {}
-    starts = [(part.begin, _when(part.facts.get("began"))) for part in began]
-    path = run / CONFIG_FILE
+    starts = [(part.begin, _when(part.facts.get("started"))) for part in began]
+    record, path = read_record(run), run / CONFIG_FILE
     if not path.is_file():
         problem = f"The folder has no {CONFIG_FILE}."
-        return RunFacts(
-            config_problem=problem, versions=versions, starts=starts, plan_problem=problem
-        )
+        return RunFacts((), "", problem, versions, starts, record, plan_problem=problem)
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         config = load_config(path)
     except ValueError as error:
         problem = f"{CONFIG_FILE} cannot be used by this version: {error}"
-        return RunFacts((), text, problem, versions, starts, plan_problem=problem)
+        return RunFacts((), text, problem, versions, starts, record, plan_problem=problem)
     settings = changed(flat_config(config))
-    steps = config.trainer.total_training_steps
-    facts = RunFacts(settings, text, "", versions, starts, steps, setup_of(path))
+    facts = RunFacts(settings, text, "", versions, starts, record, setup_of(path))
     try:
         return replace(facts, plan=planned(path, rows))
     except (ValueError, OSError) as error:
         return replace(facts, plan_problem=str(error))
 
 
-def _when(began: Any) -> str:
-    """The time that a journal has, without parts of a second: its machine's, in no named zone."""
-    text = str(began or "").replace("T", " ").partition(".")[0]
-    return text and f"{text}, local time of its machine"
+def _when(started: str | None) -> str:
+    """A time as a journal has it, with its machine's offset from UTC; empty where it has none."""
+    if started is None:
+        return ""
+    date, time = started[:10], started[11:19]
+    return f"{date} {time} UTC{started[19:]}"
 
 
 def changed(values: Mapping[str, Any]) -> list[Setting]:

@@ -8,6 +8,7 @@ Runs in: driver.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def open_journal(
 ) -> JournalWriter:
     """The run's journal, which goes on after the checkpoint."""
     journal = JournalWriter(output)
-    facts = {"versions": package_versions(LIBRARIES), **identity}
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    facts = {"versions": package_versions(LIBRARIES), "started": started, **identity}
     journal.begin(0 if checkpoint is None else checkpoint.manifest.step, facts)
     return journal
 

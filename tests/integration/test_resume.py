@@ -22,6 +22,7 @@ from support.jobs import (
     write_job,
 )
 
+from rlhf3d.observability.outcome import read_record
 from rlhf3d.trainer.preemption import SAME_SIGNAL_S
 
 OWN_ALGORITHM = '''
@@ -68,12 +69,14 @@ def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path
     )
     code, text = stop_at(job, 3, lambda _: signal_everyone(signal.SIGUSR1), *settings)
     assert code == 75 and "SIGUSR1" in text, text
+    assert str(read_record(run)) == "stopped: SIGUSR1 was received"
     (first,) = saved_steps(run)
     assert [row["step"] for row in read_rows(run)] == list(range(first + 1))
     assert not (run / "checkpoints" / f"step_{first}" / "hf").exists()
 
     code, text = stop_at(job, 8, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
     assert code == 130 and "interrupted" in text, text
+    assert str(read_record(run)) == "stopped: interrupted"
     assert saved_steps(run) == [first] and left_behind() == set()
 
     rows = read_rows(run)[1:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.metrics import read_metrics
+from rlhf3d.observability.outcome import RunRecord
 from rlhf3d.observability.page.answers import (
     CHARACTERS,
     Group,
@@ -70,8 +71,8 @@ class RunFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     starts: Sequence[tuple[int, str]] = ()
     """The step after which each part of the run began (0: the start), and when."""
-    total_steps: int | None = None
-    """That the run is to make; None while that is not known."""
+    record: RunRecord | None = None
+    """How many steps it is to make, and how it ended; None where that is not known."""
     setup: Setup | None = None
     """None where the configuration is not known."""
     plan: Planned | None = None

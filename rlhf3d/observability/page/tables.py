@@ -101,8 +101,8 @@ def memory_table(run: RunView) -> list[MemoryRow]:
 def summary(run: RunView) -> dict[str, Any]:
     """A run in a line or two, and over how many steps its means are."""
     first, last = run.rows[0]["step"], run.rows[-1]["step"]
-    planned = run.facts.total_steps
-    of = "" if planned is None else f" of {planned}"
+    record = run.facts.record
+    of = "" if record is None else f" of {record.total_steps}"
     line = f"Steps {first} to {last}{of} in {in_words(sum(values(run.rows, STEP_TIME)))}"
     resumes = [step for step, _ in run.facts.starts if step > 0]
     if resumes:
@@ -113,7 +113,7 @@ def summary(run: RunView) -> dict[str, Any]:
     setup = run.facts.setup
     about, scoring = ("", "") if setup is None else (f"{setup.about}.", setup.scoring)
     return {
-        "line": f"{line}.",
+        "line": f"{line}; {record}." if record and record.end else f"{line}.",
         "about": about,
         "scoring": scoring,
         "resumed": bool(resumes),

@@ -11,6 +11,7 @@ from threading import Thread
 import pytest
 from support.page_runs import healthy_rows, write_rows
 
+from rlhf3d.observability.outcome import RunRecord, write_record
 from rlhf3d.trainer import live_page
 from rlhf3d.trainer.live_page import EVERY_S, LivePage, Progress
 
@@ -149,7 +150,6 @@ def test_the_waiting_page_escapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("total", "age_s", "line"),
     [
-        (60, 5.0, "r: ended, all 60 steps are done."),
         (80, 5.0, "r: step 60 of 80 ended 5 s ago."),
         (None, 119.0, "r: step 60 ended 119 s ago."),
         (None, 121.0, "r: step 60 ended 2 min ago, and the last steps took up to 40 s."),
@@ -157,11 +157,36 @@ def test_the_waiting_page_escapes(tmp_path: Path) -> None:
     ],
 )
 def test_how_a_run_stands(total: int | None, age_s: float, line: str) -> None:
-    progress = Progress("r", 60, total, 40.0)
-    alive, gone = (progress.line(age_s, lambda alive=alive: alive) for alive in (True, False))
+    record = None if total is None else RunRecord(total)
+    progress = Progress("r", 60, 40.0)
+    alive, gone = (
+        progress.line(record, age_s, lambda alive=alive: alive) for alive in (True, False)
+    )
     assert alive.startswith(line) and gone.startswith(line)
     late = "took up to" in line
     assert ("is alive" in alive, "It ended, or" in gone) == (late, late)
+
+
+def test_the_end_of_a_run_is_told(tmp_path: Path) -> None:
+    run, clock = tmp_path / "run", Clock()
+    write_rows(run, healthy_rows(3))
+    write_record(run, RunRecord(8))
+    page = LivePage([run], clock)
+    assert page.current().status == ["run: step 3 of 8 ended 0 s ago."]
+    write_record(run, RunRecord(8, "stopped", "SIGTERM was received"))
+    clock.now += EVERY_S
+    found = page.current()
+    assert found.status == ["run: stopped: SIGTERM was received, after step 3 of 8."]
+    assert "; stopped: SIGTERM was received." in found.html
+    # It goes on.
+    write_record(run, RunRecord(8))
+    append(run, 4)
+    clock.now += EVERY_S
+    assert page.current().status == ["run: step 4 of 8 ended 0 s ago."]
+    (run / "metrics.jsonl").write_text("")
+    write_record(run, RunRecord(8, "failed", "ValueError: no"))
+    status = LivePage([run]).current().status
+    assert status == [f"{run}: failed: ValueError: no, before the first step."]
 
 
 def test_a_run_without_a_process_is_told_from_one_in_a_long_step(tmp_path: Path) -> None:

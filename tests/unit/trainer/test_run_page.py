@@ -20,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(config_to_yaml(load_config("math.yaml")))
     with JournalWriter(folder) as journal:
         for step, version in ((0, "0.1.0"), (10, "0.2.0")):
-            facts = {"versions": {"rlhf3d": version}, "began": "2026-01-02T03:04:05.678"}
+            facts = {"versions": {"rlhf3d": version}, "started": "2026-01-02T03:04:05+05:30"}
             journal.begin(step, facts)
             journal.trained(step + 1, ["a"])
     return folder
@@ -37,7 +37,7 @@ def test_settings_that_differ_come_with_their_defaults(run: Path) -> None:
 
 def test_starts_and_versions_are_the_journals(run: Path) -> None:
     facts = run_facts(run, healthy_rows(20))
-    when = "2026-01-02 03:04:05, local time of its machine"
+    when = "2026-01-02 03:04:05 UTC+05:30"
     assert facts.starts == [(0, when), (10, when)]
     assert facts.versions == {"rlhf3d": "0.2.0"}
     assert "resumed after step 10" in write_page([run], run / "page.html").read_text()

@@ -21,6 +21,7 @@ from support.page_runs import (
 )
 
 from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.outcome import RunRecord
 from rlhf3d.observability.page.charts import POINTS
 from rlhf3d.observability.page.collect import RunFacts, Setting, collect, names_of, read_rows
 from rlhf3d.observability.page.render import render
@@ -126,13 +127,21 @@ def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
         HOSTILE,
         {HOSTILE: HOSTILE},
         [(0, HOSTILE)],
-        9,
+        RunRecord(9, "failed", HOSTILE),
         wild_setup,
         None,
         HOSTILE,
     )
     plain = RunFacts(
-        [Setting("a.b", "1", "2", "x")], "x", "x", {"x": "1"}, [(0, "x")], 9, setup(), None, "x"
+        [Setting("a.b", "1", "2", "x")],
+        "x",
+        "x",
+        {"x": "1"},
+        [(0, "x")],
+        RunRecord(9, "failed", "x"),
+        setup(),
+        None,
+        "x",
     )
     found, expected = Parsed(page_of(wild, facts=facts)), Parsed(page_of(tame, facts=plain))
     # Long keys and values may be broken into lines.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.page_runs import healthy_rows, sample, setup, with_validation, write_rows
 
+from rlhf3d.observability.outcome import RunRecord
 from rlhf3d.observability.page.answers import groups_by_step
 from rlhf3d.observability.page.charts import CHARTS, curves, held_out_curves
 from rlhf3d.observability.page.collect import Planned, RunFacts, RunView, collect
@@ -137,7 +138,7 @@ def test_a_time_in_words(seconds: float, words: str) -> None:
 
 
 def test_the_first_lines_say_what_the_run_is(tmp_path: Path) -> None:
-    facts = RunFacts(starts=[(0, "")], total_steps=40, setup=setup())
+    facts = RunFacts(starts=[(0, "")], record=RunRecord(40), setup=setup())
     told = summary(view(tmp_path, healthy_rows(9), facts))
     assert told["about"] == "PPO (gae), tiny float32." and told["memory_missing"]
     assert told["line"].startswith("Steps 1 to 9 of 40 in ")
