@@ -7,20 +7,23 @@ import pytest
 # Minutes first, seconds last: so the two workers end at about the same time.
 LONGEST_FIRST = (
     "test_learning",
-    "test_engine_restarts",
     "test_layout_invariance",
+    "test_in_flight",
     "test_rehearsal",
-    "test_environments",
-    "test_lookup",
+    "test_ahead",
     "test_resume",
-    "test_reward_model",
-    "test_transformer_engine",
+    "test_lookup",
+    "test_environments",
     "test_planning",
-    "test_evaluate",
-    "test_weight_writer",
-    "test_two_nodes",
     "test_rollout",
+    "test_waiting",
     "test_convert",
+    "test_evaluate",
+    "test_transformer_engine",
+    "test_two_nodes",
+    "test_weight_writer",
+    "test_rollout_group",
+    "test_parity",
 )
 
 

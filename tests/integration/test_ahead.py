@@ -1,19 +1,21 @@
 """Training behind what is written ahead: the same run whenever it is run, stopped and continued.
 
-One run, undisturbed, is what the others are compared with.
+One run is what the others are compared with, up to the step after which it loses an engine.
+`test_resume.py` interrupts one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.jobs import (
-    left_behind,
     read_rows,
     saved_steps,
     signal_everyone,
@@ -26,7 +28,7 @@ from support.same_run import asked, assert_same
 from support.tiny_models import make_tiny_model
 from support.trained import ages
 
-STEPS, SAVED = 20, 4
+STEPS, SAVED, QUIET = 20, 4, 16
 GRPO = (
     "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
     "rollout.n=4",
@@ -72,96 +74,109 @@ REMAX = (
 )
 
 
+# A batch for each step, and a validation before the first and after each save: this one is written
+# beside a step after QUIET.
+DEATH = f"ahead:{QUIET + 2 + 1 + QUIET // SAVED}:0:0"
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job, run once; the folder of the run."""
     folder = tmp_path_factory.mktemp("ahead")
-    finished = train(write_job(folder), *JOB)
+    finished = train_with_deaths(write_job(folder), DEATH, *JOB)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    quiet, lost = finished.stdout.split(f"kill {DEATH}")
+    assert f"step {QUIET}/{STEPS}" in quiet and f"step {QUIET + 2}/{STEPS}" in lost
+    assert "are gone: those after" in lost
     return folder / "run"
 
 
 @pytest.mark.timeout(900)
-def test_it_learns_from_tokens_that_are_one_update_old(undisturbed: Path) -> None:
-    before, *rows = read_rows(undisturbed)
+def test_it_learns_from_tokens_that_are_one_update_old(once: Path) -> None:
+    before, *rows = read_rows(once)
     assert before["step"] == 0 and len(rows) == STEPS
     curve = [row["critic/score/mean"] for row in rows]
     print(f"LEARNING one update behind: first {curve[0]:.3f} last {curve[-1]:.3f}")
     assert curve[0] < 0.4 and curve[-1] > 0.9
     for row in rows:
-        step = row["step"]
-        assert ages(undisturbed, step) == {min(1, step - 1)}
-        for end in ("min", "max"):
+        step, age = row["step"], min(1, row["step"] - 1)
+        found = ages(once, step)
+        # What dies under way is written again: by the same weights, or by the newest.
+        assert found == {age} if step <= QUIET else found <= {0, 1}
+        for end, read in (("min", min), ("max", max)):
             name = f"training/off_policy/trajectory_staleness_worst/{end}"
-            assert row[name] == min(1, step - 1)
+            assert row[name] == read(found)
         # Whatever is trained on, the newest weights are validated.
         if step % SAVED == 0:
             assert row["val-aux/policy_version"] == step
-    # Each prompt once an epoch, of four steps.
+    # Each prompt once an epoch, of four steps: the engine that died lost none.
     for first in range(0, STEPS, 4):
-        epoch = sum(asked(undisturbed)[first : first + 4], Counter[str]())
+        epoch = sum(asked(once)[first : first + 4], Counter[str]())
         assert len(epoch) == 64 and set(epoch.values()) == {4}
 
 
-@pytest.mark.timeout(900)
-def test_killed_while_it_writes_ahead_it_goes_on_as_the_same_run(undisturbed: Path) -> None:
-    """A second run, which is killed, and then continued, with what its checkpoint has ahead."""
-    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("killed")
-    settings = (*JOB, f"trainer.output_dir={run}")
+def copy_without_the_end(once: Path, run: Path) -> None:
+    """Copy what a kill before QUIET leaves."""
+    shutil.copytree(once, run)
+    for step in saved_steps(run):
+        if step >= QUIET:
+            shutil.rmtree(run / "checkpoints" / f"step_{step}")
+    (run / "checkpoints" / "latest").write_text(f"step_{saved_steps(run)[-1]}")
+
+
+def train_and_kill(once: Path, run: Path) -> None:
+    """The same job, killed while something is written ahead."""
+    job, settings = once.with_name("job.yaml"), (*JOB, f"trainer.output_dir={run}")
     # A save waits for what is written ahead: in the step after it, something is again.
     killed = train_with_deaths(job, f"ahead:{3 * SAVED}:driver", *settings)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:] + killed.stderr[-4000:]
-    saved = saved_steps(run)[-1]
-    assert (run / "checkpoints" / f"step_{saved}" / "experience" / "queue.json").is_file()
-    resumed = train(job, *settings)
-    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
-    assert f"resume from step {saved}" in resumed.stdout
-    assert_same(run, undisturbed)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "moments, steps",
-    [
-        ("ahead:3:0:0", 4),
-        pytest.param(
-            "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0",
-            10,
-            marks=pytest.mark.full,
-        ),
-    ],
-    ids=["ahead", "in every phase"],
+    "interrupt",
+    [copy_without_the_end, pytest.param(train_and_kill, marks=pytest.mark.full)],
+    ids=["copied", "killed"],
 )
-def test_engines_that_die_lose_no_sample(moments: str, steps: int, undisturbed: Path) -> None:
+def test_killed_while_it_writes_ahead_it_goes_on_as_the_same_run(
+    interrupt: Any, once: Path
+) -> None:
+    """A second run, which is killed, and then continued, with what its checkpoint has ahead."""
+    job, run = once.with_name("job.yaml"), once.with_name(interrupt.__name__)
+    interrupt(once, run)
+    saved = saved_steps(run)[-1]
+    assert (run / "checkpoints" / f"step_{saved}" / "experience" / "queue.json").is_file()
+    settings = (*JOB, f"trainer.output_dir={run}", f"trainer.total_training_steps={QUIET}")
+    resumed = train(job, *settings)
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
+    assert f"resume from step {saved}" in resumed.stdout
+    assert_same(run, once)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_engines_that_die_in_every_phase_lose_no_sample(once: Path) -> None:
     """What was under way is written again: by the same weights, or by the newest."""
-    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name(f"deaths_{steps}")
+    moments = "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0"
+    job, run, steps = once.with_name("job.yaml"), once.with_name("deaths"), 10
     end = f"trainer.total_training_steps={steps}"
     deaths = train_with_deaths(job, moments, *JOB, f"trainer.output_dir={run}", end)
     assert deaths.returncode == 0, deaths.stdout[-2000:] + deaths.stderr[-4000:]
     for moment in moments.split(","):
         assert f"kill {moment}" in deaths.stdout
     assert "are gone: those after" in deaths.stdout
-    assert asked(run) == asked(undisturbed)[:steps]
+    assert asked(run) == asked(once)[:steps]
     for step in range(1, steps + 1):
         assert ages(run, step) <= {0, 1}
 
 
-@pytest.mark.timeout(300)
-def test_interrupted_while_it_writes_ahead_it_ends_at_once(undisturbed: Path) -> None:
-    """Engines are told to stop while there is a Ray to tell it by."""
-    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("interrupted")
-    settings = (*JOB, f"trainer.output_dir={run}", "data.max_response_length=400")
-    code, text = stop_at(job, 2, lambda process: os.kill(process.pid, signal.SIGINT), *settings)
-    assert code == 130 and "interrupted" in text, text
-    assert "Traceback" not in text and left_behind() == set()
-
-
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(undisturbed: Path) -> None:
+def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(once: Path) -> None:
     """One run, started again after each death."""
-    job, run = undisturbed.with_name("job.yaml"), undisturbed.with_name("matrix")
-    settings = (*JOB, f"trainer.output_dir={run}", "trainer.save_freq=1")
+    job, run = once.with_name("job.yaml"), once.with_name("matrix")
+    end = f"trainer.total_training_steps={QUIET}"
+    settings = (*JOB, f"trainer.output_dir={run}", "trainer.save_freq=1", end)
     for who in ("driver", "trainer:0"):
         for phase in ("ahead:4", "score:4", "update_actor:2", "sync_weights:3", "save:2"):
             died = train_with_deaths(job, f"{phase}:{who}", *settings)
@@ -169,7 +184,7 @@ def test_trainers_and_drivers_that_die_in_any_phase_change_nothing(undisturbed: 
             assert died.returncode == (-signal.SIGKILL if who == "driver" else 1), died.stderr
     finished = train(job, *settings)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    assert_same(run, undisturbed)
+    assert_same(run, once)
 
 
 @pytest.mark.full

@@ -1,18 +1,18 @@
 """Engines are killed in every phase, and the run goes on with the same numbers.
 
-One run is compared with the same one, undisturbed. `make test` kills where requests are lost, and
-where senders wait for the engine that dies; a death that is found before the next sync, or by
-`sleep`, ends in the same restart (`tests/unit/trainer/test_weight_sync.py` has both).
+One run is compared with the same one, undisturbed. `test_learning.py` kills in `make test`: where
+requests are lost, and where senders wait for the engine that dies. A death that is found before the
+next sync, or by `sleep`, ends in the same restart (`tests/unit/trainer/test_weight_sync.py` has
+both).
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.jobs import left_behind, read_rows, train, train_with_deaths, write_job
+from support.jobs import read_rows, train, train_with_deaths, write_job
+from support.same_run import assert_same
 
 JOB = (
     "algorithm.adv_estimator=grpo",
@@ -31,39 +31,23 @@ TWO_RANKS = (
     "rollout.placement=disaggregated",
     "actor.layout.pp=2",
 )
-TIMES = ("timing_s/", "perf/", "sync/", "checkpoint/", "reward/scoring", "rollout/engine_restarts")
 
 
-def numbers(run: Path) -> list[dict[str, Any]]:
-    """The metrics, without times."""
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_rows(run)]
-
-
-def digests(run: Path) -> dict[str, str]:
-    """Of samples and weights."""
-    files = [*run.glob("samples/*"), *run.rglob("*.distcp"), *run.rglob("*.safetensors")]
-    return {
-        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-    }
-
-
+@pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "layout, moments",
     [
         # Phase, which one of them, engine, rank. The first of all weights is the run's own, the
         # second what the death in `generate` takes.
-        pytest.param(TWO_ENGINES, "generate:1:1:0,sync_weights:3:1:0", id="two engines"),
         pytest.param(
             TWO_ENGINES,
             "generate:1:1:0,update_actor:1:0:0,sync_weights:3:1:0,sleep:2:0:0",
-            marks=pytest.mark.full,
             id="two engines, every phase",
         ),
         pytest.param(
             TWO_RANKS,
             "generate:1:0:1,sync_weights:3:0:0",
-            marks=pytest.mark.full,
             id="two ranks",
         ),
     ],
@@ -81,7 +65,4 @@ def test_a_run_whose_engines_die_is_the_same_run_to_the_bit(
         assert f"kill {moment}" in deaths.stdout
         assert f"({number} of rollout.engine_restarts=4)" in deaths.stdout
     assert read_rows(run)[-1]["rollout/engine_restarts"] == len(moments.split(","))
-    assert numbers(run) == numbers(tmp_path / "run")
-    assert digests(run) == digests(tmp_path / "run")
-    assert any(name.endswith(".distcp") for name in digests(run))
-    assert left_behind() == set()
+    assert_same(run, tmp_path / "run")

@@ -1,7 +1,8 @@
 """The complete command on a tiny model: it learns, in any layout, and goes on exactly.
 
-Two runs of one job are looked at by all tests: in one the models share their ranks and the engine's
-place, in the other each has its own.
+Two runs of one job are looked at by all tests: in one the models share their ranks and the engines'
+places, in the other each has its own. The resumed run loses engines on its way: where requests are
+lost, and where senders wait for the engine that dies. `test_engine_restarts.py` has more deaths.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.jobs import left_behind, read_rows, saved_steps, stop_at, train, write_job
+from support.jobs import (
+    left_behind,
+    read_rows,
+    saved_steps,
+    stop_at,
+    train,
+    train_with_deaths,
+    write_job,
+)
+from support.same_run import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf3d.checkpoints.manifest import problems, read_manifest
@@ -31,7 +41,14 @@ JOB = (
     "cluster.threads_per_rank=1",
 )
 LAYOUTS = {
-    "dp2": ("actor.layout.dp=2", "actor.ppo_micro_batch_size_per_gpu=16"),
+    "dp2": (
+        "actor.layout.dp=2",
+        "actor.ppo_micro_batch_size_per_gpu=16",
+        "rollout.engines=2",
+        "rollout.sleep=true",
+        # Some completions are answered while others are being written.
+        "rollout.max_num_seqs=16",
+    ),
     "tp2pp2": (
         "actor.layout.tp=2",
         "actor.layout.pp=2",
@@ -134,10 +151,9 @@ def test_exported_model_has_learned(runs: dict[str, Path]) -> None:
     assert float(p[letters].sum()) > 0.8
 
 
-def untimed(run: Path) -> list[dict[str, Any]]:
-    """Metrics except seconds, and except what saves and syncs report about themselves."""
-    names = ("timing_s/", "perf/", "sync/", "checkpoint/", "reward/scoring")
-    return [{k: v for k, v in row.items() if not k.startswith(names)} for row in read_rows(run)]
+# Phase, which one of them, engine, rank. The first sync is the run's own, the second what the death
+# in `generate` takes.
+DEATHS = ("generate:1:1:0", "sync_weights:3:1:0")
 
 
 def copy_without_the_end(run: Path, again: Path) -> None:
@@ -162,30 +178,31 @@ def train_and_kill(run: Path, again: Path) -> None:
     [copy_without_the_end, pytest.param(train_and_kill, marks=pytest.mark.full)],
     ids=["copied", "killed"],
 )
-def test_resumed_is_the_same_run_to_the_bit(interrupt: Any, runs: dict[str, Path]) -> None:
+def test_resumed_with_engines_that_die_is_the_same_run_to_the_bit(
+    interrupt: Any, runs: dict[str, Path]
+) -> None:
     whole = runs["dp2"]
     run = whole.with_name(interrupt.__name__)
     interrupt(whole, run)
     background = ("trainer.async_save=true", "trainer.save_freq=2", "trainer.keep_last=2")
     settings = (*JOB, *LAYOUTS["dp2"], f"trainer.output_dir={run}", *background)
-    resumed = train(whole.parent / "job.yaml", *settings)
+    restarts = f"rollout.engine_restarts={len(DEATHS)}"
+    resumed = train_with_deaths(whole.parent / "job.yaml", ",".join(DEATHS), *settings, restarts)
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
     assert f"resume from step {SAVED}: {run}/checkpoints/step_{SAVED}" in resumed.stdout
     assert "trainer.async_save: False -> True" in resumed.stdout
     assert saved_steps(run) == [STEPS - 2, STEPS]
+    for number, moment in enumerate(DEATHS, 1):
+        assert f"kill {moment}" in resumed.stdout
+        assert f"({number} of {restarts})" in resumed.stdout
+    rows = read_rows(run)
+    assert rows[-1]["rollout/engine_restarts"] == len(DEATHS)
 
-    assert untimed(run) == untimed(whole)
-    for step in range(1, STEPS + 1):
-        for name in (f"samples/step_{step}.jsonl", f"samples/tokens_step_{step}.jsonl"):
-            assert (run / name).read_bytes() == (whole / name).read_bytes()
-    ours = read_manifest(run / "checkpoints" / f"step_{STEPS}")
-    theirs = read_manifest(whole / "checkpoints" / f"step_{STEPS}")
-    tensors = [name for name in theirs.files if name.endswith((".distcp", ".safetensors"))]
-    assert {name.split("/")[0] for name in tensors} == {"actor", "critic", "hf"}
-    for name in tensors:
-        assert ours.files[name] == theirs.files[name], name
-    assert ours.policy_version == theirs.policy_version == STEPS
-    first = next(row for row in read_rows(run) if row["step"] == SAVED + 1)
+    assert_same(run, whole)
+    manifest = read_manifest(run / "checkpoints" / f"step_{STEPS}")
+    assert {name.split("/")[0] for name in manifest.files} >= {"actor", "critic", "hf"}
+    assert manifest.policy_version == STEPS
+    first = next(row for row in rows if row["step"] == SAVED + 1)
     assert first["sync/canary_abs_diff"] < 1e-4
     # The first row has its step's seconds, and not those in which engines and models started.
     phases = [first[name] for name in first if name.startswith("timing_s/")]

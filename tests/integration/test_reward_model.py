@@ -1,4 +1,7 @@
-"""A reward model gives transformers' own scores, in any layout, and a run trains on them."""
+"""A reward model gives transformers' own scores, in any layout; the tool makes one.
+
+`test_rehearsal.py` has a run that trains on one.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import join
-from support.jobs import read_rows, train, write_job
 from support.judge import hf_scores
 from support.ranks import run_ranks
 from support.tiny_models import make_tiny_model
 from transformers import AutoTokenizer
 
 from rlhf3d.batching.batch import from_sequences
-from rlhf3d.data.parquet import write_parquet
-from rlhf3d.data.rows import PromptRow
 from rlhf3d.models.spec import load_reward_spec
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.rewards.reward_model import model_inputs
@@ -86,51 +86,3 @@ def test_the_tool_trains_what_a_run_loads(tmp_path: Path) -> None:
         tmp_path / "judge", [ScoreItem("t", f"7 is {x}", None, messages=asked) for x in "ab"]
     )
     assert good > bad
-
-
-@pytest.mark.timeout(900)
-def test_a_mixture_of_experts_is_trained_on_a_reward_model_alone(tmp_path: Path) -> None:
-    """Each score is exact: rows without ground truth, a greedy baseline, another architecture.
-
-    Two training ranks share out the experts and each sequence, vLLM cuts each expert in two, and
-    the reward model has two ranks of its own.
-    """
-    judge = tmp_path / "judge"
-    job = write_job(
-        tmp_path,
-        "qwen3_moe",
-        algorithm={"adv_estimator": "remax"},
-        custom_reward_function={"path": None},
-        reward={"weights": {"reward_model": 2.0}},
-        reward_model={"path": str(judge), "layout": {"tp": 2}, "mean": 0.5, "std": 4.0},
-    )
-    make_tiny_model(judge, "qwen2", tie=False, heads=2, kv_heads=2, seed=5, classifier=True)
-    rows = [
-        PromptRow("hh", [{"role": "user", "content": f"word {i}"}], "", {"style": "model"})
-        for i in range(64)
-    ]
-    write_parquet(rows, tmp_path / "prompts.parquet", {})
-    layout = ("actor.layout.cp=2", "actor.layout.ep=2", "actor.ppo_micro_batch_size_per_gpu=16")
-    engine = ("rollout.tensor_parallel_size=2", "cluster.threads_per_rank=1")
-    finished = train(job, *layout, *engine, "trainer.total_training_steps=2")
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    assert "reward group (reward model" in finished.stdout
-    run = tmp_path / "run"
-    before, *steps = read_rows(run)
-    assert before["sync/canary_abs_diff"] < 1e-4 and len(steps) == 2
-    for step in steps:
-        assert step.get("sync/canary_abs_diff", 0.0) < 1e-4
-        assert step["training/rollout_logprobs_diff_max"] < 1e-3
-        samples = run / f"samples/step_{step['step']}.jsonl"
-        items, found = [], []
-        for sample in map(json.loads, samples.read_text().splitlines()):
-            asked = [{"role": "user", "content": sample["prompt"]}]
-            items.append(ScoreItem("hh", sample["response"], None, messages=asked))
-            found.append(sample["score"])
-        expected = hf_scores(judge, items)
-        assert torch.allclose(torch.tensor(found), 2.0 * (expected - 0.5) / 4.0, atol=1e-5)
-        assert step["reward_model/score/mean"] == pytest.approx(float(expected.mean()), abs=1e-5)
-        assert step["reward_model/truncated"] == 0 and step["reward/outcome/scored"] == 64
-        assert step["reward/greedy_baseline/mean"] != step["critic/score/mean"]
-    assert "val-core/hh/reward_model/greedy" in before and "val-core/hh/acc/greedy" not in before
-    assert "reward model" in (run / "report.md").read_text()

@@ -22,25 +22,38 @@ TIMES = (
 """Beginnings of the names of seconds, and of what saves and syncs report about themselves."""
 
 
-def untimed(run: Path) -> list[dict[str, Any]]:
-    """The metrics, without times."""
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in read_rows(run)]
+def untimed(run: Path, last: int) -> list[dict[str, Any]]:
+    """The metrics up to a step, without times."""
+    rows = [row for row in read_rows(run) if row["step"] <= last]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
-def digests(run: Path) -> dict[str, str]:
-    """Of samples, and of the weights and optimizers of the last checkpoint."""
-    last = run / "checkpoints" / f"step_{saved_steps(run)[-1]}"
-    files = [*run.glob("samples/*"), *last.rglob("*.distcp"), *last.rglob("*.safetensors")]
+def digests(run: Path, last: int, whole: bool = True) -> dict[str, str]:
+    """Of samples up to a step, and of the weights and optimizers of its checkpoint.
+
+    `whole`: and of what it has ahead, and of the exported model.
+    """
+    saved = run / "checkpoints" / f"step_{last}"
+    files = [*saved.rglob("*.distcp"), *(saved.rglob("*.safetensors") if whole else ())]
+    for file in run.glob("samples/*"):
+        if int(file.stem.rpartition("_")[2]) <= last:
+            files.append(file)
     return {
         str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Two runs wrote the same metrics, samples, tokens and weights; nothing is left over."""
-    assert untimed(run) == untimed(other)
-    found = digests(run)
-    assert found == digests(other)
+    """Up to the first one's last checkpoint, two runs wrote the same metrics, samples, tokens and
+    weights; nothing is left over.
+    """
+    last, other_last = saved_steps(run)[-1], saved_steps(other)[-1]
+    assert read_rows(run)[-1]["step"] == last
+    assert untimed(run, last) == untimed(other, last)
+    # A run that ends has nothing ahead, and exports its model.
+    whole = last == other_last
+    found = digests(run, last, whole)
+    assert found == digests(other, last, whole)
     assert any(name.endswith(".distcp") for name in found), "weights are compared"
     assert left_behind() == set()
 
