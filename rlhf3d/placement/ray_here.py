@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ import psutil
 import ray
 from ray._private import auto_init_hook, services
 from ray._private import worker as ray_driver
+from ray._private.node import Node
 
 from rlhf3d.placement.waiting import exit_on_timeout, ray_ended, set_ray_ended
 from rlhf3d.processes import find_marked, marked, stop_signals_blocked
@@ -29,6 +30,9 @@ from rlhf3d.processes import find_marked, marked, stop_signals_blocked
 # Besides the batches; by itself Ray takes a share of the machine's memory.
 OBJECT_STORE_BYTES = 256 << 20
 NEEDED = ("raylet", "gcs_server")
+LEFT_OUT = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods that start the dashboard's server, the autoscaler and what reads workers' output: each is
+a Python process of its own, the first is waited for, and a run on one machine uses none."""
 # Linux has 108 bytes for the path of a Unix socket, the last of which is 0.
 SOCKET_PATH_BYTES = 107
 # With the longest process id that Linux gives.
@@ -88,6 +92,25 @@ def _patience(timeout_s: float) -> Iterator[None]:
     assert looked, "Ray no longer looks for its node by services.get_node"
 
 
+@contextmanager
+def _needed_only() -> Iterator[None]:
+    """Have Ray start none of `LEFT_OUT`, which it starts whatever it is told."""
+    own = {name: getattr(Node, name) for name in LEFT_OUT}
+    left_out: set[str] = set()
+
+    def leave_out(name: str) -> Callable[..., None]:
+        return lambda *_, **__: left_out.add(name)
+
+    for name in own:
+        setattr(Node, name, leave_out(name))
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            setattr(Node, name, method)
+    assert left_out == set(LEFT_OUT), f"Ray asks only {left_out} of {LEFT_OUT}"
+
+
 def _own_processes() -> set[str]:
     """Names of this process's children that run."""
     return {process.name() for process in psutil.Process().children() if _runs(process)}
@@ -123,6 +146,7 @@ class RayHere:
             marked() as self._mark,
             stop_signals_blocked(),
             exit_on_timeout("start Ray on this machine", timeout_s),
+            _needed_only(),
         ):
             _init(
                 START_SHARE * timeout_s,

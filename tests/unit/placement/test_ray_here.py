@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.node import Node
 from ray.exceptions import RaySystemError
 
 from rlhf3d.placement import ray_here
@@ -65,6 +66,19 @@ def test_another_way_to_look_for_the_node_is_a_fault(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray_here.ray, "init", lambda **settings: None)
     with pytest.raises(AssertionError, match="no longer looks"):
         ray_here._init(60.0)
+
+
+def test_services_that_no_run_uses_are_left_out_of_a_start() -> None:
+    own = [getattr(Node, name) for name in ray_here.LEFT_OUT]
+    with ray_here._needed_only():
+        for name in ray_here.LEFT_OUT:
+            getattr(Node, name)(None, include_dashboard=False)
+    assert [getattr(Node, name) for name in ray_here.LEFT_OUT] == own
+
+
+def test_a_ray_that_starts_its_services_in_another_way_is_a_fault() -> None:
+    with pytest.raises(AssertionError, match="Ray asks only"), ray_here._needed_only():
+        Node.start_monitor(None)
 
 
 def test_a_call_after_the_end_starts_no_other_ray(monkeypatch: pytest.MonkeyPatch) -> None:
