@@ -6,7 +6,6 @@ layout.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.jobs import left_behind, read_rows, saved_steps, stop_at, train, write_job
+from support.jobs import read_rows, sample_rows, saved_steps, stop_at, train, write_job
+from support.same_run import assert_same, untimed
 from support.tiny_models import make_tiny_tokenizer
 
-from rlhf3d.checkpoints.manifest import read_manifest
 from rlhf3d.evaluation.mismatch import examine
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
@@ -99,12 +98,6 @@ def settings(folder: Path, run: str) -> list[str]:
     ]
 
 
-def untimed(run: Path) -> list[dict[str, Any]]:
-    """Metrics except seconds, and except what saves and syncs report about themselves."""
-    names = ("timing_s/", "perf/", "async/", "sync/", "checkpoint/", "env/call_s/")
-    return [{k: v for k, v in row.items() if not k.startswith(names)} for row in read_rows(run)]
-
-
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job, run once; the folder of the run."""
@@ -121,12 +114,6 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(run) if row["step"] > 0]
 
 
-def samples_of(run: Path, step: int) -> list[dict[str, Any]]:
-    """Conversations of a step."""
-    lines = (run / "samples" / f"step_{step}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.mark.timeout(900)
 def test_engine_and_trainer_agree_on_every_turn(once: Path) -> None:
     found = examine(once)
@@ -141,7 +128,7 @@ def test_failed_environments_are_left_out(once: Path) -> None:
     for row in rows:
         failed, left_out = row["env/outcome/env_error"], row["env/groups_left_out"]
         assert failed >= left_out > 0 or failed == left_out == 0
-        samples = samples_of(once, row["step"])
+        samples = sample_rows(once, row["step"])
         assert len(samples) == 4 * (16 - left_out) + failed
         assert 4 * (16 - left_out) == row["reward/outcome/scored"]
         assert row["num_turns/mean"] == row["num_turns/max"] == TURNS
@@ -162,7 +149,7 @@ def test_each_turn_is_trained_on_once_behind_what_the_template_made_of_the_other
         kept = read_tokens(tokens_path(once, metrics["step"]))
         several = sum(len(one.rows) > 1 for one in kept)
         assert 0 < several == metrics["env/rows_restarted"]
-        written = samples_of(once, metrics["step"])
+        written = sample_rows(once, metrics["step"])
         samples = [sample for sample in written if sample["outcome"] == "scored"]
         for one, sample in zip(kept, samples, strict=True):
             numbers.add(len(one.rows))
@@ -220,18 +207,6 @@ def test_ppo_whose_driver_is_killed_is_the_same_run_to_the_bit(
     assert_same(killed, whole)
 
 
-def assert_same(again: Path, once: Path) -> None:
-    """Two runs wrote the same metrics, conversations, tokens and weights; nothing is left over."""
-    assert untimed(again) == untimed(once)
-    for step in range(1, STEPS + 1):
-        for name in (f"samples/step_{step}.jsonl", f"samples/tokens_step_{step}.jsonl"):
-            assert (once / name).read_bytes() == (again / name).read_bytes()
-    ours, theirs = (read_manifest(one / "checkpoints" / f"step_{STEPS}") for one in (again, once))
-    tensors = [name for name in theirs.files if name.endswith((".distcp", ".safetensors"))]
-    assert tensors and all(ours.files[name] == theirs.files[name] for name in tensors)
-    assert not left_behind()
-
-
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_same_numbers_in_another_layout(once: Path) -> None:
@@ -239,8 +214,8 @@ def test_same_numbers_in_another_layout(once: Path) -> None:
     folder, other = once.parent, once.with_name("other")
     finished = train(folder / "job.yaml", *settings(folder, "other"), *OTHER_LAYOUT)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    for ours, theirs in zip(untimed(other)[1:], untimed(once)[1:], strict=True):
-        assert samples_of(other, ours["step"]) == samples_of(once, ours["step"])
+    for ours, theirs in zip(untimed(other, STEPS)[1:], untimed(once, STEPS)[1:], strict=True):
+        assert sample_rows(other, ours["step"]) == sample_rows(once, ours["step"])
         for name, value in theirs.items():
             # Of two runs' rounding alone.
             if name.startswith(("rollout_corr/", "training/rollout_")):
