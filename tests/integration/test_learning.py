@@ -53,7 +53,6 @@ LAYOUTS = {
         "actor.layout.tp=2",
         "actor.layout.pp=2",
         "rollout.placement=disaggregated",
-        "rollout.engines=2",
         "critic.layout.dp=2",
         "critic.ppo_micro_batch_size_per_gpu=8",
     ),
@@ -69,7 +68,7 @@ def write_own_template(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The job with all models on two ranks; and on TP2 x PP2, two engines, a dedicated critic."""
+    """The job with all models on two ranks; and on TP2 x PP2, with a dedicated critic."""
     done = {}
     for name, layout in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(name)
