@@ -236,8 +236,8 @@ def test_same_update_in_every_layout(
     reference = references[case.model]
     updates = {role: Update(case.fixed, objective) for role, objective in PPO.items()}
     name, batches = choice_of(case), stale_batches(reference)
-    updates[name] = Update(case.fixed, PPO["policy"], make_batch=batches[name])
-    updates[OWN] = Update(case.fixed, ITSELF, SEQUENCES)
+    updates[name] = Update(case.fixed, PPO["policy"], make_batch=batches[name], after=False)
+    updates[OWN] = Update(case.fixed, ITSELF, SEQUENCES, after=False)
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
     for name in updates:
         ours = assemble(case, results, name)
@@ -265,8 +265,8 @@ def test_one_optimizer_step_needs_no_phase_for_the_old_log_probs(
     for batching, rule in batchings(case).items():
         for rows, batch in made.items():
             whole = rule_of(rule, TURNS)
-            updates[batching, rows, OWN] = Update(whole, ITSELF, SEQUENCES, batch)
-            phase = Update(whole, PPO["policy"], SEQUENCES, batch, recompute=True)
+            updates[batching, rows, OWN] = Update(whole, ITSELF, SEQUENCES, batch, after=False)
+            phase = Update(whole, PPO["policy"], SEQUENCES, batch, recompute=True, after=False)
             updates[batching, rows, "phase"] = phase
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
     for batching, rows, name in updates:
@@ -351,7 +351,7 @@ def test_same_update_in_every_batching(
         rule, batch = rule_of(rules[batching], name), make_batch
         if name.startswith(TURNS):
             batch = partial(make_turns, True)
-        updates[batching, name] = Update(rule, objectives[name], INCOMPLETE, batch)
+        updates[batching, name] = Update(rule, objectives[name], INCOMPLETE, batch, after=False)
     results = run_ranks(case.layout.world_size, run_updates, case, folders[case.model], updates)
     for (batching, name), update in updates.items():
         # A sum of numbers that cancel is rounded like its terms, as many as sequences or more.
