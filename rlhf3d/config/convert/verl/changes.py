@@ -6,14 +6,26 @@ names the choices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from rlhf3d.config.convert.rules import Change, Drop, Put, model_folder
+from rlhf3d.config.convert.rules import Change, Drop, Put, model_folder, same
 from rlhf3d.config.convert.verl.read import Verl
 from rlhf3d.observability.trackers.registry import TRACKERS
 
 A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
 CORRECTION = "algorithm.rollout_correction."
+MEGATRON_SIZES = {
+    "tensor_model_parallel_size": "tp",
+    "pipeline_model_parallel_size": "pp",
+    "virtual_pipeline_model_parallel_size": "vpp",
+    "context_parallel_size": "cp",
+    "expert_model_parallel_size": "ep",
+}
+"""verl's names of the sizes of Megatron's layout, and ours."""
+REWARD = ("reward.reward_model.", "reward_model.")
+"""Where a reward model is: now, and before."""
+REWARD_RANKS = "reward.reward_model.rollout.tensor_model_parallel_size"
 _NUMBERS = (
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
@@ -23,9 +35,11 @@ _NUMBERS = (
     R + "n_gpus_per_node",
     R + "tensor_model_parallel_size",
     R + "top_k",
-    A + "megatron.tensor_model_parallel_size",
-    A + "megatron.pipeline_model_parallel_size",
-    A + "megatron.context_parallel_size",
+    *(f"{A}megatron.{size}" for size in MEGATRON_SIZES),
+    *(f"critic.megatron.{size}" for size in MEGATRON_SIZES),
+    *(f"reward_model.megatron.{size}" for size in MEGATRON_SIZES),
+    REWARD_RANKS,
+    *(f"{prefix}{name}" for prefix in REWARD for name in ("nnodes", "n_gpus_per_node")),
     A + "ulysses_sequence_parallel_size",
     A + "fsdp_config.ulysses_sequence_parallel_size",
     A + "tis_imp_ratio_cap",
@@ -63,6 +77,25 @@ def as_list(value: Any, verl: Verl) -> Any:
 def not_negative(value: Any, verl: Verl) -> Any:
     """verl's -1 for never is 0 here."""
     return max(value, 0) if isinstance(value, int | float) else value
+
+
+def if_on(switch: str, change: Change = same) -> Change:
+    """For keys that mean something only where another one is on."""
+
+    def checked(value: Any, verl: Verl) -> Any:
+        return change(value, verl) if verl.get(switch) else Drop(f"{switch} is off", same=True)
+
+    return checked
+
+
+def not_offered(note: str, *switches: str) -> Change:
+    """What has no counterpart, and is missed only where one of its switches is on."""
+
+    def change(value: Any, verl: Verl) -> Drop:
+        on = any(verl.get(switch) for switch in switches)
+        return Drop(note, to_set=on, same=not on)
+
+    return change
 
 
 def same_as_actor_model(value: Any, verl: Verl) -> Any:
@@ -124,9 +157,7 @@ def data_parallel(value: Any, verl: Verl) -> Any:
     """What is left of the GPUs."""
     size = context_parallel(verl)
     if verl.is_megatron:
-        size *= int(verl.get(A + "megatron.tensor_model_parallel_size") or 1)
-        size *= int(verl.get(A + "megatron.pipeline_model_parallel_size") or 1)
-        return world(verl) // size
+        return _left(world(verl), _sizes(A, verl))
     return Put(
         max(world(verl) // size, 1),
         "FSDP shards weights over the replicas, this package over tp and pp: `rlhf3d plan CONFIG "
@@ -162,6 +193,68 @@ def of_the_actor(name: str) -> Change:
         return Drop("the reference has the actor's layout; the numbers are the same")
 
     return change
+
+
+def _sizes(prefix: str, verl: Verl) -> dict[str, Any]:
+    """The sizes of a layout of Megatron's, verl's defaults included."""
+    return {
+        ours: verl.get(f"{prefix}megatron.{size}") or 1 for size, ours in MEGATRON_SIZES.items()
+    }
+
+
+def has_own_critic(verl: Verl) -> bool:
+    """Whether there is a critic whose layout is not the actor's."""
+    needed = (verl.get("algorithm.adv_estimator") or "gae") == "gae"
+    given = any(name.startswith("critic.megatron.") for name in verl.values)
+    differs = _sizes("critic.", verl) != _sizes(A, verl)
+    return needed and given and differs and verl.is_megatron
+
+
+def of_the_critic(change: Change = same) -> Change:
+    """Keys of critic.layout, which stands where the critic is not in the actor's processes."""
+
+    def checked(value: Any, verl: Verl) -> Any:
+        if has_own_critic(verl):
+            return change(value, verl)
+        return Drop("without sizes of its own, the critic is in the actor's processes", same=True)
+
+    return checked
+
+
+def critic_data_parallel(value: Any, verl: Verl) -> Any:
+    """What is left of the GPUs."""
+    return _left(world(verl), _sizes("critic.", verl))
+
+
+def critic_sequence_parallel(value: Any, verl: Verl) -> Any:
+    """As the actor's."""
+    tp = _sizes("critic.", verl)["tp"]
+    return bool(tp > 1 and verl.get("critic.megatron.sequence_parallel") is not False)
+
+
+def reward_ranks(value: Any, verl: Verl) -> Any:
+    """A reward model of Megatron's, or one that is served."""
+    if verl.get(REWARD_RANKS) is None:
+        return value
+    return Put(value, "Megatron's here; verl serves the model")
+
+
+def reward_data_parallel(value: Any, verl: Verl) -> Any:
+    """What is left of the GPUs, or of those that are set aside for the reward model."""
+    gpus = world(verl)
+    pool = (verl.get(f"{prefix}enable_resource_pool") for prefix in REWARD)
+    if any(pool):
+        nodes, each = (
+            verl.get(*(f"{prefix}{name}" for prefix in REWARD))
+            for name in ("nnodes", "n_gpus_per_node")
+        )
+        gpus = (nodes or 1) * (each or 8)
+    sizes = _sizes("reward_model.", verl)
+    return _left(gpus, sizes | {"tp": verl.get(REWARD_RANKS) or sizes["tp"]})
+
+
+def _left(gpus: int, sizes: Mapping[str, int]) -> int:
+    return max(gpus // (sizes["tp"] * sizes["pp"] * sizes["cp"]), 1)
 
 
 def engines(value: Any, verl: Verl) -> Any:
@@ -378,15 +471,24 @@ def reward_model_weights(value: Any, verl: Verl) -> Any:
     return {"reward_model": 1.0} if enabled else {"accuracy": 1.0}
 
 
-def if_reward_model(value: Any, verl: Verl) -> Any:
-    """Its folder, where it is enabled."""
-    if verl.get("reward.reward_model.enable", "reward_model.enable"):
-        folder = model_folder(value, verl)
-        told = "a Llama or Qwen2 classifier with one output"
-        if isinstance(folder, Put):
-            return Put(folder.value, f"{told}; {folder.differs}")
-        return Put(folder, told)
-    return Drop("the reward model is off", same=True)
+def if_reward_model(change: Change = same) -> Change:
+    """Only where it is enabled."""
+
+    def checked(value: Any, verl: Verl) -> Any:
+        if verl.get("reward.reward_model.enable", "reward_model.enable"):
+            return change(value, verl)
+        return Drop("the reward model is off", same=True)
+
+    return checked
+
+
+def reward_folder(value: Any, verl: Verl) -> Any:
+    """Its folder."""
+    folder = model_folder(value, verl)
+    told = "a Llama or Qwen2 classifier with one output"
+    if isinstance(folder, Put):
+        return Put(folder.value, f"{told}; {folder.differs}")
+    return Put(folder, told)
 
 
 def if_custom_reward(value: Any, verl: Verl) -> Any:

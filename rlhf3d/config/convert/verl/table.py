@@ -7,7 +7,7 @@ current one first, then what it was called before.
 
 from __future__ import annotations
 
-from rlhf3d.config.convert.rules import Rule, Table, no_counterpart, only_value, same_name
+from rlhf3d.config.convert.rules import Rule, Table, no_counterpart, only_value, renamed, same_name
 from rlhf3d.config.convert.verl import changes as to
 from rlhf3d.config.convert.verl.changes import CORRECTION, A, M, R
 from rlhf3d.config.convert.verl.read import CONFIG_NAME
@@ -125,6 +125,13 @@ _CORRECTION = (
     no_counterpart("no veto; rollout_rs rejects", CORRECTION + "rollout_token_veto_threshold"),
 )
 
+_OWN_ESTIMATOR = "not offered; an estimator of your own is algorithm.custom_path"
+
+
+def _not_offered(names: tuple[str, ...], switch: str) -> Rule:
+    return Rule(names, change=to.not_offered(_OWN_ESTIMATOR, switch), note=_OWN_ESTIMATOR)
+
+
 _ALGORITHM = (
     same_name(
         "algorithm.adv_estimator",
@@ -146,24 +153,22 @@ _ALGORITHM = (
     same_name("algorithm.kl_ctrl.horizon"),
     same_name("algorithm.kl_ctrl.target_kl"),
     same_name("algorithm.filter_groups.enable"),
-    same_name("algorithm.filter_groups.metric"),
+    same_name(
+        "algorithm.filter_groups.metric",
+        to.if_on("algorithm.filter_groups.enable", renamed({"reward": "seq_reward"})),
+        "reward is seq_reward",
+    ),
     same_name(
         "algorithm.filter_groups.max_num_gen_batches",
-        to.generations,
+        to.if_on("algorithm.filter_groups.enable", to.generations),
         "0, no limit, is not offered",
     ),
     no_counterpart(
         "one batch is generated at a time", "algorithm.filter_groups.max_inflight_gen_batches"
     ),
-    no_counterpart(
-        "not offered; an estimator of your own is algorithm.custom_path",
-        "algorithm.pf_ppo.*",
-        "algorithm.use_pf_ppo",
-        "algorithm.gdpo*",
-        "algorithm.distillation*",
-        "distillation.*",
-        to_set=True,
-    ),
+    _not_offered(("algorithm.pf_ppo.*", "algorithm.use_pf_ppo"), "algorithm.use_pf_ppo"),
+    _not_offered(("distillation.*",), "distillation.enabled"),
+    no_counterpart(_OWN_ESTIMATOR, "algorithm.gdpo*", "algorithm.distillation*", to_set=True),
     *_CORRECTION,
 )
 
@@ -202,15 +207,38 @@ _REWARD = (
     Rule(
         ("reward.reward_model.model_path", "reward_model.model.path"),
         "reward_model.path",
-        to.if_reward_model,
+        to.if_reward_model(to.reward_folder),
         "a Llama or Qwen2 classifier with one output",
     ),
-    same_name("reward_model.max_length"),
-    same_name("reward_model.micro_batch_size_per_gpu"),
+    same_name("reward_model.max_length", to.if_reward_model()),
+    same_name("reward_model.micro_batch_size_per_gpu", to.if_reward_model()),
+    Rule(
+        ("reward_model.megatron.tensor_model_parallel_size", to.REWARD_RANKS),
+        "reward_model.layout.tp",
+        to.if_reward_model(to.reward_ranks),
+        "Megatron's here",
+    ),
+    Rule(
+        ("reward_model.megatron.pipeline_model_parallel_size",),
+        "reward_model.layout.pp",
+        to.if_reward_model(),
+    ),
+    Rule(
+        (),
+        "reward_model.layout.dp",
+        to.if_reward_model(to.reward_data_parallel),
+        "what is left of its GPUs",
+        always=True,
+    ),
+    Rule(
+        tuple(f"{prefix}enable_resource_pool" for prefix in to.REWARD),
+        "reward_model.placement",
+        to.if_reward_model(renamed({True: "disaggregated", False: "colocated"})),
+    ),
     Rule(
         ("reward_model.micro_batch_size",),
         "reward_model.micro_batch_size_per_gpu",
-        to.per_gpu,
+        to.if_reward_model(to.per_gpu),
         "of all GPUs in verl",
     ),
     no_counterpart(
@@ -310,7 +338,8 @@ _TRAINER = (
         "*.prometheus.*",
         "*_target_",
         "actor_rollout_ref.hybrid_engine",
-        "actor_rollout_ref.nccl_timeout",
+        "*.nccl_timeout",
+        R + "router_config_path",
         "*.rollout_n",
         "*.strategy",
         "model_engine",

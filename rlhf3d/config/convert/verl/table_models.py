@@ -16,6 +16,12 @@ from rlhf3d.config.convert.rules import (
 from rlhf3d.config.convert.verl import changes as to
 from rlhf3d.config.convert.verl.changes import A, M, R
 
+_NO_LORA = (
+    "low-rank adapters are not offered: all weights are trained, which wants a smaller learning "
+    "rate"
+)
+_LORA_SWITCHES = ("lora_rank", "lora.rank", "lora_adapter_path", "lora.adapter_path")
+
 MODEL = (
     Rule((M + "path",), "model.path", model_folder, "a folder here, not a name on the hub"),
     Rule((M + "use_remove_padding", M + "use_rmpad"), "model.use_remove_padding"),
@@ -115,13 +121,10 @@ MODEL = (
             "sequence_parallel",
         )
     ),
-    no_counterpart(
-        "low-rank adapters are not offered: all weights are trained, which wants a smaller "
-        "learning rate",
-        M + "lora*",
-        M + "target_modules",
-        M + "exclude_modules",
-        to_set=True,
+    Rule(
+        (M + "lora*", M + "target_modules", M + "exclude_modules"),
+        change=to.not_offered(_NO_LORA, *(M + switch for switch in _LORA_SWITCHES)),
+        note=_NO_LORA,
     ),
     no_counterpart(
         "write the template to a .jinja file: model.chat_template",
@@ -257,8 +260,41 @@ CRITIC = (
         change=to.same_as_actor_model,
         note="The critic starts from model.path, with a fresh value head",
     ),
+    *(
+        Rule(
+            (f"critic.megatron.{size}",),
+            f"critic.layout.{ours}",
+            to.of_the_critic(),
+            "only where the sizes are not the actor's",
+        )
+        for size, ours in to.MEGATRON_SIZES.items()
+    ),
+    Rule(
+        (),
+        "critic.layout.dp",
+        to.of_the_critic(to.critic_data_parallel),
+        "what is left of the GPUs",
+        always=True,
+    ),
+    Rule(
+        ("critic.megatron.sequence_parallel",),
+        "critic.layout.sequence_parallel",
+        to.of_the_critic(to.critic_sequence_parallel),
+        "only with tp above 1",
+        always=True,
+    ),
+    Rule(
+        ("critic.megatron.use_distributed_optimizer",),
+        "critic.layout.distributed_optimizer",
+        to.of_the_critic(),
+    ),
+    Rule(
+        ("critic.megatron.override_transformer_config.recompute_granularity",),
+        "critic.layout.recompute",
+        to.of_the_critic(),
+    ),
     no_counterpart(
-        "the critic shares the actor's layout; critic.layout gives it one of its own",
+        "of how verl calls Megatron, or as for the actor",
         "critic.megatron.*",
         "critic.ulysses_sequence_parallel_size",
     ),
