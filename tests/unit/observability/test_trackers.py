@@ -199,10 +199,22 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """What an offline folder of wandb holds, in order."""
+    """What an offline folder of wandb holds, in order, once it is complete."""
+    (file,) = folder.glob("*.wandb")
+    until = time.monotonic() + 20
+    while True:
+        records = read_wandb(file)
+        # The process of wandb may write the last of them after `finish` has returned.
+        if records and records[-1].HasField("exit"):
+            return records
+        assert time.monotonic() < until, f"{file} has no end"
+        time.sleep(0.05)
+
+
+def read_wandb(file: Path) -> list[Any]:
+    """The records of a file of wandb, as far as they are written."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.glob("*.wandb")
     data, place, records, parts = file.read_bytes(), 7, [], b""
     # The log format of LevelDB after seven bytes: checksum, length and type in front of each part,
     # none of which crosses a block.
