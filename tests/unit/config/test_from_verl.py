@@ -213,6 +213,57 @@ def test_the_layout_of_megatron() -> None:
     assert found.became == "no counterpart"
 
 
+def test_a_critic_with_sizes_of_its_own_has_a_layout_of_its_own() -> None:
+    given = {A + "megatron.tensor_model_parallel_size": 4}
+    same = {"critic.megatron.tensor_model_parallel_size": 4}
+    shared = convert(Verl(NEEDED | given | same))
+    assert not any(name.startswith("critic.layout") for name in shared.values)
+    other = {
+        "critic.megatron.tensor_model_parallel_size": 2,
+        "critic.megatron.pipeline_model_parallel_size": 2,
+    }
+    own = convert(Verl(NEEDED | given | other))
+    layout = {name: own.values[f"critic.layout.{name}"] for name in ("tp", "pp", "dp")}
+    assert layout == {"tp": 2, "pp": 2, "dp": 2} and own.to_set == []
+    assert own.values["critic.layout.sequence_parallel"] is True
+    # Without a critic its keys say nothing.
+    grpo = {"algorithm.adv_estimator": "grpo", A + "use_kl_loss": True}
+    without = convert(Verl(NEEDED | given | other | grpo))
+    assert not any(name.startswith("critic.layout") for name in without.values)
+
+
+def test_the_layout_of_a_reward_model() -> None:
+    prefix = "reward.reward_model."
+    given = {
+        prefix + "model_path": "/models/r",
+        prefix + "rollout.tensor_model_parallel_size": 2,
+        prefix + "enable_resource_pool": True,
+        prefix + "nnodes": 1,
+        prefix + "n_gpus_per_node": 4,
+    }
+    off = convert(Verl(NEEDED | given))
+    assert not any(name.startswith("reward_model.") for name in off.values)
+    values = convert(Verl(NEEDED | given | {prefix + "enable": True})).values
+    assert (values["reward_model.layout.tp"], values["reward_model.layout.dp"]) == (2, 2)
+    assert values["reward_model.placement"] == "disaggregated"
+
+
+def test_what_is_off_is_not_asked_for() -> None:
+    prefix = "algorithm.filter_groups."
+    given = {
+        "actor_rollout_ref.model.lora.alpha": 32,
+        "actor_rollout_ref.model.target_modules": "all-linear",
+        "algorithm.pf_ppo.weight_pow": 2.0,
+        "distillation.n_gpus_per_node": 8,
+        prefix + "metric": "reward",
+    }
+    assert convert(Verl(NEEDED | given)).to_set == []
+    on = {"actor_rollout_ref.model.lora.rank": 8, "distillation.enabled": True}
+    asked = convert(Verl(NEEDED | given | on | {prefix + "enable": True, R + "n": 2}))
+    assert len([text for text in asked.to_set if "lora" in text or "distill" in text]) == 4
+    assert asked.values[prefix + "metric"] == "seq_reward"
+
+
 def test_a_share_of_warmup_needs_the_number_of_steps() -> None:
     ratio = {A + "optim.lr_warmup_steps_ratio": 0.1}
     asked = convert(Verl(NEEDED | ratio))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rlhf3d.config.convert.rules import Rule, Table, no_counterpart, only_value, renamed, same_name
 from rlhf3d.config.convert.verl import changes as to
+from rlhf3d.config.convert.verl import layout
 from rlhf3d.config.convert.verl.changes import CORRECTION, A, M, R
 from rlhf3d.config.convert.verl.read import CONFIG_NAME
 from rlhf3d.config.convert.verl.table_models import ACTOR, CRITIC, MODEL, ROLLOUT
@@ -213,9 +214,9 @@ _REWARD = (
     same_name("reward_model.max_length", to.if_reward_model()),
     same_name("reward_model.micro_batch_size_per_gpu", to.if_reward_model()),
     Rule(
-        ("reward_model.megatron.tensor_model_parallel_size", to.REWARD_RANKS),
+        ("reward_model.megatron.tensor_model_parallel_size", layout.REWARD_RANKS),
         "reward_model.layout.tp",
-        to.if_reward_model(to.reward_ranks),
+        to.if_reward_model(layout.reward_ranks),
         "Megatron's here",
     ),
     Rule(
@@ -226,12 +227,12 @@ _REWARD = (
     Rule(
         (),
         "reward_model.layout.dp",
-        to.if_reward_model(to.reward_data_parallel),
+        to.if_reward_model(layout.reward_data_parallel),
         "what is left of its GPUs",
         always=True,
     ),
     Rule(
-        tuple(f"{prefix}enable_resource_pool" for prefix in to.REWARD),
+        tuple(f"{prefix}enable_resource_pool" for prefix in layout.REWARD),
         "reward_model.placement",
         to.if_reward_model(renamed({True: "disaggregated", False: "colocated"})),
     ),
@@ -289,7 +290,7 @@ _TRAINER = (
     Rule(
         ("trainer.nnodes",),
         "cluster.num_nodes",
-        to.all_nodes,
+        layout.all_nodes,
         "with the nodes that only generate",
         always=True,
     ),

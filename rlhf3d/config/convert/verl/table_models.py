@@ -14,6 +14,7 @@ from rlhf3d.config.convert.rules import (
     same_name,
 )
 from rlhf3d.config.convert.verl import changes as to
+from rlhf3d.config.convert.verl import layout
 from rlhf3d.config.convert.verl.changes import A, M, R
 
 _NO_LORA = (
@@ -28,19 +29,19 @@ MODEL = (
     Rule(
         (A + "megatron.tensor_model_parallel_size",),
         "actor.layout.tp",
-        to.megatron_size,
+        layout.megatron_size,
     ),
     Rule(
         (A + "megatron.pipeline_model_parallel_size",),
         "actor.layout.pp",
-        to.megatron_size,
+        layout.megatron_size,
     ),
     Rule(
         (A + "megatron.virtual_pipeline_model_parallel_size",),
         "actor.layout.vpp",
-        to.megatron_size,
+        layout.megatron_size,
     ),
-    Rule((A + "megatron.expert_model_parallel_size",), "actor.layout.ep", to.megatron_size),
+    Rule((A + "megatron.expert_model_parallel_size",), "actor.layout.ep", layout.megatron_size),
     Rule(
         (
             A + "megatron.context_parallel_size",
@@ -48,21 +49,21 @@ MODEL = (
             A + "fsdp_config.ulysses_sequence_parallel_size",
         ),
         "actor.layout.cp",
-        to.cp,
+        layout.cp,
         "Ulysses' ranks become context-parallel ones",
         always=True,
     ),
     Rule(
         (),
         "actor.layout.dp",
-        to.data_parallel,
+        layout.data_parallel,
         "what is left of the GPUs; FSDP shards weights over them, this package over tp and pp",
         always=True,
     ),
     Rule(
         (A + "megatron.sequence_parallel",),
         "actor.layout.sequence_parallel",
-        to.sequence_parallel,
+        layout.sequence_parallel,
         "only with tp above 1",
         always=True,
     ),
@@ -74,7 +75,7 @@ MODEL = (
             M + "gradient_checkpointing_kwargs.activations_checkpoint_granularity",
         ),
         "actor.layout.recompute",
-        to.recompute,
+        layout.recompute,
         "selective recomputes a layer's MLP or experts here",
         always=True,
     ),
@@ -102,13 +103,13 @@ MODEL = (
             A + "megatron.grad_offload",
         ),
         "model.offload",
-        to.any_offload,
+        layout.any_offload,
         "one switch for all models",
     ),
     *(
         Rule(
             (f"actor_rollout_ref.ref.megatron.{name}",),
-            change=to.of_the_actor(f"megatron.{name}"),
+            change=layout.of_the_actor(f"megatron.{name}"),
             note="The reference has the actor's layout",
         )
         for name in (
@@ -264,34 +265,34 @@ CRITIC = (
         Rule(
             (f"critic.megatron.{size}",),
             f"critic.layout.{ours}",
-            to.of_the_critic(),
+            layout.of_the_critic(),
             "only where the sizes are not the actor's",
         )
-        for size, ours in to.MEGATRON_SIZES.items()
+        for size, ours in layout.MEGATRON_SIZES.items()
     ),
     Rule(
         (),
         "critic.layout.dp",
-        to.of_the_critic(to.critic_data_parallel),
+        layout.of_the_critic(layout.critic_data_parallel),
         "what is left of the GPUs",
         always=True,
     ),
     Rule(
         ("critic.megatron.sequence_parallel",),
         "critic.layout.sequence_parallel",
-        to.of_the_critic(to.critic_sequence_parallel),
+        layout.of_the_critic(layout.critic_sequence_parallel),
         "only with tp above 1",
         always=True,
     ),
     Rule(
         ("critic.megatron.use_distributed_optimizer",),
         "critic.layout.distributed_optimizer",
-        to.of_the_critic(),
+        layout.of_the_critic(),
     ),
     Rule(
         ("critic.megatron.override_transformer_config.recompute_granularity",),
         "critic.layout.recompute",
-        to.of_the_critic(),
+        layout.of_the_critic(),
     ),
     no_counterpart(
         "of how verl calls Megatron, or as for the actor",
@@ -307,8 +308,8 @@ ROLLOUT = (
     Rule((R + "top_p",), "rollout.top_p"),
     Rule((R + "top_k",), "rollout.top_k", renamed({0: -1})),
     Rule((R + "tensor_model_parallel_size",), "rollout.tensor_parallel_size", default=2),
-    Rule((), "rollout.engines", to.engines, "GPUs / tensor_parallel_size", always=True),
-    Rule((R + "nnodes",), "rollout.placement", to.placement),
+    Rule((), "rollout.engines", layout.engines, "GPUs / tensor_parallel_size", always=True),
+    Rule((R + "nnodes",), "rollout.placement", layout.placement),
     Rule((R + "expert_parallel_size",), "rollout.expert_parallel", to.expert_parallel),
     Rule((R + "gpu_memory_utilization",), "rollout.gpu_memory_utilization"),
     Rule((R + "max_num_seqs",), "rollout.max_num_seqs", default=256),
