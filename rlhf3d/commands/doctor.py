@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf3d.commands.overrides import Overrides
 from rlhf3d.options import AsJson, Commands, DefaultCommand
+
+if TYPE_CHECKING:
+    from rlhf3d.trainer.preemption import PreemptionHandler
 
 
 class _MachineByDefault(DefaultCommand):
@@ -18,7 +23,7 @@ class _MachineByDefault(DefaultCommand):
 
 doctor = Commands(
     cls=_MachineByDefault,
-    help="Check this machine or a cluster, or why engine and trainer of a run disagree.",
+    help="Check this machine or a cluster, or why engine and trainer disagree.",
 )
 
 
@@ -51,17 +56,54 @@ def machine(
 
 @doctor.command()
 def mismatch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run (trainer.output_dir).")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CONFIG", help="Folder of a run (trainer.output_dir), or a YAML file."
+        ),
+    ],
+    overrides: Overrides = None,
+    answers: Annotated[
+        int, typer.Option(min=1, help="Answers that are compared, of a configuration.")
+    ] = 32,
+    float32: Annotated[
+        bool, typer.Option(help="Start a configuration a second time, in float32.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say where log-probs of engine and trainer part in a run, and which cause explains it.
+    """Say where log-probs of engine and trainer part, and which cause explains it.
 
-    Exit code 1 where a cause was found. Reads the tokens that trainer.sample_tokens keeps.
+    Of a run, from the tokens that trainer.sample_tokens keeps. Of a configuration by starting its
+    engines and its actor: no training. Exit code 1 where a cause was found.
 
-    Example: rlhf3d doctor mismatch runs/quickstart
+    Example: rlhf3d doctor mismatch configs/quickstart.yaml model.dtype=bfloat16
     """
+    if source.suffix in (".yaml", ".yml"):
+        from rlhf3d.commands.train import ended
+
+        work = partial(_mismatch_of_config, source, overrides or [], answers, float32, as_json)
+        raise typer.Exit(ended(work))
+    if overrides:
+        raise ValueError(f"{overrides[0]}: keys are changed in a configuration, not in a run")
     from rlhf3d.evaluation.mismatch import examine, mismatch_view
 
-    found = examine(run)
-    mismatch_view(run, found).show(as_json)
+    found = examine(source)
+    mismatch_view(source, found).show(as_json)
     raise typer.Exit(1 if found.diagnosis.verdict == "cause" else 0)
+
+
+def _mismatch_of_config(
+    path: Path,
+    overrides: list[str],
+    answers: int,
+    float32: bool,
+    as_json: bool,
+    preemption: PreemptionHandler,
+) -> int:
+    from rlhf3d.evaluation.mismatch_config import tried_view, try_config
+    from rlhf3d.planning.view import show_memory
+
+    show = None if as_json else show_memory
+    tried = try_config(path, overrides, answers, float32, preemption, show)
+    tried_view(tried).show(as_json)
+    return 1 if tried.finding.fault else 0

@@ -5,7 +5,7 @@ Invariant: only what the run wrote is read; what it does not say is said to be m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf3d.config.load import load_config
+from rlhf3d.config.schema import ModelConfig, RolloutConfig
 from rlhf3d.evaluation.browse import clean
 from rlhf3d.models.spec import load_spec
 from rlhf3d.observability.mismatch.causes import Cause, Settings
 from rlhf3d.observability.mismatch.diagnosis import Diagnosis, diagnose, judged_pairs
 from rlhf3d.observability.mismatch.measures import coarsest
-from rlhf3d.observability.mismatch.pairs import read_pairs
+from rlhf3d.observability.mismatch.pairs import Pairs, read_pairs
 from rlhf3d.observability.mismatch.summary import Figures, Line, Summary, summarize
 from rlhf3d.observability.tables import Row, View, table
 
@@ -42,6 +43,11 @@ def examine(run: Path) -> Examined:
     """Judge the tokens that a run kept. ValueError where there are none to compare."""
     pairs = read_pairs(run)
     settings, notes = settings_of(run / CONFIG_FILE)
+    return examine_pairs(run, pairs, settings, notes)
+
+
+def examine_pairs(run: Path, pairs: Pairs, settings: Settings, notes: Sequence[str]) -> Examined:
+    """Judge the tokens of a run, or of what was started like one."""
     if not len(pairs):
         raise ValueError(f"{run}: no token has two finite log-probs; logs/driver.log names them")
     return Examined(
@@ -57,14 +63,18 @@ def settings_of(path: Path) -> tuple[Settings, list[str]]:
         config = load_config(path)
     except ValueError as error:
         return Settings(), [f"{path.name} cannot be used: {error}; taken for a run in bfloat16"]
+    return settings_in(config.model, config.rollout)
+
+
+def settings_in(model: ModelConfig, rollout: RolloutConfig) -> tuple[Settings, list[str]]:
+    """What matters of a configuration, and what is not known of its model."""
     notes, experts = [], False
     try:
-        spec = load_spec(Path(config.model.path), with_weights=False)
+        spec = load_spec(Path(model.path), with_weights=False)
         experts = bool(spec.num_experts)
     except (ValueError, OSError) as error:
         notes.append(f"the model is not here, so taken for one without experts: {error}")
-    rollout = config.rollout
-    precision = coarsest(config.model.dtype, rollout.dtype, rollout.quantization)
+    precision = coarsest(model.dtype, rollout.dtype, rollout.quantization)
     settings = Settings(precision, rollout.temperature, rollout.top_p, rollout.top_k, experts)
     return settings, notes
 
@@ -106,18 +116,18 @@ def _row(name: str, label: str, figures: Figures) -> Row:
         "by": name,
         "range": Text(label),
         "tokens": figures.tokens,
-        "mean |diff|": _short(figures.abs_mean),
-        "mean diff": _short(figures.mean),
-        "p50": _short(figures.abs_p50),
-        "p99": _short(figures.abs_p99),
-        "max": _short(figures.abs_max),
-        "KL (k3)": _short(figures.kl_k3),
-        "mean |prob diff|": _short(figures.prob_abs_mean),
+        "mean |diff|": short(figures.abs_mean),
+        "mean diff": short(figures.mean),
+        "p50": short(figures.abs_p50),
+        "p99": short(figures.abs_p99),
+        "max": short(figures.abs_max),
+        "KL (k3)": short(figures.kl_k3),
+        "mean |prob diff|": short(figures.prob_abs_mean),
     }
 
 
-def _short(value: float) -> Text:
-    # Digits that count: rounding of float32 has its first in the seventh place.
+def short(value: float) -> Text:
+    """With the digits that count: rounding of float32 has its first in the seventh place."""
     return Text(f"{value:.2g}", justify="right")
 
 

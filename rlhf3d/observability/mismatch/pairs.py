@@ -6,7 +6,7 @@ what is no finite number is counted and left out. Pure but for reading the files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from rlhf3d.observability.page.answers import spaced
-from rlhf3d.observability.tokens import TokenSpan, read_tokens, token_steps, tokens_path
+from rlhf3d.observability.tokens import (
+    TokenSpan,
+    TrajectoryTokens,
+    read_tokens,
+    token_steps,
+    tokens_path,
+)
 
 STEPS_READ = 60
 """Token files that are looked at, evenly over the run: more say the same."""
@@ -92,22 +98,27 @@ def read_pairs(run: Path) -> Pairs:
             f"{run} holds no tokens to compare: a run keeps those of the first "
             "trainer.sample_tokens trajectories of each step, which must be above 0"
         )
-    columns: dict[str, list[Any]] = {name: [] for name in ARRAYS}
-    texts: list[RowTexts] = []
-    sampled = 0
-    for step in spaced(steps, STEPS_READ):
-        for one in read_tokens(tokens_path(run, step)):
-            for spans in one.rows:
-                trained = one.trained_version
-                sampled += _add_row(columns, spans, len(texts), trained)
-                words = list(chain.from_iterable(span.texts for span in spans))
-                texts.append(RowTexts(step, one.number, words))
-    if not columns["engine"]:
+    shown = spaced(steps, STEPS_READ)
+    pairs = pairs_of((step, read_tokens(tokens_path(run, step))) for step in shown)
+    if not len(pairs) and not pairs.not_finite:
         raise ValueError(
-            f"{run}: its {sampled} sampled tokens have only the engine's log-probs: with "
+            f"{run}: its sampled tokens have only the engine's log-probs: with "
             "algorithm.rollout_correction.bypass_mode training computes none of its own; set it "
             "to false for a few steps"
         )
+    return pairs
+
+
+def pairs_of(steps: Iterable[tuple[int, Iterable[TrajectoryTokens]]]) -> Pairs:
+    """The pairs of the tokens of some steps, each with its number."""
+    columns: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+    texts: list[RowTexts] = []
+    for step, found in steps:
+        for one in found:
+            for spans in one.rows:
+                _add_row(columns, spans, len(texts), one.trained_version)
+                words = list(chain.from_iterable(span.texts for span in spans))
+                texts.append(RowTexts(step, one.number, words))
     arrays = {name: np.array(values) for name, values in columns.items()}
     # None, where a number was not finite, becomes NaN.
     arrays |= {name: arrays[name].astype(float) for name in ("engine", "trainer")}
@@ -118,15 +129,14 @@ def read_pairs(run: Path) -> Pairs:
 
 def _add_row(
     columns: dict[str, list[Any]], spans: Sequence[TokenSpan], row: int, trained: int | None
-) -> int:
-    """Append the tokens of a row that have both log-probs; returns how many were sampled."""
+) -> None:
+    """Append the tokens of a row that have both log-probs."""
     prompt = sum(len(span.token_ids) for span in spans if span.author == "prompt")
     length = sum(len(span.token_ids) for span in spans)
-    start = turn = sampled = 0
+    start = turn = 0
     for span in spans:
         count = len(span.token_ids)
         if span.author == "sampled":
-            sampled += count
             if span.old_logprobs is not None:
                 _add_span(columns, span, trained)
                 for name, value in (("row", row), ("turn", turn)):
@@ -136,7 +146,6 @@ def _add_row(
                 columns["row_length"] += [length] * count
             turn += 1
         start += count
-    return sampled
 
 
 def _add_span(columns: dict[str, list[Any]], span: TokenSpan, trained: int | None) -> None:
