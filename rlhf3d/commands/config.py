@@ -1,4 +1,4 @@
-"""`rlhf3d config`: the keys, one configuration as a run would see it, or one of verl's."""
+"""`rlhf3d config`: the keys, one configuration as a run would see it, or another framework's."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ class _ShowByDefault(DefaultCommand):
     default = "show"
 
 
+Output = Annotated[Path | None, typer.Option(help="File to write; default standard output.")]
+"""Of a converted configuration."""
+
 config = Commands(
     cls=_ShowByDefault,
-    help="List every configuration key, show a CONFIG as a run would see it, or convert verl's.",
+    help="List every configuration key, show a CONFIG as a run would see it, or convert that of "
+    "another framework.",
 )
 
 
@@ -65,9 +69,7 @@ def from_verl(
             metavar="KEY=VALUE", help="Overrides with verl's names, such as trainer.nnodes=2."
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write; default standard output.")
-    ] = None,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a verl configuration and say what became of each key.
@@ -82,6 +84,37 @@ def from_verl(
     # As a path for any user: a run here reads ~ itself.
     given = read_verl(file, overrides or [], {**os.environ, "HOME": "~"})
     _convert(file, given, VERL, output, as_json)
+
+
+@config.command("from-trl")
+def from_trl(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML of `trl grpo`, a script that calls TRL, or a Python file with a GRPOConfig "
+            "(nothing is run)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Overrides with TRL's names, such as num_processes=8."
+        ),
+    ] = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert what TRL's GRPO was given and say what became of each key.
+
+    Exit code 2 where something is left for you to set.
+
+    Example: rlhf3d config from-trl grpo.yaml num_processes=8 --output mine.yaml
+    """
+    from rlhf3d.config.convert.trl.read import read_trl
+    from rlhf3d.config.convert.trl.table import TRL
+
+    given = read_trl(file, overrides or [], {**os.environ, "HOME": "~"})
+    _convert(file, given, TRL, output, as_json)
 
 
 def _convert(file: Path, given: Given, table: Table, output: Path | None, as_json: bool) -> None:

@@ -65,7 +65,9 @@ class Conversion:
     def to_set(self) -> list[str]:
         """What the user has to decide before the run means what the former did."""
         asked = [finding for finding in self.findings if finding.became == "to set"]
-        told = [f"{item.name} = {item.value}: {item.note}" for item in asked]
+        told = [
+            f"{item.name} = {item.value}: {item.note}" if item.name else item.note for item in asked
+        ]
         return [*told, *self.problems]
 
     def to_yaml(self) -> str:

@@ -81,7 +81,11 @@ def only_value(wanted: Any, otherwise: str, to_set: bool = True) -> Change:
 
 def renamed(names: dict[Any, Any]) -> Change:
     """The name of a choice as ours; others as they stand."""
-    return lambda value, given: names.get(value, value)
+
+    def change(value: Any, given: Any) -> Any:
+        return next((ours for theirs, ours in names.items() if theirs == value), value)
+
+    return change
 
 
 def model_folder(value: Any, given: Any) -> Any:

@@ -21,6 +21,7 @@ _WHOLE_ARRAY = re.compile(r"\$\{(\w+)\[[@*]\]\}")
 _WHOLE_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 _PARAMETER = re.compile(r"(\w+)(?:(:?[-=])(.*))?", re.DOTALL)
 _ARGUMENTS = re.compile(r"\$[@*]|\$\{[@*].*\}")
+_END = re.compile(r"[|&;]+|[12&]?>.*")
 _DECLARING = ("export", "local", "readonly", "declare")
 _OPENING, _CLOSING = ("if", "for", "while", "until", "case"), ("fi", "done", "esac")
 _OPERATORS = {
@@ -90,7 +91,7 @@ class _Reader:
             if main is not None:
                 self._add(words[:main])
                 self.script.launcher, self.script.arguments = self.script.arguments, []
-                self._add(words[main + 1 :])
+                self._add(_command(words[main + 1 :]))
                 return self.script
             self._assign(words)
         return None
@@ -148,6 +149,8 @@ class _Reader:
             key, equals, _ = word.partition("=")
             if equals:
                 self.script.unknown[key.lstrip("+")] = str(error)
+            else:
+                self.script.arguments.append(word)  # the value of an option before it
 
     def expand(self, text: str) -> str:
         """A text with its variables replaced. Raises UnknownHere."""
@@ -229,6 +232,12 @@ def _words(line: str) -> list[str]:
     # A shell takes $((a + b)) as one word.
     line = _ARITHMETIC.sub(lambda found: re.sub(r"\s", "", found[0]), line)
     return shlex.split(line, comments=True)
+
+
+def _command(words: list[str]) -> list[str]:
+    """Up to where a pipe, a redirection or another command begins."""
+    ends = (at for at, word in enumerate(words) if _END.fullmatch(word))
+    return words[: next(ends, len(words))]
 
 
 def _logical_lines(text: str) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from rlhf3d import cli
 from rlhf3d.config.convert import apply
 from rlhf3d.config.convert.apply import Conversion, Finding
-from rlhf3d.config.convert.rules import Rule
 from rlhf3d.config.convert.shell import read_script
 from rlhf3d.config.convert.verl.read import Verl, calls_verl, read_verl
 from rlhf3d.config.convert.verl.table import VERL
@@ -357,23 +356,6 @@ def test_a_file_that_calls_nothing_of_verl_is_refused(tmp_path: Path) -> None:
     file.write_text("echo hello\n")
     with pytest.raises(ValueError, match="no line calls verl"):
         read_verl(file, [], {})
-
-
-def table_rows() -> list[str]:
-    """The table of docs/from_verl.md."""
-    rows = [_row(rule) for rule in RULES]
-    return list(dict.fromkeys(rows))
-
-
-def _row(rule: Rule) -> str:
-    names = " ".join(f"`{name}`" for name in rule.names) or "(computed)"
-    ours = f"`{rule.to}`" if rule.to else "none"
-    return f"| {names} | {ours} | {rule.note} |"
-
-
-def test_the_table_is_in_the_documentation() -> None:
-    text = (ROOT / "docs" / "from_verl.md").read_text()
-    assert "\n".join(table_rows()) in text, "\n".join(["rows changed; they are:", *table_rows()])
 
 
 @pytest.mark.parametrize(
