@@ -118,13 +118,15 @@ driver:
 	@command -v nvidia-smi >/dev/null || { echo "train-7b needs NVIDIA GPUs and this machine has no driver (nvidia-smi):" \
 		"REHEARSE=1 runs the job in miniature on the CPU, \`rlhf3d plan $(CONFIG_FILE)\` says what it needs" >&2; exit 1; }
 
-# Two processes share the files of tests: a rank-level test often waits with a core idle.
+# How many processes share the tests: many wait for others with a core idle. A process of integration has complete runs.
+UNIT_PROCESSES := 3
+INTEGRATION_PROCESSES := 2
 TESTS := not full
 GPU_SET_TESTS := gpu_set
 PROPERTIES := quick
 # A thread of torch for each: idle OpenMP threads of one worker would spin on the core of the other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --hypothesis-profile=$(PROPERTIES)
-IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+BY_FILE = -n $(INTEGRATION_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: lint unit integration ## all checks
 
@@ -134,13 +136,12 @@ test-all: PROPERTIES := full
 test-all: lint unit integration ## and every combination that they sample, before a release
 
 unit: setup model ## tests that take seconds
-	$(PYTEST) -n 2 --dist worksteal --durations=25 -m "$(TESTS)" tests/unit
+	$(PYTEST) -n $(UNIT_PROCESSES) --dist worksteal --durations=25 -m "$(TESTS)" tests/unit
 
 integration: setup model $(GPU_SET) ## tests on real Megatron, vLLM and Ray
-	$(PYTEST) $(IN_TWO) --durations=40 -m "$(TESTS)" tests/integration
-	$(PYTEST) tests/gpu --on-cpu -k "head or come_back or ring or rates"  # the GPU suite itself
+	$(PYTEST) $(BY_FILE) --durations=40 -m "($(TESTS)) and (on_cpu or not (gpu or gpu2))" --on-cpu tests/integration tests/gpu
 	PYTHONPATH=$(CURDIR)/$(filter $(VENV)/gpu-set/megatron-core-%,$(GPU_SET)) \
-		$(PYTEST) $(IN_TWO) -m "($(GPU_SET_TESTS)) and ($(TESTS))" tests/integration
+		$(PYTEST) $(BY_FILE) -m "($(GPU_SET_TESTS)) and ($(TESTS))" tests/integration
 
 # The GPU set's Megatron and Transformer Engine beside the CPU set, for the tests that put them first: both run on its
 # Python too, although Megatron asks for a newer one.

@@ -130,6 +130,7 @@ def head_errors(
     return values, gradients, torch.cuda.max_memory_allocated() / 2**30 if target.is_gpu else None
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head(dtype: str, target: Target) -> None:
     """Log-probs from logits in fp32, in chunks of bounded memory.
@@ -176,6 +177,7 @@ def _free_gib(target: Target) -> float:
     return torch.cuda.mem_get_info()[0] / 2**30 if target.is_gpu else 0.0
 
 
+@pytest.mark.on_cpu
 def test_states_leave_and_come_back(target: Target) -> None:
     (rounds,) = target.run(1, "float32", resting, target)
     print("RESTING GiB freed and taken:", rounds)
@@ -218,6 +220,7 @@ def exchange(rank: int, port: int, target: Target, shape: RingShape) -> float:
     return seconds
 
 
+@pytest.mark.on_cpu
 def test_ring(target: Target) -> None:
     """Two processes on one GPU, as a trainer and the engine beside it."""
     shape = RingShape(
@@ -268,6 +271,7 @@ def _finish(target: Target) -> None:
         torch.cuda.synchronize()
 
 
+@pytest.mark.on_cpu
 def test_rates(target: Target, measured: dict[str, float]) -> None:
     """What the planner assumes of a device, measured."""
     ((found),) = target.run(1, "bfloat16", rates, target, 2.0 if target.is_gpu else 0.2)

@@ -24,6 +24,7 @@ LONGEST_FIRST = (
     "test_weight_writer",
     "test_rollout_group",
     "test_parity",
+    "test_training",  # of tests/gpu
 )
 
 
