@@ -14,7 +14,7 @@ from statistics import fmean
 from rlhf3d.observability.metrics import STEP_TIME, phase_seconds
 from rlhf3d.observability.page.advice import TIME, advice
 from rlhf3d.observability.page.findings import Finding, share
-from rlhf3d.observability.page.health import CUT_WATCH, EXPLAINED
+from rlhf3d.observability.page.limits import CUT_WATCH, EXPLAINED
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import Rows, mean_of, number, recent, training_rows, values
 

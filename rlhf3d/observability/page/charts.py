@@ -20,14 +20,15 @@ from rlhf3d.observability.metrics import (
     validation_accuracy,
     validation_reward,
 )
-from rlhf3d.observability.page.health import (
+from rlhf3d.observability.page.learning import held_out, held_out_error
+from rlhf3d.observability.page.limits import (
     CLIPPED,
     CUT_WATCH,
+    HEALTHY,
     MISMATCH_WATCH,
     SIGNAL_WATCH,
     STALE_KL,
 )
-from rlhf3d.observability.page.learning import held_out, held_out_error
 from rlhf3d.observability.page.trends import Rows, number, running_means, training_rows, window
 
 POINTS = 1000
@@ -91,8 +92,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "kl",
         "KL to the reference",
-        "How far the policy has gone from the model that it started from. It grows slowly; a "
-        "check warns above 0.2 where it doubles in the second half.",
+        "How far the policy has gone from the model that it started from. Healthy: it grows "
+        f"slowly, {HEALTHY['actor/kl_loss']}.",
         (
             Line("actor/kl_loss", "KL in the loss"),
             Line("actor/reward_kl_penalty", "KL in the reward"),
@@ -104,8 +105,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "entropy",
         "Entropy",
-        "How open the choice of the next token is. It falls as the policy gets sure; a "
-        "check warns below a tenth of the start (and 0.1), and above twice the start.",
+        "How open the choice of the next token is. It falls as the policy gets sure. Healthy: "
+        f"{HEALTHY['actor/entropy']}.",
         (Line("actor/entropy", "entropy"),),
         "nats",
         unit="nats per token",
@@ -125,7 +126,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "cut",
         "Cut off at the limit",
-        "Share of completions that reach the length limit before their end. Below 10 % is healthy.",
+        "Share of completions that reach the length limit before their end. Healthy: "
+        f"{HEALTHY['response/truncated_ratio']}.",
         (Line("response/truncated_ratio", "cut off"),),
         "share",
         CUT_WATCH,
@@ -133,8 +135,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "clip",
         "Clip share",
-        "Share of tokens beyond the clip range, which no longer push the policy on. Up to 20 % is "
-        "usual; above 30 % updates are too large.",
+        "Share of tokens beyond the clip range, which no longer push the policy on. Healthy: "
+        f"{HEALTHY['actor/pg_clipfrac']}.",
         (
             Line("actor/pg_clipfrac", "clip"),
             Line("actor/pg_clipfrac_lower", "dual clip"),
@@ -157,7 +159,7 @@ CHARTS: tuple[Chart, ...] = (
         "mismatch",
         "Engine against trainer",
         "Mean difference between the probabilities that vLLM and Megatron give a sampled token. "
-        "Below 0.01 is healthy in bfloat16.",
+        f"Healthy: {HEALTHY['training/rollout_probs_diff_mean']}, also in bfloat16.",
         (Line("training/rollout_probs_diff_mean", "mean difference"),),
         limit=MISMATCH_WATCH,
     ),
@@ -171,7 +173,7 @@ CHARTS: tuple[Chart, ...] = (
         "signal",
         "Groups that teach",
         "Share of prompts whose completions differ in score: only they teach a group-based "
-        "estimator.",
+        f"estimator. Healthy: {HEALTHY['reward/mixed_groups_share']}.",
         (
             Line("reward/mixed_groups_share", "groups with signal"),
             Line("filter_groups/kept_share", "groups kept"),
@@ -206,7 +208,7 @@ CHARTS: tuple[Chart, ...] = (
         "critic",
         "Value model",
         "Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a "
-        "constant.",
+        f"constant. Healthy: {HEALTHY['critic/vf_explained_var']}.",
         (Line("critic/vf_explained_var", "explained variance"),),
         lowest=None,
     ),
@@ -232,7 +234,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "off_policy_kl",
         "Distance to the policy that wrote",
-        "KL between the policy that wrote older tokens and the one being trained.",
+        "KL between the policy that wrote older tokens and the one being trained. Healthy: "
+        f"{HEALTHY['training/off_policy/kl_k3']}.",
         (Line("training/off_policy/kl_k3", "KL"),),
         "nats",
         STALE_KL,

@@ -1,8 +1,7 @@
 """Is it healthy: what the metrics say of numbers, updates, exploration, engines and rewards.
 
 Invariant: each check looks at one thing, names its figures, and is silent (None) where the run has
-no such thing; where it has one and does not measure it, that is said (unknown). Every limit says
-where it comes from. Pure.
+no such thing; where it has one and does not measure it, that is said (unknown). Pure.
 """
 
 from __future__ import annotations
@@ -23,6 +22,27 @@ from rlhf3d.observability.page.advice import (
 )
 from rlhf3d.observability.page.findings import ORDER, Finding, share
 from rlhf3d.observability.page.learning import EARLY_STEPS
+from rlhf3d.observability.page.limits import (
+    CLIPPED,
+    CUT_BAD,
+    CUT_WATCH,
+    EFFECTIVE,
+    ENTROPY_HIGH,
+    ENTROPY_LOW,
+    ENTROPY_NATS,
+    EXPLAINED,
+    FAILED,
+    KL_GROWTH,
+    KL_NATS,
+    LEFT_BEHIND,
+    MISMATCH_BAD,
+    MISMATCH_WATCH,
+    SIGNAL_BAD,
+    SIGNAL_WATCH,
+    SPIKE,
+    STALE_KL,
+    UNREADABLE,
+)
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import (
     Rows,
@@ -37,40 +57,6 @@ from rlhf3d.observability.page.trends import (
 VITAL = ("actor/loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm", "critic/score/mean")
 """Metrics that are never undefined in a sound run; others, such as ratios to the steps before, are
 null where there is nothing to divide."""
-ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0
-"""Shares of the entropy at the start. Below the first nearly every token is decided, and samples of
-a prompt hardly differ; twice the start is text that gets random."""
-ENTROPY_NATS = 0.1
-"""Below this many nats per token, too, before it is called collapsed: a base of low entropy may
-lose much of it in good health."""
-KL_NATS, KL_GROWTH = 0.2, 2.0
-"""KL to the reference that is large (verl's and TRL's adaptive controllers aim at 0.1 or less a
-token), and its growth in the second half that is no slowing drift."""
-CLIPPED = 0.3
-"""Share of tokens that the clip bound; PPO runs that learn stay at 0.05 to 0.2."""
-MISMATCH_WATCH, MISMATCH_BAD = 0.01, 0.05
-"""Mean difference of probabilities between engine and trainer: below the first is usual in
-bfloat16; with the second, ratios are off by more than the usual clip range for unlikely tokens."""
-CUT_WATCH, CUT_BAD = 0.1, 0.5
-"""Share of completions cut off at the limit: they are mostly scored as wrong, whatever they would
-have said."""
-SIGNAL_WATCH, SIGNAL_BAD = 0.2, 0.05
-"""Share of prompts whose completions differ in score: only these teach a group-based estimator."""
-SPIKE = 5.0
-"""Gradient norm over that of the steps before: the default of trainer.grad_spike_factor."""
-FAILED = 0.05
-"""Share of failed scorings or environments: the default of their max_error_rate."""
-UNREADABLE = 0.5
-"""Share of completions without a readable answer."""
-EXPLAINED = 0.1
-"""Share of the returns' variance below which a value model is hardly better than a constant."""
-STALE_KL = 0.1
-"""KL in nats per token between the policy that wrote and the one being trained: clip ranges of 0.2
-are made for less."""
-EFFECTIVE = 0.5
-"""Effective share of the samples under importance weights: below, a few tokens carry the step."""
-LEFT_BEHIND = 0.8
-"""Length trained on over length generated, of the longest tenth."""
 
 
 @dataclass(frozen=True)

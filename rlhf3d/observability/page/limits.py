@@ -1,0 +1,74 @@
+"""From where on a metric is not healthy: the limits of checks, curves and docs/metrics.md.
+
+Invariant: each number stands here alone and says where it comes from; words are made of it.
+"""
+
+from __future__ import annotations
+
+from rlhf3d.observability.metrics import KL_TO_REFERENCE
+from rlhf3d.observability.page.findings import share
+
+ENTROPY_LOW, ENTROPY_HIGH = 0.1, 2.0
+"""Shares of the entropy at the start. Below the first nearly every token is decided, and samples of
+a prompt hardly differ; twice the start is text that gets random."""
+ENTROPY_NATS = 0.1
+"""Below this many nats per token, too, before it is called collapsed: a base of low entropy may
+lose much of it in good health."""
+KL_NATS, KL_GROWTH = 0.2, 2.0
+"""KL to the reference that is large (verl's and TRL's adaptive controllers aim at 0.1 or less a
+token), and its growth in the second half that is no slowing drift."""
+CLIPPED = 0.3
+"""Share of tokens that the clip bound; PPO runs that learn stay at 0.05 to 0.2."""
+MISMATCH_WATCH, MISMATCH_BAD = 0.01, 0.05
+"""Mean difference of probabilities between engine and trainer: below the first is usual in
+bfloat16; with the second, ratios are off by more than the usual clip range for unlikely tokens."""
+CUT_WATCH, CUT_BAD = 0.1, 0.5
+"""Share of completions cut off at the limit: they are mostly scored as wrong, whatever they would
+have said."""
+SIGNAL_WATCH, SIGNAL_BAD = 0.2, 0.05
+"""Share of prompts whose completions differ in score: only these teach a group-based estimator."""
+SPIKE = 5.0
+"""Gradient norm over that of the steps before: the default of trainer.grad_spike_factor."""
+FAILED = 0.05
+"""Share of failed scorings or environments: the default of their max_error_rate."""
+UNREADABLE = 0.5
+"""Share of completions without a readable answer."""
+EXPLAINED = 0.1
+"""Share of the returns' variance below which a value model is hardly better than a constant."""
+STALE_KL = 0.1
+"""KL in nats per token between the policy that wrote and the one being trained: clip ranges of 0.2
+are made for less."""
+EFFECTIVE = 0.5
+"""Effective share of the samples under importance weights: below, a few tokens carry the step."""
+LEFT_BEHIND = 0.8
+"""Length trained on over length generated, of the longest tenth."""
+
+HEALTHY: dict[str, str] = {
+    "actor/pg_clipfrac": f"at most {share(CLIPPED)}",
+    "actor/entropy": (
+        f"at most {ENTROPY_HIGH:g} times that of the start, and at least {share(ENTROPY_LOW)} "
+        f"of it or {ENTROPY_NATS:g}"
+    ),
+    **dict.fromkeys(
+        KL_TO_REFERENCE, f"at most {KL_NATS:g}, or {KL_GROWTH:g} times that of half-way"
+    ),
+    "actor/grad_norm": "steady, above 0",
+    "actor/grad_norm_ratio": f"at most {SPIKE:g}",
+    "actor/skipped_steps": "0",
+    "actor/lr": "above 0",
+    "critic/vf_explained_var": f"at least {share(EXPLAINED)}",
+    "response/truncated_ratio": f"at most {share(CUT_WATCH)}",
+    "reward/outcome/scored": (
+        f"no failures (above {share(FAILED)} bad), at most {share(UNREADABLE)} unparsable"
+    ),
+    "reward/mixed_groups_share": f"at least {share(SIGNAL_WATCH)}",
+    "filter_groups/kept_share": f"at least {share(SIGNAL_WATCH)}",
+    "training/rollout_probs_diff_mean": f"at most {MISMATCH_WATCH:g}",
+    "rollout/engine_restarts": "0",
+    "training/off_policy/kl_k3": f"at most {STALE_KL:g}",
+    "response_length_ratio/mean": f"`/p90` at least {share(LEFT_BEHIND)}",
+    "env/outcome/env_error": f"0 (above {share(FAILED)} of the trajectories bad)",
+    "rollout_corr/rollout_is_eff_sample_size": f"at least {share(EFFECTIVE)}",
+}
+"""What is healthy, by metric, in words; a metric stands for those beside it in its row of
+docs/metrics.md."""
