@@ -6,6 +6,8 @@ Invariant: imports nothing; each of these facts stands here alone.
 from __future__ import annotations
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+NS = 10**9
+"""Of a second."""
 
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 """Bytes of a number, by dtype."""

@@ -271,6 +271,11 @@ def _check_schedule(
             f"trainer.critic_warmup = {warmup}: algorithm.adv_estimator = "
             f"{algorithm.adv_estimator} has no critic; set 0"
         )
+    if total is not None and (late := [step for step in trainer.profile_steps if step > total]):
+        yield (
+            f"trainer.profile_steps = {list(trainer.profile_steps)}: step {late[0]} is after the "
+            f"last, trainer.total_training_steps = {total}"
+        )
     if total is not None and warmup >= total:
         yield f"trainer.critic_warmup = {warmup}: leaves no step of {total} to train the actor"
 

@@ -365,6 +365,12 @@ class TrainerConfig:
     sample_tokens: CountOrZero = 8
     """Trajectories a step whose tokens are kept, with authors and log-probs, for `rlhf3d samples
     --tokens`; 0 for none."""
+    profile_steps: tuple[Count, ...] = ()
+    """Steps of which it is written what every process did, and when, such as [3, 7];
+    docs/profiling.md."""
+    profile_operations_s: NotNegative = 0.0
+    """Also trace torch's operations there, in the first N seconds of each phase on each rank; 0 for
+    none."""
     grad_spike_factor: Positive = 5.0
     """Report a gradient norm above N times the median of the 20 steps before."""
     max_wall_clock_s: Positive | None = None

@@ -28,6 +28,7 @@ from rlhf3d.engine.logprobs import vocab_parallel_logprobs
 from rlhf3d.engine.microbatch import MicroBatch, UpdateResult, make_microbatch, token_shape
 from rlhf3d.engine.offload import ModelStates
 from rlhf3d.engine.param_gather import ParamGather
+from rlhf3d.engine.span_timers import SpanTimers
 from rlhf3d.models.boxes import Box
 from rlhf3d.models.megatron import (
     HEADS,
@@ -39,6 +40,7 @@ from rlhf3d.models.megatron import (
     transformer_config,
 )
 from rlhf3d.models.spec import ModelSpec
+from rlhf3d.observability.profile.recorder import recorder, span
 from rlhf3d.parallel.context import sum_shares
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.parallel.platform import Platform
@@ -98,6 +100,8 @@ class MegatronEngine:
         load_hf_weights(self.chunks, folder, *place, role)
         self.models: list[torch.nn.Module] = [self._wrap(chunk) for chunk in self.chunks]
         self.gather = ParamGather([])
+        self.timers: SpanTimers | None = None
+        """While a step is profiled."""
         self.optimizer: Any = None
         self.scheduler: Any = None
         if optim is not None:
@@ -183,6 +187,18 @@ class MegatronEngine:
             wd_incr_style="constant",
         )
 
+    def profile(self) -> None:
+        """Have Megatron tell this process's recorder, where there is one, what it does."""
+        found = recorder()
+        self.timers = None if found is None else SpanTimers(found)
+        configs = [self.config]
+        if self.optimizer is not None:
+            # One of several, where experts or layers have an optimizer of their own.
+            configs += [part.config for part in getattr(self.optimizer, "chained_optimizers", [])]
+            configs.append(self.optimizer.config)
+        for config in configs:
+            config.timers = self.timers
+
     @torch.no_grad()
     def forward(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]]
@@ -241,7 +257,8 @@ class MegatronEngine:
                     parts = [outputs["logprobs"] for _, outputs in seen]
                     logprobs = batch.in_row_order(mini.micro_batches, parts)
             # While the weights are still on the device: outside of an update nothing is pending.
-            self.gather.finish()
+            with span("gather weights", "collective"):
+                self.gather.finish()
         lr = self.optimizer.param_groups[0]["lr"]
         if not taken:
             return UpdateResult({}, math.nan, lr, tuple(skipped), logprobs)
@@ -281,11 +298,13 @@ class MegatronEngine:
                 shares[name] = shares.get(name, 0.0) + float(value)
         # step() does both again, under 1 % of a step. They come first here so that every rank can
         # refuse a gradient that is not finite before any weight has changed.
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        require_finite(shares, grad_norm, seen, self.context.device)
-        self.optimizer.step()
-        self.gather.stepped()
+        with span("gradient norm", "collective"):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            require_finite(shares, grad_norm, seen, self.context.device)
+        with span("optimizer step", "optimizer"):
+            self.optimizer.step()
+            self.gather.stepped()
         return shares, grad_norm
 
     def export_pieces(self) -> Iterator[tuple[str, Box, Tensor]]:
@@ -352,7 +371,7 @@ class MegatronEngine:
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from rlhf3d.parallel.pipeline import schedule_arguments
+        from rlhf3d.parallel.pipeline import schedule_arguments, schedule_table
 
         move = partial(self.context.platform.to_device, device=self.context.device)
 
@@ -374,6 +393,9 @@ class MegatronEngine:
         shapes = [(s // parts, b, self.config.hidden_size) for b, s in sizes]
         # Every model chunk passes over all micro-batches by itself.
         streams = [map(make, micro_batches) for _ in self.models]
+        if self.timers is not None:
+            order = schedule_table(self.config, len(micro_batches))
+            self.timers.run(order, len(self.models), [s * b for b, s in sizes])
         result: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             # Megatron takes lists where there are several model chunks.

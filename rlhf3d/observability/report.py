@@ -25,6 +25,7 @@ from rlhf3d.observability.outcome import read_record
 from rlhf3d.observability.page.collect import read_rows
 from rlhf3d.observability.page.learning import binomial_standard_error
 from rlhf3d.observability.page.setup import Setup
+from rlhf3d.observability.page.timelines import profiles
 from rlhf3d.observability.page.verdict import judge
 from rlhf3d.observability.samples import before_after, printable
 
@@ -64,6 +65,7 @@ def make_report(run_dir: str | Path, setup: Setup | None = None) -> Path:
         "## Seconds per phase",
         _phase_table(rows),
         *_overlap(rows),
+        *_profiles(folder),
         "## The same held-out prompts, before and after",
         _sample_table(folder),
     ]
@@ -212,6 +214,15 @@ def _overlap(rows: Rows) -> list[str]:
         f"Batches are generated beside the training, which hid {share} of it: in a step the "
         f"trainer waited {waited[0]} s for samples, and the engines {waited[1]} s for the trainer."
     ]
+
+
+def _profiles(folder: Path) -> list[str]:
+    """Where profiled steps lost time."""
+    found = profiles(folder)
+    lines = []
+    for one in found:
+        lines += [f"* {_cell(text, len(text))}" for text in (*one.words, one.note)]
+    return ["## Profiled steps", "\n".join(lines)] if found else []
 
 
 def _sample_table(folder: Path) -> str:

@@ -27,9 +27,7 @@ class PlannedCommunicator(P2PCommunicator):
     def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
         super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
         chunks = config.virtual_pipeline_model_parallel_size or 1
-        group_size = config.microbatch_group_size_per_vp_stage if chunks > 1 else len(shapes)
-        # (micro-batch, chunks of this rank that it passed before), forward and backward alike.
-        table = get_schedule_table(len(shapes), chunks, group_size)
+        table = schedule_table(config, len(shapes))
 
         def messages(without: int | None) -> Iterator[Shape]:
             return (shapes[number] for number, passed in table if passed != without)
@@ -51,6 +49,14 @@ class PlannedCommunicator(P2PCommunicator):
         from_prev = next(self._from_prev) if recv_prev else None
         from_next = next(self._from_next) if recv_next else None
         return from_prev, from_next
+
+
+def schedule_table(config: Any, micro_batches: int) -> list[tuple[int, int]]:
+    """(Micro-batch, chunks of this rank that it passed before), forward and backward alike."""
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    group_size = config.microbatch_group_size_per_vp_stage if chunks > 1 else micro_batches
+    table: list[tuple[int, int]] = get_schedule_table(micro_batches, chunks, group_size)
+    return table
 
 
 def _check_shape(tensor: Any, planned: Iterator[Shape]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import megatron_patches
 from rlhf3d import machine
 from rlhf3d.machine import loaded_from
+from rlhf3d.observability.profile.clock import Clock, HostClock
 from rlhf3d.units import GIB, KIB
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ class Platform(ABC):
     @abstractmethod
     def memory_gib(self) -> float:
         """Return the memory, GiB, of the host on CPU (all ranks share it), of one GPU on CUDA."""
+
+    def clock(self) -> Clock:
+        """What tells when a training rank has come to a place in its work."""
+        return HostClock()
 
     @abstractmethod
     def peak_gib(self) -> float:
@@ -287,6 +292,11 @@ class CUDAPlatform(Platform):
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory) / GIB
+
+    def clock(self) -> Clock:
+        from rlhf3d.parallel.device_clock import DeviceClock
+
+        return DeviceClock()
 
     def peak_gib(self) -> float:
         import torch

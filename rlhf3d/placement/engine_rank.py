@@ -1,7 +1,8 @@
 """One engine rank: a process in which vLLM steps in a thread of its own.
 
 Invariant: Ray's methods touch no vLLM: they put commands into the rank's `EngineLoop` and wait for
-their results, or return at once.
+their results, or return at once. A recording of the loop's thread is begun and taken beside it, and
+is no command: a replay knows nothing of it.
 Runs in: engine rank. The driver imports this file to name the methods it calls.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +18,10 @@ from typing import Any
 import ray
 
 from rlhf3d.observability.logs import setup_logging
+from rlhf3d.observability.profile.clock import this_machine
+from rlhf3d.observability.profile.operations import OperationsSettings
+from rlhf3d.observability.profile.recorder import start_recording, take_record
+from rlhf3d.observability.profile.spans import Record
 from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.placement.cluster import use_node_interface
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
@@ -55,6 +61,19 @@ class EngineRank:
     def process_id(self) -> int:
         """Answer while the process lives, whatever its engine does."""
         return os.getpid()
+
+    def start_profile(self, operations: OperationsSettings | None) -> str:
+        """Begin to record what this rank does; return whose clock it goes by."""
+        start_recording(operations=operations)
+        return this_machine()
+
+    def clock_ns(self) -> int:
+        """Return the time on the clock of this rank's machine."""
+        return time.monotonic_ns()
+
+    def take_profile(self, began: int) -> Record | None:
+        """End the recording; return it. `began`: of the step, on this machine's clock."""
+        return take_record(began)
 
     def rendezvous(self) -> tuple[str, int]:
         """Open the address at which this engine's ranks meet; asked of its rank 0."""

@@ -115,6 +115,11 @@ class TrainGroup:
         """Make the same call on every rank; return the results by rank."""
         return gather(phase, self.start_all(method, *args, **kwargs), self.timeout_s)
 
+    def ranks(self) -> dict[str, Any]:
+        """The actors by name."""
+        names = map(self._name, range(len(self.workers)))
+        return dict(zip(names, self.workers, strict=True))
+
     def peak_gib(self) -> float:
         """Return the most memory, GiB, that any rank has had so far; see `Platform.peak_gib`."""
         return max(self.call_all("memory", TrainWorker.peak_gib))

@@ -9,6 +9,7 @@ torch are imported inside them.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ import ray
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config, ModelConfig, OptimConfig
 from rlhf3d.imports import quick_imports
+from rlhf3d.observability.profile.clock import this_machine
+from rlhf3d.observability.profile.operations import OperationsSettings
+from rlhf3d.observability.profile.recorder import span, start_recording, take_record
+from rlhf3d.observability.profile.spans import Record
 from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import use_node_interface
@@ -45,6 +50,8 @@ HEAD_OF_ROLE: dict[str, Role] = {
     "reward": "value",
 }
 """What each model of a worker group ends in."""
+FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values"}
+"""The phase in which a role only computes; a reward model does so in `score`."""
 
 
 @dataclass(frozen=True)
@@ -164,17 +171,37 @@ class TrainWorker:
         self, role: str, batch: Batch, micro_batches: list[list[int]]
     ) -> dict[str, Tensor] | None:
         """Compute outputs of `role` for this replica's rows; see `MegatronEngine.forward`."""
-        return self.engines[role].forward(batch, micro_batches)
+        with span(FORWARD_PHASES.get(role, "score"), "call"):
+            return self.engines[role].forward(batch, micro_batches)
 
     def update(
         self, role: str, batch: Batch, mini_batches: list[MiniBatch], objective: Objective
     ) -> UpdateResult:
         """Take the optimizer steps of `role` on this replica's rows: `MegatronEngine.update`."""
-        return self.engines[role].update(batch, mini_batches, objective)
+        with span(f"update_{role}", "call"):
+            return self.engines[role].update(batch, mini_batches, objective)
 
     def peak_gib(self) -> float:
         """Return the most memory that this rank has had so far; see `Platform.peak_gib`."""
         return self.setup.platform.peak_gib()
+
+    def start_profile(self, operations: OperationsSettings | None) -> str:
+        """Begin to record what this rank does; return whose clock it goes by."""
+        start_recording(self.setup.platform.clock(), operations)
+        for engine in self.engines.values():
+            engine.profile()
+        return this_machine()
+
+    def clock_ns(self) -> int:
+        """Return the time on the clock of this rank's machine."""
+        return time.monotonic_ns()
+
+    def take_profile(self, began: int) -> Record | None:
+        """End the recording; return it. `began`: of the step, on this machine's clock."""
+        record = take_record(began)
+        for engine in self.engines.values():
+            engine.profile()
+        return record
 
     def create_stream(self, setup: SyncSetup) -> None:
         """Make what this rank owns of a weight stream."""
@@ -201,7 +228,7 @@ class TrainWorker:
 
     def send_weights(self, name: str, policy_version: int, sync: int) -> SendReport:
         """Send this rank's share of the actor's weights."""
-        with self.engines["actor"].states.on_device("weights"):
+        with span("sync_weights", "call"), self.engines["actor"].states.on_device("weights"):
             return self.streams[name].send(policy_version, sync)
 
     def close_stream(self, name: str) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from rlhf3d.models.boxes import show
 from rlhf3d.models.weights import LocalParam
+from rlhf3d.observability.profile.recorder import span
 from rlhf3d.resharding.buckets import Bucket, Copy, Segment, real_rows
 from rlhf3d.resharding.fingerprints import fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout
@@ -175,12 +176,15 @@ class WeightReceiver:
         self.times = ReceiveTimes()
         for number, bucket in enumerate(self.buckets):
             start = time.perf_counter()
-            slot, arrivals = self.inbox.wait(number, sync, time.monotonic() + self.setup.timeout_s)
+            deadline = time.monotonic() + self.setup.timeout_s
+            with span("wait for senders", "wait", bucket=number):
+                slot, arrivals = self.inbox.wait(number, sync, deadline)
             waited = time.perf_counter()
             self.times.wait_s += waited - start
             # All of a bucket before any of it is handed on.
-            for copy, version, checksum in arrivals:
-                self._check(slot, copy, version, checksum, policy_version)
+            with span("verify", "transfer", bucket=number, bytes=bucket.num_bytes):
+                for copy, version, checksum in arrivals:
+                    self._check(slot, copy, version, checksum, policy_version)
             self.times.verify_s += time.perf_counter() - waited
             self.times.received_bytes += bucket.num_bytes
             for segment in bucket.segments:

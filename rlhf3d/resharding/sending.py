@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from rlhf3d.models.boxes import box_slices, volume
+from rlhf3d.observability.profile.recorder import span
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout
@@ -170,8 +171,9 @@ class WeightSender:
 
     def _finish(self, works: list[Sent], deadline: float) -> None:
         assert self.group is not None
-        for work, _, peer in works:
-            self.group.finish(work, peer, "a message to", deadline)
+        with span("wait for a message to arrive", "wait"):
+            for work, _, peer in works:
+                self.group.finish(work, peer, "a message to", deadline)
 
     def _blocks(self) -> ReadBlock:
         """Blocks of this sync.
@@ -214,10 +216,11 @@ class _RingOutbox:
         counted = sync * self.rounds + number
         _wait_free(self.ring, counted, self.rounds, deadline)
         slot = self.ring.slot(counted)
-        for copy in self.copies[number]:
-            tensor, checksum = block(copy)
-            view_in(slot, copy, self.dtype).copy_(tensor)
-            self.ring.record(self.position, copy.row, version, checksum)
+        with span("pack", "transfer", bucket=number):
+            for copy in self.copies[number]:
+                tensor, checksum = block(copy)
+                view_in(slot, copy, self.dtype).copy_(tensor)
+                self.ring.record(self.position, copy.row, version, checksum)
         # Last, and also without a copy in this bucket: readers wait for the count of every sender.
         self.ring.fill(self.position, counted)
 
@@ -248,10 +251,11 @@ class _MessageOutbox:
         layout = self.layouts[number]
         # Of its own for each bucket: the last ones may still be under way.
         message = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
-        for i, copy in enumerate(layout.copies):
-            tensor, checksum = block(copy)
-            layout.block(message, i, self.dtype).copy_(tensor)
-            layout.table(message)[i] = torch.tensor([version, checksum])
+        with span("pack", "transfer", bucket=number, bytes=layout.num_bytes):
+            for i, copy in enumerate(layout.copies):
+                tensor, checksum = block(copy)
+                layout.block(message, i, self.dtype).copy_(tensor)
+                layout.table(message)[i] = torch.tensor([version, checksum])
         return message
 
 
@@ -297,7 +301,8 @@ def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
     A slot is used again after SLOTS buckets, but a row of the table after a complete sync: `rounds`
     buckets, which may be fewer.
     """
-    ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
+    with span("wait for readers", "wait"):
+        ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 
 def view_in(slot: torch.Tensor, copy: Copy, dtype: torch.dtype) -> torch.Tensor:

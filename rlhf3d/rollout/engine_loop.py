@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from rlhf3d.observability.profile.recorder import span
 from rlhf3d.rollout.api import PART_S, Completion, Request
 
 R = TypeVar("R")
@@ -281,7 +282,8 @@ class EngineLoop:
         value: Any = None
         error: Exception | None = None
         try:
-            value = getattr(engine, command.method)(*command.args)
+            with span(command.method, "command"):
+                value = getattr(engine, command.method)(*command.args)
         except Exception as raised:
             if command.result is None:
                 raise

@@ -32,10 +32,12 @@ from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.imports import quick_imports
 from rlhf3d.models.hf_io import model_view
 from rlhf3d.models.spec import architecture
+from rlhf3d.observability.profile.recorder import span
 from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport, Versions
 from rlhf3d.rollout.settings import EngineSettings
+from rlhf3d.rollout.step_spans import StepSpans
 from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
 from rlhf3d.rollout.vllm_scheduler import finish_steps_under_way, holding_back
 from rlhf3d.units import GIB
@@ -75,6 +77,7 @@ class VLLMEngine:
         """Unfinished requests: the caller's number by vLLM's name."""
         self._outputs: list[Any] = []
         """Outputs that were finished by an update of the weights, for the next step to return."""
+        self._spans = StepSpans()
         self._worker: type[WeightSyncWorker]
 
     def start(self, meeting: tuple[str, int] | None = None, host: str = "127.0.0.1") -> VLLMEngine:
@@ -142,6 +145,7 @@ class VLLMEngine:
         params = [self._sampling_params(request) for request in requests.values()]
         names = self._enqueue(prompts, params)
         self._numbers |= zip(names, requests, strict=True)
+        self._spans.submitted(requests)
         # The longest: the cache holds whole blocks only, and a short prompt may fill none.
         self._served_prompt = max([self._served_prompt, *prompts], key=len)
 
@@ -164,7 +168,10 @@ class VLLMEngine:
         assert self._policy_version is not None, "a step of an engine that serves nothing"
         completions = {}
         outputs, self._outputs = self._outputs, []
-        for output in [*outputs, *self._step()]:
+        self._spans.before(self._llm)
+        outputs += self._step()
+        self._spans.after(self._llm, outputs, self._numbers)
+        for output in outputs:
             # Of a request that was aborted, nothing is wanted any more.
             number = self._numbers.pop(output.request_id, None)
             if self._rank == 0 and number is not None:
@@ -187,8 +194,7 @@ class VLLMEngine:
         """See `Engines.abort`."""
         names = [name for name, number in self._numbers.items() if number in numbers]
         self._llm.llm_engine.abort_request(names)
-        for name in names:
-            del self._numbers[name]
+        self._spans.aborted(self._numbers.pop(name) for name in names)
 
     def agree(self, number: int, timeout_s: float) -> int:
         """Return the number that rank 0 gives; every rank of the engine must ask at the same point.
@@ -203,7 +209,8 @@ class VLLMEngine:
         # Over gloo also on GPUs, where the host would otherwise wait for all that was queued.
         work = dist.broadcast(told, 0, get_world_group().cpu_group, async_op=True)
         try:
-            work.wait(timedelta(seconds=timeout_s))
+            with span("wait for the other ranks", "wait"):
+                work.wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise RuntimeError(
                 f"the ranks of this engine did not agree on the next step within {timeout_s:.0f} s "

@@ -51,6 +51,12 @@ def holding_back(llm: Any) -> Iterator[None]:
         scheduler.waiting = held
 
 
+def requests_of(llm: Any) -> tuple[list[Any], int]:
+    """vLLM's requests that run, and how many wait."""
+    scheduler = _core(llm).scheduler
+    return list(scheduler.running), len(scheduler.waiting)
+
+
 def _core(llm: Any) -> Any:
     """vLLM's engine core, which is in this process."""
     core = llm.llm_engine.engine_core.engine_core

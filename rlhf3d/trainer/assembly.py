@@ -46,6 +46,7 @@ from rlhf3d.trainer.inputs import RunInputs
 from rlhf3d.trainer.learner import Learner
 from rlhf3d.trainer.preemption import PreemptionHandler
 from rlhf3d.trainer.processes import Processes
+from rlhf3d.trainer.profiling import make_profiler
 from rlhf3d.trainer.reward_model import RewardModel
 from rlhf3d.trainer.step_log import StepLog
 from rlhf3d.trainer.validation import Validation
@@ -84,6 +85,12 @@ class Assembly:
             log=self.log,
             preemption=preemption,
             script=self.processes.rollout.script,
+            profiler=make_profiler(
+                self.config.trainer,
+                self.processes.groups,
+                self.processes.rollout,
+                self.log.console,
+            ),
         )
 
     def trained(self) -> dict[str, TrainGroup]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf3d.trainer.checkpointing import CheckpointWriter
 from rlhf3d.trainer.health import HealthMonitor
 from rlhf3d.trainer.learner import Learner
 from rlhf3d.trainer.preemption import PreemptionHandler
+from rlhf3d.trainer.profiling import Profiler
 from rlhf3d.trainer.step_log import StepLog
 from rlhf3d.trainer.validation import Validation
 from rlhf3d.trainer.weight_sync import WeightSync
@@ -40,6 +41,7 @@ class RunComponents:
     preemption: PreemptionHandler
     script: Script | None = None
     """The run that this one repeats."""
+    profiler: Profiler = field(default_factory=Profiler)
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on held-out prompts, also for the best checkpoint; empty without prompts."""

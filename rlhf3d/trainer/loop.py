@@ -36,7 +36,8 @@ class Trainer:
             if run.script is not None:
                 run.script.trajectories(self.step + 1)  # ends the repeated run
             unsaved = config.save_at_end and not self._due(config.save_freq)
-            with run.saved_if_it_fails(self.step, metrics, unsaved):
+            profile = run.profiler.step(self.step + 1)
+            with run.saved_if_it_fails(self.step, metrics, unsaved), profile:
                 # A save in the background that is written by now is completed after the step.
                 metrics = self.train_step(self.step + 1) | run.checkpoints.poll()
             self.step += 1

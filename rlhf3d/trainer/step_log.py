@@ -17,6 +17,7 @@ from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.machine import used_gib
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter, PhaseTimer
+from rlhf3d.observability.profile.recorder import span
 from rlhf3d.observability.samples import Kind, Sample
 from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.trainer.metrics import throughput_metrics
@@ -42,7 +43,7 @@ class StepLog:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase as `timing_s/NAME` and show its name."""
-        with self.timer.phase(name), self.console.phase(name):
+        with self.timer.phase(name), self.console.phase(name), span(name, "phase"):
             yield
 
     def samples(self, step: int, samples: Sequence[Sample], kind: Kind = "train") -> None:

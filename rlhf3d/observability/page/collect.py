@@ -23,6 +23,7 @@ from rlhf3d.observability.page.answers import (
     spreads,
 )
 from rlhf3d.observability.page.setup import Setup
+from rlhf3d.observability.page.timelines import Profile, profiles
 from rlhf3d.observability.page.trajectories import Shown, trajectories
 from rlhf3d.observability.page.verdict import Verdict, judge
 
@@ -94,6 +95,7 @@ class RunView:
     groups: Sequence[GroupsOfStep]
     spreads: Mapping[str, Spread]
     trajectories: Sequence[Shown]
+    profiles: Sequence[Profile] = ()
 
 
 def names_of(runs: Iterable[Path]) -> dict[Path, str]:
@@ -130,4 +132,5 @@ def collect(
         groups=groups_by_step(run, CHARACTERS // 2 // runs),
         spreads=spreads(run),
         trajectories=trajectories(run),
+        profiles=profiles(run, runs),
     )

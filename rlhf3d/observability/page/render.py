@@ -38,6 +38,7 @@ from rlhf3d.observability.page.tables import (
     phase_table,
     summary,
 )
+from rlhf3d.observability.page.timelines import as_data
 from rlhf3d.observability.page.trajectories import Shown
 from rlhf3d.observability.page.trends import (
     training_rows,
@@ -53,15 +54,14 @@ HELD_OUT = Chart(
     (),
     "share",
 )
+SCRIPTS, WATCH = ("uPlot.iife.min.js", "timeline.js", "page.js"), "watch.js"
 NOT_FINITE = 1e9
 """JSON has no infinity."""
 
 
 def render(runs: Sequence[RunView], version: str = "") -> str:
     """Return the page; `version`: of one that `rlhf3d watch` serves, which asks for the next."""
-    scripts = [asset("uPlot.iife.min.js"), asset("page.js")]
-    if version:
-        scripts.append(asset("watch.js"))
+    scripts = [asset(name) for name in (*SCRIPTS, *([WATCH] if version else []))]
     return _template("page.html.j2").render(
         version=version,
         title=" · ".join(run.name for run in runs),
@@ -83,7 +83,7 @@ def render(runs: Sequence[RunView], version: str = "") -> str:
 
 def render_waiting(version: str, status: Sequence[str]) -> str:
     """The page that `rlhf3d watch` serves before there is anything to draw."""
-    script = asset("watch.js")
+    script = asset(WATCH)
     return _template("waiting.html.j2").render(
         version=version,
         status=status,
@@ -95,7 +95,7 @@ def render_waiting(version: str, status: Sequence[str]) -> str:
 
 def watched_policy() -> str:
     """The policy of both pages that are watched, for their HTTP header."""
-    return policy([asset("uPlot.iife.min.js"), asset("page.js"), asset("watch.js")], True)
+    return policy([asset(name) for name in (*SCRIPTS, WATCH)], True)
 
 
 def policy(scripts: Sequence[str], watched: bool) -> str:
@@ -173,6 +173,7 @@ def page_data(runs: Sequence[RunView]) -> dict[str, Any]:
         "spreads": [_dicts(run.spreads) for run in runs],
         "groups": [[*map(asdict, run.groups)] for run in runs],
         "trajectories": [[*map(_trajectory, run.trajectories)] for run in runs],
+        "profiles": [as_data(run.profiles) for run in runs],
     }
 
 

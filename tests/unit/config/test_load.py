@@ -138,7 +138,7 @@ def test_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     named = {
         doc.name
         for doc in all_keys()
-        if re.search(r"path|files?|dir|folder", doc.name.rpartition(".")[2])
+        if re.search(r"path|(?<!pro)files?|dir|folder", doc.name.rpartition(".")[2])
     }
     others = {"trainer.resume_mode", "environment.tool_format", "model.chat_template"}
     assert named | others == set(path_keys())

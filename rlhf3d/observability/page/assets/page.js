@@ -262,6 +262,7 @@ function drawAll() {
   for (const chart of data.charts) curveChart(byId("charts"), chart);
   phaseChart();
   spreadCharts();
+  Timeline.draw();
 }
 
 const FIRST = "the first groups";
@@ -439,6 +440,7 @@ function chooseRun(number) {
   offerKinds();
   showGroups();
   showTokens();
+  Timeline.offer(data.profiles[number]);
 }
 
 // Begins with the page's elements and data, which may be new ones (watch.js).
@@ -451,6 +453,7 @@ function start() {
   byId("token-text").addEventListener("click", (event) => {
     if (event.target.dataset.place !== undefined) tellToken(event.target);
   });
+  Timeline.start();
   if (byId("run")) {
     byId("run").value = chosenRun;
     byId("run").addEventListener("change", (event) => {

@@ -86,6 +86,7 @@
     const trajectory = trajectories.selectedIndex > 0 ? selected("trajectory") : null;
     const token = document.querySelector("#token-text .chosen")?.dataset.place;
     const of = selected("trajectory");
+    const timeline = Timeline.kept();
     const zooms = drawn.filter(([plot]) => zoomed(plot)).map(([plot, at]) =>
       [title(at), { ...plot.scales.x }, { ...plot.scales.y }]);
     const [anchor, top] = read();
@@ -107,6 +108,7 @@
         plot?.setScale("x", { min: x.min, max: x.max });
         plot?.setScale("y", { min: y.min, max: y.max });
       }
+      Timeline.restore(timeline);
       if (focus) document.getElementById(focus)?.focus({ preventScroll: true });
       const now = anchor && document.getElementById(anchor)?.getBoundingClientRect().top;
       if (now != null) scrollBy({ top: now - top, behavior: "instant" });

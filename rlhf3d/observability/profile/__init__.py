@@ -1,0 +1,1 @@
+"""Where the time of one step went, in every process, on one clock."""
