@@ -19,11 +19,11 @@ _ARRAY = re.compile(r"\s*([A-Za-z_]\w*)(\+?)=\((.*)\)\s*", re.DOTALL)
 _ARRAY_BEGINS = re.compile(r"\s*[A-Za-z_]\w*\+?=\(")
 _WHOLE_ARRAY = re.compile(r"\$\{(\w+)\[[@*]\]\}")
 _WHOLE_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
-_PARAMETER = re.compile(r"(\w+)(?:(:?[-=])(.*))?", re.DOTALL)
+_PARAMETER = re.compile(r"(\w+)(?:(:?[-=+])(.*))?", re.DOTALL)
 _ARGUMENTS = re.compile(r"\$[@*]|\$\{[@*].*\}")
 _END = re.compile(r"[|&;]+|[12&]?>.*")
 _DECLARING = ("export", "local", "readonly", "declare")
-_OPENING, _CLOSING = ("if", "for", "while", "until", "case"), ("fi", "done", "esac")
+_CLOSED_BY = {"if": "fi", "for": "done", "while": "done", "until": "done", "case": "esac"}
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -53,7 +53,7 @@ class Script:
     unknown: dict[str, str] = field(default_factory=dict)
     """Keys whose value only a shell knows: what it takes."""
     conditional: dict[str, str] = field(default_factory=dict)
-    """Variables that are set in an if or a loop, and the value that was taken."""
+    """Variables and arrays that are set in an if or a loop, and the value that was taken."""
 
     def notes(self) -> list[str]:
         """What the reader should know of values that depend on conditions."""
@@ -74,7 +74,7 @@ class _Reader:
         self.arrays: dict[str, list[str]] = {}
         self.broken: dict[str, str] = {}  # variables whose value is not known, and why
         self.alternatives: dict[str, str] = {}  # set in an if or a loop, and the value taken
-        self.depth = 0
+        self.open: list[str] = []  # the words that end the conditions and loops we are in
         self.script = Script()
 
     def read(self, text: str) -> Script | None:
@@ -89,22 +89,32 @@ class _Reader:
             self._enter_or_leave(words)
             main = self.main(words)
             if main is not None:
-                self._add(words[:main])
-                self.script.launcher, self.script.arguments = self.script.arguments, []
+                self._launch(words[:main])
                 self._add(_command(words[main + 1 :]))
                 return self.script
             self._assign(words)
         return None
 
+    def _launch(self, words: list[str]) -> None:
+        """What stands before the module: no setting of the run."""
+        conditional = dict(self.script.conditional)
+        self._add(words)
+        self.script.launcher, self.script.arguments = self.script.arguments, []
+        self.script.conditional = conditional
+
     def _enter_or_leave(self, words: list[str]) -> None:
-        if words and words[0] in _OPENING and words[-1] not in _CLOSING:
-            self.depth += 1
-        elif words and words[0].rstrip(";") in _CLOSING:
-            self.depth -= 1
+        first = words[0].rstrip(";") if words else ""
+        if first in _CLOSED_BY and words[-1] not in _CLOSED_BY.values():
+            self.open.append(_CLOSED_BY[first])
+        elif first in self.open:
+            # With all that is open inside it.
+            del self.open[len(self.open) - 1 - self.open[::-1].index(first) :]
 
     def _set_array(self, name: str, words: list[str]) -> None:
         # In a condition, the first value stands: the others are alternatives.
-        if not self.depth or name not in self.arrays:
+        if self.open:
+            self.alternatives[name] = " ".join(self.arrays.get(name, words))
+        if not self.open or name not in self.arrays:
             self.arrays[name] = words
 
     def _assign(self, words: list[str]) -> None:
@@ -118,7 +128,7 @@ class _Reader:
 
     def _set(self, name: str, adds: str, text: str) -> None:
         first = name not in self.variables or name in self.environment
-        if self.depth and not first:
+        if self.open and not first:
             self.alternatives[name] = self.variables[name]
             return
         try:
@@ -127,7 +137,7 @@ class _Reader:
             self.variables.pop(name, None)
             self.broken[name] = str(error)
             return
-        if self.depth:
+        if self.open:
             self.alternatives[name] = value
         self.variables[name] = self.variables.get(name, "") + value if adds else value
 
@@ -136,6 +146,7 @@ class _Reader:
         for word in words:
             array, variable = _WHOLE_ARRAY.fullmatch(word), _WHOLE_VARIABLE.fullmatch(word)
             if array:
+                self._note(array[1])
                 self._add(self.arrays.get(array[1], []))
             elif variable and variable[1] in self.variables:
                 self.script.arguments += self.variables[variable[1]].split()
@@ -179,9 +190,10 @@ class _Reader:
         match = _PARAMETER.fullmatch(body)
         if match is None:
             raise UnknownHere(f"${{{body}}}")
-        name, _, default = match.groups()
-        if name in self.alternatives:
-            self.script.conditional[name] = self.alternatives[name]
+        name, sign, default = match.groups()
+        self._note(name)
+        if sign and sign.endswith("+"):
+            return self.expand(default) if self.variables.get(name) else ""
         if self.variables.get(name):
             return self.variables[name]
         if default is not None:
@@ -189,6 +201,11 @@ class _Reader:
         if name in self.variables:
             return ""
         raise UnknownHere(self.broken.get(name, f"${name}"))
+
+    def _note(self, name: str) -> None:
+        """Say of a name that is used whether its value depends on a condition."""
+        if name in self.alternatives:
+            self.script.conditional[name] = self.alternatives[name]
 
     def _command(self, text: str) -> str:
         if text == "$(pwd)":

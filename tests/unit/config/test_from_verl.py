@@ -301,6 +301,7 @@ def test_a_script_is_read_as_a_shell_would(tmp_path: Path) -> None:
         ('\'["x","y"]\'', '["x","y"]'),
         ("\\'$a,$b\\'", "'3,4'"),
         ("$(pwd)/c", "./c"),
+        ("x${a:+_$a}${none:+_$none}", "x_3"),
     ],
 )
 def test_words_of_a_shell(word: str, value: str) -> None:
@@ -309,6 +310,23 @@ def test_words_of_a_shell(word: str, value: str) -> None:
     )
     assert script is not None
     assert script.arguments == [f"k.v={value}"]
+
+
+def test_an_array_that_a_condition_adds_to_is_named() -> None:
+    text = """
+ALWAYS=(a.b=1)
+LAUNCH=(python)
+if [ $fast ]; then
+    ALWAYS+=(c.d=2)
+    LAUNCH=(uv run python)
+fi
+"${LAUNCH[@]}" -m verl.trainer.main_ppo "${ALWAYS[@]}" 2>&1 | tee log.txt
+"""
+    script = read_script(text, {}, calls_verl)
+    assert script is not None
+    assert script.arguments == ["a.b=1"]
+    # How it is launched is no setting.
+    assert script.conditional == {"ALWAYS": "a.b=1"}
 
 
 def test_commands_are_not_executed() -> None:

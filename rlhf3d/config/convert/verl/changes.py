@@ -35,7 +35,7 @@ _NUMBERS = (
     *(f"{A}megatron.{size}" for size in MEGATRON_SIZES),
     *(f"critic.megatron.{size}" for size in MEGATRON_SIZES),
     *(f"reward_model.megatron.{size}" for size in MEGATRON_SIZES),
-    REWARD_RANKS,
+    *REWARD_RANKS,
     *(f"{prefix}nnodes" for prefix in REWARD),
     *(f"{prefix}n_gpus_per_node" for prefix in REWARD),
     A + "ulysses_sequence_parallel_size",

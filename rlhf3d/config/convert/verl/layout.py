@@ -22,7 +22,11 @@ MEGATRON_SIZES = {
 """verl's names of the sizes of Megatron's layout, and ours."""
 REWARD = ("reward.reward_model.", "reward_model.")
 """Where a reward model is: now, and before."""
-REWARD_RANKS = "reward.reward_model.rollout.tensor_model_parallel_size"
+REWARD_RANKS = (
+    "reward.reward_model.rollout.tensor_model_parallel_size",
+    "reward_model.inference.tensor_model_parallel_size",
+)
+"""GPUs of a reward model that is served."""
 
 
 def context_parallel(verl: Verl) -> int:
@@ -135,7 +139,7 @@ def critic_sequence_parallel(value: Any, verl: Verl) -> Any:
 
 def reward_ranks(value: Any, verl: Verl) -> Any:
     """A reward model of Megatron's, or one that is served."""
-    if verl.get(REWARD_RANKS) is None:
+    if verl.get(*REWARD_RANKS) is None:
         return value
     return Put(value, "Megatron's here; verl serves the model")
 
@@ -146,7 +150,7 @@ def reward_data_parallel(value: Any, verl: Verl) -> Any:
     if _of_reward("enable_resource_pool", verl):
         gpus = (_of_reward("nnodes", verl) or 1) * (_of_reward("n_gpus_per_node", verl) or 8)
     sizes = _sizes("reward_model.", verl)
-    return _left(gpus, sizes | {"tp": verl.get(REWARD_RANKS) or sizes["tp"]})
+    return _left(gpus, sizes | {"tp": verl.get(*REWARD_RANKS) or sizes["tp"]})
 
 
 def _of_reward(name: str, verl: Verl) -> Any:

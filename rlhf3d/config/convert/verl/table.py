@@ -206,7 +206,7 @@ _REWARD = (
         "the model's score in the place of the rule's, as in verl",
     ),
     Rule(
-        ("reward.reward_model.model_path", "reward_model.model.path"),
+        ("reward.reward_model.model_path", "reward_model.model_path", "reward_model.model.path"),
         "reward_model.path",
         to.if_reward_model(to.reward_folder),
         "a Llama or Qwen2 classifier with one output",
@@ -214,7 +214,7 @@ _REWARD = (
     same_name("reward_model.max_length", to.if_reward_model()),
     same_name("reward_model.micro_batch_size_per_gpu", to.if_reward_model()),
     Rule(
-        ("reward_model.megatron.tensor_model_parallel_size", layout.REWARD_RANKS),
+        ("reward_model.megatron.tensor_model_parallel_size", *layout.REWARD_RANKS),
         "reward_model.layout.tp",
         to.if_reward_model(layout.reward_ranks),
         "Megatron's here",
