@@ -22,6 +22,7 @@ from rlhf3d.experience.requests import TrajectoryRequest
 from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.experience.steps import Patience, Phase, Steps, finish, untimed
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
+from rlhf3d.observability.live.waits import waiting_for
 from rlhf3d.rewards.manager import RewardManager, ScoringBatch
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rewards.score import Score, ScoreItem
@@ -70,7 +71,7 @@ class Collector:
                 finished |= part
                 yield "generate"
         yield "score"
-        while not scoring.wait(self.patience.of(SCORE_S)):
+        while not self._scored_by_now(scoring):
             yield "score"
         # Its ranks are those that train.
         while self.rewards.model is not None and self.patience.background:
@@ -80,6 +81,11 @@ class Collector:
             self._check_rewards_are_used(finished.values())
         in_order, next_score = sorted(finished.items()), iter(scores)
         return [self._scored(one, one.failure or next(next_score)) for _, one in in_order]
+
+    def _scored_by_now(self, scoring: ScoringBatch) -> bool:
+        """Whether the rule is done; waits for it, but not long."""
+        with waiting_for(scoring.waited):
+            return scoring.wait(self.patience.of(SCORE_S))
 
     def _finished(
         self, requests: Sequence[TrajectoryRequest]

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -33,6 +34,8 @@ from rlhf3d.experience.episode import (
 from rlhf3d.experience.requests import TrajectoryRequest
 from rlhf3d.experience.steps import Patience
 from rlhf3d.experience.trajectory import Trajectory
+from rlhf3d.observability.live.state import Waited
+from rlhf3d.observability.live.waits import waiting_for
 from rlhf3d.pool.process import CallResult, Ending, StartError
 from rlhf3d.pool.sessions import STARTUP_S
 from rlhf3d.rewards.score import Outcome, Score, one_screen
@@ -236,7 +239,8 @@ class _Collection:
         while self._calling:
             wait_s = self._patience.of(POLL_S) if self._must_wait() else 0.0
             try:
-                attempt, reply, at = self._replies.get(timeout=wait_s)
+                with self._named_to_wait_for():
+                    attempt, reply, at = self._replies.get(timeout=wait_s)
             except Empty:
                 self._check_replies()
                 return
@@ -247,6 +251,14 @@ class _Collection:
             waited = at - attempt.called_at
             attempt.calls_s.append(waited if result.seconds is None else result.seconds)
             self._take_reply(attempt, result)
+
+    def _named_to_wait_for(self) -> AbstractContextManager[None]:
+        """Say that these environments are waited for; the deadline is that of the oldest call."""
+        calls = [self._attempts[number] for number in sorted(self._calling)]
+        rows = [self._requests[call.number].prompt.index for call in calls]
+        oldest = min(calls, key=lambda call: call.called_at)
+        names = [f"the environment of row {row}" for row in rows]
+        return waiting_for(Waited(names, oldest.called_at, oldest.timeout_s))
 
     def _must_wait(self) -> bool:
         """Whether nothing can go on before an environment replies."""

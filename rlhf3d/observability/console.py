@@ -92,13 +92,15 @@ class Console:
         total_steps: int | None = None,
         done_steps: int = 0,
         planned: MemoryPlanned | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Print the description of the run, below which a terminal shows the view from now on.
 
         `total_steps` and the steps a resumed run has behind it set its bar; `planned`: the memory
-        that the view shows beside what is measured.
+        that the view shows beside what is measured; `rows`: the metrics of a resumed run so far.
         """
-        self._state = replace(self._state, step=done_steps, total=total_steps, planned=planned)
+        state = replace(self._state, step=done_steps, total=total_steps, planned=planned)
+        self._state = state.resumed(rows, self._clock())
         for line in lines:
             self._line(line)
         if self._interactive:

@@ -20,6 +20,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.observability.live.state import Waited
+from rlhf3d.observability.live.waits import waiting_for
 from rlhf3d.placement.calls import Reply, start_call
 from rlhf3d.placement.cluster import has_its_nodes
 from rlhf3d.placement.engine_handle import EngineHandle, rank_name
@@ -35,7 +37,6 @@ from rlhf3d.placement.waiting import (
     dead_actors,
     gather,
     take_ready,
-    waiting_for,
 )
 from rlhf3d.resharding.setup import SyncSetup
 from rlhf3d.rollout.api import Completion, Request, SyncReport
@@ -276,7 +277,7 @@ class RolloutGroup:
         busy = {engine: unfinished for engine, unfinished in busy.items() if unfinished}
         names = [f"engine {one.number} ({unfinished} requests)" for one, unfinished in busy.items()]
         since = min((engine.moved_at for engine in busy), default=time.monotonic())
-        return waiting_for(names, since, self.timeout_s)
+        return waiting_for(Waited(names, since, self.timeout_s))
 
     def _wait_for_script(self, script: Script, seconds: float) -> None:
         """Wait where engines have nothing that could be waited for, but not for ever.

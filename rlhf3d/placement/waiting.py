@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from rlhf3d.observability.live.state import Waited
+from rlhf3d.observability.live.waits import waiting_for
 from rlhf3d.placement.calls import Reply, start_call
 
 R = TypeVar("R")
@@ -34,8 +35,6 @@ NOTICE_S = 15.0
 """Seconds within which Ray notices that a process has died."""
 # Empty or one reason, for all waits of this process.
 _ended: list[str] = []
-# The waits of this process that are going on; a later one is inside those before it.
-_waits: list[Waited] = []
 
 
 class WorkerFailure(RuntimeError):
@@ -53,24 +52,6 @@ def set_ray_ended(why: str | None) -> None:
 def ray_ended() -> str | None:
     """Return why Ray has ended, if it has."""
     return _ended[0] if _ended else None
-
-
-@contextmanager
-def waiting_for(pending: Collection[str], since: float, timeout_s: float) -> Iterator[None]:
-    """Have `waited` say inside that these are waited for, since then and with this deadline."""
-    _waits.append(Waited(pending, since, timeout_s))
-    try:
-        yield
-    finally:
-        _waits.pop()
-
-
-def waited() -> Waited | None:
-    """Whom this process waits for, if anybody; any thread may ask."""
-    # Not those inside it: work that goes on meanwhile waits for nothing.
-    for wait in _waits[:1]:
-        return wait
-    return None
 
 
 @contextmanager
@@ -108,7 +89,7 @@ def gather(
     """
     pending, results = dict(calls), dict[str, R]()
     began = time.monotonic()
-    with waiting_for(pending, began, timeout_s):
+    with waiting_for(Waited(pending, began, timeout_s)):
         while pending:
             left_s = max(0.0, began + timeout_s - time.monotonic())
             if meanwhile is not None and meanwhile():

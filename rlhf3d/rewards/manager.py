@@ -9,12 +9,14 @@ Runs in: driver.
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from threading import Condition
 
+from rlhf3d.observability.live.state import Waited
 from rlhf3d.pool.pool import CallPool
 from rlhf3d.pool.process import CallResult, Ending, StartError
 from rlhf3d.rewards.function import RewardFunction, prepare
@@ -90,7 +92,8 @@ class ScoringBatch:
         # Its lock is reentrant: `_take` submits halves while `_ended` holds it.
         self._changed = Condition()
         self._scores: dict[int, Score] = {}
-        self._calls: set[Future[CallResult]] = set()
+        self._calls: dict[Future[CallResult], tuple[int, float]] = {}
+        """Items of each, and when it was given."""
         self._failure: Exception | None = None
 
     def add(self, items: Mapping[int, ScoreItem]) -> None:
@@ -120,6 +123,18 @@ class ScoringBatch:
             return self._changed.wait_for(
                 lambda: self._failure is not None or not self._calls, timeout_s
             )
+
+    @property
+    def waited(self) -> Waited:
+        """What `wait` waits for; the deadline is that of all calls, a process after the other."""
+        with self._changed:
+            calls = list(self._calls.values())
+        since = min((given for _, given in calls), default=time.monotonic())
+        count = sum(items for items, _ in calls)
+        rounds = -(-len(calls) // self._manager.workers)
+        return Waited(
+            [f"the scorer ({count} completions)"], since, rounds * self._manager.timeout_s
+        )
 
     def finish(self) -> list[Score]:
         """Wait for the last score; those of all items that were added, in the order of numbers.
@@ -152,7 +167,7 @@ class ScoringBatch:
         items = [self._items[number] for number in numbers]
         call = pool.submit(items, self._manager.timeout_s)
         with self._changed:
-            self._calls.add(call)
+            self._calls[call] = len(items), time.monotonic()
         # Only after it is in `_calls`: for a call that has ended by now it runs at once.
         call.add_done_callback(partial(self._ended, numbers))
 
@@ -165,7 +180,7 @@ class ScoringBatch:
                     self._take(numbers, call)
             except Exception as error:
                 self._failure = error
-            self._calls.remove(call)
+            del self._calls[call]
             if self._failure is not None or not self._calls:
                 self._changed.notify_all()
 

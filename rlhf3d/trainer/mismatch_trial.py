@@ -28,13 +28,13 @@ from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.experience.trajectory import Row
 from rlhf3d.observability.console import Console
+from rlhf3d.observability.live.waits import waited
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.mismatch.pairs import Pairs, pairs_of
 from rlhf3d.observability.mismatch.trial import Kind
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.journal import JournalWriter
-from rlhf3d.placement.waiting import waited
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rollout.api import SamplingSettings
 from rlhf3d.rollout.desk import Desks

@@ -24,11 +24,12 @@ from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.source import ExperienceSource
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
+from rlhf3d.observability.live.waits import waited
 from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
+from rlhf3d.observability.metrics import read_metrics
 from rlhf3d.observability.outcome import End, RunRecord, write_record
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
-from rlhf3d.placement.waiting import waited
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
@@ -102,7 +103,8 @@ def run_training(
         planned = None
         with reported_only(console, "memory was not planned", "the run goes on without the figure"):
             planned = planned_memory(output / CONFIG_FILE)
-        console.header(lines, log.total_steps, done_steps, planned)
+        rows = read_metrics(output) if done_steps else []
+        console.header(lines, log.total_steps, done_steps, planned, rows)
         # Early too: the process that environments are forked from should have little in it.
         runner = start_environments(
             stack,

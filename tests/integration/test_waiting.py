@@ -13,9 +13,11 @@ import pytest
 import ray
 
 from rlhf3d.config.schema import ClusterConfig
+from rlhf3d.observability.live.state import Waited
+from rlhf3d.observability.live.waits import waited, waiting_for
 from rlhf3d.placement.cluster import ray_cluster, reserve
 from rlhf3d.placement.resources import Placement
-from rlhf3d.placement.waiting import WorkerFailure, gather, take_ready, waited, waiting_for
+from rlhf3d.placement.waiting import WorkerFailure, gather, take_ready
 
 
 class Worker:
@@ -53,7 +55,7 @@ def test_who_is_waited_for_can_be_asked(workers: list) -> None:
     seen: list[list[str]] = []
 
     def look() -> bool:
-        with waiting_for(["engine 0"], 0.0, 1.0):  # a wait inside the wait
+        with waiting_for(Waited(["engine 0"], 0.0, 1.0)):  # a wait inside the wait
             if (wait := waited()) is not None:
                 seen.append(wait.names)
         return True

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
+from rlhf3d.observability.live.state import Waited
 from rlhf3d.rewards.score import Outcome, Score, ScoreItem
 from rlhf3d.rollout.api import Completion, FinishReason, Request, written_by
 
@@ -62,6 +63,8 @@ class FakeRewards:
 
     def leave_out(self, numbers: Collection[int]) -> None:
         self.left_out.update(numbers)
+
+    waited = Waited(["the scorer"], 0.0, 1.0)
 
     def wait(self, timeout_s: float | None) -> bool:
         return True

@@ -7,7 +7,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -83,6 +83,14 @@ class RunState:
         """A step is complete, with its metrics."""
         rows = (*self.rows, dict(metrics))[-TREND_STEPS:]
         return replace(self, rows=rows, step=step, total=total, step_ended=now)
+
+    def resumed(self, rows: Sequence[Mapping[str, Any]], now: float) -> RunState:
+        """A run goes on after these rows of its metrics."""
+        state = self
+        for row in rows:
+            state = state.validated(row)
+        steps = tuple(dict(row) for row in rows if row["step"] > 0)
+        return replace(state, rows=steps[-TREND_STEPS:], step_ended=now)
 
     def validated(self, metrics: Mapping[str, Any]) -> RunState:
         """Held-out prompts were answered."""

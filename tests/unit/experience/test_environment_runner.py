@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
+from queue import SimpleQueue
 from threading import Timer
 from typing import Any
 
@@ -26,6 +27,8 @@ from rlhf3d.environments.api import Call, Reply, Reset, Step
 from rlhf3d.experience.environment_runner import EnvironmentFailed, EnvironmentRunner, Finished
 from rlhf3d.experience.requests import Requests, TrajectoryRequest
 from rlhf3d.experience.steps import Patience
+from rlhf3d.observability.live.state import Waited
+from rlhf3d.observability.live.waits import waited
 from rlhf3d.pool.process import CallResult, Ending, StartError
 from rlhf3d.rewards.score import Outcome
 from rlhf3d.rollout.api import Completion, SamplingSettings
@@ -244,12 +247,23 @@ def test_a_reply_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> N
             self.sessions.append(Session(Echo()))
             return self.sessions[-1]
 
+    seen: list[Waited | None] = []
+
+    class Replies(SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            seen.append(waited())
+            return super().get(block, timeout)
+
+    monkeypatch.setattr("rlhf3d.experience.environment_runner.SimpleQueue", Replies)
     sessions = Sessions()
     with pytest.raises(
         EnvironmentFailed, match=r"2 calls .* row \d \(test\).* environment.call_timeout_s=0.1"
     ):
         play(EnvironmentRunner(sessions, rules(call_timeout_s=0.1)), TalkingEngine(["a"]), 2)
     assert not sessions.alive
+    named = [wait for wait in seen if wait is not None]
+    both = ["the environment of row 0", "the environment of row 1"]
+    assert named[-1].names == both and named[-1].timeout_s == 0.1 and waited() is None
 
 
 def test_too_many_that_fail_leave_no_turn_in_the_engines() -> None:

@@ -152,6 +152,19 @@ def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: P
         assert "sample 3" in scores[3].message and "reward.timeout_s=0.5" in scores[3].message
 
 
+def test_what_is_waited_for_can_be_named(unruly: Path) -> None:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=0.5) as pool:
+        pool.score_batch(items("1"))
+        began = time.monotonic()
+        batch = pool.start(2)
+        batch.add(dict(enumerate(items("sleep", "sleep"))))
+        found = batch.waited
+        assert found.names == ["the scorer (2 completions)"] and found.timeout_s == 1.0
+        assert began <= found.since <= time.monotonic()
+        batch.finish()
+        assert batch.waited.names == ["the scorer (0 completions)"]
+
+
 def test_failures_are_errors_with_traceback_and_sample_and_cost_nobody_else(unruly: Path) -> None:
     texts = [
         "raise",

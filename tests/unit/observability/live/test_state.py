@@ -27,6 +27,15 @@ def test_an_event_changes_no_earlier_state() -> None:
     assert after.held_out == {("a", "greedy"): (0.5, 0.75)}
 
 
+def test_a_resumed_run_goes_on_with_its_trends() -> None:
+    held_out = "val-core/a/acc/greedy"
+    rows = [{"step": 0, held_out: 0.1}, *({"step": n, "timing_s/step": 10.0} for n in (1, 2))]
+    state = RunState(step=2, total=5).resumed([*rows, {"step": 3, held_out: 0.3}], 100.0)
+    assert [row["step"] for row in state.rows] == [1, 2, 3] and state.step_ended == 100.0
+    assert state.held_out == {("a", "greedy"): (0.1, 0.3)} and state.left_s == 3 * 10.0
+    assert RunState().resumed([], 1.0).rows == ()
+
+
 def test_only_the_last_steps_are_kept() -> None:
     state = RunState()
     for step in range(TREND_STEPS + 5):
