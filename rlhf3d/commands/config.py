@@ -117,6 +117,33 @@ def from_trl(
     _convert(file, given, TRL, output, as_json)
 
 
+@config.command("from-nemo-rl")
+def from_nemo_rl(
+    file: Annotated[
+        Path,
+        typer.Argument(help="NeMo-RL's YAML, beside the files that its `defaults:` name."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Overrides with NeMo-RL's names, such as cluster.num_nodes=2."
+        ),
+    ] = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a GRPO recipe of NeMo-RL and say what became of each key.
+
+    Exit code 2 where something is left for you to set.
+
+    Example: rlhf3d config from-nemo-rl grpo_math_8B.yaml cluster.num_nodes=2 --output mine.yaml
+    """
+    from rlhf3d.config.convert.nemo_rl.read import read_nemo_rl
+    from rlhf3d.config.convert.nemo_rl.table import NEMO_RL
+
+    _convert(file, read_nemo_rl(file, overrides or []), NEMO_RL, output, as_json)
+
+
 def _convert(file: Path, given: Given, table: Table, output: Path | None, as_json: bool) -> None:
     """Write what was given as a configuration of ours, and say what became of each key."""
     from rlhf3d.config.convert.apply import convert

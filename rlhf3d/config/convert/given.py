@@ -18,7 +18,7 @@ from rlhf3d.config import scalars
 
 _OVERRIDE = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w@/-]*(?:\.[\w@/-]+)*)(?:=(.*))?", re.DOTALL)
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
-_INTERPOLATIONS = 16
+_INTERPOLATIONS = 32
 """How many interpolations a value may be made of, one in another or leading to another."""
 
 Resolver = Callable[[list[Any]], Any]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf3d.config.convert.nemo_rl.table import NEMO_RL
 from rlhf3d.config.convert.rules import Rule, Table
 from rlhf3d.config.convert.trl.table import TRL
 from rlhf3d.config.convert.verl.table import VERL
@@ -25,7 +26,7 @@ def _row(rule: Rule) -> str:
     return f"| {names} | {ours} | {rule.note} |"
 
 
-@pytest.mark.parametrize("table", [VERL, TRL], ids=lambda table: table.framework)
+@pytest.mark.parametrize("table", [VERL, TRL, NEMO_RL], ids=lambda table: table.framework)
 def test_the_table_is_in_the_documentation(table: Table) -> None:
     text, rows = (ROOT / table.page).read_text(), table_rows(table)
     assert "\n".join(rows) in text, "\n".join(["rows changed; they are:", *rows])
