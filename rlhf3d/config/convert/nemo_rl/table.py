@@ -88,6 +88,7 @@ _MODEL = (
     ),
     _rule("cluster.gpus_per_node", "cluster.gpus_per_node"),
     _rule("cluster.num_nodes", "cluster.num_nodes"),
+    _computed("cluster.platform", lambda value, nemo: "cuda"),
     _asked_if_on(
         _NO_LORA,
         *(f"{section}lora_cfg.enabled" for section in TORCH),

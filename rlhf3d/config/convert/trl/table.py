@@ -74,7 +74,7 @@ _MODEL = (
     ),
     _rule("num_machines", "cluster.num_nodes", to.nodes, always=True),
     _computed("cluster.gpus_per_node", to.gpus_of_a_node, "with those of one vLLM server"),
-    _rule("use_cpu", "cluster.platform", renamed({True: "cpu", False: "auto"})),
+    Rule(("use_cpu",), "cluster.platform", renamed({True: "cpu", False: "cuda"}), default=False),
     _without(f"{_PLAN}", "deepspeed* fsdp* parallelism_config* ds3_gather_for_generation"),
 )
 
