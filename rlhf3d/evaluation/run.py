@@ -9,7 +9,6 @@ Runs in: the command's process.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -42,6 +41,7 @@ from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.models.folder import weight_files
 from rlhf3d.models.hf_io import check_weights
 from rlhf3d.models.spec import ModelSpec, load_spec
+from rlhf3d.observability.whole_file import whole_file
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import Score, check_outcomes
 from rlhf3d.rewards.scorers import BuiltinReward
@@ -316,7 +316,5 @@ def _open_output(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    # A reader, or a run that is cut off here, never sees half a file.
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False))

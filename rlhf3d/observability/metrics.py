@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from rlhf3d.observability.samples import Kind, Sample, write_samples
 from rlhf3d.observability.tokens import TrajectoryTokens, write_tokens
 from rlhf3d.observability.trackers.follow import Trackers
+from rlhf3d.observability.whole_file import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 TIMING = "timing_s/"
@@ -214,7 +214,6 @@ def _truncate(path: Path, resume_step: int | None) -> int:
         )
     kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
     # Renamed over the old file: a kill leaves the one or the other, complete.
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
     return int(kept[-1]["step"]) if kept else -1

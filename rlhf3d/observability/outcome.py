@@ -7,10 +7,11 @@ killed leaves what its start wrote, so a record without an end says nothing of w
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from rlhf3d.observability.whole_file import whole_file
 
 RECORD_FILE = "run.json"
 
@@ -36,10 +37,8 @@ class RunRecord:
 
 def write_record(run: Path, record: RunRecord) -> None:
     """Write it, in place of the former one."""
-    path = run / RECORD_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(run / RECORD_FILE) as file:
+        file.write(json.dumps(asdict(record)) + "\n")
 
 
 def read_record(run: Path) -> RunRecord | None:

@@ -6,12 +6,13 @@ Invariant: a file is complete when it has its name (it is renamed at the end), a
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from rlhf3d.observability.whole_file import whole_file
 
 SAMPLES_DIR = "samples"
 Read = TypeVar("Read")
@@ -70,12 +71,8 @@ def write_samples(
 ) -> Path:
     """Write (or replace, after a resume) one step's completions; returns the file."""
     path = samples_path(output_dir, step, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    # UTF-8 cannot hold half a surrogate pair; JSON reads its escape back.
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with whole_file(path) as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    os.replace(partial, path)
     return path
 
 

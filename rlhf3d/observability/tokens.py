@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.samples import SAMPLES_DIR, read_objects
+from rlhf3d.observability.whole_file import whole_file
 
 _DIGITS = 5
 """Decimals of a log-probability in the file."""
@@ -108,12 +108,8 @@ def write_tokens(
 ) -> Path:
     """Write (or replace, after a resume) one step's file; returns it."""
     path = tokens_path(output_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        # Escaped: one character of a surrogate pair is no UTF-8.
+    with whole_file(path) as file:
         file.writelines(json.dumps(asdict(one)) + "\n" for one in trajectories)
-    os.replace(partial, path)
     return path
 
 

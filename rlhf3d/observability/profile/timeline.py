@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf3d.observability.profile.clock import SAME, Offset
 from rlhf3d.observability.profile.spans import Record, RequestLife, Span
+from rlhf3d.observability.whole_file import whole_file
 
 PROFILE_FOLDER = "profile"
 TIMELINE_FILE = "timeline.json"
@@ -95,10 +96,8 @@ def profiled_steps(run: Path) -> list[int]:
 def write_timeline(run: Path, timeline: Timeline) -> Path:
     """Write (or, after a resume, replace) the file of a step."""
     path = folder_of(run, timeline.step) / TIMELINE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(trace(timeline), separators=(",", ":")), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(trace(timeline), separators=(",", ":")))
     return path
 
 

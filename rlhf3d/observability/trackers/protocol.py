@@ -5,13 +5,13 @@ Invariant: trackers are views. `metrics.jsonl` and `samples/` are the truth, and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf3d.observability.samples import Kind, Sample
+from rlhf3d.observability.whole_file import whole_file
 
 TRACKERS_DIR = "trackers"
 
@@ -60,12 +60,8 @@ class RunFacts:
 
     def keep_id(self, tracker: str, name: str) -> None:
         """Write the tracker's name of this run down for the next resume."""
-        path = self._id_file(tracker)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: a kill leaves the former one or this one, complete.
-        partial = path.with_suffix(".partial")
-        partial.write_text(f"{name}\n", encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(self._id_file(tracker)) as file:
+            file.write(f"{name}\n")
 
     def _id_file(self, tracker: str) -> Path:
         return self.folder / TRACKERS_DIR / f"{tracker}.id"
