@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +21,7 @@ from rlhf3d.observability.metrics import (
     validation_reward,
 )
 from rlhf3d.observability.page.learning import held_out, held_out_error
-from rlhf3d.observability.page.limits import (
-    CLIPPED,
-    CUT_WATCH,
-    HEALTHY,
-    MISMATCH_WATCH,
-    SIGNAL_WATCH,
-    STALE_KL,
-)
+from rlhf3d.observability.page.limits import HEALTHY
 from rlhf3d.observability.page.trends import Rows, number, running_means, training_rows, window
 
 POINTS = 1000
@@ -57,11 +50,11 @@ class Chart:
     id: str
     title: str
     help: str
-    """What it is, and what is healthy."""
+    """What it is; in `CHARTS` also what is healthy of its first line."""
     lines: tuple[Line, ...]
     format: Format = "number"
     limit: float | None = None
-    """Where a check of `health` begins to warn."""
+    """Where a check of `health` begins to warn about its first line; filled in `CHARTS`."""
     unit: str = ""
     lowest: float | None = 0.0
     """No value can be lower."""
@@ -78,7 +71,7 @@ _OLDER = (
 )
 _OUTCOMES = tuple(f"reward/outcome/{name}" for name in ("scored", "unparsable", "timeout", "error"))
 
-CHARTS: tuple[Chart, ...] = (
+_CHARTS: tuple[Chart, ...] = (
     Chart(
         "reward",
         "Reward",
@@ -92,8 +85,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "kl",
         "KL to the reference",
-        "How far the policy has gone from the model that it started from. Healthy: it grows "
-        f"slowly, {HEALTHY['actor/kl_loss']}.",
+        "How far the policy has gone from the model that it started from. It grows slowly.",
         (
             Line("actor/kl_loss", "KL in the loss"),
             Line("actor/reward_kl_penalty", "KL in the reward"),
@@ -105,8 +97,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "entropy",
         "Entropy",
-        "How open the choice of the next token is. It falls as the policy gets sure. Healthy: "
-        f"{HEALTHY['actor/entropy']}.",
+        "How open the choice of the next token is. It falls as the policy gets sure.",
         (Line("actor/entropy", "entropy"),),
         "nats",
         unit="nats per token",
@@ -126,23 +117,19 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "cut",
         "Cut off at the limit",
-        "Share of completions that reach the length limit before their end. Healthy: "
-        f"{HEALTHY['response/truncated_ratio']}.",
+        "Share of completions that reach the length limit before their end.",
         (Line("response/truncated_ratio", "cut off"),),
         "share",
-        CUT_WATCH,
     ),
     Chart(
         "clip",
         "Clip share",
-        "Share of tokens beyond the clip range, which no longer push the policy on. Healthy: "
-        f"{HEALTHY['actor/pg_clipfrac']}.",
+        "Share of tokens beyond the clip range, which no longer push the policy on.",
         (
             Line("actor/pg_clipfrac", "clip"),
             Line("actor/pg_clipfrac_lower", "dual clip"),
         ),
         "share",
-        CLIPPED,
         bypass=_OLDER,
     ),
     Chart(
@@ -158,10 +145,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "mismatch",
         "Engine against trainer",
-        "Mean difference between the probabilities that vLLM and Megatron give a sampled token. "
-        f"Healthy: {HEALTHY['training/rollout_probs_diff_mean']}, also in bfloat16.",
+        "Mean difference between the probabilities that vLLM and Megatron give a sampled token.",
         (Line("training/rollout_probs_diff_mean", "mean difference"),),
-        limit=MISMATCH_WATCH,
     ),
     Chart(
         "mismatch_max",
@@ -173,13 +158,12 @@ CHARTS: tuple[Chart, ...] = (
         "signal",
         "Groups that teach",
         "Share of prompts whose completions differ in score: only they teach a group-based "
-        f"estimator. Healthy: {HEALTHY['reward/mixed_groups_share']}.",
+        "estimator.",
         (
             Line("reward/mixed_groups_share", "groups with signal"),
             Line("filter_groups/kept_share", "groups kept"),
         ),
         "share",
-        SIGNAL_WATCH,
         about_groups=True,
     ),
     Chart(
@@ -196,8 +180,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "grad_norm",
         "Gradient norm",
-        "Of the complete model, before clipping (optim.clip_grad). Steady is healthy; spikes are "
-        "worth a look.",
+        "Of the complete model, before clipping (optim.clip_grad).",
         (
             Line("actor/grad_norm", "actor", highest=True),
             Line("critic/grad_norm", "critic", highest=True),
@@ -208,7 +191,7 @@ CHARTS: tuple[Chart, ...] = (
         "critic",
         "Value model",
         "Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a "
-        f"constant. Healthy: {HEALTHY['critic/vf_explained_var']}.",
+        "constant.",
         (Line("critic/vf_explained_var", "explained variance"),),
         lowest=None,
     ),
@@ -234,11 +217,9 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         "off_policy_kl",
         "Distance to the policy that wrote",
-        "KL between the policy that wrote older tokens and the one being trained. Healthy: "
-        f"{HEALTHY['training/off_policy/kl_k3']}.",
+        "KL between the policy that wrote older tokens and the one being trained.",
         (Line("training/off_policy/kl_k3", "KL"),),
         "nats",
-        STALE_KL,
         unit="nats per token",
     ),
     Chart(
@@ -281,6 +262,16 @@ CHARTS: tuple[Chart, ...] = (
         "seconds",
     ),
 )
+
+
+def _with_limit(chart: Chart) -> Chart:
+    healthy = HEALTHY.get(chart.lines[0].metric)
+    if healthy is None:
+        return chart
+    return replace(chart, help=f"{chart.help} Healthy: {healthy.words}.", limit=healthy.line)
+
+
+CHARTS = tuple(map(_with_limit, _CHARTS))
 """In the order of the page."""
 
 

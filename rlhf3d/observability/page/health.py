@@ -59,6 +59,11 @@ VITAL = ("actor/loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm", 
 null where there is nothing to divide."""
 
 
+_FAILURES = ("timeout", "error")
+"""Outcomes of scoring."""
+_READ_FAILED = "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors."
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of a run besides its metrics."""
@@ -328,15 +333,19 @@ def critic(rows: Rows, _: Known) -> Finding | None:
     )
 
 
+def _outcomes(rows: Rows, of: str, names: tuple[str, ...]) -> dict[str, float]:
+    """How often each came."""
+    return {name: sum(values(rows, f"{of}/outcome/{name}")) for name in names}
+
+
 def scoring(rows: Rows, known: Known) -> Finding | None:
     """Whether rewards are rewards."""
     last = recent(rows)
-    names = ("scored", "unparsable", "timeout", "error")
-    counts = {name: sum(values(last, f"reward/outcome/{name}")) for name in names}
+    counts = _outcomes(last, "reward", ("scored", "unparsable", *_FAILURES))
     total = sum(counts.values())
     if not total:
         return None
-    failed = (counts["timeout"] + counts["error"]) / total
+    failed = sum(counts[name] for name in _FAILURES) / total
     unreadable = counts["unparsable"] / total
     if failed:
         return Finding(
@@ -344,7 +353,7 @@ def scoring(rows: Rows, known: Known) -> Finding | None:
             "Scoring fails",
             f"{share(failed)} of the completions got no score: {counts['timeout']:.0f} timeouts, "
             f"{counts['error']:.0f} errors in the last {len(last)} steps.",
-            "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors.",
+            _READ_FAILED,
             "outcomes",
         )
     text = f"{share(unreadable)} of the completions hold no answer that can be read."
@@ -412,13 +421,12 @@ def engines(rows: Rows, _: Known) -> Finding | None:
 
 def environments(rows: Rows, _: Known) -> Finding | None:
     """Whether environments fail."""
-    last = recent(rows)
-    names = ("done", "max_turns", "length", "env_error", "env_timeout")
-    counts = {name: sum(values(last, f"env/outcome/{name}")) for name in names}
+    failures = ("env_error", "env_timeout")
+    counts = _outcomes(recent(rows), "env", ("done", "max_turns", "length", *failures))
     total = sum(counts.values())
     if not total:
         return None
-    failed = (counts["env_error"] + counts["env_timeout"]) / total
+    failed = sum(counts[name] for name in failures) / total
     text = f"{share(failed)} of the trajectories failed in their environment."
     if not failed:
         return Finding("good", "Environments work", text)
@@ -426,7 +434,7 @@ def environments(rows: Rows, _: Known) -> Finding | None:
         "bad" if failed > FAILED else "watch",
         "Environments fail",
         text,
-        "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors.",
+        _READ_FAILED,
     )
 
 

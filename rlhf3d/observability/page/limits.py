@@ -5,6 +5,8 @@ Invariant: each number stands here alone and says where it comes from; words are
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rlhf3d.observability.metrics import KL_TO_REFERENCE
 from rlhf3d.observability.page.findings import share
 
@@ -43,32 +45,45 @@ EFFECTIVE = 0.5
 LEFT_BEHIND = 0.8
 """Length trained on over length generated, of the longest tenth."""
 
-HEALTHY: dict[str, str] = {
-    "actor/pg_clipfrac": f"at most {share(CLIPPED)}",
-    "actor/entropy": (
+
+@dataclass(frozen=True)
+class Healthy:
+    """What is healthy of a metric."""
+
+    words: str
+    line: float | None = None
+    """Where a check begins to warn, as curves show it."""
+
+
+def _share(at: str, limit: float) -> Healthy:
+    return Healthy(f"{at} {share(limit)}", limit)
+
+
+HEALTHY: dict[str, Healthy] = {
+    "actor/pg_clipfrac": _share("at most", CLIPPED),
+    "actor/entropy": Healthy(
         f"at most {ENTROPY_HIGH:g} times that of the start, and at least {share(ENTROPY_LOW)} "
         f"of it or {ENTROPY_NATS:g}"
     ),
     **dict.fromkeys(
-        KL_TO_REFERENCE, f"at most {KL_NATS:g}, or {KL_GROWTH:g} times that of half-way"
+        KL_TO_REFERENCE, Healthy(f"at most {KL_NATS:g}, or {KL_GROWTH:g} times that of half-way")
     ),
-    "actor/grad_norm": "steady, above 0",
-    "actor/grad_norm_ratio": f"at most {SPIKE:g}",
-    "actor/skipped_steps": "0",
-    "actor/lr": "above 0",
-    "critic/vf_explained_var": f"at least {share(EXPLAINED)}",
-    "response/truncated_ratio": f"at most {share(CUT_WATCH)}",
-    "reward/outcome/scored": (
+    "actor/grad_norm": Healthy("steady, above 0"),
+    "actor/grad_norm_ratio": Healthy(f"at most {SPIKE:g}", SPIKE),
+    "actor/skipped_steps": Healthy("0"),
+    "actor/lr": Healthy("above 0"),
+    "critic/vf_explained_var": _share("at least", EXPLAINED),
+    "response/truncated_ratio": _share("at most", CUT_WATCH),
+    "reward/outcome/scored": Healthy(
         f"no failures (above {share(FAILED)} bad), at most {share(UNREADABLE)} unparsable"
     ),
-    "reward/mixed_groups_share": f"at least {share(SIGNAL_WATCH)}",
-    "filter_groups/kept_share": f"at least {share(SIGNAL_WATCH)}",
-    "training/rollout_probs_diff_mean": f"at most {MISMATCH_WATCH:g}",
-    "rollout/engine_restarts": "0",
-    "training/off_policy/kl_k3": f"at most {STALE_KL:g}",
-    "response_length_ratio/mean": f"`/p90` at least {share(LEFT_BEHIND)}",
-    "env/outcome/env_error": f"0 (above {share(FAILED)} of the trajectories bad)",
-    "rollout_corr/rollout_is_eff_sample_size": f"at least {share(EFFECTIVE)}",
+    "reward/mixed_groups_share": _share("at least", SIGNAL_WATCH),
+    "filter_groups/kept_share": _share("at least", SIGNAL_WATCH),
+    "training/rollout_probs_diff_mean": Healthy(f"at most {MISMATCH_WATCH:g}", MISMATCH_WATCH),
+    "rollout/engine_restarts": Healthy("0"),
+    "training/off_policy/kl_k3": Healthy(f"at most {STALE_KL:g}", STALE_KL),
+    "response_length_ratio/mean": Healthy(f"`/p90` at least {share(LEFT_BEHIND)}"),
+    "env/outcome/env_error": Healthy(f"0 (above {share(FAILED)} of the trajectories bad)"),
+    "rollout_corr/rollout_is_eff_sample_size": _share("at least", EFFECTIVE),
 }
-"""What is healthy, by metric, in words; a metric stands for those beside it in its row of
-docs/metrics.md."""
+"""By metric; one stands for those beside it in its row of docs/metrics.md."""
