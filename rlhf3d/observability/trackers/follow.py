@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 
 from rlhf3d.observability.samples import Kind, Sample
 from rlhf3d.observability.trackers.protocol import Tracker
@@ -23,6 +24,8 @@ OPEN_S = 30.0
 """Deadline of all trackers together to open."""
 CLOSE_S = 60.0
 """Deadline of all trackers together to take what is waiting, and to finish."""
+FAILURE_LETTERS = 300
+"""Of a failure that is shown, in one line."""
 
 Call = Callable[[Tracker], None]
 
@@ -103,8 +106,9 @@ class _Follower:
         """Every failure is in the log, the first one is shown."""
         logging.getLogger(__name__).warning("%s: %s", self.name, why)
         if self._failure is None:
-            self._failure = why
-            self._warn(f"{self.name} failed ({why}); the run goes on without its record")
+            # Libraries raise pages; the log has all of it.
+            self._failure = shorten(why, FAILURE_LETTERS, placeholder=" …")
+            self._warn(f"{self.name} failed ({self._failure}); the run goes on without its record")
 
 
 class Trackers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ class MLflow:
     """See `Tracker`."""
 
     def __init__(self, facts: RunFacts) -> None:
+        # It tells of each table that it makes, on the terminal, which is the run's.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if uri is None:
             store = facts.local("mlflow").resolve()

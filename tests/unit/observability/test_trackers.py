@@ -107,6 +107,17 @@ def test_a_tracker_that_does_not_open_takes_nothing(tmp_path: Path) -> None:
     assert "PermissionError: no key" in warnings[0] and "2 of 2" in warnings[1]
 
 
+def test_a_failure_is_shown_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> Follower:
+        raise ValueError("no server\n" + "again\n" * 100 + "the end")
+
+    trackers, warnings = plugged({"shut": refuse}, rows=0)
+    write(tmp_path, trackers, (1,), None)
+    assert all("\n" not in text and len(text) < 450 for text in warnings)
+    assert "no server again" in warnings[0] and "…" in warnings[0]
+    assert "the end" in caplog.text
+
+
 def test_a_tracker_that_hangs_delays_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
