@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ from support.same_run import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf3d.checkpoints.manifest import problems, read_manifest
+from rlhf3d.observability.profile.intervals import length, union
+from rlhf3d.observability.profile.spans import Span
+from rlhf3d.observability.profile.summary import in_words
+from rlhf3d.observability.profile.timeline import profiled_steps, read_timeline
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
+from rlhf3d.units import NS
 
-STEPS, SAVED = 12, 8
+STEPS, SAVED, PROFILED = 12, 8, 3
 JOB = (
     f"trainer.total_training_steps={STEPS}",
     "actor.optim.lr_decay_style=linear",  # so that a resumed run needs the schedule's position
@@ -40,6 +46,7 @@ JOB = (
     f"trainer.save_freq={SAVED}",
     "cluster.threads_per_rank=1",
 )
+TOLD = ("forward", "backward", "wait", "collective", "optimizer")
 LAYOUTS = {
     "dp2": (
         "actor.layout.dp=2",
@@ -52,9 +59,11 @@ LAYOUTS = {
     "tp2pp2": (
         "actor.layout.tp=2",
         "actor.layout.pp=2",
+        "actor.ppo_micro_batch_size_per_gpu=8",
         "rollout.placement=disaggregated",
         "critic.layout.dp=2",
         "critic.ppo_micro_batch_size_per_gpu=8",
+        f"trainer.profile_steps=[{PROFILED}]",
     ),
 }
 
@@ -112,6 +121,56 @@ def test_engine_and_trainer_agree(runs: dict[str, Path]) -> None:
                 assert one.spans[1].versions == ((0, step - 1),)
                 assert len(one.differences) == one.tokens_of("sampled")
                 assert one.largest_difference < 1e-3
+
+
+def test_a_profiled_step_holds_what_every_process_did(runs: dict[str, Path]) -> None:
+    """On one clock, nested, with every pass of the update and every request to its end."""
+    run = runs["tp2pp2"]
+    assert profiled_steps(run) == [PROFILED]
+    timeline = read_timeline(run, PROFILED)
+    lanes = {lane.process.name: lane.record for lane in timeline.lanes}
+    actors = [f"actor tp{tp} pp{pp} dp0" for tp in (0, 1) for pp in (0, 1)]
+    critics = ["critic tp0 pp0 dp0", "critic tp0 pp0 dp1"]
+    assert list(lanes) == ["driver", *actors, *critics, "engine 0"]
+    for record in lanes.values():
+        assert record.spans
+        assert_nested(record.spans, timeline.ended)
+    phases = {one.name: one for one in lanes["driver"].spans}
+    row = read_rows(run)[PROFILED]
+    assert {"sync_weights", "generate", "values", "update_actor"} <= phases.keys()
+    for name, phase in phases.items():
+        taken = (phase.ended - phase.began) / NS
+        assert taken == pytest.approx(row[f"timing_s/{name}"], rel=0.05, abs=0.01)
+    for name in actors:
+        (call,) = (one for one in lanes[name].spans if one.name == "update_actor")
+        assert phases["update_actor"].began <= call.began <= call.ended
+        assert call.ended <= phases["update_actor"].ended
+        inside = [one for one in lanes[name].spans if call.began <= one.began < call.ended]
+        # Two mini-batches of 32 sequences, in micro-batches of 8.
+        for kind in ("forward", "backward"):
+            passes = [one.details["micro_batch"] for one in inside if one.kind == kind]
+            assert passes == [0, 1, 2, 3] * 2
+        assert any(one.kind == "wait" for one in inside)
+        told = union((one.began, one.ended) for one in inside if one.kind in TOLD)
+        assert 0.6 < length(told) / (call.ended - call.began) <= 1
+    assert len(lanes["engine 0"].requests) == 64
+    for life in lanes["engine 0"].requests:
+        assert life.first_token is not None and life.ended is not None and not life.aborted
+        assert 0 <= life.submitted <= life.first_token <= life.ended <= timeline.ended
+        assert 1 <= life.tokens <= 4
+    words = " ".join(in_words(timeline))
+    assert "stage 1 waits" in words and "with 4 micro-batches would be 20 %" in words
+
+
+def assert_nested(spans: Sequence[Span], end: int) -> None:
+    """None ends before it begins, or after the one it is in."""
+    around: list[Span] = []
+    for one in spans:
+        assert 0 <= one.began <= one.ended <= end, one
+        while around and around[-1].ended <= one.began:
+            around.pop()
+        assert not around or one.ended <= around[-1].ended, (around[-1], one)
+        around.append(one)
 
 
 def test_leaves_a_report_a_checkpoint_and_no_process(runs: dict[str, Path]) -> None:
