@@ -390,6 +390,7 @@ def _shrink_trainer(trainer: TrainerConfig) -> TrainerConfig:
         save_freq=1,
         save_at_end=True,
         save_optimizer=True,
+        profile_steps=(STEPS,) if trainer.profile_steps else (),
         max_wall_clock_s=None,
     )
 

@@ -287,6 +287,10 @@ def says(problem: str, expected: str) -> bool:
             "trainer.critic_warmup = 5 … no step of 5",
         ),
         (
+            ["trainer.total_training_steps=5", "trainer.profile_steps=[3, 7]"],
+            "trainer.profile_steps = [3, 7]: step 7 … trainer.total_training_steps = 5",
+        ),
+        (
             ["trainer.total_training_steps=5", "actor.optim.lr_warmup_steps=6"],
             "actor.optim.lr_warmup_steps = 6 … trainer.total_training_steps = 5",
         ),

@@ -26,6 +26,7 @@ from rlhf3d.config.schema import (
     RewardModelConfig,
     RolloutConfig,
     RolloutCorrectionConfig,
+    TrainerConfig,
 )
 from rlhf3d.inputs import check_model
 from rlhf3d.models.spec import parse_config
@@ -273,6 +274,12 @@ def test_generation_ahead_stays_ahead(update: Literal["between_batches", "in_fli
     assert (small.rollout.max_staleness, small.rollout.update) == (1, update)
     assert small.rollout.placement == "disaggregated" and "rollout.max_staleness" in changed
     assert small.environment.rounds == repeats(small.rollout) == (update == "between_batches")
+
+
+def test_a_profile_is_rehearsed_in_a_step_that_there_is() -> None:
+    profiled, _ = shrunk(job(trainer=TrainerConfig(profile_steps=(3, 700))), QWEN_7B)
+    assert profiled.trainer.profile_steps == (profiled.trainer.total_training_steps,)
+    assert shrunk(job(), QWEN_7B)[0].trainer.profile_steps == ()
 
 
 def test_nodes_are_kept_where_a_cluster_is_named() -> None:
