@@ -168,7 +168,7 @@ class TrainGroup:
         shares = split_forward(batch, self.micro_batching[role], self.layout, self.cost)
         if measure_padding:
             self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
-        args = [(role, batch.select(share.rows), share.micro_batches) for share in shares]
+        args = [(phase, role, batch.select(share.rows), share.micro_batches) for share in shares]
         results = self._dispatch(phase, TrainWorker.forward, args)
         # None only before the last pipeline stage, whose results are not among these.
         outputs = [result for result in results if result is not None]

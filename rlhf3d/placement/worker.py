@@ -50,8 +50,6 @@ HEAD_OF_ROLE: dict[str, Role] = {
     "reward": "value",
 }
 """What each model of a worker group ends in."""
-FORWARD_PHASES = {"actor": "old_logprobs", "ref": "ref_logprobs", "critic": "values"}
-"""The phase in which a role only computes; a reward model does so in `score`."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +166,10 @@ class TrainWorker:
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
 
     def forward(
-        self, role: str, batch: Batch, micro_batches: list[list[int]]
+        self, phase: str, role: str, batch: Batch, micro_batches: list[list[int]]
     ) -> dict[str, Tensor] | None:
         """Compute outputs of `role` for this replica's rows; see `MegatronEngine.forward`."""
-        with span(FORWARD_PHASES.get(role, "score"), "call"):
+        with span(phase, "call"):
             return self.engines[role].forward(batch, micro_batches)
 
     def update(

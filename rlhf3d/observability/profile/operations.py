@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE_S = 5.0
+_UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 _TIME = re.compile(r'"ts": (-?[0-9]+(?:\.[0-9]+)?)')
 _BASE = re.compile(r'"baseTimeNanoseconds": ([0-9]+)')
 
@@ -78,7 +79,7 @@ class Operations:
         wall = time.time_ns() - time.monotonic_ns()
         for phase in self._ended():
             profiler = self.traced[phase]
-            name = f"{self.settings.process}.{phase}".replace(" ", "_")
+            name = _UNSAFE.sub("_", f"{self.settings.process}.{phase}")
             raw, path = folder / f"{name}.partial", folder / f"{name}.json.gz"
             profiler.export_chrome_trace(str(raw))
             with raw.open(encoding="utf-8") as lines, gzip.open(path, "wt", 3, "utf-8") as file:

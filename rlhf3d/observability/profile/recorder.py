@@ -68,10 +68,12 @@ class Recorder:
 
     def seen(self, number: int, prompt_tokens: int, tokens: int, before: int) -> None:
         """A request has so many tokens after an engine step, and had so many before it."""
+        # One that had tokens when the profile began has its first before that; where it did not run
+        # then, as after a change of weights, it shows by more tokens than a step gives.
+        older = bool(before) or (number not in self.lives and tokens > 1)
         life = self.lives.setdefault(number, _Life(self.began, prompt_tokens))
         if life.first_token is None and tokens:
-            # One that had tokens when the profile began has its first before that.
-            life.first_token = self.began if before else self.clock.stamp()
+            life.first_token = self.began if older else self.clock.stamp()
         life.tokens = tokens
 
     def ended(self, number: int, aborted: bool = False) -> None:

@@ -63,7 +63,8 @@ def stage_shares(timeline: Timeline) -> list[StageShares]:
     found: dict[tuple[str, str, int], list[StageShares]] = {}
     for lane in sorted(timeline.lanes, key=lambda one: one.process.stage):
         for call in _of_kind(lane, ("call",)):
-            if call.name != "sync_weights":
+            # A sync has no schedule, and its canary is no phase of its own.
+            if not call.name.startswith("sync_weights"):
                 key = (call.name, lane.process.group, lane.process.stage)
                 found.setdefault(key, []).append(_shares(lane, call))
     return [_mean(group) for group in found.values()]

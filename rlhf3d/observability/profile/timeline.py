@@ -1,7 +1,8 @@
 """A profiled step of all processes on one clock, and the file that holds it.
 
-Invariant: times are ns since the step began on the driver; the file is Trace Event JSON, as
-Perfetto and chrome://tracing open it, and holds all that the timeline does.
+Invariant: times are ns since the step began on the driver, and none is outside of the step; the
+file is Trace Event JSON, as Perfetto and chrome://tracing open it, and holds all that the timeline
+does.
 """
 
 from __future__ import annotations
@@ -57,25 +58,37 @@ class Timeline:
 
 def merge(step: int, began: int, ended: int, lanes: Iterable[Lane]) -> Timeline:
     """Bring lanes, with times of their machines, to the driver's clock, and its `began` to 0."""
-    shifted = [
-        replace(lane, record=_shifted(lane.record, lane.offset.ns + began)) for lane in lanes
+    length, shifted = ended - began, []
+    for lane in lanes:
+        record = _shifted(lane.record, lane.offset.ns + began, length)
+        shifted.append(replace(lane, record=record))
+    return Timeline(step, length, tuple(shifted))
+
+
+def _shifted(record: Record, by: int, length: int) -> Record:
+    """With `by` taken from its times, and only what is in the step."""
+
+    def within(time: int) -> int:
+        return min(max(time - by, 0), length)
+
+    def until(time: int | None) -> int | None:
+        """None for what comes after the step."""
+        return None if time is None or time - by > length else within(time)
+
+    spans = [
+        replace(one, began=within(one.began), ended=within(one.ended))
+        for one in record.spans
+        if one.ended >= by and one.began - by <= length
     ]
-    return Timeline(step, ended - began, tuple(shifted))
-
-
-def _shifted(record: Record, by: int) -> Record:
-    def at(time: int | None) -> int | None:
-        return None if time is None else time - by
-
-    spans = [replace(one, began=one.began - by, ended=one.ended - by) for one in record.spans]
     requests = [
         replace(
             one,
-            submitted=one.submitted - by,
-            first_token=at(one.first_token),
-            ended=at(one.ended),
+            submitted=within(one.submitted),
+            first_token=until(one.first_token),
+            ended=until(one.ended),
         )
         for one in record.requests
+        if one.submitted - by <= length
     ]
     in_order = sorted(spans, key=lambda one: (one.began, -one.ended))
     return replace(record, spans=tuple(in_order), requests=tuple(requests))

@@ -53,7 +53,7 @@ class DryGroup(TrainGroup):
         self, phase: str, method: Any, args_of_dp: Sequence[tuple[Any, ...]]
     ) -> list[Any]:
         if method is TrainWorker.forward:
-            shards: list[Batch] = [batch for _, batch, _ in args_of_dp]
+            shards: list[Batch] = [batch for _, _, batch, _ in args_of_dp]
             return [
                 {"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]}
                 for b in shards

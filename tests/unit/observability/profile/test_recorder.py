@@ -71,13 +71,15 @@ def test_lives_of_requests() -> None:
     found.seen(1, 5, tokens=1, before=0)  # 30
     found.seen(2, 7, tokens=9, before=8)  # was there when the profile began
     found.seen(1, 5, tokens=2, before=1)
+    found.seen(5, 7, tokens=9, before=0)  # was there, and waited
     found.ended(1)  # 40
     found.submitted(3, 4)  # 50
     found.ended(3, aborted=True)  # 60
     found.ended(4)
     record = take_record()
     assert record is not None
-    first, second, third = record.requests
+    first, second, waited, third = record.requests
+    assert (waited.submitted, waited.first_token) == (10, 10)
     assert (first.submitted, first.first_token, first.ended, first.tokens) == (20, 30, 40, 2)
     assert (second.submitted, second.first_token, second.ended, second.tokens) == (10, 10, None, 9)
     assert third.aborted and third.first_token is None and third.ended == 60

@@ -40,6 +40,31 @@ def test_merge_brings_all_to_the_drivers_clock() -> None:
     assert (driver.offset.error_ns, actor.offset.error_ns) == (0, 40)
 
 
+def test_what_is_outside_of_the_step_is_cut() -> None:
+    """Engines go on beside it: recorders begin before the driver's, and are taken after it."""
+    spans = (
+        Span("before", "decode", 100, 900),
+        Span("into", "decode", 900, 1_300),
+        Span("out", "decode", 1_900, 2_200),
+        Span("after", "decode", 2_100, 2_300),
+    )
+    lives = (
+        RequestLife(0, 900, 950, 1_500, 1, 3),
+        RequestLife(1, 1_200, 2_100, 2_200, 1, 3),
+        RequestLife(2, 2_100, None, None, 1, 0),
+    )
+    lane = Lane(Process("engine 0", "engine"), Record("a", spans, lives))
+    (merged,) = merge(1, 1_000, 2_000, [lane]).lanes
+    assert [(one.name, one.began, one.ended) for one in merged.record.spans] == [
+        ("into", 0, 300),
+        ("out", 900, 1_000),
+    ]
+    assert [(one.submitted, one.first_token, one.ended) for one in merged.record.requests] == [
+        (0, 0, 500),
+        (200, None, None),
+    ]
+
+
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     made = timeline()
     write_timeline(tmp_path, made)
