@@ -46,7 +46,6 @@ JOB = (
     *GRPO,
     *AHEAD,
     "rollout.placement=disaggregated",
-    "rollout.engines=2",
     # Long enough that some completions are answered while others are being written.
     "data.max_response_length=8",
     "rollout.max_num_seqs=8",
@@ -160,7 +159,8 @@ def test_engines_that_die_in_every_phase_lose_no_sample(once: Path) -> None:
     moments = "ahead:3:0:0,score:6:1:0,update_actor:6:0:0,sync_weights:10:1:0,save:2:0:0"
     job, run, steps = once.with_name("job.yaml"), once.with_name("deaths"), 10
     end = f"trainer.total_training_steps={steps}"
-    deaths = train_with_deaths(job, moments, *JOB, f"trainer.output_dir={run}", end)
+    settings = (*JOB, "rollout.engines=2", f"trainer.output_dir={run}", end)
+    deaths = train_with_deaths(job, moments, *settings)
     assert deaths.returncode == 0, deaths.stdout[-2000:] + deaths.stderr[-4000:]
     for moment in moments.split(","):
         assert f"kill {moment}" in deaths.stdout

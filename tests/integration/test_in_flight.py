@@ -43,39 +43,38 @@ JOB = (
     f"rollout.max_staleness={STALENESS}",
     "rollout.update=in_flight",
     "rollout.placement=disaggregated",
-    "rollout.max_num_seqs=16",
+    "rollout.max_num_seqs=8",
+    f"rollout.n={SAMPLES}",
+    "rollout.engine_restarts=9",
+    "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
     "algorithm.rollout_correction.bypass_mode=true",
     f"data.train_batch_size={BATCH}",
-    "data.max_response_length=100",  # several updates long
+    "data.max_response_length=40",  # longer than an update
     f"actor.ppo_mini_batch_size={BATCH}",
     f"actor.ppo_micro_batch_size_per_gpu={BATCH}",
     "trainer.save_freq=1",
-    "trainer.save_hf=always",
-    "trainer.save_optimizer=false",
-    f"trainer.sample_tokens={BATCH}",
+    f"trainer.sample_tokens={BATCH * SAMPLES}",
     "trainer.val_before_train=false",
     "cluster.threads_per_rank=1",
-)
-
-DEATHS = (
-    *JOB,
-    "algorithm={adv_estimator: grpo, use_kl_in_reward: false}",
-    f"rollout.n={SAMPLES}",
-    "rollout.max_num_seqs=8",
-    "rollout.engine_restarts=9",
-    "data.max_response_length=40",
-    "trainer.save_hf=never",
-    "trainer.save_optimizer=true",
-    f"trainer.sample_tokens={BATCH * SAMPLES}",
 )
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job that was run, with the weights of each version."""
+    """The folder of a job that was run, with the weights of each version.
+
+    The driver dies in the training that follows a save, with requests under way; then the engine.
+    """
     folder = tmp_path_factory.mktemp("in_flight")
-    done = train(write_job(folder), *JOB)
+    file, run, settings = write_job(folder), folder / "run", (*JOB, "trainer.save_hf=always")
+    died = train_with_deaths(file, "ahead:36:driver", *settings)
+    assert died.returncode == -signal.SIGKILL, died.stdout[-2000:] + died.stderr[-4000:]
+    saved = saved_steps(run)[-1]
+    queue = json.loads((run / f"checkpoints/step_{saved}/experience/queue.json").read_text())
+    assert queue["counts"]["unfinished"] > 0
+    done = train_with_deaths(file, "ahead:8:0:0", *settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"resume from step {saved}" in done.stdout and "engine 0 died" in done.stdout
     return folder
 
 
@@ -131,26 +130,16 @@ def test_each_token_has_the_log_prob_of_the_version_that_wrote_it(job: Path) -> 
     assert max(agreement.largest for agreement in wrong.values()) > 1e-2
 
 
-def test_nothing_is_too_old_and_each_trajectory_is_trained_on_once(job: Path) -> None:
-    rows = read_rows(job / "run")[-STEPS:]
-    for row in rows:
-        worst = row["training/off_policy/trajectory_staleness_worst/max"]
-        assert worst <= min(STALENESS, row["step"] - 1)
-    assert max(row["training/off_policy/trajectory_staleness_worst/max"] for row in rows) >= 1
-    (segment,) = read_journal(job / "run")
-    names: list[str] = []
-    for step in range(1, STEPS + 1):
-        names += segment.steps[step]
-    assert len(names) == len(set(names)) == STEPS * BATCH
-    # 64 rows are one epoch of eight batches, so each prompt is there once.
-    assert len({name.split(".")[1] for name in names}) == STEPS * BATCH
-
-
 @pytest.mark.timeout(600)
 def test_the_journal_gives_the_same_run_again(job: Path) -> None:
+    """As far as the driver lived."""
     command = [str(Path(sys.executable).with_name("rlhf3d")), "replay", str(job / "run")]
     done = subprocess.run(command, env=MARKED, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, second = read_journal(job / "run")
+    repeated = [row["step"] for row in read_rows(job / "run" / "replay")]
+    assert repeated == [*range(1, second.begin + 1)] and second.begin >= 1
+    assert first.begin == 0 and second.restarted
 
 
 def assert_each_once(run: Path) -> None:
@@ -171,21 +160,13 @@ def assert_each_once(run: Path) -> None:
     assert left_behind() == set()
 
 
-@pytest.mark.timeout(600)
-def test_after_an_engine_and_the_driver_died_each_is_trained_on_once(job: Path) -> None:
-    """The driver in the training that follows a save, with requests under way."""
-    file, run = job / "job.yaml", job / "killed"
-    settings = (*DEATHS, f"trainer.output_dir={run}")
-    died = train_with_deaths(file, "ahead:20:0:0,ahead:36:driver", *settings)
-    assert died.returncode == -signal.SIGKILL, died.stdout[-2000:] + died.stderr[-4000:]
-    assert "engine 0 died" in died.stdout
-    saved = saved_steps(run)[-1]
-    queue = json.loads((run / f"checkpoints/step_{saved}/experience/queue.json").read_text())
-    assert queue["counts"]["unfinished"] > 0
-    resumed = train(file, *settings)
-    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-4000:]
-    assert f"resume from step {saved}" in resumed.stdout
-    assert_each_once(run)
+def test_after_the_driver_and_the_engine_died_each_is_trained_on_once(job: Path) -> None:
+    assert_each_once(job / "run")
+    worst = [
+        row["training/off_policy/trajectory_staleness_worst/max"] for row in read_rows(job / "run")
+    ]
+    assert max(worst) >= 1
+    assert all(age <= min(STALENESS, step) for step, age in enumerate(worst))
 
 
 PHASES = ("ahead:28", "score:12", "update_actor:2", "sync_weights:3", "save:2")
@@ -199,7 +180,7 @@ def test_after_deaths_in_every_phase_each_is_trained_on_once(who: str, tmp_path:
     """One run, started again after each death."""
     job, run = write_job(tmp_path), tmp_path / "run"
     for phase in PHASES:
-        died = train_with_deaths(job, f"{phase}:{who}", *DEATHS)
+        died = train_with_deaths(job, f"{phase}:{who}", *JOB)
         assert f"kill {phase}:{who}" in died.stdout, died.stdout[-2000:] + died.stderr[-4000:]
         if who == "driver":
             assert died.returncode == -signal.SIGKILL
@@ -207,7 +188,7 @@ def test_after_deaths_in_every_phase_each_is_trained_on_once(who: str, tmp_path:
             # Which rank it was, and nothing is left of the others.
             assert died.returncode == 1 and "actor" in died.stderr, died.stderr[-4000:]
             assert left_behind() == set()
-    finished = train(job, *DEATHS)
+    finished = train(job, *JOB)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     assert_each_once(run)
 
@@ -217,7 +198,7 @@ def test_after_deaths_in_every_phase_each_is_trained_on_once(who: str, tmp_path:
 def test_after_engines_died_in_every_phase_each_is_trained_on_once(tmp_path: Path) -> None:
     moments = [f"{phase}:0:0" for phase in ("generate:4", *PHASES)]
     job, run = write_job(tmp_path), tmp_path / "run"
-    finished = train_with_deaths(job, ",".join(moments), *DEATHS)
+    finished = train_with_deaths(job, ",".join(moments), *JOB)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
     for moment in moments:
         assert f"kill {moment}" in finished.stdout
@@ -230,7 +211,7 @@ def test_a_reward_model_scores_on_ranks_that_train_meanwhile(tmp_path: Path) -> 
     """Its ranks are those that update the actor: no score is lost or of other weights."""
     judge = make_tiny_model(tmp_path / "judge", tie=False, seed=5, classifier=True)
     settings = (
-        *DEATHS,
+        *JOB,
         "custom_reward_function.path=null",
         "reward.weights={reward_model: 2.0}",
         f"reward_model={{path: {judge}, mean: 0.5, std: 4.0}}",
