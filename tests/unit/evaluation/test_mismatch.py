@@ -108,3 +108,19 @@ def test_a_run_without_pairs(
         write_tokens(tmp_path, 1, [trajectory(0, *spans)])
     done = doctor(tmp_path)
     assert isinstance(done.exception, ValueError) and message in str(done.exception)
+
+
+def test_a_configuration_has_the_errors_of_train(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("rollout: {nn: 1}\n")
+    asked = doctor(job, "actor.ppo_epoch=2")
+    trained = CliRunner().invoke(cli.app, ["train", str(job), "actor.ppo_epoch=2"])
+    assert isinstance(asked.exception, ValueError) and "rollout.n?" in str(asked.exception)
+    assert str(asked.exception) == str(trained.exception)
+    missing = tmp_path / "none.yaml"
+    assert "none.yaml" in str(doctor(missing).exception)
+
+
+def test_keys_of_a_run_cannot_be_changed(tmp_path: Path) -> None:
+    changed = doctor(write_run(tmp_path, off=1e-6), "rollout.n=2")
+    assert "not in a run" in str(changed.exception)
