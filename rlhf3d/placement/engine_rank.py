@@ -3,13 +3,15 @@
 Invariant: Ray's methods touch no vLLM: they put commands into the rank's `EngineLoop` and wait for
 their results, or return at once. A recording of the loop's thread is begun and taken beside it, and
 is no command: a replay knows nothing of it.
-Runs in: engine rank. The driver imports this file to name the methods it calls.
+Runs in: engine rank. The driver imports this file to name the methods it calls, and no torch
+with it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -48,6 +50,8 @@ class EngineRank:
 
         `timeout_s`: deadline of every command.
         """
+        assert "torch" not in sys.modules, "torch would not see the number of threads"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         self._name, self._rank, self._timeout_s = name, rank, timeout_s
         self._engine = VLLMEngine(settings, threads=threads, rank=rank)
         self._loop: EngineLoop

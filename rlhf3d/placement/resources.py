@@ -48,6 +48,15 @@ class Placement:
         return int(sum(bundle.get("GPU", 0.0) for bundle in self.bundles))
 
 
+def starts_with(environment: dict[str, str]) -> dict[str, Any]:
+    """Ray actor options of a process that starts with variables of its own, if there are any.
+
+    Ray starts it twice then: an agent's process makes the environment first. Without them it is one
+    of those that Ray has started already.
+    """
+    return {"runtime_env": {"env_vars": environment}} if environment else {}
+
+
 def place(
     platform: Platform,
     groups: Sequence[WorkerGroup],

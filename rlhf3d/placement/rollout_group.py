@@ -28,7 +28,7 @@ from rlhf3d.placement.engine_handle import EngineHandle, rank_name
 from rlhf3d.placement.engine_rank import CALLS, EngineRank
 from rlhf3d.placement.journal import EngineJournal, JournalWriter
 from rlhf3d.placement.ledger import Ledger
-from rlhf3d.placement.resources import Placement
+from rlhf3d.placement.resources import Placement, starts_with
 from rlhf3d.placement.routing import Router
 from rlhf3d.placement.script import Divergence, Script
 from rlhf3d.placement.waiting import (
@@ -138,16 +138,15 @@ class RolloutGroup:
         """Start the processes of an engine; vLLM starts in them once they know where to meet."""
         settings = self._settings
         environment = settings.platform.environment("engine", settings.rollout.dtype)
+        options = self._placement.options["engine"] | starts_with(environment)
         ranks = len(self._bundles[engine])
         actors = []
         for rank in range(ranks):
             own, bundle = self._threads[engine][rank], self._bundles[engine][rank]
             actor = ray.remote(EngineRank).options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, bundle),
-                # In the environment that the process starts with: libraries read it when imported.
-                runtime_env={"env_vars": {**environment, "OMP_NUM_THREADS": str(own)}},
                 max_concurrency=CALLS,
-                **self._placement.options["engine"],
+                **options,
             )
             name = rank_name(engine, rank, ranks)
             actors.append(actor.remote(name, settings, rank, own, self.timeout_s, self._output_dir))

@@ -25,7 +25,7 @@ from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.engine.microbatch import UpdateResult
 from rlhf3d.models.spec import ModelSpec, load_spec
 from rlhf3d.placement.calls import Reply, start_call
-from rlhf3d.placement.resources import Placement
+from rlhf3d.placement.resources import Placement, starts_with
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker, WorkerSetup
 
@@ -67,14 +67,12 @@ class TrainGroup:
         """What the driver does while the ranks compute, see `gather`."""
         self._reserved = reserved
         self._bundles = placement.groups[group.name]
-        options = placement.options[group.name]
         environment = setup.platform.environment("trainer", setup.model.dtype)
+        options = placement.options[group.name] | starts_with(environment)
         self.workers: list[Any] = []
         for rank, bundle in enumerate(self._bundles):
-            variables = {**environment, "OMP_NUM_THREADS": str(threads[rank])}
             actor = ray.remote(TrainWorker).options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved, bundle),
-                runtime_env={"env_vars": variables},
                 **options,
             )
             self.workers.append(actor.remote(setup, rank))

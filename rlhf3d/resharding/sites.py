@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import networkx
-
 
 @dataclass(frozen=True)
 class Sites:
@@ -147,6 +145,9 @@ def _solve(weights: tuple[tuple[int, ...], ...], count: int, slots: int) -> list
     Their sum of weights is the greatest: the flow of least cost from `source` over devices, which
     take `slots` ranks each, to the indices.
     """
+    # Not at the top: every process imports this file, and only some drivers have to choose.
+    import networkx
+
     indices = range(len(weights[0]))
     graph = networkx.DiGraph()
     # In networkx a negative demand is a supply: every rank of every engine leaves here.

@@ -10,7 +10,8 @@ The ranks of an engine are equals: each schedules the same requests and computes
 completions (vLLM's external_launcher), so all must get the same calls in the same order: see
 `EngineLoop`. Any process can be a rank, so a rank can be put on the GPU of the training rank whose
 weights it shares most of. One thread starts and uses an engine.
-Runs in: engine rank, or the process of `rlhf3d evaluate`.
+Runs in: engine rank, or the process of `rlhf3d evaluate`. The driver imports this file to name the
+methods it calls, so vLLM and torch are imported inside them.
 """
 
 from __future__ import annotations
@@ -25,12 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.imports import quick_imports
-from rlhf3d.models.hf_io import model_view
 from rlhf3d.models.spec import architecture
 from rlhf3d.observability.profile.recorder import span
 from rlhf3d.parallel.meeting import host_meeting
@@ -100,13 +97,17 @@ class VLLMEngine:
             if not on_cpu:
                 ask_driver_for_peers()
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
-        # torch read OMP_NUM_THREADS when it was imported, before it was set.
-        torch.set_num_threads(threads)
         with quick_imports():
+            import torch
+
+            # Where torch was imported before, it has read OMP_NUM_THREADS before it was set.
+            torch.set_num_threads(threads)
             from torch._dynamo import config as dynamo
             from vllm import LLM, SamplingParams
 
-        # torch reads the variable when it is imported, which was before it was set.
+            from rlhf3d.models.hf_io import model_view
+
+        # As with the number of threads.
         if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
             dynamo.disable = True
         self._params = SamplingParams
@@ -203,6 +204,8 @@ class VLLMEngine:
         """
         if self._settings.rollout.tensor_parallel_size == 1:
             return number
+        import torch
+        import torch.distributed as dist
         from vllm.distributed import get_world_group
 
         told = torch.tensor([number])

@@ -27,6 +27,11 @@ PURE = (
             "rlhf3d.planning.search.command, rlhf3d.environments.load",
             {"torch", "ray", "vllm", "megatron"},
         ),
+        # Ray's processes import these before they know how many threads torch is to have.
+        (
+            "rlhf3d.placement.worker, rlhf3d.placement.engine_rank",
+            {"torch", "vllm", "megatron", "transformers", "networkx"},
+        ),
     ],
 )
 def test_pure_modules_load_nothing_heavy(modules: str, heavy: set[str]) -> None:
