@@ -26,6 +26,7 @@ from rlhf3d.commands.replay import replay
 from rlhf3d.commands.reshard import reshard
 from rlhf3d.commands.results import compare, report, samples, watch
 from rlhf3d.commands.train import train
+from rlhf3d.ending import ending_at_once
 from rlhf3d.launch.command import launch
 from rlhf3d.options import Commands, show_version
 from rlhf3d.terminal import tell, write_what_can_be_encoded
@@ -75,6 +76,12 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
+    """Run the command line as all that this process does."""
+    with ending_at_once():
+        run()
+
+
+def run() -> None:
     """Run the command line; report mistakes of the user (exit code 2) and failures (1)."""
     # Before any output: messages have × and …, which an ASCII locale cannot print.
     write_what_can_be_encoded()

@@ -1,7 +1,7 @@
 """Importing large libraries in less time.
 
 Invariant: the garbage collector is on or off as before, whatever an import raises.
-Runs in: training and engine ranks.
+Runs in: driver, training and engine ranks.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import typer
 
 from rlhf3d.commands.errors import raised_by_us
 from rlhf3d.commands.overrides import Overrides
+from rlhf3d.imports import quick_imports
 from rlhf3d.terminal import tell
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def _train(config: Path, overrides: list[str], preemption: PreemptionHandler) ->
     from rlhf3d.preflight import preflight
 
     loaded = load_run(config, overrides)
-    if problems := preflight(loaded, show=show_memory):
-        raise ConfigError(problems, f"This machine cannot run {config} as it stands")
-    # After the checks: the loop is loaded only for a run that can start.
-    from rlhf3d.trainer.run import run_training
+    with quick_imports():  # the checks load torch and transformers
+        if problems := preflight(loaded, show=show_memory):
+            raise ConfigError(problems, f"This machine cannot run {config} as it stands")
+        # After the checks: the loop is loaded only for a run that can start.
+        from rlhf3d.trainer.run import run_training
 
     return run_training(loaded, preemption)

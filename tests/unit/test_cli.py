@@ -156,7 +156,7 @@ def test_only_our_own_value_errors_are_the_users(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(cli, "app", library_fails)
     with pytest.raises(ValueError, match="deep inside"):
-        cli.main()
+        cli.run()
 
 
 def test_a_mistake_in_our_own_code_is_not_the_users() -> None:
@@ -185,7 +185,7 @@ def test_a_failing_reward_function_is_one_screen_and_exit_code_1(
 
     monkeypatch.setattr(cli, "app", score)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run()
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error and "reward.max_error_rate" in error
