@@ -38,7 +38,7 @@ FLOORS = (
     "parallel",
     "observability",
     "pool",
-    "imports machine new_folder options paths processes terminal tokenizer units user_code",
+    "ending imports machine new_folder options paths processes terminal tokenizer units user_code",
 )
 COMMANDS = 0
 GROUND = len(FLOORS) - 1
