@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf3d.commands.overrides import Overrides
+from rlhf3d.commands.overrides import Overrides, keys_of
 from rlhf3d.options import AsJson, Commands, DefaultCommand
 from rlhf3d.paths import check_output
 
@@ -25,6 +25,25 @@ class _ShowByDefault(DefaultCommand):
 
 Output = Annotated[Path | None, typer.Option(help="File to write; default standard output.")]
 """Of a converted configuration."""
+
+
+def _keys_of_verl(incomplete: str) -> list[tuple[str, str]]:
+    from rlhf3d.config.convert.verl.table import VERL
+
+    return keys_of(VERL, incomplete)
+
+
+def _keys_of_trl(incomplete: str) -> list[tuple[str, str]]:
+    from rlhf3d.config.convert.trl.table import TRL
+
+    return keys_of(TRL, incomplete)
+
+
+def _keys_of_nemo_rl(incomplete: str) -> list[tuple[str, str]]:
+    from rlhf3d.config.convert.nemo_rl.table import NEMO_RL
+
+    return keys_of(NEMO_RL, incomplete)
+
 
 config = Commands(
     cls=_ShowByDefault,
@@ -66,7 +85,9 @@ def from_verl(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides with verl's names, such as trainer.nnodes=2."
+            metavar="KEY=VALUE",
+            help="Overrides with verl's names, such as trainer.nnodes=2.",
+            autocompletion=_keys_of_verl,
         ),
     ] = None,
     output: Output = None,
@@ -98,7 +119,9 @@ def from_trl(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides with TRL's names, such as num_processes=8."
+            metavar="KEY=VALUE",
+            help="Overrides with TRL's names, such as num_processes=8.",
+            autocompletion=_keys_of_trl,
         ),
     ] = None,
     output: Output = None,
@@ -126,7 +149,9 @@ def from_nemo_rl(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Overrides with NeMo-RL's names, such as cluster.num_nodes=2."
+            metavar="KEY=VALUE",
+            help="Overrides with NeMo-RL's names, such as cluster.num_nodes=2.",
+            autocompletion=_keys_of_nemo_rl,
         ),
     ] = None,
     output: Output = None,

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from rlhf3d.commands.overrides import candidates
+from rlhf3d.commands.overrides import candidates, keys_of
+from rlhf3d.config.convert.trl.table import TRL
+from rlhf3d.config.convert.verl.table import VERL
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import build, merge, parse_override
 from rlhf3d.config.schema import Config
@@ -155,3 +157,9 @@ def test_every_choice_that_is_offered_is_taken() -> None:
             offered += 1
     assert offered > 100
     assert candidates("rollout.threads=") == []  # a number or null: nothing worth a list
+
+
+def test_keys_of_another_framework_are_completed_level_by_level() -> None:
+    assert keys_of(TRL, "num_i") == [("num_iterations=", "actor.ppo_epochs")]
+    assert ("actor_rollout_ref.actor.", "") in keys_of(VERL, "actor_rollout_ref.")
+    assert not any("*" in name for name, _ in keys_of(VERL, "actor_rollout_ref.model."))

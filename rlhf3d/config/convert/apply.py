@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from rlhf3d.config import scalars
 from rlhf3d.config.convert.given import Given
-from rlhf3d.config.convert.rules import Drop, Put, Rule, Table
+from rlhf3d.config.convert.rules import OFF, Drop, Put, Rule, Table
 from rlhf3d.config.keys import value_of
 from rlhf3d.config.load import read_config
 from rlhf3d.config.schema import Config
@@ -31,7 +31,6 @@ BECAME: tuple[Became, ...] = (
     "same by default",
 )
 """What may become of a key, the most urgent first."""
-_OFF: tuple[Any, ...] = (None, False, "", [], {})
 _UNSET = object()
 
 
@@ -154,8 +153,8 @@ def _target(rule: Rule, name: str) -> str:
 def _one(rule: Rule, name: str, value: Any, given: Given, to: str) -> Finding:
     made = rule.change(value, given)
     if isinstance(made, Drop):
-        # What is off is not missed.
-        off = made.same or value in _OFF
+        # What is off is not missed, unless just that has to be decided on.
+        off = made.same or (value in OFF and not made.to_set)
         became: Became = "to set" if made.to_set else "no counterpart"
         return Finding(name, value, "same by default" if off else became, note=made.why)
     if isinstance(made, Put):

@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+OFF: tuple[Any, ...] = (None, False, "", [], {})
+"""Values by which a key says that it is not used."""
+
 
 @dataclass(frozen=True)
 class Put:
@@ -64,8 +67,12 @@ def same_name(name: str, change: Change = same, note: str = "", **more: Any) -> 
 
 
 def no_counterpart(note: str, *names: str, to_set: bool = False, same: bool = False) -> Rule:
-    """A rule for keys that this package does without."""
-    return Rule(names, change=lambda value, given: Drop(note, to_set, same), note=note)
+    """A rule for keys that this package does without; `to_set` where they are not off."""
+    return Rule(
+        names,
+        change=lambda value, given: Drop(note, to_set and value not in OFF, same),
+        note=note,
+    )
 
 
 def only_value(wanted: Any, otherwise: str, to_set: bool = True) -> Change:

@@ -139,6 +139,11 @@ def test_losses(loss: str, level: str, ours: tuple[str | None, str | None]) -> N
         assert (values["actor.clip_ratio_low"], values["actor.clip_ratio_high"]) == (1.0, 4.0)
 
 
+def test_the_largest_ratio_of_cispo_is_asked_for() -> None:
+    # TRL's default, 0.2, would cut every ratio.
+    assert any("cuts all ratios at 0.2" in text for text in made(loss_type="cispo").to_set)
+
+
 def test_a_loss_that_is_not_offered_is_refused_by_name() -> None:
     assert any("must be one of vanilla" in text for text in made(loss_type="sapo").to_set)
 

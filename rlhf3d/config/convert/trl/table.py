@@ -144,6 +144,7 @@ _UPDATE = (
         "actor.clip_ratio_high",
         to.clip_high,
         "with cispo TRL's largest ratio, here its distance from 1",
+        always=True,
     ),
     _computed("actor.clip_ratio_low", to.clip_low, "TRL's cispo has no lower bound"),
     _rule(
