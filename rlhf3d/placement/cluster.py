@@ -54,6 +54,9 @@ def ray_cluster(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts a process for each CPU, and by itself ends those that have become no actor within a
+    # second, to start others when they do.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     handler = on_sigterm or _interrupt
     # Before Ray starts, whose own handler takes its place.
     previous = signal.getsignal(signal.SIGTERM)
