@@ -16,7 +16,9 @@ from rlhf3d.algorithms.aggregation import LossNorm, loss_norm
 from rlhf3d.algorithms.trajectories import join_rows, row_places, trajectory_tokens
 from rlhf3d.batching.balance import SequenceCost, split_rows
 from rlhf3d.batching.batch import Batch
+from rlhf3d.batching.families import Rows, plan_families
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan, plan_micro_batches
+from rlhf3d.batching.prefixes import token_strings
 from rlhf3d.batching.units import plan_unit_micro_batches
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -41,6 +43,8 @@ class ForwardShare:
     """Rows of the shard, by micro-batch; an empty one is a filler."""
     positions: int
     """Token positions of the pass, padding and fillers included."""
+    tokens: int
+    """Of these, positions of tokens: those that rows of a micro-batch share count once."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class UpdateShare:
     """Optimizer steps in order, epochs unrolled."""
     positions: int
     """Token positions of one epoch, padding and fillers included."""
+    tokens: int
+    """Of these, positions of tokens: those that rows of a micro-batch share count once."""
 
 
 @dataclass
@@ -61,22 +67,31 @@ class _Shard:
 
     rows: list[int]
     positions: int = 0
+    tokens: int = 0
 
     def add(
-        self, micro_batches: list[list[int]], lengths: Sequence[int], rule: MicroBatching
+        self, micro_batches: list[list[int]], all_rows: Rows, rule: MicroBatching
     ) -> list[list[int]]:
         """Append the rows of these micro-batches; return the same with the shard's row numbers."""
         in_shard = []
         for rows in micro_batches:
-            self.positions += rule.positions([lengths[row] for row in rows])
+            self.positions += all_rows.positions(rows, rule)
+            self.tokens += all_rows.tokens(rows)
             start = len(self.rows)
             in_shard.append(list(range(start, start + len(rows))))
             self.rows += rows
         return in_shard
 
 
+def _rows(batch: Batch, rule: MicroBatching) -> Rows:
+    lengths = batch.lengths()
+    if not rule.share_prefixes:
+        return Rows(lengths)
+    return Rows(lengths, token_strings(batch["input_ids"], lengths))
+
+
 def _cut(
-    lengths: Sequence[int],
+    rows: Rows,
     units: Sequence[Sequence[int]],
     rule: MicroBatching,
     layout: ParallelLayout,
@@ -86,15 +101,19 @@ def _cut(
 
     The rows of a unit are in one micro-batch, in their order.
     """
-    costs = []
+    # The interleaved schedule needs a multiple of the pipeline stages.
+    multiple = layout.pp if layout.vpp > 1 else 1
+    if rule.share_prefixes:
+        planned = plan_families(rows, units, rule, layout.dp, cost, multiple)
+        if planned is not None:
+            return planned
+    lengths, costs = rows.lengths, []
     for unit in units:
         costs.append(sum(cost(lengths[row]) for row in unit))
     units_of: list[list[Sequence[int]]] = []
     # With a budget of tokens, ranks may have unequal numbers of rows.
     for part in split_rows(costs, layout.dp, equal_counts=rule.tokens is None):
         units_of.append([units[i] for i in part])
-    # The interleaved schedule needs a multiple of the pipeline stages.
-    multiple = layout.pp if layout.vpp > 1 else 1
     if any(len(unit) > 1 for unit in units):
         return plan_unit_micro_batches(lengths, units_of, rule, multiple)
     rows_of = [list(chain.from_iterable(part)) for part in units_of]
@@ -135,12 +154,11 @@ def split_forward(
 
     Raises ValueError for a sequence over the token budget.
     """
-    lengths = batch.lengths()
-    shares = []
-    for micro_batches in _cut(lengths, _single_rows(range(len(batch))), rule, layout, cost):
+    rows, shares = _rows(batch, rule), []
+    for micro_batches in _cut(rows, _single_rows(range(len(batch))), rule, layout, cost):
         shard = _Shard([])
-        in_shard = shard.add(micro_batches, lengths, rule)
-        shares.append(ForwardShare(shard.rows, in_shard, shard.positions))
+        in_shard = shard.add(micro_batches, rows, rule)
+        shares.append(ForwardShare(shard.rows, in_shard, shard.positions, shard.tokens))
     return shares
 
 
@@ -159,7 +177,8 @@ def split_update(
     `whole_trajectories`: then in one micro-batch, in order. Raises ValueError for a sequence over
     the token budget, and for a trajectory over it that must not be cut.
     """
-    lengths, rule = batch.lengths(), plan.micro_batching
+    rule = plan.micro_batching
+    rows = _rows(batch, rule)
     trajectories, size = _trajectories(batch), plan.sequences_per_mini_batch
     # [T, R']: a row is a complete trajectory.
     mask = join_rows(batch["response_mask"], row_places(batch.columns))
@@ -171,15 +190,23 @@ def split_update(
         units = trajectories[start : start + size]
         if not whole_trajectories:
             units = _single_rows(chain.from_iterable(units))
-        cut = _cut(lengths, units, rule, layout, cost)
+        cut = _cut(rows, units, rule, layout, cost)
         for shard, minis, micro_batches in zip(shards, minis_of, cut, strict=True):
-            minis.append(MiniBatch(shard.add(micro_batches, lengths, rule), norm))
+            minis.append(MiniBatch(shard.add(micro_batches, rows, rule), norm))
     return [
-        UpdateShare(shard.rows, minis * plan.epochs, shard.positions)
+        UpdateShare(shard.rows, minis * plan.epochs, shard.positions, shard.tokens)
         for shard, minis in zip(shards, minis_of, strict=True)
     ]
 
 
-def padding_share(batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]) -> float:
+def padding_share(shares: Sequence[ForwardShare] | Sequence[UpdateShare]) -> float:
     """Return the share of all token positions that hold no token of the batch, in [0, 1)."""
-    return 1.0 - sum(batch.lengths()) / sum(share.positions for share in shares)
+    tokens = sum(share.tokens for share in shares)
+    return 1.0 - tokens / sum(share.positions for share in shares)
+
+
+def shared_prefix_share(
+    batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]
+) -> float:
+    """Return the share of the batch's tokens that took no position, as others have them."""
+    return 1.0 - sum(share.tokens for share in shares) / sum(batch.lengths())

@@ -35,6 +35,9 @@ class MicroBatching:
     """Widths are multiples of this: ranks that share out the sequence."""
     row_multiple_of: int = 1
     """Packed rows are multiples of this: chunks of context parallelism. Divides `multiple_of`."""
+    share_prefixes: bool = False
+    """Rows that begin with the same tokens have them once (`prefixes`); such a micro-batch is
+    packed. Others are as the fields above say."""
 
     def width(self, tokens: int) -> int:
         """Return the positions of a padded row, or of a packed micro-batch."""
@@ -87,7 +90,7 @@ def plan_micro_batches(
     multiple of the pipeline size). The largest come first, so that one too large for memory fails
     at once. Raises ValueError when a single row is over the budget.
     """
-    _check_budget(lengths, rule)
+    check_budget(lengths, rule)
     if rule.packed:
         # Rows count with their own padding from here on; rounding them again changes nothing.
         lengths = [rule.packed_row(length) for length in lengths]
@@ -97,7 +100,8 @@ def plan_micro_batches(
     return [_exactly(lengths, rows, rule, count) for rows in rows_of]
 
 
-def _check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:
+def check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:
+    """Raise ValueError when the longest row is over the budget."""
     longest = max(lengths, default=0)
     width = rule.width(longest)
     if rule.tokens is None or width <= rule.tokens:
@@ -217,7 +221,7 @@ def _padded_runs(
             count, before, _ = best[start]
             options.append((count + 1, before + positions, start))
         # Tuples compare by micro-batches, then by positions. There is an option: a run of one row
-        # is within the budget, which _check_budget has made sure of.
+        # is within the budget, which check_budget has made sure of.
         best.append(min(options))
     batches, stop = [], len(order)
     while stop:

@@ -29,7 +29,7 @@ def plan_unit_micro_batches(
     over the limit.
     """
     for unit in chain.from_iterable(units_of):
-        _check_limit(lengths, unit, rule)
+        check_limit(lengths, unit, rule)
     first_fit = [_first_fit(lengths, units, rule) for units in units_of]
     # The rank that needs the most decides for all.
     needed = max(len(batches) for batches in first_fit)
@@ -55,7 +55,8 @@ def _fits(lengths: Sequence[int], units: Sequence[Unit], rule: MicroBatching) ->
     return _positions(lengths, units, rule) <= rule.tokens
 
 
-def _check_limit(lengths: Sequence[int], unit: Unit, rule: MicroBatching) -> None:
+def check_limit(lengths: Sequence[int], unit: Unit, rule: MicroBatching) -> None:
+    """Raise ValueError when a unit, with no token in common, is over the limit."""
     if _fits(lengths, [unit], rule):
         return
     of_rows = [lengths[row] for row in unit]

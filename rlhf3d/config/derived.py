@@ -18,6 +18,7 @@ from rlhf3d.config.schema import (
     Config,
     CriticConfig,
     LayoutConfig,
+    ModelConfig,
 )
 from rlhf3d.parallel.layout import ParallelLayout
 
@@ -25,6 +26,8 @@ WIDTH_MULTIPLE = {"cuda": 128}
 """By platform. cuDNN builds its attention again (0.1 to 0.4 s) for every number of rows and
 width, and torch's allocator keeps blocks of every size: widths are rounded so that there are
 few of them."""
+SHARING_PLATFORMS = ("cpu",)
+"""Platforms whose attention takes sequences that share their beginnings."""
 # 8 (int64) + 10 x 4.
 COLUMN_BYTES_PER_TOKEN = 48
 """Of a batch: a token id and ten columns in fp32."""
@@ -208,6 +211,13 @@ def width_multiples(layout: LayoutConfig, platform: str) -> dict[str, int]:
     }
 
 
+def shares_prefixes(model: ModelConfig, layout: LayoutConfig, platform: str) -> bool:
+    """Whether rows of a micro-batch have the tokens that they begin with once."""
+    # `check_sizes` refuses true where auto is false.
+    can = platform in SHARING_PLATFORMS and layout.cp == 1
+    return model.share_prefixes is not False and can
+
+
 def micro_batching_of(config: Config, role: str) -> MicroBatching:
     """How the passes of one model are cut into micro-batches."""
     if role == "critic":
@@ -222,6 +232,7 @@ def micro_batching_of(config: Config, role: str) -> MicroBatching:
         rows=batching.micro_batch_size,
         tokens=batching.max_tokens,
         packed=config.model.use_remove_padding,
+        share_prefixes=shares_prefixes(config.model, layout, config.cluster.platform),
         **width_multiples(layout, config.cluster.platform),
     )
 

@@ -102,6 +102,9 @@ class ModelConfig:
     (the platform's fastest)."""
     use_remove_padding: bool = False
     """Train on packed sequences instead of padded rows: same numbers, less work."""
+    share_prefixes: bool | Literal["auto"] = "auto"
+    """Compute tokens that rows of a micro-batch begin with once, such as the prompt of several
+    completions: same numbers, less work. auto: on CPUs, without context parallelism."""
     offload: bool = False
     """Keep each model's weights, gradients and optimizer state in host memory while another model
     is in use."""

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf3d.config.checks import check, not_one_of
+from rlhf3d.config.groups import worker_groups
 from rlhf3d.config.load import ConfigError, read_config
 from rlhf3d.config.schema import Config, RolloutConfig
+from rlhf3d.config.size_checks import check_sharing
 
 if TYPE_CHECKING:
     from rlhf3d.parallel.platform import Platform
@@ -71,16 +73,23 @@ def resolve_algorithms(config: Config) -> Config:
 
 
 def resolve_platform(config: Config, platform: Platform) -> Config:
-    """The configuration with `auto` replaced by the platform, and by its fastest dtype."""
+    """The configuration with `auto` replaced by the platform, and by its fastest dtype.
+
+    Raises ConfigError for what is asked for and this platform has not.
+    """
     model = config.model
     if model.dtype == "auto":
         model = replace(model, dtype=platform.fast_dtype)
-    return replace(
+    resolved = replace(
         config,
         model=model,
         rollout=resolve_rollout(config.rollout, platform),
         cluster=replace(config.cluster, platform=platform.kind),
     )
+    problems = list(check_sharing(model, worker_groups(resolved), platform.kind))
+    if problems:
+        raise ConfigError(problems)
+    return resolved
 
 
 def resolve_rollout(rollout: RolloutConfig, platform: Platform) -> RolloutConfig:

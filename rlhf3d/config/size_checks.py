@@ -6,10 +6,11 @@ are at least 1 here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rlhf3d.batching.micro import MicroBatching
 from rlhf3d.config.derived import (
+    SHARING_PLATFORMS,
     WIDTH_MULTIPLE,
     Batching,
     actor_batching,
@@ -25,6 +26,7 @@ def check_sizes(config: Config) -> Iterator[str]:
     groups = worker_groups(config)
     for group in groups:
         yield from _check_layout(group)
+    yield from check_sharing(config.model, groups, config.cluster.platform)
     if config.cluster.platform == "cuda":
         yield from _check_dtype(groups, config.model)
         yield from _check_devices(groups, config.rollout, config.cluster)
@@ -44,6 +46,28 @@ def check_sizes(config: Config) -> Iterator[str]:
         else:
             rule = micro_batching_of(config, role)
             yield from _check_budget(config.data, role, rule, group, config.cluster.platform)
+
+
+def check_sharing(
+    model: ModelConfig, groups: Sequence[WorkerGroup], platform: str
+) -> Iterator[str]:
+    """Whether prefixes can be shared where that is asked for."""
+    if model.share_prefixes is not True:
+        return
+    fix = "set model.share_prefixes=auto or false"
+    # The others are resolved when a run starts, and checked again.
+    if platform not in (*SHARING_PLATFORMS, "auto", "as_gpu"):
+        yield (
+            f"model.share_prefixes = true with cluster.platform = {platform}: "
+            f"Transformer Engine's attention has no sequences that share their beginnings; {fix}"
+        )
+    for group in groups:
+        if group.layout.cp > 1:
+            yield (
+                f"model.share_prefixes = true with {group.key}.cp = {group.layout.cp}: "
+                f"context-parallel ranks take parts of each sequence by itself; {fix}, or "
+                f"{group.key}.cp=1"
+            )
 
 
 def _check_layout(group: WorkerGroup) -> Iterator[str]:

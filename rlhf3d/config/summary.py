@@ -177,6 +177,7 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
     if rule.tokens is None:
         micro = f"{plan.micro_batches_per_rank} micro-batches of {rule.rows}"
     packed = ", packed" if rule.packed else ""
+    packed += ", prefixes once" if rule.share_prefixes else ""
     return (
         f"{plan.epochs} epoch(s) x {plan.mini_batches} mini-batch(es) of "
         f"{plan.sequences_per_mini_batch} sequences = {plan.optimizer_steps_per_step} optimizer "

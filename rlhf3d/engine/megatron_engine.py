@@ -63,6 +63,8 @@ class EngineContext:
     """Skip an optimizer step whose loss or gradient is not finite, instead of stopping."""
     packed: bool = False
     """Micro-batches are packed sequences instead of padded rows."""
+    share_prefixes: bool = False
+    """Rows of a micro-batch that begin with the same tokens have them once."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in host memory between calls."""
     shared: bool = False
@@ -85,7 +87,10 @@ class MegatronEngine:
         self.cp_group = parallel_state.get_context_parallel_group()
         layout = context.layout_config
         self.widths = MicroBatching(
-            1, packed=context.packed, **width_multiples(layout, context.platform.kind)
+            1,
+            packed=context.packed,
+            share_prefixes=context.share_prefixes,
+            **width_multiples(layout, context.platform.kind),
         )
         self.config = transformer_config(
             context.spec,
@@ -423,12 +428,16 @@ def _packing(micro: MicroBatch) -> Any:
     """Megatron's description of packed sequences; None for padded rows."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    from rlhf3d.parallel.tree_attention import TreeParams
+
     if micro.segment_ends is None:
         return None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro.segment_ends,
-        cu_seqlens_kv=micro.segment_ends,
-        max_seqlen_q=micro.longest_segment,
-        max_seqlen_kv=micro.longest_segment,
-    )
+    fields = {
+        "cu_seqlens_q": micro.segment_ends,
+        "cu_seqlens_kv": micro.segment_ends,
+        "max_seqlen_q": micro.longest_segment,
+        "max_seqlen_kv": micro.longest_segment,
+    }
+    if micro.tree is not None:
+        return TreeParams(qkv_format="sbhd", segments=micro.tree, **fields)
+    return PackedSeqParams(qkv_format="thd", **fields)

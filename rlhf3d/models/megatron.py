@@ -36,6 +36,7 @@ from rlhf3d.models.weights import (
 )
 from rlhf3d.parallel.layout import ParallelLayout, RankCoords, Recompute, SpecStyle
 from rlhf3d.parallel.platform import Platform
+from rlhf3d.parallel.tree_attention import TreeParams
 
 Role = Literal["policy", "value"]
 HEADS: dict[Role, Head] = {"policy": "lm", "value": "value"}
@@ -45,6 +46,10 @@ _POSTPROCESS = ["self", "hidden_states", "input_ids", "position_ids", "labels"]
 _found = list(inspect.signature(GPTModel._postprocess).parameters)[: len(_POSTPROCESS)]
 assert _found == _POSTPROCESS, (
     f"GPTModel._postprocess now takes {_found}: PolicyModel and ValueModel override it"
+)
+_PREPROCESS = {"input_ids", "position_ids", "packed_seq_params"}
+assert inspect.signature(GPTModel._preprocess).parameters.keys() >= _PREPROCESS, (
+    "GPTModel._preprocess takes other parameters now: Decoder overrides it"
 )
 
 
@@ -174,7 +179,28 @@ def _expert_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-class PolicyModel(GPTModel):
+class Decoder(GPTModel):
+    """Megatron's decoder, also over sequences that share their beginnings."""
+
+    def _preprocess(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        prepared: tuple[Any, ...] = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if not isinstance(packed_seq_params, TreeParams):
+            return prepared
+        # Upstream's angles [s, 1, 1, d] are of positions 0, 1, 2 …, whatever the position ids.
+        hidden, angles, *rest = prepared
+        return hidden, angles.index_select(0, position_ids[0]), *rest
+
+
+class PolicyModel(Decoder):
     """Decoder whose last stage returns the hidden states [b, s, h] before the head.
 
     The loss multiplies by `head_weight()` in slices, so that the logits [b, s, vocab] never exist
@@ -215,7 +241,7 @@ class ValueHead(torch.nn.Linear):
         return torch.nn.functional.linear(states.float(), self.weight.float())
 
 
-class ValueModel(GPTModel):
+class ValueModel(Decoder):
     """Decoder whose last stage returns fp32 values [b, s].
 
     Its head starts at zero, complete on each rank.

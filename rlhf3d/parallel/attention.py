@@ -3,6 +3,7 @@
 Invariant: causal, over the heads of this tensor-parallel rank only. No [s, s] matrix is
 materialized, except under context parallelism, which gathers keys and values, a mask [s / 2cp, s].
 Right-padded batches need no mask: padding comes after every real token, so causality hides it.
+Sequences that share their beginnings are attended to in `tree_attention.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf3d.parallel.context import gathered_order, held_chunks
+from rlhf3d.parallel.tree_attention import TreeParams, attend_along_tree
 
 
 class SDPACoreAttention(MegatronModule):
@@ -66,13 +68,17 @@ class SDPACoreAttention(MegatronModule):
         """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h*d].
 
         Packed (`qkv_format="thd"`): query [t, h, d], key and value [t, g, d] -> [t, h*d], sequence
-        by sequence.
+        by sequence. A tree of sequences (`TreeParams`) is one line of tokens, b = 1.
         """
         assert attention_mask is None and attention_bias is None, (
             "only the causal mask is supported"
         )
         if packed_seq_params is None:
             return self._over_sequences(query, key, value, [0, query.shape[0] * self.cp])
+        if isinstance(packed_seq_params, TreeParams):
+            return attend_along_tree(
+                query, key, value, packed_seq_params.segments, self.softmax_scale
+            )
         ends = packed_seq_params.cu_seqlens_q.tolist()
         assert ends[-1] == query.shape[0] * self.cp, (
             f"packed sequences end at {ends[-1]} of {query.shape[0]} tokens"

@@ -19,7 +19,15 @@ from torch import Tensor
 from rlhf3d.algorithms.objectives import Objective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch
-from rlhf3d.batching.dispatch import for_update, padding_share, split_forward, split_update
+from rlhf3d.batching.dispatch import (
+    ForwardShare,
+    UpdateShare,
+    for_update,
+    padding_share,
+    shared_prefix_share,
+    split_forward,
+    split_update,
+)
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.engine.microbatch import UpdateResult
@@ -165,7 +173,7 @@ class TrainGroup:
         batch = batch.only(FORWARD_COLUMNS)
         shares = split_forward(batch, self.micro_batching[role], self.layout, self.cost)
         if measure_padding:
-            self._padding[f"perf/padding_share/{phase}"] = padding_share(batch, shares)
+            self._padding |= _position_metrics(phase, batch, shares)
         args = [(phase, role, batch.select(share.rows), share.micro_batches) for share in shares]
         results = self._dispatch(phase, TrainWorker.forward, args)
         # None only before the last pipeline stage, whose results are not among these.
@@ -200,13 +208,22 @@ class TrainGroup:
         padding, self._padding = self._padding, {}
         metrics = {
             **_update_metrics(role, results),
-            f"perf/padding_share/{phase}": padding_share(batch, shares),
+            **_position_metrics(phase, batch, shares),
             **padding,
         }
         if not objective.old_is_current:
             return metrics, None
         logprobs = [result.logprobs for result in results if result.logprobs is not None]
         return metrics, batch.in_row_order([share.rows for share in shares], logprobs)
+
+
+def _position_metrics(
+    phase: str, batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]
+) -> dict[str, float]:
+    return {
+        f"perf/padding_share/{phase}": padding_share(shares),
+        f"perf/shared_prefix_share/{phase}": shared_prefix_share(batch, shares),
+    }
 
 
 def _update_metrics(role: str, results: Sequence[UpdateResult]) -> dict[str, float]:

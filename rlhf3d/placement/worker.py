@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from rlhf3d.config.derived import shares_prefixes
 from rlhf3d.config.groups import WorkerGroup
 from rlhf3d.config.schema import Config, ModelConfig, OptimConfig
 from rlhf3d.imports import quick_imports
@@ -156,6 +157,7 @@ class TrainWorker:
             total_steps=setup.total_steps,
             skip_nonfinite=setup.skip_nonfinite,
             packed=setup.model.use_remove_padding,
+            share_prefixes=shares_prefixes(setup.model, group.layout_config, setup.platform.kind),
             offload=setup.model.offload,
             shared=setup.shares_device,
         )

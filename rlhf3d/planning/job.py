@@ -62,7 +62,7 @@ class Lengths:
     response: float
     """All after it, of every author."""
     padded: float | None = None
-    """Positions of a sequence in a padded micro-batch; None: by the order of lengths."""
+    """Positions of a sequence in a micro-batch; None: by its rule and the order of lengths."""
     turns: float = 1.0
     """Turns of the policy in a trajectory."""
     observed: float = 0.0
@@ -235,8 +235,11 @@ class Job:
             positions = rule.tokens // rule.multiple_of * rule.multiple_of
             rows = max(1, positions // width)
             positions = positions if rule.packed else rows * width
-        # The head is applied to responses alone, this share of the positions of a full row.
-        responses = min(positions, ceil_div(positions * response, prompt + response))
+        # The head is applied to responses alone, this share of the positions of full rows.
+        answers = response
+        if rule.share_prefixes and rule.tokens is not None:
+            answers *= self.config.rollout.n  # to one prompt
+        responses = min(positions, ceil_div(positions * answers, prompt + answers))
         return Micro(positions, positions if rule.packed else width, responses)
 
     def micro_batches(self, model: Model) -> int:

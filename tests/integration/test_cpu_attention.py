@@ -1,4 +1,4 @@
-"""The CPU core attention equals upstream's, for each packed sequence alone."""
+"""The CPU core attention equals upstream's, for each packed sequence alone, and along a tree."""
 
 from __future__ import annotations
 
@@ -93,6 +93,41 @@ def test_equals_upstream() -> None:
 
 def test_packed_sequences_do_not_see_each_other() -> None:
     assert run_ranks(1, packed_and_separate)[0] < 1e-5
+
+
+TREE = ((0, 5, 18), (5, 8, 12), (8, 9, 9), (9, 12, 12), (12, 18, 18), (18, 20, 20))
+OF_ROWS = ([*range(9)], [*range(8), *range(9, 12)], [*range(5), *range(12, 18)], [18, 19])
+"""The columns of each sequence of that tree."""
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_sequences_of_a_tree_get_what_each_would_get_alone(dtype: str, bound: float) -> None:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from rlhf3d.parallel.tree_attention import attend_along_tree
+
+    generator, heads, groups, size = torch.Generator().manual_seed(0), 4, 2, 16
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+    inputs = [draw(20, 1, n, size).requires_grad_() for n in (heads, groups, groups)]
+    along = attend_along_tree(*inputs, TREE, 0.3)
+    alone = []
+    for columns in OF_ROWS:
+        parts = [x[columns].permute(1, 2, 0, 3) for x in inputs]
+        out = scaled_dot_product_attention(*parts, is_causal=True, scale=0.3, enable_gqa=True)
+        alone.append(out.permute(2, 0, 1, 3).flatten(2))
+    ours = [along[columns] for columns in OF_ROWS]
+    weights = [draw(*out.shape) for out in alone]
+    gradients = []
+    for outs in (ours, alone):
+        products = [(out * weight).float().sum() for out, weight in zip(outs, weights, strict=True)]
+        gradients.append(torch.autograd.grad(sum(products), inputs))
+    for got, expected in zip((*ours, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        difference = (got - expected).float().norm() / expected.float().norm()
+        assert difference < bound
 
 
 def test_what_is_not_supported_is_refused() -> None:

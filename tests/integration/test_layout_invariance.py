@@ -164,13 +164,24 @@ def test_no_pair_of_settings_is_left_to_the_full_run() -> None:
 
 
 def batchings(case: Case) -> dict[str, MicroBatching]:
-    """Fixed, by budget and packed; ranks need different numbers of micro-batches for their rows."""
+    """Fixed, by budget, packed, and with prefixes once.
+
+    Ranks need different numbers of micro-batches for their rows.
+    """
     rules = {
         "fixed": case.fixed,
         "budget": replace(case.fixed, tokens=24),
         "packed": replace(case.fixed, tokens=40, packed=True),
+        # Context-parallel ranks share none: there it is `packed` again.
+        "shared": replace(case.fixed, tokens=40, packed=True, share_prefixes=case.cp == 1),
     }
-    return rules if case.tp > 1 else {**rules, "packed fixed": replace(case.fixed, packed=True)}
+    if case.tp > 1:
+        return rules
+    return {
+        **rules,
+        "packed fixed": replace(case.fixed, packed=True),
+        "shared fixed": replace(case.fixed, share_prefixes=True),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -115,10 +115,15 @@ class Case:
         )
 
 
+FIRST_OF_GROUP = (0, 0, 0, 0, 4, 5, 5, 5, 8, 9, 9, 11, 11, 11, 14, 15)
+"""Of each row, the row whose prompt it has."""
+
+
 def make_batch() -> Batch:
     """Sequences of many lengths, with old values that make both clips bite.
 
-    Sampling-correction weights.
+    Sampling-correction weights. Prompts have up to four completions, two of which are equal, and a
+    prompt begins as another one does.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -126,7 +131,10 @@ def make_batch() -> Batch:
         return torch.randint(low, high, (size,), generator=generator).tolist()
 
     prompts = [randint(4, 100, randint(1, 9)[0]) for _ in range(SEQUENCES)]
+    prompts = [prompts[first] for first in FIRST_OF_GROUP]
+    prompts[8] = [*prompts[5], *prompts[8]][:8]
     responses = [randint(4, 100, randint(1, MAX_RESPONSE_TOKENS + 1)[0]) for _ in range(SEQUENCES)]
+    responses[2] = responses[1]
     batch = from_sequences(prompts, responses, pad_id=0)
     shape = batch["response_mask"].shape
     draw = partial(torch.randn, shape, generator=generator)
@@ -217,10 +225,12 @@ def run_updates(
 
         whole = distributed.DistributedDataParallelConfig
         distributed.DistributedDataParallelConfig = partial(whole, bucket_size=BUCKET_ELEMENTS)
-    return {
-        name: one_update(replace(context, packed=u.rule.packed), folder, u)
-        for name, u in updates.items()
-    }
+    return {name: one_update(with_rule(context, u.rule), folder, u) for name, u in updates.items()}
+
+
+def with_rule(context: Any, rule: MicroBatching) -> Any:
+    """What engines share where micro-batches are cut by this rule."""
+    return replace(context, packed=rule.packed, share_prefixes=rule.share_prefixes)
 
 
 def start(rank: int, port: int, case: Case, folder: Path) -> Any:

@@ -139,19 +139,22 @@ def _in_turn_s(job: Job, training: Sequence[PhaseTime]) -> float:
 
 
 def _padded(job: Job, model: Model, backward: bool) -> float:
-    """Positions of a sequence of mean length.
+    """Positions of a sequence of mean length; completions of one micro-batch share their prompt's.
 
     A micro-batch's rows are neighbors in the order of lengths, which are taken to be spread evenly
     up to the longest.
     """
     mean, longest = job.lengths.total, job.derived.max_sequence_length
     rule = model.batching.micro_batching
-    if rule.packed:
-        return mean
     if job.lengths.padded is not None:
         return job.lengths.padded
     sequences = _sequences(job, model, backward)
     rows = min(sequences, rule.rows if rule.tokens is None else rule.tokens / mean)
+    if rule.share_prefixes and job.config.rollout.n > 1:
+        completions = max(1.0, min(rows, job.config.rollout.n))
+        return job.lengths.response + job.lengths.prompt / completions
+    if rule.packed:
+        return mean
     # Neighbors in that order differ by longest / sequences, and the widest of `rows` is
     # (rows - 1) / 2 such gaps above their mean; rounding up adds half a multiple on average.
     spread = max(0.0, rows - 1) / 2 * longest / sequences
@@ -192,8 +195,9 @@ def stages(job: Job, model: Model, backward: bool) -> list[Stage]:
     positions, responses = rows * width / layout.cp, rows * job.lengths.response / layout.cp
     # The peak is the device's; on CPU `cores` processes share it.
     rate = hardware.matmul_flops(job.config.model.dtype) / hardware.cores
-    # A causal position attends to half of a row on average.
-    layer, collectives = _layer_passes_s(job, model, backward, positions, width / 2, rate)
+    # A causal position attends to half of a row on average, of which others may be positions.
+    context = max(width, job.lengths.total) / 2
+    layer, collectives = _layer_passes_s(job, model, backward, positions, context, rate)
     hidden_bytes = positions * spec.hidden_size * item
     if settings.sequence_parallel:
         hidden_bytes /= layout.tp

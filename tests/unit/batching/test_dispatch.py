@@ -151,7 +151,7 @@ def test_padding_share_by_hand() -> None:
     one, two = ParallelLayout(), ParallelLayout(dp=2)
 
     def share(rule: MicroBatching, layout: ParallelLayout = one) -> float:
-        return padding_share(batch, split_forward(batch, rule, layout, COST))
+        return padding_share(split_forward(batch, rule, layout, COST))
 
     assert share(MicroBatching(4)) == pytest.approx(1 - 24 / 36)
     assert share(MicroBatching(2)) == pytest.approx(1 - 24 / 26)
@@ -160,9 +160,9 @@ def test_padding_share_by_hand() -> None:
     assert share(MicroBatching(4, packed=True, multiple_of=5)) == pytest.approx(1 - 24 / 25)
     assert share(MicroBatching(1), two) == 0.0
     assert padding_share(
-        batch, split_update(batch, plan(4, MicroBatching(2), epochs=3), one, 16, COST)
+        split_update(batch, plan(4, MicroBatching(2), epochs=3), one, 16, COST)
     ) == (pytest.approx(1 - 24 / 26))
     # Three rows over two ranks, one at a time: the second rank's filler is one position.
     three = batch.select([0, 1, 2])
     shares = split_forward(three, MicroBatching(1), two, COST)
-    assert padding_share(three, shares) == pytest.approx(1 - 16 / 17)
+    assert padding_share(shares) == pytest.approx(1 - 16 / 17)

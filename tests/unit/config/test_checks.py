@@ -142,6 +142,14 @@ def says(problem: str, expected: str) -> bool:
             ["actor.layout.cp=2", GPUS_8, "model.dtype=float32"],
             "actor.layout.cp = 2 … model.dtype = float32 … model.dtype=bfloat16, or cp=1",
         ),
+        (
+            ["model.share_prefixes=true", GPUS_8],
+            "model.share_prefixes = true … cluster.platform = cuda … set model.share_prefixes=auto",
+        ),
+        (
+            ["model.share_prefixes=true", "actor.layout.cp=2"],
+            "model.share_prefixes = true … actor.layout.cp = 2 … actor.layout.cp=1",
+        ),
         (["actor.layout.vpp=2"], "actor.layout.vpp = 2 … actor.layout.pp … vpp=null"),
         (["critic.layout={pp: 1, vpp: 2}"], "critic.layout.vpp = 2 … critic.layout.pp … vpp=null"),
         (

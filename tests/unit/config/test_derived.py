@@ -121,6 +121,20 @@ def test_gpus_get_few_widths() -> None:
     assert [rule().width(tokens) for tokens in (1, 128, 129)] == [128, 128, 256]
 
 
+def test_prefixes_are_shared_where_attention_can() -> None:
+    def shares(platform: Any, value: Any = "auto", **layout: Any) -> bool:
+        actor = ActorConfig(layout=LayoutConfig(**layout))
+        config = Config(
+            model=ModelConfig(share_prefixes=value),
+            actor=actor,
+            cluster=ClusterConfig(platform=platform),
+        )
+        return derive(config).actor.micro_batching.share_prefixes
+
+    assert shares("cpu") and shares("cpu", True, tp=2, pp=2)
+    assert not shares("cpu", False) and not shares("cpu", cp=2) and not shares("cuda")
+
+
 def test_a_critic_with_a_layout_of_its_own() -> None:
     """240 sequences over 6 ranks are 40; the actor's group keeps its 24 ranks."""
     own = replace(CONFIG.critic, layout=LayoutConfig(tp=2, dp=6, sequence_parallel=True))

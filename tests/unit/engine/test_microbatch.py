@@ -1,7 +1,8 @@
-"""Which hidden state predicts which response token, padded and packed."""
+"""Which hidden state predicts which response token: padded, packed, and with prefixes once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -185,3 +186,46 @@ def test_all_columns_reach_a_gpu_from_pinned_memory_without_a_wait(
         *(v for v in vars(micro).values() if isinstance(v, torch.Tensor)),
     ]
     assert {tensor.device.type for tensor in tensors} == {"meta"} and len(copied) == len(tensors)
+
+
+GROUP = from_sequences(
+    [[1, 2, 3], [1, 2, 3], [1, 2], [9], [1, 2, 3]],
+    [[7, 8], [7, 6], [3, 7, 8, 5], [4], [7, 8]],
+    pad_id=0,
+)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_what_rows_begin_with_is_there_once_and_predicts_for_all_of_them(multiple: int) -> None:
+    rule = MicroBatching(8, multiple_of=multiple, share_prefixes=True)
+    rows = [0, 3, 1, 2, 4]
+    micro = make_microbatch(GROUP, rows, CPU, rule)
+    # 1 2 3 7, then 8 and behind it 5, or 6; and 9 4.
+    line = [1, 2, 3, 7, 6, 8, 5, 9, 4]
+    padding = [0] * (-len(line) % multiple)
+    assert micro.input_ids.tolist() == [line + padding]
+    assert micro.position_ids[0, : len(line)].tolist() == [0, 1, 2, 3, 4, 4, 5, 0, 1]
+    spans = [(0, 4, 7), (4, 5, 5), (5, 6, 7), (6, 7, 7), (7, 9, 9), (9, 12, 12)]
+    assert micro.tree == tuple(spans if padding else spans[:-1])
+    assert micro.longest_segment == 6, "positions that the rotary embedding has to know"
+    before = micro.gather(micro.input_ids[..., None].float())[:, 0]
+    assert micro.labels.tolist() == [7, 8, 4, 7, 6, 3, 7, 8, 5, 7, 8]
+    assert before.tolist() == [3, 7, 9, 3, 7, 2, 3, 7, 8, 3, 7]
+    assert micro.scatter(micro.labels.float()).tolist() == [
+        [7, 8, 0, 0],
+        [4, 0, 0, 0],
+        [7, 6, 0, 0],
+        [3, 7, 8, 5],
+        [7, 8, 0, 0],
+    ]
+
+
+def test_rows_that_share_nothing_are_padded_or_packed_as_ever() -> None:
+    for packed in (False, True):
+        plain = MicroBatching(8, packed=packed)
+        shared = replace(plain, share_prefixes=True)
+        for rows in ([], [0], [3, 0]):
+            ours, theirs = (make_microbatch(GROUP, rows, CPU, rule) for rule in (shared, plain))
+            assert ours.tree is None and ours.input_ids.equal(theirs.input_ids)
+            assert ours.hidden_index.equal(theirs.hidden_index)
+            assert token_shape(GROUP, rows, shared) == tuple(ours.input_ids.shape)

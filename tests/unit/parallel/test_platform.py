@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf3d import machine
+from rlhf3d.config.load import ConfigError
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
 from rlhf3d.parallel import platform
@@ -131,6 +132,13 @@ def test_auto_dtype_follows_the_hardware() -> None:
     explicit = replace(Config(), model=replace(Config().model, dtype="float32"))
     resolved = resolve_platform(explicit, CUDAPlatform(reason="test"))
     assert (resolved.model.dtype, resolved.rollout.dtype) == ("float32", "bfloat16")
+
+
+def test_what_was_asked_for_and_the_platform_has_not_is_refused() -> None:
+    config = replace(Config(), model=replace(Config().model, share_prefixes=True))
+    assert resolve_platform(config, CPUPlatform("test")).model.share_prefixes is True
+    with pytest.raises(ConfigError, match=r"model\.share_prefixes = true .*platform = cuda"):
+        resolve_platform(config, CUDAPlatform("test"))
 
 
 @pytest.mark.parametrize("shown", ["", "0,1"])

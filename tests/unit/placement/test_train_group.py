@@ -92,6 +92,7 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
         ),  # 4 and 3 rows, and a filler
         "perf/padding_share/update_actor": pytest.approx(1 - tokens / (4 * 10 + 3 * 8)),
     }
+    assert metrics["perf/shared_prefix_share/update_actor"] == 0.0
     again, _ = group.update("actor", batch, plan, OBJECTIVE)
     assert [name for name in again if "padding" in name] == ["perf/padding_share/update_actor"]
 

@@ -190,6 +190,7 @@ def update(batch: Batch, rule: MicroBatching, objective: Objective, dp: int) -> 
 RULES = [
     MicroBatching(3),
     MicroBatching(3, packed=True),
+    MicroBatching(3, share_prefixes=True),
     MicroBatching(3, tokens=3 * 20, multiple_of=4),
     MicroBatching(3, tokens=3 * 20, packed=True, row_multiple_of=2, multiple_of=4),
 ]

@@ -154,8 +154,8 @@ MODEL = (
         M + "moe_config*",
         "*.load_weight",
         "*.pad_to_length*",
-        A + "use_prefix_grouper",
     ),
+    no_counterpart("model.share_prefixes does so where the platform can", A + "use_prefix_grouper"),
     no_counterpart("model.offload keeps weights and states in host memory", "*activation_offload"),
     no_counterpart(
         "the reference and a reward model follow model.offload",
