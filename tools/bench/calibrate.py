@@ -78,7 +78,8 @@ def observe(folder: Path, first_step: int = 2) -> Observation:
     # Padded positions are what the run computed: no order of lengths has to be assumed.
     padding = median(row.get("perf/padding_share/update_actor", 0.0) for row in rows)
     spec, _ = find_spec(config.model.path)
-    lengths = Lengths(prompt, response, (prompt + response) / (1 - padding))
+    shared = median(row.get("perf/shared_prefix_share/update_actor", 0.0) for row in rows)
+    lengths = Lengths(prompt, response, (prompt + response) * (1 - shared) / (1 - padding))
     return Observation(folder, config, spec, seconds, lengths)
 
 

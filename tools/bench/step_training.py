@@ -1,15 +1,15 @@
 """Forward passes and updates, ours and transformers', beside what the machine reaches.
 
 Invariant: all of them compute in one process, with as many threads, one after the other; both
-models get the same rows in the same micro-batches, padded on the right, and before anything is
-timed their log-probs have to agree.
+models get the same rows in as large micro-batches, ours as a run cuts them, transformers' padded on
+the right; and before anything is timed their log-probs have to agree.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class Training:
         self._lengths = lengths_of(self._batch, settings.prompts, settings.completions)
         rule, batch = micro_batching_of(config, "actor"), self._batch.only(FORWARD_COLUMNS)
         (self._share,) = split_forward(batch, rule, derived.layout, self._cost)
+        # Padded rows of similar length, which suit transformers best.
+        padded = replace(rule, packed=False, share_prefixes=False)
+        (self._their_share,) = split_forward(batch, padded, derived.layout, self._cost)
         self._optimizer_s = 0.0
 
     def compare(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class Training:
         count, tokens = len(self._share.micro_batches), sum(self._batch.lengths())
         responses = int(self._batch["response_lengths"].sum())
         self._products = step_rates.model_products(
-            self._read.spec, tokens // count, responses // count, self._dtype
+            self._read.spec, self._share.positions // count, responses // count, self._dtype
         )
         self._time_optimizer()
         own, theirs = self._own_logprobs(), self._their_logprobs()
@@ -141,16 +144,16 @@ class Training:
     def _their_logprobs(self) -> Tensor:
         self._theirs.eval()
         logprobs = torch.zeros_like(self._batch["response_mask"])
-        for numbers in self._share.micro_batches:
-            rows = [self._share.rows[number] for number in numbers]
+        for numbers in self._their_share.micro_batches:
+            rows = [self._their_share.rows[number] for number in numbers]
             logprobs[rows] = self._their_responses(rows)
         return logprobs
 
     def _their_passes(self) -> None:
         self._theirs.train()
         self._theirs.zero_grad(set_to_none=True)
-        for numbers in self._share.micro_batches:
-            rows = [self._share.rows[number] for number in numbers]
+        for numbers in self._their_share.micro_batches:
+            rows = [self._their_share.rows[number] for number in numbers]
             loss = -(self._their_responses(rows) * self._batch["advantages"][rows]).mean()
             loss.backward()
 
