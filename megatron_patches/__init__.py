@@ -23,8 +23,10 @@ from packaging.specifiers import SpecifierSet
 from megatron_patches import (
     checkpoint_queue,
     checkpoint_writer,
+    clip_in_place,
     device,
     isend_alias,
+    lone_replica,
     moe_router_gemm,
     moe_split_sizes,
     norm_sequence_parallel,
@@ -58,6 +60,8 @@ PATCHES: tuple[Patch, ...] = (
     moe_router_gemm.PATCH,
     moe_split_sizes.PATCH,
     output_layer_fusion.PATCH,
+    lone_replica.PATCH,
+    clip_in_place.PATCH,
 )
 
 _KINDS = ("cpu", "cuda")

@@ -1,8 +1,9 @@
 """Log-probabilities and entropy from hidden states, without the [tokens, vocabulary] matrix.
 
-Invariant: at most the platform's `head_chunk_elements` logits of a rank exist at once, in the
-forward pass and in the backward pass, where they are computed again; the result equals log_softmax
-over the full vocabulary, however it is split over ranks.
+Invariant: logits exist for one block of the vocabulary at a time, at most the platform's
+`head_block_elements` of a rank, in the forward pass and in the backward pass, where they are
+computed again; the result equals log_softmax over the full vocabulary, however it is split over
+ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from rlhf3d.parallel.platform import Platform
 
-_MASKED = torch.finfo(torch.float32).min
-"""Logit of padded columns: their probability is 0, and being finite, 0 times it is 0."""
+_LOWEST = torch.finfo(torch.float32).min
+"""Below every logit; being finite, its difference from one is a number."""
+_MULTIPLE_OF = 64
+"""Blocks of the vocabulary have a multiple of this many rows, which suits matrix products."""
 
 
 def vocab_parallel_logprobs(
@@ -46,18 +49,64 @@ def vocab_parallel_logprobs(
     )
 
 
-def _chunks(tokens: int, vocab: int, elements: int) -> list[tuple[int, int]]:
-    # One token at least, even where its logits alone are over the limit.
-    size = max(1, elements // vocab)
-    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+def block_rows(tokens: int, elements: int) -> int:
+    """Return how many rows of the vocabulary a block has, for logits of that many tokens."""
+    # _MULTIPLE_OF rows at least, even where their logits alone are over the limit.
+    return max(1, elements // max(tokens, 1) // _MULTIPLE_OF) * _MULTIPLE_OF
 
 
-def _local_labels(labels: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Labels as this rank's row numbers, and which of them it holds."""
-    local = labels - vocab_start
-    owned = (local >= 0) & (local < vocab)
-    # Labels of other ranks point to some valid row, as gather needs; `owned` zeroes their share.
-    return local.clamp(0, vocab - 1), owned
+def _blocks(tokens: int, rows: int, platform: Platform) -> list[tuple[int, int]]:
+    size = block_rows(tokens, platform.head_block_elements)
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _local_labels(labels: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Labels [T, 1] as row numbers of a block, and which of them it holds."""
+    local = labels - first
+    owned = (local >= 0) & (local < rows)
+    # Labels outside of it point to some row, as gather needs; `owned` zeroes their share.
+    return local.clamp(0, rows - 1)[:, None], owned
+
+
+class _Sums:
+    """What a softmax needs of the logits [T, rows] of all blocks so far."""
+
+    def __init__(self, like: Tensor) -> None:
+        def column(value: float) -> Tensor:
+            return torch.full((like.shape[0],), value, dtype=torch.float32, device=like.device)
+
+        self.peak = column(_LOWEST)
+        """The highest logit: subtracted, so that exp cannot overflow."""
+        self.exp, self.weighted = column(0.0), column(0.0)
+        """Sums of exp(logit - peak), and of that times the logit."""
+        self.target = column(0.0)
+        """The logit of the label, where a block had it."""
+
+    def add(self, logits: Tensor, labels: Tensor, first: int) -> None:
+        """Add a block, which starts at global row `first`; its memory is used up."""
+        local, owned = _local_labels(labels, first, logits.shape[1])
+        self.target += logits.gather(-1, local)[:, 0] * owned
+        self.move_peak(torch.maximum(self.peak, logits.amax(dim=-1)))
+        exp = (logits - self.peak[:, None]).exp_()
+        self.exp += exp.sum(-1)
+        self.weighted += exp.mul_(logits).sum(-1)
+
+    def move_peak(self, peak: Tensor) -> None:
+        """Express the sums by a higher peak."""
+        shrink = (self.peak - peak).exp_()
+        self.exp *= shrink
+        self.weighted *= shrink
+        self.peak = peak
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Make them those of all ranks."""
+        peak = self.peak.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        self.move_peak(peak)
+        # One all-reduce of [3, T], not three.
+        sums = torch.stack([self.exp, self.weighted, self.target])
+        dist.all_reduce(sums, group=group)
+        self.exp, self.weighted, self.target = sums.unbind()
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -74,66 +123,56 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         platform: Platform,
     ) -> tuple[Tensor, Tensor]:
         hidden = hidden.to(weight.dtype)
-        tokens, vocab = hidden.shape[0], weight.shape[0]
-        parallel = group is not None and group.size() > 1
-        logprobs, entropy, log_z = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-        for start, stop in _chunks(tokens, vocab, platform.head_chunk_elements):
-            logits = platform.product(hidden[start:stop], weight.t()).mul_(inverse_temperature)
-            logits[:, real:] = _MASKED
-            # [t] the highest logit over all ranks: subtracted, so that exp cannot overflow.
-            peak = logits.amax(dim=-1)
-            if parallel:
-                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            local, owned = _local_labels(labels[start:stop], vocab_start, vocab)
-            # [t] the logit of the label where this rank holds it, else 0: summed, it is the logit.
-            target = logits.gather(-1, local[:, None])[:, 0] * owned
-            exp = (logits - peak[:, None]).exp_()
-            # One all-reduce of [3, t], not three. The second entry overwrites `exp`, so the first
-            # comes before it.
-            sums = torch.stack([exp.sum(-1), exp.mul_(logits).sum(-1), target])
-            if parallel:
-                dist.all_reduce(sums, group=group)
-            log_z[start:stop] = peak + sums[0].log()
-            # Entropy is log Z minus the mean logit under the distribution.
-            entropy[start:stop] = log_z[start:stop] - sums[1] / sums[0]
-            logprobs[start:stop] = sums[2] - log_z[start:stop]
+        sums = _Sums(hidden)
+        for start, stop in _blocks(hidden.shape[0], real, platform):
+            logits = platform.product(hidden, weight[start:stop].t()).mul_(inverse_temperature)
+            sums.add(logits, labels, vocab_start + start)
+        if group is not None and group.size() > 1:
+            sums.reduce(group)
+        log_z = sums.peak + sums.exp.log()
+        # Entropy is log Z minus the mean logit under the distribution.
+        entropy = log_z - sums.weighted / sums.exp
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
         ctx.inverse_temperature, ctx.vocab_start, ctx.real = inverse_temperature, vocab_start, real
         ctx.platform = platform
         # A loss that uses one output only gets None for the other, whose work is then left out.
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return sums.target - log_z, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         hidden, weight, labels = tensors[:3]
         log_z, entropy = tensors[3:]
-        vocab, platform = weight.shape[0], ctx.platform
-        grad_hidden = torch.zeros_like(hidden)
-        # Summed over the chunks in fp32 and rounded once, at the end.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start, stop in _chunks(hidden.shape[0], vocab, platform.head_chunk_elements):
-            part = hidden[start:stop]
-            log_p = (
-                platform.product(part, weight.t())
-                .mul_(ctx.inverse_temperature)
-                .sub_(log_z[start:stop, None])
-            )
-            log_p[:, ctx.real :] = _MASKED
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
+        platform, scale = ctx.platform, ctx.inverse_temperature
+        # Summed over the blocks in fp32 and rounded once, at the end.
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        # Each block has its own rows of this one; those of padding stay zero.
+        grad_weight = torch.zeros_like(weight)
+        for start, stop in _blocks(hidden.shape[0], ctx.real, platform):
+            rows = weight[start:stop]
+            log_p = platform.product(hidden, rows.t()).mul_(scale).sub_(log_z[:, None])
+            grad = _grad_of_logits(log_p, entropy, grad_logprobs, grad_entropy)
             if grad_logprobs is not None:
-                g = grad_logprobs[start:stop]
-                local, owned = _local_labels(labels[start:stop], ctx.vocab_start, vocab)
-                # d logprob / d logit = [is the label] - p
-                grad.addcmul_(p, g[:, None], value=-1)
-                grad.scatter_add_(-1, local[:, None], (g * owned)[:, None])
-            if grad_entropy is not None:
-                # d entropy / d logit = -p (log p + entropy); in place: log_p is not read again.
-                surprise = log_p.add_(entropy[start:stop, None])
-                grad.addcmul_(p * surprise, grad_entropy[start:stop, None], value=-1)
-            grad = grad.mul_(ctx.inverse_temperature).to(weight.dtype)
-            grad_hidden[start:stop] = grad @ weight
-            platform.add_product(grad_weight, grad.t(), part)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+                local, owned = _local_labels(labels, ctx.vocab_start + start, stop - start)
+                grad.scatter_add_(-1, local, (grad_logprobs * owned)[:, None])
+            grad = grad.mul_(scale).to(weight.dtype)
+            platform.add_product(grad_hidden, grad, rows)
+            torch.mm(grad.t(), hidden, out=grad_weight[start:stop])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
+
+
+def _grad_of_logits(
+    log_p: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> Tensor:
+    """Return the gradient of logits [T, rows], labels left out, in the memory of `log_p`."""
+    if grad_entropy is None:
+        assert grad_logprobs is not None
+        # d logprob / d logit = [is the label] - p
+        return log_p.exp_().mul_(-grad_logprobs[:, None])
+    p = log_p.exp()
+    # d entropy / d logit = -p (log p + entropy)
+    grad = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None])
+    if grad_logprobs is not None:
+        grad.add_(grad_logprobs[:, None])
+    return grad.mul_(p).neg_()

@@ -177,6 +177,7 @@ class MegatronEngine:
             ),
             self.models,
         )
+        self.context.platform.prepare_optimizer(self.optimizer.param_groups)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

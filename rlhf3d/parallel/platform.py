@@ -11,6 +11,7 @@ import importlib.util
 import os
 import resource
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -45,7 +46,7 @@ class Platform(ABC):
     """Whose parameter names the layers of `layer_spec` have."""
     resource: ClassVar[str]
     """Ray resource that one training rank occupies."""
-    head_chunk_elements: ClassVar[int]
+    head_block_elements: ClassVar[int]
     """Logits of a rank that exist at once in the vocabulary head."""
     one_device_a_rank: ClassVar[bool]
     """Whether each training rank has its own device; otherwise a node's ranks share its memory."""
@@ -123,6 +124,10 @@ class Platform(ABC):
         """Copy a host tensor to a device, without waiting for the device's other work."""
         return tensor.to(device)
 
+    def prepare_optimizer(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Choose the fastest kernel for a new optimizer's steps, in its parameter groups."""
+        return
+
     @abstractmethod
     def free_cached(self) -> None:
         """Release the device memory that torch keeps for its next tensors to other processes."""
@@ -151,7 +156,7 @@ class CPUPlatform(Platform):
     dist_backend: ClassVar[Backend] = "gloo"
     spec_style = "local"
     resource = "CPU"
-    head_chunk_elements = 1 << 24
+    head_block_elements = 1 << 21  # small enough to stay in the cache
     one_device_a_rank = False
     weights_on_gpu = False
     sync_bucket_mib = 64
@@ -193,6 +198,12 @@ class CPUPlatform(Platform):
         flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
         return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
 
+    def prepare_optimizer(self, groups: Iterable[dict[str, Any]]) -> None:
+        # One pass over weights, gradients and moments. torch's default makes one for each
+        # operation, and temporary tensors of the same size.
+        for group in groups:
+            group["fused"] = True
+
     def free_cached(self) -> None:
         """Do nothing: the C library returns large blocks by itself."""
 
@@ -211,7 +222,7 @@ class CUDAPlatform(Platform):
     dist_backend = "nccl"
     spec_style = "te"
     resource = "GPU"
-    head_chunk_elements = 1 << 27  # fewer, larger products: half a GiB of logits
+    head_block_elements = 1 << 27  # fewer, larger products: half a GiB of logits
     one_device_a_rank = True
     weights_on_gpu = True
     sync_bucket_mib = 256

@@ -171,17 +171,17 @@ class Activations:
         if self.head == "value":
             return final + 2 * self.positions * spec.hidden_size * 4
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
-        tokens = self.responses * spec.hidden_size * self.item
-        chunk, chunks = self._chunk(rows)
+        tokens = self.responses * spec.hidden_size
+        block, blocks = self._block(rows)
         weight = rows * spec.hidden_size
-        entropy = 4 * chunk * self.entropy
-        # Of bf16 the fuller of two moments: with all copies of the logits, or with the gradient.
-        if self.dtype == "bfloat16":
-            first = max(14 * chunk + entropy, 10 * chunk + 2 * weight)
-        else:
-            first = 12 * chunk + entropy + 4 * weight
-        later = 16 * chunk + entropy if chunks > 1 else 0
-        return final + 2 * tokens + 4 * weight + max(first, later)
+        # fp32 logits of the block before are still there while the next ones are made.
+        low = self.dtype == "bfloat16"
+        again = 8 + (4 if low else 0) if blocks > 1 else 0
+        entropy = (10 if low else 12) if self.entropy else 0
+        loop = max(again, entropy, 8) * block
+        # On CPU torch adds a bf16 gradient to an fp32 one by a copy in fp32.
+        added = 4 * weight if low and self.style != "te" else 0
+        return final + (4 + 3 * self.item) * tokens + self.item * weight + max(loop, added)
 
     def forward_only(self) -> float:
         """Return a layer at its widest, without a backward pass."""
@@ -208,18 +208,16 @@ class Activations:
         if self.head == "value":
             return 2 * norm
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
-        chunk, chunks = self._chunk(rows)
-        # The logits of one chunk stay alive until the next one's are assigned to their name.
-        bytes_of_logit = 8  # two fp32 copies
-        if chunks > 1:
-            bytes_of_logit = 14 if low else 12
-        return norm + self.responses * spec.hidden_size * self.item + bytes_of_logit * chunk
+        block, blocks = self._block(rows)
+        # The logits of one block stay alive until the next one's are assigned to their name.
+        bytes_of_logit = 10 if low and blocks > 1 else 8
+        return norm + self.responses * spec.hidden_size * self.item + bytes_of_logit * block
 
-    def _chunk(self, rows: int) -> tuple[int, int]:
-        """Elements of a chunk of logits, and chunks, as `rlhf3d.engine.logprobs` cuts them."""
+    def _block(self, rows: int) -> tuple[int, int]:
+        """Logits of a block of the vocabulary, and blocks, as `rlhf3d.engine.logprobs` cuts it."""
         platform = CUDAPlatform if self.style == "te" else CPUPlatform
-        size = max(1, min(platform.head_chunk_elements // rows, self.responses))
-        return size * rows, ceil_div(self.responses, size)
+        size = min(max(1, platform.head_block_elements // max(1, self.responses)), rows)
+        return size * self.responses, ceil_div(rows, size)
 
     def update_peak(self, pp: int, micro_batches: int, layers_of_chunk: int) -> float:
         """Return the most that exists at once in an update on pipeline stage `pp`.

@@ -133,7 +133,7 @@ def head_errors(
 @pytest.mark.on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head(dtype: str, target: Target) -> None:
-    """Log-probs from logits in fp32, in chunks of bounded memory.
+    """Log-probs from logits in fp32, in blocks of bounded memory.
 
     Rounded to bfloat16 they would be off by 1e-2.
     """
@@ -146,7 +146,7 @@ def test_head(dtype: str, target: Target) -> None:
         assert values < 5e-4
     assert gradients < HEAD_ERROR[dtype]
     if peak is not None:
-        assert peak < 6 * 4 * target.platform.head_chunk_elements / 2**30
+        assert peak < 6 * 4 * target.platform.head_block_elements / 2**30
 
 
 def resting(rank: int, port: int, target: Target) -> list[tuple[float, float]]:

@@ -104,6 +104,20 @@ def test_upstream_forks_writers_without(name: str, without: dict[str, dict[str, 
 
 
 @pytest.mark.usefixtures("patched")
+def test_a_lone_replica_sends_nothing(without: dict[str, dict[str, Any]]) -> None:
+    upstream, ours = without["lone_replica"]["value"], with_patch("lone_replica")
+    assert upstream["sent"] and not ours["sent"]
+    assert upstream["norms"] == ours["norms"]
+
+
+@pytest.mark.usefixtures("patched")
+def test_clipping_copies_no_gradient(without: dict[str, dict[str, Any]]) -> None:
+    upstream, ours = without["clip_in_place"]["value"], with_patch("clip_in_place")
+    assert (upstream["copies"], ours["copies"]) == (2, 0)
+    assert upstream["gradients"] == ours["gradients"]
+
+
+@pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("name", [name for name in FIXED if name != "isend_alias"])
 def test_upstream_is_right_without_what_it_does_not_need(
     name: str, without: dict[str, dict[str, Any]]

@@ -332,6 +332,37 @@ def output_layer_fusion(rank: int, port: int) -> bool:
     )
 
 
+def lone_replica(rank: int, port: int) -> dict[str, Any]:
+    """What a rank without replicas sends in a step, and gradient norms of two steps."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    layout = ParallelLayout()
+    join(rank, port, layout)
+    trainer = Trainer(layout)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        norms = [trainer.step(number)[1] for number in range(2)]
+    assert torch.distributed.get_world_size() == 1
+    names = {event.key for event in profiler.key_averages()}
+    return {"norms": norms, "sent": sorted(n for n in names if "scatter_" in n or "gather" in n)}
+
+
+def clip_in_place(rank: int, port: int) -> dict[str, Any]:
+    """Copies made by clipping two gradients, and what became of them."""
+    import torch
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from torch.profiler import ProfilerActivity, profile
+
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for value, parameter in enumerate(parameters, 3):
+        parameter.grad = torch.tensor([float(value), 0.1])
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=1.0, total_norm=5.0)
+    copies = sum(event.count for event in profiler.key_averages() if event.key == "aten::copy_")
+    gradients = [parameter.grad for parameter in parameters]
+    return {"copies": copies, "gradients": [g.tolist() for g in gradients if g is not None]}
+
+
 @dataclass(frozen=True)
 class Case:
     """What shows that one patch is needed, and that it works."""
@@ -350,6 +381,8 @@ CASES: dict[str, Case] = {
     "moe_router_gemm": Case(moe_router_gemm),
     "moe_split_sizes": Case(moe_split_sizes, 2),
     "output_layer_fusion": Case(output_layer_fusion),
+    "lone_replica": Case(lone_replica),
+    "clip_in_place": Case(clip_in_place),
 }
 
 

@@ -1,4 +1,4 @@
-"""Chunked log-probs against torch's log_softmax: values and gradients, with and without chunks."""
+"""Log-probs in blocks against torch's log_softmax: values and gradients, of one block and more."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 
 from rlhf3d.engine import logprobs as module
-from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
+from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, Platform
 
 CPU = CPUPlatform("test")
 vocab_parallel_logprobs = partial(module.vocab_parallel_logprobs, platform=CPU)
 
 
-class SmallChunks(CPUPlatform):
-    """Four rows of eleven logits at once."""
-
-    head_chunk_elements = 50
+BLOCK = module.block_rows(1, 1)
+"""Rows of the smallest block."""
 
 
-class Wide(SmallChunks):
+class SmallBlocks(CPUPlatform):
+    """The smallest blocks of the vocabulary."""
+
+    head_block_elements = 1
+
+
+class Wide(SmallBlocks):
     """Products that are not rounded before they are added up, as on GPUs."""
 
     added: ClassVar[list[int]] = []
@@ -42,13 +46,14 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, 
     return log_p.gather(-1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.mark.parametrize("platform", [CPU, SmallChunks("test")])
+@pytest.mark.parametrize("platform", [CPU, SmallBlocks("test")])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients(platform: CPUPlatform, temperature: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 11, (7,))
+    rows = 2 * BLOCK + 3
+    weight = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, rows - 2, rows - 1])
     scale = torch.randn(2, 7)
 
     def grads(outputs):
@@ -98,10 +103,11 @@ def test_only_logprobs_used() -> None:
 def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardware_allows_it() -> (
     None
 ):
-    """In bfloat16, and of many chunks, against float64; on CPU the products come rounded."""
+    """In bfloat16, and of many blocks, against float64; on CPU the products come rounded."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(64, 32).bfloat16() * 4, torch.randn(11, 32).bfloat16()
-    labels = torch.randint(0, 11, (64,))
+    rows = 16 * BLOCK
+    hidden, weight = torch.randn(64, 32).bfloat16() / 8, torch.randn(rows, 32).bfloat16()
+    labels = torch.randint(0, rows, (64,))
 
     def run(platform: CPUPlatform, dtype: torch.dtype) -> list[torch.Tensor]:
         states, matrix = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
@@ -109,18 +115,18 @@ def test_nothing_is_rounded_between_the_products_and_their_sum_where_the_hardwar
             logprobs = reference(states, matrix, labels, 1.0)[0]
         else:
             logprobs = module.vocab_parallel_logprobs(states, matrix, labels, platform=platform)[0]
-        return [logprobs.detach().double(), torch.autograd.grad(logprobs.sum(), matrix)[0].double()]
+        return [logprobs.detach().double(), torch.autograd.grad(logprobs.sum(), states)[0].double()]
 
     exact = run(CPU, torch.float64)
     rounded, wide = (
-        run(platform, torch.bfloat16) for platform in (SmallChunks("test"), Wide("test"))
+        run(platform, torch.bfloat16) for platform in (SmallBlocks("test"), Wide("test"))
     )
     errors = [
         [(a - b).abs().mean() for a, b in zip(found, exact, strict=True)]
         for found in (rounded, wide)
     ]
     assert errors[1][0] < 0.01 * errors[0][0] and errors[1][1] < errors[0][1]
-    assert Wide.added == [4] * 16
+    assert Wide.added == [BLOCK] * 16
 
 
 def test_products_on_gpus_are_wide() -> None:
@@ -130,7 +136,14 @@ def test_products_on_gpus_are_wide() -> None:
     total = torch.empty(4, 4, device="meta")
     assert cuda.product(a, b).dtype == torch.float32
     cuda.add_product(total, a, b)
-    assert cuda.head_chunk_elements == 8 * CPU.head_chunk_elements
+    assert cuda.head_block_elements == 64 * CPU.head_block_elements
+
+
+@pytest.mark.parametrize("platform", [CPU, CUDAPlatform("test")])
+def test_no_more_logits_at_once_than_the_platform_wants(platform: Platform) -> None:
+    for tokens in (1, 370, 8192):
+        elements = tokens * module.block_rows(tokens, platform.head_block_elements)
+        assert 0.9 * platform.head_block_elements < elements <= platform.head_block_elements
 
 
 def test_no_tokens() -> None:
