@@ -20,6 +20,7 @@ import megatron_patches
 from rlhf3d import machine
 from rlhf3d.machine import loaded_from
 from rlhf3d.observability.profile.clock import Clock, HostClock
+from rlhf3d.parallel import host_allocator
 from rlhf3d.units import GIB, KIB
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ class CPUPlatform(Platform):
         return torch.device("cpu")
 
     def _bind_device(self) -> None:
-        """Do nothing: a CPU rank's cores follow from its thread count."""
+        """Keep freed memory as GPUs do; a CPU rank's cores follow from its thread count."""
+        host_allocator.keep_freed()
 
     def layer_spec(self, qk_layernorm: bool, num_experts: int = 0) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -205,7 +207,7 @@ class CPUPlatform(Platform):
             group["fused"] = True
 
     def free_cached(self) -> None:
-        """Do nothing: the C library returns large blocks by itself."""
+        host_allocator.give_back_freed()
 
     def memory_gib(self) -> float:
         return machine.memory_gib()

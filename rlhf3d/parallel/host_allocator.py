@@ -1,0 +1,32 @@
+"""Memory of freed tensors on CPU: kept for the next ones, or given back.
+
+Invariant: changes where freed memory goes, never a number. By itself the C library gives the end of
+its heap back whenever it is free, so that activations of every micro-batch take new pages, which
+the kernel has to fill with zeros. With another C library than glibc nothing changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_NEVER = -1
+_OWN_PAGES_BYTES = 32 << 20
+"""Blocks from this size on are outside of the heap, as by default: freed, they leave no hole."""
+
+
+def keep_freed() -> None:
+    """Keep the heap of this process as large as it was."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # By default it grows to this; the next setting would freeze it where it is.
+        libc.mallopt(_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_freed() -> None:
+    """Give the kernel what `keep_freed` kept."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
