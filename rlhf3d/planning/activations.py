@@ -176,8 +176,12 @@ class Activations:
         weight = rows * spec.hidden_size
         # fp32 logits of the block before are still there while the next ones are made.
         low = self.dtype == "bfloat16"
-        again = 8 + (4 if low else 0) if blocks > 1 else 0
-        entropy = (10 if low else 12) if self.entropy else 0
+        again = 12 if low else 8
+        if blocks == 1:
+            again = 0
+        entropy = 10 if low else 12
+        if not self.entropy:
+            entropy = 0
         loop = max(again, entropy, 8) * block
         # On CPU torch adds a bf16 gradient to an fp32 one by a copy in fp32.
         added = 4 * weight if low and self.style != "te" else 0
