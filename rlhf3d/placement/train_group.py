@@ -8,10 +8,12 @@ Runs in: driver.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, TypeVarTuple
 
+import numpy as np
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
@@ -29,6 +31,7 @@ from rlhf3d.batching.dispatch import (
     split_update,
 )
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
+from rlhf3d.batching.packed import pack, put_in_rows
 from rlhf3d.config.schema import ClusterConfig
 from rlhf3d.engine.microbatch import UpdateResult
 from rlhf3d.models.spec import ModelSpec, load_spec
@@ -148,13 +151,14 @@ class TrainGroup:
         self,
         phase: str,
         method: Callable[[TrainWorker, *Ts], R],
-        args_of_dp: Sequence[tuple[*Ts]],
+        args_of_dp: Iterable[tuple[*Ts]],
     ) -> list[R]:
         """Call with one list of arguments per data-parallel replica.
 
         Return the results of the ranks whose outputs count, by data-parallel rank.
         """
-        # Put once: the ranks of a replica read the same copy.
+        # Put once: the ranks of a replica read the same copy. One after the other, as they are
+        # made: there never are two copies of the batch here.
         shared = [tuple(map(ray.put, args)) for args in args_of_dp]
         calls: dict[str, Reply[R]] = {}
         for rank, worker in enumerate(self.workers):
@@ -174,13 +178,13 @@ class TrainGroup:
         shares = split_forward(batch, self.micro_batching[role], self.layout, self.cost)
         if measure_padding:
             self._padding |= _position_metrics(phase, batch, shares)
-        args = [(phase, role, batch.select(share.rows), share.micro_batches) for share in shares]
+        args = ((phase, role, pack(batch, share.rows), share.micro_batches) for share in shares)
         results = self._dispatch(phase, TrainWorker.forward, args)
-        # None only before the last pipeline stage, whose results are not among these.
+        # None only on ranks that nobody asks.
         outputs = [result for result in results if result is not None]
-        rows, merged = [share.rows for share in shares], {}
+        rows_of, merged = [share.rows for share in shares], {}
         for name in outputs[0]:
-            merged[name] = batch.in_row_order(rows, [columns[name] for columns in outputs])
+            merged[name] = _in_row_order(batch, rows_of, [columns[name] for columns in outputs])
         return merged
 
     def update(
@@ -200,8 +204,9 @@ class TrainGroup:
             self.cost,
             objective.whole_trajectories,
         )
-        args = [(role, batch.select(share.rows), share.mini_batches, objective) for share in shares]
-        results = self._dispatch(phase, TrainWorker.update, args)
+        args = ((role, pack(batch, share.rows), share.mini_batches, objective) for share in shares)
+        replies = self._dispatch(phase, TrainWorker.update, args)
+        results = [reply[0] for reply in replies if reply is not None]
         # Of any rank: a step is left out on all of them or on none.
         for problem in results[0].skipped:
             logging.getLogger(__name__).warning("%s left out an optimizer step: %s", phase, problem)
@@ -213,8 +218,18 @@ class TrainGroup:
         }
         if not objective.old_is_current:
             return metrics, None
-        logprobs = [result.logprobs for result in results if result.logprobs is not None]
-        return metrics, batch.in_row_order([share.rows for share in shares], logprobs)
+        logprobs = [reply[1] for reply in replies if reply is not None and reply[1] is not None]
+        return metrics, _in_row_order(batch, [share.rows for share in shares], logprobs)
+
+
+def _in_row_order(
+    batch: Batch, rows_of: Sequence[Sequence[int]], parts: Sequence[np.ndarray]
+) -> Tensor:
+    """A column [N, R] from what the replicas packed of their rows."""
+    column = torch.zeros_like(batch["response_mask"])
+    for rows, part in zip(rows_of, parts, strict=True):
+        put_in_rows(column, rows, batch["response_lengths"], part)
+    return column
 
 
 def _position_metrics(

@@ -124,7 +124,8 @@ def take_ready(phase: str, pending: dict[str, Reply[R]], timeout_s: float) -> di
     if ready:  # others may have ended by now
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
     results: dict[str, R] = {}
-    for name in [name for name, call in pending.items() if call in ready]:
+    ended = set(ready)  # of a thousand ranks, a list would be compared a million times
+    for name in [name for name, call in pending.items() if call in ended]:
         call: Any = pending.pop(name)
         try:
             results[name] = ray.get(call)
@@ -146,8 +147,9 @@ def dead_actors(actors: Mapping[str, Any], answer: Callable[[Any], Any]) -> dict
         calls = {name: start_call(actor, answer) for name, actor in unknown.items()}
         pending: list[Any] = list(calls.values())
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=LOOK_S)
+        ended = set(ready)
         for name, call in calls.items():
-            if call not in ready:
+            if call not in ended:
                 continue
             try:
                 ray.get(cast(Any, call))

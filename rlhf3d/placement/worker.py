@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +31,11 @@ from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement.cluster import use_node_interface
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
     from rlhf3d.algorithms.objectives import Objective
-    from rlhf3d.batching.batch import Batch
     from rlhf3d.batching.dispatch import MiniBatch
+    from rlhf3d.batching.packed import PackedRows
     from rlhf3d.checkpoints.manifest import FileInfo
     from rlhf3d.checkpoints.sharded import PendingSave
     from rlhf3d.engine.megatron_engine import MegatronEngine
@@ -51,6 +51,8 @@ HEAD_OF_ROLE: dict[str, Role] = {
     "reward": "value",
 }
 """What each model of a worker group ends in."""
+READ_BY_DRIVER = ("logprobs", "values")
+"""Outputs of a forward pass that a step uses."""
 
 
 @dataclass(frozen=True)
@@ -167,19 +169,46 @@ class TrainWorker:
             self.engines[role] = MegatronEngine(context, head, group.model, optimizer)
         logging.getLogger(__name__).info("loaded %s on %s", sorted(self.engines), context.layout)
 
+    @property
+    def _answers(self) -> bool:
+        """Whether the driver reads this rank's outputs: others of its replica have the same."""
+        return self.rank in self.setup.group.layout.collectors()
+
     def forward(
-        self, phase: str, role: str, batch: Batch, micro_batches: list[list[int]]
-    ) -> dict[str, Tensor] | None:
-        """Compute outputs of `role` for this replica's rows; see `MegatronEngine.forward`."""
+        self, phase: str, role: str, rows: PackedRows, micro_batches: list[list[int]]
+    ) -> dict[str, np.ndarray] | None:
+        """Compute log-probs or values of `role` for this replica's rows.
+
+        See `MegatronEngine.forward`; packed as `pack_columns` does, None on ranks that nobody asks.
+        """
+        from rlhf3d.batching.packed import pack_columns
+
+        batch = rows.unpack()
         with span(phase, "call"):
-            return self.engines[role].forward(batch, micro_batches)
+            outputs = self.engines[role].forward(batch, micro_batches)
+        if outputs is None or not self._answers:
+            return None
+        read = {name: column for name, column in outputs.items() if name in READ_BY_DRIVER}
+        return pack_columns(read, batch["response_lengths"])
 
     def update(
-        self, role: str, batch: Batch, mini_batches: list[MiniBatch], objective: Objective
-    ) -> UpdateResult:
-        """Take the optimizer steps of `role` on this replica's rows: `MegatronEngine.update`."""
+        self, role: str, rows: PackedRows, mini_batches: list[MiniBatch], objective: Objective
+    ) -> tuple[UpdateResult, np.ndarray | None] | None:
+        """Take the optimizer steps of `role` on this replica's rows: `MegatronEngine.update`.
+
+        Its log-probs, where it has them, come packed and beside it; None as of `forward`.
+        """
+        from rlhf3d.batching.packed import pack_columns
+
+        batch = rows.unpack()
         with span(f"update_{role}", "call"):
-            return self.engines[role].update(batch, mini_batches, objective)
+            result = self.engines[role].update(batch, mini_batches, objective)
+        if not self._answers:
+            return None
+        if result.logprobs is None:
+            return result, None
+        packed = pack_columns({"logprobs": result.logprobs}, batch["response_lengths"])
+        return replace(result, logprobs=None), packed["logprobs"]
 
     def peak_gib(self) -> float:
         """Return the most memory that this rank has had so far; see `Platform.peak_gib`."""

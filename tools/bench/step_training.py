@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rlhf3d.batching.dispatch import for_update, split_forward, split_update
+from rlhf3d.batching.packed import pack, put_in_rows
 from rlhf3d.config.derived import micro_batching_of
 from rlhf3d.placement.train_group import FORWARD_COLUMNS, sequence_cost
 from rlhf3d.placement.worker import TrainWorker, worker_setup
@@ -126,18 +127,18 @@ class Training:
         self._worker.close_stream(name)
 
     def _own_logprobs(self) -> Tensor:
-        batch = self._batch.only(FORWARD_COLUMNS).select(self._share.rows)
-        found = self._worker.forward("actor", batch, self._share.micro_batches)
+        batch, share = self._batch.only(FORWARD_COLUMNS), self._share
+        found = self._worker.forward("actor", pack(batch, share.rows), share.micro_batches)
         assert found is not None, "one process is the last stage"
         logprobs = torch.zeros_like(batch["response_mask"])
-        logprobs[self._share.rows] = found["logprobs"]
+        put_in_rows(logprobs, share.rows, batch["response_lengths"], found["logprobs"])
         return logprobs
 
     def _own_update(self) -> None:
         config, derived, _ = self._read
         longest, batch = config.data.max_response_length, for_update(self._batch)
         (share,) = split_update(batch, derived.actor, derived.layout, longest, self._cost)
-        rows = batch.select(share.rows)
+        rows = pack(batch, share.rows)
         self._worker.update("actor", rows, share.mini_batches, self._objective)
 
     @torch.no_grad()

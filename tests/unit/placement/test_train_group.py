@@ -4,7 +4,7 @@ phase by phase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from rlhf3d.algorithms.objectives import PolicyObjective, ValueObjective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
+from rlhf3d.batching.packed import pack_columns
 from rlhf3d.config.groups import worker_groups
 from rlhf3d.config.schema import Config, RolloutConfig
 from rlhf3d.engine.microbatch import UpdateResult
@@ -50,21 +51,27 @@ class DryGroup(TrainGroup):
         """What each replica was sent for the last update."""
 
     def _dispatch(
-        self, phase: str, method: Any, args_of_dp: Sequence[tuple[Any, ...]]
+        self, phase: str, method: Any, args_of_dp: Iterable[tuple[Any, ...]]
     ) -> list[Any]:
+        # Of a forward pass the phase comes first.
+        sent = [args[1:] if method is TrainWorker.forward else args for args in args_of_dp]
+        shards: list[Batch] = [rows.unpack() for _, rows, *_ in sent]
+        own = [b["response_lengths"][:, None] * torch.ones_like(b["response_mask"]) for b in shards]
+        answers = [
+            pack_columns({"logprobs": column}, shard["response_lengths"])
+            for column, shard in zip(own, shards, strict=True)
+        ]
         if method is TrainWorker.forward:
-            shards: list[Batch] = [batch for _, _, batch, _ in args_of_dp]
-            return [
-                {"logprobs": torch.ones_like(b["response_mask"]) * b["response_lengths"][:, None]}
-                for b in shards
-            ]
+            return answers
         assert method is TrainWorker.update
-        self.updates = list(args_of_dp)
+        self.updates = [
+            (role, shard, *rest) for (role, _, *rest), shard in zip(sent, shards, strict=True)
+        ]
+        objective = sent[0][-1]
         results = []
-        for dp, (_, shard, _, objective) in enumerate(args_of_dp):
-            own = torch.ones_like(shard["response_mask"]) * shard["response_lengths"][:, None]
-            logprobs = own if objective.old_is_current else None
-            results.append(UpdateResult({"actor/loss": 1.0 + dp}, 5.0, 0.1, (), logprobs))
+        for dp, answer in enumerate(answers):
+            logprobs = answer["logprobs"] if objective.old_is_current else None
+            results.append((UpdateResult({"actor/loss": 1.0 + dp}, 5.0, 0.1), logprobs))
         return results
 
 
