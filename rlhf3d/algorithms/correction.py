@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from rlhf3d.algorithms.correction_settings import CorrectionSettings, Rejection
 from rlhf3d.algorithms.kl import LOG_RATIO_CLAMP
 from rlhf3d.algorithms.masked import masked_mean, masked_sum, zero_outside
 from rlhf3d.algorithms.names import IS_LEVELS
+
+_ROWS = 64
+"""Rows that are computed on in float64 at a time: of a large batch, columns of that are slow."""
 
 
 def importance_weights(
@@ -158,16 +162,12 @@ def mismatch_metrics(
     rollout), ppl_ratio the mean of its exponential; chi2_token and chi2_seq are mean r² - 1 (r of a
     token, or of a sequence: product).
     """
-    log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
-    sequences = mask.bool().any(-1)
-    tokens = log_ratio[mask.bool()]
+    parts = []
+    for start in range(0, len(mask), _ROWS):
+        rows = slice(start, start + _ROWS)
+        parts.append(_mismatch_of_rows(old_logprobs[rows], rollout_logprobs[rows], mask[rows]))
+    tokens, old, rollout, products = map(torch.cat, zip(*parts, strict=True))
     clamped = tokens.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    # [sequences]: minus the mean log-prob of each, the log of its perplexity.
-    old, rollout = (
-        -masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs)
-    )
-    # Log of each sequence's product of ratios.
-    products = log_ratio.sum(-1)[sequences].clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return {
         # The engine drew the tokens, so -log r on average estimates KL(rollout, old).
         "kl": float(-tokens.mean()),
@@ -181,6 +181,22 @@ def mismatch_metrics(
         "chi2_token": float((2 * clamped).exp().mean() - 1),
         "chi2_seq": float((2 * products).exp().mean() - 1),
     }
+
+
+def _mismatch_of_rows(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log r of the tokens; and of each sequence minus the mean log-prob, which is the log of its
+    perplexity, of both engines, and the log of the product of its ratios.
+    """
+    inside = mask.bool()
+    log_ratio = _log_ratio(old_logprobs, rollout_logprobs, mask)
+    sequences = inside.any(-1)
+    old, rollout = (
+        -masked_mean(x.double(), mask, dim=-1)[sequences] for x in (old_logprobs, rollout_logprobs)
+    )
+    products = log_ratio.sum(-1)[sequences].clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    return log_ratio[inside], old, rollout, products
 
 
 def _log_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.environment_runner import EnvironmentRunner, Finished
 from rlhf3d.experience.episode import EpisodeRecord
@@ -108,7 +110,8 @@ class Collector:
         """Responses as text, without special tokens."""
         if not completions:  # of an empty list the tokenizer makes one text
             return {}
-        ids = [list(completion.token_ids) for completion in completions.values()]
+        # As arrays of numpy: of a list the tokenizer looks at each number in Python.
+        ids = [np.array(one.token_ids, dtype=np.int64) for one in completions.values()]
         # Special tokens: most completions end with one, such as the end of the turn.
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return dict(zip(completions, texts, strict=True))
