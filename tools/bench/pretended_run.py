@@ -134,26 +134,25 @@ class TrainRank:
         """As the rank's."""
         return SendReport(1 << 30, 1.0)
 
-    def forward(self, role: Ref, batch: Ref, micro_batches: Ref) -> Pickled | None:
+    def forward(self, phase: Ref, role: Ref, rows: Ref, micro_batches: Ref) -> Pickled:
         """As the rank's: log-probs near those of the engine."""
-        return self._answer(TrainWorker.forward, role, batch, micro_batches)
+        return self._answer(TrainWorker.forward, rows, role, phase, role, rows, micro_batches)
 
-    def update(self, role: Ref, batch: Ref, mini_batches: Ref, objective: Ref) -> Pickled:
+    def update(self, role: Ref, rows: Ref, mini_batches: Ref, objective: Ref) -> Pickled:
         """As the rank's."""
-        return self._answer(TrainWorker.update, role, batch, mini_batches, objective)
+        return self._answer(TrainWorker.update, rows, role, role, rows, mini_batches, objective)
 
-    def _answer(self, method: Callable[..., Any], *args: Ref) -> Pickled:
+    def _answer(self, method: Callable[..., Any], rows: Ref, role: Ref, *args: Ref) -> Pickled:
         """What the package's worker makes of a pretended engine; once for ranks that do the same.
 
         Nobody reads what ranks before the last stage answer.
         """
         if not self._last:
             return Pickled(None)
-        batch = args[1]
-        if self._collector not in batch.answers:
+        if self._collector not in rows.answers:
             given = [arg.load() for arg in args]
-            batch.answers[self._collector] = Pickled(method(self._worker(given[0]), *given))
-        return batch.answers[self._collector]
+            rows.answers[self._collector] = Pickled(method(self._worker(role.load()), *given))
+        return rows.answers[self._collector]
 
     def start_save(self, role: str, folder: str) -> None:
         """As the rank's."""

@@ -128,7 +128,9 @@ class Training:
 
     def _own_logprobs(self) -> Tensor:
         batch, share = self._batch.only(FORWARD_COLUMNS), self._share
-        found = self._worker.forward("actor", pack(batch, share.rows), share.micro_batches)
+        found = self._worker.forward(
+            "old_logprobs", "actor", pack(batch, share.rows), share.micro_batches
+        )
         assert found is not None, "one process is the last stage"
         logprobs = torch.zeros_like(batch["response_mask"])
         put_in_rows(logprobs, share.rows, batch["response_lengths"], found["logprobs"])
