@@ -11,7 +11,6 @@ LONGEST_FIRST = (
     "test_in_flight",
     "test_rehearsal",
     "test_ahead",
-    "test_resume",
     "test_lookup",
     "test_environments",
     "test_planning",

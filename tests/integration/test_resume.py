@@ -1,5 +1,7 @@
 """The complete command, stopped by signals and time: it saves, goes on, and leaves nothing behind.
 
+In `make test` the runs of `test_ahead.py` are stopped by signals.
+
 The job has a user's own algorithm and dynamic sampling on two context-parallel ranks. It goes on
 behind what is written ahead.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 from support.jobs import (
     left_behind,
+    own_algorithm,
     read_rows,
     saved_steps,
     signal_everyone,
@@ -26,26 +29,6 @@ from support.jobs import (
 from rlhf3d.observability.outcome import read_record
 from rlhf3d.trainer.preemption import SAME_SIGNAL_S
 
-OWN_ALGORITHM = '''
-from rlhf3d.algorithms.advantages import register_advantage
-from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
-
-
-@register_advantage("centered")
-def centered(inputs):
-    """Score less the mean score of the batch, on every token."""
-    scores = inputs.token_level_rewards.sum(-1, keepdim=True)
-    advantages = inputs.custom["scale"] * (scores - scores.mean()).expand_as(inputs.response_mask)
-    return advantages, advantages
-
-
-@register_policy_loss("squared_clip")
-def squared_clip(logprobs, old_logprobs, advantages, response_mask, settings):
-    """Plain policy gradient, with a squared penalty instead of a clip."""
-    log_ratio = logprobs - old_logprobs
-    loss = -advantages * log_ratio.exp() + settings.custom["penalty"] * log_ratio.square()
-    return PolicyLossTerms(loss, {"ppo_kl": -log_ratio})
-'''
 WITHOUT_END = ("trainer.total_training_steps=10000", "trainer.save_freq=0")
 # Engines take longer for a batch than an update does: some requests are always under way.
 AHEAD = (
@@ -56,22 +39,20 @@ AHEAD = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_own_algorithm_goes_on_after_preemption_until_interrupted(tmp_path: Path) -> None:
     """SIGUSR1 ends after a checkpoint; the same job goes on; SIGINT ends at once.
 
     Engines that write ahead are told to stop while there is a Ray to tell it by.
     """
-    own = {"adv_estimator": "centered", "custom_path": str(tmp_path / "own.py")}
-    job, run = write_job(tmp_path, algorithm=own), tmp_path / "run"
-    (tmp_path / "own.py").write_text(OWN_ALGORITHM)
+    job, run = write_job(tmp_path, algorithm=own_algorithm(tmp_path)), tmp_path / "run"
     settings = (
         "data.train_batch_size=16",
         "data.gen_batch_size=20",
         "actor.ppo_mini_batch_size=8",
         "rollout.n=4",
         "actor.policy_loss=squared_clip",
-        "algorithm.custom_kwargs={scale: 3.0, penalty: 0.5}",
         "algorithm.filter_groups.enable=true",
         "algorithm.rollout_correction.rollout_is=token",
         "actor.layout.cp=2",

@@ -31,6 +31,33 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     """The share of lower-case letters among the characters."""
     return sum(c.islower() for c in solution_str) / max(len(solution_str), 1)
 '''
+OWN_ALGORITHM = '''
+from rlhf3d.algorithms.advantages import register_advantage
+from rlhf3d.algorithms.losses import PolicyLossTerms, register_policy_loss
+
+
+@register_advantage("centered")
+def centered(inputs):
+    """Score less the mean score of the batch, on every token."""
+    scores = inputs.token_level_rewards.sum(-1, keepdim=True)
+    advantages = inputs.custom["scale"] * (scores - scores.mean()).expand_as(inputs.response_mask)
+    return advantages, advantages
+
+
+@register_policy_loss("squared_clip")
+def squared_clip(logprobs, old_logprobs, advantages, response_mask, settings):
+    """Plain policy gradient, with a squared penalty instead of a clip."""
+    log_ratio = logprobs - old_logprobs
+    loss = -advantages * log_ratio.exp() + settings.custom["penalty"] * log_ratio.square()
+    return PolicyLossTerms(loss, {"ppo_kl": -log_ratio})
+'''
+
+
+def own_algorithm(folder: Path) -> dict[str, Any]:
+    """The section `algorithm` of a job with OWN_ALGORITHM, which is written."""
+    (folder / "own.py").write_text(OWN_ALGORITHM)
+    own = {"adv_estimator": "centered", "custom_path": str(folder / "own.py")}
+    return own | {"custom_kwargs": {"scale": 3.0, "penalty": 0.5}}
 
 
 def write_job(folder: Path, family: str = "llama", **changes: Any) -> Path:
@@ -100,9 +127,14 @@ def train(job: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def train_with_deaths(job: Path, moments: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the command while engine processes are killed; see `kills.py` for `moments`."""
+    return _run(*_with_deaths(job, moments, *overrides))
+
+
+def _with_deaths(job: Path, moments: str, *overrides: str) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment."""
     command = [sys.executable, "-m", "support.kills", moments, "train", str(job), *overrides]
     folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return _run(command, MARKED | {"PYTHONPATH": os.pathsep.join(filter(None, folders))})
+    return command, MARKED | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -112,15 +144,21 @@ def _run(command: list[str], environment: dict[str, str]) -> subprocess.Complete
 
 
 def stop_at(
-    job: Path, step: int, act: Callable[[subprocess.Popen[str]], None], *overrides: str
+    job: Path,
+    step: int,
+    act: Callable[[subprocess.Popen[str]], None],
+    *overrides: str,
+    moments: str | None = None,
 ) -> tuple[int, str]:
     """Train until the line of a step is printed, and act on the process.
 
-    Returns its exit code and the end of what it printed.
+    `moments`: of deaths on the way. Returns its exit code and what it printed.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = command_line(job, *overrides)
-    with subprocess.Popen(command, env=MARKED, **pipes) as process:
+    command, environment = command_line(job, *overrides), MARKED
+    if moments is not None:
+        command, environment = _with_deaths(job, moments, *overrides)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdout is not None
         printed = []
         for line in process.stdout:
@@ -129,7 +167,7 @@ def stop_at(
                 act(process)
                 break
         rest = process.stdout.read()
-        return process.wait(timeout=60), ("".join(printed) + rest)[-3000:]
+        return process.wait(timeout=60), "".join(printed) + rest
 
 
 def own_processes() -> list[psutil.Process]:
