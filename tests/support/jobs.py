@@ -21,6 +21,7 @@ from support.tiny_models import make_tiny_model
 
 from rlhf3d.data.parquet import write_parquet
 from rlhf3d.data.rows import PromptRow
+from rlhf3d.observability.metrics import read_metrics
 from rlhf3d.resharding.setup import FILE_PREFIX
 
 STEPS = 24
@@ -207,8 +208,8 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics, a row for each step."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The metrics, a row for each step; not one that a kill left unfinished."""
+    return read_metrics(run)
 
 
 def sample_rows(run: Path, step: int) -> list[dict[str, Any]]:
