@@ -127,6 +127,8 @@ class RayHere:
         auto_init_hook.enable_auto_connect = False
         self._mark: str | None = None
         self._needed: dict[str, psutil.Process] = {}
+        self._agents: set[psutil.Process] = set()
+        """What the raylet started first: their titles lie where their mark was."""
         self._closing = threading.Event()
         self._looking = threading.Lock()
 
@@ -160,6 +162,9 @@ class RayHere:
             )
         started = set(psutil.Process().children()) - before
         self._needed = {process.name(): process for process in started if process.name() in NEEDED}
+        for process in started:
+            with suppress(psutil.Error):
+                self._agents.update(process.children(recursive=True))
         threading.Thread(target=self._watch, name="watch Ray", daemon=True).start()
 
     def ended(self) -> str | None:
@@ -198,7 +203,7 @@ class RayHere:
         if self._mark is None:
             ray.shutdown()
             return
-        started = find_marked(self._mark)
+        started = self._all()
         if ray_ended():
             self._kill()
         else:
@@ -220,9 +225,12 @@ class RayHere:
                 return
             time.sleep(0.05)
 
-    def _kill(self) -> None:
+    def _all(self) -> list[psutil.Process]:
         assert self._mark is not None
-        for process in find_marked(self._mark):
+        return [*{*find_marked(self._mark), *self._agents}]
+
+    def _kill(self) -> None:
+        for process in self._all():
             with suppress(psutil.Error):
                 process.kill()
 

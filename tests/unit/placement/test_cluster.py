@@ -28,7 +28,7 @@ def test_kills_those_that_do_not(
     stuck = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with caplog.at_level(logging.WARNING):
         ray_here.wait_until_gone([psutil.Process(stuck.pid)])
-    assert stuck.poll() == -signal.SIGKILL
+    assert stuck.wait(60) == -signal.SIGKILL
     assert str(stuck.pid) in caplog.text
 
 

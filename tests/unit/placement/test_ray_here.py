@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray._private.node import Node
@@ -89,3 +92,17 @@ def test_a_call_after_the_end_starts_no_other_ray(monkeypatch: pytest.MonkeyPatc
     ray_here.RayHere()
     with pytest.raises(RaySystemError):
         ray.put(1)
+
+
+def test_a_process_of_ray_that_hides_its_mark_is_ended_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its agents do, whose titles are written over their environment."""
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_here, "END_S", 0.2)
+    here = ray_here.RayHere()
+    here._mark = "of this test"
+    with subprocess.Popen(["sleep", "600"], env={}) as agent:
+        here._agents = {psutil.Process(agent.pid)}
+        here.end()
+        assert agent.wait(60) == -signal.SIGKILL
