@@ -26,6 +26,7 @@ from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import TooFewGroups
 from rlhf3d.experience.steps import untimed
 from rlhf3d.experience.tokens import TokenRecorder
+from rlhf3d.observability.live.state import Waited
 from rlhf3d.observability.samples import read_samples, samples_path, write_samples
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path, write_tokens
 from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem
@@ -91,6 +92,7 @@ class FakeScoring:
         self.scores, self.next, self.calls = scores, 0, 0
         self.items: dict[int, ScoreItem] = {}
         self.model = None
+        self.waited = Waited([], 0.0, 0.0)
 
     def start(self, total: int, judged_by: int) -> FakeScoring:
         self.calls += 1
