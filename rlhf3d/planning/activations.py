@@ -162,7 +162,7 @@ class Activations:
         return 2 * self.hidden + gradients + weight + gathered + self._again()
 
     def head_backward(self) -> float:
-        """Return what the last stage has at the start of a backward pass.
+        """Return the most that the head takes in an update, as its forward pass ends or after it.
 
         Final norm, head input, logits, the head's gradient.
         """
@@ -174,18 +174,17 @@ class Activations:
         tokens = self.responses * spec.hidden_size
         block, blocks = self._block(rows)
         weight = rows * spec.hidden_size
-        # fp32 logits of the block before are still there while the next ones are made.
         low = self.dtype == "bfloat16"
-        again = 12 if low else 8
-        if blocks == 1:
-            again = 0
-        entropy = 10 if low else 12
-        if not self.entropy:
-            entropy = 0
-        loop = max(again, entropy, 8) * block
+        # A block's logits become its gradient, in the compute dtype at the end; the entropy takes
+        # their probabilities too. What the block before left is there while logits are made.
+        alone, again = (6, 12) if low else (4, 8)
+        if self.entropy:
+            alone, again = 8, 12
+        loop = (alone if blocks == 1 else again) * block
         # On CPU torch adds a bf16 gradient to an fp32 one by a copy in fp32.
         added = 4 * weight if low and self.style != "te" else 0
-        return final + (4 + 3 * self.item) * tokens + self.item * weight + max(loop, added)
+        backward = (4 + 3 * self.item) * tokens + self.item * weight + max(loop, added)
+        return final + max(self.item * tokens + self._logits(rows), backward)
 
     def forward_only(self) -> float:
         """Return a layer at its widest, without a backward pass."""
@@ -212,10 +211,13 @@ class Activations:
         if self.head == "value":
             return 2 * norm
         rows = padded_vocab_size(spec, self.layout) // self.layout.tp
+        return norm + self.responses * spec.hidden_size * self.item + self._logits(rows)
+
+    def _logits(self, rows: int) -> float:
+        """Logits in fp32, and what their sums take, in a forward pass."""
         block, blocks = self._block(rows)
         # The logits of one block stay alive until the next one's are assigned to their name.
-        bytes_of_logit = 10 if low and blocks > 1 else 8
-        return norm + self.responses * spec.hidden_size * self.item + bytes_of_logit * block
+        return (10 if self.dtype == "bfloat16" and blocks > 1 else 8) * block
 
     def _block(self, rows: int) -> tuple[int, int]:
         """Logits of a block of the vocabulary, and blocks, as `rlhf3d.engine.logprobs` cuts it."""

@@ -91,7 +91,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ahead")
     job = write_job(folder, algorithm=own_algorithm(folder))
     interrupt = partial(send, signal.SIGINT)
-    code, text = stop_at(job, LAST, interrupt, *JOB, moments=DEATH)
+    # One step later, as its samples come after its line.
+    code, text = stop_at(job, LAST + 1, interrupt, *JOB, moments=DEATH)
     assert code == 130 and "interrupted" in text, text[-4000:]
     quiet, lost = text.split(f"kill {DEATH}")
     assert f"step {QUIET}/{STEPS}" in quiet and "are gone: those after" in lost
