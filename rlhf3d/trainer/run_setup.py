@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf3d.config.derived import actor_batching, critic_batching, derive
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import AlgorithmConfig, CustomRewardConfig, RewardConfig, RolloutConfig
+from rlhf3d.observability.page.findings import counted
 from rlhf3d.observability.page.setup import Setup
 
 CONFIG_FILE = "config.yaml"
@@ -56,7 +57,7 @@ def setup_of(path: Path) -> Setup:
         f"{config.data.train_batch_size} prompts × {rollout.n}",
         _ages(rollout),
         PLATFORMS.get(config.cluster.platform, ""),
-        "" if ranks is None else f"{ranks} training rank(s)",
+        "" if ranks is None else counted(ranks, "training rank"),
     ]
     return Setup(
         about=", ".join(part for part in about if part),

@@ -156,7 +156,8 @@ TOO_OLD = (
 CUT_OFF = (
     Hint("raise data.max_response_length", now="response_limit"),
     Hint(
-        "have the reward prefer short answers (reward.overlong_buffer)",
+        "have the reward prefer short answers (reward.overlong_buffer, its len below "
+        "data.max_response_length)",
         lambda setup, _: not setup.overlong_penalty,
     ),
 )

@@ -14,7 +14,7 @@ from statistics import fmean
 from rlhf3d.observability.metrics import STEP_TIME, phase_seconds
 from rlhf3d.observability.page.advice import TIME, advice
 from rlhf3d.observability.page.findings import Finding, share
-from rlhf3d.observability.page.limits import CUT_WATCH, EXPLAINED
+from rlhf3d.observability.page.limits import CUT_WATCH, EARLY_STEPS, EXPLAINED
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import Rows, mean_of, number, recent, training_rows, values
 
@@ -56,6 +56,8 @@ class Occasional:
     times: int
     total_s: float
     steps: int
+    before: bool = False
+    """Whether there was one before the first step, too, which is not counted."""
 
     @property
     def each_s(self) -> float:
@@ -67,6 +69,12 @@ class Occasional:
         """Seconds a step, shared out over all."""
         return self.total_s / self.steps
 
+    @property
+    def times_text(self) -> str:
+        """How often."""
+        before = ", and before the first" if self.before else ""
+        return f"in {self.times} of {self.steps} steps{before}"
+
 
 def occasional(rows: Rows) -> dict[str, Occasional]:
     """Those that the run has had."""
@@ -75,7 +83,8 @@ def occasional(rows: Rows) -> dict[str, Occasional]:
     for phase in OCCASIONAL:
         seconds = [value for value in values(steps, f"timing_s/{phase}") if value > 0]
         if seconds:
-            found[phase] = Occasional(len(seconds), sum(seconds), len(steps))
+            before = any(row["step"] == 0 and number(row, f"timing_s/{phase}") for row in rows)
+            found[phase] = Occasional(len(seconds), sum(seconds), len(steps), before)
     return found
 
 
@@ -137,7 +146,7 @@ def bound(rows: Rows, setup: Setup | None = None) -> Finding:
             return Finding("fact", "Both sides keep up with each other", text, chart="waits")
     hints = advice(TIME[largest], setup, rows)
     if largest == "training":
-        hints = f"{_critic_text(phases, step_s, last, setup)} {hints}".strip()
+        hints = f"{_critic_text(phases, step_s, rows, setup)} {hints}".strip()
     return Finding("fact", TITLES[largest], text, hints, "phases")
 
 
@@ -149,9 +158,11 @@ def _step_text(phases: Mapping[str, float], step_s: float, rows: Rows) -> str:
     )
     phase = max(phases, key=lambda name: phases[name])
     steps = len(recent(training_rows(rows)))
-    mean = f", mean of the last {steps}" if steps > 1 else ""
+    mean = [f"mean of the last {steps}"] if steps > 1 else []
+    besides = ["without validation and checkpoints"] if occasional(rows) else []
+    note = f" ({', '.join(mean + besides)})" if mean + besides else ""
     return (
-        f"A step takes {for_people(step_s)}{mean}: {parts}. Its longest phase is {phase}, "
+        f"A step takes {for_people(step_s)}{note}: {parts}. Its longest phase is {phase}, "
         f"{for_people(phases[phase])} = {share(phases[phase] / step_s)}."
     )
 
@@ -159,8 +170,7 @@ def _step_text(phases: Mapping[str, float], step_s: float, rows: Rows) -> str:
 def _besides_text(found: Mapping[str, Occasional]) -> str:
     names = {"validate": "validation", "save_checkpoint": "a checkpoint"}
     parts = [
-        f"{names[phase]} {for_people(one.each_s)} in {one.times} of {one.steps} steps"
-        for phase, one in found.items()
+        f"{names[phase]} {for_people(one.each_s)} {one.times_text}" for phase, one in found.items()
     ]
     return f"Besides, {' and '.join(parts)}." if parts else ""
 
@@ -180,11 +190,15 @@ def _beside_text(last: Rows) -> str:
 
 
 def _critic_text(
-    phases: Mapping[str, float], step_s: float, last: Rows, setup: Setup | None
+    phases: Mapping[str, float], step_s: float, rows: Rows, setup: Setup | None
 ) -> str:
     """Of a value model that costs much and explains little."""
     cost = sum(phases.get(phase, 0.0) for phase in CRITIC) / step_s
-    explained = mean_of(last, "critic/vf_explained_var")
+    steps = training_rows(rows)
+    explained = mean_of(recent(steps), "critic/vf_explained_var")
+    if len(steps) < EARLY_STEPS:
+        # Its check has not settled yet whether it is of use.
+        return ""
     if cost < CRITIC_TIME or explained is None or explained >= EXPLAINED:
         return ""
     few = ""
@@ -204,9 +218,13 @@ def wrote(rows: Rows) -> Finding:
     if not lengths:
         return Finding("unknown", "Nothing written yet", "The run has no completions of training.")
     parts = [f"Answers have {fmean(lengths):.0f} tokens on average"]
-    if (longest := mean_of(last, "response_length/p90")) is not None:
+    cut, longest = (
+        mean_of(last, f"response{name}") for name in ("/truncated_ratio", "_length/p90")
+    )
+    if longest is not None and (cut is None or cut <= CUT_WATCH):
+        # With more cut off, nine of ten is the limit in most steps, whatever the mean over steps.
         parts.append(f"nine of ten at most {longest:.0f}")
-    if (cut := mean_of(last, "response/truncated_ratio")) is not None:
+    if cut is not None:
         parts.append(f"{share(cut)} are cut off at the limit")
     names = ("scored", "unparsable", "timeout", "error")
     outcomes = {name: sum(values(last, f"reward/outcome/{name}")) for name in names}

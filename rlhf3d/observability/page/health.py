@@ -20,18 +20,20 @@ from rlhf3d.observability.page.advice import (
     Hint,
     advice,
 )
-from rlhf3d.observability.page.findings import ORDER, Finding, share
-from rlhf3d.observability.page.learning import EARLY_STEPS
+from rlhf3d.observability.page.findings import ORDER, Finding, counted, share
+from rlhf3d.observability.page.learning import SURE, is_sure
 from rlhf3d.observability.page.limits import (
     CLIPPED,
     CUT_BAD,
     CUT_WATCH,
+    EARLY_STEPS,
     EFFECTIVE,
     ENTROPY_HIGH,
     ENTROPY_LOW,
     ENTROPY_NATS,
     EXPLAINED,
     FAILED,
+    GRADIENT_RISE,
     KL_GROWTH,
     KL_NATS,
     LEFT_BEHIND,
@@ -45,6 +47,7 @@ from rlhf3d.observability.page.limits import (
 )
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import (
+    Mean,
     Rows,
     change,
     mean_of,
@@ -93,9 +96,11 @@ def numbers(rows: Rows, _: Known) -> Finding | None:
     skipped = sum(sum(values(rows, name)) for name in names)
     if not broken and not skipped:
         return Finding("good", "All losses and gradients are finite", "", chart="grad_norm")
-    text = f"{skipped:.0f} optimizer step(s) were left out because a number was not finite."
+    text = f"Optimizer steps left out because a number was not finite: {skipped:.0f}."
     if broken:
-        text += f" Metrics were not finite in {len(broken)} step(s), the last at {broken[-1]}."
+        text += (
+            f" Metrics were not finite in {counted(len(broken), 'step')}, the last at {broken[-1]}."
+        )
     return Finding(
         "bad" if broken else "watch",
         "Numbers are not finite",
@@ -112,7 +117,8 @@ def entropy(rows: Rows, known: Known) -> Finding | None:
     if found is None:
         return None
     start, now = found.first.value, found.last.value
-    text = f"Entropy {start:.3g} nats per token at the start, {now:.3g} now."
+    text = f"Entropy {start:.3g} nats per token at the start, {now:.3g} now"
+    text += f": {share(now / start)} of it." if start > 0 else "."
     if now < ENTROPY_NATS and now < ENTROPY_LOW * start:
         return Finding(
             "watch" if known.learns else "bad",
@@ -130,7 +136,7 @@ def entropy(rows: Rows, known: Known) -> Finding | None:
             "Lower the learning rate or actor.entropy_coeff, and read the answers.",
             "entropy",
         )
-    return Finding("good", "It explores", text, chart="entropy")
+    return Finding("good", "Entropy has not collapsed", text, chart="entropy")
 
 
 def reference_kl(rows: Rows, known: Known) -> Finding | None:
@@ -147,11 +153,20 @@ def reference_kl(rows: Rows, known: Known) -> Finding | None:
     if now is None or middle is None:
         return None
     text = f"KL to the reference {now:.3g} nats per token, {middle:.3g} half-way."
-    if now > KL_NATS and now > KL_GROWTH * middle and len(rows) >= EARLY_STEPS:
+    large = now > max(KL_NATS, KL_GROWTH * middle)
+    if large and len(rows) < EARLY_STEPS:
+        # It begins at 0, so that it more than doubles in the second half of any short run.
+        return Finding(
+            "unknown",
+            "KL to the reference is large",
+            f"{text} {len(rows)} steps are too few to say whether it levels off.",
+            chart="kl",
+        )
+    if large:
         return Finding(
             "watch" if known.learns else "bad",
             "KL to the reference runs away",
-            f"{text} The policy leaves the model that it started from, faster and faster.",
+            f"{text} The policy leaves the model that it started from, without slowing down.",
             "Raise the KL coefficient (actor.kl_loss_coef or algorithm.kl_ctrl), or lower the "
             "learning rate; read the answers.",
             "kl",
@@ -163,6 +178,9 @@ def update_size(rows: Rows, known: Known) -> Finding | None:
     """Whether updates stay within the clip range."""
     clipped = mean_of(recent(rows), "actor/pg_clipfrac")
     if clipped is None:
+        return None
+    if not clipped and known.setup is not None and known.setup.one_update:
+        # Nothing can be clipped: the chart says so.
         return None
     text = f"{share(clipped)} of the tokens are beyond the clip range."
     if clipped <= CLIPPED:
@@ -212,10 +230,14 @@ def truncation(rows: Rows, known: Known) -> Finding | None:
     text = f"{share(cut)} of the completions end at the limit and not by themselves."
     if cut <= CUT_WATCH:
         return Finding("good", "Answers come to their end", text, chart="cut")
-    last = recent(rows)
-    if len(rows) >= 2 * len(last):
-        first = mean_of(rows[: len(last)], "response/truncated_ratio") or 0.0
-        text += f" In the first {len(last)} steps it was {share(first)}."
+    hints = advice(CUT_OFF, known.setup, rows)
+    found = change(rows, "response/truncated_ratio")
+    if found is not None:
+        before = f"in the first {found.steps} steps it was {share(found.first.value)}."
+        falls = is_sure(Mean(-found.gain.value, found.gain.error), SURE)
+        text += f" It falls: {before}" if falls else f" I{before[1:]}"
+        if falls and hints:
+            hints = f"If it falls no further: {hints[0].lower()}{hints[1:]}"
     if known.setup is not None and known.setup.scores_last_number:
         text += (
             " Scores of such answers may be wrong: an answer without `####` or box is scored by "
@@ -225,7 +247,7 @@ def truncation(rows: Rows, known: Known) -> Finding | None:
         "watch" if cut <= CUT_BAD or known.learns or len(rows) < EARLY_STEPS else "bad",
         "Many answers are cut off",
         text,
-        advice(CUT_OFF, known.setup, rows),
+        hints,
         "cut",
     )
 
@@ -276,12 +298,14 @@ def _gradients(rows: Rows, role: str, name: str) -> Finding | None:
         )
     spikes = [row["step"] for row in rows if (number(row, f"{role}/grad_norm_ratio") or 0) > SPIKE]
     late = [step for step in spikes if step >= recent(rows)[0]["step"]]
-    text = (
-        f"Norm {fmean(norms):.3g} in the last {len(norms)} steps, at most {max(norms):.3g}; "
-        f"{len(spikes) or 'no'} spike(s) in all."
-    )
+    text = f"Norm {fmean(norms):.3g} in the last {len(norms)} steps, at most {max(norms):.3g}."
+    found = change(rows, f"{role}/grad_norm")
+    if found is not None and found.last.value > GRADIENT_RISE * found.first.value:
+        text += f" It rose: in the first {found.steps} steps it was {found.first.value:.3g}."
+    text += f" {counted(len(spikes), 'spike')} in all ({SPIKE:g} times the steps before)."
     if not late:
-        return Finding("good", f"Gradients of the {name} are steady", text, chart="grad_norm")
+        title = f"The gradient of the {name} has no spikes"
+        return Finding("good", f"{title} now" if spikes else title, text, chart="grad_norm")
     return Finding(
         "watch",
         f"The gradient of the {name} spikes",
@@ -379,7 +403,7 @@ def staleness(rows: Rows, known: Known) -> Finding | None:
     apart = mean_of(last, "training/off_policy/kl_k3")
     effective = mean_of(last, "rollout_corr/rollout_is_eff_sample_size")
     left = mean_of(last, "response_length_ratio/p90")
-    text = f"Samples are {old:.2g} version(s) old on average."
+    text = f"Samples are on average {old:.2g} versions old."
     if apart is not None:
         text += f" KL to the policy that wrote them {apart:.2g} nats per token."
     elif known.setup is not None and known.setup.old_from_engine:
@@ -414,7 +438,7 @@ def engines(rows: Rows, _: Known) -> Finding | None:
     return Finding(
         "watch",
         "Engines died",
-        f"Engines were started again {died:.0f} time(s).",
+        f"Engines were started again {counted(round(died), 'time')}.",
         "logs/engine_N.log says why; often it is memory.",
     )
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rlhf3d.observability.metrics import keys_of, validation_accuracy, validation_reward
 from rlhf3d.observability.page.advice import NEARER, advice
 from rlhf3d.observability.page.findings import Finding
+from rlhf3d.observability.page.limits import EARLY_STEPS
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.trends import (
     Change,
@@ -35,9 +36,6 @@ SURE_HELD_OUT = 2.0
 """The same of held-out accuracy, where the prompts are independent (95 %)."""
 LOST = 0.5
 """Share of what was gained that must be lost before a run is said to lose it."""
-EARLY_STEPS = 20
-"""Runs with fewer steps are not called flat, nor their value model bad: the first steps of a warmup
-change little."""
 SOLVED = 0.95
 """Share of the best score seen; a run that begins there has little to learn."""
 

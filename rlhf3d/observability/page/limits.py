@@ -29,6 +29,11 @@ CUT_WATCH, CUT_BAD = 0.1, 0.5
 have said."""
 SIGNAL_WATCH, SIGNAL_BAD = 0.2, 0.05
 """Share of prompts whose completions differ in score: only these teach a group-based estimator."""
+EARLY_STEPS = 20
+"""Runs with fewer steps are not called flat, nor their value model or KL bad: the first steps of a
+warmup change little, and what begins at 0 grows by a large factor."""
+GRADIENT_RISE = 2.0
+"""Gradient norm at the end over that at the start from which its rise is named."""
 SPIKE = 5.0
 """Gradient norm over that of the steps before: the default of trainer.grad_spike_factor."""
 FAILED = 0.05
@@ -62,17 +67,23 @@ def _share(at: str, limit: float) -> Healthy:
 HEALTHY: dict[str, Healthy] = {
     "actor/pg_clipfrac": _share("at most", CLIPPED),
     "actor/entropy": Healthy(
-        f"at most {ENTROPY_HIGH:g} times that of the start, and at least {share(ENTROPY_LOW)} "
-        f"of it or {ENTROPY_NATS:g}"
+        f"at most {ENTROPY_HIGH:g} times that of the start, and at least the smaller of "
+        f"{share(ENTROPY_LOW)} of it and {ENTROPY_NATS:g}"
     ),
     **dict.fromkeys(
-        KL_TO_REFERENCE, Healthy(f"at most {KL_NATS:g}, or {KL_GROWTH:g} times that of half-way")
+        KL_TO_REFERENCE,
+        Healthy(
+            f"at most the larger of {KL_NATS:g} and {KL_GROWTH:g} times that of half-way, "
+            f"judged from {EARLY_STEPS} steps on"
+        ),
     ),
-    "actor/grad_norm": Healthy("steady, above 0"),
+    "actor/grad_norm": Healthy("above 0, without spikes"),
     "actor/grad_norm_ratio": Healthy(f"at most {SPIKE:g}", SPIKE),
     "actor/skipped_steps": Healthy("0"),
     "actor/lr": Healthy("above 0"),
-    "critic/vf_explained_var": _share("at least", EXPLAINED),
+    "critic/vf_explained_var": Healthy(
+        f"at least {share(EXPLAINED)}, judged from {EARLY_STEPS} steps on", EXPLAINED
+    ),
     "response/truncated_ratio": _share("at most", CUT_WATCH),
     "reward/outcome/scored": Healthy(
         f"no failures (above {share(FAILED)} bad), at most {share(UNREADABLE)} unparsable"

@@ -54,6 +54,15 @@ class Setup:
     async_save: bool
 
     @property
+    def one_update(self) -> bool:
+        """Whether a batch is one update of the policy that wrote it: ratios are 1."""
+        return (
+            self.epochs * self.mini_batches == 1
+            and self.max_staleness == 0
+            and not self.old_from_engine
+        )
+
+    @property
     def bubble(self) -> float:
         """Share of a pass in which a rank of the pipeline has nothing to do."""
         if self.micro_batches is None:

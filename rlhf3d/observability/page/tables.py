@@ -55,8 +55,7 @@ def phase_table(run: RunView) -> list[PhaseRow]:
         alone = planned.pop("generate", None)
         besides.append(PhaseRow("generate, beside training", drawn, alone, alike=False))
     for phase, one in occasional(run.rows).items():
-        times = f"{phase}, in {one.times} of {one.steps} steps"
-        besides.append(PhaseRow(times, one.each_s, planned.pop(phase, None)))
+        besides.append(PhaseRow(f"{phase}, {one.times_text}", one.each_s, planned.pop(phase, None)))
     rows = [
         PhaseRow(name, seconds, planned.get(name), seconds / step_s)
         for name, seconds in sorted(measured.items(), key=lambda item: -item[1])

@@ -31,7 +31,7 @@ def test_of_a_run_in_a_line(tmp_path: Path) -> None:
     found = setup_of(path)
     assert found.about == (
         "PPO (gae), Tiny-Instruct float32, sums/a.parquet, 16 prompts × 2, not asynchronous, "
-        "CPU, 4 training rank(s)"
+        "CPU, 4 training ranks"
     )
     # 16 x 2 sequences over 2 replicas, 8 in each micro-batch.
     assert (found.micro_batches, found.mini_batches, found.epochs, found.stages) == (2, 1, 2, 2)

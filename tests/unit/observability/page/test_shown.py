@@ -99,7 +99,7 @@ def test_times_of_like_with_like(tmp_path: Path) -> None:
     assert (beside.measured, beside.planned, beside.alike) == (33.0, 4.0, False)
     assert table["update_actor"].share == pytest.approx(20 / 30)
     text = view(tmp_path / "again", rows).verdict.bound.text
-    assert "A step takes 30.0 s, mean of the last 5" in text
+    assert "A step takes 30.0 s (mean of the last 5, without validation and checkpoints)" in text
     assert "validation 50.0 s in 2 of 20 steps" in text and "takes 33.0 s a step" in text
 
 

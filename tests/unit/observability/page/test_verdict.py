@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.page_runs import healthy_rows, with_validation
+from support.page_runs import healthy_rows, setup, with_validation
 
 from rlhf3d.observability.page.learning import learning
 from rlhf3d.observability.page.verdict import judge
@@ -241,3 +241,65 @@ def test_odd_rows_do_no_harm() -> None:
         healthy_rows(2),
     ):
         assert len(judge(rows).answers) == 4
+
+
+def steep_kl(steps: int) -> list[Row]:
+    return changed(steps, put("actor/kl_loss", lambda part: 3 * part**2))
+
+
+@pytest.mark.parametrize(("steps", "level"), [(16, "unknown"), (40, "watch")])
+def test_a_large_kl_is_never_fine(steps: int, level: str) -> None:
+    """With few steps it is not settled, since it begins at 0."""
+    (found,) = [check for check in judge(steep_kl(steps)).checks if "KL" in check.title]
+    assert (found.level, "too few" in found.text) == (level, level == "unknown")
+
+
+def test_a_gradient_that_rises_is_named_though_it_has_no_spike() -> None:
+    def check(curve: Callable[[float], float]) -> str:
+        checks = judge(changed(60, put("actor/grad_norm", curve))).checks
+        return next(one.text for one in checks if "gradient of the policy" in one.title)
+
+    assert "It rose: in the first 6 steps" in check(lambda part: 1 + 4 * part)
+    assert "rose" not in check(lambda part: 1 + part / 2)
+
+
+def test_one_update_of_a_batch_is_no_check_of_its_size() -> None:
+    rows = changed(30, put("actor/pg_clipfrac", lambda part: 0.0))
+    titles = {
+        age: [check.title for check in judge(rows, setup(max_staleness=age)).checks]
+        for age in (0, 1)
+    }
+    assert "Updates are of a sound size" not in titles[0]
+    assert "Updates are of a sound size" in titles[1]
+
+
+@pytest.mark.parametrize(("end", "falls"), [(0.2, True), (0.6, False)])
+def test_answers_that_are_cut_off_less_and_less(end: float, falls: bool) -> None:
+    curve = put("response/truncated_ratio", lambda part: 0.6 + (end - 0.6) * part)
+    found = judge(changed(60, curve), setup()).checks[0]
+    assert found.title == "Many answers are cut off"
+    assert ("It falls" in found.text) == falls == found.advice.startswith("If it falls no further")
+
+
+@pytest.mark.parametrize(("cut", "told"), [(0.05, True), (0.14, False)])
+def test_nine_of_ten_are_told_where_so_many_end(cut: float, told: bool) -> None:
+    """A mean of p90s below the limit would contradict that more than a tenth reach it."""
+    rows = changed(30, put("response/truncated_ratio", lambda part: cut))
+    assert ("nine of ten" in judge(rows).wrote.text) == told
+
+
+def test_what_is_not_settled_is_not_advised() -> None:
+    costs = {"timing_s/values": 8.0, "timing_s/update_critic": 20.0, "timing_s/step": 70.0}
+    little = {**costs, "critic/vf_explained_var": 0.03}
+    advised = [
+        "value model" in judge([{**row, **little} for row in healthy_rows(steps)]).bound.advice
+        for steps in (16, 30)
+    ]
+    assert advised == [False, True]
+
+
+def test_the_validation_before_the_first_step_is_told_too() -> None:
+    rows = changed(16, put("timing_s/validate", lambda part: 20.0 if part == 1 else 0.0))
+    first = {"step": 0, "timing_s/validate": 23.0, "timing_s/step": 23.0}
+    assert "in 1 of 16 steps." in judge(rows).bound.text
+    assert "in 1 of 16 steps, and before the first." in judge([first, *rows]).bound.text
