@@ -134,7 +134,7 @@ def planned(file: Path, rows: Rows) -> Planned:
     ]
     seconds = {phase.phase: phase.total for phase in plan.time.phases}
     host_gib = plan.memory.host.total / GIB
-    return Planned(seconds, plan.time.step_s, memory, host_gib, str(cluster))
+    return Planned(seconds, plan.time.step_s, memory, host_gib, str(cluster).removeprefix("1 x "))
 
 
 def planned_memory(file: Path) -> MemoryPlanned | None:

@@ -72,7 +72,7 @@ class Occasional:
     @property
     def times_text(self) -> str:
         """How often."""
-        before = ", and before the first" if self.before else ""
+        before = " (and before the first)" if self.before else ""
         return f"in {self.times} of {self.steps} steps{before}"
 
 

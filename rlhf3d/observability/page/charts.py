@@ -50,9 +50,11 @@ class Chart:
     id: str
     title: str
     help: str
-    """What it is; in `CHARTS` also what is healthy of its first line."""
+    """What it is."""
     lines: tuple[Line, ...]
     format: Format = "number"
+    healthy: str = ""
+    """What is healthy of its first line, in words; filled in `CHARTS`."""
     limit: float | None = None
     """Where a check of `health` begins to warn about its first line; filled in `CHARTS`."""
     unit: str = ""
@@ -62,6 +64,8 @@ class Chart:
     """Whether a running mean says something."""
     bypass: str = ""
     """What more there is to say where the engines' log-probs are the old ones."""
+    one_update: str = ""
+    """What there is to say instead of a limit where a batch is one update."""
     about_groups: bool = False
     """Its limit is one for estimators that compare the completions of a prompt."""
 
@@ -69,6 +73,10 @@ class Chart:
 _OLDER = (
     "Here the old policy is the one that wrote (bypass mode), which may be of an earlier version."
 )
+_ONE_UPDATE = (
+    "This run makes one update a batch, of the policy that wrote it: nothing can be clipped."
+)
+_NOT_MOVED = "This run makes one update a batch, before which nothing has moved."
 _OUTCOMES = tuple(f"reward/outcome/{name}" for name in ("scored", "unparsable", "timeout", "error"))
 
 _CHARTS: tuple[Chart, ...] = (
@@ -131,6 +139,7 @@ _CHARTS: tuple[Chart, ...] = (
         ),
         "share",
         bypass=_OLDER,
+        one_update=_ONE_UPDATE,
     ),
     Chart(
         "ppo_kl",
@@ -141,6 +150,7 @@ _CHARTS: tuple[Chart, ...] = (
         unit="nats per token",
         lowest=None,
         bypass=_OLDER,
+        one_update=_NOT_MOVED,
     ),
     Chart(
         "mismatch",
@@ -190,9 +200,10 @@ _CHARTS: tuple[Chart, ...] = (
     Chart(
         "critic",
         "Value model",
-        "Share of the returns' variance that the values explain: 1 is perfect, 0 no better than a "
-        "constant.",
+        "Share of the returns' variance that the values explain: 100 % is perfect, 0 no better "
+        "than a constant.",
         (Line("critic/vf_explained_var", "explained variance"),),
+        "share",
         lowest=None,
     ),
     Chart(
@@ -257,7 +268,8 @@ _CHARTS: tuple[Chart, ...] = (
     Chart(
         "step_s",
         "Seconds per step",
-        "Wall-clock time, with validation and checkpoints.",
+        "Wall-clock time, with validation and checkpoints; the verdict's time of a step and the "
+        "table below leave these out.",
         (Line(STEP_TIME, "step"),),
         "seconds",
     ),
@@ -268,7 +280,7 @@ def _with_limit(chart: Chart) -> Chart:
     healthy = HEALTHY.get(chart.lines[0].metric)
     if healthy is None:
         return chart
-    return replace(chart, help=f"{chart.help} Healthy: {healthy.words}.", limit=healthy.line)
+    return replace(chart, healthy=f"Healthy: {healthy.words}.", limit=healthy.line)
 
 
 CHARTS = tuple(map(_with_limit, _CHARTS))

@@ -167,6 +167,7 @@ def page_data(runs: Sequence[RunView]) -> dict[str, Any]:
     return {
         "runs": [run.name for run in runs],
         "windows": [window(len(training_rows(run.rows))) for run in runs],
+        "steps": [len(training_rows(run.rows)) for run in runs],
         "charts": list(chart_data(runs)),
         "resumes": _resumes(runs[0]) if len(runs) == 1 else [],
         "phases": [asdict(phase_stack(run.rows)) for run in runs],
@@ -203,7 +204,10 @@ def _fitted(chart: Chart, setups: Sequence[Setup]) -> Chart:
     if chart.bypass and any(setup.old_from_engine for setup in setups):
         chart = replace(chart, help=f"{chart.help} {chart.bypass}")
     if chart.about_groups and setups and not any(setup.needs_groups for setup in setups):
-        chart = replace(chart, limit=None, help=f"{chart.help} This run's is none.")
+        words = "This run's estimator compares no groups."
+        chart = replace(chart, limit=None, healthy="", help=f"{chart.help} {words}")
+    if chart.one_update and setups and all(setup.one_update for setup in setups):
+        chart = replace(chart, limit=None, healthy="", help=f"{chart.help} {chart.one_update}")
     return chart
 
 
@@ -213,8 +217,9 @@ def _chart(chart: Chart, found: Sequence[Sequence[Curve]]) -> Any:
         chosen = lines_of_run if len(found) == 1 else lines_of_run[:1]
         lines += [{"run": run, **asdict(line)} for line in chosen]
     if lines:
-        names = ("id", "title", "help", "limit", "unit", "format")
-        yield {**{name: getattr(chart, name) for name in names}, "lines": lines}
+        names = ("id", "title", "limit", "unit", "format")
+        help_ = f"{chart.help} {chart.healthy}".strip()
+        yield {**{name: getattr(chart, name) for name in names}, "help": help_, "lines": lines}
 
 
 def _trajectory(shown: Shown) -> Mapping[str, Any]:

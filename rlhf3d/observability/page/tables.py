@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf3d.observability.metrics import STEP_TIME
-from rlhf3d.observability.page.answers import LOWEST, Answer, Group, shortened
+from rlhf3d.observability.page.answers import LOWEST, REWARDED, Answer, Group, shortened
 from rlhf3d.observability.page.bound import occasional, recent_phases, step_seconds
 from rlhf3d.observability.page.collect import RunView
 from rlhf3d.observability.page.learning import held_out, reward_name
@@ -84,13 +84,13 @@ def memory_table(run: RunView) -> list[MemoryRow]:
     plan = run.facts.plan
     rank, host = (max(values(run.rows, name), default=None) for name in MEMORY)
     places = () if plan is None else plan.memory
-    fullest = max((place.gib for place in places), default=0.0)
+    fullest = max((place.gib for place in places), default=None)
     rows = []
     for place in places:
-        measured = rank if place.gib == fullest else None
-        rows.append(MemoryRow(place.place, place.phase, place.gib, measured))
-    if plan is None and rank is not None:
-        rows.append(MemoryRow("fullest training rank", "", None, rank))
+        rows.append(MemoryRow(place.place, place.phase, place.gib, None))
+    if rank is not None:
+        # Which rank that is nobody has written down.
+        rows.append(MemoryRow("fullest training rank", "", fullest, rank))
     if plan is not None or host is not None:
         planned = None if plan is None else plan.host_gib
         rows.append(MemoryRow("host", "", planned, host))
@@ -144,11 +144,17 @@ class Excerpt:
 
 
 def excerpts(run: RunView) -> list[Excerpt]:
-    """The first held-out prompt before and after, and an answer of the lowest score."""
+    """A held-out prompt before and after, and an answer of the lowest score.
+
+    Of the prompts the first that turned right, which is said; else the first.
+    """
     found = []
-    for pair in run.pairs[:1]:
+    learned = [pair for pair in run.pairs if _turned_right(pair)]
+    for pair in (learned or run.pairs)[:1]:
         before, after = run.pair_steps
-        found.append(_excerpt(f"step {before}", pair, pair.answers[0]))
+        of = f"1 of {len(learned)} prompts of {len(run.pairs)} that turned right, "
+        where = f"{of if learned else ''}step {before}"
+        found.append(_excerpt(where, pair, pair.answers[0]))
         last = _excerpt(f"the same, step {after}", pair, pair.answers[1])
         found.append(replace(last, prompt=""))
     for at in run.groups[-1:]:
@@ -157,6 +163,11 @@ def excerpts(run: RunView) -> list[Excerpt]:
             group = pick.groups[0]
             found.append(_excerpt(f"one of the lowest of step {at.step}", group, group.answers[0]))
     return found
+
+
+def _turned_right(pair: Group) -> bool:
+    before, after = pair.answers
+    return before.worth < REWARDED <= after.worth
 
 
 def _excerpt(where: str, group: Group, answer: Answer) -> Excerpt:

@@ -51,7 +51,7 @@ def test_the_plan_is_for_the_runs_own_lengths(run: Path) -> None:
     assert plans[0].step_s < plans[1].step_s
     assert plans[0].phases["generate"] > 0 and plans[0].memory[0].gib > 1
     html = write_page([run], run / "page.html").read_text()
-    assert "<th>ratio</th>" in html and plans[0].hardware in html
+    assert "<th>measured ÷ planned</th>" in html and plans[0].hardware in html
 
 
 def test_memory_is_beside_the_plan(run: Path, tmp_path: Path) -> None:

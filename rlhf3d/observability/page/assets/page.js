@@ -10,6 +10,8 @@ const PRINT_WIDTH = 310, HEIGHT = 205;
 const DASHES = [[undefined, ""], [[7, 5], " dashed"], [[2, 4], " dotted"]];
 let chosenRun = 0, printing = false, drawn = [];
 
+const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+
 function element(tag, className, text, parent) {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -89,7 +91,7 @@ function draw(place, table, series, options, shown) {
   drawn.push([plot, place, options]);
 }
 
-// A line at a check's limit and dotted ones at resumes, where the scales reach them.
+// A line at a check's limit, with its key, and dotted ones at resumes, where the scales reach them.
 function drawMarks(plot, options) {
   const { ctx, bbox } = plot, ratio = devicePixelRatio;
   const inside = (value, scale) => value >= scale.min && value <= scale.max;
@@ -104,7 +106,9 @@ function drawMarks(plot, options) {
     ctx.stroke();
     ctx.restore();
   };
-  if (options.limit != null && inside(options.limit, plot.scales.y)) {
+  const limited = options.limit != null && inside(options.limit, plot.scales.y);
+  if (options.limitKey) options.limitKey.style.display = limited ? "" : "none";
+  if (limited) {
     const y = plot.valToPos(options.limit, "y", true);
     line(color("--watch"), [], [bbox.left, y], [bbox.left + bbox.width, y]);
   }
@@ -119,7 +123,9 @@ function yRange(format) {
   return (_, low, high) => {
     if (low == null) return [0, 1];
     const room = 0.08 * (high - low || Math.abs(high) || 1);
-    if (format === "share") return [0, Math.min(Math.max(high + room, 0.02), 1.0001)];
+    if (format === "share") {
+      return [low < 0 ? low - room : 0, Math.min(Math.max(high + room, 0.02), 1.0001)];
+    }
     const fromZero = low >= 0 && (low < 0.6 * high || format === "tokens" || format === "seconds");
     return [fromZero ? 0 : low - room, high + room];
   };
@@ -156,13 +162,15 @@ function curveChart(parent, chart) {
     shown.push([raw, addKey(keys, stroke, label, dashed), undefined, line.now]);
   });
   if (bands.length) addKey(keys, faint(color("--c9"), 0.3), "± one standard error");
+  const limitKey = chart.limit == null ? undefined
+    : addKey(keys, color("--watch"), "where a check warns", "").parentElement;
   const means = new Set(chart.lines.filter((line) => line.mean.length).map((line) =>
     data.windows[line.run]));
   const rest = means.size ? `mean of the last ${[...means].join(" / ")} steps` : "";
   const atStep = element("span", "", "", keys);
   const table = tables.length > 1 ? uPlot.join(tables) : tables[0];
   draw(place, table, series,
-    { format: chart.format, limit: chart.limit, bands, yRange: yRange(chart.format), atStep, rest },
+    { format: chart.format, limit: chart.limit, limitKey, bands, yRange: yRange(chart.format), atStep, rest },
     shown);
 }
 
@@ -225,11 +233,17 @@ function ramp(count) {
   });
 }
 
+// How many of the steps of the run chosen are shown.
+function stepsTold(count) {
+  const all = data.steps[chosenRun];
+  return count >= all ? "all steps" : `${count} of ${all} steps, evenly spaced over the run`;
+}
+
 function spreadCharts() {
   const place = byId("spreads"), found = data.spreads[chosenRun];
   place.replaceChildren();
   byId("spreads-note").textContent = found.score
-    ? `From the completions of ${found.score.steps.length} step(s), evenly spaced over the run.`
+    ? `From the completions of ${stepsTold(found.score.steps.length)}.`
     : "The run has no samples of training.";
   for (const [name, title, format] of [["score", "Scores", "number"], ["length", "Lengths", "tokens"]]) {
     const spread = found[name];
@@ -290,8 +304,9 @@ function showGroups() {
   const { groups, more } = pick || at;
   byId("groups-note").textContent = (pick
     ? `Of step ${at.step}: ${pick.title}`
-    : `The first ${groups.length} group(s) of the step, not chosen by result`) +
-    (more ? `; ${more} more are not shown` : "") + ". Steps are evenly spaced over the run.";
+    : `The first ${counted(groups.length, "group")} of the step, not chosen by result`) +
+    (more ? `; ${more} more are not shown` : "") +
+    `. Shown: ${stepsTold(data.groups[chosenRun].length)}.`;
   for (const group of groups) {
     const box = element("div", "group", undefined, place);
     const prompt = element("p", "prompt", group.prompt, box);
@@ -430,7 +445,7 @@ function chooseRun(number) {
   if (found.length && found[0].worst !== null) {
     const worst = found[0].tokens[found[0].worst];
     byId("tokens-note").textContent =
-      `Engine and trainer part most on ${JSON.stringify(worst[0])} in trajectory ${found[0].number} ` +
+      `Engine and trainer differ most on ${JSON.stringify(worst[0])} in trajectory ${found[0].number} ` +
       `of step ${found[0].step}: log-probs ${worst[4]} and ${worst[5]}. Touch a token to see its own.`;
   } else if (found.length) {
     byId("tokens-note").textContent = "The run did not compute log-probs of the trainer for what it " +

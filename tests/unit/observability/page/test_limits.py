@@ -26,7 +26,7 @@ def test_charts_with_a_limit_say_it() -> None:
     assert len(limited) >= 6
     for chart in limited:
         healthy = HEALTHY[chart.lines[0].metric]
-        assert chart.limit == healthy.line and f"Healthy: {healthy.words}." in chart.help
+        assert chart.limit == healthy.line and chart.healthy == f"Healthy: {healthy.words}."
 
 
 def test_no_table_says_otherwise() -> None:

@@ -13,7 +13,7 @@ from support.page_runs import healthy_rows, sample, setup, with_validation, writ
 from rlhf3d.observability.outcome import RunRecord
 from rlhf3d.observability.page.answers import groups_by_step
 from rlhf3d.observability.page.charts import CHARTS, curves, held_out_curves
-from rlhf3d.observability.page.collect import Planned, RunFacts, RunView, collect
+from rlhf3d.observability.page.collect import Planned, PlannedMemory, RunFacts, RunView, collect
 from rlhf3d.observability.page.learning import learning
 from rlhf3d.observability.page.render import chart_data
 from rlhf3d.observability.page.tables import (
@@ -157,3 +157,37 @@ def test_words_fit_where_the_old_policy_is_the_one_that_wrote(tmp_path: Path) ->
         assert "the one that wrote" not in charts[False][name]["help"]
     # The limit is one for estimators that compare completions.
     assert charts[True]["signal"]["limit"] and charts[False]["signal"]["limit"] is None
+    healthy = ["Healthy" in charts[engine]["signal"]["help"] for engine in (True, False)]
+    assert healthy == [True, False]
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_charts_that_must_be_flat_say_so_and_have_no_limit(tmp_path: Path, age: int) -> None:
+    run = view(tmp_path, healthy_rows(9), RunFacts(setup=setup(max_staleness=age)))
+    chart = next(one for one in chart_data([run]) if one["id"] == "clip")
+    assert (chart["limit"] is None) == ("one update a batch" in chart["help"]) == (age == 0)
+    assert ("Healthy" in chart["help"]) == (age == 1)
+
+
+@pytest.mark.parametrize(("score", "shown"), [(1.0, "second"), (0.0, "first")])
+def test_a_prompt_that_turned_right_is_shown_before_others(
+    tmp_path: Path, score: float, shown: str
+) -> None:
+    for step, second in ((0, 0.0), (9, score)):
+        found = [sample("first", "x", 0.0), sample("second", "x", second)]
+        write_samples(tmp_path, step, found, "greedy")
+    before, _ = excerpts(view(tmp_path, healthy_rows(9)))
+    assert (before.prompt, "turned right" in before.about) == (shown, score == 1.0)
+
+
+def test_what_the_fullest_rank_has_is_of_no_named_rank(tmp_path: Path) -> None:
+    rows = [{**row, "perf/rank_memory_gib": 3.5} for row in healthy_rows(3)]
+    places = [PlannedMemory("ranks 0 to 1", "update_actor", 3.9), PlannedMemory("rank 2", "", 3.0)]
+    table = memory_table(view(tmp_path, rows, RunFacts(plan=Planned({}, 1.0, places, 9.0, "x"))))
+    measured = {row.place: (row.planned, row.measured) for row in table}
+    assert measured == {
+        "ranks 0 to 1": (3.9, None),
+        "rank 2": (3.0, None),
+        "fullest training rank": (3.9, 3.5),
+        "host": (9.0, None),
+    }

@@ -302,4 +302,4 @@ def test_the_validation_before_the_first_step_is_told_too() -> None:
     rows = changed(16, put("timing_s/validate", lambda part: 20.0 if part == 1 else 0.0))
     first = {"step": 0, "timing_s/validate": 23.0, "timing_s/step": 23.0}
     assert "in 1 of 16 steps." in judge(rows).bound.text
-    assert "in 1 of 16 steps, and before the first." in judge([first, *rows]).bound.text
+    assert "in 1 of 16 steps (and before the first)." in judge([first, *rows]).bound.text
