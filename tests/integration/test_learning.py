@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf3d.checkpoints.manifest import problems, read_manifest
 from rlhf3d.observability.profile.intervals import length, union
 from rlhf3d.observability.profile.spans import Span
-from rlhf3d.observability.profile.summary import in_words
 from rlhf3d.observability.profile.timeline import profiled_steps, read_timeline
+from rlhf3d.observability.profile.words import in_words
 from rlhf3d.observability.tokens import read_tokens, token_steps, tokens_path
 from rlhf3d.rehearsal.miniature import CHAT_TEMPLATE
 from rlhf3d.units import NS
@@ -159,7 +159,8 @@ def test_a_profiled_step_holds_what_every_process_did(runs: dict[str, Path]) -> 
         assert 0 <= life.submitted <= life.first_token <= life.ended <= timeline.ended
         assert 1 <= life.tokens <= 4
     words = " ".join(in_words(timeline))
-    assert "stage 1 waits" in words and "with 4 micro-batches would be 20 %" in words
+    assert "stage 0 waits for other stages" in words
+    assert "a pipeline of 2 stages and 4 micro-batches idles 20 % of an update" in words
 
 
 def assert_nested(spans: Sequence[Span], end: int) -> None:

@@ -52,6 +52,21 @@ def _order(stage: int, stages: int, micro_batches: int) -> list[tuple[str, int]]
     return order + [("backward", m) for m in range(micro_batches - ahead, micro_batches)]
 
 
+def forward_only(stages: int, tokens: list[int]) -> Timeline:
+    """A step of one phase without backward passes, a micro-batch for each count of tokens."""
+    lanes = []
+    for stage in range(stages):
+        end = 10 * (stage + len(tokens))
+        spans = [span("values", "call", 0, end), span("pipeline", "schedule", 0, end)]
+        for micro, count in enumerate(tokens):
+            began = 10 * (stage + micro)
+            details = {"micro_batch": micro, "chunk": 0, "tokens": count}
+            spans.append(span("forward", "forward", began, began + 10, **details))
+        process = Process(f"actor tp0 pp{stage} dp0", "actor", stage, stages)
+        lanes.append(Lane(process, Record("here", tuple(spans))))
+    return Timeline(3, 10 * (stages - 1 + len(tokens)) * MS, tuple(lanes))
+
+
 def requests(count: int, at_once: int) -> tuple[RequestLife, ...]:
     """Requests that all come at 0, of which an engine works on some; each is longer than before."""
     free, found = [0] * at_once, []

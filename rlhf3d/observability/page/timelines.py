@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.profile.spans import RequestLife, Span
-from rlhf3d.observability.profile.summary import in_words
 from rlhf3d.observability.profile.timeline import (
     NS_PER_US,
     TIMELINE_FILE,
@@ -24,6 +23,7 @@ from rlhf3d.observability.profile.timeline import (
     profiled_steps,
     read_timeline,
 )
+from rlhf3d.observability.profile.words import in_words
 
 SPANS = 12_000
 """Of a page, over all runs and steps; some 30 bytes each."""

@@ -90,7 +90,7 @@ def test_the_last_profiles_of_a_run_are_shown_and_a_broken_one_is_named(tmp_path
     data = json.loads(json.dumps(page_data([view])["profiles"]))
     assert [one["step"] for one in data[0]] == [2, 3, 4, 5]
     report = make_report(run).read_text()
-    assert "## Profiled steps" in report and "stage 1 waits 20 %" in report
+    assert "## Profiled steps" in report and "stage 0 waits for other stages 20 % of it" in report
 
 
 def test_a_run_without_a_profile_has_none(tmp_path: Path) -> None:
