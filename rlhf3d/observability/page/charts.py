@@ -113,7 +113,7 @@ _CHARTS: tuple[Chart, ...] = (
     Chart(
         "length",
         "Response length",
-        "Tokens of a completion: mean, and what nine of ten have at most.",
+        "Tokens of a completion: mean, and what nine of ten of a step have at most.",
         (
             Line("response_length/mean", "mean"),
             Line("response_length/p90", "nine of ten at most"),

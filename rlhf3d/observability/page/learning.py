@@ -22,7 +22,9 @@ from rlhf3d.observability.page.trends import (
     Mean,
     Rows,
     change,
+    mean_with_error,
     number,
+    recent,
     training_rows,
     values,
 )
@@ -34,6 +36,8 @@ SURE_OF_LOSS = 4.0
 """The same of a fall from the best: the best of many windows is high by chance as well."""
 SURE_HELD_OUT = 2.0
 """The same of held-out accuracy, where the prompts are independent (95 %)."""
+FEWEST_BEFORE = 4
+"""Steps before the last from which a scatter is taken."""
 LOST = 0.5
 """Share of what was gained that must be lost before a run is said to lose it."""
 SOLVED = 0.95
@@ -172,7 +176,8 @@ def learning(rows: Rows, setup: Setup | None = None) -> Finding:
     name = reward_name(steps)
     reward, accuracy = change(steps, name), held_out(rows)
     trend, of_held_out = reward_trend(reward), held_out_trend(accuracy)
-    text = f"{_reward_text(reward, len(steps))} {_held_out_text(accuracy)}".strip()
+    parts = (_reward_text(reward, len(steps)), _drop_text(steps, name), _held_out_text(accuracy))
+    text = " ".join(part for part in parts if part)
     if of_held_out in ("rises", "falls", "lost"):
         return _by_held_out(of_held_out, trend, text, accuracy, advice(NEARER, setup))
     if trend == "rises" and of_held_out == "flat":
@@ -268,6 +273,17 @@ def _reward_text(found: Change | None, steps: int) -> str:
         f"Reward {found.first} in the first {found.steps} steps and {found.last} in the last "
         f"{found.steps}: {found.gain.value:+.3g} ± {found.gain.error:.2g}."
     )
+
+
+def _drop_text(steps: Rows, name: str) -> str:
+    """Of a last step whose reward lies below what steps before it scatter by."""
+    *before, last = values(recent(steps), name) or [0.0]
+    if len(before) < FEWEST_BEFORE:
+        return ""
+    mean = mean_with_error(before)
+    # A single step scatters by the steps' deviation; their mean's own error is added.
+    drop = Mean(mean.value - last, mean.error * math.sqrt(len(before) + 1))
+    return f"The last step's alone is {last:.3g}." if is_sure(drop, SURE_OF_LOSS) else ""
 
 
 def _held_out_text(found: HeldOut | None) -> str:

@@ -264,9 +264,10 @@ function phaseChart() {
   const { steps, parts } = data.phases[chosenRun];
   if (!Object.keys(parts).length) { byId("phases").hidden = true; return; }
   byId("phases").hidden = false;
-  stackChart(byId("phases"), "Seconds of each phase", "What a step's time went to; generation that " +
-    "goes on beside training is not in it.", steps, parts,
-    "seconds", Object.keys(parts).map((_, number) => hue(number)), true);
+  const beside = data.charts.some((chart) => chart.id === "waits")
+    ? " Generation that goes on beside training is not in it." : "";
+  stackChart(byId("phases"), "Seconds of each phase", "What a step's time went to." + beside,
+    steps, parts, "seconds", Object.keys(parts).map((_, number) => hue(number)), true);
 }
 
 function drawAll() {

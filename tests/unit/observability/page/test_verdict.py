@@ -303,3 +303,10 @@ def test_the_validation_before_the_first_step_is_told_too() -> None:
     first = {"step": 0, "timing_s/validate": 23.0, "timing_s/step": 23.0}
     assert "in 1 of 16 steps." in judge(rows).bound.text
     assert "in 1 of 16 steps (and before the first)." in judge([first, *rows]).bound.text
+
+
+@pytest.mark.parametrize(("last", "told"), [(0.27, False), (0.0, True)])
+def test_a_last_step_is_told_where_it_is_no_noise(last: float, told: bool) -> None:
+    rows = changed(60, reward(lambda part: 0.3, noise=0.02))
+    rows[-1]["critic/score/mean"] = last
+    assert ("last step's alone" in learning(rows).text) == told
