@@ -30,7 +30,7 @@ class Finding:
 
 def counted(count: int, what: str) -> str:
     """So many of a thing whose plural ends in s."""
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def share(value: float) -> str:

@@ -302,7 +302,7 @@ def _gradients(rows: Rows, role: str, name: str) -> Finding | None:
     found = change(rows, f"{role}/grad_norm")
     if found is not None and found.last.value > GRADIENT_RISE * found.first.value:
         text += f" It rose: in the first {found.steps} steps it was {found.first.value:.3g}."
-    text += f" {counted(len(spikes), 'spike')} in all ({SPIKE:g} times the steps before)."
+    text += f" Spikes to {SPIKE:g} times the steps before: {len(spikes) or 'none'}."
     if not late:
         title = f"The gradient of the {name} has no spikes"
         return Finding("good", f"{title} now" if spikes else title, text, chart="grad_norm")

@@ -152,7 +152,7 @@ def excerpts(run: RunView) -> list[Excerpt]:
     learned = [pair for pair in run.pairs if _turned_right(pair)]
     for pair in (learned or run.pairs)[:1]:
         before, after = run.pair_steps
-        of = f"of {len(run.pairs)} prompts {len(learned)} turned right, the first of them at "
+        of = f"the first of {len(learned)} in {len(run.pairs)} prompts that turned right, "
         where = f"{of if learned else ''}step {before}"
         found.append(_excerpt(where, pair, pair.answers[0]))
         last = _excerpt(f"the same, step {after}", pair, pair.answers[1])
