@@ -105,7 +105,7 @@ def _waits(ranks: Sequence[RankShares]) -> str:
         )
     (first, waits), *others = by_stage.items()
     text = f"stage {first} waits for other stages {_range(waits)} of it"
-    return ", ".join([text, *(f"stage {stage} {_range(waits)}" for stage, waits in others)])
+    return ", ".join([text, *(f"stage {stage} waits {_range(waits)}" for stage, waits in others)])
 
 
 def _pipeline_words(phases: Sequence[Sequence[RankShares]]) -> list[str]:

@@ -3,21 +3,25 @@
 "use strict";
 const Timeline = (() => {
   const LANE = 20, LABEL = 15, GAP = 5, AXIS = 20, ROWS = 110, MOST_ROWS = 110;
+  const NAME = 13; // a row of names of phases that are shorter than these
   // Color, its strength, and what it is called; several kinds may share a color.
   const LOOK = {
-    phase: ["--c9", 0.3, "phases of the step"], call: ["--line", 0.8, "at a phase, doing none of these"],
-    schedule: ["--watch", 0.4, "waits"], wait: ["--watch", 0.4, "waits"],
+    phase: ["--c0", 0.2, "phases of the step"], call: ["--c9", 0.45, "at a phase, doing none of these"],
+    schedule: ["--c10", 0.6, "waits for others"], wait: ["--c10", 0.6, "waits for others"],
     forward: ["--c0", 1, "forward"], backward: ["--c2", 1, "backward"],
     optimizer: ["--c4", 1, "optimizer"], collective: ["--c3", 1, "collectives"],
     transfer: ["--c5", 1, "weights under way"], prefill: ["--c1", 1, "engine step with prompts"],
-    decode: ["--c6", 1, "engine step, tokens only"], command: ["--c9", 0.45, "command to an engine"],
+    decode: ["--c6", 1, "engine step, tokens only"], command: ["--c8", 0.8, "command to an engine"],
   };
-  const REQUESTS = [["--c9", 0.3, "request before its first token"], ["--c5", 0.75, "request writes"]];
-  let found = [], at = null, from = 0, to = 1, chosen = null, dragged = null, canvas = null;
+  const REQUESTS = [["--c1", 0.35, "request before its first token"], ["--c6", 0.75, "request writes"]];
+  const IDLE = "--back";
+  let found = [], at = null, from = 0, to = 1, chosen = null, dragged = null, canvas = null, room = 0, nameRows = 2;
 
   const shade = ([name, alpha]) => faint(color(name), alpha);
+  const MICRO = /micro batch (\d+)/;
   const kindOf = (span) => at.kinds[span[2]];
-  const height = (lane) => LABEL + LANE + (lane.rows ? 3 + Math.min(ROWS, 4 * lane.rows) : 0) + GAP;
+  const hasPhases = (lane) => lane.spans.some((span) => kindOf(span) === "phase");
+  const height = (lane) => LABEL + LANE + (hasPhases(lane) ? NAME * nameRows : 0) + (lane.rows ? 3 + Math.min(ROWS, 4 * lane.rows) : 0) + GAP;
   const time = (us) => us >= 1e6 ? digits(us / 1e6) + " s" : us >= 1e3 ? digits(us / 1e3) + " ms" : us ? us + " µs" : "0";
 
   function offer(profiles) {
@@ -43,7 +47,7 @@ const Timeline = (() => {
     const off = Math.max(...at.lanes.map((lane) => lane.error_us));
     byId("timeline-left-out").textContent = at.note +
       (off ? ` Clocks of other machines are known to ${digits(off)} µs.` : "");
-    byId("timeline-about").textContent = "Drag over a part to see it larger; touch a span to read it.";
+    byId("timeline-about").textContent = "Drag over a part to see it larger; click or touch a span to read it.";
   }
 
   function keys() {
@@ -54,12 +58,16 @@ const Timeline = (() => {
     if (at.lanes.some((lane) => lane.rows)) looks.push(...REQUESTS);
     const named = new Map(looks.map((look) => [look[2], look]));
     for (const [name, look] of named) addKey(place, shade(look), name);
+    addKey(place, color(IDLE), "idle (empty)").parentElement.firstChild.style.outline = "1px solid " + color("--line");
+    if (at.labels.some((text) => MICRO.test(text))) element("span", "", "number on a span: its micro-batch", place);
   }
 
   function draw() {
     if (!at) return;
     const place = byId("timeline-place");
     const width = printing ? 660 : place.clientWidth;
+    room = place.clientWidth;
+    nameRows = width < 800 ? 3 : 2;
     const tall = AXIS + at.lanes.reduce((sum, lane) => sum + height(lane), 0);
     const ratio = printing ? 2 : devicePixelRatio;
     canvas = document.createElement("canvas");
@@ -91,6 +99,7 @@ const Timeline = (() => {
       ctx.fillStyle = color("--soft");
       ctx.fillText(lane.name, 0, top + LABEL - 4);
       bars(ctx, lane, top + LABEL, width, scale);
+      if (hasPhases(lane)) names(ctx, lane, top + LABEL + LANE, width, scale);
       if (lane.rows) requests(ctx, lane, top + LABEL + LANE + 3, width, scale);
       top += height(lane);
     }
@@ -116,8 +125,11 @@ const Timeline = (() => {
 
   // Spans in order: what is inside another comes after it and covers it.
   function bars(ctx, lane, top, width, scale) {
-    ctx.fillStyle = color("--back");
+    ctx.fillStyle = color(IDLE);
     ctx.fillRect(0, top, width, LANE);
+    ctx.strokeStyle = color("--line");
+    ctx.lineWidth = 1;
+    ctx.strokeRect(0.5, top + 0.5, width - 1, LANE - 1);
     const fills = Object.fromEntries(Object.entries(LOOK).map(([kind, look]) => [kind, shade(look)]));
     const card = color("--card");
     lane.spans.forEach((span, number) => {
@@ -125,7 +137,7 @@ const Timeline = (() => {
       if (right < 0 || left > width) return;
       const wide = Math.max(right - left, 0.7), kind = kindOf(span);
       ctx.fillStyle = card; // colors are pale where others lie below
-      if (kind !== "wait") ctx.fillRect(left, top, wide, LANE);
+      ctx.fillRect(left, top, wide, LANE);
       ctx.fillStyle = fills[kind];
       ctx.fillRect(left, top, wide > 3 ? wide - 0.6 : wide, LANE);
       if (chosen && chosen[0] === lane && chosen[1] === number) {
@@ -140,11 +152,37 @@ const Timeline = (() => {
   // The name of a phase, and the number of a pass's micro-batch, where there is room.
   function label(ctx, span, kind, left, wide, top) {
     const text = at.labels[span[3]];
-    const micro = /micro batch (\d+)/.exec(text);
+    const micro = MICRO.exec(text);
     const shown = kind === "phase" ? text : micro && (kind === "forward" || kind === "backward") ? micro[1] : "";
-    if (!shown || ctx.measureText(shown).width + 6 > wide) return;
+    if (!shown || !fits(ctx, shown, wide)) return;
     ctx.fillStyle = kind === "phase" ? color("--ink") : color("--card");
     ctx.fillText(shown, left + 3, top + 14);
+  }
+
+  const fits = (ctx, text, wide) => ctx.measureText(text).width + 6 <= wide;
+
+  // Names that have no room in their phases, below these: the longest first, as far as there is room.
+  function names(ctx, lane, top, width, scale) {
+    const taken = Array.from({ length: nameRows }, () => []), placed = [];
+    const short = lane.spans.filter((span) => kindOf(span) === "phase").map(([began, took, , text]) => {
+      const left = Math.max(0, scale(began)), right = Math.min(width, scale(began + took));
+      return { left, right, text: at.labels[text], long: ctx.measureText(at.labels[text]).width };
+    }).filter((one) => one.right > 0 && one.left < width && !fits(ctx, one.text, one.right - one.left));
+    ctx.fillStyle = color("--soft");
+    for (const { left, text, long } of short.sort((a, b) => b.right - b.left - (a.right - a.left))) {
+      const begin = Math.max(0, Math.min(left, width - long)), end = begin + long + 8;
+      const row = taken.findIndex((row) => row.every(([from, to]) => end <= from || to <= begin));
+      if (row < 0) break;
+      taken[row].push([begin, end]);
+      placed.push([text, begin + 3, top + row * NAME, long]);
+      ctx.fillRect(left, top, 1, 3 + row * NAME);
+    }
+    for (const [text, begin, row, long] of placed) {
+      ctx.fillStyle = color("--card"); // over the lines of names below
+      ctx.fillRect(begin - 1, row + 2, long + 2, NAME - 2);
+      ctx.fillStyle = color("--soft");
+      ctx.fillText(text, begin, row + 11);
+    }
   }
 
   // A line for each request where they can be told apart, else how many there are.
@@ -169,7 +207,7 @@ const Timeline = (() => {
     for (const lane of at.lanes) {
       if (y < top + height(lane)) {
         const moment = us(left), reach = (to - from) / canvas.clientWidth * 3;
-        if (y < top + LABEL + LANE + 2) {
+        if (!lane.rows || y < top + LABEL + LANE + 2) {
           for (let number = lane.spans.length - 1; number >= 0; number--) {
             const [began, took] = lane.spans[number];
             const short = took < 2 * reach ? reach : 0;
@@ -260,6 +298,10 @@ const Timeline = (() => {
   }
 
   function start() {
+    // A scrollbar that comes once the page is long takes room too.
+    new ResizeObserver(() => {
+      if (!printing && byId("timeline-place").clientWidth !== room) requestAnimationFrame(draw);
+    }).observe(byId("timeline-place"));
     byId("timeline-step").addEventListener("change", () => { choose(); draw(); });
     const closer = (factor) => {
       const middle = (from + to) / 2, half = (to - from) * factor / 2;

@@ -16,7 +16,8 @@ def test_words_have_the_figures() -> None:
     step, update, pipeline, advice, engine = in_words(timeline(2, 4))
     assert "at least one training rank computes in" in step and "nobody is at work in" in step
     assert (
-        update == "update_actor (0.15 s): stage 0 waits for other stages 20 % of it, stage 1 20 %."
+        update
+        == "update_actor (0.15 s): stage 0 waits for other stages 20 % of it, stage 1 waits 20 %."
     )
     assert pipeline == (
         "Even when all passes take equally long, a pipeline of 2 stages and 4 micro-batches "
@@ -38,7 +39,7 @@ def test_collectives_are_told_beside_the_waits() -> None:
 
     words = in_words(_changed(timeline(2, 4), 1, collect))[1]
     assert (
-        "stage 0 waits for other stages 20 % of it, stage 1 20 %; collectives take 0 to 13 %"
+        "stage 0 waits for other stages 20 % of it, stage 1 waits 20 %; collectives take 0 to 13 %"
         in words
     )
 
@@ -52,13 +53,13 @@ def test_replicas_that_differ_are_a_range_and_the_worst_is_named() -> None:
         return replace(one, ended=one.began + 1) if one.kind == "backward" else one
 
     words = in_words(_changed(made, 3, quick))[1]
-    assert "stage 0 waits for other stages 20 % of it, stage 1 20 to 73 %" in words
+    assert "stage 0 waits for other stages 20 % of it, stage 1 waits 20 to 73 %" in words
     assert "actor tp0 pp1 dp1 waits 73 %, where equally long passes would make it 20 %." in words
 
 
 def test_forward_passes_alone_have_their_own_bubble() -> None:
     _, values, pipeline, advice = in_words(forward_only(2, [512, 512, 512]))
-    assert values.endswith("stage 0 waits for other stages 0 % of it, stage 1 25 %.")
+    assert values.endswith("stage 0 waits for other stages 0 % of it, stage 1 waits 25 %.")
     assert pipeline == (
         "Even when all passes take equally long, a pipeline of 2 stages and 3 micro-batches "
         "waits 25 % (last stage) and 0 % (first stage) of a phase with forward passes only."
