@@ -7,7 +7,7 @@ knows) is named with its key, and never guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ class Given:
         else:
             self.put(key, read_value(value))
         return True
+
+    def override_all(self, texts: Sequence[str], expected: str) -> None:
+        """Take every override. ValueError for a text that is none; `expected` says what is one."""
+        for text in texts:
+            if not self.override(text):
+                raise ValueError(f"override {text!r}: expected {expected}")
 
     def interpolate(self, resolvers: Mapping[str, Resolver]) -> None:
         """Replace `${other.key}`, `${.sibling}`, `${oc.select:other.key,default}` and `resolvers`.

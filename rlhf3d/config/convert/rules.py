@@ -44,6 +44,25 @@ Change = Callable[[Any, Any], Any]
 """From a value (the first given one) and the `Given` of a framework to ours, a Put or a Drop."""
 
 
+def if_on(switch: str, change: Change = same) -> Change:
+    """For keys that mean something only where another one is on."""
+
+    def checked(value: Any, given: Any) -> Any:
+        return change(value, given) if given.get(switch) else Drop(f"{switch} is off", same=True)
+
+    return checked
+
+
+def not_offered(note: str, *switches: str) -> Change:
+    """What has no counterpart, and is missed only where one of its switches is on."""
+
+    def change(value: Any, given: Any) -> Drop:
+        on = any(given.get(switch) for switch in switches)
+        return Drop(note, to_set=on, same=not on)
+
+    return change
+
+
 @dataclass(frozen=True)
 class Rule:
     """What becomes of one key, or of several that are one here."""

@@ -72,11 +72,6 @@ def of_torch(change: Change = same) -> Change:
     return _if(lambda nemo: not nemo.is_megatron, "Megatron trains", change)
 
 
-def if_on(switch: str, change: Change = same) -> Change:
-    """Keys that mean something only where another one is on."""
-    return _if(lambda nemo: bool(nemo.get(switch)), f"{switch} is off", change)
-
-
 def _if(condition: Any, otherwise: str, change: Change) -> Change:
     def checked(value: Any, nemo: Nemo) -> Any:
         return change(value, nemo) if condition(nemo) else Drop(otherwise, same=True)

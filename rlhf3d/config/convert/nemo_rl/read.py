@@ -57,11 +57,7 @@ class Nemo(Given):
 def read_nemo_rl(path: Path, overrides: Sequence[str]) -> Nemo:
     """A YAML file, with overrides in NeMo-RL's own names. Raises ValueError."""
     nemo = Nemo(dict(flat(_merged(path, ()))))
-    for text in overrides:
-        if not nemo.override(text):
-            raise ValueError(
-                f"override {text!r}: expected a key of NeMo-RL, such as cluster.num_nodes=2"
-            )
+    nemo.override_all(overrides, "a key of NeMo-RL, such as cluster.num_nodes=2")
     nemo.interpolate(RESOLVERS)
     return nemo
 

@@ -440,13 +440,3 @@ def trackers(value: Any, trl: Trl) -> Any:
     if missing:
         return Put(known, f"not offered: {', '.join(missing)}")
     return known
-
-
-def if_on(note: str, *switches: str) -> Change:
-    """What is missed only where one of its switches is on."""
-
-    def change(value: Any, trl: Trl) -> Drop:
-        on = any(trl.get(switch) for switch in switches)
-        return Drop(note, to_set=on, same=not on)
-
-    return change

@@ -46,12 +46,10 @@ def read_trl(path: Path, overrides: Sequence[str], environment: Mapping[str, str
             text = read_program(text, path, trl)
         if text:
             _command_line(trl, path, text, environment)
-    for text in overrides:
-        if not trl.override(text):
-            raise ValueError(
-                f"override {text!r}: expected a key of TRL, such as num_generations=8 (variables "
-                "of a script come from the environment)"
-            )
+    trl.override_all(
+        overrides,
+        "a key of TRL, such as num_generations=8 (variables of a script come from the environment)",
+    )
     trl.interpolate({})
     return trl
 

@@ -15,6 +15,7 @@ from rlhf3d.config.convert.rules import (
     Table,
     model_folder,
     no_counterpart,
+    not_offered,
     only_value,
     renamed,
     same,
@@ -50,7 +51,7 @@ _MODEL = (
     _without(
         _NO_LORA,
         "use_peft lora_* use_rslora use_dora load_in_* bnb_* use_bnb_*",
-        to.if_on(_NO_LORA, "use_peft", "load_in_8bit", "load_in_4bit"),
+        not_offered(_NO_LORA, "use_peft", "load_in_8bit", "load_in_4bit"),
     ),
     _rule("bf16 fp16", "model.dtype", to.dtype, "bfloat16 with float32 master weights"),
     _without(

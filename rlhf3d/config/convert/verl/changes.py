@@ -77,25 +77,6 @@ def not_negative(value: Any, verl: Verl) -> Any:
     return max(value, 0) if isinstance(value, int | float) else value
 
 
-def if_on(switch: str, change: Change = same) -> Change:
-    """For keys that mean something only where another one is on."""
-
-    def checked(value: Any, verl: Verl) -> Any:
-        return change(value, verl) if verl.get(switch) else Drop(f"{switch} is off", same=True)
-
-    return checked
-
-
-def not_offered(note: str, *switches: str) -> Change:
-    """What has no counterpart, and is missed only where one of its switches is on."""
-
-    def change(value: Any, verl: Verl) -> Drop:
-        on = any(verl.get(switch) for switch in switches)
-        return Drop(note, to_set=on, same=not on)
-
-    return change
-
-
 def same_as_actor_model(value: Any, verl: Verl) -> Any:
     """The critic starts from the actor's model."""
     if value == verl.get(M + "path"):

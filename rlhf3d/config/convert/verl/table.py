@@ -7,7 +7,16 @@ current one first, then what it was called before.
 
 from __future__ import annotations
 
-from rlhf3d.config.convert.rules import Rule, Table, no_counterpart, only_value, renamed, same_name
+from rlhf3d.config.convert.rules import (
+    Rule,
+    Table,
+    if_on,
+    no_counterpart,
+    not_offered,
+    only_value,
+    renamed,
+    same_name,
+)
 from rlhf3d.config.convert.verl import changes as to
 from rlhf3d.config.convert.verl import layout
 from rlhf3d.config.convert.verl.changes import CORRECTION, A, M, R
@@ -130,7 +139,7 @@ _OWN_ESTIMATOR = "not offered; an estimator of your own is algorithm.custom_path
 
 
 def _not_offered(names: tuple[str, ...], switch: str) -> Rule:
-    return Rule(names, change=to.not_offered(_OWN_ESTIMATOR, switch), note=_OWN_ESTIMATOR)
+    return Rule(names, change=not_offered(_OWN_ESTIMATOR, switch), note=_OWN_ESTIMATOR)
 
 
 _ALGORITHM = (
@@ -156,12 +165,12 @@ _ALGORITHM = (
     same_name("algorithm.filter_groups.enable"),
     same_name(
         "algorithm.filter_groups.metric",
-        to.if_on("algorithm.filter_groups.enable", renamed({"reward": "seq_reward"})),
+        if_on("algorithm.filter_groups.enable", renamed({"reward": "seq_reward"})),
         "reward is seq_reward",
     ),
     same_name(
         "algorithm.filter_groups.max_num_gen_batches",
-        to.if_on("algorithm.filter_groups.enable", to.generations),
+        if_on("algorithm.filter_groups.enable", to.generations),
         "0, no limit, is not offered",
     ),
     no_counterpart(

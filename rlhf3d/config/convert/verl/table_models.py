@@ -9,6 +9,7 @@ from rlhf3d.config.convert.rules import (
     Rule,
     model_folder,
     no_counterpart,
+    not_offered,
     only_value,
     renamed,
     same_name,
@@ -124,7 +125,7 @@ MODEL = (
     ),
     Rule(
         (M + "lora*", M + "target_modules", M + "exclude_modules"),
-        change=to.not_offered(_NO_LORA, *(M + switch for switch in _LORA_SWITCHES)),
+        change=not_offered(_NO_LORA, *(M + switch for switch in _LORA_SWITCHES)),
         note=_NO_LORA,
     ),
     no_counterpart(
