@@ -22,7 +22,6 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_patches import (
     checkpoint_queue,
-    checkpoint_writer,
     clip_in_place,
     device,
     isend_alias,
@@ -56,7 +55,6 @@ PATCHES: tuple[Patch, ...] = (
     norm_sequence_parallel.PATCH,
     isend_alias.PATCH,
     checkpoint_queue.PATCH,
-    checkpoint_writer.PATCH,
     moe_router_gemm.PATCH,
     moe_split_sizes.PATCH,
     output_layer_fusion.PATCH,

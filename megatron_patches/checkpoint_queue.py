@@ -2,7 +2,8 @@
 
 Invariant: no process is started for the results of a save. Upstream's spawned manager imports the
 main module, and with it torch and Megatron, once a rank: seconds to half a minute for the first
-save. Only writers in processes of their own need it; rlhf3d writes in a thread of the rank.
+save. Only writers in processes of their own need it; rlhf3d writes in a thread of the rank
+(`rlhf3d/checkpoints/sharded.py`).
 Versions 0.16 to 0.19 need it.
 """
 

@@ -3,8 +3,8 @@
 Invariant: every tensor of the destination is filled from the source exactly once, bit for bit
 unless another dtype is asked for; tensors that are missing, extra or of the wrong shape end the
 conversion before anything is written. Memory does not grow with the model: to Hugging Face it holds
-two parameters of a layer and one chunk; to Megatron, of the files being written, one chunk of at
-most CHUNK_BYTES of each kind of parameter.
+two parameters of a layer and one chunk; to Megatron, one chunk of at most CHUNK_BYTES of each file
+that is being written.
 """
 
 from __future__ import annotations
@@ -389,7 +389,6 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
         copy_companions(source, partial / "hf")
         write_role(partial / "hf" / "config.json", hf.role)
         record_dtype(partial / "hf" / "config.json", set(dtypes.values()))
-        # The tensors' files were checksummed as they were written; hf/ is small and read now.
         infos = {f"{hf.role}/{name}": info for name, info in written.items()}
         manifest = Manifest(
             step=0,
@@ -397,7 +396,7 @@ def _to_megatron(source: Path, destination: Path, options: Options) -> Conversio
             models=(hf.role,),
             optimizer=False,
             versions=versions(),
-            files=dict(sorted((infos | infos_below(partial, skip=infos)).items())),
+            files=dict(sorted((infos | infos_below(partial, skip=[hf.role])).items())),
         )
         # Last: it names every other file.
         write_manifest(partial, manifest)

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -65,10 +65,11 @@ def file_info(path: Path) -> FileInfo:
     return FileInfo(size, crc)
 
 
-def infos_below(folder: Path, skip: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
-    """Every file below `folder` that is not in `skip`, by relative name."""
-    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {name: file_info(folder / name) for name in names if name not in skip}
+def infos_below(folder: Path, skip: Collection[str] = ()) -> dict[str, FileInfo]:
+    """Every file below `folder` by relative name, except those of the folders `skip` in it."""
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [str(path) for path in found if path.parts[0] not in skip]
+    return {name: file_info(folder / name) for name in names}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -79,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / MANIFEST)
-    # `file_info` synced the contents; a file's name is on disk once its folder is synced.
+    # Contents were synced before; a file's name is on disk once its folder is synced.
     for path in {folder, *((folder / name).parent for name in manifest.files)}:
         sync(path)
 

@@ -2,7 +2,8 @@
 
 Invariant: what is written does not depend on the layout that wrote it (megatron-core's
 `fully_reshardable` format), so any layout can load it. Between `start_save` and `finish_save` the
-model may change: what is written is the model at `start_save`.
+model may change: what is written is the model at `start_save`. Files are checksummed as they are
+written; nothing is read again.
 
 Runs in: training rank.
 """
@@ -10,12 +11,15 @@ Runs in: training rank.
 from __future__ import annotations
 
 import inspect
+import io
 import random
 from collections.abc import Iterable
+from concurrent import futures
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +29,19 @@ from torch import Tensor
 
 from rlhf3d.checkpoints import optimizer_state
 from rlhf3d.checkpoints.manifest import FileInfo, file_info
+from rlhf3d.checkpoints.torch_dist import write_items
+from rlhf3d.disk import NewFile
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import WriteItem
+    from torch.distributed.checkpoint.storage import WriteResult
+
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
+Bucket = tuple[
+    str, str, tuple[list[tuple["WriteItem", io.BytesIO]], list[tuple["WriteItem", Tensor]]]
+]
+"""What Megatron puts into one file: its path, its name, objects and tensors."""
 # Told to Megatron's sharded_state_dict, and stored in the folder for its readers. Without singleton
 # shards, layers and experts are stacked, and gate and up are one tensor.
 METADATA = {
@@ -47,7 +60,7 @@ class PendingSave:
 
     folder: Path
     request: Any
-    written: Future[dict[str, FileInfo]]
+    written: Future[list[NewFile]]
 
 
 def model_state(engine: MegatronEngine) -> dict[str, Any]:
@@ -62,9 +75,13 @@ def model_state(engine: MegatronEngine) -> dict[str, Any]:
 
 
 def start_save(
-    folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor
+    folder: Path, engine: MegatronEngine, optimizer: bool, threads: Executor, wait: bool
 ) -> PendingSave:
-    """Copy this rank's share and start writing it to the empty, shared `folder`: all ranks."""
+    """Start writing this rank's share to the empty, shared `folder`: all ranks.
+
+    Returns as soon as the model may change: once the share is copied or, with `wait`, handed to the
+    operating system, which takes no copy and as long as that.
+    """
     from megatron.core import dist_checkpointing
 
     state = model_state(engine)
@@ -91,20 +108,18 @@ def start_save(
         # Newer versions keep it among the tensors, where older ones do not look; all versions read
         # this file.
         torch.save({**common, "content_metadata": METADATA}, folder / COMMON_FILE)
-    # What the next update writes to: these are copied, the rest may be written as it is.
-    live = _storages(chain.from_iterable(model.parameters() for model in engine.models))
-    live |= _storages(chain.from_iterable(state.tensors.values() for state in states))
     # Megatron gives no function to a rank that has nothing to write; it still finishes with all.
     if request.async_fn is None:
-        return PendingSave(folder, request, threads.submit(dict))
-    rank, buckets, results = request.async_fn_args
-    copies = []
-    for path, name, (data, tensors) in buckets:
-        # Megatron copies CPU tensors only if they are views of larger storage, and leaves GPU
-        # tensors on the device until they are written: neither would survive the next update.
-        copied = [(item, _copied(tensor, live)) for item, tensor in tensors]
-        copies.append((path, name, (data, copied)))
-    written = threads.submit(_write, request.async_fn, (rank, copies, results))
+        return PendingSave(folder, request, threads.submit(list))
+    _, buckets, results = request.async_fn_args
+    if not wait:
+        # What the next update writes to: these are copied, the rest may be written as it is.
+        live = _storages(chain.from_iterable(model.parameters() for model in engine.models))
+        live |= _storages(chain.from_iterable(state.tensors.values() for state in states))
+        buckets = [_copied(bucket, live) for bucket in buckets]
+    written = threads.submit(_write, buckets, results, sync=not wait)
+    if wait:  # for the writing alone: the disk is at work while the next model is planned
+        futures.wait([written])
     return PendingSave(folder, request, written)
 
 
@@ -124,7 +139,9 @@ def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
     error: Exception | None = None
     files: dict[str, FileInfo] = {}
     try:
-        files = pending.written.result(timeout_s)
+        for file in pending.written.result(timeout_s):
+            file.sync()
+            files[file.path.name] = FileInfo(file.num_bytes, file.crc32)
     except Exception as problem:  # the others must not wait for this rank in vain
         error = problem
     # Collective: a rank that failed takes part first and raises afterwards.
@@ -137,22 +154,40 @@ def finish_save(pending: PendingSave, timeout_s: float) -> dict[str, FileInfo]:
     return files
 
 
-def _write(save: Any, arguments: tuple[Any, ...]) -> dict[str, FileInfo]:
-    """Write the buckets; return their files by name. Finalization reports a failure of `save`."""
-    save(*arguments)
-    # A file that is missing here was not written: Megatron's finalization raises for it.
-    return {name: file_info(Path(path)) for path, name, _ in arguments[1] if Path(path).exists()}
+def _write(buckets: list[Bucket], results: Queue[Any], sync: bool) -> list[NewFile]:
+    """Write a file for each bucket; Megatron's finalization takes from `results` what is where."""
+    files: list[NewFile] = []
+    places: dict[int, list[WriteResult]] = {}
+    try:
+        for path, _, (objects, tensors) in buckets:
+            places[len(files)], file = write_items(Path(path), [*objects, *tensors])
+            files.append(file)
+    except Exception as error:
+        results.put(error)  # finalization raises it on every rank
+        raise
+    results.put(places)
+    for file in files if sync else ():
+        file.sync()
+    return files
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _copied(tensor: Tensor, live: set[int]) -> Tensor:
-    """The tensor in host memory that the next update does not touch."""
-    # By storage: a view shares its parameter's, but may begin at another address.
-    shared = tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() in live
-    return tensor.to("cpu", copy=True) if shared else tensor
+def _copied(bucket: Bucket, live: set[int]) -> Bucket:
+    """The bucket with all tensors in host memory that the next update does not touch.
+
+    Megatron copies CPU tensors only if they are views of larger storage, and leaves GPU tensors on
+    the device until they are written: neither would survive the next update.
+    """
+    path, name, (objects, tensors) = bucket
+    copies = []
+    for item, tensor in tensors:
+        # By storage: a view shares its parameter's, but may begin at another address.
+        shared = tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() in live
+        copies.append((item, tensor.to("cpu", copy=True) if shared else tensor))
+    return path, name, (objects, copies)
 
 
 def load(folder: Path, engine: MegatronEngine, optimizer: bool) -> bool:

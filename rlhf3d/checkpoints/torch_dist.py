@@ -1,7 +1,7 @@
 """Sharded checkpoint folders (megatron-core's torch_dist) by torch's distributed checkpoint.
 
-No process group is needed. Reading holds one chunk at a time; writing, of each tensor that has
-blocks in the files being written, one block.
+No process group is needed. A chunk that is read is mapped where it lies in its file; writing holds
+one block for each file that is being written.
 
 Invariant: reading runs no code from the folder: its index may name data classes only. A folder is
 complete once it has its index, which is written last.
@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import pickle
+import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,15 +24,13 @@ from enum import Enum
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.default_planner import (
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -44,11 +45,14 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from rlhf3d.checkpoints.manifest import FileInfo, file_info
 from rlhf3d.checkpoints.stored import OPTIMIZER_KEY
+from rlhf3d.disk import NewFile, start_reading
 from rlhf3d.models.boxes import Box, full_box, inside, intersect, show
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 INDEX, BACKEND, COMMON = ".metadata", "metadata.json", "common.pt"
 WRITERS = 2
@@ -126,13 +130,13 @@ class TorchDistReader:
     def read_chunk(self, chunk: Chunk) -> Tensor:
         """Return a chunk's values. ValueError that names its file if they are not what it is.
 
-        torch's own loader would cut what is stored down to the size that the index says.
+        A view of the file where that is possible: copy it to change it. torch's own loader would
+        cut what is stored down to the size that the index says.
         """
         place = f"{self.folder / chunk.file}: "
         with open(self.folder / chunk.file, "rb") as file:
             try:
-                part = _create_file_view(file, chunk.offset, chunk.length)
-                values: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+                values = _load(file, chunk)
                 found = (tuple(values.shape), values.dtype)
             except Exception as error:
                 # torch raises many kinds for bytes that are no tensor, some with the advice to
@@ -176,6 +180,80 @@ class TorchDistReader:
             if bad is not None:
                 corrupt.add(chunk.file)
         return sorted(corrupt)
+
+
+def _load(file: IO[bytes], chunk: Chunk) -> Tensor:
+    """The tensor of a chunk, mapped if its values lie in the file as this machine computes with."""
+    extra = chunk.offset % mmap.ALLOCATIONGRANULARITY
+    # Private: whoever writes to the tensor changes a copy and not the file.
+    pages = mmap.mmap(
+        file.fileno(),
+        extra + chunk.length,
+        access=mmap.ACCESS_COPY,
+        offset=chunk.offset - extra,
+    )
+    start_reading(file, chunk.offset, chunk.length)  # a chunk is asked for before it is used
+    content = memoryview(pages)[extra:]
+    values = _stored_values(content)
+    if values is None:
+        loaded: Tensor = torch.load(_Archive(content), map_location="cpu", weights_only=True)
+        return loaded
+    # Shape, strides and dtype; no values are read.
+    form: Tensor = torch.load(_Archive(content), map_location="meta", weights_only=True)
+    # torch would take what lies beside the record for values.
+    if form.untyped_storage().nbytes() != len(values):
+        raise ValueError(f"{len(values)} bytes for {form}")
+    data = torch.frombuffer(values, dtype=torch.uint8)
+    if data.data_ptr() % form.itemsize:
+        data = data.clone()  # torch aligns within an archive, not where the next one begins
+    found = torch.empty(0, dtype=form.dtype)
+    return found.set_(data.untyped_storage(), form.storage_offset(), form.shape, form.stride())
+
+
+def _stored_values(content: memoryview) -> memoryview | None:
+    """The only storage of an archive; None if it is empty, compressed or in another byte order."""
+    with zipfile.ZipFile(_Archive(content)) as archive:
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        order = archive.read(records["byteorder"]) if "byteorder" in records else b""
+    (info,) = [info for name, info in records.items() if name.startswith("data/")]
+    stored = info.compress_type == zipfile.ZIP_STORED and order == sys.byteorder.encode()
+    if not stored or not info.file_size:
+        return None
+    # The record has a header of 30 bytes, its name and a padding whose lengths are in the header.
+    lengths = struct.unpack_from("<HH", content, info.header_offset + 26)
+    start = info.header_offset + 30 + sum(lengths)
+    return content[start : start + info.file_size]
+
+
+class _Archive(io.RawIOBase):
+    """Bytes in memory as a file; io.BytesIO would copy them."""
+
+    def __init__(self, content: memoryview) -> None:
+        super().__init__()
+        self._content, self._place = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = offset + (0, self._place, len(self._content))[whence]
+        if place < 0:
+            raise OSError(f"byte {place}")
+        self._place = place
+        return place
+
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer).cast("B")
+        part = self._content[self._place : self._place + len(target)]
+        target[: len(part)] = part
+        self._place += len(part)
+        return len(part)
 
 
 def _sizes(box: Box) -> tuple[int, ...]:
@@ -308,27 +386,65 @@ def write_folder(
     if objects:
         plans.append(SavePlan(objects))
     folder.mkdir(parents=True, exist_ok=True)
-    storage = _Writer(folder, sync_files=False)  # `file_info` does
     plans, index = create_default_global_save_plan(plans)
-    # torch gives each rank's plan a file: here each file is a plan.
-    plans = storage.prepare_global_plan(plans)
-    planner = _Lazy(blocks, values)
-    infos: dict[str, FileInfo] = {}
 
-    def write(plan: SavePlan) -> list[WriteResult]:
-        results = storage.write_data(plan, planner).wait()
-        # FileSystemWriter puts all items of a plan into a single file by default.
-        name = results[0].storage_data.relative_path
-        infos[name] = file_info(folder / name)
-        return results
+    def data(item: WriteItem) -> Tensor | io.BytesIO:
+        if item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            # Megatron stores an object as the list of its local shards' data; here one, empty.
+            torch.save([None], content)
+            return content
+        return values(blocks[item.index])
 
+    def write(name: str, plan: SavePlan) -> tuple[list[WriteResult], FileInfo]:
+        found = ((item, data(item)) for item in plan.items)
+        results, file = write_items(folder / name, found)
+        file.sync()
+        return results, FileInfo(file.num_bytes, file.crc32)
+
+    # As torch names the files of ranks, of which each writes one plan.
+    names = [f"__{number}_0{DEFAULT_SUFFIX}" for number in range(len(plans))]
     with ThreadPoolExecutor(WRITERS) as threads:
-        results = list(threads.map(write, plans))
+        written = list(threads.map(write, names, plans))
     torch.save(dict(common or {}), folder / COMMON)
     (folder / BACKEND).write_text(json.dumps(_BACKEND))
     # Writes .metadata, without which the folder is no checkpoint: after all else is there.
-    storage.finish(index, results)
-    return infos
+    _Writer(folder, sync_files=False).finish(index, [results for results, _ in written])
+    infos = {name: info for name, (_, info) in zip(names, written, strict=True)}
+    return infos | {name: file_info(folder / name) for name in (INDEX, BACKEND, COMMON)}
+
+
+def write_items(
+    path: Path, items: Iterable[tuple[WriteItem, Tensor | io.BytesIO]]
+) -> tuple[list[WriteResult], NewFile]:
+    """Write a file of a folder; where in it each item is, and the file, which is yet to be synced.
+
+    `items` comes with each item's values; of a generator one is in memory at a time. Tensors on a
+    device are copied to the host.
+    """
+    file, results = NewFile(path), []
+    try:
+        for item, data in items:
+            start = file.tell()
+            if isinstance(data, io.BytesIO):
+                file.write(data.getbuffer())
+            else:
+                torch.save(_of_its_own(data), file)
+            length = file.tell() - start
+            place = _StorageInfo(path.name, start, length)
+            results.append(WriteResult(item.index, length, place))
+            del data  # before the next one is made
+    except BaseException:
+        file.close()
+        raise
+    return results, file
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """The tensor on the host, in storage of its size: torch.save writes a view's whole storage."""
+    tensor = tensor.detach().cpu()
+    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone() if is_view else tensor
 
 
 def _write_item(block: Block) -> WriteItem:
@@ -342,21 +458,3 @@ class _Writer(FileSystemWriter):
 
     def storage_meta(self) -> None:
         """Leave out the folder's path at the time of writing, and a random number."""
-
-
-class _Lazy(DefaultSavePlanner):
-    """Has each block's values made when they are written."""
-
-    def __init__(
-        self, blocks: Mapping[MetadataIndex, Block], values: Callable[[Block], Tensor]
-    ) -> None:
-        super().__init__()
-        self.blocks, self.values = blocks, values
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            content = io.BytesIO()
-            # Megatron stores an object as the list of its local shards' data; here one, empty.
-            torch.save([None], content)
-            return content
-        return self.values(self.blocks[write_item.index])

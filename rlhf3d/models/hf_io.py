@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rlhf3d.disk import start_writing
 from rlhf3d.models.boxes import Box, box_slices, full_box, row_boxes
 from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
 from rlhf3d.models.spec import FAMILIES, ModelSpec
@@ -218,10 +219,10 @@ def write_model(
     forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
     source_folder: Path,
-    max_shard_gib: float,
+    max_shard_gib: float = 4.0,
     chat_template: str | None = None,
 ) -> None:
-    """As `write_hf_folder`, into a folder that is there."""
+    """As `write_hf_folder`, into a folder that is there; the caller syncs it."""
     _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
     copy_companions(source_folder, folder)
     if chat_template is not None:
@@ -281,6 +282,8 @@ def _write_shards(
             # Through uint8: numpy has no bfloat16.
             values = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
             target.write(memoryview(values.numpy()))
+            target.flush()
+            start_writing(target, offset, values.nbytes)
         assert not places, f"{sorted(places)} never came"
 
 

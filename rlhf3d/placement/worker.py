@@ -264,8 +264,8 @@ class TrainWorker:
         """Release what this rank has of a weight stream."""
         self.streams.pop(name).close()
 
-    def start_save(self, role: str, folder: str) -> None:
-        """Copy this rank's share of a model and begin to write it; see `checkpoints/sharded.py`."""
+    def start_save(self, role: str, folder: str, wait: bool) -> None:
+        """Begin to write this rank's share of a model; see `checkpoints/sharded.py`."""
         from rlhf3d.checkpoints.sharded import start_save
 
         if self._writer is None:
@@ -273,7 +273,8 @@ class TrainWorker:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
         engine, optimizer = self.engines[role], self.setup.save_optimizer
         with engine.states.on_device("weights", "optimizer"):
-            self._saves.append(start_save(Path(folder), engine, optimizer, self._writer))
+            save = start_save(Path(folder), engine, optimizer, self._writer, wait)
+            self._saves.append(save)
 
     def written(self) -> bool:
         """Return whether every save that was started is written."""

@@ -138,10 +138,8 @@ class CheckpointWriter:
             for role, group in self.models.items():
                 (partial / role).mkdir()
                 folder = str((partial / role).resolve())
-                group.call_all("save_checkpoint", TrainWorker.start_save, role, folder)
+                group.call_all("save_checkpoint", TrainWorker.start_save, role, folder, wait)
                 save.writing.append(role)
-                if wait:  # one model after the other: a rank holds one copy at a time
-                    self._collect(save)
         save.held_s = time.monotonic() - began
         self._save = save
         return metrics | (self.finish() if wait else {})
@@ -166,9 +164,10 @@ class CheckpointWriter:
             return {}
         began = time.monotonic()
         with self._removed_on_error(save.folder):
+            # What the driver wrote, read while the disk still writes the ranks' files, of which
+            # they report the sizes and checksums.
+            save.files |= infos_below(save.folder, skip=self.models)
             self._collect(save)
-            # What the driver wrote; the ranks reported the sizes and checksums of their own files.
-            save.files |= infos_below(save.folder, skip=save.files)
             reached("written")
             manifest = Manifest(
                 save.step,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf3d.models.hf_io import write_hf_folder
+from rlhf3d.models.hf_io import write_model
 from rlhf3d.models.weights import hf_tensors
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
@@ -51,10 +51,14 @@ class HFExport:
         self._reading_rank()
 
     def write(self, folder: Path, policy_version: int) -> None:
-        """Write the weights as they are now, which are of `policy_version`."""
+        """Write the weights as they are now, which are of `policy_version`, into a new folder.
+
+        They are on disk when the caller has synced them.
+        """
         dtype = getattr(torch, self._dtype)
         forms = {name: (shape, dtype) for name, shape in hf_tensors(self._sync.spec, "lm").items()}
-        write_hf_folder(
+        folder.mkdir()
+        write_model(
             folder,
             forms,
             self._tensors(policy_version),

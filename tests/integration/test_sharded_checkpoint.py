@@ -12,6 +12,8 @@ from support.saving import STEPS_BEFORE, train_and_save
 from support.tiny_models import make_tiny_model
 from support.updates import PPO, Case, full_weights
 
+from rlhf3d.checkpoints.manifest import infos_below
+
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
@@ -66,6 +68,23 @@ def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
                 assert worst < 1e-5 and norm < 2e-6
             else:
                 assert worst < 2e-2 and norm < 2e-2
+
+
+@pytest.mark.gpu_set
+def test_a_save_that_is_waited_for_writes_the_same(tmp_path: Path) -> None:
+    """Without a copy of what it writes, and while the model trains on as soon as it returns."""
+    model, case = make_tiny_model(tmp_path / "model", layers=4), Case(2, 2, 2)
+    written = []
+    for wait in (False, True):
+        folder = tmp_path / str(wait)
+        ranks = run_ranks(8, train_and_save, case, model, None, folder, STEPS_BEFORE, wait)
+        reported = {name: info for rank in ranks for name, info in rank["policy"]["files"].items()}
+        assert reported == infos_below(folder)
+        written.append(reported)
+    # torch gives each index a random number.
+    assert [len(files) for files in written] == [2 * (16 + 3)] * 2
+    for name, info in written[0].items():
+        assert name.endswith(".metadata") or written[1][name] == info, name
 
 
 @pytest.mark.gpu_set_full

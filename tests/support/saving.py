@@ -23,7 +23,14 @@ STEPS_BEFORE, STEPS_AFTER = 2, 2
 
 
 def train_and_save(
-    rank: int, port: int, case: Case, model: Path, load: Path | None, save: Path | None, steps: int
+    rank: int,
+    port: int,
+    case: Case,
+    model: Path,
+    load: Path | None,
+    save: Path | None,
+    steps: int,
+    wait: bool = False,
 ) -> dict:
     """Build, load, train, save and go on; gradient norms, rates and weights of both models."""
     from rlhf3d.checkpoints import sharded
@@ -50,7 +57,7 @@ def train_and_save(
         for role, engine in engines.items() if save else ():
             (save / role).mkdir(parents=True, exist_ok=True)
             torch.distributed.barrier()
-            pending[role] = sharded.start_save(save / role, engine, True, threads)
+            pending[role] = sharded.start_save(save / role, engine, True, threads, wait)
         for role in engines:  # while it is being written
             result[role] = {"curve": update(role, STEPS_AFTER)}
         files = {
@@ -102,6 +109,7 @@ def load_and_save(
     torch.distributed.barrier()
     with ThreadPoolExecutor(1) as threads:
         sharded.finish_save(
-            sharded.start_save(out, engine, optimizer=True, threads=threads), timeout_s=60
+            sharded.start_save(out, engine, optimizer=True, threads=threads, wait=True),
+            timeout_s=60,
         )
     return len(expected)

@@ -38,7 +38,8 @@ FLOORS = (
     "parallel",
     "observability",
     "pool",
-    "ending imports machine new_folder options paths processes terminal tokenizer units user_code",
+    "disk ending imports machine new_folder options paths processes terminal tokenizer units "
+    "user_code",
 )
 COMMANDS = 0
 GROUND = len(FLOORS) - 1

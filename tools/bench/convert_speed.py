@@ -3,10 +3,10 @@ whether all came back.
 
     python tools/bench/convert_speed.py configs/models/Qwen2.5-7B-Instruct --scratch /tmp/convert
 
-Writes a Hugging Face folder of that shape with random bfloat16 weights, then: copy (cp and fsync),
-HF -> Megatron, copy, Megatron -> HF, each from a source that is not in the page cache, and compares
-every byte of the tensors. Needs three times the model's bytes on the disk of --scratch, which it
-empties at the end (--keep leaves it).
+Writes a Hugging Face folder of that shape with random bfloat16 weights, then in turns: copy (cp and
+fsync) and HF -> Megatron, copy and Megatron -> HF, each from a source outside the page cache. It
+prints medians and the ratios of all turns, and compares every byte of the tensors. Needs three
+times the model's bytes on the disk of --scratch, which it empties at the end (--keep leaves it).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -99,8 +100,19 @@ def copy(source: Path, destination: Path) -> tuple[float, float]:
     return copied.seconds + seconds, copied.cpu_s + cpu_s
 
 
-def measure(source: Path, destination: Path, scratch: Path, gb: float) -> dict[str, float]:
-    """A conversion beside a copy of its source."""
+def measure(
+    source: Path, destination: Path, scratch: Path, gb: float, turns: int
+) -> dict[str, float | list[float]]:
+    """A conversion beside a copy of its source: medians of `turns`; the last one's result stays."""
+    rows = []
+    for _ in range(turns):
+        shutil.rmtree(destination, ignore_errors=True)
+        rows.append(_turn(source, destination, scratch, gb))
+    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return middle | {"turns": [row["times_the_copy"] for row in rows]}
+
+
+def _turn(source: Path, destination: Path, scratch: Path, gb: float) -> dict[str, float]:
     copy_s, copy_cpu_s = copy(source, scratch / "copy")
     forget(source)
     command = (sys.executable, "-m", "rlhf3d.cli", "convert", str(source), str(destination))
@@ -138,6 +150,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="folder with config.json")
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     scratch: Path = options.scratch
@@ -147,7 +160,7 @@ def main() -> None:
         gb = forget(hf) / 1e9
         rows = {}
         for name, source, destination in (("to_megatron", hf, megatron), ("to_hf", megatron, back)):
-            rows[name] = measure(source, destination, scratch, gb)
+            rows[name] = measure(source, destination, scratch, gb, options.turns)
         print(
             json.dumps({"model": options.model.name, "gb": gb, **rows, "bitwise": same(hf, back)})
         )

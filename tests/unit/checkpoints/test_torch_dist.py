@@ -4,11 +4,16 @@ named, no code runs.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -60,6 +65,70 @@ def test_a_tensor_saved_with_other_strides_reads_back(tmp_path: Path) -> None:
     block = Block("a", ((0, 3), (0, 2)), torch.float32, (3, 2))
     write_folder(tmp_path, [[block]], lambda block: values)
     assert torch.equal(TorchDistReader(tmp_path).read("a", ((1, 3), (0, 2))), values[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_is_mapped_and_its_file_never_changes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Wherever an archive begins: torch aligns values within it only."""
+    values = torch.arange(5000).to(dtype)
+    blocks = [Block(f"t{i}", ((0, 5000 + i),), dtype, (5000 + i,)) for i in range(8)]
+    write_folder(
+        tmp_path, [blocks], lambda block: values.new_full((block.shape[0],), int(block.key[1:]))
+    )
+    reader, file = TorchDistReader(tmp_path), tmp_path / "__0_0.distcp"
+    before, mapped = file.read_bytes(), 0
+    for number, block in enumerate(blocks):
+        (chunk,) = reader.tensors[block.key].chunks
+        found = reader.read_chunk(chunk)
+        mapped += str(file) in Path("/proc/self/maps").read_text()
+        assert found.dtype == dtype and found.data_ptr() % dtype.itemsize == 0
+        assert torch.equal(found, values.new_full((5000 + number,), number))
+        found.fill_(7)
+        del found
+    assert mapped and file.read_bytes() == before
+    assert str(file) not in Path("/proc/self/maps").read_text()  # held as long as it is used
+
+
+def read_rewritten(
+    folder: Path, change: Callable[[str, bytes], bytes], compression: int
+) -> torch.Tensor:
+    """A folder's only chunk, after each record of its archive was changed."""
+    reader = TorchDistReader(folder)
+    (chunk,) = reader.chunks()
+    file, content = folder / chunk.file, io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(content, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name.partition("/")[2], old.read(name)))
+    file.write_bytes(content.getvalue())
+    return reader.read_chunk(replace(chunk, length=len(content.getvalue())))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "of another byte order"])
+def test_what_cannot_be_mapped_is_read(kind: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, [[Block("b", ((0, 7),), torch.bfloat16, (7,))]], lambda block: B)
+
+    def change(name: str, record: bytes) -> bytes:
+        if kind == "compressed":
+            return record
+        swapped = np.frombuffer(record, np.int16).byteswap().tobytes() if "data/0" in name else b""
+        return {"byteorder": b"big", "data/0": swapped}.get(name, record)
+
+    how = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+    assert torch.equal(read_rewritten(tmp_path, change, how), B)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-2], lambda b: b + b"xx"], ids=["short", "long"])
+def test_a_record_of_another_size_is_refused(
+    change: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """What lies beside it is never taken for values."""
+    write_folder(tmp_path, [[Block("b", ((0, 7),), torch.bfloat16, (7,))]], lambda block: B)
+
+    def changed(name: str, record: bytes) -> bytes:
+        return change(record) if name == "data/0" else record
+
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: no tensor at byte 0"):
+        read_rewritten(tmp_path, changed, zipfile.ZIP_STORED)
 
 
 def test_torchs_own_loader_reads_it(folder: Path) -> None:

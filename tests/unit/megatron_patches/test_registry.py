@@ -65,7 +65,7 @@ def test_where_patches_are_needed() -> None:
         return {p.name for p in PATCHES if p.not_needed_because(kind, version) is None}
 
     assert names("cpu", "0.16.1") == {p.name for p in PATCHES}
-    fixed = {"checkpoint_writer", "moe_router_gemm", "isend_alias"}
+    fixed = {"moe_router_gemm", "isend_alias"}
     assert names("cpu", "0.19.2") == names("cpu", "0.16.1") - fixed
     on_cuda = {"checkpoint_queue", "output_layer_fusion"}
     assert names("cuda", "0.16.1") == on_cuda | fixed

@@ -117,13 +117,20 @@ def killed_at(stage: str, run: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waited for", "in the background"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(
-    stage: str, model: Path, tmp_path: Path
+    stage: str, waits: bool, model: Path, tmp_path: Path
 ) -> None:
-    made = make_writer(model, tmp_path, keep_last=1)
+    made = make_writer(model, tmp_path, keep_last=1, async_save=not waits)
     save(made, 2)
-    assert killed_at(stage, lambda: save(made, 4)) == signal.SIGKILL
+    made.finish()
+
+    def to_the_next_boundary() -> None:
+        save(made, 4)
+        made.poll()
+
+    assert killed_at(stage, to_the_next_boundary) == signal.SIGKILL
     kept = Store(tmp_path / "checkpoints")
     found, notes = newest_complete(kept)
     assert found is not None and notes == []
