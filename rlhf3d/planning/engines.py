@@ -91,7 +91,7 @@ def engine_memory(job: Job) -> EngineMemory:
     tp, item = config.tensor_parallel_size, ITEM_BYTES[config.dtype]
     weights = engine_weight_bytes(spec, config)
     length = job.derived.max_sequence_length
-    # The most tokens of one forward pass: on CPU as `rollout.vllm_engine` sets it.
+    # The most tokens of one forward pass: on CPU as `rollout.vllm_start` sets it.
     batched = (
         min(hardware.batched_tokens, config.max_num_seqs * length)
         if job.on_gpu

@@ -16,38 +16,25 @@ methods it calls, so vLLM and torch are imported inside them.
 
 from __future__ import annotations
 
-import os
 import time
-from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from rlhf3d.config.schema import RolloutConfig
-from rlhf3d.imports import quick_imports
-from rlhf3d.models.spec import architecture
 from rlhf3d.observability.profile.recorder import span
-from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.resharding.setup import SyncSetup
-from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport, Versions
+from rlhf3d.rollout.api import PART_S, Completion, Request, SyncReport
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.step_spans import StepSpans
-from rlhf3d.rollout.vllm_patches import ask_driver_for_peers, meet_at
+from rlhf3d.rollout.vllm_requests import completion_of, one_token, sampling_params
 from rlhf3d.rollout.vllm_scheduler import finish_steps_under_way, holding_back
-from rlhf3d.units import GIB
+from rlhf3d.rollout.vllm_start import start_vllm
 
 if TYPE_CHECKING:
     from rlhf3d.rollout.worker_extension import WeightSyncWorker
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MEETING_S = 300.0
-"""Deadline for the ranks of an engine to meet."""
-WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
 
 
 class VLLMEngine:
@@ -83,47 +70,13 @@ class VLLMEngine:
         An engine's ranks, where there are several, meet at `meeting` (address, port) and find this
         one at the address `host`.
         """
-        settings, rollout, rank = self._settings, self._settings.rollout, self._rank
-        on_cpu, threads = settings.platform.kind == "cpu", self._threads
-        # Before vLLM is imported, which sets up its logging from them.
-        os.environ.update(_environment(on_cpu, rollout.enforce_eager is True, threads))
-        if rollout.tensor_parallel_size > 1:
-            assert meeting is not None, "the ranks of an engine must know where to meet"
-            # After the settings above, whose VLLM_HOST_IP it replaces.
-            os.environ.update(_rank_environment(rank, rollout.tensor_parallel_size, host))
-            # Rank 0's process owns the port and serves there; in the others this does nothing.
-            host_meeting(meeting[1], MEETING_S)
-            meet_at(rank, *meeting)
-            if not on_cpu:
-                ask_driver_for_peers()
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
-        with quick_imports():
-            import torch
-
-            # Where torch was imported before, it has read OMP_NUM_THREADS before it was set.
-            torch.set_num_threads(threads)
-            from torch._dynamo import config as dynamo
-            from vllm import LLM, SamplingParams
-
-            from rlhf3d.models.hf_io import model_view
-
-        # As with the number of threads.
-        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-            dynamo.disable = True
-        self._params = SamplingParams
-        path, own = settings.model_path, settings.load_weights
-        # By its own rules vLLM would take weights that transformers does not from a folder that
-        # holds more than the model.
-        with model_view(path) if own else nullcontext(path) as folder:
-            self._llm = LLM(str(folder), **_llm_arguments(settings))
+        self._llm = start_vllm(self._settings, self._rank, self._threads, meeting, host)
         from rlhf3d.rollout.worker_extension import WeightSyncWorker  # imports vLLM
 
         self._worker = WeightSyncWorker
-        if settings.load_weights:
+        if self._settings.load_weights:
             self._loaded_version = 0
             self.publish(0)
-        if meeting is not None:
-            _forget_shared_memory(meeting[1])
         return self
 
     @property
@@ -143,7 +96,7 @@ class VLLMEngine:
             request.check_fits(self._settings.max_model_len)
         assert not requests.keys() & set(self._numbers.values()), "a number is in use"
         prompts = [request.prompt_ids for request in requests.values()]
-        params = [self._sampling_params(request) for request in requests.values()]
+        params = [sampling_params(request, self._settings.stops) for request in requests.values()]
         names = self._enqueue(prompts, params)
         self._numbers |= zip(names, requests, strict=True)
         self._spans.submitted(requests)
@@ -176,7 +129,7 @@ class VLLMEngine:
             # Of a request that was aborted, nothing is wanted any more.
             number = self._numbers.pop(output.request_id, None)
             if self._rank == 0 and number is not None:
-                completions[number] = _completion(output.outputs[0])
+                completions[number] = completion_of(output.outputs[0])
         return completions
 
     def poll(self, timeout_s: float) -> dict[int, Completion]:
@@ -220,25 +173,6 @@ class VLLMEngine:
                 f"(this is rank {self._rank}): {error}"
             ) from error
         return int(told)
-
-    def _sampling_params(self, request: Request) -> Any:
-        sampling, stops = request.sampling, self._settings.stops
-        return self._params(
-            seed=request.seed,
-            temperature=0.0 if sampling.greedy else sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=sorted({*stops.token_ids, *sampling.stop_token_ids}),
-            stop=list(stops.strings),
-            # Text is made for stop strings only: callers get token ids.
-            detokenize=bool(stops.strings),
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,  # a stop string may be one
-            # 0: of the sampled token alone; flat: lists of numbers, no object per token.
-            logprobs=0,
-            flat_logprobs=True,
-        )
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
         """See `RolloutEngine.open_weights`."""
@@ -296,9 +230,7 @@ class VLLMEngine:
             if not 2 <= len(sequence) < self._settings.max_model_len:
                 most = self._settings.max_model_len - 1
                 raise ValueError(f"cannot score {len(sequence)} tokens: 2 to {most} are possible")
-        params = self._params(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
+        params = one_token(prompt_logprobs=True)
         # A request's temperature does not touch log-probs of its prompt: the logits are scaled.
         self._on_worker(self._worker.set_logit_scale, 1.0 / temperature)
         try:
@@ -318,8 +250,7 @@ class VLLMEngine:
         """See `RolloutEngine.cached_tokens`; 0 where no prompt was served yet."""
         if not self._served_prompt:
             return 0
-        params = self._params(temperature=0.0, max_tokens=1, detokenize=False)
-        return int(self._run([self._served_prompt], [params])[0].num_cached_tokens or 0)
+        return int(self._run([self._served_prompt], [one_token()])[0].num_cached_tokens or 0)
 
     def close(self) -> None:
         """Shut vLLM down and stop its processes; a second call does nothing."""
@@ -375,144 +306,3 @@ class VLLMEngine:
         """Call a method that this project adds to vLLM's worker, which is in this process."""
         answers: list[R] = self._llm.collective_rpc(method.__name__, args=args, kwargs=kwargs)
         return answers[0]
-
-
-def _llm_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`, besides the model's folder."""
-    rollout, on_cpu = settings.rollout, settings.platform.kind == "cpu"
-    # Logits in fp32 on GPUs, as the trainer's: rounded to bfloat16 they are off by up to 0.06.
-    head_dtype = "model" if on_cpu else "float32"
-    quantization = None if rollout.quantization == "none" else rollout.quantization
-    of_platform = _cpu_arguments(settings) if on_cpu else _gpu_arguments(rollout)
-    return {
-        # By itself vLLM would look for files in the format of Mistral first.
-        "config_format": "hf",
-        "hf_overrides": partial(_complete_config, head_dtype=head_dtype),
-        "dtype": rollout.dtype,
-        "quantization": quantization,
-        "load_format": "safetensors" if settings.load_weights else "dummy",
-        "skip_tokenizer_init": not settings.stops.strings,
-        "tensor_parallel_size": rollout.tensor_parallel_size,
-        "distributed_executor_backend": _executor(rollout),
-        "enable_expert_parallel": rollout.expert_parallel,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": rollout.max_num_seqs,
-        "enforce_eager": rollout.enforce_eager,
-        "seed": settings.seed,
-        # The samples of a prompt share its keys and values.
-        "enable_prefix_caching": True,
-        # Of the distribution that tokens are drawn from: after temperature, top-p and top-k.
-        "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": WORKER_EXTENSION,
-        **of_platform,
-    }
-
-
-def _executor(rollout: RolloutConfig) -> str | None:
-    """Who runs vLLM's workers: with several ranks each process is a worker of its own."""
-    return "external_launcher" if rollout.tensor_parallel_size > 1 else None
-
-
-def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "kv_cache_memory_bytes": int(settings.rollout.kv_cache_gib * GIB),
-        # For a prompt cut into chunks vLLM takes back a draw of the request's generator, which only
-        # CUDA's can.
-        "enable_chunked_prefill": False,
-        # Without chunks, one step must take the longest prompt whole.
-        "max_num_batched_tokens": max(4096, settings.max_model_len),
-    }
-    if settings.platform.kv_block_tokens is not None:
-        arguments["block_size"] = settings.platform.kv_block_tokens
-    return arguments
-
-
-def _gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
-    return {
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        # Of vLLM's expert kernels on CUDA, Triton's keep weights where the weight sync writes them.
-        "moe_backend": "triton",
-        "enable_sleep_mode": rollout.sleep,
-    }
-
-
-def _complete_config(config: Any, head_dtype: str) -> Any:
-    """Name the class of the model's type, and the dtype of the logits.
-
-    By `architectures` vLLM would take another class, or none where that is null.
-    """
-    config.architectures = [architecture(config.model_type, "CausalLM")]
-    config.head_dtype = head_dtype
-    return config
-
-
-def _completion(output: Any) -> Completion:
-    # Arrays: one object per completion instead of one per token.
-    tokens, flat = array("i", output.token_ids), output.logprobs
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(
-            f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens"
-        )
-    assert array("i", flat.token_ids) == tokens, "vLLM's log-probs are of other tokens"
-    return Completion(
-        tokens, array("f", flat.logprobs), output.finish_reason, _versions(output, len(tokens))
-    )
-
-
-def _versions(output: Any, tokens: int) -> Versions:
-    """As vLLM noted them, token by token."""
-    spans = output.weight_versions
-    assert spans, "vLLM noted no version of the weights that wrote a completion"
-    # Each ends where the next begins; `Completion` checks the rest.
-    ends = [span.end for span in spans]
-    begins = [span.start for span in spans]
-    assert [0, *ends] == [*begins, tokens], f"vLLM's {spans} are not of {tokens} tokens"
-    return tuple((span.start, int(span.version)) for span in spans)
-
-
-def _forget_shared_memory(port: int) -> None:
-    """Remove the files that vLLM's CPU ranks share, now that all have opened them.
-
-    Without a name the memory is freed when the processes end, however they do.
-    """
-    # vLLM names them by the port of the init method.
-    for file in Path("/dev/shm").glob(f"{port}-*-cpushm_*"):
-        file.unlink(missing_ok=True)
-
-
-def _rank_environment(rank: int, ranks: int, host: str) -> dict[str, str]:
-    """What torchrun would set, each rank seeing one device, and this one's address."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": "1",
-        "VLLM_HOST_IP": host,
-        # torch's symmetric memory would fail: to it, processes that each have a device 0 are on
-        # one device.
-        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    }
-
-
-def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:
-    settings = {
-        # Core and worker in this process: external_launcher demands it, and `_on_worker` passes
-        # objects that are not serialized.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "HF_HUB_OFFLINE": "1",
-        # vLLM takes YaRN's window from max_position_embeddings alone; ours was checked against
-        # the model's.
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    if on_cpu:
-        # "auto" would reserve a core and bind every engine of this host to the same ones.
-        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if on_cpu and enforce_eager:
-        # vLLM's ranks of log-probs, which nobody reads, would otherwise be compiled at the first
-        # request: that takes seconds, and a C++ compiler on the user's machine.
-        settings["TORCH_COMPILE_DISABLE"] = "1"
-    return settings

@@ -196,11 +196,12 @@ class Engine:
     def __init__(self, argument: tuple[SyncSetup, str]) -> None:
         self.setup, folder = argument
         sys.path.insert(0, str(HERE))
-        from rlhf3d.rollout import vllm_engine
+        from rlhf3d.rollout import vllm_start
+        from rlhf3d.rollout.vllm_engine import VLLMEngine
 
-        vllm_engine.WORKER_EXTENSION = "gathered_worker.GatheredWorker"
+        vllm_start.WORKER_EXTENSION = "gathered_worker.GatheredWorker"
         rollout = RolloutConfig(dtype=self.setup.dtype, kv_cache_gib=0.1, enforce_eager=True)
-        self.engine = vllm_engine.VLLMEngine(
+        self.engine = VLLMEngine(
             EngineSettings(folder, rollout, 256, CPUPlatform("benchmark"))
         ).start()
 

@@ -19,10 +19,11 @@ import torch
 from step_job import PLATFORM, read_job, read_prompts
 
 from rlhf3d.resharding.setup import SyncSetup
-from rlhf3d.rollout import vllm_engine
 from rlhf3d.rollout.api import POLL_S, Request, SamplingSettings, Stops
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
+from rlhf3d.rollout.vllm_requests import sampling_params
+from rlhf3d.rollout.vllm_start import llm_arguments, set_environment
 from rlhf3d.tokenizer.end_tokens import end_tokens
 from rlhf3d.tokenizer.load import load_tokenizer
 
@@ -142,18 +143,15 @@ class Raw(_Generator):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        eager = self.settings.rollout.enforce_eager is True
-        os.environ.update(vllm_engine._environment(True, eager, settings.threads))
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # as in `VLLMEngine.start`
+        set_environment(self.settings, settings.threads)
         torch.set_num_threads(settings.threads)
         from torch._dynamo import config as dynamo
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
 
         dynamo.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-        arguments = vllm_engine._llm_arguments(self.settings)
+        arguments = llm_arguments(self.settings)
         del arguments["worker_extension_cls"]
         self._llm = LLM(self.settings.model_path, **arguments)
-        self.engine._params = SamplingParams  # it makes parameters, and is never started
 
     def generate(self, seed: int) -> Written:
         """One call with all prompts."""
@@ -161,7 +159,7 @@ class Raw(_Generator):
         self._llm.reset_prefix_cache()
         start = time.perf_counter()
         inputs = [{"prompt_token_ids": list(one.prompt_ids)} for one in requests.values()]
-        params = [self.engine._sampling_params(one) for one in requests.values()]
+        params = [sampling_params(one, self.settings.stops) for one in requests.values()]
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         return _written(seconds, dict(enumerate(out.outputs[0].token_ids for out in outputs)))
