@@ -24,7 +24,7 @@ from rlhf3d.planning.checkpoint import checkpoint_bytes
 from rlhf3d.planning.hardware import Cluster, load_hardware
 from rlhf3d.planning.measured import default_problem, with_measured
 from rlhf3d.planning.plan import DEFAULT_CPU, DEFAULT_GPU, Plan, find_spec, make_plan
-from rlhf3d.units import GIB, MIB
+from rlhf3d.units import GIB, MIB, counted
 
 SHARED_MEMORY_GIB = 0.5
 """Ray's object store (256 MiB) and the rings of gloo, NCCL and vLLM for a small run."""
@@ -118,8 +118,9 @@ def _devices(cluster: ClusterConfig, derived: Derived, machine: Machine) -> list
     groups = ", ".join(f"{group.name} group {group.layout}" for group in derived.groups)
     return [
         f"cluster.platform = {cluster.platform}: needs {wanted} GPUs on each of "
-        f"{cluster.num_nodes} node(s) for {groups} and {derived.engine_ranks} engine "
-        f"rank(s), found {len(machine.gpus)}; run it where they are, or use a smaller layout"
+        f"{counted(cluster.num_nodes, 'node')} for {groups} and "
+        f"{counted(derived.engine_ranks, 'engine rank')}, found {len(machine.gpus)}; "
+        "run it where they are, or use a smaller layout"
     ]
 
 
@@ -214,7 +215,7 @@ def _disk(plan: Plan, machine: Machine) -> Iterator[str]:
     needed_gib, count = checkpoints_gib(plan), _checkpoints(plan)
     if needed_gib > machine.disk_gib:
         yield (
-            f"disk: {count} checkpoint(s) of {needed_gib / count:.1f} GiB at trainer.output_dir = "
-            f"{plan.job.config.trainer.output_dir}, found {machine.disk_gib:.1f} GiB free; "
-            "write elsewhere"
+            f"disk: {counted(count, 'checkpoint')} of {needed_gib / count:.1f} GiB at "
+            f"trainer.output_dir = {plan.job.config.trainer.output_dir}, found "
+            f"{machine.disk_gib:.1f} GiB free; write elsewhere"
         )

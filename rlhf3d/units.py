@@ -1,4 +1,4 @@
-"""Bytes, sizes and durations: the factors, the arithmetic and the texts that several rooms share.
+"""Bytes, counts and durations: the factors, the arithmetic and the texts that rooms share.
 
 Invariant: imports nothing; each of these facts stands here alone.
 """
@@ -44,6 +44,12 @@ def format_bytes(count: float) -> str:
     """Return bytes in the unit that suits them: `1.50 GiB`, `512.00 KiB`; `0` for none."""
     name, size = size_unit(count)
     return f"{count / size:.2f} {name}" if count else "0"
+
+
+def counted(count: int, what: str) -> str:
+    """Return `1 step`, `2 steps`: of what has a plural in s, or in es after `ch`."""
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def format_clock(seconds: float) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf3d.units import counted
+
 
 def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
     """`x` with 0 outside `mask`; no gradient flows there."""
@@ -36,7 +38,7 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     count = int(mask.bool().sum())
     if count < 2:
         raise ValueError(
-            f"the batch has {count} response token(s), a variance needs two: "
+            f"the batch has {counted(count, 'response token')}, a variance needs two: "
             "raise data.train_batch_size or data.max_response_length"
         )
     return masked_sum((x - masked_mean(x, mask)).square(), mask) / (count - 1)

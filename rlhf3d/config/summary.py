@@ -16,6 +16,7 @@ from rlhf3d.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlhf3d.units import counted
 
 
 def summary_lines(config: Config, derived: Derived) -> list[str]:
@@ -43,7 +44,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
         *_algorithm_extras(config.algorithm, config.reward),
     ]
     validation = _validation_line(trainer) if data.val_files else "never (data.val_files is empty)"
-    length = f"{trainer.total_epochs} epoch(s) of the data"
+    length = f"{counted(trainer.total_epochs, 'epoch')} of the data"
     if derived.total_steps is not None:
         length = f"{derived.total_steps} steps"
     return [
@@ -58,7 +59,7 @@ def summary_lines(config: Config, derived: Derived) -> list[str]:
 def _rollout_line(rollout: RolloutConfig) -> str:
     dtype = rollout.dtype if rollout.quantization == "none" else rollout.quantization
     return (
-        f"{rollout.engines} engine(s) x TP{rollout.tensor_parallel_size} in {dtype}, "
+        f"{counted(rollout.engines, 'engine')} x TP{rollout.tensor_parallel_size} in {dtype}, "
         f"temperature {rollout.temperature:g}"
     )
 
@@ -75,8 +76,8 @@ def _staleness_lines(rollout: RolloutConfig, bypass_mode: bool, derived: Derived
         where = "between two steps of an engine, while requests run"
     return [
         f"staleness  up to {versions} batch(es) ahead, new weights {where}: no token is more than "
-        f"{versions} version(s) = {versions} x {steps} = {derived.stale_optimizer_steps} optimizer "
-        f"step(s) old{within}",
+        f"{counted(versions, 'version')} = {versions} x {steps} = "
+        f"{counted(derived.stale_optimizer_steps, 'optimizer step')} old{within}",
         f"old_policy {_old_policy(bypass_mode)}",
         f"ahead      {_ahead_line(rollout, derived)}",
     ]
@@ -179,7 +180,8 @@ def _plan_line(plan: UpdatePlan, lr: float) -> str:
     packed = ", packed" if rule.packed else ""
     packed += ", prefixes once" if rule.share_prefixes else ""
     return (
-        f"{plan.epochs} epoch(s) x {plan.mini_batches} mini-batch(es) of "
-        f"{plan.sequences_per_mini_batch} sequences = {plan.optimizer_steps_per_step} optimizer "
-        f"step(s); per rank: {micro}{packed}; lr {lr:g}"
+        f"{counted(plan.epochs, 'epoch')} x {counted(plan.mini_batches, 'mini-batch')} of "
+        f"{plan.sequences_per_mini_batch} sequences = "
+        f"{counted(plan.optimizer_steps_per_step, 'optimizer step')}; "
+        f"per rank: {micro}{packed}; lr {lr:g}"
     )

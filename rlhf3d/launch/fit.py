@@ -15,7 +15,7 @@ from rlhf3d.launch.options import Options
 from rlhf3d.launch.rules import Named, check_shared
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.placement.resources import place
-from rlhf3d.units import ceil_div
+from rlhf3d.units import ceil_div, counted
 
 SHM_GIB_PER_GPU = 8
 """Size of /dev/shm asked for with each GPU: buckets of weights, Ray's objects, NCCL."""
@@ -58,12 +58,12 @@ def check_nodes(
 def _check_cpu_nodes(ranks: list[int], nodes: int, cores: int | None) -> Iterator[str]:
     if cores and max(ranks) > cores:
         yield (
-            f"{' + '.join(map(str, ranks))} training and engine ranks on {len(ranks)} node(s): "
-            f"{max(ranks)} cores, more than --cpus-per-node {cores}"
+            f"{' + '.join(map(str, ranks))} training and engine ranks on "
+            f"{counted(len(ranks), 'node')}: {max(ranks)} cores, more than --cpus-per-node {cores}"
         )
     if len(ranks) < nodes:
         yield (
-            f"{nodes - len(ranks)} of {nodes} node(s) would have no training rank; "
+            f"{nodes - len(ranks)} of {counted(nodes, 'node')} would have no training rank; "
             "ask for fewer nodes"
         )
 
@@ -110,8 +110,9 @@ def _check_borders(
     busy = ceil_div(needed, gpus)
     if busy < nodes:
         yield (
-            f"{' + '.join(text for text, _ in terms)}: {needed} GPUs are on {busy} node(s) with "
-            f"{gpus} each, so {nodes - busy} of {nodes} node(s) would be idle; ask for fewer nodes"
+            f"{' + '.join(text for text, _ in terms)}: {needed} GPUs are on "
+            f"{counted(busy, 'node')} with {gpus} each, so {nodes - busy} of "
+            f"{counted(nodes, 'node')} would be idle; ask for fewer nodes"
         )
 
 
@@ -142,7 +143,7 @@ def _check_needs(target: str, cluster: ClusterConfig, options: Options) -> Itera
     if target in ("local", "ssh") and options.image:
         yield f"--image: `{target}` uses --venv; start it inside a container yourself"
     if target == "ssh" and hosts != nodes:
-        yield f"--hosts names {hosts} host(s), the job has {nodes} node(s)"
+        yield f"--hosts names {counted(hosts, 'host')}, the job has {counted(nodes, 'node')}"
     if target == "kuberay" and not options.image:
         yield (
             "--image: KubeRay needs a container image with rlhf3d (docker/Dockerfile.gpu makes one)"

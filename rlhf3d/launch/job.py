@@ -26,6 +26,7 @@ from rlhf3d.launch.options import Options
 from rlhf3d.launch.rules import check_names, default_name, is_below, located, mounts_of
 from rlhf3d.paths import expand_user
 from rlhf3d.rehearsal.shrink import ENGINE_RANKS, MAX_RANKS
+from rlhf3d.units import counted
 
 CPUS_PER_GPU = 8
 """Cores asked for with each GPU by default (training rank, engine rank, scoring, data)."""
@@ -86,8 +87,9 @@ def make_job(target: str, path: str, overrides: Sequence[str], options: Options)
     paths = named_paths(config)
     problems += check_target(target, cluster, trainer, located(paths, workdir), workdir, options)
     if problems:
+        each = counted(gpus, "GPU") if gpus else "no GPUs"
         raise ConfigError(
-            problems, f"{path} does not fit {nodes} node(s) with {gpus or 'no'} GPU(s) each"
+            problems, f"{path} does not fit {counted(nodes, 'node')} with {each} each"
         )
     if target == "slurm":
         workdir = expand_user(workdir)  # Slurm expands no ~

@@ -11,6 +11,7 @@ import shlex
 from dataclasses import dataclass
 
 from rlhf3d.launch.job import Job
+from rlhf3d.units import counted
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def render(target: str, job: Job) -> str:
         "words": shlex.join,
         # A JSON string is a YAML string, quotes and escapes included.
         "yaml": json.dumps,
+        "counted": counted,
         "kubernetes": kubernetes_text,
         "mounts": mounts,
         "slurm_time": slurm_time,

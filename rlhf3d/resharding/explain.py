@@ -24,7 +24,7 @@ from rlhf3d.parallel.layout import ranges
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 from rlhf3d.resharding.plan import ReshardPlan, TransferOp
 from rlhf3d.resharding.setup import SLOTS, SyncSetup, sync_setup
-from rlhf3d.units import format_bytes, size_unit
+from rlhf3d.units import counted, format_bytes, size_unit
 
 MOST_ROUTES = 200
 """Routes that are printed; `--json` has all."""
@@ -154,15 +154,17 @@ def explain_view(setup: SyncSetup, model: str, pattern: str | None = None) -> Vi
 
 def _lines(setup: SyncSetup, facts: Explanation, model: str) -> list[str]:
     spec, sites = setup.spec, setup.plan.sites
-    kind = "host(s), whose ranks share memory" if sites.slots is None else "GPUs"
-    devices = f"{len(sites.node_of_device)} {kind}"
+    count = len(sites.node_of_device)
+    devices = counted(count, "GPU")
+    if sites.slots is None:
+        devices = f"{counted(count, 'host')}, where ranks share memory"
     place = "colocated" if setup.colocated else "on devices of their own"
     ops = sum(setup.plan.traffic.ops)
     lines = [
         f"model      {model}: {spec.family}, {spec.num_layers} layers, "
         f"{format_bytes(facts.model_bytes)} in {setup.dtype}",
         f"from       {setup.layout} = {setup.layout.world_size} training ranks on {devices}",
-        f"to         {setup.engines} engine(s) x TP{setup.tensor_parallel_size}, {place}",
+        f"to         {counted(setup.engines, 'engine')} x TP{setup.tensor_parallel_size}, {place}",
         f"plan       {ops} ops; training ranks send {_range(facts.sent)} each to other devices",
         f"memory     {format_bytes(facts.buffer_bytes)} of buckets per engine rank",
     ]

@@ -17,6 +17,7 @@ from rlhf3d.algorithms.groups import groups_with_signal
 from rlhf3d.algorithms.health import SpikeMonitor, nonfinite_rows
 from rlhf3d.batching.batch import Batch
 from rlhf3d.experience.scored import Experience
+from rlhf3d.units import counted
 
 ROLES = ("actor", "critic")
 _SHOWN = 5
@@ -54,9 +55,9 @@ class HealthMonitor:
             what = f"within each of the {count} groups all completions have"
         self._report(
             f"step {step}: {what} equal rewards (between {rewards.min():g} and {rewards.max():g}), "
-            f"so there is nothing to learn from; {self._without_signal} such step(s) in a row. "
-            "Check the reward function on samples/, use easier or harder prompts, or raise "
-            "rollout.n"
+            "so there is nothing to learn from; "
+            f"{counted(self._without_signal, 'such step')} in a row. Check the reward function on "
+            "samples/, use easier or harder prompts, or raise rollout.n"
         )
 
     def check_batch(self, step: int, batch: Batch) -> None:
@@ -94,8 +95,8 @@ class HealthMonitor:
         for role in ROLES:
             if skipped := metrics.get(f"{role}/skipped_steps"):
                 self._report(
-                    f"step {step}: {skipped:.0f} optimizer step(s) of the {role} left out; "
-                    "why: logs/driver.log"
+                    f"step {step}: {counted(round(skipped), 'optimizer step')} of the {role} left "
+                    "out; why: logs/driver.log"
                 )
             norm = metrics.get(f"{role}/grad_norm")
             if norm is None:

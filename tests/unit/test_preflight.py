@@ -117,7 +117,7 @@ def test_cuda_job_names_what_is_needed_and_found(tmp_path: Path, machine: list[M
     )
     assert memory.startswith(f"host memory: needs about 256.6 GiB ({terms}), found 20.0 GiB")
     assert shm.startswith("/dev/shm: needs about 8.5 GiB, found 6.0 GiB")
-    assert disk.startswith("disk: 2 checkpoint(s) of 191.5 GiB")
+    assert disk.startswith("disk: 2 checkpoints of 191.5 GiB")
 
 
 def test_small_gpus_are_refused(tmp_path: Path, machine: list[Machine]) -> None:

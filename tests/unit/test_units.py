@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf3d.units import GIB, checkpoint_bytes, format_bytes, format_clock, round_up
+from rlhf3d.units import GIB, checkpoint_bytes, counted, format_bytes, format_clock, round_up
 
 
 def test_format_clock() -> None:
@@ -11,6 +11,11 @@ def test_format_clock() -> None:
 
 def test_format_bytes() -> None:
     assert [format_bytes(n) for n in (0, 10, 1536, GIB)] == ["0", "10.00 B", "1.50 KiB", "1.00 GiB"]
+
+
+def test_counted() -> None:
+    found = [counted(n, "mini-batch") for n in (0, 1, 2)] + [counted(2, "step")]
+    assert found == ["0 mini-batches", "1 mini-batch", "2 mini-batches", "2 steps"]
 
 
 def test_round_up() -> None:

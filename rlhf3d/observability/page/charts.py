@@ -66,6 +66,8 @@ class Chart:
     """What more there is to say where the engines' log-probs are the old ones."""
     one_update: str = ""
     """What there is to say instead of a limit where a batch is one update."""
+    asynchronous: str = ""
+    """What more there is to say where generation runs beside training."""
     about_groups: bool = False
     """Its limit is one for estimators that compare the completions of a prompt."""
 
@@ -248,11 +250,12 @@ _CHARTS: tuple[Chart, ...] = (
         "throughput",
         "Tokens per second",
         "Prompt and response tokens per second of the complete step and device (on CPUs: rank); "
-        "response tokens per second of generation, also while it shares the machine.",
+        "response tokens per second of generation.",
         (
             Line("perf/throughput", "step, per device"),
             Line("perf/generate_tokens_per_s", "generation"),
         ),
+        asynchronous="Generation runs beside training here, and shares the machine with it.",
     ),
     Chart(
         "memory",

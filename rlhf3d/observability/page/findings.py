@@ -28,11 +28,6 @@ class Finding:
     """The chart that shows it."""
 
 
-def counted(count: int, what: str) -> str:
-    """So many of a thing whose plural ends in s."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def share(value: float) -> str:
     """A share for people."""
     percent = 100 * value

@@ -20,7 +20,7 @@ from rlhf3d.observability.page.advice import (
     Hint,
     advice,
 )
-from rlhf3d.observability.page.findings import ORDER, Finding, counted, share
+from rlhf3d.observability.page.findings import ORDER, Finding, share
 from rlhf3d.observability.page.learning import SURE, is_sure
 from rlhf3d.observability.page.limits import (
     CLIPPED,
@@ -34,6 +34,7 @@ from rlhf3d.observability.page.limits import (
     EXPLAINED,
     FAILED,
     GRADIENT_RISE,
+    KL_FAR,
     KL_GROWTH,
     KL_NATS,
     LEFT_BEHIND,
@@ -56,6 +57,7 @@ from rlhf3d.observability.page.trends import (
     training_rows,
     values,
 )
+from rlhf3d.units import counted
 
 VITAL = ("actor/loss", "actor/grad_norm", "critic/vf_loss", "critic/grad_norm", "critic/score/mean")
 """Metrics that are never undefined in a sound run; others, such as ratios to the steps before, are
@@ -64,6 +66,10 @@ null where there is nothing to divide."""
 
 _FAILURES = ("timeout", "error")
 """Outcomes of scoring."""
+_NEARER = (
+    "Raise the KL coefficient (actor.kl_loss_coef or algorithm.kl_ctrl), or lower the learning "
+    "rate; read the answers."
+)
 _READ_FAILED = "`rlhf3d samples RUN --failed` shows them; logs/driver.log has the errors."
 
 
@@ -153,8 +159,16 @@ def reference_kl(rows: Rows, known: Known) -> Finding | None:
     if now is None or middle is None:
         return None
     text = f"KL to the reference {now:.3g} nats per token, {middle:.3g} half-way."
-    large = now > max(KL_NATS, KL_GROWTH * middle)
-    if large and len(rows) < EARLY_STEPS:
+    early, large = len(rows) < EARLY_STEPS, now > max(KL_NATS, KL_GROWTH * middle)
+    if early and now > KL_FAR:
+        return Finding(
+            "watch",
+            "KL to the reference is large",
+            f"{text} More than {KL_FAR:g} is far, however few the steps.",
+            _NEARER,
+            "kl",
+        )
+    if early and large:
         # It begins at 0, so that it more than doubles in the second half of any short run.
         return Finding(
             "unknown",
@@ -167,8 +181,7 @@ def reference_kl(rows: Rows, known: Known) -> Finding | None:
             "watch" if known.learns else "bad",
             "KL to the reference runs away",
             f"{text} The policy leaves the model that it started from, without slowing down.",
-            "Raise the KL coefficient (actor.kl_loss_coef or algorithm.kl_ctrl), or lower the "
-            "learning rate; read the answers.",
+            _NEARER,
             "kl",
         )
     return Finding("good", "KL to the reference is under control", text, chart="kl")

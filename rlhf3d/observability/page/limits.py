@@ -19,6 +19,8 @@ lose much of it in good health."""
 KL_NATS, KL_GROWTH = 0.2, 2.0
 """KL to the reference that is large (verl's and TRL's adaptive controllers aim at 0.1 or less a
 token), and its growth in the second half that is no slowing drift."""
+KL_FAR = 1.0
+"""KL that is large however short the run: a token's odds differ by a factor of e on average."""
 CLIPPED = 0.3
 """Share of tokens that the clip bound; PPO runs that learn stay at 0.05 to 0.2."""
 MISMATCH_WATCH, MISMATCH_BAD = 0.01, 0.05
@@ -74,7 +76,7 @@ HEALTHY: dict[str, Healthy] = {
         KL_TO_REFERENCE,
         Healthy(
             f"at most the larger of {KL_NATS:g} and {KL_GROWTH:g} times that of half-way, "
-            f"judged from {EARLY_STEPS} steps on"
+            f"judged from {EARLY_STEPS} steps on, before at most {KL_FAR:g}"
         ),
     ),
     "actor/grad_norm": Healthy("above 0, without spikes"),

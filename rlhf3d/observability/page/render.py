@@ -203,6 +203,8 @@ def _fitted(chart: Chart, setups: Sequence[Setup]) -> Chart:
     """With the words and the limit that hold for these runs."""
     if chart.bypass and any(setup.old_from_engine for setup in setups):
         chart = replace(chart, help=f"{chart.help} {chart.bypass}")
+    if chart.asynchronous and any(setup.max_staleness for setup in setups):
+        chart = replace(chart, help=f"{chart.help} {chart.asynchronous}")
     if chart.about_groups and setups and not any(setup.needs_groups for setup in setups):
         words = "This run's estimator compares no groups."
         chart = replace(chart, limit=None, healthy="", help=f"{chart.help} {words}")

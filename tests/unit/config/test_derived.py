@@ -193,7 +193,7 @@ def test_summary_shows_the_counts() -> None:
     for piece in (
         "TP3×PP2×DP4×VPP2 = 24 ranks",
         "48 prompts x 5 completions = 240 sequences",
-        "3 mini-batch(es) of 80 sequences = 6 optimizer step(s)",
+        "3 mini-batches of 80 sequences = 6 optimizer steps",
         "10 micro-batches of 2",
         "never (data.val_files is empty)",
     ):
@@ -212,7 +212,7 @@ def test_summary_says_how_old_a_token_may_be() -> None:
     assert stale_lines() == {}
     between = stale_lines(max_staleness=2)
     assert "up to 2 batch(es) ahead, new weights between two batches" in between["staleness"]
-    assert "2 version(s) = 2 x 6 = 12 optimizer step(s) old" in between["staleness"]
+    assert "2 versions = 2 x 6 = 12 optimizer steps old" in between["staleness"]
     assert between["staleness"].endswith("within a batch up to 5 more")
     assert "at most 720 sequences" in between["ahead"] and "have 240" in between["ahead"]
     flying = stale_lines(max_staleness=1, update="in_flight")
@@ -243,7 +243,7 @@ def test_one_optimizer_step_a_batch_adds_nothing_within_it() -> None:
     assert (derived.open_sequences, derived.stale_optimizer_steps) == (960, 3)
     lines = summary_lines(config, derived)
     (line,) = [line for line in lines if line.startswith("staleness")]
-    assert line.endswith("3 x 1 = 3 optimizer step(s) old")
+    assert line.endswith("3 x 1 = 3 optimizer steps old")
 
 
 ONE_STEP = replace(CONFIG, actor=replace(CONFIG.actor, ppo_mini_batch_size=48, ppo_epochs=1))

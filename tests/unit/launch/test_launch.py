@@ -219,13 +219,13 @@ def test_a_rehearsal_runs_on_the_cpus_of_the_nodes() -> None:
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     text = refusal("slurm", "configs/math.yaml", "--nodes", "2", "--gpus-per-node", "2")
-    assert "does not fit 2 node(s) with 2 GPU(s) each" in text
+    assert "does not fit 2 nodes with 2 GPUs each" in text
     assert (
         "tp 2 x pp 2 x dp 2 = 8 ranks, more than cluster.num_nodes 2 x gpus_per_node 2 = 4 GPUs"
         in text
     )
     text = refusal("slurm", "configs/math.yaml", "--nodes", "3", "--time", "5m")
-    assert "8 GPUs are on 1 node(s) with 8 each, so 2 of 3 node(s) would be idle" in text
+    assert "8 GPUs are on 1 node with 8 each, so 2 of 3 nodes would be idle" in text
     assert (
         "--time 300 s leaves nothing beside --grace 300 s and cluster.startup_timeout_s 900 s"
         in text
@@ -247,10 +247,10 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
         "2",
     )
     assert (
-        "3 + 2 training and engine ranks on 2 node(s): 3 cores, more than --cpus-per-node 2"
+        "3 + 2 training and engine ranks on 2 nodes: 3 cores, more than --cpus-per-node 2"
         in refusal(*on_cpu)
     )
-    assert "5 of 7 node(s) would have no training rank" in refusal(
+    assert "5 of 7 nodes would have no training rank" in refusal(
         "slurm",
         "configs/quickstart.yaml",
         "actor.layout.dp=1",
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
 
 def test_what_a_target_lacks_is_named() -> None:
     assert "`local` is one machine" in refusal("local", "configs/math.yaml", *TWO_NODES)
-    assert "--hosts names 1 host(s), the job has 2" in refusal(
+    assert "--hosts names 1 host, the job has 2" in refusal(
         "ssh", "configs/math.yaml", *TWO_NODES, "--hosts", "a"
     )
     text = refusal("kuberay", "configs/math.yaml", "--workdir", "/opt")

@@ -19,12 +19,12 @@ def test_equal_rewards_are_reported_and_counted() -> None:
     monitor.check_rewards(1, in_groups([0, 0, 1, 1], 2))
     monitor.check_rewards(2, in_groups([0, 0, 1, 1], 2))
     assert "step 2:" in said[1] and "each of the 2 groups" in said[1]
-    assert "equal rewards (between 0 and 1)" in said[1] and "2 such step(s)" in said[1]
+    assert "equal rewards (between 0 and 1)" in said[1] and "2 such steps" in said[1]
     monitor.check_rewards(3, in_groups([0, 1, 1, 1], 2))
     monitor.check_rewards(4, in_groups([0, 1], 1))
     assert len(said) == 2
     monitor.check_rewards(5, in_groups([3, 3], 1))
-    assert "all 2 completions have equal rewards" in said[2] and "1 such step(s)" in said[2]
+    assert "all 2 completions have equal rewards" in said[2] and "1 such step in" in said[2]
     monitor.check_rewards(6, in_groups([3], 1))
     assert len(said) == 3, "one completion alone has a value to be compared with, or nothing"
 
@@ -83,4 +83,4 @@ def test_spikes_and_skipped_steps_are_said() -> None:
     )
     assert found == {"actor/grad_norm_ratio": 6.0}
     assert "gradient norm of the actor 12, 6.0 times" in said[0]
-    assert "2 optimizer step(s) of the critic left out" in said[1]
+    assert "2 optimizer steps of the critic left out" in said[1]

@@ -1,5 +1,5 @@
 #!/bin/bash
-# math on 2 node(s); rendered by `rlhf3d launch slurm`.
+# math on 2 nodes; rendered by `rlhf3d launch slurm`.
 #SBATCH --job-name=math
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# math on 2 host(s); rendered by `rlhf3d launch ssh`. Run it on node-1, which reaches
+# math on 2 hosts; rendered by `rlhf3d launch ssh`. Run it on node-1, which reaches
 # the others by ssh without a password; all have /shared/rlhf3d and what the configuration names.
 set -uo pipefail
 cd /shared/rlhf3d || exit 1

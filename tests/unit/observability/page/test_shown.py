@@ -167,6 +167,8 @@ def test_charts_that_must_be_flat_say_so_and_have_no_limit(tmp_path: Path, age: 
     chart = next(one for one in chart_data([run]) if one["id"] == "clip")
     assert (chart["limit"] is None) == ("one update a batch" in chart["help"]) == (age == 0)
     assert ("Healthy" in chart["help"]) == (age == 1)
+    throughput = next(one for one in chart_data([run]) if one["id"] == "throughput")
+    assert ("shares the machine" in throughput["help"]) == (age == 1)
 
 
 @pytest.mark.parametrize(("score", "shown"), [(1.0, "second"), (0.0, "first")])
