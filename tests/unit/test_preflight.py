@@ -31,17 +31,7 @@ LAPTOP = Machine(
 )
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 QWEN_7B = load_spec(MODELS / "Qwen2.5-7B-Instruct", with_weights=False)
-SMOLLM2 = ModelSpec(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    ffn_size=1536,
-    vocab_size=49152,
-    tie_embeddings=True,
-)
+SMOLLM2 = load_spec(MODELS / "SmolLM2-135M-Instruct", with_weights=False)
 
 
 def make(folder: Path, spec: ModelSpec = SMOLLM2, **raw: dict) -> Config:

@@ -55,17 +55,6 @@ def published(name: str) -> ModelSpec:
     return load_spec(folder, with_weights=False)
 
 
-SMOLLM2 = ModelSpec(
-    "llama",
-    30,
-    576,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    ffn_size=1536,
-    vocab_size=49152,
-    tie_embeddings=True,
-)
 JOBS = {
     "llama-3-405b": Job(
         published("Llama-3.1-405B-Instruct"),
@@ -78,7 +67,7 @@ JOBS = {
         ParallelLayout(4, 16, 4, ep=8, first_stage_layers=5, last_stage_layers=5),
         8,
     ),
-    "smollm2-135m": Job(SMOLLM2, ParallelLayout(3, 2), 1),
+    "smollm2-135m": Job(published("SmolLM2-135M-Instruct"), ParallelLayout(3, 2), 1),
 }
 
 
