@@ -69,11 +69,6 @@ class Platform(ABC):
     sleep_forgets: ClassVar[bool] = False
     """Whether an engine that sleeps fills its weights with NaN, since the platform frees none."""
 
-    @property
-    def ray_resources(self) -> dict[str, float]:
-        """Ray resources of one training rank, as in a bundle of a placement group."""
-        return {self.resource: 1.0}
-
     def environment(self, process: Literal["trainer", "engine"], dtype: str) -> dict[str, str]:
         """Return the variables that the process must start with: libraries read them once."""
         return {}

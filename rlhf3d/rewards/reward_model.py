@@ -18,8 +18,6 @@ from rlhf3d.rewards.score import Outcome, RewardError, Score, ScoreItem
 from rlhf3d.tokenizer.chat import ChatTokenizer
 from rlhf3d.tokenizer.clock import TEMPLATE_CLOCK
 
-OVERLONG = ("error", "truncate_left")
-
 
 @dataclass(frozen=True)
 class ModelScore:

@@ -21,6 +21,7 @@ from rlhf3d.config.schema import ActorConfig, Config
 from rlhf3d.experience.ahead import Ahead
 from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.environment_runner import EnvironmentRunner
+from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.in_flight import InFlight, InFlightSettings
 from rlhf3d.experience.source import (
     Draws,
@@ -30,6 +31,9 @@ from rlhf3d.experience.source import (
     OnPolicySettings,
 )
 from rlhf3d.experience.steps import Patience, Phase, untimed
+from rlhf3d.parallel.platform import Platform
+from rlhf3d.placement.journal import JournalWriter
+from rlhf3d.placement.script import Script
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.rewards.make import environment_part, model_part
 from rlhf3d.rewards.manager import RewardManager
@@ -45,7 +49,7 @@ from rlhf3d.trainer.hf_export import HFExport
 from rlhf3d.trainer.inputs import RunInputs
 from rlhf3d.trainer.learner import Learner
 from rlhf3d.trainer.preemption import PreemptionHandler
-from rlhf3d.trainer.processes import Processes
+from rlhf3d.trainer.processes import Processes, start_processes
 from rlhf3d.trainer.profiling import make_profiler
 from rlhf3d.trainer.reward_model import RewardModel
 from rlhf3d.trainer.step_log import StepLog
@@ -66,6 +70,37 @@ class Assembly:
     runner: EnvironmentRunner | None = None
     """Where trajectories meet their environments."""
     patience: Patience = field(default_factory=Patience)
+
+    @classmethod
+    def start(
+        cls,
+        stack: ExitStack,
+        config: Config,
+        derived: Derived,
+        inputs: RunInputs,
+        platform: Platform,
+        rewards: RewardManager,
+        log: StepLog,
+        journal: JournalWriter,
+        preemption: PreemptionHandler,
+        script: Script | None = None,
+    ) -> Assembly:
+        """Start environments, then the processes of the models; `stack` ends them."""
+        # Early: the process that environments are forked from should have little in it.
+        runner = start_environments(
+            stack,
+            config.environment,
+            config.data.max_prompt_length,
+            config.data.overlong_prompts,
+            inputs.tokenizer,
+            inputs.ends.of_model,
+            log.console.note,
+        )
+        phase = log.console.phase
+        processes = start_processes(
+            stack, config, derived, inputs, platform, preemption, phase, journal, script
+        )
+        return cls(config, derived, inputs, processes, rewards, log, runner)
 
     def components(self, stack: ExitStack, preemption: PreemptionHandler) -> RunComponents:
         """Make all of them; `stack` closes what they open."""

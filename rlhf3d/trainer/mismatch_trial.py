@@ -22,7 +22,6 @@ from rlhf3d.config.derived import Derived, derive
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config
-from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.requests import Requests, TrajectoryRequest
 from rlhf3d.experience.scored import Experience, ScoredTrajectory
 from rlhf3d.experience.tokens import TokenRecorder
@@ -41,7 +40,6 @@ from rlhf3d.rollout.desk import Desks
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.inputs import RunInputs, read_inputs
 from rlhf3d.trainer.preemption import PreemptionHandler
-from rlhf3d.trainer.processes import start_processes
 from rlhf3d.trainer.run_setup import CONFIG_FILE
 from rlhf3d.trainer.step_log import StepLog
 
@@ -86,23 +84,14 @@ def compare(
         journal = stack.enter_context(JournalWriter(folder))
         recorder = TokenRecorder(inputs.tokenizer, answers)
         log = StepLog(console, writer, derived.total_steps, derived.devices, recorder)
-        runner = start_environments(
-            stack,
-            config.environment,
-            config.data.max_prompt_length,
-            config.data.overlong_prompts,
-            inputs.tokenizer,
-            inputs.ends.of_model,
-            console.note,
-        )
-        processes = start_processes(
-            stack, config, derived, inputs, platform, preemption, console.phase, journal, None
-        )
         # Nothing is scored: which tokens are written does not depend on it.
         rewards = RewardManager(None)
-        rig = _Rig(Assembly(config, derived, inputs, processes, rewards, log, runner))
+        assembly = Assembly.start(
+            stack, config, derived, inputs, platform, rewards, log, journal, preemption
+        )
+        rig = _Rig(assembly)
         found = [rig.as_configured(answers)] if only else list(rig.compare_all(answers))
-        processes.rollout.close()
+        assembly.processes.rollout.close()
         return found
 
 

@@ -20,7 +20,6 @@ from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
 from rlhf3d.config.schema import Config, RewardConfig
 from rlhf3d.config.summary import summary_lines
-from rlhf3d.experience.environments import start_environments
 from rlhf3d.experience.source import ExperienceSource
 from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.observability.console import Console
@@ -38,7 +37,6 @@ from rlhf3d.trainer.ending import recorded
 from rlhf3d.trainer.inputs import RunInputs, read_to_start
 from rlhf3d.trainer.loop import Trainer
 from rlhf3d.trainer.preemption import PREEMPTED, PreemptionHandler
-from rlhf3d.trainer.processes import start_processes
 from rlhf3d.trainer.results import reported_only, show_finished, show_results
 from rlhf3d.trainer.run_page import planned_memory
 from rlhf3d.trainer.start import (
@@ -105,20 +103,9 @@ def run_training(
             planned = planned_memory(output / CONFIG_FILE)
         rows = read_metrics(output) if done_steps else []
         console.header(lines, log.total_steps, done_steps, planned, rows)
-        # Early too: the process that environments are forked from should have little in it.
-        runner = start_environments(
-            stack,
-            config.environment,
-            config.data.max_prompt_length,
-            config.data.overlong_prompts,
-            inputs.tokenizer,
-            inputs.ends.of_model,
-            console.note,
+        assembly = Assembly.start(
+            stack, config, derived, inputs, platform, rewards, log, journal, preemption, script
         )
-        processes = start_processes(
-            stack, config, derived, inputs, platform, preemption, console.phase, journal, script
-        )
-        assembly = Assembly(config, derived, inputs, processes, rewards, log, runner)
         return _train(stack, assembly, checkpoint, preemption)
 
 

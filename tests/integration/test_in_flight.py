@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.certificate import span_certificate
 from support.jobs import (
     MARKED,
     left_behind,
@@ -31,7 +32,6 @@ from support.tiny_models import make_tiny_model
 from support.trained import ages, kept_names
 from transformers import AutoModelForCausalLM
 
-from rlhf3d.experience.certificate import span_certificate
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.observability.tokens import TokenSpan, read_tokens, tokens_path
 from rlhf3d.placement.journal import read_journal

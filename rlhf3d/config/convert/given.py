@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -24,11 +24,15 @@ _INTERPOLATIONS = 32
 Resolver = Callable[[list[Any]], Any]
 """What `${name:a,b}` makes of its values; ValueError where it makes nothing."""
 
+EMPTY: Mapping[str, Resolver] = {}
+
 
 @dataclass
 class Given:
     """What a user gave."""
 
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """The framework's own, of keys where they mean another run here."""
     values: dict[str, Any] = field(default_factory=dict)
     """By dotted key."""
     unknown: dict[str, str] = field(default_factory=dict)
@@ -37,9 +41,10 @@ class Given:
     """What else the reader should know."""
 
     def get(self, *names: str) -> Any:
-        """The first value that is given among several names."""
+        """The first value that is given among several names, or the default of the first name."""
         given = (self.values.get(name) for name in names)
-        return next((value for value in given if value is not None), None)
+        default = self.defaults.get(names[0])
+        return next((value for value in given if value is not None), default)
 
     def put(self, key: str, value: Any) -> None:
         """Give `key`, or all keys of a section, another value."""
@@ -61,13 +66,19 @@ class Given:
             self.put(key, read_value(value))
         return True
 
-    def override_all(self, texts: Sequence[str], expected: str) -> None:
-        """Take every override. ValueError for a text that is none; `expected` says what is one."""
-        for text in texts:
+    def complete(
+        self, overrides: Sequence[str], expected: str, resolvers: Mapping[str, Resolver] = EMPTY
+    ) -> None:
+        """Take every override, then lead interpolations to their values.
+
+        ValueError for a text that is no override; `expected` says what is one.
+        """
+        for text in overrides:
             if not self.override(text):
                 raise ValueError(f"override {text!r}: expected {expected}")
+        self._interpolate(resolvers)
 
-    def interpolate(self, resolvers: Mapping[str, Resolver]) -> None:
+    def _interpolate(self, resolvers: Mapping[str, Resolver]) -> None:
         """Replace `${other.key}`, `${.sibling}`, `${oc.select:other.key,default}` and `resolvers`.
 
         `???`, Hydra's mark for a value that must be given, is none.

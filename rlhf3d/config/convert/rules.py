@@ -13,6 +13,8 @@ from typing import Any
 
 OFF: tuple[Any, ...] = (None, False, "", [], {})
 """Values by which a key says that it is not used."""
+NEVER_REACHED = 1.0e9
+"""A bound that no ratio reaches: log-ratios are clamped to 20."""
 
 
 @dataclass(frozen=True)

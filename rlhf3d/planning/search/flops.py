@@ -18,18 +18,9 @@ def layer_weights(spec: ModelSpec) -> int:
     """Weights of a decoder layer that a token meets."""
     # Queries and the output, keys and values.
     heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
-    return spec.hidden_size * heads * spec.head_dim + _mlp_weights(spec)
-
-
-def _mlp_weights(spec: ModelSpec) -> int:
     ffn = spec.moe_ffn_size * spec.experts_per_token if spec.num_experts else spec.ffn_size
     # Gate, up and down; and the router, of a dense model 0.
-    return spec.hidden_size * (3 * ffn + spec.num_experts)
-
-
-def mlp_flops(spec: ModelSpec, positions: float) -> float:
-    """The forward pass of one layer's MLP, or of its router and experts."""
-    return 2 * positions * _mlp_weights(spec)
+    return spec.hidden_size * (heads * spec.head_dim + 3 * ffn + spec.num_experts)
 
 
 def layer_flops(spec: ModelSpec, positions: float, context: float) -> float:

@@ -23,7 +23,7 @@ from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform, choose_platform
 def test_importing_and_choosing_cpu_loads_neither_torch_nor_megatron() -> None:
     code = (
         "import sys; from rlhf3d.parallel.platform import choose_platform as c; p = c('cpu');"
-        "p.memory_gib(), p.ray_resources, p.transformer_config_overrides();"
+        "p.memory_gib(), p.resource, p.transformer_config_overrides();"
         "assert not {'torch', 'megatron', 'ray'} & set(sys.modules)"
     )
     subprocess.run(
@@ -34,7 +34,7 @@ def test_importing_and_choosing_cpu_loads_neither_torch_nor_megatron() -> None:
 def test_auto_falls_back_to_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     chosen = choose_platform("auto")
-    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == ("cpu", "gloo", {"CPU": 1.0})
+    assert (chosen.kind, chosen.dist_backend, chosen.resource) == ("cpu", "gloo", "CPU")
     assert "cluster.platform=auto" in chosen.reason and "torch" in chosen.reason
 
 
@@ -59,11 +59,7 @@ def test_gpu_is_chosen_where_there_is_one(requested: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H100")
     chosen = choose_platform(requested)
-    assert (chosen.kind, chosen.dist_backend, chosen.ray_resources) == (
-        "cuda",
-        "nccl",
-        {"GPU": 1.0},
-    )
+    assert (chosen.kind, chosen.dist_backend, chosen.resource) == ("cuda", "nccl", "GPU")
     assert chosen.reason.endswith("found 8 x H100")
 
 

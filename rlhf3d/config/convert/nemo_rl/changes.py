@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf3d.config.convert.nemo_rl.read import MEGATRON, TORCH, Nemo, P
-from rlhf3d.config.convert.rules import Change, Drop, Put, same
+from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, same
 
 VLLM = P + "generation.vllm_cfg."
 COLOCATED = P + "generation.colocated."
@@ -56,8 +56,6 @@ KINDS = {
     "a word": (str, ("loss_fn.truncated_importance_sampling_type",)),
 }
 """Keys that the functions below reckon with, or look up."""
-NEVER_REACHED = 1.0e9
-"""A bound that no ratio reaches: log-ratios are clamped to 20."""
 NO_LIMIT = 1_000_000
 """NeMo-RL's recipes mean no limit by so many steps."""
 

@@ -39,10 +39,7 @@ RESOLVERS: dict[str, Resolver] = {
 class Nemo(Given):
     """What a user gave NeMo-RL."""
 
-    def get(self, *names: str) -> Any:
-        """The first value that is given, or NeMo-RL's default of the first name."""
-        value = super().get(*names)
-        return DEFAULTS.get(names[0]) if value is None else value
+    defaults = DEFAULTS
 
     @property
     def is_megatron(self) -> bool:
@@ -57,8 +54,7 @@ class Nemo(Given):
 def read_nemo_rl(path: Path, overrides: Sequence[str]) -> Nemo:
     """A YAML file, with overrides in NeMo-RL's own names. Raises ValueError."""
     nemo = Nemo(dict(flat(_merged(path, ()))))
-    nemo.override_all(overrides, "a key of NeMo-RL, such as cluster.num_nodes=2")
-    nemo.interpolate(RESOLVERS)
+    nemo.complete(overrides, "a key of NeMo-RL, such as cluster.num_nodes=2", RESOLVERS)
     return nemo
 
 

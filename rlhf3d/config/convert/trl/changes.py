@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf3d.config.convert.rules import Change, Drop, Put, renamed, same
+from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, renamed, same
 from rlhf3d.config.convert.trl.read import Trl
 from rlhf3d.observability.trackers.registry import TRACKERS
 
@@ -52,8 +52,6 @@ KINDS = {
     "a word": (str, _WORDS),
 }
 """Keys that the functions below reckon with, or look up."""
-NEVER_REACHED = 1.0e9
-"""A bound that no ratio reaches: log-ratios are clamped to 20."""
 _GPUS_A_NODE = 8
 
 

@@ -26,10 +26,7 @@ _FILES = ("config", "config_file", "accelerate_config")
 class Trl(Given):
     """What a user gave TRL."""
 
-    def get(self, *names: str) -> Any:
-        """The first value that is given, or TRL's default of the first name."""
-        value = super().get(*names)
-        return DEFAULTS.get(names[0]) if value is None else value
+    defaults = DEFAULTS
 
 
 def read_trl(path: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> Trl:
@@ -46,11 +43,10 @@ def read_trl(path: Path, overrides: Sequence[str], environment: Mapping[str, str
             text = read_program(text, path, trl)
         if text:
             _command_line(trl, path, text, environment)
-    trl.override_all(
+    trl.complete(
         overrides,
         "a key of TRL, such as num_generations=8 (variables of a script come from the environment)",
     )
-    trl.interpolate({})
     return trl
 
 

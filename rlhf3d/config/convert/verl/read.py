@@ -43,11 +43,10 @@ def read_verl(path: Path, overrides: Sequence[str], environment: Mapping[str, st
         verl = Verl(dict(flat(read_sections(path, "`actor_rollout_ref:`, `data:` …"))))
     else:
         verl = _from_script(path, environment)
-    verl.override_all(
+    verl.complete(
         overrides,
         "a key of verl, such as trainer.nnodes=2 (variables of a script come from the environment)",
     )
-    verl.interpolate({})
     return verl
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import pytest
+from support.certificate import Agreement, span_certificate
 from support.experience import prompt
 
-from rlhf3d.experience.certificate import Agreement, span_certificate
 from rlhf3d.experience.trajectory import Row, Span, Trajectory
 
 
