@@ -132,8 +132,8 @@ def report(
     check_output("--output", output, is_file=True)
     from rlhf3d.observability.page.collect import names_of
     from rlhf3d.observability.report import make_report
-    from rlhf3d.trainer.run_page import PAGE_FILE, write_page
-    from rlhf3d.trainer.run_setup import find_setup
+    from rlhf3d.results.run_page import PAGE_FILE, write_page
+    from rlhf3d.results.run_setup import find_setup
 
     runs = list(names_of(runs))
     if output is None and len(runs) == 1:
@@ -157,7 +157,7 @@ def watch(
     """
     from rlhf3d.observability.page.collect import names_of
     from rlhf3d.observability.page.serve import PageServer
-    from rlhf3d.trainer.live_page import LivePage
+    from rlhf3d.results.live_page import LivePage
 
     with PageServer(port, LivePage(list(names_of(runs))).current) as server:
         typer.echo(server.url)

@@ -13,18 +13,18 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import ModelConfig, RolloutConfig
 from rlhf3d.evaluation.browse import clean
 from rlhf3d.models.spec import load_spec
 from rlhf3d.observability.mismatch.causes import Cause, Settings
 from rlhf3d.observability.mismatch.diagnosis import Diagnosis, diagnose, judged_pairs
-from rlhf3d.observability.mismatch.measures import coarsest
 from rlhf3d.observability.mismatch.pairs import Pairs, read_pairs
+from rlhf3d.observability.mismatch.rounding import coarsest
 from rlhf3d.observability.mismatch.summary import Figures, Line, Summary, summarize
 from rlhf3d.observability.tables import Row, View, table
 
-CONFIG_FILE = "config.yaml"
 _COLORS = {"healthy": "green", "cause": "bold red", "unknown": "yellow"}
 
 

@@ -6,6 +6,7 @@ that a model wrote never reaches the terminal with control characters in it.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -242,3 +243,14 @@ def step_line(metrics: Mapping[str, Any], step: int, total: int, eta_s: float | 
         eta = "" if eta_s is None else f", eta {format_clock(eta_s)}"
         parts.append(f"{metrics[STEP_TIME]:.0f} s{eta}")
     return _SEPARATOR.join(parts)
+
+
+@contextmanager
+def reported_only(console: Console, what: str, then: str) -> Iterator[None]:
+    """Report an error of the body as a warning that `what` failed, and `then`."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).exception(what)
+        first_line = str(error).partition("\n")[0]
+        console.note(f"warning: {what} ({type(error).__name__}: {first_line}); {then}")

@@ -7,16 +7,17 @@ imports.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rlhf3d import machine
 from rlhf3d.config.groups import device_terms
-from rlhf3d.config.schema import Config
+from rlhf3d.config.schema import ClusterConfig, Config
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout, load_spec
 from rlhf3d.paths import CONFIGS
-from rlhf3d.planning.hardware import Cluster
+from rlhf3d.planning.hardware import FILE, Cluster, Hardware, load_hardware, parse_cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import MemoryPlan, plan_memory
 
@@ -83,3 +84,21 @@ def find_spec(model_path: str, model_config: Path | None = None) -> tuple[ModelS
     if not folder.is_dir() and shipped.is_dir():
         folder = shipped
     return load_spec(folder, with_weights=False), folder
+
+
+def find_cluster(wanted: ClusterConfig, gpus: str | None, hardware: Path | None = None) -> Cluster:
+    """Return the devices to plan for: `gpus`, such as 8xH100; else those `wanted`, or this host."""
+    # The user's entries replace shipped ones of the same name.
+    known = load_hardware(FILE) | (load_hardware(hardware) if hardware else {})
+    if gpus is not None:
+        return parse_cluster(gpus, known)
+    if wanted.platform == "cuda":
+        return Cluster(
+            known[DEFAULT_GPU], wanted.num_nodes * wanted.gpus_per_node, wanted.gpus_per_node
+        )
+    return this_host(known[DEFAULT_CPU])
+
+
+def this_host(hardware: Hardware) -> Cluster:
+    """Return one host without GPUs, with the memory of this one."""
+    return Cluster(replace(hardware, host_memory_gib=machine.memory_gib()), 1, 1)

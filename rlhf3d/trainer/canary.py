@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf3d.batching.batch import from_sequences
 from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.data.dataset import Prompt
-from rlhf3d.observability.mismatch.measures import ROUNDING_LIMIT, coarsest
+from rlhf3d.observability.mismatch.rounding import ROUNDING_LIMIT, coarsest
 from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 

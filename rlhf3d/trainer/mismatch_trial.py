@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.derived import Derived, derive
 from rlhf3d.config.load import config_to_yaml
 from rlhf3d.config.resolve import resolve_platform
@@ -40,7 +41,6 @@ from rlhf3d.rollout.desk import Desks
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.inputs import RunInputs, read_inputs
 from rlhf3d.trainer.preemption import PreemptionHandler
-from rlhf3d.trainer.run_setup import CONFIG_FILE
 from rlhf3d.trainer.step_log import StepLog
 
 READ_TOKENS = 8192

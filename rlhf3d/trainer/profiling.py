@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.config.schema import TrainerConfig
-from rlhf3d.observability.console import Console
+from rlhf3d.observability.console import Console, reported_only
 from rlhf3d.observability.profile.clock import (
     SAME,
     Offset,
@@ -39,7 +39,6 @@ from rlhf3d.placement.rollout_group import RolloutGroup
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.waiting import gather
 from rlhf3d.placement.worker import TrainWorker
-from rlhf3d.trainer.results import reported_only
 
 TRIPS = 8
 """Questions for the time of another machine, of which the one with the quickest answer counts."""

@@ -22,13 +22,14 @@ from rlhf3d.config.schema import Config, RewardConfig
 from rlhf3d.config.summary import summary_lines
 from rlhf3d.experience.source import ExperienceSource
 from rlhf3d.experience.tokens import TokenRecorder
-from rlhf3d.observability.console import Console
+from rlhf3d.observability.console import Console, reported_only
 from rlhf3d.observability.live.waits import waited
 from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import read_metrics
 from rlhf3d.observability.outcome import End, RunRecord, write_record
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
+from rlhf3d.planning.of_run import planned_memory
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.truth_check import training_warnings
@@ -37,8 +38,6 @@ from rlhf3d.trainer.ending import recorded
 from rlhf3d.trainer.inputs import RunInputs, read_to_start
 from rlhf3d.trainer.loop import Trainer
 from rlhf3d.trainer.preemption import PREEMPTED, PreemptionHandler
-from rlhf3d.trainer.results import reported_only, show_finished, show_results
-from rlhf3d.trainer.run_page import planned_memory
 from rlhf3d.trainer.start import (
     load_checkpoint,
     open_journal,
@@ -65,6 +64,9 @@ def run_training(
     inputs, derived, start = read_to_start(config, None if script is None else script.began)
     assert derived.total_steps is not None
     if start.finished is not None:
+        # Here and below: what shows a run is loaded when there is something to show.
+        from rlhf3d.results.end import show_finished
+
         return show_finished(start.finished)
     notes = prepare_folder(start, config, inputs.spec)
     output, checkpoint = start.folder, start.checkpoint
@@ -147,6 +149,8 @@ def _train(
         return PREEMPTED
     if components.script is not None:
         return 0
+    from rlhf3d.results.end import show_results
+
     show_results(output, console, last)
     return 0
 

@@ -21,6 +21,7 @@ FLOORS = (
     "cli commands launch rehearsal doctor gpu_check",
     "evaluation",
     "trainer",
+    "results",
     "experience",
     "placement",
     "preflight",
@@ -115,6 +116,40 @@ def test_imports_point_down() -> None:
 def num_lines(text: Sequence[str]) -> int:
     """Lines that are no comments."""
     return sum(not line.lstrip().startswith("#") for line in text)
+
+
+def loaded_by(start: str) -> set[str]:
+    """Modules that importing `start` loads: what functions import is left out."""
+    trees = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): tree
+        for file, tree in sources().items()
+    }
+    found, waiting = set[str](), [start]
+    while waiting:
+        module = waiting.pop()
+        if module in found or module not in trees:
+            continue
+        found.add(module)
+        top = [node for node in trees[module].body if isinstance(node, ast.Import | ast.ImportFrom)]
+        waiting += [name for name, _ in imports_of(ast.Module(top, []))]
+    return found
+
+
+def test_training_loads_nothing_that_plans_steps_or_shows_runs() -> None:
+    """What a run needs at its end alone, or never, makes no start slower, and can break none."""
+    others = (
+        "rlhf3d.planning.search",
+        "rlhf3d.results",
+        "rlhf3d.observability.page",
+        "rlhf3d.observability.report",
+        "rlhf3d.config.convert",
+        "rlhf3d.launch",
+        "rlhf3d.rehearsal",
+        "rlhf3d.evaluation",
+    )
+    loaded = loaded_by("rlhf3d.trainer.run")
+    assert "rlhf3d.trainer.loop" in loaded
+    assert not [module for module in sorted(loaded) if module.startswith(others)]
 
 
 def test_files_and_functions_have_a_size_to_read() -> None:

@@ -38,8 +38,8 @@ from rlhf3d.placement.calls import start_call
 from rlhf3d.placement.waiting import gather
 from rlhf3d.planning.hardware import FILE, load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths
-from rlhf3d.planning.plan import SHAPES
-from rlhf3d.planning.search.plan import make_timed_plan
+from rlhf3d.planning.plan import SHAPES, make_plan
+from rlhf3d.planning.search.plan import with_time
 from rlhf3d.tokenizer.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,7 @@ def planned_step_s(config: Config, case: Case, lengths: Lengths) -> float | None
     """Seconds of a step by the time model; None where the job does not fit."""
     cluster = parse_cluster(case.gpus, load_hardware(FILE))
     spec = load_spec(config.model.path, with_weights=False)
-    plan = make_timed_plan(config, spec, cluster, None, lengths)
+    plan = with_time(make_plan(config, spec, cluster, None, lengths))
     return None if plan.time is None else plan.step_s
 
 

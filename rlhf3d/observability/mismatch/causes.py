@@ -11,14 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf3d.observability.mismatch.measures import (
-    CLEARLY,
-    MISSING,
-    ROUNDING_LIMIT,
-    Measures,
-    Precision,
-    Split,
-)
+from rlhf3d.observability.mismatch.measures import CLEARLY, MISSING, Measures, Split
+from rlhf3d.observability.mismatch.rounding import ROUNDING_LIMIT, Precision
 
 LINE_EXPLAINS, LINE_SLOPE, LINE_CORRELATION = 0.4, 0.05, 0.95
 """Of a temperature. Measured on tiny models: 0.56 or more of the variance at temperatures 0.7 to

@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
 from rlhf3d.observability.mismatch.pairs import Array, Pairs
 from rlhf3d.observability.mismatch.summary import rank_correlation
 
-Precision = Literal["float32", "bfloat16", "fp8_per_channel"]
-ROUNDING_LIMIT: dict[str, float] = {"float32": 1e-3, "bfloat16": 0.1, "fp8_per_channel": 0.4}
-"""Largest mean |log-prob difference| that is rounding, nats, by the coarsest number format
-involved; sound pairs are at a third of it or less."""
 CLEARLY = 2.0
 """A token is clearly off from that many limits on; of sound pairs about 1 % are."""
 LEAST = 15.0
@@ -28,13 +23,6 @@ MISSING = 0.1
 NEIGHBORS = (-2, -1, 1, 2)
 CLASSES = 8
 """Of tokens by their log-prob."""
-
-
-def coarsest(model_dtype: str, rollout_dtype: str, quantization: str) -> Precision:
-    """The format that rounds a difference: one side in bfloat16 is enough."""
-    if quantization == "fp8_per_channel":
-        return "fp8_per_channel"
-    return "float32" if model_dtype == rollout_dtype == "float32" else "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from rlhf3d.planning.engines import engine_memory
 from rlhf3d.planning.hardware import Cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import spare, training_memory
+from rlhf3d.planning.plan import make_plan
 from rlhf3d.planning.search.generation import generate_time
 from rlhf3d.planning.search.phase_time import PhaseTime
-from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.search.plan import TimedPlan, with_time
 from rlhf3d.planning.search.schedule import Schedule, make_schedule
 from rlhf3d.planning.search.space import (
     batch_sizes,
@@ -301,7 +302,9 @@ class Search:
             if option.kind in kinds:
                 continue
             # The search's own sums rank options; whether one fits, the complete plan decides.
-            plan = make_timed_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
+            plan = with_time(
+                make_plan(option.config, self.spec, self.cluster, self.rows, self.lengths)
+            )
             if fits == (plan.verdict == "fits"):
                 found.append(plan)
                 kinds.add(option.kind)

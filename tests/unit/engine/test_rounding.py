@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf3d.observability.mismatch.measures import ROUNDING_LIMIT
+from rlhf3d.observability.mismatch.rounding import ROUNDING_LIMIT
 from rlhf3d.parallel.platform import CPUPlatform, CUDAPlatform
 
 HIDDEN, VOCABULARY, LAYERS, TOKENS = 256, 4096, 12, 128

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlhf3d.config.load import load_config
-from rlhf3d.planning.plan import SHAPES, find_spec
-from rlhf3d.planning.search.command import find_cluster
-from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.plan import SHAPES, find_cluster, find_spec, make_plan
+from rlhf3d.planning.search.plan import TimedPlan, with_time
 from rlhf3d.planning.search.ranking import Search
 from rlhf3d.units import GIB
 
@@ -54,7 +53,7 @@ def _most(plan: TimedPlan) -> str:
 def planned(path: Path) -> tuple[TimedPlan, str]:
     config = load_config(path)
     cluster = find_cluster(config.cluster, None)
-    plan = make_timed_plan(config, find_spec(config.model.path)[0], cluster)
+    plan = with_time(make_plan(config, find_spec(config.model.path)[0], cluster))
     return plan, f"{cluster.devices}x{cluster.hardware.name}"
 
 

@@ -20,7 +20,8 @@ from rlhf3d.planning.activations import in_flight
 from rlhf3d.planning.engines import GRAPHS_GIB
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.memory import PHASES, spare
-from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.plan import make_plan
+from rlhf3d.planning.search.plan import TimedPlan, with_time
 from rlhf3d.planning.search.view import plan_data, plan_view
 from rlhf3d.planning.states import chunk_sizes, model_states
 from rlhf3d.units import GIB
@@ -38,7 +39,7 @@ def config(**raw: Any) -> Config:
 
 
 def plan(on: Cluster | None = None, spec: ModelSpec = QWEN_7B, **raw: Any) -> TimedPlan:
-    return make_timed_plan(config(**raw), spec, on or parse_cluster("8xH100", HARDWARE))
+    return with_time(make_plan(config(**raw), spec, on or parse_cluster("8xH100", HARDWARE)))
 
 
 def as_text(made: TimedPlan) -> str:

@@ -15,8 +15,8 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
 from rlhf3d.planning.hardware import load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths
-from rlhf3d.planning.plan import SHAPES
-from rlhf3d.planning.search.plan import TimedPlan, make_timed_plan
+from rlhf3d.planning.plan import SHAPES, make_plan
+from rlhf3d.planning.search.plan import TimedPlan, with_time
 
 ROOT = Path(__file__).parents[3]
 RUNS = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
@@ -61,7 +61,9 @@ def planned(run: dict[str, Any]) -> TimedPlan:
     assert not mistakes
     cluster = parse_cluster(f"{run['gpus']}xH100", load_hardware())
     spec = load_spec(SHAPES / run["model"], with_weights=False)
-    return make_timed_plan(config, spec, cluster, lengths=Lengths(PROMPT_TOKENS, run["response"]))
+    return with_time(
+        make_plan(config, spec, cluster, lengths=Lengths(PROMPT_TOKENS, run["response"]))
+    )
 
 
 def row(run: dict[str, Any]) -> str:

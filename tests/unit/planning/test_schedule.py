@@ -18,6 +18,7 @@ from rlhf3d.planning.engines import engine_memory, kv_bytes_a_token
 from rlhf3d.planning.hardware import Cluster, load_hardware, parse_cluster
 from rlhf3d.planning.job import Job, Lengths, make_job
 from rlhf3d.planning.memory import AHEAD_BYTES, ENVIRONMENT_GIB, plan_memory
+from rlhf3d.planning.plan import make_plan
 from rlhf3d.planning.search.flops import head_flops, layer_flops
 from rlhf3d.planning.search.generation import (
     decoding_batch,
@@ -25,7 +26,7 @@ from rlhf3d.planning.search.generation import (
     running_sequences,
 )
 from rlhf3d.planning.search.phase_time import PhaseTime
-from rlhf3d.planning.search.plan import make_timed_plan
+from rlhf3d.planning.search.plan import with_time
 from rlhf3d.planning.search.ranking import Found, Search
 from rlhf3d.planning.search.schedule import Schedule, make_schedule
 from rlhf3d.planning.search.space import dedicated_counts
@@ -344,7 +345,7 @@ def test_dedicated_engines_get_complete_nodes() -> None:
 
 def test_a_plan_shows_both_sides() -> None:
     made = config(rollout=DEDICATED | {"max_staleness": 2, "update": "in_flight"})
-    plan = make_timed_plan(made, QWEN_7B, parse_cluster("8xH100", HARDWARE), lengths=LENGTHS)
+    plan = with_time(make_plan(made, QWEN_7B, parse_cluster("8xH100", HARDWARE), lengths=LENGTHS))
     assert plan.time is not None
     schedule = plan.time.schedule
     data = plan_data(plan)["time"]["schedule"]

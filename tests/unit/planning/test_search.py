@@ -20,7 +20,8 @@ from rlhf3d.config.schema import Config
 from rlhf3d.models.spec import load_spec
 from rlhf3d.planning.hardware import load_hardware, parse_cluster
 from rlhf3d.planning.job import Lengths
-from rlhf3d.planning.search.plan import make_timed_plan
+from rlhf3d.planning.plan import make_plan
+from rlhf3d.planning.search.plan import with_time
 from rlhf3d.planning.search.ranking import Found, Search
 from rlhf3d.planning.search.space import layouts
 
@@ -52,7 +53,7 @@ def test_best_ones_are_accepted_and_fit_and_are_in_order() -> None:
         plan for plan in result.best if plan.job.config.rollout.sleep
     )  # room that only sleeping engines leave
     woken = replace(asleep.job.config, rollout=replace(asleep.job.config.rollout, sleep=False))
-    assert make_timed_plan(woken, asleep.job.spec, asleep.job.cluster).verdict != "fits"
+    assert with_time(make_plan(woken, asleep.job.spec, asleep.job.cluster)).verdict != "fits"
     assert result.near
     for plan in result.near:
         assert [*plan.problems, *plan.memory.tight][0].startswith("device memory: ")
@@ -61,8 +62,8 @@ def test_best_ones_are_accepted_and_fit_and_are_in_order() -> None:
 
 def test_best_is_no_slower_than_what_ships() -> None:
     spec = load_spec(ROOT / "configs/models/Qwen2.5-7B-Instruct", with_weights=False)
-    shipped = make_timed_plan(
-        MATH, spec, parse_cluster("8xH100", load_hardware()), 7500, Lengths(256, 600)
+    shipped = with_time(
+        make_plan(MATH, spec, parse_cluster("8xH100", load_hardware()), 7500, Lengths(256, 600))
     )
     assert math_on_8().best[0].time.step_s <= shipped.time.step_s
 

@@ -11,8 +11,8 @@ import pytest
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import SAMPLES_DIR
+from rlhf3d.results.end import show_finished, show_results
 from rlhf3d.trainer import results
-from rlhf3d.trainer.results import show_finished, show_results
 
 
 def finished_run(folder: Path) -> Path:

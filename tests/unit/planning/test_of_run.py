@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support.jobs import write_job
 
-from rlhf3d.trainer.run_page import planned_memory
+from rlhf3d.planning.of_run import planned_memory
 
 
 def test_it_is_made_of_a_runs_own_file(tmp_path: Path) -> None:

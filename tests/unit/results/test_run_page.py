@@ -10,7 +10,7 @@ from support.page_runs import healthy_rows, write_rows
 from rlhf3d.commands.results import report
 from rlhf3d.config.load import config_to_yaml, load_config
 from rlhf3d.placement.journal import JournalWriter
-from rlhf3d.trainer.run_page import run_facts, write_page
+from rlhf3d.results.run_page import run_facts, write_page
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf3d.trainer.run_setup import find_setup, setup_of
+from rlhf3d.results.run_setup import find_setup, setup_of
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -22,8 +22,8 @@ from support.page_runs import healthy_rows, sample, trajectory, write_rows
 from rlhf3d.observability.page.serve import PageServer, Served
 from rlhf3d.observability.samples import write_samples
 from rlhf3d.observability.tokens import write_tokens
-from rlhf3d.trainer import live_page
-from rlhf3d.trainer.live_page import EVERY_S, LivePage
+from rlhf3d.results import live_page
+from rlhf3d.results.live_page import EVERY_S, LivePage
 
 
 def append(run: Path, step: int) -> None:

@@ -12,8 +12,8 @@ import pytest
 from support.page_runs import healthy_rows, write_rows
 
 from rlhf3d.observability.outcome import RunRecord, write_record
-from rlhf3d.trainer import live_page
-from rlhf3d.trainer.live_page import EVERY_S, LivePage, Progress
+from rlhf3d.results import live_page
+from rlhf3d.results.live_page import EVERY_S, LivePage, Progress
 
 
 class Clock:

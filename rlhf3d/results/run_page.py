@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from rlhf3d.checkpoints.resume import flat_config
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
-from rlhf3d.observability.live.state import MemoryPlanned
 from rlhf3d.observability.outcome import read_record
 from rlhf3d.observability.page.collect import (
     Planned,
@@ -34,10 +34,10 @@ from rlhf3d.observability.page.trends import mean_of, recent, training_rows
 from rlhf3d.placement.journal import beginnings
 from rlhf3d.planning.job import mean_lengths
 from rlhf3d.planning.measured import with_measured
-from rlhf3d.planning.plan import find_spec, make_plan
-from rlhf3d.planning.search.command import find_cluster
-from rlhf3d.planning.search.plan import make_timed_plan
-from rlhf3d.trainer.run_setup import CONFIG_FILE, setup_of
+from rlhf3d.planning.of_run import plannable
+from rlhf3d.planning.plan import find_cluster, find_spec, make_plan
+from rlhf3d.planning.search.plan import with_time
+from rlhf3d.results.run_setup import setup_of
 from rlhf3d.units import GIB
 
 PAGE_FILE = "report.html"
@@ -117,7 +117,7 @@ def planned(file: Path, rows: Rows) -> Planned:
 
     ValueError where there can be none.
     """
-    config = _plannable(file)
+    config = plannable(file)
     spec, _ = find_spec(config.model.path)
     cluster = with_measured(find_cluster(config.cluster, None), None)
     last = recent(training_rows(rows))
@@ -125,7 +125,7 @@ def planned(file: Path, rows: Rows) -> Planned:
     turns = mean_of(last, "num_turns/mean") if config.environment.enabled else None
     # What the last steps do not say is the plan's own guess.
     lengths = mean_lengths(config.data, config.environment, prompt, response, turns)
-    plan = make_timed_plan(config, spec, cluster, lengths=lengths)
+    plan = with_time(make_plan(config, spec, cluster, lengths=lengths))
     if plan.time is None:
         raise ValueError("; ".join(plan.problems))
     memory = [
@@ -135,26 +135,6 @@ def planned(file: Path, rows: Rows) -> Planned:
     seconds = {phase.phase: phase.total for phase in plan.time.phases}
     host_gib = plan.memory.host.total / GIB
     return Planned(seconds, plan.time.step_s, memory, host_gib, str(cluster).removeprefix("1 x "))
-
-
-def planned_memory(file: Path) -> MemoryPlanned | None:
-    """What a configuration's run needs with the longest sequences; None where there is no plan."""
-    try:
-        config = _plannable(file)
-        spec, _ = find_spec(config.model.path)
-        memory = make_plan(config, spec, find_cluster(config.cluster, None)).memory
-    except ValueError:
-        return None
-    _, peak = memory.peak
-    return MemoryPlanned(peak.total / GIB, memory.host.total / GIB)
-
-
-def _plannable(file: Path) -> Config:
-    """The configuration in a file; ValueError where no plan can be made of it."""
-    config = load_config(file)
-    if config.algorithm.custom_path is not None:
-        raise ValueError("what an estimator of one's own needs is known only when its file is run")
-    return config
 
 
 def _place(ranks: Sequence[int], place: str) -> str:

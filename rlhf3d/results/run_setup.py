@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.derived import actor_batching, critic_batching, derive
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import AlgorithmConfig, CustomRewardConfig, RewardConfig, RolloutConfig
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.units import counted
 
-CONFIG_FILE = "config.yaml"
 PLATFORMS = {"cpu": "CPU", "as_gpu": "CPU", "cuda": "GPU"}
 
 

@@ -6,16 +6,13 @@ Runs in: driver.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf3d.observability.console import Console
+from rlhf3d.observability.console import Console, reported_only
 from rlhf3d.observability.report import CURVES_FILE, make_report
 from rlhf3d.observability.samples import before_after
-from rlhf3d.trainer.run_page import PAGE_FILE, write_page
-from rlhf3d.trainer.run_setup import find_setup
+from rlhf3d.results.run_page import PAGE_FILE, write_page
+from rlhf3d.results.run_setup import find_setup
 
 
 def show_results(output: Path, console: Console, checkpoint: Path | None) -> None:
@@ -42,17 +39,6 @@ def show_finished(run: Path) -> int:
             [f"{run} is a finished run of this configuration, so nothing was done; {again}"]
         )
     return 0
-
-
-@contextmanager
-def reported_only(console: Console, what: str, then: str) -> Iterator[None]:
-    """Report an error of the body as a warning that `what` failed, and `then`."""
-    try:
-        yield
-    except Exception as error:
-        logging.getLogger(__name__).exception(what)
-        first_line = str(error).partition("\n")[0]
-        console.note(f"warning: {what} ({type(error).__name__}: {first_line}); {then}")
 
 
 def _make_report(output: Path, console: Console) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.observability.metrics import METRICS_FILE, STEP_TIME, read_metrics
 from rlhf3d.observability.outcome import RECORD_FILE, RunRecord, read_record
 from rlhf3d.observability.page.collect import RunView
@@ -21,8 +22,7 @@ from rlhf3d.observability.page.render import render, render_waiting, watched_pol
 from rlhf3d.observability.page.serve import Served
 from rlhf3d.observability.page.trends import values
 from rlhf3d.processes import has_open
-from rlhf3d.trainer.run_page import Rows, view_all
-from rlhf3d.trainer.run_setup import CONFIG_FILE
+from rlhf3d.results.run_page import Rows, view_all
 
 EVERY_S = 3.0
 LATE_S, LATE_STEPS = 60.0, 3.0
