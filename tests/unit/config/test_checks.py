@@ -5,188 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.checking import GOOD, QUANTISED, make, says
 
 from rlhf3d.algorithms.advantages import ADVANTAGES
-from rlhf3d.batching.units import plan_unit_micro_batches
 from rlhf3d.config.checks import check
-from rlhf3d.config.derived import micro_batching_of
 from rlhf3d.config.keys import all_keys
-from rlhf3d.config.load import ConfigError, build, load_config, merge, parse_override
+from rlhf3d.config.load import ConfigError, load_config
 from rlhf3d.config.resolve import load_run, resolve_algorithms
-from rlhf3d.config.schema import Config
-from rlhf3d.config.size_checks import rows_of_trajectory_notes
-
-GOOD = (
-    "model.path=m",
-    "data.train_files=t.parquet",
-    "data.train_batch_size=16",
-    "actor.ppo_mini_batch_size=16",
-)
-QUANTISED = (
-    "rollout.quantization=fp8_per_channel",
-    "algorithm.rollout_correction.rollout_is=token",
-)
-BYPASS = "algorithm.rollout_correction.bypass_mode=true"
-IN_FLIGHT = "rollout={update: in_flight, max_staleness: 1, placement: disaggregated}"
-GPUS_8 = "cluster={platform: cuda, gpus_per_node: 8}"
-GPUS_4 = "cluster={platform: cuda, gpus_per_node: 4}"
-BUDGET = "actor.use_dynamic_bsz=true"
-
-
-def make(*overrides: str) -> Config:
-    raw: dict = {}
-    for override in (*GOOD, *overrides):
-        merge(raw, parse_override(override))
-    mistakes: list[str] = []
-    config = build(Config(), raw, "", mistakes)
-    assert not mistakes
-    return config
 
 
 def test_good_configuration_passes() -> None:
     assert check(make()) == []
 
 
-def says(problem: str, expected: str) -> bool:
-    """Whether a message has these pieces, which … separates, in this order."""
-    for piece in expected.split(" … "):
-        _, found, problem = problem.partition(piece)
-        if not found:
-            return False
-    return True
-
-
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        # batch sizes
-        (
-            ["data.train_batch_size=10"],
-            "data.train_batch_size = 10 … actor.ppo_mini_batch_size = 16 … 10 % 16 = 10",
-        ),
-        (
-            ["critic.ppo_mini_batch_size=12"],
-            "data.train_batch_size = 16 … critic.ppo_mini_batch_size = 12 … 16 % 12 = 4",
-        ),
-        (
-            ["actor.layout.dp=3"],
-            "actor.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … actor.layout.dp = 3 … 16 % 3 = "
-            "1",
-        ),
-        (
-            ["critic.layout.dp=3"],
-            "critic.ppo_mini_batch_size = 16 … rollout.n = 1 = 16 … critic.layout.dp = 3 … 16 % 3 "
-            "= 1",
-        ),
-        (
-            ["actor.layout.dp=2", "actor.ppo_micro_batch_size_per_gpu=3"],
-            "actor.ppo_mini_batch_size = 16 … rollout.n = 1 / actor.layout.dp = 2 = 8 … "
-            "actor.ppo_micro_batch_size_per_gpu = 3 … 8 % 3 = 2",
-        ),
-        (
-            ["critic.layout={dp: 2}", "critic.ppo_micro_batch_size_per_gpu=3"],
-            "critic.ppo_mini_batch_size = 16 … rollout.n = 1 / critic.layout.dp = 2 = 8 … "
-            "critic.ppo_micro_batch_size_per_gpu = 3 … 8 % 3 = 2",
-        ),
-        (
-            ["actor.layout={pp: 4, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=8"],
-            "actor.ppo_micro_batch_size_per_gpu = 8 makes 2 … actor.layout.vpp = 2 … "
-            "actor.layout.pp = 4",
-        ),
-        # token budgets
-        (
-            [BUDGET, "actor.ppo_max_token_len_per_gpu=1023"],
-            "actor.ppo_max_token_len_per_gpu = 1023 … 512 + data.max_response_length 512 = 1024 … "
-            "set 1024",
-        ),
-        (
-            [
-                "actor.layout={tp: 3, sequence_parallel: true}",
-                "critic.use_dynamic_bsz=true",
-                "critic.ppo_max_token_len_per_gpu=1024",
-            ],
-            "critic.ppo_max_token_len_per_gpu = 1024 … multiple of actor.layout.tp = 3 = 1026 … "
-            "set 1026",
-        ),
-        (
-            [
-                "critic.layout={tp: 3, sequence_parallel: true}",
-                "critic.use_dynamic_bsz=true",
-                "critic.ppo_max_token_len_per_gpu=1025",
-            ],
-            "critic.ppo_max_token_len_per_gpu = 1025 … multiple of critic.layout.tp = 3 = 1026 … "
-            "set 1026",
-        ),
-        (
-            [
-                "actor.layout={tp: 3, cp: 2, sequence_parallel: true}",
-                BUDGET,
-                "actor.ppo_max_token_len_per_gpu=1024",
-            ],
-            "actor.ppo_max_token_len_per_gpu = 1024 … "
-            "multiple of 2 x actor.layout.cp x actor.layout.tp = 12 = 1032 … set 1032",
-        ),
-        (
-            [
-                BUDGET,
-                "actor.ppo_max_token_len_per_gpu=1024",
-                "data.max_response_length=500",
-                GPUS_8,
-                "actor.layout={tp: 3, sequence_parallel: true}",
-            ],
-            "actor.ppo_max_token_len_per_gpu = 1024 … 512 + data.max_response_length 500 … "
-            "multiple of actor.layout.tp and 128 = 384 = 1152 … set 1152",
-        ),
-        # layouts and devices
-        (
-            ["actor.layout.cp=2", GPUS_8, "model.dtype=float32"],
-            "actor.layout.cp = 2 … model.dtype = float32 … model.dtype=bfloat16, or cp=1",
-        ),
-        (
-            ["model.share_prefixes=true", GPUS_8],
-            "model.share_prefixes = true … cluster.platform = cuda … set model.share_prefixes=auto",
-        ),
-        (
-            ["model.share_prefixes=true", "actor.layout.cp=2"],
-            "model.share_prefixes = true … actor.layout.cp = 2 … actor.layout.cp=1",
-        ),
-        (["actor.layout.vpp=2"], "actor.layout.vpp = 2 … actor.layout.pp … vpp=null"),
-        (["critic.layout={pp: 1, vpp: 2}"], "critic.layout.vpp = 2 … critic.layout.pp … vpp=null"),
-        (
-            ["reward_model={path: judge, layout: {vpp: 2}}", "reward.weights={reward_model: 1.0}"],
-            "reward_model.layout.vpp = 2 … reward_model.layout.pp … vpp=null",
-        ),
-        (
-            ["actor.layout.sequence_parallel=true"],
-            "actor.layout.sequence_parallel = true … actor.layout.tp",
-        ),
-        (
-            ["actor.layout.overlap_param_gather=true"],
-            "actor.layout.overlap_param_gather = true … actor.layout.overlap_grad_reduce = true",
-        ),
-        (
-            [
-                "critic.layout={overlap_param_gather: true, overlap_grad_reduce: true, "
-                "distributed_optimizer: false}"
-            ],
-            "critic.layout.overlap_param_gather = true … critic.layout.distributed_optimizer = "
-            "true",
-        ),
-        (
-            [GPUS_4, "actor.layout={tp: 4, dp: 2}"],
-            "actor.layout: tp 4 x pp 1 x dp 2 = 8 ranks … cluster.num_nodes 1 x gpus_per_node 4 = "
-            "4",
-        ),
-        (
-            [
-                GPUS_4,
-                "actor.layout.tp=4",
-                "critic.layout.dp=2",
-                "critic.placement=disaggregated",
-            ],
-            "actor.layout: tp 4 x pp 1 x dp 1 = 4 ranks + critic.layout: tp 1 x pp 1 x dp 2 = 2 "
-            "ranks = 6 GPUs … cluster.num_nodes 1 x gpus_per_node 4 = 4",
-        ),
         # sampling
         (
             ["rollout.quantization=fp8_per_channel"],
@@ -332,74 +166,11 @@ def says(problem: str, expected: str) -> bool:
             ],
             "custom_reward_function.path = r.py … accuracy",
         ),
-        # asynchronous training
-        (
-            ["rollout.max_staleness=1"],
-            "rollout.max_staleness = 1 … bypass_mode=true … rollout_is=token",
-        ),
-        (
-            ["rollout.max_staleness=1", BYPASS, "rollout.sleep=true"],
-            "rollout.sleep = true … rollout.max_staleness = 1 … rollout.sleep=false",
-        ),
-        (
-            ["rollout.max_staleness=1", BYPASS, "actor.policy_loss=pg"],
-            "actor.policy_loss = pg … rollout.max_staleness = 1 … policy_loss=vanilla",
-        ),
-        (
-            ["rollout={update: in_flight, placement: disaggregated}"],
-            "rollout.update = in_flight … rollout.max_staleness = 0 … rollout.max_staleness=1",
-        ),
-        (
-            ["rollout={update: in_flight, max_staleness: 1}", BYPASS],
-            "rollout.update = in_flight … rollout.placement = colocated … disaggregated",
-        ),
-        (
-            [IN_FLIGHT, BYPASS, "environment={path: e.py, rounds: true}"],
-            "environment.rounds = true … rollout.update = in_flight … environment.rounds=false",
-        ),
     ],
 )
 def test_refusals(overrides: list[str], expected: str) -> None:
     (problem,) = check(make(*overrides))
     assert says(problem, expected), problem
-
-
-CORRECTION = "algorithm.rollout_correction"
-
-
-@pytest.mark.parametrize(
-    "stated",
-    [
-        BYPASS,
-        f"{CORRECTION}.rollout_is=sequence",
-        f"{CORRECTION}={{rollout_rs: token_k1, rollout_rs_threshold: 2.0}}",
-    ],
-)
-def test_staleness_with_a_stated_old_policy(stated: str) -> None:
-    assert check(make("rollout.max_staleness=2", stated)) == []
-    assert check(make(IN_FLIGHT, stated)) == []
-
-
-def test_what_asynchronous_training_works_with() -> None:
-    for mode in ("rollout.max_staleness=1", IN_FLIGHT):
-        for overrides in (
-            ["algorithm={adv_estimator: grpo, filter_groups: {enable: true}}", "rollout.n=2"],
-            ["algorithm.adv_estimator=remax"],
-            ["environment.path=e.py"],
-            ["reward_model.path=r", "reward.weights={reward_model: 1.0}"],
-            ["actor.ppo_mini_batch_size=8", "actor.ppo_epochs=2"],
-            ["trainer.critic_warmup=2"],
-        ):
-            assert check(make(mode, BYPASS, *overrides)) == []
-
-
-def test_both_ways_to_state_the_old_policy_have_a_line() -> None:
-    (problem,) = check(make("rollout.max_staleness=1"))
-    why, engines, recomputed = problem.splitlines()
-    assert "clipping off" in why
-    assert "bypass_mode=true" in engines
-    assert "rollout_is=token" in recomputed
-    assert f"\n    {engines}\n    {recomputed}" in str(ConfigError([problem]))
 
 
 def test_critic_fields_do_not_matter_without_critic() -> None:
@@ -477,44 +248,7 @@ def test_a_users_file_that_does_not_serve(
     assert says(problem, expected), problem
 
 
-def test_a_token_budget_needs_no_divisible_counts() -> None:
-    sizes = ("actor.layout={pp: 2, dp: 3, vpp: 2}", "actor.ppo_micro_batch_size_per_gpu=5")
-    assert len(check(make(*sizes))) == 1
-    assert check(make(*sizes, BUDGET)) == []
-
-
 def test_every_number_has_a_range_that_its_default_is_in() -> None:
     numbers = [key for key in all_keys() if key.kind.split(" ")[0] in ("int", "float")]
     assert [key.name for key in numbers if not key.rules] == ["reward_model.mean"]
     assert check(make()) == []
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["actor.ppo_micro_batch_size_per_gpu=3"], None),
-        (
-            ["actor.ppo_micro_batch_size_per_gpu=2"],
-            "gspo … environment.max_turns = 3 rows … actor.ppo_micro_batch_size_per_gpu = 2",
-        ),
-        ([BUDGET, "actor.ppo_max_token_len_per_gpu=3072"], None),
-        (
-            [BUDGET, "actor.ppo_max_token_len_per_gpu=3071"],
-            "environment.max_turns 3 x (data.max_prompt_length 512 + data.max_response_length 512) "
-            "= 3072 tokens … actor.ppo_max_token_len_per_gpu = 3071",
-        ),
-    ],
-)
-def test_room_for_the_rows_of_a_trajectory(overrides: list[str], expected: str | None) -> None:
-    """The bound is the one of `plan_unit_micro_batches`, for a row a turn."""
-    config = make("actor.policy_loss=gspo", "environment.max_turns=3", *overrides)
-    rule = micro_batching_of(config, "actor")
-    turns, loss = config.environment.max_turns, config.actor.policy_loss
-    notes = list(rows_of_trajectory_notes(config.data, turns, loss, rule))
-    assert len(notes) == (expected is not None)
-    assert expected is None or says(notes[0], expected)
-    if expected is None:
-        plan_unit_micro_batches([1024] * 3, [[[0, 1, 2]]], rule)
-    else:
-        with pytest.raises(ValueError, match="a trajectory of 3 rows"):
-            plan_unit_micro_batches([1024] * 3, [[[0, 1, 2]]], rule)
