@@ -45,7 +45,7 @@ from rlhf3d.observability.whole_file import whole_file
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import Score, check_outcomes
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.truth_check import LOOKED_AT, stated_truths
+from rlhf3d.rewards.truth_warnings import LOOKED_AT, stated_truths
 from rlhf3d.rewards.truths import shown
 from rlhf3d.rollout.api import Engines, SamplingSettings, Stops, request_seed
 from rlhf3d.tokenizer.clock import TEMPLATE_CLOCK

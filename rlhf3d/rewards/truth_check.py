@@ -1,4 +1,4 @@
-"""Ground truths against their own scorers: for `rlhf3d data check`, and before a run starts.
+"""Ground truths against their own scorers, all of them: for `rlhf3d data check`.
 
 Invariant: a ground truth is right where its own scorer gives full marks to a statement of it. A
 scorer that failed gave no verdict: neither right nor wrong.
@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rlhf3d.data.check import SHOWN, CheckReport, FileCheck, Marks, check_files
-from rlhf3d.data.dataset import OfferedTools, PromptDataset
+from rlhf3d.data.dataset import OfferedTools
 from rlhf3d.data.parquet import data_sources
-from rlhf3d.data.rows import PromptRow, question_key
+from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.score import Score, ScoreItem
-from rlhf3d.rewards.scorers import DATA_SOURCES, WITHOUT_TRUTH, BuiltinReward, scorer_of
+from rlhf3d.rewards.scorers import DATA_SOURCES, BuiltinReward, scorer_of
 from rlhf3d.rewards.truths import shown
 from rlhf3d.tokenizer.chat import ChatTokenizer
 
 _BATCH = 2048
 _WARM_UP = 8
 """Answers scored before the speed is measured, so that the processes are ready."""
-LOOKED_AT = 20_000
-"""Rows of each file list that a run compares before it starts."""
-_SCORED = 128
-"""Rows of each file list that a run has scored before it starts."""
 
 
 def check_prompt_files(
@@ -183,78 +179,3 @@ def _judge(check: FileCheck, data_source: str, marks: Marks, custom: bool) -> No
         check.warnings.append(
             f"{data_source}: {wrong} of {marks.solutions} worked solutions do not get full marks"
         )
-
-
-def training_warnings(
-    train: PromptDataset,
-    val: PromptDataset | None,
-    reward: RewardFunction | None,
-    pool: RewardManager | None,
-) -> list[str]:
-    """What a run reports before it starts: shared questions, and ground truths without full marks.
-
-    It looks at a sample of the rows. ValueError for rows without a ground truth where a built-in
-    scorer needs one.
-    """
-    warnings = _shared_questions(train, val)
-    # A user's function need not give the bare truth full marks, so it says nothing here.
-    if not isinstance(reward, BuiltinReward) or pool is None:
-        return warnings
-    rows = train.sample(_SCORED)
-    if val is not None:
-        rows += val.sample(_SCORED)
-    items = stated_truths(rows, reward, "data.train_files, data.val_files")
-    scores = pool.score_batch(items)
-    refused = [
-        item
-        for item, score in zip(items, scores, strict=True)
-        if not score.failed and score.value < 1.0
-    ]
-    if refused:
-        first = refused[0]
-        warnings.append(
-            f"{len(refused)} of {len(items)} ground truths looked at do not get full marks from "
-            f"their own scorer, the first is {str(first.ground_truth)[:80]!r} of "
-            f"{first.data_source}: see `rlhf3d data check`"
-        )
-    failed = [score for score in scores if score.failed]
-    if failed:
-        warnings.append(
-            f"{len(failed)} of {len(items)} ground truths looked at were not scored, the first: "
-            f"{failed[0].reason}: see `rlhf3d data check`"
-        )
-    return warnings
-
-
-def _shared_questions(train: PromptDataset, val: PromptDataset | None) -> list[str]:
-    if val is None:
-        return []
-    train_questions = {question_key(row) for row in train.sample(LOOKED_AT)}
-    shared = train_questions & {question_key(row) for row in val.sample(LOOKED_AT)}
-    if not shared:
-        return []
-    return [
-        f"{len(shared)} of the questions looked at are in data.train_files and in data.val_files: "
-        "held-out accuracy will flatter (`rlhf3d data prepare --exclude` leaves them out)"
-    ]
-
-
-def stated_truths(rows: Sequence[PromptRow], reward: BuiltinReward, key: str) -> list[ScoreItem]:
-    """Completions that state the accepted answers of `rows`.
-
-    ValueError, naming `key`, where a rule cannot compare with one of them.
-    """
-    if any(row.ground_truth is None for row in rows):
-        raise ValueError(f"{key}: {WITHOUT_TRUTH}")
-    items = []
-    for row in rows:
-        try:
-            statements = scorer_of(row.data_source, reward.scorers).statements(row.ground_truth)
-        except ValueError as error:
-            raise ValueError(
-                f"{key}: the row that asks {row.question[:80]!r}: {error} (`rlhf3d data check` "
-                "names every such row)"
-            ) from error
-        for text in statements:
-            items.append(ScoreItem(row.data_source, text, row.ground_truth, row.extra_info))
-    return items

@@ -32,7 +32,7 @@ from rlhf3d.placement.script import EndOfScript, Script
 from rlhf3d.planning.of_run import planned_memory
 from rlhf3d.rewards.function import RewardFunction
 from rlhf3d.rewards.manager import RewardManager
-from rlhf3d.rewards.truth_check import training_warnings
+from rlhf3d.rewards.truth_warnings import training_warnings
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.ending import recorded
 from rlhf3d.trainer.inputs import RunInputs, read_to_start

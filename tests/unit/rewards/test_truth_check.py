@@ -21,7 +21,8 @@ from rlhf3d.data.rows import PromptRow
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.manager import RewardManager
 from rlhf3d.rewards.scorers import BuiltinReward
-from rlhf3d.rewards.truth_check import check_prompt_files, training_warnings
+from rlhf3d.rewards.truth_check import check_prompt_files
+from rlhf3d.rewards.truth_warnings import training_warnings
 
 EXCERPTS = Path(__file__).parents[2] / "data"
 
