@@ -11,8 +11,8 @@ import pytest
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import SAMPLES_DIR
+from rlhf3d.results import end
 from rlhf3d.results.end import show_finished, show_results
-from rlhf3d.trainer import results
 
 
 def finished_run(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def test_nothing_that_comes_after_the_last_step_fails_a_run(
         raise TypeError("int is not iterable\nmore")
 
     if broken is not None:
-        monkeypatch.setattr(results, broken, fail)
+        monkeypatch.setattr(end, broken, fail)
     run = finished_run(tmp_path)
     with Console() as console:
         show_results(run, console, Path("step_2"))
