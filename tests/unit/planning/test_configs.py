@@ -109,6 +109,7 @@ def test_shapes_are_read_and_of_the_published_size(folder: Path) -> None:
     from rlhf3d.planning.engines import engine_elements
 
     billions = {
+        "SmolLM2-135M": 0.1345,
         "Qwen2.5-0.5B": 0.494,
         "Qwen2.5-1.5B": 1.544,
         "Qwen2.5-7B": 7.616,
