@@ -250,7 +250,7 @@ def test_odd_rows_do_no_harm() -> None:
 
 
 def steep_kl(steps: int) -> list[Row]:
-    return changed(steps, put("actor/kl_loss", lambda part: 3 * part**2))
+    return changed(steps, put("actor/kl_loss", lambda part: 0.8 * part**2))
 
 
 @pytest.mark.parametrize(("steps", "level"), [(16, "unknown"), (40, "watch")])
