@@ -2,7 +2,9 @@
 
 Invariant: only modules of megatron.core are rewritten, line numbers are kept, and torch is never
 touched. Rewritten: 'cuda' and 'torch.cuda.XTensor' literals, `torch.cuda` (now `cpu_cuda`),
-`.cuda()`, pinned memory. Versions 0.16 to 0.19 need it.
+`.cuda()`, pinned memory. Libraries that Megatron can do without, and that only serve GPUs, tables
+of metrics or FSDP, are absent to it, and nothing is compiled: to import them takes longer than
+Megatron itself. Versions 0.16 to 0.19 need it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,21 @@ _ALIAS = "_cpu_cuda"
 _LITERALS = {"cuda": "cpu"} | {
     f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")
 }
+_ABSENT = (
+    "triton",
+    "torch.utils.tensorboard",
+    "torch.distributed._tensor",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.utils.cpp_extension",
+    "megatron.core.distributed.fsdp.src",
+    ".fused_kv_append_kernel",
+)
+"""Libraries, with what is below them, that Megatron is told are not installed, where it asks."""
+_UNUSED = {"torch.utils": "cpp_extension", "torch.distributed.checkpoint": "default_planner"}
+"""What is imported without asking, for kernels of CUDA and for FSDP: None instead."""
+_FORBEARING = {"ImportError", "ModuleNotFoundError", "Exception"}
+"""Exceptions with which it asks."""
 
 
 class _Retarget(ast.NodeTransformer):
@@ -42,8 +59,26 @@ class _Retarget(ast.NodeTransformer):
         )
         return ast.copy_location(ast.Name(_ALIAS, ast.Load()), node) if is_torch_cuda else node
 
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        names = [alias.name for alias in node.names]
+        if names == [_UNUSED.get(node.module or "")]:
+            return ast.copy_location(ast.parse(f"{names[0]} = None").body[0], node)
+        return node
+
+    def visit_Try(self, node: ast.Try) -> ast.AST:
+        self.generic_visit(node)
+        caught = {getattr(handler.type, "id", "") for handler in node.handlers}
+        if caught & _FORBEARING and any(map(_imports_absent, node.body)):
+            missing = ast.parse("raise ModuleNotFoundError('left out on CPU')").body
+            node.body = [ast.copy_location(missing[0], node.body[0])]
+        return node
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "enable_jit_fuser":
+            # It is torch.compile, which does nothing here (`megatron_patches.apply`), and for that
+            # imports all of the compiler.
+            node.func.id = "disable_jit_fuser"
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("cuda", "pin_memory"):
             # `x.cuda()` and `x.pin_memory()` become `x`.
             return node.func.value
@@ -51,6 +86,14 @@ class _Retarget(ast.NodeTransformer):
             if keyword.arg == "pin_memory":
                 keyword.value = ast.copy_location(ast.Constant(False), keyword.value)
         return node
+
+
+def _imports_absent(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.ImportFrom):
+        names = ["." * statement.level + (statement.module or "")]
+    else:
+        names = [alias.name for alias in getattr(statement, "names", ())]
+    return any(f"{name}.".startswith(f"{absent}.") for name in names for absent in _ABSENT)
 
 
 def retarget(source: bytes | str, path: str) -> CodeType:

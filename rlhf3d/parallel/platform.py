@@ -165,6 +165,12 @@ class CPUPlatform(Platform):
 
         return torch.device("cpu")
 
+    def prepare_worker(self, threads: int) -> None:
+        super().prepare_worker(threads)
+        from rlhf3d.parallel.plain_optimizers import leave_out_compiler
+
+        leave_out_compiler()
+
     def _bind_device(self) -> None:
         """Keep freed memory as GPUs do; a CPU rank's cores follow from its thread count."""
         host_allocator.keep_freed()

@@ -67,6 +67,34 @@ def test_torch_itself_is_untouched() -> None:
     assert torch.cuda.Stream.__module__.startswith("torch.cuda")
 
 
+LIBRARIES = """
+try:
+    import {library}.part as part
+    HAVE = True
+except ImportError:
+    HAVE = False
+"""
+
+
+@pytest.mark.parametrize("library", device._ABSENT[:2])
+def test_a_library_that_is_asked_for_is_absent(library: str) -> None:
+    assert run(LIBRARIES.format(library=library))["HAVE"] is False
+    assert run(LIBRARIES.format(library=f"os.path\n    import {library}"))["HAVE"] is False
+    assert run(LIBRARIES.format(library="json").replace(".part", ".tool"))["HAVE"] is True
+
+
+def test_what_is_not_asked_for_is_imported_as_it_stands() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such"):
+        run("try:\n    import no_such.triton\nexcept ValueError:\n    pass")
+    assert run("from torch.utils import cpp_extension")["cpp_extension"] is None
+    assert run("from torch.utils import data")["data"].__name__ == "torch.utils.data"
+
+
+def test_nothing_is_compiled() -> None:
+    source = "def disable_jit_fuser():\n    return 'off'\nfound = enable_jit_fuser()"
+    assert run(source)["found"] == "off"
+
+
 @pytest.fixture
 def sample_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An importable module, an empty cache, and a loader of ours for it."""
