@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 Backend = Literal["gloo", "nccl", "nccl_rules"]
 """Backends of torch.distributed; the last is `rlhf3d.parallel.nccl_rules`."""
+SPINS = 2000
+"""How often a thread of OpenMP on CPU looks for more work before it sleeps: for about as long as it
+takes to wake it. By itself it looks 300,000 times, several milliseconds after every operation, on a
+core that another rank or engine could use."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,13 @@ class Platform(ABC):
         """Return the variables that the process must start with: libraries read them once."""
         return {}
 
+    def thread_settings(self, threads: int) -> dict[str, str]:
+        """Return the variables of a process with that many CPU threads.
+
+        It must have them before it loads torch, whose OpenMP reads them once.
+        """
+        return {"OMP_NUM_THREADS": str(threads)}
+
     @abstractmethod
     def device(self) -> torch.device:
         """Return the device of this process."""
@@ -83,8 +94,7 @@ class Platform(ABC):
 
     def prepare_worker(self, threads: int) -> None:
         """Set up a worker before it imports Megatron: environment, threads, device, patches."""
-        # Before the import of torch: OpenMP reads it once.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ.update(self.thread_settings(threads))
         import torch
 
         torch.set_num_threads(threads)
@@ -159,6 +169,13 @@ class CPUPlatform(Platform):
     measures_cache = False
     cache_setting = "kv_cache_gib"
     eager_engines = True
+
+    def thread_settings(self, threads: int) -> dict[str, str]:
+        settings = super().thread_settings(threads)
+        # The user's own choice stands.
+        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+            settings["GOMP_SPINCOUNT"] = str(SPINS)
+        return settings
 
     def device(self) -> torch.device:
         import torch

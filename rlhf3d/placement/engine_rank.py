@@ -51,7 +51,7 @@ class EngineRank:
         `timeout_s`: deadline of every command.
         """
         assert "torch" not in sys.modules, "torch would not see the number of threads"
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ.update(settings.platform.thread_settings(threads))
         self._name, self._rank, self._timeout_s = name, rank, timeout_s
         self._engine = VLLMEngine(settings, threads=threads, rank=rank)
         self._loop: EngineLoop

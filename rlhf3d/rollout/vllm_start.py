@@ -65,7 +65,8 @@ def start_vllm(
 def set_environment(settings: EngineSettings, threads: int) -> None:
     """Set what vLLM and torch read; before vLLM is imported, which sets up its logging from it."""
     on_cpu, eager = settings.platform.kind == "cpu", settings.rollout.enforce_eager is True
-    os.environ.update(_environment(on_cpu, eager, threads))
+    os.environ.update(_environment(on_cpu, eager))
+    os.environ.update(settings.platform.thread_settings(threads))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
 
 
@@ -151,7 +152,7 @@ def _complete_config(config: Any, head_dtype: str) -> Any:
     return config
 
 
-def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, str]:
+def _environment(on_cpu: bool, enforce_eager: bool) -> dict[str, str]:
     settings = {
         # Core and worker in this process: external_launcher demands it, and `_on_worker` passes
         # objects that are not serialized.
@@ -163,7 +164,6 @@ def _environment(on_cpu: bool, enforce_eager: bool, threads: int) -> dict[str, s
         # vLLM takes YaRN's window from max_position_embeddings alone; ours was checked against
         # the model's.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        "OMP_NUM_THREADS": str(threads),
     }
     if on_cpu:
         # "auto" would reserve a core and bind every engine of this host to the same ones.

@@ -15,12 +15,13 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from rlhf3d.parallel.platform import CPUPlatform
+
 ANSWER_S = 900.0
 
 
 def serve(make: Callable[[Any], Any], argument: Any, threads: int, pipe: Connection) -> None:
     """Life of a child: build the object, then call its methods as told."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -44,6 +45,8 @@ class Child:
     """Makes `make(argument)` in a process with that many threads of torch, and calls it there."""
 
     def __init__(self, make: Callable[[Any], Any], argument: Any, threads: int = 1) -> None:
+        # Inherited: a child has imported torch, for what it unpickles, before `serve` is called.
+        os.environ.update(CPUPlatform("benchmark").thread_settings(threads))
         context = multiprocessing.get_context("spawn")
         self._name = getattr(make, "__name__", str(make))
         self.pipe, theirs = context.Pipe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -77,6 +78,54 @@ def test_a_cuda_worker_settles_on_one_cudnn_before_megatron_is_imported(
     )
     CUDAPlatform("test").prepare_worker(threads=1)
     assert done == ["cudnn", "cuda:0", "patches for cuda"]
+
+
+IDLE = """
+import os, sys, time
+from rlhf3d.parallel.platform import CPUPlatform
+if sys.argv[1] == "ours":
+    os.environ.update(CPUPlatform("test").thread_settings(2))
+import torch
+torch.set_num_threads(2)
+numbers, idle_s = torch.ones(1 << 20), 0.0
+for _ in range(20):
+    numbers.add_(1.0)
+    began = time.process_time()
+    time.sleep(0.02)
+    idle_s += time.process_time() - began
+print(idle_s)
+"""
+
+
+@pytest.mark.skipif(machine.cores() < 2, reason="on one core OpenMP's threads do not wait so long")
+def test_threads_that_wait_for_work_leave_the_core_to_others() -> None:
+    """By themselves they look for it in a loop, after every operation."""
+    waiting = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in waiting}
+
+    def idle_s(whose: str) -> float:
+        command = [sys.executable, "-c", IDLE, whose]
+        found = subprocess.run(
+            command,
+            check=True,
+            cwd=Path(platform.__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            timeout=60,
+        )
+        return float(found.stdout)
+
+    assert idle_s("ours") < 0.02 < idle_s("torch's")
+
+
+def test_the_users_own_way_of_waiting_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    cpu, cuda = CPUPlatform("test"), CUDAPlatform("test")
+    assert cpu.thread_settings(3).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
+    assert cuda.thread_settings(3) == {"OMP_NUM_THREADS": "3"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert cpu.thread_settings(3) == {"OMP_NUM_THREADS": "3"}
 
 
 def test_cpu_turns_every_fusion_off_and_cuda_the_same_ones_on() -> None:
