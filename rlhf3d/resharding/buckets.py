@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rlhf3d.models.boxes import Box, intersect
 from rlhf3d.models.weights import LocalParam
@@ -61,6 +62,13 @@ class Copy:
     """Place in the segment."""
     tensor: str
     hf_box: Box
+
+    @cached_property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Shape and strides of the block in its segment, and where it begins, in elements."""
+        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        first = sum(start * step for (start, _), step in zip(self.box, strides, strict=True))
+        return tuple(stop - start for start, stop in self.box), tuple(strides), first
 
 
 def plan_buckets(

@@ -22,7 +22,12 @@ from rlhf3d.parallel.meeting import host_meeting
 from rlhf3d.parallel.nccl_rules import NCCLRules
 from rlhf3d.resharding.buckets import Copy
 from rlhf3d.resharding.fingerprints import box_shape
-from rlhf3d.resharding.ring import FIRST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S, SyncError
+from rlhf3d.resharding.ring import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_ON_GPU_S,
+    PAUSE_GROWTH,
+    SyncError,
+)
 from rlhf3d.units import round_up
 
 # A multiple of every dtype's size and of a fingerprint's word.
@@ -132,7 +137,7 @@ class Group:
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_ON_GPU_S)
+            pause_s = min(PAUSE_GROWTH * pause_s, LONGEST_PAUSE_ON_GPU_S)
         work.wait()  # raises what went wrong; what this stream does next comes after the message
         return True
 

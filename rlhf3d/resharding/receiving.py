@@ -20,10 +20,10 @@ from rlhf3d.models.boxes import show
 from rlhf3d.models.weights import LocalParam
 from rlhf3d.observability.profile.recorder import span
 from rlhf3d.resharding.buckets import Bucket, Copy, Segment, real_rows
-from rlhf3d.resharding.fingerprints import fingerprint
+from rlhf3d.resharding.fingerprints import fetched, fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout
 from rlhf3d.resharding.ring import Ring, SyncError
-from rlhf3d.resharding.sending import view_in
+from rlhf3d.resharding.sending import elements, view_in
 from rlhf3d.resharding.setup import SyncSetup
 
 Arrival = tuple[Copy, int, int]
@@ -69,8 +69,11 @@ class RingInbox:
         self.ring.wait_filled(counted, deadline)
         arrivals = []
         for position, copies in enumerate(self.copies):
-            for copy in copies[number]:
-                arrivals.append((copy, *self.ring.recorded(position, copy.row)))
+            rows = [copy.row for copy in copies[number]]
+            for copy, (version, checksum) in zip(
+                copies[number], self.ring.recorded(position, rows), strict=True
+            ):
+                arrivals.append((copy, version, checksum))
         return self.ring.slot(counted), arrivals
 
     def done(self, number: int, sync: int) -> None:
@@ -113,10 +116,10 @@ class MessageInbox:
         arrivals: list[Arrival] = []
         for work, sender, layout, message in coming:
             self.group.finish(work, sender, "a message from", deadline)
-            table = layout.table(message).tolist()
+            table, slot = layout.table(message).tolist(), elements(self.slot, self.dtype)
             for i, copy in enumerate(layout.copies):
                 version, checksum = table[i]
-                view_in(self.slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
+                view_in(slot, copy).copy_(layout.block(message, i, self.dtype))
                 arrivals.append((copy, version, checksum))
         return self.slot, arrivals
 
@@ -178,13 +181,13 @@ class WeightReceiver:
             start = time.perf_counter()
             deadline = time.monotonic() + self.setup.timeout_s
             with span("wait for senders", "wait", bucket=number):
-                slot, arrivals = self.inbox.wait(number, sync, deadline)
+                memory, arrivals = self.inbox.wait(number, sync, deadline)
             waited = time.perf_counter()
             self.times.wait_s += waited - start
             # All of a bucket before any of it is handed on.
             with span("verify", "transfer", bucket=number, bytes=bucket.num_bytes):
-                for copy, version, checksum in arrivals:
-                    self._check(slot, copy, version, checksum, policy_version)
+                slot = elements(memory, self.dtype)
+                _check(slot, arrivals, policy_version)
             self.times.verify_s += time.perf_counter() - waited
             self.times.received_bytes += bucket.num_bytes
             for segment in bucket.segments:
@@ -244,18 +247,21 @@ class WeightReceiver:
         partial[slice(*segment.rows)].copy_(rows)
         return partial
 
-    def _check(
-        self, slot: torch.Tensor, copy: Copy, version: int, checksum: int, wanted: int
-    ) -> None:
+    def _view(self, slot: torch.Tensor, segment: Segment) -> torch.Tensor:
+        start = segment.offset // self.dtype.itemsize
+        return slot[start : start + math.prod(segment.shape)].view(segment.shape)
+
+
+def _check(slot: torch.Tensor, arrivals: Sequence[Arrival], wanted: int) -> None:
+    """Raise SyncError for the first copy in a bucket that is old, missing or changed."""
+    found = [fingerprint(view_in(slot, copy), copy.hf_box) for copy, _, _ in arrivals]
+    for (copy, version, checksum), own in zip(arrivals, fetched(found), strict=True):
+        if version == wanted and own == checksum:
+            continue
         where = f"{copy.tensor}{show(copy.hf_box)} from training rank {copy.sender}"
-        if version != wanted:
-            was = "was never sent" if version < 0 else f"is of policy version {version}"
-            raise SyncError(f"sync_weights: {where} {was}; wanted policy version {wanted}")
-        if fingerprint(view_in(slot, copy, self.dtype), copy.hf_box) != checksum:
+        if version == wanted:
             raise SyncError(
                 f"sync_weights: {where} differs from what was sent for policy version {version}"
             )
-
-    def _view(self, slot: torch.Tensor, segment: Segment) -> torch.Tensor:
-        size = math.prod(segment.shape) * self.dtype.itemsize
-        return slot[segment.offset : segment.offset + size].view(self.dtype).view(segment.shape)
+        was = "was never sent" if version < 0 else f"is of policy version {version}"
+        raise SyncError(f"sync_weights: {where} {was}; wanted policy version {wanted}")

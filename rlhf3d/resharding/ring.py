@@ -23,7 +23,7 @@ import pickle
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ from rlhf3d.resharding.setup import FILE_PREFIX, RING_HEADER_BYTES, SLOTS, RingS
 # Policy versions count from 0.
 _NEVER = -1
 FIRST_PAUSE_S = 2e-5
+PAUSE_GROWTH = 1.2
+"""Pauses grow with the wait: the last one is at most a sixth of it."""
 _LONGEST_PAUSE_S, LONGEST_PAUSE_ON_GPU_S = 1e-3, 1e-4
 """Between two looks at a counter.
 
@@ -61,8 +63,9 @@ class Ring:
         self._bytes = torch.from_numpy(np.frombuffer(self._mmap, dtype=np.uint8))
         senders, readers = len(shape.senders), len(shape.readers)
         self._digest = self._numbers(0, 1)
-        self._filled = self._numbers(RING_HEADER_BYTES, senders)
-        self._taken = self._numbers(RING_HEADER_BYTES + 8 * senders, readers)
+        # As numpy's: they are looked at again and again, and torch takes longer for a few numbers.
+        self._filled = self._numbers(RING_HEADER_BYTES, senders).numpy()
+        self._taken = self._numbers(RING_HEADER_BYTES + 8 * senders, readers).numpy()
         self._table = self._numbers(shape.table_offset, 2 * senders * shape.rows).view(
             senders, shape.rows, 2
         )
@@ -102,8 +105,8 @@ class Ring:
                 ring.unlink()
                 raise
         ring._digest.fill_(shape.digest)
-        ring._filled.zero_()
-        ring._taken.zero_()
+        ring._filled[:] = 0
+        ring._taken[:] = 0
         ring._table.fill_(_NEVER)
         return ring
 
@@ -165,17 +168,17 @@ class Ring:
         """Wait until every sender has filled bucket `number`."""
         self._wait(lambda: int(self._filled.min()) > number, "filled", number, deadline)
 
-    def record(self, sender: int, row: int, policy_version: int, checksum: int) -> None:
-        """Write down what copy `row` of `sender` is."""
-        self._table[sender, row] = torch.tensor([policy_version, checksum])
+    def record(self, sender: int, rows: Sequence[int], table: torch.Tensor) -> None:
+        """Write down (policy version, fingerprint) [copies, 2] of these copies of `sender`."""
+        self._table[sender, list(rows)] = table.cpu()  # a message's may be on a GPU
 
-    def recorded(self, sender: int, row: int) -> tuple[int, int]:
-        """(policy version, fingerprint) of copy `row` of `sender`.
+    def recorded(self, sender: int, rows: Sequence[int]) -> list[list[int]]:
+        """[policy version, fingerprint] of these copies of `sender`.
 
-        Version -1 when it was never sent.
+        Version -1 when one was never sent.
         """
-        version, checksum = self._table[sender, row].tolist()
-        return version, checksum
+        found: list[list[int]] = self._table[sender, list(rows)].tolist()
+        return found
 
     def take(self, reader: int, number: int) -> None:
         """`reader` is done with bucket `number`."""
@@ -195,8 +198,8 @@ class Ring:
             return
         # mmap counts the tensors that look into it: all of ours must go first.
         nothing = torch.empty(0)
-        self._slots = self._bytes = self._table = nothing
-        self._digest = self._filled = self._taken = nothing
+        self._slots = self._bytes = self._table = self._digest = nothing
+        self._filled = self._taken = nothing.numpy()
         self._mmap.close()
         os.close(self._fd)
 
@@ -223,7 +226,7 @@ class Ring:
                     "weights are really that large, or look into logs/"
                 )
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, longest_s)
+            pause_s = min(PAUSE_GROWTH * pause_s, longest_s)
 
     def _check_readers(self, number: int) -> None:
         """Raise SyncError where a reader of bucket `number` will never take it."""

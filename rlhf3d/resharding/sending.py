@@ -11,10 +11,9 @@ sync (`number`) and since the shared memory was made (`counted`).
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,14 +23,14 @@ import torch
 from rlhf3d.models.boxes import box_slices, volume
 from rlhf3d.observability.profile.recorder import span
 from rlhf3d.resharding.buckets import Copy
-from rlhf3d.resharding.fingerprints import fingerprint
+from rlhf3d.resharding.fingerprints import Fingerprint, fetched, fingerprint
 from rlhf3d.resharding.messages import Group, MessageLayout
 from rlhf3d.resharding.ring import Ring
 from rlhf3d.resharding.setup import SLOTS, SyncSetup
 
 Params = Mapping[tuple[int, str], torch.Tensor]
 """(model chunk, parameter name) -> local weights."""
-ReadBlock = Callable[[Copy], tuple[torch.Tensor, int]]
+ReadBlock = Callable[[Copy], tuple[torch.Tensor, Fingerprint]]
 """The block of a copy in the receiver's dtype, and its fingerprint."""
 
 
@@ -117,6 +116,11 @@ class WeightSender:
 
         `sync` counts the syncs of this stream from 0.
         """
+        # On CPU the engine's threads need the cores meanwhile: its packing takes the longest.
+        with one_thread():
+            return self._send(policy_version, sync)
+
+    def _send(self, policy_version: int, sync: int) -> SendReport:
         start = time.monotonic()
         # New for each sync: fingerprints of the last one's weights are void.
         block = self._blocks()
@@ -180,12 +184,14 @@ class WeightSender:
 
         A fingerprint is computed once however many destinations the block has.
         """
-        known: dict[tuple[Any, ...], int] = {}
+        known: dict[tuple[Any, ...], Fingerprint] = {}
 
-        def block(copy: Copy) -> tuple[torch.Tensor, int]:
+        def block(copy: Copy) -> tuple[torch.Tensor, Fingerprint]:
             param = self.params[copy.src_chunk, copy.src_param]
             # Cast before the fingerprint: it is of the bits that travel.
-            tensor = param[box_slices(copy.src_box)].to(self.dtype)
+            tensor = param[box_slices(copy.src_box)]
+            if tensor.dtype != self.dtype:
+                tensor = tensor.to(self.dtype)
             # The box in the tensor, on which a fingerprint depends too, follows from these.
             key = (copy.src_chunk, copy.src_param, copy.src_box)
             if key not in known:
@@ -215,12 +221,17 @@ class _RingOutbox:
         # The ring's counters go on from sync to sync; only the table's rows begin again.
         counted = sync * self.rounds + number
         _wait_free(self.ring, counted, self.rounds, deadline)
-        slot = self.ring.slot(counted)
+        slot, copies = elements(self.ring.slot(counted), self.dtype), self.copies[number]
         with span("pack", "transfer", bucket=number):
-            for copy in self.copies[number]:
+            checksums = []
+            for copy in copies:
+                # The fingerprint comes first, and brings the block into the processor's cache.
                 tensor, checksum = block(copy)
-                view_in(slot, copy, self.dtype).copy_(tensor)
-                self.ring.record(self.position, copy.row, version, checksum)
+                view_in(slot, copy).copy_(tensor)
+                checksums.append(checksum)
+            if copies:
+                table = _table(version, checksums)
+                self.ring.record(self.position, [copy.row for copy in copies], table)
         # Last, and also without a copy in this bucket: readers wait for the count of every sender.
         self.ring.fill(self.position, counted)
 
@@ -252,10 +263,12 @@ class _MessageOutbox:
         # Of its own for each bucket: the last ones may still be under way.
         message = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self.device)
         with span("pack", "transfer", bucket=number, bytes=layout.num_bytes):
+            checksums = []
             for i, copy in enumerate(layout.copies):
                 tensor, checksum = block(copy)
                 layout.block(message, i, self.dtype).copy_(tensor)
-                layout.table(message)[i] = torch.tensor([version, checksum])
+                checksums.append(checksum)
+            layout.table(message).copy_(_table(version, checksums))
         return message
 
 
@@ -286,12 +299,12 @@ class _Relay:
         layout = self.layouts[number]
         counted = sync * self.rounds + number
         _wait_free(self.ring, counted, self.rounds, deadline)
-        slot = self.ring.slot(counted)
-        for i, (copy, (version, checksum)) in enumerate(
-            zip(layout.copies, layout.table(message).tolist(), strict=True)
-        ):
-            view_in(slot, copy, self.dtype).copy_(layout.block(message, i, self.dtype))
-            self.ring.record(self.position, copy.row, version, checksum)
+        slot = elements(self.ring.slot(counted), self.dtype)
+        for i, copy in enumerate(layout.copies):
+            view_in(slot, copy).copy_(layout.block(message, i, self.dtype))
+        if layout.copies:
+            rows = [copy.row for copy in layout.copies]
+            self.ring.record(self.position, rows, layout.table(message))
         self.ring.fill(self.position, counted)
 
 
@@ -305,8 +318,29 @@ def _wait_free(ring: Ring, counted: int, rounds: int, deadline: float) -> None:
         ring.wait_free(max(counted, counted - rounds + SLOTS), deadline)
 
 
-def view_in(slot: torch.Tensor, copy: Copy, dtype: torch.dtype) -> torch.Tensor:
-    """The place of a copy in its bucket."""
-    size = math.prod(copy.shape) * dtype.itemsize
-    segment = slot[copy.offset : copy.offset + size].view(dtype).view(copy.shape)
-    return segment[box_slices(copy.box)]
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block with one of torch's CPU threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _table(version: int, checksums: Sequence[Fingerprint]) -> torch.Tensor:
+    """(policy version, fingerprint) [copies, 2]; waits once for a device."""
+    return torch.tensor([(version, checksum) for checksum in fetched(checksums)])
+
+
+def elements(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bucket's bytes as elements; the last bytes may be too few for one."""
+    return memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def view_in(slot: torch.Tensor, copy: Copy) -> torch.Tensor:
+    """The place of a copy in its bucket, whose `elements` are given."""
+    shape, strides, first = copy.place
+    start = copy.offset // slot.element_size() + first
+    return slot.as_strided(shape, strides, slot.storage_offset() + start)

@@ -14,11 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf3d.models.boxes import Box, box_slices, full_box
-from rlhf3d.resharding.fingerprints import fingerprint
+from rlhf3d.resharding.fingerprints import fetched
+from rlhf3d.resharding.fingerprints import fingerprint as tensor_of
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(6, 16), (5, 7), (9, 3), (1, 8), (4, 1), (33,), (64,)]
 """Rows of whole 8-byte words and not, single rows and columns, vectors."""
+
+
+def fingerprint(block: torch.Tensor, box: Box) -> int:
+    """The number."""
+    (number,) = fetched([tensor_of(block, box)])
+    return number
 
 
 def made(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
