@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf3d.algorithms.groups import group_sum
-from rlhf3d.algorithms.masked import masked_whiten, zero_outside
+from rlhf3d.algorithms.masked import by_rows, masked_whiten, zero_outside
 from rlhf3d.algorithms.names import ADVANTAGE_ESTIMATORS, EstimatorNeeds
 from rlhf3d.algorithms.registry import Registry
 
@@ -120,8 +120,9 @@ def compute_advantages(name: str, inputs: AdvantageInputs) -> tuple[Tensor, Tens
         values=_inside(values, mask),
     )
     advantages, returns = spec.fn(clean)
-    # An estimator may fill complete rows, as with `expand_as`.
-    return zero_outside(advantages, mask), zero_outside(returns, mask)
+    # An estimator may fill complete rows, as with `expand_as`; both may be one tensor.
+    inside = zero_outside(advantages, mask)
+    return inside, inside if returns is advantages else zero_outside(returns, mask)
 
 
 def _inside(values: Tensor | None, mask: Tensor) -> Tensor | None:
@@ -245,7 +246,7 @@ def _outcomes(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     In float64, so that equal scores center to exactly 0.
     """
     counted = inputs.response_mask.bool().any(-1).double()
-    return inputs.token_level_rewards.double().sum(-1), counted
+    return by_rows(lambda part: part.double().sum(-1), inputs.token_level_rewards), counted
 
 
 def _centered(scores: Tensor, counted: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,5 +263,4 @@ def _on_every_token(advantage: Tensor, inputs: AdvantageInputs) -> tuple[Tensor,
     """One number per sequence [N] on each of its tokens, as advantages and as returns [N, R]."""
     rewards = inputs.token_level_rewards
     tokens = advantage.to(rewards.dtype)[:, None].expand_as(rewards)
-    tokens = zero_outside(tokens, inputs.response_mask)
-    return tokens, tokens
+    return tokens, tokens  # `compute_advantages` leaves 0 outside the mask

@@ -6,16 +6,31 @@ Masks are bool or 0/1 float, of the shape of the data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from rlhf3d.units import counted
+
+_ROWS = 64
+"""Rows at a time, whose temporary tensors stay in the processor's cache."""
 
 
 def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
     """`x` with 0 outside `mask`; no gradient flows there."""
     assert x.shape == mask.shape, f"data {tuple(x.shape)} and mask {tuple(mask.shape)} differ"
     # Not x * mask: NaN * 0 is NaN, in the value and in the gradient.
-    return x.masked_fill(~mask.bool(), 0)
+    return torch.where(mask if mask.dtype == torch.bool else mask != 0, x, 0)
+
+
+def by_rows(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """`function` of columns [N, R], which gives a number a row, on some rows at a time.
+
+    For functions with temporary tensors: of all rows of a large batch these would be slow.
+    """
+    parts = zip(*(column.split(_ROWS) for column in columns), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

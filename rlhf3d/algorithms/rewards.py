@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf3d.algorithms.kl import kl_estimate
-from rlhf3d.algorithms.masked import masked_mean, zero_outside
+from rlhf3d.algorithms.masked import by_rows, masked_mean, zero_outside
 
 
 def token_level_rewards(
@@ -37,7 +37,7 @@ def token_level_rewards(
         raise ValueError(f"the scores of completions {bad} are not finite: rewards must be numbers")
     positions = torch.arange(mask.shape[1], device=mask.device)
     # [N] position of the last response token, also behind holes; -1 where the response is empty.
-    last = torch.where(mask, positions, -1).amax(-1)
+    last = by_rows(lambda part: torch.where(part, positions, -1).amax(-1), mask)
     rewards = scores.new_zeros(mask.shape)
     # `rows` leaves empty responses out, whose -1 would index the last column.
     rewards[rows, last[rows]] = scores[rows]

@@ -85,26 +85,25 @@ def from_sequences(
     # A step of empty responses still has columns.
     width = max(int(response_lengths.max()), 1)
     input_ids = torch.full((len(totals), max(totals)), pad_id, dtype=torch.long)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        input_ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        input_ids[i, len(prompt) : totals[i]] = _tensor(response, np.int64)
+    ids = input_ids.numpy()
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        # An `array` is read from its memory, not number by number.
+        ids[row, : len(prompt)] = np.asarray(prompt)
+        ids[row, len(prompt) : totals[row]] = np.asarray(response)
     columns = {
         "input_ids": input_ids,
         "prompt_lengths": prompt_lengths,
         "response_lengths": response_lengths,
-        "response_mask": (torch.arange(width)[None, :] < response_lengths[:, None]).float(),
     }
-    for name, rows in per_token.items():
+    if "response_mask" not in per_token:
+        mask = torch.arange(width)[None, :] < response_lengths[:, None]
+        columns["response_mask"] = mask.float()
+    for name, values in per_token.items():
         column = torch.zeros(len(totals), width)
-        for i, row in enumerate(rows):
-            tokens = len(responses[i])
-            assert len(row) == tokens, f"{name}[{i}]: {len(row)} values, {tokens} tokens"
-            column[i, : len(row)] = _tensor(row, np.float32)
+        numbers = column.numpy()
+        for row, value in enumerate(values):
+            tokens = len(responses[row])
+            assert len(value) == tokens, f"{name}[{row}]: {len(value)} values, {tokens} tokens"
+            numbers[row, :tokens] = np.asarray(value)
         columns[name] = column
     return Batch(columns)
-
-
-def _tensor(values: Sequence, dtype: type[np.generic]) -> Tensor:
-    """Return numbers as a tensor; an `array` is read from its memory, not number by number."""
-    # np.array copies: the tensor shares no memory with what the caller holds.
-    return torch.from_numpy(np.array(values, dtype))

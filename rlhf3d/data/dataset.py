@@ -12,6 +12,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class PromptDataset(Sequence[Prompt]):
         self._numbers: Sequence[int] = range(self.rows)
         """Numbers of the rows that are served."""
         self._sources: set[str] = set()
+        self._prepared: dict[int, tuple[PromptRow, tuple[int, ...], str]] = {}
+        """What `prepare` made, by the row's number, until it is served."""
         self._fingerprint = ""
         self._scan()
 
@@ -141,9 +144,8 @@ class PromptDataset(Sequence[Prompt]):
 
     def _prompt(self, number: int, count: bool) -> Prompt | None:
         """The prompt of a row, see `get`; `count`: as served, if it is cut or left out."""
-        row = self._row(number)
-        ids = self._tokenize(row, number)
-        opening = begun(self._tokenizer, row.prompt, ids, row.tools)
+        ready = number in self._prepared
+        row, ids, opening = self._prepared.pop(number) if ready else self._rendered(number)
         if count:
             self._count_left_out(row, number)
         if len(ids) > self._limit:
@@ -166,6 +168,19 @@ class PromptDataset(Sequence[Prompt]):
             tools=row.tools,
             columns={} if self._offered is None else row.columns,
         )
+
+    def prepare(self, index: int) -> None:
+        """Do ahead of time, in any thread, what takes the most of it when the prompt is served."""
+        number = self._numbers[index]
+        # What goes wrong is raised where the prompt is served.
+        with suppress(Exception):
+            self._prepared[number] = self._rendered(number)
+
+    def _rendered(self, number: int) -> tuple[PromptRow, tuple[int, ...], str]:
+        """A row, the tokens of its prompt, and what of the answer these begin."""
+        row = self._row(number)
+        ids = self._tokenize(row, number)
+        return row, ids, begun(self._tokenizer, row.prompt, ids, row.tools)
 
     def row(self, index: int) -> PromptRow:
         """The row behind a prompt, not tokenized."""

@@ -110,6 +110,13 @@ class PromptLoader:
         """The next `batch_size` prompts."""
         return [self._next() for _ in range(self._batch_size)]
 
+    def prepare(self) -> None:
+        """Tokenize most of the next batch now, in any thread: its prompts then come at once."""
+        # Of several files it is drawn late which one is next; of an epoch's end, in which order.
+        if not self._weights:
+            for index in self._streams[0].upcoming(self._batch_size):
+                self._dataset.prepare(index)
+
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; JSON-able."""
         return {
@@ -177,6 +184,10 @@ class _Stream:
             raise ValueError(
                 f"data.curriculum: the function leaves every prompt out of epoch {epoch}"
             )
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next ones of this epoch, at most `count`."""
+        return list(self._order[self.position : self.position + count])
 
     def next(self) -> int:
         index = self._order[self.position]

@@ -43,6 +43,7 @@ def engine_maker(
             platform,
             seed,
             stops,
+            tokenizer=str(model.resolve()),
             load_weights=True,
         )
         if rollout.engines == rollout.tensor_parallel_size == 1 and ray_address is None:

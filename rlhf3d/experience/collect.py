@@ -15,8 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.environment_runner import EnvironmentRunner, Finished
 from rlhf3d.experience.episode import EpisodeRecord
@@ -29,6 +27,7 @@ from rlhf3d.rewards.manager import RewardManager, ScoringBatch
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rewards.score import Score, ScoreItem
 from rlhf3d.rollout.api import Completion, Engines, Request, complete
+from rlhf3d.tokenizer.texts import plain_texts
 
 SCORE_S = 0.5
 """Seconds that a caller with nothing else to do waits at once for scores."""
@@ -107,14 +106,11 @@ class Collector:
                 }
 
     def _decode(self, completions: Mapping[int, Completion]) -> dict[int, str]:
-        """Responses as text, without special tokens."""
-        if not completions:  # of an empty list the tokenizer makes one text
-            return {}
-        # As arrays of numpy: of a list the tokenizer looks at each number in Python.
-        ids = [np.array(one.token_ids, dtype=np.int64) for one in completions.values()]
-        # Special tokens: most completions end with one, such as the end of the turn.
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return dict(zip(completions, texts, strict=True))
+        """Responses as text, without special tokens; most engines have made it."""
+        texts = {number: one.text for number, one in completions.items() if one.text is not None}
+        left = {n: one.token_ids for n, one in completions.items() if one.text is None}
+        made = plain_texts(self.tokenizer, list(left.values()))
+        return texts | dict(zip(left, made, strict=True))
 
     def _score(self, finished: Mapping[int, Finished], scoring: ScoringBatch) -> None:
         items = {}

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from rlhf3d.placement.cluster import use_node_interface
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
+from rlhf3d.tokenizer.load import bare_tokenizer
+from rlhf3d.tokenizer.texts import plain_texts
 
 CALLS = 16
 """Ray calls that a rank takes at once: one that waits for progress, and commands."""
@@ -55,6 +58,8 @@ class EngineRank:
         self._name, self._rank, self._timeout_s = name, rank, timeout_s
         self._engine = VLLMEngine(settings, threads=threads, rank=rank)
         self._loop: EngineLoop
+        self._texts_by = settings.tokenizer
+        self._tokenizer: Any = None
         use_node_interface()
         if output_dir is not None:
             os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its records then reach ours
@@ -109,5 +114,15 @@ class EngineRank:
         self._loop.send(number, method, *args, alone=alone)
 
     def poll(self, after: int, timeout_s: float) -> Progress:
-        """See `EngineLoop.poll`."""
-        return self._loop.poll(after, timeout_s)
+        """See `EngineLoop.poll`; completions have their texts, where the settings say so."""
+        progress = self._loop.poll(after, timeout_s)
+        if self._texts_by is None or not progress.completions:
+            return progress
+        # Here, beside the loop's thread: the driver would make the texts of all engines.
+        if self._tokenizer is None:
+            self._tokenizer = bare_tokenizer(self._texts_by)
+        made = progress.completions
+        texts = plain_texts(self._tokenizer, [one.token_ids for one in made.values()])
+        pairs = zip(made.items(), texts, strict=True)
+        told = {number: replace(one, text=text) for (number, one), text in pairs}
+        return replace(progress, completions=told)

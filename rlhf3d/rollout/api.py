@@ -111,6 +111,8 @@ class Completion:
     """stop: a stop token ended it; length: max_tokens did."""
     versions: Versions
     """Of the weights that wrote its tokens: several where some came while it was written."""
+    text: str | None = None
+    """Without special tokens, where the engine has a process of its own, which then makes it."""
 
     def __post_init__(self) -> None:
         check_versions(self.versions, len(self.token_ids))

@@ -28,6 +28,9 @@ class EngineSettings:
     """vLLM's own; each request has one besides."""
     stops: Stops = NO_STOPS
     """What ends completions; only for strings is the folder's tokenizer loaded."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer by which an engine in a process of its own makes the texts of its
+    completions; None leaves that to whoever asks for them."""
     load_weights: bool = False
     """Serve the folder's weights as policy 0, instead of starting from dummy weights."""
 

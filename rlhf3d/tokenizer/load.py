@@ -25,6 +25,20 @@ def load_tokenizer(
 
     `chat_template`: a file in the place of the tokenizer's own; `option` is what it was named by.
     """
+    tokenizer = bare_tokenizer(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template, option)
+        _check_syntax(tokenizer, f"{option} = {chat_template}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat "
+            f"messages; name one ({option})"
+        )
+    return tokenizer
+
+
+def bare_tokenizer(folder: str | Path) -> Any:
+    """The transformers tokenizer of a Hugging Face folder, with or without a chat template."""
     if not Path(folder).is_dir():
         raise ValueError(
             f"tokenizer: no such folder: {folder}; give a model folder (`make model` writes one)"
@@ -46,14 +60,6 @@ def load_tokenizer(
     except Exception as error:  # the Rust library raises plain Exceptions, transformers others
         reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
-    if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template, option)
-        _check_syntax(tokenizer, f"{option} = {chat_template}")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"tokenizer: {folder} has no chat template (chat_template.jinja): prompts are chat "
-            f"messages; name one ({option})"
-        )
     return tokenizer
 
 

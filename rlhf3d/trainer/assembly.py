@@ -120,6 +120,7 @@ class Assembly:
             log=self.log,
             preemption=preemption,
             script=self.processes.rollout.script,
+            prepare=self.inputs.loader.prepare,
             profiler=make_profiler(
                 self.config.trainer,
                 self.processes.groups,

@@ -6,7 +6,7 @@ Runs in: driver.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ class RunComponents:
     script: Script | None = None
     """The run that this one repeats."""
     profiler: Profiler = field(default_factory=Profiler)
+    prepare: Callable[[], None] = lambda: None
+    """Gets the prompts of the next step ready, in any thread."""
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on held-out prompts, also for the best checkpoint; empty without prompts."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf3d.algorithms.correction import importance_weights, mismatch_metrics, rejection_mask
 from rlhf3d.algorithms.correction_settings import CorrectionSettings, correction_settings
-from rlhf3d.algorithms.trajectories import join_rows, row_places, split_rows
+from rlhf3d.algorithms.trajectories import RowPlaces, join_rows, row_places, split_rows
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.micro import UpdatePlan
 from rlhf3d.config.schema import RolloutCorrectionConfig
@@ -27,22 +27,24 @@ def settings_of(config: RolloutCorrectionConfig) -> CorrectionSettings:
     )
 
 
+def mismatch(batch: Batch) -> dict[str, float]:
+    """How far the engines' log-probs are from the trainer's, before any correction."""
+    return _named(mismatch_metrics(*_logprobs(batch, row_places(batch.columns))))
+
+
 def correct(
     batch: Batch, settings: CorrectionSettings, plan: UpdatePlan
 ) -> tuple[Batch, dict[str, float]]:
-    """Return the batch for the actor's update, and metrics (`rollout_corr/…`).
+    """Return the batch for the actor's update, and metrics of what was changed in it.
 
     The batch gets a column `rollout_is_weights`, or a `response_mask` of fewer tokens. RuntimeError
     when rejection leaves one of the update's mini-batches without a token.
     """
+    metrics: dict[str, float] = {}
+    if settings.is_level is None and not settings.rejections:
+        return batch, metrics
     places = row_places(batch.columns)
-    # [T, R'] by trajectory: products, means and verdicts of sequences are the trajectory's.
-    logprobs = (
-        join_rows(batch["old_logprobs"], places),
-        join_rows(batch["rollout_logprobs"], places),
-        join_rows(batch["response_mask"], places),
-    )
-    metrics = mismatch_metrics(*logprobs)
+    logprobs = _logprobs(batch, places)
     if settings.is_level is not None:
         weights, more = importance_weights(*logprobs, settings)
         batch = batch.with_columns(rollout_is_weights=split_rows(weights, places))
@@ -52,7 +54,21 @@ def correct(
         _require_tokens(mask, plan.sequences_per_mini_batch, more["rollout_rs_masked_fraction"])
         batch = batch.with_columns(response_mask=split_rows(mask, places))
         metrics |= more
-    return batch, {f"rollout_corr/{name}": value for name, value in metrics.items()}
+    return batch, _named(metrics)
+
+
+def _logprobs(batch: Batch, places: RowPlaces | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Old log-probs, the engine's, and the mask, [T, R'] by trajectory.
+
+    Products, means and verdicts of sequences are the trajectory's.
+    """
+    old, rollout = batch["old_logprobs"], batch["rollout_logprobs"]
+    mask = join_rows(batch["response_mask"], places)
+    return join_rows(old, places), join_rows(rollout, places), mask
+
+
+def _named(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"rollout_corr/{name}": value for name, value in metrics.items()}
 
 
 def _require_tokens(mask: Tensor, sequences: int, rejected: float) -> None:

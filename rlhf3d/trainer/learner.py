@@ -23,7 +23,8 @@ from rlhf3d.config.derived import OldLogprobs
 from rlhf3d.config.schema import AlgorithmConfig
 from rlhf3d.experience.steps import Phase
 from rlhf3d.placement.train_group import TrainGroup
-from rlhf3d.trainer.correction import correct, settings_of
+from rlhf3d.trainer.aside import Aside
+from rlhf3d.trainer.correction import correct, mismatch, settings_of
 
 _BY_TOKEN = ("response_mask", "turn_rewards", "old_logprobs", "ref_logprobs", "values")
 """Columns [N, R] that advantages are made of."""
@@ -144,36 +145,35 @@ class Learner:
             metrics, _ = self._update("critic", batch)
             return metrics
 
-    def update_actor(self, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+    def update_actor(self, batch: Batch, step: int, aside: Aside) -> tuple[Batch, dict[str, float]]:
         """PPO epochs on the actor, once the critic is warm, corrected for the engine's mismatch.
 
-        Return the batch, with old log-probs wherever they come from, and metrics.
+        Return the batch, with old log-probs wherever they come from, and metrics, of which `aside`
+        works some out.
         """
         # The policy stays the same version: `weights_changed` is not called.
         if step <= self._critic_warmup:
             return batch, {}
         with self._phase("update_actor"):
-            metrics: dict[str, float] = {}
-            # The update's alone: the step's metrics are of all response tokens.
-            corrected = batch
             # In bypass mode the engine's log-probs are π_old: there is no mismatch to correct.
-            if self._old_from == "phase":
-                corrected, metrics = self._correct(batch)
+            corrects = self._old_from == "phase"
+            measured = aside.start(mismatch, batch) if corrects else dict
+            # The update's alone: the step's metrics are of all response tokens.
+            corrected, metrics = batch, dict[str, float]()
+            if corrects:
+                corrected, metrics = correct(batch, self._correction, self._plans["actor"])
             updated, logprobs = self._update("actor", corrected)
             if logprobs is not None:
                 batch = batch.with_columns(old_logprobs=logprobs)
-                _, metrics = self._correct(batch)  # the mismatch: `update` is without a correction
+                measured = aside.start(mismatch, batch)
             self._weights_changed()
-            return batch, metrics | updated
+            return batch, measured() | metrics | updated
 
     def memory(self) -> dict[str, float]:
         """The most memory that any training rank has had so far."""
         # Roles share groups: each is asked once.
         groups = {id(group): group for group in self._groups.values()}
         return {"perf/rank_memory_gib": max(group.peak_gib() for group in groups.values())}
-
-    def _correct(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        return correct(batch, self._correction, self._plans["actor"])
 
     def _forward(self, phase: str, role: str, batch: Batch) -> Mapping[str, Any]:
         """Response-aligned outputs [N, R] of a role, computed without gradients."""

@@ -7,7 +7,10 @@ Runs in: driver.
 
 from __future__ import annotations
 
+from rlhf3d.batching.batch import Batch
 from rlhf3d.config.schema import Config
+from rlhf3d.experience.scored import Experience
+from rlhf3d.trainer.aside import Aside
 from rlhf3d.trainer.components import RunComponents
 from rlhf3d.trainer.metrics import rollout_metrics, training_metrics
 from rlhf3d.trainer.staleness import fresh_tokens, staleness_metrics
@@ -63,13 +66,18 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of the algorithm; its metrics."""
+        with Aside() as aside:
+            return self._train_step(step, aside)
+
+    def _train_step(self, step: int, aside: Aside) -> dict[str, float]:
         run, learner = self.run, self.run.learner
         experience = run.source.next_batch(step)  # sync_weights, generate, score
         version = run.weights.trained_version
         # From here on the training ranks need the memory of the devices that they share.
         run.weights.sleep_engines()
-        # Written before the checks: their messages name lines of this file.
-        run.log.samples(step, experience.samples)
+        # Written whatever the checks say: their messages name lines of this file.
+        aside.start(lambda: run.log.samples(step, experience.samples))
+        rollouts = aside.start(self._of_rollouts, experience, version)
         run.health.check_rewards(step, experience)
 
         batch = experience.batch(pad_id=0)
@@ -78,23 +86,38 @@ class Trainer:
         batch = learner.values(batch)
         batch, kl_metrics = learner.advantages(batch)
         run.health.check_batch(step, batch)
+        tokens = None
+        if "old_logprobs" in batch:  # else the update's own forward pass gives them
+            tokens = aside.start(self._of_tokens, step, experience, batch, version)
 
+        if step < self.total_steps:
+            aside.start(run.prepare)
         run.source.before_update(step)  # engines that are behind still need the weights of now
         metrics = learner.update_critic(batch)
-        batch, actor_metrics = learner.update_actor(batch, step)
-        # From here on the batch has old log-probs, wherever they come from.
-        run.log.tokens(step, experience, batch, version)
+        batch, actor_metrics = learner.update_actor(batch, step, aside)
+        if tokens is None:
+            tokens = aside.start(self._of_tokens, step, experience, batch, version)
         metrics |= actor_metrics
         metrics |= run.health.check_update(step, metrics) | learner.memory()
-        metrics |= kl_metrics | training_metrics(batch, fresh_tokens(experience, version))
-        if self._off_policy:
-            metrics |= staleness_metrics(experience, version)
+        metrics |= kl_metrics | tokens()
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
-        metrics |= rollout_metrics(experience, self._overlong, self._max_response_length)
+        metrics |= rollouts()
         run.log.trained(step, experience)
         if run.script is not None:
             run.script.trained(step, [one.trajectory.name for one in experience.trajectories])
         return experience.metrics | metrics
+
+    def _of_rollouts(self, experience: Experience, version: int) -> dict[str, float]:
+        """Figures of what was generated; `version`: of the policy that is trained."""
+        metrics = rollout_metrics(experience, self._overlong, self._max_response_length)
+        return metrics | staleness_metrics(experience, version) if self._off_policy else metrics
+
+    def _of_tokens(
+        self, step: int, experience: Experience, batch: Batch, version: int
+    ) -> dict[str, float]:
+        """Write who wrote which token; figures of all of them. The batch has old log-probs."""
+        self.run.log.tokens(step, experience, batch, version)
+        return training_metrics(batch, fresh_tokens(experience, version))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -95,6 +95,7 @@ def start_processes(
             platform,
             config.trainer.seed,
             Stops(inputs.ends.ids, config.rollout.stop),
+            tokenizer=os.path.abspath(config.model.path),
         )
         assert derived.total_steps is not None
         start_groups = {

@@ -26,7 +26,7 @@ from typing import Any
 
 import ray
 import torch
-from pretended_ray import NOBODY, Meter
+from pretended_ray import ASIDE, Meter
 from pretended_run import Texts, start, write_prompts
 
 from rlhf3d.config.resolve import load_run, resolve_platform
@@ -130,9 +130,14 @@ class Figures:
     peak_gib: float = 0.0
 
     @property
-    def driver_s(self) -> float:
-        """Of one step."""
+    def all_s(self) -> float:
+        """Of one step, all threads."""
         return sum(self.seconds.values())
+
+    @property
+    def driver_s(self) -> float:
+        """Of one step, the driver's own thread."""
+        return sum(s for label, s in self.seconds.items() if not label.startswith(ASIDE))
 
     @property
     def waited_s(self) -> float:
@@ -163,7 +168,7 @@ def measure(ranks: int, prompts: int, model: Path) -> Figures:
     tokenizer = load_tokenizer(str(model), None)
     words = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))).split(" ")
     ids = array("i", tokenizer.encode(" ".join(words), add_special_tokens=False))
-    texts = Texts(ids, SHORTEST, LONGEST, PARETO)
+    texts = Texts(tokenizer, ids, SHORTEST, LONGEST, PARETO)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = configuration(case, prompts, folder)
@@ -172,17 +177,17 @@ def measure(ranks: int, prompts: int, model: Path) -> Figures:
         platform = CUDAPlatform("bench")
         trainer = start(stack, config, platform, spec, tokenizer, texts, meter, data)
         figures = Figures(ranks, f"{case.model} on {case.gpus}")
-        figures.start_s = take(meter)[0]
+        figures.start_s = sum(meter.take()[0].values())
         run = trainer.run
         for step in (1, 2):
             metrics = trainer.train_step(step)
             run.log.record(step, metrics)
-            _, figures.seconds, figures.counts = take(meter)
+            figures.seconds, figures.counts = meter.take()
         figures.counts["bytes of samples"] = sum(
             path.stat().st_size for path in (folder / "samples").glob("*step_2.jsonl")
         )
         run.save(2, metrics, wait=True)
-        figures.save_s = take(meter)[0]
+        figures.save_s = sum(meter.take()[0].values())
     figures.tokens = int(metrics["perf/total_num_tokens"])
     mean = metrics["response_length/mean"]
     lengths = Lengths(figures.tokens / prompts / 16 - mean, mean)
@@ -218,16 +223,6 @@ class Answering:
         """At once."""
 
 
-def take(meter: Meter) -> tuple[float, dict[str, float], dict[str, int]]:
-    """Seconds and counts since the last time, without those of nobody."""
-    with meter.nobody():
-        seconds = {name: s for name, s in meter.seconds.most_common() if name != NOBODY}
-        counts = dict(meter.counts)
-    meter.seconds.clear()
-    meter.counts.clear()
-    return sum(seconds.values()), seconds, counts
-
-
 def share_of(figures: Figures, seconds: str) -> str:
     """Of the planned step; none where the job does not fit."""
     if figures.planned_s is None:
@@ -248,14 +243,19 @@ def table(all_figures: list[Figures]) -> str:
     def line(name: str, cells: list[str]) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
 
-    for label in labels:
+    for label in sorted(labels, key=lambda label: label.startswith(ASIDE)):
         line(f"{label}, s", [f"{one.seconds.get(label, 0.0):.2f}" for one in all_figures])
-    line("**driver, s a step**", [f"{one.driver_s:.2f}" for one in all_figures])
+    line("all threads, s a step", [f"{one.all_s:.2f}" for one in all_figures])
+    line("**the driver's thread, s a step**", [f"{one.driver_s:.2f}" for one in all_figures])
     line("planned step, s", [f"{one.planned_s or 0:.0f}" for one in all_figures])
     line("of that, not while engines write", [f"{one.waited_s:.2f}" for one in all_figures])
-    for what in ("driver_s", "waited_s"):
-        name = "share of the step" if what == "driver_s" else "share, not while engines write"
-        line(f"**{name}**", [share_of(one, what) for one in all_figures])
+    shares = {
+        "all_s": "all threads, share of the step",
+        "driver_s": "**the driver's thread, share of the step**",
+        "waited_s": "**of that, not while engines write**",
+    }
+    for what, name in shares.items():
+        line(name, [share_of(one, what) for one in all_figures])
     for name in ("bytes put", "bytes in calls", "bytes got", "bytes of samples"):
         line(name.replace("bytes", "MB"), [f"{one.counts[name] / 1e6:,.1f}" for one in all_figures])
     line("calls", [f"{one.counts['calls']:,}" for one in all_figures])

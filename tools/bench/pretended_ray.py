@@ -8,6 +8,7 @@ does, with buffers of their own copied once; so are arguments of calls and resul
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,37 +20,68 @@ from ray import cloudpickle
 
 NOBODY = "nobody"
 REST = "rest"
+ASIDE = "aside: "
+"""Before the labels of what other threads than the driver's own do."""
+
+
+class _Thread(threading.local):
+    """Where one thread is: since when, by its own processor time, and in which labels."""
+
+    def __init__(self, clock: Callable[[], float], main: threading.Thread) -> None:
+        self.since, self.stack = clock(), [REST]
+        self.prefix = "" if threading.current_thread() is main else ASIDE
 
 
 class Meter:
-    """The driver's processor seconds and bytes by label: a moment counts for the innermost one."""
+    """The driver's processor seconds and bytes by label: a moment counts for the innermost one.
 
-    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
-        self._clock, self._since, self._stack = clock, clock(), [REST]
+    Those of other threads than the one that made the meter are labeled as `ASIDE`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock
+        self._thread = _Thread(clock, threading.current_thread())
+        self._since_all = time.process_time()
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         """Bytes and calls, by name."""
 
     def _account(self) -> None:
-        now = self._clock()
-        self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
+        now, thread = self._clock(), self._thread
+        label = thread.stack[-1]
+        self.seconds[label if label == NOBODY else thread.prefix + label] += now - thread.since
+        thread.since = now
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
         """Count the body for `name`, except what is labeled inside."""
         self._account()
         # What a pretended rank calls of the package is the rank's.
-        self._stack.append(NOBODY if self._stack[-1] == NOBODY else name)
+        stack = self._thread.stack
+        stack.append(NOBODY if stack[-1] == NOBODY else name)
         try:
             yield
         finally:
             self._account()
-            self._stack.pop()
+            stack.pop()
 
     def nobody(self) -> Any:
         """What the driver would not do."""
         return self.label(NOBODY)
+
+    def take(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Seconds and counts since the last time, without those of nobody."""
+        self._account()
+        now = time.process_time()
+        unseen = now - self._since_all - self.seconds.total()
+        seconds = {name: s for name, s in self.seconds.most_common() if name != NOBODY}
+        # Threads that nothing is labeled in, such as those that read what scorers answer.
+        seconds[f"{ASIDE}{REST}"] = seconds.get(f"{ASIDE}{REST}", 0.0) + max(0.0, unseen)
+        counts = dict(self.counts)
+        self.seconds.clear()
+        self.counts.clear()
+        self._since_all = now
+        return seconds, counts
 
     def wrapped(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """`function`, counted for `name`."""

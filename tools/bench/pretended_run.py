@@ -11,7 +11,7 @@ import random
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,6 +52,7 @@ from rlhf3d.rollout.desk import Desks
 from rlhf3d.rollout.engine_loop import Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.tokenizer.end_tokens import EndTokens
+from rlhf3d.tokenizer.texts import plain_texts
 from rlhf3d.trainer import checkpointing, learner, loop
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.best import BestTracker
@@ -90,6 +91,7 @@ LABELS: tuple[tuple[Any, str, str], ...] = (
     (train_group, "put_in_rows", "rows in order"),
     (learner.Learner, "advantages", "advantages"),
     (learner, "correct", "mismatch"),
+    (learner, "mismatch", "mismatch"),
     (HealthMonitor, "check_batch", "health"),
     (HealthMonitor, "check_rewards", "health"),
     (loop, "training_metrics", "metrics"),
@@ -197,6 +199,7 @@ def logprob_of(lengths: Tensor) -> Tensor:
 class Texts:
     """Where prompts and completions come from: one long text in tokens."""
 
+    tokenizer: Any
     ids: array[int]
     shortest: int
     longest: int
@@ -211,7 +214,9 @@ class Texts:
         # As engines give them: arrays, no object per token.
         logprobs = array("f", [-length / 4096]) * length
         reason = "length" if length == self.longest else "stop"
-        return Completion(self.ids[start : start + length], logprobs, reason, written_by(0))
+        ids = self.ids[start : start + length]
+        (text,) = plain_texts(self.tokenizer, [ids])
+        return Completion(ids, logprobs, reason, written_by(0), text)
 
 
 class EnginePretended:
@@ -253,8 +258,7 @@ class EnginePretended:
         version = written_by(self._versions["served"])
         done = {}
         for number, request in part:
-            made = self._texts.completion(request.seed)
-            done[number] = Completion(made.token_ids, made.logprobs, made.finish_reason, version)
+            done[number] = replace(self._texts.completion(request.seed), versions=version)
         return Progress(done, self._steps, not self._left)
 
 
@@ -342,6 +346,7 @@ def _components(assembly: Assembly, processes: Processes) -> RunComponents:
         health=assembly.health(),
         log=assembly.log,
         preemption=PreemptionHandler(None, 0.0),
+        prepare=assembly.inputs.loader.prepare,
     )
 
 

@@ -322,3 +322,27 @@ def test_a_row_gives_its_prompt_again_and_counts_nothing(
     with pytest.raises(ValueError, match="row 1 of 6"):
         large.of_row(1)
     assert large.dropped == 0, "they were counted when they were served"
+
+
+def test_prompts_made_ready_are_those_that_are_served(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an epoch's end and after a resume, with a row that is filtered; none is made twice."""
+    write(tmp_path / "rows.parquet", [*"abcdefg", "a b c d e f"])
+    ready, plain = (make_loader(tmp_path, tokenizer, 3) for _ in range(2))
+    made: list[Any] = []
+    tokenize = dataset_module.tokenize
+
+    def counted(*args: Any) -> Any:
+        made.append(args)
+        return tokenize(*args)
+
+    for number in range(6):
+        ready.prepare()
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset_module, "tokenize", counted)
+            batch = ready.next_batch()
+        assert batch == plain.next_batch() and ready.state_dict() == plain.state_dict()
+        if number == 3:
+            ready.load_state_dict(plain.state_dict())
+    assert len(made) <= 4, "only of prompts behind an epoch's end"

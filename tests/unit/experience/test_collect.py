@@ -87,13 +87,16 @@ class Scripted:
         return {number: self.answers[number]}
 
 
-def test_the_tokens_that_the_engine_wrote_are_scored_as_text_as_they_come() -> None:
+@pytest.mark.parametrize("made", [0, 2, 4])
+def test_the_tokens_that_the_engine_wrote_are_scored_as_text_as_they_come(made: int) -> None:
+    """`made`: of so many completions the engine has made the text."""
     tokenizer = make_tiny_tokenizer()
     words, end = ["ab", "c", "de", "fgh"], tokenizer.eos_token_id
     answers = []
-    for word in words:
+    for number, word in enumerate(words):
         ids = (*tokenizer.encode(word), end)
-        answers.append(Completion(ids, (-0.5,) * len(ids), "stop", written_by(3)))
+        text = word if number < made else None
+        answers.append(Completion(ids, (-0.5,) * len(ids), "stop", written_by(3), text))
     rewards = FakeRewards({1: 0.25, 2: 1.0})
     collector = Collector(Scripted(answers), rewards, tokenizer)  # type: ignore[arg-type]
     rows = collector.collect(Requests(0, 0).draw(PROMPTS, 2, SAMPLING))

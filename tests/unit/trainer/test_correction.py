@@ -11,7 +11,7 @@ from rlhf3d.algorithms.aggregation import loss_norm
 from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.config.schema import RolloutCorrectionConfig
-from rlhf3d.trainer.correction import correct, settings_of
+from rlhf3d.trainer.correction import correct, mismatch, settings_of
 
 
 def batch() -> Batch:
@@ -29,10 +29,10 @@ def plan(sequences: int) -> UpdatePlan:
 
 
 def test_nothing_asked_is_measured_only() -> None:
-    rows, metrics = correct(batch(), settings_of(RolloutCorrectionConfig()), plan(2))
-    assert rows.columns.keys() == batch().columns.keys()
-    assert metrics["rollout_corr/kl"] == pytest.approx(-math.log(4) / 3)
-    assert "rollout_corr/rollout_is_mean" not in metrics
+    before = batch()
+    rows, metrics = correct(before, settings_of(RolloutCorrectionConfig()), plan(2))
+    assert rows is before and metrics == {}
+    assert mismatch(before)["rollout_corr/kl"] == pytest.approx(-math.log(4) / 3)
 
 
 def test_weights_and_rejection() -> None:

@@ -31,7 +31,7 @@ from rlhf3d.experience.trajectory import Row, Span, Trajectory
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.rollout.api import written_by
-from rlhf3d.trainer.correction import correct, settings_of
+from rlhf3d.trainer.correction import correct, mismatch, settings_of
 from rlhf3d.trainer.learner import Learner
 from rlhf3d.trainer.metrics import training_metrics
 
@@ -148,13 +148,14 @@ def test_corrections_are_of_trajectories(
     whole["old_logprobs"][0] = whole["rollout_logprobs"][0]
     corrected = []
     for batch in (whole, cut_rows(whole, cuts)):
+        figures = mismatch(batch)
         batch, metrics = correct(
             batch,
             settings_of(RolloutCorrectionConfig(**asked)),
             plan(MicroBatching(1), TRAJECTORIES),
         )
         names = [n for n in ("rollout_is_weights", "response_mask") if n in batch]
-        corrected.append((metrics, {name: by_trajectory(batch, name) for name in names}))
+        corrected.append((figures | metrics, {name: by_trajectory(batch, name) for name in names}))
     assert corrected[0][0] == corrected[1][0]
     for name, column in corrected[0][1].items():
         assert torch.equal(column, corrected[1][1][name])
