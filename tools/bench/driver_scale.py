@@ -1,13 +1,14 @@
 """The driver's share of a training step, and the bytes through it, at 8 to 1,024 ranks.
 
-    python tools/bench/driver_scale.py                                # all cases, about 5 minutes
+    python tools/bench/driver_scale.py                                # all cases, about 10 minutes
     python tools/bench/driver_scale.py --ranks 64 --prompts 128       # one case, a smaller batch
     python tools/bench/driver_scale.py --calls                        # Ray's own calls instead
 
 The driver's own code takes steps of GRPO with a real batch: prompts and completions of real
 length, scored in processes, cut, sent, returned and logged. Ranks are pretended: they answer at
 once, with columns of true shape, and count for nothing (`pretended_run.py`). What is measured are
-the driver's processor seconds in one thread, beside the step that `rlhf3d plan` plans for the job.
+the processor seconds of the driver's thread and of those beside it, with the step that `rlhf3d
+plan` plans for the job.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ JOB = (
     "rollout.canary_steps=0",
     "rollout.n=16",
     "trainer.save_hf=never",
-    "trainer.total_training_steps=2",
+    "trainer.total_training_steps=3",  # the second, which is measured, prepares a third
 )
 
 
@@ -173,7 +174,7 @@ def measure(ranks: int, prompts: int, model: Path) -> Figures:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = configuration(case, prompts, folder)
         spec = load_spec(config.model.path, with_weights=False)
-        data = write_prompts(folder, 2 * prompts, words)
+        data = write_prompts(folder, 3 * prompts, words)
         platform = CUDAPlatform("bench")
         trainer = start(stack, config, platform, spec, tokenizer, texts, meter, data)
         figures = Figures(ranks, f"{case.model} on {case.gpus}")
