@@ -70,7 +70,7 @@ def test_goes_on_in_every_layout(source: Case, tmp_path: Path) -> None:
                 assert worst < 2e-2 and norm < 2e-2
 
 
-@pytest.mark.gpu_set
+@pytest.mark.gpu_set_full
 def test_a_save_that_is_waited_for_writes_the_same(tmp_path: Path) -> None:
     """Without a copy of what it writes, and while the model trains on as soon as it returns."""
     model, case = make_tiny_model(tmp_path / "model", layers=4), Case(2, 2, 2)
@@ -81,8 +81,8 @@ def test_a_save_that_is_waited_for_writes_the_same(tmp_path: Path) -> None:
         reported = {name: info for rank in ranks for name, info in rank["policy"]["files"].items()}
         assert reported == infos_below(folder)
         written.append(reported)
+    assert written[0].keys() == written[1].keys()
     # torch gives each index a random number.
-    assert [len(files) for files in written] == [2 * (16 + 3)] * 2
     for name, info in written[0].items():
         assert name.endswith(".metadata") or written[1][name] == info, name
 
