@@ -40,8 +40,10 @@ def fingerprint(block: torch.Tensor, box: Box) -> Fingerprint:
         words = block.contiguous().view(_INTEGERS[block.element_size()]).to(torch.int64)
     # int64 products and sums wrap around, which is the modulo 2^64.
     if words.device.type == "cpu":
-        # numpy's loop takes half the time of torch's product of integers.
-        return int(np.einsum("ij,j->i", words.numpy(), columns).dot(rows))
+        # numpy's loop takes half the time of torch's product of integers. Not by `Tensor.numpy`,
+        # after which a storage cannot be resized any more: an offloaded model frees its own so.
+        numbers = np.from_dlpack(words.detach())
+        return int(np.einsum("ij,j->i", numbers, columns).dot(rows))
     # Integer matrix products exist on CPU only.
     return ((words * columns).sum(1) * rows).sum()
 

@@ -7,13 +7,10 @@ Runs in: driver.
 
 from __future__ import annotations
 
-from rlhf3d.batching.batch import Batch
 from rlhf3d.config.schema import Config
-from rlhf3d.experience.scored import Experience
 from rlhf3d.trainer.aside import Aside
 from rlhf3d.trainer.components import RunComponents
-from rlhf3d.trainer.metrics import rollout_metrics, training_metrics
-from rlhf3d.trainer.staleness import fresh_tokens, staleness_metrics
+from rlhf3d.trainer.step_figures import StepFigures
 
 
 class Trainer:
@@ -21,9 +18,12 @@ class Trainer:
 
     def __init__(self, config: Config, components: RunComponents) -> None:
         self.config, self.run = config.trainer, components
-        self._overlong = config.reward.overlong_buffer.enable
-        self._max_response_length = config.data.max_response_length
-        self._off_policy = config.rollout.max_staleness > 0
+        self._figures = StepFigures(
+            components.log,
+            overlong=config.reward.overlong_buffer.enable,
+            max_response_length=config.data.max_response_length,
+            off_policy=config.rollout.max_staleness > 0,
+        )
         self.total_steps = components.log.total_steps
         self.step = 0
         """The last one that is complete."""
@@ -77,7 +77,7 @@ class Trainer:
         run.weights.sleep_engines()
         # Written whatever the checks say: their messages name lines of this file.
         aside.start(lambda: run.log.samples(step, experience.samples))
-        rollouts = aside.start(self._of_rollouts, experience, version)
+        rollouts = aside.start(self._figures.of_rollouts, experience, version)
         run.health.check_rewards(step, experience)
 
         batch = experience.batch(pad_id=0)
@@ -88,7 +88,7 @@ class Trainer:
         run.health.check_batch(step, batch)
         tokens = None
         if "old_logprobs" in batch:  # else the update's own forward pass gives them
-            tokens = aside.start(self._of_tokens, step, experience, batch, version)
+            tokens = aside.start(self._figures.of_tokens, step, experience, batch, version)
 
         if step < self.total_steps:
             aside.start(run.prepare)
@@ -96,7 +96,7 @@ class Trainer:
         metrics = learner.update_critic(batch)
         batch, actor_metrics = learner.update_actor(batch, step, aside)
         if tokens is None:
-            tokens = aside.start(self._of_tokens, step, experience, batch, version)
+            tokens = aside.start(self._figures.of_tokens, step, experience, batch, version)
         metrics |= actor_metrics
         metrics |= run.health.check_update(step, metrics) | learner.memory()
         metrics |= kl_metrics | tokens()
@@ -106,18 +106,6 @@ class Trainer:
         if run.script is not None:
             run.script.trained(step, [one.trajectory.name for one in experience.trajectories])
         return experience.metrics | metrics
-
-    def _of_rollouts(self, experience: Experience, version: int) -> dict[str, float]:
-        """Figures of what was generated; `version`: of the policy that is trained."""
-        metrics = rollout_metrics(experience, self._overlong, self._max_response_length)
-        return metrics | staleness_metrics(experience, version) if self._off_policy else metrics
-
-    def _of_tokens(
-        self, step: int, experience: Experience, batch: Batch, version: int
-    ) -> dict[str, float]:
-        """Write who wrote which token; figures of all of them. The batch has old log-probs."""
-        self.run.log.tokens(step, experience, batch, version)
-        return training_metrics(batch, fresh_tokens(experience, version))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

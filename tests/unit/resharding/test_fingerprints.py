@@ -179,3 +179,10 @@ def test_two_flipped_top_bits_of_words_cancel() -> None:
     assert fingerprint(other, full_box((2, 8))) == fingerprint(tensor, full_box((2, 8)))
     other[1, 7], other[1, 6] = tensor[1, 7], -tensor[1, 6]
     assert fingerprint(other, full_box((2, 8))) != fingerprint(tensor, full_box((2, 8)))
+
+
+def test_an_offloaded_model_can_still_free_its_memory() -> None:
+    weights = torch.ones(8, 16)
+    fingerprint(weights[2:6], ((2, 6), (0, 16)))
+    weights.untyped_storage().resize_(0)
+    assert weights.untyped_storage().nbytes() == 0
