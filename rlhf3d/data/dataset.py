@@ -172,6 +172,8 @@ class PromptDataset(Sequence[Prompt]):
     def prepare(self, index: int) -> None:
         """Do ahead of time, in any thread, what takes the most of it when the prompt is served."""
         number = self._numbers[index]
+        if number in self._prepared:
+            return
         # What goes wrong is raised where the prompt is served.
         with suppress(Exception):
             self._prepared[number] = self._rendered(number)
