@@ -11,7 +11,7 @@ import bisect
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,7 +96,7 @@ class PromptDataset(Sequence[Prompt]):
         """Numbers of the rows that are served."""
         self._sources: set[str] = set()
         self._prepared: dict[int, tuple[PromptRow, tuple[int, ...], str]] = {}
-        """What `prepare` made, by the row's number, until it is served."""
+        """What `prepare` made and nobody has had yet, by the row's number."""
         self._fingerprint = ""
         self._scan()
 
@@ -144,8 +144,9 @@ class PromptDataset(Sequence[Prompt]):
 
     def _prompt(self, number: int, count: bool) -> Prompt | None:
         """The prompt of a row, see `get`; `count`: as served, if it is cut or left out."""
-        ready = number in self._prepared
-        row, ids, opening = self._prepared.pop(number) if ready else self._rendered(number)
+        # In one look: `prepare` may be at work in another thread.
+        ready = self._prepared.pop(number, None)
+        row, ids, opening = ready or self._rendered(number)
         if count:
             self._count_left_out(row, number)
         if len(ids) > self._limit:
@@ -169,14 +170,17 @@ class PromptDataset(Sequence[Prompt]):
             columns={} if self._offered is None else row.columns,
         )
 
-    def prepare(self, index: int) -> None:
-        """Do ahead of time, in any thread, what takes the most of it when the prompt is served."""
-        number = self._numbers[index]
-        if number in self._prepared:
-            return
-        # What goes wrong is raised where the prompt is served.
-        with suppress(Exception):
-            self._prepared[number] = self._rendered(number)
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Do ahead of time, in any thread, what takes the most of it when these are served."""
+        wanted = [self._numbers[index] for index in indices]
+        # One that was served while it was prepared stays until here, and not for an epoch.
+        for number in set(self._prepared).difference(wanted):
+            self._prepared.pop(number, None)
+        for number in wanted:
+            if number not in self._prepared:
+                # What goes wrong is raised where the prompt is served.
+                with suppress(Exception):
+                    self._prepared[number] = self._rendered(number)
 
     def _rendered(self, number: int) -> tuple[PromptRow, tuple[int, ...], str]:
         """A row, the tokens of its prompt, and what of the answer these begin."""

@@ -114,8 +114,7 @@ class PromptLoader:
         """Tokenize most of the next batch now, in any thread: its prompts then come at once."""
         # Of several files it is drawn late which one is next; of an epoch's end, in which order.
         if not self._weights:
-            for index in self._streams[0].upcoming(self._batch_size):
-                self._dataset.prepare(index)
+            self._dataset.prepare(self._streams[0].upcoming(self._batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in; JSON-able."""

@@ -346,3 +346,27 @@ def test_prompts_made_ready_are_those_that_are_served(
         if number == 3:
             ready.load_state_dict(plain.state_dict())
     assert len(made) <= 4, "only of prompts behind an epoch's end"
+
+
+def test_prompts_that_are_served_while_they_are_made_ready_do_not_stay(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where batches are drawn ahead in one thread and made ready in another."""
+    loader, plain = (make_loader(tmp_path, tokenizer, 2) for _ in range(2))
+    dataset = loader._dataset
+    rendered, behind = dataset._rendered, True
+
+    def served_meanwhile(number: int) -> Any:
+        nonlocal behind
+        if behind:
+            behind = False
+            assert loader.next_batch() == plain.next_batch()
+        return rendered(number)
+
+    for _ in range(4):
+        behind = True
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset, "_rendered", served_meanwhile)
+            loader.prepare()
+        assert len(dataset._prepared) <= 2, "no more than a batch is kept"
+    assert loader.next_batch() == plain.next_batch()
