@@ -30,7 +30,7 @@ from rlhf3d.placement.cluster import use_node_interface
 from rlhf3d.rollout.engine_loop import EngineLoop, Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
-from rlhf3d.tokenizer.load import bare_tokenizer
+from rlhf3d.tokenizer.load import bare_tokenizer, check_files
 from rlhf3d.tokenizer.texts import plain_texts
 
 CALLS = 16
@@ -95,6 +95,10 @@ class EngineRank:
 
         `schedule`: see `EngineLoop`.
         """
+        if self._texts_by is not None:
+            # It is loaded for the first completions, minutes later: the start is to find a node
+            # that lacks it, and not to take the seconds that loading takes.
+            check_files(self._texts_by)
         start = partial(self._engine.start, meeting, host=ray.util.get_node_ip_address())
         self._loop = EngineLoop(
             start,

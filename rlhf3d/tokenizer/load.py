@@ -39,6 +39,21 @@ def load_tokenizer(
 
 def bare_tokenizer(folder: str | Path) -> Any:
     """The transformers tokenizer of a Hugging Face folder, with or without a chat template."""
+    check_files(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust library raises plain Exceptions, transformers others
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
+    return tokenizer
+
+
+def check_files(folder: str | Path) -> None:
+    """ValueError where a folder lacks a tokenizer's files; only loading tells if they are whole."""
     if not Path(folder).is_dir():
         raise ValueError(
             f"tokenizer: no such folder: {folder}; give a model folder (`make model` writes one)"
@@ -51,16 +66,6 @@ def bare_tokenizer(folder: str | Path) -> Any:
         )
     for file in files:
         refuse_pointer(file)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the Rust library raises plain Exceptions, transformers others
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"tokenizer: that of {folder} does not load: {reason}") from error
-    return tokenizer
 
 
 def read_template(path: str | Path, option: str) -> str:

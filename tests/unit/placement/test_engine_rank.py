@@ -49,3 +49,15 @@ def test_without_a_tokenizer_the_driver_makes_them(tmp_path: Path) -> None:
     completions = {1: Completion((5,), (0.0,), "stop", written_by(2))}
     assert rank_with(completions, None).poll(1, 0.0).completions == completions
     assert not rank_with({}, tmp_path / "none").poll(1, 0.0).completions
+
+
+@pytest.mark.parametrize("left", [(), ("config.json",)])
+def test_a_node_without_the_tokenizer_is_found_at_the_start(
+    left: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    for name in left:
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"tokenizer: .*{folder}"):
+        rank_with({}, folder).start_at(("", 0), 1.0)
