@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.checkpoints.store import EXPERIENCE_FOLDER
+from rlhf3d.experience.scored import Experience
 from rlhf3d.experience.source import NO_EXPERIENCE, ExperienceSource
 from rlhf3d.placement.script import Script
 from rlhf3d.trainer.best import BestTracker
@@ -70,6 +71,12 @@ class RunComponents:
                 wait=wait,
                 more=lambda checkpoint: self.source.save(checkpoint / EXPERIENCE_FOLDER),
             )
+
+    def trained(self, step: int, experience: Experience) -> None:
+        """A step is complete: write it down, and compare it with that of a run that is repeated."""
+        self.log.trained(step, experience)
+        if self.script is not None:
+            self.script.trained(step, [one.trajectory.name for one in experience.trajectories])
 
     @contextmanager
     def saved_if_it_fails(

@@ -8,9 +8,8 @@ Runs in: driver.
 from __future__ import annotations
 
 from rlhf3d.config.schema import Config
-from rlhf3d.trainer.aside import Aside
 from rlhf3d.trainer.components import RunComponents
-from rlhf3d.trainer.step_figures import StepFigures
+from rlhf3d.trainer.step_figures import StepAside, StepFigures
 
 
 class Trainer:
@@ -66,45 +65,30 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of the algorithm; its metrics."""
-        with Aside() as aside:
-            return self._train_step(step, aside)
-
-    def _train_step(self, step: int, aside: Aside) -> dict[str, float]:
         run, learner = self.run, self.run.learner
         experience = run.source.next_batch(step)  # sync_weights, generate, score
-        version = run.weights.trained_version
         # From here on the training ranks need the memory of the devices that they share.
         run.weights.sleep_engines()
-        # Written whatever the checks say: their messages name lines of this file.
-        aside.start(lambda: run.log.samples(step, experience.samples))
-        rollouts = aside.start(self._figures.of_rollouts, experience, version)
-        run.health.check_rewards(step, experience)
-
-        batch = experience.batch(pad_id=0)
-        batch = learner.old_logprobs(batch)
-        batch = learner.ref_logprobs(batch)
-        batch = learner.values(batch)
-        batch, kl_metrics = learner.advantages(batch)
-        run.health.check_batch(step, batch)
-        tokens = None
-        if "old_logprobs" in batch:  # else the update's own forward pass gives them
-            tokens = aside.start(self._figures.of_tokens, step, experience, batch, version)
-
-        if step < self.total_steps:
-            aside.start(run.prepare)
-        run.source.before_update(step)  # engines that are behind still need the weights of now
-        metrics = learner.update_critic(batch)
-        batch, actor_metrics = learner.update_actor(batch, step, aside)
-        if tokens is None:
-            tokens = aside.start(self._figures.of_tokens, step, experience, batch, version)
-        metrics |= actor_metrics
-        metrics |= run.health.check_update(step, metrics) | learner.memory()
-        metrics |= kl_metrics | tokens()
+        with StepAside(self._figures, step, experience, run.weights.trained_version) as aside:
+            run.health.check_rewards(step, experience)
+            batch = experience.batch(pad_id=0)
+            batch = learner.old_logprobs(batch)
+            batch = learner.ref_logprobs(batch)
+            batch = learner.values(batch)
+            batch, kl_metrics = learner.advantages(batch)
+            run.health.check_batch(step, batch)
+            aside.tokens(batch)
+            if step < self.total_steps:
+                aside.start(run.prepare)
+            run.source.before_update(step)  # engines that are behind still need the weights of now
+            metrics = learner.update_critic(batch)
+            batch, actor_metrics = learner.update_actor(batch, step, aside)
+            aside.tokens(batch)  # where the update's own forward pass has given the old log-probs
+            metrics |= actor_metrics
+            metrics |= run.health.check_update(step, metrics) | learner.memory()
+            metrics |= kl_metrics | aside.figures()
         metrics["rollout/engine_restarts"] = float(run.weights.restarts)
-        metrics |= rollouts()
-        run.log.trained(step, experience)
-        if run.script is not None:
-            run.script.trained(step, [one.trajectory.name for one in experience.trajectories])
+        run.trained(step, experience)
         return experience.metrics | metrics
 
     def _due(self, every: int) -> bool:

@@ -46,6 +46,7 @@ COMMANDS = 0
 GROUND = len(FLOORS) - 1
 
 FILE_LINES = 500
+LOOP_LINES = 100
 FUNCTION_LINES = 80
 """Without comments, which nobody should save on."""
 BLOCKS_IN_BLOCKS = 4
@@ -150,6 +151,12 @@ def test_training_loads_nothing_that_plans_steps_or_shows_runs() -> None:
     loaded = loaded_by("rlhf3d.trainer.run")
     assert "rlhf3d.trainer.loop" in loaded
     assert not [module for module in sorted(loaded) if module.startswith(others)]
+
+
+def test_the_loop_is_read_at_one_go() -> None:
+    """Steps, validations and saves, and the algorithm's phases."""
+    text = (PACKAGE / "trainer" / "loop.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LOOP_LINES
 
 
 def test_files_and_functions_have_a_size_to_read() -> None:

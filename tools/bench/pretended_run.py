@@ -53,7 +53,7 @@ from rlhf3d.rollout.engine_loop import Progress
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.tokenizer.end_tokens import EndTokens
 from rlhf3d.tokenizer.texts import plain_texts
-from rlhf3d.trainer import checkpointing, learner, loop
+from rlhf3d.trainer import checkpointing, learner, loop, step_figures
 from rlhf3d.trainer.assembly import Assembly
 from rlhf3d.trainer.best import BestTracker
 from rlhf3d.trainer.checkpointing import CheckpointWriter
@@ -94,9 +94,9 @@ LABELS: tuple[tuple[Any, str, str], ...] = (
     (learner, "mismatch", "mismatch"),
     (HealthMonitor, "check_batch", "health"),
     (HealthMonitor, "check_rewards", "health"),
-    (loop, "training_metrics", "metrics"),
-    (loop, "fresh_tokens", "metrics"),
-    (loop, "rollout_metrics", "metrics"),
+    (step_figures, "training_metrics", "metrics"),
+    (step_figures, "fresh_tokens", "metrics"),
+    (step_figures, "rollout_metrics", "metrics"),
     (CheckpointWriter, "save", "checkpoint"),
     (CheckpointWriter, "poll", "checkpoint"),
 )
