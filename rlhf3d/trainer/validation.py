@@ -9,6 +9,7 @@ Runs in: driver.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from math import sqrt
 from statistics import fmean, stdev
 
@@ -16,7 +17,7 @@ from rlhf3d.config.schema import ValidationConfig
 from rlhf3d.data.dataset import Prompt
 from rlhf3d.experience.accuracy import Answers, summarize, vote
 from rlhf3d.experience.collect import Collector
-from rlhf3d.experience.requests import Requests, greedy_sampling
+from rlhf3d.experience.requests import Requests, TrajectoryRequest, greedy_sampling
 from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.experience.source import complete_groups
 from rlhf3d.observability.samples import Kind
@@ -50,11 +51,7 @@ class Validation:
             return {}
         metrics = self._weights.sync_weights()
         with self._log.phase("validate"):
-            if self._config.greedy:
-                metrics |= self._answers(step, "greedy", 1, greedy_sampling(self._max_tokens))
-            if self._config.sampled_n:
-                sampling = SamplingSettings(self._config.temperature, max_tokens=self._max_tokens)
-                metrics |= self._answers(step, "sampled", self._config.sampled_n, sampling)
+            metrics |= self._answers(step)
         # In flight, other requests may run meanwhile, but no newer weights may have come.
         assert self._weights.served_version == self._weights.trained_version
         metrics["val-aux/policy_version"] = float(self._weights.trained_version)
@@ -63,14 +60,33 @@ class Validation:
         self._log.console.validation(f"step {step}", metrics)
         return metrics
 
-    def _answers(
-        self, step: int, kind: Kind, n: int, sampling: SamplingSettings
-    ) -> dict[str, float]:
-        # Seeds of step 0 every time, so that two validations differ by the policy alone.
-        requests = Requests(self._seed, step=0, name=f"{kind}{step}").draw(
-            self._prompts, n, sampling
-        )
-        rows = self._collector.collect(requests)
+    def _answers(self, step: int) -> dict[str, float]:
+        asked = self._requests(step)
+        # One collection: with one a kind, engines would run empty between them.
+        rows = iter(self._collector.collect([*chain.from_iterable(asked.values())]))
+        metrics: dict[str, float] = {}
+        for kind, requests in asked.items():
+            metrics |= self._figures(step, kind, list(islice(rows, len(requests))))
+        return metrics
+
+    def _requests(self, step: int) -> dict[Kind, list[TrajectoryRequest]]:
+        """What is asked for, by kind; greedy answers first."""
+        config, sampling = self._config, greedy_sampling(self._max_tokens)
+        wanted: dict[Kind, tuple[int, SamplingSettings]] = {}
+        if config.greedy:
+            wanted["greedy"] = 1, sampling
+        if config.sampled_n:
+            sampling = SamplingSettings(config.temperature, max_tokens=self._max_tokens)
+            wanted["sampled"] = config.sampled_n, sampling
+        asked = {}
+        for kind, (n, sampling) in wanted.items():
+            # Seeds of step 0 every time, so that two validations differ by the policy alone.
+            requests = Requests(self._seed, step=0, name=f"{kind}{step}")
+            asked[kind] = requests.draw(self._prompts, n, sampling)
+        return asked
+
+    def _figures(self, step: int, kind: Kind, rows: list[ScoredTrajectory]) -> dict[str, float]:
+        """Of the answers of one kind, which are written to `samples/`."""
         self._log.samples(step, [row.sample() for row in rows], kind)
         (rows,), left_out = complete_groups(rows)
         metrics = validation_metrics(rows, kind)

@@ -15,6 +15,7 @@ from rlhf3d.experience.accuracy import interval
 from rlhf3d.experience.collect import Collector
 from rlhf3d.experience.scored import ScoredTrajectory
 from rlhf3d.observability.samples import Sample
+from rlhf3d.placement.journal import name_of
 from rlhf3d.rewards.parts import EnvironmentPart
 from rlhf3d.rewards.score import Outcome, Score
 from rlhf3d.trainer.validation import Validation, validation_metrics
@@ -84,6 +85,8 @@ class Log:
 
     def __init__(self) -> None:
         self.written: list[Sample] = []
+        self.count_of: dict[str, int] = {}
+        """Samples by kind of answer."""
         self.console = self
 
     def phase(self, name: str) -> Any:
@@ -91,6 +94,7 @@ class Log:
 
     def samples(self, step: int, samples: list[Sample], kind: str) -> None:
         self.written += samples
+        self.count_of[kind] = len(samples)
 
     def validation(self, name: str, metrics: Any) -> None:
         pass
@@ -104,6 +108,20 @@ class Weights:
 
     def sleep_engines(self) -> None:
         pass
+
+
+def validation_of(
+    config: ValidationConfig, prompts: int, collector: Collector, log: Log
+) -> Validation:
+    return Validation(
+        config,
+        [asked(number) for number in range(prompts)],
+        100,
+        0,
+        collector,
+        Weights(),  # type: ignore[arg-type]
+        log,  # type: ignore[arg-type]
+    )
 
 
 class Breaks(Echo):
@@ -123,19 +141,36 @@ def test_a_prompt_whose_environment_failed_is_in_no_figure() -> None:
         runner=runner(FakeSessions(Breaks), max_error_rate=0.5, retries=0),
         environment=EnvironmentPart(0.0),
     )
-    prompts = [asked(number) for number in range(3)]
-    validation = Validation(
-        ValidationConfig(),
-        prompts,
-        100,
-        0,
-        collector,
-        Weights(),  # type: ignore[arg-type]
-        log,  # type: ignore[arg-type]
-    )
+    validation = validation_of(ValidationConfig(), 3, collector, log)
     metrics = validation.run(0)
     assert metrics["val-core/test/acc/greedy"] == 0.5
     assert metrics["val-aux/policy_version"] == 7
     assert metrics["val-aux/test/num_prompts"] == 2
     assert metrics["val-aux/env/greedy/prompts_left_out"] == 1
     assert [sample.outcome for sample in log.written] == ["scored", "env_error", "scored"]
+
+
+@pytest.mark.parametrize("with_environment", [False, True])
+def test_greedy_and_sampled_answers_are_asked_for_together(with_environment: bool) -> None:
+    """Two prompts, one greedy and two sampled answers each; the sampled ones are right."""
+    log, engine = Log(), TalkingEngine(["end"])
+    collector = Collector(
+        engine,
+        FakeRewards(dict.fromkeys(range(2, 6), 1.0)),  # type: ignore[arg-type]
+        TOKENIZER,
+        runner=runner(FakeSessions(Echo)) if with_environment else None,
+        environment=EnvironmentPart(0.0) if with_environment else None,
+    )
+    validation = validation_of(ValidationConfig(sampled_n=2), 2, collector, log)
+    metrics = validation.run(3)
+    (together,) = engine.submitted
+    assert [one.sampling.greedy for one in together.values()] == [True] * 2 + [False] * 4
+    names = [name_of(one).partition(".t")[0] for one in together.values()]
+    assert names == [
+        "greedy3.p0.s0",
+        "greedy3.p1.s0",
+        *(f"sampled3.p{prompt}.s{sample}" for prompt in range(2) for sample in range(2)),
+    ]
+    assert metrics["val-core/test/acc/greedy"] == 0.0
+    assert metrics["val-core/test/acc/sampled"] == 1.0
+    assert log.count_of == {"greedy": 2, "sampled": 4}
