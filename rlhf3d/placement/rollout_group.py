@@ -370,7 +370,7 @@ class RolloutGroup:
         return self._on_all("sync_weights (canary)", VLLMEngine.score, sequences, temperature)
 
     def cached_tokens(self) -> list[int]:
-        """See `RolloutEngine.cached_tokens`, per engine."""
+        """See `VLLMEngine.cached_tokens`, per engine."""
         return self._on_all("sync_weights (canary)", VLLMEngine.cached_tokens)
 
     def sleep(self) -> None:

@@ -10,10 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
-
-if TYPE_CHECKING:
-    from rlhf3d.resharding.setup import SyncSetup
+from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
@@ -165,50 +162,6 @@ class Engines(Protocol):
 
     def abort(self, numbers: Collection[int]) -> None:
         """Forget these requests; numbers that are not unfinished are ignored."""
-
-
-class RolloutEngine(Engines, Protocol):
-    """One engine.
-
-    `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve:
-    between the two, `score` and `cached_tokens` can check it, also where requests wait in it; while
-    requests run they fail.
-    """
-
-    @property
-    def policy_version(self) -> int | None:
-        """The version that is served; None until the first `publish` and during an update."""
-
-    def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
-        """Open the weight stream's end of this engine, which is number `engine` of the setup."""
-
-    def update_weights(self, policy_version: int, sync: int) -> SyncReport:
-        """Receive, verify and load the stream's sync number `sync`.
-
-        With rollout.update=in_flight requests may be running. They wait until `publish` and then go
-        on under the new weights, which compute their keys and values again: the log-prob of each
-        further token is that of the new weights, given all tokens before it.
-
-        Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing
-        any more.
-        """
-
-    def sleep(self) -> None:
-        """Serve nothing and release what memory can be released, until the next update."""
-
-    def publish(self, policy_version: int) -> None:
-        """Serve what was loaded. Raises RuntimeError for another `policy_version`."""
-
-    def score(
-        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
-    ) -> list[list[float]]:
-        """Return log p(token t | tokens before t) for t = 1, 2, … of each sequence."""
-
-    def cached_tokens(self) -> int:
-        """Return how many tokens of an earlier prompt the prefix cache holds: 0 after an update."""
-
-    def close(self) -> None:
-        """Free the engine and its processes."""
 
 
 def complete(

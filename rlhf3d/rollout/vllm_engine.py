@@ -38,9 +38,12 @@ R = TypeVar("R")
 
 
 class VLLMEngine:
-    """A rank of a `RolloutEngine`.
+    """A rank of an engine.
 
-    One per process: vLLM reads settings from the environment, which `start` sets.
+    `open_weights` comes once; then each `update_weights` loads, and `publish` makes it serve:
+    between the two, `score` and `cached_tokens` can check it, also where requests wait in it; while
+    requests run they fail. One per process: vLLM reads settings from the environment, which `start`
+    sets.
     """
 
     def __init__(self, settings: EngineSettings, *, threads: int = 1, rank: int = 0) -> None:
@@ -175,11 +178,19 @@ class VLLMEngine:
         return int(told)
 
     def open_weights(self, setup: SyncSetup, engine: int, meeting: tuple[str, int] | None) -> None:
-        """See `RolloutEngine.open_weights`."""
+        """Open the weight stream's end of this engine, which is number `engine` of the setup."""
         self._on_worker(self._worker.open_weights, setup, engine, meeting)
 
     def update_weights(self, policy_version: int, sync: int) -> SyncReport:
-        """See `RolloutEngine.update_weights`."""
+        """Receive, verify and load the stream's sync number `sync`.
+
+        With rollout.update=in_flight requests may be running. They wait until `publish` and then go
+        on under the new weights, which compute their keys and values again: the log-prob of each
+        further token is that of the new weights, given all tokens before it.
+
+        Raises SyncError, naming the tensor, when it does not verify; the engine then serves nothing
+        any more.
+        """
         # First of all, so that an engine whose update fails refuses to generate.
         self._policy_version = self._loaded_version = None
         in_flight = self._settings.rollout.update == "in_flight"
@@ -200,7 +211,7 @@ class VLLMEngine:
         return report
 
     def sleep(self) -> None:
-        """See `RolloutEngine.sleep`."""
+        """Serve nothing and release what memory can be released, until the next update."""
         self._policy_version = self._loaded_version = None
         # Also where a sync failed: it has woken the weights, and the cache sleeps on.
         if self._frees_memory and "weights" not in self._asleep:
@@ -210,7 +221,7 @@ class VLLMEngine:
             self._on_worker(self._worker.forget_weights)
 
     def publish(self, policy_version: int) -> None:
-        """See `RolloutEngine.publish`."""
+        """Serve what was loaded. Raises RuntimeError for another `policy_version`."""
         if policy_version != self._loaded_version:
             raise RuntimeError(
                 f"cannot publish policy {policy_version}: loaded is {self._loaded_version}"
@@ -222,7 +233,10 @@ class VLLMEngine:
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """See `RolloutEngine.score`; each sequence has 2 to max_model_len - 1 tokens."""
+        """Return log p(token t | tokens before t) for t = 1, 2, … of each sequence.
+
+        Each has 2 to max_model_len - 1 tokens.
+        """
         if self._loaded_version is None:
             raise RuntimeError("this engine holds no policy yet: update_weights comes before score")
         for sequence in token_ids:
@@ -247,7 +261,10 @@ class VLLMEngine:
         return logprobs
 
     def cached_tokens(self) -> int:
-        """See `RolloutEngine.cached_tokens`; 0 where no prompt was served yet."""
+        """Return how many tokens of an earlier prompt the prefix cache holds: 0 after an update.
+
+        0 too where no prompt was served yet.
+        """
         if not self._served_prompt:
             return 0
         return int(self._run([self._served_prompt], [one_token()])[0].num_cached_tokens or 0)
