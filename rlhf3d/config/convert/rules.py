@@ -46,13 +46,18 @@ Change = Callable[[Any, Any], Any]
 """From a value (the first given one) and the `Given` of a framework to ours, a Put or a Drop."""
 
 
-def if_on(switch: str, change: Change = same) -> Change:
-    """For keys that mean something only where another one is on."""
+def only_if(condition: Callable[[Any], Any], otherwise: str, change: Change = same) -> Change:
+    """For keys that mean something only where a `condition` holds of what was given."""
 
     def checked(value: Any, given: Any) -> Any:
-        return change(value, given) if given.get(switch) else Drop(f"{switch} is off", same=True)
+        return change(value, given) if condition(given) else Drop(otherwise, same=True)
 
     return checked
+
+
+def if_on(switch: str, change: Change = same) -> Change:
+    """For keys that mean something only where another one is on."""
+    return only_if(lambda given: given.get(switch), f"{switch} is off", change)
 
 
 def not_offered(note: str, *switches: str) -> Change:

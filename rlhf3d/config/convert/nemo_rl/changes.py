@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf3d.config.convert.nemo_rl.read import MEGATRON, TORCH, Nemo, P
-from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, same
+from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, only_if, same
 
 VLLM = P + "generation.vllm_cfg."
 COLOCATED = P + "generation.colocated."
@@ -62,19 +62,12 @@ NO_LIMIT = 1_000_000
 
 def of_megatron(change: Change = same) -> Change:
     """Keys of Megatron's section, where it trains."""
-    return _if(lambda nemo: nemo.is_megatron, "Megatron is off", change)
+    return only_if(lambda nemo: nemo.is_megatron, "Megatron is off", change)
 
 
 def of_torch(change: Change = same) -> Change:
     """Keys of the other backend, where that trains."""
-    return _if(lambda nemo: not nemo.is_megatron, "Megatron trains", change)
-
-
-def _if(condition: Any, otherwise: str, change: Change) -> Change:
-    def checked(value: Any, nemo: Nemo) -> Any:
-        return change(value, nemo) if condition(nemo) else Drop(otherwise, same=True)
-
-    return checked
+    return only_if(lambda nemo: not nemo.is_megatron, "Megatron trains", change)
 
 
 def asked_if_on(note: str) -> Change:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, renamed, same
+from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, only_if, renamed
 from rlhf3d.config.convert.trl.read import Trl
 from rlhf3d.observability.trackers.registry import TRACKERS
 
@@ -332,15 +332,10 @@ def scaled(value: Any, trl: Trl) -> Any:
 # Importance sampling
 
 
-def corrected(change: Change = same) -> Change:
+def corrected(change: Change) -> Change:
     """For keys of the correction, which TRL makes with vLLM only."""
-
-    def checked(value: Any, trl: Trl) -> Any:
-        if trl.get("use_vllm") and trl.get("vllm_importance_sampling_correction"):
-            return change(value, trl)
-        return Drop("TRL corrects nothing here", same=True)
-
-    return checked
+    keys = ("use_vllm", "vllm_importance_sampling_correction")
+    return only_if(lambda trl: all(map(trl.get, keys)), "TRL corrects nothing here", change)
 
 
 def level(value: Any, trl: Trl) -> Any:

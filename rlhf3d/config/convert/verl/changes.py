@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf3d.config.convert.rules import Change, Drop, Put, model_folder, same
+from rlhf3d.config.convert.rules import Change, Drop, Put, model_folder, only_if, same
 from rlhf3d.config.convert.verl.layout import (
     MEGATRON_SIZES,
     REWARD,
@@ -93,11 +93,11 @@ def overlong(value: Any, verl: Verl) -> Any:
     return names.get(cut, f"truncate_{cut}")
 
 
-def only_with_filter(value: Any, verl: Verl) -> Any:
-    """Batches of their own exist in dynamic sampling only."""
-    if verl.get("algorithm.filter_groups.enable"):
-        return value
-    return Drop("without filter_groups a step generates its train_batch_size prompts", same=True)
+only_with_filter = only_if(
+    lambda verl: verl.get("algorithm.filter_groups.enable"),
+    "without filter_groups a step generates its train_batch_size prompts",
+)
+"""Batches of their own exist in dynamic sampling only."""
 
 
 # Update
@@ -276,21 +276,18 @@ def _inverse(limit: str) -> str:
 # Rewards, rollout, trainer
 
 
+def _has_reward_model(verl: Verl) -> Any:
+    return verl.get("reward.reward_model.enable", "reward_model.enable")
+
+
 def reward_model_weights(value: Any, verl: Verl) -> Any:
     """verl takes a reward model's score instead of the rule's."""
-    enabled = verl.get("reward.reward_model.enable", "reward_model.enable")
-    return {"reward_model": 1.0} if enabled else {"accuracy": 1.0}
+    return {"reward_model": 1.0} if _has_reward_model(verl) else {"accuracy": 1.0}
 
 
 def if_reward_model(change: Change = same) -> Change:
     """Only where it is enabled."""
-
-    def checked(value: Any, verl: Verl) -> Any:
-        if verl.get("reward.reward_model.enable", "reward_model.enable"):
-            return change(value, verl)
-        return Drop("the reward model is off", same=True)
-
-    return checked
+    return only_if(_has_reward_model, "the reward model is off", change)
 
 
 def reward_folder(value: Any, verl: Verl) -> Any:
@@ -302,10 +299,11 @@ def reward_folder(value: Any, verl: Verl) -> Any:
     return Put(folder, told)
 
 
-def if_custom_reward(value: Any, verl: Verl) -> Any:
-    """The function's name without a file is nothing."""
-    files = ("reward.custom_reward_function.path", "custom_reward_function.path")
-    return value if verl.get(*files) else Drop("no file is given", same=True)
+if_custom_reward = only_if(
+    lambda verl: verl.get("reward.custom_reward_function.path", "custom_reward_function.path"),
+    "no file is given",
+)
+"""The function's name without a file is nothing."""
 
 
 def greedy(value: Any, verl: Verl) -> Any:
@@ -320,11 +318,10 @@ def validation_samples(value: Any, verl: Verl) -> Any:
     return Drop("validation is greedy: one completion per prompt", same=value == 1)
 
 
-def validation_sampling(value: Any, verl: Verl) -> Any:
-    """Only where verl's validation samples."""
-    if verl.get(R + "val_kwargs.do_sample"):
-        return value
-    return Drop("validation is greedy", same=True)
+validation_sampling = only_if(
+    lambda verl: verl.get(R + "val_kwargs.do_sample"), "validation is greedy"
+)
+"""Only where verl's validation samples."""
 
 
 def sampled_n(value: Any, verl: Verl) -> Any:

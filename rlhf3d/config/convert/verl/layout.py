@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf3d.config.convert.rules import Change, Drop, Put, same
+from rlhf3d.config.convert.rules import Change, Drop, Put, only_if, same
 from rlhf3d.config.convert.verl.read import Verl
 
 A, R, M = (f"actor_rollout_ref.{part}." for part in ("actor", "rollout", "model"))
@@ -53,9 +53,8 @@ def world(verl: Verl) -> int:
     return int(verl.get("trainer.nnodes") or 1) * int(verl.get("trainer.n_gpus_per_node") or 8)
 
 
-def megatron_size(value: Any, verl: Verl) -> Any:
-    """A size of Megatron's layout; FSDP has none."""
-    return value if verl.is_megatron else Drop("verl's FSDP workers do not read it", same=True)
+megatron_size = only_if(lambda verl: verl.is_megatron, "verl's FSDP workers do not read it")
+"""A size of Megatron's layout; FSDP has none."""
 
 
 def data_parallel(value: Any, verl: Verl) -> Any:
@@ -117,13 +116,8 @@ def has_own_critic(verl: Verl) -> bool:
 
 def of_the_critic(change: Change = same) -> Change:
     """Keys of critic.layout, which stands where the critic is not in the actor's processes."""
-
-    def checked(value: Any, verl: Verl) -> Any:
-        if has_own_critic(verl):
-            return change(value, verl)
-        return Drop("without sizes of its own, the critic is in the actor's processes", same=True)
-
-    return checked
+    otherwise = "without sizes of its own, the critic is in the actor's processes"
+    return only_if(has_own_critic, otherwise, change)
 
 
 def critic_data_parallel(value: Any, verl: Verl) -> Any:
