@@ -10,17 +10,21 @@ Versions 0.16 to 0.19 need it.
 from __future__ import annotations
 
 import queue
+from types import ModuleType
 
-from megatron_patches.patch import Patch, Target
+from megatron_patches.patch import Patch, Target, after_import
 
 _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def _apply() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    # Not before a save imports it: its libraries take as long to import as torch.
+    after_import(_MODULE, _own_queue)
 
+
+def _own_queue(module: ModuleType) -> None:
     # Upstream starts its manager only where this is None.
-    filesystem_async._results_queue = queue.Queue()
+    module._results_queue = queue.Queue()  # type: ignore[attr-defined]
 
 
 PATCH = Patch(
@@ -29,10 +33,7 @@ PATCH = Patch(
     reason="the first save spawns one Python process a rank just for a queue",
     targets=(
         Target(_MODULE, "if _results_queue is None:"),
-        Target(
-            f"{_MODULE}:FileSystemWriterAsync.retrieve_write_results",
-            "self.results_queue.get_nowait()",
-        ),
+        Target(_MODULE, "self.results_queue.get_nowait()"),
     ),
     apply=_apply,
     cpu_only=False,

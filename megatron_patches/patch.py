@@ -7,9 +7,14 @@ raised. Nothing here imports torch or Megatron until `Patch.check` is called.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -39,8 +44,53 @@ class Target:
 
     def check(self) -> None:
         """PatchError unless the symbol's source still contains the expected line."""
-        if self.contains not in inspect.getsource(self.resolve()):
+        if self.contains not in self._source():
             raise PatchError(f"{self.symbol} no longer contains {self.contains!r}")
+
+    def _source(self) -> str:
+        """The source of the symbol; that of a module is read without importing it."""
+        if ":" in self.symbol:
+            return inspect.getsource(self.resolve())
+        try:
+            found = importlib.util.find_spec(self.symbol)
+        except ModuleNotFoundError:  # nor is what it would be in
+            found = None
+        if found is None or not isinstance(found.loader, importlib.abc.InspectLoader):
+            raise PatchError(f"upstream no longer has {self.symbol}")
+        return found.loader.get_source(self.symbol) or ""
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do; a function is called with it once it is there."""
+
+    def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
+        self._module, self._then = module, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_change(module: ModuleType) -> None:
+                execute(module)
+                self._then(module)
+
+            spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
+        return spec
+
+
+def after_import(module: str, change: Callable[[ModuleType], None]) -> None:
+    """Have `change` called with a module as soon as it is imported; now, where it is."""
+    if module in sys.modules:
+        change(sys.modules[module])
+    else:
+        sys.meta_path.insert(0, _AfterImport(module, change))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import megatron_patches
 from megatron_patches import PATCHES, Patch, PatchError, Target, device
+from megatron_patches.patch import after_import
 
 
 @pytest.fixture
@@ -107,3 +109,22 @@ def test_target_that_changed_names_patch_version_and_file(symbol: str, complaint
     message = str(raised.value)
     assert complaint in message and "'sample' does not fit megatron-core 0.16.1" in message
     assert "megatron_patches/sample.py" in message
+
+
+def test_a_module_is_changed_when_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked before, without importing it; a look at where it is changes nothing."""
+    (tmp_path / "imported_late.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    after_import("imported_late", lambda module: setattr(module, "value", 2))
+    make_patch("imported_late", "value = ").check("0.16.1")
+    with pytest.raises(PatchError, match="imported_late no longer contains 'values = '"):
+        make_patch("imported_late", "values = ").check("0.16.1")
+    with pytest.raises(PatchError, match="upstream no longer has imported_early"):
+        make_patch("imported_early", "value").check("0.16.1")
+    assert "imported_late" not in sys.modules
+    assert importlib.import_module("imported_late").value == 2
+    after_import("imported_late", lambda module: setattr(module, "value", 3))
+    assert sys.modules.pop("imported_late").value == 3
