@@ -8,47 +8,45 @@ Runs in: the process of one trajectory; in the driver too, to be checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.environments.api import COLUMN, Call, Finish, Reply, Reset
 from rlhf3d.environments.instance import Instance
 from rlhf3d.environments.kinds import EnvironmentClass, Kind, read_class
 from rlhf3d.environments.parsers import PARSERS, Parser, user_parser
-from rlhf3d.environments.settings import EnvironmentSettings
 from rlhf3d.environments.tools import schema_of, tools_of
 from rlhf3d.user_code import function_in, load_file, running
 
 
-def load_environments(settings: EnvironmentSettings) -> Environments:
-    """Load the file; ValueError, naming the key, where it cannot be used.
-
-    The result is called with the calls of one trajectory, in the process of that.
-    """
-    return Environments(settings)
-
-
 class Environments:
-    """The classes and tools of the user's file; in the process of a trajectory, its environment."""
+    """The classes and tools of the user's file.
 
-    def __init__(self, settings: EnvironmentSettings) -> None:
-        self._settings = settings
-        self._file = Path(settings.path).resolve()
+    It is called with the calls of one trajectory, in the process of that: then it is the
+    trajectory's environment.
+    """
+
+    def __init__(self, config: EnvironmentConfig) -> None:
+        """Load the file; ValueError, naming the key, where it cannot be used."""
+        assert config.path is not None, "asked only where trajectories have environments"
+        self._config = config
+        self._file = Path(config.path).resolve()
         # Once: its classes and tools share what it keeps.
         self._module = load_file(self._file, "environment.path")
         self._classes: dict[str, EnvironmentClass] = {}
         self._schemas: dict[str | None, list[dict[str, Any]]] = {}
         self._instance: Instance | None = None
         key = "environment.tools"
-        functions = [function_in(self._module, self._file, name, key) for name in settings.tools]
+        functions = [function_in(self._module, self._file, name, key) for name in config.tools]
         self._tools = tools_of([(tool.__name__, tool) for tool in functions], key)
-        self._parse = self._parser(settings.tool_format)
-        if settings.name is not None:
-            self._class(settings.name)
+        self._parse = self._parser(config.tool_format)
+        if config.name is not None:
+            self._class(config.name)
 
-    def __reduce__(self) -> tuple[Callable[..., Environments], tuple[EnvironmentSettings]]:
-        return load_environments, (self._settings,)
+    def __reduce__(self) -> tuple[type[Environments], tuple[EnvironmentConfig]]:
+        return Environments, (self._config,)
 
     def name_of(self, row: Mapping[str, Any]) -> str | None:
         """The environment of a row; null where it has tools alone.
@@ -57,7 +55,7 @@ class Environments:
         """
         name = row.get(COLUMN)
         if name is None:
-            name = self._settings.name
+            name = self._config.name
         if name is None and self._tools:
             return None
         if not isinstance(name, str) or not name:
@@ -124,7 +122,7 @@ class Environments:
         if name not in self._classes:
             made = function_in(self._module, self._file, name, "environment.name")
             where = f"environment.path: {name} in {self._file}"
-            read = read_class(made, self._settings.kwargs, where)
+            read = read_class(made, self._config.kwargs, where)
             tools_of([*self._tools.items(), *read.tools.items()], where)
             self._classes[name] = read
         return self._classes[name]

@@ -13,8 +13,7 @@ from typing import Any
 
 from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.config.fields import Overlong
-from rlhf3d.environments.load import Environments, load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.environments.load import Environments
 from rlhf3d.experience.environment_runner import EnvironmentRunner
 from rlhf3d.experience.episode import Rules
 from rlhf3d.pool.sessions import SessionPool
@@ -22,17 +21,9 @@ from rlhf3d.tokenizer.template_check import check_template
 from rlhf3d.tokenizer.turns import Turns
 
 
-def environment_settings(config: EnvironmentConfig) -> EnvironmentSettings:
-    """Where the user's environments are."""
-    assert config.path is not None, "asked only where trajectories have environments"
-    return EnvironmentSettings(
-        config.path, config.name, config.kwargs, config.tools, config.tool_format
-    )
-
-
 def make_environments(config: EnvironmentConfig) -> Environments | None:
     """Load the user's file; None where trajectories are single completions."""
-    return load_environments(environment_settings(config)) if config.enabled else None
+    return Environments(config) if config.enabled else None
 
 
 def offered_tools(
@@ -85,7 +76,7 @@ def start_environments(
     if not config.enabled:
         return None
     sessions = SessionPool(
-        partial(load_environments, environment_settings(config)),
+        partial(Environments, config),
         what="environment.path",
         memory_gib=config.memory_gib,
     )

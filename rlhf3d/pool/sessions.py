@@ -34,7 +34,7 @@ class SessionPool:
     `zygote.MAX_REPLY_BYTES`; else the call ends as an error. The generators of `random`, numpy and
     torch are in another state in each session; code that is to be repeatable must take a seed.
 
-        pool = SessionPool(load_environments, what="environment.path")
+        pool = SessionPool(Environments, what="environment.path")
         session = pool.session()
         session.call(payload, timeout_s).add_done_callback(finished.put)
         session.close()

@@ -6,9 +6,9 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.environments.api import Reply, Reset, Step
-from rlhf3d.environments.load import Environments, load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.environments.load import Environments
 
 PROMPT = [{"role": "user", "content": "Open the door."}]
 
@@ -17,7 +17,7 @@ def load(folder: Path, code: str, **settings: Any) -> Environments:
     """The environments of a file with this code."""
     file = folder / "games.py"
     file.write_text(dedent(code))
-    return load_environments(EnvironmentSettings(path=str(file), **settings))
+    return Environments(EnvironmentConfig(path=str(file), **settings))
 
 
 def reset(environments: Environments, seed: int = 0, **columns: Any) -> Reply:

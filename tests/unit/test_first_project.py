@@ -12,8 +12,8 @@ from support.environments import contents, reset, step
 from typer.testing import CliRunner
 
 from rlhf3d import cli
-from rlhf3d.environments.load import load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.config.environment import EnvironmentConfig
+from rlhf3d.environments.load import Environments
 from rlhf3d.rewards.custom import load_custom_reward
 from rlhf3d.rewards.score import ScoreItem
 
@@ -48,8 +48,8 @@ def test_the_check_of_its_readme_finds_nothing_wrong(copied: Path) -> None:
 
 
 def test_its_environment_answers_until_the_number_is_found() -> None:
-    settings = EnvironmentSettings(path=str(PROJECT / "environment.py"), name="Guess")
-    game = load_environments(settings)
+    settings = EnvironmentConfig(path=str(PROJECT / "environment.py"), name="Guess")
+    game = Environments(settings)
     reset(game, ground_truth="12")
     for guess, answer in (
         ("The number is 3.", "Higher."),

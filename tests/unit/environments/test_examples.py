@@ -10,17 +10,17 @@ import pytest
 from support.environments import contents, reset, step
 from support.tiny_models import word_tokenizer
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.data.parquet import read_parquet
 from rlhf3d.data.sets import products
-from rlhf3d.environments.load import Environments, load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.environments.load import Environments
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "configs/environments"
 
 
 def example(file: str, **settings: object) -> Environments:
     path = str(EXAMPLES / file)
-    return load_environments(EnvironmentSettings(path=path, **settings))  # type: ignore[arg-type]
+    return Environments(EnvironmentConfig(path=path, **settings))  # type: ignore[arg-type]
 
 
 def test_drawers() -> None:

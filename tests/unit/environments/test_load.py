@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from support.environments import contents, load, reset, step
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.environments.api import Reset
-from rlhf3d.environments.load import load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.environments.load import Environments
 
 TWO = """
     import functools
@@ -100,14 +100,14 @@ def test_a_file_that_fails(tmp_path: Path, code: str) -> None:
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"environment\.path: no such file"):
-        load_environments(EnvironmentSettings(str(tmp_path / "none.py"), "Game"))
+        Environments(EnvironmentConfig(str(tmp_path / "none.py"), "Game"))
 
 
 def test_it_pickles_as_its_settings(tmp_path: Path) -> None:
     both = load(tmp_path, TWO, name="Red", kwargs={"size": 2})
     again = pickle.loads(pickle.dumps(both))
     assert again(Reset({"prompt": []}, 0)).record == {"size": 2}
-    recipe = partial(load_environments, EnvironmentSettings(str(tmp_path / "games.py"), "Blue"))
+    recipe = partial(Environments, EnvironmentConfig(str(tmp_path / "games.py"), "Blue"))
     assert pickle.loads(pickle.dumps(recipe))().name_of({}) == "Blue"
 
 

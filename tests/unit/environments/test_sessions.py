@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from rlhf3d.config.environment import EnvironmentConfig
 from rlhf3d.environments.api import Reply, Reset, Step
-from rlhf3d.environments.load import load_environments
-from rlhf3d.environments.settings import EnvironmentSettings
+from rlhf3d.environments.load import Environments
 from rlhf3d.pool.process import CallResult, Ending
 from rlhf3d.pool.sessions import CallSession, SessionPool
 
@@ -50,8 +50,8 @@ GAME = """
 def pool(tmp_path: Path) -> Iterator[SessionPool]:
     file = tmp_path / "game.py"
     file.write_text(dedent(GAME))
-    settings = EnvironmentSettings(str(file), "Game")
-    made = SessionPool(partial(load_environments, settings), what="environment.path")
+    settings = EnvironmentConfig(str(file), "Game")
+    made = SessionPool(partial(Environments, settings), what="environment.path")
     yield made
     made.close()
 
