@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,8 @@ Kind = Literal["train", "greedy", "sampled"]
 """Completions of the training step, or of greedy or sampled validation."""
 
 _PREFIX: dict[Kind, str] = {"train": "", "greedy": "greedy_", "sampled": "sampled_"}
+TOKENS = "tokens_"
+"""Begins the names of files that hold tokens, see `tokens.py`."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,34 @@ def _sample(fields: dict[str, Any]) -> Sample:
     return Sample(**{**fields, **{name: str(fields[name]) for name in _TEXTS}})
 
 
+def files_of(output_dir: str | Path, prefix: str) -> dict[int, Path]:
+    """By step, ascending, the files of `samples/` whose names are `prefix` and `step_N.jsonl`."""
+    found = {}
+    for path in (Path(output_dir) / SAMPLES_DIR).glob("*.jsonl"):
+        if match := re.fullmatch(rf"{prefix}step_(\d+)\.jsonl", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
 def sample_steps(output_dir: str | Path, kind: Kind = "train") -> list[int]:
     """Return the steps that have a file of this kind, ascending."""
-    steps = []
-    for path in (Path(output_dir) / SAMPLES_DIR).glob("*.jsonl"):
-        if match := re.fullmatch(rf"{_PREFIX[kind]}step_(\d+)\.jsonl", path.name):
-            steps.append(int(match[1]))
-    return sorted(steps)
+    return list(files_of(output_dir, _PREFIX[kind]))
 
 
 def drop_samples(output_dir: str | Path, after_step: int) -> None:
-    """Remove files of later steps, which a resumed run writes again."""
-    for kind in _PREFIX:
-        for step in sample_steps(output_dir, kind):
+    """Remove files of later steps, those of tokens too: a resumed run writes them again."""
+    for prefix in (*_PREFIX.values(), TOKENS):
+        for step, path in files_of(output_dir, prefix).items():
             if step > after_step:
-                samples_path(output_dir, step, kind).unlink()
+                path.unlink()
+
+
+def spaced(steps: Sequence[int], count: int) -> list[int]:
+    """At most so many of them, evenly spaced, the first and the last included."""
+    if len(steps) <= count:
+        return list(steps)
+    gap = (len(steps) - 1) / max(1, count - 1)
+    return [steps[round(number * gap)] for number in range(count)]
 
 
 def before_after(output_dir: str | Path, limit: int = 5) -> tuple[list[Sample], list[Sample]]:

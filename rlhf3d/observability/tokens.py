@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf3d.observability.samples import SAMPLES_DIR, read_objects
+from rlhf3d.observability.samples import SAMPLES_DIR, TOKENS, files_of, read_objects, spaced
 from rlhf3d.observability.whole_file import whole_file
 
 _DIGITS = 5
 """Decimals of a log-probability in the file."""
+STEPS_READ = 60
+"""Files that are read to look at a whole run, evenly over it: more say the same."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def rounded(logprobs: Iterable[float]) -> list[float | None]:
 
 def tokens_path(output_dir: str | Path, step: int) -> Path:
     """`samples/tokens_step_N.jsonl`."""
-    return Path(output_dir) / SAMPLES_DIR / f"tokens_step_{step}.jsonl"
+    return Path(output_dir) / SAMPLES_DIR / f"{TOKENS}step_{step}.jsonl"
 
 
 def write_tokens(
@@ -120,18 +121,13 @@ def read_tokens(path: str | Path) -> list[TrajectoryTokens]:
 
 def token_steps(output_dir: str | Path) -> list[int]:
     """The steps that have a file, ascending."""
-    steps = []
-    for path in (Path(output_dir) / SAMPLES_DIR).glob("tokens_step_*.jsonl"):
-        if match := re.fullmatch(r"tokens_step_(\d+)\.jsonl", path.name):
-            steps.append(int(match[1]))
-    return sorted(steps)
+    return list(files_of(output_dir, TOKENS))
 
 
-def drop_tokens(output_dir: str | Path, after_step: int) -> None:
-    """Remove files of later steps, which a resumed run writes again."""
-    for step in token_steps(output_dir):
-        if step > after_step:
-            tokens_path(output_dir, step).unlink()
+def read_steps(output_dir: str | Path) -> list[tuple[int, list[TrajectoryTokens]]]:
+    """The trajectories of each step that has a file, of a long run of `STEPS_READ` of them."""
+    steps = spaced(token_steps(output_dir), STEPS_READ)
+    return [(step, read_tokens(tokens_path(output_dir, step))) for step in steps]
 
 
 def _trajectory(fields: Mapping[str, Any]) -> TrajectoryTokens:

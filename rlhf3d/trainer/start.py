@@ -26,7 +26,6 @@ from rlhf3d.machine import package_versions
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.metrics import MetricsWriter
 from rlhf3d.observability.samples import drop_samples
-from rlhf3d.observability.tokens import drop_tokens
 from rlhf3d.observability.trackers.protocol import RunFacts
 from rlhf3d.observability.trackers.registry import open_trackers
 from rlhf3d.placement.journal import JournalWriter
@@ -53,7 +52,6 @@ def prepare_folder(start: Start, config: Config, spec: ModelSpec) -> list[str]:
         if moved := set_aside(store, step):
             notes.append(f"later checkpoints are now named {', '.join(moved)}")
         drop_samples(output, step)
-        drop_tokens(output, step)
     return notes
 
 

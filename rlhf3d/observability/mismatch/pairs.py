@@ -14,17 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf3d.observability.page.answers import spaced
-from rlhf3d.observability.tokens import (
-    TokenSpan,
-    TrajectoryTokens,
-    read_tokens,
-    token_steps,
-    tokens_path,
-)
+from rlhf3d.observability.tokens import TokenSpan, TrajectoryTokens, read_steps
 
-STEPS_READ = 60
-"""Token files that are looked at, evenly over the run: more say the same."""
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -92,14 +83,13 @@ ARRAYS = tuple(item.name for item in fields(Pairs) if item.name not in ("texts",
 
 def read_pairs(run: Path) -> Pairs:
     """The pairs of a run's token files. ValueError where there are none."""
-    steps = token_steps(run)
+    steps = read_steps(run)
     if not steps:
         raise ValueError(
             f"{run} holds no tokens to compare: a run keeps those of the first "
             "trainer.sample_tokens trajectories of each step, which must be above 0"
         )
-    shown = spaced(steps, STEPS_READ)
-    pairs = pairs_of((step, read_tokens(tokens_path(run, step))) for step in shown)
+    pairs = pairs_of(steps)
     if not len(pairs) and not pairs.not_finite:
         raise ValueError(
             f"{run}: its sampled tokens have only the engine's log-probs: with "

@@ -23,6 +23,7 @@ from rlhf3d.observability.samples import (
     read_samples,
     sample_steps,
     samples_path,
+    spaced,
 )
 
 PAIRS = 8
@@ -229,14 +230,6 @@ def _answer(sample: Sample, limit: int, scale: _Scale) -> Answer:
 def shortened(text: str, limit: int) -> tuple[str, int]:
     """The start of a text, and how many characters were left out."""
     return text[:limit], max(0, len(text) - limit)
-
-
-def spaced(steps: Sequence[int], count: int) -> list[int]:
-    """At most so many of them, evenly spaced, the first and the last included."""
-    if len(steps) <= count:
-        return list(steps)
-    places = np.linspace(0, len(steps) - 1, count).round().astype(int)
-    return [steps[place] for place in dict.fromkeys(places.tolist())]
 
 
 def spreads(run: Path) -> dict[str, Spread]:

@@ -9,17 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf3d.observability.page.answers import spaced
-from rlhf3d.observability.tokens import (
-    TokenSpan,
-    TrajectoryTokens,
-    read_tokens,
-    token_steps,
-    tokens_path,
-)
+from rlhf3d.observability.tokens import TokenSpan, TrajectoryTokens, read_steps
 
-STEPS_READ = 60
-"""Token files that are looked at for the worst token."""
 SHOWN_LAST = 6
 """Trajectories of the last step that are shown, besides that with the worst token."""
 TOKENS = 1500
@@ -61,15 +52,14 @@ class Shown:
 
 def trajectories(run: Path) -> list[Shown]:
     """That with the worst token first, then the first of the last step."""
-    steps = token_steps(run)
-    if not steps:
+    looked_at = read_steps(run)
+    if not looked_at:
         return []
-    looked_at = [(step, read_tokens(tokens_path(run, step))) for step in spaced(steps, STEPS_READ)]
     pairs: list[tuple[int, TrajectoryTokens]] = []
     for step, found in looked_at:
         pairs += [(step, one) for one in found]
     worst = max(pairs, key=lambda pair: pair[1].largest_difference, default=None)
-    shown = [pair for pair in pairs if pair[0] == steps[-1]][:SHOWN_LAST]
+    shown = [pair for pair in pairs if pair[0] == looked_at[-1][0]][:SHOWN_LAST]
     if worst is not None and worst[1].largest_difference >= 0:
         shown = [worst, *(pair for pair in shown if pair is not worst)]
     return [_shown(step, one) for step, one in shown]

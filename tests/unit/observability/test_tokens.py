@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf3d.observability.samples import SAMPLES_DIR, sample_steps
+from rlhf3d.observability.samples import SAMPLES_DIR, drop_samples, sample_steps
 from rlhf3d.observability.tokens import (
     TokenSpan,
     TrajectoryTokens,
-    drop_tokens,
     read_tokens,
     rounded,
     token_steps,
@@ -45,7 +44,7 @@ def test_later_steps_are_dropped(tmp_path: Path) -> None:
         write_tokens(tmp_path, step, [ONE])
     (tmp_path / SAMPLES_DIR / "tokens_step_12.partial").touch()
     assert token_steps(tmp_path) == [9, 10, 11]
-    drop_tokens(tmp_path, 9)
+    drop_samples(tmp_path, 9)
     assert token_steps(tmp_path) == [9]
 
 
