@@ -80,6 +80,11 @@ class RunFacts:
     plan_problem: str = ""
     """Why there is none."""
 
+    @property
+    def resumes(self) -> list[int]:
+        """The steps after which the run went on from a checkpoint."""
+        return [step for step, _ in self.starts if step > 0]
+
 
 @dataclass(frozen=True)
 class RunView:

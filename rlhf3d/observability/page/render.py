@@ -38,12 +38,8 @@ from rlhf3d.observability.page.tables import (
     phase_table,
     summary,
 )
-from rlhf3d.observability.page.timelines import as_data
 from rlhf3d.observability.page.trajectories import Shown
-from rlhf3d.observability.page.trends import (
-    training_rows,
-    window,
-)
+from rlhf3d.observability.page.trends import training_rows, window
 from rlhf3d.observability.page.verdict import fine_checks
 
 HELD_OUT = Chart(
@@ -169,18 +165,13 @@ def page_data(runs: Sequence[RunView]) -> dict[str, Any]:
         "windows": [window(len(training_rows(run.rows))) for run in runs],
         "steps": [len(training_rows(run.rows)) for run in runs],
         "charts": list(chart_data(runs)),
-        "resumes": _resumes(runs[0]) if len(runs) == 1 else [],
+        "resumes": runs[0].facts.resumes if len(runs) == 1 else [],
         "phases": [asdict(phase_stack(run.rows)) for run in runs],
         "spreads": [_dicts(run.spreads) for run in runs],
         "groups": [[*map(asdict, run.groups)] for run in runs],
         "trajectories": [[*map(_trajectory, run.trajectories)] for run in runs],
-        "profiles": [as_data(run.profiles) for run in runs],
+        "profiles": [[*map(asdict, run.profiles)] for run in runs],
     }
-
-
-def _resumes(run: RunView) -> list[int]:
-    """The steps after which the run went on from a checkpoint."""
-    return [step for step, _ in run.facts.starts if step > 0]
 
 
 def _dicts(spreads: Mapping[str, Spread]) -> dict[str, Any]:
@@ -225,21 +216,8 @@ def _chart(chart: Chart, found: Sequence[Sequence[Curve]]) -> Any:
 
 
 def _trajectory(shown: Shown) -> Mapping[str, Any]:
-    """A token as a list: its keys would be most of the page."""
-    found = asdict(shown)
-    found["tokens"] = [
-        [
-            token.text,
-            token.id,
-            token.author,
-            token.version,
-            token.engine,
-            token.trainer,
-            _finite(token.difference),
-        ]
-        for token in shown.tokens
-    ]
-    return found
+    tokens = [token._replace(difference=_finite(token.difference)) for token in shown.tokens]
+    return vars(shown) | {"tokens": tokens}
 
 
 def _finite(difference: float | None) -> float | None:

@@ -103,7 +103,7 @@ def summary(run: RunView) -> dict[str, Any]:
     record = run.facts.record
     of = "" if record is None else f" of {record.total_steps}"
     line = f"Steps {first} to {last}{of} in {in_words(sum(values(run.rows, STEP_TIME)))}"
-    resumes = [step for step, _ in run.facts.starts if step > 0]
+    resumes = run.facts.resumes
     if resumes:
         times = "once" if len(resumes) == 1 else f"{len(resumes)} times"
         line += f", resumed {times}"

@@ -7,7 +7,7 @@ named instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -195,19 +195,3 @@ def packed(requests: Sequence[RequestLife]) -> tuple[list[list[int | None]], int
 
 
 _FOREVER = 1 << 62
-
-
-def as_data(found: Sequence[Profile]) -> list[Mapping[str, Any]]:
-    """What the page's script draws."""
-    return [
-        {
-            "step": one.step,
-            "end": one.end,
-            "kinds": one.kinds,
-            "labels": one.labels,
-            "lanes": list(map(vars, one.lanes)),
-            "words": one.words,
-            "note": one.note,
-        }
-        for one in found
-    ]

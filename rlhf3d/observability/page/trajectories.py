@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf3d.observability.tokens import TokenSpan, TrajectoryTokens, read_steps
 
@@ -17,9 +18,8 @@ TOKENS = 1500
 """Tokens of a trajectory that are shown: around its worst one."""
 
 
-@dataclass(frozen=True)
-class Token:
-    """One token, as short as its place in thousands asks for."""
+class Token(NamedTuple):
+    """One token: in a page's data a list, as its keys would be most of the page."""
 
     text: str
     id: int
