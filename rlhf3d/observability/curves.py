@@ -5,19 +5,18 @@ Invariant: drawn from the rows alone, whatever they lack; a panel without data s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.metrics import (
+    Rows,
     keys_of,
     phase_seconds,
     validation_accuracy,
     validation_reward,
 )
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:

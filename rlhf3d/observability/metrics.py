@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ TIMING = "timing_s/"
 STEP_TIME = "timing_s/step"
 KL_TO_REFERENCE = ("actor/reward_kl_penalty", "actor/kl_loss")
 """In the reward, else in the loss; an update without a reference has neither."""
+Rows = Sequence[Mapping[str, Any]]
+"""Of `metrics.jsonl`, in order."""
 Key = TypeVar("Key", str, tuple[str, str])
 
 
@@ -186,6 +189,14 @@ def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith(TIMING) and name != STEP_TIME and value is not None
     }
+
+
+def phase_totals(rows: Rows) -> Counter[str]:
+    """Seconds by phase name, of all rows together."""
+    totals: Counter[str] = Counter()
+    for row in rows:
+        totals.update(phase_seconds(row))
+    return totals
 
 
 def keys_of(mappings: Iterable[Mapping[Key, float]]) -> list[Key]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhf3d.observability.curves import draw_curves, series
+from rlhf3d.observability.curves import draw_curves
 from rlhf3d.observability.metrics import (
     STEP_TIME,
+    Rows,
     keys_of,
     phase_seconds,
+    phase_totals,
     validation_accuracy,
     validation_reward,
 )
@@ -26,6 +28,7 @@ from rlhf3d.observability.page.collect import read_rows
 from rlhf3d.observability.page.learning import binomial_standard_error
 from rlhf3d.observability.page.setup import Setup
 from rlhf3d.observability.page.timelines import profiles
+from rlhf3d.observability.page.trends import mean_of, values
 from rlhf3d.observability.page.verdict import judge
 from rlhf3d.observability.samples import before_after, printable
 
@@ -34,7 +37,6 @@ REPORT_FILE = "report.md"
 
 _TABLE_ROWS = 20
 
-Rows = Sequence[Mapping[str, Any]]
 Points = Sequence[tuple[Mapping[str, Any], float]]
 """Rows and what was measured in them."""
 
@@ -49,7 +51,7 @@ def make_report(run_dir: str | Path, setup: Setup | None = None) -> Path:
     rows = read_rows(Path(run_dir))
     folder = Path(run_dir)
     draw_curves(rows, folder / CURVES_FILE)
-    minutes, record = sum(series(rows, STEP_TIME)[1]) / 60, read_record(folder)
+    minutes, record = sum(values(rows, STEP_TIME)) / 60, read_record(folder)
     of = "" if record is None else f" of {record.total_steps}"
     ended = f"; {record}" if record and record.end else ""
     sections = [
@@ -189,16 +191,13 @@ def _spans(rows: Rows) -> list[Rows]:
 
 
 def _phase_table(rows: Rows) -> str:
-    totals: dict[str, float] = {}
-    for row in rows:
-        for phase, seconds in phase_seconds(row).items():
-            totals[phase] = totals.get(phase, 0.0) + seconds
-    everything = sum(totals.values())
+    totals = phase_totals(rows)
+    everything = totals.total()
     if not everything:
         return "The run has no timings."
     body = []
-    for phase, total in sorted(totals.items(), key=lambda item: -item[1]):
-        times = series(rows, f"timing_s/{phase}")[1]
+    for phase, total in totals.most_common():
+        times = values(rows, f"timing_s/{phase}")
         means = [f"{fmean(times):.1f}", str(len(times))]
         body.append([phase, *means, f"{total:.0f}", f"{total / everything:.0%}"])
     return _table(["phase", "mean, s", "times", "total, s", "share"], body)
@@ -206,7 +205,7 @@ def _phase_table(rows: Rows) -> str:
 
 def _overlap(rows: Rows) -> list[str]:
     """What of the generation training hid, of runs that generate ahead."""
-    if not series(rows, "async/overlap_share")[1]:
+    if not values(rows, "async/overlap_share"):
         return []
     share = _mean(rows, "async/overlap_share", ".0%")
     waited = [_mean(rows, f"async/{who}_waited_s", ".1f") for who in ("trainer", "engines")]
@@ -241,8 +240,8 @@ def _sample_table(folder: Path) -> str:
 
 
 def _mean(rows: Rows, name: str, spec: str) -> str:
-    values = series(rows, name)[1]
-    return f"{fmean(values):{spec}}" if values else "–"
+    mean = mean_of(rows, name)
+    return "–" if mean is None else f"{mean:{spec}}"
 
 
 def _percent(accuracy: float, prompts: float | None) -> str:

@@ -18,6 +18,7 @@ from rlhf3d.checkpoints.store import CONFIG_FILE
 from rlhf3d.config.keys import all_keys
 from rlhf3d.config.load import load_config
 from rlhf3d.config.schema import Config
+from rlhf3d.observability.metrics import Rows
 from rlhf3d.observability.outcome import read_record
 from rlhf3d.observability.page.collect import (
     Planned,
@@ -41,7 +42,6 @@ from rlhf3d.results.run_setup import setup_of
 from rlhf3d.units import GIB
 
 PAGE_FILE = "report.html"
-Rows = Sequence[Mapping[str, Any]]
 
 
 def write_page(runs: Sequence[Path], output: Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from rlhf3d.observability.metrics import STEP_TIME, phase_seconds, validation_accuracy
+from rlhf3d.observability.metrics import STEP_TIME, phase_totals, validation_accuracy
 
 TREND_STEPS = 120
 """Steps that a trend covers."""
@@ -117,15 +117,10 @@ class RunState:
         total = sum(row.get(STEP_TIME, 0.0) for row in self.recent)
         if not total:
             return {}
-        sums: dict[str, float] = {}
-        for row in self.recent:
-            for phase, seconds in phase_seconds(row).items():
-                sums[phase] = sums.get(phase, 0.0) + seconds
+        sums = phase_totals(self.recent)
         # Not below 0: phases of a validation before the first step are in no step.
-        sums["other"] = max(0.0, total - sum(sums.values()))
-        return {
-            phase: seconds / total for phase, seconds in sorted(sums.items(), key=lambda kv: -kv[1])
-        }
+        sums["other"] = max(0.0, total - sums.total())
+        return {phase: seconds / total for phase, seconds in sums.most_common()}
 
     def usual_s(self) -> float | None:
         """The longest that the running phase took before."""

@@ -6,12 +6,11 @@ Invariant: seconds of a step are means of the last steps without what some steps
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlhf3d.observability.metrics import STEP_TIME, phase_seconds
+from rlhf3d.observability.metrics import STEP_TIME, phase_totals
 from rlhf3d.observability.page.advice import TIME, advice
 from rlhf3d.observability.page.findings import Finding, share
 from rlhf3d.observability.page.limits import CUT_WATCH, EARLY_STEPS, EXPLAINED
@@ -91,12 +90,8 @@ def occasional(rows: Rows) -> dict[str, Occasional]:
 def recent_phases(rows: Rows) -> dict[str, float]:
     """Mean seconds a step of each phase over the last steps, without the occasional ones."""
     last = recent(training_rows(rows))
-    totals: Counter[str] = Counter()
-    for row in last:
-        totals.update(phase_seconds(row))
-    return {
-        phase: seconds / len(last) for phase, seconds in totals.items() if phase not in OCCASIONAL
-    }
+    totals = phase_totals(last)
+    return {phase: totals[phase] / len(last) for phase in totals if phase not in OCCASIONAL}
 
 
 def step_seconds(rows: Rows) -> float | None:

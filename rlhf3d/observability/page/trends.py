@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-Rows = Sequence[Mapping[str, Any]]
+from rlhf3d.observability.metrics import Rows
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:
