@@ -1,9 +1,11 @@
-"""Bytes, counts and durations: the factors, the arithmetic and the texts that rooms share.
+"""Bytes, counts, names and durations: the factors, arithmetic and texts that rooms share.
 
-Invariant: imports nothing; each of these facts stands here alone.
+Invariant: imports nothing of the package; each of these facts stands here alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NS = 10**9
@@ -50,6 +52,12 @@ def counted(count: int, what: str) -> str:
     """Return `1 step`, `2 steps`: of what has a plural in s, or in es after `ch`."""
     plural = "es" if what.endswith("ch") else "s"
     return f"{count} {what}{'' if count == 1 else plural}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names and how many others there are: `a, b, c and 4 more`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def format_clock(seconds: float) -> str:

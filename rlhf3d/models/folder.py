@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.paths import read_json, refuse_pointer
+from rlhf3d.units import some
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -69,7 +70,7 @@ def weight_files(folder: Path) -> WeightFiles:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{folder} lacks {_some(missing)}, {len(missing)} of the {len(names)} files that "
+                f"{folder} lacks {some(missing)}, {len(missing)} of the {len(names)} files that "
                 f"{INDEX_NAME} names; download them"
             )
         return _chosen(folder, names, weight_map)
@@ -85,7 +86,7 @@ def _refuse_second_model(folder: Path, index: Path) -> None:
     if shards and all((folder / name).is_file() for name in shards):
         raise ValueError(
             f"{folder} holds two models: {SINGLE_NAME}, which transformers would load, and "
-            f"{_some(shards)} of {INDEX_NAME}, which vLLM would load; remove one of them"
+            f"{some(shards)} of {INDEX_NAME}, which vLLM would load; remove one of them"
         )
 
 
@@ -120,7 +121,7 @@ def _shards_without_index(folder: Path) -> list[str]:
     ((count, names),) = sets.items()
     if len(names) != count:
         raise ValueError(
-            f"{folder} has {len(names)} of {count} shards ({_some(names)}); download the others"
+            f"{folder} has {len(names)} of {count} shards ({some(names)}); download the others"
         )
     return names
 
@@ -131,7 +132,7 @@ def _no_weights(folder: Path) -> str:
     pickles = [name for name in others if not name.endswith((".safetensors", ".gguf"))]
     if broken:
         return (
-            f"{folder}: {_some(broken)} links to a file that is not there; download the model again"
+            f"{folder}: {some(broken)} links to a file that is not there; download the model again"
         )
     if "adapter_model.safetensors" in others:
         return (
@@ -147,7 +148,7 @@ def _no_weights(folder: Path) -> str:
     if others:
         return (
             f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}; "
-            f"{_some(others)} is not what transformers loads"
+            f"{some(others)} is not what transformers loads"
         )
     return (
         f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; "
@@ -199,7 +200,7 @@ def model_tensors(files: WeightFiles) -> dict[str, TensorInfo]:
     if lost:
         raise ValueError(
             f"{files.folder / INDEX_NAME} names tensors that are not there: "
-            f"{_some(lost)} should be in {files.weight_map[lost[0]]}"
+            f"{some(lost)} should be in {files.weight_map[lost[0]]}"
         )
     return found
 
@@ -247,8 +248,3 @@ def _entry(path: Path, base: int, entry: dict[str, Any]) -> tuple[TensorInfo, in
     assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     assert dtype not in DTYPE_BYTES or stop - start == prod(shape) * DTYPE_BYTES[dtype]
     return TensorInfo(path, dtype, shape, base + start), base + stop
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

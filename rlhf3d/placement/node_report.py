@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rlhf3d.machine import package_versions
-from rlhf3d.units import GIB
+from rlhf3d.units import GIB, some
 
 PACKAGES = (
     "torch",
@@ -131,7 +131,7 @@ def _file_problems(report: NodeReport, wanted: Wanted) -> list[str]:
     missing = [path for path, size in report.files.items() if size < 0]
     if missing:
         problems.append(
-            f"does not see {_some(missing)}: put model, data and code at the same path on every "
+            f"does not see {some(missing)}: put model, data and code at the same path on every "
             "node, or on a shared file system, and start Ray there in the driver's working folder"
         )
     for path, size in report.files.items():
@@ -191,12 +191,6 @@ def _folder_problems(report: NodeReport, wanted: Wanted) -> list[str]:
             "mount or rights"
         ]
     return []
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names as text."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _read_soon(path: Path) -> str | None:

@@ -14,14 +14,13 @@ from datetime import datetime
 
 from rlhf3d.placement.journal import Command, Made, Segment, asked, trajectory_of
 from rlhf3d.rollout.api import Request
+from rlhf3d.units import some
 
 CAUSES = (
     "What usually does this: an environment, tool or reward that does not depend on its seed and "
     "input alone (time, network, a deadline that was missed), data or code changed since, other "
     "library versions, or another kind of processor."
 )
-_SHOWN = 3
-"""Names in a message."""
 
 
 class Divergence(RuntimeError):
@@ -100,7 +99,7 @@ class Script:
         """A step is complete, and trained on these trajectories."""
         run = self._steps[step]
         if tuple(names) != run:
-            here, there = (_some(sorted(set(a) - set(b))) for a, b in ((names, run), (run, names)))
+            here, there = (some(sorted(set(a) - set(b))) for a, b in ((names, run), (run, names)))
             what = f"{here or 'no others'}, in the run {there or 'in another order'}"
             raise Divergence(f"step {step} trained on {what}")
         self._trained = step
@@ -231,10 +230,10 @@ class Script:
             names = [name.name for name in command.requests] or list(command.names)
             held = self._held.get((engine, number), {})
             missing = [name for place, name in enumerate(names) if place not in held]
-            wanted = f": {_some(missing)}" if missing else ""
+            wanted = f": {some(missing)}" if missing else ""
             lines.append(f"{command.method} did not come ({self._when(engine, number)}){wanted}")
         if self._beyond:
-            lines.append(f"requests that the run has not: {_some(self._beyond)}")
+            lines.append(f"requests that the run has not: {some(self._beyond)}")
         return "; ".join(lines)
 
     def _next(self, engine: int) -> Command | None:
@@ -249,9 +248,3 @@ class Script:
 
 def _called(method: str, version: object) -> str:
     return method if version is None else f"{method} of policy {version}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    listed = ", ".join(names[:_SHOWN])
-    return f"{listed} and {more} more" if more > 0 else listed
