@@ -59,22 +59,21 @@ class MicroBatching:
 class UpdatePlan:
     """How one model's update is cut: epochs > mini-batches (optimizer steps) > micro-batches."""
 
-    mini_batch_size: int
-    """Prompts per optimizer step."""
     mini_batches: int
     """Mini-batches per epoch."""
     sequences_per_mini_batch: int
     """Trajectories per optimizer step, over all data-parallel ranks."""
-    sequences_per_rank: int
-    """Sequences per optimizer step on one data-parallel rank; with a token budget, on average."""
     micro_batching: MicroBatching
-    """How they are cut into forward/backward passes, on each data-parallel rank."""
+    """How its sequences are cut into forward/backward passes, on each data-parallel rank."""
     micro_batches_per_rank: int | None
     """Passes per optimizer step on one data-parallel rank; None where a budget decides."""
     epochs: int
     """Passes over the batch per training step."""
-    optimizer_steps_per_step: int
-    """Optimizer steps per training step."""
+
+    @property
+    def optimizer_steps_per_step(self) -> int:
+        """Optimizer steps per training step."""
+        return self.mini_batches * self.epochs
 
 
 def plan_micro_batches(

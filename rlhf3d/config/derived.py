@@ -243,17 +243,12 @@ def _update_plan(
     """The plan of a model with `dp` replicas; a step has `prompts`, and of each `n` completions."""
     mini, micro, epochs, budget = batching
     sequences = mini * n
-    # Exact, as the next division: `size_checks` refuses what does not divide.
-    per_rank = sequences // dp
-    mini_batches = prompts // mini
     return UpdatePlan(
-        mini_batch_size=mini,
-        mini_batches=mini_batches,
+        # All divisions are exact: `size_checks` refuses what does not divide.
+        mini_batches=prompts // mini,
         sequences_per_mini_batch=sequences,
-        sequences_per_rank=per_rank,
         micro_batching=rule,
         # By tokens their number differs from batch to batch.
-        micro_batches_per_rank=per_rank // micro if budget is None else None,
+        micro_batches_per_rank=sequences // dp // micro if budget is None else None,
         epochs=epochs,
-        optimizer_steps_per_step=mini_batches * epochs,
     )

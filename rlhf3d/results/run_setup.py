@@ -63,7 +63,6 @@ def setup_of(path: Path) -> Setup:
         about=", ".join(part for part in about if part),
         scoring=_scoring(reward, config.custom_reward_function, config.reward_model.path),
         needs_groups=groups,
-        needs_values=has_critic,
         old_from_engine=algorithm.rollout_correction.bypass_mode,
         max_staleness=rollout.max_staleness,
         on_cpu=on_cpu,

@@ -54,7 +54,7 @@ def update(rank: int, port: int, layout: ParallelLayout, folder: Path) -> dict:
 
     stopping = join(rank, port, folder, layout)
     objective = PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", kl_loss_coef=0.1)
-    plan = UpdatePlan(4, 2, 4, 4 // layout.dp, MicroBatching(rows=2), None, 1, 2)
+    plan = UpdatePlan(2, 4, MicroBatching(rows=2), None, 1)
     share = split_update(make_batch(), plan, layout, 5, float)[layout.coords(rank).dp]
 
     def run(context: EngineContext, minis: list, share=share, objective=objective) -> tuple:

@@ -165,9 +165,7 @@ def measure_model(context, case: Case, folder: Path, role: str) -> Measured:
     engine = MegatronEngine(context, role, str(folder), OptimConfig(lr=1e-3))
     batch = make_batch(ROWS * case.micro_batches * case.layout.dp)
     sequences, dp = len(batch), case.layout.coords(context.rank).dp
-    plan = UpdatePlan(
-        sequences, 1, sequences, sequences // case.layout.dp, case.rule, case.micro_batches, 1, 1
-    )
+    plan = UpdatePlan(1, sequences, case.rule, case.micro_batches, 1)
     objective = (
         ValueObjective(0.2, "token-mean")
         if role == "value"

@@ -120,7 +120,6 @@ def setup(**changed: Any) -> Setup:
             about="PPO (gae), tiny float32",
             scoring="The score is `judge` in rewards.py.",
             needs_groups=True,
-            needs_values=True,
             old_from_engine=False,
             max_staleness=1,
             on_cpu=True,

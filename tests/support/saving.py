@@ -37,7 +37,7 @@ def train_and_save(
     from rlhf3d.engine.megatron_engine import MegatronEngine
 
     context, layout, whole = start(rank, port, case, model), case.layout, make_batch()
-    plan = UpdatePlan(SEQUENCES, 1, SEQUENCES, 0, case.fixed, None, 1, 1)
+    plan = UpdatePlan(1, SEQUENCES, case.fixed, None, 1)
     share = split_update(whole, plan, layout, MAX_RESPONSE_TOKENS, float)[layout.coords(rank).dp]
     rows, result = whole.select(share.rows), {}
     optim = OptimConfig(lr=1e-2, eps=1e-3, lr_decay_style="linear", lr_warmup_steps=2)

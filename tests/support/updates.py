@@ -258,14 +258,7 @@ def one_update(context: Any, folder: Path, update: Update) -> dict:
     batch = for_update(update.make_batch())
     layout, cost = context.layout, SequenceCost(0.02)
     dp = layout.coords(context.rank).dp
-    sizes = {"mini_batch_size": update.mini_batch, "sequences_per_mini_batch": update.mini_batch}
-    counts = {
-        "mini_batches": 2,
-        "optimizer_steps_per_step": 2,
-        "sequences_per_rank": 0,
-        "micro_batches_per_rank": None,
-    }
-    plan = UpdatePlan(**sizes, **counts, micro_batching=update.rule, epochs=1)
+    plan = UpdatePlan(2, update.mini_batch, update.rule, None, epochs=1)
     role = "value" if isinstance(update.objective, ValueObjective) else "policy"
     # A large epsilon keeps Adam from turning round-off in tiny gradients into whole steps.
     engine = MegatronEngine(

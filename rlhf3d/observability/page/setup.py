@@ -18,8 +18,6 @@ class Setup:
     """What gives the score, in a sentence or two."""
     needs_groups: bool | None
     """Whether advantages compare the completions of a prompt; None of a user's own estimator."""
-    needs_values: bool | None
-    """Whether they need a value model."""
     old_from_engine: bool
     """The engines' log-probs are the old ones (bypass mode): the trainer computes none."""
     max_staleness: int

@@ -36,14 +36,11 @@ def batch_of(lengths: list[int]) -> Batch:
 
 def plan(mini: int, rule: MicroBatching, epochs: int = 1) -> UpdatePlan:
     return UpdatePlan(
-        mini_batch_size=mini,
         mini_batches=0,
         sequences_per_mini_batch=mini,
-        sequences_per_rank=0,
         micro_batching=rule,
         micro_batches_per_rank=0,
         epochs=epochs,
-        optimizer_steps_per_step=0,
     )
 
 

@@ -131,7 +131,7 @@ def test_completions_of_a_prompt_stay_together_and_ranks_get_equal_work() -> Non
         assert sum(share.positions for share in shares) == 8 * (6 + 4 * 5)
         assert shared_prefix_share(batch, shares) == pytest.approx(1 - 26 / 44)
         assert padding_share(shares) == 0.0
-    plan = UpdatePlan(8, 1, 32, 16, rule, 4, 1, 1)
+    plan = UpdatePlan(1, 32, rule, 4, 1)
     (share,) = split_update(batch, plan, ParallelLayout(), 5, COST)
     assert share.positions == 8 * (6 + 4 * 5)
 

@@ -55,11 +55,7 @@ def test_counts_by_hand() -> None:
     assert derived.sequences_per_step == 240
     assert derived.max_sequence_length == 128
     actor = derived.actor
-    assert (actor.mini_batches, actor.sequences_per_mini_batch, actor.sequences_per_rank) == (
-        3,
-        80,
-        20,
-    )
+    assert (actor.mini_batches, actor.sequences_per_mini_batch) == (3, 80)
     assert (actor.micro_batches_per_rank, actor.optimizer_steps_per_step) == (10, 6)
     assert derived.critic is not None
     assert (derived.critic.mini_batches, derived.critic.micro_batches_per_rank) == (1, 12)
@@ -147,7 +143,7 @@ def test_a_critic_with_a_layout_of_its_own() -> None:
     assert derived.world_size == 24 + 12 and derived.layout.world_size == 24
     assert derived.devices == 24  # the critic's ranks are on the actor's GPUs
     assert derived.critic is not None and derived.critic.micro_batching.multiple_of == 2
-    assert (derived.critic.sequences_per_rank, derived.critic.micro_batches_per_rank) == (40, 8)
+    assert derived.critic.micro_batches_per_rank == 8
     assert derived.actor == derive(CONFIG).actor
     text = "\n".join(summary_lines(config, derived))
     assert "actor group (actor, reference): TP3×PP2×DP4×VPP2 = 24 ranks" in text

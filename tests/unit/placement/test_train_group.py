@@ -84,7 +84,7 @@ def test_rows_keep_their_order_and_padding_is_told_once() -> None:
         outputs = group.forward(phase, "actor", batch, measure_padding=measured)
         assert outputs["logprobs"][:, 0].tolist() == lengths
     assert group.forward("values", "critic", batch)["logprobs"][:, 0].tolist() == lengths
-    plan = UpdatePlan(7, 1, 7, 3, RULE, None, 2, 2)
+    plan = UpdatePlan(1, 7, RULE, None, 2)
     metrics, logprobs = group.update("actor", batch, plan, OBJECTIVE)
     assert logprobs is None
     assert {objective for _, _, _, objective in group.updates} == {OBJECTIVE}
@@ -112,7 +112,7 @@ def test_log_probs_of_an_update_come_back_in_the_order_of_rows(loss: str) -> Non
     batch = batch.with_columns(trajectory_ids=torch.tensor([0, 0, 1, 2, 2, 3, 4]))
     settings = PolicyLossSettings()
     objective = PolicyObjective(loss, settings, "token-mean", old_is_current=True)
-    plan = UpdatePlan(5, 1, 5, 3, RULE, None, 1, 1)
+    plan = UpdatePlan(1, 5, RULE, None, 1)
     metrics, logprobs = DryGroup().update("actor", batch, plan, objective)
     assert logprobs is not None and logprobs[:, 0].tolist() == lengths
     assert logprobs.shape == batch["response_mask"].shape and metrics["actor/loss"] == 3.0
@@ -124,7 +124,7 @@ def test_ranks_get_what_losses_need_of_trajectories_of_several_rows(loss: str) -
     owners = [0, 0, 1, 2, 2]
     batch = from_sequences([[1]] * 5, [[2] * n for n in (9, 1, 8, 5, 6)], pad_id=0)
     batch = batch.with_columns(trajectory_ids=torch.tensor(owners))
-    group, plan = DryGroup(), UpdatePlan(3, 1, 3, 2, MicroBatching(2), None, 1, 1)
+    group, plan = DryGroup(), UpdatePlan(1, 3, MicroBatching(2), None, 1)
     objective = PolicyObjective(loss, PolicyLossSettings(), "seq-mean-token-mean")
     group.update("actor", batch, plan, objective)
     cut, sent = [], []

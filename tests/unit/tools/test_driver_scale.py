@@ -69,7 +69,7 @@ def batch_of(rows: int) -> Batch:
 
 def run_phases(group: TrainGroup, batch: Batch) -> None:
     """Each row's log-probs come back to it."""
-    plan = UpdatePlan(len(batch), 1, len(batch), 1, RULE, None, 1, 1)
+    plan = UpdatePlan(1, len(batch), RULE, None, 1)
     objective = PolicyObjective("vanilla", PolicyLossSettings(), "token-mean", old_is_current=True)
     for phase in ("old_logprobs", "ref_logprobs"):
         logprobs = group.forward(phase, "actor", batch)["logprobs"]

@@ -23,9 +23,7 @@ def batch() -> Batch:
 
 
 def plan(sequences: int) -> UpdatePlan:
-    return UpdatePlan(
-        sequences, 2 // sequences, sequences, sequences, MicroBatching(rows=1), 1, 1, 1
-    )
+    return UpdatePlan(2 // sequences, sequences, MicroBatching(rows=1), 1, 1)
 
 
 def test_nothing_asked_is_measured_only() -> None:

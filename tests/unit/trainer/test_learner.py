@@ -126,7 +126,7 @@ def test_turn_rewards_sum_to_what_groups_are_compared_by() -> None:
 
 
 def plan(rule: MicroBatching, trajectories: int = 4) -> UpdatePlan:
-    return UpdatePlan(trajectories, 0, trajectories, 0, rule, None, 1, 0)
+    return UpdatePlan(0, trajectories, rule, None, 1)
 
 
 CORRECTIONS = [
