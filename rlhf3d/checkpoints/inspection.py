@@ -7,7 +7,7 @@ Invariant: only reads. Every file that is missing, cut off or (with `deep`) chan
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import chain
 from math import prod
@@ -35,7 +35,11 @@ def inspect(path: Path, deep: bool = False) -> dict[str, Any]:
     """
     kind = kind_of(path)
     look = {"hf": _hf, "megatron": _megatron, "checkpoint": _checkpoint, "run": _run}[kind]
-    found = {"path": str(path), "kind": kind, **look(path, deep)}
+    try:
+        contents = look(path, deep)
+    except ValueError as error:
+        contents = {"problems": [str(error)]}
+    found = {"path": str(path), "kind": kind, **contents}
     skipped = [] if deep else ["contents of files (--deep reads them)"]
     last = {
         "not_compared": skipped + found.pop("not_compared", []),
@@ -60,10 +64,6 @@ def _run(path: Path, deep: bool) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _readable_checkpoint(path, deep))
-
-
-def _readable_checkpoint(path: Path, deep: bool) -> dict[str, Any]:
     manifest = read_manifest(path)
     damaged = problems(path, manifest, contents=deep)
     found = asdict(manifest) | {
@@ -114,18 +114,8 @@ def _ahead(checkpoint: Path) -> dict[str, dict[str, int]]:
         return {}  # damaged, which its checksum shows
 
 
-def _attempt(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return look()
-    except ValueError as error:
-        return {"problems": [str(error)]}
-
-
 def _megatron(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _megatron_contents(megatron_folder(path, None), deep))
-
-
-def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
+    path = megatron_folder(path, None)
     reader = TorchDistReader(path)
     weights = {key: reader.tensors[key] for key in reader.weight_keys()}
     has_value_head = any(key.endswith("value_head.weight") for key in weights)
@@ -161,10 +151,6 @@ def _megatron_contents(path: Path, deep: bool) -> dict[str, Any]:
 
 
 def _hf(path: Path, deep: bool) -> dict[str, Any]:
-    return _attempt(lambda: _hf_contents(path, deep))
-
-
-def _hf_contents(path: Path, deep: bool) -> dict[str, Any]:
     hf = open_hf(path, None)
     reader = hf.reader
     found = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rlhf3d.options import AsJson, option_groups, refuse_unused
 from rlhf3d.paths import check_output
 
+if TYPE_CHECKING:
+    from rlhf3d.observability.samples import Sample
+
 
 @dataclass(frozen=True)
 class Filters:
-    """Which generations are shown."""
+    """Which generations are shown; several conditions all hold."""
 
     wrong: Annotated[bool, typer.Option("--wrong", help="Only answers that are wrong.")] = False
     right: Annotated[bool, typer.Option("--right", help="Only answers that are right.")] = False
@@ -37,6 +40,19 @@ class Filters:
             raise ValueError(
                 "of --right, --wrong, --unparsable and --failed give one: no answer is two of them"
             )
+
+    def keeps(self, sample: Sample) -> bool:
+        """Return whether a sample is shown."""
+        scored = sample.outcome == "scored"
+        text = f"{sample.prompt}\n{sample.transcript}".lower()
+        conditions = (
+            (self.wrong, scored and sample.score < 1.0),
+            (self.right, scored and sample.score >= 1.0),
+            (self.unparsable, sample.outcome == "unparsable"),
+            (self.failed, sample.outcome not in ("scored", "unparsable")),
+            (self.truncated, sample.finish_reason == "length"),
+        )
+        return self.contains.lower() in text and all(holds for asked, holds in conditions if asked)
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,8 @@ def samples(
     Example: rlhf3d samples runs/quickstart --step 8 --wrong
     """
     import json
-    from dataclasses import asdict
 
-    from rlhf3d.evaluation.browse import Filter, load, samples_view
+    from rlhf3d.evaluation.browse import load, samples_view
     from rlhf3d.evaluation.tokens import chosen as choose
     from rlhf3d.evaluation.tokens import load_tokens, tokens_view
 
@@ -105,8 +120,7 @@ def samples(
         tokens_view(f"{run} step {found}", trajectories, one).show(as_json)
         return
     title, generations = load(run, step, kind)
-    chosen = Filter(**asdict(filters))
-    view = samples_view(title, generations, chosen, limit)
+    view = samples_view(title, generations, filters.keeps, limit)
     if not as_json:
         view.show()
         return

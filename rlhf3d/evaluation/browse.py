@@ -6,8 +6,8 @@ that a model wrote reaches the terminal without control characters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from rich.text import Text
@@ -24,35 +24,6 @@ from rlhf3d.observability.samples import (
 from rlhf3d.observability.tables import View
 
 KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which samples to show; several conditions all hold."""
-
-    wrong: bool = False
-    """Scored below 1, with an answer."""
-    right: bool = False
-    unparsable: bool = False
-    failed: bool = False
-    """Timeout or error, of the scoring or of the environment."""
-    truncated: bool = False
-    """Cut off at the longest completion."""
-    contains: str = ""
-    """Text in prompt or turns, whatever its case."""
-
-    def keeps(self, sample: Sample) -> bool:
-        """Return whether a sample is shown."""
-        scored = sample.outcome == "scored"
-        text = f"{sample.prompt}\n{sample.transcript}".lower()
-        conditions = (
-            (self.wrong, scored and sample.score < 1.0),
-            (self.right, scored and sample.score >= 1.0),
-            (self.unparsable, sample.outcome == "unparsable"),
-            (self.failed, sample.outcome not in ("scored", "unparsable")),
-            (self.truncated, sample.finish_reason == "length"),
-        )
-        return self.contains.lower() in text and all(holds for asked, holds in conditions if asked)
 
 
 def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sample]]:
@@ -88,9 +59,11 @@ def _sample(generation: Generation) -> Sample:
     return Sample(**{name: getattr(generation, name) for name in shared}, policy_version=0)
 
 
-def samples_view(title: str, samples: Sequence[Sample], wanted: Filter, limit: int) -> View:
-    """Return the first `limit` samples that `wanted` keeps, in full."""
-    kept = [sample for sample in samples if wanted.keeps(sample)]
+def samples_view(
+    title: str, samples: Sequence[Sample], wanted: Callable[[Sample], bool], limit: int
+) -> View:
+    """Return the first `limit` samples that are `wanted`, in full."""
+    kept = [sample for sample in samples if wanted(sample)]
     shown = kept[:limit]
     parts: list[Text] = []
     for sample in shown:

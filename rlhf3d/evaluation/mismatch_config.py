@@ -58,8 +58,7 @@ def try_config(
     output = Path(config.trainer.output_dir)
     folder = output.with_name(f"{output.name}_{FOLDER}")
     settings, notes = settings_in(config.model, config.rollout)
-    compared = compare(config, folder, answers, preemption)
-    variations = [Variation(one.kind, one.pairs, settings, one.note) for one in compared]
+    variations = compare(config, settings, folder, answers, preemption)
     if float32 and settings.precision != "float32":
         model = replace(config.model, dtype="float32")
         rollout = replace(config.rollout, dtype="float32", quantization="none")
@@ -67,9 +66,10 @@ def try_config(
         if problems := [*check(varied), *preflight(varied)]:
             notes.append(f"float32 was not tried: {'; '.join(problems)}")
         else:
-            (found,) = compare(varied, folder / "float32", answers, preemption, only=True)
             exact = replace(settings, precision="float32")
-            variations.append(Variation("float32", found.pairs, exact, found.note))
+            own = folder / "float32"
+            (found,) = compare(varied, exact, own, answers, preemption, only=True)
+            variations.append(replace(found, kind="float32"))
     examined = examine_pairs(folder, variations[0].pairs, settings, notes)
     return Tried(folder, examined, variations, conclude(examined.diagnosis, variations))
 

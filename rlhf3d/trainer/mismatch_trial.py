@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from rlhf3d.observability.console import Console
 from rlhf3d.observability.live.waits import waited
 from rlhf3d.observability.logs import quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import MetricsWriter
+from rlhf3d.observability.mismatch.causes import Settings
 from rlhf3d.observability.mismatch.pairs import Pairs, pairs_of
-from rlhf3d.observability.mismatch.trial import Kind
+from rlhf3d.observability.mismatch.trial import Kind, Variation
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.journal import JournalWriter
 from rlhf3d.rewards.manager import RewardManager
@@ -49,21 +50,18 @@ SEED_STEP = 0
 """The step that the requests' seeds are of: no step of training."""
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Pairs of log-probs, and how they were made."""
-
-    kind: Kind
-    pairs: Pairs
-    note: str = ""
-
-
 def compare(
-    config: Config, folder: Path, answers: int, preemption: PreemptionHandler, only: bool = False
-) -> list[Compared]:
+    config: Config,
+    settings: Settings,
+    folder: Path,
+    answers: int,
+    preemption: PreemptionHandler,
+    only: bool = False,
+) -> list[Variation]:
     """Start a checked configuration's engines and actor, and compare; `only` as configured.
 
-    Logs and tokens go to `folder`. ValueError where a file of the configuration is wrong.
+    `settings`: those of the configuration, by which what is found is judged. Logs and tokens go to
+    `folder`. ValueError where a file of the configuration is wrong.
     """
     quiet_libraries()
     platform = choose_platform(config.cluster.platform)
@@ -89,7 +87,7 @@ def compare(
         assembly = Assembly.start(
             stack, config, derived, inputs, platform, rewards, log, journal, preemption
         )
-        rig = _Rig(assembly)
+        rig = _Rig(assembly, settings)
         found = [rig.as_configured(answers)] if only else list(rig.compare_all(answers))
         assembly.processes.rollout.close()
         return found
@@ -104,7 +102,8 @@ def _actor_alone(derived: Derived) -> Derived:
 class _Rig:
     """The started parts, and what was written with them."""
 
-    def __init__(self, assembly: Assembly) -> None:
+    def __init__(self, assembly: Assembly, settings: Settings) -> None:
+        self._settings = settings
         self._log, self._inputs = assembly.log, assembly.inputs
         self._rollout = assembly.processes.rollout
         self._weights = assembly.weight_sync()
@@ -120,12 +119,12 @@ class _Rig:
             assembly.config.data.max_response_length,
         )
 
-    def as_configured(self, count: int) -> Compared:
+    def as_configured(self, count: int) -> Variation:
         """What a first step compares; its tokens are written."""
         written = self._write(_requests(self._inputs, count, self._seed, self.sampling))
         return self._configured(written, self._trained(written))
 
-    def compare_all(self, count: int) -> Iterator[Compared]:
+    def compare_all(self, count: int) -> Iterator[Variation]:
         """That, and with one thing varied at a time."""
         sampling = self.sampling
         requests = _requests(self._inputs, count, self._seed, sampling)
@@ -139,26 +138,28 @@ class _Rig:
         yield self._configured(written, trained)
         for number, engine in enumerate(read):
             note = f"engine {number}" if len(read) > 1 else ""
-            yield Compared("read", self._pairs(engine, trained), note)
-        yield Compared("sampled", self._pairs(few, _logprobs(read[0])))
+            yield self._variation("read", self._pairs(engine, trained), note)
+        yield self._variation("sampled", self._pairs(few, _logprobs(read[0])))
         if raw:
-            yield Compared("raw", self._pairs(few, _logprobs(raw[0])))
+            yield self._variation("raw", self._pairs(few, _logprobs(raw[0])))
         again = self._write(requests)
-        yield Compared(
-            "again", self._pairs(again, self._trained(again)), _differing(written, again)
-        )
+        pairs = self._pairs(again, self._trained(again))
+        yield self._variation("again", pairs, _differing(written, again))
         if sampling.top_p < 1 or sampling.top_k > 0:
             whole = replace(sampling, top_p=1.0, top_k=-1)
             other = self._write([replace(request, sampling=whole) for request in requests])
-            yield Compared("whole", self._pairs(other, self._trained(other)))
+            yield self._variation("whole", self._pairs(other, self._trained(other)))
 
-    def _configured(self, written: Experience, trained: Tensor) -> Compared:
+    def _variation(self, kind: Kind, pairs: Pairs, note: str = "") -> Variation:
+        return Variation(kind, pairs, self._settings, note)
+
+    def _configured(self, written: Experience, trained: Tensor) -> Variation:
         rows = _rows(written)
         tokenizer, total = self._inputs.tokenizer, len(rows)
         prompts = sum(_survives(tokenizer, row.prompt_ids) for row in rows)
         answers = sum(_survives(tokenizer, row.response_ids) for row in rows)
         note = f"decoded and encoded: {prompts} of {total} prompts, {answers} answers are the same"
-        return Compared("configured", self._pairs(written, trained, keep=True), note)
+        return self._variation("configured", self._pairs(written, trained, keep=True), note)
 
     def _write(self, requests: Sequence[TrajectoryRequest]) -> Experience:
         """Sync the weights, whatever the engines have, and have them answer."""

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rlhf3d import cli
-from rlhf3d.evaluation.browse import Filter, clean, load
+from rlhf3d.commands.results import Filters
+from rlhf3d.evaluation.browse import clean, load
 from rlhf3d.evaluation.records import Generation, append_generations
 from rlhf3d.observability.samples import Sample, write_samples
 
@@ -31,18 +32,18 @@ def show(*arguments: object) -> str:
 @pytest.mark.parametrize(
     ("wanted", "kept"),
     [
-        (Filter(), ALL),
-        (Filter(wrong=True), [WRONG]),
-        (Filter(right=True), [RIGHT]),
-        (Filter(unparsable=True), [NONE]),
-        (Filter(failed=True), [LATE]),
-        (Filter(truncated=True), [NONE]),
-        (Filter(contains="SIX"), [WRONG]),
-        (Filter(contains="2+3"), ALL),
-        (Filter(wrong=True, truncated=True), []),
+        (Filters(), ALL),
+        (Filters(wrong=True), [WRONG]),
+        (Filters(right=True), [RIGHT]),
+        (Filters(unparsable=True), [NONE]),
+        (Filters(failed=True), [LATE]),
+        (Filters(truncated=True), [NONE]),
+        (Filters(contains="SIX"), [WRONG]),
+        (Filters(contains="2+3"), ALL),
+        (Filters(wrong=True, truncated=True), []),
     ],
 )
-def test_filters(wanted: Filter, kept: list[Sample]) -> None:
+def test_filters(wanted: Filters, kept: list[Sample]) -> None:
     assert [sample for sample in ALL if wanted.keeps(sample)] == kept
 
 
