@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class CheckpointWriter:
         partial = self.store.begin(step)
         save = _Save(step, partial, {"policy_version": policy_version, "metric": metric}, began)
         wait = wait or not self.config.async_save
-        with self._removed_on_error(partial):
+        with self._removed_on_error(save):
             driver = {"step": step, **self._identity, **state()}
             (partial / DRIVER_FILE).write_text(json.dumps(driver, indent=1))
             (partial / CONFIG_FILE).write_text(self._config_text, encoding="utf-8")
@@ -163,7 +163,7 @@ class CheckpointWriter:
         if save is None:
             return {}
         began = time.monotonic()
-        with self._removed_on_error(save.folder):
+        with self._removed_on_error(save):
             # What the driver wrote, read while the disk still writes the ranks' files, of which
             # they report the sizes and checksums.
             save.files |= infos_below(save.folder, skip=self.models)
@@ -202,16 +202,20 @@ class CheckpointWriter:
             reached(f"{role} written")
 
     @contextmanager
-    def _removed_on_error(self, partial: Path) -> Iterator[None]:
+    def _removed_on_error(self, save: _Save) -> Iterator[None]:
         """Give back the disk's room when a save fails, and say what to do about a full one."""
         try:
             yield
         except (OSError, RuntimeError) as error:
+            # Whatever failed, other ranks may still write into what is to be removed.
+            while save.writing:
+                with suppress(RuntimeError):
+                    self._collect(save)
             # torch's own writer calls a full disk an iostream error.
             # Asked before the removal, which makes room.
             free = shutil.disk_usage(self.store.folder).free
             full = free < _FULL_BYTES or "No space left on device" in str(error)
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(save.folder, ignore_errors=True)
             if full and isinstance(error, WorkerFailure | OSError):
                 raise RuntimeError(
                     f"the disk of {self.store.folder} is full; the checkpoint under way was "

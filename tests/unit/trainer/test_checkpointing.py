@@ -250,6 +250,36 @@ def test_a_background_failure_is_raised_at_the_next_boundary(model: Path, tmp_pa
     assert made.store.steps() == [1] and made.store.clean() == [] and made.finish() == {}
 
 
+@pytest.mark.parametrize("fault", ["driver", "actor"])
+def test_a_save_that_fails_is_removed_after_all_ranks_have_written(
+    fault: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    class Slow(FakeGroup):
+        def call_all(self, phase: str, method: Any, *args: Any) -> list[Any]:
+            if method is not TrainWorker.finish_save:
+                return super().call_all(phase, method, *args)
+            folder = self.folders.pop(0)
+            (folder / "__2_0.distcp").write_bytes(b"the last of it")  # the folder is there
+            ended.append(folder.name)
+            if (fault, folder.name) == ("actor", "actor"):
+                raise checkpointing.WorkerFailure("save_checkpoint failed on rank 1: broken")
+            return [{}]
+
+    def unreadable(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("the driver's files cannot be read")
+
+    made = make_writer(model, tmp_path, Slow(), async_save=True)
+    save(made, 1)
+    if fault == "driver":
+        monkeypatch.setattr(checkpointing, "infos_below", unreadable)
+    with pytest.raises((OSError, RuntimeError), match=r"cannot be read|broken"):
+        made.finish()
+    assert ended == ["actor", "critic"]
+    assert list(made.store.folder.iterdir()) == [] and made.finish() == {}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of half a MiB."""
