@@ -9,7 +9,7 @@ Pure: rows and numbers, no processes. A plan is complete before its pass starts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 
 from rlhf3d.algorithms.aggregation import LossNorm, loss_norm
@@ -33,46 +33,21 @@ class MiniBatch:
     """Counts of the mini-batch over all data-parallel ranks."""
 
 
-@dataclass(frozen=True)
-class ForwardShare:
-    """What one data-parallel rank computes of a forward pass."""
-
-    rows: list[int]
-    """Rows of the batch, in the order of the rank's shard."""
-    micro_batches: list[list[int]]
-    """Rows of the shard, by micro-batch; an empty one is a filler."""
-    positions: int
-    """Token positions of the pass, padding and fillers included."""
-    tokens: int
-    """Of these, positions of tokens: those that rows of a micro-batch share count once."""
-
-
-@dataclass(frozen=True)
-class UpdateShare:
-    """What one data-parallel rank computes of an update."""
-
-    rows: list[int]
-    """Rows of the batch, in the order of the rank's shard."""
-    mini_batches: list[MiniBatch]
-    """Optimizer steps in order, epochs unrolled."""
-    positions: int
-    """Token positions of one epoch, padding and fillers included."""
-    tokens: int
-    """Of these, positions of tokens: those that rows of a micro-batch share count once."""
-
-
 @dataclass
-class _Shard:
-    """What one data-parallel rank has been given so far."""
+class Share:
+    """What one data-parallel rank computes of a batch."""
 
-    rows: list[int]
+    rows: list[int] = field(default_factory=list)
+    """Rows of the batch, in the order of the rank's shard."""
     positions: int = 0
+    """Token positions of a pass, of an update of one epoch; padding and fillers included."""
     tokens: int = 0
+    """Of these, positions of tokens: those that rows of a micro-batch share count once."""
 
     def add(
         self, micro_batches: list[list[int]], all_rows: Rows, rule: MicroBatching
     ) -> list[list[int]]:
-        """Append the rows of these micro-batches; return the same with the shard's row numbers."""
+        """Give it the rows of these micro-batches; return the same with the shard's row numbers."""
         in_shard = []
         for rows in micro_batches:
             self.positions += all_rows.positions(rows, rule)
@@ -81,6 +56,22 @@ class _Shard:
             in_shard.append(list(range(start, start + len(rows))))
             self.rows += rows
         return in_shard
+
+
+@dataclass
+class ForwardShare(Share):
+    """Of a forward pass."""
+
+    micro_batches: list[list[int]] = field(default_factory=list)
+    """Rows of the shard, by micro-batch; an empty one is a filler."""
+
+
+@dataclass
+class UpdateShare(Share):
+    """Of an update."""
+
+    mini_batches: list[MiniBatch] = field(default_factory=list)
+    """Optimizer steps in order, epochs unrolled."""
 
 
 def _rows(batch: Batch, rule: MicroBatching) -> Rows:
@@ -156,9 +147,9 @@ def split_forward(
     """
     rows, shares = _rows(batch, rule), []
     for micro_batches in _cut(rows, _single_rows(range(len(batch))), rule, layout, cost):
-        shard = _Shard([])
-        in_shard = shard.add(micro_batches, rows, rule)
-        shares.append(ForwardShare(shard.rows, in_shard, shard.positions, shard.tokens))
+        share = ForwardShare()
+        share.micro_batches = share.add(micro_batches, rows, rule)
+        shares.append(share)
     return shares
 
 
@@ -182,8 +173,7 @@ def split_update(
     trajectories, size = _trajectories(batch), plan.sequences_per_mini_batch
     # [T, R']: a row is a complete trajectory.
     mask = join_rows(batch["response_mask"], row_places(batch.columns))
-    shards = [_Shard([]) for _ in range(layout.dp)]
-    minis_of: list[list[MiniBatch]] = [[] for _ in range(layout.dp)]
+    shares = [UpdateShare() for _ in range(layout.dp)]
     for start in range(0, len(trajectories), size):
         # Counted before the cut: the loss does not depend on which rank computes which rows.
         norm = loss_norm(mask[start : start + size], max_response_tokens)
@@ -191,22 +181,19 @@ def split_update(
         if not whole_trajectories:
             units = _single_rows(chain.from_iterable(units))
         cut = _cut(rows, units, rule, layout, cost)
-        for shard, minis, micro_batches in zip(shards, minis_of, cut, strict=True):
-            minis.append(MiniBatch(shard.add(micro_batches, rows, rule), norm))
-    return [
-        UpdateShare(shard.rows, minis * plan.epochs, shard.positions, shard.tokens)
-        for shard, minis in zip(shards, minis_of, strict=True)
-    ]
+        for share, micro_batches in zip(shares, cut, strict=True):
+            share.mini_batches.append(MiniBatch(share.add(micro_batches, rows, rule), norm))
+    for share in shares:
+        share.mini_batches *= plan.epochs
+    return shares
 
 
-def padding_share(shares: Sequence[ForwardShare] | Sequence[UpdateShare]) -> float:
+def padding_share(shares: Sequence[Share]) -> float:
     """Return the share of all token positions that hold no token of the batch, in [0, 1)."""
     tokens = sum(share.tokens for share in shares)
     return 1.0 - tokens / sum(share.positions for share in shares)
 
 
-def shared_prefix_share(
-    batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]
-) -> float:
+def shared_prefix_share(batch: Batch, shares: Sequence[Share]) -> float:
     """Return the share of the batch's tokens that took no position, as others have them."""
     return 1.0 - sum(share.tokens for share in shares) / sum(batch.lengths())

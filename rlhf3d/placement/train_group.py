@@ -22,8 +22,7 @@ from rlhf3d.algorithms.objectives import Objective
 from rlhf3d.batching.balance import SequenceCost
 from rlhf3d.batching.batch import Batch
 from rlhf3d.batching.dispatch import (
-    ForwardShare,
-    UpdateShare,
+    Share,
     for_update,
     padding_share,
     shared_prefix_share,
@@ -232,9 +231,7 @@ def _in_row_order(
     return column
 
 
-def _position_metrics(
-    phase: str, batch: Batch, shares: Sequence[ForwardShare] | Sequence[UpdateShare]
-) -> dict[str, float]:
+def _position_metrics(phase: str, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
     return {
         f"perf/padding_share/{phase}": padding_share(shares),
         f"perf/shared_prefix_share/{phase}": shared_prefix_share(batch, shares),
