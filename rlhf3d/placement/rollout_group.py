@@ -399,6 +399,8 @@ class RolloutGroup:
         self._on_all("sync_weights", VLLMEngine.publish, policy_version)
         self._router.forget_prefixes()
         self._served = True
+        # Else engines are to do again all that they did with these weights, answered or not: what
+        # is unanswered then meets the same others and the same prefixes as before.
         if not again or policy_version != self._published or self._in_flight:
             self._ledger.turn_page(self._unfinished)
         self._published = policy_version

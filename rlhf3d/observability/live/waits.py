@@ -26,7 +26,8 @@ def waiting_for(wait: Waited) -> Iterator[None]:
 
 def waited() -> Waited | None:
     """Whom this process waits for, if anybody; any thread may ask."""
-    # Not those inside it: work that goes on meanwhile waits for nothing.
+    # Not those inside it: work that goes on meanwhile waits for nothing. As a slice, in one look:
+    # the thread that waits may be done between a question and an index.
     for wait in _waits[:1]:
         return wait
     return None
