@@ -92,6 +92,11 @@ def same_name(name: str, change: Change = same, note: str = "", **more: Any) -> 
     return Rule((name,), name, change, note, **more)
 
 
+def computed(to: str, change: Change, note: str = "") -> Rule:
+    """A rule for a key of ours that follows from several of theirs."""
+    return Rule((), to, change, note, always=True)
+
+
 def no_counterpart(note: str, *names: str, to_set: bool = False, same: bool = False) -> Rule:
     """A rule for keys that this package does without; `to_set` where they are not off."""
     return Rule(

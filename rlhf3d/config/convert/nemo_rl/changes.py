@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf3d.config.convert.nemo_rl.read import MEGATRON, TORCH, Nemo, P
-from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, only_if, same
+from rlhf3d.config.convert.rules import NEVER_REACHED, Change, Drop, Put, only_if, renamed, same
 
 VLLM = P + "generation.vllm_cfg."
 COLOCATED = P + "generation.colocated."
@@ -121,9 +121,8 @@ def sequence_parallel(value: Any, nemo: Nemo) -> Any:
     return bool(value and _sizes(nemo)["tp"] > 1)
 
 
-def recompute(value: Any, nemo: Nemo) -> Any:
-    """Whole layers, or nothing."""
-    return "full" if value else "none"
+recompute = renamed({True: "full", False: "none"})
+"""Whole layers, or nothing."""
 
 
 def placement(value: Any, nemo: Nemo) -> Any:
@@ -317,9 +316,8 @@ def dual_clip(value: Any, nemo: Nemo) -> Any:
     return Put(NEVER_REACHED, "a bound that is never reached: NeMo-RL has none without the key")
 
 
-def aggregation(value: Any, nemo: Nemo) -> Any:
-    """By token, or by sequence."""
-    return "token-mean" if value else "seq-mean-token-mean"
+aggregation = renamed({True: "token-mean", False: "seq-mean-token-mean"})
+"""By token, or by sequence."""
 
 
 def estimator(value: Any, nemo: Nemo) -> Any:
@@ -391,9 +389,8 @@ def staleness(value: Any, nemo: Nemo) -> Any:
     return value if nemo.get("grpo.async_grpo.enabled") else 0
 
 
-def in_flight(value: Any, nemo: Nemo) -> Any:
-    """When weights are exchanged."""
-    return "in_flight" if value else "between_batches"
+in_flight = renamed({True: "in_flight", False: "between_batches"})
+"""When weights are exchanged."""
 
 
 def quantization(value: Any, nemo: Nemo) -> Any:

@@ -15,6 +15,7 @@ from rlhf3d.config.convert.rules import (
     Change,
     Rule,
     Table,
+    computed,
     if_on,
     model_folder,
     no_counterpart,
@@ -42,10 +43,6 @@ def _torch(name: str, ours: str, change: Change = same, note: str = "") -> Rule:
     """A key of the other backend's section."""
     names = tuple(section + name for section in TORCH)
     return Rule(names, ours, to.of_torch(change), note)
-
-
-def _computed(ours: str, change: Change, note: str = "") -> Rule:
-    return Rule((), ours, change, note, always=True)
 
 
 def _asked_if_on(note: str, *names: str) -> Rule:
@@ -81,7 +78,7 @@ _MODEL = (
     _torch("sequence_parallel", _LAYOUT + "sequence_parallel", to.sequence_parallel),
     _torch("activation_checkpointing", _LAYOUT + "recompute", to.recompute),
     _torch("cpu_offload", "model.offload"),
-    _computed(
+    computed(
         _LAYOUT + "dp",
         to.data_parallel,
         "what is left of the GPUs that train; FSDP shards weights over them, this package over tp "
@@ -89,7 +86,7 @@ _MODEL = (
     ),
     _rule("cluster.gpus_per_node", "cluster.gpus_per_node"),
     _rule("cluster.num_nodes", "cluster.num_nodes"),
-    _computed("cluster.platform", lambda value, nemo: "cuda"),
+    computed("cluster.platform", lambda value, nemo: "cuda"),
     _asked_if_on(
         _NO_LORA,
         *(f"{section}lora_cfg.enabled" for section in TORCH),
@@ -190,12 +187,12 @@ _UPDATE = (
         to.of_torch(to.warmup),
         "LinearLR is a warm-up, which begins at 0",
     ),
-    _computed(_OPTIM + "lr_decay_style", to.of_torch(to.decay), "CosineAnnealingLR, ConstantLR"),
-    _computed(_OPTIM + "min_lr", to.of_torch(to.torch_min_lr), "eta_min"),
+    computed(_OPTIM + "lr_decay_style", to.of_torch(to.decay), "CosineAnnealingLR, ConstantLR"),
+    computed(_OPTIM + "min_lr", to.of_torch(to.torch_min_lr), "eta_min"),
     _rule(P + "max_grad_norm", _OPTIM + "clip_grad"),
     no_counterpart("policy.max_grad_norm", _M_OPTIM + "clip_grad", same=True),
     _rule(KL, "actor.kl_loss_coef", to.kl_loss_coef),
-    _computed("actor.use_kl_loss", to.kl_loss, "a penalty above 0"),
+    computed("actor.use_kl_loss", to.kl_loss, "a penalty above 0"),
     Rule(
         ("loss_fn.reference_policy_kl_type",),
         "actor.kl_loss_type",
@@ -204,7 +201,7 @@ _UPDATE = (
         "k3",
     ),
     _rule("loss_fn.use_kl_in_reward", "algorithm.use_kl_in_reward"),
-    _computed("algorithm.kl_ctrl.kl_coef", to.kl_reward_coef, "the penalty, in the reward"),
+    computed("algorithm.kl_ctrl.kl_coef", to.kl_reward_coef, "the penalty, in the reward"),
     no_counterpart("by the KL's type", "loss_fn.use_on_policy_kl_approximation", same=True),
     no_counterpart("20 and 10", "loss_fn.kl_*_clamp_value", same=True),
     _rule("loss_fn.ratio_clip_min", "actor.clip_ratio_low", to.clip_low, "at most 1"),
@@ -262,13 +259,13 @@ _UPDATE = (
         "tis is a number, icepop a range",
         always=True,
     ),
-    _computed(_CORRECTION + "rollout_rs", if_on(_IMPORTANCE, to.rejection), "seq-mask-tis is both"),
-    _computed(_CORRECTION + "rollout_rs_threshold", if_on(_IMPORTANCE, to.rejection_range)),
+    computed(_CORRECTION + "rollout_rs", if_on(_IMPORTANCE, to.rejection), "seq-mask-tis is both"),
+    computed(_CORRECTION + "rollout_rs_threshold", if_on(_IMPORTANCE, to.rejection_range)),
     _asked_if_on("not offered", "loss_fn.positive_example_nll_weight", "grpo.overlong_filtering"),
     _asked_if_on("scale in the reward function", "grpo.reward_scaling.enabled"),
     no_counterpart("scale in the reward function", "grpo.reward_scaling.*"),
     _rule("grpo.use_dynamic_sampling", "algorithm.filter_groups.enable"),
-    _computed(
+    computed(
         "algorithm.filter_groups.metric",
         if_on("grpo.use_dynamic_sampling", lambda value, nemo: "seq_reward"),
         "rewards that differ",
@@ -321,7 +318,7 @@ _ROLLOUT = (
     _rule(VLLM + "enforce_eager", "rollout.enforce_eager"),
     _rule(VLLM + "precision", "rollout.quantization", to.quantization, "fp8 by channel"),
     _rule(COLOCATED + "enabled", "rollout.placement", to.placement),
-    _computed("rollout.engines", to.engines, "GPUs that generate / tensor_parallel_size"),
+    computed("rollout.engines", to.engines, "GPUs that generate / tensor_parallel_size"),
     no_counterpart("by rollout.engines", COLOCATED + "resources.*", same=True),
     _rule(
         "grpo.async_grpo.max_trajectory_age_steps",
@@ -382,8 +379,8 @@ _TRAINER = (
     _rule("grpo.val_period", "trainer.test_freq", note="a run here also validates after its last"),
     _rule("grpo.val_at_start", "trainer.val_before_train"),
     _rule("grpo.max_val_samples", "data.val_max_samples"),
-    _computed("validation.greedy", lambda value, nemo: False, "NeMo-RL samples"),
-    _computed("validation.sampled_n", lambda value, nemo: 1, "once"),
+    computed("validation.greedy", lambda value, nemo: False, "NeMo-RL samples"),
+    computed("validation.sampled_n", lambda value, nemo: 1, "once"),
     _rule("checkpointing.save_period", "trainer.save_freq", to.save_freq),
     _rule("checkpointing.enabled", "trainer.save_at_end", to.saves),
     _rule("checkpointing.save_optimizer", "trainer.save_optimizer"),

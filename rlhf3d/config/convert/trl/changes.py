@@ -242,9 +242,8 @@ def dtype(value: Any, trl: Trl) -> Any:
     return "float32" if value is False else "auto"
 
 
-def recompute(value: Any, trl: Trl) -> Any:
-    """Whole layers, or nothing."""
-    return "full" if value else "none"
+recompute = renamed({True: "full", False: "none"})
+"""Whole layers, or nothing."""
 
 
 # Loss

@@ -13,6 +13,7 @@ from rlhf3d.config.convert.rules import (
     Change,
     Rule,
     Table,
+    computed,
     model_folder,
     no_counterpart,
     not_offered,
@@ -32,10 +33,6 @@ def _rule(names: str, ours: str, change: Change = same, note: str = "", **more: 
     listed = tuple(names.split())
     default = DEFAULTS.get(listed[0]) if listed else None
     return Rule(listed, ours, change, note, default, **more)
-
-
-def _computed(ours: str, change: Change, note: str = "") -> Rule:
-    return Rule((), ours, change, note, always=True)
 
 
 def _without(note: str, names: str, change: Change | None = None, **more: bool) -> Rule:
@@ -66,15 +63,13 @@ _MODEL = (
         note="accelerate's; actor.layout.dp here",
         default=1,
     ),
-    Rule(
-        (),
+    computed(
         "actor.layout.dp",
         lambda value, trl: to.processes(trl),
         "whole weights on each GPU, also where TRL shards them with DeepSpeed or FSDP: " + _PLAN,
-        always=True,
     ),
     _rule("num_machines", "cluster.num_nodes", to.nodes, always=True),
-    _computed("cluster.gpus_per_node", to.gpus_of_a_node, "with those of one vLLM server"),
+    computed("cluster.gpus_per_node", to.gpus_of_a_node, "with those of one vLLM server"),
     Rule(("use_cpu",), "cluster.platform", renamed({True: "cpu", False: "cuda"}), default=False),
     _without(f"{_PLAN}", "deepspeed* fsdp* parallelism_config* ds3_gather_for_generation"),
 )
@@ -131,7 +126,7 @@ _UPDATE = (
     _rule("max_grad_norm", "actor.optim.clip_grad"),
     _without("AdamW", "optim", to.adamw),
     _rule("beta", "actor.kl_loss_coef", to.kl_coef, "0 is no reference"),
-    _computed("actor.use_kl_loss", to.use_kl, "beta above 0"),
+    computed("actor.use_kl_loss", to.use_kl, "beta above 0"),
     _rule(
         "use_bias_correction_kl",
         "actor.kl_loss_type",
@@ -147,7 +142,7 @@ _UPDATE = (
         "with cispo TRL's largest ratio, here its distance from 1",
         always=True,
     ),
-    _computed("actor.clip_ratio_low", to.clip_low, "TRL's cispo has no lower bound"),
+    computed("actor.clip_ratio_low", to.clip_low, "TRL's cispo has no lower bound"),
     _rule(
         "delta", "actor.clip_ratio_c", to.dual_clip, "TRL has no dual clip without it", always=True
     ),
@@ -165,7 +160,7 @@ _UPDATE = (
         "dapo, cispo: token-mean; grpo: seq-mean-token-mean; dr_grpo: seq-mean-token-sum-norm",
     ),
     _rule("entropy_coef", "actor.entropy_coeff"),
-    _computed("algorithm.adv_estimator", lambda value, trl: "grpo"),
+    computed("algorithm.adv_estimator", lambda value, trl: "grpo"),
     _rule(
         "scale_rewards", "algorithm.norm_adv_by_std_in_grpo", to.scaled, "std + 1e-6, TRL's + 1e-4"
     ),
@@ -253,7 +248,7 @@ _DATA = (
         to.reward_weights,
         "accuracy_reward and think_format_reward; others are yours to write",
     ),
-    _computed("reward.format", to.reward_format),
+    computed("reward.format", to.reward_format),
     _rule(
         "reward_model_name_or_path",
         "reward_model.path",
@@ -276,7 +271,7 @@ _TRAINER = (
     ),
     _rule("eval_on_start", "trainer.val_before_train"),
     _rule("num_generations_eval", "validation.sampled_n", to.validation_samples, always=True),
-    _computed("validation.greedy", to.validation_greedy, "TRL samples"),
+    computed("validation.greedy", to.validation_greedy, "TRL samples"),
     _rule(
         "report_to", "trainer.logger", to.trackers, "metrics.jsonl and a report are always written"
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from rlhf3d.config.convert.rules import (
     Rule,
     Table,
+    computed,
     if_on,
     no_counterpart,
     not_offered,
@@ -233,12 +234,10 @@ _REWARD = (
         "reward_model.layout.pp",
         to.if_reward_model(),
     ),
-    Rule(
-        (),
+    computed(
         "reward_model.layout.dp",
         to.if_reward_model(layout.reward_data_parallel),
         "what is left of its GPUs",
-        always=True,
     ),
     Rule(
         tuple(f"{prefix}enable_resource_pool" for prefix in layout.REWARD),
@@ -281,7 +280,7 @@ _TRAINER = (
         always=True,
     ),
     same_name("trainer.save_freq", to.not_negative),
-    Rule((), "trainer.save_at_end", to.save_at_end, "verl saves nothing at -1", always=True),
+    computed("trainer.save_at_end", to.save_at_end, "verl saves nothing at -1"),
     same_name(
         "trainer.test_freq",
         to.not_negative,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rlhf3d.config.convert.rules import (
     Rule,
+    computed,
     model_folder,
     no_counterpart,
     not_offered,
@@ -54,12 +55,10 @@ MODEL = (
         "Ulysses' ranks become context-parallel ones",
         always=True,
     ),
-    Rule(
-        (),
+    computed(
         "actor.layout.dp",
         layout.data_parallel,
         "what is left of the GPUs; FSDP shards weights over them, this package over tp and pp",
-        always=True,
     ),
     Rule(
         (A + "megatron.sequence_parallel",),
@@ -271,12 +270,10 @@ CRITIC = (
         )
         for size, ours in layout.MEGATRON_SIZES.items()
     ),
-    Rule(
-        (),
+    computed(
         "critic.layout.dp",
         layout.of_the_critic(layout.critic_data_parallel),
         "what is left of the GPUs",
-        always=True,
     ),
     Rule(
         ("critic.megatron.sequence_parallel",),
@@ -309,7 +306,7 @@ ROLLOUT = (
     Rule((R + "top_p",), "rollout.top_p"),
     Rule((R + "top_k",), "rollout.top_k", renamed({0: -1})),
     Rule((R + "tensor_model_parallel_size",), "rollout.tensor_parallel_size", default=2),
-    Rule((), "rollout.engines", layout.engines, "GPUs / tensor_parallel_size", always=True),
+    computed("rollout.engines", layout.engines, "GPUs / tensor_parallel_size"),
     Rule((R + "nnodes",), "rollout.placement", layout.placement),
     Rule((R + "expert_parallel_size",), "rollout.expert_parallel", to.expert_parallel),
     Rule((R + "gpu_memory_utilization",), "rollout.gpu_memory_utilization"),
