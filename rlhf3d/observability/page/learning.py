@@ -22,6 +22,7 @@ from rlhf3d.observability.page.trends import (
     Mean,
     Rows,
     change,
+    difference,
     mean_with_error,
     number,
     recent,
@@ -138,13 +139,8 @@ def reward_trend(found: Change | None) -> Trend:
     """What the training reward does."""
     if found is None:
         return "unknown"
-    fell = Mean(-found.gain.value, found.gain.error)
     gained = found.best.value - found.first.value
-    if is_sure(fell, SURE):
-        return "falls"
-    if is_sure(found.loss, SURE_OF_LOSS) and found.loss.value > LOST * gained:
-        return "lost"
-    return "rises" if is_sure(found.gain, SURE) else "flat"
+    return _trend(found.gain, found.loss, gained, SURE, SURE_OF_LOSS)
 
 
 def held_out_trend(found: HeldOut | None) -> Trend:
@@ -152,16 +148,17 @@ def held_out_trend(found: HeldOut | None) -> Trend:
     if found is None or len(found.points) < 2:
         return "unknown"
     first, last, best = found.points[0][1], found.points[-1][1], _best(found)[1]
-    error = math.hypot(first.error, last.error)
-    if is_sure(Mean(first.value - last.value, error), SURE_HELD_OUT):
+    gain, loss = difference(last, first), difference(best, last)
+    return _trend(gain, loss, best.value - first.value, SURE_HELD_OUT, SURE_HELD_OUT)
+
+
+def _trend(gain: Mean, loss: Mean, gained: float, sure: float, sure_of_loss: float) -> Trend:
+    """By the gain since the start and the loss since the best, which had `gained` so much."""
+    if is_sure(Mean(-gain.value, gain.error), sure):
         return "falls"
-    lost = best.value - last.value
-    error_of_loss = math.hypot(best.error, last.error)
-    if is_sure(Mean(lost, error_of_loss), SURE_HELD_OUT) and lost > LOST * (
-        best.value - first.value
-    ):
+    if is_sure(loss, sure_of_loss) and loss.value > LOST * gained:
         return "lost"
-    return "rises" if is_sure(Mean(last.value - first.value, error), SURE_HELD_OUT) else "flat"
+    return "rises" if is_sure(gain, sure) else "flat"
 
 
 def _best(found: HeldOut) -> tuple[int, Mean]:

@@ -86,13 +86,13 @@ class Change:
 
     @property
     def gain(self) -> Mean:
-        """End minus start. Errors of independent measurements add up as squares."""
-        return _difference(self.last, self.first)
+        """End minus start."""
+        return difference(self.last, self.first)
 
     @property
     def loss(self) -> Mean:
         """Best minus end."""
-        return _difference(self.best, self.last)
+        return difference(self.best, self.last)
 
 
 def change(rows: Rows, name: str) -> Change | None:
@@ -142,6 +142,7 @@ def _sums(series: Any, width: int) -> Any:
     return totals[ends] - totals[np.maximum(ends - width, 0)]
 
 
-def _difference(minuend: Mean, subtrahend: Mean) -> Mean:
+def difference(minuend: Mean, subtrahend: Mean) -> Mean:
+    """Of independent measurements, whose errors add up as squares."""
     error = math.hypot(minuend.error, subtrahend.error)
     return Mean(minuend.value - subtrahend.value, error)

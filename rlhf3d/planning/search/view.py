@@ -300,19 +300,15 @@ def _in_turn(plan: TimedPlan) -> bool:
 
 def _phase_columns(plan: TimedPlan) -> dict[str, object]:
     """Seconds of a step by phases; nothing where the engines cannot start."""
+    names = ("step s", "generate", "passes", "updates", "other")
     if plan.time is None:
-        return dict.fromkeys(("step s", "generate", "passes", "updates", "other"))
+        return dict.fromkeys(names)
     seconds = _seconds(plan)
+    generate = seconds["generate"]
     passes = sum(seconds.get(name, 0.0) for name in FORWARD)
     updates = sum(seconds.get(name, 0.0) for name in UPDATE)
-    other = plan.step_s - seconds["generate"] - passes - updates
-    return {
-        "step s": plan.step_s,
-        "generate": seconds["generate"],
-        "passes": passes,
-        "updates": updates,
-        "other": other,
-    }
+    other = plan.step_s - generate - passes - updates
+    return dict(zip(names, (plan.step_s, generate, passes, updates, other), strict=True))
 
 
 def _side_columns(schedule: Schedule | None, mode: Mode) -> dict[str, object]:
