@@ -52,10 +52,9 @@ class Store:
         found: dict[int, float] = {}
         for step in self.steps():
             with suppress(ValueError):
-                # A manifest holds one metric or none; with none, zip adds nothing.
-                found.update(
-                    zip([step], read_manifest(self.path(step)).metric.values(), strict=False)
-                )
+                # A manifest holds one metric or none.
+                for value in read_manifest(self.path(step)).metric.values():
+                    found[step] = value
         return found
 
     def path(self, step: int) -> Path:

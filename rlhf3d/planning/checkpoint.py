@@ -11,25 +11,24 @@ from rlhf3d import units
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.models.weights import Head
 from rlhf3d.parallel.layout import ParallelLayout, SpecStyle
-from rlhf3d.planning.job import Job, Model
+from rlhf3d.planning.job import Job
 from rlhf3d.planning.states import chunk_sizes
 
 
 def checkpoint_bytes(job: Job) -> int:
     """Return the bytes of a checkpoint: every trained model, its optimizer if that is saved."""
-    weights = sum(stored_elements(job, model) for model in job.models if model.trained)
-    return units.checkpoint_bytes(
-        weights, job.config.model.dtype, job.config.trainer.save_optimizer
+    weights = sum(
+        stored_elements(model.spec, model.layout, model.head, job.style)
+        for model in job.models
+        if model.trained
     )
-
-
-def stored_elements(job: Job, model: Model) -> int:
-    """Return the weights of a model that a checkpoint holds: each shard once."""
-    return _stored_elements(model.spec, model.layout, model.head, job.style)
+    dtype, optimizer = job.config.model.dtype, job.config.trainer.save_optimizer
+    return units.checkpoint_bytes(weights, dtype, optimizer)
 
 
 @cache
-def _stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
+def stored_elements(spec: ModelSpec, layout: ParallelLayout, head: Head, style: SpecStyle) -> int:
+    """Return the weights of a model that a checkpoint holds: each shard once."""
     dense = experts = 0
     for pp in range(layout.pp):
         for chunk in range(layout.vpp):
