@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rlhf3d.evaluation.records import GENERATIONS_FILE, Generation, read_generations
 from rlhf3d.observability.samples import (
+    KINDS,
     SAMPLES_DIR,
     Kind,
     Sample,
@@ -22,8 +23,6 @@ from rlhf3d.observability.samples import (
     samples_path,
 )
 from rlhf3d.observability.tables import View
-
-KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
 
 
 def load(folder: Path, step: int | None, kind: str | None) -> tuple[str, list[Sample]]:

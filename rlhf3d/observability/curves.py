@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.metrics import (
+    Points,
     Rows,
+    by_measure,
     keys_of,
     phase_seconds,
     validation_accuracy,
@@ -83,14 +85,7 @@ def draw_comparison(runs: Mapping[str, Rows], path: Path) -> None:
     for key in measures:
         axes = next(panels)
         for run, rows in runs.items():
-            accuracy = [(row["step"], validation_accuracy(row)) for row in rows]
-            measured = [(step, 100 * found[key]) for step, found in accuracy if key in found]
-            axes.plot(
-                [step for step, _ in measured],
-                [value for _, value in measured],
-                marker="o",
-                label=_literal(run),
-            )
+            _plot(axes, by_measure(rows, validation_accuracy).get(key, ()), 100, run)
         _finish(axes, f"held-out accuracy, %: {' '.join(key)}")
     figure.savefig(path, dpi=90, format="png")
 
@@ -120,14 +115,18 @@ def _lines(
 
 def _held_out(axes: Any, rows: Rows) -> None:
     """Accuracy; where nothing is right or wrong, the reward model's mean score."""
-    judged = any(validation_reward(row) for row in rows)
-    by_rule = any(validation_accuracy(row) for row in rows) or not judged
-    read, scale = (validation_accuracy, 100) if by_rule else (validation_reward, 1)
-    points = [(row["step"], read(row)) for row in rows]
-    for key in keys_of(found for _, found in points):
-        measured = [(step, scale * found[key]) for step, found in points if key in found]
-        axes.plot(*zip(*measured, strict=True), marker="o", label=_literal(" ".join(key)))
-    _finish(axes, "held-out accuracy, %" if by_rule else "held-out score of the reward model")
+    found, title = by_measure(rows, validation_accuracy), "held-out accuracy, %"
+    scale, judged = 100, by_measure(rows, validation_reward)
+    if judged and not found:
+        found, title, scale = judged, "held-out score of the reward model", 1
+    for key, points in found.items():
+        _plot(axes, points, scale, " ".join(key))
+    _finish(axes, title)
+
+
+def _plot(axes: Any, points: Points, scale: int, label: str) -> None:
+    steps, values = [row["step"] for row, _ in points], [scale * value for _, value in points]
+    axes.plot(steps, values, marker="o", label=_literal(label))
 
 
 def _literal(name: str) -> str:

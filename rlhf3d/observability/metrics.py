@@ -28,6 +28,8 @@ KL_TO_REFERENCE = ("actor/reward_kl_penalty", "actor/kl_loss")
 """In the reward, else in the loss; an update without a reference has neither."""
 Rows = Sequence[Mapping[str, Any]]
 """Of `metrics.jsonl`, in order."""
+Points = Sequence[tuple[Mapping[str, Any], float]]
+"""Rows and what was measured in them."""
 Key = TypeVar("Key", str, tuple[str, str])
 
 
@@ -170,6 +172,17 @@ def validation_accuracy(metrics: Mapping[str, Any]) -> dict[tuple[str, str], flo
 def validation_reward(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Held-out mean scores of a reward model, from `val-core/<source>/reward_model/<measure>`."""
     return _held_out(metrics, "reward_model")
+
+
+def by_measure(
+    rows: Rows, read: Callable[[Mapping[str, Any]], Mapping[tuple[str, str], float]]
+) -> dict[tuple[str, str], Points]:
+    """What `read`, one of the two above, finds in which rows, by data source and measure."""
+    found: dict[tuple[str, str], list[tuple[Mapping[str, Any], float]]] = {}
+    for row in rows:
+        for key, value in read(row).items():
+            found.setdefault(key, []).append((row, value))
+    return dict(found)
 
 
 def _held_out(metrics: Mapping[str, Any], what: str) -> dict[tuple[str, str], float]:

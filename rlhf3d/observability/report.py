@@ -7,16 +7,17 @@ and a run that stopped half-way gets the report of what it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rlhf3d.observability.curves import draw_curves
 from rlhf3d.observability.metrics import (
     STEP_TIME,
+    Points,
     Rows,
+    by_measure,
     keys_of,
     phase_seconds,
     phase_totals,
@@ -36,9 +37,6 @@ CURVES_FILE = "curves.png"
 REPORT_FILE = "report.md"
 
 _TABLE_ROWS = 20
-
-Points = Sequence[tuple[Mapping[str, Any], float]]
-"""Rows and what was measured in them."""
 
 
 def make_report(run_dir: str | Path, setup: Setup | None = None) -> Path:
@@ -89,16 +87,12 @@ def _verdict(rows: Rows, setup: Setup | None) -> list[str]:
 
 
 def _gains(rows: Rows) -> str:
-    points = [(row, validation_accuracy(row)) for row in rows]
-    keys = keys_of(accuracy for _, accuracy in points)
-    if not keys and any(validation_reward(row) for row in rows):
+    found = by_measure(rows, validation_accuracy)
+    if not found and any(validation_reward(row) for row in rows):
         return "Only a reward model scored: nothing is right or wrong."
-    if not keys:
+    if not found:
         return "The run has not validated."
-    body = []
-    for key in keys:
-        measured = [(row, accuracy[key]) for row, accuracy in points if key in accuracy]
-        body.append(_gain(*key, measured))
+    body = [_gain(*key, measured) for key, measured in found.items()]
     table = _table(["data source", "measure", "prompts", "start", "end", "gain, points"], body)
     note = (
         "± is one binomial standard error over prompts; that of the gain takes start and end as "
@@ -125,11 +119,8 @@ def _gain(source: str, measure: str, measured: Points) -> list[str]:
 
 def _reward_gains(rows: Rows) -> list[str]:
     """A section on the reward model's held-out score, where there is a reward model."""
-    points = [(row, validation_reward(row)) for row in rows]
-    body = []
-    for key in keys_of(scores for _, scores in points):
-        measured = [(row, scores[key]) for row, scores in points if key in scores]
-        body.append(_reward_gain(*key, measured))
+    found = by_measure(rows, validation_reward)
+    body = [_reward_gain(*key, measured) for key, measured in found.items()]
     if not body:
         return []
     table = _table(["data source", "measure", "start", "end", "gain"], body)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf3d.observability.metrics import TIMING, read_metrics
-from rlhf3d.observability.samples import Kind, printable, read_samples, samples_path
+from rlhf3d.observability.samples import KINDS, printable, read_samples, samples_path
 from rlhf3d.observability.tokens import read_tokens, tokens_path
 
-_KINDS: tuple[Kind, ...] = ("train", "greedy", "sampled")
 # Of seconds, of what one of the two may not have done, saving, and of the machine.
 _OF_TIME = (
     "perf/time_per_step",
@@ -61,7 +60,7 @@ def _of_samples(run: Path, again: Path, step: int) -> Iterator[str]:
         pairs = zip(read_tokens(kept), read_tokens(kept_again), strict=False)
         for number, (was, now) in enumerate(pairs):
             yield from _differences(asdict(was), asdict(now), f"tokens of trajectory {number}")
-    for kind in _KINDS:
+    for kind in KINDS:
         path, other = samples_path(run, step, kind), samples_path(again, step, kind)
         if not path.is_file():
             continue

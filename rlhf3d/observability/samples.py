@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from rlhf3d.observability.whole_file import whole_file
 
@@ -20,6 +20,7 @@ _TEXTS = ("prompt", "response", "ground_truth")
 
 Kind = Literal["train", "greedy", "sampled"]
 """Completions of the training step, or of greedy or sampled validation."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _PREFIX: dict[Kind, str] = {"train": "", "greedy": "greedy_", "sampled": "sampled_"}
 TOKENS = "tokens_"

@@ -15,6 +15,8 @@ import numpy as np
 
 from rlhf3d.observability.metrics import (
     STEP_TIME,
+    Points,
+    by_measure,
     keys_of,
     phase_seconds,
     validation_accuracy,
@@ -377,20 +379,12 @@ def held_out_curves(rows: Rows) -> tuple[list[Curve], Format]:
     if main is None:
         return [], "number"
     read = validation_accuracy if main.percent else validation_reward
-    found = [(row, read(row)) for row in rows]
-    keys = keys_of(values for _, values in found)
     format_: Format = "share" if main.percent else "number"
-    return [_held_out_curve(found, *key, format_) for key in keys], format_
+    found = by_measure(rows, read)
+    return [_held_out_curve(*key, points, format_) for key, points in found.items()], format_
 
 
-def _held_out_curve(
-    found: Sequence[tuple[Mapping[str, Any], Mapping[tuple[str, str], float]]],
-    source: str,
-    measure: str,
-    format_: Format,
-) -> Curve:
-    key = (source, measure)
-    points = [(row, values[key]) for row, values in found if key in values]
+def _held_out_curve(source: str, measure: str, points: Points, format_: Format) -> Curve:
     known = np.array([value for _, value in points])
     errors = np.array([held_out_error(row, source, measure) for row, _ in points])
     lowest = 0.0 if format_ == "share" else None
