@@ -2,8 +2,7 @@
 
 Invariant: the numbers are those of the CPU platform. As on GPUs are: one device per training rank,
 which Ray counts and gives out in parts; what starts first; messages between devices and their rules
-(`nccl_rules`); a sleeping engine's weights, which are lost; and the prefix cache's blocks, as small
-as vLLM's CPU kernels take them.
+(`nccl_rules`); and a sleeping engine's weights, which are lost.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import os
 from dataclasses import dataclass
 
 from rlhf3d.parallel.platform import CPUPlatform
-
-KV_BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class AsGPUPlatform(CPUPlatform):
     resource = "GPU"
     one_device_a_rank = True
     measures_cache = True
-    kv_block_tokens = KV_BLOCK_TOKENS
     sleep_forgets = True
 
     def _bind_device(self) -> None:
