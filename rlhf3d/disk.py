@@ -7,36 +7,64 @@ nothing is read again. Everything else here is a hint, without which only time i
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import mmap
 import os
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 from rlhf3d.units import MIB
 
 PART_BYTES = 8 * MIB
-"""Checksummed, written and handed to the disk at a time."""
+"""Checksummed and handed to the disk at a time."""
+_PARTS = 2
+"""Memory of a file: one part is filled while the disk takes the other."""
+_BLOCK_BYTES = 4096
+"""What the disk takes straight from memory is a multiple of it, in length and place."""
 _WRITE = 2
 """SYNC_FILE_RANGE_WRITE of Linux: begin, and do not wait."""
 
 
 class NewFile:
-    """A file that is checksummed, and on its way to the disk, while it is written from the start.
+    """A file that is checksummed, and goes to the disk, while it is written from the start.
 
-    Left alone, a kernel collects gigabytes in memory, and who calls fsync waits for all of them.
+    Past the kernel's cache where the file system has a way: filling that costs more processor time
+    than all else here, a kernel left alone collects gigabytes in it, and who calls fsync waits for
+    all of them. What cannot be written raises OSError at a later call, `sync` at the latest.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.num_bytes, self.crc32 = path, 0, 0
-        self._begun = 0
-        # Unbuffered: what is written in large parts needs no second copy.
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - until `sync`
+        # Unbuffered: parts are collected here.
+        self._file = open(path, "wb", buffering=0, opener=_opened)  # noqa: SIM115 - until `sync`
+        # Mapped: direct writes want memory that begins with a page.
+        self._free = deque(mmap.mmap(-1, PART_BYTES) for _ in range(_PARTS))
+        self._filled = 0
+        self._writing: deque[Future[mmap.mmap]] = deque()
+        self._thread = ThreadPoolExecutor(1, "write")
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append `data`; its bytes, as Python's files return."""
-        values = memoryview(data).cast("B")
-        for start in range(0, len(values), PART_BYTES):
-            self._append(values[start : start + PART_BYTES])
+        """Append a copy of `data`; its bytes, as Python's files return."""
+        values = np.frombuffer(data, dtype=np.uint8)
+        start = 0
+        while start < len(values):
+            if not self._free:
+                self._free.append(self._writing.popleft().result())
+            piece = values[start : start + PART_BYTES - self._filled]
+            # By numpy, which lets other threads run meanwhile.
+            part = np.frombuffer(self._free[0], dtype=np.uint8)
+            part[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
+            start += len(piece)
+            if self._filled == PART_BYTES:
+                self._hand_over()
+        self.num_bytes += len(values)
         return len(values)
 
     def tell(self) -> int:
@@ -44,29 +72,58 @@ class NewFile:
         return self.num_bytes
 
     def flush(self) -> None:
-        """Do nothing, for those who expect a file of Python's: nothing is held back."""
+        """Do nothing, for those who expect a file of Python's: what is held back comes by parts."""
 
     def sync(self) -> None:
         """Wait until the contents are on disk, and close."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        if self._file.closed:
+            return
+        if self._filled:
+            self._hand_over()
+        while self._writing:
+            self._writing.popleft().result()
+        os.fsync(self._file.fileno())
+        self.close()
 
     def close(self) -> None:
-        """Close a file that is not to be used."""
+        """Close a file; without `sync`, one that is not to be used."""
+        self._thread.shutdown()
         self._file.close()
+        self._free.clear()
 
-    def _append(self, part: memoryview) -> None:
-        self.crc32 = zlib.crc32(part, self.crc32)
-        rest = part
-        while rest:
+    def _hand_over(self) -> None:
+        """Have the thread write what is filled of the first free part."""
+        part, count, self._filled = self._free.popleft(), self._filled, 0
+        self._writing.append(self._thread.submit(self._put, part, count))
+
+    def _put(self, part: mmap.mmap, count: int) -> mmap.mmap:
+        """Checksum and write the first `count` bytes of a part; the part, to be used again."""
+        values = memoryview(part)[:count]
+        self.crc32 = zlib.crc32(values, self.crc32)
+        if count % _BLOCK_BYTES:  # the file's last: no more than its bytes, by way of the cache
+            _write_cached(self._file)
+        begun = self._file.tell()
+        while values:
             # A system call writes what there is room for, and says at the next that it is full.
-            written = self._file.write(rest)
-            rest = rest[written:]
-        self.num_bytes += len(part)
-        if self.num_bytes - self._begun >= PART_BYTES:
-            start_writing(self._file, self._begun, self.num_bytes - self._begun)
-            self._begun = self.num_bytes
+            values = values[self._file.write(values) :]
+        start_writing(self._file, begun, count)
+        return part
+
+
+def _opened(path: str, flags: int) -> int:
+    """A file that is written to past the kernel's cache, where the file system can."""
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _write_cached(file: IO[bytes]) -> None:
+    """From here on a file takes lengths of any number of bytes."""
+    flags = fcntl.fcntl(file.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(file.fileno(), fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def start_writing(file: IO[bytes], start: int, num_bytes: int) -> None:
