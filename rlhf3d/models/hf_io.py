@@ -1,7 +1,8 @@
-"""Hugging Face folders on disk: read any block of any tensor, write a complete folder.
+"""Hugging Face folders on disk: read any block of any tensor, write a model's files.
 
 Invariant: only the bytes asked for are read, through a mapping of the file, and nothing is
-unpickled. A written folder appears complete or not at all; writing holds one tensor in memory.
+unpickled. Nothing is written that is not all of the announced model; writing holds one tensor in
+memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from rlhf3d.models.boxes import Box, box_slices, full_box, row_boxes
 from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
 from rlhf3d.models.spec import FAMILIES, ModelSpec
 from rlhf3d.models.weights import Head, check_hf_tensors
-from rlhf3d.new_folder import new_folder
 from rlhf3d.tokenizer.load import replace_template
 from rlhf3d.units import GIB, MIB
 
@@ -196,24 +196,6 @@ Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
 
-def write_hf_folder(
-    destination: Path | str,
-    forms: Mapping[str, Form],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    source_folder: Path | str,
-    max_shard_gib: float = 4.0,
-    chat_template: str | None = None,
-) -> None:
-    """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`.
-
-    `forms` says by name what will come, in the order of the files; `tensors` may come in any order
-    and are written one at a time. `chat_template` takes the place of those of `source_folder`.
-    Raises ValueError if `destination` exists.
-    """
-    with new_folder(Path(destination)) as folder:
-        write_model(folder, forms, tensors, Path(source_folder), max_shard_gib, chat_template)
-
-
 def write_model(
     folder: Path,
     forms: Mapping[str, Form],
@@ -222,7 +204,12 @@ def write_model(
     max_shard_gib: float = 4.0,
     chat_template: str | None = None,
 ) -> None:
-    """As `write_hf_folder`, into a folder that is there; the caller syncs it."""
+    """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`, into a
+    folder that is there; the caller syncs it.
+
+    `forms` says by name what will come, in the order of the files; `tensors` may come in any order
+    and are written one at a time. `chat_template` takes the place of those of `source_folder`.
+    """
     _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
     copy_companions(source_folder, folder)
     if chat_template is not None:

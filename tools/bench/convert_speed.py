@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf3d.models.hf_io import HFReader, write_hf_folder
+from rlhf3d.models.hf_io import HFReader, write_model
 from rlhf3d.models.spec import load_spec
 from rlhf3d.models.weights import hf_tensors
 
@@ -47,7 +47,8 @@ def make_model(config: Path, folder: Path) -> None:
     bare.mkdir(parents=True)
     shutil.copyfile(config / "config.json", bare / "config.json")
     forms = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
-    write_hf_folder(folder, forms, tensors(), bare)
+    folder.mkdir()
+    write_model(folder, forms, tensors(), bare)
 
 
 def forget(folder: Path) -> int:

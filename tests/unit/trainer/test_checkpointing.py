@@ -24,7 +24,7 @@ from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
 from rlhf3d.checkpoints.resume import newest_complete
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
-from rlhf3d.models.hf_io import write_hf_folder
+from rlhf3d.models.hf_io import write_model
 from rlhf3d.models.spec import load_spec
 from rlhf3d.placement.worker import TrainWorker
 from rlhf3d.trainer import checkpointing
@@ -78,7 +78,8 @@ class FakeExport:
 
     def write(self, folder: Path, policy_version: int) -> None:
         forms = {"w": ((4,), torch.float32)}
-        write_hf_folder(folder, forms, [("w", torch.ones(4))], self.model)
+        folder.mkdir()
+        write_model(folder, forms, [("w", torch.ones(4))], self.model)
 
 
 @pytest.fixture(scope="module")
