@@ -25,6 +25,8 @@ from rlhf3d.units import GIB
 MEETING_S = 300.0
 """Deadline for the ranks of an engine to meet."""
 WORKER_EXTENSION = "rlhf3d.rollout.worker_extension.WeightSyncWorker"
+ZEROS = "rlhf3d_zeros"
+"""What vLLM calls weights of zeros, see `register_zeros`."""
 
 
 def start_vllm(
@@ -49,6 +51,8 @@ def start_vllm(
 
         from rlhf3d.models.hf_io import model_view
 
+        if _load_format(settings) == ZEROS:
+            register_zeros()
     # As with the number of threads.
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         dynamo.disable = True
@@ -96,7 +100,7 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "hf_overrides": partial(_complete_config, head_dtype=head_dtype),
         "dtype": rollout.dtype,
         "quantization": quantization,
-        "load_format": "safetensors" if settings.load_weights else "dummy",
+        "load_format": _load_format(settings),
         "skip_tokenizer_init": not settings.stops.strings,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": _executor(rollout),
@@ -112,6 +116,31 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "worker_extension_cls": WORKER_EXTENSION,
         **of_platform,
     }
+
+
+def _load_format(settings: EngineSettings) -> str:
+    """Which weights an engine starts from: its folder's, or some that a sync will replace."""
+    if settings.load_weights:
+        return "safetensors"
+    # What is quantized must not be zero, and GPUs draw random numbers in no time.
+    drawn = settings.platform.kind != "cpu" or settings.rollout.quantization != "none"
+    return "dummy" if drawn else ZEROS
+
+
+def register_zeros() -> None:
+    """Have vLLM know `ZEROS`.
+
+    Of the random numbers of its own format a core draws 150 million a second.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    class ZeroLoader(DummyModelLoader):
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            for tensor in model.state_dict().values():
+                tensor.zero_()
+
+    register_model_loader(ZEROS)(ZeroLoader)
 
 
 def _executor(rollout: RolloutConfig) -> str | None:
