@@ -1,8 +1,8 @@
 """One device of gloo, with its thread, for all process groups of a training rank.
 
 Invariant: what groups send, and to whom, stays the same. By itself torch gives each group a device
-of its own, whose thread looks for messages 100 times a second: the 21 groups of a single rank take
-2 % of a core, also while an engine generates.
+of its own, whose thread looks for messages 100 times a second, also while an engine generates; a
+single rank has 21 groups.
 """
 
 from __future__ import annotations
