@@ -75,15 +75,17 @@ class NewFile:
         """Do nothing, for those who expect a file of Python's: what is held back comes by parts."""
 
     def sync(self) -> None:
-        """Wait until the contents are on disk, and close."""
+        """Wait until the contents are on disk, and close, whether they could be written or not."""
         if self._file.closed:
             return
-        if self._filled:
-            self._hand_over()
-        while self._writing:
-            self._writing.popleft().result()
-        os.fsync(self._file.fileno())
-        self.close()
+        try:
+            if self._filled:
+                self._hand_over()
+            while self._writing:
+                self._writing.popleft().result()
+            os.fsync(self._file.fileno())
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close a file; without `sync`, one that is not to be used."""
@@ -103,9 +105,12 @@ class NewFile:
         if count % _BLOCK_BYTES:  # the file's last: no more than its bytes, by way of the cache
             _write_cached(self._file)
         begun = self._file.tell()
-        while values:
-            # A system call writes what there is room for, and says at the next that it is full.
-            values = values[self._file.write(values) :]
+        try:
+            while values:
+                # A system call writes what there is room for, and says at the next that it is full.
+                values = values[self._file.write(values) :]
+        except OSError as error:  # a descriptor does not know the name of its file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         start_writing(self._file, begun, count)
         return part
 

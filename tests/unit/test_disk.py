@@ -86,7 +86,8 @@ def test_a_hint_that_the_system_refuses_changes_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error() -> None:
     for written in (b"x", bytes(4 * disk.PART_BYTES)):
         file = NewFile(Path("/dev/full"))
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(OSError, match="No space left on device") as caught:
             file.write(written)
             file.sync()
+        assert caught.value.filename == "/dev/full"
         file.close()
