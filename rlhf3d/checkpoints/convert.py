@@ -221,6 +221,14 @@ class MegatronSource:
         near = self._chunks[slab.key, slab.place[:1]]
         return [chunk for chunk in near if slab.is_in(chunk.box)]
 
+    def names(self) -> list[str]:
+        """The Hugging Face tensors, in the order in which `tensors` gives them."""
+        found: dict[str, None] = {}
+        for slab in self.model.slabs:
+            for chunk in self.chunks(slab):
+                found |= dict.fromkeys(part.hf_name for part in slab.overlaps(chunk.box))
+        return list(found)
+
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Give each Hugging Face tensor, in `dtype` or (None) as stored."""
         for slab in self.model.slabs:
@@ -267,7 +275,7 @@ def _to_hf(source: Path, destination: Path, options: Options) -> Conversion:
         raise ValueError(f"{folder} holds a {megatron.role}, not a {options.role}")
     dtype, template = DTYPES[options.dtype], run_template(folder, reference)
     forms = {
-        name: (shape, dtype or megatron.dtypes[name]) for name, shape in megatron.shapes.items()
+        name: (megatron.shapes[name], dtype or megatron.dtypes[name]) for name in megatron.names()
     }
 
     def tensors(on_bytes: OnBytes) -> Iterator[tuple[str, Tensor]]:

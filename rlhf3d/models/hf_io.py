@@ -11,16 +11,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rlhf3d.disk import start_writing
+from rlhf3d.disk import NewFile
 from rlhf3d.models.boxes import Box, box_slices, full_box, row_boxes
 from rlhf3d.models.folder import INDEX_NAME, is_weights, model_tensors, weight_files
 from rlhf3d.models.spec import FAMILIES, ModelSpec
@@ -207,8 +207,8 @@ def write_model(
     """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`, into a
     folder that is there; the caller syncs it.
 
-    `forms` says by name what will come, in the order of the files; `tensors` may come in any order
-    and are written one at a time. `chat_template` takes the place of those of `source_folder`.
+    `forms` says by name what will come, in this order, and `tensors` are written one at a time.
+    `chat_template` takes the place of those of `source_folder`.
     """
     _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
     copy_companions(source_folder, folder)
@@ -254,24 +254,29 @@ def _write_shards(
         count = len(shards)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         _write_index(folder / INDEX_NAME, forms, dict(zip(names, shards, strict=True)))
-    with ExitStack() as stack:
-        places: dict[str, tuple[IO[bytes], int]] = {}
-        for name, shard in zip(names, shards, strict=True):
-            file: IO[bytes] = stack.enter_context(open(folder / name, "wb"))
-            header, offsets = _header({tensor: forms[tensor] for tensor in shard})
-            file.write(header)
-            places |= {tensor: (file, offset) for tensor, offset in offsets.items()}
-        for name, tensor in tensors:
-            assert name in places, f"{name} is not to be written, or was written already"
-            target, offset = places.pop(name)
-            assert (tuple(tensor.shape), tensor.dtype) == forms[name], f"{name} has another form"
-            target.seek(offset)
-            # Through uint8: numpy has no bfloat16.
-            values = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-            target.write(memoryview(values.numpy()))
-            target.flush()
-            start_writing(target, offset, values.nbytes)
-        assert not places, f"{sorted(places)} never came"
+    coming = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        with closing(NewFile(folder / name)) as file:
+            file.write(_header({tensor: forms[tensor] for tensor in shard}))
+            for wanted in shard:
+                # Not kept while the next one is made.
+                _write_tensor(file, wanted, forms[wanted], next(coming, None))
+            file.sync()
+    extra = next(coming, None)
+    assert extra is None, f"{extra[0]} is not to be written, or was written already"
+
+
+def _write_tensor(
+    file: NewFile, wanted: str, form: Form, came: tuple[str, torch.Tensor] | None
+) -> None:
+    """Append the tensor that is to come next."""
+    assert came is not None, f"{wanted} never came"
+    name, tensor = came
+    assert name == wanted, f"{name} came where {wanted} was announced"
+    assert (tuple(tensor.shape), tensor.dtype) == form, f"{name} has another form"
+    # Through uint8: numpy has no bfloat16.
+    values = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+    file.write(memoryview(values.numpy()))
 
 
 def _plan_shards(forms: Mapping[str, Form], limit_bytes: int) -> list[list[str]]:
@@ -301,20 +306,19 @@ def _write_index(path: Path, forms: Mapping[str, Form], shards: Mapping[str, lis
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file, and where in the file each tensor begins.
+def _header(forms: Mapping[str, Form]) -> bytes:
+    """The head of a safetensors file whose tensors follow in this order.
 
     The safetensors library writes a file from tensors that are all in memory; this format (length
     of the header in 8 bytes, JSON, values) is simple enough to write them one at a time.
     """
     names_of_dtypes = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
     end = 0
     for name, form in forms.items():
-        starts[name], end = end, end + _num_bytes(form)
+        start, end = end, end + _num_bytes(form)
         shape, dtype = form
-        offsets = [starts[name], end]
+        offsets = [start, end]
         entries[name] = {
             "dtype": names_of_dtypes[dtype],
             "shape": list(shape),
@@ -322,8 +326,7 @@ def _header(forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int]]:
         }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8, as the library has it
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}
+    return len(text).to_bytes(8, "little") + text
 
 
 def record_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
