@@ -34,9 +34,6 @@ def initialize_megatron(
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    from rlhf3d.parallel.gloo_device import share_device
-
-    share_device()
     timeout = timedelta(seconds=timeout_s)
     # Does nothing except in the process that opened this port.
     host_meeting(master_port, timeout_s)
