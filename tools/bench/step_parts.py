@@ -202,8 +202,9 @@ def step(bench: Bench, rounds: int, steps: int, layouts: bool, trl_python: str |
     if trl_python is None:
         bench.results.missing["step_s/trl"] = "TRL is not installed"
     else:
+        dtype = bench.read.config.model.dtype
         calls["trl"] = lambda turn: step_runs.run_trl(
-            trl_python, bench.sizes, cores(), steps, folder / "trl"
+            trl_python, bench.sizes, dtype, cores(), steps, folder / "trl"
         )
     # A run warms itself up: its first step is left out.
     turns = in_turn(calls, rounds, warm_up=False)

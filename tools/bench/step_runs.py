@@ -48,12 +48,15 @@ def run_ours(job: Path, output: Path, steps: int, overrides: Sequence[str]) -> l
     return [json.loads(line) for line in lines][1:]
 
 
-def run_trl(python: str, sizes: Sizes, threads: int, steps: int, output: Path) -> list[float]:
-    """Train with TRL; seconds of the steps that count."""
+def run_trl(
+    python: str, sizes: Sizes, dtype: str, threads: int, steps: int, output: Path
+) -> list[float]:
+    """Train with TRL, weights in `dtype`; seconds of the steps that count."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     settings = {
         "model": os.path.abspath(sizes.model),
+        "dtype": dtype,
         "data": os.path.abspath(sizes.data),
         "prompts": sizes.prompts,
         "completions": sizes.completions,

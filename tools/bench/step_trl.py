@@ -55,8 +55,8 @@ def main() -> None:
         callbacks=[clock],
         args=GRPOConfig(
             output_dir=sizes["output"],
-            model_init_kwargs={"dtype": "bfloat16"},
-            # Weights are in bfloat16; autocast would make generation on CPU four times slower.
+            model_init_kwargs={"dtype": sizes["dtype"]},
+            # Autocast would make generation on CPU four times slower than weights in bfloat16 do.
             bf16=False,
             use_cpu=True,
             per_device_train_batch_size=min(MICRO_BATCH, in_all),
