@@ -156,7 +156,7 @@ class TrainRank:
             rows.answers[self._collector] = Pickled(method(self._worker(role.load()), *given))
         return rows.answers[self._collector]
 
-    def start_save(self, role: str, folder: str) -> None:
+    def start_save(self, role: str, folder: str, wait: bool) -> None:
         """As the rank's."""
 
     def written(self) -> bool:

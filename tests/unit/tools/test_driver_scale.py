@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from rlhf3d.batching.batch import Batch, from_sequences
 from rlhf3d.batching.micro import MicroBatching, UpdatePlan
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.placement import train_group, waiting
+from rlhf3d.placement.engine_rank import EngineRank
 from rlhf3d.placement.train_group import TrainGroup
 from rlhf3d.placement.worker import TrainWorker
 
@@ -77,6 +79,16 @@ def run_phases(group: TrainGroup, batch: Batch) -> None:
     _, updated = group.update("actor", batch, plan, objective)
     wanted = -batch["response_mask"] * (batch["response_lengths"] / 4096)[:, None]
     assert torch.equal(logprobs, wanted) and updated is not None and torch.equal(updated, wanted)
+
+
+def test_pretended_ranks_are_called_as_the_real_ones(bench: tuple[Any, Any]) -> None:
+    _, pretended_run = bench
+    pretended = {pretended_run.TrainRank: TrainWorker, pretended_run.EnginePretended: EngineRank}
+    for stand_in, real in pretended.items():
+        for name, method in inspect.getmembers(stand_in, inspect.isfunction):
+            if not name.startswith("_"):
+                wanted = list(inspect.signature(getattr(real, name)).parameters)
+                assert list(inspect.signature(method).parameters) == wanted, name
 
 
 def test_bytes_do_not_grow_with_ranks(bench: tuple[Any, Any]) -> None:
