@@ -65,11 +65,14 @@ def file_info(path: Path) -> FileInfo:
     return FileInfo(size, crc)
 
 
-def infos_below(folder: Path, skip: Collection[str] = ()) -> dict[str, FileInfo]:
-    """Every file below `folder` by relative name, except those of the folders `skip` in it."""
+def infos_below(
+    folder: Path, skip: Collection[str] = (), known: Collection[str] = ()
+) -> dict[str, FileInfo]:
+    """Every file below `folder` by relative name, except those of the folders `skip` in it and
+    those `known` already."""
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = [str(path) for path in found if path.parts[0] not in skip]
-    return {name: file_info(folder / name) for name in names}
+    return {name: file_info(folder / name) for name in names if name not in known}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

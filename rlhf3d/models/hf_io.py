@@ -203,18 +203,19 @@ def write_model(
     source_folder: Path,
     max_shard_gib: float = 4.0,
     chat_template: str | None = None,
-) -> None:
+) -> list[NewFile]:
     """Write `tensors` as safetensors files, with config and tokenizer of `source_folder`, into a
-    folder that is there; the caller syncs it.
+    folder that is there; the files of weights, which are on disk. The caller syncs the others.
 
     `forms` says by name what will come, in this order, and `tensors` are written one at a time.
     `chat_template` takes the place of those of `source_folder`.
     """
-    _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
+    written = _write_shards(folder, forms, tensors, int(max_shard_gib * GIB))
     copy_companions(source_folder, folder)
     if chat_template is not None:
         replace_template(folder, chat_template)
     record_dtype(folder / "config.json", {dtype for _, dtype in forms.values()})
+    return written
 
 
 def copy_companions(source_folder: Path, destination: Path) -> None:
@@ -246,7 +247,7 @@ def _write_shards(
     forms: Mapping[str, Form],
     tensors: Iterable[tuple[str, torch.Tensor]],
     limit_bytes: int,
-) -> None:
+) -> list[NewFile]:
     """Write the files: one without an index if all fits in one."""
     shards = _plan_shards(forms, limit_bytes)
     names = ["model.safetensors"]
@@ -254,7 +255,7 @@ def _write_shards(
         count = len(shards)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         _write_index(folder / INDEX_NAME, forms, dict(zip(names, shards, strict=True)))
-    coming = iter(tensors)
+    coming, written = iter(tensors), []
     for name, shard in zip(names, shards, strict=True):
         with closing(NewFile(folder / name)) as file:
             file.write(_header({tensor: forms[tensor] for tensor in shard}))
@@ -262,8 +263,10 @@ def _write_shards(
                 # Not kept while the next one is made.
                 _write_tensor(file, wanted, forms[wanted], next(coming, None))
             file.sync()
+        written.append(file)
     extra = next(coming, None)
     assert extra is None, f"{extra[0]} is not to be written, or was written already"
+    return written
 
 
 def _write_tensor(

@@ -133,7 +133,9 @@ class CheckpointWriter:
             if more is not None:
                 more(partial)
             if export:
-                self.export.write(partial / HF_FOLDER, policy_version)
+                for file in self.export.write(partial / HF_FOLDER, policy_version):
+                    info = FileInfo(file.num_bytes, file.crc32)
+                    save.files[f"{HF_FOLDER}/{file.path.name}"] = info
                 reached("exported")
             for role, group in self.models.items():
                 (partial / role).mkdir()
@@ -164,9 +166,9 @@ class CheckpointWriter:
             return {}
         began = time.monotonic()
         with self._removed_on_error(save):
-            # What the driver wrote, read while the disk still writes the ranks' files, of which
-            # they report the sizes and checksums.
-            save.files |= infos_below(save.folder, skip=self.models)
+            # What else the driver wrote, read while the disk still writes the ranks' files, of
+            # which they report the sizes and checksums.
+            save.files |= infos_below(save.folder, skip=self.models, known=save.files)
             self._collect(save)
             reached("written")
             manifest = Manifest(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf3d.disk import NewFile
 from rlhf3d.models.hf_io import write_model
 from rlhf3d.models.weights import hf_tensors
 from rlhf3d.placement.train_group import TrainGroup
@@ -50,15 +51,15 @@ class HFExport:
         """ValueError unless an export can be made: to be known before the first step."""
         self._reading_rank()
 
-    def write(self, folder: Path, policy_version: int) -> None:
+    def write(self, folder: Path, policy_version: int) -> list[NewFile]:
         """Write the weights as they are now, which are of `policy_version`, into a new folder.
 
-        They are on disk when the caller has synced them.
+        Its files of weights are on disk; the caller syncs the others.
         """
         dtype = getattr(torch, self._dtype)
         forms = {name: (shape, dtype) for name, shape in hf_tensors(self._sync.spec, "lm").items()}
         folder.mkdir()
-        write_model(
+        return write_model(
             folder,
             forms,
             self._tensors(policy_version),

@@ -38,7 +38,7 @@ from support.weights import (
 from rlhf3d.models.boxes import Piece, box_slices, intersect, volume
 from rlhf3d.models.engine_weights import check_engine_layout
 from rlhf3d.models.spec import ModelSpec, check_layout
-from rlhf3d.models.weights import LocalParam
+from rlhf3d.models.weights import LocalParam, hf_tensors
 from rlhf3d.parallel.layout import ParallelLayout
 from rlhf3d.resharding.plan import Destination, ReshardPlan, TrainingShards, TransferOp, build_plan
 from rlhf3d.resharding.sites import Sites
@@ -410,6 +410,8 @@ def test_an_export_takes_every_tensor_whole(spec: ModelSpec) -> None:
     plan = plan_export(spec, layout, Sites.hosts([0, 0, 0, 0, 1, 1, 1, 1]), beside=5)
     tensors, training = training_weights(spec, layout)
     made, _, _ = carry_out(plan, 0, training)
+    # The order in which a folder's files are written.
+    assert list(made) == list(hf_tensors(spec, "lm"))
     assert len(plan.destinations) == 1 and plan.destinations[0].device == 1
     assert set(made) == set(tensors)
     assert all(torch.equal(made[name], tensor) for name, tensor in tensors.items())

@@ -24,6 +24,7 @@ from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
 from rlhf3d.checkpoints.resume import newest_complete
 from rlhf3d.checkpoints.store import Store
 from rlhf3d.config.schema import Config, ModelConfig, TrainerConfig
+from rlhf3d.disk import NewFile
 from rlhf3d.models.hf_io import write_model
 from rlhf3d.models.spec import load_spec
 from rlhf3d.placement.worker import TrainWorker
@@ -76,10 +77,10 @@ class FakeExport:
     def check(self) -> None:
         """It can be made."""
 
-    def write(self, folder: Path, policy_version: int) -> None:
+    def write(self, folder: Path, policy_version: int) -> list[NewFile]:
         forms = {"w": ((4,), torch.float32)}
         folder.mkdir()
-        write_model(folder, forms, [("w", torch.ones(4))], self.model)
+        return write_model(folder, forms, [("w", torch.ones(4))], self.model)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,8 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
         and "experience/queue.json" in on_disk
     )
     assert metrics["checkpoint/bytes"] == sum(info.bytes for info in manifest.files.values())
+    weights = "hf/model.safetensors"  # checksummed while they were written
+    assert manifest.files[weights] == file_info(folder / weights)
     assert metrics["checkpoint/held_s"] == pytest.approx(metrics["checkpoint/save_s"], abs=0.05)
 
 
