@@ -6,7 +6,10 @@ a configuration key in the configuration's.
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -36,21 +39,33 @@ def files_of(quoted: list[str]) -> list[Path]:
     return found
 
 
-def is_defined(name: str, text: str) -> bool:
-    """Whether a function, class, constant or field of this name begins somewhere in `text`."""
-    begins = rf"^\s*(?:(?:async )?def|class) {name}\b|^\s*{name}\s*(?::[^=\n]*)?=|^\s*{name}: "
-    return re.search(begins, text, re.MULTILINE) is not None
+def defined_in(path: Path) -> Iterator[str]:
+    """Functions, classes, constants and fields of a file, those of a class also behind its name."""
+    for node in ast.parse(path.read_text()).body:
+        yield from names_of(node)
+        if isinstance(node, ast.ClassDef):
+            for name in chain.from_iterable(map(names_of, node.body)):
+                yield from (name, f"{node.name}.{name}")
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement gives a name to."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def looked_for(name: str) -> str:
+    """Of `function(…)` its name, of `group.key` the key."""
+    name = name.removesuffix("(…)")
+    return name.split(".")[-1] if name.islower() else name
 
 
 @pytest.mark.parametrize("row", table_rows(), ids=lambda row: row.split("|")[1].strip())
 def test_names_are_defined_where_the_row_says(row: str) -> None:
     quoted = re.findall(r"`([^`]+)`", row)
     files = [*files_of(quoted), *(PACKAGE / name for name in KEYS)]
-    text = "\n".join(path.read_text() for path in files)
+    known = set(chain.from_iterable(map(defined_in, files)))
     names = [name for name in quoted if not name.endswith((".py", "/"))]
-    assert [name for name in names if not is_defined(last_part(name), text)] == []
-
-
-def last_part(name: str) -> str:
-    """Of `Class.method`, `group.key` or `function(…)`."""
-    return re.split(r"\W", name.removesuffix("(…)"))[-1]
+    assert [name for name in names if looked_for(name) not in known] == []
