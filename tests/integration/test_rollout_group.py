@@ -162,9 +162,9 @@ def test_engines_that_are_started_again_do_again_what_they_were_given(
 ) -> None:
     group.submit({number: request(3) for number in range(4)})
     assert len(all_of(group)) == 4
-    group.submit({number: request(5 + 15 * number) for number in range(4)})
-    answered = group.poll(20.0)
     pid = ray.get(group.engines[1].actors[0].process_id.remote())
+    group.submit({number: request(5 + 18 * number) for number in range(4)})
+    answered = group.poll(20.0)
     os.kill(pid, 9)
     with pytest.raises(WorkerFailure, match=r"(?s)generate failed on engine 1:.*died"):
         while True:
@@ -173,8 +173,10 @@ def test_engines_that_are_started_again_do_again_what_they_were_given(
     group.restart()
     group.publish(0, again=True)
     rest = all_of(group)
-    assert sorted(answered | rest) == [0, 1, 2, 3] and not answered.keys() & rest.keys()
-    assert [rest[number].token_ids[1] for number in (2, 3)] == [1, 1]
+    # Where this process was slow, the other engine had ended more before the death.
+    made = answered | rest
+    assert sorted(made) == [0, 1, 2, 3] and not answered.keys() & rest.keys()
+    assert 3 in rest and [made[number].token_ids[1] for number in (2, 3)] == [1, 1]
     assert group.lost() == {}
 
 
