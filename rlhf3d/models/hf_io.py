@@ -2,7 +2,7 @@
 
 Invariant: only the bytes asked for are read, through a mapping of the file, and nothing is
 unpickled. Nothing is written that is not all of the announced model; writing holds one tensor in
-memory.
+memory, and what `NewFile` collects.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.tiny_models import make_tiny_model
 
+from rlhf3d.checkpoints import manifest as manifests
 from rlhf3d.checkpoints import store
 from rlhf3d.checkpoints.manifest import file_info, problems, read_manifest
 from rlhf3d.checkpoints.resume import newest_complete
@@ -160,7 +162,10 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
         (checkpoint / "experience").mkdir()
         (checkpoint / "experience" / "queue.json").write_text("{}")
 
-    metrics = made.save(3, 4, lambda: {"loader": 3}, {"acc": 0.5}, last=True, wait=False, more=more)
+    with mock.patch.object(manifests, "file_info", wraps=file_info) as read:
+        metrics = made.save(
+            3, 4, lambda: {"loader": 3}, {"acc": 0.5}, last=True, wait=False, more=more
+        )
     folder = tmp_path / "checkpoints" / "step_3"
     manifest = read_manifest(folder)
     assert made.last == folder and problems(folder, manifest) == []
@@ -176,8 +181,11 @@ def test_writes_what_a_manifest_says(model: Path, tmp_path: Path) -> None:
         and "experience/queue.json" in on_disk
     )
     assert metrics["checkpoint/bytes"] == sum(info.bytes for info in manifest.files.values())
-    weights = "hf/model.safetensors"  # checksummed while they were written
+    # Checksummed while they were written, and not read for it.
+    weights = "hf/model.safetensors"
     assert manifest.files[weights] == file_info(folder / weights)
+    names = {call.args[0].name for call in read.call_args_list}
+    assert "config.json" in names and "model.safetensors" not in names
     assert metrics["checkpoint/held_s"] == pytest.approx(metrics["checkpoint/save_s"], abs=0.05)
 
 
