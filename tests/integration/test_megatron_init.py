@@ -11,10 +11,11 @@ from dataclasses import astuple
 
 import pytest
 from support import gpu_set
-from support.ranks import free_port, run_ranks
+from support.ranks import run_ranks
 
 import megatron_patches
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.parallel.megatron_init import destroy_megatron, initialize_megatron
 from rlhf3d.parallel.platform import CPUPlatform
 
@@ -77,20 +78,23 @@ def test_ranks_are_where_the_layout_says(layout: ParallelLayout) -> None:
         assert total == sum(layout.rank(place.tp, place.pp, d, place.cp) for d in range(layout.dp))
 
 
-def twice(rank: int, port: int, second_port: int) -> list[float]:
+def twice(rank: int, port: int) -> list[float]:
     """Join, leave and join with another layout: seeded draws of both lives."""
     import torch
 
     draws = []
-    for layout, at in ((ParallelLayout(tp=2), port), (ParallelLayout(dp=2), second_port)):
-        initialize_megatron(layout, rank, 5, PLATFORM, 60, master_port=at)
+    for layout in (ParallelLayout(tp=2), ParallelLayout(dp=2)):
+        initialize_megatron(layout, rank, 5, PLATFORM, 60, master_port=port)
         draws.append(torch.rand(1).item())
+        next_port = [open_meeting() if rank == 0 else 0]
+        torch.distributed.broadcast_object_list(next_port)
+        port = next_port[0]
         destroy_megatron()
     return draws
 
 
 def test_a_world_can_be_left_and_joined_again() -> None:
-    results = run_ranks(2, twice, free_port())
+    results = run_ranks(2, twice)
     assert len({draw for draws in results for draw in draws}) == 1
 
 

@@ -10,7 +10,6 @@ import ctypes
 import faulthandler
 import os
 import pickle
-import random
 import selectors
 import signal
 import socket
@@ -19,27 +18,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from datetime import timedelta
 from typing import IO, Any, NoReturn
 
+import torch
+from torch.distributed import TCPStore
+
 _PR_SET_PDEATHSIG = 1
+_serving: list[TCPStore] = []  # until the rank ends
 _WATCHDOG_GRACE_S = 5.0  # a rank's own watchdog fires first, so that its stack is in the error
 
 
 class RankError(RuntimeError):
     """A rank raised, died or ran past the deadline; the message holds its traceback."""
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago, and that no connection takes meanwhile.
-
-    Those that the kernel chooses for connections begin at 32768.
-    """
-    while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def run_ranks(
@@ -49,11 +40,13 @@ def run_ranks(
 
     Results are pickled.
 
-    `port` is a free port for the rendezvous at 127.0.0.1; `RANK`, `LOCAL_RANK`, `WORLD_SIZE`,
-    `MASTER_ADDR` and `MASTER_PORT` are set too. Raises RankError with the traceback of the rank
-    that failed first, or with every unfinished rank's stacks after `timeout_s`.
+    `port` is where rank 0 serves a store for the rendezvous at 127.0.0.1; `RANK`, `LOCAL_RANK`,
+    `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are set too. Raises RankError with the traceback
+    of the rank that failed first, or with every unfinished rank's stacks after `timeout_s`.
     """
-    port, parent = free_port(), os.getpid()
+    # Open until rank 0 has taken it over: a port that was free a moment ago may be somebody's now.
+    meeting = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    parent = os.getpid()
     pids: list[int] = []
     pipes: list[int] = []
     stacks: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(world_size)]  # noqa: SIM115
@@ -64,12 +57,16 @@ def run_ranks(
             read_end, write_end = os.pipe()
             pid = os.fork()
             if pid == 0:
-                _child(rank, world_size, port, parent, write_end, stacks[rank], timeout_s, fn, args)
+                _child(
+                    rank, world_size, meeting, parent, write_end, stacks[rank], timeout_s, fn, args
+                )
             os.close(write_end)
             pids.append(pid)
             pipes.append(read_end)
+        meeting.close()  # so that nobody waits in its queue when rank 0 is no more
         return _collect(pids, pipes, stacks, time.monotonic() + timeout_s + _WATCHDOG_GRACE_S)
     finally:
+        meeting.close()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the id is still ours
             os.waitpid(pid, 0)
@@ -82,7 +79,7 @@ def run_ranks(
 def _child(
     rank: int,
     world_size: int,
-    port: int,
+    meeting: socket.socket,
     parent: int,
     pipe: int,
     stacks: IO[bytes],
@@ -97,13 +94,17 @@ def _child(
         if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=stacks)
+        port = int(meeting.getsockname()[1])
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
         os.environ.update(
             {name: str(value) for name, value in env.items()}, MASTER_ADDR="127.0.0.1"
         )
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(1)
+        torch.set_num_threads(1)
         try:
+            if rank == 0:
+                _serving.append(_host(meeting, timeout_s))
+            else:
+                meeting.close()
             reply = pickle.dumps((True, fn(rank, port, *args)))
             status = 0
         except BaseException:
@@ -114,6 +115,19 @@ def _child(
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def _host(meeting: socket.socket, timeout_s: float) -> TCPStore:
+    """Torch's store at `meeting`, which `init_process_group` of this process takes for its own."""
+    return TCPStore(
+        "127.0.0.1",
+        int(meeting.getsockname()[1]),
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=meeting.detach(),
+    )
 
 
 def _collect(

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from support.ranks import free_port
 from support.tiny_models import make_tiny_model
 from support.weights import rank_params
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from rlhf3d.config.schema import RolloutConfig
 from rlhf3d.models.spec import load_spec
 from rlhf3d.parallel.layout import ParallelLayout
+from rlhf3d.parallel.meeting import open_meeting
 from rlhf3d.parallel.platform import CPUPlatform
 from rlhf3d.resharding.sending import WeightSender
 from rlhf3d.resharding.setup import FILE_PREFIX, SyncSetup
@@ -180,7 +180,7 @@ class Rig:
         self.senders = [
             WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)
         ]
-        meeting = ("127.0.0.1", free_port())
+        meeting = ("127.0.0.1", children[0].submit(open_meeting).result(WAIT_S))
         wait_all(
             [
                 child.submit(start_engine, folder, len(children), stops, rank, meeting, update)

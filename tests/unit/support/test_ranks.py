@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def dies(rank: int, port: int) -> None:
     os._exit(7)
 
 
+def bind(rank: int, port: int) -> str:
+    """What a stranger hears who wants the ranks' port; rank 0 has taken it over by the end."""
+    with socket.socket() as other, pytest.raises(OSError, match="in use") as refused:
+        other.bind(("127.0.0.1", port))
+    return str(refused.value)
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -48,6 +56,10 @@ def test_results_in_rank_order_and_environment() -> None:
     results = run_ranks(3, identity, 5)
     assert [r[0] for r in results] == [0, 5, 10] and len({r[1] for r in results}) == 1
     assert [r[2:] for r in results] == [("0", "3"), ("1", "3"), ("2", "3")]
+
+
+def test_nobody_else_gets_the_ranks_port() -> None:
+    assert len(run_ranks(2, bind)) == 2
 
 
 def test_results_larger_than_a_pipe() -> None:
