@@ -36,8 +36,8 @@ def loss_norm(response_mask: Tensor, max_response_tokens: int) -> LossNorm:
 
     A row of it is a complete trajectory (`trajectories.join_rows`).
     """
-    mask = response_mask.bool()
-    return LossNorm(float(mask.sum()), float(mask.any(-1).sum()), max_response_tokens)
+    tokens = response_mask.bool().sum(-1)
+    return LossNorm(float(tokens.sum()), float((tokens > 0).sum()), max_response_tokens)
 
 
 def aggregate(

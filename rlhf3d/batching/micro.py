@@ -93,10 +93,11 @@ def plan_micro_batches(
     if rule.packed:
         # Rows count with their own padding from here on; rounding them again changes nothing.
         lengths = [rule.packed_row(length) for length in lengths]
+    fewest = [_fewest(lengths, rows, rule) for rows in rows_of]
     # The rank that needs the most decides for all.
-    needed = max(len(_fewest(lengths, rows, rule)) for rows in rows_of)
-    count = round_up(max(needed, 1), multiple_of)
-    return [_exactly(lengths, rows, rule, count) for rows in rows_of]
+    count = round_up(max(1, *map(len, fewest)), multiple_of)
+    parts = zip(rows_of, fewest, strict=True)
+    return [_exactly(lengths, rows, found, rule, count) for rows, found in parts]
 
 
 def check_budget(lengths: Sequence[int], rule: MicroBatching) -> None:
@@ -137,15 +138,19 @@ def _fewest(lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching) ->
 
 
 def _exactly(
-    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    fewest: list[list[int]],
+    rule: MicroBatching,
+    count: int,
 ) -> list[list[int]]:
-    """`count` micro-batches, the largest first; `count` is at least what `_fewest` needs."""
+    """`count` micro-batches, the largest first; at least as many as the `fewest` of the rows."""
     if rule.packed:
-        batches = _even_parts(lengths, rows, rule, count)
+        batches = _even_parts(lengths, rows, fewest, rule, count)
     elif rule.tokens is None:
         batches = _even_runs(_descending(lengths, rows), count)
     else:
-        batches = _split_up(lengths, _padded_runs(lengths, rows, rule), rule, count)
+        batches = _split_up(lengths, fewest, rule, count)
 
     def largest_first(batch: list[int]) -> int:
         # A filler has positions too, but empty micro-batches belong behind those with rows.
@@ -162,11 +167,15 @@ def _even_runs(order: list[int], count: int) -> list[list[int]]:
 
 
 def _even_parts(
-    lengths: Sequence[int], rows: Sequence[int], rule: MicroBatching, count: int
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    fewest: list[list[int]],
+    rule: MicroBatching,
+    count: int,
 ) -> list[list[int]]:
     """`count` packed micro-batches of about equally many tokens.
 
-    Where even ones break the budget: those of first fit, split up.
+    Where even ones break the budget: the `fewest`, split up.
     """
     costs = [lengths[row] for row in rows]
     batches = []
@@ -176,7 +185,7 @@ def _even_parts(
         return batches
     if max(_positions(lengths, batch, rule) for batch in batches) <= rule.tokens:
         return batches
-    return _split_up(lengths, _fewest(lengths, rows, rule), rule, count)
+    return _split_up(lengths, fewest, rule, count)
 
 
 def _first_fit(lengths: Sequence[int], rows: Sequence[int], capacity: int) -> list[list[int]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 from rlhf3d.data.dataset import Prompt
@@ -116,13 +118,10 @@ class Trajectory:
     name: str = ""
     """See `TrajectoryRequest.name`."""
 
-    @property
-    def turns(self) -> list[Span]:
+    @cached_property
+    def turns(self) -> tuple[Span, ...]:
         """The sampled spans of all rows, in order: one a turn."""
-        turns: list[Span] = []
-        for row in self.rows:
-            turns += row.turns
-        return turns
+        return tuple(chain.from_iterable(row.turns for row in self.rows))
 
     @property
     def response_length(self) -> int:

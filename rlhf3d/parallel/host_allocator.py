@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 
 # Of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = -1
 _OWN_PAGES_BYTES = 32 << 20
 """Blocks from this size on are outside of the heap, as by default: freed, they leave no hole."""
@@ -22,6 +22,18 @@ def keep_freed() -> None:
     if hasattr(libc, "mallopt"):
         # By default it grows to this; the next setting would freeze it where it is.
         libc.mallopt(_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def keep_all_freed() -> None:
+    """Keep the heap of this process as large as it was, and have blocks of every size in it.
+
+    For a process whose large blocks come and go in the same sizes, as the driver's columns do: what
+    holes it leaves, the next step fills.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 

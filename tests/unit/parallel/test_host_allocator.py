@@ -9,33 +9,56 @@ import sys
 
 import pytest
 
-# In a process of its own: the setting lasts as long as the process.
+# In a process of its own: the settings last as long as the process.
 SCRIPT = """
 import resource
 import torch
+from rlhf3d.parallel.host_allocator import keep_all_freed
 from rlhf3d.parallel.platform import CPUPlatform
 
-def pages():
+def pages(count, mib):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(8)]
+    tensors = [torch.ones(mib << 20, dtype=torch.uint8) for _ in range(count)]
     del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-cpu = CPUPlatform("test")
-found = [pages(), pages()]
-cpu._bind_device()
-found += [pages(), pages()]
-cpu.free_cached()
-print(*found, pages())
 """
+RANK = """
+cpu = CPUPlatform("test")
+found = [pages(8, 16), pages(8, 16)]
+cpu._bind_device()
+found += [pages(8, 16), pages(8, 16)]
+cpu.free_cached()
+print(*found, pages(8, 16))
+"""
+DRIVER = """
+found = [pages(2, 64), pages(2, 64)]
+keep_all_freed()
+print(*found, pages(2, 64), pages(2, 64), pages(2, 48))
+"""
+ALL = (128 << 20) // resource.getpagesize() // 2
+"""What a round takes at least where the kernel hands its pages out again."""
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+def pages_of(rounds: str) -> list[int]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT + rounds],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    first, upstream, _, kept, given_back = map(int, done.stdout.split())
-    complete = (8 * 16 << 20) // resource.getpagesize() // 2
-    assert first > complete and upstream > complete and given_back > complete
-    assert kept < complete / 4
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    first, upstream, _, kept, given_back = pages_of(RANK)
+    assert first > ALL and upstream > ALL and given_back > ALL
+    assert kept < ALL / 4
+
+
+def test_blocks_of_every_size_are_kept_where_they_come_and_go_alike() -> None:
+    first, upstream, _, kept, smaller = pages_of(DRIVER)
+    assert first > ALL and upstream > ALL
+    assert kept < ALL / 4 and smaller < ALL / 4
