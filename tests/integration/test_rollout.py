@@ -38,6 +38,9 @@ from rlhf3d.rollout.api import (
     token_versions,
 )
 
+# Two starts of vLLM in one fixture.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[list[ProcessPoolExecutor]]:
@@ -130,7 +133,7 @@ def enter_while_requests_run(rig: Rig, requests: Sequence[Request]) -> dict[int,
     rig.sync()
     first, asked = rig.version, dict(enumerate(requests))
     models = {first: copy.deepcopy(rig.model)}
-    rig.slow_down(0.02)
+    rig.slow_down(0.1)
     rig.call("submit", asked)
     submitted, published = rig.last_command, []
     for _ in range(2):
@@ -186,7 +189,7 @@ def test_a_request_goes_on_with_its_own_draws_after_new_weights(llama: Rig, ahea
     llama.children[0].submit(begin_steps_ahead, ahead).result()
     llama.sync()
     alone, versions = llama.generate(6, max_tokens=60), [llama.version]
-    llama.slow_down(0.02)
+    llama.slow_down(0.1)
     llama.call("submit", dict(enumerate(request for request, _ in alone)))
     for _ in range(2):
         llama.take_steps(8)
@@ -205,7 +208,7 @@ def test_a_request_goes_on_with_its_own_draws_after_new_weights(llama: Rig, ahea
 
 def test_what_runs_may_be_aborted_or_scored_only_while_it_waits(llama: Rig) -> None:
     llama.sync()
-    llama.slow_down(0.02)
+    llama.slow_down(0.1)
     llama.call("submit", dict(enumerate(llama.requests(3, max_tokens=60))))
     with pytest.raises(AssertionError, match="requests are running"):
         llama.call("score", [tuple(range(5, 45))])
@@ -230,7 +233,7 @@ def test_stale_prefix_cache_shows(llama: Rig) -> None:
     assert llama.call("cached_tokens") > 0
     # What runs would go on with its old keys and values, and the canary could not be asked.
     request = llama.requests(1, max_tokens=60)[0]
-    llama.slow_down(0.02)
+    llama.slow_down(0.1)
     llama.call("submit", {0: request})
     llama.take_steps(8)
     llama.perturb()
@@ -280,10 +283,12 @@ def test_untied_qwen2_follows_two_updates(child: list[ProcessPoolExecutor], tmp_
     for _ in range(2):
         rig.sync()
         rig.check()
+    rig.slow_down(0.5)  # so that none of them ends before the next line
     rig.call("submit", dict(enumerate(rig.requests(max_tokens=100))))
     with pytest.raises(RuntimeError, match=r"3 requests are running, .*update=between_batches"):
         rig.call("update_weights", rig.version, rig.syncs)
     rig.call("abort", [0, 1, 2])
+    rig.slow_down(0)
     rig.sync()
     tokenizer = make_tiny_tokenizer()
 

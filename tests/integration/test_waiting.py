@@ -42,7 +42,19 @@ class Worker:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list]:
     with ray_cluster(ClusterConfig(), local_cpus=3):
-        yield [ray.remote(Worker).options(num_cpus=1, max_restarts=0).remote() for _ in range(3)]
+        made = [ray.remote(Worker).options(num_cpus=1, max_restarts=0).remote() for _ in range(3)]
+        # No test waits for their start.
+        ray.get([worker.answer.remote(0) for worker in made], timeout=120)
+        yield made
+
+
+def take_first(calls: dict) -> dict:
+    """What has ended first; a look itself takes a second at most."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if ended := take_ready("generate", calls, 60):
+            return ended
+    raise TimeoutError(f"nothing ended of {list(calls)}")
 
 
 def test_results_keep_their_order(workers: list) -> None:
@@ -70,13 +82,13 @@ def test_who_is_waited_for_can_be_asked(workers: list) -> None:
 
 def test_what_has_ended_is_taken_and_the_rest_stays(workers: list) -> None:
     calls = {"rank 0": workers[0].answer.remote(7), "rank 1": workers[1].hang.remote()}
-    assert take_ready("generate", calls, 60) == {"rank 0": 7}
+    assert take_first(calls) == {"rank 0": 7}
     assert list(calls) == ["rank 1"] and take_ready("generate", calls, 0.1) == {}
     calls["rank 2"] = workers[2].fail.remote()
     with pytest.raises(
         WorkerFailure, match=r"(?s)generate failed on rank 2:.*KeyError: 'the cause'"
     ):
-        take_ready("generate", calls, 60)
+        take_first(calls)
     ray.kill(workers[1])
     workers[1] = ray.remote(Worker).options(num_cpus=1, max_restarts=0).remote()
     ray.get(workers[1].answer.remote(0))  # the next test's calls are not to wait for its start
@@ -84,6 +96,7 @@ def test_what_has_ended_is_taken_and_the_rest_stays(workers: list) -> None:
 
 def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
     calls = {"rank 0": workers[0].lose_peer.remote(), "rank 1": workers[1].fail.remote()}
+    ray.wait(list(calls.values()), num_returns=2, timeout=60)
     with pytest.raises(
         WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*KeyError: 'the cause'.*rank 0"
     ):
@@ -108,6 +121,7 @@ def test_cluster_too_small_is_the_users_mistake(workers: list) -> None:
 
 def test_deadline_names_who_was_waited_for(workers: list) -> None:
     calls = {"rank 0": workers[0].answer.remote(1), "rank 1": workers[1].hang.remote()}
+    ray.wait([calls["rank 0"]], timeout=60)
     with pytest.raises(WorkerFailure, match="generate: no answer within 2 s from rank 1;"):
         gather("generate", calls, 2)
 
@@ -169,5 +183,5 @@ def test_the_end_of_ray_itself_is_one_sentence_soon_and_leaves_nothing(name: str
     # Which signal ended it is not known where another waits for it first.
     sentence = rf"Ray's {name} on this machine \(process \d+\) (was )?ended\b.*checkpoint"
     assert re.fullmatch("preempted" if name == "SIGTERM" else sentence, told)
-    assert float(seconds) < 20
+    assert float(seconds) < 50  # Ray's own wait is a minute
     assert left_behind() == set()

@@ -49,6 +49,8 @@ PROMPT_TOKENS = 140
 ENGINE: VLLMEngine | None = None
 LOOP: EngineLoop | None = None
 WAIT_S = 60.0
+START_S = 300.0
+"""Of vLLM's import and start."""
 RIGS = itertools.count()
 
 
@@ -75,7 +77,7 @@ def start_engine(
     ENGINE = VLLMEngine(settings, rank=rank)
     start = partial(ENGINE.start, meeting)
     LOOP = EngineLoop(start, rank=rank, name=f"rank {rank}", timeout_s=WAIT_S)
-    LOOP.wait_started(WAIT_S)
+    LOOP.wait_started(START_S)
 
 
 def close_engine() -> list[str]:
@@ -180,7 +182,7 @@ class Rig:
         self.senders = [
             WeightSender(self.setup, rank, params) for rank, params in enumerate(self.params)
         ]
-        meeting = ("127.0.0.1", children[0].submit(open_meeting).result(WAIT_S))
+        meeting = ("127.0.0.1", children[0].submit(open_meeting).result(START_S))
         wait_all(
             [
                 child.submit(start_engine, folder, len(children), stops, rank, meeting, update)
@@ -263,9 +265,11 @@ class Rig:
 
     def take_steps(self, count: int) -> None:
         """Wait until the engine has taken so many more."""
-        upto = self.ask(0)[0].steps + count
-        while self.ask(0.05)[0].steps < upto:
-            pass
+        told = self.ask(0)
+        upto = told[0].steps + count
+        while told[0].steps < upto:
+            assert not told[0].idle, "all requests have ended before that"
+            told = self.ask(0.05)
 
     def ask(self, timeout_s: float) -> list[Progress]:
         """What the ranks have done; keeps the completions."""
