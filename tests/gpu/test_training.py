@@ -186,6 +186,14 @@ def test_states_leave_and_come_back(target: Target) -> None:
         assert all(abs(freed - size) < 0.05 and abs(taken - size) < 0.05 for freed, taken in rounds)
 
 
+def wait_for(path: Path, deadline: float) -> None:
+    """Until another process has made it, and remove it."""
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was not made in time"
+        time.sleep(0.01)
+    path.unlink()
+
+
 def exchange(rank: int, port: int, target: Target, shape: RingShape) -> float:
     """Rank 0 sends buckets through memory that both have open, rank 1 reads them; seconds."""
     from rlhf3d.resharding.ring import Ring
@@ -193,16 +201,16 @@ def exchange(rank: int, port: int, target: Target, shape: RingShape) -> float:
     buckets, device = 12, target.platform.device()
     deadline = time.monotonic() + 60
     torch.zeros(1, device=device)
+    made, held = (Path(f"{shape.path()}.{what}") for what in ("made", "held"))
     if rank == 0:
         ring = Ring.create(shape)
-        time.sleep(5.0)  # as in a run, where every reader holds it before anything is sent
+        made.touch()
+        wait_for(held, deadline)  # as in a run, where every reader holds it before all is sent
     else:
-        while not shape.path().exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(2.0)  # until the slots are shared
+        wait_for(made, deadline)
         ring = Ring.open(shape)
         ring.hold(0)  # else the sender takes this reader for dead
+        held.touch()
     began = time.monotonic()
     for number in range(buckets):
         expected = torch.arange(shape.slot_bytes, device=device).add(number).to(torch.uint8)

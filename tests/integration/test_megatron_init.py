@@ -107,7 +107,7 @@ def alone(rank: int, port: int) -> float:
 
 
 def test_a_missing_rank_is_not_waited_for_beyond_the_deadline() -> None:
-    assert run_ranks(1, alone, timeout_s=60)[0] < 20
+    assert run_ranks(1, alone, timeout_s=120)[0] < 50
 
 
 def prepared(rank: int, port: int) -> tuple[int, str]:

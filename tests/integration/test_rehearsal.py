@@ -68,7 +68,7 @@ def rehearse(folder: Path, job: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=1100,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -76,7 +76,7 @@ def rehearse(folder: Path, job: str) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_experts_on_64_gpus_and_their_reward_model_are_rehearsed_on_a_few_processes(
     tmp_path: Path,
 ) -> None:
@@ -125,7 +125,7 @@ def test_experts_on_64_gpus_and_their_reward_model_are_rehearsed_on_a_few_proces
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_job_of_64_gpus_with_a_critic_is_rehearsed_on_a_few_processes(tmp_path: Path) -> None:
     models = tmp_path / "models"
     make_tiny_model(models / "Big-Model", "qwen2", heads=8, kv_heads=4, hidden=512, layers=8)

@@ -31,7 +31,7 @@ from rlhf3d.resharding.sites import Sites
 
 VERSIONS = [0, 3, 4]
 TIMEOUT_S = 60.0
-SHORT_S = 2.0
+SHORT_S = 6.0
 """Deadline where something is missing on purpose."""
 
 APART = SyncSetup(
@@ -265,7 +265,7 @@ def named(results: list[Any], ranks: list[int], text: str) -> None:
     for rank in ranks:
         error, seconds = results[rank]
         assert re.search(text, error), f"rank {rank}: {error!r}"
-        assert seconds < SHORT_S + 5, f"rank {rank} took {seconds:.1f} s"
+        assert seconds < SHORT_S + 40, f"rank {rank} took {seconds:.1f} s"
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "silent"])
@@ -275,7 +275,7 @@ def test_a_lost_peer_is_named(lost: int, gone: bool) -> None:
     context = multiprocessing.get_context("fork")
     synced, end = context.Barrier(6), context.Barrier(5 if gone else 6)
     results = run_ranks(
-        6, rank_apart_with_a_loss, setup, lost, gone, synced, end, timeout_s=TIMEOUT_S
+        6, rank_apart_with_a_loss, setup, lost, gone, synced, end, timeout_s=2 * TIMEOUT_S
     )
     how = ": .*[Cc]onnection" if gone else r" did not end in time; raise rollout\.sync_timeout_s"
     if lost == 3:

@@ -38,9 +38,6 @@ from rlhf3d.rollout.api import (
     token_versions,
 )
 
-# Two starts of vLLM in one fixture.
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[list[ProcessPoolExecutor]]:

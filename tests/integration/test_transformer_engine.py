@@ -165,7 +165,7 @@ def computed(
     ]
     path = f"{gpu_set.folder('megatron-core')}:{ROOT}/tests:{ROOT}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr[-6000:]
     results: dict[str, list] = torch.load(folder / "results.pt", weights_only=False)
     return results

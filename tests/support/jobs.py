@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -188,8 +189,18 @@ def signal_everyone(number: int) -> None:
             process.send_signal(number)
 
 
-def left_behind() -> set[str]:
-    """Own processes, and shared files of runs whose driver has gone."""
+def left_behind(within_s: float = 30.0) -> set[str]:
+    """Own processes, and shared files of runs whose driver has gone, that stay.
+
+    What was killed with a run needs a moment to end.
+    """
+    until = time.monotonic() + within_s
+    while (found := _left_now()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return found
+
+
+def _left_now() -> set[str]:
     found = set()
     for process in own_processes():
         with suppress(psutil.Error):
