@@ -103,7 +103,7 @@ def test_time_limit_and_second_signal(tmp_path: Path) -> None:
     # A step of seconds: the second signal comes before the end that the first one asked for.
     code, text = stop_at(job, 3, twice, *shape, "actor.ppo_epochs=40")
     assert code == 130 and "interrupted" in text, text
-    assert "trainer.max_wall_clock_s: 1 -> None" in text
+    assert "trainer.max_wall_clock_s: 1.0 -> None" in text
     assert saved_steps(run) == [1] and left_behind() == set()
 
 
