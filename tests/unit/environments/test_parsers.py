@@ -136,10 +136,10 @@ def test_what_a_model_writes_is_read(arguments: dict[str, Any]) -> None:
     "text", ['{"a":' * 20_000, "{" * 100_000, "<tool_call>[" * 5_000, '[{"name":"' * 20_000]
 )
 def test_hostile_texts_take_no_time(text: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     for parse in PARSERS.values():
         parse(text)
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_parser_of_the_users() -> None:

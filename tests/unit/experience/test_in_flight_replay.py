@@ -255,7 +255,7 @@ def test_a_run_in_flight_is_repeated_whatever_the_times_are(tmp_path: Path) -> N
             run(tmp_path / f"turns{turns}", 4, Script(segment), turns)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_rewards_with_which_a_group_is_not_trained_on_are_named(tmp_path: Path) -> None:
     """As where a reward function was edited: its step waits for none that does not come."""
     run(tmp_path / "run", seed=0)

@@ -40,7 +40,7 @@ def test_a_stamp_is_when_the_device_came_to_it(monkeypatch: pytest.MonkeyPatch) 
     Device.behind_ms = 250.0  # the host has queued that much
     asked = time.monotonic_ns()
     late = clock.ns(clock.stamp()) - asked
-    assert late == pytest.approx(250e6, abs=50e6)
+    assert 200e6 <= late <= 300e6 + time.monotonic_ns() - asked
 
 
 def test_the_cpu_is_its_own_clock() -> None:

@@ -16,17 +16,17 @@ from support.ranks import RankError, run_ranks
 
 from rlhf3d.parallel import nccl_rules
 
-SHORT = timedelta(seconds=2)
+SHORT, LONG = timedelta(seconds=2), timedelta(seconds=60)
 
 
-def run(rank: int, port: int, body: Callable[[int], Any]) -> Any:
+def run(rank: int, port: int, body: Callable[[int], Any], timeout: timedelta = LONG) -> Any:
     nccl_rules.register()
     dist.init_process_group(
         nccl_rules.NAME,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=2,
-        timeout=SHORT,
+        timeout=timeout,
     )
     return body(rank)
 
@@ -105,8 +105,9 @@ def test_memory_freed_before_the_wait_arrives_as_nan() -> None:
     ],
 )
 def test_what_would_hang_fails(body: Callable[[int], Any], problem: str) -> None:
+    timeout = SHORT if body is both_ways_alone else LONG
     with pytest.raises(RankError, match=problem):
-        run_ranks(2, run, body, timeout_s=20)
+        run_ranks(2, run, body, timeout, timeout_s=120)
 
 
 def on_one_gpu(rank: int, port: int) -> None:

@@ -20,6 +20,8 @@ ENGINES = 2
 WAIT_S = 20.0
 DYING: set[int] = set()
 """Engines whose next step fails."""
+STEPPED: set[int] = set()
+"""Engines that have begun one."""
 
 
 class StandIn:
@@ -59,6 +61,7 @@ class StandIn:
             self.left.pop(number, None)
 
     def step(self) -> dict[int, Completion]:
+        STEPPED.add(self.engine)
         time.sleep(0.02)
         if self.engine in DYING:
             DYING.remove(self.engine)
@@ -95,6 +98,7 @@ def log() -> list[Any]:
 @pytest.fixture
 def group(log: list[Any]) -> Iterator[LocalEngines]:
     DYING.clear()
+    STEPPED.clear()
     with pytest.MonkeyPatch.context() as patch:
         make = partial(StandIn, log)
         engines = LocalEngines(make, ENGINES, patch, update="in_flight")
@@ -123,7 +127,9 @@ def all_of(group: LocalEngines, count: int) -> dict[int, Completion]:
 
 def test_requests_go_on_under_new_weights(group: LocalEngines) -> None:
     group.submit({number: request(50) for number in range(4)})
-    assert group.poll(0.05) == {}
+    until = time.monotonic() + WAIT_S
+    while len(STEPPED) < ENGINES and time.monotonic() < until:
+        assert group.poll(0.01) == {}
     update(group, 1)
     group.submit({4: request(50)})
     update(group, 2)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from rlhf3d.placement import waiting
 from rlhf3d.placement.waiting import exit_on_timeout
 
 HANGS = """
@@ -16,10 +19,13 @@ with exit_on_timeout("connect to nobody", 0.2):
 """
 
 
-def test_a_wait_within_its_time_changes_nothing() -> None:
-    with exit_on_timeout("a moment", 0.1):
+def test_a_wait_within_its_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr(waiting.os, "_exit", exits.append)
+    with exit_on_timeout("a moment", 2.0):
         pass
-    time.sleep(0.2)
+    time.sleep(2.5)
+    assert exits == []
 
 
 def test_a_library_that_waits_for_ever_ends_the_process_with_what_it_waited_for() -> None:

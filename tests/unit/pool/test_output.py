@@ -46,12 +46,14 @@ def standard_error(descriptor: int) -> Iterator[None]:
         os.close(kept)
 
 
-def run(payloads: list[Any], into: Path) -> tuple[list[CallResult], str]:
+def run(payloads: list[Any], into: Path, timeout_s: float = 60.0) -> tuple[list[CallResult], str]:
     """What became of calls, each in a session, and what they printed."""
     with into.open("wb") as file, standard_error(file.fileno()):
         pool = SessionPool(Printer, what="printers")
         sessions = [pool.session() for _ in payloads]
-        calls = [one.call(payload, 5.0) for one, payload in zip(sessions, payloads, strict=True)]
+        calls = [
+            one.call(payload, timeout_s) for one, payload in zip(sessions, payloads, strict=True)
+        ]
         results = [call.result(60.0) for call in calls]
         pool.close()
     return results, into.read_text()
@@ -66,7 +68,7 @@ def test_each_process_prints_up_to_a_limit_and_one_that_never_stops_costs_nothin
         ("child", "c" * 63, 3),
         ("print", "d" * 63, 1000),
     ]
-    (endless, *others), text = run(payloads, tmp_path / "stderr")
+    (endless, *others), text = run(payloads, tmp_path / "stderr", timeout_s=5.0)
     assert endless.ending is Ending.TIMEOUT
     assert [result.value for result in others] == ["done"] * 3
     lines = text.splitlines()

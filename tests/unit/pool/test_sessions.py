@@ -104,7 +104,7 @@ def values(*calls: Future[CallResult]) -> list[Any]:
     return [result.value for result in results]
 
 
-def gone(*pids: int, within_s: float = 5.0) -> bool:
+def gone(*pids: int, within_s: float = 30.0) -> bool:
     """Whether the processes end in time."""
     deadline = time.monotonic() + within_s
     while any(map(psutil.pid_exists, pids)):
@@ -239,7 +239,7 @@ def test_a_deadline_is_kept_whatever_the_others_do(pool: SessionPool) -> None:
     for turn in range(20):
         assert values(session.call(None, 20.0))[0][1] == turn + 1
     results = [call.result(30.0) for call in (*late, stuck)]
-    assert time.monotonic() - begin < 10.0
+    assert time.monotonic() - begin < 25.0
     assert [result.ending for result in results] == [Ending.TIMEOUT] * 4
     assert all("0.5 s" in result.message for result in results)
     assert queued.result(30.0).ending is Ending.DIED
@@ -249,7 +249,7 @@ def test_a_payload_that_nobody_reads_holds_up_its_own_session_only(pool: Session
     stopped, session = pool.session(), pool.session()
     pid, _, _ = values(stopped.call(None, 20.0))[0]
     os.kill(pid, signal.SIGSTOP)
-    call = stopped.call((len, bytes(2**23)), 2.0)
+    call = stopped.call((len, bytes(2**23)), 10.0)
     assert values(session.call((len, bytes(2**23)), 20.0)) == [2**23]
     assert not call.done()
     assert call.result(30.0).ending is Ending.TIMEOUT and gone(pid)
@@ -328,11 +328,12 @@ def test_a_zygote_that_dies_again_and_again_ends_the_pool() -> None:
 
 
 def test_a_zygote_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_loop, "_STALL_S", 0.5)
     pool = SessionPool(Handler, what="the handler")
     zygote = values(pool.session().call(None, 20.0))[0][2]
     os.kill(zygote, signal.SIGSTOP)
-    result = pool.session().call(None, 20.0).result(30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(session_loop, "_STALL_S", 2.0)
+        result = pool.session().call(None, 20.0).result(30.0)
     assert result.ending is Ending.DIED and "does not answer" in result.message
     assert values(pool.session().call(None, 20.0))[0][2] != zygote and gone(zygote)
     pool.close()
@@ -410,7 +411,8 @@ def test_hundreds_of_sessions_take_the_time_of_one() -> None:
     assert len(set(pids)) == 300
     begin = time.monotonic()
     values(*[each.call((time.sleep, 1.5), 60.0) for each in sessions])
-    assert 1.5 <= time.monotonic() - begin < 4.0
+    # In waves of 32 they would need 15 s.
+    assert 1.5 <= time.monotonic() - begin < 10.0
     pool.close()
     assert not any(map(psutil.pid_exists, pids))
 

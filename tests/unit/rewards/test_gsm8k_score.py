@@ -96,9 +96,9 @@ def test_numbers_beyond_floats_differ_in_their_last_digit() -> None:
 )
 @pytest.mark.parametrize("method", ["strict", "flexible"])
 def test_hostile_text_is_quick_and_never_raises(text: str, method: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     assert compute_score(text, "12", method).score in (0.0, 1.0)
-    assert time.monotonic() - start < 5.0  # a quadratic pattern needs minutes
+    assert time.thread_time() - start < 5.0  # a quadratic pattern needs minutes
 
 
 @settings(deadline=None)

@@ -290,9 +290,9 @@ def test_known_failures_of_math_verify(truth: str, answer: str, said: float) -> 
     ],
 )
 def test_spellings_are_read_in_linear_time(piece: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     scorer._quick((piece * 500)[: scorer.MAX_ANSWER], piece * 2000)
-    assert time.monotonic() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_quick_verdicts_are_math_verifys() -> None:
@@ -385,7 +385,7 @@ def test_hostile_answers_neither_hang_nor_crash_nor_score() -> None:
     ]
     sane = ScoreItem("lighteval/MATH", r"\boxed{\frac{8}{2}}", "4")
     with RewardManager(
-        BuiltinReward("flexible", ("lighteval/MATH",), memory_gib=1.0), workers=2, timeout_s=0.5
+        BuiltinReward("flexible", ("lighteval/MATH",), memory_gib=1.0), workers=2, timeout_s=1.0
     ) as pool:
         start = time.monotonic()
         scores = pool.score_batch(batch)

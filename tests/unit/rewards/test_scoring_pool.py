@@ -78,7 +78,7 @@ def items(*texts: str, **extra_info: object) -> list[ScoreItem]:
     ]
 
 
-def gone(pid: int, within_s: float = 5.0) -> bool:
+def gone(pid: int, within_s: float = 30.0) -> bool:
     """Whether the process ends in time (a zombie has ended)."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -103,7 +103,7 @@ def test_order_is_kept_over_workers_and_processes_are_reused() -> None:
 
 def test_items_are_scored_while_others_are_awaited(unruly: Path, tmp_path: Path) -> None:
     """The second part of the batch is made only when the first has been scored."""
-    with RewardManager(load_custom_reward(unruly), workers=2, timeout_s=1.0) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=2, timeout_s=5.0) as pool:
         pool.score_batch(items("1", "1"))
         pid_file = tmp_path / "pid"
         scoring = pool.start(4)
@@ -135,7 +135,7 @@ def test_several_batches_are_scored_at_once_and_fail_alone(unruly: Path) -> None
 
 
 def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: Path) -> None:
-    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=0.5) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=2.0) as pool:
         pool.score_batch(items("1"))
         start = time.monotonic()
         scores = pool.score_batch(items("1", "sleep", "2", "regex", "3"))
@@ -149,17 +149,17 @@ def test_hanging_calls_are_killed_at_the_deadline_and_the_pool_goes_on(unruly: P
         ]
         assert [s.value for s in scores] == [1.0, 0.0, 2.0, 0.0, 3.0]
         assert scores[3].message is not None
-        assert "sample 3" in scores[3].message and "reward.timeout_s=0.5" in scores[3].message
+        assert "sample 3" in scores[3].message and "reward.timeout_s=2" in scores[3].message
 
 
 def test_what_is_waited_for_can_be_named(unruly: Path) -> None:
-    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=0.5) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=2.0) as pool:
         pool.score_batch(items("1"))
         began = time.monotonic()
         batch = pool.start(2)
         batch.add(dict(enumerate(items("sleep", "sleep"))))
         found = batch.waited
-        assert found.names == ["the scorer (2 completions)"] and found.timeout_s == 1.0
+        assert found.names == ["the scorer (2 completions)"] and found.timeout_s == 4.0
         assert began <= found.since <= time.monotonic()
         batch.finish()
         assert batch.waited.names == ["the scorer (0 completions)"]
@@ -204,7 +204,7 @@ def test_a_batch_is_given_up_as_soon_as_too_many_have_failed(unruly: Path) -> No
 
 def test_what_a_killed_call_started_dies_with_it(unruly: Path, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=2.0) as pool:
+    with RewardManager(load_custom_reward(unruly), workers=1, timeout_s=5.0) as pool:
         (score,) = pool.score_batch(items("grandchild", pid_file=str(pid_file)))
         assert score.outcome is Outcome.TIMEOUT
         assert gone(int(pid_file.read_text()))
@@ -322,7 +322,7 @@ def test_a_batch_function_is_given_shares_and_keeps_the_order(batch_file: Path) 
 def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) -> None:
     texts = [str(i) for i in range(40)]
     texts[17], texts[31] = "no number", "sleep"
-    with RewardManager(load_custom_reward(batch_file, "batch"), workers=2, timeout_s=2.0) as pool:
+    with RewardManager(load_custom_reward(batch_file, "batch"), workers=2, timeout_s=5.0) as pool:
         scores = pool.score_batch(items(*texts))
     outcomes = {i: s.outcome.value for i, s in enumerate(scores) if s.failed}
     assert outcomes == {17: "error", 31: "timeout"}
@@ -366,7 +366,7 @@ def test_async_calls_run_together_and_fail_alone(batch_file: Path) -> None:
 
 
 def test_a_hanging_async_call_costs_its_own_sample(batch_file: Path) -> None:
-    with RewardManager(load_custom_reward(batch_file, "judge"), workers=1, timeout_s=1.0) as pool:
+    with RewardManager(load_custom_reward(batch_file, "judge"), workers=1, timeout_s=5.0) as pool:
         scores = pool.score_batch(items("1", "hang", "2"))
     assert [s.outcome.value for s in scores] == ["scored", "timeout", "scored"]
 

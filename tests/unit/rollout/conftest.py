@@ -20,4 +20,4 @@ def in_vllm_process() -> Iterator[Callable[..., Any]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")  # read when Triton is loaded
             pool.submit(int).result(timeout=60)
-        yield lambda function, *args: pool.submit(function, *args).result(timeout=300)
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=800)

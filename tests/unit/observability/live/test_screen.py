@@ -25,6 +25,9 @@ from rlhf3d.processes import STOP_SIGNALS
 RUN = """
 import os, subprocess, sys, time
 from rlhf3d.observability.console import Console
+from rlhf3d.observability.live import screen
+
+screen.REFRESH_S = 0.1
 
 def run(end):
     with Console() as console:
@@ -35,7 +38,7 @@ def run(end):
             os.write(2, b"written by a library\\n")
             subprocess.run(["echo", "from a process"])
             os.write(1, b"without an end")
-            time.sleep(0.7)
+            time.sleep(2.0)
         console.note("something")
         console.step({"timing_s/step": 1.0, "critic/score/mean": 0.5}, 1, 2)
         with console.phase("update_actor"):
