@@ -322,7 +322,7 @@ def test_a_batch_function_is_given_shares_and_keeps_the_order(batch_file: Path) 
 def test_a_failed_batch_is_halved_until_the_sample_is_alone(batch_file: Path) -> None:
     texts = [str(i) for i in range(40)]
     texts[17], texts[31] = "no number", "sleep"
-    with RewardManager(load_custom_reward(batch_file, "batch"), workers=2, timeout_s=5.0) as pool:
+    with RewardManager(load_custom_reward(batch_file, "batch"), workers=2, timeout_s=3.0) as pool:
         scores = pool.score_batch(items(*texts))
     outcomes = {i: s.outcome.value for i, s in enumerate(scores) if s.failed}
     assert outcomes == {17: "error", 31: "timeout"}
