@@ -95,7 +95,7 @@ def plan_micro_batches(
         lengths = [rule.packed_row(length) for length in lengths]
     fewest = [_fewest(lengths, rows, rule) for rows in rows_of]
     # The rank that needs the most decides for all.
-    count = round_up(max(1, *map(len, fewest)), multiple_of)
+    count = round_up(max([1, *map(len, fewest)]), multiple_of)
     parts = zip(rows_of, fewest, strict=True)
     return [_exactly(lengths, rows, found, rule, count) for rows, found in parts]
 

@@ -26,10 +26,11 @@ def keep_freed() -> None:
 
 
 def keep_all_freed() -> None:
-    """Keep the heap of this process as large as it was, and have blocks of every size in it.
+    """Keep the heap of this process as large as it was, with the main thread's large blocks in it.
 
-    For a process whose large blocks come and go in the same sizes, as the driver's columns do: what
-    holes it leaves, the next step fills.
+    For a process whose large blocks come and go in about the same sizes, as the driver's columns
+    do: what holes it leaves, the next step fills. It lasts as long as the process. Other threads
+    have heaps of at most 64 MiB, and larger blocks outside of them as before.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -29,6 +29,10 @@ class Worker:
     def fail(self) -> None:
         raise KeyError("the cause")
 
+    def fail_later(self) -> None:
+        time.sleep(0.3)
+        raise KeyError("the cause")
+
     def lose_peer(self) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
@@ -100,6 +104,12 @@ def test_the_cause_is_shown_and_not_its_echo(workers: list) -> None:
     with pytest.raises(
         WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*KeyError: 'the cause'.*rank 0"
     ):
+        gather("update_actor", calls, 60)
+
+
+def test_a_cause_that_comes_after_its_echo_is_waited_for(workers: list) -> None:
+    calls = {"rank 0": workers[0].lose_peer.remote(), "rank 1": workers[1].fail_later.remote()}
+    with pytest.raises(WorkerFailure, match=r"(?s)update_actor failed on rank 1:.*the cause"):
         gather("update_actor", calls, 60)
 
 

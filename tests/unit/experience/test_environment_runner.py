@@ -129,14 +129,15 @@ class SlowSessions(FakeSessions):
 
 
 def test_one_that_waits_for_its_environment_keeps_no_other() -> None:
-    sessions = SlowSessions([0.5, 0.0, 0.0, 0.0])
+    sessions = SlowSessions([1.0, 0.0, 0.0, 0.0])
     start = time.monotonic()
     ended = {}
     engine = TalkingEngine(["a", "end"])
     for part in EnvironmentRunner(sessions, rules()).run(engine, requests(4), Patience()):
         for number in part:
             ended[number] = time.monotonic() - start
-    assert max(ended[n] for n in (1, 2, 3)) < ended[0]
+    # Had they been kept for it, all would come in one part.
+    assert max(ended[n] for n in (1, 2, 3)) < ended[0] - 0.1
 
 
 class Flaky:

@@ -410,9 +410,9 @@ def test_hundreds_of_sessions_take_the_time_of_one() -> None:
     pids = [pid for pid, _, _ in values(*[each.call(None, 60.0) for each in sessions])]
     assert len(set(pids)) == 300
     begin = time.monotonic()
-    values(*[each.call((time.sleep, 1.5), 60.0) for each in sessions])
-    # In waves of 32 they would need 15 s.
-    assert 1.5 <= time.monotonic() - begin < 10.0
+    values(*[each.call((time.sleep, 3.0), 60.0) for each in sessions])
+    # In waves of 64 they would need 15 s.
+    assert 3.0 <= time.monotonic() - begin < 10.0
     pool.close()
     assert not any(map(psutil.pid_exists, pids))
 

@@ -344,5 +344,5 @@ def test_waiting_leaves_the_core_to_others(shape: RingShape) -> None:
         ring.fill(0, 0)
         ring.fill(1, 0)
         computed_s, waited_s = waiting.result(timeout=30)
-        assert computed_s < waited_s / 2
+        assert computed_s < waited_s / 5
     ring.close()

@@ -36,6 +36,7 @@ class Engine:
         self.log: list[Any] = []
         self.threads: set[int] = set()
         self.agreed = 0
+        self.limits_s: set[float] = set()
         self.published = True
         self.may_step = threading.Event()
         self.may_step.set()
@@ -78,6 +79,7 @@ class Engine:
 
     def agree(self, number: int, timeout_s: float) -> int:
         self.agreed += 1
+        self.limits_s.add(timeout_s)
         for queue in self.told:
             queue.put(number)
         return number if self.own is None else self.own.get(timeout=WAIT_S)
@@ -291,13 +293,15 @@ def test_ranks_apply_each_command_before_the_same_step() -> None:
 
 def test_a_rank_that_does_not_get_a_command_names_it() -> None:
     queue: Queue[int] = Queue()
-    leader, follower = start(Engine([queue])), start(Engine(own=queue), 1, timeout_s=0.2)
+    follower_engine = Engine(own=queue)
+    leader, follower = start(Engine([queue])), start(follower_engine, 1, timeout_s=0.2)
     for loop in (leader, follower):
         loop.send(1, "submit", {0: request(10_000_000)})
     leader.send(2, "abort", [0])
     with pytest.raises(TimeoutError, match="rank 1: command 2, which rank 0 of the engine has"):
         while True:
             follower.poll(1, WAIT_S)
+    assert follower_engine.limits_s == {0.2}
 
 
 def deliver(loop: EngineLoop, chance: random.Random) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -37,10 +39,12 @@ def dies(rank: int, port: int) -> None:
     os._exit(7)
 
 
-def bind(rank: int, port: int) -> str:
-    """What a stranger hears who wants the ranks' port; rank 0 has taken it over by the end."""
+def bind(rank: int, port: int, both: Barrier) -> str:
+    """What a stranger hears who wants the ranks' port, while rank 0 lives and has it."""
+    both.wait(60)
     with socket.socket() as other, pytest.raises(OSError, match="in use") as refused:
         other.bind(("127.0.0.1", port))
+    both.wait(60)
     return str(refused.value)
 
 
@@ -59,7 +63,8 @@ def test_results_in_rank_order_and_environment() -> None:
 
 
 def test_nobody_else_gets_the_ranks_port() -> None:
-    assert len(run_ranks(2, bind)) == 2
+    both = multiprocessing.get_context("fork").Barrier(2)
+    assert len(run_ranks(2, bind, both)) == 2
 
 
 def test_results_larger_than_a_pipe() -> None:
