@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf3d.parallel.context import gathered_order, held_chunks
-from rlhf3d.parallel.short_attention import SHORT, ShortAttention
+from rlhf3d.parallel.short_attention import KEYS, ShortAttention
 from rlhf3d.parallel.tree_attention import TreeParams, attend_along_tree
 
 
@@ -113,7 +113,7 @@ class SDPACoreAttention(MegatronModule):
         """Queries [b, h, q, d], the last q of k key positions, with g key heads -> [b, h, q, d]."""
         grouped = query.shape[1] != key.shape[1]
         q, k = query.shape[2], key.shape[2]
-        if q == k <= SHORT and query.dtype == torch.bfloat16:
+        if q == k <= KEYS and query.dtype == torch.bfloat16:
             out: torch.Tensor = ShortAttention.apply(query, key, value, self.softmax_scale)
             return out
         # is_causal would align the mask to the first keys; these queries are the last positions.

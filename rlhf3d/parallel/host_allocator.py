@@ -10,27 +10,17 @@ from __future__ import annotations
 import ctypes
 
 # Of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = -1
-_OWN_PAGES_BYTES = 32 << 20
-"""Blocks from this size on are outside of the heap, as by default: freed, they leave no hole."""
 
 
 def keep_freed() -> None:
-    """Keep the heap of this process as large as it was."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # By default it grows to this; the next setting would freeze it where it is.
-        libc.mallopt(_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
-        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
-
-
-def keep_all_freed() -> None:
     """Keep the heap of this process as large as it was, with the main thread's large blocks in it.
 
-    For a process whose large blocks come and go in about the same sizes, as the driver's columns
-    do: what holes it leaves, the next step fills. It lasts as long as the process. Other threads
-    have heaps of at most 64 MiB, and larger blocks outside of them as before.
+    For a process whose large blocks come and go in about the same sizes, as a rank's gradients of
+    the vocabulary and the driver's columns do: what holes they leave, the next ones fill. It lasts
+    as long as the process. Other threads have heaps of at most 64 MiB, and larger blocks outside of
+    them as before.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -2,8 +2,7 @@
 
 Invariant: the forward pass is torch's own, bit by bit; gradients are nearer to the exact ones than
 torch's. Its backward kernel for bfloat16 multiplies blocks that are too small for the processor's
-bfloat16 units: up to `SHORT` tokens the one for fp32 takes 0.5 to 0.8 of its time, from about 500
-tokens on it takes longer.
+bfloat16 units while there are few queries; the one for fp32 then takes 0.4 to 0.9 of its time.
 """
 
 from __future__ import annotations
@@ -13,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = 384
-"""Tokens of a sequence at most."""
+KEYS = 384
+"""Tokens at most: with 512 the kernel for fp32 takes longer."""
+QUERIES = 767
+"""Tokens at most: from 768 on torch's kernel takes larger blocks."""
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class ShortAttention(torch.autograd.Function):
@@ -24,9 +28,7 @@ class ShortAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """What `scaled_dot_product_attention` calls."""
         out: Tensor
-        out, log_z = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, True, scale=scale
-        )
+        out, log_z = _attend(query, key, value, 0.0, True, scale=scale)
         ctx.save_for_backward(query, key, value, out, log_z)
         ctx.scale = scale
         return out
@@ -34,9 +36,30 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradients, rounded to the dtype of the inputs."""
-        *tensors, log_z = ctx.saved_tensors
-        wide = [tensor.float() for tensor in (grad, *tensors)]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *wide, log_z, 0.0, True, scale=ctx.scale
-        )
+        grads = attend_backward(grad, *ctx.saved_tensors, causal=True, scale=ctx.scale)
         return (*(each.to(grad.dtype) for each in grads), None)
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_z: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries [b, h, q, d], keys and values [b, g, k, d].
+
+    They are in fp32 where that is the faster way, in the dtype of the inputs elsewhere.
+    """
+    tensors = [grad, query, key, value, out]
+    short = query.shape[2] <= QUERIES and key.shape[2] <= KEYS
+    if short and query.dtype == torch.bfloat16:
+        tensors = [tensor.float() for tensor in tensors]
+    found: tuple[Tensor, Tensor, Tensor] = _attend_backward(
+        *tensors, log_z, 0.0, causal, scale=scale
+    )
+    return found

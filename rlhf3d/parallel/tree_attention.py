@@ -17,12 +17,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from rlhf3d.parallel.short_attention import attend_backward
+
 TreeSpan = tuple[int, int, int]
 """A segment in the line of tokens: its first position, the one behind its last, and the one behind
 the last that follows it in some sequence. Those that do come right behind it."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass
@@ -89,23 +90,23 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
-        of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
+        # Parts are summed in fp32 at least, and rounded once.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        sums = [torch.empty_like(x, dtype=exact) for x in (query, key, value)]
         for at, seen in _parts(ctx.segments):
-            gradients = _attend_backward(
+            gradients = attend_backward(
                 grad[:, :, at],
                 query[:, :, at],
                 key[:, :, seen],
                 value[:, :, seen],
                 out[:, :, at],
                 total[:, :, at].contiguous(),
-                dropout_p=0.0,
-                is_causal=at == seen,
+                causal=at == seen,
                 scale=ctx.scale,
             )
-            places = (of_query[:, :, at], of_key[:, :, seen], of_value[:, :, seen])
-            for place, gradient in zip(places, gradients, strict=True):
+            for of_all, place, gradient in zip(sums, (at, seen, seen), gradients, strict=True):
                 if at == seen:
-                    place.copy_(gradient)
+                    of_all[:, :, place].copy_(gradient)
                 else:
-                    place.add_(gradient)
-        return of_query, of_key, of_value, None, None
+                    of_all[:, :, place].add_(gradient)
+        return (*(of_all.to(grad.dtype) for of_all in sums), None, None)

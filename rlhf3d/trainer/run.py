@@ -27,7 +27,7 @@ from rlhf3d.observability.live.waits import waited
 from rlhf3d.observability.logs import LOGS_DIR, quiet_libraries, setup_logging
 from rlhf3d.observability.metrics import read_metrics
 from rlhf3d.observability.outcome import End, RunRecord, write_record
-from rlhf3d.parallel.host_allocator import keep_all_freed
+from rlhf3d.parallel.host_allocator import keep_freed
 from rlhf3d.parallel.platform import choose_platform
 from rlhf3d.placement.script import EndOfScript, Script
 from rlhf3d.planning.of_run import planned_memory
@@ -107,7 +107,7 @@ def run_training(
         rows = read_metrics(output) if done_steps else []
         console.header(lines, log.total_steps, done_steps, planned, rows)
         # The columns of each step in the pages of the last one's.
-        keep_all_freed()
+        keep_freed()
         assembly = Assembly.start(
             stack, config, derived, inputs, platform, rewards, log, journal, preemption, script
         )

@@ -35,7 +35,7 @@ from rlhf3d.experience.tokens import TokenRecorder
 from rlhf3d.models.spec import ModelSpec
 from rlhf3d.observability.console import Console
 from rlhf3d.observability.metrics import MetricsWriter
-from rlhf3d.parallel.host_allocator import keep_all_freed
+from rlhf3d.parallel.host_allocator import keep_freed
 from rlhf3d.parallel.platform import Platform
 from rlhf3d.placement import rollout_group, train_group, waiting
 from rlhf3d.placement.engine_rank import EngineRank
@@ -295,7 +295,7 @@ def start(
     data: Path,
 ) -> loop.Trainer:
     """The run's components, its ranks pretended; `stack` ends it."""
-    keep_all_freed()  # as `run_training` does
+    keep_freed()  # as `run_training` does
     folder, versions = Path(config.trainer.output_dir), {"served": 0}
     stand_ins = {TrainWorker: TrainRank, EngineRank: _engines(texts, versions)}
     ray = PretendedRay(meter, stand_ins, WAVE)

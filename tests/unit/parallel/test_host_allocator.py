@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from rlhf3d.parallel.host_allocator import keep_all_freed
+from rlhf3d.parallel.host_allocator import keep_freed
 from rlhf3d.parallel.platform import CPUPlatform
 
 def pages(count, mib):
@@ -33,7 +33,7 @@ print(*found, pages(8, 16))
 """
 DRIVER = """
 found = [pages(2, 64), pages(2, 64)]
-keep_all_freed()
+keep_freed()
 print(*found, *(pages(2, 64) for _ in range(6)), pages(2, 48))
 """
 ALL = (128 << 20) // resource.getpagesize() // 2
