@@ -50,9 +50,13 @@ def start_vllm(
         from vllm import LLM
 
         from rlhf3d.models.hf_io import model_view
+        from rlhf3d.rollout.vllm_kernels import cpu_kernels
 
         if _load_format(settings) == ZEROS:
             register_zeros()
+        # Compiled, torch's operations become one kernel too.
+        on_cpu, eager = settings.platform.kind == "cpu", settings.rollout.enforce_eager is True
+        kernels = cpu_kernels() if on_cpu and eager else {}
     # As with the number of threads.
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         dynamo.disable = True
@@ -60,7 +64,7 @@ def start_vllm(
     # By its own rules vLLM would take weights that transformers does not from a folder that holds
     # more than the model.
     with model_view(path) if own else nullcontext(path) as folder:
-        llm = LLM(str(folder), **llm_arguments(settings))
+        llm = LLM(str(folder), **llm_arguments(settings), **kernels)
     if meeting is not None:
         _forget_shared_memory(meeting[1])
     return llm

@@ -1,0 +1,95 @@
+"""vLLM's own kernels of its norms on CPU, where it would run several operations of torch for each.
+
+Invariant: what a kernel returns differs from what it replaces by rounding only: fp32 is rounded
+once, and not after each operation. In decode steps of a model of 135M parameters with 32 requests
+in bfloat16, taken in turns with vLLM's own way, a step takes 0.8 to 0.88 of its time.
+Runs in: engine rank, or the process of `rlhf3d evaluate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PROVIDER = "rlhf3d"
+"""Of the norms, in vLLM's list of implementations."""
+
+
+def cpu_kernels() -> dict[str, Any]:
+    """Have vLLM know them, once a process; the arguments with which `vllm.LLM` takes them.
+
+    Ranks of log-probs are left out as well.
+    """
+    from vllm import ir
+
+    if PROVIDER not in ir.ops.rms_norm.impls:
+        _register_norms()
+        _leave_out_ranks()
+    return {
+        "kernel_config": {
+            "ir_op_priority": {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
+        }
+    }
+
+
+def _register_norms() -> None:
+    from vllm import ir
+
+    def takes(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> bool:
+        if weight is None or variance_size is not None:
+            return False
+        return weight.dtype == x.dtype and x.is_contiguous()
+
+    def takes_both(
+        x: torch.Tensor,
+        x_residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> bool:
+        return takes(x, weight, epsilon, variance_size) and x_residual.is_contiguous()
+
+    @ir.ops.rms_norm.register_impl(PROVIDER, supports_args=takes)
+    def rms_norm(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> torch.Tensor:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, weight, epsilon)
+        return out
+
+    @ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=takes_both, inplace=True)
+    def fused_add_rms_norm(
+        x: torch.Tensor,
+        x_residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
+
+
+def _leave_out_ranks() -> None:
+    """Leave out the rank of each token's log-prob among all, which nobody reads.
+
+    It compares all logits, and adds up the results as 64-bit numbers.
+    """
+    from vllm.v1.sample import sampler
+
+    assert hasattr(sampler, "batched_count_greater_than"), (
+        "vLLM no longer takes ranks of log-probs by batched_count_greater_than"
+    )
+
+    def no_ranks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape[0], dtype=torch.int64)
+
+    sampler.batched_count_greater_than = no_ranks
