@@ -137,6 +137,8 @@ class TrainWorker:
             timeout_s=self.setup.timeout_s,
         )
         self._load_models()
+        # Of copies that loading has made.
+        self.setup.platform.free_cached()
 
     def _load_models(self) -> None:
         from rlhf3d.algorithms.custom import load_custom_algorithms

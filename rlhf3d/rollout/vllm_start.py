@@ -50,13 +50,10 @@ def start_vllm(
         from vllm import LLM
 
         from rlhf3d.models.hf_io import model_view
-        from rlhf3d.rollout.vllm_kernels import cpu_kernels
 
         if _load_format(settings) == ZEROS:
             register_zeros()
-        # Compiled, torch's operations become one kernel too.
-        on_cpu, eager = settings.platform.kind == "cpu", settings.rollout.enforce_eager is True
-        kernels = cpu_kernels() if on_cpu and eager else {}
+        kernels = kernel_arguments(settings)
     # As with the number of threads.
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         dynamo.disable = True
@@ -120,6 +117,16 @@ def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
         "worker_extension_cls": WORKER_EXTENSION,
         **of_platform,
     }
+
+
+def kernel_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """More of them, which this process's vLLM is prepared for here."""
+    # Compiled, torch's operations become one kernel too.
+    if settings.platform.kind != "cpu" or settings.rollout.enforce_eager is not True:
+        return {}
+    from rlhf3d.rollout.vllm_kernels import cpu_kernels
+
+    return cpu_kernels()
 
 
 def _load_format(settings: EngineSettings) -> str:
@@ -202,8 +209,8 @@ def _environment(on_cpu: bool, enforce_eager: bool) -> dict[str, str]:
         # "auto" would reserve a core and bind every engine of this host to the same ones.
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if on_cpu and enforce_eager:
-        # vLLM's ranks of log-probs, which nobody reads, would otherwise be compiled at the first
-        # request: that takes seconds, and a C++ compiler on the user's machine.
+        # Parts of vLLM's sampler would otherwise be compiled at the first request: that takes
+        # seconds, and a C++ compiler on the user's machine.
         settings["TORCH_COMPILE_DISABLE"] = "1"
     return settings
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from support.megatron_cases import SEQUENCE, VOCAB, build_model, forward, join, tokens
 from support.ranks import run_ranks
@@ -128,6 +130,33 @@ def test_sequences_of_a_tree_get_what_each_would_get_alone(dtype: str, bound: fl
     for got, expected in zip((*ours, *gradients[0]), (*alone, *gradients[1]), strict=True):
         difference = (got - expected).float().norm() / expected.float().norm()
         assert difference < bound
+
+
+@pytest.mark.parametrize(
+    ("key_tokens", "bound"), [(32, 4e-3), (400, 8e-3)], ids=["in fp32", "one part in bfloat16"]
+)
+def test_gradients_along_a_tree_are_summed_in_fp32(key_tokens: int, bound: float) -> None:
+    """Many short parts see one beginning: rounded after each, its gradients would drift."""
+    import torch
+
+    from rlhf3d.parallel.tree_attention import attend_along_tree
+
+    torch.manual_seed(0)
+    ends = [key_tokens + 8 * number for number in range(49)]
+    # A chain: each of the 48 parts follows the beginning and the parts before it.
+    tree = [(0, ends[0], ends[-1]), *((a, b, b) for a, b in pairwise(ends))]
+    exact = [torch.randn(ends[-1], 1, n, 16).bfloat16().float() for n in (4, 2, 2)]
+    weight = torch.randn(ends[-1], 1, 64).bfloat16()
+
+    def gradients(inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend_along_tree(*leaves, tree, 0.3)
+        return torch.autograd.grad(out, leaves, weight.to(out.dtype))
+
+    rounded = gradients([x.bfloat16() for x in exact])
+    for got, expected in zip(rounded, gradients(exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - expected).norm() / expected.norm() < bound
 
 
 def test_what_is_not_supported_is_refused() -> None:

@@ -22,6 +22,7 @@ from support.rollout_rig import (
     begin_steps_ahead,
     break_prefix_reset,
     close_engine,
+    norm_kernels,
     policy_version,
     resident_mib,
     start_engine,
@@ -74,6 +75,7 @@ def test_tied_engine_follows_many_updates_without_growing(llama: Rig) -> None:
         assert report.received_bytes >= sum(4 * w.numel() for w in llama.model.parameters())
         llama.check()
         assert llama.children[0].submit(policy_version).result() == llama.version
+    assert llama.children[0].submit(norm_kernels).result() == [["rlhf3d", "native"]] * 2
     before = llama.children[0].submit(resident_mib).result()
     for _ in range(20):
         llama.sync()

@@ -107,6 +107,13 @@ def policy_version() -> int | None:
     return ENGINE.policy_version
 
 
+def norm_kernels() -> list[list[str]]:
+    """In the child: who computes the norms of vLLM, the first choice first."""
+    from vllm import ir
+
+    return [ir.ops.rms_norm.get_priority(), ir.ops.fused_add_rms_norm.get_priority()]
+
+
 def resident_mib() -> float:
     """In the child: memory of its process."""
     return psutil.Process().memory_info().rss / 2**20

@@ -23,7 +23,7 @@ from rlhf3d.rollout.api import POLL_S, Request, SamplingSettings, Stops
 from rlhf3d.rollout.settings import EngineSettings
 from rlhf3d.rollout.vllm_engine import VLLMEngine
 from rlhf3d.rollout.vllm_requests import sampling_params
-from rlhf3d.rollout.vllm_start import llm_arguments, set_environment
+from rlhf3d.rollout.vllm_start import kernel_arguments, llm_arguments, set_environment
 from rlhf3d.tokenizer.end_tokens import end_tokens
 from rlhf3d.tokenizer.load import load_tokenizer
 
@@ -151,6 +151,7 @@ class Raw(_Generator):
         dynamo.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
         arguments = llm_arguments(self.settings)
         del arguments["worker_extension_cls"]
+        arguments |= kernel_arguments(self.settings)
         self._llm = LLM(self.settings.model_path, **arguments)
 
     def generate(self, seed: int) -> Written:
